@@ -1,0 +1,1 @@
+"""The supervisor: devices, workers, the admin socket and the command line."""

@@ -1,0 +1,1 @@
+"""One process per hardware queue: what is forked, and the loop it runs."""
