@@ -1,0 +1,90 @@
+# `make test` and `make demo` do everything from a fresh Debian machine on; the other targets are their parts.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(CURDIR)/$(VENV)/bin/python
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+KERNELS ?= 6.12 7.3
+VM_TIMEOUT_S ?= 2400
+# Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
+PYTEST_ARGS ?=
+NATIVE_SOURCES := $(wildcard */csrc/*.c */csrc/*.h */_*_build.py)
+export PYTHONPATH := $(CURDIR)/tests
+export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
+
+# The guest shares this machine's root through virtiofsd, which needs root.
+AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
+GUEST = $(AS_ROOT) $(PY) -m support.guest
+HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
+
+.PHONY: help setup host guest lint format test test-unit test-vm demo clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: host $(VENV)/.built ## install what is missing, make .venv, build the C modules
+
+host:
+	@tests/support/setup_host.sh
+
+$(VENV)/.python: | host
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ublkpool needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=...")'
+	@echo "setup: making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Without build isolation: the compiler runs often, and need not fetch setuptools each time.
+$(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
+	@echo "setup: installing ublkpool and its tools into $(VENV), building the C modules"
+	@rm -rf build
+	@$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+guest: setup ## bring the test guest's QEMU and kernels into the cache
+	@$(PY) -m support.guest fetch
+
+lint: setup ## ruff, mypy, import-linter
+	@echo "lint: ruff"; $(VENV)/bin/ruff check .; $(VENV)/bin/ruff format --check .
+	@echo "lint: mypy"; $(VENV)/bin/mypy
+	@echo "lint: import-linter"; $(VENV)/bin/lint-imports
+
+format: setup ## let ruff rewrite the code's layout
+	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+
+test: ## everything: lint, unit and sim tests here, vm tests with the driver
+	@$(MAKE) lint
+	@$(MAKE) test-unit
+	@$(MAKE) test-vm
+
+test-unit: setup ## unit and sim tests, no driver and no root needed
+	@echo "test: unit and sim"
+	@$(PY) -m pytest tests/unit tests/sim $(PYTEST_ARGS)
+
+test-vm: setup ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
+	@if $(HAS_DRIVER); then \
+	    echo "test: vm, on this machine ($$(uname -r))"; \
+	    $(PY) -m pytest tests/vm $(PYTEST_ARGS); \
+	else \
+	    $(PY) -m support.guest fetch; \
+	    for kernel in $(KERNELS); do \
+	        echo "test: vm, in a guest with Linux $$kernel"; \
+	        $(GUEST) run --kernel $$kernel --timeout $(VM_TIMEOUT_S) -- \
+	            $(PY) -m pytest -p no:cacheprovider tests/vm $(PYTEST_ARGS); \
+	    done; \
+	fi
+
+demo: setup ## a short tour on a real driver, here or in a guest
+	@if $(HAS_DRIVER); then \
+	    $(PY) -m support.demo; \
+	else \
+	    $(PY) -m support.guest fetch; \
+	    $(GUEST) run --kernel 7.3 -- env PYTHONPATH="$$PYTHONPATH" $(PY) -m support.demo; \
+	fi
+
+clean: ## remove what was built, keep the guest's cache
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */_native*.o

@@ -1,0 +1,30 @@
+"""Which tests can run here, and where a guest's kernel log says which one ran."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+VM_TESTS = Path(__file__).parent / "vm"
+CONTROL_DEVICE = "/dev/ublk-control"
+KERNEL_LOG = Path("/dev/kmsg")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests that need the driver to a machine with one; a skip would read as something amiss."""
+    for item in items:
+        if VM_TESTS in item.path.parents:
+            item.add_marker("vm")
+    if os.access(CONTROL_DEVICE, os.R_OK | os.W_OK):
+        return
+    without_driver = [item for item in items if item.get_closest_marker("vm")]
+    if without_driver:
+        config.hook.pytest_deselected(items=without_driver)
+        items[:] = [item for item in items if item not in without_driver]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A guest that dies leaves only its kernel's log behind."""
+    if "UBLKPOOL_GUEST" in os.environ:
+        KERNEL_LOG.write_text(f"test: {nodeid}\n")

@@ -1,0 +1,47 @@
+#!/bin/bash
+# Install the Debian packages that building, testing and the guest need: only those missing, as root or by sudo.
+# Owns that list. Says nothing and needs no rights when nothing is missing.
+set -euo pipefail
+
+packages=(
+    # the C modules and the virtual environment
+    gcc libc6-dev liburing-dev python3-dev python3-venv
+    # what the tests call
+    curl e2fsprogs fio iproute2 kmod procps util-linux xfsprogs
+    # what fetching and checking the guest needs
+    ca-certificates debian-archive-keyring gpgv xz-utils
+)
+# Debian 12's own QEMU is not fit for the guest; this is what the one from its backports links to.
+qemu_libraries=(
+    libaio1 libbpf1 libcap-ng0 libcapstone4 libfdt1 libfuse3-3 libglib2.0-0 libgnutls30 libibverbs1
+    libjpeg62-turbo libnuma1 libpixman-1-0 libpmem1 libpng16-16 librdmacm1 libsasl2-2 libseccomp2 libslirp0
+    libudev1 liburing2 libvdeplug2 libzstd1
+)
+
+if ! command -v dpkg-query > /dev/null; then
+    echo "setup: not a Debian machine; if something is missing, these are the packages: ${packages[*]}" >&2
+    exit 0
+fi
+# shellcheck source=/dev/null
+source /etc/os-release
+if [ "${VERSION_ID:-999}" = 12 ]; then
+    packages+=("${qemu_libraries[@]}")
+else
+    packages+=(qemu-system-x86 virtiofsd)
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+    state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null || true)
+    if [ "$state" != installed ]; then missing+=("$package"); fi
+done
+# An early Debian 12 has the keyring, but not yet the keys of 13, from which the kernels come.
+if ! compgen -G '/usr/share/keyrings/debian-archive-trixie-*' > /dev/null; then missing+=(debian-archive-keyring); fi
+if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
+
+as_root=()
+if [ "$(id -u)" != 0 ]; then as_root=(sudo); fi
+echo "setup: installing ${missing[*]}"
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
