@@ -1,0 +1,36 @@
+"""Builds `ublkpool.ublk._native`: the queue's hot path, its ring and the control commands, through cffi's API mode.
+
+The declarations are the headers themselves, so that there is one place where a signature is written.
+"""
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+_SOURCES = Path(__file__).resolve().parent / "csrc"
+_HEADERS = ("queue_core.h", "queue_ring.h", "control.h")
+
+
+def _declarations(name: str) -> str:
+    """A header in the C that cffi parses: no preprocessor lines, no asserts, fixed enum arithmetic left to C."""
+    text = (_SOURCES / name).read_text()
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    text = re.sub(r"_Static_assert\(.*?\);", "", text)
+    text = text.replace("UQ_BUFFER_NONE = 0xffffffffu,", "")
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+ffibuilder = FFI()
+ffibuilder.cdef("\n".join(_declarations(name) for name in _HEADERS))
+ffibuilder.set_source(
+    "ublkpool.ublk._native",
+    "".join(f'#include "{name}"\n' for name in _HEADERS),
+    sources=[f"ublk/csrc/{name}" for name in ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_ring.c", "control.c")],
+    include_dirs=["ublk/csrc"],
+    libraries=["uring"],
+    extra_compile_args=["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

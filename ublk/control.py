@@ -1,0 +1,103 @@
+"""One function per ublk control command.
+
+Each opens /dev/ublk-control, sends one command on a ring of its own and waits: it may block for as long as the driver
+does (START_DEV until every tag is fetched, STOP_DEV until requests drain, DEL_DEV until references are gone), so the
+daemon calls these in a disposable process (`daemon/control_process.py`).  Raises `UblkError` with the kernel's errno.
+"""
+
+import os
+
+from . import _native
+from .abi import (
+    CONTROL_PATH,
+    DEVICE_ANY,
+    DEVICE_INFO_BYTES,
+    PARAMS_BYTES,
+    QUEUE_NONE,
+    Control,
+    DeviceInfo,
+    Parameters,
+)
+from .errors import UblkError
+
+_CPU_MASK_BYTES = 512
+
+
+def _send(
+    command: Control, device: int, buffer: bytearray | None = None, data: int = 0, queue: int = QUEUE_NONE
+) -> int:
+    try:
+        fd = os.open(CONTROL_PATH, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UblkError(CONTROL_PATH, error.errno or 0) from error
+    try:
+        view = _native.ffi.NULL if buffer is None else _native.ffi.from_buffer(buffer)
+        size = 0 if buffer is None else len(buffer)
+        result: int = _native.lib.uq_control(fd, command, device, queue, view, size, data)
+    finally:
+        os.close(fd)
+    if result < 0:
+        raise UblkError(f"{command.name} of device {'new' if device == DEVICE_ANY else device}", -result)
+    return result
+
+
+def get_features() -> int:
+    """GET_FEATURES (Linux 6.5): the `Feature` bits that this driver offers."""
+    buffer = bytearray(8)
+    _send(Control.GET_FEATURES, DEVICE_ANY, buffer)
+    return int.from_bytes(buffer, "little")
+
+
+def add_device(info: DeviceInfo) -> DeviceInfo:
+    """ADD_DEV: makes /dev/ublkcN.  The answer differs from what was asked: read flags, queues and sizes from it."""
+    buffer = bytearray(info.pack())
+    _send(Control.ADD_DEV, info.device_number, buffer)
+    return DeviceInfo.unpack(bytes(buffer))
+
+
+def delete_device(device: int) -> None:
+    """DEL_DEV: blocks until nobody holds /dev/ublkcN."""
+    _send(Control.DEL_DEV, device)
+
+
+def set_parameters(device: int, parameters: Parameters) -> None:
+    """SET_PARAMS: once, before START_DEV."""
+    _send(Control.SET_PARAMS, device, bytearray(parameters.pack().ljust(PARAMS_BYTES, b"\0")))
+
+
+def start_device(device: int, server_pid: int) -> None:
+    """START_DEV: blocks until every tag is fetched and the partition scan has been served.
+
+    `server_pid` is the process that opened /dev/ublkcN (checked by 7.x).
+    """
+    _send(Control.START_DEV, device, data=server_pid)
+
+
+def stop_device(device: int) -> None:
+    """STOP_DEV: removes the disk, waits for its requests, then cancels every fetched tag."""
+    _send(Control.STOP_DEV, device)
+
+
+def start_recovery(device: int) -> None:
+    """START_USER_RECOVERY: EBUSY until the device is QUIESCED."""
+    _send(Control.START_USER_RECOVERY, device)
+
+
+def end_recovery(device: int, server_pid: int) -> None:
+    """END_USER_RECOVERY: EBUSY until every tag is fetched again."""
+    _send(Control.END_USER_RECOVERY, device, data=server_pid)
+
+
+def device_info(device: int) -> DeviceInfo:
+    """GET_DEV_INFO."""
+    buffer = bytearray(DEVICE_INFO_BYTES)
+    _send(Control.GET_DEV_INFO, device, buffer)
+    return DeviceInfo.unpack(bytes(buffer))
+
+
+def queue_cpus(device: int, queue: int) -> list[int]:
+    """GET_QUEUE_AFFINITY: the CPUs whose requests come to this queue."""
+    buffer = bytearray(_CPU_MASK_BYTES)
+    _send(Control.GET_QUEUE_AFFINITY, device, buffer, data=queue)
+    mask = int.from_bytes(buffer, "little")
+    return [cpu for cpu in range(8 * _CPU_MASK_BYTES) if mask >> cpu & 1]

@@ -1,0 +1,84 @@
+/* See control.h. */
+#include "control.h"
+
+#include <errno.h>
+#include <liburing.h>
+#include <linux/close_range.h>
+#include <sched.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
+
+struct control_command { /* struct ublksrv_ctrl_cmd (include/uapi/linux/ublk_cmd.h) */
+	uint32_t device;
+	uint16_t queue, bytes;
+	uint64_t buffer, data;
+	uint16_t path_bytes, pad;
+	uint32_t reserved;
+};
+_Static_assert(sizeof(struct control_command) == 32, "ublksrv_ctrl_cmd");
+
+static int run(struct io_uring *ring)
+{
+	struct io_uring_cqe *cqe;
+	int e = io_uring_submit(ring);
+
+	if (e < 0)
+		return e;
+	do
+		e = io_uring_wait_cqe(ring, &cqe);
+	while (e == -EINTR);
+	return e ? e : cqe->res;
+}
+
+int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes, uint64_t data)
+{
+	struct control_command c = { .device = device, .queue = queue, .bytes = bytes,
+				     .buffer = (uintptr_t)buffer, .data = data };
+	struct io_uring_sqe *s;
+	struct io_uring ring;
+	int e = io_uring_queue_init(4, &ring, IORING_SETUP_SQE128);
+
+	if (e)
+		return e;
+	s = io_uring_get_sqe(&ring);
+	memset(s, 0, 128);
+	s->opcode = IORING_OP_URING_CMD;
+	s->fd = control_fd;
+	memcpy((char *)s + offsetof(struct io_uring_sqe, off), &op, sizeof op);
+	memcpy((char *)s + 48, &c, sizeof c);
+	e = run(&ring);
+	io_uring_queue_exit(&ring);
+	return e;
+}
+
+int uq_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) ? -errno : 0; }
+
+int uq_lock_memory(void) { return mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) ? -errno : 0; }
+
+int uq_private_mounts(void)
+{
+	if (unshare(CLONE_NEWNS))
+		return -errno;
+	return mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ? -errno : 0;
+}
+
+int uq_close_all_but(const int *keep, unsigned count)
+{
+	unsigned first = 0;
+
+	for (unsigned i = 0; i < count; i++) {
+		if ((unsigned)keep[i] > first && syscall(SYS_close_range, first, keep[i] - 1, 0))
+			return -errno;
+		first = (unsigned)keep[i] + 1;
+	}
+	return syscall(SYS_close_range, first, ~0u, 0) ? -errno : 0;
+}

@@ -1,0 +1,23 @@
+/* One ublk control command on a ring of its own, and the few process settings that Python has no call for. */
+#ifndef UQ_CONTROL_H
+#define UQ_CONTROL_H
+
+#include <stdint.h>
+
+/*
+ * Sends control command `op` (ioctl-encoded) for `device` and waits for it.  `queue` is 0xffff for most commands.
+ * The ring lives for this call only.  Returns the command's result: 0 or more, or a negative errno.
+ */
+int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes, uint64_t data);
+
+/* PR_SET_IO_FLUSHER (Linux 5.6, needs CAP_SYS_RESOURCE): this thread's allocations never wait for its own device.
+ * Returns 0 or a negative errno. */
+int uq_set_io_flusher(void);
+/* mlockall() of what is mapped and what will be touched.  Returns 0 or a negative errno. */
+int uq_lock_memory(void);
+/* A mount namespace of our own, private: a mount of our own device made later is not ours to hold. */
+int uq_private_mounts(void);
+/* Closes every descriptor but those listed in ascending order. */
+int uq_close_all_but(const int *keep, unsigned count);
+
+#endif

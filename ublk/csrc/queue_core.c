@@ -1,0 +1,519 @@
+/* Tags: the transition table, arrivals, completions, commits, deadlines.  See queue_core.h for the contract. */
+#include "queue_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Bits of ublksrv_io_desc.op_flags (include/uapi/linux/ublk_cmd.h): the operation, then positions in the same word. */
+#define IOD_OP_MASK 0xffu
+#define IOD_FUA (1u << 13)
+#define IOD_NOUNMAP (1u << 15)
+#define RES_NEED_GET_DATA 1
+/* Looking at every tag costs more than a turn; a deadline may be noticed this much late. */
+#define SCAN_MS 100
+
+/* Next state plus one, so that what is not named is illegal. */
+#define TO(state) (state) + 1
+static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
+	[UQ_KERNEL] = {
+		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_NEEDS_PLACE] = TO(UQ_WAIT_PLACE),
+		[UQ_EV_READY] = TO(UQ_WAIT_LINK),
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+	[UQ_WAIT_BUFFER] = {
+		[UQ_EV_BUFFER_TO_COPY] = TO(UQ_COPYING),
+		[UQ_EV_BUFFER_TO_SERVE] = TO(UQ_WAIT_LINK),
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+	[UQ_WAIT_PLACE] = {
+		[UQ_EV_ASK] = TO(UQ_PLACING),
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING) },
+	[UQ_PLACING] = {
+		[UQ_EV_PLACED] = TO(UQ_COPYING),
+		[UQ_EV_LINK_LOST] = TO(UQ_WAIT_PLACE),
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING) },
+	[UQ_COPYING] = {
+		[UQ_EV_COPIED] = TO(UQ_WAIT_LINK),
+		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_REQUEUED] = TO(UQ_KERNEL),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+	[UQ_WAIT_LINK] = {
+		[UQ_EV_HAND_OVER] = TO(UQ_SERVING),
+		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+	[UQ_SERVING] = {
+		[UQ_EV_LINK_LOST] = TO(UQ_WAIT_LINK),
+		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+	[UQ_FAILING] = {
+		[UQ_EV_REQUEUED] = TO(UQ_FAILING),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+	[UQ_COMMITTING] = { [UQ_EV_TAKEN] = TO(UQ_KERNEL) },
+	[UQ_GONE] = { 0 },
+};
+
+int uq_next_state(unsigned state, unsigned event)
+{
+	uint8_t next = state < UQ_STATES && event < UQ_EVENTS ? transitions[state][event] : 0;
+
+	return next ? next - 1 : UQ_ILLEGAL;
+}
+
+void uq_fail_now(struct uq *q, unsigned fault, unsigned tag, int detail)
+{
+	if (!q->fault) {
+		q->fault = fault;
+		q->fault_tag = tag;
+		q->fault_detail = detail;
+	}
+	q->attention |= UQ_ATT_FAULT;
+}
+
+bool uq_move(struct uq *q, struct uq_tag *t, enum uq_event event)
+{
+	uint8_t next = transitions[t->state][event];
+
+	if (!next) {
+		uq_fail_now(q, UQ_F_TRANSITION, uq_index(q, t), t->state << 8 | event);
+		return false;
+	}
+	t->state = next - 1;
+	return true;
+}
+
+static void command(struct uq *q, struct uq_tag *t, uint8_t op, int result, const uint8_t *address)
+{
+	unsigned at = (q->commands_first + q->commands_count) & q->commands_mask;
+
+	if (q->commands_count > q->commands_mask) {
+		uq_fail_now(q, UQ_F_OVERFLOW, uq_index(q, t), op);
+		return;
+	}
+	q->commands_count++;
+	q->commands[at] = (struct uq_command){
+		.tag = (uint16_t)uq_index(q, t), .op = op, .result = result, .address = (uintptr_t)address };
+}
+
+void uq_get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
+{
+	command(q, t, UQ_CMD_GET_DATA, 0, address);
+}
+
+/* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
+static uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
+{
+	if (t->op == UQ_READ && t->own_segment)
+		return uq_region_address(q, t);
+	if (t->slot != UQ_BUFFER_NONE && (t->op == UQ_READ || !q->config.need_get_data))
+		return uq_slot_address(q, t->slot);
+	return t->op == UQ_READ ? q->config.scratch : NULL;
+}
+
+static void count_result(struct uq *q, const struct uq_tag *t)
+{
+	struct uq_stats *s = q->config.stats;
+
+	if (t->op >= UQ_OPS)
+		return;
+	s->requests[t->op]++;
+	if (t->result < 0) {
+		s->errors++;
+		return;
+	}
+	s->bytes[t->op] += t->op == UQ_READ || t->op == UQ_WRITE ? (uint64_t)t->result : t->length;
+	if (t->op == UQ_READ)
+		s->kernel_read_bytes += (uint64_t)t->result;
+}
+
+void uq_finish(struct uq *q, struct uq_tag *t, int result)
+{
+	if (!uq_move(q, t, UQ_EV_FINISH))
+		return;
+	t->result = result;
+	count_result(q, t);
+	command(q, t, UQ_CMD_COMMIT, result, commit_address(q, t));
+}
+
+/* A write that still waits for its data can only be committed after the kernel has copied it somewhere. */
+static void fail_uncopied(struct uq *q, struct uq_tag *t, int error)
+{
+	if (!uq_move(q, t, UQ_EV_FAIL_UNCOPIED))
+		return;
+	t->result = error;
+	uq_get_data(q, t, q->config.scratch);
+}
+
+static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
+{
+	return t->op == UQ_WRITE && q->config.need_get_data && !t->copied;
+}
+
+void uq_fail(struct uq *q, struct uq_tag *t, int error)
+{
+	if (t->state == UQ_WAIT_BUFFER)
+		uq_stop_waiting(q, t);
+	if (waits_for_data(q, t))
+		fail_uncopied(q, t, error);
+	else
+		uq_finish(q, t, error);
+}
+
+/* Data (if any) and buffer are there: on to the backend, or wait for one. */
+void uq_ready(struct uq *q, struct uq_tag *t)
+{
+	if (t->doomed || (q->giving_up && q->link != UQ_LINK_UP))
+		uq_fail(q, t, -EIO);
+	else if (q->link == UQ_LINK_UP)
+		uq_hand_over(q, t);
+}
+
+static bool read_descriptor(struct uq *q, struct uq_tag *t)
+{
+	const struct uq_iod *d = &q->config.descriptors[uq_index(q, t)];
+	uint32_t op_flags = d->op_flags;
+
+	t->op = op_flags & IOD_OP_MASK;
+	t->flags = (op_flags & IOD_FUA ? UQ_FUA : 0) | (op_flags & IOD_NOUNMAP ? UQ_NOUNMAP : 0);
+	t->offset = d->start_sector << 9;
+	t->length = (uint64_t)d->sectors << 9;
+	if (t->op == UQ_READ || t->op == UQ_WRITE)
+		return t->length && t->length <= q->config.max_io_bytes;
+	return t->op == UQ_FLUSH || t->op == UQ_DISCARD || t->op == UQ_WRITE_ZEROES;
+}
+
+static void begin(struct uq *q, struct uq_tag *t)
+{
+	struct uq_stats *s = q->config.stats;
+
+	t->sequence = ++q->sequence;
+	t->arrived_ms = q->now_ms;
+	t->copied = t->given = t->doomed = t->overdue = false;
+	if (++s->in_flight > s->in_flight_max)
+		s->in_flight_max = s->in_flight;
+}
+
+static void route_write(struct uq *q, struct uq_tag *t)
+{
+	if (q->giving_up && q->link != UQ_LINK_UP) {
+		fail_uncopied(q, t, -EIO);
+	} else if (q->config.place_in_backend) {
+		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && q->link == UQ_LINK_UP)
+			uq_ask_place(q, t);
+	} else {
+		uq_need_buffer(q, t);
+	}
+}
+
+static void route(struct uq *q, struct uq_tag *t, int res)
+{
+	bool lends = t->op == UQ_READ && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
+
+	if (res == RES_NEED_GET_DATA) {
+		route_write(q, t);
+		return;
+	}
+	if (t->op == UQ_WRITE) {
+		t->copied = true;
+		q->config.stats->kernel_write_bytes += t->length;
+	}
+	if (lends)
+		uq_need_buffer(q, t);
+	else if (uq_move(q, t, UQ_EV_READY))
+		uq_ready(q, t);
+}
+
+static void arrive(struct uq *q, struct uq_tag *t, int res)
+{
+	bool usable = read_descriptor(q, t);
+	bool asks = res == RES_NEED_GET_DATA;
+
+	begin(q, t);
+	/* The driver asks for a buffer exactly for the writes of a device that wants it; else address 0 was copied to. */
+	if (asks != (t->op == UQ_WRITE && q->config.need_get_data)) {
+		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
+	} else if (!usable) {
+		q->config.stats->unsupported++;
+		uq_fail(q, t, t->op == UQ_READ || t->op == UQ_WRITE ? -EINVAL : -EOPNOTSUPP);
+	} else {
+		route(q, t, res);
+	}
+}
+
+static void copied(struct uq *q, struct uq_tag *t)
+{
+	uint64_t length = (uint64_t)q->config.descriptors[uq_index(q, t)].sectors << 9;
+
+	if (length < t->length) {
+		q->config.stats->short_copies++;
+		t->length = length;
+	}
+	q->config.stats->kernel_write_bytes += t->length;
+	t->copied = true;
+	if (t->doomed) {
+		uq_finish(q, t, -EIO);
+	} else if (t->own_segment && uq_region_orphaned(q, t)) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			uq_need_buffer(q, t);
+	} else if (uq_move(q, t, UQ_EV_COPIED)) {
+		uq_ready(q, t);
+	}
+}
+
+/* Drops whatever buffer the tag holds, when nobody reads or writes it any more. */
+static void let_go(struct uq *q, struct uq_tag *t)
+{
+	if (t->own_segment)
+		uq_region_back(q, t, true);
+	if (q->config.need_get_data && t->slot != UQ_BUFFER_NONE)
+		uq_slot_back(q, t);
+	q->config.stats->in_flight--;
+}
+
+static void aborted(struct uq *q, struct uq_tag *t, int res)
+{
+	bool busy = t->state != UQ_KERNEL;
+
+	if (!uq_move(q, t, UQ_EV_ABORTED))
+		return;
+	if (busy)
+		let_go(q, t);
+	if (res != -ENODEV && res != -ECANCELED)
+		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
+	if (++q->gone == q->config.depth)
+		q->attention |= UQ_ATT_GONE;
+}
+
+/* The driver could copy nothing and will send the request again, as a new one. */
+static void requeued(struct uq *q, struct uq_tag *t)
+{
+	q->config.stats->requeues++;
+	if (!uq_move(q, t, UQ_EV_REQUEUED))
+		return;
+	if (t->state == UQ_FAILING) {
+		uq_get_data(q, t, q->config.scratch);
+		return;
+	}
+	let_go(q, t);
+	arrive(q, t, RES_NEED_GET_DATA);
+}
+
+void uq_complete(struct uq *q, unsigned tag, int res)
+{
+	struct uq_tag *t = &q->tags[tag];
+
+	if (tag >= q->config.depth)
+		uq_fail_now(q, UQ_F_COMPLETION, tag, res);
+	else if (res < 0)
+		aborted(q, t, res);
+	else if (t->state == UQ_KERNEL)
+		arrive(q, t, res);
+	else if (t->state != UQ_COPYING && t->state != UQ_FAILING)
+		uq_fail_now(q, UQ_F_COMPLETION, tag, t->state << 8 | res);
+	else if (res == RES_NEED_GET_DATA)
+		requeued(q, t);
+	else if (t->state == UQ_COPYING)
+		copied(q, t);
+	else
+		uq_finish(q, t, t->result);
+}
+
+unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max)
+{
+	unsigned count = q->commands_count < max ? q->commands_count : max;
+
+	for (unsigned i = 0; i < count; i++)
+		out[i] = q->commands[(q->commands_first + i) & q->commands_mask];
+	return count;
+}
+
+static void commit_taken(struct uq *q, struct uq_tag *t)
+{
+	q->config.stats->commits++;
+	if (uq_move(q, t, UQ_EV_TAKEN))
+		let_go(q, t);
+}
+
+void uq_commands_taken(struct uq *q, unsigned count)
+{
+	while (count-- && q->commands_count) {
+		struct uq_command c = q->commands[q->commands_first];
+
+		q->commands_first = (q->commands_first + 1) & q->commands_mask;
+		q->commands_count--;
+		if (c.op == UQ_CMD_COMMIT)
+			commit_taken(q, &q->tags[c.tag]);
+	}
+}
+
+/* A backend that holds a request past its deadline is cut off: only its death makes the buffer safe to reuse. */
+static void overdue(struct uq *q, struct uq_tag *t)
+{
+	if (!t->overdue) {
+		t->overdue = true;
+		q->config.stats->timeouts++;
+		q->attention |= UQ_ATT_SILENT;
+	}
+	if (!q->config.fail_on_timeout)
+		return;
+	switch (t->state) {
+	case UQ_WAIT_BUFFER:
+	case UQ_WAIT_PLACE:
+	case UQ_WAIT_LINK:
+		uq_fail(q, t, -ETIMEDOUT);
+		break;
+	case UQ_PLACING:
+	case UQ_SERVING:
+		t->doomed = true;
+		uq_link_cut(q, UQ_V_SILENT);
+		break;
+	default:
+		t->doomed = true;
+	}
+}
+
+static bool pending(const struct uq_tag *t)
+{
+	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING;
+}
+
+void uq_tick(struct uq *q, uint64_t now_ms)
+{
+	q->now_ms = now_ms;
+	if (!q->config.timeout_ms || !q->config.stats->in_flight || now_ms - q->scanned_ms < SCAN_MS)
+		return;
+	q->scanned_ms = now_ms;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+
+		if (pending(t) && now_ms - t->arrived_ms >= q->config.timeout_ms)
+			overdue(q, t);
+	}
+}
+
+void uq_give_up(struct uq *q)
+{
+	q->giving_up = true;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+		bool waits = t->state == UQ_WAIT_PLACE || t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_BUFFER;
+
+		if (waits && q->link != UQ_LINK_UP)
+			uq_fail(q, t, -EIO);
+	}
+}
+
+int uq_start(struct uq *q)
+{
+	unsigned class = uq_class_for(q, q->config.max_io_bytes);
+	struct uq_stock *s = &q->stock[class];
+
+	if (!q->config.need_get_data && s->count < q->config.depth)
+		return -1;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+		uint8_t *address = NULL;
+
+		if (!q->config.need_get_data) {
+			t->class = (uint8_t)class;
+			t->slot = s->slots[--s->count];
+			q->config.slots[t->slot].tag = i + 1;
+			address = uq_slot_address(q, t->slot);
+			q->config.stats->buffers_lent++;
+		}
+		command(q, t, UQ_CMD_FETCH, 0, address);
+	}
+	return 0;
+}
+
+unsigned uq_attention(const struct uq *q)
+{
+	unsigned bits = q->attention | (q->output_count ? UQ_ATT_OUTPUT : 0);
+
+	for (unsigned c = 0; c < q->config.classes; c++)
+		if (uq_stock_want(q, c))
+			bits |= UQ_ATT_STOCK;
+	return bits;
+}
+
+void uq_attention_clear(struct uq *q, unsigned bits) { q->attention &= ~bits; }
+
+int uq_fault(const struct uq *q, unsigned *tag, int *detail)
+{
+	*tag = q->fault_tag;
+	*detail = q->fault_detail;
+	return q->fault;
+}
+
+unsigned uq_in_flight(const struct uq *q) { return (unsigned)q->config.stats->in_flight; }
+
+int uq_tag_state(const struct uq *q, unsigned tag) { return tag < q->config.depth ? q->tags[tag].state : -1; }
+
+unsigned uq_queue_number(const struct uq *q) { return q->config.queue; }
+
+struct uq_stats *uq_stats_of(struct uq *q) { return q->config.stats; }
+
+static bool usable(const struct uq_config *c)
+{
+	return c->depth && c->depth <= 4096 && c->classes && c->classes <= UQ_CLASSES_MAX && c->block_bytes >= 512 &&
+	       c->descriptors && c->pool && c->slots && c->scratch && c->stats &&
+	       c->class[c->classes - 1].buffer_bytes >= c->max_io_bytes && (c->need_get_data || !c->place_in_backend);
+}
+
+static bool allocate(struct uq *q)
+{
+	unsigned depth = q->config.depth, room = 1;
+
+	while (room < depth)
+		room *= 2;
+	q->commands_mask = room - 1;
+	q->output_max = 4 * depth + 16;
+	q->tags = calloc(depth, sizeof *q->tags);
+	q->commands = calloc(room, sizeof *q->commands);
+	q->output = calloc(q->output_max, sizeof *q->output);
+	q->lent = calloc(depth, sizeof *q->lent);
+	q->replay = calloc(depth, sizeof *q->replay);
+	for (unsigned c = 0; c < q->config.classes; c++) {
+		q->stock[c].slots = calloc(q->config.class[c].count, sizeof(uint32_t));
+		q->stock[c].first_waiter = q->stock[c].last_waiter = UQ_NO_TAG;
+		if (!q->stock[c].slots)
+			return false;
+	}
+	return q->tags && q->commands && q->output && q->lent && q->replay;
+}
+
+struct uq *uq_new(const struct uq_config *config)
+{
+	struct uq *q = usable(config) ? calloc(1, sizeof *q) : NULL;
+
+	if (!q)
+		return NULL;
+	q->config = *config;
+	if (!allocate(q)) {
+		uq_free(q);
+		return NULL;
+	}
+	for (unsigned i = 0; i < config->depth; i++)
+		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG, .lent_index = UQ_NO_TAG };
+	memset(config->stats, 0, sizeof *config->stats);
+	return q;
+}
+
+void uq_free(struct uq *q)
+{
+	if (!q)
+		return;
+	for (unsigned c = 0; c < q->config.classes; c++)
+		free(q->stock[c].slots);
+	free(q->tags);
+	free(q->commands);
+	free(q->output);
+	free(q->lent);
+	free(q->replay);
+	free(q);
+}

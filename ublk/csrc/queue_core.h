@@ -1,0 +1,195 @@
+/*
+ * The queue's state machine: what happens to each tag from the kernel's completion to the commit.
+ *
+ * Owns the tags, the stock of pool buffers and the outgoing commands and descriptors of one hardware queue.  Makes no
+ * system call, reads no clock, allocates nothing after uq_new(): the ring (queue_ring.c) or a test's fake driver feeds
+ * completions in and takes commands out, a transport feeds answers in and takes descriptors out.
+ *
+ * Used by one task.  `workers/tag_state.py` holds the transition table in Python; a test compares the two.
+ */
+#ifndef UQ_QUEUE_CORE_H
+#define UQ_QUEUE_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+	UQ_CLASSES_MAX = 8,
+	UQ_SEGMENTS_MAX = 8,
+	UQ_STATS_BYTES = 4096,
+	UQ_BUFFER_NONE = 0xffffffffu,
+};
+
+/* The wire's descriptor, see bufpool/wire.py. */
+struct uq_descriptor {
+	uint8_t kind, op;
+	uint16_t flags;
+	uint32_t device;
+	uint16_t queue, tag;
+	uint32_t epoch;
+	uint64_t sequence, offset, length;
+	int32_t result;
+	uint32_t segment;
+	uint64_t buffer, reserved;
+};
+_Static_assert(sizeof(struct uq_descriptor) == 64, "descriptor");
+
+enum uq_kind {
+	UQ_REQUEST = 1, UQ_PLACE, UQ_DATA, UQ_RELEASE, UQ_WELCOME, UQ_FENCE,
+	UQ_PLACED = 16, UQ_REJECT, UQ_DONE, UQ_HELLO, UQ_FENCED,
+};
+enum uq_op { UQ_READ, UQ_WRITE, UQ_FLUSH, UQ_DISCARD, UQ_WRITE_ZEROES = 5, UQ_OPS = 6 };
+enum uq_flag { UQ_FUA = 1, UQ_NOUNMAP = 2, UQ_REGION = 4, UQ_REPLAY = 8 };
+
+/* struct ublksrv_io_desc (include/uapi/linux/ublk_cmd.h). */
+struct uq_iod {
+	uint32_t op_flags, sectors;
+	uint64_t start_sector, address;
+};
+_Static_assert(sizeof(struct uq_iod) == 24, "ublksrv_io_desc");
+
+enum uq_state {
+	UQ_KERNEL,      /* fetched: the kernel may complete it with a request */
+	UQ_WAIT_BUFFER, /* needs a pool buffer and there is none */
+	UQ_WAIT_PLACE,  /* a write whose place has not been asked for: no backend */
+	UQ_PLACING,     /* PLACE sent */
+	UQ_COPYING,     /* NEED_GET_DATA sent: the kernel copies into the buffer */
+	UQ_WAIT_LINK,   /* ready for a backend, and there is none */
+	UQ_SERVING,     /* the backend has it */
+	UQ_FAILING,     /* NEED_GET_DATA sent into scratch: the only way to fail a write that waits for its data */
+	UQ_COMMITTING,  /* commit written, not yet taken by the kernel */
+	UQ_GONE,        /* the kernel took the tag away */
+	UQ_STATES,
+};
+
+enum uq_event {
+	UQ_EV_NEEDS_BUFFER, UQ_EV_NEEDS_PLACE, UQ_EV_READY, UQ_EV_BUFFER_TO_COPY, UQ_EV_BUFFER_TO_SERVE, UQ_EV_ASK,
+	UQ_EV_PLACED, UQ_EV_FAIL_UNCOPIED, UQ_EV_COPIED, UQ_EV_RESCUE, UQ_EV_REQUEUED, UQ_EV_HAND_OVER, UQ_EV_LINK_LOST,
+	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED,
+	UQ_EVENTS,
+};
+#define UQ_ILLEGAL 0xff
+
+enum uq_link { UQ_LINK_NONE, UQ_LINK_EXPECTED, UQ_LINK_UP, UQ_LINK_CUT };
+
+/* What uq_attention() asks of the owner, as bits. */
+enum uq_attention {
+	UQ_ATT_OUTPUT = 1,    /* descriptors wait to be sent */
+	UQ_ATT_STOCK = 2,     /* buffers should be leased or returned */
+	UQ_ATT_CUT = 4,       /* the backend broke the protocol: see uq_violation() */
+	UQ_ATT_GONE = 8,      /* every tag is gone: the device stopped */
+	UQ_ATT_FAULT = 16,    /* our own error: see uq_fault() */
+	UQ_ATT_SILENT = 32,   /* a request is past its deadline */
+	UQ_ATT_LINK = 64,     /* the link came up */
+};
+
+enum uq_violation {
+	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
+	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_VIOLATIONS,
+};
+
+enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
+
+/* A queue's counters, in the control segment; `workers/statistics.py` names them in this order. */
+struct uq_stats {
+	uint64_t requests[UQ_OPS], bytes[UQ_OPS];
+	uint64_t errors, in_flight, in_flight_max, buffers_held, buffers_lent, buffers_waiting, buffers_waited;
+	uint64_t kernel_write_bytes, kernel_read_bytes, own_copy_bytes;
+	uint64_t requeues, short_copies, replays, rescues, violations, stale_answers, timeouts, unsupported;
+	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
+};
+_Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
+
+/* A slot's header in the control segment, see bufpool/arena.py. */
+struct uq_slot {
+	uint32_t owner, epoch, tag, sequence;
+};
+
+struct uq_class {
+	uint64_t base_offset;
+	uint32_t buffer_bytes, count, first_slot, reserve;
+	uint32_t batch; /* buffers asked for at a time */
+};
+
+enum uq_command_op { UQ_CMD_FETCH, UQ_CMD_GET_DATA, UQ_CMD_COMMIT };
+struct uq_command {
+	uint16_t tag;
+	uint8_t op;
+	int32_t result;
+	uint64_t address;
+};
+
+struct uq_config {
+	uint32_t device, epoch, max_io_bytes, block_bytes;
+	uint16_t queue, depth;
+	uint8_t need_get_data, place_in_backend, fail_on_timeout;
+	uint32_t timeout_ms; /* 0: none */
+	uint32_t classes;
+	struct uq_class class[UQ_CLASSES_MAX];
+	const struct uq_iod *descriptors;
+	uint8_t *pool;
+	struct uq_slot *slots; /* headers of all slots of the pool */
+	uint8_t *scratch;      /* max_io_bytes, private */
+	struct uq_stats *stats;
+};
+
+struct uq;
+
+/* Returns NULL if memory is short or the config is not usable. */
+struct uq *uq_new(const struct uq_config *config);
+void uq_free(struct uq *q);
+
+/* Fetch every tag; with need_get_data off each takes a buffer for good.  Returns 0, or -1 if the stock is too small. */
+int uq_start(struct uq *q);
+
+/* The kernel completed `tag`'s command with `res`. */
+void uq_complete(struct uq *q, unsigned tag, int res);
+
+/* Copies up to `max` commands out; uq_commands_taken() says how many of them io_uring_enter has consumed. */
+unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
+void uq_commands_taken(struct uq *q, unsigned count);
+
+/* Descriptors for the backend: a view, and how many of them were sent. */
+unsigned uq_output(struct uq *q, const struct uq_descriptor **first);
+void uq_output_sent(struct uq *q, unsigned count);
+
+/* A frame of the backend's.  A frame that breaks the protocol cuts the link. */
+void uq_input(struct uq *q, const void *frame, size_t bytes);
+
+/* The supervisor says which backend to expect: its own segment (number 0 for none) and how it answers reads.
+ * Returns -1 while too many segments of dead backends still hold data. */
+int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own);
+/* Stop talking to the backend; what it holds stays with it until uq_link_lost(). */
+void uq_link_cut(struct uq *q, int violation);
+/* The backend is dead or has let go of everything: its requests wait for the next one. */
+void uq_link_lost(struct uq *q);
+int uq_link_state(const struct uq *q);
+/* A dead backend's segment that holds no data any more and can be unmapped: its number, or 0. */
+uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes);
+
+/* Buffers.  uq_stock_want() < 0: return that many of the class (uq_stock_take), > 0: lease that many. */
+int uq_stock_want(const struct uq *q, unsigned class);
+void uq_stock_asked(struct uq *q, unsigned class, unsigned count);
+int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count);
+unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max);
+void uq_stock_recall(struct uq *q, unsigned class);
+unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
+
+/* The clock, in milliseconds; also notices requests past their deadline. */
+void uq_tick(struct uq *q, uint64_t now_ms);
+/* From now on every request fails with EIO instead of waiting for a backend: the device is going. */
+void uq_give_up(struct uq *q);
+
+unsigned uq_attention(const struct uq *q);
+void uq_attention_clear(struct uq *q, unsigned bits);
+int uq_violation(const struct uq *q, struct uq_descriptor *culprit);
+int uq_fault(const struct uq *q, unsigned *tag, int *detail);
+unsigned uq_in_flight(const struct uq *q);
+int uq_tag_state(const struct uq *q, unsigned tag);
+unsigned uq_queue_number(const struct uq *q);
+struct uq_stats *uq_stats_of(struct uq *q);
+
+/* The transition table, for the test that compares it with Python's. */
+int uq_next_state(unsigned state, unsigned event);
+
+#endif

@@ -1,0 +1,89 @@
+/* What queue_core.c, queue_stock.c and queue_link.c share and nobody else sees. */
+#ifndef UQ_QUEUE_INTERNAL_H
+#define UQ_QUEUE_INTERNAL_H
+
+#include "queue_core.h"
+
+#include <stdbool.h>
+
+#define UQ_NO_TAG 0xffffu
+
+struct uq_tag {
+	uint64_t sequence, offset, length, arrived_ms;
+	uint64_t own_buffer;   /* in own_segment */
+	uint32_t own_segment;  /* region that a backend named, 0 for none */
+	uint32_t slot;         /* pool buffer, UQ_BUFFER_NONE for none */
+	int32_t result;
+	uint16_t flags;
+	uint16_t next_waiter;
+	uint16_t lent_index;   /* place in uq.lent while a write's own region is lent */
+	uint8_t state, op, class;
+	bool copied;           /* a write's data is in its buffer */
+	bool given;            /* a backend has seen it */
+	bool doomed;           /* fails as soon as nobody touches its buffer */
+	bool overdue;
+};
+
+struct uq_stock {
+	uint32_t *slots;
+	unsigned count, held, pending, waiting;
+	uint16_t first_waiter, last_waiter;
+	bool recalled;
+};
+
+struct uq_segment {
+	uint8_t *base;
+	uint64_t bytes;
+	uint32_t number;
+	unsigned data_tags; /* writes whose only copy of the data lies here, and reads not yet taken by the kernel */
+	bool live;
+};
+
+struct uq {
+	struct uq_config config;
+	struct uq_tag *tags;
+	struct uq_stock stock[UQ_CLASSES_MAX];
+	struct uq_segment segments[UQ_SEGMENTS_MAX];
+	struct uq_command *commands;
+	unsigned commands_first, commands_count, commands_mask;
+	struct uq_descriptor *output;
+	unsigned output_first, output_count, output_max;
+	uint16_t *lent;
+	unsigned lent_count;
+	uint16_t *replay; /* room to sort the tags that wait */
+	uint64_t sequence, now_ms, scanned_ms;
+	unsigned attention, gone;
+	uint32_t own_segment; /* the attached backend's, 0 for none */
+	uint8_t link;
+	bool reads_own, giving_up;
+	int violation, fault, fault_detail;
+	unsigned fault_tag;
+	struct uq_descriptor culprit;
+};
+
+/* queue_core.c */
+bool uq_move(struct uq *q, struct uq_tag *t, enum uq_event event);
+void uq_fail_now(struct uq *q, unsigned fault, unsigned tag, int detail);
+void uq_finish(struct uq *q, struct uq_tag *t, int result);
+void uq_fail(struct uq *q, struct uq_tag *t, int error);
+void uq_get_data(struct uq *q, struct uq_tag *t, uint8_t *address);
+void uq_ready(struct uq *q, struct uq_tag *t);
+static inline unsigned uq_index(const struct uq *q, const struct uq_tag *t) { return (unsigned)(t - q->tags); }
+
+/* queue_stock.c */
+unsigned uq_class_for(const struct uq *q, uint64_t bytes);
+void uq_need_buffer(struct uq *q, struct uq_tag *t);
+void uq_stop_waiting(struct uq *q, struct uq_tag *t);
+void uq_slot_back(struct uq *q, struct uq_tag *t);
+uint8_t *uq_slot_address(const struct uq *q, uint32_t slot);
+uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);
+
+/* queue_link.c */
+void uq_hand_over(struct uq *q, struct uq_tag *t);
+void uq_ask_place(struct uq *q, struct uq_tag *t);
+void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer);
+void uq_region_back(struct uq *q, struct uq_tag *t, bool tell);
+uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t);
+bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t);
+
+#endif

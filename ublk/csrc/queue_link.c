@@ -1,0 +1,446 @@
+/* The link to the backend: descriptors out, answers in and judged, regions that the backend names. */
+#include "queue_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ERRNO_MAX 4095
+
+static struct uq_segment *find_segment(const struct uq *q, uint32_t number)
+{
+	for (unsigned i = 0; number && i < UQ_SEGMENTS_MAX; i++)
+		if (q->segments[i].number == number)
+			return (struct uq_segment *)&q->segments[i];
+	return NULL;
+}
+
+static void lend(struct uq *q, struct uq_tag *t)
+{
+	t->lent_index = (uint16_t)q->lent_count;
+	q->lent[q->lent_count++] = (uint16_t)uq_index(q, t);
+}
+
+static void unlend(struct uq *q, struct uq_tag *t)
+{
+	uint16_t last;
+
+	if (t->lent_index == UQ_NO_TAG)
+		return;
+	last = q->lent[--q->lent_count];
+	q->lent[t->lent_index] = last;
+	q->tags[last].lent_index = t->lent_index;
+	t->lent_index = UQ_NO_TAG;
+}
+
+void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer)
+{
+	t->own_segment = q->own_segment;
+	t->own_buffer = buffer;
+	find_segment(q, q->own_segment)->data_tags++;
+	if (t->op == UQ_WRITE)
+		lend(q, t);
+}
+
+uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
+{
+	return find_segment(q, t->own_segment)->base + t->own_buffer;
+}
+
+bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
+{
+	return !find_segment(q, t->own_segment)->live;
+}
+
+static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
+{
+	struct uq_descriptor *d;
+
+	if (q->output_first + q->output_count == q->output_max && q->output_first) {
+		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
+		q->output_first = 0;
+	}
+	if (q->output_first + q->output_count == q->output_max) {
+		uq_fail_now(q, UQ_F_OVERFLOW, uq_index(q, t), kind);
+		return NULL;
+	}
+	d = &q->output[q->output_first + q->output_count++];
+	*d = (struct uq_descriptor){
+		.kind = kind, .op = t->op, .flags = t->flags, .device = q->config.device, .queue = q->config.queue,
+		.tag = (uint16_t)uq_index(q, t), .epoch = q->config.epoch, .sequence = t->sequence,
+		.offset = t->offset, .length = t->length };
+	return d;
+}
+
+void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
+{
+	struct uq_segment *s = find_segment(q, t->own_segment);
+	struct uq_descriptor *d;
+
+	unlend(q, t);
+	s->data_tags--;
+	if (tell && s->live && q->link == UQ_LINK_UP) {
+		d = put(q, t, UQ_RELEASE);
+		if (d) {
+			d->segment = t->own_segment;
+			d->buffer = t->own_buffer;
+		}
+	}
+	t->own_segment = 0;
+}
+
+static bool overlaps_lent(const struct uq *q, const struct uq_tag *t, uint64_t start)
+{
+	for (unsigned i = 0; i < q->lent_count; i++) {
+		const struct uq_tag *other = &q->tags[q->lent[i]];
+
+		if (other->own_segment == q->own_segment && start < other->own_buffer + other->length &&
+		    other->own_buffer < start + t->length)
+			return true;
+	}
+	return false;
+}
+
+static int judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length)
+{
+	const struct uq_segment *s = find_segment(q, q->own_segment);
+
+	if (!s || d->segment != q->own_segment)
+		return UQ_V_SEGMENT;
+	if (d->buffer > s->bytes || length > s->bytes - d->buffer)
+		return UQ_V_RANGE;
+	return d->buffer % q->config.block_bytes ? UQ_V_ALIGNMENT : UQ_V_NONE;
+}
+
+static void name_buffer(struct uq *q, struct uq_tag *t, struct uq_descriptor *d)
+{
+	if (t->op != UQ_READ && t->op != UQ_WRITE)
+		return;
+	if (t->own_segment) {
+		d->segment = t->own_segment;
+		d->buffer = t->own_buffer;
+	} else if (t->slot != UQ_BUFFER_NONE) {
+		d->segment = 1;
+		d->buffer = uq_slot_offset(q, t->slot);
+	}
+}
+
+void uq_hand_over(struct uq *q, struct uq_tag *t)
+{
+	bool lacks_buffer = t->op == UQ_READ && t->slot == UQ_BUFFER_NONE && !q->reads_own;
+	struct uq_descriptor *d;
+
+	if (lacks_buffer) {
+		uq_need_buffer(q, t);
+		return;
+	}
+	if (!uq_move(q, t, UQ_EV_HAND_OVER))
+		return;
+	d = put(q, t, t->own_segment ? UQ_DATA : UQ_REQUEST);
+	if (!d)
+		return;
+	name_buffer(q, t, d);
+	if (t->given) {
+		d->flags |= UQ_REPLAY;
+		q->config.stats->replays++;
+	}
+	t->given = true;
+}
+
+void uq_ask_place(struct uq *q, struct uq_tag *t)
+{
+	if (uq_move(q, t, UQ_EV_ASK))
+		put(q, t, UQ_PLACE);
+}
+
+unsigned uq_output(struct uq *q, const struct uq_descriptor **first)
+{
+	*first = q->output + q->output_first;
+	return q->output_count;
+}
+
+void uq_output_sent(struct uq *q, unsigned count)
+{
+	if (count > q->output_count)
+		count = q->output_count;
+	q->config.stats->descriptors_out += count;
+	q->output_first += count;
+	q->output_count -= count;
+	if (!q->output_count)
+		q->output_first = 0;
+}
+
+static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
+{
+	if (d)
+		q->culprit = *d;
+	else
+		memset(&q->culprit, 0, sizeof q->culprit);
+	uq_link_cut(q, violation);
+}
+
+static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+{
+	int wrong = judge_region(q, d, t->length);
+
+	if (!wrong && overlaps_lent(q, t, d->buffer))
+		wrong = UQ_V_LENT;
+	if (wrong) {
+		uq_fail(q, t, -EIO);
+		violate(q, wrong, d);
+		return;
+	}
+	if (!uq_move(q, t, UQ_EV_PLACED))
+		return;
+	uq_region_take(q, t, d->buffer);
+	uq_get_data(q, t, uq_region_address(q, t));
+}
+
+static void answer_reject(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+{
+	bool is_errno = d->result < 0 && d->result >= -ERRNO_MAX;
+
+	uq_fail(q, t, is_errno ? d->result : -EIO);
+	if (!is_errno)
+		violate(q, UQ_V_RESULT, d);
+}
+
+static int judge_done(const struct uq *q, const struct uq_tag *t, const struct uq_descriptor *d)
+{
+	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+
+	if (d->result < -ERRNO_MAX)
+		return UQ_V_RESULT;
+	if (d->result <= 0)
+		return UQ_V_NONE;
+	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
+		return UQ_V_RESULT;
+	if (t->op == UQ_READ && d->flags & UQ_REGION)
+		return q->config.need_get_data ? judge_region(q, d, t->length) : UQ_V_REGION;
+	return t->op == UQ_READ && t->slot == UQ_BUFFER_NONE ? UQ_V_REGION : UQ_V_NONE;
+}
+
+static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+{
+	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+	int wrong = judge_done(q, t, d);
+
+	if (wrong) {
+		t->doomed = true;
+		violate(q, wrong, d);
+		return;
+	}
+	if (t->op == UQ_WRITE && t->own_segment)
+		uq_region_back(q, t, false);
+	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
+		uq_region_take(q, t, d->buffer);
+	/* Moving no byte of a read or write would make the kernel send the rest again, for ever. */
+	uq_finish(q, t, moves && d->result == 0 ? -EIO : d->result);
+}
+
+static int compare_sequence(const void *a, const void *b, void *context)
+{
+	const struct uq *q = context;
+	uint64_t x = q->tags[*(const uint16_t *)a].sequence, y = q->tags[*(const uint16_t *)b].sequence;
+
+	return x < y ? -1 : x > y;
+}
+
+static bool waits_for_link(const struct uq_tag *t) { return t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_PLACE; }
+
+/* What no backend has answered goes to this one, in the order in which it came. */
+static void hand_over_waiting(struct uq *q)
+{
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < q->config.depth; i++)
+		if (waits_for_link(&q->tags[i]))
+			q->replay[count++] = (uint16_t)i;
+	qsort_r(q->replay, count, sizeof *q->replay, compare_sequence, q);
+	for (unsigned i = 0; i < count; i++) {
+		struct uq_tag *t = &q->tags[q->replay[i]];
+
+		if (t->state == UQ_WAIT_LINK)
+			uq_ready(q, t);
+		else if (t->state == UQ_WAIT_PLACE)
+			uq_ask_place(q, t);
+	}
+}
+
+static void hello(struct uq *q, const struct uq_descriptor *d)
+{
+	struct uq_descriptor *welcome;
+
+	if (q->link != UQ_LINK_EXPECTED) {
+		violate(q, UQ_V_UNEXPECTED, d);
+		return;
+	}
+	q->link = UQ_LINK_UP;
+	q->attention |= UQ_ATT_LINK;
+	welcome = put(q, &q->tags[0], UQ_WELCOME);
+	if (welcome)
+		*welcome = (struct uq_descriptor){ .kind = UQ_WELCOME, .device = q->config.device,
+						   .queue = q->config.queue, .epoch = q->config.epoch };
+	hand_over_waiting(q);
+}
+
+static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
+{
+	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth;
+}
+
+static bool is_stale(const struct uq *q, const struct uq_descriptor *d)
+{
+	return d->epoch < q->config.epoch || (d->epoch == q->config.epoch && d->sequence < q->tags[d->tag].sequence);
+}
+
+static void answer(struct uq *q, const struct uq_descriptor *d)
+{
+	struct uq_tag *t = &q->tags[d->tag];
+
+	if (is_stale(q, d))
+		q->config.stats->stale_answers++;
+	else if (d->epoch != q->config.epoch || d->sequence != t->sequence)
+		violate(q, UQ_V_IDENTITY, d);
+	else if (t->state == UQ_PLACING && d->kind == UQ_PLACED)
+		answer_placed(q, t, d);
+	else if (t->state == UQ_PLACING && d->kind == UQ_REJECT)
+		answer_reject(q, t, d);
+	else if (t->state == UQ_SERVING && d->kind == UQ_DONE)
+		answer_done(q, t, d);
+	else
+		violate(q, UQ_V_UNEXPECTED, d);
+}
+
+static void receive(struct uq *q, const struct uq_descriptor *d)
+{
+	bool known = d->kind == UQ_PLACED || d->kind == UQ_REJECT || d->kind == UQ_DONE;
+
+	if (!is_ours(q, d))
+		violate(q, UQ_V_IDENTITY, d);
+	else if (d->kind == UQ_HELLO)
+		hello(q, d);
+	else if (!known)
+		violate(q, UQ_V_KIND, d);
+	else if (q->link != UQ_LINK_UP)
+		violate(q, UQ_V_UNEXPECTED, d);
+	else
+		answer(q, d);
+}
+
+void uq_input(struct uq *q, const void *frame, size_t bytes)
+{
+	const char *at = frame;
+	struct uq_descriptor d;
+
+	if (q->link == UQ_LINK_NONE || q->link == UQ_LINK_CUT)
+		return;
+	if (!bytes || bytes % sizeof d || bytes / sizeof d > 4096) {
+		violate(q, UQ_V_FRAME, NULL);
+		return;
+	}
+	/* Copied before it is judged: a frame may lie in memory that its sender can still write. */
+	for (; bytes && q->link != UQ_LINK_CUT; bytes -= sizeof d, at += sizeof d) {
+		memcpy(&d, at, sizeof d);
+		q->config.stats->descriptors_in++;
+		receive(q, &d);
+	}
+}
+
+int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own)
+{
+	struct uq_segment *s = NULL;
+
+	for (unsigned i = 0; segment && !s && i < UQ_SEGMENTS_MAX; i++)
+		if (!q->segments[i].number)
+			s = &q->segments[i];
+	if (q->link != UQ_LINK_NONE || (segment && !s))
+		return -1;
+	if (segment)
+		*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
+	q->own_segment = segment;
+	q->reads_own = reads_own && segment;
+	q->link = UQ_LINK_EXPECTED;
+	q->violation = UQ_V_NONE;
+	return 0;
+}
+
+void uq_link_cut(struct uq *q, int violation)
+{
+	if (q->link == UQ_LINK_NONE || q->link == UQ_LINK_CUT)
+		return;
+	q->link = UQ_LINK_CUT;
+	q->violation = violation;
+	q->output_first = q->output_count = 0;
+	q->config.stats->violations++;
+	q->attention |= UQ_ATT_CUT;
+}
+
+static void lose_serving(struct uq *q, struct uq_tag *t)
+{
+	if (t->doomed)
+		uq_finish(q, t, -EIO);
+	else if (t->own_segment) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			uq_need_buffer(q, t);
+	} else if (uq_move(q, t, UQ_EV_LINK_LOST)) {
+		uq_ready(q, t);
+	}
+}
+
+static void lose(struct uq *q, struct uq_tag *t)
+{
+	if (t->state == UQ_SERVING) {
+		lose_serving(q, t);
+	} else if (t->state == UQ_WAIT_LINK && t->own_segment) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			uq_need_buffer(q, t);
+	} else if (t->state == UQ_PLACING) {
+		if (t->doomed || q->giving_up)
+			uq_fail(q, t, -EIO);
+		else
+			uq_move(q, t, UQ_EV_LINK_LOST);
+	}
+}
+
+void uq_link_lost(struct uq *q)
+{
+	struct uq_segment *s = find_segment(q, q->own_segment);
+
+	if (q->link == UQ_LINK_NONE)
+		return;
+	q->link = UQ_LINK_NONE;
+	q->output_first = q->output_count = 0;
+	if (s)
+		s->live = false;
+	q->own_segment = 0;
+	q->reads_own = false;
+	for (unsigned i = 0; i < q->config.depth; i++)
+		lose(q, &q->tags[i]);
+	if (q->giving_up)
+		uq_give_up(q);
+}
+
+int uq_link_state(const struct uq *q) { return q->link; }
+
+uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes)
+{
+	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++) {
+		struct uq_segment *s = &q->segments[i];
+		uint32_t number = s->number;
+
+		if (number && !s->live && !s->data_tags) {
+			*base = s->base;
+			*bytes = s->bytes;
+			s->number = 0;
+			return number;
+		}
+	}
+	return 0;
+}
+
+int uq_violation(const struct uq *q, struct uq_descriptor *culprit)
+{
+	*culprit = q->culprit;
+	return q->violation;
+}

@@ -1,0 +1,264 @@
+/* See queue_ring.h. */
+#include "queue_ring.h"
+
+#include <errno.h>
+#include <liburing.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+/* include/uapi/linux/ublk_cmd.h: _IOWR('u', nr, struct ublksrv_io_cmd), pinned by tests/unit/test_abi.py. */
+#define IO_FETCH 0xc0107520u
+#define IO_COMMIT_AND_FETCH 0xc0107521u
+#define IO_NEED_GET_DATA 0xc0107522u
+
+#define WATCH_DATA (1ull << 32)
+#define MAX_DEPTH 4096
+#define IOD_BYTES sizeof(struct uq_iod)
+
+struct io_command { /* struct ublksrv_io_cmd */
+	uint16_t queue, tag;
+	int32_t result;
+	uint64_t address;
+};
+_Static_assert(sizeof(struct io_command) == 16, "ublksrv_io_cmd");
+
+struct uq_ring {
+	struct io_uring ring;
+	struct uq *q;
+	int char_fd;
+	unsigned depth, queued;
+	uint16_t queue;
+	int watch_fd[UQ_WATCHES_MAX];
+	uint32_t watch_round[UQ_WATCHES_MAX];
+	bool watch_armed[UQ_WATCHES_MAX];
+	int ready;
+	struct uq_command commands[];
+};
+
+static uint64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out)
+{
+	struct io_uring_params p = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN |
+					      IORING_SETUP_CQSIZE,
+				     .cq_entries = 2 * depth + 2 * UQ_WATCHES_MAX };
+	struct uq_ring *r = calloc(1, sizeof *r + depth * sizeof *r->commands);
+	int e;
+
+	if (!r)
+		return -ENOMEM;
+	e = io_uring_queue_init_params(depth + UQ_WATCHES_MAX, &r->ring, &p);
+	if (e) {
+		free(r);
+		return e;
+	}
+	r->q = q;
+	r->char_fd = char_fd;
+	r->depth = depth;
+	r->queue = uq_queue_number(q);
+	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++)
+		r->watch_fd[i] = -1;
+	uq_tick(q, now_ms());
+	*out = r;
+	return 0;
+}
+
+void uq_ring_free(struct uq_ring *r)
+{
+	if (!r)
+		return;
+	io_uring_queue_exit(&r->ring);
+	free(r);
+}
+
+int uq_ring_watch(struct uq_ring *r, unsigned index, int fd)
+{
+	if (index >= UQ_WATCHES_MAX)
+		return -EINVAL;
+	/* A poll that is still armed for the old descriptor is told apart by its round. */
+	r->watch_round[index]++;
+	r->watch_armed[index] = false;
+	r->watch_fd[index] = fd;
+	return 0;
+}
+
+static struct io_uring_sqe *next_sqe(struct uq_ring *r)
+{
+	struct io_uring_sqe *s = io_uring_get_sqe(&r->ring);
+
+	if (s)
+		memset(s, 0, sizeof *s);
+	return s;
+}
+
+static uint32_t opcode(uint8_t op)
+{
+	return op == UQ_CMD_FETCH ? IO_FETCH : op == UQ_CMD_GET_DATA ? IO_NEED_GET_DATA : IO_COMMIT_AND_FETCH;
+}
+
+static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struct uq_command *c)
+{
+	uint32_t op = opcode(c->op);
+
+	s->opcode = IORING_OP_URING_CMD;
+	s->fd = r->char_fd;
+	memcpy((char *)s + offsetof(struct io_uring_sqe, off), &op, sizeof op);
+	memcpy((char *)s + 48,
+	       &(struct io_command){ .queue = r->queue, .tag = c->tag, .result = c->result, .address = c->address },
+	       sizeof(struct io_command));
+	s->user_data = c->tag;
+}
+
+static void arm_watches(struct uq_ring *r)
+{
+	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++) {
+		struct io_uring_sqe *s;
+
+		if (r->watch_fd[i] < 0 || r->watch_armed[i] || !(s = next_sqe(r)))
+			continue;
+		io_uring_prep_poll_add(s, r->watch_fd[i], POLLIN);
+		s->user_data = WATCH_DATA | (uint64_t)i << 24 | (r->watch_round[i] & 0xffffff);
+		r->watch_armed[i] = true;
+	}
+}
+
+/* Commands leave the queue only when io_uring_enter has consumed them: that is when a read's buffer is free. */
+static unsigned write_commands(struct uq_ring *r)
+{
+	unsigned count = uq_commands(r->q, r->commands, r->depth), written = r->queued;
+
+	for (; written < count; written++) {
+		struct io_uring_sqe *s = next_sqe(r);
+
+		if (!s)
+			break;
+		write_command(r, s, &r->commands[written]);
+	}
+	r->queued = written;
+	return written;
+}
+
+static int submit(struct uq_ring *r, unsigned wait_ms)
+{
+	struct __kernel_timespec ts = { .tv_sec = wait_ms / 1000, .tv_nsec = wait_ms % 1000 * 1000000ll };
+	struct io_uring_cqe *cqe;
+	int e;
+
+	uq_stats_of(r->q)->enters++;
+	if (!wait_ms)
+		e = io_uring_submit_and_get_events(&r->ring);
+	else
+		e = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
+	return e == -ETIME || e == -EINTR || e == -EAGAIN || e == -EBUSY ? 0 : e;
+}
+
+static void taken(struct uq_ring *r)
+{
+	/* The submission queue is empty again unless the kernel stopped half way; then nothing is given free yet. */
+	if (r->queued && !io_uring_sq_ready(&r->ring)) {
+		uq_commands_taken(r->q, r->queued);
+		r->queued = 0;
+	}
+}
+
+static void watched(struct uq_ring *r, uint64_t data, int res)
+{
+	unsigned i = data >> 24 & 0xff;
+
+	if (i >= UQ_WATCHES_MAX || (r->watch_round[i] & 0xffffff) != (data & 0xffffff))
+		return;
+	r->watch_armed[i] = false;
+	if (res >= 0)
+		r->ready |= 1 << (UQ_WATCH_SHIFT + i);
+}
+
+static unsigned harvest(struct uq_ring *r)
+{
+	struct io_uring_cqe *cqe;
+	unsigned head, count = 0;
+
+	io_uring_for_each_cqe(&r->ring, head, cqe) {
+		if (cqe->user_data & WATCH_DATA)
+			watched(r, cqe->user_data, cqe->res);
+		else
+			uq_complete(r->q, (unsigned)cqe->user_data, cqe->res);
+		count++;
+	}
+	io_uring_cq_advance(&r->ring, count);
+	return count;
+}
+
+int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
+{
+	struct uq_stats *s = uq_stats_of(r->q);
+	uint64_t deadline = now_ms() + timeout_ms;
+
+	for (;;) {
+		uint64_t now = now_ms();
+		unsigned attention = uq_attention(r->q), left = now < deadline ? (unsigned)(deadline - now) : 0;
+		bool waits = !attention && !r->ready && left;
+		int e;
+
+		uq_tick(r->q, now);
+		write_commands(r);
+		arm_watches(r);
+		e = submit(r, waits ? left : 0);
+		if (e < 0)
+			return e;
+		taken(r);
+		s->turns++;
+		harvest(r);
+		attention = uq_attention(r->q);
+		if (attention || r->ready || !left) {
+			int bits = (int)attention | r->ready;
+
+			r->ready = 0;
+			s->wakeups++;
+			return bits;
+		}
+	}
+}
+
+static size_t page_align(size_t bytes)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+	return (bytes + page - 1) / page * page;
+}
+
+void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth)
+{
+	off_t offset = (off_t)(queue * page_align(MAX_DEPTH * IOD_BYTES));
+	void *at = mmap(NULL, page_align(depth * IOD_BYTES), PROT_READ, MAP_SHARED | MAP_POPULATE, char_fd, offset);
+
+	return at == MAP_FAILED ? NULL : at;
+}
+
+int uq_unmap_descriptors(void *address, unsigned depth) { return munmap(address, page_align(depth * IOD_BYTES)); }
+
+void *uq_map_segment(int fd, uint64_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+
+	return at == MAP_FAILED ? NULL : at;
+}
+
+int uq_unmap_segment(void *address, uint64_t bytes) { return munmap(address, bytes); }
+
+void *uq_map_private(uint64_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	return at == MAP_FAILED ? NULL : at;
+}

@@ -1,0 +1,42 @@
+/*
+ * A queue on a real driver: one io_uring that carries the queue's commands and polls what its owner watches.
+ *
+ * Made, used and freed in the worker, after fork.  uq_ring_run() is entered without Python's lock and comes back when
+ * something needs its owner: never per request while descriptors travel in batches.
+ */
+#ifndef UQ_QUEUE_RING_H
+#define UQ_QUEUE_RING_H
+
+#include "queue_core.h"
+
+enum { UQ_WATCHES_MAX = 8, UQ_WATCH_SHIFT = 16 };
+
+struct uq_ring;
+
+/* `char_fd` is /dev/ublkcN.  Returns 0 or a negative errno. */
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out);
+void uq_ring_free(struct uq_ring *r);
+
+/* Have uq_ring_run() return with bit (UQ_WATCH_SHIFT + index) when `fd` is readable; -1 stops watching. */
+int uq_ring_watch(struct uq_ring *r, unsigned index, int fd);
+
+/*
+ * Submits what is to be submitted, waits at most `timeout_ms` (0: does not wait) for completions, and feeds them to the
+ * queue until it wants attention or a watched descriptor is readable.
+ *
+ * Returns attention bits and watch bits, 0 after the timeout, or a negative errno.
+ */
+int uq_ring_run(struct uq_ring *r, unsigned timeout_ms);
+
+/* Maps a queue's descriptor array read-only (offset queue * 4096 * 24, length depth * 24, page-aligned).
+ * Only the first address space that maps it may; made before fork it stays valid in the child.  NULL: see errno. */
+void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth);
+int uq_unmap_descriptors(void *address, unsigned depth);
+
+/* Maps `bytes` of a segment shared, writable, populated.  NULL: see errno. */
+void *uq_map_segment(int fd, uint64_t bytes);
+int uq_unmap_segment(void *address, uint64_t bytes);
+/* Private zeroed memory, populated; NULL: see errno. */
+void *uq_map_private(uint64_t bytes);
+
+#endif
