@@ -1,0 +1,217 @@
+"""A regular file or a block device, served by the native engine: straight between the pool's memory and the file.
+
+Owns the open file and its lock.  A write is answered when it is in the page cache or, with direct I/O, on the disk:
+either way outside this process.  The lock says when a predecessor's last I/O has ended, since the kernel keeps it for
+as long as something of a dead process still runs; so opening waits for it.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties, log
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.fileio import FileEngine, block_device, direct_alignment, slot_bytes
+from ublkpool.bufpool.sizes import ByteSize, format_size
+
+_BLOCK_BYTES_MIN = 512
+_BLOCK_BYTES_MAX = 4096
+_DISCARD_GRANULARITY_BYTES = 4096
+
+
+class FileOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """`size` makes a sparse file if there is none; `direct` auto uses O_DIRECT where the file system can."""
+
+    path: Path
+    size: ByteSize = 0
+    direct: Literal["auto", "on", "off"] = "auto"
+    readonly: bool = False
+    placement: Literal["pool", "backend", "any"] = "pool"
+    segment: ByteSize = 64 << 20
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True):
+    """An open file and what it demands; sizes are bytes."""
+
+    file: int
+    size_bytes: int
+    logical_block_bytes: int
+    physical_block_bytes: int
+    is_block_device: bool
+    direct: bool
+
+
+class FileBackend(Backend):
+    """A regular file or a block device."""
+
+    Options = FileOptions
+
+    def __init__(self, options: FileOptions) -> None:
+        self.options: FileOptions = options
+        self._opened: Opened | None = None
+
+    def open(self, hint: Hint) -> Properties:
+        """Open, lock and measure the file."""
+        options = self.options
+        self._opened = opened = open_file(options)
+        return Properties(
+            size_bytes=opened.size_bytes,
+            logical_block_bytes=opened.logical_block_bytes,
+            physical_block_bytes=opened.physical_block_bytes,
+            volatile_cache=True,
+            read_only=options.readonly,
+            discard_granularity_bytes=max(_DISCARD_GRANULARITY_BYTES, opened.logical_block_bytes),
+            discard_max_bytes=0 if options.readonly else opened.size_bytes,
+            write_zeroes_max_bytes=0 if options.readonly else opened.size_bytes,
+            placement=options.placement,
+            segment_bytes=options.segment if options.placement != "pool" else 0,
+        )
+
+    def engine(self, device: Device) -> FrameEngine:
+        """The native engine on the open file."""
+        opened = self._opened
+        assert opened is not None
+        needed_bytes = slot_bytes(device.max_io_bytes)
+        if device.placement == "backend" and len(device.own) < needed_bytes:
+            raise BackendError(
+                f"segment={format_size(len(device.own))} is less than one write of {format_size(needed_bytes)}"
+            )
+        if device.size_bytes > opened.size_bytes:
+            raise BackendError(
+                f"{self.options.path} has {format_size(opened.size_bytes)}, "
+                f"device {device.name} {format_size(device.size_bytes)}"
+            )
+        log.info("%s: %s I/O", self.options.path, "direct" if opened.direct else "buffered")
+        return FileEngine(
+            opened.file, device, block_device=opened.is_block_device, read_only=self.options.readonly
+        )
+
+    def close(self) -> None:
+        """Close the file, and with it release its lock."""
+        if self._opened is not None:
+            os.close(self._opened.file)
+            self._opened = None
+
+
+def open_file(options: FileOptions) -> Opened:
+    """Open as the options say.  Raises `BackendError` naming the path and what is wrong."""
+    try:
+        file, direct = _open_descriptor(options)
+    except OSError as error:
+        raise BackendError(f"path={options.path}: {error.strerror}") from error
+    try:
+        _lock(file, options)
+        return _measure(file, direct, options)
+    except OSError as error:
+        os.close(file)
+        raise BackendError(f"path={options.path}: {error.strerror}") from error
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def _open_descriptor(options: FileOptions) -> tuple[int, bool]:
+    flags = (os.O_RDONLY if options.readonly else os.O_RDWR) | os.O_CLOEXEC
+    if not options.path.exists():
+        flags |= _create_flags(options)
+    if options.direct != "off":
+        try:
+            return os.open(options.path, flags | os.O_DIRECT, 0o600), True
+        except OSError as error:
+            if error.errno != errno.EINVAL or options.direct == "on":
+                raise
+    return os.open(options.path, flags, 0o600), False
+
+
+def _create_flags(options: FileOptions) -> int:
+    if not options.size or options.readonly:
+        raise BackendError(f"path={options.path}: no such file; with size=SIZE it is created")
+    return os.O_CREAT
+
+
+def _lock(file: int, options: FileOptions) -> None:
+    mode = fcntl.LOCK_SH if options.readonly else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("waiting for the process that has %s open", options.path)
+        fcntl.flock(file, mode)
+
+
+def _measure(file: int, direct: bool, options: FileOptions) -> Opened:
+    status = os.fstat(file)
+    if stat.S_ISBLK(status.st_mode):
+        return _measure_block_device(file, direct, options)
+    if not stat.S_ISREG(status.st_mode):
+        raise BackendError(f"path={options.path}: neither a regular file nor a block device")
+    size_bytes = status.st_size
+    if size_bytes == 0 and options.size and not options.readonly:
+        os.ftruncate(file, options.size)
+        size_bytes = options.size
+    block_bytes = _direct_block_bytes(file, options) if direct else _BLOCK_BYTES_MIN
+    if block_bytes == 0:
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
+        direct, block_bytes = False, _BLOCK_BYTES_MIN
+    return Opened(
+        file=file,
+        size_bytes=_agreed_size(size_bytes, block_bytes, options),
+        logical_block_bytes=block_bytes,
+        physical_block_bytes=max(4096, block_bytes),
+        is_block_device=False,
+        direct=direct,
+    )
+
+
+def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Opened:
+    found = block_device(file)
+    if found.logical_block_bytes > _BLOCK_BYTES_MAX:
+        raise BackendError(f"path={options.path}: its logical block of {found.logical_block_bytes} is too large")
+    return Opened(
+        file=file,
+        size_bytes=_agreed_size(found.size_bytes, found.logical_block_bytes, options),
+        logical_block_bytes=found.logical_block_bytes,
+        physical_block_bytes=max(found.physical_block_bytes, found.logical_block_bytes),
+        is_block_device=True,
+        direct=direct,
+    )
+
+
+def _agreed_size(found_bytes: int, block_bytes: int, options: FileOptions) -> int:
+    if options.size and options.size != found_bytes:
+        raise BackendError(
+            f"path={options.path}: has {found_bytes} bytes, size={format_size(options.size)} is {options.size}"
+        )
+    whole_bytes = found_bytes // block_bytes * block_bytes
+    if whole_bytes == 0:
+        raise BackendError(f"path={options.path}: has {found_bytes} bytes, not one block; give size=SIZE")
+    if whole_bytes != found_bytes:
+        log.warning("%s: the last %d bytes are not a block and not served", options.path, found_bytes - whole_bytes)
+    return whole_bytes
+
+
+def _direct_block_bytes(file: int, options: FileOptions) -> int:
+    """The smallest block that direct I/O on a file takes, 0 if there is none (then I/O is buffered)."""
+    announced = direct_alignment(file)
+    block_bytes = max(announced, _BLOCK_BYTES_MIN) if announced else _smallest_direct_read(file)
+    if 0 < block_bytes <= _BLOCK_BYTES_MAX:
+        return block_bytes
+    if options.direct == "on":
+        raise BackendError(f"path={options.path}: direct=on, but this file system cannot; direct=auto or off can")
+    return 0
+
+
+def _smallest_direct_read(file: int) -> int:
+    with mmap.mmap(-1, _BLOCK_BYTES_MAX) as page, memoryview(page) as memory:
+        for block_bytes in (_BLOCK_BYTES_MIN, _BLOCK_BYTES_MAX):
+            try:
+                os.preadv(file, [memory[:block_bytes]], 0)
+                return block_bytes
+            except OSError:
+                continue
+    return 0

@@ -1,0 +1,47 @@
+"""Answers at once and stores nothing: what the rest of the way costs.
+
+Owns nothing.  Reads return whatever the buffer held, writes are forgotten, so it is for measuring only.  Everything
+happens in the native engine: a Python process that is entered once a batch.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties
+from ublkpool.bufpool.fileio import FileEngine
+from ublkpool.bufpool.sizes import ByteSize
+
+
+class NullOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """`size` 0 takes the size that the device was created with; `segment` is for placement `backend`."""
+
+    size: ByteSize = 0
+    placement: Literal["pool", "backend", "any"] = "pool"
+    segment: ByteSize = 64 << 20
+
+
+class NullBackend(Backend):
+    """Answers at once and stores nothing."""
+
+    Options = NullOptions
+
+    def __init__(self, options: NullOptions) -> None:
+        self.options: NullOptions = options
+
+    def open(self, hint: Hint) -> Properties:
+        """Nothing to open."""
+        options = self.options
+        everything = options.size or (1 << 40)
+        return Properties(
+            size_bytes=options.size,
+            discard_granularity_bytes=4096,
+            discard_max_bytes=everything,
+            write_zeroes_max_bytes=everything,
+            placement=options.placement,
+            segment_bytes=options.segment if options.placement != "pool" else 0,
+        )
+
+    def engine(self, device: Device) -> FrameEngine:
+        """The native engine, without a file."""
+        return FileEngine(None, device)

@@ -1,0 +1,34 @@
+"""Builds `ublkpool.bufpool._fileio`, the native file-I/O engine, with cffi; run as a script it builds in place.
+
+Runs at build time only.  `csrc/fileio.h` is the one description of the interface: its declarations are read from it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+_BUFPOOL = Path(__file__).parent.resolve()
+
+
+def declarations(header: str) -> str:
+    """What cffi has to know of a header: no comments, no preprocessor."""
+    return re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations((_BUFPOOL / "csrc" / "fileio.h").read_text()))
+ffibuilder.set_source(
+    "ublkpool.bufpool._fileio",
+    # Included rather than listed as a source: object files of sources outside the build folder land beside it.
+    '#include "fileio.c"\n',
+    include_dirs=[str(_BUFPOOL / "csrc")],
+    depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("fileio.*"))],
+    libraries=["uring"],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+)
+
+if __name__ == "__main__":
+    # The module's name is ublkpool.bufpool._fileio and src/ublkpool/bufpool leads back to this folder.
+    ffibuilder.compile(tmpdir=str(_BUFPOOL.parent / "src"), verbose=True)

@@ -1,0 +1,249 @@
+"""The process of a backend: attach, turn the loop, end cleanly.
+
+Owns the loop, the signals and the order of starting and ending.  Runs on the thread that calls `serve`, in the
+backend's process.  SIGTERM, SIGINT and the daemon's Detach end it: nothing new is taken, what runs is finished and
+answered, the backend is closed.  The end of the attach connection without Detach ends it too, with status 1.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from . import process, wire
+from .backend import Backend, Device, FrameEngine, Hint, Outbox, Properties, check_properties, log
+from .client import Attachment, OwnSegment, Ready
+from .dispatch import RequestEngine
+from .errors import BackendError
+
+DEFAULT_RUN_DIR = Path("/run/ublkpool")
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes")
+
+
+def serve(
+    backend: Backend,
+    *,
+    device: str,
+    run_dir: Path = DEFAULT_RUN_DIR,
+    kind: str = "",
+    wait_s: float = 0.0,
+    lock_memory: bool = False,
+    handle_signals: bool = True,
+) -> int:
+    """Serve `device` until told to end; returns the process's exit status.
+
+    `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how long to wait for a daemon that is
+    not up yet.  `lock_memory`: keep this process in memory, as built-in backends do.  `handle_signals`: False if
+    this is not the main thread.  Raises `PoolError` if it cannot start.
+    """
+    properties = check_properties(backend.open(Hint(device, run_dir)))
+    with ExitStack() as stack:
+        stack.callback(backend.close)
+        segment = _segment(properties)
+        if segment is not None:
+            stack.callback(segment.close)
+        attach = attach_message(properties, device, kind or type(backend).__name__.lower())
+        attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s)
+        stack.callback(attachment.close)
+        _harden(lock_memory)
+        loop = stack.enter_context(Loop(backend, attachment))
+        if handle_signals:
+            stack.enter_context(_signals(loop.stop))
+        return loop.run()
+
+
+def attach_message(properties: Properties, device: str, kind: str) -> wire.Attach:
+    """The attach message that says what `properties` say."""
+    fields = {
+        name: getattr(properties, name)
+        for name in properties.__struct_fields__
+        if name not in _PROPERTIES_NOT_SENT
+    }
+    return wire.Attach(v=wire.PROTOCOL_VERSION, device=device, kind=kind, **fields)
+
+
+def _segment(properties: Properties) -> OwnSegment | None:
+    if properties.segment is not None:
+        return properties.segment
+    return OwnSegment.create(properties.segment_bytes) if properties.segment_bytes else None
+
+
+def _harden(lock_memory: bool) -> None:
+    reasons = [process.set_io_flusher(), process.lock_memory() if lock_memory else None]
+    for reason in filter(None, reasons):
+        log.log(logging.WARNING if os.geteuid() == 0 else logging.INFO, "going on without %s", reason)
+
+
+@contextmanager
+def _signals(stop: Callable[[str], None]) -> Iterator[None]:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        stop(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, each in previous.items():
+            signal.signal(number, each)
+
+
+class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a whole backend process."""
+
+    attachment: msgspec.Struct
+    engine: msgspec.Struct
+    backend: dict[str, int]
+
+
+class Loop:
+    """Frames from the queues to the engine and back, until stopped and nothing runs."""
+
+    def __init__(self, backend: Backend, attachment: Attachment) -> None:
+        self.device = _device(attachment, self)
+        self._backend = backend
+        self._attachment = attachment
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._outbox = Outbox()
+        self._stopping = ""
+        self._status = 0
+        self._detached = False
+        self._engine: FrameEngine | None = None
+
+    def __enter__(self) -> "Loop":
+        try:
+            self._backend.started(self.device)
+            engine = self._backend.engine(self.device)
+            self._engine = engine or RequestEngine(self._backend, self.device, self._outbox)
+        except BaseException:
+            self._outbox.close()
+            raise
+        for descriptor in {self._outbox.descriptor, self._engine.fileno()}:
+            self.watch(descriptor, _nothing)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._outbox.close()
+
+    def stop(self, reason: str) -> None:
+        """Finish what runs, then end.  Safe to call from a signal handler and from any thread."""
+        self._stopping = self._stopping or reason
+        self._outbox.wake()
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """See `Device.watch`."""
+        self._attachment.watch(descriptor)
+        self._callbacks[descriptor] = callback
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `Device.unwatch`."""
+        self._attachment.unwatch(descriptor)
+        del self._callbacks[descriptor]
+
+    def wake(self) -> None:
+        """See `Device.wake`."""
+        self._outbox.wake()
+
+    def run(self) -> int:
+        """Serve; returns the exit status."""
+        engine = self._engine
+        assert engine is not None
+        log.info("serving %s, %d queues", self.device.name, self.device.queues)
+        while not self._stopping:
+            self.turn(self._attachment.poll())
+        self._attachment.stop_receiving()
+        while engine.running():
+            self.turn(self._attachment.poll())
+        self._send_answers(engine)
+        log.info("%s: ending after %s", self.device.name, self._stopping)
+        if self._detached:
+            self._backend.detached()
+        return self._status
+
+    def turn(self, ready: Ready) -> None:
+        """One turn: take what has come, send what is ready."""
+        engine = self._engine
+        assert engine is not None
+        if not self._stopping:
+            for queue in ready.queues:
+                for frame in self._attachment.frames(queue):
+                    engine.take(queue, frame)
+        for descriptor in ready.descriptors:
+            self._call(descriptor)
+        self._outbox.acknowledge()
+        self._send_answers(engine)
+        if ready.control:
+            self._hear()
+
+    def _call(self, descriptor: int) -> None:
+        callback = self._callbacks.get(descriptor)
+        if callback is None:
+            return
+        try:
+            callback()
+        except Exception:
+            log.exception("the callback of a watched file descriptor failed; no longer watching it")
+            self.unwatch(descriptor)
+
+    def _send_answers(self, engine: FrameEngine) -> None:
+        for queue, frame in engine.answers():
+            self._attachment.send_frame(queue, frame)
+
+    def _hear(self) -> None:
+        message = self._attachment.message()
+        if isinstance(message, wire.Live):
+            log.info("%s is live at %s", self.device.name, message.path)
+        elif isinstance(message, wire.Detach):
+            self._detached = True
+            self.stop(f"the daemon's detach: {message.reason}")
+        elif message is None:
+            self._attachment.forget_connection()
+            if not self._stopping:
+                self._status = 1
+                log.error("%s: the daemon closed the connection", self.device.name)
+                self.stop("the end of the connection")
+
+    def statistics(self) -> ServeStatistics:
+        """What the attachment, the engine and the backend counted."""
+        assert self._engine is not None
+        return ServeStatistics(
+            attachment=self._attachment.statistics(),
+            engine=self._engine.statistics(),
+            backend=dict(self._backend.statistics()),
+        )
+
+
+def _nothing() -> None:
+    """A wake-up is answered by turning the loop."""
+
+
+def _device(attachment: Attachment, loop: Loop) -> Device:
+    attached, own = attachment.attached, attachment.own_segment
+    pool = attachment.segments.get(wire.SEGMENT_POOL)
+    if pool is None:
+        raise BackendError("the daemon handed over no pool")
+    return Device(
+        name=attached.device,
+        number=attached.device_number,
+        epoch=attached.epoch,
+        size_bytes=attached.size_bytes,
+        logical_block_bytes=attached.logical_block_bytes,
+        queues=attached.queues,
+        depth=attached.depth,
+        max_io_bytes=attached.max_io_bytes,
+        need_get_data=attached.need_get_data,
+        placement=attached.placement,
+        read_only=attached.read_only,
+        pool=pool,
+        own=own.view if own else memoryview(b""),
+        own_segment=attached.own_segment,
+        watch=loop.watch,
+        unwatch=loop.unwatch,
+        wake=loop.wake,
+    )
