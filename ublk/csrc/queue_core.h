@@ -172,7 +172,10 @@ int uq_stock_want(const struct uq *q, unsigned class);
 void uq_stock_asked(struct uq *q, unsigned class, unsigned count);
 int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count);
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max);
-void uq_stock_recall(struct uq *q, unsigned class);
+/* Others wait: this queue owes `count` buffers in all, paid before its own waiters but never out of its reserve. */
+void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
+/* The broker has forgotten what was asked for. */
+void uq_stock_unask(struct uq *q, unsigned class);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 
 /* The clock, in milliseconds; also notices requests past their deadline. */

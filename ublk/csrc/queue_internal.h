@@ -26,9 +26,8 @@ struct uq_tag {
 
 struct uq_stock {
 	uint32_t *slots;
-	unsigned count, held, pending, waiting;
+	unsigned count, held, pending, waiting, owed;
 	uint16_t first_waiter, last_waiter;
-	bool recalled;
 };
 
 struct uq_segment {

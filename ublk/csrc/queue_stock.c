@@ -80,9 +80,17 @@ static struct uq_tag *dequeue(struct uq *q, struct uq_stock *s)
 	return t;
 }
 
+/* Buffers that other queues wait for; what is above the reserve goes to them first. */
+static unsigned payable(const struct uq *q, const struct uq_stock *s)
+{
+	unsigned reserve = q->config.class[s - q->stock].reserve, spare = s->held > reserve ? s->held - reserve : 0;
+
+	return s->owed < spare ? s->owed : spare;
+}
+
 static void serve_waiters(struct uq *q, struct uq_stock *s)
 {
-	while (s->count && s->first_waiter != UQ_NO_TAG) {
+	while (s->count > payable(q, s) && s->first_waiter != UQ_NO_TAG) {
 		struct uq_tag *t = dequeue(q, s);
 
 		give(q, t, s->slots[--s->count]);
@@ -98,7 +106,7 @@ void uq_need_buffer(struct uq *q, struct uq_tag *t)
 	s = &q->stock[t->class];
 	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
 		return;
-	if (s->count && s->first_waiter == UQ_NO_TAG) {
+	if (s->count > payable(q, s) && s->first_waiter == UQ_NO_TAG) {
 		give(q, t, s->slots[--s->count]);
 		return;
 	}
@@ -143,8 +151,10 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	unsigned reserve = q->config.class[class].reserve, batch = q->config.class[class].batch;
 	unsigned holds = s->held + s->pending, room = q->config.depth > holds ? q->config.depth - holds : 0;
 	unsigned has = s->count + s->pending, low = s->waiting + (batch + 1) / 2;
-	unsigned spare = s->held > reserve ? s->held - reserve : 0;
+	unsigned owes = payable(q, s);
 
+	if (owes && s->count)
+		return -(int)(s->count < owes ? s->count : owes);
 	if (has < low && room) {
 		unsigned ask = s->waiting + batch - has;
 
@@ -152,8 +162,6 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	}
 	if (s->waiting)
 		return 0;
-	if (s->recalled)
-		return -(int)(s->count < spare ? s->count : spare);
 	return s->count > reserve + 3 * batch ? -(int)(s->count - reserve - batch) : 0;
 }
 
@@ -186,16 +194,18 @@ unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned m
 	for (unsigned i = 0; i < count; i++)
 		slots[i] = s->slots[--s->count];
 	s->held -= count;
-	s->recalled = false;
+	s->owed -= s->owed < count ? s->owed : count;
 	q->config.stats->buffers_held -= count;
 	return count;
 }
 
-void uq_stock_recall(struct uq *q, unsigned class)
+void uq_stock_recall(struct uq *q, unsigned class, unsigned count)
 {
 	if (class < q->config.classes)
-		q->stock[class].recalled = true;
+		q->stock[class].owed = count;
 }
+
+void uq_stock_unask(struct uq *q, unsigned class) { q->stock[class].pending = 0; }
 
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max)
 {

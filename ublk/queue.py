@@ -1,0 +1,344 @@
+"""A typed face over the C core: one hardware queue, its ring, and the few process calls Python lacks.
+
+Owns the C objects' lifetime.  `Queue` is the state machine alone and needs no kernel (tests drive it with a fake
+driver); `Ring` puts it on /dev/ublkcN and is made in the process that runs it, after fork.
+"""
+
+import enum
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from . import _native
+
+_ffi, _lib = _native.ffi, _native.lib
+WATCH_SHIFT: int = _lib.UQ_WATCH_SHIFT
+CLASS_COUNT_MAX: int = _lib.UQ_CLASSES_MAX
+
+
+class Attention(enum.IntFlag):
+    """Why `Ring.run` came back; watched descriptors are bits from `WATCH_SHIFT` on."""
+
+    OUTPUT = 1
+    STOCK = 2
+    CUT = 4
+    GONE = 8
+    FAULT = 16
+    SILENT = 32
+    LINK = 64
+
+
+class Link(enum.IntEnum):
+    """The link to the backend."""
+
+    NONE = 0
+    EXPECTED = 1
+    UP = 2
+    CUT = 3
+
+
+VIOLATIONS = (
+    "nothing",
+    "a frame that is not 1 to 4096 whole descriptors",
+    "a descriptor of a kind that backends do not send",
+    "a device, queue, tag or sequence that is not this queue's",
+    "an answer that nobody waits for",
+    "a result that is no errno, or larger than the request",
+    "a region of a segment that is not its own",
+    "a region outside its segment",
+    "a region that is not aligned to the logical block",
+    "a region that is lent to another tag",
+    "a read answered without a buffer, or with a region where none is allowed",
+    "no answer within io_timeout_s",
+)
+FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion", "unusable grant")
+
+
+class BufferClass(NamedTuple):
+    """A size class of the pool, for one queue: reserve and batch are buffers."""
+
+    base_offset: int
+    buffer_bytes: int
+    count: int
+    first_slot: int
+    reserve: int
+    batch: int
+
+
+class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a queue is; sizes in bytes."""
+
+    device_number: int
+    queue: int
+    depth: int
+    epoch: int
+    max_io_bytes: int
+    block_bytes: int
+    need_get_data: bool
+    place_in_backend: bool
+    timeout_ms: int
+    fail_on_timeout: bool
+    classes: tuple[BufferClass, ...]
+
+
+class Command(NamedTuple):
+    """What the queue tells the driver about a tag: op 0 fetch, 1 get data, 2 commit."""
+
+    tag: int
+    op: int
+    result: int
+    address: int
+
+
+class Memory(NamedTuple):
+    """Addresses in this process: the descriptor array, the pool, slot headers, scratch and statistics."""
+
+    descriptors: Any
+    pool: Any
+    slots: Any
+    scratch: Any
+    statistics: Any
+
+
+class Queue:
+    """One hardware queue's tags and stock; see csrc/queue_core.h.  One task uses it."""
+
+    def __init__(self, config: QueueConfig, memory: Memory) -> None:
+        """Raises `ValueError` for a config that the core does not accept, `MemoryError` without memory."""
+        self.config = config
+        self._memory = memory
+        raw = _ffi.new("struct uq_config *", _fields(config))
+        raw.descriptors = _ffi.cast("struct uq_iod *", memory.descriptors)
+        raw.pool = _ffi.cast("uint8_t *", memory.pool)
+        raw.slots = _ffi.cast("struct uq_slot *", memory.slots)
+        raw.scratch = _ffi.cast("uint8_t *", memory.scratch)
+        raw.stats = _ffi.cast("struct uq_stats *", memory.statistics)
+        self.raw = _ffi.gc(_lib.uq_new(raw), _lib.uq_free)
+        if self.raw == _ffi.NULL:
+            raise ValueError(f"queue {config.queue}: the core does not accept {config}")
+        self._slots = _ffi.new("uint32_t[]", max(each.count for each in config.classes))
+        self._first = _ffi.new("struct uq_descriptor **")
+        self._culprit = _ffi.new("struct uq_descriptor *")
+
+    def start(self) -> None:
+        """Fetch every tag.  Raises `RuntimeError` if need_get_data is off and the stock lacks a buffer per tag."""
+        if _lib.uq_start(self.raw):
+            raise RuntimeError(f"queue {self.config.queue}: a buffer for each tag is not in the stock yet")
+
+    def complete(self, tag: int, result: int) -> None:
+        """What the ring does with a completion; a fake driver calls it."""
+        _lib.uq_complete(self.raw, tag, result)
+
+    def take_commands(self) -> list[Command]:
+        """What the ring does at a submit: the commands, from then on consumed.  For fake drivers."""
+        buffer = _ffi.new("struct uq_command[]", self.config.depth)
+        count = _lib.uq_commands(self.raw, buffer, self.config.depth)
+        commands = [Command(c.tag, c.op, c.result, c.address) for c in buffer[0:count]]
+        _lib.uq_commands_taken(self.raw, count)
+        return commands
+
+    def output(self) -> bytes:
+        """The descriptors that wait for the backend, as one block; see `sent`."""
+        count = _lib.uq_output(self.raw, self._first)
+        return bytes(_ffi.buffer(self._first[0], 64 * count))
+
+    def sent(self, count: int) -> None:
+        """So many of the descriptors are on their way."""
+        _lib.uq_output_sent(self.raw, count)
+
+    def input(self, frame: bytes | memoryview) -> None:
+        """A frame of the backend's; one that breaks the protocol cuts the link."""
+        _lib.uq_input(self.raw, _ffi.from_buffer(frame), len(frame))
+
+    def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool) -> bool:
+        """Whether the next backend can come; no while too many dead backends' segments still hold data."""
+        return int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own)) == 0
+
+    def cut(self, violation: int = 0) -> None:
+        """Stop talking to the backend; what it holds stays with it until `lost`."""
+        _lib.uq_link_cut(self.raw, violation)
+
+    def lost(self) -> None:
+        """The backend is dead or has let go: what it did not answer waits for the next."""
+        _lib.uq_link_lost(self.raw)
+
+    @property
+    def link(self) -> Link:
+        return Link(_lib.uq_link_state(self.raw))
+
+    def unmap_idle_segments(self) -> int:
+        """Unmap segments of dead backends that hold nothing any more; how many."""
+        base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        count = 0
+        while _lib.uq_segment_idle(self.raw, base, size):
+            _lib.uq_unmap_segment(base[0], size[0])
+            count += 1
+        return count
+
+    def stock_wants(self) -> Iterator[tuple[int, int]]:
+        """(class, count) of every class that wants buffers (positive) or has some to return (negative)."""
+        for index in range(len(self.config.classes)):
+            want = _lib.uq_stock_want(self.raw, index)
+            if want:
+                yield index, want
+
+    def stock_asked(self, size_class: int, count: int) -> None:
+        """So many more are on order."""
+        _lib.uq_stock_asked(self.raw, size_class, count)
+
+    def stock_unask(self, size_class: int) -> None:
+        """Nothing is on order any more."""
+        _lib.uq_stock_unask(self.raw, size_class)
+
+    def stock_add(self, size_class: int, slots: Sequence[int]) -> None:
+        """Buffers come into the stock; waiting requests take them."""
+        _lib.uq_stock_add(self.raw, size_class, list(slots), len(slots))
+
+    def stock_take(self, size_class: int, count: int) -> list[int]:
+        """Take up to `count` free buffers out of the stock."""
+        taken = _lib.uq_stock_take(self.raw, size_class, self._slots, count)
+        return list(self._slots[0:taken])
+
+    def stock_recall(self, size_class: int, count: int) -> None:
+        """Others wait for `count` buffers that this queue holds above its reserve."""
+        _lib.uq_stock_recall(self.raw, size_class, count)
+
+    def stock_held(self, size_class: int) -> list[int]:
+        """Every slot of the class that is in the stock or lent to a tag."""
+        count = _lib.uq_stock_held(self.raw, size_class, self._slots, len(self._slots))
+        return list(self._slots[0:count])
+
+    def tick(self, now_ms: int) -> None:
+        """The clock; the ring calls it itself."""
+        _lib.uq_tick(self.raw, now_ms)
+
+    def give_up(self) -> None:
+        """Fail with EIO whatever would wait for a backend, from now on."""
+        _lib.uq_give_up(self.raw)
+
+    def attention(self) -> Attention:
+        return Attention(_lib.uq_attention(self.raw))
+
+    def clear(self, bits: Attention) -> None:
+        """These were dealt with."""
+        _lib.uq_attention_clear(self.raw, bits)
+
+    def violation(self) -> str:
+        """What the backend did, and the descriptor that did it."""
+        code = _lib.uq_violation(self.raw, self._culprit)
+        c = self._culprit
+        named = f" (kind {c.kind}, tag {c.tag}, result {c.result}, segment {c.segment}, buffer {c.buffer})"
+        return VIOLATIONS[code] + (named if c.kind else "")
+
+    def fault(self) -> str:
+        """What went wrong on our side."""
+        tag, detail = _ffi.new("unsigned *"), _ffi.new("int *")
+        code = _lib.uq_fault(self.raw, tag, detail)
+        return f"{FAULTS[code]} at tag {tag[0]} ({detail[0]})"
+
+    def tag_state(self, tag: int) -> int:
+        """The tag's `workers.tag_state.State`."""
+        return int(_lib.uq_tag_state(self.raw, tag))
+
+    @property
+    def in_flight(self) -> int:
+        return int(_lib.uq_in_flight(self.raw))
+
+
+def _fields(config: QueueConfig) -> dict[str, Any]:
+    return {
+        "device": config.device_number,
+        "queue": config.queue,
+        "depth": config.depth,
+        "epoch": config.epoch,
+        "max_io_bytes": config.max_io_bytes,
+        "block_bytes": config.block_bytes,
+        "need_get_data": config.need_get_data,
+        "place_in_backend": config.place_in_backend,
+        "timeout_ms": config.timeout_ms,
+        "fail_on_timeout": config.fail_on_timeout,
+        "classes": len(config.classes),
+        "class": [tuple(each) for each in config.classes],
+    }
+
+
+class Ring:
+    """A queue on a real driver.  Made, used and closed in one process, after fork."""
+
+    def __init__(self, queue: Queue, char_fd: int) -> None:
+        out = _ffi.new("struct uq_ring **")
+        _check(_lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, out), "io_uring")
+        self._queue = queue
+        self._raw = _ffi.gc(out[0], _lib.uq_ring_free)
+
+    def watch(self, index: int, fd: int) -> None:
+        """Have `run` come back with bit `WATCH_SHIFT + index` when `fd` is readable; -1 stops that."""
+        _check(_lib.uq_ring_watch(self._raw, index, fd), "watch")
+
+    def run(self, timeout_ms: int) -> int:
+        """Serve until something needs attention; its bits, or 0 after the timeout.  Raises `OSError`."""
+        return _check(_lib.uq_ring_run(self._raw, timeout_ms), "io_uring_enter")
+
+    def close(self) -> None:
+        _ffi.release(self._raw)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+def _checked_address(address: Any, what: str) -> Any:
+    if address == _ffi.NULL:
+        raise OSError(_ffi.errno, f"{what}: {os.strerror(_ffi.errno)}")
+    return address
+
+
+def map_descriptors(char_fd: int, queue: int, depth: int) -> Any:
+    """Map a queue's descriptor array read-only; before fork, in the process that opened /dev/ublkcN."""
+    return _checked_address(_lib.uq_map_descriptors(char_fd, queue, depth), f"map descriptors of queue {queue}")
+
+
+def unmap_descriptors(address: Any, depth: int) -> None:
+    """Undo `map_descriptors` in this process."""
+    _check(-errno.EINVAL if _lib.uq_unmap_descriptors(address, depth) else 0, "unmap descriptors")
+
+
+def map_segment(fd: int, size_bytes: int) -> Any:
+    """Map a segment shared, writable, populated."""
+    return _checked_address(_lib.uq_map_segment(fd, size_bytes), f"map a segment of {size_bytes} bytes")
+
+
+def unmap_segment(address: Any, size_bytes: int) -> None:
+    """Undo `map_segment`."""
+    _lib.uq_unmap_segment(address, size_bytes)
+
+
+def map_private(size_bytes: int) -> Any:
+    """Zeroed memory of this process, populated."""
+    return _checked_address(_lib.uq_map_private(size_bytes), f"{size_bytes} bytes of memory")
+
+
+def set_io_flusher() -> None:
+    """PR_SET_IO_FLUSHER: allocations of this thread never wait for its own device."""
+    _check(_lib.uq_set_io_flusher(), "PR_SET_IO_FLUSHER")
+
+
+def lock_memory() -> None:
+    """Keep what is mapped, and what will be, in memory."""
+    _check(_lib.uq_lock_memory(), "mlockall")
+
+
+def private_mounts() -> None:
+    """Unshare the mount namespace, with private propagation."""
+    _check(_lib.uq_private_mounts(), "unshare the mount namespace")
+
+
+def close_all_but(keep: Sequence[int]) -> None:
+    """Close every descriptor of this process but these."""
+    numbers = sorted(set(keep))
+    _check(_lib.uq_close_all_but(_ffi.new("int[]", numbers), len(numbers)), "close_range")
