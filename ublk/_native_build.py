@@ -26,7 +26,10 @@ ffibuilder.cdef("\n".join(_declarations(name) for name in _HEADERS))
 ffibuilder.set_source(
     "ublkpool.ublk._native",
     "".join(f'#include "{name}"\n' for name in _HEADERS),
-    sources=[f"ublk/csrc/{name}" for name in ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_ring.c", "control.c")],
+    sources=[
+        f"ublk/csrc/{name}"
+        for name in ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_ring.c", "control.c")
+    ],
     include_dirs=["ublk/csrc"],
     libraries=["uring"],
     extra_compile_args=["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],

@@ -141,7 +141,7 @@ class Attribute(enum.IntFlag):
 
 
 _PARAM_BASIC, _PARAM_DISCARD = 1, 2
-_PARAMS = struct.Struct("<2I" "I4B2I2Q" "4I2H")
+_PARAMS = struct.Struct("<2II4B2I2Q4I2H")
 PARAMS_BYTES = _PARAMS.size
 _SECTORS_MAX = 0xFFFFFFFF
 
@@ -160,7 +160,9 @@ class Parameters(NamedTuple):
 
     def pack(self) -> bytes:
         """The head of struct ublk_params: basic and discard parameters."""
-        types = _PARAM_BASIC | (_PARAM_DISCARD if self.discard_max_bytes or self.write_zeroes_max_bytes else 0)
+        types = _PARAM_BASIC | (
+            _PARAM_DISCARD if self.discard_max_bytes or self.write_zeroes_max_bytes else 0
+        )
         logical, physical = self.logical_block_bytes, max(self.physical_block_bytes, self.logical_block_bytes)
         basic = (
             int(self.attributes),

@@ -7,8 +7,8 @@ daemon calls these in a disposable process (`daemon/control_process.py`).  Raise
 
 import os
 
-from . import _native
-from .abi import (
+from ublkpool.ublk import _native
+from ublkpool.ublk.abi import (
     CONTROL_PATH,
     DEVICE_ANY,
     DEVICE_INFO_BYTES,
@@ -18,7 +18,7 @@ from .abi import (
     DeviceInfo,
     Parameters,
 )
-from .errors import UblkError
+from ublkpool.ublk.errors import UblkError
 
 _CPU_MASK_BYTES = 512
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from . import _native
+from ublkpool.ublk import _native
 
 _ffi, _lib = _native.ffi, _native.lib
+NULL: Any = _ffi.NULL
 WATCH_SHIFT: int = _lib.UQ_WATCH_SHIFT
 CLASS_COUNT_MAX: int = _lib.UQ_CLASSES_MAX
 
@@ -62,7 +63,7 @@ class BufferClass(NamedTuple):
 
     base_offset: int
     buffer_bytes: int
-    count: int
+    slot_count: int
     first_slot: int
     reserve: int
     batch: int
@@ -82,6 +83,22 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int
     fail_on_timeout: bool
     classes: tuple[BufferClass, ...]
+
+
+class Statistics(NamedTuple):
+    """A queue's counters since its worker started; the lists are indexed by operation (`wire.Op`)."""
+
+    requests: tuple[int, ...]
+    moved_bytes: tuple[int, ...]
+    counters: dict[str, int]
+
+
+def read_statistics(block: bytes) -> Statistics:
+    """Decode a queue's block of the control segment; names are those of struct uq_stats."""
+    view = _ffi.from_buffer("struct uq_stats *", block)
+    names = [name for name, _ in _ffi.typeof("struct uq_stats").fields]
+    counters = {name: int(getattr(view, name)) for name in names if name not in ("requests", "bytes")}
+    return Statistics(tuple(view.requests), tuple(view.bytes), counters)
 
 
 class Command(NamedTuple):
@@ -119,7 +136,7 @@ class Queue:
         self.raw = _ffi.gc(_lib.uq_new(raw), _lib.uq_free)
         if self.raw == _ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
-        self._slots = _ffi.new("uint32_t[]", max(each.count for each in config.classes))
+        self._slots = _ffi.new("uint32_t[]", max(each.slot_count for each in config.classes))
         self._first = _ffi.new("struct uq_descriptor **")
         self._culprit = _ffi.new("struct uq_descriptor *")
 
@@ -300,7 +317,9 @@ def _checked_address(address: Any, what: str) -> Any:
 
 def map_descriptors(char_fd: int, queue: int, depth: int) -> Any:
     """Map a queue's descriptor array read-only; before fork, in the process that opened /dev/ublkcN."""
-    return _checked_address(_lib.uq_map_descriptors(char_fd, queue, depth), f"map descriptors of queue {queue}")
+    return _checked_address(
+        _lib.uq_map_descriptors(char_fd, queue, depth), f"map descriptors of queue {queue}"
+    )
 
 
 def unmap_descriptors(address: Any, depth: int) -> None:
@@ -316,6 +335,11 @@ def map_segment(fd: int, size_bytes: int) -> Any:
 def unmap_segment(address: Any, size_bytes: int) -> None:
     """Undo `map_segment`."""
     _lib.uq_unmap_segment(address, size_bytes)
+
+
+def offset(address: Any, nbytes: int) -> Any:
+    """An address so many bytes further on."""
+    return _ffi.cast("uint8_t *", address) + nbytes
 
 
 def map_private(size_bytes: int) -> Any:
@@ -342,3 +366,8 @@ def close_all_but(keep: Sequence[int]) -> None:
     """Close every descriptor of this process but these."""
     numbers = sorted(set(keep))
     _check(_lib.uq_close_all_but(_ffi.new("int[]", numbers), len(numbers)), "close_range")
+
+
+def set_process_name(name: str) -> None:
+    """What ps and top show for this process (15 characters)."""
+    _check(_lib.uq_set_name(name.encode()), "PR_SET_NAME")

@@ -71,6 +71,8 @@ int uq_private_mounts(void)
 	return mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ? -errno : 0;
 }
 
+int uq_set_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0) ? -errno : 0; }
+
 int uq_close_all_but(const int *keep, unsigned count)
 {
 	unsigned first = 0;

@@ -1,0 +1,88 @@
+"""The worker's side of the wire: frames between the queue and the one backend whose token it was told.
+
+Owns the ROUTER that backends connect to.  Frames of anybody else are dropped and counted; what is in a frame is the
+queue's to judge.  Used by the worker's one thread; never waits.
+"""
+
+import os
+from pathlib import Path
+
+import zmq
+
+from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
+from ublkpool.ublk.queue import Queue
+
+FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
+FRAMES_PER_TURN_MAX = 256
+_RECEIVE_QUEUE_MAX = 1024
+
+
+class BackendLink:
+    """The ZeroMQ transport of one queue."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        path: Path,
+        queue: Queue,
+        mode: int,
+        group: int | None,
+    ) -> None:
+        """Listen on the unix socket `path`, readable by `group` if there is one."""
+        self._queue = queue
+        self._token = b""
+        self.strangers = 0
+        """Frames from anybody but the backend."""
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        # A tag has at most one descriptor under way and a region to give back, so that this pipe is bounded.
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, _RECEIVE_QUEUE_MAX)
+        self._socket.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+        path.unlink(missing_ok=True)
+        self._socket.bind(f"ipc://{path}")
+        path.chmod(mode)
+        if group is not None:
+            os.chown(path, -1, group)
+
+    def fileno(self) -> int:
+        """Readable when `turn` has something to look at (edge-triggered by ZeroMQ)."""
+        return int(self._socket.get(zmq.FD))
+
+    def expect(self, token: bytes) -> None:
+        """Listen to this routing id and no other."""
+        self._token = token
+
+    def turn(self) -> bool:
+        """Send what waits and take what came, until both are done; whether there is more of the latter.
+
+        ZeroMQ's descriptor may become unreadable by a send, so that every send is followed by a look.
+        """
+        for _ in range(FRAMES_PER_TURN_MAX):
+            self._send()
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            if len(frames) == 2 and frames[0] == self._token:
+                self._queue.input(frames[1])
+            else:
+                self.strangers += 1
+        return True
+
+    def close(self) -> None:
+        self._token = b""
+        self._socket.close()
+
+    def _send(self) -> None:
+        block = self._queue.output()
+        for start in range(0, len(block), FRAME_BYTES_MAX):
+            try:
+                self._socket.send_multipart(
+                    [self._token, block[start : start + FRAME_BYTES_MAX]], zmq.NOBLOCK
+                )
+            except zmq.ZMQError:
+                # It is gone; what it was to get stays with it until the supervisor says so.
+                pass
+        self._queue.sent(len(block) // DESCRIPTOR_BYTES)

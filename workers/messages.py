@@ -1,0 +1,102 @@
+"""What the supervisor and a worker tell each other, over a SOCK_SEQPACKET socketpair made before the fork.
+
+Owns the shapes and their coding, both halves.  Rare, and never about a request.
+"""
+
+import array
+import socket
+
+import msgspec
+
+MESSAGE_BYTES_MAX = 16384
+
+
+class Expect(msgspec.Struct, tag="expect", tag_field="type", frozen=True):
+    """A backend will say HELLO with this token (hexadecimal); its segment's descriptor travels with the message.
+
+    `segment` is 0 if it brings none; sizes in bytes.
+    """
+
+    token: str
+    segment: int
+    segment_bytes: int
+    reads_own: bool
+
+
+class Lost(msgspec.Struct, tag="lost", tag_field="type", frozen=True):
+    """The backend is dead or has let go of every buffer: replay what it did not answer to the next."""
+
+
+class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
+    """The device is going: fail what would wait for a backend."""
+
+
+class Ready(msgspec.Struct, tag="ready", tag_field="type", frozen=True):
+    """Every tag is fetched."""
+
+
+class Expecting(msgspec.Struct, tag="expecting", tag_field="type", frozen=True):
+    """The answer to Expect: it may come, or why not."""
+
+    reason: str = ""
+
+
+class LetGo(msgspec.Struct, tag="let_go", tag_field="type", frozen=True):
+    """The answer to Lost: nothing waits for the old backend any more."""
+
+
+class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
+    """The backend broke the protocol; what it holds stays with it until Lost."""
+
+    reason: str
+
+
+class Silent(msgspec.Struct, tag="silent", tag_field="type", frozen=True):
+    """A request has waited longer than io_timeout_s; the device's policy is to go on waiting."""
+
+
+class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
+    """The worker stops, and why."""
+
+    reason: str
+
+
+ToWorker = Expect | Lost | GiveUp
+FromWorker = Ready | Expecting | LetGo | Cut | Silent | Fault
+_encoder = msgspec.json.Encoder()
+_to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
+_from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)
+
+
+def send(sock: socket.socket, message: ToWorker | FromWorker, fd: int | None = None) -> None:
+    """Send one message, with a descriptor if there is one (it stays open here).  Raises `OSError`."""
+    packet = _encoder.encode(message)
+    rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    sock.sendmsg([packet], rights)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+    packet, fds, _flags, _address = socket.recv_fds(sock, MESSAGE_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC)
+    return packet, fds[0] if fds else None
+
+
+def receive_in_worker(sock: socket.socket) -> tuple[ToWorker | None, int | None]:
+    """The next message and its descriptor; (None, None) when the supervisor is gone.  Raises `BlockingIOError`."""
+    packet, fd = _receive(sock)
+    return (_to_worker.decode(packet) if packet else None), fd
+
+
+def receive_in_supervisor(sock: socket.socket) -> FromWorker | None:
+    """The next message, None when the worker is gone.  Raises `BlockingIOError`."""
+    try:
+        packet, _ = _receive(sock)
+    except ConnectionError:
+        return None
+    return _from_worker.decode(packet) if packet else None
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The supervisor's end and the worker's, non-blocking and close-on-exec."""
+    return socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    )

@@ -1,0 +1,72 @@
+"""Forking: what a child does first, and how a worker's process begins and ends.
+
+`fork_child` is the one place where this program forks without exec: workers, the pool broker and control commands.
+The parent has one thread.  Before fork: sockets, memory and mappings that the child inherits.  After fork, in this
+order: signals back to their defaults, every descriptor but the named ones closed (a stray /dev/ublkcN would block
+recovery for as long as the child lives), then the child's own work.  It ends in `os._exit`: nothing of the parent's
+stack, buffers or exit handlers runs twice.
+"""
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from ublkpool.bufpool.arena import Arena
+from ublkpool.ublk import queue as core
+from ublkpool.workers.messages import Fault, send
+from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
+
+EXIT_STOPPED = 0
+EXIT_FAULT = 1
+EXIT_CRASH = 70
+_log = logging.getLogger("ublkpool.worker")
+
+
+def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> int:
+    """Fork; the child runs `main` with these descriptors and 0 to 2, and exits with its result.  Returns the pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.freeze()
+    pid = os.fork()
+    if pid:
+        gc.unfreeze()
+        return pid
+    status = EXIT_CRASH
+    try:
+        _begin(keep_fds, title)
+        status = main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _begin(keep_fds: Sequence[int], title: str) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    # A terminal's Ctrl-C reaches the whole group; the supervisor decides when its children go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    core.close_all_but([0, 1, 2, *keep_fds])
+    core.set_process_name(title)
+
+
+def run_worker(
+    spec: WorkerSpec, char_fd: int, descriptors: Sequence[object], arena: Arena, supervisor: socket.socket
+) -> int:
+    """A worker's whole life after the fork; its exit status."""
+    try:
+        core.set_io_flusher()
+        core.lock_memory()
+        loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)
+    except Exception as error:
+        send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {error}"))
+        _log.debug("worker", exc_info=True)
+        return EXIT_FAULT
+    return loop.run()

@@ -1,0 +1,190 @@
+"""What a worker does: one queue on one ring, its backend and its broker, until the device stops.
+
+Runs in the forked worker, on its only thread (ZeroMQ adds an I/O thread of its own).  Requests are served in C without
+Python's lock; Python runs when a batch of descriptors is to be sent or has come, when the stock is low, and when the
+supervisor speaks.  Whatever is closed here is closed by the process's end as well.
+"""
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.ublk import queue as core
+from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
+from ublkpool.workers import messages
+from ublkpool.workers.backend_link import BackendLink
+from ublkpool.workers.pool_link import PoolLink
+
+TICK_MS = 500
+_WATCH_SUPERVISOR, _WATCH_BACKEND, _WATCH_POOL = range(3)
+_BATCH_MAX = 32
+_log = logging.getLogger("ublkpool.worker")
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a worker is told before it is forked."""
+
+    name: str
+    queue: QueueConfig
+    queue_socket: Path
+    pool_endpoint: str
+    socket_mode: int
+    socket_group: int | None
+    cpu: int | None
+
+
+def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
+    """The pool's size classes as a queue sees them; a batch is a queue's fair share of what is above the reserves."""
+    classes = []
+    for each, reserve in zip(arena.geometry.classes, arena.reserve, strict=True):
+        shared = each.count - reserve * arena.queues
+        batch = max(1, min(_BATCH_MAX, shared // (4 * arena.queues)))
+        classes.append(
+            core.BufferClass(each.base_offset, each.buffer_bytes, each.count, each.first_slot, reserve, batch)
+        )
+    return tuple(classes)
+
+
+class QueueLoop:
+    """One queue, from its first fetch to the last abort."""
+
+    def __init__(
+        self, spec: WorkerSpec, char_fd: int, descriptors: object, arena: Arena, supervisor: socket.socket
+    ) -> None:
+        self._spec = spec
+        self._supervisor: socket.socket | None = supervisor
+        self._queue = _make_queue(spec.queue, descriptors, arena)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._backend = BackendLink(
+            context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
+        )
+        self._pool = PoolLink(context, spec.pool_endpoint, self._queue)
+        # After ZeroMQ's thread has started: it must not share the queue's CPU.
+        if spec.cpu is not None:
+            os.sched_setaffinity(0, {spec.cpu})
+        self._ring = Ring(self._queue, char_fd)
+        self._started = False
+        self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
+        self._ring.watch(_WATCH_BACKEND, self._backend.fileno())
+        self._ring.watch(_WATCH_POOL, self._pool.fileno())
+
+    def run(self) -> int:
+        """Serve until every tag is gone (0) or something of ours broke (1)."""
+        more = False
+        while True:
+            self._service_links()
+            bits = self._ring.run(0 if more else TICK_MS)
+            attention = self._queue.attention()
+            if attention & Attention.FAULT:
+                return self._fail(self._queue.fault())
+            if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
+                self._hear_supervisor()
+            more = self._backend.turn()
+            self._report(attention)
+            if attention & Attention.GONE:
+                return 0
+
+    def _service_links(self) -> None:
+        self._pool.receive()
+        self._pool.balance()
+        if not self._started and self._has_reserve():
+            self._queue.start()
+            self._started = True
+            self._tell(messages.Ready())
+
+    def _has_reserve(self) -> bool:
+        classes = self._spec.queue.classes
+        return all(len(self._queue.stock_held(n)) >= each.reserve for n, each in enumerate(classes))
+
+    def _report(self, attention: Attention) -> None:
+        if attention & Attention.CUT:
+            self._queue.clear(Attention.CUT)
+            self._backend.expect(b"")
+            self._tell(messages.Cut(self._queue.violation()))
+        if attention & Attention.SILENT:
+            self._queue.clear(Attention.SILENT)
+            self._tell(messages.Silent())
+        if attention & Attention.LINK:
+            self._queue.clear(Attention.LINK)
+        self._queue.unmap_idle_segments()
+
+    def _hear_supervisor(self) -> None:
+        while self._supervisor is not None:
+            try:
+                message, fd = messages.receive_in_worker(self._supervisor)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                message, fd = None, None
+            self._obey(message, fd)
+
+    def _obey(self, message: messages.ToWorker | None, fd: int | None) -> None:
+        match message:
+            case messages.Expect():
+                self._expect(message, fd)
+            case messages.Lost():
+                self._backend.expect(b"")
+                self._queue.lost()
+                self._tell(messages.LetGo())
+            case messages.GiveUp():
+                self._queue.give_up()
+            case None:
+                _log.warning(
+                    "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
+                )
+                self._ring.watch(_WATCH_SUPERVISOR, -1)
+                self._supervisor = None
+
+    def _expect(self, message: messages.Expect, fd: int | None) -> None:
+        try:
+            base = core.map_segment(fd, message.segment_bytes) if fd is not None else core.NULL
+        except OSError as error:
+            self._tell(messages.Expecting(f"its segment cannot be mapped: {error}"))
+            return
+        finally:
+            if fd is not None:
+                os.close(fd)
+        if self._queue.link is Link.NONE and self._queue.expect(
+            message.segment, base, message.segment_bytes, message.reads_own
+        ):
+            self._backend.expect(bytes.fromhex(message.token))
+            self._tell(messages.Expecting())
+            return
+        if fd is not None:
+            core.unmap_segment(base, message.segment_bytes)
+        self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
+
+    def _tell(self, message: messages.FromWorker) -> None:
+        if self._supervisor is None:
+            return
+        try:
+            messages.send(self._supervisor, message)
+        except OSError as error:
+            _log.warning(
+                "%s queue %d: the supervisor does not listen: %s",
+                self._spec.name,
+                self._spec.queue.queue,
+                error,
+            )
+
+    def _fail(self, reason: str) -> int:
+        self._tell(messages.Fault(reason))
+        return 1
+
+
+def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue:
+    control = core.map_segment(arena.control_fd, os.fstat(arena.control_fd).st_size)
+    pool = core.map_segment(arena.data_fd, arena.geometry.total_bytes)
+    memory = Memory(
+        descriptors=descriptors,
+        pool=pool,
+        slots=core.offset(control, slot_header_offset(arena.queues, 0)),
+        scratch=core.map_private(config.max_io_bytes),
+        statistics=core.offset(control, stats_offset(config.queue)),
+    )
+    return Queue(config, memory)
