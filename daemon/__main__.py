@@ -1,0 +1,6 @@
+"""`python -m ublkpool.daemon` is `ublkpool`."""
+
+from ublkpool.daemon.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The client half of the admin socket, on a plain blocking socket: commands must start fast.
+
+Owns what a user is told when the daemon cannot be reached.  Must not import asyncio, zmq or
+anything else that is slow.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from ublkpool.daemon.admin_wire import (
+    REPLY_BYTES_MAX,
+    AddRequest,
+    DeleteRequest,
+    ListRequest,
+    Reply,
+    Request,
+    StatsRequest,
+    StopRequest,
+    WaitRequest,
+    admin_socket,
+    decode_reply,
+    encode_line,
+)
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.status import DeviceStats, DeviceStatus
+
+CONNECT_TIMEOUT_S = 10.0
+QUERY_TIMEOUT_S = 60.0
+
+_T = TypeVar("_T")
+
+
+class AdminClient:
+    """Calls on the daemon of one run directory, one connection each; every method raises `DaemonError`."""
+
+    def __init__(self, run_dir: Path, on_progress: Callable[[str], None] = lambda text: None) -> None:
+        self._run_dir = run_dir
+        self._on_progress = on_progress
+
+    def add(self, device: DeviceConfig) -> DeviceStatus:
+        """Create a device; one whose backend the daemon runs is live on return, another may still wait."""
+        return self._call(AddRequest(device=device), DeviceStatus)
+
+    def delete(self, names: list[str] | None, force: bool = False) -> list[str]:
+        """Delete these devices, or all of them; returns the names."""
+        return self._call(DeleteRequest(names=names, force=force), list[str])
+
+    def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
+        """Return when the device is live."""
+        return self._call(WaitRequest(name=name, timeout_s=timeout_s), DeviceStatus)
+
+    def devices(self) -> list[DeviceStatus]:
+        """All devices."""
+        return self._call(ListRequest(), list[DeviceStatus], QUERY_TIMEOUT_S)
+
+    def stats(self, name: str | None = None) -> list[DeviceStats]:
+        """The numbers of one device, or of all."""
+        return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ask the daemon to end."""
+        self._call(StopRequest(), None, QUERY_TIMEOUT_S)
+
+    def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
+        reply = self._exchange(encode_line(request), timeout_s)
+        if not reply.ok:
+            raise RemoteError(reply.error, reply.status)
+        try:
+            answer: _T = msgspec.json.decode(reply.result, type=result)
+        except msgspec.DecodeError as error:
+            raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
+        return answer
+
+    def _exchange(self, line: bytes, timeout_s: float | None) -> Reply:
+        path = admin_socket(self._run_dir)
+        with _connect(path) as connection:
+            connection.settimeout(timeout_s)
+            try:
+                connection.sendall(line)
+                return self._last_reply(connection)
+            except TimeoutError as error:
+                raise DaemonUnreachable(
+                    f"{path}: the daemon did not answer within {timeout_s:g} s"
+                ) from error
+            except ConnectionError as error:
+                raise DaemonUnreachable(f"{path}: the daemon hung up: {error.strerror}") from error
+
+    def _last_reply(self, connection: socket.socket) -> Reply:
+        with connection.makefile("rb") as lines:
+            while line := lines.readline(REPLY_BYTES_MAX):
+                reply = decode_reply(line)
+                if reply.ok is not None:
+                    return reply
+                self._on_progress(reply.progress)
+        raise DaemonUnreachable("the daemon ended before it answered; its log says why")
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.settimeout(CONNECT_TIMEOUT_S)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise DaemonUnreachable(_why_unreachable(path, error)) from error
+    return connection
+
+
+def _why_unreachable(path: Path, error: OSError) -> str:
+    start = "start it with: ublkpool serve --run-dir " + str(path.parent)
+    match error:
+        case FileNotFoundError():
+            return f"{path}: no such socket, the daemon is not running; {start}"
+        case ConnectionRefusedError():
+            return f"{path}: a daemon that was killed left this socket, none is running; {start}"
+        case PermissionError():
+            return f"{path}: permission denied; run this as the daemon's user, usually with sudo"
+        case TimeoutError():
+            return f"{path}: the daemon does not accept connections; it may be hung"
+        case _:
+            return f"{path}: cannot reach the daemon: {error.strerror or error}"

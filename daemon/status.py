@@ -1,0 +1,98 @@
+"""What the daemon tells about its devices: the objects of `list --json` and `stats --json`.
+
+Owns their shape, which scripts rely on: fields are added, never renamed.  Must not know how the numbers are
+gathered.
+"""
+
+from typing import Literal
+
+import msgspec
+
+State = Literal["waiting", "live", "quiesced", "recovering", "failed"]
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The process of one hardware queue; `cpu` is None while it is not pinned."""
+
+    queue: int
+    pid: int
+    cpu: int | None = None
+
+
+class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Who stores a device's data; `kind` and `pid` are None while nobody does."""
+
+    kind: str | None = None
+    pid: int | None = None
+    attached: bool = False
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One device.  `id`, `path`, `size_bytes` are None until they are known; `reason` says why it failed."""
+
+    name: str
+    id: int | None
+    path: str | None
+    state: State
+    size_bytes: int | None
+    queues: int
+    depth: int
+    need_get_data: bool
+    placement: Literal["pool", "backend"]
+    recovery: Literal["reissue", "abort", "fail", "none"]
+    flags: tuple[str, ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
+    backend: BackendStatus = BackendStatus()
+    reason: str = ""
+
+
+class OpCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """A number per operation."""
+
+    read: int = 0
+    write: int = 0
+    flush: int = 0
+    discard: int = 0
+    write_zeroes: int = 0
+
+
+class CopyStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes copied by the kernel (it must, once) and by us (we should not)."""
+
+    kernel_bytes: int = 0
+    own_bytes: int = 0
+
+
+class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One queue since its worker started; `counters` holds whatever else the worker counts, by name."""
+
+    queue: int
+    requests: OpCounts = OpCounts()
+    bytes: OpCounts = OpCounts()
+    errors: int = 0
+    in_flight: int = 0
+    buffers_held: int = 0
+    buffers_waited: int = 0
+    copies: CopyStats = CopyStats()
+    counters: dict[str, int] = {}
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's pool: how large, how many buffers are where, and how many ever went out and came back."""
+
+    size_bytes: int = 0
+    buffer_count: int = 0
+    free_count: int = 0
+    lent_count: int = 0
+    waiting_count: int = 0
+    lent_total: int = 0
+    returned_total: int = 0
+    counters: dict[str, int] = {}
+
+
+class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One device's numbers."""
+
+    name: str
+    queues: tuple[QueueStats, ...] = ()
+    pool: PoolStats = PoolStats()

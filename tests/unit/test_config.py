@@ -1,0 +1,266 @@
+"""Every kind of mistake in a config is named with its file, line, key, value and way out."""
+
+import grp
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ublkpool.daemon.config import BackendConfig, DeviceConfig, ServeConfig
+from ublkpool.daemon.config_file import load_config
+from ublkpool.daemon.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(directory: Path, text: str) -> Path:
+    file = directory / "x.toml"
+    file.write_text(text)
+    return file
+
+
+def complaints(directory: Path, text: str) -> list[str]:
+    """What is said about this text, without the file's name."""
+    file = write(directory, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert caught.value.status == 2
+    assert all(line.startswith(f"{file}:") for line in caught.value.lines)
+    return [line.removeprefix(f"{file}:") for line in caught.value.lines]
+
+
+def test_a_full_config_is_read(tmp_path: Path) -> None:
+    group = grp.getgrgid(os.getgid()).gr_name
+    file = write(
+        tmp_path,
+        f"""
+        [daemon]
+        run_dir = "/run/other"
+        group = "{group}"
+        log_level = "debug"
+        log_format = "json"
+        [[device]]
+        name = "vol0"
+        size = "1.5G"
+        queues = 4
+        depth = 64
+        id = 7
+        max_io = "1M"
+        need_get_data = true
+        placement = "backend"
+        recovery = "fail"
+        read_only = true
+        pool = 67108864
+        io_timeout = 5
+        on_timeout = "fail"
+        [device.backend]
+        kind = "file"
+        path = "vol0.img"
+        direct = true
+        cache = 8
+        """,
+    )
+    device = DeviceConfig(
+        name="vol0",
+        size_bytes=3 << 29,
+        queues=4,
+        depth=64,
+        id=7,
+        max_io_bytes=1 << 20,
+        placement="backend",
+        recovery="fail",
+        read_only=True,
+        pool_bytes=64 << 20,
+        io_timeout_s=5.0,
+        on_timeout="fail",
+        backend=BackendConfig(
+            kind="file", options={"path": "vol0.img", "direct": "true", "cache": "8"}, cwd=str(tmp_path)
+        ),
+    )
+    assert load_config(file) == ServeConfig(Path("/run/other"), group, "debug", "json", (device,))
+    assert load_config(file, Path("/run/mine")).run_dir == Path("/run/mine")
+
+
+def test_an_empty_config_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == ServeConfig()
+
+
+def test_the_sample_config_loads_and_shows_the_defaults() -> None:
+    sample = ROOT / "config" / "ublkpool.toml"
+    assert load_config(sample).devices == (DeviceConfig(name="vol0"),)
+
+
+def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: Path) -> None:
+    lines = (ROOT / "config" / "ublkpool.toml").read_text().splitlines()
+    shown = [line.removeprefix("# ") for line in lines if line.startswith(("# [", "[")) or " = " in line]
+    text = "\n".join(line for line in shown if not line.startswith("group"))
+    config = load_config(write(tmp_path, text))
+    assert [device.name for device in config.devices] == ["vol0", "scratch"]
+    assert config.devices[0].size_bytes == 10 << 30
+    assert config.devices[1].backend == BackendConfig(kind="memory", cwd=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("queues = 9999", "queues: expected int <= 4096, got 9999"),
+        ("queues = 0", "queues: expected int >= 1, got 0"),
+        ('queues = "four"', 'queues: expected int, got "four"'),
+        ("depth = true", "depth: expected int, got true"),
+        ("id = -1", "id: expected int >= 0, got -1"),
+        ('id = "x"', 'id: expected int, got "x"'),
+        ('size = "1X"', "size: '1X' is not a size (write 4096, 64M or 1.5G)"),
+        ("size = 1000", "size: expected int that's a multiple of 512, got 1000"),
+        ("size = 0", "size: expected int >= 512, got 0"),
+        ("size = [1]", "size: expected int, got [1]"),
+        ('max_io = "6000"', "max_io: expected int that's a multiple of 4096, got 6000"),
+        ('max_io = "64M"', "max_io: expected int <= 33554432, got 67108864"),
+        ("need_get_data = 1", "need_get_data: expected bool, got 1"),
+        (
+            'placement = "bakend"',
+            'placement: expected pool or backend, got "bakend", did you mean backend?',
+        ),
+        ("recovery = 1", "recovery: expected reissue or abort or fail or none, got 1"),
+        ("io_timeout = 0", "io_timeout: expected float > 0.0, got 0"),
+        ('pool = "4K"', "pool: expected at least one request's 524288 bytes, got 4096"),
+        ('backend = "file"', 'backend: expected a table with kind = "...", got "file"'),
+        (
+            "backend = { path = 'x' }",
+            'backend.kind: expected a built-in kind or FILE.py, as in kind = "file"',
+        ),
+        ("backend.kind = 5", 'backend.kind: expected a built-in kind or FILE.py, as in kind = "file", got 5'),
+        (
+            'backend = { kind = "file", path = ["a"] }',
+            'backend.path: expected a string, a number or a bool, got ["a"]',
+        ),
+    ],
+)
+def test_a_bad_value_is_named_with_its_line_and_key(tmp_path: Path, key: str, complaint: str) -> None:
+    text = f'[daemon]\n\n[[device]]\nname = "a"\n[[device]]\nname = "b"\n{key}\n'
+    assert complaints(tmp_path, text) == [f"7: device[1].{complaint}"]
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "a b", "é", "x" * 65, "new\nline", "end\n"])
+def test_a_bad_name_is_refused(tmp_path: Path, name: str) -> None:
+    text = f"[[device]]\nname = {msgspec.json.encode(name).decode()}\n"
+    [complaint] = complaints(tmp_path, text)
+    assert complaint.startswith("2: device[0].name: expected 1 to 64 letters, digits, '_', '.' or '-'")
+
+
+@pytest.mark.parametrize("name", ["a", "0", "_", "vol-0.img_x", "x" * 64])
+def test_a_good_name_is_taken(tmp_path: Path, name: str) -> None:
+    assert load_config(write(tmp_path, f'[[device]]\nname = "{name}"\n')).devices[0].name == name
+
+
+def test_an_unknown_key_suggests_the_nearest(tmp_path: Path) -> None:
+    [complaint] = complaints(tmp_path, '[[device]]\nname = "a"\nqueus = 4\n')
+    assert complaint.startswith("3: device[0].queus: unknown key, did you mean queues?; known: name, size,")
+
+
+def test_unknown_tables_are_named(tmp_path: Path) -> None:
+    text = "[demon]\nlog_level = 'info'\n[daemon]\nlog_levle = 'info'\n"
+    assert complaints(tmp_path, text) == [
+        "1: demon: unknown table; known: [daemon], [[device]]",
+        "4: daemon.log_levle: unknown key, did you mean log_level?; "
+        "known: run_dir, group, log_level, log_format",
+    ]
+
+
+def test_every_mistake_is_reported_in_order(tmp_path: Path) -> None:
+    text = '[[device]]\nqueues = 0\ndepth = 0\n[[device]]\nname = "b"\nid = "x"\n'
+    assert [line.split(":")[:2] for line in complaints(tmp_path, text)] == [
+        ["1", " device[0].name"],
+        ["2", " device[0].queues"],
+        ["3", " device[0].depth"],
+        ["6", " device[1].id"],
+    ]
+
+
+def test_duplicates_are_named(tmp_path: Path) -> None:
+    text = '[[device]]\nname = "a"\nid = 1\n[[device]]\nname = "a"\nid = 1\n'
+    assert complaints(tmp_path, text) == [
+        "5: device[1].name: 'a' is already taken by device[0]; choose another",
+        "6: device[1].id: 1 is already taken by device[0]; choose another",
+    ]
+
+
+def test_backend_placement_needs_need_get_data(tmp_path: Path) -> None:
+    text = '[[device]]\nname = "a"\nneed_get_data = false\nplacement = "backend"\n'
+    [complaint] = complaints(tmp_path, text)
+    assert complaint.startswith("4: device[0].placement: backend placement needs need_get_data")
+
+
+def test_one_bracket_instead_of_two(tmp_path: Path) -> None:
+    assert complaints(tmp_path, '\n[device]\nname = "a"\n') == [
+        "2: device: expected an array of tables: write [[device]], with two brackets"
+    ]
+
+
+def test_a_daemon_that_is_no_table(tmp_path: Path) -> None:
+    assert complaints(tmp_path, "daemon = 5\n") == ["1: daemon: expected a table: write [daemon]"]
+
+
+def test_the_daemon_table_is_checked(tmp_path: Path) -> None:
+    text = '[daemon]\nrun_dir = "relative"\ngroup = "no-such-group"\nlog_format = "xml"\n'
+    assert complaints(tmp_path, text) == [
+        "2: daemon.run_dir: expected an absolute path, got 'relative'",
+        "3: daemon.group: no such group: no-such-group; create it with: groupadd --system no-such-group",
+        '4: daemon.log_format: expected auto or human or logfmt or json, got "xml"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("[daemon]\nlog_level =\n", "2: not TOML: "),
+        ('a = 1\nb = "open', "2: not TOML: "),
+        ("[a]\n[a]\n", "2: not TOML: "),
+    ],
+)
+def test_a_syntax_error_carries_its_line(tmp_path: Path, text: str, start: str) -> None:
+    [complaint] = complaints(tmp_path, text)
+    assert complaint.startswith(start)
+    assert "line" not in complaint.partition("TOML")[2]
+
+
+def test_bytes_that_are_not_utf8_carry_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(b"# fine\n# \xff\n")
+    with pytest.raises(ConfigError, match=r"x\.toml:2: not UTF-8: byte 0xff"):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_a_backend_file_is_meant_from_the_configs_directory(tmp_path: Path) -> None:
+    text = '[[device]]\nname = "a"\nbackend.kind = "sub/../mine.py"\n'
+    assert complaints(tmp_path, text) == [f"3: device[0].backend.kind: no such file: {tmp_path / 'mine.py'}"]
+    (tmp_path / "mine.py").touch()
+    [device] = load_config(write(tmp_path, text)).devices
+    assert device.backend is not None
+    assert device.backend.kind == str(tmp_path / "mine.py")
+
+
+def test_a_device_survives_json() -> None:
+    device = DeviceConfig(
+        name="a", size_bytes=7 << 60, backend=BackendConfig(kind="memory", options={"x": "1"})
+    )
+    assert msgspec.json.decode(msgspec.json.encode(device), type=DeviceConfig) == device
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"name":"a","placement":"backend","need_get_data":false}',
+        b'{"name":"a","queues":0}',
+        b'{"name":"a","extra":1}',
+        b'{"name":"../a"}',
+    ],
+)
+def test_a_device_from_json_is_checked_too(text: bytes) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(text, type=DeviceConfig)

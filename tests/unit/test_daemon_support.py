@@ -1,0 +1,119 @@
+"""Logging, notifying systemd, rendering for terminals, and the files in config/."""
+
+import configparser
+import io
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ublkpool.daemon import logs, notify, render
+from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, QueueStats
+
+CONFIG = Path(__file__).parents[2] / "config"
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    top = logging.getLogger("ublkpool")
+    before = (top.handlers[:], top.propagate, top.level)
+    yield logging.getLogger("ublkpool.test")
+    top.handlers[:], top.propagate = before[0], before[1]
+    top.setLevel(before[2])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_people_get_a_readable_line(logger: logging.Logger) -> None:
+    stream = Terminal()
+    logs.configure("info", "auto", stream)
+    logger.debug("not shown")
+    logger.info("device %s is live", "vol0", extra={"fields": {"path": "/dev/ublkb0", "why": "a b"}})
+    line = stream.getvalue()
+    assert line[12:] == ' info    test: device vol0 is live path=/dev/ublkb0 why="a b"\n'
+
+
+def test_machines_get_logfmt_or_json(logger: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.configure("debug", "auto", stream)
+    logger.warning('two "words"', extra={"fields": {"pid": 7, "empty": ""}})
+    assert 'level=warning logger=test message="two \\"words\\"" pid=7 empty=""\n' in stream.getvalue()
+    stream = io.StringIO()
+    logs.configure("debug", "json", stream)
+    logger.error("x", exc_info=ValueError("y"), extra={"fields": {"pid": 7}})
+    record = json.loads(stream.getvalue())
+    assert (record["level"], record["message"], record["pid"]) == ("error", "x", 7)
+    assert "ValueError: y" in record["traceback"]
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    address = f"@{tmp_path}/notify" if abstract else f"{tmp_path}/notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(5)
+        systemd.bind(address.replace("@", "\0"))
+        notify.ready("2 devices")
+        notify.stopping()
+        assert systemd.recv(100) == b"READY=1\nSTATUS=2 devices"
+        assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_nobody_is_told_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify.ready()
+
+
+DEVICE = DeviceStatus(
+    name="vol0",
+    id=0,
+    path=None,
+    state="failed",
+    size_bytes=None,
+    queues=1,
+    depth=128,
+    need_get_data=True,
+    placement="pool",
+    recovery="reissue",
+    backend=BackendStatus(kind="file", pid=5, attached=False),
+    reason="[no such] file",
+)
+
+
+def test_a_terminal_gets_the_same_words_as_a_file() -> None:
+    table = render.device_table([DEVICE])
+    terminal, file = Terminal(), io.StringIO()
+    render.print_table(table, terminal)
+    render.print_table(table, file)
+    for word in ("vol0", "failed", "NAME"):
+        assert word in terminal.getvalue()
+    assert "file (pid 5), not attached  [no such] file\n" in file.getvalue()
+
+
+def test_every_row_is_as_long_as_its_headers() -> None:
+    stats = [DeviceStats(name="a", queues=(QueueStats(queue=0), QueueStats(queue=1)))]
+    for table in (render.device_table([DEVICE]), *render.stats_tables(stats)):
+        assert table.rows
+        assert all(len(row) == len(table.headers) for row in table.rows)
+
+
+def test_the_unit_can_reach_what_the_daemon_needs() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(CONFIG / "ublkpool.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert service["LimitMEMLOCK"] == "infinity"
+    breaking = {"PrivateDevices", "ProtectClock", "ProtectKernelTunables", "PrivateTmp", "PrivateIPC"}
+    assert not breaking & set(service)
+
+
+def test_the_udev_rule_turns_the_watch_off() -> None:
+    rules = (CONFIG / "99-ublkpool.rules").read_text().splitlines()
+    assert 'SUBSYSTEM=="block", KERNEL=="ublkb*", OPTIONS+="nowatch"' in rules
