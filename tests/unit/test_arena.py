@@ -1,0 +1,239 @@
+"""The pool's memory: allocated whole, laid out as drawn, and nothing of it left behind."""
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from ublkpool.bufpool.arena import (
+    Arena,
+    Control,
+    ControlHeader,
+    SlotHeader,
+    arena_prefix,
+    control_bytes,
+    list_orphans,
+    slot_header_offset,
+    stats_offset,
+    unlink_arena,
+)
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.limits import Geometry
+
+INSTANCE = f"test-arena-{os.getpid()}"
+GEOMETRY = Geometry.build([(4096, 6), (65536, 3)])
+RESERVE = (2, 1)
+
+
+@pytest.fixture
+def prefix() -> Iterator[str]:
+    yield arena_prefix(INSTANCE, 7)
+    left = list_orphans(INSTANCE)
+    for each in left:
+        unlink_arena(each)
+    assert left == []
+
+
+@pytest.fixture
+def arena(prefix: str) -> Iterator[Arena]:
+    with Arena.create(prefix, GEOMETRY, queues=2, device_number=7, reserve=RESERVE) as arena:
+        yield arena
+        arena.unlink()
+
+
+def open_fds() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def objects() -> list[str]:
+    return sorted(path.name for path in Path("/dev/shm").iterdir() if INSTANCE in path.name)
+
+
+def test_the_control_segment_lies_as_drawn(arena: Arena) -> None:
+    raw = os.pread(arena.control_fd, 1 << 20, 0)
+    assert raw[:8] == b"UBLKPOOL"
+    assert struct.unpack_from("<IIIIIIQ", raw, 8) == (1, 7, 2, 2, 9, 0, 6 * 4096 + 3 * 65536)
+    assert struct.unpack_from("<QIIIIQ", raw, 64) == (0, 4096, 6, 0, 2, 0)
+    assert struct.unpack_from("<QIIIIQ", raw, 96) == (6 * 4096, 65536, 3, 6, 1, 0)
+    assert not any(raw[128:])
+    assert len(raw) == 4096 * (1 + 2 + 1)
+
+
+def test_slot_headers_and_statistics_lie_as_drawn(arena: Arena) -> None:
+    arena.control.grant(3, Owner(1, 5))
+    assert os.pread(arena.control_fd, 16, 4096 * 3 + 16 * 3) == struct.pack("<IIII", 2, 5, 0, 1)
+    assert slot_header_offset(2, 3) == 4096 * 3 + 48
+    os.pwrite(arena.control_fd, b"worker", 4096 * 2)
+    assert arena.control.statistics_block(1)[:8] == b"worker\0\0"
+    assert stats_offset(1) == 8192
+    with pytest.raises(PoolError, match="queue 2 is none"):
+        arena.control.statistics_block(2)
+    with pytest.raises(PoolError, match="slot 9 is none"):
+        arena.control.grant(9, Owner(0, 0))
+
+
+def test_a_grant_raises_the_sequence_and_a_release_leaves_it(arena: Arena) -> None:
+    control = arena.control
+    control.grant(8, Owner(0, 4))
+    os.pwrite(arena.control_fd, struct.pack("<I", 12), slot_header_offset(2, 8) + 8)
+    assert control.slot_header(8) == SlotHeader(owner=1, epoch=4, tag=12, sequence=1)
+    control.release(8)
+    assert control.slot_header(8) == SlotHeader(owner=0, epoch=4, tag=0, sequence=1)
+    control.grant(8, Owner(1, 5))
+    assert control.slot_header(8) == SlotHeader(owner=2, epoch=5, tag=0, sequence=2)
+
+
+def test_the_sequence_wraps(arena: Arena) -> None:
+    os.pwrite(arena.control_fd, b"\xff" * 4, slot_header_offset(2, 0) + 12)
+    arena.control.grant(0, Owner(0, 0))
+    assert arena.control.slot_header(0).sequence == 0
+
+
+def test_another_process_sees_who_holds_what(arena: Arena, prefix: str) -> None:
+    arena.control.grant(0, Owner(0, 4))
+    with Arena.open(prefix) as other:
+        assert list(other.control.slot_owners()) == [Owner(0, 4)] + [None] * 8
+        assert (other.geometry, other.reserve) == (GEOMETRY, RESERVE)
+        assert (other.queues, other.device_number) == (2, 7)
+
+
+def test_memory_is_allocated_up_front(arena: Arena) -> None:
+    statistics = arena.statistics()
+    assert statistics.data_bytes == GEOMETRY.total_bytes
+    assert statistics.control_bytes == control_bytes(2, 9)
+    assert statistics.allocated_bytes == statistics.data_bytes + statistics.control_bytes
+
+
+def test_descriptors_are_private_and_close_on_exec(arena: Arena, prefix: str) -> None:
+    with Arena.open(prefix) as other:
+        for each in (arena, other):
+            for fd in (each.data_fd, each.control_fd):
+                assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+                assert os.fstat(fd).st_mode & 0o777 == 0o600
+
+
+def test_descriptors_that_were_handed_over_are_an_arena_without_names(arena: Arena) -> None:
+    with Arena.from_fds(os.dup(arena.data_fd), os.dup(arena.control_fd)) as other:
+        assert other.geometry == GEOMETRY
+        with pytest.raises(PoolError, match="does not know its names"):
+            other.unlink()
+
+
+def test_closing_leaves_no_descriptor_and_may_be_repeated(prefix: str) -> None:
+    before = open_fds()
+    arena = Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
+    arena.unlink()
+    arena.close()
+    arena.close()
+    assert open_fds() == before
+
+
+def test_a_second_pool_of_the_same_name_is_refused_and_the_first_one_stays(arena: Arena, prefix: str) -> None:
+    with pytest.raises(PoolError, match=r"7-data exists already"):
+        Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
+    assert len(objects()) == 2
+
+
+def test_a_leftover_control_object_fails_the_creation_without_removing_it(prefix: str) -> None:
+    fd = posix_ipc.SharedMemory(f"{prefix}-ctl", posix_ipc.O_CREX).fd
+    os.close(fd)
+    with pytest.raises(PoolError, match=r"7-ctl exists already"):
+        Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
+    assert objects() == [f"{prefix[1:]}-ctl"]
+    assert list_orphans(INSTANCE) == [prefix]
+    unlink_arena(prefix)
+
+
+def test_a_pool_too_large_for_dev_shm_is_refused_and_leaves_nothing(prefix: str) -> None:
+    usage = os.statvfs("/dev/shm")
+    if usage.f_blocks == 0:
+        pytest.skip("/dev/shm has no limit here")
+    count = usage.f_blocks * usage.f_frsize // (1 << 20) + 1
+    before = open_fds()
+    with pytest.raises(PoolError, match=r"data needs [\d.]+ MiB .* [\d.]+ MiB are free: lower .*pool_bytes"):
+        Arena.create(prefix, Geometry.build([(1 << 20, count)]), 1, 7, (1,))
+    assert objects() == []
+    assert open_fds() == before
+
+
+def test_space_that_runs_out_half_way_leaves_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = os.posix_fallocate
+
+    def without_control(fd: int, offset: int, size_bytes: int) -> None:
+        if size_bytes == control_bytes(2, 9):
+            raise OSError(28, "No space left on device")
+        allocate(fd, offset, size_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", without_control)
+    with pytest.raises(PoolError, match="ctl needs"):
+        Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
+    assert objects() == []
+
+
+def test_a_pool_that_does_not_exist_cannot_be_opened(prefix: str) -> None:
+    with pytest.raises(PoolError, match="cannot be opened"):
+        Arena.open(prefix)
+
+
+@pytest.mark.parametrize("which", ["data", "control"])
+@pytest.mark.parametrize("by_bytes", [-4096, 4096])
+def test_a_segment_of_another_size_is_refused(arena: Arena, prefix: str, which: str, by_bytes: int) -> None:
+    fd = arena.data_fd if which == "data" else arena.control_fd
+    os.ftruncate(fd, os.fstat(fd).st_size + by_bytes)
+    before = open_fds()
+    with pytest.raises(PoolError, match=f"{which} segment has .* bytes and its header says"):
+        Arena.open(prefix)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "reason"),
+    [
+        (0, b"X", "not a control segment"),
+        (8, struct.pack("<I", 2), "version 2"),
+        (16, struct.pack("<I", 0), "0 queues"),
+        (20, struct.pack("<I", 9), "9 classes"),
+        (24, struct.pack("<I", 8), "8 slots"),
+        (32, struct.pack("<Q", 1), "1 bytes"),
+        (64 + 8, struct.pack("<I", 4095), "not ascending whole pages"),
+        (96, struct.pack("<Q", 0), "do not follow"),
+        (96 + 16, struct.pack("<I", 0), "do not follow"),
+    ],
+)
+def test_a_damaged_header_is_refused(offset: int, value: bytes, reason: str) -> None:
+    page = bytearray(ControlHeader(7, 2, GEOMETRY, RESERVE).pack())
+    page[offset : offset + len(value)] = value
+    with pytest.raises(PoolError, match=reason):
+        ControlHeader.unpack(bytes(page))
+
+
+def test_a_header_survives_the_round_trip() -> None:
+    header = ControlHeader(7, 2, GEOMETRY, RESERVE)
+    assert ControlHeader.unpack(header.pack()) == header
+
+
+def test_an_empty_control_segment_is_refused(arena: Arena) -> None:
+    os.ftruncate(arena.control_fd, 0)
+    with pytest.raises(PoolError, match="no header"):
+        Control(arena.control_fd)
+
+
+def test_orphans_are_those_of_this_instance_only(prefix: str) -> None:
+    stranger = arena_prefix(f"{INSTANCE}-0", 1)
+    for name in (f"{prefix}-data", f"{stranger}-data", f"{stranger}-ctl"):
+        os.close(posix_ipc.SharedMemory(name, posix_ipc.O_CREX).fd)
+    assert list_orphans(INSTANCE) == [prefix]
+    unlink_arena(prefix)
+    unlink_arena(stranger)
+    assert objects() == []
+
+
+@pytest.mark.parametrize("instance", ["", "a/b", "x" * 65, "a b"])
+def test_an_instance_that_cannot_be_a_name_is_refused(instance: str) -> None:
+    with pytest.raises(PoolError, match="instance"):
+        arena_prefix(instance, 0)
