@@ -37,10 +37,11 @@ $(VENV)/.python: | host
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Without build isolation: the compiler runs often, and need not fetch setuptools each time.
+# Without build isolation: the compiler runs often, and need not fetch setuptools each time. Old modules go
+# first: one that was built under another file name may come before the new one in Python's search.
 $(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
 	@echo "setup: installing ublkpool and its tools into $(VENV), building the C modules"
-	@rm -rf build
+	@rm -rf build */_*.so
 	@$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
@@ -50,7 +51,7 @@ guest: setup ## bring the test guest's QEMU and kernels into the cache
 
 lint: setup ## ruff, mypy, import-linter
 	@echo "lint: ruff"; $(VENV)/bin/ruff check .; $(VENV)/bin/ruff format --check .
-	@echo "lint: mypy"; $(VENV)/bin/mypy
+	@echo "lint: mypy"; $(VENV)/bin/mypy; $(VENV)/bin/mypy tests
 	@echo "lint: import-linter"; $(VENV)/bin/lint-imports
 
 format: setup ## let ruff rewrite the code's layout
@@ -87,4 +88,4 @@ demo: setup ## a short tour on a real driver, here or in a guest
 	fi
 
 clean: ## remove what was built, keep the guest's cache
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */_native*.o
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */_*.o */_*.c

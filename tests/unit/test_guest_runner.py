@@ -1,5 +1,6 @@
 """The test guest's pure parts: apt's configuration, archive indexes, the environment, the console."""
 
+import hashlib
 import re
 import subprocess
 from pathlib import Path
@@ -107,6 +108,34 @@ def test_only_sha256_digests_of_a_release_are_used() -> None:
     assert apt_archive.parse_release_hashes(text) == {"main/p.xz": "ab", "main/q.xz": "cd"}
     with pytest.raises(apt_archive.ArchiveError):
         apt_archive.parse_release_hashes("MD5Sum:\n 00 5 main/p.xz\n")
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> apt_archive.Archive:
+    """An archive on this disk that nobody signed."""
+    monkeypatch.setattr(apt_archive, "DOWNLOAD_ATTEMPTS_MAX", 1)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    suite = tmp_path / "dists" / "trixie"
+    suite.mkdir(parents=True)
+    (suite / "InRelease").write_text("SHA256:\n ab 5 main/binary-amd64/Packages.xz\n")
+    (tmp_path / "x.deb").write_bytes(b"contents")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return apt_archive.Archive([tmp_path.as_uri()], scratch)
+
+
+def test_an_unsigned_release_is_refused(mirror: apt_archive.Archive) -> None:
+    with pytest.raises(apt_archive.ArchiveError, match="bad signature"):
+        mirror.newest("trixie", "linux-image")
+
+
+def test_a_package_is_kept_only_with_the_promised_digest(mirror: apt_archive.Archive) -> None:
+    true_digest = hashlib.sha256(b"contents").hexdigest()
+    downloaded = mirror.download(apt_archive.Package("x", "1", "x.deb", 8, true_digest))
+    assert downloaded.read_bytes() == b"contents"
+    with pytest.raises(apt_archive.ArchiveError, match="SHA256"):
+        mirror.download(apt_archive.Package("x", "1", "x.deb", 8, "0" * 64))
+    assert not downloaded.exists()
 
 
 @pytest.mark.parametrize(
