@@ -20,8 +20,11 @@ from types import FrameType
 import click
 
 from support.apt_archive import ArchiveError
-from support.guest_boot import KVM_PROBE_TIMEOUT_S, Machine, Spec, say
+from support.guest_boot import Machine, say
 from support.guest_cache import KERNELS, CacheError, GuestCache
+from support.guest_qemu import Spec
+
+KVM_PROBE_TIMEOUT_S = 20
 
 
 @contextmanager
