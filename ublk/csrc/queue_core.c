@@ -425,6 +425,7 @@ int uq_start(struct uq *q)
 			q->config.slots[t->slot].tag = i + 1;
 			address = uq_slot_address(q, t->slot);
 			q->config.stats->buffers_lent++;
+			q->config.stats->lent_total++;
 		}
 		command(q, t, UQ_CMD_FETCH, 0, address);
 	}

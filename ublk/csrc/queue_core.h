@@ -96,6 +96,7 @@ struct uq_stats {
 	uint64_t errors, in_flight, in_flight_max, buffers_held, buffers_lent, buffers_waiting, buffers_waited;
 	uint64_t kernel_write_bytes, kernel_read_bytes, own_copy_bytes;
 	uint64_t requeues, short_copies, replays, rescues, violations, stale_answers, timeouts, unsupported;
+	uint64_t lent_total, returned_total; /* pool buffers, tag by tag */
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");

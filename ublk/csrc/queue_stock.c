@@ -44,6 +44,7 @@ static void give(struct uq *q, struct uq_tag *t, uint32_t slot)
 	t->slot = slot;
 	q->config.slots[slot].tag = uq_index(q, t) + 1;
 	q->config.stats->buffers_lent++;
+	q->config.stats->lent_total++;
 	if (t->op == UQ_WRITE && !t->copied) {
 		if (uq_move(q, t, UQ_EV_BUFFER_TO_COPY))
 			uq_get_data(q, t, uq_slot_address(q, slot));
@@ -139,6 +140,7 @@ void uq_slot_back(struct uq *q, struct uq_tag *t)
 
 	q->config.slots[t->slot].tag = 0;
 	q->config.stats->buffers_lent--;
+	q->config.stats->returned_total++;
 	s->slots[s->count++] = t->slot;
 	t->slot = UQ_BUFFER_NONE;
 	serve_waiters(q, s);

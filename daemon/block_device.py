@@ -1,0 +1,217 @@
+"""The kernel's side of one device: create, start, stop and delete it, and its node.
+
+Owns the order of control commands and what is read back after them.  Must not know backends or workers' insides.
+Runs on the supervisor's asyncio loop; every command runs in a disposable process.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import NamedTuple
+
+from ublkpool.bufpool import wire
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.ublk import abi, control
+from ublkpool.ublk.abi import Attribute, DeviceInfo, Feature, Parameters
+from ublkpool.ublk.errors import UnsupportedError
+
+NODE_DEADLINE_S = 30.0
+_POLL_S = 0.02
+_RECOVERY_FLAGS = {
+    "none": Feature(0),
+    "abort": Feature.USER_RECOVERY,
+    "reissue": Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE,
+    "fail": Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO,
+}
+_log = logging.getLogger("ublkpool.device")
+
+
+class Created(NamedTuple):
+    """What ADD_DEV really gave, and the CPUs that each queue serves."""
+
+    info: DeviceInfo
+    queue_cpus: list[list[int]]
+
+
+def parameters(config: DeviceConfig, size_bytes: int, attach: wire.Attach) -> Parameters:
+    """The disk that this config and this backend make."""
+    attributes = Attribute(0)
+    if config.read_only or attach.read_only:
+        attributes |= Attribute.READ_ONLY
+    if attach.rotational:
+        attributes |= Attribute.ROTATIONAL
+    if attach.volatile_cache:
+        # FUA is the backend's duty wherever it caches; without the attribute the kernel would flush instead.
+        attributes |= Attribute.VOLATILE_CACHE | Attribute.FUA
+    return Parameters(
+        size_bytes=size_bytes,
+        max_io_bytes=config.max_io_bytes,
+        logical_block_bytes=attach.logical_block_bytes,
+        physical_block_bytes=attach.physical_block_bytes,
+        attributes=attributes,
+        discard_granularity_bytes=attach.discard_granularity_bytes,
+        discard_max_bytes=attach.discard_max_bytes,
+        write_zeroes_max_bytes=attach.write_zeroes_max_bytes,
+    )
+
+
+def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
+    """The flags to ask for.  Raises `UnsupportedError` naming the setting that this kernel does not offer."""
+    flags = Feature.CMD_IOCTL_ENCODE | _RECOVERY_FLAGS[config.recovery]
+    if config.need_get_data:
+        flags |= Feature.NEED_GET_DATA
+    missing = abi.feature_names(flags & ~offered)
+    if missing:
+        raise UnsupportedError(
+            f"{config.name}: this kernel's ublk driver does not offer {', '.join(missing)}: "
+            f"choose another recovery or need_get_data, or a newer kernel (see ublkpool features)"
+        )
+    return flags
+
+
+def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
+    """Runs in the disposable process."""
+    flags = wanted_flags(config, control.get_features())
+    asked = DeviceInfo(
+        queues=config.queues,
+        depth=config.depth,
+        max_io_bytes=config.max_io_bytes,
+        device_number=abi.DEVICE_ANY if config.id is None else config.id,
+        server_pid=server_pid,
+        flags=flags,
+    )
+    info = control.add_device(asked)
+    try:
+        _check_granted(config, info, flags)
+        control.set_parameters(info.device_number, disk._replace(max_io_bytes=info.max_io_bytes))
+        cpus = [control.queue_cpus(info.device_number, queue) for queue in range(info.queues)]
+    except BaseException:
+        control.delete_device(info.device_number)
+        raise
+    return Created(info, cpus)
+
+
+def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
+    refused = abi.feature_names(flags & ~info.flags)
+    if refused:
+        raise UnsupportedError(f"{config.name}: the driver took away {', '.join(refused)}")
+    if info.depth != config.depth or info.max_io_bytes > config.max_io_bytes:
+        raise UnsupportedError(
+            f"{config.name}: asked for depth {config.depth} and {config.max_io_bytes} bytes a request, "
+            f"the driver gives {info.depth} and {info.max_io_bytes}"
+        )
+
+
+class BlockDevice:
+    """One ublk device in the kernel."""
+
+    def __init__(self, runner: ControlRunner, name: str, created: Created) -> None:
+        self._runner = runner
+        self._name = name
+        self.info = created.info
+        self.queue_cpus = created.queue_cpus
+        self.number = created.info.device_number
+        self.node = Path(f"/dev/ublkb{self.number}")
+
+    @classmethod
+    async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
+        """ADD_DEV and SET_PARAMS; queues may be fewer than asked for.  Raises `DaemonError`."""
+        pid = os.getpid()
+        try:
+            created = await runner.run(f"{config.name}: ADD_DEV", lambda: _create(config, disk, pid), Created)
+        except ControlFailed as error:
+            if error.errno == errno.EEXIST and config.id is not None:
+                raise DaemonError(
+                    f"{config.name}: device number {config.id} is taken: choose another id, or none"
+                ) from error
+            raise
+        device = cls(runner, config.name, created)
+        if created.info.queues < config.queues:
+            _log.warning(
+                "%s: %d queues asked for, the kernel gives %d (its CPUs)",
+                config.name,
+                config.queues,
+                created.info.queues,
+            )
+        return device
+
+    async def open_char(self) -> int:
+        """Open /dev/ublkcN, which udev may still be making or looking at.  Raises `DaemonError`."""
+        path = f"/dev/ublkc{self.number}"
+        deadline_s = asyncio.get_running_loop().time() + NODE_DEADLINE_S
+        while True:
+            try:
+                return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                if asyncio.get_running_loop().time() > deadline_s:
+                    raise DaemonError(f"{self._name}: {path}: {error.strerror}") from error
+            await asyncio.sleep(_POLL_S)
+
+    def start(self, deadline_s: float) -> Awaitable[None]:
+        """START_DEV: returns when every tag is fetched and the partition scan has been served."""
+        number, pid = self.number, os.getpid()
+        return self._runner.run_beside(
+            f"{self._name}: START_DEV", lambda: control.start_device(number, pid), type(None), deadline_s
+        )
+
+    async def wait_for_node(self) -> None:
+        """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`."""
+        deadline_s = asyncio.get_running_loop().time() + NODE_DEADLINE_S
+        while not self._opens():
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise DaemonError(
+                    f"{self._name}: {self.node} did not become a block device that can be opened"
+                )
+            await asyncio.sleep(_POLL_S)
+        await _settle_udev()
+
+    def in_use(self) -> bool:
+        """Whether somebody holds the disk exclusively: a mount, a volume manager, a RAID."""
+        try:
+            os.close(os.open(self.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            return error.errno == errno.EBUSY
+        return False
+
+    async def stop(self, deadline_s: float) -> None:
+        """STOP_DEV: the disk goes, then every fetched tag is cancelled.  Raises `ControlFailed`."""
+        number = self.number
+        await self._runner.run_beside(
+            f"{self._name}: STOP_DEV", lambda: control.stop_device(number), type(None), deadline_s
+        )
+
+    async def delete(self) -> None:
+        """DEL_DEV, when nobody holds /dev/ublkcN any more.  Raises `ControlFailed`."""
+        number = self.number
+        await self._runner.run(f"{self._name}: DEL_DEV", lambda: control.delete_device(number), type(None))
+
+    def _opens(self) -> bool:
+        try:
+            fd = os.open(self.node, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            return stat.S_ISBLK(os.fstat(fd).st_mode)
+        finally:
+            os.close(fd)
+
+
+async def _settle_udev() -> None:
+    udevadm = shutil.which("udevadm")
+    if udevadm is None or not Path("/run/udev/control").exists():
+        return
+    from ublkpool.daemon.children import Child
+
+    process = subprocess.Popen(
+        [udevadm, "settle", "--timeout=10"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    process.returncode = 0
+    await Child(process.pid, "udevadm settle").wait()

@@ -1,0 +1,66 @@
+"""Child processes, watched by pidfd: who runs, who ended and how, and ending them in bounded time.
+
+Owns waitpid: no child of the daemon is reaped elsewhere.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+
+
+class Child:
+    """A process that we forked or started, from its birth to its reaping."""
+
+    def __init__(self, pid: int, title: str) -> None:
+        self.pid = pid
+        self.title = title
+        self._loop = asyncio.get_running_loop()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(pid)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    @property
+    def exit_status(self) -> int | None:
+        """As the shell counts (128 + signal for a killed one); None while it lives."""
+        return self._exited.result() if self._exited.done() else None
+
+    async def wait(self) -> int:
+        """Its exit status, once there is one."""
+        return await asyncio.shield(self._exited)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal it, if it still lives."""
+        if not self._exited.done():
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def end(self, patience_s: float) -> int:
+        """TERM, then KILL after `patience_s`; its exit status."""
+        self.send(signal.SIGTERM)
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self.wait(), patience_s)
+        return await self.kill()
+
+    async def kill(self) -> int:
+        """KILL; its exit status."""
+        self.send(signal.SIGKILL)
+        return await self.wait()
+
+    def _reap(self) -> None:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        code = os.waitstatus_to_exitcode(status)
+        self._exited.set_result(code if code >= 0 else 128 - code)
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    if status <= 128:
+        return f"exit status {status}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(status - 128).name}"
+    return f"exit status {status}"

@@ -1,0 +1,113 @@
+"""Control commands in a disposable process, one at a time, with a deadline.
+
+A ublk control command may block in the kernel, for ever if a reference leaked; and a command that blocks holds a lock
+that every other command on the host wants.  So each runs in a child of its own: the daemon never waits inside the
+kernel, and when a deadline passes it says what hangs and where to look.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ublkpool.daemon.children import Child
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.ublk.errors import UblkError
+from ublkpool.workers.process import fork_child
+
+T = TypeVar("T")
+DEADLINE_S = 60.0
+
+
+class ControlFailed(DaemonError):
+    """A control command that failed or hung; `errno` is the kernel's, 0 for a hang."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.errno = code
+
+
+class _Answer(msgspec.Struct):
+    value: msgspec.Raw = msgspec.Raw(b"null")
+    error: str = ""
+    errno: int = 0
+
+
+class ControlRunner:
+    """Runs control commands; `command` functions are those of `ublk.control`, or made of them."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def run(
+        self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
+    ) -> T:
+        """The command's result, which must be of type `result`.  Raises `ControlFailed`."""
+        async with self._turn:
+            return await self._run(what, command, result, deadline_s)
+
+    async def run_beside(
+        self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
+    ) -> T:
+        """The same without a turn: for START_DEV, which waits for what other commands may be needed for."""
+        return await self._run(what, command, result, deadline_s)
+
+    async def _run(self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float) -> T:
+        reader, writer = os.pipe()
+        child = Child(fork_child(lambda: _execute(command, writer), [writer], "ublkpool-ctl"), what)
+        os.close(writer)
+        try:
+            await asyncio.wait_for(child.wait(), deadline_s)
+        except TimeoutError:
+            stack = _kernel_stack(child.pid)
+            child.send(signal.SIGKILL)
+            raise ControlFailed(
+                f"{what} has hung for {deadline_s:.0f} s{stack}; look for ublk and 'blocked for more than' in dmesg",
+                0,
+            ) from None
+        except asyncio.CancelledError:
+            child.send(signal.SIGKILL)
+            raise
+        finally:
+            # The pipe holds the whole answer, which is far smaller than a pipe, once the child has exited.
+            raw = _drain(reader, child.exit_status is not None)
+        return _decode(what, raw, result)
+
+
+def _execute(command: Callable[[], Any], writer: int) -> int:
+    try:
+        answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))
+    except UblkError as error:
+        answer = _Answer(error=str(error), errno=error.errno)
+    except OSError as error:
+        answer = _Answer(error=str(error), errno=error.errno or 0)
+    os.write(writer, msgspec.json.encode(answer))
+    return 0
+
+
+def _drain(reader: int, finished: bool) -> bytes:
+    try:
+        return os.read(reader, 65536) if finished else b""
+    finally:
+        os.close(reader)
+
+
+def _decode(what: str, raw: bytes, result: type[T]) -> T:
+    if not raw:
+        raise ControlFailed(f"{what}: its process died without an answer", 0)
+    answer = msgspec.json.decode(raw, type=_Answer)
+    if answer.error:
+        raise ControlFailed(answer.error, answer.errno)
+    return msgspec.json.decode(answer.value, type=result)
+
+
+def _kernel_stack(pid: int) -> str:
+    with suppress(OSError):
+        top = Path(f"/proc/{pid}/stack").read_text().split("\n", 1)[0].partition("] ")[2]
+        return f" (in {top})" if top else ""
+    return ""

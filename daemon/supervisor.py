@@ -1,0 +1,237 @@
+"""The daemon: all devices, the broker, the sockets, from start to a clean end.
+
+Owns the run directory and the order in which its parts start and stop.  One process, one thread, one asyncio loop; never
+in the data path.  Signal handlers only set an event.
+"""
+
+import asyncio
+import fcntl
+import grp
+import hashlib
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+from ublkpool.bufpool.arena import list_orphans, unlink_arena
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon import notify
+from ublkpool.daemon.admin import AdminServer
+from ublkpool.daemon.attach import AttachServer, Session
+from ublkpool.daemon.broker_process import BrokerProcess
+from ublkpool.daemon.config import DeviceConfig, ServeConfig
+from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.ublk import control, queue
+
+_log = logging.getLogger("ublkpool.supervisor")
+_Names = list[str]
+
+
+class Supervisor:
+    """The devices of one daemon: what the admin socket can ask for, and where backends come to."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._devices: dict[str, Device] = {}
+        self.stopped = asyncio.Event()
+
+    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing."""
+        if self.stopped.is_set():
+            raise DaemonError("the daemon is stopping")
+        if cfg.name in self._devices:
+            raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
+        device = Device(cfg, self._around)
+        self._devices[cfg.name] = device
+        if cfg.backend is not None:
+            progress(f"{cfg.name}: starting backend {cfg.backend.kind}")
+            try:
+                await device.run_backend()
+            except BaseException:
+                await device.delete(force=True)
+                self._devices.pop(cfg.name, None)
+                raise
+        return device.status()
+
+    async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
+        """Delete these devices, or all.  Raises `DaemonError` at the first that does not exist or is in use."""
+        wanted = list(self._devices) if names is None else names
+        for name in wanted:
+            self._device(name)
+        for name in wanted:
+            await self._device(name).delete(force)
+            del self._devices[name]
+        return wanted
+
+    async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
+        """Return when the device is live.  Raises `DaemonError` if it fails, or is not in time."""
+        device = self._device(name)
+        try:
+            await asyncio.wait_for(device.live(), timeout_s)
+        except TimeoutError:
+            raise DaemonError(f"{name}: still {device.state} after {timeout_s:g} s") from None
+        return device.status()
+
+    def list(self) -> Sequence[DeviceStatus]:
+        """All devices."""
+        return [device.status() for device in self._devices.values()]
+
+    def stats(self, name: str | None) -> Sequence[DeviceStats]:
+        """The numbers of one device, or of all."""
+        devices = self._devices.values() if name is None else [self._device(name)]
+        return [device_stats(device) for device in devices]
+
+    async def stop(self) -> None:
+        """End the daemon."""
+        self.stopped.set()
+
+    async def admit(self, session: Session) -> None:
+        """Bring a backend to its device.  Raises `AttachRefused` if there is none."""
+        device = self._devices.get(session.attach.device)
+        if device is None:
+            known = ", ".join(self._devices) or "none"
+            raise AttachRefused(f"no device {session.attach.device!r} here; there is {known}")
+        await device.attach(session)
+
+    async def delete_all(self) -> None:
+        """At the end: every device, in use or not; one that fails does not keep the others."""
+        for name, device in list(self._devices.items()):
+            if device.status().path and device.in_use():
+                _log.warning("%s is in use and goes all the same", name)
+            try:
+                await device.delete(force=True)
+            except DaemonError as error:
+                _log.error("%s: %s", name, error)
+            self._devices.pop(name, None)
+
+    def _device(self, name: str) -> Device:
+        if name not in self._devices:
+            known = ", ".join(self._devices) or "none"
+            raise DaemonError(f"no device {name!r}; there is {known}")
+        return self._devices[name]
+
+
+def serve(config: ServeConfig) -> int:
+    """Run the daemon until SIGTERM or SIGINT; returns its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
+    # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
+    control.get_features()
+    queue.private_mounts()
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as cleanup:
+        supervisor = await _start(config, cleanup)
+        await _add_configured(supervisor, config, stop)
+        notify.ready(f"serving {len(config.devices)} devices")
+        _log.info("serving in %s", config.run_dir)
+        await _first_of(stop, supervisor.stopped)
+        notify.stopping()
+        _log.info("stopping")
+        supervisor.stopped.set()
+    return 0
+
+
+async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
+    """Bring up the parts; `cleanup` takes them down in the opposite order, so that the admin socket goes first."""
+    run_dir = config.run_dir
+    group = grp.getgrnam(config.group).gr_gid if config.group else None
+    cleanup.callback(_remove_run_dir, run_dir, _make_run_dir(run_dir, group))
+    cleanup.callback(os.close, _lock(run_dir))
+    instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    for prefix in list_orphans(instance):
+        _log.warning("removing the pool %s that an earlier daemon left", prefix)
+        unlink_arena(prefix)
+    broker = BrokerProcess(f"ipc://{run_dir}/pool.sock")
+    cleanup.push_async_callback(broker.stop)
+    supervisor = Supervisor(Surroundings(run_dir, instance, group, ControlRunner(), broker))
+    cleanup.push_async_callback(supervisor.delete_all)
+    attach = AttachServer(run_dir, group, supervisor.admit)
+    attach.start()
+    cleanup.callback(attach.close)
+    admin = AdminServer(supervisor, run_dir)
+    await admin.start()
+    cleanup.push_async_callback(admin.close)
+    return supervisor
+
+
+def _make_run_dir(run_dir: Path, group: int | None) -> bool:
+    """Make the run directory if there is none; whether it was made.  Only the service's user and group may enter."""
+    made = not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if group is not None:
+            os.chown(run_dir, -1, group)
+        run_dir.chmod(0o700 if group is None else 0o750)
+        (run_dir / "queues").mkdir(exist_ok=True)
+        if group is not None:
+            os.chown(run_dir / "queues", -1, group)
+        (run_dir / "queues").chmod(0o700 if group is None else 0o750)
+    except OSError as error:
+        raise DaemonError(
+            f"run directory {run_dir}: {error.strerror}: choose another with --run-dir"
+        ) from error
+    return made
+
+
+def _lock(run_dir: Path) -> int:
+    """Hold the run directory for this daemon's life.  Raises `DaemonError` if another daemon does."""
+    fd = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise DaemonError(
+            f"{run_dir}: another daemon is running here: stop it, or choose another --run-dir"
+        ) from None
+    return fd
+
+
+def _remove_run_dir(run_dir: Path, made: bool) -> None:
+    for name in ("lock", "pool.sock"):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "queues", ignore_errors=True)
+    # systemd's RuntimeDirectory, or a directory that somebody else uses, stays.
+    if made:
+        with suppress(OSError):
+            run_dir.rmdir()
+
+
+async def _add_configured(supervisor: Supervisor, config: ServeConfig, stop: asyncio.Event) -> None:
+    """Add the config's devices side by side; one that fails is logged and does not keep the others from serving."""
+    adding = [asyncio.ensure_future(_add_one(supervisor, device)) for device in config.devices]
+    if not adding:
+        return
+    stopping = asyncio.ensure_future(stop.wait())
+    everything = asyncio.gather(*adding)
+    await asyncio.wait((everything, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not everything.done():
+        everything.cancel()
+        with suppress(asyncio.CancelledError):
+            await everything
+
+
+async def _add_one(supervisor: Supervisor, device: DeviceConfig) -> None:
+    try:
+        await supervisor.add(device, _log.info)
+    except Exception as error:
+        _log.error("device %s of the config: %s", device.name, one_line(error))
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()

@@ -1,0 +1,105 @@
+"""A worker, seen from the supervisor: its process, and what it says over its socketpair.
+
+Owns the conversation of `workers/messages.py`: one question at a time, news whenever.  Runs on the asyncio loop.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+from ublkpool.daemon.children import Child, describe_exit
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.workers import messages
+
+T = TypeVar("T")
+
+
+class WorkerProcess:
+    """One queue's worker.  `on_news` hears Cut and Silent; its end is `child.wait()`."""
+
+    def __init__(
+        self,
+        queue: int,
+        cpu: int | None,
+        pid: int,
+        sock: socket.socket,
+        on_news: Callable[["WorkerProcess", messages.FromWorker], None],
+    ) -> None:
+        self.queue = queue
+        self.cpu = cpu
+        self.child = Child(pid, f"worker of queue {queue}")
+        self.fault = ""
+        self._sock = sock
+        self._on_news = on_news
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._answer: asyncio.Future[messages.FromWorker] | None = None
+        self._loop.add_reader(sock, self._hear)
+
+    async def ready(self) -> None:
+        """Wait until every tag is fetched.  Raises `DaemonError` with its reason if it ends before."""
+        await self._or_end(self._ready)
+
+    async def ask(self, message: messages.ToWorker, fd: int | None = None) -> messages.FromWorker:
+        """Its answer to Expect or Lost.  Raises `DaemonError` if it ends before."""
+        self._answer = self._loop.create_future()
+        try:
+            self.tell(message, fd)
+            return await self._or_end(self._answer)
+        finally:
+            self._answer = None
+
+    def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
+        """Say something that needs no answer.  Raises `DaemonError` if it has gone."""
+        try:
+            messages.send(self._sock, message, fd)
+        except OSError as error:
+            raise DaemonError(f"queue {self.queue}: its worker does not listen: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Forget it; it has ended."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+
+    def obituary(self) -> str:
+        """How it ended, in words."""
+        status = self.child.exit_status
+        return self.fault or f"queue {self.queue}: its worker ended: {describe_exit(status or 0)}"
+
+    async def _or_end(self, wanted: "asyncio.Future[T]") -> T:
+        end = asyncio.ensure_future(self.child.wait())
+        try:
+            await asyncio.wait((wanted, end), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            end.cancel()
+        # Its last words may still lie in the socket.
+        self._hear()
+        if not wanted.done():
+            raise DaemonError(self.obituary())
+        return wanted.result()
+
+    def _hear(self) -> None:
+        while self._sock.fileno() >= 0:
+            try:
+                message = messages.receive_in_supervisor(self._sock)
+            except BlockingIOError:
+                return
+            if message is None:
+                self._loop.remove_reader(self._sock)
+                return
+            self._on_message(message)
+
+    def _on_message(self, message: messages.FromWorker) -> None:
+        match message:
+            case messages.Ready():
+                if not self._ready.done():
+                    self._ready.set_result(None)
+            case messages.Expecting() | messages.LetGo():
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(message)
+            case messages.Fault(reason=reason):
+                self.fault = reason
+            case _:
+                self._on_news(self, message)
