@@ -1,6 +1,8 @@
 """The pool's memory: allocated whole, laid out as drawn, and nothing of it left behind."""
 
+import ctypes
 import fcntl
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -84,6 +86,7 @@ def test_a_grant_raises_the_sequence_and_a_release_leaves_it(arena: Arena) -> No
     assert control.slot_header(8) == SlotHeader(owner=1, epoch=4, tag=12, sequence=1)
     control.release(8)
     assert control.slot_header(8) == SlotHeader(owner=0, epoch=4, tag=0, sequence=1)
+    os.pwrite(arena.control_fd, struct.pack("<I", 13), slot_header_offset(2, 8) + 8)
     control.grant(8, Owner(1, 5))
     assert control.slot_header(8) == SlotHeader(owner=2, epoch=5, tag=0, sequence=2)
 
@@ -107,6 +110,18 @@ def test_memory_is_allocated_up_front(arena: Arena) -> None:
     assert statistics.data_bytes == GEOMETRY.total_bytes
     assert statistics.control_bytes == control_bytes(2, 9)
     assert statistics.allocated_bytes == statistics.data_bytes + statistics.control_bytes
+
+
+def test_every_page_is_there_before_the_first_use(arena: Arena) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for fd in (arena.data_fd, arena.control_fd):
+        size_bytes = os.fstat(fd).st_size
+        resident = (ctypes.c_ubyte * (size_bytes // 4096))()
+        with mmap.mmap(fd, size_bytes) as mapping:
+            address = (ctypes.c_ubyte * size_bytes).from_buffer(mapping)
+            assert libc.mincore(ctypes.byref(address), ctypes.c_size_t(size_bytes), resident) == 0
+            del address
+        assert all(each & 1 for each in resident)
 
 
 def test_descriptors_are_private_and_close_on_exec(arena: Arena, prefix: str) -> None:

@@ -228,9 +228,11 @@ def test_idle_holders_are_asked_for_what_is_above_their_reserve_and_only_once() 
     assert made.recalls() == []
     made.lease(C, 0, 2)
     assert made.recalls() == [Recall(A, 0, 5)]
-    made.give_back(A, taken[:1])
+    made.give_back(A, taken[:2])
     assert made.recalls() == []
-    made.give_back(A, taken[1:5])
+    made.lease(C, 0, 1)
+    assert made.recalls() == [Recall(A, 0, 4)]
+    made.give_back(A, taken[2:6])
     assert made.recalls() == []
 
 
