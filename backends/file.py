@@ -171,7 +171,9 @@ def _measure(file: int, direct: bool, options: FileOptions) -> Opened:
 def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Opened:
     found = block_device(file)
     if found.logical_block_bytes > _BLOCK_BYTES_MAX:
-        raise BackendError(f"path={options.path}: its logical block of {found.logical_block_bytes} is too large")
+        raise BackendError(
+            f"path={options.path}: its logical block of {found.logical_block_bytes} is too large"
+        )
     return Opened(
         file=file,
         size_bytes=_agreed_size(found.size_bytes, found.logical_block_bytes, options),
@@ -191,7 +193,9 @@ def _agreed_size(found_bytes: int, block_bytes: int, options: FileOptions) -> in
     if whole_bytes == 0:
         raise BackendError(f"path={options.path}: has {found_bytes} bytes, not one block; give size=SIZE")
     if whole_bytes != found_bytes:
-        log.warning("%s: the last %d bytes are not a block and not served", options.path, found_bytes - whole_bytes)
+        log.warning(
+            "%s: the last %d bytes are not a block and not served", options.path, found_bytes - whole_bytes
+        )
     return whole_bytes
 
 
@@ -202,7 +206,9 @@ def _direct_block_bytes(file: int, options: FileOptions) -> int:
     if 0 < block_bytes <= _BLOCK_BYTES_MAX:
         return block_bytes
     if options.direct == "on":
-        raise BackendError(f"path={options.path}: direct=on, but this file system cannot; direct=auto or off can")
+        raise BackendError(
+            f"path={options.path}: direct=on, but this file system cannot; direct=auto or off can"
+        )
     return 0
 
 

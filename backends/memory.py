@@ -78,7 +78,9 @@ class MemoryBackend(Backend):
         size_bytes = self.options.size
         if size_bytes <= 0 or size_bytes % _PAGE_BYTES:
             raise BackendError(f"memory: size={size_bytes} is not a multiple of {_PAGE_BYTES}")
-        segment = self._kept(hint) if self.options.keep else OwnSegment.create(size_bytes, f"disk-{hint.device}")
+        segment = (
+            self._kept(hint) if self.options.keep else OwnSegment.create(size_bytes, f"disk-{hint.device}")
+        )
         self._disk = segment.view
         return Properties(
             size_bytes=size_bytes,

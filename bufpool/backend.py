@@ -312,7 +312,7 @@ def _perform_without_data(backend: Backend, request: Request) -> None:
         raise OSError(errno.EOPNOTSUPP, f"operation {request.op}")
 
 
-_logged: set[tuple[type[BaseException], str]] = set()
+_logged: set[tuple[type[BaseException], tuple[str, int]]] = set()
 
 
 def errno_of(error: BaseException, what: str) -> int:
@@ -321,11 +321,19 @@ def errno_of(error: BaseException, what: str) -> int:
         return -error.errno
     if isinstance(error, PoolError):
         return -error.errno
-    where = f"{error.__traceback__.tb_lineno}" if error.__traceback__ else ""
+    where = _innermost(error)
     if (type(error), where) not in _logged:
         _logged.add((type(error), where))
         log.error("%s failed with a bug, answered EIO (said once)", what, exc_info=error)
     return -errno.EIO
+
+
+def _innermost(error: BaseException) -> tuple[str, int]:
+    """The file and line that raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)
 
 
 def check_properties(properties: Properties) -> Properties:

@@ -156,7 +156,9 @@ def _accepted(packet: bytes, received: Sequence[int]) -> wire.Attached:
     if not isinstance(message, wire.Attached):
         raise WireError(f"attach: expected attached or refused, got {type(message).__name__.lower()}")
     if message.v != wire.PROTOCOL_VERSION or len(received) != len(message.segments):
-        raise WireError(f"attach: version {message.v}, {len(message.segments)} segments, {len(received)} files")
+        raise WireError(
+            f"attach: version {message.v}, {len(message.segments)} segments, {len(received)} files"
+        )
     return message
 
 

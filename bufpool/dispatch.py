@@ -142,7 +142,9 @@ class RequestEngine:
             region = self._ask(descriptor)
         except Exception as error:
             refusal = _DONE if descriptor.kind == _REQUEST else _REJECT
-            self._answer(queue, descriptor, refusal, errno_of(error, f"naming a region at {descriptor.offset}"))
+            self._answer(
+                queue, descriptor, refusal, errno_of(error, f"naming a region at {descriptor.offset}")
+            )
             return True
         if region is None:
             return False
@@ -160,11 +162,15 @@ class RequestEngine:
         else:
             region = self._backend.read_in_place(descriptor.offset, descriptor.length)
         if region is not None and not self._fits(region, descriptor.length):
-            raise BackendError(f"region {region} for {descriptor.length} bytes is not a place in the own segment")
+            raise BackendError(
+                f"region {region} for {descriptor.length} bytes is not a place in the own segment"
+            )
         return region
 
     def _fits(self, region: int, length: int) -> bool:
-        return region % self._device.logical_block_bytes == 0 and 0 <= region <= len(self._device.own) - length
+        return (
+            region % self._device.logical_block_bytes == 0 and 0 <= region <= len(self._device.own) - length
+        )
 
     def _data(self, queue: Queue, descriptor: Descriptor) -> None:
         key = (descriptor.tag, descriptor.sequence)

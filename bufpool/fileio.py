@@ -77,16 +77,17 @@ class FileEngine:
             self._release_memory()
             raise BackendError(f"no io_uring for file I/O: {os.strerror(-error[0])}")
         self._engine = engine
-        self._wakes = lib.fileio_file(engine) if file is not None else os.eventfd(0, os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
-        """The io_uring itself: readable when a completion waits."""
-        return self._wakes
+        """The engine's eventfd: readable when a completion waits."""
+        return lib.fileio_file(self._engine)
 
     def take(self, queue: int, frame: bytes) -> None:
         """Start what a frame asks for; the next `answers` submits it."""
         if lib.fileio_take(self._engine, frame, len(frame)):
-            raise WireError(f"a worker sent a frame of {len(frame)} bytes that makes no sense on queue {queue}")
+            raise WireError(
+                f"a worker sent a frame of {len(frame)} bytes that makes no sense on queue {queue}"
+            )
 
     def answers(self) -> Iterator[tuple[int, bytes]]:
         """Submit what was taken, collect what is done, one frame a queue."""
@@ -115,8 +116,6 @@ class FileEngine:
         """End the io_uring and let go of the memory."""
         if self._engine is None:
             return
-        if lib.fileio_file(self._engine) < 0:
-            os.close(self._wakes)
         lib.fileio_close(self._engine)
         self._engine = None
         self._release_memory()

@@ -61,7 +61,9 @@ class Keeper:
                     check=True,
                 )
         except (OSError, subprocess.SubprocessError) as error:
-            raise BackendError(f"cannot keep memory at {self.path}: {error}; keep=off does without") from error
+            raise BackendError(
+                f"cannot keep memory at {self.path}: {error}; keep=off does without"
+            ) from error
 
     def drop(self) -> None:
         """End the keeper, and with it what it kept."""

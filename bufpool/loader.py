@@ -78,7 +78,11 @@ def _find(kind_or_file: str) -> type[Backend] | ModuleType:
         return _in_module(importlib.import_module(built_in), kind_or_file)
     for entry in entry_points(group=ENTRY_POINTS, name=kind_or_file):
         loaded = entry.load()
-        return _in_module(loaded, kind_or_file) if isinstance(loaded, ModuleType) else _checked(loaded, kind_or_file)
+        return (
+            _in_module(loaded, kind_or_file)
+            if isinstance(loaded, ModuleType)
+            else _checked(loaded, kind_or_file)
+        )
     raise BackendError(
         f"no backend is called {kind_or_file!r}; there are {', '.join(kinds())}, or give a FILE.py"
     )
@@ -145,6 +149,7 @@ class FunctionBackend(Backend):
 
     def __init__(self, module: ModuleType, values: Mapping[str, Any]) -> None:
         super().__init__(NoOptions())
+        self.module = module
         self._values = values
         self._opener = self._function(module, "open")
         self._get_size: Callable[[], int] = module.get_size

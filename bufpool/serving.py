@@ -41,9 +41,10 @@ def serve(
     not up yet.  `lock_memory`: keep this process in memory, as built-in backends do.  `handle_signals`: False if
     this is not the main thread.  Raises `PoolError` if it cannot start.
     """
-    properties = check_properties(backend.open(Hint(device, run_dir)))
+    opened = backend.open(Hint(device, run_dir))
     with ExitStack() as stack:
         stack.callback(backend.close)
+        properties = check_properties(opened)
         segment = _segment(properties)
         if segment is not None:
             stack.callback(segment.close)

@@ -19,7 +19,7 @@ from ublkpool.bufpool.sizes import ByteSize
 from ublkpool.bufpool.slots import Slots
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class DemoEventOptions(msgspec.Struct, frozen=True, kw_only=True):
     size: ByteSize = 64 << 20
     delay_ms: float = 1.0
     placement: Literal["pool", "backend"] = "pool"
@@ -27,10 +27,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DemoEvent(Backend):
-    Options = Options
+    Options = DemoEventOptions
 
-    def __init__(self, options: Options) -> None:
-        self.options: Options = options
+    def __init__(self, options: DemoEventOptions) -> None:
+        self.options: DemoEventOptions = options
         self.disk = bytearray(options.size)
 
     def open(self, hint: Hint) -> Properties:

@@ -15,17 +15,17 @@ from ublkpool.bufpool.sizes import ByteSize
 from ublkpool.bufpool.slots import Slots
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class DemoNullOptions(msgspec.Struct, frozen=True, kw_only=True):
     size: ByteSize = 1 << 30
     placement: Literal["pool", "backend"] = "pool"
     segment: ByteSize = 16 << 20
 
 
 class DemoNull(Backend):
-    Options = Options
+    Options = DemoNullOptions
 
-    def __init__(self, options: Options) -> None:
-        self.options: Options = options
+    def __init__(self, options: DemoNullOptions) -> None:
+        self.options: DemoNullOptions = options
 
     def open(self, hint: Hint) -> Properties:
         options = self.options

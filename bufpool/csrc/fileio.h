@@ -62,7 +62,7 @@ struct fileio_engine;
 struct fileio_engine *fileio_open(const struct fileio_setup *setup, int *error);
 /* No request may be running, or its buffer must stay mapped until the process ends. */
 void fileio_close(struct fileio_engine *engine);
-/* The io_uring's file: readable when a completion waits. */
+/* An eventfd, readable when a completion waits. */
 int fileio_file(const struct fileio_engine *engine);
 /* Start what a frame asks for (submitted by the next fileio_turn).  0, or -EPROTO for a frame that makes no sense. */
 int fileio_take(struct fileio_engine *engine, const void *frame, size_t frame_bytes);

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.fake_worker import FakeWorker, serving
 
+from support.fake_worker import FakeWorker, serving
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 

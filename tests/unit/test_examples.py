@@ -1,0 +1,50 @@
+"""The examples run as they stand, as processes, and do what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from support.fake_worker import FakeWorker, finish, spawn
+from ublkpool.bufpool.wire import Kind, Op
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_demo_null_reads_zeros(tmp_path: Path, placement: str) -> None:
+    with FakeWorker(tmp_path, placement=placement) as worker:
+        process = spawn(tmp_path, EXAMPLES / "demo_null.py", {"placement": placement, "size": "1M"})
+        assert worker.accept().placement == placement
+        for _ in range(3):
+            assert worker.write(0, b"n" * 4096) == 4096
+        assert worker.read(0, 4096) == bytes(4096)
+        worker.detach()
+        assert finish(process)[0] == 0
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_demo_event_answers_from_its_event_loop(tmp_path: Path, placement: str) -> None:
+    with FakeWorker(tmp_path, placement=placement) as worker:
+        process = spawn(tmp_path, EXAMPLES / "demo_event.py", {"placement": placement, "size": "1M"})
+        worker.accept()
+        assert worker.write(4096, b"e" * 4096) == 4096
+        assert worker.read(4096, 4096) == b"e" * 4096
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, 0, 4096, tag=tag) for tag in range(8)])
+        assert {worker.receive().tag for _ in range(8)} == set(range(8))
+        worker.detach()
+        assert finish(process)[0] == 0
+
+
+def test_functions_serve_a_file(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"d" * 8192)
+    with FakeWorker(tmp_path) as worker:
+        process = spawn(tmp_path, EXAMPLES / "file_functions.py", {"path": str(disk)})
+        attach = worker.accept()
+        assert (attach.kind, attach.size_bytes, attach.volatile_cache) == ("file_functions", 8192, True)
+        assert worker.write(4096, b"f" * 4096) == 4096
+        assert disk.read_bytes() == b"d" * 4096 + b"f" * 4096
+        assert worker.read(0, 8192) == b"d" * 4096 + b"f" * 4096
+        assert worker.do(Op.FLUSH) == 0
+        worker.detach()
+        assert finish(process)[0] == 0

@@ -1,0 +1,148 @@
+"""The memory backend: the disk outlives the process, and no byte is lent twice."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.fake_worker import FakeWorker, finish, serving, spawn
+from ublkpool.backends.memory import MemoryBackend, MemoryOptions, Ranges
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.keeper import Keeper
+from ublkpool.bufpool.wire import Kind, Op
+
+SIZE_BYTES = 1 << 20
+OPTIONS = {"size": "1M", "reads": "own"}
+
+
+@pytest.fixture(params=["pool", "backend"])
+def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeWorker]:
+    placement: Literal["pool", "backend"] = request.param
+    backend = MemoryBackend(MemoryOptions(size=SIZE_BYTES, placement=placement, keep=False))
+    with FakeWorker(tmp_path, placement=placement) as worker, serving(worker, backend):
+        yield worker
+
+
+def test_reads_what_was_written(worker: FakeWorker) -> None:
+    assert worker.write(8192, b"m" * 4096) == 4096
+    assert worker.read(4096, 12288) == bytes(4096) + b"m" * 4096 + bytes(4096)
+
+
+@pytest.mark.parametrize("op", [Op.DISCARD, Op.WRITE_ZEROES])
+def test_discarded_and_zeroed_blocks_read_as_zeros(worker: FakeWorker, op: Op) -> None:
+    assert worker.write(0, b"m" * 12288) == 12288
+    assert worker.do(op, 4096, 4096) == 0
+    assert worker.read(0, 12288) == b"m" * 4096 + bytes(4096) + b"m" * 4096
+
+
+@pytest.fixture
+def in_place(tmp_path: Path) -> Iterator[FakeWorker]:
+    backend = MemoryBackend(MemoryOptions(size=SIZE_BYTES, placement="backend", reads="own", keep=False))
+    with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
+        yield worker
+
+
+def test_a_blocks_place_is_the_block(in_place: FakeWorker) -> None:
+    placed, request = in_place.place(65536, 4096)
+    assert placed.buffer == 65536
+    assert in_place.fill(placed, request, b"p" * 4096) == 4096
+    content, read = in_place.read_in_place(65536, 4096)
+    assert content == b"p" * 4096
+    in_place.release(read)
+
+
+def test_an_overlapping_write_waits_until_the_first_is_done(in_place: FakeWorker) -> None:
+    first, request = in_place.place(4096, 8192, tag=0)
+    second = in_place.describe(Kind.PLACE, Op.WRITE, 8192, 8192, tag=1)
+    in_place.send(0, [second])
+    beside, _ = in_place.place(16384, 4096, tag=2)
+    assert beside.kind == Kind.PLACED
+    assert in_place.is_silent()
+    assert in_place.fill(first, request, b"1" * 8192) == 8192
+    placed = in_place.answer_of(second)
+    assert (placed.kind, placed.buffer) == (Kind.PLACED, 8192)
+
+
+def test_two_reads_of_one_block_are_not_lent_it_at_once(in_place: FakeWorker) -> None:
+    _, first = in_place.read_in_place(0, 4096)
+    second = in_place.describe(Kind.REQUEST, Op.READ, 0, 4096, tag=1, lend=False)
+    in_place.send(0, [second])
+    assert in_place.is_silent()
+    in_place.release(first)
+    assert in_place.answer_of(second).result == 4096
+
+
+def test_a_fence_returns_what_was_lent(in_place: FakeWorker) -> None:
+    in_place.place(0, 4096, tag=0)
+    in_place.read_in_place(8192, 4096)
+    in_place.send(0, [in_place.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=1)])
+    in_place.fence()
+    assert in_place.receive().kind == Kind.FENCED
+    assert in_place.write(0, b"n" * 16384) == 16384
+    assert in_place.is_silent()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_an_answered_write_survives_the_process(tmp_path: Path, placement: str, end: signal.Signals) -> None:
+    with FakeWorker(tmp_path, placement=placement) as worker:
+        first = spawn(tmp_path, "memory", {"size": "1M", "placement": placement})
+        worker.accept()
+        assert worker.write(4096, b"s" * 4096) == 4096
+        first.send_signal(end)
+        finish(first)
+        second = spawn(tmp_path, "memory", {"size": "1M", "placement": placement})
+        worker.accept()
+        assert worker.read(0, 12288) == bytes(4096) + b"s" * 4096 + bytes(4096)
+        worker.detach()
+        assert finish(second)[0] == 0
+    assert not list(tmp_path.glob("*.keep")), "the daemon's detach ends the content and its keeper"
+
+
+def test_a_kept_disk_of_another_size_is_refused(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker:
+        first = spawn(tmp_path, "memory", {"size": "1M"})
+        worker.accept()
+        first.kill()
+        finish(first)
+        status, log = finish(spawn(tmp_path, "memory", {"size": "2M"}))
+        Keeper(tmp_path / "memory-testdisk.keep").drop()
+    assert status != 0
+    assert "keeps a disk of 1M, size=2M was asked" in log
+
+
+def test_a_keeper_that_died_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "memory-testdisk.keep").touch()
+    with FakeWorker(tmp_path) as worker:
+        process = spawn(tmp_path, "memory", {"size": "1M"})
+        worker.accept()
+        assert worker.write(0, b"k" * 4096) == 4096
+        worker.detach()
+        assert finish(process)[0] == 0
+
+
+def test_a_size_that_is_no_page_is_refused(tmp_path: Path) -> None:
+    from ublkpool.bufpool.backend import Hint
+
+    with pytest.raises(BackendError, match="size=1000 is not a multiple of 4096"):
+        MemoryBackend(MemoryOptions(size=1000, keep=False)).open(Hint("x", tmp_path))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 8))))
+def test_ranges_never_overlap(steps: list[tuple[bool, int, int]]) -> None:
+    ranges, model = Ranges(), dict[int, int]()
+    for take, start, length in steps:
+        if take:
+            free = all(start + length <= other or other + model[other] <= start for other in model)
+            assert ranges.take(start, length) is free
+            if free:
+                model[start] = length
+        elif model:
+            gone = min(model, key=lambda each: abs(each - start))
+            ranges.give(gone)
+            del model[gone]
+    assert len(ranges) == len(model)

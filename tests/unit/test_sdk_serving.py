@@ -1,0 +1,475 @@
+"""The SDK's loop on the real wire: attaching, batches, errors, fences, endings."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.fake_worker import DEVICE, BackendThread, FakeWorker, finish, serving, spawn
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.backend import Backend, Device, Hint, Outbox, Properties, Request
+from ublkpool.bufpool.client import Attachment, OwnSegment
+from ublkpool.bufpool.dispatch import RequestEngine
+from ublkpool.bufpool.errors import AttachRefused, BackendError, WireError
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
+
+SIZE_BYTES = 1 << 20
+
+
+class Plain(Backend):
+    """A disk in a bytearray, with the methods' level."""
+
+    properties = Properties(size_bytes=SIZE_BYTES, volatile_cache=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk = bytearray(SIZE_BYTES)
+        self.calls: list[Any] = []
+
+    def open(self, hint: Hint) -> Properties:
+        self.calls.append(("open", hint.device))
+        return self.properties
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        buf[:] = self.disk[offset : offset + len(buf)]
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        self.calls.append(("pwrite", offset, fua))
+        self.disk[offset : offset + len(buf)] = buf
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+    def trim(self, offset: int, length: int) -> None:
+        self.calls.append(("trim", offset, length))
+
+    def detached(self) -> None:
+        self.calls.append("detached")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Held(Plain):
+    """Answers nothing by itself; the test does, from its own thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = threading.Semaphore(0)
+        self.held: list[Request] = []
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        for request in batch:
+            self.held.append(request)
+            self.arrived.release()
+
+    def wait_for(self, count: int) -> list[Request]:
+        for _ in range(count):
+            assert self.arrived.acquire(timeout=10)
+        return self.held
+
+
+def test_every_operation_reaches_its_method(tmp_path: Path) -> None:
+    backend = Plain()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        assert worker.write(4096, b"a" * 4096, flags=Flag.FUA) == 4096
+        assert worker.read(4096, 4096) == b"a" * 4096
+        assert worker.do(Op.FLUSH) == 0
+        assert worker.do(Op.DISCARD, 0, 8192) == 0
+        assert worker.do(Op.WRITE_ZEROES, 4096, 4096) == 0
+        assert worker.read(4096, 4096) == bytes(4096)
+    assert backend.calls == [
+        ("open", DEVICE),
+        ("pwrite", 4096, True),
+        "flush",
+        ("trim", 0, 8192),
+        ("pwrite", 4096, False),
+        "detached",
+        "close",
+    ]
+
+
+def test_every_queue_is_served(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path, queues=3) as worker, serving(worker, Plain()):
+        for queue in range(3):
+            assert worker.write(queue * 4096, bytes([queue]) * 4096, queue=queue) == 4096
+        assert worker.read(8192, 4096, queue=0) == b"\x02" * 4096
+
+
+def test_what_is_ready_together_is_answered_in_one_frame(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(8)])
+        assert len(worker._routers[0].recv_multipart()[1]) == 8 * wire.DESCRIPTOR_BYTES
+
+
+class Failing(Plain):
+    def pread(self, buf: memoryview, offset: int) -> None:
+        if offset == 0:
+            raise OSError(errno.ENOSPC, "full")
+        raise ZeroDivisionError("a bug")
+
+
+def test_exceptions_become_errnos_and_the_loop_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeWorker(tmp_path) as worker, serving(worker, Failing()):
+        results = []
+        for offset in (0, 4096, 4096):
+            request = worker.describe(Kind.REQUEST, Op.READ, offset, 4096)
+            worker.send(0, [request])
+            results.append(worker.answer_of(request).result)
+        assert results == [-errno.ENOSPC, -errno.EIO, -errno.EIO]
+        assert worker.write(0, b"w" * 4096) == 4096
+    bugs = [each for each in caplog.records if each.exc_info]
+    assert len(bugs) == 1, "a bug is logged once, with its traceback"
+
+
+def test_requests_are_completed_from_other_threads_in_any_order(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        sent = [worker.describe(Kind.REQUEST, Op.WRITE, tag * 4096, 4096, tag=tag) for tag in range(4)]
+        worker.send(0, sent)
+        requests = list(backend.wait_for(4))
+        for request in reversed(requests):
+            request.complete()
+        answers = {worker.receive().tag for _ in sent}
+        assert answers == {0, 1, 2, 3}
+        with pytest.raises(RuntimeError, match="answered twice"):
+            requests[0].complete()
+
+
+def test_a_result_larger_than_the_request_is_not_passed_on(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
+        worker.send(0, [request])
+        backend.wait_for(1)[0].complete(8192)
+        assert worker.answer_of(request).result == -errno.EIO
+
+
+def test_a_replayed_request_says_so(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, flags=Flag.REPLAY)
+        worker.send(0, [request])
+        held = backend.wait_for(1)[0]
+        assert held.flags & Flag.REPLAY
+        held.complete()
+        assert worker.answer_of(request).result == 4096
+
+
+def test_fenced_is_answered_only_when_nothing_old_runs(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path, queues=2) as worker, serving(worker, backend):
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=tag) for tag in range(2)])
+        old = list(backend.wait_for(2))
+        worker.fence(0)
+        assert worker.is_silent()
+        old[0].complete()
+        assert worker.is_silent(), "one of the two still runs"
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=0)])
+        new = backend.wait_for(1)[2]
+        old[1].complete()
+        fenced = worker.receive()
+        assert (fenced.kind, fenced.epoch) == (Kind.FENCED, 2)
+        new.complete()
+        done = worker.receive()
+        assert (done.kind, done.epoch) == (Kind.DONE, 2), "the old ones' results were dropped"
+
+
+def test_a_fence_concerns_its_own_queue(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path, queues=2) as worker, serving(worker, backend):
+        request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, queue=1)
+        worker.send(1, [request])
+        held = backend.wait_for(1)[0]
+        worker.fence(0)
+        assert worker.receive(0).kind == Kind.FENCED
+        held.complete()
+        assert worker.receive(1).kind == Kind.DONE
+
+
+def test_a_request_overtaken_by_a_fence_in_its_own_frame_never_runs(tmp_path: Path) -> None:
+    backend = Plain()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        old = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
+        fence = Descriptor(Kind.FENCE, device=old.device, epoch=worker.epoch + 1)
+        worker.send(0, [old, fence])
+        assert worker.receive().kind == Kind.FENCED
+        assert worker.is_silent()
+    assert not [each for each in backend.calls if each[0] == "pwrite"]
+
+
+class Placing(Plain):
+    """Names one region, and lets the test say when it is free and what is wrong with it."""
+
+    properties = Properties(size_bytes=SIZE_BYTES, placement="backend", segment_bytes=65536)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: int | None = 0
+        self.device: Device | None = None
+
+    def started(self, device: Device) -> None:
+        self.device = device
+
+    def place(self, offset: int, length: int, flags: int) -> int | None:
+        if offset == 0:
+            raise OSError(errno.EDQUOT, "not for you")
+        return self.room
+
+    def released(self, region: int) -> None:
+        self.calls.append(("released", region))
+
+
+def test_a_place_may_be_refused_with_an_errno(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, Placing()):
+        answer, _ = worker.place(0, 4096)
+        assert (answer.kind, answer.result) == (Kind.REJECT, -errno.EDQUOT)
+
+
+@pytest.mark.parametrize("room", [-512, 100, 65536, 61952])
+def test_a_region_outside_the_segment_never_reaches_the_worker(tmp_path: Path, room: int) -> None:
+    backend = Placing()
+    backend.room = room
+    with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
+        answer, _ = worker.place(4096, 4096)
+        assert answer.kind == Kind.REJECT and answer.result < 0
+
+
+def test_a_place_that_waits_is_asked_again_after_a_wake(tmp_path: Path) -> None:
+    backend = Placing()
+    backend.room = None
+    with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
+        place = worker.describe(Kind.PLACE, Op.WRITE, 4096, 4096)
+        worker.send(0, [place])
+        assert worker.is_silent()
+        assert backend.device is not None
+        backend.room = 8192
+        backend.device.wake()
+        assert worker.answer_of(place).buffer == 8192
+
+
+def test_every_region_comes_back_exactly_once(tmp_path: Path) -> None:
+    backend = Placing()
+    with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
+        assert worker.write(4096, b"1" * 4096) == 4096
+        backend.room = 4096
+        _, aborted = worker.place(8192, 4096)
+        worker.release(aborted)
+        worker.release(aborted)
+        backend.room = 8192
+        worker.place(12288, 4096, tag=1)
+        worker.fence()
+        assert worker.receive().kind == Kind.FENCED
+    assert [each for each in backend.calls if each[0] == "released"] == [
+        ("released", 0),
+        ("released", 4096),
+        ("released", 8192),
+    ]
+    assert backend.disk[4096:8192] == b"1" * 4096
+
+
+class Watching(Plain):
+    """Counts what a file descriptor of its own says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = os.eventfd(0, os.EFD_CLOEXEC)
+        self.heard = threading.Event()
+
+    def started(self, device: Device) -> None:
+        device.watch(self.event, self.hear)
+
+    def hear(self) -> None:
+        os.eventfd_read(self.event)
+        self.heard.set()
+
+
+def test_the_loop_watches_a_backends_own_descriptors(tmp_path: Path) -> None:
+    backend = Watching()
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        os.eventfd_write(backend.event, 1)
+        assert backend.heard.wait(10)
+    os.close(backend.event)
+
+
+def test_a_new_worker_on_a_queue_is_greeted_again(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
+        worker.fence()
+        assert worker.receive().kind == Kind.FENCED
+        worker.restart_worker(0)
+        hello = worker.receive()
+        assert (hello.kind, hello.epoch) == (Kind.HELLO, worker.epoch)
+        assert worker.write(0, b"r" * 4096) == 4096
+
+
+def test_the_daemons_end_ends_the_backend_with_status_1(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Plain()
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(backend, tmp_path)
+        worker.accept()
+        worker.hang_up()
+        assert thread.join() == 1
+    assert backend.calls[-1] == "close" and "detached" not in backend.calls
+    assert "the daemon closed the connection" in caplog.text
+
+
+def test_a_detach_finishes_what_runs(tmp_path: Path) -> None:
+    backend = Held()
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(backend, tmp_path)
+        worker.accept()
+        request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
+        worker.send(0, [request])
+        held = backend.wait_for(1)[0]
+        worker.detach()
+        assert worker.is_silent()
+        held.complete()
+        assert worker.answer_of(request).result == 4096
+        assert thread.join() == 0
+
+
+def test_a_refusal_is_the_daemons_reason(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(Plain(), tmp_path)
+        worker.receive_attach()
+        worker.tell(wire.Refused(reason="no such device"))
+        with pytest.raises(AttachRefused, match="no such device"):
+            thread.join()
+
+
+def test_a_daemon_that_hangs_up_is_said_in_one_line(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(Plain(), tmp_path)
+        worker.receive_attach()
+        worker.hang_up()
+        with pytest.raises(BackendError, match="the daemon closed the connection"):
+            thread.join()
+
+
+def test_no_daemon_is_one_line_that_names_the_run_directory(tmp_path: Path) -> None:
+    attach = wire.Attach(v=1, device=DEVICE, kind="x")
+    with pytest.raises(BackendError, match=f"no daemon listens at {tmp_path}/attach.sock") as caught:
+        Attachment.open(tmp_path, DEVICE, attach)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("frame", [b"x" * 63, b"", Descriptor(Kind.PLACED, epoch=1).pack()])
+def test_a_worker_that_talks_nonsense_ends_the_backend(tmp_path: Path, frame: bytes) -> None:
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(Plain(), tmp_path)
+        worker.accept()
+        worker.send_frame(0, frame)
+        with pytest.raises(WireError):
+            thread.join()
+
+
+def test_properties_that_no_device_can_have_are_refused(tmp_path: Path) -> None:
+    for properties, line in (
+        (Properties(size_bytes=4096, logical_block_bytes=520), "power of two"),
+        (Properties(size_bytes=1000), "not a multiple of 512"),
+        (Properties(size_bytes=4096, placement="backend"), "need a segment"),
+        (Properties(size_bytes=4096, read_buffers="own"), "need a segment"),
+    ):
+        backend = Plain()
+        backend.properties = properties
+        with pytest.raises(BackendError, match=line):
+            BackendThread(backend, tmp_path).join()
+
+
+def test_properties_arrive_at_the_daemon(tmp_path: Path) -> None:
+    backend = Plain()
+    backend.properties = Properties(
+        size_bytes=SIZE_BYTES, logical_block_bytes=4096, rotational=True, discard_max_bytes=5 << 30
+    )
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        attach = worker.attach
+    assert attach is not None
+    assert (attach.device, attach.kind, attach.size_bytes) == (DEVICE, "plain", SIZE_BYTES)
+    assert (attach.logical_block_bytes, attach.rotational, attach.discard_max_bytes) == (4096, True, 5 << 30)
+
+
+def test_an_own_segment_is_sealed_and_allocated() -> None:
+    segment = OwnSegment.create(5000)
+    status = os.fstat(segment.descriptor)
+    assert (segment.size_bytes, status.st_size, status.st_blocks * 512) == (8192, 8192, 8192)
+    seals = fcntl.fcntl(segment.descriptor, fcntl.F_GET_SEALS)
+    assert seals == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    assert not os.get_inheritable(segment.descriptor)
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment.descriptor, 4096)
+    segment.close()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_cleanly(tmp_path: Path, end: signal.Signals) -> None:
+    with FakeWorker(tmp_path) as worker:
+        process = spawn(tmp_path, "null", {"size": "1G"})
+        worker.accept()
+        assert worker.write(0, b"s" * 4096) == 4096
+        process.send_signal(end)
+        status, log = finish(process)
+    assert (status, "Traceback" in log) == (0, False)
+    assert f"ending after {end.name}" in log
+
+
+def test_it_waits_for_a_daemon_that_is_not_up_yet(tmp_path: Path) -> None:
+    thread = BackendThread(Plain(), tmp_path)
+    with FakeWorker(tmp_path) as worker:
+        worker.accept()
+        worker.detach()
+        assert thread.join() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_SYS_RESOURCE to set the flag and to ask for it")
+def test_a_backend_is_an_io_flusher(tmp_path: Path) -> None:
+    code = "from ublkpool.bufpool import process; print(process.set_io_flusher(), process.is_io_flusher())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reason, _, is_set = run.stdout.strip().rpartition(" ")
+    if "Operation not permitted" in reason:
+        pytest.skip("root without CAP_SYS_RESOURCE")
+    assert (reason, is_set) == ("None", "True")
+
+
+def test_statistics_are_frozen_and_count() -> None:
+    outbox = Outbox()
+    device = Device(
+        name=DEVICE,
+        number=7,
+        epoch=1,
+        size_bytes=SIZE_BYTES,
+        logical_block_bytes=512,
+        queues=1,
+        depth=8,
+        max_io_bytes=65536,
+        need_get_data=False,
+        placement="pool",
+        read_only=False,
+        pool=memoryview(bytearray(8 * 65536)),
+        own=memoryview(b""),
+        own_segment=0,
+        watch=lambda descriptor, callback: None,
+        unwatch=lambda descriptor: None,
+        wake=outbox.wake,
+    )
+    engine = RequestEngine(Plain(), device, outbox)
+    request = Descriptor(Kind.REQUEST, Op.WRITE, Flag.REPLAY, 7, 0, 0, 1, 1, 0, 4096, 0, wire.SEGMENT_POOL)
+    engine.take(0, request.pack())
+    assert engine.statistics().running == 1
+    assert [queue for queue, _ in engine.answers()] == [0]
+    counted = engine.statistics()
+    outbox.close()
+    assert (counted.requests, counted.answered, counted.replayed, counted.running) == (1, 1, 1, 0)
+    with pytest.raises(AttributeError):
+        counted.requests = 5  # type: ignore[misc]
