@@ -50,7 +50,7 @@ class Event(enum.IntEnum):
     RESCUE = 9
     """Its data lies in a dead backend's segment and must move to the pool."""
     REQUEUED = 10
-    """The driver could copy nothing and sends the request again."""
+    """The driver could copy nothing and sends the write again; the tag may carry another request by then."""
     HAND_OVER = 11
     LINK_LOST = 12
     FINISH = 13
@@ -87,7 +87,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SERVING, Event.LINK_LOST): State.WAIT_LINK,
     (State.SERVING, Event.RESCUE): State.WAIT_BUFFER,
     (State.SERVING, Event.FINISH): State.COMMITTING,
-    (State.FAILING, Event.REQUEUED): State.FAILING,
+    (State.FAILING, Event.REQUEUED): State.KERNEL,
     (State.FAILING, Event.FINISH): State.COMMITTING,
     (State.FAILING, Event.ABORTED): State.GONE,
     (State.COMMITTING, Event.TAKEN): State.KERNEL,

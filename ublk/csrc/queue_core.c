@@ -51,7 +51,7 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
 	[UQ_FAILING] = {
-		[UQ_EV_REQUEUED] = TO(UQ_FAILING),
+		[UQ_EV_REQUEUED] = TO(UQ_KERNEL),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
 		[UQ_EV_ABORTED] = TO(UQ_GONE) },
 	[UQ_COMMITTING] = { [UQ_EV_TAKEN] = TO(UQ_KERNEL) },
@@ -289,18 +289,21 @@ static void aborted(struct uq *q, struct uq_tag *t, int res)
 		q->attention |= UQ_ATT_GONE;
 }
 
-/* The driver could copy nothing and will send the request again, as a new one. */
-static void requeued(struct uq *q, struct uq_tag *t)
+/* The driver could copy nothing and sends the write again, as a new request and perhaps on another tag: with an I/O
+ * scheduler a requeued request gives its tag up. */
+static void requeued(struct uq *q, struct uq_tag *t, int res)
 {
 	q->config.stats->requeues++;
 	if (!uq_move(q, t, UQ_EV_REQUEUED))
 		return;
-	if (t->state == UQ_FAILING) {
-		uq_get_data(q, t, q->config.scratch);
-		return;
-	}
 	let_go(q, t);
-	arrive(q, t, RES_NEED_GET_DATA);
+	arrive(q, t, res);
+}
+
+/* Only a write is ever copied for: result 0 with another operation is the tag's next request. */
+static bool was_copied(const struct uq *q, const struct uq_tag *t, int res)
+{
+	return res != RES_NEED_GET_DATA && (q->config.descriptors[uq_index(q, t)].op_flags & IOD_OP_MASK) == UQ_WRITE;
 }
 
 void uq_complete(struct uq *q, unsigned tag, int res)
@@ -315,8 +318,8 @@ void uq_complete(struct uq *q, unsigned tag, int res)
 		arrive(q, t, res);
 	else if (t->state != UQ_COPYING && t->state != UQ_FAILING)
 		uq_fail_now(q, UQ_F_COMPLETION, tag, t->state << 8 | res);
-	else if (res == RES_NEED_GET_DATA)
-		requeued(q, t);
+	else if (!was_copied(q, t, res))
+		requeued(q, t, res);
 	else if (t->state == UQ_COPYING)
 		copied(q, t);
 	else
