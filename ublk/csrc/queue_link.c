@@ -60,8 +60,9 @@ static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
 		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
 		q->output_first = 0;
 	}
+	/* There is room for everything that can be unsent unless requests are answered that were never sent. */
 	if (q->output_first + q->output_count == q->output_max) {
-		uq_fail_now(q, UQ_F_OVERFLOW, uq_index(q, t), kind);
+		uq_link_cut(q, UQ_V_UNEXPECTED);
 		return NULL;
 	}
 	d = &q->output[q->output_first + q->output_count++];
@@ -362,6 +363,7 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 	q->reads_own = reads_own && segment;
 	q->link = UQ_LINK_EXPECTED;
 	q->violation = UQ_V_NONE;
+	memset(&q->culprit, 0, sizeof q->culprit);
 	return 0;
 }
 
