@@ -1,0 +1,192 @@
+"""A backend on the wire's descriptors, without a socket: one object is one life of a backend process.
+
+Owns what the process would: the requests it was given, its own segment.  Its `Store` outlives it.  It checks that the
+worker keeps to the protocol, scribbles over regions that are its own again, and can lie (`fake_liar.py`).
+"""
+
+import errno
+import random
+from typing import NamedTuple
+
+from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op, iter_frame
+
+from .fake_driver import FakeDriver
+from .queue_rig import DEVICE, POISON, Rig, new_area
+
+ERROR_RATE = 0.0
+Key = tuple[int, int]
+
+
+class Store:
+    """What survives a backend's death; offsets are the device's."""
+
+    def __init__(self, base_offset: int, size_bytes: int) -> None:
+        self._base = base_offset
+        self._bytes = bytearray(size_bytes)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self._bytes[offset - self._base : offset - self._base + length])
+
+    def write(self, offset: int, data: bytes) -> None:
+        start = offset - self._base
+        assert start >= 0 and start + len(data) <= len(self._bytes)
+        self._bytes[start : start + len(data)] = data
+
+
+class Answer(NamedTuple):
+    """An executed request's answer, not yet sent."""
+
+    descriptor: Descriptor
+    frees_cell: int | None
+
+
+class FakeBackend:
+    """One life: from HELLO on every queue until it is killed."""
+
+    def __init__(
+        self, rig: Rig, drivers: list[FakeDriver], store: Store, segment: int, rng: random.Random
+    ) -> None:
+        plan = rig.plan
+        self._rig, self._drivers, self._store, self._rng = rig, drivers, store, rng
+        self.reads_own = plan.reads_own
+        cells = plan.queues * plan.depth
+        self.segment = new_area(segment, cells * plan.max_io_bytes)
+        rig.areas[segment] = self.segment
+        self._free = [index * plan.max_io_bytes for index in range(cells)]
+        self.named: dict[Key, int] = {}
+        """The region of its segment that a tag has, from PLACED or a read's DONE on."""
+        self.placing: dict[Key, Descriptor] = {}
+        self.given: dict[Key, Descriptor] = {}
+        self.executed: dict[Key, Answer] = {}
+        self.welcomed: set[int] = set()
+        self.seen: list[Descriptor] = []
+        """Every descriptor received, for tests to look at."""
+        self.error_rate = ERROR_RATE
+
+    def hello(self, queue: int) -> bytes:
+        return Descriptor(Kind.HELLO, device=DEVICE, queue=queue, epoch=self._rig.plan.epoch).pack()
+
+    def receive(self, queue: int, frame: bytes) -> None:
+        """Descriptors of one queue's worker."""
+        for each in iter_frame(frame):
+            assert (each.device, each.queue, each.reserved) == (DEVICE, queue, 0)
+            assert each.epoch == self._rig.plan.epoch
+            self.seen.append(each)
+            if each.kind == Kind.WELCOME:
+                self.welcomed.add(queue)
+                continue
+            assert queue in self.welcomed, "WELCOME comes first"
+            self._accept((queue, each.tag), each)
+
+    def _accept(self, key: Key, each: Descriptor) -> None:
+        assert not (key in self.placing or key in self.given or key in self.executed), (
+            f"two requests at {key}"
+        )
+        if each.kind == Kind.RELEASE:
+            assert (each.segment, each.buffer) == (self.segment.number, self.named[key]), (
+                "a region it never named"
+            )
+            self._own_again(self.named.pop(key))
+        elif each.kind == Kind.PLACE:
+            assert each.op == Op.WRITE and key not in self.named
+            self.placing[key] = each
+        else:
+            self._accept_request(key, each)
+
+    def _accept_request(self, key: Key, each: Descriptor) -> None:
+        assert each.kind == (Kind.DATA if key in self.named else Kind.REQUEST)
+        if each.kind == Kind.DATA:
+            assert (each.segment, each.buffer) == (self.segment.number, self.named[key])
+        elif each.segment == SEGMENT_POOL:
+            self._rig.ledger.use(self._rig.slot_at(each.buffer, each.length), key)
+        else:
+            assert each.segment == 0 and (self.reads_own if each.op == Op.READ else each.op != Op.WRITE)
+        self.given[key] = each
+
+    def _own_again(self, cell: int) -> None:
+        size = self._rig.plan.max_io_bytes
+        cell -= cell % size
+        self.segment.view[cell : cell + size] = bytes([POISON]) * size
+        self._free.append(cell)
+
+    def _take_cell(self, length: int) -> int | None:
+        """Room for a request, not always at the beginning of a cell."""
+        if not self._free:
+            return None
+        block = self._rig.plan.block_bytes
+        room = (self._rig.plan.max_io_bytes - length) // block
+        return self._free.pop() + self._rng.randint(0, room) * block
+
+    def place(self, key: Key) -> bytes | None:
+        """Answer a PLACE; None while there is no room."""
+        each = self.placing[key]
+        cell = self._take_cell(each.length)
+        if cell is None:
+            return None
+        del self.placing[key]
+        self.named[key] = cell
+        self._drivers[key[0]].named[key[1]] = (self.segment.number, cell)
+        return each.answer(Kind.PLACED)._replace(segment=self.segment.number, buffer=cell).pack()
+
+    def reject(self, key: Key, result: int) -> bytes:
+        """Refuse to place a write."""
+        self._drivers[key[0]].request_at(key[1]).may_fail = True
+        return self.placing.pop(key).answer(Kind.REJECT, result).pack()
+
+    def execute(self, key: Key, blocks: int | None = None) -> bool:
+        """Do what a request says, all or so many blocks of it, without answering; False while there is no room."""
+        each = self.given[key]
+        length = each.length if blocks is None else min(each.length, blocks * self._rig.plan.block_bytes)
+        result, cell = length, None
+        if self._rng.random() < self.error_rate:
+            self._drivers[key[0]].request_at(key[1]).may_fail = True
+            result = -errno.ENOSPC
+        elif each.op == Op.READ:
+            if each.segment == 0:
+                cell = self._take_cell(each.length)
+                if cell is None:
+                    return False
+            self._fill(each, cell, length)
+        else:
+            self._change(each, length)
+            result = length if each.op == Op.WRITE else 0
+        del self.given[key]
+        self.executed[key] = Answer(self._answer(each, result, cell), cell)
+        return True
+
+    def _answer(self, each: Descriptor, result: int, cell: int | None) -> Descriptor:
+        answer = each.answer(Kind.DONE, result)
+        if cell is None:
+            return answer
+        return answer._replace(flags=Flag.REGION, segment=self.segment.number, buffer=cell)
+
+    def _fill(self, each: Descriptor, cell: int | None, length: int) -> None:
+        data = self._store.read(each.offset, length)
+        start = each.buffer if cell is None else cell
+        view = self._rig.pool.view if cell is None else self.segment.view
+        view[start : start + length] = data
+
+    def _change(self, each: Descriptor, length: int) -> None:
+        if each.op == Op.WRITE:
+            view = self._rig.areas[each.segment].view
+            self._store.write(each.offset, view[each.buffer : each.buffer + length])
+        elif each.op in (Op.DISCARD, Op.WRITE_ZEROES):
+            self._store.write(each.offset, bytes(each.length))
+        else:
+            assert each.op == Op.FLUSH, "the worker answers unknown operations itself"
+
+    def answer(self, key: Key) -> bytes:
+        """The answer to an executed request; what a write lay in is the backend's again."""
+        answer = self.executed.pop(key)
+        if answer.frees_cell is not None:
+            self.named[key] = answer.frees_cell
+        elif key in self.named:
+            self._own_again(self.named.pop(key))
+        return answer.descriptor.pack()
+
+    def forget(self, key: Key) -> None:
+        """A wrong answer has ended an executed request; its region is the backend's own again."""
+        answer = self.executed.pop(key)
+        cell = self.named.pop(key, None) if answer.frees_cell is None else answer.frees_cell
+        if cell is not None:
+            self._own_again(cell)

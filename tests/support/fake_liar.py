@@ -1,0 +1,107 @@
+"""Everything a backend can say wrong, each with what the worker must make of it.
+
+A lie starts from a true answer to a request that is being served or placed.  `CUT` lies end the link, `STALE` ones are
+dropped and counted, and only those in `BLAMED` may cost their own request its success.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ublkpool.bufpool.wire import DESCRIPTORS_PER_FRAME_MAX, Descriptor, Flag, Kind, Op
+
+
+class Scene(NamedTuple):
+    """What a liar knows: a request it was given, its segment, and the device."""
+
+    request: Descriptor
+    segment: int
+    segment_bytes: int
+    block_bytes: int
+    depth: int
+    rng: random.Random
+
+    def done(self, result: int = 0) -> Descriptor:
+        return self.request.answer(Kind.DONE, result)
+
+    def placed(self, buffer: int = 0) -> Descriptor:
+        answer = self.request.answer(Kind.PLACED)
+        return answer._replace(segment=self.segment, buffer=buffer)
+
+    def answer(self) -> Descriptor:
+        """An answer of the kind that is waited for."""
+        return self.placed() if self.request.kind == Kind.PLACE else self.done()
+
+    def region(self, buffer: int, segment: int | None = None) -> Descriptor:
+        """A region named for this request: PLACED for a write, a read's DONE."""
+        named = self.placed() if self.request.kind == Kind.PLACE else self.done(self.block_bytes)
+        return named._replace(
+            flags=Flag.REGION if named.kind == Kind.DONE else 0,
+            segment=self.segment if segment is None else segment,
+            buffer=buffer,
+        )
+
+
+Lie = Callable[[Scene], bytes]
+
+
+def _field(name: str, change: Callable[[Scene], int]) -> Lie:
+    return lambda scene: scene.answer()._replace(**{name: change(scene)}).pack()
+
+
+def _random_bytes(scene: Scene) -> bytes:
+    garbage = bytearray(scene.rng.randbytes(64 * scene.rng.randint(1, 3)))
+    garbage[4] |= 0x80
+    return bytes(garbage)
+
+
+def _other_kind(scene: Scene) -> bytes:
+    other = Kind.DONE if scene.request.kind == Kind.PLACE else Kind.PLACED
+    return scene.request.answer(other).pack()
+
+
+CUT: dict[str, Lie] = {
+    "empty frame": lambda scene: b"",
+    "torn frame": lambda scene: scene.answer().pack()[: scene.rng.randint(1, 63)],
+    "huge frame": lambda scene: scene.answer().pack() * (DESCRIPTORS_PER_FRAME_MAX + 1),
+    "random bytes": _random_bytes,
+    "unknown kind": _field("kind", lambda scene: scene.rng.choice((0, 1, 6, 15, 20, 32, 255))),
+    "second hello": _field("kind", lambda scene: Kind.HELLO),
+    "other kind": _other_kind,
+    "foreign device": _field("device", lambda scene: scene.request.device + 1),
+    "foreign queue": _field("queue", lambda scene: 999),
+    "no such tag": _field("tag", lambda scene: scene.depth + scene.rng.randint(0, 9)),
+    "future epoch": _field("epoch", lambda scene: scene.request.epoch + 1),
+    "future sequence": _field("sequence", lambda scene: scene.request.sequence + scene.rng.randint(1, 9999)),
+}
+STALE: dict[str, Lie] = {
+    "old epoch": _field("epoch", lambda scene: scene.rng.randrange(scene.request.epoch)),
+    "old sequence": _field("sequence", lambda scene: scene.rng.randrange(scene.request.sequence)),
+}
+REGIONS: dict[str, Lie] = {
+    "past the end": lambda scene: scene.region(scene.segment_bytes).pack(),
+    "half past the end": lambda scene: scene.region(scene.segment_bytes - scene.request.length + 512).pack(),
+    "overflow": lambda scene: scene.region((1 << 64) - scene.block_bytes).pack(),
+    "misaligned": lambda scene: scene.region(1 + scene.rng.randrange(510)).pack(),
+    "the pool": lambda scene: scene.region(0, segment=1).pack(),
+    "no segment": lambda scene: scene.region(0, segment=0).pack(),
+    "a dead segment": lambda scene: scene.region(0, segment=scene.segment - 1).pack(),
+    "foreign segment": lambda scene: scene.region(0, segment=77777).pack(),
+}
+RESULTS: dict[str, Lie] = {
+    "too large": lambda scene: scene.done(scene.request.length + scene.block_bytes).pack(),
+    "too large an errno": lambda scene: scene.done(-4096 - scene.rng.randrange(1 << 30)).pack(),
+    "no whole block": lambda scene: scene.done(scene.rng.choice((1, 511, 513))).pack(),
+}
+REJECTS: dict[str, Lie] = {
+    "positive reject": lambda scene: scene.request.answer(Kind.REJECT, scene.rng.randrange(1 << 20)).pack(),
+}
+
+
+def lies_about(request: Descriptor) -> dict[str, Lie]:
+    """Lies that cut the link and may cost the request its success."""
+    if request.kind == Kind.PLACE:
+        return REGIONS | REJECTS
+    if request.op == Op.READ:
+        return REGIONS | RESULTS
+    return RESULTS

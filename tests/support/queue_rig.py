@@ -1,0 +1,246 @@
+"""Queue cores on plain memory: pool, slot headers, descriptor arrays and statistics that a test owns.
+
+Knows the core's memory and the real lease table, nothing of what drivers or backends do.  `Ledger` notes who was seen
+to use a pool buffer, from the outside, so that a buffer with two users is found whatever the core believes.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ublkpool.bufpool.lease import Grant, LeaseTable, Owner, Recall
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.ublk import _native
+from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
+
+_ffi, _lib = _native.ffi, _native.lib
+DEVICE = 7
+POISON = 0xEE
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device under test is; sizes in bytes, counts in buffers."""
+
+    queues: int = 1
+    depth: int = 4
+    epoch: int = 3
+    max_io_bytes: int = 16384
+    block_bytes: int = 512
+    need_get_data: bool = True
+    place_in_backend: bool = False
+    reads_own: bool = False
+    timeout_ms: int = 0
+    fail_on_timeout: bool = False
+    spare: int = 2
+    """Buffers of each size above the queues' reserves."""
+
+    @property
+    def geometry(self) -> Geometry:
+        if not self.need_get_data:
+            return Geometry.build([(self.max_io_bytes, self.queues * self.depth)])
+        count = self.queues + self.spare
+        return Geometry.build([(4096, count), (self.max_io_bytes, count)])
+
+    @property
+    def reserve(self) -> int:
+        return 1 if self.need_get_data else self.depth
+
+    def classes(self) -> tuple[BufferClass, ...]:
+        return tuple(
+            BufferClass(c.base_offset, c.buffer_bytes, c.count, c.first_slot, self.reserve, 1)
+            for c in self.geometry.classes
+        )
+
+
+class Area(NamedTuple):
+    """Memory that the core may name: the number is a segment's, 0 for scratch."""
+
+    number: int
+    base: Any
+    size_bytes: int
+    queue: int | None = None
+
+    @property
+    def address(self) -> int:
+        return int(_ffi.cast("uintptr_t", self.base))
+
+    @property
+    def view(self) -> Any:
+        return _ffi.buffer(self.base, self.size_bytes)
+
+
+def new_area(number: int, size_bytes: int, queue: int | None = None) -> Area:
+    return Area(number, _ffi.new("uint8_t[]", size_bytes), size_bytes, queue)
+
+
+class Ledger:
+    """Which (queue, tag) was seen to use a pool buffer and has not been seen to stop."""
+
+    def __init__(self) -> None:
+        self.user_of: dict[int, tuple[int, int]] = {}
+        self._slots_of: dict[tuple[int, int], int] = {}
+
+    def use(self, slot: int, user: tuple[int, int]) -> None:
+        assert self.user_of.setdefault(slot, user) == user, (
+            f"slot {slot}: {user} uses what {self.user_of[slot]} has"
+        )
+        assert self._slots_of.setdefault(user, slot) == slot, f"{user} uses {slot} and {self._slots_of[user]}"
+
+    def stop(self, user: tuple[int, int]) -> int | None:
+        slot = self._slots_of.pop(user, None)
+        if slot is not None:
+            del self.user_of[slot]
+        return slot
+
+
+class Side:
+    """One queue's core and the memory around it."""
+
+    def __init__(self, rig: "Rig", number: int) -> None:
+        plan = rig.plan
+        self.rig, self.number = rig, number
+        self.owner = Owner(number, plan.epoch)
+        self.descriptors = _ffi.new("struct uq_iod[]", plan.depth)
+        self.statistics = _ffi.new("struct uq_stats *")
+        self.scratch = new_area(0, plan.max_io_bytes, number)
+        config = QueueConfig(
+            device_number=DEVICE,
+            queue=number,
+            depth=plan.depth,
+            epoch=plan.epoch,
+            max_io_bytes=plan.max_io_bytes,
+            block_bytes=plan.block_bytes,
+            need_get_data=plan.need_get_data,
+            place_in_backend=plan.place_in_backend,
+            timeout_ms=plan.timeout_ms,
+            fail_on_timeout=plan.fail_on_timeout,
+            classes=plan.classes(),
+        )
+        self.queue = Queue(
+            config, Memory(self.descriptors, rig.pool.base, rig.headers, self.scratch.base, self.statistics)
+        )
+
+    def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int) -> None:
+        """Fill the tag's descriptor as the kernel does; `flags` are already in place in `op_flags`."""
+        each = self.descriptors[tag]
+        each.op_flags, each.start_sector, each.sectors = op | flags, sector, sectors
+
+    def commands(self, most: int | None = None) -> list[Command]:
+        """The commands that are written and not consumed."""
+        buffer = _ffi.new("struct uq_command[]", self.queue.config.depth)
+        limit = self.queue.config.depth if most is None else most
+        count = _lib.uq_commands(self.queue.raw, buffer, limit)
+        return [Command(c.tag, c.op, c.result, c.address) for c in buffer[0:count]]
+
+    def consumed(self, count: int) -> None:
+        _lib.uq_commands_taken(self.queue.raw, count)
+
+    def idle_segments(self) -> list[int]:
+        """Numbers of the dead backends' segments that the core has let go."""
+        base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        found = []
+        while number := _lib.uq_segment_idle(self.queue.raw, base, size):
+            found.append(int(number))
+        return found
+
+    def check(self) -> None:
+        """No fault, one owner for every buffer, and gauges that say what is."""
+        queue, rig = self.queue, self.rig
+        assert not queue.attention() & Attention.FAULT, f"queue {self.number}: {queue.fault()}"
+        held = [slot for index in range(len(queue.config.classes)) for slot in queue.stock_held(index)]
+        assert len(set(held)) == len(held), f"queue {self.number} holds a buffer twice: {sorted(held)}"
+        for slot in held:
+            assert rig.table.owner_of(slot) == self.owner, f"slot {slot} is not queue {self.number}'s"
+        lent = [slot for slot in held if rig.headers[slot].tag]
+        assert (self.statistics.buffers_held, self.statistics.buffers_lent) == (len(held), len(lent))
+        assert {s for s, user in rig.ledger.user_of.items() if user[0] == self.number} <= set(lent)
+
+
+class Rig:
+    """A device: its pool, the real lease table, and a core per queue."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.geometry = plan.geometry
+        self.pool = new_area(1, self.geometry.total_bytes)
+        self.headers = _ffi.new("struct uq_slot[]", self.geometry.slot_count)
+        self.ledger = Ledger()
+        self.table = LeaseTable(
+            self.geometry, (plan.reserve,) * len(self.geometry.classes), queues=plan.queues
+        )
+        self.sides = [Side(self, number) for number in range(plan.queues)]
+        self.areas = {1: self.pool}
+        self.mail: list[deque[Grant | Recall]] = [deque() for _ in self.sides]
+        for side in self.sides:
+            self._post(self.table.register(side.owner))
+        for number in range(plan.queues):
+            while self.deliver_mail(number):
+                pass
+
+    def slot_at(self, offset: int, length: int) -> int:
+        """The slot of a pool address; asserts that one buffer covers all of it."""
+        for each in self.geometry.classes:
+            index, within = divmod(offset - each.base_offset, each.buffer_bytes)
+            if 0 <= index < each.count:
+                assert within == 0 and length <= each.buffer_bytes, f"{length} bytes at {within} of a buffer"
+                return each.first_slot + index
+        raise AssertionError(f"offset {offset} is in no buffer")
+
+    def locate(self, queue: int, address: int, length: int) -> tuple[Area, int]:
+        """The area and offset of an address that the core gave to the driver; asserts that it is allowed."""
+        for area in (self.sides[queue].scratch, *self.areas.values()):
+            offset = address - area.address
+            if offset >= 0 and offset + length <= area.size_bytes:
+                return area, offset
+        raise AssertionError(f"{address:#x} with {length} bytes is in no memory of queue {queue}")
+
+    def poison(self, slot: int) -> None:
+        """Nobody may rely on this buffer any more."""
+        offset = self.geometry.slot_offset(slot)
+        size = self.geometry.classes[self.geometry.class_of(slot)].buffer_bytes
+        _ffi.memmove(self.pool.base + offset, bytes([POISON]) * size, size)
+
+    def _post(self, messages: "list[Grant] | list[Recall]") -> None:
+        for each in messages:
+            self.mail[each.owner.queue].append(each)
+
+    def ask(self, number: int) -> None:
+        """What a worker does about its stock: leases and returns; the answers go to `mail`."""
+        side = self.sides[number]
+        for size_class, want in list(side.queue.stock_wants()):
+            if want > 0:
+                side.queue.stock_asked(size_class, want)
+                self._post([Grant(side.owner, size_class, self.table.lease(side.owner, size_class, want))])
+            else:
+                self._give_back(side, size_class, -want)
+        self._post(self.table.recalls())
+
+    def _give_back(self, side: Side, size_class: int, count: int) -> None:
+        slots = side.queue.stock_take(size_class, count)
+        for slot in slots:
+            assert slot not in self.ledger.user_of, (
+                f"slot {slot} returned, {self.ledger.user_of[slot]} has it"
+            )
+        self._post(self.table.give_back(side.owner, slots))
+
+    def give_all_back(self) -> None:
+        """Return every free buffer of every stock, as at a clean stop."""
+        for side in self.sides:
+            self.table.cancel(side.owner)
+        for side in self.sides:
+            while self.deliver_mail(side.number):
+                pass
+            for size_class in range(len(self.geometry.classes)):
+                self._give_back(side, size_class, self.geometry.slot_count)
+
+    def deliver_mail(self, number: int) -> bool:
+        """One message of the broker's reaches the queue; whether there was one."""
+        if not self.mail[number]:
+            return False
+        message, queue = self.mail[number].popleft(), self.sides[number].queue
+        if isinstance(message, Grant):
+            queue.stock_add(message.size_class, message.slots)
+        else:
+            queue.stock_recall(message.size_class, message.owed)
+        return True

@@ -1,0 +1,550 @@
+"""The queue core, one scenario each: a fake driver on one side, a fake backend on the other, no kernel."""
+
+import errno
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from support.fake_backend import FakeBackend, Store
+from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, FakeDriver, Holder, Request
+from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE, Lie, Scene
+from support.queue_rig import Plan, Rig
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op, iter_frame
+from ublkpool.ublk.queue import Attention, Link
+from ublkpool.workers.tag_state import State
+
+FAR_SECTOR = (7 << 60) >> 9
+OWN = {"place_in_backend": True, "reads_own": True}
+
+
+class Desk:
+    """One queue with its driver, and the backend of the moment."""
+
+    def __init__(self, first_sector: int = 0, connected: bool = True, **plan: int) -> None:
+        self.rig = Rig(Plan(**plan))  # type: ignore[arg-type]
+        self.side = self.rig.sides[0]
+        self.queue = self.side.queue
+        self.driver = FakeDriver(self.side)
+        self.store = Store(first_sector * SECTOR_BYTES, 256 * SECTOR_BYTES)
+        self.segment = 1
+        self.queue.start()
+        self.driver.consume()
+        self.backend = self.connect() if connected else None
+
+    def connect(self) -> FakeBackend:
+        """The next backend, through WELCOME."""
+        self.segment += 1
+        made = FakeBackend(self.rig, [self.driver], self.store, self.segment, random.Random(1))
+        plan = self.rig.plan
+        own = self.segment if plan.place_in_backend or plan.reads_own else 0
+        assert self.queue.expect(own, made.segment.base, made.segment.size_bytes, plan.reads_own)
+        self.queue.input(made.hello(0))
+        self.backend = made
+        self.send()
+        return made
+
+    def send(self) -> list[Descriptor]:
+        """What the core has to say reaches the backend, if there is one."""
+        output = self.queue.output()
+        if not output:
+            return []
+        assert self.backend is not None
+        self.queue.sent(len(output) // 64)
+        self.backend.receive(0, output)
+        return list(iter_frame(output))
+
+    def write(self, tag: int, sector: int, data: bytes, flags: int = 0) -> Request:
+        request = Request(Op.WRITE, sector, len(data) // SECTOR_BYTES, data, flags)
+        self.driver.deliver(tag, request)
+        return request
+
+    def read(self, tag: int, sector: int, sectors: int = 1) -> Request:
+        request = Request(Op.READ, sector, sectors)
+        self.driver.deliver(tag, request)
+        return request
+
+    def other(self, tag: int, op: int, sectors: int = 8, flags: int = 0) -> Request:
+        request = Request(op, 0, sectors, flags=flags)
+        self.driver.deliver(tag, request)
+        return request
+
+    def place(self, tag: int) -> None:
+        """The backend names a region, the driver is told."""
+        self.send()
+        assert self.backend is not None
+        frame = self.backend.place((0, tag))
+        assert frame is not None
+        self.queue.input(frame)
+        self.driver.consume()
+
+    def copy(self, tag: int, sectors: int | None = None) -> None:
+        self.driver.consume()
+        self.driver.copy(tag, sectors)
+
+    def serve(self, tag: int) -> None:
+        """The backend does it and answers, the driver takes the commit."""
+        self.send()
+        assert self.backend is not None
+        assert self.backend.execute((0, tag))
+        self.queue.input(self.backend.answer((0, tag)))
+        self.driver.consume()
+        self.side.check()
+
+    def kill(self) -> None:
+        self.backend = None
+        self.queue.lost()
+
+    def lie(self, tag: int, lie: Lie) -> None:
+        """The backend says something wrong about the request that it was given last on this tag."""
+        assert self.backend is not None
+        request = [each for each in self.backend.seen if each.tag == tag][-1]
+        plan, segment = self.rig.plan, self.backend.segment
+        scene = Scene(
+            request, segment.number, segment.size_bytes, plan.block_bytes, plan.depth, random.Random(2)
+        )
+        self.queue.input(lie(scene))
+
+    def state(self, tag: int) -> State:
+        return State(self.queue.tag_state(tag))
+
+
+def data(number: int, sectors: int = 1) -> bytes:
+    return bytes([number]) * (sectors * SECTOR_BYTES)
+
+
+def kinds(descriptors: Sequence[Descriptor]) -> list[int]:
+    return [each.kind for each in descriptors]
+
+
+def test_a_write_is_asked_for_placed_copied_stored_and_committed_once() -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 8, data(1, 4))
+    assert desk.state(0) is State.PLACING and not desk.driver.consume()
+    desk.place(0)
+    assert desk.state(0) is State.COPYING
+    desk.copy(0)
+    assert desk.state(0) is State.SERVING
+    desk.serve(0)
+    assert request.result == len(request.data)
+    assert desk.store.read(8 * SECTOR_BYTES, 4 * SECTOR_BYTES) == request.data
+    assert (desk.side.statistics.own_copy_bytes, desk.side.statistics.commits) == (0, 1)
+
+
+def test_without_placement_a_write_lands_in_a_pool_buffer_of_its_size() -> None:
+    desk = Desk()
+    desk.write(0, 0, data(1, 1))
+    desk.write(1, 8, data(2, 16))
+    desk.copy(0)
+    desk.copy(1)
+    small, large = desk.send()
+    assert small.segment == large.segment == 1
+    classes = desk.rig.geometry.classes
+    assert small.buffer < classes[1].base_offset <= large.buffer
+
+
+def test_without_need_get_data_the_data_is_there_at_once() -> None:
+    desk = Desk(need_get_data=False)
+    request = desk.write(2, 0, data(5))
+    assert desk.state(2) is State.SERVING
+    desk.serve(2)
+    assert request.result == SECTOR_BYTES and desk.store.read(0, SECTOR_BYTES) == data(5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_read_is_copied_out_of_the_buffer_that_the_commit_names(own: bool) -> None:
+    desk = Desk(reads_own=own)
+    desk.store.write(3 * SECTOR_BYTES, data(9, 2))
+    request = desk.read(1, 3, 2)
+    desk.serve(1)
+    assert request.received == data(9, 2)
+
+
+def test_a_read_buffer_is_free_only_when_its_commit_was_consumed() -> None:
+    desk = Desk(spare=0)
+    first, second = desk.read(0, 0), desk.read(1, 1)
+    desk.send()
+    assert desk.backend is not None and desk.state(1) is State.WAIT_BUFFER
+    desk.backend.execute((0, 0))
+    desk.queue.input(desk.backend.answer((0, 0)))
+    assert (desk.state(0), desk.state(1)) == (State.COMMITTING, State.WAIT_BUFFER)
+    assert desk.queue.stock_take(0, 9) == []
+    desk.driver.consume()
+    assert first.result == SECTOR_BYTES
+    desk.serve(1)
+    assert second.result == SECTOR_BYTES
+
+
+def test_a_region_that_a_read_named_is_released_only_when_the_commit_was_consumed() -> None:
+    desk = Desk(**OWN)
+    desk.read(0, 0)
+    desk.send()
+    assert desk.backend is not None
+    desk.backend.execute((0, 0))
+    desk.queue.input(desk.backend.answer((0, 0)))
+    assert desk.send() == []
+    desk.driver.consume()
+    assert kinds(desk.send()) == [Kind.RELEASE]
+
+
+def test_the_length_is_read_again_after_the_copy() -> None:
+    desk = Desk()
+    request = desk.write(0, 0, data(1, 4))
+    desk.copy(0, 1)
+    (given,) = desk.send()
+    assert given.length == SECTOR_BYTES
+    desk.serve(0)
+    assert request.result is None and request.left == 3
+    assert desk.side.statistics.short_copies == 1
+
+
+def test_a_write_of_which_nothing_could_be_copied_begins_anew() -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 0, data(1))
+    desk.place(0)
+    desk.copy(0, 0)
+    desk.driver.deliver(0, desk.driver.again.popleft())
+    assert kinds(desk.send()) == [Kind.RELEASE, Kind.PLACE]
+    desk.place(0)
+    desk.copy(0)
+    desk.serve(0)
+    assert request.result == SECTOR_BYTES
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.FLUSH])
+def test_a_tag_that_was_sent_back_may_carry_another_request(op: Op) -> None:
+    desk = Desk()
+    desk.write(0, 0, data(1))
+    desk.copy(0, 0)
+    other = desk.other(0, op, sectors=1 if op is Op.READ else 0)
+    desk.serve(0)
+    assert other.result == len(other.received)
+    assert desk.store.read(0, SECTOR_BYTES) == bytes(SECTOR_BYTES)
+
+
+def test_a_failing_write_that_was_sent_back_passes_its_error_to_nobody() -> None:
+    desk = Desk(**OWN)
+    desk.write(0, 0, data(1))
+    desk.send()
+    assert desk.backend is not None
+    desk.queue.input(desk.backend.reject((0, 0), -errno.ENOSPC))
+    desk.copy(0, 0)
+    other = desk.write(0, 1, data(2))
+    desk.place(0)
+    desk.copy(0)
+    desk.serve(0)
+    assert other.result == SECTOR_BYTES
+
+
+def test_a_failed_write_that_waits_for_its_data_is_copied_into_scratch_first() -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 0, data(7))
+    desk.send()
+    assert desk.backend is not None
+    desk.queue.input(desk.backend.reject((0, 0), -errno.ENOSPC))
+    assert desk.state(0) is State.FAILING and request.result is None
+    desk.copy(0)
+    desk.driver.consume()
+    assert request.result == -errno.ENOSPC
+    assert desk.side.scratch.view[:SECTOR_BYTES] == data(7)
+
+
+@pytest.mark.parametrize("need_get_data", [False, True])
+def test_an_unsupported_operation_is_answered_eopnotsupp(need_get_data: bool) -> None:
+    desk = Desk(need_get_data=need_get_data)
+    request = desk.other(0, 15)
+    desk.driver.consume()
+    assert request.result == -errno.EOPNOTSUPP
+    assert desk.side.statistics.unsupported == 1
+
+
+def test_fua_and_nounmap_pass_through() -> None:
+    desk = Desk()
+    desk.write(0, 0, data(1), IOD_FUA)
+    desk.copy(0)
+    desk.other(1, Op.WRITE_ZEROES, flags=IOD_NOUNMAP)
+    desk.other(2, Op.WRITE_ZEROES)
+    assert [each.flags for each in desk.send()] == [Flag.FUA, Flag.NOUNMAP, 0]
+
+
+def test_an_offset_of_seven_exbibytes_arrives_whole() -> None:
+    desk = Desk(first_sector=FAR_SECTOR)
+    request = desk.write(0, FAR_SECTOR + 5, data(3))
+    desk.copy(0)
+    (given,) = desk.send()
+    assert given.offset == (7 << 60) + 5 * SECTOR_BYTES
+    desk.serve(0)
+    assert request.result == SECTOR_BYTES
+
+
+def test_a_discard_may_exceed_four_gibibytes() -> None:
+    desk = Desk()
+    desk.driver.deliver(0, Request(Op.DISCARD, 0, (1 << 32) - 1))
+    (given,) = desk.send()
+    assert given.length == ((1 << 32) - 1) * SECTOR_BYTES
+
+
+def test_requests_wait_for_a_backend_instead_of_failing() -> None:
+    desk = Desk(connected=False)
+    write, read = desk.write(0, 0, data(1)), desk.read(1, 9)
+    desk.copy(0)
+    assert (desk.state(0), desk.state(1)) == (State.WAIT_LINK, State.WAIT_LINK)
+    desk.connect()
+    desk.serve(0)
+    desk.serve(1)
+    assert write.result == read.result == SECTOR_BYTES
+
+
+def test_replay_is_in_order_of_arrival_and_says_so() -> None:
+    desk = Desk(need_get_data=False, depth=8)
+    order = [5, 2, 7, 0]
+    for tag in order:
+        desk.write(tag, tag, data(tag))
+    desk.send()
+    desk.kill()
+    desk.write(1, 1, data(1))
+    successor = desk.connect()
+    replayed = [(each.tag, each.flags) for each in successor.seen if each.kind == Kind.REQUEST]
+    assert replayed == [*((tag, Flag.REPLAY) for tag in order), (1, 0)]
+    assert desk.side.statistics.replays == 4
+
+
+def test_an_answered_request_is_not_replayed() -> None:
+    desk = Desk(need_get_data=False)
+    desk.write(0, 0, data(1))
+    desk.serve(0)
+    desk.kill()
+    assert [each.kind for each in desk.connect().seen] == [Kind.WELCOME]
+
+
+@pytest.mark.parametrize("when", ["copying", "copied", "serving"])
+def test_a_backend_that_dies_with_the_data_has_it_carried_to_its_successor(when: str) -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 8, data(6, 2))
+    desk.place(0)
+    if when == "copying":
+        desk.kill()
+        desk.copy(0)
+    else:
+        if when == "copied":
+            desk.queue.cut()
+        desk.copy(0)
+        desk.kill()
+    statistics = desk.side.statistics
+    assert (statistics.rescues, statistics.own_copy_bytes) == (1, 2 * SECTOR_BYTES)
+    assert desk.side.idle_segments() == [2]
+    (given,) = [each for each in desk.connect().seen if each.kind == Kind.REQUEST]
+    assert given.segment == 1 and bool(given.flags & Flag.REPLAY) == (when == "serving")
+    desk.serve(0)
+    assert request.result == 2 * SECTOR_BYTES
+    assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
+
+
+def test_a_write_whose_place_was_not_named_yet_asks_the_successor() -> None:
+    desk = Desk(**OWN)
+    desk.write(0, 0, data(1))
+    desk.send()
+    desk.kill()
+    assert desk.state(0) is State.WAIT_PLACE
+    assert kinds(desk.connect().seen) == [Kind.WELCOME, Kind.PLACE]
+
+
+def test_a_segment_stays_until_the_read_in_it_was_taken() -> None:
+    desk = Desk(**OWN)
+    request = desk.read(0, 0)
+    desk.send()
+    assert desk.backend is not None
+    desk.backend.execute((0, 0))
+    desk.queue.input(desk.backend.answer((0, 0)))
+    desk.kill()
+    assert desk.side.idle_segments() == []
+    desk.driver.consume()
+    assert request.result == SECTOR_BYTES and desk.side.idle_segments() == [2]
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_no_answer_of_an_old_epoch_or_request_is_believed(name: str) -> None:
+    desk = Desk()
+    request = desk.read(0, 0)
+    desk.send()
+    desk.lie(0, STALE[name])
+    assert desk.side.statistics.stale_answers == 1
+    assert desk.queue.link is Link.UP and desk.state(0) is State.SERVING
+    desk.serve(0)
+    assert request.result == SECTOR_BYTES
+
+
+@pytest.mark.parametrize("placing", [False, True])
+@pytest.mark.parametrize("name", CUT)
+def test_a_lie_that_says_nothing_of_the_request_leaves_it_to_the_successor(name: str, placing: bool) -> None:
+    desk = Desk(place_in_backend=placing)
+    lied_on, other = desk.write(0, 0, data(1)), desk.read(1, 1)
+    if not placing:
+        desk.copy(0)
+    desk.send()
+    desk.lie(0, CUT[name])
+    assert desk.queue.link is Link.CUT and desk.queue.attention() & Attention.CUT
+    desk.kill()
+    desk.connect()
+    if placing:
+        desk.place(0)
+        desk.copy(0)
+    desk.serve(0)
+    desk.serve(1)
+    assert lied_on.result == other.result == SECTOR_BYTES
+
+
+@pytest.mark.parametrize("name", [*REGIONS, *REJECTS])
+def test_a_wrong_region_or_refusal_fails_its_write_and_cuts_the_link(name: str) -> None:
+    desk = Desk(**OWN)
+    request, other = desk.write(0, 0, data(1)), desk.write(1, 1, data(2))
+    desk.send()
+    desk.lie(0, {**REGIONS, **REJECTS}[name])
+    assert desk.queue.link is Link.CUT and desk.state(0) is State.FAILING
+    desk.copy(0)
+    desk.driver.consume()
+    assert request.result == -errno.EIO and other.result is None
+
+
+@pytest.mark.parametrize("shift", [-512, 0, 512])
+def test_a_region_that_is_lent_to_another_tag_is_refused(shift: int) -> None:
+    desk = Desk(**OWN)
+    desk.write(0, 0, data(1, 2))
+    desk.place(0)
+    lent = desk.driver.named[0][1]
+    desk.write(1, 8, data(2, 2))
+    desk.send()
+    desk.lie(1, lambda scene: scene.region(max(0, lent + shift)).pack())
+    assert desk.queue.link is Link.CUT and "lent" in desk.queue.violation()
+
+
+@pytest.mark.parametrize("name", [*REGIONS, *RESULTS])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_wrong_read_answer_fails_the_read_when_the_backend_is_gone(name: str, own: bool) -> None:
+    desk = Desk(reads_own=own)
+    request = desk.read(0, 0)
+    desk.send()
+    desk.lie(0, {**REGIONS, **RESULTS}[name])
+    assert desk.queue.link is Link.CUT
+    desk.driver.consume()
+    assert request.result is None, "the backend may still write into the buffer"
+    desk.kill()
+    desk.driver.consume()
+    assert request.result == -errno.EIO
+
+
+def test_a_second_answer_cuts_the_link_and_changes_nothing() -> None:
+    desk = Desk(need_get_data=False)
+    request = desk.write(0, 0, data(1))
+    desk.serve(0)
+    desk.lie(0, lambda scene: scene.done(SECTOR_BYTES).pack())
+    assert desk.queue.link is Link.CUT and desk.driver.consume() == 0
+    assert request.result == SECTOR_BYTES
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
+def test_moving_nothing_is_an_error_and_not_an_endless_loop(op: Op) -> None:
+    desk = Desk(need_get_data=False)
+    request = desk.read(0, 0) if op is Op.READ else desk.write(0, 0, data(1))
+    desk.send()
+    desk.lie(0, lambda scene: scene.done(0).pack())
+    desk.driver.consume()
+    assert request.result == -errno.EIO
+
+
+def test_answers_to_what_was_never_sent_cut_the_link_before_the_output_is_full() -> None:
+    desk = Desk(need_get_data=False, depth=1)
+    for sequence in range(1, 40):
+        if desk.queue.link is not Link.UP:
+            break
+        desk.read(0, 0)
+        guess = Descriptor(Kind.DONE, device=7, epoch=3, sequence=sequence, result=SECTOR_BYTES)
+        desk.queue.input(guess.pack())
+        desk.driver.consume()
+    assert desk.queue.link is Link.CUT
+    desk.side.check()
+
+
+def test_a_new_link_is_not_blamed_with_the_words_of_the_last() -> None:
+    desk = Desk(timeout_ms=1000, fail_on_timeout=True)
+    desk.read(0, 0)
+    desk.send()
+    desk.lie(0, CUT["foreign device"])
+    desk.kill()
+    desk.connect()
+    desk.queue.tick(2000)
+    assert desk.queue.violation() == "no answer within io_timeout_s"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_silent_backend_is_waited_for_or_cut_off_as_the_device_says(fails: bool) -> None:
+    desk = Desk(timeout_ms=1000, fail_on_timeout=fails)
+    request = desk.read(0, 0)
+    desk.send()
+    desk.queue.tick(999)
+    assert not desk.queue.attention() & Attention.SILENT
+    desk.queue.tick(1200)
+    assert desk.queue.attention() & Attention.SILENT
+    assert desk.queue.link is (Link.CUT if fails else Link.UP)
+    desk.driver.consume()
+    assert request.result is None
+    if fails:
+        desk.kill()
+        desk.driver.consume()
+        assert request.result == -errno.EIO
+
+
+def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so() -> None:
+    desk = Desk(connected=False, timeout_ms=1000, fail_on_timeout=True)
+    request = desk.read(0, 0)
+    desk.queue.tick(5000)
+    desk.driver.consume()
+    assert request.result == -errno.ETIMEDOUT
+
+
+def test_giving_up_fails_what_waits_and_what_comes() -> None:
+    desk = Desk(connected=False, place_in_backend=True)
+    waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
+    desk.queue.give_up()
+    later = desk.write(2, 8, data(2))
+    desk.copy(0)
+    desk.copy(2)
+    desk.driver.consume()
+    assert waiting.result == read.result == later.result == -errno.EIO
+
+
+def test_giving_up_lets_a_living_backend_finish() -> None:
+    desk = Desk()
+    request = desk.read(0, 0)
+    desk.queue.give_up()
+    desk.serve(0)
+    assert request.result == SECTOR_BYTES
+
+
+def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
+    desk = Desk()
+    copying, serving = desk.write(0, 0, data(1)), desk.read(1, 0)
+    desk.driver.consume()
+    desk.driver.stop()
+    assert copying.result == -errno.EIO and desk.driver.holders[1] is Holder.SERVER
+    desk.serve(1)
+    assert serving.result == SECTOR_BYTES
+    assert desk.queue.attention() & Attention.GONE and desk.queue.in_flight == 0
+    desk.rig.give_all_back()
+    assert [each.free for each in desk.rig.table.statistics().classes] == [3, 3]
+
+
+def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
+    desk = Desk(spare=1)
+    reads = [desk.read(0, 0)]
+    desk.rig.ask(0)
+    desk.rig.deliver_mail(0)
+    reads += [desk.read(tag, tag) for tag in (1, 2)]
+    assert desk.state(2) is State.WAIT_BUFFER
+    desk.queue.stock_recall(0, 9)
+    desk.serve(0)
+    assert desk.state(2) is State.WAIT_BUFFER and dict(desk.queue.stock_wants())[0] == -1
+    assert len(desk.queue.stock_take(0, 1)) == 1
+    for tag in (1, 2):
+        desk.serve(tag)
+    assert [each.result for each in reads] == [SECTOR_BYTES] * 3
