@@ -26,13 +26,16 @@ _DISCARD_GRANULARITY_BYTES = 4096
 
 
 class FileOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` makes a sparse file if there is none; `direct` auto uses O_DIRECT where the file system can."""
+    """`size` (default: the device's) makes a sparse file if there is none; `placement` auto is the device's.
+
+    `direct` auto uses O_DIRECT where the file system can.
+    """
 
     path: Path
     size: ByteSize = 0
     direct: Literal["auto", "on", "off"] = "auto"
     readonly: bool = False
-    placement: Literal["pool", "backend", "any"] = "pool"
+    placement: Literal["auto", "pool", "backend", "any"] = "auto"
     segment: ByteSize = 64 << 20
 
 
@@ -59,7 +62,10 @@ class FileBackend(Backend):
     def open(self, hint: Hint) -> Properties:
         """Open, lock and measure the file."""
         options = self.options
+        if not options.size:
+            options = msgspec.structs.replace(options, size=hint.size_bytes)
         self._opened = opened = open_file(options)
+        placement = hint.placement if options.placement == "auto" else options.placement
         return Properties(
             size_bytes=opened.size_bytes,
             logical_block_bytes=opened.logical_block_bytes,
@@ -69,8 +75,8 @@ class FileBackend(Backend):
             discard_granularity_bytes=max(_DISCARD_GRANULARITY_BYTES, opened.logical_block_bytes),
             discard_max_bytes=0 if options.readonly else opened.size_bytes,
             write_zeroes_max_bytes=0 if options.readonly else opened.size_bytes,
-            placement=options.placement,
-            segment_bytes=options.segment if options.placement != "pool" else 0,
+            placement=placement,
+            segment_bytes=options.segment if placement != "pool" else 0,
         )
 
     def engine(self, device: Device) -> FrameEngine:

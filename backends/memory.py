@@ -25,9 +25,12 @@ _ZEROES = memoryview(bytes(1 << 20))
 
 
 class MemoryOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`keep` off loses the content with the process: for measurements only."""
+    """`size` 0 takes the size that the device was created with.
 
-    size: ByteSize
+    `keep` off loses the content with the process: for measurements only.
+    """
+
+    size: ByteSize = 0
     placement: Literal["pool", "backend", "any"] = "any"
     reads: Literal["pool", "own"] = "pool"
     keep: bool = True
@@ -75,11 +78,15 @@ class MemoryBackend(Backend):
 
     def open(self, hint: Hint) -> Properties:
         """Adopt the disk that a predecessor left, or make one."""
-        size_bytes = self.options.size
-        if size_bytes <= 0 or size_bytes % _PAGE_BYTES:
+        size_bytes = self.options.size or hint.size_bytes
+        if not size_bytes:
+            raise BackendError(f"memory: device {hint.device} has no size of its own: give size=SIZE")
+        if size_bytes < 0 or size_bytes % _PAGE_BYTES:
             raise BackendError(f"memory: size={size_bytes} is not a multiple of {_PAGE_BYTES}")
         segment = (
-            self._kept(hint) if self.options.keep else OwnSegment.create(size_bytes, f"disk-{hint.device}")
+            self._kept(hint, size_bytes)
+            if self.options.keep
+            else OwnSegment.create(size_bytes, f"disk-{hint.device}")
         )
         self._disk = segment.view
         return Properties(
@@ -92,17 +99,17 @@ class MemoryBackend(Backend):
             segment=segment,
         )
 
-    def _kept(self, hint: Hint) -> OwnSegment:
+    def _kept(self, hint: Hint, size_bytes: int) -> OwnSegment:
         self._keeper = Keeper(hint.run_dir / f"memory-{hint.device}.keep")
         segment = self._keeper.adopt()
         if segment is None:
-            segment = OwnSegment.create(self.options.size, f"disk-{hint.device}")
+            segment = OwnSegment.create(size_bytes, f"disk-{hint.device}")
             self._keeper.keep(segment)
-        elif segment.size_bytes != self.options.size:
+        elif segment.size_bytes != size_bytes:
             held = format_size(segment.size_bytes)
             segment.close()
             raise BackendError(
-                f"memory: {self._keeper.path} keeps a disk of {held}, size={format_size(self.options.size)} was asked"
+                f"memory: {self._keeper.path} keeps a disk of {held}, size={format_size(size_bytes)} was asked"
             )
         else:
             log.info("adopted the disk of %s that %s keeps", hint.device, self._keeper.path)

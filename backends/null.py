@@ -17,7 +17,7 @@ class NullOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`size` 0 takes the size that the device was created with; `segment` is for placement `backend`."""
 
     size: ByteSize = 0
-    placement: Literal["pool", "backend", "any"] = "pool"
+    placement: Literal["auto", "pool", "backend", "any"] = "auto"
     segment: ByteSize = 64 << 20
 
 
@@ -32,14 +32,15 @@ class NullBackend(Backend):
     def open(self, hint: Hint) -> Properties:
         """Nothing to open."""
         options = self.options
+        placement = hint.placement if options.placement == "auto" else options.placement
         everything = options.size or (1 << 40)
         return Properties(
             size_bytes=options.size,
             discard_granularity_bytes=4096,
             discard_max_bytes=everything,
             write_zeroes_max_bytes=everything,
-            placement=options.placement,
-            segment_bytes=options.segment if options.placement != "pool" else 0,
+            placement=placement,
+            segment_bytes=options.segment if placement != "pool" else 0,
         )
 
     def engine(self, device: Device) -> FrameEngine:

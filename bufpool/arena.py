@@ -46,9 +46,9 @@ from typing import NamedTuple, Self
 import msgspec
 import posix_ipc
 
-from .errors import PoolError
-from .lease import Owner
-from .limits import CLASS_COUNT_MAX, PAGE_BYTES, QUEUE_COUNT_MAX, Geometry, SizeClass
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.limits import CLASS_COUNT_MAX, PAGE_BYTES, QUEUE_COUNT_MAX, Geometry, SizeClass
 
 assert sys.byteorder == "little", "slot headers are single 32-bit stores in native byte order"
 

@@ -28,9 +28,9 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from .client import OwnSegment
-from .errors import BackendError, PoolError
-from .wire import Descriptor, Flag, Op
+from ublkpool.bufpool.client import OwnSegment
+from ublkpool.bufpool.errors import BackendError, PoolError
+from ublkpool.bufpool.wire import Descriptor, Flag, Op
 
 log = logging.getLogger("ublkpool.backend")
 
@@ -44,10 +44,14 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hint(NamedTuple):
-    """What is known before the attach."""
+    """What is known of the device before the attach; `size_bytes` 0 takes the backend's size."""
 
     device: str
     run_dir: Path
+    size_bytes: int = 0
+    max_io_bytes: int = 0
+    placement: Literal["pool", "backend"] = "pool"
+    read_only: bool = False
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,10 +59,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from .arena import Control
-from .errors import PoolError, WireError
-from .lease import Grant, LeaseStatistics, LeaseTable, Owner
-from .wire import Descriptor, Kind, pack_slots, unpack_slots
+from ublkpool.bufpool.arena import Control
+from ublkpool.bufpool.errors import PoolError, WireError
+from ublkpool.bufpool.lease import Grant, LeaseStatistics, LeaseTable, Owner
+from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots, unpack_slots
 
 OP_SYNC_ASKED = 255
 """In a RECALL's `op`, where a class would be: send SYNC for every class, with this frame's sequence."""

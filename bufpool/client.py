@@ -19,8 +19,8 @@ from typing import NamedTuple, Self
 import msgspec
 import zmq
 
-from . import wire
-from .errors import AttachRefused, BackendError, PoolError, WireError
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
 
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
@@ -126,13 +126,24 @@ def _unreachable(path: Path, error: OSError) -> str:
     return f"cannot reach the daemon at {path}: {error.strerror or error}"
 
 
-def _exchange(
-    connection: socket.socket, attach: wire.Attach, own_segment: OwnSegment | None
-) -> tuple[wire.Attached, list[int]]:
-    descriptors = [own_segment.descriptor] if own_segment else []
+def describe(run_dir: Path, device: str, wait_s: float = 0.0) -> wire.Described:
+    """What the daemon knows of `device` before anybody attaches; errors as in `Attachment.open`."""
+    question = wire.Describe(v=wire.PROTOCOL_VERSION, device=device)
+    with _connect(run_dir, wait_s) as connection:
+        packet, _ = _ask(connection, question, [])
+    answer = _not_refused(packet)
+    if not isinstance(answer, wire.Described):
+        raise WireError(f"describe: expected described or refused, got {type(answer).__name__.lower()}")
+    return answer
+
+
+def _ask(
+    connection: socket.socket, message: wire.BackendMessage, descriptors: list[int]
+) -> tuple[bytes, list[int]]:
+    """The daemon's first packet, and the descriptors that came with it."""
     connection.settimeout(ATTACH_ANSWER_TIMEOUT_S)
     try:
-        socket.send_fds(connection, [wire.encode_message(attach)], descriptors)
+        socket.send_fds(connection, [wire.encode_message(message)], descriptors)
         packet, received, _, _ = socket.recv_fds(
             connection, wire.ATTACH_MESSAGE_BYTES_MAX, _SEGMENTS_MAX, socket.MSG_CMSG_CLOEXEC
         )
@@ -140,6 +151,13 @@ def _exchange(
         raise BackendError(f"the daemon did not answer within {ATTACH_ANSWER_TIMEOUT_S:.0f} s") from error
     except OSError as error:
         raise BackendError(f"the daemon closed the connection: {error.strerror}") from error
+    return packet, received
+
+
+def _exchange(
+    connection: socket.socket, attach: wire.Attach, own_segment: OwnSegment | None
+) -> tuple[wire.Attached, list[int]]:
+    packet, received = _ask(connection, attach, [own_segment.descriptor] if own_segment else [])
     try:
         return _accepted(packet, received), received
     except PoolError:
@@ -147,12 +165,17 @@ def _exchange(
         raise
 
 
-def _accepted(packet: bytes, received: Sequence[int]) -> wire.Attached:
+def _not_refused(packet: bytes) -> wire.DaemonMessage:
     if not packet:
         raise BackendError("the daemon closed the connection without an answer")
     message = wire.decode_daemon_message(packet)
     if isinstance(message, wire.Refused):
         raise AttachRefused(message.reason)
+    return message
+
+
+def _accepted(packet: bytes, received: Sequence[int]) -> wire.Attached:
+    message = _not_refused(packet)
     if not isinstance(message, wire.Attached):
         raise WireError(f"attach: expected attached or refused, got {type(message).__name__.lower()}")
     if message.v != wire.PROTOCOL_VERSION or len(received) != len(message.segments):

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from . import wire
-from .backend import Backend, Device, Outbox, Request, errno_of
-from .errors import BackendError, WireError
-from .wire import Descriptor, Flag, Kind, Op
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.backend import Backend, Device, Outbox, Request, errno_of
+from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 _REQUEST, _PLACE, _DATA, _RELEASE = int(Kind.REQUEST), int(Kind.PLACE), int(Kind.DATA), int(Kind.RELEASE)
 _DONE, _PLACED, _REJECT, _FENCED = int(Kind.DONE), int(Kind.PLACED), int(Kind.REJECT), int(Kind.FENCED)

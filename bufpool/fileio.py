@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from ._fileio import ffi, lib
-from .backend import Device
-from .errors import BackendError, WireError
-from .wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
+from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.backend import Device
+from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
 
 _SLOT_ALIGN_BYTES = 4096
 _FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX

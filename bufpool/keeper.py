@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .client import OwnSegment
+    from ublkpool.bufpool.client import OwnSegment
 
 _ADOPT = b"adopt"
 _DROP = b"drop"
@@ -40,14 +40,14 @@ class Keeper:
 
     def adopt(self) -> "OwnSegment | None":
         """The segment that is kept, None if none is."""
-        from .client import OwnSegment
+        from ublkpool.bufpool.client import OwnSegment
 
         descriptors = self._ask(_ADOPT)
         return OwnSegment.adopt(descriptors[0]) if descriptors else None
 
     def keep(self, segment: "OwnSegment") -> None:
         """Start a keeper for a segment; the socket listens when this returns."""
-        from .errors import BackendError
+        from ublkpool.bufpool.errors import BackendError
 
         try:
             with _listen(self.path) as listener:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from .errors import PoolError
-from .limits import Geometry
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.limits import Geometry
 
 
 class LeaseError(PoolError):

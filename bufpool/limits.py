@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple, Self
 
 import msgspec
 
-from .errors import PoolError
+from ublkpool.bufpool.errors import PoolError
 
 PAGE_BYTES = 4096
 CLASS_COUNT_MAX = 8

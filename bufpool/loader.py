@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .backend import Backend, Hint, NoOptions, Properties
-from .errors import BackendError
-from .options import REQUIRED, Option, declared, parse_options, parse_values
-from .serving import serve
+from ublkpool.bufpool.backend import Backend, Hint, NoOptions, Properties
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.options import REQUIRED, Option, declared, parse_options, parse_values
+from ublkpool.bufpool.serving import serve
 
 ENTRY_POINTS = "ublkpool.backends"
 _BUILT_IN = "ublkpool.backends"

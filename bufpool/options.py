@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import msgspec
 
-from .errors import BackendError
-from .sizes import ByteSize, format_size, parse_size
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sizes import ByteSize, format_size, parse_size
 
 _TRUTH = {
     **dict.fromkeys(("on", "yes", "true", "1"), True),

@@ -15,11 +15,20 @@ from types import FrameType
 
 import msgspec
 
-from . import process, wire
-from .backend import Backend, Device, FrameEngine, Hint, Outbox, Properties, check_properties, log
-from .client import Attachment, OwnSegment, Ready
-from .dispatch import RequestEngine
-from .errors import BackendError
+from ublkpool.bufpool import process, wire
+from ublkpool.bufpool.backend import (
+    Backend,
+    Device,
+    FrameEngine,
+    Hint,
+    Outbox,
+    Properties,
+    check_properties,
+    log,
+)
+from ublkpool.bufpool.client import Attachment, OwnSegment, Ready, describe
+from ublkpool.bufpool.dispatch import RequestEngine
+from ublkpool.bufpool.errors import BackendError
 
 DEFAULT_RUN_DIR = Path("/run/ublkpool")
 _PROPERTIES_NOT_SENT = ("segment", "segment_bytes")
@@ -41,7 +50,7 @@ def serve(
     not up yet.  `lock_memory`: keep this process in memory, as built-in backends do.  `handle_signals`: False if
     this is not the main thread.  Raises `PoolError` if it cannot start.
     """
-    opened = backend.open(Hint(device, run_dir))
+    opened = backend.open(_hint(run_dir, device, wait_s))
     with ExitStack() as stack:
         stack.callback(backend.close)
         properties = check_properties(opened)
@@ -56,6 +65,11 @@ def serve(
         if handle_signals:
             stack.enter_context(_signals(loop.stop))
         return loop.run()
+
+
+def _hint(run_dir: Path, device: str, wait_s: float) -> Hint:
+    known = describe(run_dir, device, wait_s)
+    return Hint(device, run_dir, known.size_bytes, known.max_io_bytes, known.placement, known.read_only)
 
 
 def attach_message(properties: Properties, device: str, kind: str) -> wire.Attach:

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from .errors import WireError
+from ublkpool.bufpool.errors import WireError
 
 PROTOCOL_VERSION = 1
 DESCRIPTOR_BYTES = 64
@@ -168,7 +168,9 @@ def unpack_slots(frame: bytes | memoryview) -> tuple[Descriptor, tuple[int, ...]
     return descriptor, struct.unpack_from(f"<{count}I", frame, DESCRIPTOR_BYTES)
 
 
-class Attach(msgspec.Struct, tag="attach", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Attach(
+    msgspec.Struct, tag="attach", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """A backend's first message on the attach socket, with its own segment's descriptor if it brings one.
 
     All sizes are bytes.  `size_bytes` 0 means: whatever the device was created with.  `segment_bytes` is the size of
@@ -190,6 +192,27 @@ class Attach(msgspec.Struct, tag="attach", tag_field="type", frozen=True, kw_onl
     placement: Literal["pool", "backend", "any"] = "pool"
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
+
+
+class Describe(
+    msgspec.Struct, tag="describe", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """Instead of an attach: what is this device?  The connection is closed after the answer."""
+
+    v: int
+    device: str
+
+
+class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, kw_only=True):
+    """The answer: what the device was created with; `size_bytes` 0 takes the backend's."""
+
+    v: int
+    device: str
+    size_bytes: int
+    max_io_bytes: int
+    need_get_data: bool
+    placement: Literal["pool", "backend"]
+    read_only: bool
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,21 +264,22 @@ class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_onl
     reason: str
 
 
-DaemonMessage = Attached | Refused | Live | Detach
+DaemonMessage = Attached | Described | Refused | Live | Detach
+BackendMessage = Attach | Describe
 _encoder = msgspec.json.Encoder()
-_attach_decoder = msgspec.json.Decoder(Attach)
+_backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)
 _daemon_decoder: msgspec.json.Decoder[DaemonMessage] = msgspec.json.Decoder(DaemonMessage)
 
 
-def encode_message(message: Attach | DaemonMessage) -> bytes:
+def encode_message(message: BackendMessage | DaemonMessage) -> bytes:
     """One attach-socket packet (JSON, UTF-8)."""
     return _encoder.encode(message)
 
 
-def decode_attach(packet: bytes) -> Attach:
+def decode_backend_message(packet: bytes) -> BackendMessage:
     """A backend's first packet.  Raises `WireError` with a reason that names the field."""
     try:
-        message = _attach_decoder.decode(packet)
+        message = _backend_decoder.decode(packet)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"attach: {error}") from error
     if message.v != PROTOCOL_VERSION:

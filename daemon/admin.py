@@ -146,8 +146,8 @@ class AdminServer:
         await asyncio.wait({operation})
         if operation.cancelled():
             return Failed(error="the daemon is stopping", status=STATUS_FAILED)
-        error = operation.exception()
-        return Done(result=operation.result()) if error is None else _failed(error)
+        failure = operation.exception()
+        return Done(result=operation.result()) if failure is None else _failed(failure)
 
     def _start(self, operation: Coroutine[object, object, object]) -> asyncio.Task[object]:
         task = asyncio.create_task(operation)

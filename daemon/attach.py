@@ -155,10 +155,20 @@ def _check_segment(segment_bytes: int, fd: int | None) -> None:
 class AttachServer:
     """Listens on `RUN_DIR/attach.sock` and brings each backend to its device."""
 
-    def __init__(self, run_dir: Path, group: int | None, admit: Callable[[Session], Awaitable[None]]) -> None:
-        """`admit` takes the session over, or raises `PoolError` or `DaemonError` with the reason to refuse it."""
+    def __init__(
+        self,
+        run_dir: Path,
+        group: int | None,
+        describe: Callable[[str], wire.Described],
+        admit: Callable[[Session], Awaitable[None]],
+    ) -> None:
+        """`describe` knows a device by its name; `admit` takes the session over.
+
+        Both raise `PoolError` or `DaemonError` with the reason to refuse.
+        """
         self._path = run_dir / "attach.sock"
         self._group = group
+        self._describe = describe
         self._admit = admit
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -204,14 +214,18 @@ class AttachServer:
         fds: list[int] = []
         try:
             packet = await asyncio.wait_for(_first_packet(sock, fds), ATTACH_DEADLINE_S)
-            attach = wire.decode_attach(packet)
-            check_attach(attach, fds[0] if fds else None)
-        except (PoolError, OSError, TimeoutError) as error:
+            message = wire.decode_backend_message(packet)
+            if isinstance(message, wire.Describe):
+                sock.send(wire.encode_message(self._describe(message.device)))
+                sock.close()
+                return
+            check_attach(message, fds[0] if fds else None)
+        except (PoolError, DaemonError, OSError, TimeoutError) as error:
             self._refuse(sock, str(error) or "no attach message came in time")
             for fd in fds:
                 os.close(fd)
             return
-        session = Session(sock, attach, fds[0] if fds else None)
+        session = Session(sock, message, fds[0] if fds else None)
         try:
             await self._admit(session)
         except (PoolError, DaemonError) as error:

@@ -115,6 +115,19 @@ class Device:
             reason=self.reason,
         )
 
+    def describe(self) -> wire.Described:
+        """What a backend may know before it attaches."""
+        config = self.config
+        return wire.Described(
+            v=wire.PROTOCOL_VERSION,
+            device=config.name,
+            size_bytes=self._size_bytes or 0,
+            max_io_bytes=config.max_io_bytes,
+            need_get_data=config.need_get_data,
+            placement=config.placement,
+            read_only=config.read_only,
+        )
+
     async def live(self) -> None:
         """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
         while self.state == "waiting" and not self._stopping:
@@ -405,11 +418,15 @@ class Device:
         self._stopping = False
         self._set_state("waiting" if self.config.backend is None else "failed")
 
+    def in_use(self) -> bool:
+        """Whether a mount or something else holds the disk."""
+        return self._kernel is not None and self.state == "live" and self._kernel.in_use()
+
     async def delete(self, force: bool) -> None:
         """Stop the device and leave nothing of it.  Raises `DaemonError` if it is in use and not forced."""
-        if self._kernel is not None and self.state == "live" and not force and self._kernel.in_use():
+        if not force and self.in_use():
             raise DaemonError(
-                f"{self.config.name}: {self._kernel.node} is in use (mounted?): unmount it, or use --force"
+                f"{self.config.name}: its disk is in use (mounted?): unmount it, or use --force"
             )
         self._stopping = True
         self._set_state(self.state)

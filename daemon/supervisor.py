@@ -1,7 +1,7 @@
 """The daemon: all devices, the broker, the sockets, from start to a clean end.
 
-Owns the run directory and the order in which its parts start and stop.  One process, one thread, one asyncio loop; never
-in the data path.  Signal handlers only set an event.
+Owns the run directory and the order in which its parts start and stop.  One process, one thread, one asyncio loop;
+never in the data path.  Signal handlers only set an event.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import list_orphans, unlink_arena
-from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.attach import AttachServer, Session
@@ -92,18 +92,18 @@ class Supervisor:
         """End the daemon."""
         self.stopped.set()
 
+    def describe(self, name: str) -> wire.Described:
+        """What a backend may know before it attaches.  Raises `DaemonError` if there is no such device."""
+        return self._device(name).describe()
+
     async def admit(self, session: Session) -> None:
-        """Bring a backend to its device.  Raises `AttachRefused` if there is none."""
-        device = self._devices.get(session.attach.device)
-        if device is None:
-            known = ", ".join(self._devices) or "none"
-            raise AttachRefused(f"no device {session.attach.device!r} here; there is {known}")
-        await device.attach(session)
+        """Bring a backend to its device.  Raises `DaemonError` if there is none."""
+        await self._device(session.attach.device).attach(session)
 
     async def delete_all(self) -> None:
         """At the end: every device, in use or not; one that fails does not keep the others."""
         for name, device in list(self._devices.items()):
-            if device.status().path and device.in_use():
+            if device.in_use():
                 _log.warning("%s is in use and goes all the same", name)
             try:
                 await device.delete(force=True)
@@ -119,7 +119,7 @@ class Supervisor:
 
 
 def serve(config: ServeConfig) -> int:
-    """Run the daemon until SIGTERM or SIGINT; returns its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
+    """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
     control.get_features()
     queue.private_mounts()
@@ -157,7 +157,7 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.push_async_callback(broker.stop)
     supervisor = Supervisor(Surroundings(run_dir, instance, group, ControlRunner(), broker))
     cleanup.push_async_callback(supervisor.delete_all)
-    attach = AttachServer(run_dir, group, supervisor.admit)
+    attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)
     admin = AdminServer(supervisor, run_dir)

@@ -4,6 +4,7 @@ Owns the ROUTER that backends connect to.  Frames of anybody else are dropped an
 queue's to judge.  Used by the worker's one thread; never waits.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -78,11 +79,9 @@ class BackendLink:
     def _send(self) -> None:
         block = self._queue.output()
         for start in range(0, len(block), FRAME_BYTES_MAX):
-            try:
+            # If it is gone, what it was to get stays with it until the supervisor says so.
+            with contextlib.suppress(zmq.ZMQError):
                 self._socket.send_multipart(
                     [self._token, block[start : start + FRAME_BYTES_MAX]], zmq.NOBLOCK
                 )
-            except zmq.ZMQError:
-                # It is gone; what it was to get stays with it until the supervisor says so.
-                pass
         self._queue.sent(len(block) // DESCRIPTOR_BYTES)

@@ -91,15 +91,42 @@ class FakeWorker:
 
     def receive_attach(self) -> wire.Attach:
         """Wait for a backend and read what it says."""
-        self.hang_up()
-        self.connection, _ = self._listener.accept()
-        self.connection.settimeout(DEADLINE_S)
-        packet, descriptors, _, _ = socket.recv_fds(self.connection, 65536, 1)
-        self.attach = wire.decode_attach(packet)
+        while True:
+            message, descriptors = self._first_message()
+            if isinstance(message, wire.Attach):
+                break
+            self._describe(message.device)
+        self.attach = message
         for descriptor in descriptors:
             self.own = mmap.mmap(descriptor, self.attach.segment_bytes)
             os.close(descriptor)
         return self.attach
+
+    def answer_question(self) -> None:
+        """Wait for a backend that asks what the device is, and tell it."""
+        message, _ = self._first_message()
+        assert isinstance(message, wire.Describe)
+        self._describe(message.device)
+
+    def _first_message(self) -> tuple[wire.BackendMessage, Sequence[int]]:
+        self.hang_up()
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(DEADLINE_S)
+        packet, descriptors, _, _ = socket.recv_fds(self.connection, 65536, 1)
+        return wire.decode_backend_message(packet), descriptors
+
+    def _describe(self, device: str) -> None:
+        described = wire.Described(
+            v=wire.PROTOCOL_VERSION,
+            device=device,
+            size_bytes=self.size_bytes,
+            max_io_bytes=self.max_io_bytes,
+            need_get_data=self.placement == "backend",
+            placement="backend" if self.placement == "backend" else "pool",
+            read_only=False,
+        )
+        self.tell(described)
+        self.hang_up()
 
     def accept(self) -> wire.Attach:
         """Attach a backend and exchange HELLO and WELCOME on every queue."""

@@ -109,7 +109,9 @@ def test_a_kept_disk_of_another_size_is_refused(tmp_path: Path) -> None:
         worker.accept()
         first.kill()
         finish(first)
-        status, log = finish(spawn(tmp_path, "memory", {"size": "2M"}))
+        second = spawn(tmp_path, "memory", {"size": "2M"})
+        worker.answer_question()
+        status, log = finish(second)
         Keeper(tmp_path / "memory-testdisk.keep").drop()
     assert status != 0
     assert "keeps a disk of 1M, size=2M was asked" in log

@@ -384,8 +384,11 @@ def test_properties_that_no_device_can_have_are_refused(tmp_path: Path) -> None:
     ):
         backend = Plain()
         backend.properties = properties
-        with pytest.raises(BackendError, match=line):
-            BackendThread(backend, tmp_path).join()
+        with FakeWorker(tmp_path) as worker:
+            thread = BackendThread(backend, tmp_path)
+            worker.answer_question()
+            with pytest.raises(BackendError, match=line):
+                thread.join()
 
 
 def test_properties_arrive_at_the_daemon(tmp_path: Path) -> None:

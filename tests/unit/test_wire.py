@@ -15,6 +15,7 @@ from ublkpool.bufpool.wire import (
     Attach,
     Attached,
     DaemonMessage,
+    Describe,
     Descriptor,
     Detach,
     Flag,
@@ -23,7 +24,7 @@ from ublkpool.bufpool.wire import (
     Op,
     Refused,
     Segment,
-    decode_attach,
+    decode_backend_message,
     decode_daemon_message,
     encode_message,
     iter_frame,
@@ -167,7 +168,12 @@ def test_a_broker_frame_that_lies_about_its_slots_is_an_error() -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_but_a_wire_error(garbage: bytes) -> None:
-    for parse in (lambda each: list(iter_frame(each)), unpack_slots, decode_attach, decode_daemon_message):
+    for parse in (
+        lambda each: list(iter_frame(each)),
+        unpack_slots,
+        decode_backend_message,
+        decode_daemon_message,
+    ):
         try:
             parse(garbage)
         except WireError:
@@ -197,8 +203,15 @@ def attached() -> Attached:
 
 def test_attach_survives_the_round_trip_and_fills_in_what_is_left_out() -> None:
     message = Attach(v=PROTOCOL_VERSION, device="vol", kind="memory", placement="any", segment_bytes=8192)
-    assert decode_attach(encode_message(message)) == message
-    assert decode_attach(b'{"type":"attach","v":1,"device":"vol","kind":"x"}').logical_block_bytes == 512
+    assert decode_backend_message(encode_message(message)) == message
+    short = decode_backend_message(b'{"type":"attach","v":1,"device":"vol","kind":"x"}')
+    assert isinstance(short, Attach)
+    assert short.logical_block_bytes == 512
+
+
+def test_a_question_about_a_device_is_told_from_an_attach() -> None:
+    question = Describe(v=PROTOCOL_VERSION, device="vol")
+    assert decode_backend_message(encode_message(question)) == question
 
 
 @pytest.mark.parametrize(
@@ -225,7 +238,7 @@ def test_what_the_daemon_says_survives_the_round_trip(message: DaemonMessage) ->
 )
 def test_an_attach_that_is_wrong_is_refused_with_a_reason(packet: bytes, reason: str) -> None:
     with pytest.raises(WireError, match=reason):
-        decode_attach(packet)
+        decode_backend_message(packet)
 
 
 @pytest.mark.parametrize("packet", [b"", b"[]", b'{"type":"attach"}', b'{"type":"refused"}', b'\xff"'])
