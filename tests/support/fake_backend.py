@@ -188,9 +188,11 @@ class FakeBackend:
 
     def scribble(self, queue: int) -> None:
         """A backend that nobody listens to may still write into every read buffer that it was lent."""
-        for answer in self.executed.values():
+        for key, answer in self.executed.items():
             each = answer.request
             if each.queue == queue and each.op == Op.READ and each.segment == SEGMENT_POOL:
+                slot = self._rig.slot_at(each.buffer, each.length)
+                assert self._rig.ledger.user_of.get(slot) == key, f"slot {slot} was freed under {key}"
                 self._rig.pool.view[each.buffer : each.buffer + each.length] = bytes([POISON]) * each.length
 
     def forget(self, key: Key) -> None:

@@ -409,6 +409,21 @@ def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so(
     assert request.result == -errno.ETIMEDOUT
 
 
+def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
+    desk = Desk(spare=0, timeout_ms=1000, fail_on_timeout=True)
+    holder, first = desk.read(0, 0), desk.read(1, 1)
+    desk.queue.tick(500)
+    later = [desk.read(2, 2), desk.read(3, 3)]
+    desk.queue.tick(1200)
+    desk.kill()
+    desk.driver.consume()
+    assert (holder.result, first.result) == (-errno.EIO, -errno.ETIMEDOUT)
+    desk.connect()
+    desk.serve(2)
+    desk.serve(3)
+    assert [each.result for each in later] == [SECTOR_BYTES] * 2
+
+
 def test_giving_up_fails_what_waits_and_what_comes() -> None:
     desk = Desk(connected=False, place_in_backend=True)
     waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
