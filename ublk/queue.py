@@ -59,7 +59,10 @@ FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion
 
 
 class BufferClass(NamedTuple):
-    """A size class of the pool, for one queue: reserve and batch are buffers."""
+    """A size class of the pool, for one queue: reserve, batch and most are buffers.
+
+    `most` is what the broker can ever give to one queue; a wish beyond it would never be fulfilled.
+    """
 
     base_offset: int
     buffer_bytes: int
@@ -67,6 +70,7 @@ class BufferClass(NamedTuple):
     first_slot: int
     reserve: int
     batch: int
+    most: int
 
 
 class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,9 +210,9 @@ class Queue:
         """So many more are on order."""
         _lib.uq_stock_asked(self.raw, size_class, count)
 
-    def stock_unask(self, size_class: int) -> None:
-        """Nothing is on order any more."""
-        _lib.uq_stock_unask(self.raw, size_class)
+    def stock_on_order(self, size_class: int, count: int) -> None:
+        """So many are on order in all."""
+        _lib.uq_stock_on_order(self.raw, size_class, count)
 
     def stock_add(self, size_class: int, slots: Sequence[int]) -> None:
         """Buffers come into the stock; waiting requests take them."""

@@ -74,6 +74,7 @@ class World:
             (self._tick, 1),
         )
 
+            (self._wishes, 3),
     def run(self) -> None:
         """Play the scenario to its end.  Raises `AssertionError` for whatever is wrong."""
         for driver in self.drivers:
@@ -253,6 +254,9 @@ class World:
         """The supervisor: ends backends that were cut off, and lets the next one in."""
         if self.backend is None:
             self._revive()
+    def _wishes(self, queue: int) -> None:
+        self.rig.hear_wishes(queue)
+
             return
         was_cut = any(side.queue.link is Link.CUT for side in self.rig.sides)
         dies = self.scenario.temper == "dying" and not self.ending and self.rng.random() < 20 * KILL_RATE

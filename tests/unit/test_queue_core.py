@@ -459,8 +459,7 @@ def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
 def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     desk = Desk(spare=1)
     reads = [desk.read(0, 0)]
-    desk.rig.ask(0)
-    desk.rig.deliver_mail(0)
+    desk.rig.settle(0)
     reads += [desk.read(tag, tag) for tag in (1, 2)]
     assert desk.state(2) is State.WAIT_BUFFER
     desk.queue.stock_recall(0, 9)
@@ -470,3 +469,23 @@ def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     for tag in (1, 2):
         desk.serve(tag)
     assert [each.result for each in reads] == [SECTOR_BYTES] * 3
+
+
+def test_a_second_burst_has_every_buffer_that_is_free() -> None:
+    """Two queues, six large buffers: one of them can hold five, and wishes for more must not be waited for."""
+    desk = Desk(queues=2, depth=16, spare=4)
+    for burst in range(3):
+        reads = [desk.read(tag, 16 * tag, 16) for tag in range(8)]
+        desk.rig.settle(0)
+        serving = [tag for tag in range(8) if desk.state(tag) is State.SERVING]
+        assert len(serving) == 5, f"burst {burst}: {len(serving)} at once"
+        waiting = set(range(8))
+        while waiting:
+            now = [tag for tag in waiting if desk.state(tag) is State.SERVING]
+            assert now, "nobody is served"
+            for tag in now:
+                desk.serve(tag)
+            waiting.difference_update(now)
+            desk.rig.settle(0)
+        assert [each.result for each in reads] == [16 * SECTOR_BYTES] * 8
+        assert len(desk.queue.stock_held(1)) < 5, "the stock goes back between bursts"
