@@ -45,7 +45,7 @@ VIOLATIONS = (
     "nothing",
     "a frame that is not 1 to 4096 whole descriptors",
     "a descriptor of a kind that backends do not send",
-    "a device, queue, tag or sequence that is not this queue's",
+    "a device, queue, tag, epoch or sequence that is not this queue's",
     "an answer that nobody waits for",
     "a result that is no errno, or larger than the request",
     "a region of a segment that is not its own",
@@ -169,6 +169,10 @@ class Queue:
     def sent(self, count: int) -> None:
         """So many of the descriptors are on their way."""
         _lib.uq_output_sent(self.raw, count)
+
+    def hold_output(self, hold: bool) -> None:
+        """Whether the transport is full, so that what waits for it is no reason for attention."""
+        _lib.uq_output_hold(self.raw, hold)
 
     def input(self, frame: bytes | memoryview) -> None:
         """A frame of the backend's; one that breaks the protocol cuts the link."""

@@ -281,7 +281,9 @@ class World:
     def _revive(self) -> None:
         self._drop_idle_segments()
         self.segment += 1
+                violations = int(side.statistics.violations)
         made = FakeBackend(self.rig, self.drivers, self.store, self.segment, self.rng)
+                assert side.statistics.violations == violations, "the owner's cut is nobody's violation"
         made.error_rate = ERROR_RATE
         own = self.scenario.plan.place_in_backend or made.reads_own
         number, size = (self.segment, made.segment.size_bytes) if own else (0, 0)

@@ -8,8 +8,9 @@ import pytest
 from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
 from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
 from support.queue_desk import Desk
+from support.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import NULL, Attention, Link
 from ublkpool.workers.tag_state import State
 
 FAR_SECTOR = (7 << 60) >> 9
@@ -427,6 +428,21 @@ def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
 def test_giving_up_fails_what_waits_and_what_comes() -> None:
     desk = Desk(connected=False, place_in_backend=True)
     waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
+def test_a_cut_by_the_owner_is_nobodys_violation() -> None:
+    desk = Desk()
+    desk.queue.cut()
+    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
+
+
+@pytest.mark.parametrize(("epoch", "link"), [(2, Link.UP), (3, Link.UP), (4, Link.CUT)])
+def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: Link) -> None:
+    desk = Desk(connected=False)
+    assert desk.queue.expect(0, NULL, 0, False)
+    desk.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=epoch).pack())
+    assert desk.queue.link is link
+    assert desk.side.statistics.violations == (link is Link.CUT)
+
+
     desk.queue.give_up()
     later = desk.write(2, 8, data(2))
     desk.copy(0)

@@ -154,6 +154,8 @@ void uq_commands_taken(struct uq *q, unsigned count);
 /* Descriptors for the backend: a view, and how many of them were sent. */
 unsigned uq_output(struct uq *q, const struct uq_descriptor **first);
 void uq_output_sent(struct uq *q, unsigned count);
+/* With `hold` what waits is no reason for attention: the transport is full and says itself when it is not. */
+void uq_output_hold(struct uq *q, int hold);
 
 /* A frame of the backend's.  A frame that breaks the protocol cuts the link. */
 void uq_input(struct uq *q, const void *frame, size_t bytes);

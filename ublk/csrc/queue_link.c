@@ -171,6 +171,8 @@ void uq_output_sent(struct uq *q, unsigned count)
 		q->output_first = 0;
 }
 
+void uq_output_hold(struct uq *q, int hold) { q->output_held = hold; }
+
 static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
 {
 	if (d)
@@ -287,7 +289,8 @@ static void hello(struct uq *q, const struct uq_descriptor *d)
 
 static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
 {
-	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth;
+	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth &&
+	       d->epoch <= q->config.epoch;
 }
 
 static bool is_stale(const struct uq *q, const struct uq_descriptor *d)
@@ -374,7 +377,7 @@ void uq_link_cut(struct uq *q, int violation)
 	q->link = UQ_LINK_CUT;
 	q->violation = violation;
 	q->output_first = q->output_count = 0;
-	q->config.stats->violations++;
+	q->config.stats->violations += violation != UQ_V_NONE;
 	q->attention |= UQ_ATT_CUT;
 }
 
