@@ -54,7 +54,8 @@ class Kind(enum.IntEnum):
     """The data of a placed write now lies in the region that was named; `length` may have shrunk.  The region stays
     lent until RELEASE."""
     RELEASE = 4
-    """The worker and the kernel are done with a region that the backend named; it may be used again."""
+    """The worker and the kernel are done with a region that the backend named, for a write or a read; until then it
+    is lent and keeps its content, whatever was answered."""
     WELCOME = 5
     """The answer to HELLO: requests follow."""
     FENCE = 6

@@ -298,7 +298,7 @@ class FakeWorker:
         self.send(queue, [request])
         return self.answer_of(request), request
 
-    def fill(self, placed: Descriptor, request: Descriptor, data: bytes) -> int:
+    def fill(self, placed: Descriptor, request: Descriptor, data: bytes, release: bool = True) -> int:
         """What the kernel and the worker do after PLACED; returns the write's result."""
         self.region(placed, len(data))
         assert self.own is not None
@@ -306,6 +306,8 @@ class FakeWorker:
         self.send(request.queue, [request._replace(kind=Kind.DATA, length=len(data))])
         answer = self.answer_of(request)
         assert answer.kind == Kind.DONE
+        if release:
+            self.release(request)
         return answer.result
 
     def do(self, op: Op, offset: int = 0, length: int = 0, *, flags: int = 0, queue: int = 0) -> int:

@@ -95,6 +95,61 @@ def test_a_region_that_a_read_named_is_released_only_when_the_commit_was_consume
     assert kinds(desk.send()) == [Kind.RELEASE]
 
 
+def test_a_placed_writes_region_is_released_when_its_done_was_read() -> None:
+    desk = Desk(**OWN)
+    desk.write(0, 0, data(1))
+    desk.place(0)
+    region = desk.driver.named[0]
+    desk.copy(0)
+    desk.serve(0)
+    (release,) = desk.send()
+    assert (release.kind, release.segment, release.buffer) == (Kind.RELEASE, *region)
+    desk.write(0, 0, data(2))
+    assert kinds(desk.send()) == [Kind.PLACE], "and only once"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_write_whose_answer_nobody_read_is_rescued_whole(cut: bool) -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 8, data(6, 2))
+    desk.place(0)
+    desk.copy(0)
+    desk.send()
+    backend = desk.backend
+    assert backend is not None and backend.execute((0, 0))
+    if cut:
+        desk.queue.cut()
+    backend.answer((0, 0))
+    assert (0, 0) in backend.named, "no RELEASE: the region is lent"
+    desk.kill()
+    desk.store.write(8 * SECTOR_BYTES, data(0, 2))
+    desk.connect()
+    desk.serve(0)
+    assert request.result == 2 * SECTOR_BYTES
+    assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
+
+
+def test_a_backend_that_reads_nothing_more_fills_the_output_and_breaks_no_rule() -> None:
+    depth = 8
+    desk = Desk(depth=depth, **OWN)
+    for tag in range(depth):
+        desk.write(tag, tag, data(tag))
+        desk.place(tag)
+        desk.copy(tag)
+        desk.send()
+    assert desk.backend is not None
+    for tag in range(depth):
+        desk.backend.execute((0, tag))
+        desk.queue.input(desk.backend.answer((0, tag)))
+        desk.driver.consume()
+        desk.write(tag, tag, data(tag))
+    assert len(desk.queue.output()) // 64 == 2 * depth and desk.queue.link is Link.UP
+    desk.queue.hold_output(True)
+    assert not desk.queue.attention() & Attention.OUTPUT, "a full transport is no reason to come back at once"
+    desk.queue.hold_output(False)
+    assert desk.queue.attention() & Attention.OUTPUT
+
+
 def test_the_length_is_read_again_after_the_copy() -> None:
     desk = Desk()
     request = desk.write(0, 0, data(1, 4))
@@ -373,6 +428,21 @@ def test_answers_to_what_was_never_sent_cut_the_link_before_the_output_is_full()
     desk.side.check()
 
 
+def test_a_cut_by_the_owner_is_nobodys_violation() -> None:
+    desk = Desk()
+    desk.queue.cut()
+    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
+
+
+@pytest.mark.parametrize(("epoch", "link"), [(2, Link.UP), (3, Link.UP), (4, Link.CUT)])
+def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: Link) -> None:
+    desk = Desk(connected=False)
+    assert desk.queue.expect(0, NULL, 0, False)
+    desk.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=epoch).pack())
+    assert desk.queue.link is link
+    assert desk.side.statistics.violations == (link is Link.CUT)
+
+
 def test_a_new_link_is_not_blamed_with_the_words_of_the_last() -> None:
     desk = Desk(timeout_ms=1000, fail_on_timeout=True)
     desk.read(0, 0)
@@ -428,21 +498,6 @@ def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
 def test_giving_up_fails_what_waits_and_what_comes() -> None:
     desk = Desk(connected=False, place_in_backend=True)
     waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
-def test_a_cut_by_the_owner_is_nobodys_violation() -> None:
-    desk = Desk()
-    desk.queue.cut()
-    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
-
-
-@pytest.mark.parametrize(("epoch", "link"), [(2, Link.UP), (3, Link.UP), (4, Link.CUT)])
-def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: Link) -> None:
-    desk = Desk(connected=False)
-    assert desk.queue.expect(0, NULL, 0, False)
-    desk.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=epoch).pack())
-    assert desk.queue.link is link
-    assert desk.side.statistics.violations == (link is Link.CUT)
-
-
     desk.queue.give_up()
     later = desk.write(2, 8, data(2))
     desk.copy(0)

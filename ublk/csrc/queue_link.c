@@ -60,7 +60,7 @@ static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
 		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
 		q->output_first = 0;
 	}
-	/* There is room for everything that can be unsent unless requests are answered that were never sent. */
+	/* Unsent can be a RELEASE and what follows it, for each tag; more only if answers come to what was not sent. */
 	if (q->output_first + q->output_count == q->output_max) {
 		uq_link_cut(q, UQ_V_UNEXPECTED);
 		return NULL;
@@ -233,8 +233,9 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		violate(q, wrong, d);
 		return;
 	}
+	/* Only now: the data of a DONE that is never read is taken from the region, see lose_serving(). */
 	if (t->op == UQ_WRITE && t->own_segment)
-		uq_region_back(q, t, false);
+		uq_region_back(q, t, true);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
 		uq_region_take(q, t, d->buffer);
 	/* Moving no byte of a read or write would make the kernel send the rest again, for ever. */
