@@ -114,7 +114,11 @@ class Daemon:
 
     def command(self, *arguments: str) -> list[str]:
         """A command line of ublkpool for this daemon."""
-        return [sys.executable, "-m", "ublkpool.daemon", *arguments, "--run-dir", str(self.run_dir)]
+        return [sys.executable, "-m", "ublkpool.daemon", *self.addressed(arguments)]
+
+    def addressed(self, arguments: Sequence[str]) -> list[str]:
+        """A command and its arguments, with the run directory in their midst."""
+        return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, MARK: str(self.run_dir)}

@@ -94,7 +94,7 @@ class Command:
 
     def __init__(self, daemon: Daemon, *arguments: str) -> None:
         self._out, self._err = os.memfd_create("out"), os.memfd_create("err")
-        words = [*arguments, "--run-dir", str(daemon.run_dir)]
+        words = daemon.addressed(arguments)
         self._child = Forked(lambda: _become(words, daemon.environment(), self._out, self._err))
 
     @property

@@ -86,9 +86,9 @@ def test_requests_of_four_megabytes_come_in_one_piece(daemon: Daemon) -> None:
     with daemon.device("large", "memory", options=options, **config) as status:
         assert status.path is not None
         (Path("/sys/block") / Path(status.path).name / "queue/max_sectors_kb").write_text("4096")
-        sizes = "4k/25:300k/25:1m/25:4m/25"
-        result = run_fio(status.path, size=32 * MIB, iodepth=8, bssplit=sizes, iomem="mmap", iomem_align="2m")
+        whole = run_fio(status.path, size=16 * MIB, rw="write", bssplit=None, bs="4m", iodepth=2)
         stats = daemon.rest("large")
-        _assert_counted(stats, result.written_bytes)
-        with Path(f"/sys/block/{Path(status.path).name}/queue/max_sectors_kb").open() as limit:
-            assert int(limit.read()) == 4096
+        assert whole.written_bytes == 16 * MIB
+        assert sum(queue.requests.write for queue in stats.queues) == 4
+        mixed = run_fio(status.path, size=32 * MIB, iodepth=8, bssplit="512/25:300k/25:1m/25:4m/25")
+        _assert_counted(daemon.rest("large"), whole.written_bytes + mixed.written_bytes)

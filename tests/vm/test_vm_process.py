@@ -10,6 +10,7 @@ from support.vm_daemon import Daemon, eventually, marked_processes, total
 from support.vm_fio import cpus_of_queue
 from support.vm_process import Forked, holds_device, process_flags, status_field, write_block
 from ublkpool.bufpool import process
+from ublkpool.daemon.status import DeviceStatus
 
 MIB = 1 << 20
 
@@ -35,41 +36,43 @@ def _mount_namespace(pid: int) -> str:
     return str(Path(f"/proc/{pid}/ns/mnt").readlink())
 
 
-def test_workers_and_backend_cannot_wait_for_their_own_disk(daemon: Daemon) -> None:
+def test_processes_cannot_wait_for_their_own_disk_nor_keep_it_from_going(daemon: Daemon) -> None:
     with daemon.device("p", "memory", options={"size": "16M"}, queues=2) as status:
-        flusher, pids = _flusher_flags(), [each.pid for each in status.workers]
-        assert flusher
-        backend = daemon.status("p").backend.pid
-        assert backend is not None
-        for pid in (*pids, backend):
-            assert process_flags(pid) & flusher == flusher
-            assert int(status_field(pid, "VmLck").split()[0]) > 0
+        assert len(status.workers) == 2
+        _check_that_serving_needs_no_reclaim(daemon)
+        _check_that_each_worker_has_a_cpu_of_its_queue(status)
+        _check_that_only_workers_hold_the_device(daemon, status)
+        _check_that_mounts_stay_apart(daemon, status)
 
 
-def test_each_worker_is_pinned_to_a_cpu_of_its_queue(daemon: Daemon) -> None:
-    with daemon.device("p", "memory", options={"size": "16M"}, queues=2) as status:
-        assert status.path is not None and len(status.workers) == 2
-        for worker in status.workers:
-            assert os.sched_getaffinity(worker.pid) == {worker.cpu}
-            assert worker.cpu in cpus_of_queue(status.path, worker.queue)
+def _check_that_serving_needs_no_reclaim(daemon: Daemon) -> None:
+    flusher, status = _flusher_flags(), daemon.status("p")
+    assert flusher and status.backend.pid is not None
+    for pid in (*(each.pid for each in status.workers), status.backend.pid):
+        assert process_flags(pid) & flusher == flusher
+        assert int(status_field(pid, "VmLck").split()[0]) > 0
 
 
-def test_only_the_workers_hold_the_device(daemon: Daemon) -> None:
-    with daemon.device("p", "memory", options={"size": "16M"}, queues=2) as status:
-        workers = {each.pid for each in status.workers}
-        others = set(marked_processes(str(daemon.run_dir))) - workers
-        assert daemon.pid in others and daemon.status("p").backend.pid in others
-        assert {pid for pid in workers | others if holds_device(pid, f"ublkc{status.id}")} == workers
+def _check_that_each_worker_has_a_cpu_of_its_queue(status: DeviceStatus) -> None:
+    assert status.path is not None
+    for worker in status.workers:
+        assert os.sched_getaffinity(worker.pid) == {worker.cpu}
+        assert worker.cpu in cpus_of_queue(status.path, worker.queue)
 
 
-def test_the_daemon_and_its_workers_see_no_mount_of_ours(daemon: Daemon) -> None:
-    with daemon.device("p", "memory", options={"size": "16M"}) as status:
-        namespaces = {_mount_namespace(pid) for pid in (daemon.pid, status.workers[0].pid)}
-        assert len(namespaces) == 1
-        assert _mount_namespace(os.getpid()) not in namespaces
-        shown = Path(f"/proc/{daemon.pid}/mountinfo").read_text()
-        # Nothing of theirs comes to us either: no mount point is shared.
-        assert "shared:" not in shown
+def _check_that_only_workers_hold_the_device(daemon: Daemon, status: DeviceStatus) -> None:
+    workers = {each.pid for each in status.workers}
+    others = set(marked_processes(str(daemon.run_dir))) - workers
+    assert daemon.pid in others and daemon.status("p").backend.pid in others
+    assert {pid for pid in workers | others if holds_device(pid, f"ublkc{status.id}")} == workers
+
+
+def _check_that_mounts_stay_apart(daemon: Daemon, status: DeviceStatus) -> None:
+    namespaces = {_mount_namespace(pid) for pid in (daemon.pid, status.workers[0].pid)}
+    assert len(namespaces) == 1
+    assert _mount_namespace(os.getpid()) not in namespaces
+    # Nothing of theirs comes to us either: no mount point is shared.
+    assert "shared:" not in Path(f"/proc/{daemon.pid}/mountinfo").read_text()
 
 
 def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> None:
