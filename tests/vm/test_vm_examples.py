@@ -27,7 +27,7 @@ def _three_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
 
 def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> None:
     assert status.path is not None
-    result = run_fio(status.path, size=4 * MIB, iodepth=32, verify=verify)
+    result = run_fio(status.path, size=2 * MIB, iodepth=32, verify=verify)
     stats = daemon.rest(status.name)
     assert total(stats, "kernel_write_bytes") == result.written_bytes > 0
     assert total(stats, "errors") == total(stats, "violations") == total(stats, "own_copy_bytes") == 0
