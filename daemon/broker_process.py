@@ -56,6 +56,38 @@ class BrokerProcess:
             raise PoolError(f"the pool broker {how}") from None
 
 
+class Leases:
+    """One device's leases at the broker: which epochs its workers were registered with."""
+
+    def __init__(self, pool_broker: BrokerProcess, device_number: int, queues: int) -> None:
+        self._broker = pool_broker
+        self._number = device_number
+        self._queues = range(queues)
+        self._epochs: list[int] = []
+
+    async def open(self, control_fd: int) -> None:
+        """Have the broker serve the device whose control segment this is."""
+        await self._broker.command(broker.AddDevice(self._number), control_fd)
+
+    async def register(self, epoch: int) -> None:
+        """Set the reserves aside for the workers of this epoch."""
+        self._epochs.append(epoch)
+        for queue in self._queues:
+            await self._broker.command(broker.Register(self._number, queue, epoch))
+
+    async def reclaim(self) -> None:
+        """Take back everything: all workers so far are dead, and nobody uses their buffers."""
+        for epoch in self._epochs:
+            for queue in self._queues:
+                await self._broker.command(broker.Reclaim(self._number, queue, epoch))
+        self._epochs.clear()
+
+    async def close(self) -> None:
+        """Reclaim, and have the broker forget the device."""
+        await self.reclaim()
+        await self._broker.command(broker.RemoveDevice(self._number))
+
+
 def _serve(endpoint: str, control_sock: socket.socket) -> int:
     broker.run_broker(endpoint, control_sock)
     return 0
