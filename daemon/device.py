@@ -39,6 +39,7 @@ STOP_DEADLINE_S = 60.0
 BACKEND_PATIENCE_S = 10.0
 WORKER_PATIENCE_S = 10.0
 IO_TIMEOUT_MS = 1000
+RECOVERY_PAUSE_S = 0.5
 _FIRST_EPOCH = 1
 _log = logging.getLogger("ublkpool.device")
 
@@ -238,10 +239,10 @@ class Device:
         disk = parameters(self.config, self._size_bytes, attach)
         self._kernel = await BlockDevice.create(self._around.runner, self.config, disk)
         self.arena = self._make_arena(self._kernel)
-        self._leases = Leases(self._around.broker, self._kernel.number, self._kernel.info.queues)
-        await self._leases.open(self.arena.control_fd)
+        number, queues = self._kernel.number, self._kernel.info.queues
+        self._leases = Leases(self._around.broker, number, queues, self.arena.control_fd)
+        await self._leases.register(_FIRST_EPOCH)
         team = await self._fork_team(_FIRST_EPOCH)
-        await self._leases.register(team.epoch)
         await team.ready()
         return team
 
@@ -376,6 +377,7 @@ class Device:
                     return
                 except (DaemonError, PoolError, OSError) as error:
                     reason = one_line(error)
+                    await asyncio.sleep(RECOVERY_PAUSE_S)
             await self._fail(reason)
 
     async def _recover(self) -> None:
@@ -383,6 +385,13 @@ class Device:
         team = await recover(self._team, self._fork_team, self.session, self._leases)
         self._now_live(team)
         _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
+
+    async def broker_restarted(self) -> None:
+        """Bring the new broker up to date about this device."""
+        async with self._changing:
+            if self._leases is not None:
+                with _logged(self.config.name):
+                    await self._leases.refresh()
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
