@@ -10,6 +10,7 @@ PY := $(CURDIR)/$(VENV)/bin/python
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 KERNELS ?= 6.12 7.3
 VM_TIMEOUT_S ?= 2400
+DEMO_TIMEOUT_S ?= 600
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
 PYTEST_ARGS ?=
 NATIVE_SOURCES := $(wildcard */csrc/*.c */csrc/*.h */_*_build.py)
@@ -84,7 +85,9 @@ demo: setup ## a short tour on a real driver, here or in a guest
 	    $(PY) -m support.demo; \
 	else \
 	    $(PY) -m support.guest fetch; \
-	    $(GUEST) run --kernel 7.3 -- env PYTHONPATH="$$PYTHONPATH" $(PY) -m support.demo; \
+	    colour=0; if [ -t 1 ]; then colour=1; fi; \
+	    $(GUEST) run --kernel 7.3 --timeout $(DEMO_TIMEOUT_S) -- \
+	        env PYTHONPATH="$$PYTHONPATH" UBLKPOOL_COLOUR=$$colour $(PY) -m support.demo; \
 	fi
 
 clean: ## remove what was built, keep the guest's cache

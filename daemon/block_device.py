@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,9 +23,10 @@ from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import Attribute, DeviceInfo, Feature, Parameters
-from ublkpool.ublk.errors import UnsupportedError
+from ublkpool.ublk.errors import UblkError, UnsupportedError
 
 NODE_DEADLINE_S = 30.0
+DELETE_PATIENCE_S = 5.0
 _POLL_S = 0.02
 _RECOVERY_FLAGS = {
     "none": Feature(0),
@@ -109,6 +111,21 @@ def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> No
             f"{config.name}: asked for depth {config.depth} and {config.max_io_bytes} bytes a request, "
             f"the driver gives {info.depth} and {info.max_io_bytes}"
         )
+
+
+def _delete(number: int) -> bool:
+    """Runs in the disposable process; whether the number is free already."""
+    control.delete_device_later(number)
+    deadline_s = time.monotonic() + DELETE_PATIENCE_S
+    while time.monotonic() < deadline_s:
+        try:
+            control.device_info(number)
+        except UblkError as error:
+            if error.errno == errno.ENODEV:
+                return True
+            raise
+        time.sleep(_POLL_S)
+    return False
 
 
 class BlockDevice:
@@ -240,9 +257,17 @@ class BlockDevice:
         )
 
     async def delete(self) -> None:
-        """DEL_DEV, when nobody holds /dev/ublkcN any more.  Raises `ControlFailed`."""
+        """DEL_DEV_ASYNC, when no worker holds /dev/ublkcN any more.  Raises `ControlFailed`.
+
+        DEL_DEV would wait for whoever has the disk mounted or open, and everything else with it.
+        """
         number = self.number
-        await self._runner.run(f"{self._name}: DEL_DEV", lambda: control.delete_device(number), type(None))
+        if not await self._runner.run(f"{self._name}: DEL_DEV", lambda: _delete(number), bool):
+            _log.warning(
+                "%s: somebody still has its disk mounted or open; number %d is free when they let go",
+                self._name,
+                number,
+            )
 
     def _opens(self) -> bool:
         try:

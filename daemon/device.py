@@ -163,7 +163,9 @@ class Device:
         self._keeper = self._spawn(self._managed.keep_running())
 
     def _backend_failed(self, process: BackendProcess) -> DaemonError:
-        error = DaemonError(f"{self.config.name}: {process.obituary()}")
+        # If the device could not start, its backend ended because of that, not the other way round.
+        reason = self.reason.removeprefix(f"{self.config.name}: ") or process.obituary()
+        error = DaemonError(f"{self.config.name}: {reason}")
         if process.child.exit_status == STATUS_USAGE:
             error.status = STATUS_USAGE
         return error

@@ -152,8 +152,11 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     """Bring up the parts; `cleanup` takes them down in the opposite order, so that the admin socket goes first."""
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
-    cleanup.callback(_remove_run_dir, run_dir, _make_run_dir(run_dir, group))
-    cleanup.callback(os.close, _lock(run_dir))
+    made = _make_run_dir(run_dir, group)
+    # Only what is locked is ours to remove: another daemon may be running here.
+    lock = _lock(run_dir)
+    cleanup.callback(_remove_run_dir, run_dir, made)
+    cleanup.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     for prefix in list_orphans(instance):
         _log.warning("removing the pool %s that an earlier daemon left", prefix)

@@ -12,12 +12,25 @@ import pytest
 from support.queue_rig import Plan
 from support.queue_world import ENDS, Scenario, Temper, World
 
-SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "320"))
+SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "720"))
 FIRST = int(os.environ.get("UBLKPOOL_SIM_FIRST", "0"))
-CHUNK = 20
+CHUNK = 40
 ROADS = ("off", "pool", "backend")
 TEMPERS: tuple[Temper, ...] = ("honest", "dying", "lying")
 SHAPES = tuple(product(ROADS, (1, 4), (False, True), TEMPERS, (False, True)))
+
+CORNERS = (
+    "errors",
+    "buffers_waited",
+    "requeues",
+    "short_copies",
+    "replays",
+    "rescues",
+    "violations",
+    "stale_answers",
+    "timeouts",
+    "unsupported",
+)
 
 
 def scenario(seed: int, rng: random.Random) -> Scenario:
@@ -60,3 +73,10 @@ def test_whatever_the_order_of_events_data_is_right_and_every_request_is_answere
 
 def test_a_seed_replays_its_run() -> None:
     assert list(play(4).trace) == list(play(4).trace)
+
+
+def test_the_runs_reach_every_corner() -> None:
+    worlds = [play(seed) for seed in range(len(SHAPES))]
+    for corner in CORNERS:
+        reached = sum(getattr(side.statistics, corner) for world in worlds for side in world.rig.sides)
+        assert reached > 5, f"{reached} {corner} in {len(worlds)} runs"

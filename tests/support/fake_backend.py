@@ -13,7 +13,6 @@ from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op, iter
 from .fake_driver import FakeDriver
 from .queue_rig import DEVICE, POISON, Rig, new_area
 
-ERROR_RATE = 0.0
 Key = tuple[int, int]
 
 
@@ -37,7 +36,9 @@ class Answer(NamedTuple):
     """An executed request's answer, not yet sent."""
 
     descriptor: Descriptor
-    frees_cell: int | None
+    cell: int | None
+    """The region that a read's answer names."""
+    request: Descriptor
 
 
 class FakeBackend:
@@ -61,7 +62,8 @@ class FakeBackend:
         self.welcomed: set[int] = set()
         self.seen: list[Descriptor] = []
         """Every descriptor received, for tests to look at."""
-        self.error_rate = ERROR_RATE
+        self.error_rate = 0.0
+        """How often a request fails on purpose."""
 
     def hello(self, queue: int) -> bytes:
         return Descriptor(Kind.HELLO, device=DEVICE, queue=queue, epoch=self._rig.plan.epoch).pack()
@@ -151,7 +153,7 @@ class FakeBackend:
             self._change(each, length)
             result = length if each.op == Op.WRITE else 0
         del self.given[key]
-        self.executed[key] = Answer(self._answer(each, result, cell), cell)
+        self.executed[key] = Answer(self._answer(each, result, cell), cell, each)
         return True
 
     def _answer(self, each: Descriptor, result: int, cell: int | None) -> Descriptor:
@@ -178,15 +180,24 @@ class FakeBackend:
     def answer(self, key: Key) -> bytes:
         """The answer to an executed request; what a write lay in is the backend's again."""
         answer = self.executed.pop(key)
-        if answer.frees_cell is not None:
-            self.named[key] = answer.frees_cell
+        if answer.cell is not None:
+            self.named[key] = answer.cell
         elif key in self.named:
             self._own_again(self.named.pop(key))
         return answer.descriptor.pack()
 
+    def scribble(self, queue: int) -> None:
+        """A backend that nobody listens to may still write into every read buffer that it was lent."""
+        for key, answer in self.executed.items():
+            each = answer.request
+            if each.queue == queue and each.op == Op.READ and each.segment == SEGMENT_POOL:
+                slot = self._rig.slot_at(each.buffer, each.length)
+                assert self._rig.ledger.user_of.get(slot) == key, f"slot {slot} was freed under {key}"
+                self._rig.pool.view[each.buffer : each.buffer + each.length] = bytes([POISON]) * each.length
+
     def forget(self, key: Key) -> None:
         """A wrong answer has ended an executed request; its region is the backend's own again."""
         answer = self.executed.pop(key)
-        cell = self.named.pop(key, None) if answer.frees_cell is None else answer.frees_cell
+        cell = self.named.pop(key, None) if answer.cell is None else answer.cell
         if cell is not None:
             self._own_again(cell)

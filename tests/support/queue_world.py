@@ -27,6 +27,7 @@ FIRST_SECTORS = (0, (7 << 60) >> 9)
 STEPS_TO_ANSWER_MAX = 20_000
 KILL_RATE = 0.01
 LIE_RATE = 0.1
+ERROR_RATE = 0.01
 TRACE_LINES = 24
 
 
@@ -148,6 +149,8 @@ class World:
 
     def _execute(self, queue: int) -> None:
         backend = self.backend
+        if backend is not None and self.rig.sides[queue].queue.link is Link.CUT:
+            backend.scribble(queue)
         key = self._key(queue, backend.given) if backend else None
         if backend is not None and key is not None:
             backend.execute(key, self.rng.randint(1, 4) if self.rng.random() < 0.2 else None)
@@ -212,7 +215,7 @@ class World:
         assert self.rig.sides[queue].queue.link is Link.UP
 
     def _lie_and_be_cut(self, queue: int, key: Key, scene: Scene, harmless: bool) -> None:
-        lies = CUT if harmless else lies_about(scene.request) | self._lent_regions(queue, scene)
+        lies = CUT if harmless else self._lent_regions(queue, scene) or lies_about(scene.request)
         name = self.rng.choice(list(lies))
         if not harmless:
             self._blame(key, name)
@@ -227,7 +230,7 @@ class World:
         lent = [
             cell for key, cell in self.backend.named.items() if key[0] == queue and key in self.backend.given
         ]
-        if scene.request.kind != Kind.PLACE or not lent:
+        if scene.request.kind != Kind.PLACE or not lent or self.rng.random() < 0.5:
             return {}
         return {"lent": lambda scene: scene.region(lent[0] - lent[0] % scene.block_bytes).pack()}
 
@@ -275,6 +278,7 @@ class World:
         self._drop_idle_segments()
         self.segment += 1
         made = FakeBackend(self.rig, self.drivers, self.store, self.segment, self.rng)
+        made.error_rate = ERROR_RATE
         own = self.scenario.plan.place_in_backend or made.reads_own
         number, size = (self.segment, made.segment.size_bytes) if own else (0, 0)
         sides = self.rig.sides

@@ -1,112 +1,19 @@
 """The queue core, one scenario each: a fake driver on one side, a fake backend on the other, no kernel."""
 
 import errno
-import random
 from collections.abc import Sequence
 
 import pytest
 
-from support.fake_backend import FakeBackend, Store
-from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, FakeDriver, Holder, Request
-from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE, Lie, Scene
-from support.queue_rig import Plan, Rig
-from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op, iter_frame
+from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
+from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
+from support.queue_desk import Desk
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 from ublkpool.ublk.queue import Attention, Link
 from ublkpool.workers.tag_state import State
 
 FAR_SECTOR = (7 << 60) >> 9
 OWN = {"place_in_backend": True, "reads_own": True}
-
-
-class Desk:
-    """One queue with its driver, and the backend of the moment."""
-
-    def __init__(self, first_sector: int = 0, connected: bool = True, **plan: int) -> None:
-        self.rig = Rig(Plan(**plan))  # type: ignore[arg-type]
-        self.side = self.rig.sides[0]
-        self.queue = self.side.queue
-        self.driver = FakeDriver(self.side)
-        self.store = Store(first_sector * SECTOR_BYTES, 256 * SECTOR_BYTES)
-        self.segment = 1
-        self.queue.start()
-        self.driver.consume()
-        self.backend = self.connect() if connected else None
-
-    def connect(self) -> FakeBackend:
-        """The next backend, through WELCOME."""
-        self.segment += 1
-        made = FakeBackend(self.rig, [self.driver], self.store, self.segment, random.Random(1))
-        plan = self.rig.plan
-        own = self.segment if plan.place_in_backend or plan.reads_own else 0
-        assert self.queue.expect(own, made.segment.base, made.segment.size_bytes, plan.reads_own)
-        self.queue.input(made.hello(0))
-        self.backend = made
-        self.send()
-        return made
-
-    def send(self) -> list[Descriptor]:
-        """What the core has to say reaches the backend, if there is one."""
-        output = self.queue.output()
-        if not output:
-            return []
-        assert self.backend is not None
-        self.queue.sent(len(output) // 64)
-        self.backend.receive(0, output)
-        return list(iter_frame(output))
-
-    def write(self, tag: int, sector: int, data: bytes, flags: int = 0) -> Request:
-        request = Request(Op.WRITE, sector, len(data) // SECTOR_BYTES, data, flags)
-        self.driver.deliver(tag, request)
-        return request
-
-    def read(self, tag: int, sector: int, sectors: int = 1) -> Request:
-        request = Request(Op.READ, sector, sectors)
-        self.driver.deliver(tag, request)
-        return request
-
-    def other(self, tag: int, op: int, sectors: int = 8, flags: int = 0) -> Request:
-        request = Request(op, 0, sectors, flags=flags)
-        self.driver.deliver(tag, request)
-        return request
-
-    def place(self, tag: int) -> None:
-        """The backend names a region, the driver is told."""
-        self.send()
-        assert self.backend is not None
-        frame = self.backend.place((0, tag))
-        assert frame is not None
-        self.queue.input(frame)
-        self.driver.consume()
-
-    def copy(self, tag: int, sectors: int | None = None) -> None:
-        self.driver.consume()
-        self.driver.copy(tag, sectors)
-
-    def serve(self, tag: int) -> None:
-        """The backend does it and answers, the driver takes the commit."""
-        self.send()
-        assert self.backend is not None
-        assert self.backend.execute((0, tag))
-        self.queue.input(self.backend.answer((0, tag)))
-        self.driver.consume()
-        self.side.check()
-
-    def kill(self) -> None:
-        self.backend = None
-        self.queue.lost()
-
-    def lie(self, tag: int, lie: Lie) -> None:
-        """The backend says something wrong about the request that it was given last on this tag."""
-        assert self.backend is not None
-        request = [each for each in self.backend.seen if each.tag == tag][-1]
-        plan, segment = self.rig.plan, self.backend.segment
-        scene = Scene(
-            request, segment.number, segment.size_bytes, plan.block_bytes, plan.depth, random.Random(2)
-        )
-        self.queue.input(lie(scene))
-
-    def state(self, tag: int) -> State:
-        return State(self.queue.tag_state(tag))
 
 
 def data(number: int, sectors: int = 1) -> bytes:
@@ -500,6 +407,21 @@ def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so(
     desk.queue.tick(5000)
     desk.driver.consume()
     assert request.result == -errno.ETIMEDOUT
+
+
+def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
+    desk = Desk(spare=0, timeout_ms=1000, fail_on_timeout=True)
+    holder, first = desk.read(0, 0), desk.read(1, 1)
+    desk.queue.tick(500)
+    later = [desk.read(2, 2), desk.read(3, 3)]
+    desk.queue.tick(1200)
+    desk.kill()
+    desk.driver.consume()
+    assert (holder.result, first.result) == (-errno.EIO, -errno.ETIMEDOUT)
+    desk.connect()
+    desk.serve(2)
+    desk.serve(3)
+    assert [each.result for each in later] == [SECTOR_BYTES] * 2
 
 
 def test_giving_up_fails_what_waits_and_what_comes() -> None:
