@@ -100,6 +100,11 @@ class Supervisor:
         """Bring a backend to its device.  Raises `DaemonError` if there is none."""
         await self._device(session.attach.device).attach(session)
 
+    async def broker_restarted(self) -> None:
+        """Tell a new broker about every device."""
+        for device in list(self._devices.values()):
+            await device.broker_restarted()
+
     async def delete_all(self) -> None:
         """At the end: every device, in use or not; one that fails does not keep the others."""
         for name, device in list(self._devices.items()):
@@ -160,6 +165,8 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.push_async_callback(broker.stop)
     supervisor = Supervisor(Surroundings(run_dir, instance, group, ControlRunner(), broker))
     cleanup.push_async_callback(supervisor.delete_all)
+    keeper = asyncio.ensure_future(broker.keep_running(supervisor.broker_restarted))
+    cleanup.callback(keeper.cancel)
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)

@@ -268,21 +268,44 @@ static void hand_over_waiting(struct uq *q)
 	}
 }
 
+/* A descriptor about the link, of no request. */
+static void say(struct uq *q, uint8_t kind)
+{
+	struct uq_descriptor *d = put(q, &q->tags[0], kind);
+
+	if (d)
+		*d = (struct uq_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
+					     .epoch = q->config.epoch };
+}
+
+static void link_up(struct uq *q)
+{
+	q->link = UQ_LINK_UP;
+	q->attention |= UQ_ATT_LINK;
+	hand_over_waiting(q);
+}
+
 static void hello(struct uq *q, const struct uq_descriptor *d)
 {
-	struct uq_descriptor *welcome;
-
 	if (q->link != UQ_LINK_EXPECTED) {
 		violate(q, UQ_V_UNEXPECTED, d);
 		return;
 	}
-	q->link = UQ_LINK_UP;
-	q->attention |= UQ_ATT_LINK;
-	welcome = put(q, &q->tags[0], UQ_WELCOME);
-	if (welcome)
-		*welcome = (struct uq_descriptor){ .kind = UQ_WELCOME, .device = q->config.device,
-						   .queue = q->config.queue, .epoch = q->config.epoch };
-	hand_over_waiting(q);
+	say(q, UQ_WELCOME);
+	if (q->fence) {
+		q->link = UQ_LINK_FENCING;
+		say(q, UQ_FENCE);
+	} else {
+		link_up(q);
+	}
+}
+
+static void fenced(struct uq *q, const struct uq_descriptor *d)
+{
+	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
+		link_up(q);
+	else
+		violate(q, UQ_V_UNEXPECTED, d);
 }
 
 static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
@@ -299,9 +322,7 @@ static void answer(struct uq *q, const struct uq_descriptor *d)
 {
 	struct uq_tag *t = &q->tags[d->tag];
 
-	if (is_stale(q, d))
-		q->config.stats->stale_answers++;
-	else if (d->epoch != q->config.epoch || d->sequence != t->sequence)
+	if (d->epoch != q->config.epoch || d->sequence != t->sequence)
 		violate(q, UQ_V_IDENTITY, d);
 	else if (t->state == UQ_PLACING && d->kind == UQ_PLACED)
 		answer_placed(q, t, d);
@@ -321,8 +342,12 @@ static void receive(struct uq *q, const struct uq_descriptor *d)
 		violate(q, UQ_V_IDENTITY, d);
 	else if (d->kind == UQ_HELLO)
 		hello(q, d);
+	else if (d->kind == UQ_FENCED)
+		fenced(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
+	else if (is_stale(q, d)) /* perhaps sent to the worker before this one, before any HELLO */
+		q->config.stats->stale_answers++;
 	else if (q->link != UQ_LINK_UP)
 		violate(q, UQ_V_UNEXPECTED, d);
 	else
@@ -348,7 +373,7 @@ void uq_input(struct uq *q, const void *frame, size_t bytes)
 	}
 }
 
-int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own)
+int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence)
 {
 	struct uq_segment *s = NULL;
 
@@ -361,6 +386,7 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 		*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
 	q->own_segment = segment;
 	q->reads_own = reads_own && segment;
+	q->fence = fence;
 	q->link = UQ_LINK_EXPECTED;
 	q->violation = UQ_V_NONE;
 	memset(&q->culprit, 0, sizeof q->culprit);
