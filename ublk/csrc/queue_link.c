@@ -223,7 +223,9 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct u
 
 static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
 {
-	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
+	 * was done whole, whatever its commit says. */
+	uint64_t needed = t->op == UQ_WRITE ? t->length : t->op == UQ_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
@@ -235,8 +237,7 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		uq_region_back(q, t, false);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
 		uq_region_take(q, t, d->buffer);
-	/* Moving no byte of a read or write would make the kernel send the rest again, for ever. */
-	uq_finish(q, t, moves && d->result == 0 ? -EIO : d->result);
+	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
 }
 
 static int compare_sequence(const void *a, const void *b, void *context)
