@@ -288,10 +288,15 @@ static void link_up(struct uq *q)
 
 static void hello(struct uq *q, const struct uq_descriptor *d)
 {
-	if (q->link != UQ_LINK_EXPECTED) {
+	bool is_second = q->link != UQ_LINK_EXPECTED;
+
+	/* Said to a worker that died at once, it may still lie in the transport and come before the one meant for us. */
+	if (is_second && d->epoch < q->config.epoch)
+		q->config.stats->stale_answers++;
+	else if (is_second)
 		violate(q, UQ_V_UNEXPECTED, d);
+	if (is_second)
 		return;
-	}
 	say(q, UQ_WELCOME);
 	if (q->fence) {
 		q->link = UQ_LINK_FENCING;
@@ -305,6 +310,8 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 {
 	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
 		link_up(q);
+	else if (d->epoch < q->config.epoch) /* the fence of a worker that died before it was confirmed */
+		q->config.stats->stale_answers++;
 	else
 		violate(q, UQ_V_UNEXPECTED, d);
 }
