@@ -22,7 +22,7 @@ AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYT
 GUEST = $(AS_ROOT) $(PY) -m support.guest
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host guest lint format test test-unit test-vm demo clean
+.PHONY: help setup host compiled guest lint format test test-unit test-vm demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,10 @@ $(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# A guest's root is read-only: what is not compiled here, every start of Python there compiles again.
+compiled: setup
+	@$(PY) -m compileall -q src/ublkpool/* tests
+
 guest: setup ## bring the test guest's QEMU and kernels into the cache
 	@$(PY) -m support.guest fetch
 
@@ -67,7 +71,7 @@ test-unit: setup ## unit and sim tests, no driver and no root needed
 	@echo "test: unit and sim"
 	@$(PY) -m pytest tests/unit tests/sim $(PYTEST_ARGS)
 
-test-vm: setup ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
+test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \
 	    echo "test: vm, on this machine ($$(uname -r))"; \
 	    $(PY) -m pytest tests/vm $(PYTEST_ARGS); \
@@ -80,7 +84,7 @@ test-vm: setup ## tests with the driver: here if it is loaded and we are root, o
 	    done; \
 	fi
 
-demo: setup ## a short tour on a real driver, here or in a guest
+demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \
 	    $(PY) -m support.demo; \
 	else \

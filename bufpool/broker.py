@@ -259,6 +259,11 @@ class DeviceLeases:
     def knows(self, owner: Owner) -> bool:
         return owner in self._sessions
 
+    def is_due(self, owner: Owner) -> bool:
+        """Whether this is the next epoch of a queue that is known by an earlier one."""
+        known = [each.epoch for each in self._sessions if each.queue == owner.queue]
+        return bool(known) and owner.epoch > max(known)
+
     def register(self, owner: Owner) -> None:
         """Expect this worker; its reserve is set aside now and sent when it has said SYNC."""
         if self.knows(owner):
@@ -541,7 +546,11 @@ class Broker:
         device = self._devices.get(device_number)
         if device is None or not device.knows(owner):
             self._count("unknown_worker")
-            self._log_once("unknown_worker", routing_id, f"device {device_number}: {owner} is not registered")
+            # A dead worker's successor speaks before it is registered; it will be asked then.
+            if device is None or not device.is_due(owner):
+                self._log_once(
+                    "unknown_worker", routing_id, f"device {device_number}: {owner} is not registered"
+                )
             return None
         for frame in frames:
             self._on_frame(device, owner, frame, routing_id)

@@ -36,6 +36,8 @@ class Session:
     def __init__(self, sock: socket.socket, attach: wire.Attach, segment_fd: int | None) -> None:
         self.attach = attach
         self.segment_fd = segment_fd
+        self.segment = wire.SEGMENT_NONE
+        """The number by which it names its own segment; the device gives it."""
         self.pid, self.uid, _ = _PEER_CREDENTIALS.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
         )

@@ -11,7 +11,9 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +23,10 @@ from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import Attribute, DeviceInfo, Feature, Parameters
-from ublkpool.ublk.errors import UnsupportedError
+from ublkpool.ublk.errors import UblkError, UnsupportedError
 
 NODE_DEADLINE_S = 30.0
+DELETE_PATIENCE_S = 5.0
 _POLL_S = 0.02
 _RECOVERY_FLAGS = {
     "none": Feature(0),
@@ -110,6 +113,21 @@ def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> No
         )
 
 
+def _delete(number: int) -> bool:
+    """Runs in the disposable process; whether the number is free already."""
+    control.delete_device_later(number)
+    deadline_s = time.monotonic() + DELETE_PATIENCE_S
+    while time.monotonic() < deadline_s:
+        try:
+            control.device_info(number)
+        except UblkError as error:
+            if error.errno == errno.ENODEV:
+                return True
+            raise
+        time.sleep(_POLL_S)
+    return False
+
+
 class BlockDevice:
     """One ublk device in the kernel."""
 
@@ -181,6 +199,56 @@ class BlockDevice:
             return error.errno == errno.EBUSY
         return False
 
+    def set_io_timeout(self, timeout_ms: int) -> None:
+        """How soon the driver looks whether a request's worker still lives; 30 s is the block layer's default.
+
+        A worker that dies while it holds every tag is noticed by nothing else; on a living one the timer only restarts.
+        """
+        with suppress(OSError):
+            Path(f"/sys/block/{self.node.name}/queue/io_timeout").write_text(str(timeout_ms))
+
+    async def wait_quiesced(self, deadline_s: float) -> None:
+        """Return when the driver has given up the dead workers' requests.  Raises `DaemonError`."""
+        loop, number = asyncio.get_running_loop(), self.number
+        until_s = loop.time() + deadline_s
+        while True:
+            info = await self._runner.run(
+                f"{self._name}: GET_DEV_INFO", lambda: control.device_info(number), DeviceInfo
+            )
+            if info.state in (abi.DeviceState.QUIESCED, abi.DeviceState.FAIL_IO):
+                return
+            if loop.time() > until_s:
+                raise DaemonError(
+                    f"the driver has not given up the dead workers' requests after {deadline_s:.0f} s "
+                    f"(state {info.state}): who else holds /dev/ublkc{number}?"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def start_recovery(self, deadline_s: float) -> None:
+        """START_USER_RECOVERY, tried again while the driver says that somebody holds the device."""
+        number = self.number
+        await self._retry_busy(
+            f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
+        )
+
+    async def end_recovery(self, deadline_s: float) -> None:
+        """END_USER_RECOVERY: the requests of the dead come again, to workers that have fetched every tag."""
+        number, pid = self.number, os.getpid()
+        await self._retry_busy(
+            f"{self._name}: END_USER_RECOVERY", lambda: control.end_recovery(number, pid), deadline_s
+        )
+
+    async def _retry_busy(self, what: str, command: Callable[[], None], deadline_s: float) -> None:
+        until_s = asyncio.get_running_loop().time() + deadline_s
+        while True:
+            try:
+                return await self._runner.run_beside(what, command, type(None), deadline_s)
+            except ControlFailed as error:
+                busy = error.errno in (errno.EBUSY, errno.EINTR)
+                if not busy or asyncio.get_running_loop().time() > until_s:
+                    raise
+            await asyncio.sleep(_POLL_S)
+
     async def stop(self, deadline_s: float) -> None:
         """STOP_DEV: the disk goes, then every fetched tag is cancelled.  Raises `ControlFailed`."""
         number = self.number
@@ -189,9 +257,17 @@ class BlockDevice:
         )
 
     async def delete(self) -> None:
-        """DEL_DEV, when nobody holds /dev/ublkcN any more.  Raises `ControlFailed`."""
+        """DEL_DEV_ASYNC, when no worker holds /dev/ublkcN any more.  Raises `ControlFailed`.
+
+        DEL_DEV would wait for whoever has the disk mounted or open, and everything else with it.
+        """
         number = self.number
-        await self._runner.run(f"{self._name}: DEL_DEV", lambda: control.delete_device(number), type(None))
+        if not await self._runner.run(f"{self._name}: DEL_DEV", lambda: _delete(number), bool):
+            _log.warning(
+                "%s: somebody still has its disk mounted or open; number %d is free when they let go",
+                self._name,
+                number,
+            )
 
     def _opens(self) -> bool:
         try:

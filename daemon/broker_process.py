@@ -4,7 +4,9 @@ Owns the control socket to it.  Commands go one at a time; each is answered, or 
 """
 
 import asyncio
+import logging
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ublkpool.bufpool import broker
@@ -14,7 +16,10 @@ from ublkpool.daemon.readable import readable
 from ublkpool.workers.process import fork_child
 
 REPLY_DEADLINE_S = 20.0
+RESTART_MIN_S = 0.05
+RESTART_MAX_S = 5.0
 _STOP_PATIENCE_S = 5.0
+_log = logging.getLogger("ublkpool.broker")
 
 
 class BrokerProcess:
@@ -23,13 +28,35 @@ class BrokerProcess:
     def __init__(self, endpoint: str) -> None:
         """Fork it; it listens on `endpoint` (`ipc://...`) soon after."""
         self.endpoint = endpoint
+        self.generation = 0
+        """Raised at every start; a broker knows only the devices that it was told itself."""
         self._turn = asyncio.Lock()
+        self._stopping = False
+        self._start()
+
+    def _start(self) -> None:
         self._socket, theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
-        pid = fork_child(lambda: _serve(endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
+        pid = fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
         theirs.close()
         self.child = Child(pid, "pool broker")
+        self.generation += 1
+
+    async def keep_running(self, restarted: Callable[[], Awaitable[None]]) -> None:
+        """Start it again whenever it dies, and have `restarted` tell it the devices; until it is stopped."""
+        delay_s = RESTART_MIN_S
+        while True:
+            status = await self.child.wait()
+            if self._stopping:
+                return
+            _log.error("the pool broker ended: %s; starting it again", describe_exit(status))
+            async with self._turn:
+                self._socket.close()
+                await asyncio.sleep(delay_s)
+                self._start()
+            delay_s = min(2 * delay_s, RESTART_MAX_S)
+            await restarted()
 
     async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
         """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
@@ -43,6 +70,7 @@ class BrokerProcess:
 
     async def stop(self) -> None:
         """End it; leases stay in the slot headers."""
+        self._stopping = True
         await self.child.end(_STOP_PATIENCE_S)
         self._socket.close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
@@ -54,6 +82,51 @@ class BrokerProcess:
             state = self.child.exit_status
             how = "does not answer" if state is None else f"ended: {describe_exit(state)}"
             raise PoolError(f"the pool broker {how}") from None
+
+
+class Leases:
+    """One device's leases at the broker: which epochs its workers were registered with."""
+
+    def __init__(self, pool_broker: BrokerProcess, device_number: int, queues: int, control_fd: int) -> None:
+        """`control_fd` is the device's control segment; it stays the caller's, and open for as long as this is used."""
+        self._broker = pool_broker
+        self._number = device_number
+        self._queues = range(queues)
+        self._control_fd = control_fd
+        self._epochs: list[int] = []
+        self._generation = 0
+
+    async def refresh(self) -> None:
+        """Tell a broker that was started since what its predecessor knew; the slot headers tell it the rest."""
+        if self._generation == self._broker.generation:
+            return
+        self._generation = self._broker.generation
+        await self._broker.command(broker.AddDevice(self._number), self._control_fd)
+        for epoch in self._epochs[-1:]:
+            await self._register(epoch)
+
+    async def register(self, epoch: int) -> None:
+        """Set the reserves aside for the workers of this epoch."""
+        await self.refresh()
+        self._epochs.append(epoch)
+        await self._register(epoch)
+
+    async def reclaim(self) -> None:
+        """Take back everything: all workers so far are dead, and nobody uses their buffers."""
+        await self.refresh()
+        for epoch in self._epochs:
+            for queue in self._queues:
+                await self._broker.command(broker.Reclaim(self._number, queue, epoch))
+        self._epochs.clear()
+
+    async def close(self) -> None:
+        """Reclaim, and have the broker forget the device."""
+        await self.reclaim()
+        await self._broker.command(broker.RemoveDevice(self._number))
+
+    async def _register(self, epoch: int) -> None:
+        for queue in self._queues:
+            await self._broker.command(broker.Register(self._number, queue, epoch))
 
 
 def _serve(endpoint: str, control_sock: socket.socket) -> int:

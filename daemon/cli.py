@@ -136,9 +136,8 @@ def serve(config_file: Path | None, run_dir: Path | None) -> int:
     ublkpool serve -c test.toml --run-dir /run/ublkpool-test
     """
     config = _serve_config(config_file, run_dir)
-    from ublkpool.daemon.supervisor import serve as serve_devices
-
     from ublkpool.daemon import logs
+    from ublkpool.daemon.supervisor import serve as serve_devices
 
     logs.configure(config.log_level, config.log_format)
     return serve_devices(config)

@@ -4,41 +4,42 @@ Owns the order in which kernel device, pool, workers and backend come and go.  R
 never in the data path.
 
     waiting --attach--> (starting) --START_DEV--> live --del--> gone
-                             |                     |
-                             +------> failed <-----+   a worker died, or the kernel refused
+                             |                    |  ^
+                             |     a worker died  v  | fenced, and fetched again
+                             |                 recovering
+                             +------> failed <----+   the kernel refused, or its workers keep dying
 """
 
 import asyncio
 import logging
-import os
 from collections.abc import Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ublkpool.bufpool import broker, wire
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.bufpool.limits import pool_geometry
 from ublkpool.daemon.attach import Session
 from ublkpool.daemon.backend_process import BackendProcess
 from ublkpool.daemon.block_device import BlockDevice, parameters
-from ublkpool.daemon.broker_process import BrokerProcess
+from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
+from ublkpool.daemon.recovery import Strikes, recover
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
+from ublkpool.daemon.team import Plan, Team
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk import abi
-from ublkpool.ublk.queue import QueueConfig, map_descriptors, unmap_descriptors
 from ublkpool.workers import messages
-from ublkpool.workers.process import fork_child, run_worker
-from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
 
 START_DEADLINE_S = 600.0
 STOP_DEADLINE_S = 60.0
 BACKEND_PATIENCE_S = 10.0
 WORKER_PATIENCE_S = 10.0
+IO_TIMEOUT_MS = 1000
+RECOVERY_PAUSE_S = 0.5
 _FIRST_EPOCH = 1
 _log = logging.getLogger("ublkpool.device")
 
@@ -60,8 +61,6 @@ class Surroundings:
         self.runner = runner
         self.broker = pool_broker
         self.queue_dir = run_dir / "queues"
-        # From the open of /dev/ublkcN to its close nobody else may fork: a stray child would hold it.
-        self.forking = asyncio.Lock()
 
 
 class Device:
@@ -73,33 +72,35 @@ class Device:
         self.reason = ""
         self.session: Session | None = None
         self.arena: Arena | None = None
-        self.workers: list[WorkerProcess] = []
         self._around = around
         self._kernel: BlockDevice | None = None
+        self._team: Team | None = None
         self._managed: BackendProcess | None = None
         self._size_bytes = config.size_bytes
         self._block_bytes = 0
         self._segments = wire.SEGMENT_POOL
-        self._attaching = asyncio.Lock()
+        self._leases: Leases | None = None
+        self._strikes = Strikes(asyncio.get_running_loop().time)
+        # Attach, farewell, recovery and deletion each find a device that none of the others is changing.
+        self._changing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self._farewell: asyncio.Task[None] | None = None
         self._stopping = False
 
+    @property
+    def workers(self) -> list[WorkerProcess]:
+        """The workers of the current epoch."""
+        return self._team.workers if self._team else []
+
     def status(self) -> DeviceStatus:
         """What `list` shows."""
         info = self._kernel.info if self._kernel else None
-        child = self._managed.child.pid if self._managed else None
-        kind = self.config.backend.kind if self.config.backend else None
-        if self.session:
-            backend = BackendStatus(kind=self.session.attach.kind, pid=self.session.pid, attached=True)
-        else:
-            backend = BackendStatus(kind=kind, pid=child, attached=False)
         return DeviceStatus(
             name=self.config.name,
             id=info.device_number if info else self.config.id,
-            path=str(self._kernel.node) if self._kernel and self.state == "live" else None,
+            path=str(self._kernel.node) if self._kernel and self.state != "waiting" else None,
             state=self.state,
             size_bytes=self._size_bytes,
             queues=info.queues if info else self.config.queues,
@@ -111,8 +112,17 @@ class Device:
             workers=tuple(
                 WorkerStatus(queue=each.queue, pid=each.child.pid, cpu=each.cpu) for each in self.workers
             ),
-            backend=backend,
+            backend=self._backend_status(),
             reason=self.reason,
+            epoch=self._team.epoch if self._team else _FIRST_EPOCH,
+        )
+
+    def _backend_status(self) -> BackendStatus:
+        if self.session:
+            return BackendStatus(kind=self.session.attach.kind, pid=self.session.pid, attached=True)
+        kind = self.config.backend.kind if self.config.backend else None
+        return BackendStatus(
+            kind=kind, pid=self._managed.child.pid if self._managed else None, attached=False
         )
 
     def describe(self) -> wire.Described:
@@ -130,7 +140,7 @@ class Device:
 
     async def live(self) -> None:
         """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
-        while self.state == "waiting" and not self._stopping:
+        while self.state in ("waiting", "recovering") and not self._stopping:
             self._changed.clear()
             await self._changed.wait()
         if self.state != "live":
@@ -153,7 +163,9 @@ class Device:
         self._keeper = self._spawn(self._managed.keep_running())
 
     def _backend_failed(self, process: BackendProcess) -> DaemonError:
-        error = DaemonError(f"{self.config.name}: {process.obituary()}")
+        # If the device could not start, its backend ended because of that, not the other way round.
+        reason = self.reason.removeprefix(f"{self.config.name}: ") or process.obituary()
+        error = DaemonError(f"{self.config.name}: {reason}")
         if process.child.exit_status == STATUS_USAGE:
             error.status = STATUS_USAGE
         return error
@@ -161,15 +173,19 @@ class Device:
     async def attach(self, session: Session) -> None:
         """Take a backend.  Raises `AttachRefused` or another error with the reason if it cannot serve this device."""
         self._refuse_second()
-        async with self._attaching:
-            if self._farewell is not None:
-                self._refuse_second()
-                await self._farewell
+        while self._farewell is not None:
+            await asyncio.shield(self._farewell)
+            self._refuse_second()
+        async with self._changing:
+            self._refuse_second()
             self._check_fits(session.attach)
-            if self.state == "waiting":
+            if session.attach.segment_bytes:
+                self._segments += 1
+                session.segment = self._segments
+            if self._team is None:
                 await self._start(session)
             else:
-                await self._introduce(session)
+                await self._introduce(self._team, session)
 
     def _refuse_second(self) -> None:
         if self._stopping or self.state == "failed":
@@ -212,25 +228,25 @@ class Device:
         try:
             self._size_bytes = self._size_bytes or session.attach.size_bytes
             self._block_bytes = session.attach.logical_block_bytes
-            await self._build(session.attach)
-            await self._introduce(session)
+            team = await self._build(session.attach)
+            await self._introduce(team, session)
         except (DaemonError, PoolError, OSError) as error:
             await self._undo_start(one_line(error))
             raise
-        self._spawn(self._go_live())
+        self._spawn(self._go_live(team))
 
-    async def _build(self, attach: wire.Attach) -> None:
+    async def _build(self, attach: wire.Attach) -> Team:
         """Kernel device, pool and workers; the disk does not exist yet."""
         assert self._size_bytes is not None
         disk = parameters(self.config, self._size_bytes, attach)
         self._kernel = await BlockDevice.create(self._around.runner, self.config, disk)
         self.arena = self._make_arena(self._kernel)
         number, queues = self._kernel.number, self._kernel.info.queues
-        await self._around.broker.command(broker.AddDevice(number), self.arena.control_fd)
-        for queue in range(queues):
-            await self._around.broker.command(broker.Register(number, queue, _FIRST_EPOCH))
-        await self._fork_workers(self._kernel, self.arena)
-        await asyncio.gather(*(worker.ready() for worker in self.workers))
+        self._leases = Leases(self._around.broker, number, queues, self.arena.control_fd)
+        await self._leases.register(_FIRST_EPOCH)
+        team = await self._fork_team(_FIRST_EPOCH)
+        await team.ready()
+        return team
 
     def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self.config
@@ -245,126 +261,77 @@ class Device:
         prefix = arena_prefix(self._around.instance, info.device_number)
         return Arena.create(prefix, geometry, info.queues, info.device_number, reserve)
 
-    async def _fork_workers(self, kernel: BlockDevice, arena: Arena) -> None:
-        async with self._around.forking:
-            char_fd = await kernel.open_char()
-            queues, depth = range(kernel.info.queues), kernel.info.depth
-            descriptors: list[object] = []
-            try:
-                descriptors.extend(map_descriptors(char_fd, queue, depth) for queue in queues)
-                for queue in queues:
-                    self.workers.append(self._fork_worker(kernel, arena, queue, char_fd, descriptors))
-            finally:
-                # Only the workers hold the device from here on, so that their end releases it.
-                for mapped in descriptors:
-                    unmap_descriptors(mapped, depth)
-                os.close(char_fd)
-
-    def _fork_worker(
-        self, kernel: BlockDevice, arena: Arena, queue: int, char_fd: int, descriptors: list[object]
-    ) -> WorkerProcess:
-        cpu = _cpu_for(queue, kernel.queue_cpus)
-        spec = self._worker_spec(kernel, arena, queue, cpu)
-        ours, theirs = messages.pair()
-        pid = fork_child(
-            lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
-            [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
-            f"ublkpool-{kernel.number}.{queue}",
+    async def _fork_team(self, epoch: int) -> Team:
+        kernel, arena, around = self._kernel, self.arena, self._around
+        assert kernel is not None and arena is not None
+        plan = Plan(
+            self.config,
+            kernel,
+            arena,
+            self._block_bytes,
+            around.broker.endpoint,
+            around.queue_dir,
+            around.group,
         )
-        theirs.close()
-        worker = WorkerProcess(queue, cpu, pid, ours, self._on_news)
-        self._spawn(self._watch(worker))
-        return worker
+        self._team = Team(plan, epoch, self._on_news)
+        await self._team.fork()
+        self._spawn(self._watch(self._team))
+        return self._team
 
-    def _worker_spec(self, kernel: BlockDevice, arena: Arena, queue: int, cpu: int | None) -> WorkerSpec:
-        config, around = self.config, self._around
-        return WorkerSpec(
-            name=config.name,
-            queue=QueueConfig(
-                device_number=kernel.number,
-                queue=queue,
-                depth=kernel.info.depth,
-                epoch=_FIRST_EPOCH,
-                max_io_bytes=kernel.info.max_io_bytes,
-                block_bytes=self._block_bytes,
-                need_get_data=config.need_get_data,
-                place_in_backend=config.placement == "backend",
-                timeout_ms=int(config.io_timeout_s * 1000),
-                fail_on_timeout=config.on_timeout == "fail",
-                classes=buffer_classes(arena),
-            ),
-            queue_socket=self._queue_socket(kernel, queue),
-            pool_endpoint=around.broker.endpoint,
-            socket_mode=0o600 if around.group is None else 0o660,
-            socket_group=around.group,
-            cpu=cpu,
-        )
-
-    def _queue_socket(self, kernel: BlockDevice, queue: int) -> Path:
-        return self._around.queue_dir / f"{kernel.number}.{queue}"
-
-    async def _introduce(self, session: Session) -> None:
+    async def _introduce(self, team: Team, session: Session) -> None:
         """Tell every worker whom to expect, then tell the backend where to go."""
-        assert self._kernel is not None and self.arena is not None
-        attach = session.attach
-        segment = 0
-        if attach.segment_bytes:
-            self._segments += 1
-            segment = self._segments
-        expect = messages.Expect(
-            session.token.hex(), segment, attach.segment_bytes, attach.read_buffers == "own"
-        )
-        answers = await asyncio.gather(*(each.ask(expect, session.segment_fd) for each in self.workers))
-        for answer in answers:
-            if isinstance(answer, messages.Expecting) and answer.reason:
-                await self._let_go()
-                raise AttachRefused(f"device {self.config.name}: {answer.reason}")
+        await team.expect(session, fence=False)
         self.session = session
         self._farewell = self._spawn(self._until_gone(session))
-        session.say(self._attached(session, segment), [self.arena.data_fd])
+        session.say(self._attached(team, session), [team.plan.arena.data_fd])
         if self.state == "live":
-            session.say(wire.Live(path=str(self._kernel.node)))
-        _log.info("%s: backend %s attached (process %d)", self.config.name, attach.kind, session.pid)
+            session.say(wire.Live(path=str(team.plan.kernel.node)))
+        _log.info("%s: backend %s attached (process %d)", self.config.name, session.attach.kind, session.pid)
 
-    def _attached(self, session: Session, segment: int) -> wire.Attached:
-        assert self._kernel is not None and self.arena is not None and self._size_bytes is not None
-        info = self._kernel.info
+    def _attached(self, team: Team, session: Session) -> wire.Attached:
+        assert self._size_bytes is not None
+        kernel, arena = team.plan.kernel, team.plan.arena
         return wire.Attached(
             v=wire.PROTOCOL_VERSION,
             device=self.config.name,
-            device_number=self._kernel.number,
+            device_number=kernel.number,
             size_bytes=self._size_bytes,
             logical_block_bytes=self._block_bytes,
-            queues=info.queues,
-            depth=info.depth,
-            max_io_bytes=info.max_io_bytes,
+            queues=kernel.info.queues,
+            depth=kernel.info.depth,
+            max_io_bytes=kernel.info.max_io_bytes,
             need_get_data=self.config.need_get_data,
             placement=self.config.placement,
             read_only=self.config.read_only or session.attach.read_only,
-            epoch=_FIRST_EPOCH,
+            epoch=team.epoch,
             token=session.token.hex(),
-            endpoints=tuple(
-                f"ipc://{self._queue_socket(self._kernel, queue)}" for queue in range(info.queues)
-            ),
-            segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.arena.geometry.total_bytes),),
-            own_segment=segment,
+            endpoints=team.endpoints,
+            segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=arena.geometry.total_bytes),),
+            own_segment=session.segment,
         )
 
-    async def _go_live(self) -> None:
-        assert self._kernel is not None
+    async def _go_live(self, team: Team) -> None:
+        kernel = team.plan.kernel
         try:
-            await self._kernel.start(START_DEADLINE_S)
-            await self._kernel.wait_for_node()
+            await kernel.start(START_DEADLINE_S)
+            await kernel.wait_for_node()
         except DaemonError as error:
-            if not self._stopping:
-                await self._fail(one_line(error))
+            if not self._stopping and self.state == "waiting":
+                async with self._changing:
+                    await self._fail(one_line(error))
             return
-        if self._stopping:
+        if self._stopping or self.state != "waiting":
             return
+        if self.config.recovery != "none":
+            kernel.set_io_timeout(IO_TIMEOUT_MS)
+        self._now_live(team)
+        _log.info("%s: live as %s", self.config.name, kernel.node)
+
+    def _now_live(self, team: Team) -> None:
+        self._strikes.live()
         self._set_state("live")
         if self.session is not None:
-            self.session.say(wire.Live(path=str(self._kernel.node)))
-        _log.info("%s: live as %s", self.config.name, self._kernel.node)
+            self.session.say(wire.Live(path=str(team.plan.kernel.node)))
 
     async def _until_gone(self, session: Session) -> None:
         """After a backend's end: let the workers take back what it held."""
@@ -373,14 +340,11 @@ class Device:
             _log.warning(
                 "%s: backend %s is gone; requests wait for the next", self.config.name, session.attach.kind
             )
-        await self._let_go()
-        session.close()
-        self.session = self._farewell = None
-
-    async def _let_go(self) -> None:
-        for worker in self.workers:
-            with suppress(DaemonError):
-                await worker.ask(messages.Lost())
+        async with self._changing:
+            if self._team is not None:
+                await self._team.lost()
+            session.close()
+            self.session = self._farewell = None
 
     def _on_news(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         if isinstance(news, messages.Cut):
@@ -395,10 +359,41 @@ class Device:
                 self.config.io_timeout_s,
             )
 
-    async def _watch(self, worker: WorkerProcess) -> None:
-        await worker.child.wait()
-        if not self._stopping and self.state != "failed":
-            await self._fail(worker.obituary())
+    async def _watch(self, team: Team) -> None:
+        """A worker's end is the whole device's: the driver gives up all of its queues."""
+        worker = await team.ended()
+        # A worker that the kernel left without tags has not failed; its siblings will follow.
+        if not self._stopping and self._team is team and self.state in ("live", "waiting"):
+            await self._recover_or_fail(team, worker.obituary())
+
+    async def _recover_or_fail(self, dead: Team, reason: str) -> None:
+        async with self._changing:
+            if self._stopping or self._team is not dead:
+                return
+            recoverable = self.state == "live" and self.config.recovery != "none"
+            while recoverable and not self._strikes.died():
+                _log.error("%s: %s; recovering", self.config.name, reason)
+                self._set_state("recovering")
+                try:
+                    await self._recover()
+                    return
+                except (DaemonError, PoolError, OSError) as error:
+                    reason = one_line(error)
+                    await asyncio.sleep(RECOVERY_PAUSE_S)
+            await self._fail(reason)
+
+    async def _recover(self) -> None:
+        assert self._team is not None and self._leases is not None
+        team = await recover(self._team, self._fork_team, self.session, self._leases)
+        self._now_live(team)
+        _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
+
+    async def broker_restarted(self) -> None:
+        """Bring the new broker up to date about this device."""
+        async with self._changing:
+            if self._leases is not None:
+                with _logged(self.config.name):
+                    await self._leases.refresh()
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
@@ -406,8 +401,8 @@ class Device:
         self.reason = reason
         self._set_state("failed")
         # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
-        for each in self.workers:
-            await each.child.kill()
+        if self._team is not None:
+            await self._team.kill()
         await self._tear_down()
 
     async def _undo_start(self, reason: str) -> None:
@@ -430,72 +425,59 @@ class Device:
             )
         self._stopping = True
         self._set_state(self.state)
-        await self._tear_down()
+        async with self._changing:
+            await self._tear_down()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
     async def _tear_down(self) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
-        if self.session is None:
-            self._give_up()
-        if self._kernel is not None and self.workers:
-            await self._stop_kernel(self._kernel)
-        await self._end_workers()
+        team, kernel = self._team, self._kernel
+        if team is not None and kernel is not None:
+            await self._stop_kernel(team, kernel)
+            await team.end(WORKER_PATIENCE_S)
         await self._end_backend()
-        if self._kernel is not None:
+        if kernel is not None:
             with _logged(self.config.name):
-                await self._kernel.delete()
-            await self._forget_pool(self._kernel)
-        self._kernel = None
+                await kernel.delete()
+        if self._leases is not None:
+            with _logged(self.config.name):
+                await self._leases.close()
+            self._leases = None
+        self._drop_arena()
+        self._team = self._kernel = None
 
-    def _give_up(self) -> None:
-        for worker in self.workers:
-            with suppress(DaemonError):
-                worker.tell(messages.GiveUp())
-
-    async def _stop_kernel(self, kernel: BlockDevice) -> None:
-        stopping = asyncio.ensure_future(kernel.stop(STOP_DEADLINE_S))
-        gone = asyncio.ensure_future(self.session.gone()) if self.session else None
-        if gone is not None:
-            # A backend that dies now leaves requests that nobody will answer: they fail, so that the stop ends.
-            gone.add_done_callback(lambda done: None if done.cancelled() else self._give_up())
+    async def _stop_kernel(self, team: Team, kernel: BlockDevice) -> None:
+        """STOP_DEV, while workers and backend serve what is still to be written; without a backend it all fails."""
+        watching = asyncio.ensure_future(self._give_up_without_backend(team))
         with _logged(self.config.name):
-            await stopping
-        if gone is not None:
-            gone.cancel()
+            await kernel.stop(STOP_DEADLINE_S)
+        watching.cancel()
 
-    async def _end_workers(self) -> None:
-        for worker in self.workers:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(worker.child.wait(), WORKER_PATIENCE_S)
-                continue
-            await worker.child.kill()
-        for worker in self.workers:
-            worker.close()
-            if self._kernel is not None:
-                self._queue_socket(self._kernel, worker.queue).unlink(missing_ok=True)
+    async def _give_up_without_backend(self, team: Team) -> None:
+        if self.session is not None:
+            await self.session.gone()
+        team.give_up()
+        await team.lost()
 
     async def _end_backend(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
         if self.session is not None:
-            await self.session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S)
-        if self._farewell is not None:
-            await self._farewell
+            session = self.session
+            await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S)
+            if self._farewell is not None:
+                self._farewell.cancel()
+            session.close()
+            self.session = self._farewell = None
         if self._managed is not None:
             await self._managed.child.end(BACKEND_PATIENCE_S)
 
-    async def _forget_pool(self, kernel: BlockDevice) -> None:
-        if self.arena is None:
-            return
-        with _logged(self.config.name):
-            for worker in self.workers:
-                await self._around.broker.command(broker.Reclaim(kernel.number, worker.queue, _FIRST_EPOCH))
-            await self._around.broker.command(broker.RemoveDevice(kernel.number))
-        self.workers = []
-        self.arena.unlink()
-        self.arena.close()
-        self.arena = None
+    def _drop_arena(self) -> None:
+        if self.arena is not None:
+            self.arena.unlink()
+            self.arena.close()
+            self.arena = None
 
     def _set_state(self, state: State) -> None:
         self.state = state
@@ -513,12 +495,6 @@ class Device:
             _log.error("%s: %s", self.config.name, one_line(error), exc_info=error)
 
 
-def _cpu_for(queue: int, queue_cpus: list[list[int]]) -> int | None:
-    """One of the CPUs whose requests come to the queue, of those that we may use."""
-    usable = sorted(set(queue_cpus[queue]) & os.sched_getaffinity(0))
-    return usable[queue % len(usable)] if usable else None
-
-
 class _logged:
     """Logs a failure of a step that must not keep the next from being tried."""
 
@@ -529,7 +505,7 @@ class _logged:
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> bool:
-        if isinstance(error, DaemonError | PoolError | ControlFailed):
+        if isinstance(error, DaemonError | PoolError):
             _log.error("%s: %s", self._name, error)
             return True
         return False

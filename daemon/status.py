@@ -44,6 +44,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerStatus, ...] = ()
     backend: BackendStatus = BackendStatus()
     reason: str = ""
+    epoch: int = 1
+    """Raised by every recovery from a worker's death."""
 
 
 class OpCounts(msgspec.Struct, frozen=True, kw_only=True):

@@ -100,6 +100,11 @@ class Supervisor:
         """Bring a backend to its device.  Raises `DaemonError` if there is none."""
         await self._device(session.attach.device).attach(session)
 
+    async def broker_restarted(self) -> None:
+        """Tell a new broker about every device."""
+        for device in list(self._devices.values()):
+            await device.broker_restarted()
+
     async def delete_all(self) -> None:
         """At the end: every device, in use or not; one that fails does not keep the others."""
         for name, device in list(self._devices.items()):
@@ -147,8 +152,11 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     """Bring up the parts; `cleanup` takes them down in the opposite order, so that the admin socket goes first."""
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
-    cleanup.callback(_remove_run_dir, run_dir, _make_run_dir(run_dir, group))
-    cleanup.callback(os.close, _lock(run_dir))
+    made = _make_run_dir(run_dir, group)
+    # Only what is locked is ours to remove: another daemon may be running here.
+    lock = _lock(run_dir)
+    cleanup.callback(_remove_run_dir, run_dir, made)
+    cleanup.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     for prefix in list_orphans(instance):
         _log.warning("removing the pool %s that an earlier daemon left", prefix)
@@ -157,6 +165,8 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.push_async_callback(broker.stop)
     supervisor = Supervisor(Surroundings(run_dir, instance, group, ControlRunner(), broker))
     cleanup.push_async_callback(supervisor.delete_all)
+    keeper = asyncio.ensure_future(broker.keep_running(supervisor.broker_restarted))
+    cleanup.callback(keeper.cancel)
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)

@@ -34,12 +34,17 @@ class WorkerProcess:
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._linked: asyncio.Future[None] = self._loop.create_future()
         self._answer: asyncio.Future[messages.FromWorker] | None = None
         self._loop.add_reader(sock, self._hear)
 
     async def ready(self) -> None:
         """Wait until every tag is fetched.  Raises `DaemonError` with its reason if it ends before."""
         await self._or_end(self._ready)
+
+    async def linked(self) -> None:
+        """Wait until its first backend is there, fenced if that was asked.  Raises `DaemonError` if it ends before."""
+        await self._or_end(self._linked)
 
     async def ask(self, message: messages.ToWorker, fd: int | None = None) -> messages.FromWorker:
         """Its answer to Expect or Lost.  Raises `DaemonError` if it ends before."""
@@ -94,8 +99,9 @@ class WorkerProcess:
     def _on_message(self, message: messages.FromWorker) -> None:
         match message:
             case messages.Ready():
-                if not self._ready.done():
-                    self._ready.set_result(None)
+                _resolve(self._ready)
+            case messages.Linked():
+                _resolve(self._linked)
             case messages.Expecting() | messages.LetGo():
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
@@ -103,3 +109,8 @@ class WorkerProcess:
                 self.fault = reason
             case _:
                 self._on_news(self, message)
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,7 +1,7 @@
 """Answers from another thread: an asyncio event loop that takes its time, and many requests at once.
 
-    ublkpool backend examples/demo_event.py --device demo -o delay_ms=5
-    ublkpool backend examples/demo_event.py --device demo -o placement=backend
+    ublkpool backend examples/demo_event.py --device demo delay_ms=5
+    ublkpool backend examples/demo_event.py --device demo placement=backend
 
 `submit` only starts requests; `complete` may be called from any thread, in any order.  What is stored here lives in
 this process and dies with it: a backend that is used for data answers when somebody else has it.

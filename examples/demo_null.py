@@ -1,7 +1,7 @@
 """The smallest backend: every read is zeros, every write is forgotten.
 
     ublkpool backend examples/demo_null.py --device demo
-    ublkpool backend examples/demo_null.py --device demo -o placement=backend
+    ublkpool backend examples/demo_null.py --device demo placement=backend
 
 With placement `backend` it names the memory that each write lands in: a slot of a segment of its own.
 """

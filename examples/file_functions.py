@@ -1,6 +1,6 @@
 """A backend without a class: a file, in functions.
 
-    ublkpool backend examples/file_functions.py --device demo -o path=/srv/disk.img
+    ublkpool backend examples/file_functions.py --device demo path=/srv/disk.img
 
 A write is answered when `pwrite` returns: then it is in the page cache, where it survives this process.
 """

@@ -60,6 +60,11 @@ def delete_device(device: int) -> None:
     _send(Control.DEL_DEV, device)
 
 
+def delete_device_later(device: int) -> None:
+    """DEL_DEV_ASYNC (Linux 6.9): the same without waiting; the number is free when the last holder has let go."""
+    _send(Control.DEL_DEV_ASYNC, device)
+
+
 def set_parameters(device: int, parameters: Parameters) -> None:
     """SET_PARAMS: once, before START_DEV."""
     _send(Control.SET_PARAMS, device, bytearray(parameters.pack().ljust(PARAMS_BYTES, b"\0")))

@@ -39,6 +39,7 @@ class Link(enum.IntEnum):
     EXPECTED = 1
     UP = 2
     CUT = 3
+    FENCING = 4
 
 
 VIOLATIONS = (
@@ -178,9 +179,12 @@ class Queue:
         """A frame of the backend's; one that breaks the protocol cuts the link."""
         _lib.uq_input(self.raw, _ffi.from_buffer(frame), len(frame))
 
-    def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool) -> bool:
-        """Whether the next backend can come; no while too many dead backends' segments still hold data."""
-        return int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own)) == 0
+    def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool, fence: bool = False) -> bool:
+        """Whether the next backend can come; no while too many dead backends' segments still hold data.
+
+        `fence`: it served an earlier epoch, and gets nothing before it has let go of that.
+        """
+        return int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own, fence)) == 0
 
     def cut(self, violation: int = 0) -> None:
         """Stop talking to the backend; what it holds stays with it until `lost`."""

@@ -29,8 +29,10 @@ class BackendLink:
         mode: int,
         group: int | None,
     ) -> None:
-        """Listen on the unix socket `path`, readable by `group` if there is one."""
+        """The unix socket will be `path`, with `mode`, and of `group` if there is one."""
         self._queue = queue
+        self._path, self._mode, self._group = path, mode, group
+        self._bound = False
         self._token = b""
         self.strangers = 0
         """Frames from anybody but the backend."""
@@ -41,19 +43,25 @@ class BackendLink:
         self._socket.set(zmq.SNDHWM, _SEND_QUEUE_MAX)
         self._socket.set(zmq.RCVHWM, _RECEIVE_QUEUE_MAX)
         self._socket.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
-        path.unlink(missing_ok=True)
-        self._socket.bind(f"ipc://{path}")
-        path.chmod(mode)
-        if group is not None:
-            os.chown(path, -1, group)
 
     def fileno(self) -> int:
         """Readable when `turn` has something to look at (edge-triggered by ZeroMQ)."""
         return int(self._socket.get(zmq.FD))
 
     def expect(self, token: bytes) -> None:
-        """Listen to this routing id and no other."""
+        """Listen to this routing id and no other.  Raises `OSError`, `zmq.ZMQError` if the socket cannot be made."""
         self._token = token
+        # Not before: a backend that comes back after a worker's death says HELLO once, and must not be a stranger.
+        if token and not self._bound:
+            self._bind()
+
+    def _bind(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._socket.bind(f"ipc://{self._path}")
+        self._path.chmod(self._mode)
+        if self._group is not None:
+            os.chown(self._path, -1, self._group)
+        self._bound = True
 
     def turn(self) -> bool:
         """Send what waits and take what came, until both are done; whether there is more of the latter.

@@ -21,6 +21,8 @@ class Expect(msgspec.Struct, tag="expect", tag_field="type", frozen=True):
     segment: int
     segment_bytes: int
     reads_own: bool
+    fence: bool = False
+    """It served an earlier epoch: no request before it has confirmed that nothing of that is running."""
 
 
 class Lost(msgspec.Struct, tag="lost", tag_field="type", frozen=True):
@@ -39,6 +41,10 @@ class Expecting(msgspec.Struct, tag="expecting", tag_field="type", frozen=True):
     """The answer to Expect: it may come, or why not."""
 
     reason: str = ""
+
+
+class Linked(msgspec.Struct, tag="linked", tag_field="type", frozen=True):
+    """The backend is there, and fenced if that was asked."""
 
 
 class LetGo(msgspec.Struct, tag="let_go", tag_field="type", frozen=True):
@@ -62,7 +68,7 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
 
 
 ToWorker = Expect | Lost | GiveUp
-FromWorker = Ready | Expecting | LetGo | Cut | Silent | Fault
+FromWorker = Ready | Expecting | Linked | LetGo | Cut | Silent | Fault
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

@@ -120,6 +120,7 @@ class QueueLoop:
             self._tell(messages.Silent())
         if attention & Attention.LINK:
             self._queue.clear(Attention.LINK)
+            self._tell(messages.Linked())
         self._queue.unmap_idle_segments()
 
     def _hear_supervisor(self) -> None:
@@ -159,7 +160,7 @@ class QueueLoop:
             if fd is not None:
                 os.close(fd)
         if self._queue.link is Link.NONE and self._queue.expect(
-            message.segment, base, message.segment_bytes, message.reads_own
+            message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
             self._backend.expect(bytes.fromhex(message.token))
             self._tell(messages.Expecting())

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +114,11 @@ class Daemon:
 
     def command(self, *arguments: str) -> list[str]:
         """A command line of ublkpool for this daemon."""
-        return [sys.executable, "-m", "ublkpool.daemon", *arguments, "--run-dir", str(self.run_dir)]
+        return [sys.executable, "-m", "ublkpool.daemon", *self.addressed(arguments)]
+
+    def addressed(self, arguments: Sequence[str]) -> list[str]:
+        """A command and its arguments, with the run directory in their midst."""
+        return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, MARK: str(self.run_dir)}
@@ -231,6 +236,21 @@ class Daemon:
         self.backends.append(backend)
         return backend
 
+    @contextmanager
+    def stopped(self, pid: int) -> Iterator[None]:
+        """A process that neither runs nor ends for the length of a block."""
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def together(self, *calls: Callable[[], _T]) -> list[_T]:
+        """Do these at once: each may wait for a start of Python."""
+        with ThreadPoolExecutor(len(calls)) as threads:
+            return [each.result() for each in [threads.submit(call) for call in calls]]
+
     def command_run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run a command as a user would, to its end."""
         return subprocess.run(
@@ -258,12 +278,17 @@ class Daemon:
         brokers = [pid for pid in processes if _name(pid) == "ublkpool-broker"]
         return {pid: words for pid, words in processes.items() if pid not in brokers[:1]}
 
+    def reap(self) -> list[int]:
+        """The exit statuses of all backends that were started here, which have ended."""
+        statuses = [backend.wait() for backend in self.backends]
+        self.backends.clear()
+        return statuses
+
     def clean(self) -> None:
         """After a test that failed: so that the next one does not fail for it."""
         for backend in self.backends:
             backend.process.kill()
-            backend.wait()
-        self.backends.clear()
+        self.reap()
         with suppress(DaemonError):
             self.client.delete(None, force=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Sizes from a sector to the largest request, most of them small, as file systems make them.
-MIXED_SIZES = "512/10:4k/30:12k/15:64k/20:200k/15:512k/10"
+MIXED_SIZES = "512/20:4k/40:12k/15:64k/15:200k/7:512k/3"
 _TIMEOUT_S = 600
 
 
@@ -21,11 +21,15 @@ class FioResult(NamedTuple):
     text: str
 
 
+def cpus_of_queue(path: str, queue: int) -> list[int]:
+    """The CPUs whose requests come to a hardware queue of a disk."""
+    directory = Path("/sys/block") / Path(path).name / "mq"
+    return [int(each) for each in (directory / str(queue) / "cpu_list").read_text().split(",")]
+
+
 def queue_cpus(path: str, queues: int) -> list[int]:
     """For each hardware queue of a disk one CPU whose requests come to it."""
-    directory = Path("/sys/block") / Path(path).name / "mq"
-    lists = [(directory / str(queue) / "cpu_list").read_text() for queue in range(queues)]
-    return [int(each.split(",")[0]) for each in lists]
+    return [cpus_of_queue(path, queue)[0] for queue in range(queues)]
 
 
 def run_fio(path: str, jobs: int = 1, cpus: Sequence[int] = (), **options: object) -> FioResult:
@@ -41,11 +45,28 @@ def start_fio(
     path: str, jobs: int = 1, cpus: Sequence[int] = (), **options: object
 ) -> "subprocess.Popen[str]":
     """The same without waiting; `finish_fio` does."""
-    settings = {**_DEFAULTS, **_placing(jobs, cpus, options), **options}
-    command = ["fio", "--output-format=json", f"--filename={path}", *_arguments(settings)]
+    return _spawn(path, _arguments({**_DEFAULTS, **_placing(jobs, cpus, options), **options}))
+
+
+def _spawn(path: str, arguments: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["fio", "--output-format=json", f"--filename={path}", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+
+
+def start_fio_jobs(
+    path: str, jobs: Mapping[str, Mapping[str, object]], size_bytes: int, **shared: object
+) -> "subprocess.Popen[str]":
+    """Different jobs at once, each in a part of its own of `size_bytes`, with what they have in common in `shared`."""
+    plain = {**_DEFAULTS, "verify": None, "verify_fatal": None, "verify_state_save": None, "name": None}
+    words = _arguments({**plain, "size": size_bytes, **shared})
+    for index, (name, options) in enumerate(jobs.items()):
+        words += [f"--name={name}", f"--offset={index * size_bytes}", *_arguments(options)]
+    return _spawn(path, words)
 
 
 _DEFAULTS: Mapping[str, object] = {

@@ -204,6 +204,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "workers": [{"queue": 0, "pid": 100, "cpu": 0}],
         "backend": {"kind": "memory", "pid": 99, "attached": True},
         "reason": "",
+        "epoch": 1,
     }
     assert (second["state"], second["backend"]) == ("waiting", {"kind": None, "pid": None, "attached": False})
 

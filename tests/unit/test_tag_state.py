@@ -9,7 +9,7 @@ _lib = _native.lib
 def test_states_and_events_have_the_numbers_of_the_c_enums() -> None:
     assert [getattr(_lib, f"UQ_{state.name}") for state in State] == list(State)
     assert [getattr(_lib, f"UQ_EV_{event.name}") for event in Event] == list(Event)
-    assert (_lib.UQ_STATES, _lib.UQ_EVENTS) == (len(State), len(Event))
+    assert (len(State), len(Event)) == (_lib.UQ_STATES, _lib.UQ_EVENTS)
 
 
 def test_the_c_table_has_exactly_the_transitions_of_the_specification() -> None:

@@ -31,12 +31,11 @@ def daemon(session_daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[D
     yield session_daemon
     try:
         eventually(lambda: not session_daemon.leftovers(), "the test leaves nothing", 20)
+        session_daemon.reap()
     except AssertionError:
         left = session_daemon.leftovers()
         session_daemon.clean()
         pytest.fail(f"left behind: {left}")
-    finally:
-        session_daemon.backends.clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -491,6 +491,13 @@ static bool allocate(struct uq *q)
 	return q->tags && q->commands && q->output && q->lent && q->replay;
 }
 
+/* Counters go on over a recovery; what the worker before this one held was taken from it. */
+static void reset_gauges(struct uq_stats *s)
+{
+	s->in_flight = s->buffers_held = s->buffers_lent = s->buffers_waiting = 0;
+	s->returned_total = s->lent_total;
+}
+
 struct uq *uq_new(const struct uq_config *config)
 {
 	struct uq *q = usable(config) ? calloc(1, sizeof *q) : NULL;
@@ -504,7 +511,7 @@ struct uq *uq_new(const struct uq_config *config)
 	}
 	for (unsigned i = 0; i < config->depth; i++)
 		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG, .lent_index = UQ_NO_TAG };
-	memset(config->stats, 0, sizeof *config->stats);
+	reset_gauges(config->stats);
 	return q;
 }
 

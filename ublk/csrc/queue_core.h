@@ -70,7 +70,7 @@ enum uq_event {
 };
 #define UQ_ILLEGAL 0xff
 
-enum uq_link { UQ_LINK_NONE, UQ_LINK_EXPECTED, UQ_LINK_UP, UQ_LINK_CUT };
+enum uq_link { UQ_LINK_NONE, UQ_LINK_EXPECTED, UQ_LINK_UP, UQ_LINK_CUT, UQ_LINK_FENCING };
 
 /* What uq_attention() asks of the owner, as bits. */
 enum uq_attention {
@@ -161,8 +161,9 @@ void uq_output_hold(struct uq *q, int hold);
 void uq_input(struct uq *q, const void *frame, size_t bytes);
 
 /* The supervisor says which backend to expect: its own segment (number 0 for none) and how it answers reads.
+ * With `fence` it served an earlier epoch, and gets no request before it has let go of everything from then.
  * Returns -1 while too many segments of dead backends still hold data. */
-int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own);
+int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence);
 /* Stop talking to the backend; what it holds stays with it until uq_link_lost(). */
 void uq_link_cut(struct uq *q, int violation);
 /* The backend is dead or has let go of everything: its requests wait for the next one. */

@@ -54,7 +54,7 @@ struct uq {
 	unsigned attention, gone;
 	uint32_t own_segment; /* the attached backend's, 0 for none */
 	uint8_t link;
-	bool reads_own, giving_up;
+	bool reads_own, fence, giving_up;
 	bool output_held;
 	int violation, fault, fault_detail;
 	unsigned fault_tag;

@@ -225,7 +225,9 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct u
 
 static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
 {
-	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
+	 * was done whole, whatever its commit says. */
+	uint64_t needed = t->op == UQ_WRITE ? t->length : t->op == UQ_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
@@ -238,8 +240,7 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		uq_region_back(q, t, true);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
 		uq_region_take(q, t, d->buffer);
-	/* Moving no byte of a read or write would make the kernel send the rest again, for ever. */
-	uq_finish(q, t, moves && d->result == 0 ? -EIO : d->result);
+	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
 }
 
 static int compare_sequence(const void *a, const void *b, void *context)
@@ -271,21 +272,51 @@ static void hand_over_waiting(struct uq *q)
 	}
 }
 
-static void hello(struct uq *q, const struct uq_descriptor *d)
+/* A descriptor about the link, of no request. */
+static void say(struct uq *q, uint8_t kind)
 {
-	struct uq_descriptor *welcome;
+	struct uq_descriptor *d = put(q, &q->tags[0], kind);
 
-	if (q->link != UQ_LINK_EXPECTED) {
-		violate(q, UQ_V_UNEXPECTED, d);
-		return;
-	}
+	if (d)
+		*d = (struct uq_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
+					     .epoch = q->config.epoch };
+}
+
+static void link_up(struct uq *q)
+{
 	q->link = UQ_LINK_UP;
 	q->attention |= UQ_ATT_LINK;
-	welcome = put(q, &q->tags[0], UQ_WELCOME);
-	if (welcome)
-		*welcome = (struct uq_descriptor){ .kind = UQ_WELCOME, .device = q->config.device,
-						   .queue = q->config.queue, .epoch = q->config.epoch };
 	hand_over_waiting(q);
+}
+
+static void hello(struct uq *q, const struct uq_descriptor *d)
+{
+	bool is_second = q->link != UQ_LINK_EXPECTED;
+
+	/* Said to a worker that died at once, it may still lie in the transport and come before the one meant for us. */
+	if (is_second && d->epoch < q->config.epoch)
+		q->config.stats->stale_answers++;
+	else if (is_second)
+		violate(q, UQ_V_UNEXPECTED, d);
+	if (is_second)
+		return;
+	say(q, UQ_WELCOME);
+	if (q->fence) {
+		q->link = UQ_LINK_FENCING;
+		say(q, UQ_FENCE);
+	} else {
+		link_up(q);
+	}
+}
+
+static void fenced(struct uq *q, const struct uq_descriptor *d)
+{
+	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
+		link_up(q);
+	else if (d->epoch < q->config.epoch) /* the fence of a worker that died before it was confirmed */
+		q->config.stats->stale_answers++;
+	else
+		violate(q, UQ_V_UNEXPECTED, d);
 }
 
 static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
@@ -303,9 +334,7 @@ static void answer(struct uq *q, const struct uq_descriptor *d)
 {
 	struct uq_tag *t = &q->tags[d->tag];
 
-	if (is_stale(q, d))
-		q->config.stats->stale_answers++;
-	else if (d->epoch != q->config.epoch || d->sequence != t->sequence)
+	if (d->epoch != q->config.epoch || d->sequence != t->sequence)
 		violate(q, UQ_V_IDENTITY, d);
 	else if (t->state == UQ_PLACING && d->kind == UQ_PLACED)
 		answer_placed(q, t, d);
@@ -325,8 +354,12 @@ static void receive(struct uq *q, const struct uq_descriptor *d)
 		violate(q, UQ_V_IDENTITY, d);
 	else if (d->kind == UQ_HELLO)
 		hello(q, d);
+	else if (d->kind == UQ_FENCED)
+		fenced(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
+	else if (is_stale(q, d)) /* perhaps sent to the worker before this one, before any HELLO */
+		q->config.stats->stale_answers++;
 	else if (q->link != UQ_LINK_UP)
 		violate(q, UQ_V_UNEXPECTED, d);
 	else
@@ -352,7 +385,7 @@ void uq_input(struct uq *q, const void *frame, size_t bytes)
 	}
 }
 
-int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own)
+int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence)
 {
 	struct uq_segment *s = NULL;
 
@@ -365,6 +398,7 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 		*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
 	q->own_segment = segment;
 	q->reads_own = reads_own && segment;
+	q->fence = fence;
 	q->link = UQ_LINK_EXPECTED;
 	q->violation = UQ_V_NONE;
 	memset(&q->culprit, 0, sizeof q->culprit);

@@ -1,0 +1,79 @@
+"""After a worker's death: the device's next epoch, and when to stop trying.
+
+The driver gives up a device as a whole, so all workers go and a new team takes over.  What the dead had handed to the
+backend may still be running there while the driver sends it again: the device is opened for requests only after the
+backend has confirmed that nothing of an older epoch runs, or is dead (the fence).
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from ublkpool.daemon.attach import Session
+from ublkpool.daemon.broker_process import Leases
+from ublkpool.daemon.team import Team
+
+RECOVERY_DEADLINE_S = 60.0
+FENCE_DEADLINE_S = 30.0
+DRAIN_PATIENCE_S = 2.0
+STRIKES_MAX = 5
+STEADY_S = 2.0
+_log = logging.getLogger("ublkpool.recovery")
+
+
+class Strikes:
+    """Counts lives that were too short, one after another; a long one wipes the slate."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._live_since_s: float | None = None
+        self._count = 0
+
+    def live(self) -> None:
+        """Workers are serving."""
+        self._live_since_s = self._clock()
+
+    def died(self) -> bool:
+        """A worker died, or recovery failed; whether it is time to stop trying."""
+        steady = self._live_since_s is not None and self._clock() - self._live_since_s >= STEADY_S
+        self._live_since_s = None
+        self._count = 1 if steady else self._count + 1
+        return self._count > STRIKES_MAX
+
+
+async def recover(
+    dead: Team, fork: Callable[[int], Awaitable[Team]], session: Session | None, leases: Leases
+) -> Team:
+    """The next epoch's workers, serving.  Raises `DaemonError`, `PoolError`, `OSError`; then it can be tried again."""
+    kernel = dead.plan.kernel
+    await dead.drain(DRAIN_PATIENCE_S)
+    await dead.kill()
+    await kernel.wait_quiesced(RECOVERY_DEADLINE_S)
+    await kernel.start_recovery(RECOVERY_DEADLINE_S)
+    team = await fork(dead.epoch + 1)
+    await _fence(team, session)
+    # Only now is nobody using the dead workers' buffers any more.
+    await leases.reclaim()
+    await leases.register(team.epoch)
+    await team.ready()
+    await kernel.end_recovery(RECOVERY_DEADLINE_S)
+    return team
+
+
+async def _fence(team: Team, session: Session | None) -> None:
+    """Return when the attached backend has confirmed that nothing of an older epoch runs, or is dead."""
+    if session is None or session.is_gone:
+        return
+    await team.expect(session, fence=True)
+    fenced = asyncio.ensure_future(team.linked())
+    gone = asyncio.ensure_future(session.gone())
+    try:
+        await asyncio.wait({fenced, gone}, timeout=FENCE_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if fenced.done():
+            fenced.result()
+        elif not gone.done():
+            _log.error("backend %s did not confirm the fence: cutting it off", session.attach.kind)
+            await session.cut_off()
+    finally:
+        fenced.cancel()
+        gone.cancel()

@@ -1,0 +1,188 @@
+"""A device's workers of one epoch: forked together, told the same, ended together.
+
+Owns the window in which the supervisor holds /dev/ublkcN: it opens, maps, forks and closes without giving anybody
+else a turn, so that no stray child can hold the device.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ublkpool.bufpool.arena import Arena
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.attach import Session
+from ublkpool.daemon.block_device import BlockDevice
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
+from ublkpool.workers import messages
+from ublkpool.workers.process import fork_child, run_worker
+from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
+
+READY_DEADLINE_S = 120.0
+_POLL_S = 0.02
+
+
+class Plan(NamedTuple):
+    """What all workers of a device have in common."""
+
+    config: DeviceConfig
+    kernel: BlockDevice
+    arena: Arena
+    block_bytes: int
+    pool_endpoint: str
+    queue_dir: Path
+    group: int | None
+
+
+class Team:
+    """The workers of one epoch."""
+
+    def __init__(
+        self, plan: Plan, epoch: int, on_news: Callable[[WorkerProcess, messages.FromWorker], None]
+    ) -> None:
+        self.plan = plan
+        self.epoch = epoch
+        self.workers: list[WorkerProcess] = []
+        self._on_news = on_news
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where the backend finds each queue."""
+        return tuple(f"ipc://{self._socket(queue)}" for queue in range(self.plan.kernel.info.queues))
+
+    async def fork(self) -> None:
+        """Open the device and fork a worker per queue.  Raises `DaemonError`, `OSError`."""
+        kernel = self.plan.kernel
+        char_fd = await kernel.open_char()
+        # No await from here to the close: a child that somebody else forks now would hold the device for its life.
+        descriptors: list[object] = []
+        try:
+            for queue in range(kernel.info.queues):
+                descriptors.append(map_descriptors(char_fd, queue, kernel.info.depth))
+            for queue in range(kernel.info.queues):
+                self.workers.append(self._fork_worker(queue, char_fd, descriptors))
+        finally:
+            # Only the workers hold the device from here on, so that their end releases it.
+            for mapped in descriptors:
+                unmap_descriptors(mapped, kernel.info.depth)
+            os.close(char_fd)
+
+    async def ready(self) -> None:
+        """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first that ended."""
+        try:
+            await asyncio.wait_for(asyncio.gather(*(each.ready() for each in self.workers)), READY_DEADLINE_S)
+        except TimeoutError:
+            raise DaemonError(f"its workers were not ready after {READY_DEADLINE_S:.0f} s") from None
+
+    async def expect(self, session: Session, fence: bool) -> None:
+        """Have every worker expect this backend.  Raises `AttachRefused`, `DaemonError`."""
+        attach = session.attach
+        expect = messages.Expect(
+            session.token.hex(), session.segment, attach.segment_bytes, attach.read_buffers == "own", fence
+        )
+        answers = await asyncio.gather(*(each.ask(expect, session.segment_fd) for each in self.workers))
+        for answer in answers:
+            if isinstance(answer, messages.Expecting) and answer.reason:
+                await self.lost()
+                raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
+
+    async def linked(self) -> None:
+        """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""
+        await asyncio.gather(*(each.linked() for each in self.workers))
+
+    async def lost(self) -> None:
+        """The backend is gone: have every worker take back what it held."""
+        for worker in self.workers:
+            with suppress(DaemonError):
+                await worker.ask(messages.Lost())
+
+    def give_up(self) -> None:
+        """The device is going: fail what would wait for a backend."""
+        for worker in self.workers:
+            with suppress(DaemonError):
+                worker.tell(messages.GiveUp())
+
+    async def ended(self) -> WorkerProcess:
+        """The first worker that ends."""
+        waits = {asyncio.ensure_future(each.child.wait()): each for each in self.workers}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return waits[done.pop()]
+
+    async def drain(self, patience_s: float) -> None:
+        """Wait until the living ones hold no request, at most so long."""
+        deadline_s = asyncio.get_running_loop().time() + patience_s
+        while any(map(self._is_busy, self.workers)) and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(_POLL_S)
+
+    async def end(self, patience_s: float) -> None:
+        """Wait for workers whose device has stopped, kill those that stay; forget them."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(each.child.wait() for each in self.workers)), patience_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End all of them now and forget them."""
+        for worker in self.workers:
+            await worker.child.kill()
+        for worker in self.workers:
+            worker.close()
+            self._socket(worker.queue).unlink(missing_ok=True)
+
+    def _is_busy(self, worker: WorkerProcess) -> bool:
+        block = self.plan.arena.control.statistics_block(worker.queue)
+        return worker.child.exit_status is None and read_statistics(block).counters["in_flight"] > 0
+
+    def _fork_worker(self, queue: int, char_fd: int, descriptors: list[object]) -> WorkerProcess:
+        arena, kernel = self.plan.arena, self.plan.kernel
+        cpu = _cpu_for(queue, kernel.queue_cpus)
+        spec = self._spec(queue, cpu)
+        ours, theirs = messages.pair()
+        pid = fork_child(
+            lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
+            [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
+            f"ublkpool-{kernel.number}.{queue}",
+        )
+        theirs.close()
+        return WorkerProcess(queue, cpu, pid, ours, self._on_news)
+
+    def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:
+        plan, info = self.plan, self.plan.kernel.info
+        return WorkerSpec(
+            name=plan.config.name,
+            queue=QueueConfig(
+                device_number=plan.kernel.number,
+                queue=queue,
+                depth=info.depth,
+                epoch=self.epoch,
+                max_io_bytes=info.max_io_bytes,
+                block_bytes=plan.block_bytes,
+                need_get_data=plan.config.need_get_data,
+                place_in_backend=plan.config.placement == "backend",
+                timeout_ms=int(plan.config.io_timeout_s * 1000),
+                fail_on_timeout=plan.config.on_timeout == "fail",
+                classes=buffer_classes(plan.arena),
+            ),
+            queue_socket=self._socket(queue),
+            pool_endpoint=plan.pool_endpoint,
+            socket_mode=0o600 if plan.group is None else 0o660,
+            socket_group=plan.group,
+            cpu=cpu,
+        )
+
+    def _socket(self, queue: int) -> Path:
+        return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}"
+
+
+def _cpu_for(queue: int, queue_cpus: list[list[int]]) -> int | None:
+    """One of the CPUs whose requests come to the queue, of those that we may use."""
+    usable = sorted(set(queue_cpus[queue]) & os.sched_getaffinity(0))
+    return usable[queue % len(usable)] if usable else None

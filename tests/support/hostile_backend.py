@@ -1,0 +1,176 @@
+"""Backends that mean harm: processes of their own that speak the wire by hand, truthfully until their victim comes.
+
+Each serves a disk in memory that the test shares with them all, so that a successor goes on where the last one was cut
+off.  The request for its victim's offset it answers as its `Conduct` says.
+"""
+
+import mmap
+import os
+import random
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from support.fake_liar import Lie, Scene
+from support.vm_process import Forked
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.client import Attachment, OwnSegment
+from ublkpool.bufpool.wire import Descriptor, Kind, Op
+
+BLOCK_BYTES = 512
+DEATH_STATUS = 7
+_ATTACH_DEADLINE_S = 60
+
+
+class Victim(NamedTuple):
+    """The request that is answered with a lie: the first of this kind for this byte of the disk."""
+
+    offset: int
+    op: Op = Op.WRITE
+
+
+class Desk:
+    """What a backend has before it: its connection, its memory, the disk."""
+
+    def __init__(self, attachment: Attachment, disk: mmap.mmap) -> None:
+        self.attachment = attachment
+        self.disk = disk
+        self.rng = random.Random(1)
+        own = attachment.own_segment
+        self._own = own.view if own else memoryview(b"")
+
+    def send(self, request: Descriptor, frame: bytes) -> None:
+        self.attachment.send_frame(request.queue, frame)
+
+    def scene(self, request: Descriptor) -> Scene:
+        attached = self.attachment.attached
+        segment_bytes = len(self._own)
+        return Scene(request, attached.own_segment, segment_bytes, BLOCK_BYTES, attached.depth, self.rng)
+
+    def truth(self, request: Descriptor) -> Descriptor | None:
+        """Do what is asked, and the answer to it."""
+        match request.kind:
+            case Kind.PLACE:
+                region = request.tag * self.attachment.attached.max_io_bytes
+                return self.scene(request).placed(region)
+            case Kind.REQUEST | Kind.DATA:
+                return request.answer(Kind.DONE, self._serve(request))
+            case Kind.FENCE:
+                return request.answer(Kind.FENCED)
+        return None
+
+    def _serve(self, request: Descriptor) -> int:
+        if request.op not in (Op.READ, Op.WRITE):
+            return 0
+        on_disk = slice(request.offset, request.offset + request.length)
+        memory = self._own if request.kind == Kind.DATA else self.attachment.segments[wire.SEGMENT_POOL]
+        in_buffer = slice(request.buffer, request.buffer + request.length)
+        if request.op == Op.READ:
+            memory[in_buffer] = self.disk[on_disk]
+        else:
+            self.disk[on_disk] = bytes(memory[in_buffer])
+        return request.length
+
+
+Conduct = Callable[[Desk, Descriptor], None]
+
+
+def honest(desk: Desk, request: Descriptor) -> None:
+    """As it should be."""
+    answer = desk.truth(request)
+    if answer is not None:
+        desk.send(request, answer.pack())
+
+
+def telling(lie: Lie) -> Conduct:
+    """Answers its victim with a lie, and nothing else."""
+    return lambda desk, request: desk.send(request, lie(desk.scene(request)))
+
+
+def telling_then_honest(lie: Lie) -> Conduct:
+    """Answers its victim with a lie and then with the truth."""
+
+    def tell(desk: Desk, request: Descriptor) -> None:
+        desk.send(request, lie(desk.scene(request)))
+        honest(desk, request)
+
+    return tell
+
+
+def answering_twice(desk: Desk, request: Descriptor) -> None:
+    """The truth, two times in one frame."""
+    answer = desk.truth(request)
+    assert answer is not None
+    desk.send(request, answer.pack() * 2)
+
+
+def silent(desk: Desk, request: Descriptor) -> None:
+    """Never answers."""
+
+
+def dying(desk: Desk, request: Descriptor) -> None:
+    """Gone before it has answered."""
+    os._exit(DEATH_STATUS)
+
+
+def placing_at_zero(desk: Desk, request: Descriptor) -> None:
+    """Names the first bytes of its segment, whoever has them, and then keeps silent."""
+    if request.kind == Kind.PLACE:
+        desk.send(request, desk.scene(request).placed(0).pack())
+
+
+def answering_half(desk: Desk, request: Descriptor) -> None:
+    """Does half of what it is asked for, and says so: not a lie."""
+    # A place is asked for, and named, as a whole.
+    share = 1 if request.kind == Kind.PLACE else 2
+    answer = desk.truth(request._replace(length=request.length // share))
+    assert answer is not None
+    desk.send(request, answer.pack())
+
+
+def start_hostile(
+    run_dir: Path,
+    device: str,
+    disk: mmap.mmap,
+    victims: Sequence[Victim] = (),
+    conduct: Conduct = honest,
+    segment_bytes: int = 0,
+) -> Forked:
+    """Attach a backend that treats its victims as `conduct` says and everybody else well."""
+    return Forked(lambda: _serve(run_dir, device, disk, victims, conduct, segment_bytes))
+
+
+def _serve(
+    run_dir: Path,
+    device: str,
+    disk: mmap.mmap,
+    victims: Sequence[Victim],
+    conduct: Conduct,
+    segment_bytes: int,
+) -> int:
+    own = OwnSegment.create(segment_bytes) if segment_bytes else None
+    attach = wire.Attach(
+        v=wire.PROTOCOL_VERSION, device=device, kind="hostile", placement="backend" if own else "pool"
+    )
+    desk = Desk(Attachment.open(run_dir, device, attach, own), disk)
+    while True:
+        ready = desk.attachment.poll()
+        for queue in ready.queues:
+            for request in desk.attachment.receive(queue):
+                is_victim = (request.offset, request.op) in victims and request.kind < Kind.RELEASE
+                (conduct if is_victim else honest)(desk, request)
+        if ready.control and isinstance(desk.attachment.message(), wire.Detach | None):
+            return 0
+
+
+def attach_by_hand(
+    run_dir: Path, message: wire.Attach | bytes, files: Sequence[int] = ()
+) -> wire.DaemonMessage:
+    """Send one packet to the attach socket; the daemon's answer, after which the connection is closed."""
+    packet = message if isinstance(message, bytes) else wire.encode_message(message)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(_ATTACH_DEADLINE_S)
+        connection.connect(str(run_dir / "attach.sock"))
+        socket.send_fds(connection, [packet], list(files))
+        return wire.decode_daemon_message(connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))

@@ -1,0 +1,71 @@
+"""File systems on a device under test: made, mounted, filled with a real tree, checked."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REAL_TREE = [Path(sysconfig.get_path("stdlib")) / name for name in ("asyncio", "email", "json", "xml")]
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
+CHECK = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n")}
+
+
+def run(*command: str | Path) -> str:
+    """Run a tool of the system; what it said.  Raises `AssertionError` with that if it failed."""
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        timeout=300,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def make_file_system(kind: str, path: str) -> None:
+    """An empty one; no discard beforehand, so that every byte it reads was written."""
+    run(*MAKE[kind], path)
+
+
+def check_file_system(kind: str, path: str) -> None:
+    """Raises `AssertionError` with what is wrong with it."""
+    run(*CHECK[kind], path)
+
+
+@contextmanager
+def mounted(path: str, directory: Path, options: str = "defaults") -> Iterator[Path]:
+    """The file system's root, for the length of a block."""
+    directory.mkdir(exist_ok=True)
+    run("mount", "-o", options, path, directory)
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
+
+
+def copy_tree(into: Path) -> None:
+    """Real files into a file system."""
+    for source in REAL_TREE:
+        shutil.copytree(source, into / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def checksums(root: Path) -> dict[str, str]:
+    """The content of every file."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def forget_cached() -> None:
+    """What is read from now on comes from the disk."""
+    os.sync()
+    DROP_CACHES.write_text("3")

@@ -1,0 +1,53 @@
+"""The examples, as their users would run them, under fio, with NEED_GET_DATA and without."""
+
+from functools import partial
+from pathlib import Path
+
+from support.vm_daemon import Daemon, total
+from support.vm_fio import run_fio
+from ublkpool.daemon.status import DeviceStatus
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MIB = 1 << 20
+
+
+def _add(daemon: Daemon, example: str, name: str, need_get_data: bool, placement: str) -> DeviceStatus:
+    options = {"size": "16M", "placement": placement}
+    config = {"need_get_data": need_get_data, "placement": placement, "queues": 2, "depth": 32}
+    return daemon.add(name, str(EXAMPLES / f"{example}.py"), options, **config)
+
+
+def _three_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
+    return daemon.together(
+        partial(_add, daemon, example, "off", False, "pool"),
+        partial(_add, daemon, example, "pool", True, "pool"),
+        partial(_add, daemon, example, "backend", True, "backend"),
+    )
+
+
+def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> None:
+    assert status.path is not None
+    result = run_fio(status.path, size=2 * MIB, iodepth=32, verify=verify)
+    stats = daemon.rest(status.name)
+    assert total(stats, "kernel_write_bytes") == result.written_bytes > 0
+    assert total(stats, "errors") == total(stats, "violations") == total(stats, "own_copy_bytes") == 0
+    daemon.delete(status.name)
+
+
+def test_demo_null_takes_every_write(daemon: Daemon) -> None:
+    for status in _three_ways(daemon, "demo_null"):
+        _run(daemon, status, None)
+
+
+def test_demo_event_answers_from_another_thread_what_was_written(daemon: Daemon) -> None:
+    for status in _three_ways(daemon, "demo_event"):
+        _run(daemon, status, "crc32c")
+
+
+def test_a_file_of_functions_is_a_backend(daemon: Daemon) -> None:
+    disk = daemon.path("functions.img")
+    disk.write_bytes(bytes(8 * MIB))
+    status = daemon.add("functions", str(EXAMPLES / "file_functions.py"), {"path": disk})
+    assert status.size_bytes == 8 * MIB
+    _run(daemon, status, "crc32c")
+    disk.unlink()

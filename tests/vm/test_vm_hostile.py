@@ -1,0 +1,249 @@
+"""Backends that break the protocol: their request fails or waits, they are cut off, nobody else notices."""
+
+import errno
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from support import hostile_backend as hostile
+from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
+from support.hostile_backend import Conduct, Victim, attach_by_hand, start_hostile, telling
+from support.vm_daemon import Daemon, eventually, total
+from support.vm_fio import finish_fio, start_fio
+from support.vm_process import Forked, read_block, write_block
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.client import OwnSegment
+from ublkpool.bufpool.wire import Op
+
+MIB = 1 << 20
+CHUNK = 64 * 1024
+DISK_BYTES = 8 * MIB
+DEPTH = 8
+KILLED = -signal.SIGKILL
+UNSEALED_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+
+
+class Crime(NamedTuple):
+    """What a backend does to one request, and what the client then gets: an error, or the successor's answer."""
+
+    name: str
+    conduct: Conduct
+    op: Op
+    error: int
+    end: int = KILLED
+
+
+def _crimes_with_pool() -> list[Crime]:
+    crimes = [Crime(name, telling(lie), Op.WRITE, 0) for name, lie in CUT.items()]
+    crimes += [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in RESULTS.items()]
+    crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in RESULTS.items()]
+    crimes.append(Crime("two answers", hostile.answering_twice, Op.WRITE, 0))
+    crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
+    return crimes
+
+
+def _crimes_with_own_segment() -> list[Crime]:
+    lies = {**REGIONS, **REJECTS}
+    crimes = [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in lies.items()]
+    crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in REGIONS.items()]
+    crimes += [Crime(name, telling(CUT[name]), Op.WRITE, 0) for name in ("other kind", "no such tag")]
+    crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
+    return crimes
+
+
+class Scenes:
+    """A device without a backend of its own, and the disk that its many backends share."""
+
+    def __init__(self, daemon: Daemon, placement: str) -> None:
+        self.daemon = daemon
+        self.disk = mmap.mmap(-1, DISK_BYTES)
+        self.segment_bytes = DEPTH * CHUNK if placement == "backend" else 0
+        daemon.add("victim", size_bytes=DISK_BYTES, depth=DEPTH, max_io_bytes=CHUNK, placement=placement)
+        self._path: str | None = None
+
+    @property
+    def path(self) -> str:
+        self._path = self._path or self.daemon.wait_live("victim").path
+        assert self._path is not None
+        return self._path
+
+    def attach(self, conduct: Conduct = hostile.honest, *victims: Victim) -> Forked:
+        """The next backend."""
+        eventually(lambda: not self.daemon.status("victim").backend.attached, "the last backend is gone")
+        run_dir = self.daemon.run_dir
+        backend = start_hostile(run_dir, "victim", self.disk, victims, conduct, self.segment_bytes)
+        eventually(lambda: self.daemon.status("victim").backend.pid == backend.pid, "the backend attaches")
+        return backend
+
+    def request(self, op: Op, offset: int, data: bytes) -> Forked:
+        """A client's request, in a process that ends with its errno."""
+        path = self.path
+        if op == Op.WRITE:
+            return Forked(lambda: write_block(path, offset, data))
+        return Forked(lambda: _read_error(path, offset, len(data)))
+
+    def commit(self, crime: Crime, index: int) -> tuple[Forked, bytes]:
+        """A backend commits its crime and ends; the request, which may still wait, and what it would write."""
+        offset, data = index * CHUNK, os.urandom(CHUNK)
+        backend = self.attach(crime.conduct, Victim(offset, crime.op))
+        request = self.request(crime.op, offset, data)
+        assert backend.wait() == crime.end, crime.name
+        if crime.error:
+            assert request.wait() == crime.error, crime.name
+        return request, data
+
+    def count(self, counter: str) -> int:
+        return total(self.daemon.stats("victim"), counter)
+
+
+def _read_error(path: str, offset: int, length: int) -> int:
+    try:
+        read_block(path, offset, length)
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+@contextmanager
+def _bystander(daemon: Daemon) -> Iterator[None]:
+    """A device of the same daemon under verified I/O from before the block until after it."""
+    with daemon.device("bystander", "memory", options={"size": "16M"}) as status:
+        assert status.path is not None
+        fio = start_fio(status.path, size="16M", iodepth=8, time_based=1, runtime=900, verify_backlog=32)
+        yield
+        assert fio.poll() is None
+        fio.send_signal(signal.SIGINT)
+        result = finish_fio(fio, may_fail=True)
+        assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
+        stats = daemon.rest("bystander")
+        assert total(stats, "errors") == total(stats, "violations") == 0
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_every_crime_ends_its_backend_and_harms_at_most_its_own_request(
+    daemon: Daemon, placement: str
+) -> None:
+    crimes = _crimes_with_own_segment() if placement == "backend" else _crimes_with_pool()
+    with _bystander(daemon):
+        said = len(daemon.said())
+        scenes = Scenes(daemon, placement)
+        done = [(crime, *scenes.commit(crime, index)) for index, crime in enumerate(crimes)]
+        last = scenes.attach()
+        for index, (crime, request, data) in enumerate(done):
+            if not crime.error:
+                assert request.wait() == 0, crime.name
+                assert crime.op == Op.READ or scenes.disk[index * CHUNK :][:CHUNK] == data, crime.name
+        cuts = sum(crime.end == KILLED for crime in crimes)
+        assert scenes.count("violations") == cuts
+        assert daemon.said()[said:].count("backend cut off") == cuts
+        assert scenes.count("errors") == sum(crime.error != 0 for crime in crimes)
+        daemon.delete("victim")
+        assert last.wait() == 0
+
+
+def test_an_answer_of_the_past_is_dropped_and_its_backend_stays(daemon: Daemon) -> None:
+    scenes = Scenes(daemon, "pool")
+    for index, lie in enumerate(STALE.values()):
+        backend = scenes.attach(hostile.telling_then_honest(lie), Victim(index * CHUNK))
+        assert scenes.request(Op.WRITE, index * CHUNK, bytes(CHUNK)).wait() == 0
+        assert scenes.count("stale_answers") == index + 1
+        assert backend.running
+        backend.kill()
+    assert scenes.count("violations") == 0
+    daemon.delete("victim")
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon, placement: str) -> None:
+    scenes = Scenes(daemon, placement)
+    half_hearted = scenes.attach(hostile.answering_half, Victim(0), Victim(CHUNK, Op.READ))
+    # 7.x would tell the client that the whole of it was written.
+    assert write_block(scenes.path, 0, os.urandom(CHUNK)) == errno.EIO
+    scenes.disk[CHUNK : 2 * CHUNK] = data = os.urandom(CHUNK)
+    assert read_block(scenes.path, CHUNK, CHUNK) == data
+    assert (scenes.count("errors"), scenes.count("violations")) == (1, 0)
+    daemon.delete("victim")
+    assert half_hearted.wait() == 0
+
+
+def test_a_region_named_twice_fails_the_second_write_and_rescues_the_first(daemon: Daemon) -> None:
+    scenes = Scenes(daemon, "backend")
+    thief = scenes.attach(hostile.placing_at_zero, Victim(0), Victim(CHUNK))
+    first_data = os.urandom(CHUNK)
+    first = scenes.request(Op.WRITE, 0, first_data)
+    eventually(lambda: scenes.count("kernel_write_bytes") == CHUNK, "the first write has its region")
+    second = scenes.request(Op.WRITE, CHUNK, os.urandom(CHUNK))
+    assert thief.wait() == KILLED
+    assert second.wait() == errno.EIO
+    assert first.running
+    successor = scenes.attach()
+    assert first.wait() == 0
+    assert scenes.disk[:CHUNK] == first_data
+    assert (scenes.count("rescues"), scenes.count("own_copy_bytes")) == (1, CHUNK)
+    daemon.delete("victim")
+    assert successor.wait() == 0
+
+
+def test_after_a_criminal_a_real_backend_serves(daemon: Daemon) -> None:
+    scenes = Scenes(daemon, "pool")
+    request, data = scenes.commit(Crime("kind", telling(CUT["unknown kind"]), Op.WRITE, 0), 1)
+    daemon.backend("memory", "victim", size=DISK_BYTES)
+    assert request.wait() == 0
+    assert read_block(scenes.path, CHUNK, CHUNK) == data
+    assert scenes.count("replays") == 1
+    daemon.delete("victim")
+
+
+def _segment(size_bytes: int, seal: bool) -> int:
+    if seal:
+        return os.dup(OwnSegment.create(size_bytes).descriptor)
+    descriptor = os.memfd_create("unsealed", UNSEALED_FLAGS)
+    os.posix_fallocate(descriptor, 0, size_bytes)
+    return descriptor
+
+
+def _refused(daemon: Daemon, message: wire.Attach | bytes, files: list[int]) -> str:
+    try:
+        answer = attach_by_hand(daemon.run_dir, message, files)
+    finally:
+        for file in files:
+            os.close(file)
+    assert isinstance(answer, wire.Refused)
+    return answer.reason
+
+
+def test_a_backend_that_cannot_be_trusted_or_does_not_fit_is_refused_with_the_reason(daemon: Daemon) -> None:
+    daemon.add("guarded", size_bytes=MIB, placement="backend")
+    good = wire.Attach(v=1, device="guarded", kind="x", placement="backend", segment_bytes=MIB)
+
+    def but(**changes: object) -> wire.Attach:
+        return msgspec.structs.replace(good, **changes)
+
+    sealed, short = _segment(MIB, True), _segment(MIB // 2, True)
+    assert "version 9" in _refused(daemon, but(v=9), [sealed])
+    assert "no device 'nobody'" in _refused(daemon, but(device="nobody"), [_segment(MIB, True)])
+    assert "F_SEAL_SHRINK" in _refused(daemon, good, [_segment(MIB, False)])
+    assert f"has {MIB // 2} bytes" in _refused(daemon, good, [short])
+    assert "go together" in _refused(daemon, good, [])
+    assert "only 4096" in _refused(daemon, but(size_bytes=4096), [_segment(MIB, True)])
+    assert "placement" in _refused(daemon, but(placement="pool", segment_bytes=0), [])
+    assert "attach:" in _refused(daemon, b'{"type":"attach"}', [])
+    assert "attach:" in _refused(daemon, b"\xff\xfe garbage", [])
+    assert daemon.status("guarded").state == "waiting"
+    daemon.delete("guarded")
+
+
+def test_a_second_backend_is_refused_while_the_first_serves(daemon: Daemon) -> None:
+    scenes = Scenes(daemon, "pool")
+    first = scenes.attach()
+    attach = wire.Attach(v=1, device="victim", kind="second")
+    assert "has a backend already (hostile, process" in _refused(daemon, attach, [])
+    assert write_block(scenes.path, 0, bytes(4096)) == 0
+    daemon.delete("victim")
+    assert first.wait() == 0

@@ -1,0 +1,103 @@
+"""What the daemon's processes do to themselves, so that serving a disk cannot hang on that disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from support.vm_daemon import Daemon, eventually, marked_processes, total
+from support.vm_fio import cpus_of_queue
+from support.vm_process import Forked, holds_device, process_flags, status_field, write_block
+from ublkpool.bufpool import process
+from ublkpool.daemon.status import DeviceStatus
+
+MIB = 1 << 20
+
+
+def _flusher_flags() -> int:
+    """The bits that PR_SET_IO_FLUSHER sets on this kernel, tried in a child."""
+    reader, writer = os.pipe()
+
+    def try_it() -> int:
+        before = process_flags(os.getpid())
+        assert process.set_io_flusher() is None
+        os.write(writer, str(process_flags(os.getpid()) & ~before).encode())
+        return 0
+
+    assert Forked(try_it).wait() == 0
+    os.close(writer)
+    answer = os.read(reader, 64)
+    os.close(reader)
+    return int(answer)
+
+
+def _mount_namespace(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+
+
+def test_processes_cannot_wait_for_their_own_disk_nor_keep_it_from_going(daemon: Daemon) -> None:
+    with daemon.device("p", "memory", options={"size": "16M"}, queues=2) as status:
+        assert len(status.workers) == 2
+        _check_that_serving_needs_no_reclaim(daemon)
+        _check_that_each_worker_has_a_cpu_of_its_queue(status)
+        _check_that_only_workers_hold_the_device(daemon, status)
+        _check_that_mounts_stay_apart(daemon, status)
+
+
+def _check_that_serving_needs_no_reclaim(daemon: Daemon) -> None:
+    flusher, status = _flusher_flags(), daemon.status("p")
+    assert flusher and status.backend.pid is not None
+    for pid in (*(each.pid for each in status.workers), status.backend.pid):
+        assert process_flags(pid) & flusher == flusher
+        assert int(status_field(pid, "VmLck").split()[0]) > 0
+
+
+def _check_that_each_worker_has_a_cpu_of_its_queue(status: DeviceStatus) -> None:
+    assert status.path is not None
+    for worker in status.workers:
+        assert os.sched_getaffinity(worker.pid) == {worker.cpu}
+        assert worker.cpu in cpus_of_queue(status.path, worker.queue)
+
+
+def _check_that_only_workers_hold_the_device(daemon: Daemon, status: DeviceStatus) -> None:
+    workers = {each.pid for each in status.workers}
+    others = set(marked_processes(str(daemon.run_dir))) - workers
+    assert daemon.pid in others and daemon.status("p").backend.pid in others
+    assert {pid for pid in workers | others if holds_device(pid, f"ublkc{status.id}")} == workers
+
+
+def _check_that_mounts_stay_apart(daemon: Daemon, status: DeviceStatus) -> None:
+    namespaces = {_mount_namespace(pid) for pid in (daemon.pid, status.workers[0].pid)}
+    assert len(namespaces) == 1
+    assert _mount_namespace(os.getpid()) not in namespaces
+    # Nothing of theirs comes to us either: no mount point is shared.
+    assert "shared:" not in Path(f"/proc/{daemon.pid}/mountinfo").read_text()
+
+
+def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> None:
+    daemon.add("slow", size_bytes=MIB, io_timeout_s=1)
+    daemon.backend("memory", "slow", size="1M", keep="off")
+    status = daemon.wait_live("slow")
+    assert status.path is not None and status.backend.pid is not None
+    with daemon.stopped(status.backend.pid):
+        write = Forked(lambda: write_block(str(status.path), 0, bytes(4096)))
+        eventually(lambda: total(daemon.stats("slow"), "timeouts") == 1, "the request is overdue")
+        eventually(lambda: "longer than io_timeout_s = 1" in daemon.said(), "the log says so")
+        assert write.running
+    assert write.wait() == 0
+    assert daemon.status("slow").backend.attached
+    daemon.delete("slow")
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_an_overdue_request_fails_where_that_is_asked_for(daemon: Daemon, placement: str) -> None:
+    daemon.add("slow", size_bytes=MIB, io_timeout_s=1, on_timeout="fail", placement=placement)
+    backend = daemon.backend("memory", "slow", size="1M", keep="off")
+    status = daemon.wait_live("slow")
+    assert status.path is not None and status.backend.pid is not None
+    with daemon.stopped(status.backend.pid):
+        assert write_block(status.path, 0, bytes(4096)) in (errno.EIO, errno.ETIMEDOUT)
+        assert backend.wait() == -9
+    assert total(daemon.stats("slow"), "timeouts") == 1
+    daemon.delete("slow")
