@@ -390,10 +390,10 @@ class Device:
 
     async def broker_restarted(self) -> None:
         """Bring the new broker up to date about this device."""
-        async with self._changing:
-            if self._leases is not None:
-                with _logged(self.config.name):
-                    await self._leases.refresh()
+        # Without a turn: whoever has it may be waiting for the buffers that the new broker does not know of yet.
+        if self._leases is not None:
+            with _logged(self.config.name):
+                await self._leases.refresh()
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
