@@ -363,7 +363,7 @@ class Device:
         """A worker's end is the whole device's: the driver gives up all of its queues."""
         worker = await team.ended()
         # A worker that the kernel left without tags has not failed; its siblings will follow.
-        if not self._stopping and self._team is team and self.state in ("live", "waiting"):
+        if not self._stopping and self._team is team and self.state != "failed":
             await self._recover_or_fail(team, worker.obituary())
 
     async def _recover_or_fail(self, dead: Team, reason: str) -> None:
