@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -146,8 +147,17 @@ def status_field(pid: int, name: str) -> str:
 
 
 def holds_device(pid: int, name: str) -> bool:
-    """Whether a process has a node of /dev open or mapped."""
+    """Whether a process has a node of /dev open or mapped; one that has ended holds nothing."""
     wanted = f"/dev/{name}"
-    links = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return wanted in links or any(line.split()[-1] == wanted for line in maps)
+    with suppress(FileNotFoundError, ProcessLookupError):
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        files = [_target(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+        return wanted in files or any(line.split()[-1] == wanted for line in maps)
+    return False
+
+
+def _target(link: Path) -> str:
+    """What a link leads to, nothing if it was closed meanwhile."""
+    with suppress(FileNotFoundError):
+        return str(link.readlink())
+    return ""
