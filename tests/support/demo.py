@@ -36,7 +36,7 @@ MAX_IO_BYTES = 512 << 10
 # A block at a place of its own, for finding it again in the backend's memory.
 MARK_OFFSET = 48 * MIB  # 768 * 64K
 MARK_BYTES = 64 << 10
-START_DEADLINE_S = 60.0
+START_DEADLINE_S = 120.0
 COMMAND_DEADLINE_S = 240.0
 LOG_LINES = 40
 # Large, or of no interest: what is left of the standard library is some 8 MB in some 400 files.
@@ -124,7 +124,13 @@ class Stage:
             process = subprocess.Popen(
                 command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self._cleanup.callback(_end, process)
+        return self.own(process)
+
+    def own(
+        self, process: "subprocess.Popen[bytes]", patience_s: float = START_DEADLINE_S
+    ) -> "subprocess.Popen[bytes]":
+        """Have this process end with the stage."""
+        self._cleanup.callback(_end, process, patience_s)
         return process
 
     @contextmanager
@@ -325,14 +331,11 @@ def _start_fio(stage: Stage, name: str, node: str, jobs: Sequence[int]) -> "subp
         cpu = cpus.replace("-", ",").split(",")[0].strip()
         settings += [f"[queue{job}]", f"offset={job * FIO_JOB_BYTES}", f"cpus_allowed={cpu}"]
     (stage.directory / f"{name}.fio").write_text("\n".join(settings) + "\n")
+    command = ["fio", "--output-format=json", f"--output={name}.json", f"{name}.fio"]
     with (stage.directory / f"fio-{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            ["fio", "--output-format=json", f"--output={name}.json", f"{name}.fio"],
-            cwd=stage.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+        fio = subprocess.Popen(command, cwd=stage.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    # While its requests wait for a backend it cannot end; when the daemon ends they fail.
+    return stage.own(fio, patience_s=1.0)
 
 
 def _fio_result(stage: Stage, name: str, fio: "subprocess.Popen[bytes]") -> int:
@@ -340,7 +343,6 @@ def _fio_result(stage: Stage, name: str, fio: "subprocess.Popen[bytes]") -> int:
     try:
         status = fio.wait(COMMAND_DEADLINE_S)
     except subprocess.TimeoutExpired:
-        fio.kill()
         raise Failure(f"fio has not ended after {COMMAND_DEADLINE_S:.0f} s") from None
     if status:
         raise Failure(f"fio ended with status {status}")
@@ -471,12 +473,12 @@ def _name(process: "subprocess.Popen[bytes]") -> str:
     return " ".join(arguments[3:5]) if "-m" in arguments else str(arguments[0])
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", patience_s: float) -> None:
     for ask in (process.terminate, process.kill):
         if process.poll() is None:
             ask()
             try:
-                process.wait(START_DEADLINE_S)
+                process.wait(patience_s)
             except subprocess.TimeoutExpired:
                 continue
 

@@ -78,6 +78,8 @@ class FakeBackend:
                 self.welcomed.add(queue)
                 continue
             assert queue in self.welcomed, "WELCOME comes first"
+            if each.kind == Kind.FENCE:
+                continue
             self._accept((queue, each.tag), each)
 
     def _accept(self, key: Key, each: Descriptor) -> None:
@@ -152,6 +154,9 @@ class FakeBackend:
         else:
             self._change(each, length)
             result = length if each.op == Op.WRITE else 0
+            if result < each.length and each.op == Op.WRITE:
+                # A write that is stored in part fails: 7.x would tell the client that all of it was written.
+                self._drivers[key[0]].request_at(key[1]).may_fail = True
         del self.given[key]
         self.executed[key] = Answer(self._answer(each, result, cell), cell, each)
         return True

@@ -16,7 +16,7 @@ from support.fake_liar import Lie, Scene
 from support.vm_process import Forked
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.client import Attachment, OwnSegment
-from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
+from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 BLOCK_BYTES = 512
 DEATH_STATUS = 7
@@ -120,11 +120,13 @@ def placing_at_zero(desk: Desk, request: Descriptor) -> None:
         desk.send(request, desk.scene(request).placed(0).pack())
 
 
-def naming_its_region(desk: Desk, request: Descriptor) -> None:
-    """A read whose data lies in its own segment: not a lie."""
-    named = request.answer(Kind.DONE, request.length)
-    own = desk.scene(request).segment
-    desk.send(request, named._replace(flags=Flag.REGION, segment=own, buffer=0).pack())
+def answering_half(desk: Desk, request: Descriptor) -> None:
+    """Does half of what it is asked for, and says so: not a lie."""
+    # A place is asked for, and named, as a whole.
+    share = 1 if request.kind == Kind.PLACE else 2
+    answer = desk.truth(request._replace(length=request.length // share))
+    assert answer is not None
+    desk.send(request, answer.pack())
 
 
 def start_hostile(

@@ -25,16 +25,21 @@ class Desk:
         self.driver.consume()
         self.backend = self.connect() if connected else None
 
-    def connect(self) -> FakeBackend:
-        """The next backend, through WELCOME."""
+    def connect(self, fence: bool = False) -> FakeBackend:
+        """The next backend, through WELCOME; with `fence` it served an earlier epoch."""
+        made = self.expect(fence)
+        self.queue.input(made.hello(0))
+        self.send()
+        return made
+
+    def expect(self, fence: bool = False) -> FakeBackend:
+        """The next backend, which has not said HELLO yet."""
         self.segment += 1
         made = FakeBackend(self.rig, [self.driver], self.store, self.segment, random.Random(1))
         plan = self.rig.plan
         own = self.segment if plan.place_in_backend or plan.reads_own else 0
-        assert self.queue.expect(own, made.segment.base, made.segment.size_bytes, plan.reads_own)
-        self.queue.input(made.hello(0))
+        assert self.queue.expect(own, made.segment.base, made.segment.size_bytes, plan.reads_own, fence)
         self.backend = made
-        self.send()
         return made
 
     def send(self) -> list[Descriptor]:

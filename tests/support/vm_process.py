@@ -92,10 +92,10 @@ class Ran(NamedTuple):
 class Command:
     """`ublkpool ARGUMENTS` in a fork of this process: the same as the script, without its two seconds of imports."""
 
-    def __init__(self, daemon: Daemon, *arguments: str) -> None:
+    def __init__(self, daemon: Daemon, *arguments: str, user: int = 0) -> None:
         self._out, self._err = os.memfd_create("out"), os.memfd_create("err")
         words = daemon.addressed(arguments)
-        self._child = Forked(lambda: _become(words, daemon.environment(), self._out, self._err))
+        self._child = Forked(lambda: _become(words, daemon.environment(), self._out, self._err, user))
 
     @property
     def running(self) -> bool:
@@ -106,18 +106,20 @@ class Command:
         return Ran(self._child.wait(), _text(self._out), _text(self._err))
 
 
-def run_command(daemon: Daemon, *arguments: str) -> Ran:
+def run_command(daemon: Daemon, *arguments: str, user: int = 0) -> Ran:
     """A command to its end."""
-    return Command(daemon, *arguments).wait()
+    return Command(daemon, *arguments, user=user).wait()
 
 
-def _become(words: list[str], environment: Mapping[str, str], out: int, err: int) -> NoReturn:
+def _become(words: list[str], environment: Mapping[str, str], out: int, err: int, user: int) -> NoReturn:
     from ublkpool.daemon.cli import cli
 
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(environment)
+    if user:
+        os.setuid(user)
     try:
         cli.main(words, prog_name="ublkpool")
     finally:

@@ -18,6 +18,7 @@ from ublkpool.ublk.abi import feature_names
 from ublkpool.ublk.control import get_features
 
 MIB = 1 << 20
+NOBODY = 65534
 LIST_FIELDS = [
     "name",
     "id",
@@ -109,6 +110,12 @@ def test_features_are_what_the_driver_offers(daemon: Daemon) -> None:
     offered = get_features()
     assert json.loads(ran.stdout) == {"bits": offered, "flags": list(feature_names(offered))}
     assert _succeeded(run_command(daemon, "features")).split() == list(feature_names(offered))
+
+
+def test_without_the_rights_a_command_says_what_is_missing(daemon: Daemon) -> None:
+    denied = _complaint(run_command(daemon, "features", user=NOBODY))
+    assert "/dev/ublk-control" in denied and "ermission denied" in denied
+    assert "usually with sudo" in _complaint(run_command(daemon, "list", user=NOBODY))
 
 
 def test_a_device_without_a_backend_is_live_when_one_attaches(daemon: Daemon) -> None:

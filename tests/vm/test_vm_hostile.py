@@ -159,6 +159,19 @@ def test_an_answer_of_the_past_is_dropped_and_its_backend_stays(daemon: Daemon) 
     daemon.delete("victim")
 
 
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon, placement: str) -> None:
+    scenes = Scenes(daemon, placement)
+    half_hearted = scenes.attach(hostile.answering_half, Victim(0), Victim(CHUNK, Op.READ))
+    # 7.x would tell the client that the whole of it was written.
+    assert write_block(scenes.path, 0, os.urandom(CHUNK)) == errno.EIO
+    scenes.disk[CHUNK : 2 * CHUNK] = data = os.urandom(CHUNK)
+    assert read_block(scenes.path, CHUNK, CHUNK) == data
+    assert (scenes.count("errors"), scenes.count("violations")) == (1, 0)
+    daemon.delete("victim")
+    assert half_hearted.wait() == 0
+
+
 def test_a_region_named_twice_fails_the_second_write_and_rescues_the_first(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "backend")
     thief = scenes.attach(hostile.placing_at_zero, Victim(0), Victim(CHUNK))

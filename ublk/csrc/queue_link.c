@@ -223,7 +223,9 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct u
 
 static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
 {
-	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
+	 * was done whole, whatever its commit says. */
+	uint64_t needed = t->op == UQ_WRITE ? t->length : t->op == UQ_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
@@ -235,8 +237,7 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		uq_region_back(q, t, false);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
 		uq_region_take(q, t, d->buffer);
-	/* Moving no byte of a read or write would make the kernel send the rest again, for ever. */
-	uq_finish(q, t, moves && d->result == 0 ? -EIO : d->result);
+	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
 }
 
 static int compare_sequence(const void *a, const void *b, void *context)
@@ -287,10 +288,15 @@ static void link_up(struct uq *q)
 
 static void hello(struct uq *q, const struct uq_descriptor *d)
 {
-	if (q->link != UQ_LINK_EXPECTED) {
+	bool is_second = q->link != UQ_LINK_EXPECTED;
+
+	/* Said to a worker that died at once, it may still lie in the transport and come before the one meant for us. */
+	if (is_second && d->epoch < q->config.epoch)
+		q->config.stats->stale_answers++;
+	else if (is_second)
 		violate(q, UQ_V_UNEXPECTED, d);
+	if (is_second)
 		return;
-	}
 	say(q, UQ_WELCOME);
 	if (q->fence) {
 		q->link = UQ_LINK_FENCING;
@@ -304,6 +310,8 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 {
 	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
 		link_up(q);
+	else if (d->epoch < q->config.epoch) /* the fence of a worker that died before it was confirmed */
+		q->config.stats->stale_answers++;
 	else
 		violate(q, UQ_V_UNEXPECTED, d);
 }
