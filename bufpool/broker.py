@@ -447,7 +447,8 @@ class Broker:
         for fd in fds:
             os.close(fd)
         if reply is None:
-            self._stopping = self._exit_on_eof
+            # Without a daemon there will be no device either.
+            self._stopping = self._exit_on_eof or not self._devices
             return False
         self._reply(reply)
         return True

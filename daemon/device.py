@@ -28,7 +28,7 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
-from ublkpool.daemon.records import Process, Record, Records, end_process, identify
+from ublkpool.daemon.records import Process, Record, Records, identify
 from ublkpool.daemon.recovery import Strikes, next_epoch, recover
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
 from ublkpool.daemon.team import Plan, Team
@@ -283,12 +283,10 @@ class Device:
     async def adopt(self, record: Record) -> bool:
         """Take over what a daemon before this one left of the device; False if there was nothing worth it.
 
-        Its workers end first, then whoever stored for them: what they were doing comes again from the kernel, and must
-        not be done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
+        Its processes have ended (`records.end_left`): what they were doing comes again from the kernel, and must not be
+        done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
         async with self._changing:
-            for process in record.processes:
-                await end_process(process, 0 if process.role == "worker" else BACKEND_PATIENCE_S)
             self._kernel = await BlockDevice.find(
                 self._around.runner, record.config.name, record.device_number
             )
@@ -323,6 +321,7 @@ class Device:
         if self._kernel is None or self._disk is None:
             return
         processes: list[Process | None] = [identify("worker", each.child.pid) for each in self.workers]
+        processes.append(identify("broker", self._around.broker.child.pid))
         if self.session is not None:
             processes.append(identify("backend", self.session.pid))
         self._around.records.save(
@@ -402,6 +401,7 @@ class Device:
             if self._leases is not None:
                 with _logged(self.config.name):
                     await self._leases.refresh()
+                self._save(self._team.epoch if self._team else _FIRST_EPOCH)
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,9 @@ import msgspec
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 
+Role = Literal["worker", "backend", "broker"]
 _log = logging.getLogger("ublkpool.records")
+PATIENCE_S = 10.0
 _START_TIME_FIELD = 19
 """Of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5): field 22)."""
 
@@ -25,7 +28,7 @@ _START_TIME_FIELD = 19
 class Process(msgspec.Struct, frozen=True):
     """A process, told from all others by when it started (clock ticks since boot)."""
 
-    role: Literal["worker", "backend"]
+    role: Role
     pid: int
     start_ticks: int
 
@@ -72,7 +75,7 @@ class Records:
         return self._directory / f"{name}.json"
 
 
-def identify(role: Literal["worker", "backend"], pid: int) -> Process | None:
+def identify(role: Role, pid: int) -> Process | None:
     """The process with this number now; None if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -81,19 +84,25 @@ def identify(role: Literal["worker", "backend"], pid: int) -> Process | None:
     return Process(role, pid, int(fields[_START_TIME_FIELD]))
 
 
-async def end_process(process: Process, patience_s: float) -> None:
-    """Wait until it is gone; kill it after `patience_s`."""
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + patience_s
+async def end_left(records: Sequence[Record]) -> None:
+    """End every process that these records know: workers at once, the others with time to finish what they do."""
+    processes = {each for record in records for each in record.processes}
+    await asyncio.gather(*(_end(each) for each in processes))
+
+
+async def _end(process: Process) -> None:
     with suppress(ProcessLookupError):
         fd = os.pidfd_open(process.pid)
         try:
             # Asked after the pidfd was opened: from here on the number cannot change hands unnoticed.
             if identify(process.role, process.pid) != process:
                 return
-            if not await _exits(fd, max(0.0, deadline_s - loop.time())):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-                await _exits(fd, None)
+            if process.role != "worker":
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+                if await _exits(fd, PATIENCE_S):
+                    return
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            await _exits(fd, None)
         finally:
             os.close(fd)
 

@@ -28,6 +28,7 @@ from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.records import Record, Records, end_left
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.ublk import control, queue
 
@@ -93,9 +94,9 @@ class Supervisor:
         """End the daemon."""
         self.stopped.set()
 
-    async def adopt_left(self) -> None:
+    async def adopt_left(self, left: Sequence[Record]) -> None:
         """Take over, or clear away, what an earlier daemon in this run directory was killed with."""
-        for record in self._around.records.load():
+        for record in left:
             device = Device(record.config, self._around)
             try:
                 if await device.adopt(record):
@@ -169,6 +170,9 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.callback(_remove_run_dir, run_dir, made)
     cleanup.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    left = Records(run_dir / "devices").load()
+    # Before a new broker listens where the old one did, and before pools go that old backends still look at.
+    await end_left(left)
     for prefix in list_orphans(instance):
         _log.warning("removing the pool %s that an earlier daemon left", prefix)
         unlink_arena(prefix)
@@ -181,7 +185,7 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)
-    await supervisor.adopt_left()
+    await supervisor.adopt_left(left)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
     cleanup.push_async_callback(admin.close)

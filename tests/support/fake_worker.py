@@ -177,6 +177,11 @@ class FakeWorker:
             self.own.close()
             self.own = None
 
+    def end_workers(self) -> None:
+        """All workers are gone."""
+        for router in self._routers:
+            router.close()
+
     def restart_worker(self, queue: int) -> None:
         """A new worker on a queue: the old socket is gone, a new one listens at the same endpoint."""
         self._routers[queue].close()
