@@ -253,9 +253,8 @@ class DeviceLeases:
         return owner in self._sessions
 
     def is_due(self, owner: Owner) -> bool:
-        """Whether this is the next epoch of a queue that is known by an earlier one."""
-        known = [each.epoch for each in self._sessions if each.queue == owner.queue]
-        return bool(known) and owner.epoch > max(known)
+        """Whether no later epoch of this queue is known: it may be registered next."""
+        return all(owner.epoch > each.epoch for each in self._sessions if each.queue == owner.queue)
 
     def register(self, owner: Owner) -> None:
         """Expect this worker; its reserve is set aside now and sent when it has said SYNC."""
