@@ -276,7 +276,11 @@ class Backend:
         raise OSError(errno.EOPNOTSUPP, "this backend does not read in place")
 
     def released(self, region: int) -> None:
-        """A region that `place` or `read_in_place` named is yours again; told exactly once for each."""
+        """A region that `place` or `read_in_place` named is yours again; told exactly once for each.
+
+        For a write that is some time after its answer: until then leave its data where it is, for if you die the
+        daemon may have to take it from there.
+        """
 
     def detached(self) -> None:
         """The daemon wants no backend for this device any more: `close` follows, and no successor will."""

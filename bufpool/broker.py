@@ -17,9 +17,11 @@ those of the routing id.  `op` is the size class, or `OP_SYNC_ASKED`.
       |            GRANT op=0 [slots]         |   its reserve
       |            GRANT op=1 [slots]         |
       |<--------------------------------------|
-      | LEASE op=0 length=32                  |   what is free comes at once, the rest later
-      |-------------------------------------->|
-      |            GRANT op=0 [slots]         |
+      | LEASE op=0 length=32 sequence=1       |   what is free comes at once, 20 more later; a wish for
+      |-------------------------------------->|   what the queue could never hold is cut
+      |   GRANT op=0 sequence=1 offset=20 [slots]
+      |<--------------------------------------|
+      |   GRANT op=0 sequence=1 offset=17 [3 slots]
       |<--------------------------------------|
       |            RECALL op=0 length=5       |   others wait: it owes 5 in all (not 5 more), paid from
       |<--------------------------------------|   the stock, then as tags finish; the reserve is its own
@@ -30,8 +32,12 @@ those of the routing id.  `op` is the size class, or `OP_SYNC_ASKED`.
       |<--------------------------------------|
       | SYNC op=0 sequence=N [all it holds]   |   stock and lent, one frame for each class, and it
       | SYNC op=1 sequence=N [all it holds]   |   asks again, since a SYNC ends its waiting
-      | LEASE op=0 length=9                   |
+      | LEASE op=0 length=9 sequence=2        |
       |-------------------------------------->|
+
+What is on order.  Every LEASE in sync is answered by a GRANT, if need be of no slots, and every GRANT says how many are
+still on order for its class (`offset`) after the worker's LEASE `sequence`.  The worker believes that and adds what it
+has asked for in later ones: else it would wait for ever for what the broker has cut off.
 
 Why N: a GRANT may be on its way while a SYNC is.  A worker answers the question when it has read it, so after
 every GRANT sent before it, and no GRANT is sent between question and answer.  An answer to any other question
@@ -213,6 +219,7 @@ class _Session:
         self.owner = owner
         self.class_count = class_count
         self.fresh = fresh
+        self.leases_seen = [0] * class_count
         self.ask(nonce)
 
     def ask(self, nonce: int) -> None:
@@ -283,8 +290,9 @@ class DeviceLeases:
             self._count("out_of_sync")
             session.ask_at_s = 0.0
         elif descriptor.kind == Kind.LEASE and not slots:
+            session.leases_seen[descriptor.op] = descriptor.sequence
             granted = self._table.lease(owner, descriptor.op, descriptor.length)
-            self._grant([Grant(owner, descriptor.op, granted)] if granted else [])
+            self._grant([Grant(owner, descriptor.op, granted)])
         elif descriptor.kind == Kind.RETURN:
             self._grant(self._table.give_back(owner, slots))
         else:
@@ -298,7 +306,9 @@ class DeviceLeases:
     def take_outbox(self) -> list[tuple[Owner, list[bytes]]]:
         """Bring the slot headers up to date, then hand out what is to be sent, by worker."""
         for recall in self._table.recalls():
-            self._send(recall.owner, Kind.RECALL, recall.size_class, length=recall.owed)
+            self._send(
+                recall.owner, self._head(recall.owner, Kind.RECALL, recall.size_class, length=recall.owed)
+            )
         for slot, owner in self._table.take_changes():
             if owner is None:
                 self._control.release(slot)
@@ -316,7 +326,10 @@ class DeviceLeases:
         due = [each for each in self._sessions.values() if each.unsynced and each.ask_at_s <= now_s]
         for session in due:
             session.asked(now_s)
-        return [(each.owner, self._frame(each.owner, Kind.RECALL, OP_SYNC_ASKED, each.nonce)) for each in due]
+        return [
+            (each.owner, self._head(each.owner, Kind.RECALL, OP_SYNC_ASKED, each.nonce).pack())
+            for each in due
+        ]
 
     def next_question_at_s(self) -> float | None:
         """When `questions` has something again."""
@@ -361,18 +374,21 @@ class DeviceLeases:
 
     def _grant(self, grants: Iterable[Grant]) -> None:
         for owner, size_class, slots in grants:
-            self._send(owner, Kind.GRANT, size_class, slots=slots)
+            session = self._sessions.get(owner)
+            seen = session.leases_seen[size_class] if session is not None else 0
+            on_order = self._table.on_order(owner, size_class)
+            self._send(
+                owner, self._head(owner, Kind.GRANT, size_class, seen)._replace(offset=on_order), slots
+            )
 
-    def _send(self, owner: Owner, kind: Kind, op: int, length: int = 0, slots: Sequence[int] = ()) -> None:
+    def _send(self, owner: Owner, head: Descriptor, slots: Sequence[int] = ()) -> None:
         session = self._sessions.get(owner)
         # A grant during a question stays unsent: the answer cannot mention it, so it comes free again then.
-        if session is not None and op not in session.unsynced:
-            self._outbox.append((owner, self._frame(owner, kind, op, length=length, slots=slots)))
+        if session is not None and head.op not in session.unsynced:
+            self._outbox.append((owner, pack_slots(head, slots) if head.kind == Kind.GRANT else head.pack()))
 
-    def _frame(
-        self, owner: Owner, kind: Kind, op: int, sequence: int = 0, length: int = 0, slots: Sequence[int] = ()
-    ) -> bytes:
-        head = Descriptor(
+    def _head(self, owner: Owner, kind: Kind, op: int, sequence: int = 0, length: int = 0) -> Descriptor:
+        return Descriptor(
             kind,
             op,
             device=self.device_number,
@@ -381,7 +397,6 @@ class DeviceLeases:
             sequence=sequence,
             length=length,
         )
-        return pack_slots(head, slots) if slots else head.pack()
 
 
 class Broker:

@@ -1,10 +1,12 @@
 """The engine below methods and requests: frames of the wire become `Request`s, their results become frames.
 
 Owns, per queue, what runs, what waits for a region, and which regions are lent; so it also answers fences: a request
-of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  Knows nothing of
-sockets.  Runs on the loop's thread; only the `Outbox` is touched by others.
+of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  A region stays lent
+until RELEASE, whatever was answered: until then the worker may take the data from it.  Knows nothing of sockets.
+Runs on the loop's thread; only the `Outbox` is touched by others.
 """
 
+import enum
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,12 +38,20 @@ class DispatchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
 
 
+class Stage(enum.Enum):
+    """How far the request is that a region was named for."""
+
+    NAMED = enum.auto()
+    RUNNING = enum.auto()
+    ANSWERED = enum.auto()
+
+
 class Lent(NamedTuple):
     """A region that the backend named, until it comes back."""
 
     descriptor: Descriptor
     region: int
-    running: bool
+    stage: Stage
 
 
 class Queue:
@@ -148,8 +158,10 @@ class RequestEngine:
             return True
         if region is None:
             return False
-        queue.lent[descriptor.tag, descriptor.sequence] = Lent(descriptor, region, False)
-        if descriptor.kind == _PLACE:
+        placing = descriptor.kind == _PLACE
+        stage = Stage.NAMED if placing else Stage.ANSWERED
+        queue.lent[descriptor.tag, descriptor.sequence] = Lent(descriptor, region, stage)
+        if placing:
             self._answer(queue, descriptor, _PLACED, 0, 0, region)
         else:
             self._requests += 1
@@ -175,16 +187,16 @@ class RequestEngine:
     def _data(self, queue: Queue, descriptor: Descriptor) -> None:
         key = (descriptor.tag, descriptor.sequence)
         lent = queue.lent.get(key)
-        if lent is None or lent.running or descriptor.length > lent.descriptor.length:
+        if lent is None or lent.stage is not Stage.NAMED or descriptor.length > lent.descriptor.length:
             self._dropped += 1
             return
-        queue.lent[key] = lent._replace(running=True)
+        queue.lent[key] = lent._replace(stage=Stage.RUNNING)
         buffer = self._device.own[lent.region : lent.region + descriptor.length]
         self._start(queue, descriptor, buffer, lent.region)
 
     def _release(self, queue: Queue, descriptor: Descriptor) -> None:
         lent = queue.lent.get((descriptor.tag, descriptor.sequence))
-        if lent is not None and not lent.running:
+        if lent is not None and lent.stage is not Stage.RUNNING:
             self._give_back(queue, lent.descriptor)
         elif lent is None:
             self._forget_waiting(
@@ -223,7 +235,7 @@ class RequestEngine:
                 self._batch.append(request)
         self._forget_waiting(lambda each, waiting: each is queue and waiting.epoch < epoch)
         for lent in list(queue.lent.values()):
-            if lent.descriptor.epoch < epoch and not lent.running:
+            if lent.descriptor.epoch < epoch and lent.stage is not Stage.RUNNING:
                 self._give_back(queue, lent.descriptor)
         queue.fence = descriptor
 
@@ -249,11 +261,14 @@ class RequestEngine:
             descriptor = request.descriptor
             queue = self._queues[descriptor.queue]
             queue.running -= 1
-            if request.region >= 0:
-                self._give_back(queue, descriptor)
             if descriptor.epoch < queue.epoch:
                 queue.running_old -= 1
+                if request.region >= 0:
+                    self._give_back(queue, descriptor)
             else:
+                if request.region >= 0:
+                    key = (descriptor.tag, descriptor.sequence)
+                    queue.lent[key] = queue.lent[key]._replace(stage=Stage.ANSWERED)
                 self._answer(queue, descriptor, _DONE, self._checked(request, result))
 
     def _checked(self, request: Request, result: int) -> int:

@@ -94,6 +94,11 @@ class LeaseStatistics(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str
 
 
+def held_max(count: int, reserve: int, queues: int) -> int:
+    """The most of `count` buffers that one of `queues` can ever hold: the reserves of the others are theirs."""
+    return count - reserve * (queues - 1)
+
+
 class _ClassPool:
     """The buffers of one size: counting only, queues are numbers here and every argument is valid."""
 
@@ -106,7 +111,7 @@ class _ClassPool:
         self.waiting: deque[int] = deque()
         self.reserve = reserve
         self.unclaimed = reserve * queues
-        self.held_max = len(slots) - reserve * (queues - 1)
+        self.held_max = held_max(len(slots), reserve, queues)
         self.fair_share = len(slots) // queues
 
     def lacking(self, queue: int) -> int:
@@ -235,7 +240,7 @@ class LeaseTable:
         return sum(pool.held[owner.queue] for pool in self._pools) if self.is_current(owner) else 0
 
     def lease(self, owner: Owner, size_class: int, want: int) -> tuple[int, ...]:
-        """As many of `want` buffers as are free for this owner now; it waits for the others."""
+        """As many of `want` buffers as are free for this owner now; it waits for the others, see `on_order`."""
         if not self._may(owner, size_class) or want <= 0:
             self._reject(f"no lease of {want} buffers of class {size_class} for {owner}")
             return ()
@@ -244,6 +249,10 @@ class LeaseTable:
         slots = self._take(owner, pool, count)
         self._clipped += pool.wait(owner.queue, want - count)
         return slots
+
+    def on_order(self, owner: Owner, size_class: int) -> int:
+        """How many buffers the owner waits for: what of its wishes was neither granted nor cut."""
+        return self._pools[size_class].wanted[owner.queue] if self._may(owner, size_class) else 0
 
     def give_back(self, owner: Owner, slots: Iterable[int]) -> list[Grant]:
         """Take these slots from their owner, and grant them to who waits."""

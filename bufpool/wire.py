@@ -51,9 +51,11 @@ class Kind(enum.IntEnum):
     PLACE = 2
     """A write of `length` bytes at `offset` is coming: where should its data go?"""
     DATA = 3
-    """The data of a placed write now lies in the region that was named; `length` may have shrunk."""
+    """The data of a placed write now lies in the region that was named; `length` may have shrunk.  The region stays
+    lent until RELEASE."""
     RELEASE = 4
-    """The worker and the kernel are done with a region that the backend named; it may be used again."""
+    """The worker and the kernel are done with a region that the backend named, for a write or a read; until then it
+    is lent and keeps its content, whatever was answered."""
     WELCOME = 5
     """The answer to HELLO: requests follow."""
     FENCE = 6
@@ -71,9 +73,10 @@ class Kind(enum.IntEnum):
     """The answer to FENCE: nothing of an older epoch is running or will run."""
 
     LEASE = 32
-    """Worker to broker: `length` more buffers of class `op`, please."""
+    """Worker to broker: `length` more buffers of class `op`, please; `sequence` counts the worker's leases of it."""
     GRANT = 33
-    """Broker to worker: these slots of class `op` are yours."""
+    """Broker to worker: these slots (perhaps none) of class `op` are yours.  After the LEASE `sequence` and all before
+    it `offset` more are on order; what was wished beyond that will not come."""
     RETURN = 34
     """Worker to broker: these slots of class `op` are no longer mine."""
     RECALL = 35

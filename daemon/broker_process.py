@@ -46,6 +46,7 @@ class BrokerProcess:
     async def keep_running(self, restarted: Callable[[], Awaitable[None]]) -> None:
         """Start it again whenever it dies, and have `restarted` tell it the devices; until it is stopped."""
         delay_s = RESTART_MIN_S
+        telling: set[asyncio.Future[None]] = set()
         while True:
             status = await self.child.wait()
             if self._stopping:
@@ -56,12 +57,18 @@ class BrokerProcess:
                 await asyncio.sleep(delay_s)
                 self._start()
             delay_s = min(2 * delay_s, RESTART_MAX_S)
-            await restarted()
+            # Not awaited: a device may have it wait, and this broker may die meanwhile.
+            told = asyncio.ensure_future(restarted())
+            telling.add(told)
+            told.add_done_callback(telling.discard)
 
     async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
         """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
         async with self._turn:
-            broker.send_command(self._socket, command, fd)
+            try:
+                broker.send_command(self._socket, command, fd)
+            except OSError as error:
+                raise PoolError("the pool broker is gone") from error
             await self._readable()
             reply = broker.receive_reply(self._socket)
         if isinstance(reply, broker.Failed):
@@ -95,9 +102,38 @@ class Leases:
         self._control_fd = control_fd
         self._epochs: list[int] = []
         self._generation = 0
+        self._closed = False
+        # A new broker is told at once, also while the device waits for buffers: so what follows can overlap.
+        self._turn = asyncio.Lock()
 
     async def refresh(self) -> None:
         """Tell a broker that was started since what its predecessor knew; the slot headers tell it the rest."""
+        async with self._turn:
+            if not self._closed:
+                await self._refresh()
+
+    async def register(self, epoch: int) -> None:
+        """Set the reserves aside for the workers of this epoch."""
+        async with self._turn:
+            await self._refresh()
+            self._epochs.append(epoch)
+            await self._register(epoch)
+
+    async def reclaim(self) -> None:
+        """Take back everything: all workers so far are dead, and nobody uses their buffers."""
+        async with self._turn:
+            await self._refresh()
+            await self._reclaim()
+
+    async def close(self) -> None:
+        """Reclaim, and have the broker forget the device."""
+        async with self._turn:
+            self._closed = True
+            await self._refresh()
+            await self._reclaim()
+            await self._broker.command(broker.RemoveDevice(self._number))
+
+    async def _refresh(self) -> None:
         if self._generation == self._broker.generation:
             return
         self._generation = self._broker.generation
@@ -105,24 +141,11 @@ class Leases:
         for epoch in self._epochs[-1:]:
             await self._register(epoch)
 
-    async def register(self, epoch: int) -> None:
-        """Set the reserves aside for the workers of this epoch."""
-        await self.refresh()
-        self._epochs.append(epoch)
-        await self._register(epoch)
-
-    async def reclaim(self) -> None:
-        """Take back everything: all workers so far are dead, and nobody uses their buffers."""
-        await self.refresh()
+    async def _reclaim(self) -> None:
         for epoch in self._epochs:
             for queue in self._queues:
                 await self._broker.command(broker.Reclaim(self._number, queue, epoch))
         self._epochs.clear()
-
-    async def close(self) -> None:
-        """Reclaim, and have the broker forget the device."""
-        await self.reclaim()
-        await self._broker.command(broker.RemoveDevice(self._number))
 
     async def _register(self, epoch: int) -> None:
         for queue in self._queues:

@@ -370,7 +370,7 @@ class Device:
         """A worker's end is the whole device's: the driver gives up all of its queues."""
         worker = await team.ended()
         # A worker that the kernel left without tags has not failed; its siblings will follow.
-        if not self._stopping and self._team is team and self.state in ("live", "waiting"):
+        if not self._stopping and self._team is team and self.state != "failed":
             await self._recover_or_fail(team, worker.obituary())
 
     async def _recover_or_fail(self, dead: Team, reason: str) -> None:
@@ -397,11 +397,11 @@ class Device:
 
     async def broker_restarted(self) -> None:
         """Bring the new broker up to date about this device."""
-        async with self._changing:
-            if self._leases is not None:
-                with _logged(self.config.name):
-                    await self._leases.refresh()
-                self._save(self._team.epoch if self._team else _FIRST_EPOCH)
+        # Without a turn: whoever has it may be waiting for the buffers that the new broker does not know of yet.
+        if self._leases is not None:
+            with _logged(self.config.name):
+                await self._leases.refresh()
+            self._save(self._team.epoch if self._team else _FIRST_EPOCH)
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.broker_process import Leases
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.team import Team
 
 RECOVERY_DEADLINE_S = 60.0
@@ -67,8 +68,21 @@ async def next_epoch(
     await leases.reclaim()
     await leases.register(team.epoch)
     await team.ready()
-    await kernel.end_recovery(RECOVERY_DEADLINE_S)
+    await _while_serving(team, kernel.end_recovery(RECOVERY_DEADLINE_S))
     return team
+
+
+async def _while_serving(team: Team, command: Awaitable[None]) -> None:
+    """Wait for a command, which waits for the workers' tags.  Raises `DaemonError` if a worker ends before."""
+    done, ended = asyncio.ensure_future(command), asyncio.ensure_future(team.ended())
+    try:
+        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise DaemonError(ended.result().obituary())
+        done.result()
+    finally:
+        done.cancel()
+        ended.cancel()
 
 
 async def _fence(team: Team, session: Session | None) -> None:

@@ -46,7 +46,7 @@ VIOLATIONS = (
     "nothing",
     "a frame that is not 1 to 4096 whole descriptors",
     "a descriptor of a kind that backends do not send",
-    "a device, queue, tag or sequence that is not this queue's",
+    "a device, queue, tag, epoch or sequence that is not this queue's",
     "an answer that nobody waits for",
     "a result that is no errno, or larger than the request",
     "a region of a segment that is not its own",
@@ -60,7 +60,10 @@ FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion
 
 
 class BufferClass(NamedTuple):
-    """A size class of the pool, for one queue: reserve and batch are buffers."""
+    """A size class of the pool, for one queue: reserve, batch and most are buffers.
+
+    `most` is what the broker can ever give to one queue; a wish beyond it would never be fulfilled.
+    """
 
     base_offset: int
     buffer_bytes: int
@@ -68,6 +71,7 @@ class BufferClass(NamedTuple):
     first_slot: int
     reserve: int
     batch: int
+    most: int
 
 
 class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +171,10 @@ class Queue:
         """So many of the descriptors are on their way."""
         _lib.uq_output_sent(self.raw, count)
 
+    def hold_output(self, hold: bool) -> None:
+        """Whether the transport is full, so that what waits for it is no reason for attention."""
+        _lib.uq_output_hold(self.raw, hold)
+
     def input(self, frame: bytes | memoryview) -> None:
         """A frame of the backend's; one that breaks the protocol cuts the link."""
         _lib.uq_input(self.raw, _ffi.from_buffer(frame), len(frame))
@@ -210,9 +218,9 @@ class Queue:
         """So many more are on order."""
         _lib.uq_stock_asked(self.raw, size_class, count)
 
-    def stock_unask(self, size_class: int) -> None:
-        """Nothing is on order any more."""
-        _lib.uq_stock_unask(self.raw, size_class)
+    def stock_on_order(self, size_class: int, count: int) -> None:
+        """So many are on order in all."""
+        _lib.uq_stock_on_order(self.raw, size_class, count)
 
     def stock_add(self, size_class: int, slots: Sequence[int]) -> None:
         """Buffers come into the stock; waiting requests take them."""

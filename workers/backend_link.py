@@ -4,7 +4,6 @@ Owns the ROUTER that backends connect to.  Frames of anybody else are dropped an
 queue's to judge.  Used by the worker's one thread; never waits.
 """
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ublkpool.ublk.queue import Queue
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
 FRAMES_PER_TURN_MAX = 256
 _RECEIVE_QUEUE_MAX = 1024
+_SEND_QUEUE_MAX = 1024
 
 
 class BackendLink:
@@ -39,8 +39,8 @@ class BackendLink:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        # A tag has at most one descriptor under way and a region to give back, so that this pipe is bounded.
-        self._socket.set(zmq.SNDHWM, 0)
+        # A backend that answers what it has not read may not fill our memory; see `_send`.
+        self._socket.set(zmq.SNDHWM, _SEND_QUEUE_MAX)
         self._socket.set(zmq.RCVHWM, _RECEIVE_QUEUE_MAX)
         self._socket.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
 
@@ -85,11 +85,24 @@ class BackendLink:
         self._socket.close()
 
     def _send(self) -> None:
+        """Send what waits.  What the pipe has no room for stays with the queue, whose own bound counts from then on.
+
+        Room is noticed in a later turn: ZeroMQ's descriptor becomes readable, or the loop ticks.
+        """
         block = self._queue.output()
-        for start in range(0, len(block), FRAME_BYTES_MAX):
+        sent = 0
+        while sent < len(block) and self._pass_on(block[sent : sent + FRAME_BYTES_MAX]):
+            sent = min(sent + FRAME_BYTES_MAX, len(block))
+        self._queue.sent(sent // DESCRIPTOR_BYTES)
+        self._queue.hold_output(sent < len(block))
+
+    def _pass_on(self, frame: bytes) -> bool:
+        """Send one frame; whether the queue is rid of it."""
+        try:
+            self._socket.send_multipart([self._token, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError:
             # If it is gone, what it was to get stays with it until the supervisor says so.
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart(
-                    [self._token, block[start : start + FRAME_BYTES_MAX]], zmq.NOBLOCK
-                )
-        self._queue.sent(len(block) // DESCRIPTOR_BYTES)
+            return True
+        return True

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.bufpool.lease import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
 from ublkpool.workers import messages
@@ -45,7 +46,15 @@ def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
         shared = each.count - reserve * arena.queues
         batch = max(1, min(_BATCH_MAX, shared // (4 * arena.queues)))
         classes.append(
-            core.BufferClass(each.base_offset, each.buffer_bytes, each.count, each.first_slot, reserve, batch)
+            core.BufferClass(
+                each.base_offset,
+                each.buffer_bytes,
+                each.count,
+                each.first_slot,
+                reserve,
+                batch,
+                held_max(each.count, reserve, arena.queues),
+            )
         )
     return tuple(classes)
 

@@ -29,7 +29,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-en
 #define ZEROES_BYTES (1u << 20)
 #define SECTOR_BYTES 512u
 
-enum state { IDLE, WAITING, PLACED, RUNNING };
+/* ANSWERED: a placed write's slot stays lent until RELEASE, since the worker may still take the data from it. */
+enum state { IDLE, WAITING, PLACED, RUNNING, ANSWERED };
 enum step { MOVE, PUNCH, ZERO_RANGE, ZERO_WRITE, SYNC };
 
 struct request {
@@ -183,8 +184,12 @@ static void finish(struct fileio_engine *e, struct request *r, int32_t result) {
         count_result(e, r, result);
         answer(e, &r->d, FILEIO_DONE, result);
     }
-    give_back(e, r);
-    lend_to_waiting(e);
+    if (r->slot != NO_SLOT && r->d.epoch >= q->epoch) {
+        r->state = ANSWERED;
+    } else {
+        give_back(e, r);
+        lend_to_waiting(e);
+    }
     finish_fence(e, q);
 }
 
@@ -402,6 +407,11 @@ static void take_place(struct fileio_engine *e, struct request *r, const struct 
     }
 }
 
+/* It names or wants a slot and nothing of it is running. */
+static bool may_let_go(const struct request *r) {
+    return r->state == PLACED || r->state == WAITING || r->state == ANSWERED;
+}
+
 static bool is_same(const struct request *r, const struct fileio_descriptor *d) {
     return r->d.epoch == d->epoch && r->d.sequence == d->sequence;
 }
@@ -417,7 +427,7 @@ static void take_data(struct fileio_engine *e, struct request *r, const struct f
 }
 
 static void take_release(struct fileio_engine *e, struct request *r, const struct fileio_descriptor *d) {
-    if ((r->state == PLACED || r->state == WAITING) && is_same(r, d)) {
+    if (may_let_go(r) && is_same(r, d)) {
         abandon(e, index_of(e, d));
         lend_to_waiting(e);
     }
@@ -432,7 +442,7 @@ static void take_fence(struct fileio_engine *e, const struct fileio_descriptor *
     for (uint32_t tag = 0; tag < e->setup.depth; tag++) {
         uint32_t index = d->queue * e->setup.depth + tag;
         struct request *r = &e->requests[index];
-        if ((r->state == PLACED || r->state == WAITING) && r->d.epoch < q->epoch)
+        if (may_let_go(r) && r->d.epoch < q->epoch)
             abandon(e, index);
     }
     q->fence = *d;

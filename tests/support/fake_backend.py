@@ -1,7 +1,8 @@
 """A backend on the wire's descriptors, without a socket: one object is one life of a backend process.
 
 Owns what the process would: the requests it was given, its own segment.  Its `Store` outlives it.  It checks that the
-worker keeps to the protocol, scribbles over regions that are its own again, and can lie (`fake_liar.py`).
+worker keeps to the protocol, scribbles over regions that are its own again and names them anew, and can lie
+(`fake_liar.py`).  It does not know whether anybody hears its answers.
 """
 
 import errno
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op, iter_frame
 
-from .fake_driver import FakeDriver
+from .fake_driver import SECTOR_BYTES, FakeDriver
 from .queue_rig import DEVICE, POISON, Rig, new_area
 
 Key = tuple[int, int]
@@ -55,7 +56,7 @@ class FakeBackend:
         rig.areas[segment] = self.segment
         self._free = [index * plan.max_io_bytes for index in range(cells)]
         self.named: dict[Key, int] = {}
-        """The region of its segment that a tag has, from PLACED or a read's DONE on."""
+        """The region of its segment that a tag has, from PLACED or a read's DONE on until RELEASE."""
         self.placing: dict[Key, Descriptor] = {}
         self.given: dict[Key, Descriptor] = {}
         self.executed: dict[Key, Answer] = {}
@@ -64,6 +65,8 @@ class FakeBackend:
         """Every descriptor received, for tests to look at."""
         self.error_rate = 0.0
         """How often a request fails on purpose."""
+        self.reuses_answered = False
+        """Against the protocol: a write's region is its own again from DONE on."""
 
     def hello(self, queue: int) -> bytes:
         return Descriptor(Kind.HELLO, device=DEVICE, queue=queue, epoch=self._rig.plan.epoch).pack()
@@ -86,7 +89,9 @@ class FakeBackend:
         assert not (key in self.placing or key in self.given or key in self.executed), (
             f"two requests at {key}"
         )
-        if each.kind == Kind.RELEASE:
+        if each.kind == Kind.RELEASE and key not in self.named:
+            assert self.reuses_answered
+        elif each.kind == Kind.RELEASE:
             assert (each.segment, each.buffer) == (self.segment.number, self.named[key]), (
                 "a region it never named"
             )
@@ -175,19 +180,22 @@ class FakeBackend:
 
     def _change(self, each: Descriptor, length: int) -> None:
         if each.op == Op.WRITE:
-            view = self._rig.areas[each.segment].view
-            self._store.write(each.offset, view[each.buffer : each.buffer + length])
+            data = self._rig.areas[each.segment].view[each.buffer : each.buffer + length]
+            request = self._drivers[each.queue].request_at(each.tag)
+            done_bytes = request.done * SECTOR_BYTES
+            assert data == request.data[done_bytes : done_bytes + length], f"not the data of {request}"
+            self._store.write(each.offset, data)
         elif each.op in (Op.DISCARD, Op.WRITE_ZEROES):
             self._store.write(each.offset, bytes(each.length))
         else:
             assert each.op == Op.FLUSH, "the worker answers unknown operations itself"
 
     def answer(self, key: Key) -> bytes:
-        """The answer to an executed request; what a write lay in is the backend's again."""
+        """The answer to an executed request; its region stays lent."""
         answer = self.executed.pop(key)
         if answer.cell is not None:
             self.named[key] = answer.cell
-        elif key in self.named:
+        elif key in self.named and self.reuses_answered:
             self._own_again(self.named.pop(key))
         return answer.descriptor.pack()
 
@@ -201,8 +209,7 @@ class FakeBackend:
                 self._rig.pool.view[each.buffer : each.buffer + each.length] = bytes([POISON]) * each.length
 
     def forget(self, key: Key) -> None:
-        """A wrong answer has ended an executed request; its region is the backend's own again."""
+        """A wrong answer has ended an executed request; the region that a read did not name was never lent."""
         answer = self.executed.pop(key)
-        cell = self.named.pop(key, None) if answer.cell is None else answer.cell
-        if cell is not None:
-            self._own_again(cell)
+        if answer.cell is not None:
+            self._own_again(answer.cell)

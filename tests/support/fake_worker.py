@@ -185,14 +185,13 @@ class FakeWorker:
     def restart_worker(self, queue: int) -> None:
         """A new worker on a queue: the old socket is gone, a new one listens at the same endpoint."""
         self._routers[queue].close()
+        # ZeroMQ's own thread removes the old socket's file a little later, and would remove a new one's.
+        path = Path(self.endpoints[queue].removeprefix("ipc://"))
         deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                self._routers[queue] = self._bind(self.endpoints[queue])
-                return
-            except zmq.ZMQError:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        while path.exists():
+            assert time.monotonic() < deadline, f"{path} stays"
+            time.sleep(0.005)
+        self._routers[queue] = self._bind(self.endpoints[queue])
 
     def send(self, queue: int, descriptors: Iterable[Descriptor]) -> None:
         """One frame to the backend."""
@@ -303,7 +302,7 @@ class FakeWorker:
         self.send(queue, [request])
         return self.answer_of(request), request
 
-    def fill(self, placed: Descriptor, request: Descriptor, data: bytes) -> int:
+    def fill(self, placed: Descriptor, request: Descriptor, data: bytes, release: bool = True) -> int:
         """What the kernel and the worker do after PLACED; returns the write's result."""
         self.region(placed, len(data))
         assert self.own is not None
@@ -311,6 +310,8 @@ class FakeWorker:
         self.send(request.queue, [request._replace(kind=Kind.DATA, length=len(data))])
         answer = self.answer_of(request)
         assert answer.kind == Kind.DONE
+        if release:
+            self.release(request)
         return answer.result
 
     def do(self, op: Op, offset: int = 0, length: int = 0, *, flags: int = 0, queue: int = 0) -> int:

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ublkpool.bufpool.lease import Grant, LeaseTable, Owner, Recall
+from ublkpool.bufpool.lease import Grant, LeaseTable, Owner, Recall, held_max
 from ublkpool.bufpool.limits import Geometry
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
+from ublkpool.workers.pool_link import Orders
 
 _ffi, _lib = _native.ffi, _native.lib
 DEVICE = 7
 POISON = 0xEE
+MESSAGES_TO_SETTLE_MAX = 1000
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +50,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     def classes(self) -> tuple[BufferClass, ...]:
         return tuple(
-            BufferClass(c.base_offset, c.buffer_bytes, c.count, c.first_slot, self.reserve, 1)
+            BufferClass(
+                c.base_offset,
+                c.buffer_bytes,
+                c.count,
+                c.first_slot,
+                self.reserve,
+                1,
+                held_max(c.count, self.reserve, self.queues),
+            )
             for c in self.geometry.classes
         )
 
@@ -157,6 +167,14 @@ class Side:
         assert {s for s, user in rig.ledger.user_of.items() if user[0] == self.number} <= set(lent)
 
 
+class Granted(NamedTuple):
+    """A GRANT on its way."""
+
+    grant: Grant
+    sequence: int
+    on_order: int
+
+
 class Rig:
     """A device: its pool, the real lease table, and a core per queue."""
 
@@ -171,7 +189,11 @@ class Rig:
         )
         self.sides = [Side(self, number) for number in range(plan.queues)]
         self.areas = {1: self.pool}
-        self.mail: list[deque[Grant | Recall]] = [deque() for _ in self.sides]
+        self.mail: list[deque[Granted | Recall]] = [deque() for _ in self.sides]
+        self.wishes: list[deque[tuple[int, int, int]]] = [deque() for _ in self.sides]
+        """LEASEs on their way: class, sequence, count."""
+        self.orders = [[Orders() for _ in self.geometry.classes] for _ in self.sides]
+        self._seen = [[0 for _ in self.geometry.classes] for _ in self.sides]
         for side in self.sides:
             self._post(self.table.register(side.owner))
         for number in range(plan.queues):
@@ -203,18 +225,42 @@ class Rig:
 
     def _post(self, messages: "list[Grant] | list[Recall]") -> None:
         for each in messages:
-            self.mail[each.owner.queue].append(each)
+            queue = each.owner.queue
+            if isinstance(each, Grant):
+                on_order = self.table.on_order(each.owner, each.size_class)
+                self.mail[queue].append(Granted(each, self._seen[queue][each.size_class], on_order))
+            else:
+                self.mail[queue].append(each)
 
     def ask(self, number: int) -> None:
-        """What a worker does about its stock: leases and returns; the answers go to `mail`."""
+        """What a worker does about its stock: leases go to `wishes`, returns arrive at once."""
         side = self.sides[number]
         for size_class, want in list(side.queue.stock_wants()):
             if want > 0:
                 side.queue.stock_asked(size_class, want)
-                self._post([Grant(side.owner, size_class, self.table.lease(side.owner, size_class, want))])
+                self.wishes[number].append((size_class, self.orders[number][size_class].ask(want), want))
             else:
+                self.hear_wishes(number)
                 self._give_back(side, size_class, -want)
         self._post(self.table.recalls())
+
+    def hear_wishes(self, number: int) -> None:
+        """The queue's LEASEs reach the broker; the answers go to `mail`."""
+        owner = self.sides[number].owner
+        while self.wishes[number]:
+            size_class, sequence, want = self.wishes[number].popleft()
+            self._seen[number][size_class] = sequence
+            self._post([Grant(owner, size_class, self.table.lease(owner, size_class, want))])
+        self._post(self.table.recalls())
+
+    def settle(self, number: int) -> None:
+        """The queue and the broker talk until neither has anything to say."""
+        for _ in range(MESSAGES_TO_SETTLE_MAX):
+            self.ask(number)
+            self.hear_wishes(number)
+            if not self.deliver_mail(number):
+                return
+        raise AssertionError(f"queue {number} and the broker talk for ever")
 
     def _give_back(self, side: Side, size_class: int, count: int) -> None:
         slots = side.queue.stock_take(size_class, count)
@@ -227,6 +273,7 @@ class Rig:
     def give_all_back(self) -> None:
         """Return every free buffer of every stock, as at a clean stop."""
         for side in self.sides:
+            self.hear_wishes(side.number)
             self.table.cancel(side.owner)
         for side in self.sides:
             while self.deliver_mail(side.number):
@@ -239,8 +286,11 @@ class Rig:
         if not self.mail[number]:
             return False
         message, queue = self.mail[number].popleft(), self.sides[number].queue
-        if isinstance(message, Grant):
-            queue.stock_add(message.size_class, message.slots)
+        if isinstance(message, Granted):
+            _, size_class, slots = message.grant
+            queue.stock_add(size_class, slots)
+            orders = self.orders[number][size_class]
+            queue.stock_on_order(size_class, orders.granted(message.sequence, message.on_order))
         else:
             queue.stock_recall(message.size_class, message.owed)
         return True

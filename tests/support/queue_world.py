@@ -38,6 +38,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     temper: Temper
     end: str
     steps: int
+    reuses_answered: bool = False
+    """Backends that break the protocol in a way that nobody can see; see `FakeBackend`."""
 
 
 class World:
@@ -53,6 +55,8 @@ class World:
         self.disk = ShadowDisk(rng, first, sectors, plan.max_io_bytes // 512, block)
         self.store = Store(first * 512, sectors * 512)
         self.backend: FakeBackend | None = None
+        self.coming: list[deque[bytes]] = [deque() for _ in self.drivers]
+        """Frames that the backend has sent and the worker has not read."""
         self.late: list[list[bytes]] = [[] for _ in self.drivers]
         self.segment = 1
         self.now_ms = 0
@@ -68,7 +72,9 @@ class World:
             (self._place, 3),
             (self._execute, 5),
             (self._answer, 5),
+            (self._hear, 5),
             (self._lease, 3),
+            (self._wishes, 3),
             (self._mail, 3),
             (self._link, 2),
             (self._tick, 1),
@@ -141,11 +147,12 @@ class World:
         return self.rng.choice(keys) if keys else None
 
     def _place(self, queue: int) -> None:
-        backend = self._connected(queue)
+        backend = self.backend
         key = self._key(queue, backend.placing) if backend else None
         if backend is None or key is None or self._lies(queue, backend, key, backend.placing[key]):
             return
-        self._input(queue, backend.reject(key, -28) if self.rng.random() < 0.02 else backend.place(key))
+        rejects = self._is_heard(queue) and self.rng.random() < 0.02
+        self._say(queue, backend.reject(key, -28) if rejects else backend.place(key))
 
     def _execute(self, queue: int) -> None:
         backend = self.backend
@@ -156,7 +163,7 @@ class World:
             backend.execute(key, self.rng.randint(1, 4) if self.rng.random() < 0.2 else None)
 
     def _answer(self, queue: int) -> None:
-        backend = self._connected(queue)
+        backend = self.backend
         if backend is None:
             return
         keys = [key for key in backend.executed if key[0] == queue]
@@ -165,29 +172,35 @@ class World:
         chosen = keys[: self.rng.randint(1, 3)]
         frame = b"".join([backend.answer(key) for key in chosen[1:]])
         if frame:
-            self._input(queue, frame)
+            self._say(queue, frame)
         for key in chosen[:1]:
             request = backend.executed[key].descriptor._replace(kind=Kind.REQUEST)
             if not self._lies(queue, backend, key, request):
-                self._input(queue, backend.answer(key))
+                self._say(queue, backend.answer(key))
 
-    def _input(self, queue: int, frame: bytes | None) -> None:
+    def _say(self, queue: int, frame: bytes | None) -> None:
+        """The backend sends a frame, whether or not anybody will read it."""
+        if frame is not None:
+            self.coming[queue].append(frame)
+
+    def _hear(self, queue: int) -> None:
         """A frame reaches the worker; `_kill` sends it once more, much too late."""
-        if frame is None:
-            return
         core = self.rig.sides[queue].queue
+        if not self.coming[queue]:
+            return
+        frame, was_heard = self.coming[queue].popleft(), self._is_heard(queue)
         core.input(frame)
-        assert core.link is Link.UP, f"an honest answer cut the link: {core.violation()}"
+        assert self._is_heard(queue) or not was_heard, f"an honest answer cut the link: {core.violation()}"
         self.late[queue].append(frame)
 
-    def _connected(self, queue: int) -> FakeBackend | None:
-        """The backend, unless the worker has stopped listening: what it says then must not give a region away."""
-        return self.backend if self.rig.sides[queue].queue.link is Link.UP else None
+    def _is_heard(self, queue: int) -> bool:
+        """Whether the worker still listens; a backend cannot know."""
+        return self.rig.sides[queue].queue.link is Link.UP
 
     def _lies(self, queue: int, backend: FakeBackend, key: Key, request: Descriptor) -> bool:
         """Maybe lie about this request instead of answering it."""
         core = self.rig.sides[queue].queue
-        if self.scenario.temper != "lying" or self.rng.random() > LIE_RATE:
+        if self.scenario.temper != "lying" or not self._is_heard(queue) or self.rng.random() > LIE_RATE:
             return False
         self.lies += 1
         plan = self.scenario.plan
@@ -241,6 +254,9 @@ class World:
     def _lease(self, queue: int) -> None:
         self.rig.ask(queue)
 
+    def _wishes(self, queue: int) -> None:
+        self.rig.hear_wishes(queue)
+
     def _mail(self, queue: int) -> None:
         self.rig.deliver_mail(queue)
 
@@ -265,20 +281,27 @@ class World:
         self.note("the backend dies")
         for side in self.rig.sides:
             if not at_once or self.rng.random() < 0.5:
+                violations = int(side.statistics.violations)
                 side.queue.cut()
+                assert side.statistics.violations == violations, "the owner's cut is nobody's violation"
         self.backend = None
         for side in self.rig.sides:
+            coming, late = self.coming[side.number], self.late[side.number]
+            for _ in range(self.rng.randint(0, len(coming))):
+                self._hear(side.number)
             side.queue.lost()
-            for frame in self.late[side.number][-3:]:
+            for frame in (*late[-3:], *coming):
                 side.queue.input(frame)
             assert side.queue.link is Link.NONE, "late answers of the dead do nothing"
-            self.late[side.number].clear()
+            late.clear()
+            coming.clear()
 
     def _revive(self) -> None:
         self._drop_idle_segments()
         self.segment += 1
         made = FakeBackend(self.rig, self.drivers, self.store, self.segment, self.rng)
         made.error_rate = ERROR_RATE
+        made.reuses_answered = self.scenario.reuses_answered
         own = self.scenario.plan.place_in_backend or made.reads_own
         number, size = (self.segment, made.segment.size_bytes) if own else (0, 0)
         sides = self.rig.sides

@@ -131,8 +131,8 @@ class Worker:
         frames = [self.frame(Kind.SYNC, op, slots, sequence=sequence) for op, slots in self.held.items()]
         self.socket.send_multipart(frames)
 
-    def lease(self, op: int, want: int) -> None:
-        self.socket.send(self.frame(Kind.LEASE, op, length=want))
+    def lease(self, op: int, want: int, sequence: int = 0) -> None:
+        self.socket.send(self.frame(Kind.LEASE, op, length=want, sequence=sequence))
 
     def give_back(self, op: int, slots: list[int]) -> None:
         self.held[op] = [slot for slot in self.held[op] if slot not in slots]
@@ -258,12 +258,34 @@ def test_leases_come_at_once_or_when_another_worker_returns_some(
     first.take()
     assert len(first.held[0]) == 8
     second.lease(0, 3)
+    second.take()
     assert [(each.kind, each.op, each.length) for each in first.take()] == [(Kind.RECALL, 0, 3)]
     first.give_back(0, first.held[0][:3])
     second.take()
     assert len(second.held[0]) == 5
     assert not set(first.held[0]) & set(second.held[0])
     assert slots_of(arena, Owner(1, 1)) == second.all_slots()
+
+
+def test_every_lease_is_answered_with_what_is_still_to_come(broker: BrokerProcess, worker: Connect) -> None:
+    first, second = worker(0, 1), worker(1, 1)
+    first.say_hello()
+    second.say_hello()
+    first.lease(0, 4, sequence=1)
+    second.lease(0, 3, sequence=1)
+    answers = [*first.take(), *second.take()]
+    second.lease(0, 99, sequence=2)
+    answers += second.take()
+    first.receive()
+    first.give_back(0, first.held[0][:1])
+    answers += second.take()
+    told = [(each.kind, each.length, each.sequence, each.offset) for each in answers]
+    assert told == [
+        (Kind.GRANT, 4, 1, 0),
+        (Kind.GRANT, 2, 1, 1),
+        (Kind.GRANT, 0, 2, 4),
+        (Kind.GRANT, 1, 2, 3),
+    ]
 
 
 def test_a_dead_workers_buffers_return_once_and_its_successor_is_served(

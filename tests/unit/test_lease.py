@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ublkpool.bufpool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall
+from ublkpool.bufpool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall, held_max
 from ublkpool.bufpool.limits import Geometry
 
 QUEUES = 3
@@ -80,6 +80,20 @@ def test_a_wish_beyond_what_a_queue_can_ever_hold_is_cut() -> None:
     statistics = made.statistics()
     assert statistics.classes[0].waiting == 0
     assert statistics.clipped == 2 * (1 << 63) - 7
+
+
+def test_on_order_is_what_was_neither_granted_nor_cut() -> None:
+    made = table()
+    taken = made.lease(A, 0, 6)
+    assert made.on_order(A, 0) == 0
+    made.lease(B, 0, 3)
+    assert made.on_order(B, 0) == 2
+    made.lease(B, 0, 100)
+    assert made.on_order(B, 0) == held_max(10, 1, 3) - len(held(made, B)) == 6
+    made.give_back(A, taken[:2])
+    assert made.on_order(B, 0) == 4
+    made.sync(B, 0, held(made, B))
+    assert made.on_order(B, 0) == made.on_order(Owner(0, 9), 0) == made.on_order(A, 7) == 0
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,16 @@ def test_a_blocks_place_is_the_block(in_place: FakeWorker) -> None:
     in_place.release(read)
 
 
-def test_an_overlapping_write_waits_until_the_first_is_done(in_place: FakeWorker) -> None:
+def test_an_overlapping_write_waits_until_the_first_is_released(in_place: FakeWorker) -> None:
     first, request = in_place.place(4096, 8192, tag=0)
     second = in_place.describe(Kind.PLACE, Op.WRITE, 8192, 8192, tag=1)
     in_place.send(0, [second])
     beside, _ = in_place.place(16384, 4096, tag=2)
     assert beside.kind == Kind.PLACED
     assert in_place.is_silent()
-    assert in_place.fill(first, request, b"1" * 8192) == 8192
+    assert in_place.fill(first, request, b"1" * 8192, release=False) == 8192
+    assert in_place.is_silent()
+    in_place.release(request)
     placed = in_place.answer_of(second)
     assert (placed.kind, placed.buffer) == (Kind.PLACED, 8192)
 

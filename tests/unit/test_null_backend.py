@@ -40,19 +40,28 @@ def test_places_writes_in_slots_that_come_back(tmp_path: Path) -> None:
 def test_a_third_write_waits_for_one_of_two_slots(tmp_path: Path) -> None:
     options = NullOptions(size=1 << 30, placement="backend", segment=128 << 10)
     with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, NullBackend(options)):
-        (first, request), (second, _) = worker.place(0, 4096, tag=0), worker.place(0, 4096, tag=1)
+        (first, aborted), (second, request) = worker.place(0, 4096, tag=0), worker.place(0, 4096, tag=1)
         assert first.buffer != second.buffer
         third = worker.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=2)
         worker.send(0, [third])
         assert worker.is_silent()
-        worker.release(request)
+        worker.release(aborted)
         assert worker.answer_of(third).buffer == first.buffer
+        fourth = worker.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=0)
+        worker.send(0, [fourth])
+        assert worker.fill(second, request, b"w" * 4096, release=False) == 4096
+        assert worker.is_silent(), "an answered write's slot is lent until RELEASE"
+        worker.release(request)
+        worker.release(request)
+        assert worker.answer_of(fourth).buffer == second.buffer
+        worker.send(0, [worker.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=1)])
+        assert worker.is_silent(), "and comes back once"
 
 
 def test_a_fence_takes_back_lent_slots_and_drops_who_waits(tmp_path: Path) -> None:
     options = NullOptions(size=1 << 30, placement="backend", segment=64 << 10)
     with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, NullBackend(options)):
-        worker.place(0, 4096, tag=0)
+        assert worker.fill(*worker.place(0, 4096, tag=0), b"a" * 4096, release=False) == 4096
         worker.send(0, [worker.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=1)])
         worker.fence()
         fenced = worker.receive()

@@ -8,8 +8,9 @@ import pytest
 from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
 from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
 from support.queue_desk import Desk
+from support.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import NULL, Attention, Link
 from ublkpool.workers.tag_state import State
 
 FAR_SECTOR = (7 << 60) >> 9
@@ -92,6 +93,61 @@ def test_a_region_that_a_read_named_is_released_only_when_the_commit_was_consume
     assert desk.send() == []
     desk.driver.consume()
     assert kinds(desk.send()) == [Kind.RELEASE]
+
+
+def test_a_placed_writes_region_is_released_when_its_done_was_read() -> None:
+    desk = Desk(**OWN)
+    desk.write(0, 0, data(1))
+    desk.place(0)
+    region = desk.driver.named[0]
+    desk.copy(0)
+    desk.serve(0)
+    (release,) = desk.send()
+    assert (release.kind, release.segment, release.buffer) == (Kind.RELEASE, *region)
+    desk.write(0, 0, data(2))
+    assert kinds(desk.send()) == [Kind.PLACE], "and only once"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_write_whose_answer_nobody_read_is_rescued_whole(cut: bool) -> None:
+    desk = Desk(**OWN)
+    request = desk.write(0, 8, data(6, 2))
+    desk.place(0)
+    desk.copy(0)
+    desk.send()
+    backend = desk.backend
+    assert backend is not None and backend.execute((0, 0))
+    if cut:
+        desk.queue.cut()
+    backend.answer((0, 0))
+    assert (0, 0) in backend.named, "no RELEASE: the region is lent"
+    desk.kill()
+    desk.store.write(8 * SECTOR_BYTES, data(0, 2))
+    desk.connect()
+    desk.serve(0)
+    assert request.result == 2 * SECTOR_BYTES
+    assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
+
+
+def test_a_backend_that_reads_nothing_more_fills_the_output_and_breaks_no_rule() -> None:
+    depth = 8
+    desk = Desk(depth=depth, **OWN)
+    for tag in range(depth):
+        desk.write(tag, tag, data(tag))
+        desk.place(tag)
+        desk.copy(tag)
+        desk.send()
+    assert desk.backend is not None
+    for tag in range(depth):
+        desk.backend.execute((0, tag))
+        desk.queue.input(desk.backend.answer((0, tag)))
+        desk.driver.consume()
+        desk.write(tag, tag, data(tag))
+    assert len(desk.queue.output()) // 64 == 2 * depth and desk.queue.link is Link.UP
+    desk.queue.hold_output(True)
+    assert not desk.queue.attention() & Attention.OUTPUT, "a full transport is no reason to come back at once"
+    desk.queue.hold_output(False)
+    assert desk.queue.attention() & Attention.OUTPUT
 
 
 def test_the_length_is_read_again_after_the_copy() -> None:
@@ -372,6 +428,21 @@ def test_answers_to_what_was_never_sent_cut_the_link_before_the_output_is_full()
     desk.side.check()
 
 
+def test_a_cut_by_the_owner_is_nobodys_violation() -> None:
+    desk = Desk()
+    desk.queue.cut()
+    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
+
+
+@pytest.mark.parametrize(("epoch", "link"), [(2, Link.UP), (3, Link.UP), (4, Link.CUT)])
+def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: Link) -> None:
+    desk = Desk(connected=False)
+    assert desk.queue.expect(0, NULL, 0, False)
+    desk.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=epoch).pack())
+    assert desk.queue.link is link
+    assert desk.side.statistics.violations == (link is Link.CUT)
+
+
 def test_a_new_link_is_not_blamed_with_the_words_of_the_last() -> None:
     desk = Desk(timeout_ms=1000, fail_on_timeout=True)
     desk.read(0, 0)
@@ -459,8 +530,7 @@ def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
 def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     desk = Desk(spare=1)
     reads = [desk.read(0, 0)]
-    desk.rig.ask(0)
-    desk.rig.deliver_mail(0)
+    desk.rig.settle(0)
     reads += [desk.read(tag, tag) for tag in (1, 2)]
     assert desk.state(2) is State.WAIT_BUFFER
     desk.queue.stock_recall(0, 9)
@@ -470,3 +540,23 @@ def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     for tag in (1, 2):
         desk.serve(tag)
     assert [each.result for each in reads] == [SECTOR_BYTES] * 3
+
+
+def test_a_second_burst_has_every_buffer_that_is_free() -> None:
+    """Two queues, six large buffers: one of them can hold five, and wishes for more must not be waited for."""
+    desk = Desk(queues=2, depth=16, spare=4)
+    for burst in range(3):
+        reads = [desk.read(tag, 16 * tag, 16) for tag in range(8)]
+        desk.rig.settle(0)
+        serving = [tag for tag in range(8) if desk.state(tag) is State.SERVING]
+        assert len(serving) == 5, f"burst {burst}: {len(serving)} at once"
+        waiting = set(range(8))
+        while waiting:
+            now = [tag for tag in waiting if desk.state(tag) is State.SERVING]
+            assert now, "nobody is served"
+            for tag in now:
+                desk.serve(tag)
+            waiting.difference_update(now)
+            desk.rig.settle(0)
+        assert [each.result for each in reads] == [16 * SECTOR_BYTES] * 8
+        assert len(desk.queue.stock_held(1)) < 5, "the stock goes back between bursts"

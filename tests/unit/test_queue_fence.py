@@ -12,7 +12,7 @@ from ublkpool.ublk.queue import Attention, Link
 from ublkpool.workers.tag_state import State
 
 EPOCH = 3
-PLACEMENTS = ({}, {"place_in_backend": True, "reads_own": True})
+PLACEMENTS: tuple[dict[str, int], ...] = ({}, {"place_in_backend": 1, "reads_own": 1})
 
 
 def word(kind: Kind, epoch: int = EPOCH) -> bytes:

@@ -258,23 +258,33 @@ def test_a_place_that_waits_is_asked_again_after_a_wake(tmp_path: Path) -> None:
         assert worker.answer_of(place).buffer == 8192
 
 
+def _released(backend: Placing) -> list[object]:
+    return [each[1] for each in backend.calls if each[0] == "released"]
+
+
 def test_every_region_comes_back_exactly_once(tmp_path: Path) -> None:
     backend = Placing()
     with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
-        assert worker.write(4096, b"1" * 4096) == 4096
+        placed, request = worker.place(4096, 4096)
+        assert worker.fill(placed, request, b"1" * 4096, release=False) == 4096
+        worker.send(0, [request._replace(kind=Kind.DATA)])
+        assert worker.is_silent() and not _released(backend), "lent until RELEASE, and stored once"
+        worker.release(request)
+        worker.release(request)
         backend.room = 4096
         _, aborted = worker.place(8192, 4096)
         worker.release(aborted)
         worker.release(aborted)
         backend.room = 8192
         worker.place(12288, 4096, tag=1)
+        backend.room = 12288
+        answered = worker.place(16384, 4096, tag=2)
+        assert worker.fill(*answered, b"2" * 4096, release=False) == 4096
         worker.fence()
         assert worker.receive().kind == Kind.FENCED
-    assert [each for each in backend.calls if each[0] == "released"] == [
-        ("released", 0),
-        ("released", 4096),
-        ("released", 8192),
-    ]
+        worker.release(answered[1])
+    assert _released(backend) == [0, 4096, 8192, 12288]
+    assert [each[1] for each in backend.calls if each[0] == "pwrite"] == [4096, 16384]
     assert backend.disk[4096:8192] == b"1" * 4096
 
 

@@ -17,10 +17,9 @@ def _add(daemon: Daemon, example: str, name: str, need_get_data: bool, placement
     return daemon.add(name, str(EXAMPLES / f"{example}.py"), options, **config)
 
 
-def _three_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
+def _both_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
     return daemon.together(
         partial(_add, daemon, example, "off", False, "pool"),
-        partial(_add, daemon, example, "pool", True, "pool"),
         partial(_add, daemon, example, "backend", True, "backend"),
     )
 
@@ -35,12 +34,12 @@ def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> None:
 
 
 def test_demo_null_takes_every_write(daemon: Daemon) -> None:
-    for status in _three_ways(daemon, "demo_null"):
+    for status in _both_ways(daemon, "demo_null"):
         _run(daemon, status, None)
 
 
 def test_demo_event_answers_from_another_thread_what_was_written(daemon: Daemon) -> None:
-    for status in _three_ways(daemon, "demo_event"):
+    for status in _both_ways(daemon, "demo_event"):
         _run(daemon, status, "crc32c")
 
 

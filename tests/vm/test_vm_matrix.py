@@ -14,6 +14,7 @@ from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 MIB = 1 << 20
 DEPTH_TOTAL = 64
+SIZE_TOTAL = 10 * MIB
 QUEUES = (1, 2, 4)
 TROUBLE = (
     "errors",
@@ -56,7 +57,7 @@ def _add(daemon: Daemon, backend: str, way: Way, queues: int) -> DeviceStatus:
 def _start_fio(status: DeviceStatus) -> "subprocess.Popen[str]":
     assert status.path is not None
     cpus, queues = queue_cpus(status.path, status.queues), status.queues
-    return start_fio(status.path, queues, cpus, size=16 * MIB // queues, iodepth=DEPTH_TOTAL // queues)
+    return start_fio(status.path, queues, cpus, size=SIZE_TOTAL // queues, iodepth=DEPTH_TOTAL // queues)
 
 
 def _assert_counted(stats: DeviceStats, written: int) -> None:

@@ -1,11 +1,15 @@
 """What the daemon's processes do to themselves, so that serving a disk cannot hang on that disk."""
 
 import errno
+import mmap
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from support.hostile_backend import start_hostile
 from support.vm_daemon import Daemon, eventually, marked_processes, total
 from support.vm_fio import cpus_of_queue
 from support.vm_process import Forked, holds_device, process_flags, status_field, write_block
@@ -75,29 +79,38 @@ def _check_that_mounts_stay_apart(daemon: Daemon, status: DeviceStatus) -> None:
     assert "shared:" not in Path(f"/proc/{daemon.pid}/mountinfo").read_text()
 
 
+def _attach(daemon: Daemon, placement: str) -> Forked:
+    disk, segment_bytes = mmap.mmap(-1, MIB), MIB if placement == "backend" else 0
+    backend = start_hostile(daemon.run_dir, "slow", disk, segment_bytes=segment_bytes)
+    daemon.wait_live("slow")
+    return backend
+
+
 def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> None:
-    daemon.add("slow", size_bytes=MIB, io_timeout_s=1)
-    daemon.backend("memory", "slow", size="1M", keep="off")
-    status = daemon.wait_live("slow")
-    assert status.path is not None and status.backend.pid is not None
-    with daemon.stopped(status.backend.pid):
-        write = Forked(lambda: write_block(str(status.path), 0, bytes(4096)))
-        eventually(lambda: total(daemon.stats("slow"), "timeouts") == 1, "the request is overdue")
+    daemon.add("slow", size_bytes=MIB, io_timeout_s=1, max_io_bytes=65536, depth=8)
+    backend = _attach(daemon, "pool")
+    path = str(daemon.status("slow").path)
+    # A slow machine may have been overdue with the partition scan.
+    before = total(daemon.stats("slow"), "timeouts")
+    with daemon.stopped(backend.pid):
+        write = Forked(lambda: write_block(path, 0, bytes(4096)))
+        eventually(lambda: total(daemon.stats("slow"), "timeouts") > before, "it is overdue")
         eventually(lambda: "longer than io_timeout_s = 1" in daemon.said(), "the log says so")
         assert write.running
     assert write.wait() == 0
     assert daemon.status("slow").backend.attached
     daemon.delete("slow")
+    assert backend.wait() == 0
 
 
 @pytest.mark.parametrize("placement", ["pool", "backend"])
 def test_an_overdue_request_fails_where_that_is_asked_for(daemon: Daemon, placement: str) -> None:
-    daemon.add("slow", size_bytes=MIB, io_timeout_s=1, on_timeout="fail", placement=placement)
-    backend = daemon.backend("memory", "slow", size="1M", keep="off")
-    status = daemon.wait_live("slow")
-    assert status.path is not None and status.backend.pid is not None
-    with daemon.stopped(status.backend.pid):
-        assert write_block(status.path, 0, bytes(4096)) in (errno.EIO, errno.ETIMEDOUT)
-        assert backend.wait() == -9
-    assert total(daemon.stats("slow"), "timeouts") == 1
+    small: dict[str, Any] = {"size_bytes": MIB, "max_io_bytes": 65536, "depth": 8}
+    daemon.add("slow", io_timeout_s=3, on_timeout="fail", placement=placement, **small)
+    backend = _attach(daemon, placement)
+    with daemon.stopped(backend.pid):
+        path = str(daemon.status("slow").path)
+        assert write_block(path, 0, bytes(4096)) in (errno.EIO, errno.ETIMEDOUT)
+        assert backend.wait() == -signal.SIGKILL
+    assert total(daemon.stats("slow"), "timeouts")
     daemon.delete("slow")

@@ -437,7 +437,7 @@ int uq_start(struct uq *q)
 
 unsigned uq_attention(const struct uq *q)
 {
-	unsigned bits = q->attention | (q->output_count ? UQ_ATT_OUTPUT : 0);
+	unsigned bits = q->attention | (q->output_count && !q->output_held ? UQ_ATT_OUTPUT : 0);
 
 	for (unsigned c = 0; c < q->config.classes; c++)
 		if (uq_stock_want(q, c))

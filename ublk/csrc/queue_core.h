@@ -110,6 +110,7 @@ struct uq_class {
 	uint64_t base_offset;
 	uint32_t buffer_bytes, count, first_slot, reserve;
 	uint32_t batch; /* buffers asked for at a time */
+	uint32_t most;  /* buffers that the broker can ever give to one queue: others' reserves are theirs */
 };
 
 enum uq_command_op { UQ_CMD_FETCH, UQ_CMD_GET_DATA, UQ_CMD_COMMIT };
@@ -153,6 +154,8 @@ void uq_commands_taken(struct uq *q, unsigned count);
 /* Descriptors for the backend: a view, and how many of them were sent. */
 unsigned uq_output(struct uq *q, const struct uq_descriptor **first);
 void uq_output_sent(struct uq *q, unsigned count);
+/* With `hold` what waits is no reason for attention: the transport is full and says itself when it is not. */
+void uq_output_hold(struct uq *q, int hold);
 
 /* A frame of the backend's.  A frame that breaks the protocol cuts the link. */
 void uq_input(struct uq *q, const void *frame, size_t bytes);
@@ -176,8 +179,8 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 /* Others wait: this queue owes `count` buffers in all, paid before its own waiters but never out of its reserve. */
 void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
-/* The broker has forgotten what was asked for. */
-void uq_stock_unask(struct uq *q, unsigned class);
+/* So many are on order in all: what the broker says, or 0 when it has forgotten what was asked for. */
+void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 
 /* The clock, in milliseconds; also notices requests past their deadline. */

@@ -55,6 +55,7 @@ struct uq {
 	uint32_t own_segment; /* the attached backend's, 0 for none */
 	uint8_t link;
 	bool reads_own, fence, giving_up;
+	bool output_held;
 	int violation, fault, fault_detail;
 	unsigned fault_tag;
 	struct uq_descriptor culprit;

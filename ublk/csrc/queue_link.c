@@ -60,7 +60,7 @@ static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
 		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
 		q->output_first = 0;
 	}
-	/* There is room for everything that can be unsent unless requests are answered that were never sent. */
+	/* Unsent can be a RELEASE and what follows it, for each tag; more only if answers come to what was not sent. */
 	if (q->output_first + q->output_count == q->output_max) {
 		uq_link_cut(q, UQ_V_UNEXPECTED);
 		return NULL;
@@ -171,6 +171,8 @@ void uq_output_sent(struct uq *q, unsigned count)
 		q->output_first = 0;
 }
 
+void uq_output_hold(struct uq *q, int hold) { q->output_held = hold; }
+
 static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
 {
 	if (d)
@@ -233,8 +235,9 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		violate(q, wrong, d);
 		return;
 	}
+	/* Only now: the data of a DONE that is never read is taken from the region, see lose_serving(). */
 	if (t->op == UQ_WRITE && t->own_segment)
-		uq_region_back(q, t, false);
+		uq_region_back(q, t, true);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
 		uq_region_take(q, t, d->buffer);
 	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
@@ -318,7 +321,8 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 
 static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
 {
-	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth;
+	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth &&
+	       d->epoch <= q->config.epoch;
 }
 
 static bool is_stale(const struct uq *q, const struct uq_descriptor *d)
@@ -408,7 +412,7 @@ void uq_link_cut(struct uq *q, int violation)
 	q->link = UQ_LINK_CUT;
 	q->violation = violation;
 	q->output_first = q->output_count = 0;
-	q->config.stats->violations++;
+	q->config.stats->violations += violation != UQ_V_NONE;
 	q->attention |= UQ_ATT_CUT;
 }
 

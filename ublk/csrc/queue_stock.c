@@ -146,12 +146,13 @@ void uq_slot_back(struct uq *q, struct uq_tag *t)
 	serve_waiters(q, s);
 }
 
-/* Never more than a buffer per tag; a batch ahead of need, and slack before any goes back. */
+/* Never more than a buffer per tag, or than can ever come; a batch ahead of need, and slack before any goes back. */
 int uq_stock_want(const struct uq *q, unsigned class)
 {
 	const struct uq_stock *s = &q->stock[class];
 	unsigned reserve = q->config.class[class].reserve, batch = q->config.class[class].batch;
-	unsigned holds = s->held + s->pending, room = q->config.depth > holds ? q->config.depth - holds : 0;
+	unsigned most = q->config.class[class].most < q->config.depth ? q->config.class[class].most : q->config.depth;
+	unsigned holds = s->held + s->pending, room = most > holds ? most - holds : 0;
 	unsigned has = s->count + s->pending, low = s->waiting + (batch + 1) / 2;
 	unsigned owes = payable(q, s);
 
@@ -182,7 +183,6 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 		s->slots[s->count++] = slots[i];
 		s->held++;
 	}
-	s->pending -= s->pending < count ? s->pending : count;
 	q->config.stats->buffers_held += count;
 	serve_waiters(q, s);
 	return 0;
@@ -207,7 +207,11 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count)
 		q->stock[class].owed = count;
 }
 
-void uq_stock_unask(struct uq *q, unsigned class) { q->stock[class].pending = 0; }
+void uq_stock_on_order(struct uq *q, unsigned class, unsigned count)
+{
+	if (class < q->config.classes)
+		q->stock[class].pending = count;
+}
 
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max)
 {

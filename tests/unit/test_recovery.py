@@ -1,0 +1,339 @@
+"""Recovery's order of steps, its fence and its patience, with the kernel, the workers and the backend made up."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ublkpool.bufpool import broker
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon import broker_process, recovery
+from ublkpool.daemon.attach import Session
+from ublkpool.daemon.broker_process import BrokerProcess, Leases
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover
+from ublkpool.daemon.team import Team
+
+EPOCH = 4
+DEADLINE_S = 20
+AFTER_THE_FENCE = ["reclaim", f"register {EPOCH + 1}", "ready", "end recovery"]
+BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]
+
+
+class Clock:
+    """Time stands still until somebody moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_workers_that_die_young_are_given_up_after_a_few_times() -> None:
+    strikes = Strikes(Clock())
+    strikes.live()
+    assert [strikes.died() for _ in range(STRIKES_MAX + 1)] == [False] * STRIKES_MAX + [True]
+
+
+def test_a_steady_life_wipes_the_slate() -> None:
+    clock = Clock()
+    strikes = Strikes(clock)
+    for _ in range(3 * STRIKES_MAX):
+        assert not strikes.died()
+        strikes.live()
+        clock.now_s += STEADY_S
+    for _ in range(STRIKES_MAX - 1):
+        strikes.live()
+        clock.now_s += STEADY_S / 2
+        assert not strikes.died()
+    strikes.live()
+    assert strikes.died()
+
+
+def test_a_recovery_that_fails_is_a_strike_although_the_workers_had_lived_long() -> None:
+    clock = Clock()
+    strikes = Strikes(clock)
+    strikes.live()
+    clock.now_s += 100 * STEADY_S
+    assert not any(strikes.died() for _ in range(STRIKES_MAX))
+    clock.now_s += 100 * STEADY_S
+    assert strikes.died()
+
+
+class Scene:
+    """A device in recovery; `steps` is what was done, in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.fenced = self._future()
+        self.worker_ended = self._future()
+        self.backend_gone = self._future()
+        self.ended_recovery = self._future()
+        self.ended_recovery.set_result(None)
+        self.kernel = SimpleNamespace(
+            wait_quiesced=self._step("quiesced"),
+            start_recovery=self._step("start recovery"),
+            end_recovery=self._step("end recovery", lambda: self.ended_recovery),
+        )
+        self.leases = SimpleNamespace(reclaim=self._step("reclaim"), register=self._register)
+        self.dead = self._team(EPOCH)
+        self.session: Any = SimpleNamespace(
+            attach=SimpleNamespace(kind="fake"), cut_off=self._cut_off, gone=lambda: self._gone()
+        )
+        self.session.is_gone = False
+
+    @staticmethod
+    def _future() -> "asyncio.Future[None]":
+        return asyncio.get_running_loop().create_future()
+
+    def _step(
+        self, name: str, until: Callable[[], Awaitable[None]] | None = None
+    ) -> Callable[..., Coroutine[Any, Any, None]]:
+        async def step(*_: object) -> None:
+            self.steps.append(name)
+            if until is not None:
+                await until()
+
+        return step
+
+    def _team(self, epoch: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            epoch=epoch,
+            plan=SimpleNamespace(kernel=self.kernel),
+            drain=self._step("drain"),
+            kill=self._step("kill"),
+            ready=self._step("ready"),
+            expect=self._expect,
+            linked=self._linked,
+            ended=self._ended,
+        )
+
+    async def _register(self, epoch: int) -> None:
+        self.steps.append(f"register {epoch}")
+
+    async def _expect(self, session: object, fence: bool) -> None:
+        assert session is self.session and fence
+        self.steps.append("expect")
+
+    async def _linked(self) -> None:
+        await asyncio.wait({self.fenced, self.worker_ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not self.fenced.done():
+            raise DaemonError("a worker ended in the fence")
+
+    async def _ended(self) -> SimpleNamespace:
+        await asyncio.shield(self.worker_ended)
+        return SimpleNamespace(obituary=lambda: "queue 1: its worker ended")
+
+    async def _gone(self) -> None:
+        await asyncio.shield(self.backend_gone)
+
+    async def _cut_off(self) -> None:
+        self.steps.append("cut off")
+        self.backend_gone.set_result(None)
+
+    async def fork(self, epoch: int) -> Team:
+        self.steps.append("fork")
+        return cast(Team, self._team(epoch))
+
+    def recover(self, backend: bool = True) -> "asyncio.Task[Team]":
+        session = cast(Session, self.session) if backend else None
+        return asyncio.ensure_future(
+            recover(cast(Team, self.dead), self.fork, session, cast(Leases, self.leases))
+        )
+
+
+def scene(test: Callable[[Scene], Awaitable[None]]) -> Callable[[], None]:
+    """Run a test in a loop of its own."""
+
+    async def run() -> None:
+        await asyncio.wait_for(test(Scene()), DEADLINE_S)
+
+    def plain() -> None:
+        asyncio.run(run())
+
+    plain.__name__ = test.__name__
+    return plain
+
+
+async def everybody_waits() -> None:
+    """Turn the loop until nothing moves by itself any more."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@scene
+async def test_nothing_of_the_dead_is_given_away_before_the_backend_has_confirmed_the_fence(
+    it: Scene,
+) -> None:
+    recovering = it.recover()
+    await everybody_waits()
+    assert it.steps == [*BEFORE_THE_FENCE, "expect"] and not recovering.done()
+    it.fenced.set_result(None)
+    team = await recovering
+    assert it.steps == [*BEFORE_THE_FENCE, "expect", *AFTER_THE_FENCE]
+    assert team.epoch == EPOCH + 1
+
+
+@scene
+async def test_without_a_backend_there_is_nothing_to_fence(it: Scene) -> None:
+    await it.recover(backend=False)
+    assert it.steps == BEFORE_THE_FENCE + AFTER_THE_FENCE
+
+
+@scene
+async def test_a_backend_that_is_gone_already_is_not_fenced(it: Scene) -> None:
+    it.session.is_gone = True
+    await it.recover()
+    assert it.steps == BEFORE_THE_FENCE + AFTER_THE_FENCE
+
+
+@scene
+async def test_a_backend_that_dies_in_the_fence_is_as_good_as_one_that_confirms_it(it: Scene) -> None:
+    recovering = it.recover()
+    await everybody_waits()
+    it.backend_gone.set_result(None)
+    await recovering
+    assert it.steps == [*BEFORE_THE_FENCE, "expect", *AFTER_THE_FENCE]
+
+
+@scene
+async def test_a_worker_that_dies_in_the_fence_ends_the_attempt(it: Scene) -> None:
+    recovering = it.recover()
+    await everybody_waits()
+    it.worker_ended.set_result(None)
+    with pytest.raises(DaemonError, match="ended in the fence"):
+        await recovering
+    assert it.steps == [*BEFORE_THE_FENCE, "expect"]
+
+
+@scene
+async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt(it: Scene) -> None:
+    it.ended_recovery = it._future()
+    it.fenced.set_result(None)
+    recovering = it.recover()
+    await everybody_waits()
+    assert it.steps[-1] == "end recovery"
+    it.worker_ended.set_result(None)
+    with pytest.raises(DaemonError, match="its worker ended"):
+        await recovering
+    await everybody_waits()
+    assert it.ended_recovery.cancelled(), "the command is not left behind"
+
+
+def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery, "FENCE_DEADLINE_S", 0.0)
+
+    @scene
+    async def run(it: Scene) -> None:
+        await it.recover()
+        assert it.steps == [*BEFORE_THE_FENCE, "expect", "cut off", *AFTER_THE_FENCE]
+
+    run()
+
+
+class FakeBroker:
+    """A broker process that notes its commands, or is dead."""
+
+    def __init__(self) -> None:
+        self.generation = 1
+        self.dead = False
+        self.heard: list[str] = []
+        self.turn = asyncio.Event()
+        self.turn.set()
+
+    async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
+        await self.turn.wait()
+        if self.dead:
+            raise PoolError("the pool broker is gone")
+        self.heard.append(f"{type(command).__name__} {getattr(command, 'epoch', '')}".strip())
+        return broker.Done()
+
+    def restart(self) -> None:
+        self.generation += 1
+        self.dead = False
+        self.heard.clear()
+
+
+def leases(of: FakeBroker) -> Leases:
+    return Leases(cast(BrokerProcess, of), 7, 2, 0)
+
+
+def test_a_new_broker_is_told_the_device_and_its_last_epoch_once() -> None:
+    async def run() -> None:
+        fake = FakeBroker()
+        device = leases(fake)
+        await device.register(1)
+        assert fake.heard == ["AddDevice", "Register 1", "Register 1"]
+        fake.restart()
+        await asyncio.gather(device.refresh(), device.refresh())
+        assert fake.heard == ["AddDevice", "Register 1", "Register 1"]
+        await device.reclaim()
+        await device.register(2)
+        assert fake.heard[3:] == ["Reclaim 1", "Reclaim 1", "Register 2", "Register 2"]
+
+    asyncio.run(run())
+
+
+def test_a_broker_that_dies_before_it_has_heard_all_is_followed_by_one_that_hears_it() -> None:
+    async def run() -> None:
+        fake = FakeBroker()
+        device = leases(fake)
+        fake.dead = True
+        with pytest.raises(PoolError):
+            await device.register(1)
+        fake.restart()
+        await device.refresh()
+        await device.register(1)
+        assert fake.heard == ["AddDevice", "Register 1", "Register 1"]
+
+    asyncio.run(run())
+
+
+def test_a_device_that_is_gone_is_not_told_of_again() -> None:
+    async def run() -> None:
+        fake = FakeBroker()
+        device = leases(fake)
+        await device.register(1)
+        fake.turn.clear()
+        closing = asyncio.ensure_future(device.close())
+        await everybody_waits()
+        fake.generation += 1
+        telling = asyncio.ensure_future(device.refresh())
+        fake.turn.set()
+        await asyncio.gather(closing, telling)
+        assert fake.heard[-1] == "RemoveDevice"
+
+    asyncio.run(run())
+
+
+def test_a_broker_that_dies_while_its_predecessors_devices_are_told_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(broker_process, "RESTART_MIN_S", 0.0)
+
+    async def run() -> None:
+        lives: asyncio.Queue[asyncio.Future[int]] = asyncio.Queue()
+        never = asyncio.get_running_loop().create_future()
+
+        def start(process: BrokerProcess) -> None:
+            life = asyncio.get_running_loop().create_future()
+            process._socket = cast(Any, SimpleNamespace(close=lambda: None))
+            process.child = cast(Any, SimpleNamespace(wait=lambda: life))
+            process.generation += 1
+            lives.put_nowait(life)
+
+        monkeypatch.setattr(BrokerProcess, "_start", start)
+        process = BrokerProcess("ipc://nowhere")
+        keeper = asyncio.ensure_future(process.keep_running(lambda: never))
+        for _ in range(3):
+            (await lives.get()).set_result(137)
+        await lives.get()
+        assert process.generation == 4
+        keeper.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
