@@ -260,9 +260,8 @@ class DeviceLeases:
         return owner in self._sessions
 
     def is_due(self, owner: Owner) -> bool:
-        """Whether this is the next epoch of a queue that is known by an earlier one."""
-        known = [each.epoch for each in self._sessions if each.queue == owner.queue]
-        return bool(known) and owner.epoch > max(known)
+        """Whether no later epoch of this queue is known: it may be registered next."""
+        return all(owner.epoch > each.epoch for each in self._sessions if each.queue == owner.queue)
 
     def register(self, owner: Owner) -> None:
         """Expect this worker; its reserve is set aside now and sent when it has said SYNC."""
@@ -462,7 +461,8 @@ class Broker:
         for fd in fds:
             os.close(fd)
         if reply is None:
-            self._stopping = self._exit_on_eof
+            # Without a daemon there will be no device either.
+            self._stopping = self._exit_on_eof or not self._devices
             return False
         self._reply(reply)
         return True

@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 
 import msgspec
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
@@ -210,6 +211,7 @@ class Attachment:
         self._frames_received = self._frames_sent = 0
         self._bytes_received = self._bytes_sent = 0
         self._handshakes = [0] * attached.queues
+        self._linked: set[int] = set()
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._poller.register(connection.fileno(), zmq.POLLIN)
@@ -269,7 +271,9 @@ class Attachment:
         return queue
 
     def _watch_connection(self, queue: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-        monitor: zmq.Socket[bytes] = queue.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        monitor: zmq.Socket[bytes] = queue.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         self._poller.register(monitor, zmq.POLLIN)
         return monitor
 
@@ -299,12 +303,21 @@ class Attachment:
             elif source in self._queue_of:
                 ready.queues.append(self._queue_of[source])
             else:
-                self._connected(self._monitor_of[source])
+                self._link_changed(self._monitor_of[source])
         return ready
 
-    def _connected(self, queue: int) -> None:
+    @property
+    def linked(self) -> int:
+        """How many queues have a worker at the other end."""
+        return len(self._linked)
+
+    def _link_changed(self, queue: int) -> None:
+        event = parse_monitor_message(self._monitors[queue].recv_multipart())["event"]
+        if event == zmq.EVENT_DISCONNECTED:
+            self._linked.discard(queue)
+            return
+        self._linked.add(queue)
         # The first HELLO was queued before the connection stood; after that a connection means a new worker.
-        self._monitors[queue].recv_multipart()
         self._handshakes[queue] += 1
         if self._handshakes[queue] > 1:
             self._hello(queue)

@@ -2,7 +2,8 @@
 
 Owns the loop, the signals and the order of starting and ending.  Runs on the thread that calls `serve`, in the
 backend's process.  SIGTERM, SIGINT and the daemon's Detach end it: nothing new is taken, what runs is finished and
-answered, the backend is closed.  The end of the attach connection without Detach ends it too, with status 1.
+answered, the backend is closed.  The end of the attach connection without Detach means that the daemon died: the
+backend serves on for as long as a worker is there, then ends with status 1.
 """
 
 import logging
@@ -126,7 +127,7 @@ class Loop:
         self._outbox = Outbox()
         self._stopping = ""
         self._status = 0
-        self._detached = False
+        self._detached = self._orphaned = False
         self._engine: FrameEngine | None = None
 
     def __enter__(self) -> "Loop":
@@ -195,6 +196,9 @@ class Loop:
         self._send_answers(engine)
         if ready.control:
             self._hear()
+        if self._orphaned and not self._stopping and not self._attachment.linked:
+            self._status = 1
+            self.stop("the end of the daemon and its workers")
 
     def _call(self, descriptor: int) -> None:
         callback = self._callbacks.get(descriptor)
@@ -219,10 +223,9 @@ class Loop:
             self.stop(f"the daemon's detach: {message.reason}")
         elif message is None:
             self._attachment.forget_connection()
+            self._orphaned = True
             if not self._stopping:
-                self._status = 1
-                log.error("%s: the daemon closed the connection", self.device.name)
-                self.stop("the end of the connection")
+                log.error("%s: the daemon is gone; serving on while there are workers", self.device.name)
 
     def statistics(self) -> ServeStatistics:
         """What the attachment, the engine and the backend counted."""

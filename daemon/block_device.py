@@ -102,6 +102,12 @@ def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
     return Created(info, cpus)
 
 
+def _find(number: int) -> Created:
+    """Runs in the disposable process."""
+    info = control.device_info(number)
+    return Created(info, [control.queue_cpus(number, queue) for queue in range(info.queues)])
+
+
 def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
     refused = abi.feature_names(flags & ~info.flags)
     if refused:
@@ -160,6 +166,17 @@ class BlockDevice:
                 created.info.queues,
             )
         return device
+
+    @classmethod
+    async def find(cls, runner: ControlRunner, name: str, number: int) -> "BlockDevice | None":
+        """The device with this number, if the kernel has one.  Raises `ControlFailed`."""
+        try:
+            created = await runner.run(f"{name}: GET_DEV_INFO", lambda: _find(number), Created)
+        except ControlFailed as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise
+        return cls(runner, name, created)
 
     async def open_char(self) -> int:
         """Open /dev/ublkcN, which udev may still be making or looking at.  Raises `DaemonError`."""
@@ -223,6 +240,11 @@ class BlockDevice:
                     f"(state {info.state}): who else holds /dev/ublkc{number}?"
                 )
             await asyncio.sleep(_POLL_S)
+
+    @property
+    def was_started(self) -> bool:
+        """Whether it had a disk when it was found."""
+        return self.info.state != abi.DeviceState.DEAD
 
     async def start_recovery(self, deadline_s: float) -> None:
         """START_USER_RECOVERY, tried again while the driver says that somebody holds the device."""

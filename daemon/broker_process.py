@@ -153,5 +153,6 @@ class Leases:
 
 
 def _serve(endpoint: str, control_sock: socket.socket) -> int:
-    broker.run_broker(endpoint, control_sock)
+    # I/O goes on while the supervisor is dead; the next one ends this broker.
+    broker.run_broker(endpoint, control_sock, exit_on_eof=False)
     return 0

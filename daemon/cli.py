@@ -355,7 +355,9 @@ def backend(kind: str, options: tuple[str, ...], device: str, run_dir: Path) -> 
     """
     pairs = _pairs(options)
     from ublkpool.bufpool.loader import run_backend
+    from ublkpool.daemon import logs
 
+    logs.configure("info", "auto")
     return run_backend(kind, pairs, device, run_dir)
 
 

@@ -26,8 +26,10 @@ from ublkpool.daemon.block_device import BlockDevice, parameters
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
-from ublkpool.daemon.recovery import Strikes, recover
+from ublkpool.daemon.records import Process, Record, Records, identify
+from ublkpool.daemon.recovery import Strikes, next_epoch, recover
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
 from ublkpool.daemon.team import Plan, Team
 from ublkpool.daemon.worker_process import WorkerProcess
@@ -60,6 +62,7 @@ class Surroundings:
         self.group = group
         self.runner = runner
         self.broker = pool_broker
+        self.records = Records(run_dir / "devices")
         self.queue_dir = run_dir / "queues"
 
 
@@ -76,8 +79,7 @@ class Device:
         self._kernel: BlockDevice | None = None
         self._team: Team | None = None
         self._managed: BackendProcess | None = None
-        self._size_bytes = config.size_bytes
-        self._block_bytes = 0
+        self._disk: Disk | None = None
         self._segments = wire.SEGMENT_POOL
         self._leases: Leases | None = None
         self._strikes = Strikes(asyncio.get_running_loop().time)
@@ -102,7 +104,7 @@ class Device:
             id=info.device_number if info else self.config.id,
             path=str(self._kernel.node) if self._kernel and self.state != "waiting" else None,
             state=self.state,
-            size_bytes=self._size_bytes,
+            size_bytes=self._disk.size_bytes if self._disk else self.config.size_bytes,
             queues=info.queues if info else self.config.queues,
             depth=self.config.depth,
             need_get_data=self.config.need_get_data,
@@ -131,7 +133,7 @@ class Device:
         return wire.Described(
             v=wire.PROTOCOL_VERSION,
             device=config.name,
-            size_bytes=self._size_bytes or 0,
+            size_bytes=self._disk.size_bytes if self._disk else config.size_bytes or 0,
             max_io_bytes=config.max_io_bytes,
             need_get_data=config.need_get_data,
             placement=config.placement,
@@ -178,7 +180,7 @@ class Device:
             self._refuse_second()
         async with self._changing:
             self._refuse_second()
-            self._check_fits(session.attach)
+            check_fits(self.config, self._disk, session.attach)
             if session.attach.segment_bytes:
                 self._segments += 1
                 session.segment = self._segments
@@ -194,59 +196,30 @@ class Device:
             who = f"{self.session.attach.kind}, process {self.session.pid}"
             raise AttachRefused(f"device {self.config.name} has a backend already ({who})")
 
-    def _check_fits(self, attach: wire.Attach) -> None:
-        name, placement = self.config.name, self.config.placement
-        if attach.placement not in (placement, "any"):
-            raise AttachRefused(
-                f"device {name} has placement {placement}, this backend serves {attach.placement}"
-            )
-        if placement == "backend" and not attach.segment_bytes:
-            raise AttachRefused(f"device {name} has placement backend, and this backend brings no segment")
-        if attach.read_buffers == "own" and not self.config.need_get_data:
-            raise AttachRefused(f"device {name}: read_buffers own needs need_get_data")
-        if attach.read_only and not self.config.read_only and self._block_bytes:
-            raise AttachRefused(f"device {name} is writable, this backend is not")
-        self._check_size(attach)
-
-    def _check_size(self, attach: wire.Attach) -> None:
-        name, size = self.config.name, self._size_bytes or attach.size_bytes
-        if not size:
-            raise AttachRefused(f"device {name} and this backend have no size: give one of them size=N")
-        if attach.size_bytes and attach.size_bytes < size:
-            raise AttachRefused(f"device {name} has {size} bytes, this backend only {attach.size_bytes}")
-        if size % attach.logical_block_bytes:
-            raise AttachRefused(
-                f"device {name} has {size} bytes, no multiple of {attach.logical_block_bytes}"
-            )
-        if self._block_bytes and attach.logical_block_bytes > self._block_bytes:
-            raise AttachRefused(
-                f"device {name} has blocks of {self._block_bytes} bytes, "
-                f"this backend needs {attach.logical_block_bytes}"
-            )
-
     async def _start(self, session: Session) -> None:
         try:
-            self._size_bytes = self._size_bytes or session.attach.size_bytes
-            self._block_bytes = session.attach.logical_block_bytes
-            team = await self._build(session.attach)
+            self._disk = disk_of(self.config, session.attach)
+            team = await self._build(self._disk, session.attach)
             await self._introduce(team, session)
         except (DaemonError, PoolError, OSError) as error:
             await self._undo_start(one_line(error))
             raise
         self._spawn(self._go_live(team))
 
-    async def _build(self, attach: wire.Attach) -> Team:
-        """Kernel device, pool and workers; the disk does not exist yet."""
-        assert self._size_bytes is not None
-        disk = parameters(self.config, self._size_bytes, attach)
-        self._kernel = await BlockDevice.create(self._around.runner, self.config, disk)
-        self.arena = self._make_arena(self._kernel)
-        number, queues = self._kernel.number, self._kernel.info.queues
-        self._leases = Leases(self._around.broker, number, queues, self.arena.control_fd)
+    async def _build(self, disk: Disk, attach: wire.Attach) -> Team:
+        """Kernel device, pool and workers; nobody sees the disk yet."""
+        asked = parameters(self.config, disk.size_bytes, attach)
+        self._kernel = await BlockDevice.create(self._around.runner, self.config, asked)
+        self._save(_FIRST_EPOCH)
+        self._leases = self._make_pool(self._kernel)
         await self._leases.register(_FIRST_EPOCH)
         team = await self._fork_team(_FIRST_EPOCH)
         await team.ready()
         return team
+
+    def _make_pool(self, kernel: BlockDevice) -> Leases:
+        self.arena = self._make_arena(kernel)
+        return Leases(self._around.broker, kernel.number, kernel.info.queues, self.arena.control_fd)
 
     def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self.config
@@ -262,19 +235,20 @@ class Device:
         return Arena.create(prefix, geometry, info.queues, info.device_number, reserve)
 
     async def _fork_team(self, epoch: int) -> Team:
-        kernel, arena, around = self._kernel, self.arena, self._around
-        assert kernel is not None and arena is not None
+        kernel, arena, disk, around = self._kernel, self.arena, self._disk, self._around
+        assert kernel is not None and arena is not None and disk is not None
         plan = Plan(
             self.config,
             kernel,
             arena,
-            self._block_bytes,
+            disk,
             around.broker.endpoint,
             around.queue_dir,
             around.group,
         )
         self._team = Team(plan, epoch, self._on_news)
         await self._team.fork()
+        self._save(epoch)
         self._spawn(self._watch(self._team))
         return self._team
 
@@ -282,33 +256,12 @@ class Device:
         """Tell every worker whom to expect, then tell the backend where to go."""
         await team.expect(session, fence=False)
         self.session = session
+        self._save(team.epoch)
         self._farewell = self._spawn(self._until_gone(session))
-        session.say(self._attached(team, session), [team.plan.arena.data_fd])
+        session.say(team.attached(session), [team.plan.arena.data_fd])
         if self.state == "live":
             session.say(wire.Live(path=str(team.plan.kernel.node)))
         _log.info("%s: backend %s attached (process %d)", self.config.name, session.attach.kind, session.pid)
-
-    def _attached(self, team: Team, session: Session) -> wire.Attached:
-        assert self._size_bytes is not None
-        kernel, arena = team.plan.kernel, team.plan.arena
-        return wire.Attached(
-            v=wire.PROTOCOL_VERSION,
-            device=self.config.name,
-            device_number=kernel.number,
-            size_bytes=self._size_bytes,
-            logical_block_bytes=self._block_bytes,
-            queues=kernel.info.queues,
-            depth=kernel.info.depth,
-            max_io_bytes=kernel.info.max_io_bytes,
-            need_get_data=self.config.need_get_data,
-            placement=self.config.placement,
-            read_only=self.config.read_only or session.attach.read_only,
-            epoch=team.epoch,
-            token=session.token.hex(),
-            endpoints=team.endpoints,
-            segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=arena.geometry.total_bytes),),
-            own_segment=session.segment,
-        )
 
     async def _go_live(self, team: Team) -> None:
         kernel = team.plan.kernel
@@ -326,6 +279,60 @@ class Device:
             kernel.set_io_timeout(IO_TIMEOUT_MS)
         self._now_live(team)
         _log.info("%s: live as %s", self.config.name, kernel.node)
+
+    async def adopt(self, record: Record) -> bool:
+        """Take over what a daemon before this one left of the device; False if there was nothing worth it.
+
+        Its processes have ended (`records.end_left`): what they were doing comes again from the kernel, and must not be
+        done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
+        """
+        async with self._changing:
+            self._kernel = await BlockDevice.find(
+                self._around.runner, record.config.name, record.device_number
+            )
+            self._disk = record.disk
+            if self._kernel is None or self.config.recovery == "none" or not self._kernel.was_started:
+                await self._discard_left()
+                return False
+            self._set_state("recovering")
+            try:
+                self._leases = self._make_pool(self._kernel)
+                team = await next_epoch(self._kernel, record.epoch + 1, self._fork_team, None, self._leases)
+            except (DaemonError, PoolError, OSError) as error:
+                await self._fail(f"left by an earlier daemon, and not to be recovered: {one_line(error)}")
+                return True
+            self._now_live(team)
+            _log.warning("%s: adopted, epoch %d", self.config.name, team.epoch)
+        if self.config.backend is not None:
+            self._managed = BackendProcess(self.config.name, self.config.backend, self._around.run_dir)
+            self._keeper = self._spawn(self._managed.keep_running())
+        return True
+
+    async def _discard_left(self) -> None:
+        if self._kernel is not None:
+            with _logged(self.config.name):
+                await self._kernel.stop(STOP_DEADLINE_S)
+                await self._kernel.delete()
+        self._kernel = None
+        self._around.records.forget(self.config.name)
+
+    def _save(self, epoch: int) -> None:
+        """Write down what the next daemon must know if this one is killed."""
+        if self._kernel is None or self._disk is None:
+            return
+        processes: list[Process | None] = [identify("worker", each.child.pid) for each in self.workers]
+        processes.append(identify("broker", self._around.broker.child.pid))
+        if self.session is not None:
+            processes.append(identify("backend", self.session.pid))
+        self._around.records.save(
+            Record(
+                config=self.config,
+                device_number=self._kernel.number,
+                disk=self._disk,
+                epoch=epoch,
+                processes=tuple(each for each in processes if each is not None),
+            )
+        )
 
     def _now_live(self, team: Team) -> None:
         self._strikes.live()
@@ -394,6 +401,7 @@ class Device:
         if self._leases is not None:
             with _logged(self.config.name):
                 await self._leases.refresh()
+            self._save(self._team.epoch if self._team else _FIRST_EPOCH)
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
@@ -411,6 +419,7 @@ class Device:
         self.reason = reason
         await self._tear_down()
         self._stopping = False
+        self._disk = None
         self._set_state("waiting" if self.config.backend is None else "failed")
 
     def in_use(self) -> bool:
@@ -446,6 +455,7 @@ class Device:
             self._leases = None
         self._drop_arena()
         self._team = self._kernel = None
+        self._around.records.forget(self.config.name)
 
     async def _stop_kernel(self, team: Team, kernel: BlockDevice) -> None:
         """STOP_DEV, while workers and backend serve what is still to be written; without a backend it all fails."""

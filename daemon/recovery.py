@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from ublkpool.daemon.attach import Session
+from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.broker_process import Leases
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.team import Team
@@ -46,12 +47,22 @@ async def recover(
     dead: Team, fork: Callable[[int], Awaitable[Team]], session: Session | None, leases: Leases
 ) -> Team:
     """The next epoch's workers, serving.  Raises `DaemonError`, `PoolError`, `OSError`; then it can be tried again."""
-    kernel = dead.plan.kernel
     await dead.drain(DRAIN_PATIENCE_S)
     await dead.kill()
+    return await next_epoch(dead.plan.kernel, dead.epoch + 1, fork, session, leases)
+
+
+async def next_epoch(
+    kernel: BlockDevice,
+    epoch: int,
+    fork: Callable[[int], Awaitable[Team]],
+    session: Session | None,
+    leases: Leases,
+) -> Team:
+    """Take over a device whose workers are all dead; `session` is the backend that served them, if it lives."""
     await kernel.wait_quiesced(RECOVERY_DEADLINE_S)
     await kernel.start_recovery(RECOVERY_DEADLINE_S)
-    team = await fork(dead.epoch + 1)
+    team = await fork(epoch)
     await _fence(team, session)
     # Only now is nobody using the dead workers' buffers any more.
     await leases.reclaim()

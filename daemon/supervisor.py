@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import list_orphans, unlink_arena
+from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.attach import AttachServer, Session
@@ -27,6 +28,7 @@ from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.records import Record, Records, end_left
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.ublk import control, queue
 
@@ -91,6 +93,16 @@ class Supervisor:
     async def stop(self) -> None:
         """End the daemon."""
         self.stopped.set()
+
+    async def adopt_left(self, left: Sequence[Record]) -> None:
+        """Take over, or clear away, what an earlier daemon in this run directory was killed with."""
+        for record in left:
+            device = Device(record.config, self._around)
+            try:
+                if await device.adopt(record):
+                    self._devices[record.config.name] = device
+            except (DaemonError, PoolError, OSError) as error:
+                _log.error("%s: left by an earlier daemon: %s", record.config.name, one_line(error))
 
     def describe(self, name: str) -> wire.Described:
         """What a backend may know before it attaches.  Raises `DaemonError` if there is no such device."""
@@ -158,6 +170,9 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.callback(_remove_run_dir, run_dir, made)
     cleanup.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    left = Records(run_dir / "devices").load()
+    # Before a new broker listens where the old one did, and before pools go that old backends still look at.
+    await end_left(left)
     for prefix in list_orphans(instance):
         _log.warning("removing the pool %s that an earlier daemon left", prefix)
         unlink_arena(prefix)
@@ -170,6 +185,7 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)
+    await supervisor.adopt_left(left)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
     cleanup.push_async_callback(admin.close)
@@ -178,7 +194,8 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
 
 def _make_run_dir(run_dir: Path, group: int | None) -> bool:
     """Make the run directory if there is none; whether it was made.  Only the service's user and group may enter."""
-    made = not run_dir.exists()
+    # A daemon that was killed has left its lock file, and the directory is as much ours as it was that one's.
+    made = not run_dir.exists() or (run_dir / "lock").exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if group is not None:
@@ -211,7 +228,8 @@ def _lock(run_dir: Path) -> int:
 def _remove_run_dir(run_dir: Path, made: bool) -> None:
     for name in ("lock", "pool.sock"):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "queues", ignore_errors=True)
+    for name in ("queues", "devices"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     # systemd's RuntimeDirectory, or a directory that somebody else uses, stays.
     if made:
         with suppress(OSError):
@@ -220,7 +238,12 @@ def _remove_run_dir(run_dir: Path, made: bool) -> None:
 
 async def _add_configured(supervisor: Supervisor, config: ServeConfig, stop: asyncio.Event) -> None:
     """Add the config's devices side by side; one that fails is logged and does not keep the others from serving."""
-    adding = [asyncio.ensure_future(_add_one(supervisor, device)) for device in config.devices]
+    adopted = {status.name for status in supervisor.list()}
+    adding = [
+        asyncio.ensure_future(_add_one(supervisor, device))
+        for device in config.devices
+        if device.name not in adopted
+    ]
     if not adding:
         return
     stopping = asyncio.ensure_future(stop.wait())

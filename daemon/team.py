@@ -11,11 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
@@ -33,7 +35,7 @@ class Plan(NamedTuple):
     config: DeviceConfig
     kernel: BlockDevice
     arena: Arena
-    block_bytes: int
+    disk: Disk
     pool_endpoint: str
     queue_dir: Path
     group: int | None
@@ -90,6 +92,28 @@ class Team:
             if isinstance(answer, messages.Expecting) and answer.reason:
                 await self.lost()
                 raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
+
+    def attached(self, session: Session) -> wire.Attached:
+        """What a backend is told that these workers expect."""
+        plan, info = self.plan, self.plan.kernel.info
+        return wire.Attached(
+            v=wire.PROTOCOL_VERSION,
+            device=plan.config.name,
+            device_number=plan.kernel.number,
+            size_bytes=plan.disk.size_bytes,
+            logical_block_bytes=plan.disk.block_bytes,
+            queues=info.queues,
+            depth=info.depth,
+            max_io_bytes=info.max_io_bytes,
+            need_get_data=plan.config.need_get_data,
+            placement=plan.config.placement,
+            read_only=plan.disk.read_only,
+            epoch=self.epoch,
+            token=session.token.hex(),
+            endpoints=self.endpoints,
+            segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=plan.arena.geometry.total_bytes),),
+            own_segment=session.segment,
+        )
 
     async def linked(self) -> None:
         """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""
@@ -164,7 +188,7 @@ class Team:
                 depth=info.depth,
                 epoch=self.epoch,
                 max_io_bytes=info.max_io_bytes,
-                block_bytes=plan.block_bytes,
+                block_bytes=plan.disk.block_bytes,
                 need_get_data=plan.config.need_get_data,
                 place_in_backend=plan.config.placement == "backend",
                 timeout_ms=int(plan.config.io_timeout_s * 1000),

@@ -177,17 +177,21 @@ class FakeWorker:
             self.own.close()
             self.own = None
 
+    def end_workers(self) -> None:
+        """All workers are gone."""
+        for router in self._routers:
+            router.close()
+
     def restart_worker(self, queue: int) -> None:
         """A new worker on a queue: the old socket is gone, a new one listens at the same endpoint."""
         self._routers[queue].close()
+        # ZeroMQ's own thread removes the old socket's file a little later, and would remove a new one's.
+        path = Path(self.endpoints[queue].removeprefix("ipc://"))
         deadline = time.monotonic() + DEADLINE_S
-        while True:
-            try:
-                self._routers[queue] = self._bind(self.endpoints[queue])
-                return
-            except zmq.ZMQError:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+        while path.exists():
+            assert time.monotonic() < deadline, f"{path} stays"
+            time.sleep(0.005)
+        self._routers[queue] = self._bind(self.endpoints[queue])
 
     def send(self, queue: int, descriptors: Iterable[Descriptor]) -> None:
         """One frame to the backend."""

@@ -322,7 +322,7 @@ def test_a_new_worker_on_a_queue_is_greeted_again(tmp_path: Path) -> None:
         assert worker.write(0, b"r" * 4096) == 4096
 
 
-def test_the_daemons_end_ends_the_backend_with_status_1(
+def test_a_backend_outlives_the_daemon_but_not_its_workers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = Plain()
@@ -330,9 +330,11 @@ def test_the_daemons_end_ends_the_backend_with_status_1(
         thread = BackendThread(backend, tmp_path)
         worker.accept()
         worker.hang_up()
+        assert worker.write(0, b"o" * 4096) == 4096
+        worker.end_workers()
         assert thread.join() == 1
     assert backend.calls[-1] == "close" and "detached" not in backend.calls
-    assert "the daemon closed the connection" in caplog.text
+    assert "the daemon is gone; serving on" in caplog.text
 
 
 def test_a_detach_finishes_what_runs(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ enum uq_violation {
 
 enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
 
-/* A queue's counters, in the control segment; `workers/statistics.py` names them in this order. */
+/* A queue's counters, in the control segment; `read_statistics` in ublk/queue.py reads it by these names. */
 struct uq_stats {
 	uint64_t requests[UQ_OPS], bytes[UQ_OPS];
 	uint64_t errors, in_flight, in_flight_max, buffers_held, buffers_lent, buffers_waiting, buffers_waited;

@@ -1,0 +1,104 @@
+"""Records: what a killed daemon leaves, and which processes of it are still the same."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ublkpool.daemon import records
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.disk import Disk
+from ublkpool.daemon.records import Process, Record, Records, end_left, identify
+
+DISK = Disk(size_bytes=1 << 20, block_bytes=512, volatile_cache=False, read_only=False)
+STUBBORN = (
+    "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+)
+
+
+def record(*processes: Process, name: str = "vol0", epoch: int = 1) -> Record:
+    return Record(
+        config=DeviceConfig(name=name), device_number=3, disk=DISK, epoch=epoch, processes=processes
+    )
+
+
+@contextmanager
+def process(program: str) -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        yield running
+        running.kill()
+
+
+def known(role: records.Role, pid: int) -> Process:
+    found = identify(role, pid)
+    assert found is not None
+    return found
+
+
+def test_a_record_comes_back_as_it_was_and_the_last_one_counts(tmp_path: Path) -> None:
+    store = Records(tmp_path / "devices")
+    store.save(record())
+    store.save(record(Process("worker", 7, 8), epoch=2))
+    assert store.load() == [record(Process("worker", 7, 8), epoch=2)]
+
+
+def test_a_forgotten_device_has_no_record(tmp_path: Path) -> None:
+    store = Records(tmp_path / "devices")
+    store.save(record())
+    store.forget("vol0")
+    store.forget("never was")
+    assert store.load() == []
+
+
+def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Records(tmp_path / "devices")
+    store.save(record(name="good"))
+    (tmp_path / "devices" / "bad.json").write_bytes(msgspec.json.encode(record(name="bad"))[:-9])
+    assert [each.config.name for each in store.load()] == ["good"]
+    assert "bad.json: not a record" in caplog.text
+
+
+def test_a_recorded_worker_is_killed_at_once() -> None:
+    with process(STUBBORN) as worker:
+        asyncio.run(end_left([record(known("worker", worker.pid))]))
+        assert worker.wait() == -signal.SIGKILL
+
+
+def test_a_recorded_backend_may_finish_first() -> None:
+    polite = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(5)); print(1, flush=True); signal.pause()"
+    )
+    with process(polite) as backend:
+        asyncio.run(end_left([record(known("backend", backend.pid))]))
+        assert backend.wait() == 5
+
+
+def test_a_backend_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "PATIENCE_S", 0.01)
+    with process(STUBBORN) as backend:
+        asyncio.run(end_left([record(known("backend", backend.pid))]))
+        assert backend.wait() == -signal.SIGKILL
+
+
+def test_another_process_with_the_same_number_is_left_alone() -> None:
+    with process(STUBBORN) as stranger:
+        before = known("worker", stranger.pid)
+        asyncio.run(end_left([record(Process("worker", before.pid, before.start_ticks - 1))]))
+        assert stranger.poll() is None
+
+
+def test_a_process_that_is_gone_is_no_problem() -> None:
+    with process("print(1)") as gone:
+        gone.wait()
+        asyncio.run(end_left([record(Process("worker", gone.pid, 1))]))
+    assert identify("worker", gone.pid) is None
+    assert identify("worker", os.getpid()) == identify("worker", os.getpid())
