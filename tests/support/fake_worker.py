@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -71,6 +70,13 @@ class FakeWorker:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A socket of ours: ZeroMQ's thread would remove the file of its own late, and with it a successor's.
+        path = Path(endpoint.removeprefix("ipc://"))
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen()
+        router.setsockopt(zmq.USE_FD, listener.detach())
         router.bind(endpoint)
         return router
 
@@ -185,12 +191,6 @@ class FakeWorker:
     def restart_worker(self, queue: int) -> None:
         """A new worker on a queue: the old socket is gone, a new one listens at the same endpoint."""
         self._routers[queue].close()
-        # ZeroMQ's own thread removes the old socket's file a little later, and would remove a new one's.
-        path = Path(self.endpoints[queue].removeprefix("ipc://"))
-        deadline = time.monotonic() + DEADLINE_S
-        while path.exists():
-            assert time.monotonic() < deadline, f"{path} stays"
-            time.sleep(0.005)
         self._routers[queue] = self._bind(self.endpoints[queue])
 
     def send(self, queue: int, descriptors: Iterable[Descriptor]) -> None:
