@@ -51,7 +51,7 @@ class Kind(enum.IntEnum):
     PLACE = 2
     """A write of `length` bytes at `offset` is coming: where should its data go?"""
     DATA = 3
-    """The data of a placed write now lies in the region that was named; `length` may have shrunk.  The region stays
+    """The data of a placed write now lies in the region that was named.  The region stays
     lent until RELEASE."""
     RELEASE = 4
     """The worker and the kernel are done with a region that the backend named, for a write or a read; until then it

@@ -150,14 +150,13 @@ def test_a_backend_that_reads_nothing_more_fills_the_output_and_breaks_no_rule()
     assert desk.queue.attention() & Attention.OUTPUT
 
 
-def test_the_length_is_read_again_after_the_copy() -> None:
+def test_a_write_that_was_copied_in_part_fails_for_no_driver_must_take_it_for_the_whole() -> None:
     desk = Desk()
     request = desk.write(0, 0, data(1, 4))
     desk.copy(0, 1)
-    (given,) = desk.send()
-    assert given.length == SECTOR_BYTES
-    desk.serve(0)
-    assert request.result is None and request.left == 3
+    assert desk.send() == [], "no backend sees half a write"
+    desk.driver.consume()
+    assert request.result == -errno.EIO
     assert desk.side.statistics.short_copies == 1
 
 
