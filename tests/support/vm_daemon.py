@@ -298,6 +298,20 @@ class Daemon:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(DEADLINE_S)
 
+    def crash(self) -> None:
+        """Kill it; what it started stays as it is."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def crash_everything(self) -> None:
+        """Kill it and all that it or its backends started, but for what keeps a memory disk."""
+        self.crash()
+        for pid, words in marked_processes(str(self.run_dir)).items():
+            if "keeper.py" not in words:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def remains(self) -> list[str]:
         """What is left after its end."""
         found = [str(self.run_dir)] if self.run_dir.exists() else []
