@@ -215,8 +215,11 @@ class Attachment:
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._poller.register(connection.fileno(), zmq.POLLIN)
-        self._queues = [self._connect_queue(endpoint) for endpoint in attached.endpoints]
+        self._queues = [self._make_queue() for _ in attached.endpoints]
+        # Before anything connects: a first connection that nobody saw would make the next one look like the first.
         self._monitors = [self._watch_connection(queue) for queue in self._queues]
+        for queue, endpoint in zip(self._queues, attached.endpoints, strict=True):
+            queue.connect(endpoint)
         self._queue_of = {each: number for number, each in enumerate(self._queues)}
         self._monitor_of = {each: number for number, each in enumerate(self._monitors)}
 
@@ -257,7 +260,7 @@ class Attachment:
             attachment._hello(queue)
         return attachment
 
-    def _connect_queue(self, endpoint: str) -> zmq.Socket[bytes]:
+    def _make_queue(self) -> zmq.Socket[bytes]:
         queue = self._context.socket(zmq.DEALER)
         queue.setsockopt(zmq.ROUTING_ID, bytes.fromhex(self.attached.token))
         queue.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -266,7 +269,6 @@ class Attachment:
         queue.setsockopt(zmq.RCVHWM, 0)
         queue.setsockopt(zmq.RECONNECT_IVL, 10)
         queue.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
-        queue.connect(endpoint)
         self._poller.register(queue, zmq.POLLIN)
         return queue
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from support.fake_worker import DEVICE, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.bufpool import wire
@@ -320,6 +321,27 @@ def test_a_new_worker_on_a_queue_is_greeted_again(tmp_path: Path) -> None:
         hello = worker.receive()
         assert (hello.kind, hello.epoch) == (Kind.HELLO, worker.epoch)
         assert worker.write(0, b"r" * 4096) == 4096
+
+
+def test_a_first_connection_that_stands_at_once_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    watch, connect = Attachment._watch_connection, zmq.Socket.connect
+
+    def watching(self: Attachment, queue: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
+        steps.append("watch")
+        return watch(self, queue)
+
+    def connecting(self: "zmq.Socket[bytes]", address: str) -> Any:
+        steps.extend(["connect"] if address.startswith("ipc://") else [])
+        return connect(self, address)
+
+    monkeypatch.setattr(Attachment, "_watch_connection", watching)
+    monkeypatch.setattr(zmq.Socket, "connect", connecting)
+    with FakeWorker(tmp_path, size_bytes=1 << 20, queues=2) as worker, serving(worker, Plain()):
+        # Unseen, it would make the connection to a dead worker's successor look like the first: no HELLO, no fence.
+        assert steps == ["watch", "watch", "connect", "connect"]
 
 
 def test_a_backend_outlives_the_daemon_but_not_its_workers(
