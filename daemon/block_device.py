@@ -144,6 +144,7 @@ class BlockDevice:
         self.queue_cpus = created.queue_cpus
         self.number = created.info.device_number
         self.node = Path(f"/dev/ublkb{self.number}")
+        self._awaits_fetch = False
 
     @classmethod
     async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
@@ -247,11 +248,21 @@ class BlockDevice:
         return self.info.state != abi.DeviceState.DEAD
 
     async def start_recovery(self, deadline_s: float) -> None:
-        """START_USER_RECOVERY, tried again while the driver says that somebody holds the device."""
+        """START_USER_RECOVERY, tried again while the driver says that somebody holds the device.
+
+        Nothing if it was done before, until `fetched`: 6.12 crashes at a second one while a queue has no task.
+        """
+        if self._awaits_fetch:
+            return
         number = self.number
         await self._retry_busy(
             f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
         )
+        self._awaits_fetch = True
+
+    def fetched(self) -> None:
+        """Workers have fetched every tag since the last START_USER_RECOVERY."""
+        self._awaits_fetch = False
 
     async def end_recovery(self, deadline_s: float) -> None:
         """END_USER_RECOVERY: the requests of the dead come again, to workers that have fetched every tag."""

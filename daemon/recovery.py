@@ -68,6 +68,7 @@ async def next_epoch(
     await leases.reclaim()
     await leases.register(team.epoch)
     await team.ready()
+    kernel.fetched()
     await _while_serving(team, kernel.end_recovery(RECOVERY_DEADLINE_S))
     return team
 

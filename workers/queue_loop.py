@@ -78,6 +78,7 @@ class QueueLoop:
             os.sched_setaffinity(0, {spec.cpu})
         self._ring = Ring(self._queue, char_fd)
         self._started = False
+        self._fetched = False
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
         self._ring.watch(_WATCH_BACKEND, self._backend.fileno())
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
@@ -87,7 +88,11 @@ class QueueLoop:
         more = False
         while True:
             self._service_links()
-            bits = self._ring.run(0 if more else TICK_MS)
+            fetching = self._started and not self._fetched
+            bits = self._ring.run(0 if more or fetching else TICK_MS)
+            if fetching:
+                self._fetched = True
+                self._tell(messages.Ready())
             attention = self._queue.attention()
             if attention & Attention.FAULT:
                 return self._fail(self._queue.fault())
@@ -104,7 +109,6 @@ class QueueLoop:
         if not self._started and self._has_reserve():
             self._queue.start()
             self._started = True
-            self._tell(messages.Ready())
 
     def _has_reserve(self) -> bool:
         classes = self._spec.queue.classes

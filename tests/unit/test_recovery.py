@@ -11,14 +11,17 @@ from ublkpool.bufpool import broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import broker_process, recovery
 from ublkpool.daemon.attach import Session
+from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
+from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover
 from ublkpool.daemon.team import Team
+from ublkpool.ublk.abi import DeviceInfo, Feature
 
 EPOCH = 4
 DEADLINE_S = 20
-AFTER_THE_FENCE = ["reclaim", f"register {EPOCH + 1}", "ready", "end recovery"]
+AFTER_THE_FENCE = ["reclaim", f"register {EPOCH + 1}", "ready", "fetched", "end recovery"]
 BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]
 
 
@@ -77,6 +80,7 @@ class Scene:
             wait_quiesced=self._step("quiesced"),
             start_recovery=self._step("start recovery"),
             end_recovery=self._step("end recovery", lambda: self.ended_recovery),
+            fetched=lambda: self.steps.append("fetched"),
         )
         self.leases = SimpleNamespace(reclaim=self._step("reclaim"), register=self._register)
         self.dead = self._team(EPOCH)
@@ -234,6 +238,33 @@ def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
         assert it.steps == [*BEFORE_THE_FENCE, "expect", "cut off", *AFTER_THE_FENCE]
 
     run()
+
+
+class FakeRunner:
+    """Does no control command, and counts them."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    async def run_beside(self, what: str, *_: object) -> None:
+        self.commands.append(what)
+
+
+def test_recovery_is_started_once_until_every_tag_was_fetched() -> None:
+    async def run() -> None:
+        runner = FakeRunner()
+        info = DeviceInfo(
+            queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
+        )
+        kernel = BlockDevice(cast(ControlRunner, runner), "vol", Created(info, [[0]]))
+        await kernel.start_recovery(1.0)
+        await kernel.start_recovery(1.0)
+        assert runner.commands == ["vol: START_USER_RECOVERY"]
+        kernel.fetched()
+        await kernel.start_recovery(1.0)
+        assert len(runner.commands) == 2
+
+    asyncio.run(run())
 
 
 class FakeBroker:
