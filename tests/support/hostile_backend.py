@@ -149,11 +149,7 @@ def _serve(
     conduct: Conduct,
     segment_bytes: int,
 ) -> int:
-    own = OwnSegment.create(segment_bytes) if segment_bytes else None
-    attach = wire.Attach(
-        v=wire.PROTOCOL_VERSION, device=device, kind="hostile", placement="backend" if own else "pool"
-    )
-    desk = Desk(Attachment.open(run_dir, device, attach, own), disk)
+    desk = open_desk(run_dir, device, disk, segment_bytes)
     while True:
         ready = desk.attachment.poll()
         for queue in ready.queues:
@@ -162,6 +158,15 @@ def _serve(
                 (conduct if is_victim else honest)(desk, request)
         if ready.control and isinstance(desk.attachment.message(), wire.Detach | None):
             return 0
+
+
+def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -> Desk:
+    """Attach, with a segment or for pool placement."""
+    own = OwnSegment.create(segment_bytes) if segment_bytes else None
+    attach = wire.Attach(
+        v=wire.PROTOCOL_VERSION, device=device, kind="hostile", placement="backend" if own else "pool"
+    )
+    return Desk(Attachment.open(run_dir, device, attach, own), disk)
 
 
 def attach_by_hand(

@@ -204,8 +204,7 @@ class Daemon:
         assert total(stats, "buffers_lent") == kept
         assert total(stats, "lent_total") - total(stats, "returned_total") == kept
         assert total(stats, "buffers_waiting") == 0
-        assert status.id is not None
-        with Arena.open(arena_prefix(self._instance, status.id)) as arena:
+        with self.arena(status) as arena:
             slots = range(arena.geometry.slot_count)
             headers = [arena.control.slot_header(slot) for slot in slots]
         assert sum(1 for header in headers if header.tag) == kept
@@ -215,13 +214,23 @@ class Daemon:
         )
 
     def _books_agree(self, status: DeviceStatus) -> bool:
-        assert status.id is not None
-        with Arena.open(arena_prefix(self._instance, status.id)) as arena:
+        with self.arena(status) as arena:
             owners = list(arena.control.slot_owners())
         held = [queue.buffers_held for queue in self.stats(status.name).queues]
         return held == [
             sum(1 for owner in owners if owner and owner.queue == queue) for queue in range(status.queues)
         ]
+
+    def arena(self, status: DeviceStatus) -> Arena:
+        """A device's pool, to look into."""
+        assert status.id is not None
+        return Arena.open(arena_prefix(self._instance, status.id))
+
+    @property
+    def broker_pid(self) -> int:
+        """The pool broker of the moment, 0 while there is none."""
+        marked = marked_processes(str(self.run_dir))
+        return next((pid for pid in marked if _name(pid) == "ublkpool-broker"), 0)
 
     @property
     def _instance(self) -> str:

@@ -1,0 +1,156 @@
+"""A backend that keeps its victims until it is told to go on, also past the death of the worker that sent them.
+
+It is honest about that, and confirms a fence when the last of the old epoch is done, or it confirms at once and does
+the rest later: the one thing that a worker cannot check.
+"""
+
+import mmap
+import multiprocessing
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from support.hostile_backend import Desk, Victim, honest, open_desk
+from support.vm_daemon import DEADLINE_S, Daemon
+from support.vm_process import Forked, read_block, write_block
+from support.vm_recovery import kill
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.wire import Descriptor, Kind
+
+CHUNK = 64 * 1024
+DISK_BYTES = 4 << 20
+DEPTH = 8
+NAME = "late"
+
+
+class Said(NamedTuple):
+    """What the backend reports: it keeps a request, was asked for a fence, or was given something before its answer."""
+
+    what: Literal["kept", "fence", "early"]
+    request: Descriptor
+
+
+class _Late:
+    """The process's own state."""
+
+    def __init__(self, desk: Desk, victims: Sequence[Victim], is_honest: bool, report: Connection) -> None:
+        self._desk, self._victims, self._is_honest, self._report = desk, list(victims), is_honest, report
+        self._kept: list[Descriptor] = []
+        self._fence: Descriptor | None = None
+
+    def take(self, request: Descriptor) -> None:
+        victim = Victim(request.offset, wire.Op(request.op))
+        if request.kind == Kind.FENCE:
+            self._on_fence(request)
+        elif request.kind in (Kind.REQUEST, Kind.DATA) and victim in self._victims:
+            self._victims.remove(victim)
+            self._kept.append(request)
+            self._say("kept", request)
+        else:
+            if self._fence is not None and request.kind < Kind.RELEASE:
+                self._say("early", request)
+            honest(self._desk, request)
+
+    def go_on(self) -> None:
+        """Do what was kept, in the order in which it came, and only then say so."""
+        kept, self._kept = self._kept, []
+        for each in kept:
+            honest(self._desk, each)
+        if self._fence is not None:
+            honest(self._desk, self._fence)
+            self._fence = None
+
+    def _on_fence(self, fence: Descriptor) -> None:
+        if self._is_honest and any(each.epoch < fence.epoch for each in self._kept):
+            self._fence = fence
+        else:
+            honest(self._desk, fence)
+        self._say("fence", fence)
+
+    def _say(self, what: Literal["kept", "fence", "early"], request: Descriptor) -> None:
+        self._report.send(Said(what, request))
+
+
+def _serve(
+    run_dir: Path,
+    disk: mmap.mmap,
+    victims: Sequence[Victim],
+    is_honest: bool,
+    segment_bytes: int,
+    report: Connection,
+    gate: int,
+) -> int:
+    desk = open_desk(run_dir, NAME, disk, segment_bytes)
+    late = _Late(desk, victims, is_honest, report)
+    desk.attachment.watch(gate)
+    while True:
+        ready = desk.attachment.poll()
+        for queue in ready.queues:
+            for request in desk.attachment.receive(queue):
+                late.take(request)
+        if gate in ready.descriptors:
+            os.eventfd_read(gate)
+            late.go_on()
+        if ready.control and isinstance(desk.attachment.message(), wire.Detach | None):
+            return 0
+
+
+class LateScene:
+    """A device with one queue, served by a late backend, and its clients."""
+
+    def __init__(self, daemon: Daemon, placement: str, is_honest: bool, *victims: Victim) -> None:
+        self.daemon = daemon
+        self.disk = mmap.mmap(-1, DISK_BYTES)
+        self._reports, report = multiprocessing.Pipe(duplex=False)
+        self._gate = os.eventfd(0)
+        daemon.add(NAME, size_bytes=DISK_BYTES, depth=DEPTH, max_io_bytes=CHUNK, placement=placement)
+        segment_bytes = DEPTH * CHUNK if placement == "backend" else 0
+        gate, run_dir = self._gate, daemon.run_dir
+        self.backend = Forked(
+            lambda: _serve(run_dir, self.disk, victims, is_honest, segment_bytes, report, gate)
+        )
+        path = daemon.wait_live(NAME).path
+        assert path is not None
+        self.path = path
+
+    def said(self, what: str) -> Descriptor:
+        """The request that the backend's next report is about, which must say this."""
+        assert self._reports.poll(DEADLINE_S), f"the backend does not say {what!r}"
+        said: Said = self._reports.recv()
+        assert said.what == what, said
+        return said.request
+
+    def says_nothing(self) -> bool:
+        """Whether everything that it reported was asked for."""
+        return not self._reports.poll()
+
+    def go_on(self) -> None:
+        """The backend does what it kept."""
+        os.eventfd_write(self._gate, 1)
+
+    def write(self, offset: int, data: bytes) -> Forked:
+        """A client's write, in a process that ends with its errno."""
+        return Forked(lambda: write_block(self.path, offset, data))
+
+    def read(self, offset: int, expected: bytes) -> Forked:
+        """A client's read, in a process that ends with 0 if it found this."""
+        return Forked(lambda: int(read_block(self.path, offset, len(expected)) != expected))
+
+    def kill_worker(self) -> None:
+        kill(self.daemon.status(NAME).workers[0].pid)
+
+    def owner_of(self, request: Descriptor) -> Owner | None:
+        """Whose the pool buffer of a request is now."""
+        with self.daemon.arena(self.daemon.status(NAME)) as arena:
+            slots = range(arena.geometry.slot_count)
+            slot = next(each for each in slots if arena.geometry.slot_offset(each) == request.buffer)
+            return list(arena.control.slot_owners())[slot]
+
+    def end(self) -> None:
+        """Delete the device; its backend goes with it."""
+        self.daemon.delete(NAME)
+        assert self.backend.wait() == 0
+        os.close(self._gate)

@@ -1,0 +1,345 @@
+"""Workers, backends and the broker killed under I/O: no error, no stale byte, no buffer lost, nothing left behind."""
+
+import errno
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from support.hostile_backend import Victim
+from support.late_backend import CHUNK, DEPTH, LateScene
+from support.vm_daemon import Daemon, eventually, total
+from support.vm_files import (
+    REAL_TREE,
+    check_file_system,
+    checksums,
+    copy_tree,
+    forget_cached,
+    make_file_system,
+    mounted,
+)
+from support.vm_process import Forked, read_block, write_block
+from support.vm_recovery import (
+    kill,
+    kill_broker,
+    kill_worker,
+    loaded,
+    seeded,
+    wait_for_backend,
+    wait_for_epoch,
+)
+from ublkpool.bufpool.wire import Op
+from ublkpool.daemon.device import IO_TIMEOUT_MS
+from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX
+from ublkpool.daemon.status import DeviceStatus
+from ublkpool.ublk import control
+from ublkpool.ublk.abi import Feature
+
+MIB = 1 << 20
+ROUNDS = 3
+CHAOS_S = float(os.environ.get("UBLKPOOL_CHAOS_S", "20"))
+NOT_BY_TIMEOUT_S = 25.0
+"""A dead worker that nothing but the block layer's own timeout reports is found after 29 s at the earliest."""
+VICTIM = 16 * CHUNK
+
+
+def _add(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceStatus:
+    name = f"{kind}-{placement}"
+    options = {"size": "32M", "placement": placement}
+    if kind == "file":
+        options |= {"path": str(daemon.path(f"{name}.img")), "segment": "16M"}
+    return daemon.add(name, kind, options, queues=queues, placement=placement)
+
+
+def test_killed_workers_cost_the_client_nothing(daemon: Daemon) -> None:
+    ways = [("memory", "pool", 2), ("memory", "backend", 4), ("file", "pool", 4), ("file", "backend", 2)]
+    devices = daemon.together(*(partial(_add, daemon, *way) for way in ways))
+    with seeded() as rng, loaded(daemon, devices) as loads:
+        for _ in range(ROUNDS):
+            before = [kill_worker(daemon, each.name, rng) for each in devices]
+            for each in before:
+                after = wait_for_epoch(daemon, each.name, each.epoch + 1)
+                assert after.epoch == each.epoch + 1
+                assert {w.pid for w in after.workers}.isdisjoint(w.pid for w in each.workers)
+                assert after.backend == each.backend
+            for load in loads:
+                load.goes_on()
+
+
+def test_a_worker_that_dies_with_every_tag_in_its_hands_is_missed_within_seconds(daemon: Daemon) -> None:
+    status = daemon.add("full", "memory", {"size": "4M"}, depth=DEPTH)
+    assert status.path is not None and status.backend.pid is not None
+    timeout = Path("/sys/block") / Path(status.path).name / "queue/io_timeout"
+    assert int(timeout.read_text()) == IO_TIMEOUT_MS
+    data = [os.urandom(CHUNK) for _ in range(DEPTH + 2)]
+    with daemon.stopped(status.backend.pid):
+        path = status.path
+        writes = [Forked(partial(write_block, path, n * CHUNK, each)) for n, each in enumerate(data)]
+        eventually(lambda: total(daemon.stats("full"), "in_flight") == DEPTH, "every tag is taken")
+        kill(status.workers[0].pid)
+    assert wait_for_epoch(daemon, "full", 2, NOT_BY_TIMEOUT_S).epoch == 2
+    assert [each.wait() for each in writes] == [0] * len(writes)
+    assert [read_block(path, n * CHUNK, CHUNK) for n in range(len(data))] == data
+    daemon.delete("full")
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_no_request_comes_through_while_the_backend_still_executes_one_of_a_dead_worker(
+    daemon: Daemon, placement: str
+) -> None:
+    scene = LateScene(daemon, placement, True, Victim(VICTIM, Op.WRITE))
+    old, new = os.urandom(CHUNK), os.urandom(CHUNK)
+    first = scene.write(VICTIM, old)
+    kept = scene.said("kept")
+    scene.kill_worker()
+    assert scene.said("fence").epoch == kept.epoch + 1
+    assert daemon.status("late").state == "recovering"
+    other = scene.write(0, new)
+    assert scene.disk[VICTIM : VICTIM + CHUNK] == bytes(CHUNK)
+    assert first.running and other.running and scene.says_nothing()
+    scene.go_on()
+    assert wait_for_epoch(daemon, "late", 2).epoch == 2
+    assert (first.wait(), other.wait()) == (0, 0)
+    assert scene.disk[VICTIM : VICTIM + CHUNK] == old
+    assert write_block(scene.path, VICTIM, new) == 0
+    assert read_block(scene.path, VICTIM, CHUNK) == new
+    assert scene.says_nothing(), "the backend was given something before it had confirmed the fence"
+    stats = daemon.stats("late")
+    assert (total(stats, "stale_answers"), total(stats, "violations")) == (1, 0)
+    scene.end()
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_a_backend_that_lies_about_the_fence_brings_an_overwritten_write_back(
+    daemon: Daemon, placement: str
+) -> None:
+    scene = LateScene(daemon, placement, False, Victim(VICTIM, Op.WRITE))
+    old, new = os.urandom(CHUNK), os.urandom(CHUNK)
+    first = scene.write(VICTIM, old)
+    scene.said("kept")
+    scene.kill_worker()
+    scene.said("fence")
+    assert first.wait() == 0
+    assert write_block(scene.path, VICTIM, new) == 0
+    assert read_block(scene.path, VICTIM, CHUNK) == new
+    scene.go_on()
+    eventually(lambda: read_block(scene.path, VICTIM, CHUNK) == old, "the trap springs")
+    scene.end()
+
+
+def test_a_buffer_stays_the_dead_workers_for_as_long_as_the_backend_may_fill_it(daemon: Daemon) -> None:
+    scene = LateScene(daemon, "pool", True, Victim(VICTIM, Op.READ))
+    scene.disk[VICTIM : VICTIM + CHUNK] = pattern = os.urandom(CHUNK)
+    reader = scene.read(VICTIM, pattern)
+    kept = scene.said("kept")
+    before = scene.owner_of(kept)
+    assert before is not None and before.epoch == kept.epoch
+    scene.kill_worker()
+    scene.said("fence")
+    assert scene.owner_of(kept) == before
+    scene.go_on()
+    assert wait_for_epoch(daemon, "late", 2).epoch == 2
+    assert reader.wait() == 0
+    scene.end()
+
+
+def test_a_backend_that_lies_about_the_fence_fills_a_buffer_that_another_write_has(daemon: Daemon) -> None:
+    writes = [Victim(n * CHUNK, Op.WRITE) for n in range(DEPTH)]
+    scene = LateScene(daemon, "pool", False, Victim(VICTIM, Op.READ), *writes)
+    scene.disk[VICTIM : VICTIM + CHUNK] = pattern = os.urandom(CHUNK)
+    reader = scene.read(VICTIM, pattern)
+    kept = scene.said("kept")
+    scene.kill_worker()
+    scene.said("fence")
+    assert reader.wait() == 0
+    clients = []
+    for victim in writes:
+        clients.append(scene.write(victim.offset, os.urandom(CHUNK)))
+        if scene.said("kept").buffer == kept.buffer:
+            break
+    else:
+        pytest.fail("no write was given the buffer of the dead worker's read")
+    scene.go_on()
+    assert [each.wait() for each in clients] == [0] * len(clients)
+    found = [read_block(scene.path, each.offset, CHUNK) == pattern for each in writes[: len(clients)]]
+    assert found == [False] * (len(clients) - 1) + [True]
+    scene.end()
+
+
+def test_a_broker_that_dies_twice_while_a_device_recovers_holds_nothing_up(daemon: Daemon) -> None:
+    scene = LateScene(daemon, "pool", True, Victim(VICTIM, Op.WRITE))
+    data = os.urandom(CHUNK)
+    first = scene.write(VICTIM, data)
+    scene.said("kept")
+    scene.kill_worker()
+    scene.said("fence")
+    kill_broker(daemon)
+    kill_broker(daemon)
+    scene.go_on()
+    assert wait_for_epoch(daemon, "late", 2).epoch == 2
+    assert first.wait() == 0
+    assert scene.disk[VICTIM : VICTIM + CHUNK] == data
+    scene.end()
+
+
+def test_a_killed_broker_is_replaced_while_io_goes_on(daemon: Daemon) -> None:
+    device = _add(daemon, "memory", "pool", 2)
+    with loaded(daemon, [device]) as (load,):
+        kill_broker(daemon)
+        load.goes_on()
+        with daemon.device("second", "memory", options={"size": "4M"}) as second:
+            assert second.path is not None
+            assert write_block(second.path, CHUNK, b"s" * CHUNK) == 0
+            assert read_block(second.path, CHUNK, CHUNK) == b"s" * CHUNK
+            kill_broker(daemon)
+        load.goes_on()
+
+
+def test_a_killed_backend_is_started_again_and_given_what_it_had_not_answered(daemon: Daemon) -> None:
+    ways = [("file", "pool", 2), ("memory", "backend", 2)]
+    devices = daemon.together(*(partial(_add, daemon, *way) for way in ways))
+    with loaded(daemon, devices) as loads:
+        for _ in range(2):
+            for load in loads:
+                _kill_backend_with_a_read(daemon, load.name)
+            for load in loads:
+                load.goes_on()
+        for device in devices:
+            stats = daemon.stats(device.name)
+            assert total(stats, "replays") > 0
+            assert device.placement == "backend" or total(stats, "own_copy_bytes") == 0
+
+
+def _kill_backend_with_a_read(daemon: Daemon, name: str) -> None:
+    status = daemon.status(name)
+    path, pid = status.path, status.backend.pid
+    assert path is not None and pid is not None
+    with daemon.stopped(pid):
+        reader = Forked(lambda: int(len(read_block(path, 24 * MIB, CHUNK)) != CHUNK))
+        eventually(lambda: _inflight(status)[0], "a read waits for the backend")
+        kill(pid)
+    wait_for_backend(daemon, name, pid)
+    assert reader.wait() == 0
+
+
+def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(daemon: Daemon) -> None:
+    ways = [("memory", "backend", 2), ("file", "pool", 4)]
+    devices = daemon.together(*(partial(_add, daemon, *way) for way in ways))
+    with seeded() as rng, loaded(daemon, devices) as loads:
+        end_s = time.monotonic() + CHAOS_S
+        workers = 0
+        while time.monotonic() < end_s:
+            status = daemon.status(rng.choice(devices).name)
+            what = rng.choice(["worker", "worker", "backend", "broker"])
+            if what == "worker" and status.workers:
+                kill(rng.choice(status.workers).pid)
+                workers += 1
+            elif what == "backend":
+                kill(status.backend.pid or 0)
+            else:
+                kill(daemon.broker_pid)
+            # The moment is the test's to choose: there is no condition to wait for.
+            time.sleep(rng.uniform(0, 1.5))
+            if workers % STRIKES_MAX == STRIKES_MAX - 1:
+                # More deaths in a row than this mean a device that cannot live.
+                for load in loads:
+                    wait_for_epoch(daemon, load.name, 1)
+                time.sleep(STEADY_S)
+        for load in loads:
+            load.goes_on()
+
+
+def test_without_recovery_a_device_fails_with_its_reason_and_goes(daemon: Daemon) -> None:
+    status = daemon.add("mortal", "memory", {"size": "4M"}, recovery="none", queues=2)
+    kill(status.workers[1].pid)
+    eventually(lambda: daemon.status("mortal").state == "failed", "the device is failed")
+    assert "its worker ended: killed by SIGKILL" in daemon.status("mortal").reason
+    daemon.delete("mortal")
+
+
+def _holds_a_write(daemon: Daemon, status: DeviceStatus) -> bool:
+    """Whether the worker has a write, and all else that the kernel has sent: the partition scan may still read."""
+    reads, writes = _inflight(status)
+    return writes > 0 and total(daemon.stats(status.name), "in_flight") == reads + writes
+
+
+def _inflight(status: DeviceStatus) -> tuple[int, int]:
+    """Reads and writes that the kernel waits for."""
+    assert status.path is not None
+    text = (Path("/sys/block") / Path(status.path).name / "inflight").read_text()
+    reads, writes = map(int, text.split())
+    return reads, writes
+
+
+@pytest.mark.parametrize("recovery", ["abort", "fail"])
+def test_recovery_without_reissue_fails_what_the_dead_worker_had_and_nothing_after_it(
+    daemon: Daemon, recovery: str
+) -> None:
+    if recovery == "fail" and not control.get_features() & Feature.USER_RECOVERY_FAIL_IO:
+        pytest.skip("this kernel does not offer it")
+    status = daemon.add("brief", "memory", {"size": "4M"}, recovery=recovery)
+    path, pid = status.path, status.backend.pid
+    assert path is not None and pid is not None
+    with daemon.stopped(pid):
+        write = Forked(lambda: write_block(path, 0, bytes(CHUNK)))
+        eventually(partial(_holds_a_write, daemon, status), "the worker has the write")
+        kill(status.workers[0].pid)
+    assert write.wait() == errno.EIO
+    wait_for_epoch(daemon, "brief", 2)
+    assert write_block(path, 0, b"n" * CHUNK) == 0
+    assert read_block(path, 0, CHUNK) == b"n" * CHUNK
+    daemon.delete("brief")
+
+
+def test_ext4_in_use_notices_nothing_of_killed_workers_and_backends(daemon: Daemon) -> None:
+    options = {"path": daemon.path("fs.img"), "size": "160M"}
+    status = daemon.add("fs", "file", options, queues=2)
+    path, enough = status.path, daemon.path("enough")
+    assert path is not None
+    make_file_system("ext4", path)
+    with seeded() as rng, mounted(path, daemon.path("mnt")) as root:
+        copier = Forked(lambda: _copy_until(enough, root))
+        for _ in range(2):
+            epoch = kill_worker(daemon, "fs", rng).epoch
+            wait_for_epoch(daemon, "fs", epoch + 1)
+            backend = daemon.status("fs").backend.pid
+            kill(backend or 0)
+            wait_for_backend(daemon, "fs", backend)
+        assert copier.running
+        enough.touch()
+        assert copier.wait() == 0
+        expected = checksums(root)
+        assert len(expected) > 50
+    check_file_system("ext4", path)
+    with mounted(path, daemon.path("mnt")) as root:
+        forget_cached()
+        assert checksums(root) == expected
+        assert _same_as_the_source(root / "0")
+    daemon.delete("fs")
+    enough.unlink()
+    daemon.path("fs.img").unlink()
+
+
+def _copy_until(enough: Path, root: Path) -> int:
+    """Copy a real tree to the disk, over the last but one, until the file is there."""
+    turn = 0
+    while not enough.exists() or turn < 2:
+        target = root / str(turn % 2)
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir()
+        copy_tree(target)
+        os.sync()
+        turn += 1
+    return 0
+
+
+def _same_as_the_source(copy: Path) -> bool:
+    return all(_python_files(copy / each.name) == _python_files(each) for each in REAL_TREE)
+
+
+def _python_files(root: Path) -> dict[str, str]:
+    return {name: found for name, found in checksums(root).items() if name.endswith(".py")}
