@@ -17,7 +17,7 @@ import msgspec
 from ublkpool.bufpool.backend import Backend, Device, Hint, Properties, log
 from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.keeper import Keeper
+from ublkpool.bufpool.keeper import Keeper, keeper_path
 from ublkpool.bufpool.sizes import ByteSize, format_size
 
 _PAGE_BYTES = 4096
@@ -100,7 +100,7 @@ class MemoryBackend(Backend):
         )
 
     def _kept(self, hint: Hint, size_bytes: int) -> OwnSegment:
-        self._keeper = Keeper(hint.run_dir / f"memory-{hint.device}.keep")
+        self._keeper = Keeper(keeper_path(hint.run_dir, hint.device))
         segment = self._keeper.adopt()
         if segment is None:
             segment = OwnSegment.create(size_bytes, f"disk-{hint.device}")

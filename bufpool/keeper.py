@@ -21,6 +21,11 @@ _DROP = b"drop"
 _ANSWER_TIMEOUT_S = 10.0
 
 
+def keeper_path(run_dir: Path, device: str) -> Path:
+    """Where a device's memory is kept; the daemon drops what is there when the device is deleted."""
+    return run_dir / f"memory-{device}.keep"
+
+
 class Keeper:
     """A backend's handle on the keeper behind `path`, which need not be there yet."""
 

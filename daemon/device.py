@@ -13,12 +13,14 @@ never in the data path.
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.errors import AttachRefused, PoolError
+from ublkpool.bufpool.keeper import Keeper, keeper_path
 from ublkpool.bufpool.limits import pool_geometry
 from ublkpool.daemon.attach import Session
 from ublkpool.daemon.backend_process import BackendProcess
@@ -436,6 +438,9 @@ class Device:
         self._set_state(self.state)
         async with self._changing:
             await self._tear_down()
+        # Its backend does this when it is told to go; there may have been none just now.
+        with suppress(OSError):
+            Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 

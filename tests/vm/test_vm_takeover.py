@@ -21,7 +21,7 @@ def own_daemon() -> Iterator[Daemon]:
         daemon.start()
         yield daemon
         assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: not daemon.remains(), "nothing is left of the daemon")
+        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
     finally:
         daemon.close()
 
