@@ -39,6 +39,8 @@ class BackendLink:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        # A backend that connects again before the end of its old connection was seen must not be ignored.
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
         # A backend that answers what it has not read may not fill our memory; see `_send`.
         self._socket.set(zmq.SNDHWM, _SEND_QUEUE_MAX)
         self._socket.set(zmq.RCVHWM, _RECEIVE_QUEUE_MAX)
