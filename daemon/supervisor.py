@@ -173,6 +173,8 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     left = Records(run_dir / "devices").load()
     # Before a new broker listens where the old one did, and before pools go that old backends still look at.
     await end_left(left)
+    for path in (run_dir / "queues").iterdir():
+        path.unlink()
     for prefix in list_orphans(instance):
         _log.warning("removing the pool %s that an earlier daemon left", prefix)
         unlink_arena(prefix)

@@ -110,6 +110,10 @@ def _read_error(path: str, offset: int, length: int) -> int:
     return 0
 
 
+def _reads(daemon: Daemon, name: str) -> int:
+    return sum(queue.requests.read for queue in daemon.stats(name).queues)
+
+
 @contextmanager
 def _bystander(daemon: Daemon) -> Iterator[None]:
     """A device of the same daemon under verified I/O from before the block until after it."""
@@ -117,8 +121,10 @@ def _bystander(daemon: Daemon) -> Iterator[None]:
         assert status.path is not None
         # Its pace leaves the CPUs to the others: what counts is that it goes on.
         pace: dict[str, Any] = {"time_based": 1, "runtime": 900, "rate_iops": 200}
+        before = _reads(daemon, "bystander")
         fio = start_fio(status.path, size="16M", iodepth=8, verify_backlog=32, **pace)
         yield
+        eventually(lambda: _reads(daemon, "bystander") > before + 64, "fio verifies what it wrote")
         assert fio.poll() is None
         fio.send_signal(signal.SIGINT)
         result = finish_fio(fio, may_fail=True)
