@@ -64,13 +64,16 @@ class Desk:
         if request.op not in (Op.READ, Op.WRITE):
             return 0
         on_disk = slice(request.offset, request.offset + request.length)
-        memory = self._own if request.kind == Kind.DATA else self.attachment.segments[wire.SEGMENT_POOL]
-        in_buffer = slice(request.buffer, request.buffer + request.length)
         if request.op == Op.READ:
-            memory[in_buffer] = self.disk[on_disk]
+            self.buffer(request)[:] = self.disk[on_disk]
         else:
-            self.disk[on_disk] = bytes(memory[in_buffer])
+            self.disk[on_disk] = bytes(self.buffer(request))
         return request.length
+
+    def buffer(self, request: Descriptor) -> memoryview:
+        """Where the data of a read or write lies, or is to lie."""
+        memory = self._own if request.kind == Kind.DATA else self.attachment.segments[wire.SEGMENT_POOL]
+        return memory[request.buffer : request.buffer + request.length]
 
 
 Conduct = Callable[[Desk, Descriptor], None]

@@ -33,12 +33,23 @@ class Said(NamedTuple):
     request: Descriptor
 
 
+class Manners(NamedTuple):
+    """What it keeps, each once; whether it is honest about the fence; whether it keeps a write with its data.
+
+    A buffer of the pool is another request's soon after the fence, so that data that was not taken is lost.
+    """
+
+    victims: Sequence[Victim]
+    is_honest: bool = True
+    takes_data_at_once: bool = True
+
+
 class _Late:
     """The process's own state."""
 
-    def __init__(self, desk: Desk, victims: Sequence[Victim], is_honest: bool, report: Connection) -> None:
-        self._desk, self._victims, self._is_honest, self._report = desk, list(victims), is_honest, report
-        self._kept: list[Descriptor] = []
+    def __init__(self, desk: Desk, manners: Manners, report: Connection) -> None:
+        self._desk, self._victims, self._manners, self._report = desk, list(manners.victims), manners, report
+        self._kept: list[tuple[Descriptor, bytes]] = []
         self._fence: Descriptor | None = None
 
     def take(self, request: Descriptor) -> None:
@@ -47,7 +58,8 @@ class _Late:
             self._on_fence(request)
         elif request.kind in (Kind.REQUEST, Kind.DATA) and victim in self._victims:
             self._victims.remove(victim)
-            self._kept.append(request)
+            took = request.op == wire.Op.WRITE and self._manners.takes_data_at_once
+            self._kept.append((request, bytes(self._desk.buffer(request)) if took else b""))
             self._say("kept", request)
         else:
             if self._fence is not None and request.kind < Kind.RELEASE:
@@ -57,14 +69,18 @@ class _Late:
     def go_on(self) -> None:
         """Do what was kept, in the order in which it came, and only then say so."""
         kept, self._kept = self._kept, []
-        for each in kept:
-            honest(self._desk, each)
+        for request, data in kept:
+            if data:
+                self._desk.disk[request.offset : request.offset + len(data)] = data
+                self._desk.send(request, request.answer(Kind.DONE, len(data)).pack())
+            else:
+                honest(self._desk, request)
         if self._fence is not None:
             honest(self._desk, self._fence)
             self._fence = None
 
     def _on_fence(self, fence: Descriptor) -> None:
-        if self._is_honest and any(each.epoch < fence.epoch for each in self._kept):
+        if self._manners.is_honest and any(each.epoch < fence.epoch for each, _ in self._kept):
             self._fence = fence
         else:
             honest(self._desk, fence)
@@ -77,14 +93,13 @@ class _Late:
 def _serve(
     run_dir: Path,
     disk: mmap.mmap,
-    victims: Sequence[Victim],
-    is_honest: bool,
+    manners: Manners,
     segment_bytes: int,
     report: Connection,
     gate: int,
 ) -> int:
     desk = open_desk(run_dir, NAME, disk, segment_bytes)
-    late = _Late(desk, victims, is_honest, report)
+    late = _Late(desk, manners, report)
     desk.attachment.watch(gate)
     while True:
         ready = desk.attachment.poll()
@@ -101,7 +116,7 @@ def _serve(
 class LateScene:
     """A device with one queue, served by a late backend, and its clients."""
 
-    def __init__(self, daemon: Daemon, placement: str, is_honest: bool, *victims: Victim) -> None:
+    def __init__(self, daemon: Daemon, placement: str, manners: Manners) -> None:
         self.daemon = daemon
         self.disk = mmap.mmap(-1, DISK_BYTES)
         self._reports, report = multiprocessing.Pipe(duplex=False)
@@ -109,9 +124,7 @@ class LateScene:
         daemon.add(NAME, size_bytes=DISK_BYTES, depth=DEPTH, max_io_bytes=CHUNK, placement=placement)
         segment_bytes = DEPTH * CHUNK if placement == "backend" else 0
         gate, run_dir = self._gate, daemon.run_dir
-        self.backend = Forked(
-            lambda: _serve(run_dir, self.disk, victims, is_honest, segment_bytes, report, gate)
-        )
+        self.backend = Forked(lambda: _serve(run_dir, self.disk, manners, segment_bytes, report, gate))
         path = daemon.wait_live(NAME).path
         assert path is not None
         self.path = path

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.hostile_backend import Victim
-from support.late_backend import CHUNK, DEPTH, LateScene
+from support.late_backend import CHUNK, DEPTH, LateScene, Manners
 from support.vm_daemon import Daemon, eventually, total
 from support.vm_files import (
     REAL_TREE,
@@ -90,7 +90,7 @@ def test_a_worker_that_dies_with_every_tag_in_its_hands_is_missed_within_seconds
 def test_no_request_comes_through_while_the_backend_still_executes_one_of_a_dead_worker(
     daemon: Daemon, placement: str
 ) -> None:
-    scene = LateScene(daemon, placement, True, Victim(VICTIM, Op.WRITE))
+    scene = LateScene(daemon, placement, Manners([Victim(VICTIM, Op.WRITE)]))
     old, new = os.urandom(CHUNK), os.urandom(CHUNK)
     first = scene.write(VICTIM, old)
     kept = scene.said("kept")
@@ -116,7 +116,7 @@ def test_no_request_comes_through_while_the_backend_still_executes_one_of_a_dead
 def test_a_backend_that_lies_about_the_fence_brings_an_overwritten_write_back(
     daemon: Daemon, placement: str
 ) -> None:
-    scene = LateScene(daemon, placement, False, Victim(VICTIM, Op.WRITE))
+    scene = LateScene(daemon, placement, Manners([Victim(VICTIM, Op.WRITE)], is_honest=False))
     old, new = os.urandom(CHUNK), os.urandom(CHUNK)
     first = scene.write(VICTIM, old)
     scene.said("kept")
@@ -131,7 +131,7 @@ def test_a_backend_that_lies_about_the_fence_brings_an_overwritten_write_back(
 
 
 def test_a_buffer_stays_the_dead_workers_for_as_long_as_the_backend_may_fill_it(daemon: Daemon) -> None:
-    scene = LateScene(daemon, "pool", True, Victim(VICTIM, Op.READ))
+    scene = LateScene(daemon, "pool", Manners([Victim(VICTIM, Op.READ)]))
     scene.disk[VICTIM : VICTIM + CHUNK] = pattern = os.urandom(CHUNK)
     reader = scene.read(VICTIM, pattern)
     kept = scene.said("kept")
@@ -148,7 +148,8 @@ def test_a_buffer_stays_the_dead_workers_for_as_long_as_the_backend_may_fill_it(
 
 def test_a_backend_that_lies_about_the_fence_fills_a_buffer_that_another_write_has(daemon: Daemon) -> None:
     writes = [Victim(n * CHUNK, Op.WRITE) for n in range(DEPTH)]
-    scene = LateScene(daemon, "pool", False, Victim(VICTIM, Op.READ), *writes)
+    manners = Manners([Victim(VICTIM, Op.READ), *writes], is_honest=False, takes_data_at_once=False)
+    scene = LateScene(daemon, "pool", manners)
     scene.disk[VICTIM : VICTIM + CHUNK] = pattern = os.urandom(CHUNK)
     reader = scene.read(VICTIM, pattern)
     kept = scene.said("kept")
@@ -170,7 +171,7 @@ def test_a_backend_that_lies_about_the_fence_fills_a_buffer_that_another_write_h
 
 
 def test_a_broker_that_dies_twice_while_a_device_recovers_holds_nothing_up(daemon: Daemon) -> None:
-    scene = LateScene(daemon, "pool", True, Victim(VICTIM, Op.WRITE))
+    scene = LateScene(daemon, "pool", Manners([Victim(VICTIM, Op.WRITE)]))
     data = os.urandom(CHUNK)
     first = scene.write(VICTIM, data)
     scene.said("kept")
@@ -203,8 +204,10 @@ def test_a_killed_backend_is_started_again_and_given_what_it_had_not_answered(da
     devices = daemon.together(*(partial(_add, daemon, *way) for way in ways))
     with loaded(daemon, devices) as loads:
         for _ in range(2):
-            for load in loads:
-                _kill_backend_with_a_read(daemon, load.name)
+            before = [_kill_backend_with_a_read(daemon, each.name) for each in devices]
+            for device, (pid, reader) in zip(devices, before, strict=True):
+                wait_for_backend(daemon, device.name, pid)
+                assert reader.wait() == 0
             for load in loads:
                 load.goes_on()
         for device in devices:
@@ -213,7 +216,8 @@ def test_a_killed_backend_is_started_again_and_given_what_it_had_not_answered(da
             assert device.placement == "backend" or total(stats, "own_copy_bytes") == 0
 
 
-def _kill_backend_with_a_read(daemon: Daemon, name: str) -> None:
+def _kill_backend_with_a_read(daemon: Daemon, name: str) -> tuple[int, Forked]:
+    """End a device's backend while it has a read before it; its process, and the client of that read."""
     status = daemon.status(name)
     path, pid = status.path, status.backend.pid
     assert path is not None and pid is not None
@@ -221,8 +225,7 @@ def _kill_backend_with_a_read(daemon: Daemon, name: str) -> None:
         reader = Forked(lambda: int(len(read_block(path, 24 * MIB, CHUNK)) != CHUNK))
         eventually(lambda: _inflight(status)[0], "a read waits for the backend")
         kill(pid)
-    wait_for_backend(daemon, name, pid)
-    assert reader.wait() == 0
+    return pid, reader
 
 
 def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(daemon: Daemon) -> None:
