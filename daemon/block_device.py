@@ -38,10 +38,11 @@ _log = logging.getLogger("ublkpool.device")
 
 
 class Created(NamedTuple):
-    """What ADD_DEV really gave, and the CPUs that each queue serves."""
+    """What ADD_DEV really gave, the CPUs that each queue serves, and what the driver offers."""
 
     info: DeviceInfo
     queue_cpus: list[list[int]]
+    features: Feature
 
 
 def parameters(config: DeviceConfig, size_bytes: int, attach: wire.Attach) -> Parameters:
@@ -82,7 +83,8 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
 
 def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
     """Runs in the disposable process."""
-    flags = wanted_flags(config, control.get_features())
+    offered = control.get_features()
+    flags = wanted_flags(config, offered)
     asked = DeviceInfo(
         queues=config.queues,
         depth=config.depth,
@@ -99,13 +101,14 @@ def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
     except BaseException:
         control.delete_device(info.device_number)
         raise
-    return Created(info, cpus)
+    return Created(info, cpus, Feature(offered))
 
 
 def _find(number: int) -> Created:
     """Runs in the disposable process."""
     info = control.device_info(number)
-    return Created(info, [control.queue_cpus(number, queue) for queue in range(info.queues)])
+    cpus = [control.queue_cpus(number, queue) for queue in range(info.queues)]
+    return Created(info, cpus, Feature(control.get_features()))
 
 
 def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
@@ -144,7 +147,7 @@ class BlockDevice:
         self.queue_cpus = created.queue_cpus
         self.number = created.info.device_number
         self.node = Path(f"/dev/ublkb{self.number}")
-        self._awaits_fetch = False
+        self._features = created.features
 
     @classmethod
     async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
@@ -250,22 +253,23 @@ class BlockDevice:
     async def start_recovery(self, deadline_s: float) -> None:
         """START_USER_RECOVERY, tried again while the driver says that somebody holds the device.
 
-        Nothing if it was done before, until `fetched`: 6.12 crashes at a second one while a queue has no task.
+        Workers may have died since an earlier one, of this daemon's or of one before it, with any tags fetched.  A
+        driver that offers QUIESCE_DEV (Linux 6.16) forgets them when the last holder closes; older ones must see every
+        queue fetched first.
         """
-        if self._awaits_fetch:
-            return
-        number = self.number
+        number, info = self.number, self.info
+        if not self._features & Feature.QUIESCE:
+            await self._retry_busy(
+                f"{self._name}: FETCH_REQ",
+                lambda: control.complete_fetch_round(number, info.queues, info.depth),
+                deadline_s,
+            )
         await self._retry_busy(
             f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
         )
-        self._awaits_fetch = True
-
-    def fetched(self) -> None:
-        """Workers have fetched every tag since the last START_USER_RECOVERY."""
-        self._awaits_fetch = False
 
     async def end_recovery(self, deadline_s: float) -> None:
-        """END_USER_RECOVERY: the requests of the dead come again, to workers that have fetched every tag."""
+        """END_USER_RECOVERY: waits until every tag is fetched, then the requests of the dead come again."""
         number, pid = self.number, os.getpid()
         await self._retry_busy(
             f"{self._name}: END_USER_RECOVERY", lambda: control.end_recovery(number, pid), deadline_s

@@ -22,6 +22,7 @@ from ublkpool.workers.process import fork_child
 
 T = TypeVar("T")
 DEADLINE_S = 60.0
+KILL_PATIENCE_S = 5.0
 
 
 class ControlFailed(DaemonError):
@@ -71,7 +72,10 @@ class ControlRunner:
                 0,
             ) from None
         except asyncio.CancelledError:
+            # Whoever gave up must know that the kernel will not carry it out later.
             child.send(signal.SIGKILL)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(child.wait(), KILL_PATIENCE_S)
             raise
         finally:
             # The pipe holds the whole answer, which is far smaller than a pipe, once the child has exited.

@@ -249,6 +249,8 @@ class Device:
             around.group,
         )
         self._team = Team(plan, epoch, self._on_news)
+        # An epoch that has begun is never begun again, whoever dies now.
+        self._save(epoch)
         await self._team.fork()
         self._save(epoch)
         self._spawn(self._watch(self._team))

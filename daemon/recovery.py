@@ -64,25 +64,31 @@ async def next_epoch(
     await kernel.start_recovery(RECOVERY_DEADLINE_S)
     team = await fork(epoch)
     await _fence(team, session)
-    # Only now is nobody using the dead workers' buffers any more.
-    await leases.reclaim()
-    await leases.register(team.epoch)
-    await team.ready()
-    kernel.fetched()
-    await _while_serving(team, kernel.end_recovery(RECOVERY_DEADLINE_S))
+    # Waited for in the kernel before the first fetch: until 6.15 a device whose last worker dies between its fetch and
+    # END_USER_RECOVERY never becomes QUIESCED again, so nothing of ours may lie in between.
+    end = asyncio.ensure_future(kernel.end_recovery(RECOVERY_DEADLINE_S))
+    try:
+        # Only now is nobody using the dead workers' buffers any more.
+        await leases.reclaim()
+        await leases.register(team.epoch)
+        await team.ready()
+        await _while_serving(team, end)
+    finally:
+        # The next attempt kills the other workers, and one of them must have outlived the command.
+        end.cancel()
+        await asyncio.wait({end})
     return team
 
 
-async def _while_serving(team: Team, command: Awaitable[None]) -> None:
+async def _while_serving(team: Team, command: "asyncio.Future[None]") -> None:
     """Wait for a command, which waits for the workers' tags.  Raises `DaemonError` if a worker ends before."""
-    done, ended = asyncio.ensure_future(command), asyncio.ensure_future(team.ended())
+    ended = asyncio.ensure_future(team.ended())
     try:
-        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        await asyncio.wait({command, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not command.done():
             raise DaemonError(ended.result().obituary())
-        done.result()
+        command.result()
     finally:
-        done.cancel()
         ended.cancel()
 
 

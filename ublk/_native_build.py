@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 _SOURCES = Path(__file__).resolve().parent / "csrc"
-_HEADERS = ("queue_core.h", "queue_ring.h", "control.h")
+_HEADERS = ("queue_core.h", "queue_ring.h", "control.h", "fetch_round.h")
 
 
 def _declarations(name: str) -> str:
@@ -28,7 +28,14 @@ ffibuilder.set_source(
     "".join(f'#include "{name}"\n' for name in _HEADERS),
     sources=[
         f"ublk/csrc/{name}"
-        for name in ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_ring.c", "control.c")
+        for name in (
+            "queue_core.c",
+            "queue_stock.c",
+            "queue_link.c",
+            "queue_ring.c",
+            "control.c",
+            "fetch_round.c",
+        )
     ],
     include_dirs=["ublk/csrc"],
     libraries=["uring"],

@@ -88,6 +88,24 @@ def start_recovery(device: int) -> None:
     _send(Control.START_USER_RECOVERY, device)
 
 
+def complete_fetch_round(device: int, queues: int, depth: int) -> None:
+    """FETCH_REQ for every tag that nobody has fetched since the last START_USER_RECOVERY; the caller ends right after.
+
+    Before Linux 6.15 the driver takes START_USER_RECOVERY for granted: with a queue that no task has fetched it crashes
+    (`ublk_queue_reinit` puts a task that is not there), and what was fetched by a task that died cannot be fetched
+    again.  Once every queue has, or had, a task, START_USER_RECOVERY makes all of them new.  Raises `UblkError`: EBUSY
+    while somebody else holds /dev/ublkcN.
+    """
+    path = f"/dev/ublkc{device}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UblkError(path, error.errno or 0) from error
+    result: int = _native.lib.uq_fetch_round(fd, queues, depth)
+    if result < 0:
+        raise UblkError(f"FETCH_REQ of device {device}", -result)
+
+
 def end_recovery(device: int, server_pid: int) -> None:
     """END_USER_RECOVERY: EBUSY until every tag is fetched again."""
     _send(Control.END_USER_RECOVERY, device, data=server_pid)

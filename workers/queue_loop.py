@@ -98,6 +98,9 @@ class QueueLoop:
                 return self._fail(self._queue.fault())
             if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
                 self._hear_supervisor()
+                # The next daemon may not know of a worker that was forked just before the end of this one.
+                if self._supervisor is None and not self._started:
+                    return 1
             more = self._backend.turn()
             self._report(attention)
             if attention & Attention.GONE:

@@ -93,7 +93,7 @@ class BackendProcess:
 class Daemon:
     """One `ublkpool serve` in a run directory of its own."""
 
-    def __init__(self, config: str = "", name: str = "run") -> None:
+    def __init__(self, config: str = "", name: str = "run", module: str = "ublkpool.daemon") -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
         self.run_dir = self._scratch / name
         self.log = self._scratch / "daemon.log"
@@ -101,6 +101,7 @@ class Daemon:
         self.backends: list[BackendProcess] = []
         self.nodes_before, self.pools_before = nodes(), pools()
         self._config = config
+        self._module = module
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -121,7 +122,7 @@ class Daemon:
         return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, MARK: str(self.run_dir)}
+        return {**os.environ, MARK: str(self.run_dir), "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -129,7 +130,8 @@ class Daemon:
         if self._config:
             self.path("config.toml").write_text(self._config)
             arguments = ["-c", str(self.path("config.toml"))]
-        self._process = self._spawn(self.command("serve", *arguments), self.log)
+        command = [sys.executable, "-m", self._module, *self.addressed(["serve", *arguments])]
+        self._process = self._spawn(command, self.log)
         eventually(self._answers, "the daemon answers")
 
     def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
@@ -312,6 +314,11 @@ class Daemon:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def wait_end(self) -> int:
+        """Its exit status, when something else ends it."""
+        assert self._process is not None
+        return self._process.wait(DEADLINE_S)
 
     def crash_everything(self) -> None:
         """Kill it and all that it or its backends started, but for what keeps a memory disk."""

@@ -21,7 +21,8 @@ from ublkpool.ublk.abi import DeviceInfo, Feature
 
 EPOCH = 4
 DEADLINE_S = 20
-AFTER_THE_FENCE = ["reclaim", f"register {EPOCH + 1}", "ready", "fetched", "end recovery"]
+AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready"]
+"""Workers fetch when they are registered: by then END_USER_RECOVERY must lie with the kernel."""
 BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]
 
 
@@ -80,7 +81,6 @@ class Scene:
             wait_quiesced=self._step("quiesced"),
             start_recovery=self._step("start recovery"),
             end_recovery=self._step("end recovery", lambda: self.ended_recovery),
-            fetched=lambda: self.steps.append("fetched"),
         )
         self.leases = SimpleNamespace(reclaim=self._step("reclaim"), register=self._register)
         self.dead = self._team(EPOCH)
@@ -98,6 +98,7 @@ class Scene:
     ) -> Callable[..., Coroutine[Any, Any, None]]:
         async def step(*_: object) -> None:
             self.steps.append(name)
+            await asyncio.sleep(0)
             if until is not None:
                 await until()
 
@@ -219,7 +220,7 @@ async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt
     it.fenced.set_result(None)
     recovering = it.recover()
     await everybody_waits()
-    assert it.steps[-1] == "end recovery"
+    assert it.steps[-1] == "ready"
     it.worker_ended.set_result(None)
     with pytest.raises(DaemonError, match="its worker ended"):
         await recovering
@@ -250,19 +251,17 @@ class FakeRunner:
         self.commands.append(what)
 
 
-def test_recovery_is_started_once_until_every_tag_was_fetched() -> None:
+@pytest.mark.parametrize("offered", [Feature(0), Feature.QUIESCE])
+def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered: Feature) -> None:
     async def run() -> None:
         runner = FakeRunner()
         info = DeviceInfo(
             queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
         )
-        kernel = BlockDevice(cast(ControlRunner, runner), "vol", Created(info, [[0]]))
+        kernel = BlockDevice(cast(ControlRunner, runner), "vol", Created(info, [[0]], offered))
         await kernel.start_recovery(1.0)
-        await kernel.start_recovery(1.0)
-        assert runner.commands == ["vol: START_USER_RECOVERY"]
-        kernel.fetched()
-        await kernel.start_recovery(1.0)
-        assert len(runner.commands) == 2
+        before = [] if offered else ["vol: FETCH_REQ"]
+        assert runner.commands == [*before, "vol: START_USER_RECOVERY"]
 
     asyncio.run(run())
 

@@ -11,21 +11,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/* include/uapi/linux/ublk_cmd.h: _IOWR('u', nr, struct ublksrv_io_cmd), pinned by tests/unit/test_abi.py. */
-#define IO_FETCH 0xc0107520u
-#define IO_COMMIT_AND_FETCH 0xc0107521u
-#define IO_NEED_GET_DATA 0xc0107522u
+#include "io_command.h"
 
 #define WATCH_DATA (1ull << 32)
 #define MAX_DEPTH 4096
 #define IOD_BYTES sizeof(struct uq_iod)
-
-struct io_command { /* struct ublksrv_io_cmd */
-	uint16_t queue, tag;
-	int32_t result;
-	uint64_t address;
-};
-_Static_assert(sizeof(struct io_command) == 16, "ublksrv_io_cmd");
 
 struct uq_ring {
 	struct io_uring ring;
@@ -104,20 +94,14 @@ static struct io_uring_sqe *next_sqe(struct uq_ring *r)
 
 static uint32_t opcode(uint8_t op)
 {
-	return op == UQ_CMD_FETCH ? IO_FETCH : op == UQ_CMD_GET_DATA ? IO_NEED_GET_DATA : IO_COMMIT_AND_FETCH;
+	return op == UQ_CMD_FETCH ? UQ_IO_FETCH : op == UQ_CMD_GET_DATA ? UQ_IO_NEED_GET_DATA : UQ_IO_COMMIT_AND_FETCH;
 }
 
 static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struct uq_command *c)
 {
-	uint32_t op = opcode(c->op);
-
-	s->opcode = IORING_OP_URING_CMD;
-	s->fd = r->char_fd;
-	memcpy((char *)s + offsetof(struct io_uring_sqe, off), &op, sizeof op);
-	memcpy((char *)s + 48,
-	       &(struct io_command){ .queue = r->queue, .tag = c->tag, .result = c->result, .address = c->address },
-	       sizeof(struct io_command));
-	s->user_data = c->tag;
+	uq_prepare_io_command(s, r->char_fd, opcode(c->op),
+			      (struct uq_io_command){ .queue = r->queue, .tag = c->tag, .result = c->result,
+						      .address = c->address });
 }
 
 static void arm_watches(struct uq_ring *r)

@@ -1,0 +1,57 @@
+"""A recovery hurt at each of its steps: a worker of the new epoch dies, or all do, or the daemon does."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from support.killing_daemon import PLAN, STEPS, arm
+from support.vm_daemon import Daemon, eventually
+from support.vm_recovery import kill, loaded, wait_for_epoch
+from ublkpool.daemon.recovery import STEADY_S
+
+QUEUES = 2
+EVERY = [(step, victim) for step in STEPS[1:] for victim in ("worker", "workers")]
+EVERY += [(step, "daemon") for step in STEPS]
+SHORT = [
+    *(("forked", "worker"), ("fenced", "workers"), ("first ready", "worker"), ("all ready", "workers")),
+    *(("started", "daemon"), ("forked", "daemon"), ("first ready", "daemon")),
+]
+HURTS = EVERY if "UBLKPOOL_EVERY_STEP" in os.environ else SHORT
+"""Each takes some seconds in a guest; UBLKPOOL_EVERY_STEP=1 does them all."""
+
+
+@pytest.fixture
+def hurt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    daemon = Daemon(name="hurt", module="support.killing_daemon")
+    monkeypatch.setenv(PLAN, str(daemon.path("plan")))
+    try:
+        daemon.start()
+        yield daemon
+        assert daemon.stop() == 0, daemon.said()
+        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
+    finally:
+        print(daemon.said())
+        daemon.close()
+
+
+def test_a_recovery_may_be_hurt_at_any_step(hurt: Daemon) -> None:
+    status = hurt.add("vol", "memory", {"size": "64M"}, queues=QUEUES)
+    with loaded(hurt, [status]) as (load,):
+        for step, victim in HURTS:
+            before = hurt.status("vol")
+            print(f"{victim} at {step!r}", flush=True)
+            arm(hurt.path("plan"), step, victim)
+            kill(before.workers[-1].pid)
+            eventually(lambda: not hurt.path("plan").exists(), f"{victim} killed at {step!r}")
+            if victim == "daemon":
+                hurt.wait_end()
+                hurt.start()
+            # A daemon that dies before the fork has not begun the next epoch.
+            begun = before.epoch + (0 if step == "started" else 1)
+            after = wait_for_epoch(hurt, "vol", begun + 1)
+            assert after.path == status.path
+            load.goes_on()
+            # Workers that die sooner are taken for ones that cannot live.
+            time.sleep(STEADY_S)

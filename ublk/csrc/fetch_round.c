@@ -1,0 +1,42 @@
+/* See fetch_round.h. */
+#include "fetch_round.h"
+
+#include <errno.h>
+#include "io_command.h"
+
+/* No request comes to a device that is in recovery; without need_get_data an address must be there all the same. */
+static char nowhere[4096] __attribute__((aligned(4096)));
+
+/* A refused command has completed when it was submitted; an accepted one stays with the driver. */
+static int fetch_queue(struct io_uring *ring, int char_fd, uint16_t queue, unsigned depth)
+{
+	unsigned taken = 0, foreign = 0, head, seen = 0;
+	struct io_uring_cqe *cqe;
+	int e;
+
+	for (unsigned tag = 0; tag < depth; tag++)
+		uq_prepare_io_command(io_uring_get_sqe(ring), char_fd, UQ_IO_FETCH,
+				      (struct uq_io_command){ .queue = queue, .tag = (uint16_t)tag,
+							      .address = (uintptr_t)nowhere });
+	e = io_uring_submit(ring);
+	if (e != (int)depth)
+		return e < 0 ? e : -EIO;
+	io_uring_for_each_cqe(ring, head, cqe) {
+		taken += cqe->res == -EBUSY;   /* this tag was fetched */
+		foreign += cqe->res == -EINVAL; /* the whole queue was, by another task */
+		seen++;
+	}
+	io_uring_cq_advance(ring, seen);
+	return foreign == depth || seen == taken ? 0 : -EBUSY;
+}
+
+int uq_fetch_round(int char_fd, unsigned queues, unsigned depth)
+{
+	struct io_uring ring;
+	int e = io_uring_queue_init(depth, &ring, 0);
+
+	for (unsigned queue = 0; !e && queue < queues; queue++)
+		e = fetch_queue(&ring, char_fd, (uint16_t)queue, depth);
+	/* Not closed: the accepted commands are given up by the end of the process. */
+	return e;
+}

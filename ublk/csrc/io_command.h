@@ -1,0 +1,33 @@
+/* One command for one tag, as the driver reads it from a ring's entry. */
+#ifndef UQ_IO_COMMAND_H
+#define UQ_IO_COMMAND_H
+
+#include <liburing.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* include/uapi/linux/ublk_cmd.h: _IOWR('u', nr, struct ublksrv_io_cmd), pinned by tests/unit/test_abi.py. */
+#define UQ_IO_FETCH 0xc0107520u
+#define UQ_IO_COMMIT_AND_FETCH 0xc0107521u
+#define UQ_IO_NEED_GET_DATA 0xc0107522u
+
+struct uq_io_command { /* struct ublksrv_io_cmd */
+	uint16_t queue, tag;
+	int32_t result;
+	uint64_t address;
+};
+_Static_assert(sizeof(struct uq_io_command) == 16, "ublksrv_io_cmd");
+
+/* A 64-byte entry is enough: the command lies in its last 16 bytes. */
+static inline void uq_prepare_io_command(struct io_uring_sqe *s, int char_fd, uint32_t op, struct uq_io_command c)
+{
+	memset(s, 0, 64);
+	s->opcode = IORING_OP_URING_CMD;
+	s->fd = char_fd;
+	memcpy((char *)s + offsetof(struct io_uring_sqe, off), &op, sizeof op);
+	memcpy((char *)s + 48, &c, sizeof c);
+	s->user_data = c.tag;
+}
+
+#endif
