@@ -76,8 +76,8 @@ def _heard(worker: WorkerProcess, message: messages.FromWorker) -> None:
 
 
 if __name__ == "__main__":
-    Team.fork = _remembered_fork  # type: ignore[method-assign]
-    WorkerProcess._on_message = _heard  # type: ignore[method-assign]
+    setattr(Team, "fork", _remembered_fork)  # noqa: B010
+    setattr(WorkerProcess, "_on_message", _heard)  # noqa: B010
     _after(BlockDevice, "start_recovery", "started", lambda *_: [])
     _after(recovery, "_fence", "fenced", lambda team, _: team.workers)
     _after(Team, "ready", "all ready", lambda team: team.workers)
