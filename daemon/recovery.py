@@ -14,6 +14,7 @@ from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.broker_process import Leases
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.team import Team
+from ublkpool.daemon.worker_process import WorkerProcess
 
 RECOVERY_DEADLINE_S = 60.0
 FENCE_DEADLINE_S = 30.0
@@ -83,8 +84,9 @@ async def next_epoch(
 async def _while_serving(team: Team, command: "asyncio.Future[None]") -> None:
     """Wait for a command, which waits for the workers' tags.  Raises `DaemonError` if a worker ends before."""
     ended = asyncio.ensure_future(team.ended())
+    both: set[asyncio.Future[None] | asyncio.Future[WorkerProcess]] = {command, ended}
     try:
-        await asyncio.wait({command, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not command.done():
             raise DaemonError(ended.result().obituary())
         command.result()
