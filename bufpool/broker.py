@@ -122,11 +122,17 @@ class GetStatistics(
     device_number: int | None = None
 
 
+class Ping(msgspec.Struct, tag="ping", tag_field="type", frozen=True, forbid_unknown_fields=True):
+    """Answer with this number: another daemon took over, and drops what its predecessor was answered before."""
+
+    number: int
+
+
 class Stop(msgspec.Struct, tag="stop", tag_field="type", frozen=True, forbid_unknown_fields=True):
     """Answer, then end."""
 
 
-Command = AddDevice | RemoveDevice | Register | Reclaim | GetStatistics | Stop
+Command = AddDevice | RemoveDevice | Register | Reclaim | GetStatistics | Ping | Stop
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +173,13 @@ class StatisticsReply(msgspec.Struct, tag="statistics", tag_field="type", frozen
     leases: LeaseStatistics | None = None
 
 
-Reply = Done | Failed | StatisticsReply
+class Pong(msgspec.Struct, tag="pong", tag_field="type", frozen=True):
+    """The answer to `Ping`."""
+
+    number: int
+
+
+Reply = Done | Failed | StatisticsReply | Pong
 _encoder = msgspec.json.Encoder()
 _command_decoder: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 _reply_decoder: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
@@ -492,6 +504,8 @@ class Broker:
             case GetStatistics(device_number=number):
                 leases = None if number is None else self._device(number).statistics()
                 return StatisticsReply(self.statistics(), tuple(sorted(self._devices)), leases)
+            case Ping(number=number):
+                return Pong(number)
             case Stop():
                 self._stopping = True
         return Done()

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
@@ -49,9 +50,23 @@ class Session:
         self._pidfd = _pidfd(self.pid)
         self._loop.add_reader(sock, self._hear)
 
+    @classmethod
+    def adopt(
+        cls, sock: socket.socket, attach: wire.Attach, segment_fd: int | None, token: bytes, segment: int
+    ) -> Self:
+        """Go on with the connection of a backend that an earlier daemon brought to its device."""
+        sock.setblocking(False)
+        session = cls(sock, attach, segment_fd)
+        session.token, session.segment = token, segment
+        return session
+
     @property
     def is_gone(self) -> bool:
         return self._gone.done()
+
+    def fileno(self) -> int:
+        """The connection."""
+        return self._sock.fileno()
 
     async def gone(self) -> None:
         """Wait until it has closed its connection: then it touches no buffer any more."""

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ublkpool.daemon.children import Child, describe_exit
@@ -22,13 +23,29 @@ _log = logging.getLogger("ublkpool.backend")
 class BackendProcess:
     """One device's backend child."""
 
-    def __init__(self, device: str, config: BackendConfig, run_dir: Path) -> None:
+    def __init__(
+        self, device: str, config: BackendConfig, run_dir: Path, hold: Callable[[int], None]
+    ) -> None:
+        """Nothing runs yet: `start` or `adopt`.  `hold` is told the descriptor behind which its stderr is read."""
         self._device = device
         self._config = config
         self._run_dir = run_dir
+        self._hold = hold
         self._loop = asyncio.get_running_loop()
         self.last_words = ""
+
+    def start(self) -> None:
+        """Start it.  Raises `OSError`."""
         self.child = self._start()
+
+    def adopt(self, pid: int, stderr: int) -> None:
+        """Go on with an earlier daemon's; `stderr` is ours now.  Raises `ProcessLookupError` if it has ended."""
+        self.child = Child(pid, self._title)
+        self._listen(stderr)
+
+    @property
+    def _title(self) -> str:
+        return f"backend {self._config.kind} of {self._device}"
 
     def _start(self) -> Child:
         reader, writer = os.pipe()
@@ -53,10 +70,14 @@ class BackendProcess:
             os.close(writer)
         # `Child` reaps; Popen must not think that it should.
         process.returncode = 0
+        self._listen(reader)
+        return Child(process.pid, self._title)
+
+    def _listen(self, reader: int) -> None:
         os.set_blocking(reader, False)
         self._stderr: int | None = reader
+        self._hold(reader)
         self._loop.add_reader(reader, self._hear, reader)
-        return Child(process.pid, f"backend {self._config.kind} of {self._device}")
 
     def obituary(self) -> str:
         """How it ended, in its own last words if it had any."""

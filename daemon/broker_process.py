@@ -5,16 +5,19 @@ Owns the control socket to it.  Commands go one at a time; each is answered, or 
 
 import asyncio
 import logging
+import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from ublkpool.bufpool import broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.children import Child, describe_exit
+from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.readable import readable
 from ublkpool.workers.process import fork_child
 
+HELD = "broker"
 REPLY_DEADLINE_S = 20.0
 RESTART_MIN_S = 0.05
 RESTART_MAX_S = 5.0
@@ -25,14 +28,56 @@ _log = logging.getLogger("ublkpool.broker")
 class BrokerProcess:
     """The broker of this daemon."""
 
-    def __init__(self, endpoint: str) -> None:
-        """Fork it; it listens on `endpoint` (`ipc://...`) soon after."""
+    def __init__(self, endpoint: str, holder: Holder) -> None:
+        """Nothing runs yet: `adopt` or `start`.  It listens on `endpoint` (`ipc://...`)."""
         self.endpoint = endpoint
         self.generation = 0
         """Raised at every start; a broker knows only the devices that it was told itself."""
+        self.adopted_generation = 0
+        """The generation that knows what an earlier daemon told it, 0 if there is none."""
+        self._holder = holder
         self._turn = asyncio.Lock()
         self._stopping = False
+
+    def start(self) -> None:
+        """Fork it; it listens soon after."""
         self._start()
+
+    async def adopt(self, pid: int, sock: socket.socket) -> bool:
+        """Go on with an earlier daemon's; `sock` is ours now.  Whether it answers."""
+        sock.setblocking(False)
+        self._socket = sock
+        try:
+            self.child = Child(pid, "pool broker")
+        except ProcessLookupError:
+            sock.close()
+            return False
+        try:
+            await self._drain()
+        except (PoolError, OSError) as error:
+            _log.warning("an earlier daemon's pool broker is of no use: %s", error)
+            await self.child.kill()
+            sock.close()
+            return False
+        self._use(sock)
+        self.adopted_generation = self.generation
+        return True
+
+    async def _drain(self) -> None:
+        """Drop what it answered to an earlier daemon.  Raises `PoolError`, `OSError`."""
+        number = secrets.randbits(31)
+        broker.send_command(self._socket, broker.Ping(number))
+        reply: broker.Reply = broker.Done()
+        while reply != broker.Pong(number):
+            await self._readable()
+            reply = broker.receive_reply(self._socket)
+
+    async def forget_all_but(self, devices: Collection[int]) -> None:
+        """Have an adopted one drop the devices that are not to go on.  Raises `PoolError`."""
+        known = await self.command(broker.GetStatistics())
+        assert isinstance(known, broker.StatisticsReply)
+        for number in set(known.devices) - set(devices):
+            await self.command(broker.RemoveDevice(number))
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair(
@@ -41,6 +86,10 @@ class BrokerProcess:
         pid = fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
         theirs.close()
         self.child = Child(pid, "pool broker")
+        self._use(self._socket)
+
+    def _use(self, sock: socket.socket) -> None:
+        self._holder.hold(HELD, sock.fileno())
         self.generation += 1
 
     async def keep_running(self, restarted: Callable[[], Awaitable[None]]) -> None:
@@ -79,6 +128,7 @@ class BrokerProcess:
         """End it; leases stay in the slot headers."""
         self._stopping = True
         await self.child.end(_STOP_PATIENCE_S)
+        self._holder.drop(HELD)
         self._socket.close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
@@ -94,14 +144,24 @@ class BrokerProcess:
 class Leases:
     """One device's leases at the broker: which epochs its workers were registered with."""
 
-    def __init__(self, pool_broker: BrokerProcess, device_number: int, queues: int, control_fd: int) -> None:
-        """`control_fd` is the device's control segment; it stays the caller's, and open for as long as this is used."""
+    def __init__(
+        self,
+        pool_broker: BrokerProcess,
+        device_number: int,
+        queues: int,
+        control_fd: int,
+        known: int | None = None,
+    ) -> None:
+        """`control_fd` is the device's control segment; it stays the caller's, and open for as long as this is used.
+
+        `known`: the epoch whose workers live already, from an earlier daemon.
+        """
         self._broker = pool_broker
         self._number = device_number
         self._queues = range(queues)
         self._control_fd = control_fd
-        self._epochs: list[int] = []
-        self._generation = 0
+        self._epochs: list[int] = [] if known is None else [known]
+        self._generation = 0 if known is None else pool_broker.adopted_generation
         self._closed = False
         # A new broker is told at once, also while the device waits for buffers: so what follows can overlap.
         self._turn = asyncio.Lock()

@@ -1,6 +1,7 @@
 """Child processes, watched by pidfd: who runs, who ended and how, and ending them in bounded time.
 
-Owns waitpid: no child of the daemon is reaped elsewhere.  Runs on the supervisor's asyncio loop.
+Owns waitpid: no child of the daemon is reaped elsewhere.  A process that an earlier daemon started is watched in the
+same way, but nobody tells us how it ended.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -8,11 +9,15 @@ import os
 import signal
 from contextlib import suppress
 
+EXIT_UNKNOWN = 255
+"""Of a process that was not our child."""
+
 
 class Child:
-    """A process that we forked or started, from its birth to its reaping."""
+    """A process that we or an earlier daemon started, to its end."""
 
     def __init__(self, pid: int, title: str) -> None:
+        """Raises `ProcessLookupError` if an earlier daemon's has ended."""
         self.pid = pid
         self.title = title
         self._loop = asyncio.get_running_loop()
@@ -48,17 +53,23 @@ class Child:
         return await self.wait()
 
     def _reap(self) -> None:
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            code = EXIT_UNKNOWN
+        else:
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        code = os.waitstatus_to_exitcode(status)
         self._exited.set_result(code if code >= 0 else 128 - code)
 
 
 def describe_exit(status: int) -> str:
     """An exit status in words."""
+    if status == EXIT_UNKNOWN:
+        return "exit status unknown, an earlier daemon was its parent"
     if status <= 128:
         return f"exit status {status}"
     with suppress(ValueError):

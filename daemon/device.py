@@ -12,7 +12,8 @@ never in the data path.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import os
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
-from ublkpool.daemon.records import Process, Record, Records, identify
+from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.records import FIRST_EPOCH, Record, Records, build_id, end_left, is_alive
 from ublkpool.daemon.recovery import Strikes, next_epoch, recover
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
+from ublkpool.daemon.succession import Heir, record_of, session_names, worker_name
 from ublkpool.daemon.team import Plan, Team
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk import abi
@@ -44,7 +47,6 @@ BACKEND_PATIENCE_S = 10.0
 WORKER_PATIENCE_S = 10.0
 IO_TIMEOUT_MS = 1000
 RECOVERY_PAUSE_S = 0.5
-_FIRST_EPOCH = 1
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -58,12 +60,15 @@ class Surroundings:
         group: int | None,
         runner: ControlRunner,
         pool_broker: BrokerProcess,
+        holder: Holder,
     ) -> None:
         self.run_dir = run_dir
         self.instance = instance
         self.group = group
         self.runner = runner
         self.broker = pool_broker
+        self.holder = holder
+        self.build = build_id()
         self.records = Records(run_dir / "devices")
         self.queue_dir = run_dir / "queues"
 
@@ -118,7 +123,7 @@ class Device:
             ),
             backend=self._backend_status(),
             reason=self.reason,
-            epoch=self._team.epoch if self._team else _FIRST_EPOCH,
+            epoch=self._team.epoch if self._team else FIRST_EPOCH,
         )
 
     def _backend_status(self) -> BackendStatus:
@@ -153,7 +158,8 @@ class Device:
     async def run_backend(self) -> None:
         """Start the backend of the config and wait until the device is live; raises `DaemonError` if it ends first."""
         assert self.config.backend is not None
-        self._managed = BackendProcess(self.config.name, self.config.backend, self._around.run_dir)
+        self._managed = self._make_managed()
+        self._managed.start()
         ended = asyncio.ensure_future(self._managed.child.wait())
         live = asyncio.ensure_future(self.live())
         try:
@@ -165,6 +171,16 @@ class Device:
             ended.cancel()
             live.cancel()
         self._keeper = self._spawn(self._managed.keep_running())
+
+    def _make_managed(self) -> BackendProcess:
+        assert self.config.backend is not None
+        name = f"{self.config.name}/stderr"
+        return BackendProcess(
+            self.config.name,
+            self.config.backend,
+            self._around.run_dir,
+            lambda fd: self._around.holder.hold(name, fd),
+        )
 
     def _backend_failed(self, process: BackendProcess) -> DaemonError:
         # If the device could not start, its backend ended because of that, not the other way round.
@@ -212,10 +228,10 @@ class Device:
         """Kernel device, pool and workers; nobody sees the disk yet."""
         asked = parameters(self.config, disk.size_bytes, attach)
         self._kernel = await BlockDevice.create(self._around.runner, self.config, asked)
-        self._save(_FIRST_EPOCH)
+        self.save()
         self._leases = self._make_pool(self._kernel)
-        await self._leases.register(_FIRST_EPOCH)
-        team = await self._fork_team(_FIRST_EPOCH)
+        await self._leases.register(FIRST_EPOCH)
+        team = await self._fork_team(FIRST_EPOCH)
         await team.ready()
         return team
 
@@ -237,6 +253,16 @@ class Device:
         return Arena.create(prefix, geometry, info.queues, info.device_number, reserve)
 
     async def _fork_team(self, epoch: int) -> Team:
+        self._team = self._make_team(epoch)
+        # An epoch that has begun is never begun again, whoever dies now.
+        self.save()
+        await self._team.fork()
+        self.save()
+        self._hold_workers(self._team)
+        self._spawn(self._watch(self._team))
+        return self._team
+
+    def _make_team(self, epoch: int) -> Team:
         kernel, arena, disk, around = self._kernel, self.arena, self._disk, self._around
         assert kernel is not None and arena is not None and disk is not None
         plan = Plan(
@@ -248,21 +274,35 @@ class Device:
             around.queue_dir,
             around.group,
         )
-        self._team = Team(plan, epoch, self._on_news)
-        # An epoch that has begun is never begun again, whoever dies now.
-        self._save(epoch)
-        await self._team.fork()
-        self._save(epoch)
-        self._spawn(self._watch(self._team))
-        return self._team
+        return Team(plan, epoch, self._on_news)
+
+    def _hold_workers(self, team: Team) -> None:
+        """Not before they are on record: a worker that nobody knows of must see the end of this daemon."""
+        for worker in team.workers:
+            self._around.holder.hold(worker_name(self.config.name, worker.queue), worker.fileno())
+
+    def _hold_session(self, session: Session) -> None:
+        """Not before the backend has its answer: else the next daemon would have to give it."""
+        for name, fd in zip(
+            session_names(self.config.name), (session.fileno(), session.segment_fd), strict=True
+        ):
+            if fd is not None:
+                self._around.holder.hold(name, fd)
+
+    def _drop_session(self, session: Session) -> None:
+        for name in session_names(self.config.name):
+            self._around.holder.drop(name)
+        session.close()
+        self.session = self._farewell = None
 
     async def _introduce(self, team: Team, session: Session) -> None:
         """Tell every worker whom to expect, then tell the backend where to go."""
         await team.expect(session, fence=False)
         self.session = session
-        self._save(team.epoch)
+        self.save()
         self._farewell = self._spawn(self._until_gone(session))
         session.say(team.attached(session), [team.plan.arena.data_fd])
+        self._hold_session(session)
         if self.state == "live":
             session.say(wire.Live(path=str(team.plan.kernel.node)))
         _log.info("%s: backend %s attached (process %d)", self.config.name, session.attach.kind, session.pid)
@@ -284,18 +324,82 @@ class Device:
         self._now_live(team)
         _log.info("%s: live as %s", self.config.name, kernel.node)
 
-    async def adopt(self, record: Record) -> bool:
-        """Take over what a daemon before this one left of the device; False if there was nothing worth it.
+    async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
+        """Go on with what an earlier daemon left running; `held` are the descriptors of it, ours from now on.
+
+        Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
+        """
+        async with self._changing:
+            heir = await Heir.of(record, held, self._around.runner)
+            self._kernel, self._disk, self._segments = heir.kernel, record.disk, record.segments
+            self.arena = Arena.open(arena_prefix(self._around.instance, heir.kernel.number))
+            number, queues = heir.kernel.number, heir.kernel.info.queues
+            self._leases = Leases(self._around.broker, number, queues, self.arena.control_fd, record.epoch)
+            await self._leases.refresh()
+            self._team = team = self._make_team(record.epoch)
+            team.adopt(heir.workers)
+            self.session = heir.session()
+            await self._settle_backend(team, record)
+            self._spawn(self._watch(team))
+            heir.kernel.set_io_timeout(IO_TIMEOUT_MS)
+            self._strikes.live()
+            self._set_state("live")
+            self._hold_workers(team)
+        self._go_on_with_managed(record, held)
+        self.save()
+        _log.warning("%s: goes on, epoch %d", self.config.name, team.epoch)
+
+    async def _settle_backend(self, team: Team, record: Record) -> None:
+        """Bring workers and backend, who may have been told different things, to the same."""
+        tokens = {each.token for each in await team.report()}
+        if self.session is not None:
+            self._hold_session(self.session)
+            self._farewell = self._spawn(self._until_gone(self.session))
+            if tokens != {self.session.token.hex()}:
+                self._spawn(self.session.cut_off())
+        elif tokens != {""}:
+            await end_left([record], spare=[each for each in record.processes if each.role != "backend"])
+            await team.lost()
+
+    def _go_on_with_managed(self, record: Record, held: Mapping[str, int]) -> None:
+        if self.config.backend is None:
+            return
+        self._managed = self._make_managed()
+        stderr = held.get(f"{self.config.name}/stderr")
+        try:
+            if record.managed is None or stderr is None or not is_alive(record.managed):
+                raise ProcessLookupError
+            self._managed.adopt(record.managed.pid, os.dup(stderr))
+        except ProcessLookupError:
+            self._managed.start()
+        self._keeper = self._spawn(self._managed.keep_running())
+
+    def abandon(self) -> None:
+        """After a `go_on` that failed: forget everything, change nothing."""
+        for task in self._tasks:
+            task.cancel()
+        if self._team is not None:
+            self._team.let_go()
+        if self.session is not None:
+            self.session.close()
+        if self.arena is not None:
+            self.arena.close()
+
+    async def recover_left(self, record: Record) -> bool:
+        """Take over what an earlier daemon left of the device; False if there was nothing worth it.
 
         Its processes have ended (`records.end_left`): what they were doing comes again from the kernel, and must not be
         done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
+        if record.device_number is None:
+            return self.config.backend is None
         async with self._changing:
             self._kernel = await BlockDevice.find(
                 self._around.runner, record.config.name, record.device_number
             )
-            self._disk = record.disk
-            if self._kernel is None or self.config.recovery == "none" or not self._kernel.was_started:
+            self._disk, self._segments = record.disk, record.segments
+            wanted = self.config.recovery != "none" and not record.going
+            if self._kernel is None or not wanted or not self._kernel.was_started:
                 await self._discard_left()
                 return False
             self._set_state("recovering")
@@ -306,9 +410,10 @@ class Device:
                 await self._fail(f"left by an earlier daemon, and not to be recovered: {one_line(error)}")
                 return True
             self._now_live(team)
-            _log.warning("%s: adopted, epoch %d", self.config.name, team.epoch)
+            _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
         if self.config.backend is not None:
-            self._managed = BackendProcess(self.config.name, self.config.backend, self._around.run_dir)
+            self._managed = self._make_managed()
+            self._managed.start()
             self._keeper = self._spawn(self._managed.keep_running())
         return True
 
@@ -320,21 +425,23 @@ class Device:
         self._kernel = None
         self._around.records.forget(self.config.name)
 
-    def _save(self, epoch: int) -> None:
+    def save(self) -> None:
         """Write down what the next daemon must know if this one is killed."""
-        if self._kernel is None or self._disk is None:
+        if self.state == "failed" or (self._kernel is None and self.config.backend is not None):
             return
-        processes: list[Process | None] = [identify("worker", each.child.pid) for each in self.workers]
-        processes.append(identify("broker", self._around.broker.child.pid))
-        if self.session is not None:
-            processes.append(identify("backend", self.session.pid))
         self._around.records.save(
-            Record(
-                config=self.config,
-                device_number=self._kernel.number,
-                disk=self._disk,
-                epoch=epoch,
-                processes=tuple(each for each in processes if each is not None),
+            record_of(
+                self.config,
+                self._kernel,
+                self._disk,
+                self._team,
+                self.session,
+                self._managed,
+                state=self.state,
+                going=self._stopping,
+                broker_pid=self._around.broker.child.pid,
+                segments=self._segments,
+                build=self._around.build,
             )
         )
 
@@ -354,8 +461,7 @@ class Device:
         async with self._changing:
             if self._team is not None:
                 await self._team.lost()
-            session.close()
-            self.session = self._farewell = None
+            self._drop_session(session)
 
     def _on_news(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         if isinstance(news, messages.Cut):
@@ -405,7 +511,7 @@ class Device:
         if self._leases is not None:
             with _logged(self.config.name):
                 await self._leases.refresh()
-            self._save(self._team.epoch if self._team else _FIRST_EPOCH)
+            self.save()
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
@@ -463,6 +569,7 @@ class Device:
         self._drop_arena()
         self._team = self._kernel = None
         self._around.records.forget(self.config.name)
+        self._around.holder.drop(self.config.name)
 
     async def _stop_kernel(self, team: Team, kernel: BlockDevice) -> None:
         """STOP_DEV, while workers and backend serve what is still to be written; without a backend it all fails."""
@@ -485,8 +592,7 @@ class Device:
             await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S)
             if self._farewell is not None:
                 self._farewell.cancel()
-            session.close()
-            self.session = self._farewell = None
+            self._drop_session(session)
         if self._managed is not None:
             await self._managed.child.end(BACKEND_PATIENCE_S)
 
@@ -498,6 +604,7 @@ class Device:
 
     def _set_state(self, state: State) -> None:
         self.state = state
+        self.save()
         self._changed.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

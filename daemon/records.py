@@ -5,22 +5,26 @@ record is written before it is needed and replaced as a whole, so that a daemon 
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+import ublkpool
+from ublkpool.bufpool import wire
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 
 Role = Literal["worker", "backend", "broker"]
 _log = logging.getLogger("ublkpool.records")
 PATIENCE_S = 10.0
+FIRST_EPOCH = 1
 _START_TIME_FIELD = 19
 """Of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5): field 22)."""
 
@@ -33,14 +37,42 @@ class Process(msgspec.Struct, frozen=True):
     start_ticks: int
 
 
+class Worker(msgspec.Struct, frozen=True):
+    """A queue's worker; `cpu` is where it is pinned."""
+
+    process: Process
+    cpu: int | None
+
+
+class Served(msgspec.Struct, frozen=True):
+    """The backend that the workers know."""
+
+    attach: wire.Attach
+    token: str
+    segment: int
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that exists in the kernel."""
+    """A device, and whether it exists in the kernel (`device_number`)."""
 
     config: DeviceConfig
-    device_number: int
-    disk: Disk
-    epoch: int
+    device_number: int | None = None
+    disk: Disk | None = None
+    epoch: int = FIRST_EPOCH
     processes: tuple[Process, ...] = ()
+    """All that may touch its buffers."""
+    going: bool = False
+    """It was being deleted."""
+    live: bool = False
+    """Whether `workers`, in the order of their queues, serve it: then it can go on as it is."""
+    workers: tuple[Worker, ...] = ()
+    served: Served | None = None
+    managed: Process | None = None
+    """The backend that the daemon runs itself."""
+    segments: int = 0
+    """How many segment numbers were given away."""
+    build: str = ""
+    """The code that the workers run."""
 
 
 class Records:
@@ -75,6 +107,14 @@ class Records:
         return self._directory / f"{name}.json"
 
 
+def build_id() -> str:
+    """What tells this version of the code from another: the installed files' names, sizes and times."""
+    root = Path(ublkpool.__file__).parent
+    files = sorted(path for kind in ("py", "so") for path in root.glob(f"*/*.{kind}"))
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
 def identify(role: Role, pid: int) -> Process | None:
     """The process with this number now; None if there is none."""
     try:
@@ -84,9 +124,14 @@ def identify(role: Role, pid: int) -> Process | None:
     return Process(role, pid, int(fields[_START_TIME_FIELD]))
 
 
-async def end_left(records: Sequence[Record]) -> None:
+def is_alive(process: Process) -> bool:
+    """Whether it is still that process."""
+    return identify(process.role, process.pid) == process
+
+
+async def end_left(records: Sequence[Record], spare: Collection[Process] = ()) -> None:
     """End every process that these records know: workers at once, the others with time to finish what they do."""
-    processes = {each for record in records for each in record.processes}
+    processes = {each for record in records for each in record.processes} - set(spare)
     await asyncio.gather(*(_end(each) for each in processes))
 
 
@@ -95,7 +140,7 @@ async def _end(process: Process) -> None:
         fd = os.pidfd_open(process.pid)
         try:
             # Asked after the pidfd was opened: from here on the number cannot change hands unnoticed.
-            if identify(process.role, process.pid) != process:
+            if not is_alive(process):
                 return
             if process.role != "worker":
                 signal.pidfd_send_signal(fd, signal.SIGTERM)

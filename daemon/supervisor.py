@@ -17,8 +17,6 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.arena import list_orphans, unlink_arena
-from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.attach import AttachServer, Session
@@ -27,9 +25,10 @@ from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
-from ublkpool.daemon.records import Record, Records, end_left
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control, queue
 
 _log = logging.getLogger("ublkpool.supervisor")
@@ -52,6 +51,7 @@ class Supervisor:
             raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
         device = Device(cfg, self._around)
         self._devices[cfg.name] = device
+        device.save()
         if cfg.backend is not None:
             progress(f"{cfg.name}: starting backend {cfg.backend.kind}")
             try:
@@ -94,15 +94,10 @@ class Supervisor:
         """End the daemon."""
         self.stopped.set()
 
-    async def adopt_left(self, left: Sequence[Record]) -> None:
-        """Take over, or clear away, what an earlier daemon in this run directory was killed with."""
-        for record in left:
-            device = Device(record.config, self._around)
-            try:
-                if await device.adopt(record):
-                    self._devices[record.config.name] = device
-            except (DaemonError, PoolError, OSError) as error:
-                _log.error("%s: left by an earlier daemon: %s", record.config.name, one_line(error))
+    def take(self, device: Device) -> None:
+        """A device that an earlier daemon left is ours now."""
+        self._devices[device.config.name] = device
+        device.save()
 
     def describe(self, name: str) -> wire.Described:
         """What a backend may know before it attaches.  Raises `DaemonError` if there is no such device."""
@@ -170,24 +165,24 @@ async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
     cleanup.callback(_remove_run_dir, run_dir, made)
     cleanup.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    left = Records(run_dir / "devices").load()
-    # Before a new broker listens where the old one did, and before pools go that old backends still look at.
-    await end_left(left)
-    for path in (run_dir / "queues").iterdir():
-        path.unlink()
-    for prefix in list_orphans(instance):
-        _log.warning("removing the pool %s that an earlier daemon left", prefix)
-        unlink_arena(prefix)
-    broker = BrokerProcess(f"ipc://{run_dir}/pool.sock")
+    holder = Holder(run_dir)
+    held = holder.take_over()
+    holder.start()
+    cleanup.push_async_callback(holder.stop)
+    broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
+    around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder)
+    configured = {device.name for device in config.devices}
+    left = TakeOver(around, around.records.load(), held, configured)
+    await left.clear()
     cleanup.push_async_callback(broker.stop)
-    supervisor = Supervisor(Surroundings(run_dir, instance, group, ControlRunner(), broker))
+    supervisor = Supervisor(around)
     cleanup.push_async_callback(supervisor.delete_all)
-    keeper = asyncio.ensure_future(broker.keep_running(supervisor.broker_restarted))
-    cleanup.callback(keeper.cancel)
+    for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
+        cleanup.callback(asyncio.ensure_future(keeper).cancel)
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
     cleanup.callback(attach.close)
-    await supervisor.adopt_left(left)
+    await left.devices(supervisor.take)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
     cleanup.push_async_callback(admin.close)

@@ -6,7 +6,8 @@ else a turn, so that no stray child can hold the device.  Runs on the supervisor
 
 import asyncio
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.records import Worker
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
 from ublkpool.workers import messages
@@ -26,6 +28,7 @@ from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
 
 READY_DEADLINE_S = 120.0
+REPORT_DEADLINE_S = 10.0
 _POLL_S = 0.02
 
 
@@ -51,6 +54,25 @@ class Team:
         self.epoch = epoch
         self.workers: list[WorkerProcess] = []
         self._on_news = on_news
+
+    def adopt(self, left: Sequence[tuple[Worker, socket.socket]]) -> None:
+        """Go on with an earlier daemon's workers and our ends of their sockets.  Raises `ProcessLookupError`."""
+        for queue, (worker, sock) in enumerate(left):
+            self.workers.append(WorkerProcess(queue, worker.cpu, worker.process.pid, sock, self._on_news))
+
+    async def report(self) -> list[messages.Standing]:
+        """Where the adopted workers stand.  Raises `DaemonError` if one has ended or does not say."""
+        try:
+            return await asyncio.wait_for(
+                asyncio.gather(*(each.report() for each in self.workers)), REPORT_DEADLINE_S
+            )
+        except TimeoutError:
+            raise DaemonError(f"a worker has not answered after {REPORT_DEADLINE_S:.0f} s") from None
+
+    def let_go(self) -> None:
+        """Forget them as they are."""
+        for worker in self.workers:
+            worker.close()
 
     @property
     def endpoints(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class WorkerProcess:
         sock: socket.socket,
         on_news: Callable[["WorkerProcess", messages.FromWorker], None],
     ) -> None:
+        """Raises `ProcessLookupError` if an earlier daemon's has ended."""
         self.queue = queue
         self.cpu = cpu
         self.child = Child(pid, f"worker of queue {queue}")
@@ -36,6 +37,7 @@ class WorkerProcess:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._linked: asyncio.Future[None] = self._loop.create_future()
         self._answer: asyncio.Future[messages.FromWorker] | None = None
+        self._standing: asyncio.Future[messages.Standing] = self._loop.create_future()
         self._loop.add_reader(sock, self._hear)
 
     async def ready(self) -> None:
@@ -45,6 +47,16 @@ class WorkerProcess:
     async def linked(self) -> None:
         """Wait until its first backend is there, fenced if that was asked.  Raises `DaemonError` if it ends before."""
         await self._or_end(self._linked)
+
+    async def report(self) -> messages.Standing:
+        """Where an earlier supervisor's worker stands; once, before anything else.  Raises `DaemonError` if it ends."""
+        self.tell(messages.Report())
+        standing = await self._or_end(self._standing)
+        if standing.fetched:
+            _resolve(self._ready)
+        if standing.token:
+            _resolve(self._linked)
+        return standing
 
     async def ask(self, message: messages.ToWorker, fd: int | None = None) -> messages.FromWorker:
         """Its answer to Expect or Lost.  Raises `DaemonError` if it ends before."""
@@ -61,6 +73,10 @@ class WorkerProcess:
             messages.send(self._sock, message, fd)
         except OSError as error:
             raise DaemonError(f"queue {self.queue}: its worker does not listen: {error.strerror}") from error
+
+    def fileno(self) -> int:
+        """Our end of its socketpair."""
+        return self._sock.fileno()
 
     def close(self) -> None:
         """Forget it; it has ended."""
@@ -105,6 +121,9 @@ class WorkerProcess:
             case messages.Expecting() | messages.LetGo():
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
+            case messages.Standing():
+                if not self._standing.done():
+                    self._standing.set_result(message)
             case messages.Fault(reason=reason):
                 self.fault = reason
             case _:

@@ -50,6 +50,11 @@ class BackendLink:
         """Readable when `turn` has something to look at (edge-triggered by ZeroMQ)."""
         return int(self._socket.get(zmq.FD))
 
+    @property
+    def token(self) -> bytes:
+        """The routing id that it listens to, empty if to none."""
+        return self._token
+
     def expect(self, token: bytes) -> None:
         """Listen to this routing id and no other.  Raises `OSError`, `zmq.ZMQError` if the socket cannot be made."""
         self._token = token

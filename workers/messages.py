@@ -33,6 +33,10 @@ class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
     """The device is going: fail what would wait for a backend."""
 
 
+class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
+    """Another supervisor took over: say where you stand."""
+
+
 class Ready(msgspec.Struct, tag="ready", tag_field="type", frozen=True):
     """Every tag is fetched."""
 
@@ -51,6 +55,14 @@ class LetGo(msgspec.Struct, tag="let_go", tag_field="type", frozen=True):
     """The answer to Lost: nothing waits for the old backend any more."""
 
 
+class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
+    """The answer to Report; every message before it was meant for the earlier supervisor."""
+
+    fetched: bool
+    token: str
+    """Of the backend that it serves or expects, hexadecimal; empty if none."""
+
+
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
     """The backend broke the protocol; what it holds stays with it until Lost."""
 
@@ -67,8 +79,8 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     reason: str
 
 
-ToWorker = Expect | Lost | GiveUp
-FromWorker = Ready | Expecting | Linked | LetGo | Cut | Silent | Fault
+ToWorker = Expect | Lost | GiveUp | Report
+FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | Silent | Fault
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

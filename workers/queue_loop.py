@@ -150,6 +150,8 @@ class QueueLoop:
                 self._tell(messages.LetGo())
             case messages.GiveUp():
                 self._queue.give_up()
+            case messages.Report():
+                self._tell(messages.Standing(self._fetched, self._backend.token.hex()))
             case None:
                 _log.warning(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue

@@ -284,10 +284,12 @@ class Daemon:
 
     def _strays(self) -> dict[int, str]:
         processes = marked_processes(str(self.run_dir))
-        # The daemon and its broker, the one child that outlives devices.
+        # The daemon, and one each of the children that outlive devices.
         processes.pop(self.pid, None)
-        brokers = [pid for pid in processes if _name(pid) == "ublkpool-broker"]
-        return {pid: words for pid, words in processes.items() if pid not in brokers[:1]}
+        for name in ("ublkpool-broker", "ublkpool-hold"):
+            if lasting := [pid for pid in processes if _name(pid) == name]:
+                del processes[lasting[0]]
+        return processes
 
     def reap(self) -> list[int]:
         """The exit statuses of all backends that were started here, which have ended."""

@@ -15,6 +15,7 @@ from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceInfo, Feature
@@ -358,7 +359,8 @@ def test_a_broker_that_dies_while_its_predecessors_devices_are_told_is_started_a
             lives.put_nowait(life)
 
         monkeypatch.setattr(BrokerProcess, "_start", start)
-        process = BrokerProcess("ipc://nowhere")
+        process = BrokerProcess("ipc://nowhere", cast(Holder, None))
+        process.start()
         keeper = asyncio.ensure_future(process.keep_running(lambda: never))
         for _ in range(3):
             (await lives.get()).set_result(137)

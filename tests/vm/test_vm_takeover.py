@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.vm_daemon import Daemon, eventually
-from support.vm_fio import finish_fio, queue_cpus, start_fio
+from support.vm_recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
 
 MIB = 1 << 20
 QUEUES = 2
@@ -23,6 +23,7 @@ def own_daemon() -> Iterator[Daemon]:
         assert daemon.stop() == 0, daemon.said()
         eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
     finally:
+        print(daemon.said())
         daemon.close()
 
 
@@ -30,29 +31,44 @@ def sectors_written(path: str) -> int:
     return int(Path("/sys/block", Path(path).name, "stat").read_text().split()[_SECTORS_WRITTEN])
 
 
-def test_a_killed_daemon_costs_its_clients_nothing_and_neither_does_a_killed_everything(
+def wait_for_writes(path: str) -> None:
+    before = sectors_written(path)
+    eventually(lambda: sectors_written(path) > before, "I/O goes on while the daemon is dead")
+
+
+def test_a_killed_daemon_is_succeeded_without_a_pause_and_a_killed_everything_is_recovered(
     own_daemon: Daemon,
 ) -> None:
     daemon = own_daemon
-    path = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES).path
-    assert path is not None
-    fio = start_fio(path, QUEUES, queue_cpus(path, QUEUES), size=12 * MIB, iodepth=8, bssplit="4k/80:64k/20")
-    eventually(lambda: sectors_written(path) > 0, "fio writes")
+    status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
+    assert daemon.add("waits").state == "waiting"
+    with loaded(daemon, [status]) as (load,):
+        for _ in range(2):
+            assert status.path is not None
+            broker = daemon.broker_pid
+            daemon.crash()
+            wait_for_writes(status.path)
+            daemon.start()
+            assert daemon.status("left") == status, "the same workers, backend and epoch"
+            assert daemon.broker_pid == broker
+            load.goes_on()
+        assert daemon.status("waits").state == "waiting"
+        with daemon.device("other", "null", size_bytes=16 * MIB):
+            load.goes_on()
 
-    daemon.crash()
-    before = sectors_written(path)
-    eventually(lambda: sectors_written(path) > before, "I/O goes on while the daemon is dead")
-    daemon.start()
-    adopted = daemon.status("left")
-    assert (adopted.path, adopted.state, adopted.epoch) == (path, "live", 2)
-    eventually(lambda: daemon.status("left").backend.attached, "the next daemon's backend is there")
+        kill(status.workers[0].pid)
+        wait_for_epoch(daemon, "left", 2)
+        load.goes_on()
+        kill(status.backend.pid or 0)
+        wait_for_backend(daemon, "left", status.backend.pid)
+        kill_broker(daemon)
+        load.goes_on()
 
-    daemon.crash_everything()
-    daemon.start()
-    assert daemon.status("left").epoch == 3
-    result = finish_fio(fio)
-    assert result.written_bytes == QUEUES * 12 * MIB
-    daemon.delete("left")
+        daemon.crash_everything()
+        daemon.start()
+        assert daemon.status("left").epoch == 3
+        load.goes_on()
+    daemon.client.delete(["waits"])
 
 
 def test_what_must_not_be_recovered_is_cleared_away(own_daemon: Daemon) -> None:

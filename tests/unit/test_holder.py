@@ -1,0 +1,109 @@
+"""The holder: what it keeps open for the next supervisor, and what becomes of it when it dies."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from ublkpool.daemon.holder import Holder
+
+DEADLINE_S = 30
+
+
+def in_loop(test: Callable[[Path], Awaitable[None]]) -> Callable[[Path], None]:
+    def plain(tmp_path: Path) -> None:
+        asyncio.run(asyncio.wait_for(test(tmp_path), DEADLINE_S))
+
+    plain.__name__ = test.__name__
+    return plain
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(DEADLINE_S)
+    return ours, theirs
+
+
+def die(holder: Holder) -> None:
+    """What the death of a supervisor does to its end."""
+    assert holder._socket is not None
+    holder._socket.close()
+
+
+async def successor(run_dir: Path) -> tuple[Holder, dict[str, int]]:
+    holder = Holder(run_dir)
+    return holder, holder.take_over()
+
+
+@in_loop
+async def test_a_descriptor_outlives_its_supervisor_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = Holder(tmp_path)
+    assert first.take_over() == {}
+    first.start()
+    ours, theirs = pair()
+    first.hold("vol0/worker/0", ours.fileno())
+    ours.close()
+    die(first)
+    second, found = await successor(tmp_path)
+    assert list(found) == ["vol0/worker/0"]
+    with socket.socket(fileno=found["vol0/worker/0"]) as again, theirs:
+        again.send(b"still there")
+        assert theirs.recv(100) == b"still there"
+    await second.stop()
+    assert not (tmp_path / "held.sock").exists()
+
+
+@in_loop
+async def test_what_is_dropped_or_replaced_is_closed(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    holder.start()
+    kept = []
+    for name in ("vol0/worker/0", "vol0/worker/1", "vol0/session", "vol0/session"):
+        ours, theirs = pair()
+        holder.hold(name, ours.fileno())
+        ours.close()
+        kept.append(theirs)
+    worker_0, worker_1, old_session, session = kept
+    assert old_session.recv(1) == b"", "the older one of a name is closed"
+    holder.drop("vol0/worker")
+    assert (worker_0.recv(1), worker_1.recv(1)) == (b"", b"")
+    session.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        session.recv(1)
+    await holder.stop()
+    session.setblocking(True)
+    assert session.recv(1) == b"", "nothing is held after the end"
+    for each in kept:
+        each.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_dies_or_hangs_is_replaced_and_given_everything(tmp_path: Path, how: signal.Signals) -> None:
+    @in_loop
+    async def run(run_dir: Path) -> None:
+        holder = Holder(run_dir)
+        holder.start()
+        keeper = asyncio.ensure_future(holder.keep_running())
+        ours, theirs = pair()
+        holder.hold("vol0/session", ours.fileno())
+        assert holder._child is not None
+        before = holder._child
+        os.kill(before.pid, how)
+        while holder._child is before:
+            # One that hangs is noticed when it takes nothing more.
+            holder.drop("nothing")
+            await asyncio.sleep(0)
+        die(holder)
+        keeper.cancel()
+        second, found = await successor(run_dir)
+        assert list(found) == ["vol0/session"]
+        ours.close()
+        theirs.close()
+        os.close(found["vol0/session"])
+        await second.stop()
+
+    run(tmp_path)
