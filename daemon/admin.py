@@ -24,6 +24,7 @@ from ublkpool.daemon.admin_wire import (
     Progress,
     Request,
     StatsRequest,
+    StopRequest,
     WaitRequest,
     admin_socket,
     decode_request,
@@ -58,8 +59,8 @@ class DeviceService(Protocol):
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         """The numbers of one device, or of all."""
 
-    async def stop(self) -> None:
-        """Ask the daemon to end; may return before it has."""
+    async def stop(self, leave: bool) -> None:
+        """Ask the daemon to end, leaving its devices as they are or not; may return before it has."""
 
 
 class AdminServer:
@@ -167,8 +168,8 @@ class AdminServer:
                 return self._service.list()
             case StatsRequest():
                 return self._service.stats(request.name)
-            case _:
-                await self._service.stop()
+            case StopRequest():
+                await self._service.stop(request.leave)
                 return None
 
 

@@ -62,9 +62,9 @@ class AdminClient:
         """The numbers of one device, or of all."""
         return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
 
-    def stop(self) -> None:
-        """Ask the daemon to end."""
-        self._call(StopRequest(), None, QUERY_TIMEOUT_S)
+    def stop(self, leave: bool = False) -> None:
+        """Ask the daemon to end; with `leave`, without touching its devices."""
+        self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
 
     def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
         reply = self._exchange(encode_line(request), timeout_s)

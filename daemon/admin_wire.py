@@ -59,7 +59,9 @@ class StatsRequest(_Request, frozen=True, kw_only=True, tag="stats"):
 
 
 class StopRequest(_Request, frozen=True, kw_only=True, tag="stop"):
-    """Stop the daemon."""
+    """Stop the daemon; with `leave` its devices stay, served, for the next one."""
+
+    leave: bool = False
 
 
 Request = AddRequest | DeleteRequest | WaitRequest | ListRequest | StatsRequest | StopRequest

@@ -72,6 +72,9 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
     flags = Feature.CMD_IOCTL_ENCODE | _RECOVERY_FLAGS[config.recovery]
     if config.need_get_data:
         flags |= Feature.NEED_GET_DATA
+    if config.recovery != "none":
+        # Not asked for by anybody: an upgrade does without it where it is not offered.
+        flags |= Feature.QUIESCE & Feature(offered)
     missing = abi.feature_names(flags & ~offered)
     if missing:
         raise UnsupportedError(
@@ -227,6 +230,22 @@ class BlockDevice:
         """
         with suppress(OSError):
             Path(f"/sys/block/{self.node.name}/queue/io_timeout").write_text(str(timeout_ms))
+
+    async def quiesce(self, deadline_s: float) -> bool:
+        """QUIESCE_DEV: new requests wait, and workers end once they have answered theirs; False where there is none.
+
+        Raises `ControlFailed`, and then the device goes on, or waits for recovery.
+        """
+        if not self.info.flags & Feature.QUIESCE:
+            return False
+        number, timeout_ms = self.number, int(deadline_s * 1000)
+        await self._runner.run_beside(
+            f"{self._name}: QUIESCE_DEV",
+            lambda: control.quiesce_device(number, timeout_ms),
+            type(None),
+            2 * deadline_s,
+        )
+        return True
 
     async def wait_quiesced(self, deadline_s: float) -> None:
         """Return when the driver has given up the dead workers' requests.  Raises `DaemonError`."""

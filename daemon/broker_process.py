@@ -124,6 +124,10 @@ class BrokerProcess:
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
+    async def renew(self) -> None:
+        """Have another one, of today's code, go on."""
+        await self.child.end(_STOP_PATIENCE_S)
+
     async def stop(self) -> None:
         """End it; leases stay in the slot headers."""
         self._stopping = True

@@ -17,7 +17,7 @@ from ublkpool import __version__
 
 if TYPE_CHECKING:
     from ublkpool.daemon.admin_client import AdminClient
-    from ublkpool.daemon.config import DeviceConfig, Problem, ServeConfig
+    from ublkpool.daemon.config import DeviceConfig, OnStop, Problem, ServeConfig
     from ublkpool.daemon.status import DeviceStatus
 
 RUN_DIR_DEFAULT = Path("/run/ublkpool")
@@ -124,18 +124,34 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="TOML file; without, no devices yet.",
 )
+@click.option(
+    "--on-stop",
+    type=click.Choice(["delete", "leave"]),
+    metavar="delete|leave",
+    help="SIGTERM deletes every device, or leaves them, served, for the next daemon.  "
+    "[default: the config's, or delete]",
+)
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Take over from a daemon that runs in this run directory: its devices go on, with this version's code.",
+)
 @_run_dir_option(default=None)
-def serve(config_file: Path | None, run_dir: Path | None) -> int:
+def serve(config_file: Path | None, on_stop: "OnStop | None", replace: bool, run_dir: Path | None) -> int:
     """Run the daemon in the foreground, until SIGTERM.
 
-    It serves the devices of the config file, and those that `ublkpool add` asks for; it logs to stderr.
+    It serves the devices of the config file, and those that `ublkpool add` asks for; it logs to stderr.  What an
+    earlier daemon in the run directory left, killed or not, it goes on with.
 
     \b
     ublkpool serve
     ublkpool serve -c /etc/ublkpool/ublkpool.toml
     ublkpool serve -c test.toml --run-dir /run/ublkpool-test
+    ublkpool serve --replace          # an upgrade: I/O pauses, nothing fails
     """
-    config = _serve_config(config_file, run_dir)
+    config = _serve_config(config_file, run_dir)._replace(replace=replace)
+    if on_stop is not None:
+        config = config._replace(on_stop=on_stop)
     from ublkpool.daemon import logs
     from ublkpool.daemon.supervisor import serve as serve_devices
 

@@ -40,6 +40,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 Placement = Literal["pool", "backend"]
 Recovery = Literal["reissue", "abort", "fail", "none"]
 OnTimeout = Literal["wait", "fail"]
+OnStop = Literal["delete", "leave"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "human", "logfmt", "json"]
 
@@ -97,6 +98,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
 
     run_dir: str | None = None
     group: str | None = None
+    on_stop: OnStop = "delete"
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
 
@@ -109,6 +111,8 @@ class ServeConfig(NamedTuple):
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     devices: tuple[DeviceConfig, ...] = ()
+    on_stop: OnStop = "delete"
+    replace: bool = False
 
 
 class Problem(NamedTuple):

@@ -45,6 +45,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         group=daemon.group,
         log_level=daemon.log_level,
         log_format=daemon.log_format,
+        on_stop=daemon.on_stop,
         devices=tuple(devices),
     )
 

@@ -33,7 +33,7 @@ from ublkpool.daemon.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.records import FIRST_EPOCH, Record, Records, build_id, end_left, is_alive
-from ublkpool.daemon.recovery import Strikes, next_epoch, recover
+from ublkpool.daemon.recovery import Strikes, next_epoch, recover, retire
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
 from ublkpool.daemon.succession import Heir, record_of, session_names, worker_name
 from ublkpool.daemon.team import Plan, Team
@@ -149,7 +149,7 @@ class Device:
 
     async def live(self) -> None:
         """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
-        while self.state in ("waiting", "recovering") and not self._stopping:
+        while self.state in ("waiting", "recovering", "quiesced") and not self._stopping:
             self._changed.clear()
             await self._changed.wait()
         if self.state != "live":
@@ -487,17 +487,43 @@ class Device:
         async with self._changing:
             if self._stopping or self._team is not dead:
                 return
-            recoverable = self.state == "live" and self.config.recovery != "none"
-            while recoverable and not self._strikes.died():
-                _log.error("%s: %s; recovering", self.config.name, reason)
-                self._set_state("recovering")
-                try:
-                    await self._recover()
-                    return
-                except (DaemonError, PoolError, OSError) as error:
-                    reason = one_line(error)
-                    await asyncio.sleep(RECOVERY_PAUSE_S)
-            await self._fail(reason)
+            if self.state == "live" and self.config.recovery != "none":
+                await self._recover_while_worth_it(reason)
+            else:
+                await self._fail(reason)
+
+    async def _recover_while_worth_it(self, reason: str) -> None:
+        while not self._strikes.died():
+            _log.error("%s: %s; recovering", self.config.name, reason)
+            self._set_state("recovering")
+            try:
+                await self._recover()
+                return
+            except (DaemonError, PoolError, OSError) as error:
+                reason = one_line(error)
+                await asyncio.sleep(RECOVERY_PAUSE_S)
+        await self._fail(reason)
+
+    async def renew(self) -> None:
+        """Have the code of today serve: other workers, and another backend if we run it.  I/O pauses, nothing fails."""
+        async with self._changing:
+            team = self._team
+            if self._stopping or self.state != "live" or self.config.recovery == "none" or team is None:
+                return
+            _log.warning("%s: its workers are of another version; replacing them", self.config.name)
+            self._set_state("quiesced")
+            await retire(team, self.config.name)
+            try:
+                await self._recover()
+            except (DaemonError, PoolError, OSError) as error:
+                await self._recover_while_worth_it(one_line(error))
+        if self._managed is not None:
+            await self._managed.child.end(BACKEND_PATIENCE_S)
+
+    async def settled(self) -> None:
+        """Return when nothing changes this device."""
+        async with self._changing:
+            return
 
     async def _recover(self) -> None:
         assert self._team is not None and self._leases is not None

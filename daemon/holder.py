@@ -13,6 +13,7 @@ import logging
 import os
 import selectors
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class Holder:
             # It says nothing unasked: what can be read is its end.
             if self._stopping:
                 return
-            _log.error("the holder ended; starting it again")
+            _log.warning("the holder is gone; starting another")
             self._socket.close()
             self._socket = None
             if self._child is not None:
@@ -127,19 +128,32 @@ class Holder:
                 self._say(Hold(name), fd)
 
     def hold(self, name: str, fd: int) -> None:
-        """Have it hold a duplicate; `fd` stays the caller's, and open until `drop` or another `hold` of this name."""
-        self._held[name] = fd
+        """Have it hold a duplicate; `fd` stays the caller's.  So do we, to give it to the next holder."""
+        self._forget(name)
+        self._held[name] = os.dup(fd)
         self._say(Hold(name), fd)
 
     def drop(self, name: str) -> None:
         """Forget this name and all below it."""
-        for each in [each for each in self._held if each == name or each.startswith(f"{name}/")]:
-            del self._held[each]
+        for each in _below(self._held, name):
+            self._forget(each)
         self._say(Drop(name))
+
+    def _forget(self, name: str) -> None:
+        if (fd := self._held.pop(name, None)) is not None:
+            os.close(fd)
+
+    def renew(self) -> None:
+        """Have another one, of today's code, hold everything."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     async def stop(self) -> None:
         """End it."""
         self._stopping = True
+        for name in list(self._held):
+            self._forget(name)
         self._say(Stop())
         if self._socket is not None:
             with suppress(TimeoutError):
@@ -156,8 +170,7 @@ class Holder:
             socket.send_fds(self._socket, [_encoder.encode(message)], [] if fd is None else [fd])
         except OSError:
             # It has died or hangs: `keep_running` sees the end, and gives the next one everything.
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+            self.renew()
 
 
 def _connect(path: Path) -> socket.socket | None:
@@ -220,10 +233,14 @@ def _hear(connection: socket.socket, held: dict[str, int]) -> type | None:
             _close(held, [name])
             held[name] = fds[0]
         case Drop(name=name):
-            _close(held, [each for each in held if each == name or each.startswith(f"{name}/")])
+            _close(held, _below(held, name))
         case Take():
             _give(connection, held)
     return type(message)
+
+
+def _below(held: Iterable[str], name: str) -> list[str]:
+    return [each for each in held if each == name or each.startswith(f"{name}/")]
 
 
 def _close(held: dict[str, int], names: list[str]) -> None:

@@ -19,6 +19,7 @@ from ublkpool.daemon.worker_process import WorkerProcess
 RECOVERY_DEADLINE_S = 60.0
 FENCE_DEADLINE_S = 30.0
 DRAIN_PATIENCE_S = 2.0
+QUIESCE_DEADLINE_S = 10.0
 STRIKES_MAX = 5
 STEADY_S = 2.0
 _log = logging.getLogger("ublkpool.recovery")
@@ -51,6 +52,15 @@ async def recover(
     await dead.drain(DRAIN_PATIENCE_S)
     await dead.kill()
     return await next_epoch(dead.plan.kernel, dead.epoch + 1, fork, session, leases)
+
+
+async def retire(team: Team, name: str) -> None:
+    """Have workers end with nothing left to answer, as far as the driver helps; `recover` ends those that stay."""
+    try:
+        if await team.plan.kernel.quiesce(QUIESCE_DEADLINE_S):
+            await team.end(QUIESCE_DEADLINE_S)
+    except DaemonError as error:
+        _log.warning("%s: %s; ending its workers", name, error)
 
 
 async def next_epoch(

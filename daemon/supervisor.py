@@ -19,6 +19,7 @@ from pathlib import Path
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
+from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.attach import AttachServer, Session
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
@@ -31,6 +32,9 @@ from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control, queue
 
+SETTLE_DEADLINE_S = 60.0
+REPLACE_DEADLINE_S = 90.0
+_POLL_S = 0.05
 _log = logging.getLogger("ublkpool.supervisor")
 _Names = list[str]
 
@@ -42,6 +46,7 @@ class Supervisor:
         self._around = around
         self._devices: dict[str, Device] = {}
         self.stopped = asyncio.Event()
+        self.leaves = False
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing."""
@@ -90,9 +95,22 @@ class Supervisor:
         devices = self._devices.values() if name is None else [self._device(name)]
         return [device_stats(device) for device in devices]
 
-    async def stop(self) -> None:
-        """End the daemon."""
+    async def stop(self, leave: bool) -> None:
+        """End the daemon, and its devices unless it is to leave them."""
+        self.leaves = self.leaves or leave
         self.stopped.set()
+
+    async def settled(self) -> None:
+        """Return when no device changes."""
+        await asyncio.gather(*(device.settled() for device in self._devices.values()))
+
+    async def renew(self, names: _Names) -> None:
+        """Have today's code serve what an earlier version of it serves: these devices, one after another."""
+        await self._around.broker.renew()
+        self._around.holder.renew()
+        for name in names:
+            if name in self._devices:
+                await self._devices[name].renew()
 
     def take(self, device: Device) -> None:
         """A device that an earlier daemon left is ours now."""
@@ -143,49 +161,68 @@ async def _serve(config: ServeConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with AsyncExitStack() as cleanup:
-        supervisor = await _start(config, cleanup)
+    async with AsyncExitStack() as ending, AsyncExitStack() as leaving:
+        supervisor = await _start(config, ending, leaving)
         await _add_configured(supervisor, config, stop)
         notify.ready(f"serving {len(config.devices)} devices")
         _log.info("serving in %s", config.run_dir)
         await _first_of(stop, supervisor.stopped)
         notify.stopping()
-        _log.info("stopping")
         supervisor.stopped.set()
+        if supervisor.leaves or config.on_stop == "leave":
+            await _leave(supervisor, ending)
+        else:
+            _log.info("stopping")
     return 0
 
 
-async def _start(config: ServeConfig, cleanup: AsyncExitStack) -> Supervisor:
-    """Bring up the parts; `cleanup` takes them down in the opposite order, so that the admin socket goes first."""
+async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
+    """Let everything go on without us."""
+    _log.info("leaving the devices to the next daemon")
+    try:
+        await asyncio.wait_for(supervisor.settled(), SETTLE_DEADLINE_S)
+    except TimeoutError:
+        # The next daemon sorts it out, as after a crash.
+        _log.warning("a device is still changing after %.0f s; leaving it so", SETTLE_DEADLINE_S)
+    ending.pop_all()
+
+
+async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExitStack) -> Supervisor:
+    """Bring up the parts.
+
+    `leaving` takes down, in the opposite order, what ends with this daemon; then `ending` what would outlive it.
+    """
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
     made = _make_run_dir(run_dir, group)
     # Only what is locked is ours to remove: another daemon may be running here.
-    lock = _lock(run_dir)
-    cleanup.callback(_remove_run_dir, run_dir, made)
-    cleanup.callback(os.close, lock)
+    lock = await _replace(run_dir) if config.replace else _lock(run_dir)
+    ending.callback(_remove_run_dir, run_dir, made)
+    ending.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
-    cleanup.push_async_callback(holder.stop)
+    ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
     around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder)
     configured = {device.name for device in config.devices}
     left = TakeOver(around, around.records.load(), held, configured)
     await left.clear()
-    cleanup.push_async_callback(broker.stop)
+    ending.push_async_callback(broker.stop)
     supervisor = Supervisor(around)
-    cleanup.push_async_callback(supervisor.delete_all)
+    ending.push_async_callback(supervisor.delete_all)
     for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
-        cleanup.callback(asyncio.ensure_future(keeper).cancel)
+        ending.callback(asyncio.ensure_future(keeper).cancel)
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
     attach.start()
-    cleanup.callback(attach.close)
+    leaving.callback(attach.close)
     await left.devices(supervisor.take)
+    if left.outdated:
+        ending.callback(asyncio.ensure_future(supervisor.renew(left.outdated)).cancel)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
-    cleanup.push_async_callback(admin.close)
+    leaving.push_async_callback(admin.close)
     return supervisor
 
 
@@ -220,6 +257,19 @@ def _lock(run_dir: Path) -> int:
             f"{run_dir}: another daemon is running here: stop it, or choose another --run-dir"
         ) from None
     return fd
+
+
+async def _replace(run_dir: Path) -> int:
+    """Have the daemon that runs here leave; the lock, which it held.  Raises `DaemonError` if it stays."""
+    with suppress(DaemonError):
+        return _lock(run_dir)
+    AdminClient(run_dir).stop(leave=True)
+    deadline_s = asyncio.get_running_loop().time() + REPLACE_DEADLINE_S
+    while asyncio.get_running_loop().time() < deadline_s:
+        with suppress(DaemonError):
+            return _lock(run_dir)
+        await asyncio.sleep(_POLL_S)
+    raise DaemonError(f"{run_dir}: the daemon that runs here has not left after {REPLACE_DEADLINE_S:.0f} s")
 
 
 def _remove_run_dir(run_dir: Path, made: bool) -> None:

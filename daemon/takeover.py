@@ -36,6 +36,8 @@ class TakeOver:
         self._left = left
         self._held = held
         self._going_on = [record for record in left if may_go_on(record, held)]
+        self.outdated: list[str] = []
+        """The devices that go on with workers of another version of the code."""
 
     async def clear(self) -> None:
         """End what cannot go on, and have a broker.  Raises `PoolError`, `OSError`."""
@@ -68,6 +70,8 @@ class TakeOver:
             device = Device(record.config, self._around)
             try:
                 await device.go_on(record, self._held)
+                if record.build != self._around.build:
+                    self.outdated.append(record.config.name)
                 return device
             except (DaemonError, PoolError, OSError) as error:
                 _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))

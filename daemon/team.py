@@ -170,7 +170,7 @@ class Team:
             await asyncio.sleep(_POLL_S)
 
     async def end(self, patience_s: float) -> None:
-        """Wait for workers whose device has stopped, kill those that stay; forget them."""
+        """Wait for workers whose device has stopped or is quiesced, kill those that stay; forget them."""
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(each.child.wait() for each in self.workers)), patience_s)
         await self.kill()

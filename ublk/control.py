@@ -106,6 +106,15 @@ def complete_fetch_round(device: int, queues: int, depth: int) -> None:
         raise UblkError(f"FETCH_REQ of device {device}", -result)
 
 
+def quiesce_device(device: int, timeout_ms: int) -> None:
+    """QUIESCE_DEV (Linux 6.16, for a device with `Feature.QUIESCE`): new requests wait, fetched tags are given back.
+
+    What workers hold they may still answer; the device is QUIESCED when the last of them has closed it.  Raises
+    `UblkError`: ETIMEDOUT if a queue had no tag to give back in time, and then the device goes on.
+    """
+    _send(Control.QUIESCE_DEV, device, data=timeout_ms)
+
+
 def end_recovery(device: int, server_pid: int) -> None:
     """END_USER_RECOVERY: EBUSY until every tag is fetched again."""
     _send(Control.END_USER_RECOVERY, device, data=server_pid)

@@ -81,7 +81,7 @@ class FakeService:
             raise DaemonError(f"{name}: no such device")
         return [_stats(each) for each in self.configs if name in (None, each)]
 
-    async def stop(self) -> None:
+    async def stop(self, leave: bool) -> None:
         self.stopped = True
 
     def _status(self, name: str) -> DeviceStatus:

@@ -317,6 +317,16 @@ class Daemon:
         self._process.kill()
         self._process.wait()
 
+    def replace(self, module: str) -> None:
+        """Start another that takes over from the one that runs, which ends."""
+        before = self._process
+        assert before is not None
+        self._process = self._spawn(
+            [sys.executable, "-m", module, *self.addressed(["serve", "--replace"])], self.log
+        )
+        assert before.wait(2 * DEADLINE_S) == 0, self.said()
+        eventually(self._answers, "the next daemon answers")
+
     def wait_end(self) -> int:
         """Its exit status, when something else ends it."""
         assert self._process is not None

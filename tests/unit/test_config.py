@@ -163,7 +163,7 @@ def test_unknown_tables_are_named(tmp_path: Path) -> None:
     assert complaints(tmp_path, text) == [
         "1: demon: unknown table; known: [daemon], [[device]]",
         "4: daemon.log_levle: unknown key, did you mean log_level?; "
-        "known: run_dir, group, log_level, log_format",
+        "known: run_dir, group, on_stop, log_level, log_format",
     ]
 
 

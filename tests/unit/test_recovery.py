@@ -1,10 +1,13 @@
 """Recovery's order of steps, its fence and its patience, with the kernel, the workers and the backend made up."""
 
 import asyncio
+import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from ublkpool.bufpool import broker
@@ -271,7 +274,7 @@ class FakeBroker:
     """A broker process that notes its commands, or is dead."""
 
     def __init__(self) -> None:
-        self.generation = 1
+        self.generation = self.adopted_generation = 1
         self.dead = False
         self.heard: list[str] = []
         self.turn = asyncio.Event()
@@ -308,6 +311,40 @@ def test_a_new_broker_is_told_the_device_and_its_last_epoch_once() -> None:
         assert fake.heard[3:] == ["Reclaim 1", "Reclaim 1", "Register 2", "Register 2"]
 
     asyncio.run(run())
+
+
+def test_an_adopted_broker_is_told_nothing_and_its_successor_everything() -> None:
+    async def run() -> None:
+        fake = FakeBroker()
+        device = Leases(cast(BrokerProcess, fake), 7, 2, 0, known=3)
+        await device.refresh()
+        assert fake.heard == []
+        fake.restart()
+        await device.refresh()
+        assert fake.heard == ["AddDevice", "Register 3", "Register 3"]
+
+    asyncio.run(run())
+
+
+def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for stale in (broker.Done(slots=7), broker.Failed("was not so"), broker.Pong(1)):
+            theirs.send(msgspec.json.encode(stale))
+        held: list[str] = []
+        holder = SimpleNamespace(hold=lambda name, _: held.append(name))
+        process = BrokerProcess("ipc://nowhere", cast(Holder, holder))
+        with subprocess.Popen(["/bin/sleep", "600"]) as running:
+            adopting = asyncio.ensure_future(process.adopt(running.pid, ours))
+            await everybody_waits()
+            question = msgspec.json.decode(theirs.recv(4096), type=broker.Ping)
+            theirs.send(msgspec.json.encode(broker.Pong(question.number)))
+            assert await adopting and held == ["broker"]
+            running.kill()
+        theirs.close()
+        ours.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
 def test_a_broker_that_dies_before_it_has_heard_all_is_followed_by_one_that_hears_it() -> None:

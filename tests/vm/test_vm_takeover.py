@@ -7,6 +7,8 @@ import pytest
 
 from support.vm_daemon import Daemon, eventually
 from support.vm_recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
+from ublkpool.ublk import control
+from ublkpool.ublk.abi import Feature
 
 MIB = 1 << 20
 QUEUES = 2
@@ -69,6 +71,38 @@ def test_a_killed_daemon_is_succeeded_without_a_pause_and_a_killed_everything_is
         assert daemon.status("left").epoch == 3
         load.goes_on()
     daemon.client.delete(["waits"])
+
+
+def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daemon) -> None:
+    daemon = own_daemon
+    status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
+    assert status.path is not None
+    disk = Path(status.path).stat()
+    with loaded(daemon, [status]) as (load,):
+        broker = daemon.broker_pid
+        daemon.replace("support.newer_daemon")
+        after = wait_for_epoch(daemon, "left", 2)
+        wait_for_backend(daemon, "left", status.backend.pid)
+        eventually(lambda: daemon.broker_pid not in (0, broker), "another broker")
+        assert {each.pid for each in after.workers}.isdisjoint(each.pid for each in status.workers)
+        load.goes_on()
+        assert Path(status.path).stat().st_ino == disk.st_ino, "the node has never gone"
+    if control.get_features() & Feature.QUIESCE:
+        assert "QUIESCE" in status.flags
+        assert "ending its workers" not in daemon.said()
+
+
+def test_a_daemon_that_was_told_to_leave_leaves_its_devices_served(own_daemon: Daemon) -> None:
+    daemon = own_daemon
+    status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
+    assert status.path is not None
+    with loaded(daemon, [status]) as (load,):
+        daemon.client.stop(leave=True)
+        assert daemon.wait_end() == 0
+        wait_for_writes(status.path)
+        daemon.start()
+        assert daemon.status("left") == status
+        load.goes_on()
 
 
 def test_what_must_not_be_recovered_is_cleared_away(own_daemon: Daemon) -> None:
