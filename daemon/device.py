@@ -193,10 +193,19 @@ class Device:
     async def attach(self, session: Session) -> None:
         """Take a backend.  Raises `AttachRefused` or another error with the reason if it cannot serve this device."""
         self._refuse_second()
-        while self._farewell is not None:
+        while not await self._admit(session):
+            self._refuse_second()
+
+    async def _admit(self, session: Session) -> bool:
+        """Take a backend, unless the one before it has not been taken leave of; whether it was taken."""
+        if self._farewell is not None:
             await asyncio.shield(self._farewell)
             self._refuse_second()
         async with self._changing:
+            # Another may have been taken, and have died, while this one waited for its turn: its farewell comes first,
+            # for it takes the link away from whoever has it then.
+            if self._farewell is not None:
+                return False
             self._refuse_second()
             check_fits(self.config, self._disk, session.attach)
             if session.attach.segment_bytes:
@@ -206,6 +215,7 @@ class Device:
                 await self._start(session)
             else:
                 await self._introduce(self._team, session)
+        return True
 
     def _refuse_second(self) -> None:
         if self._stopping or self.state == "failed":
@@ -403,11 +413,8 @@ class Device:
                 await self._discard_left()
                 return False
             self._set_state("recovering")
-            try:
-                self._leases = self._make_pool(self._kernel)
-                team = await next_epoch(self._kernel, record.epoch + 1, self._fork_team, None, self._leases)
-            except (DaemonError, PoolError, OSError) as error:
-                await self._fail(f"left by an earlier daemon, and not to be recovered: {one_line(error)}")
+            team = await self._take_over(self._kernel, record.epoch)
+            if team is None:
                 return True
             self._now_live(team)
             _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
@@ -416,6 +423,23 @@ class Device:
             self._managed.start()
             self._keeper = self._spawn(self._managed.keep_running())
         return True
+
+    async def _take_over(self, kernel: BlockDevice, epoch: int) -> Team | None:
+        """The first team of this daemon's; None if the device was given up, as for a recovery that never succeeds."""
+        reason = ""
+        while not self._strikes.died():
+            try:
+                if self._leases is None:
+                    self._leases = self._make_pool(kernel)
+                if self._team is None:
+                    return await next_epoch(kernel, epoch + 1, self._fork_team, None, self._leases)
+                return await recover(self._team, self._fork_team, None, self._leases)
+            except (DaemonError, PoolError, OSError) as error:
+                reason = one_line(error)
+                _log.error("%s: left by an earlier daemon: %s; trying again", self.config.name, reason)
+                await asyncio.sleep(RECOVERY_PAUSE_S)
+        await self._fail(f"left by an earlier daemon, and not to be recovered: {reason}")
+        return None
 
     async def _discard_left(self) -> None:
         if self._kernel is not None:

@@ -1,0 +1,187 @@
+"""A device's order of attach, farewell and adoption, with its workers, backends and kernel made up."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ublkpool.bufpool import wire
+from ublkpool.daemon import device as device_module
+from ublkpool.daemon.attach import Session
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.records import Record
+from ublkpool.daemon.recovery import STRIKES_MAX
+
+DEADLINE_S = 20
+SIZE_BYTES = 1 << 20
+
+
+def in_loop(test: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        await asyncio.wait_for(test(), DEADLINE_S)
+
+    asyncio.run(run())
+
+
+class FakeHolder:
+    """Keeps nothing."""
+
+    def hold(self, _name: str, _fd: int) -> None:
+        """See the class."""
+
+    def drop(self, _name: str) -> None:
+        """See the class."""
+
+
+def new_device() -> Device:
+    around = SimpleNamespace(run_dir=Path("/nonexistent"), runner=None, holder=FakeHolder(), records=None)
+    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES), cast(Surroundings, around))
+    device.save = lambda: None  # type: ignore[method-assign]
+    return device
+
+
+class FakeSession:
+    """An attached backend that goes when it is told to."""
+
+    def __init__(self, kind: str) -> None:
+        self.attach = wire.Attach(v=1, device="vol", kind=kind)
+        self.pid, self.segment = 1, 0
+        self._gone = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_gone(self) -> bool:
+        return self._gone.done()
+
+    async def gone(self) -> None:
+        await asyncio.shield(self._gone)
+
+    def dies(self) -> None:
+        self._gone.set_result(None)
+
+    def say(self, *_: object) -> None:
+        """Nobody listens."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def fileno(self) -> int:
+        return -1
+
+    segment_fd = None
+
+
+class FakeTeam:
+    """Workers that note whom they are told to expect, and who is gone."""
+
+    def __init__(self, dies_at_once: str) -> None:
+        self.heard: list[str] = []
+        self.workers: list[Any] = []
+        self.epoch = 1
+        self.plan = SimpleNamespace(
+            arena=SimpleNamespace(data_fd=-1), kernel=SimpleNamespace(node="/dev/null")
+        )
+        self._dies_at_once = dies_at_once
+
+    async def expect(self, session: FakeSession, fence: bool) -> None:
+        await asyncio.sleep(0)
+        self.heard.append(f"expect {session.attach.kind}")
+        if session.attach.kind == self._dies_at_once:
+            session.dies()
+
+    async def lost(self) -> None:
+        await asyncio.sleep(0)
+        self.heard.append("lost")
+
+    def attached(self, _session: object) -> None:
+        """What a backend is told does not matter here."""
+
+
+def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_successors() -> None:
+    """Both wait while the device is recovered: the second must not be introduced before the first is taken leave of."""
+
+    async def run() -> None:
+        device, team = new_device(), FakeTeam(dies_at_once="first")
+        device._team = cast(Any, team)
+        sessions = [FakeSession("first"), FakeSession("second")]
+        async with device._changing:
+            tasks = [asyncio.ensure_future(device.attach(cast(Session, each))) for each in sessions]
+            for _ in range(5):
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert team.heard == ["expect first", "lost", "expect second"]
+        assert device.session is cast(Any, sessions[1])
+
+    in_loop(run)
+
+
+class Adoption:
+    """A device that an earlier daemon left, and takers-over that fail so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+        self.attempts: list[str] = []
+        self._failures = failures
+        self.device = new_device()
+        self.kernel = SimpleNamespace(was_started=True, number=3, set_io_timeout=lambda _: None)
+        self.team = FakeTeam(dies_at_once="nobody")
+        monkeypatch.setattr(device_module, "RECOVERY_PAUSE_S", 0.0)
+        monkeypatch.setattr(device_module, "BlockDevice", SimpleNamespace(find=self._find))
+        monkeypatch.setattr(device_module, "next_epoch", self._next_epoch)
+        monkeypatch.setattr(device_module, "recover", self._recover)
+        monkeypatch.setattr(self.device, "_make_pool", lambda _: object())
+        monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
+
+    async def _find(self, *_: object) -> Any:
+        return self.kernel
+
+    async def _next_epoch(self, *_: object) -> Any:
+        self.device._team = cast(Any, self.team)
+        return self._attempt("next epoch")
+
+    async def _recover(self, *_: object) -> Any:
+        return self._attempt("recover")
+
+    def _attempt(self, how: str) -> Any:
+        self.attempts.append(how)
+        if len(self.attempts) <= self._failures:
+            raise DaemonError("the pool broker is gone")
+        return self.team
+
+    async def _tear_down(self) -> None:
+        self.device._team = None
+
+    async def kill(self) -> None:
+        """Of the team's."""
+
+    async def adopt(self) -> bool:
+        self.team.kill = self.kill  # type: ignore[attr-defined]
+        record = SimpleNamespace(
+            config=self.device.config, device_number=3, disk=None, epoch=7, segments=0, going=False
+        )
+        return await self.device.recover_left(cast(Record, record))
+
+
+def test_an_adoption_in_which_somebody_dies_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        it = Adoption(monkeypatch, failures=2)
+        assert await it.adopt()
+        assert it.device.state == "live"
+        assert it.attempts == ["next epoch", "recover", "recover"], (
+            "the workers of a failed attempt are ended first"
+        )
+
+    in_loop(run)
+
+
+def test_an_adoption_that_never_succeeds_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        it = Adoption(monkeypatch, failures=100)
+        assert await it.adopt()
+        assert it.device.state == "failed" and "the pool broker is gone" in it.device.reason
+        assert len(it.attempts) == STRIKES_MAX
+
+    in_loop(run)
