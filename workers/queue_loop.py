@@ -79,32 +79,36 @@ class QueueLoop:
         self._ring = Ring(self._queue, char_fd)
         self._started = False
         self._fetched = False
+        self._more = False
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
         self._ring.watch(_WATCH_BACKEND, self._backend.fileno())
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
 
     def run(self) -> int:
         """Serve until every tag is gone (0) or something of ours broke (1)."""
-        more = False
-        while True:
-            self._service_links()
-            fetching = self._started and not self._fetched
-            bits = self._ring.run(0 if more or fetching else TICK_MS)
-            if fetching:
-                self._fetched = True
-                self._tell(messages.Ready())
-            attention = self._queue.attention()
-            if attention & Attention.FAULT:
-                return self._fail(self._queue.fault())
-            if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
-                self._hear_supervisor()
-                # The next daemon may not know of a worker that was forked just before the end of this one.
-                if self._supervisor is None and not self._started:
-                    return 1
-            more = self._backend.turn()
-            self._report(attention)
-            if attention & Attention.GONE:
-                return 0
+        while (status := self.turn()) is None:
+            pass
+        return status
+
+    def turn(self) -> int | None:
+        """Wait for something to do, and do it; the exit status once there is nothing to serve any more."""
+        self._service_links()
+        fetching = self._started and not self._fetched
+        bits = self._ring.run(0 if self._more or fetching else TICK_MS)
+        if fetching:
+            self._fetched = True
+            self._tell(messages.Ready())
+        attention = self._queue.attention()
+        if attention & Attention.FAULT:
+            return self._fail(self._queue.fault())
+        if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
+            self._hear_supervisor()
+            # The next daemon may not know of a worker that was forked just before the end of this one.
+            if self._supervisor is None and not self._started:
+                return 1
+        self._more = self._backend.turn()
+        self._report(attention)
+        return 0 if attention & Attention.GONE else None
 
     def _service_links(self) -> None:
         self._pool.receive()
