@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
 from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
@@ -89,7 +90,9 @@ class TakeOver:
         numbers = [each.device_number for each in self._going_on if each.device_number is not None]
         self._remove_sockets(numbers)
         self._remove_pools(numbers)
-        await self._around.broker.forget_all_but(numbers)
+        # One that has just died knows none of them, and its successor is not told.
+        with suppress(PoolError):
+            await self._around.broker.forget_all_but(numbers)
 
     def _brokers(self) -> list[Process]:
         """The broker that those who go on know, if it lives and can be reached."""

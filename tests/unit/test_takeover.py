@@ -1,0 +1,54 @@
+"""Taking over what an earlier daemon left, with the broker made up."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon import takeover
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.device import Surroundings
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.records import Record
+from ublkpool.daemon.takeover import TakeOver
+
+
+class FakeDevice:
+    """Cannot go on, but can be recovered."""
+
+    def __init__(self, *_: object) -> None:
+        self.recovered = False
+
+    async def go_on(self, *_: object) -> None:
+        raise DaemonError("a worker has ended")
+
+    def abandon(self) -> None:
+        """Nothing was begun."""
+
+    async def recover_left(self, _record: Record) -> bool:
+        self.recovered = True
+        return True
+
+
+async def _gone(_numbers: object) -> None:
+    raise PoolError("the pool broker is gone")
+
+
+def test_a_device_is_recovered_although_the_broker_dies_just_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    around = SimpleNamespace(
+        broker=SimpleNamespace(forget_all_but=_gone),
+        holder=SimpleNamespace(drop=lambda _: None),
+        queue_dir=tmp_path,
+        instance="unit",
+    )
+    monkeypatch.setattr(takeover, "may_go_on", lambda *_: True)
+    monkeypatch.setattr(takeover, "Device", FakeDevice)
+    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
+    found: list[Any] = []
+    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).devices(found.append))
+    assert [each.recovered for each in found] == [True]
