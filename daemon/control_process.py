@@ -17,6 +17,7 @@ import msgspec
 
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.ublk import queue
 from ublkpool.ublk.errors import UblkError
 from ublkpool.workers.process import fork_child
 
@@ -60,7 +61,8 @@ class ControlRunner:
 
     async def _run(self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float) -> T:
         reader, writer = os.pipe()
-        child = Child(fork_child(lambda: _execute(command, writer), [writer], "ublkpool-ctl"), what)
+        parent = os.getpid()
+        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer], "ublkpool-ctl"), what)
         os.close(writer)
         try:
             await asyncio.wait_for(child.wait(), deadline_s)
@@ -83,8 +85,11 @@ class ControlRunner:
         return _decode(what, raw, result)
 
 
-def _execute(command: Callable[[], Any], writer: int) -> int:
+def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
     try:
+        # An END_USER_RECOVERY that outlived the supervisor would be answered by the tags that the next one fetches
+        # before it starts its own recovery: the device would be live without workers.
+        queue.die_with_parent(parent_pid)
         answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))
     except UblkError as error:
         answer = _Answer(error=str(error), errno=error.errno)

@@ -380,6 +380,11 @@ def close_all_but(keep: Sequence[int]) -> None:
     _check(_lib.uq_close_all_but(_ffi.new("int[]", numbers), len(numbers)), "close_range")
 
 
+def die_with_parent(parent_pid: int) -> None:
+    """KILL this process when its parent ends.  Raises `OSError` if that has ended already."""
+    _check(_lib.uq_die_with(parent_pid), "PR_SET_PDEATHSIG")
+
+
 def set_process_name(name: str) -> None:
     """What ps and top show for this process (15 characters)."""
     _check(_lib.uq_set_name(name.encode()), "PR_SET_NAME")

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -69,6 +70,14 @@ int uq_private_mounts(void)
 	if (unshare(CLONE_NEWNS))
 		return -errno;
 	return mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ? -errno : 0;
+}
+
+int uq_die_with(int parent)
+{
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+		return -errno;
+	/* It may have died before the kernel was asked to watch it. */
+	return getppid() == parent ? 0 : -ESRCH;
 }
 
 int uq_set_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0) ? -errno : 0; }

@@ -19,6 +19,8 @@ int uq_lock_memory(void);
 int uq_private_mounts(void);
 /* The name that ps shows, cut to 15 characters.  Returns 0 or a negative errno. */
 int uq_set_name(const char *name);
+/* SIGKILL for this process when its parent ends; -ESRCH if that is not its parent any more. */
+int uq_die_with(int parent);
 /* Closes every descriptor but those listed in ascending order. */
 int uq_close_all_but(const int *keep, unsigned count);
 
