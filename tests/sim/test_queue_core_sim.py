@@ -13,7 +13,7 @@ import pytest
 from support.queue_rig import Plan
 from support.queue_world import ENDS, Scenario, Temper, World
 
-SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "720"))
+SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "1440"))
 FIRST = int(os.environ.get("UBLKPOOL_SIM_FIRST", "0"))
 CHUNK = 40
 ROADS = ("off", "pool", "backend")

@@ -7,6 +7,7 @@ next acknowledged one.
 
 import random
 import struct
+from collections.abc import Callable
 
 from ublkpool.bufpool.wire import Op
 
@@ -22,6 +23,17 @@ _WRITERS = (Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES)
 def sector_bytes(stamp: int, sector: int) -> bytes:
     """What a sector holds after the write with this stamp; 0 is a sector of zeroes."""
     return _STAMP.pack(stamp, sector) * _REPEAT if stamp else bytes(SECTOR_BYTES)
+
+
+def stamped(stamp: int, sector: int, nbytes: int) -> bytes:
+    """What a write with this stamp carries from `sector` on."""
+    return b"".join(sector_bytes(stamp, sector + each) for each in range(nbytes // SECTOR_BYTES))
+
+
+def stamp_of(data: bytes) -> int:
+    """The stamp of a write's data."""
+    stamp: int = _STAMP.unpack_from(data)[0]
+    return stamp
 
 
 class ShadowDisk:
@@ -70,7 +82,7 @@ class ShadowDisk:
         if request.op == Op.WRITE:
             self._last_stamp += 1
             stamp = self._last_stamp
-            request.data = b"".join(sector_bytes(stamp, self._first + each) for each in sectors)
+            request.data = stamped(stamp, self._first + sectors.start, len(sectors) * SECTOR_BYTES)
         self._stamp_of[request] = stamp
         self._writing.update(sectors)
         for each in sectors:
@@ -92,6 +104,16 @@ class ShadowDisk:
             self._writing.difference_update(range(at, at + request.sectors))
             for each in range(at, at + request.sectors if ok else at):
                 self._may_be[each] = {stamp}
+
+    def check_stored(self, read: Callable[[int, int], bytes]) -> None:
+        """Nothing is under way: what is stored (`read(offset, length)`, bytes) is what was acknowledged last."""
+        for index, may_be in enumerate(self._may_be):
+            sector = self._first + index
+            found = read(sector * SECTOR_BYTES, SECTOR_BYTES)
+            stamp, _ = _STAMP.unpack_from(found)
+            assert stamp in may_be and found == sector_bytes(stamp, sector), (
+                f"sector {sector} was left with stamp {stamp}, not one of {may_be}"
+            )
 
     def _check(self, request: Request, may_be: list[set[int]], ok: bool) -> None:
         for index, stamps in enumerate(may_be if ok else ()):

@@ -1,0 +1,180 @@
+"""Seeded runs of a whole device: real workers, broker, recovery and SDK on a made-up kernel and backend's store.
+
+One seed replays one run.  `UBLKPOOL_SIM_SEEDS=N` plays seeds 0 to N - 1, `UBLKPOOL_SIM_FIRST=K` begins at K.
+"""
+
+import os
+import random
+import re
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.device_world import DeviceWorld
+from support.sim_defects import (
+    BUFFER_FREE_EARLY,
+    COMMANDS_LIVE_ON,
+    COMPLETION_LOST,
+    CUT_OFF_LIVES,
+    END_COMES_LATE,
+    LEASE_FORGOTTEN,
+    NO_FENCE,
+    NO_REPLAY,
+)
+from support.sim_kernel import Model
+from support.sim_processes import DeviceScenario, Victim
+
+SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "1080"))
+FIRST = int(os.environ.get("UBLKPOOL_SIM_FIRST", "0"))
+CHUNK = 40
+MODELS: tuple[Model, ...] = ("6.12", "7.3")
+ROADS = ("off", "pool", "backend")
+KILLS: tuple[tuple[Victim, ...], ...] = (
+    ("worker",),
+    ("backend",),
+    ("worker", "backend"),
+    ("worker", "broker"),
+    ("worker", "supervisor", "supervisor"),
+    ("worker", "backend", "broker", "supervisor"),
+)
+SHAPES = tuple(product(MODELS, ROADS, KILLS, (False, True)))
+
+CORNERS = (
+    "worker killed",
+    "worker killed in a recovery",
+    "backend killed",
+    "backend killed in a recovery",
+    "broker killed",
+    "broker killed in a recovery",
+    "supervisor killed",
+    "supervisor killed in a fork",
+    "successions",
+    "recoveries of what was left",
+    "hurt recoveries",
+    "replays",
+    "rescues",
+    "stale_answers",
+    "violations",
+    "requeues",
+    "buffers_waited",
+)
+
+
+def scenario(seed: int, rng: random.Random) -> DeviceScenario:
+    """Seeds walk through every combination in turn; the rest is drawn."""
+    model, road, victims, lies = SHAPES[seed % len(SHAPES)]
+    return DeviceScenario(
+        model=model,
+        queues=rng.choice((1, 2, 2, 3)),
+        depth=rng.randint(1, 4),
+        block_bytes=rng.choice((512, 512, 4096)),
+        need_get_data=road != "off",
+        place_in_backend=road == "backend",
+        reads_own=road != "off" and rng.random() < 0.3,
+        lies=lies,
+        steps=rng.choice((400, 800, 1600)),
+        kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
+    )
+
+
+_counts: dict[int, Counter[str]] = {}
+"""Of the seeds that were played as they are."""
+
+
+def play(seed: int, **changes: Any) -> DeviceWorld:
+    """One run; a failure names its seed and its last events."""
+    rng = random.Random(seed)
+    world = DeviceWorld(msgspec.structs.replace(scenario(seed, rng), **changes), rng)
+    try:
+        world.run()
+    except Exception as error:
+        trace = "\n  ".join(world.trace)
+        pytest.fail(
+            f"seed {seed}: {error!r}\n{world.scenario}\n  {trace}\n"
+            f"replay: UBLKPOOL_SIM_FIRST={seed} UBLKPOOL_SIM_SEEDS=1"
+        )
+    if not changes:
+        _counts[seed] = world.counts
+    return world
+
+
+@pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, CHUNK))
+def test_whoever_dies_whenever_every_request_is_answered_once_and_data_is_right(first: int) -> None:
+    for seed in range(first, min(first + CHUNK, FIRST + SEEDS)):
+        play(seed)
+
+
+def test_a_seed_replays_its_run() -> None:
+    assert list(play(5).trace) == list(play(5).trace)
+
+
+def test_the_runs_reach_every_corner() -> None:
+    reached = Counter[str]()
+    for seed in range(len(SHAPES)):
+        counts = _counts.get(seed) or play(seed).counts
+        reached.update({corner for corner, count in counts.items() if count})
+    missing = [corner for corner in CORNERS if reached[corner] < 2]
+    assert not missing, f"{missing} in none or one of {len(SHAPES)} runs: {reached}"
+
+
+SHARED = "has two users|stale write|has not let go|the kernel reads for|not the data of a write"
+WRONG_DATA = "holds stamp|was left with stamp"
+FOUR_WORKERS: dict[str, Any] = {"kills": ("worker",) * 4}
+POOL: dict[str, Any] = {"need_get_data": True, "place_in_backend": False, "reads_own": False}
+DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
+    (NO_FENCE, 10, FOUR_WORKERS | POOL, SHARED),
+    (NO_FENCE, 115, FOUR_WORKERS | POOL | {"blind": True}, WRONG_DATA),
+    (BUFFER_FREE_EARLY, 13, {}, f"{SHARED}|{WRONG_DATA}"),
+    (BUFFER_FREE_EARLY, 16, {"blind": True}, WRONG_DATA),
+    (COMPLETION_LOST, 0, {}, "a request is never answered"),
+    (NO_REPLAY, 2, {}, "a request is never answered"),
+    (CUT_OFF_LIVES, 4, FOUR_WORKERS | {"lies": True}, SHARED),
+    (
+        LEASE_FORGOTTEN,
+        6,
+        {"kills": ("broker",) * 4},
+        f"buffers are lost|in its header|unusable grant|{SHARED}",
+    ),
+    (
+        COMMANDS_LIVE_ON,
+        146,
+        {"model": "6.12", "kills": ("worker", "supervisor") * 3, "steps": 1600},
+        "the driver has not given up the dead workers' requests",
+    ),
+    (
+        END_COMES_LATE,
+        189,
+        {"queues": 1, "model": "6.12", "kills": ("worker",) * 5},
+        "the driver has not given up the dead workers' requests",
+    ),
+)
+SEARCHED_MAX = 500
+
+
+@pytest.mark.parametrize(
+    ("defect", "seed", "changes", "expected"),
+    DEFECTS,
+    ids=[f"{defect}{', blind' * changes.get('blind', False)}" for defect, _, changes, _ in DEFECTS],
+)
+def test_a_defect_is_found(defect: str, seed: int, changes: dict[str, Any], expected: str) -> None:
+    """Each names the seed that finds it, and which invariant does.
+
+    What a seed plays changes with the code; the next one that finds it will do, as long as it says the same, and
+    without the defect nothing is found there.
+    """
+    found, complaint = _first_found(defect, seed, changes)
+    print(f"{defect}: seed {found}: {complaint}")
+    assert re.search(expected, complaint), f"seed {found} finds something else: {complaint}"
+    play(found, **changes)
+
+
+def _first_found(defect: str, first: int, changes: dict[str, Any]) -> tuple[int, str]:
+    for seed in range(first, first + SEARCHED_MAX):
+        try:
+            play(seed, defect=defect, **changes)
+        except pytest.fail.Exception as failure:
+            return seed, str(failure).partition("\n")[0]
+    raise AssertionError(f"{SEARCHED_MAX} seeds from {first} on do not find it")

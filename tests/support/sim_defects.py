@@ -1,0 +1,67 @@
+"""Defects that a simulation can be played with, to show that it would find them.
+
+Each name says what is wrong.  Some replace a function of the daemon's for a run (`REPLACED_BY`), others are looked at
+by the part of the simulation that they are in.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ublkpool.bufpool.arena import Control
+from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Flag, iter_frame, pack_frame
+from ublkpool.daemon import recovery
+from ublkpool.daemon.attach import Session
+from ublkpool.daemon.team import Team
+
+from .sim_wire import QueueRouter, SimBackendLink
+
+NO_FENCE = "the backend is not fenced"
+BUFFER_FREE_EARLY = "a buffer is free before its commit is consumed"
+CUT_OFF_LIVES = "a backend that was cut off lives on"
+COMPLETION_LOST = "a completion is lost"
+LEASE_FORGOTTEN = "a new broker forgets a lease"
+NO_REPLAY = "what a dead backend had is not sent again"
+COMMANDS_LIVE_ON = "control commands outlive their supervisor"
+END_COMES_LATE = "END_USER_RECOVERY comes after the fetches"
+
+Replaced = tuple[Any, str, Any]
+
+
+async def _no_fence(team: Team, session: Session | None) -> None:
+    if session is not None and not session.is_gone:
+        await team.expect(session, fence=False)
+
+
+def _forgetful_owners(control: Control) -> Iterator[Owner | None]:
+    found = list(_slot_owners(control))
+    taken = [slot for slot, owner in enumerate(found) if owner is not None]
+    for slot in taken[:1]:
+        found[slot] = None
+    return iter(found)
+
+
+def _pass_on_without_replays(link: SimBackendLink, frame: bytes) -> bool:
+    kept = [each for each in iter_frame(frame) if not each.flags & Flag.REPLAY]
+    return _pass_on(link, pack_frame(kept)) if kept else True
+
+
+def _receive_in_this_epoch(router: QueueRouter, flags: int) -> list[bytes]:
+    token, frame = _receive(router, flags)
+    if not frame or len(frame) % DESCRIPTOR_BYTES:
+        return [token, frame]
+    return [token, b"".join(_made_new(router, each).pack() for each in iter_frame(frame))]
+
+
+def _made_new(router: QueueRouter, each: Descriptor) -> Descriptor:
+    return each._replace(epoch=router.epoch)
+
+
+_slot_owners = Control.slot_owners
+_pass_on = SimBackendLink._pass_on
+_receive = QueueRouter.recv_multipart
+REPLACED_BY: dict[str, list[Replaced]] = {
+    NO_FENCE: [(recovery, "_fence", _no_fence)],
+    LEASE_FORGOTTEN: [(Control, "slot_owners", _forgetful_owners)],
+    NO_REPLAY: [(SimBackendLink, "_pass_on", _pass_on_without_replays)],
+}

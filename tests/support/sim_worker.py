@@ -1,0 +1,289 @@
+"""A worker of the simulation: the real `QueueLoop`, core and links on a made-up ring, and how the supervisor sees it.
+
+Owns one process's life: `SimWorker` is the process, `SimWorkerProcess` the supervisor's side of it.
+"""
+
+import asyncio
+import signal
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import zmq
+
+from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.daemon.children import Child
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.ublk import queue as core
+from ublkpool.ublk.queue import Attention, Command, Link, Memory, Queue, QueueConfig, Ring, read_statistics
+from ublkpool.workers import messages
+from ublkpool.workers.pool_link import PoolLink
+from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
+
+from .queue_rig import new_area
+from .sim_defects import BUFFER_FREE_EARLY, COMPLETION_LOST
+from .sim_kernel import SimKernel, Task
+from .sim_loop import Clock
+from .sim_wire import Context, Killed, Life, SimBackendLink
+
+_ffi = core._ffi
+_SUPERVISOR = 1 << core.WATCH_SHIFT
+
+
+class PoolMemory:
+    """A pool's two segments, mapped once for all simulated processes."""
+
+    def __init__(self, arena: Arena, control_bytes: int) -> None:
+        self.arena = arena
+        self._sizes = (arena.geometry.total_bytes, control_bytes)
+        self.data = core.map_segment(arena.data_fd, self._sizes[0])
+        self.control = core.map_segment(arena.control_fd, self._sizes[1])
+
+    @property
+    def address(self) -> int:
+        return int(_ffi.cast("uintptr_t", self.data))
+
+    @property
+    def view(self) -> memoryview:
+        return memoryview(_ffi.buffer(self.data, self._sizes[0])).cast("B")
+
+    def close(self) -> None:
+        core.unmap_segment(self.data, self._sizes[0])
+        core.unmap_segment(self.control, self._sizes[1])
+
+
+class SimRing:
+    """What `Ring.run` does in one pass, with a driver that is made up."""
+
+    def __init__(self, worker: "SimWorker") -> None:
+        self._worker = worker
+        self._untaken: list[Command] = []
+
+    def watch(self, _index: int, _fd: int) -> None:
+        """Whoever runs the loop knows when to."""
+
+    def run(self, _timeout_ms: int) -> int:
+        worker = self._worker
+        worker.queue.tick(int(worker.clock.now_s * 1000))
+        self._submit()
+        self._harvest()
+        return int(worker.queue.attention()) | (_SUPERVISOR if worker.inbox or worker.orphaned else 0)
+
+    def _submit(self) -> None:
+        worker = self._worker
+        if worker.defect == BUFFER_FREE_EARLY:
+            # The next turn's commands are noted as taken one turn before the driver has them.
+            commands, self._untaken = self._untaken, worker.queue.take_commands()
+            for each in commands:
+                worker.consume(each)
+            return
+        buffer = _ffi.new("struct uq_command[]", worker.queue.config.depth)
+        count = core._lib.uq_commands(worker.queue.raw, buffer, worker.queue.config.depth)
+        for c in buffer[0:count]:
+            worker.consume(Command(c.tag, c.op, c.result, c.address))
+        core._lib.uq_commands_taken(worker.queue.raw, count)
+
+    def _harvest(self) -> None:
+        worker = self._worker
+        while worker.task.completions:
+            tag, result = worker.task.completions.popleft()
+            if worker.loses_completion(result):
+                continue
+            worker.queue.complete(tag, result)
+
+
+class SimQueueLoop(QueueLoop):
+    """The real loop; its socket to the supervisor is a pair of deques, its ring is made up."""
+
+    def __init__(self, spec: WorkerSpec, worker: "SimWorker") -> None:
+        self._spec = spec
+        self._supervisor = cast(Any, worker)
+        self._worker = worker
+        self._queue = worker.queue
+        context = cast("zmq.Context[zmq.Socket[bytes]]", worker.context)
+        self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
+        self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
+        self._ring = cast(Ring, SimRing(worker))
+        self._started = self._fetched = self._more = False
+
+    @property
+    def backend_link(self) -> SimBackendLink:
+        return cast(SimBackendLink, self._backend)
+
+    def _hear_supervisor(self) -> None:
+        while self._worker.inbox:
+            self._obey(self._worker.inbox.popleft(), None)
+        if self._worker.orphaned and self._supervisor is not None:
+            self._obey(None, None)
+
+    def _expect(self, message: messages.Expect, fd: int | None) -> None:
+        # As the real one, but every process has the segment mapped already.
+        base = self._worker.segment_base(message.token) if message.segment else core.NULL
+        if self._queue.link is Link.NONE and self._queue.expect(
+            message.segment, base, message.segment_bytes, message.reads_own, message.fence
+        ):
+            self._backend.expect(bytes.fromhex(message.token))
+            self._tell(messages.Expecting())
+            return
+        self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
+
+    def _tell(self, message: messages.FromWorker) -> None:
+        self._worker.life.effect()
+        if self._supervisor is not None:
+            self._worker.outbox.append(message)
+
+
+class SimQueue(Queue):
+    """The real core; segments stay mapped for the whole run."""
+
+    def unmap_idle_segments(self) -> int:
+        base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        count = 0
+        while core._lib.uq_segment_idle(self.raw, base, size):
+            count += 1
+        return count
+
+
+class SimWorker:
+    """One queue's process of one epoch."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        task: Task,
+        kernel: SimKernel,
+        pool: PoolMemory,
+        clock: Clock,
+        segment_base: Callable[[str], Any],
+        defect: str,
+    ) -> None:
+        config = spec.queue
+        self.spec, self.kernel, self.clock, self.defect = spec, kernel, clock, defect
+        self.segment_base = segment_base
+        self.life = Life()
+        self.task = task
+        self.inbox: deque[messages.ToWorker] = deque()
+        self.outbox: deque[messages.FromWorker] = deque()
+        self.orphaned = False
+        self.completions_to_lose = 1 if defect == COMPLETION_LOST else 0
+        self.pool = pool
+        self.scratch = new_area(0, config.max_io_bytes)
+        self._classes = range(len(config.classes))
+        memory = self._memory(config)
+        self._headers = _ffi.cast("struct uq_slot *", memory.slots)
+        self.queue = SimQueue(config, memory)
+        self.context = Context(config.queue, config.epoch, self.life)
+        self.loop = SimQueueLoop(spec, self)
+
+    def _memory(self, config: QueueConfig) -> Memory:
+        pool, queues = self.pool, self.pool.arena.queues
+        return Memory(
+            descriptors=self.kernel.queues[config.queue].descriptors,
+            pool=pool.data,
+            slots=core.offset(pool.control, slot_header_offset(queues, 0)),
+            scratch=self.scratch.base,
+            statistics=core.offset(pool.control, stats_offset(config.queue)),
+        )
+
+    def has_fault(self) -> bool:
+        return bool(core._lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
+
+    def held(self) -> list[int]:
+        """Every buffer that it has, in its stock or lent to a tag."""
+        return [slot for index in self._classes for slot in self.queue.stock_held(index)]
+
+    def named_owner(self, slot: int) -> tuple[int, int]:
+        """Queue and epoch that the slot's header names."""
+        header = self._headers[slot]
+        return (header.owner - 1, header.epoch)
+
+    def counter(self, name: str) -> int:
+        """One of the queue's counters, which go on over its workers' lives."""
+        return read_statistics(self.pool.arena.control.statistics_block(self.task.queue)).counters[name]
+
+    def turn(self) -> int | None:
+        """One turn of the loop; the exit status if it was the last."""
+        try:
+            return self.loop.turn()
+        except Killed:
+            return 128 + signal.SIGKILL
+
+    def consume(self, command: Command) -> None:
+        self.life.effect()
+        self.kernel.consume(self.task, command)
+
+    def loses_completion(self, result: int) -> bool:
+        if result < 0 or not self.completions_to_lose:
+            return False
+        self.completions_to_lose -= 1
+        return True
+
+
+class SimChild(Child):
+    """A process that is a step of the simulation; `on_kill` ends it."""
+
+    _last_pid = 0
+
+    def __init__(self, title: str, on_kill: Callable[[], None]) -> None:
+        SimChild._last_pid += 1
+        self.pid = SimChild._last_pid
+        self.title = title
+        self._on_kill = on_kill
+        self._loop = asyncio.get_running_loop()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
+
+    def send(self, number: signal.Signals) -> None:
+        if not self._exited.done():
+            self._on_kill()
+
+    def exited(self, status: int) -> None:
+        """It has ended; its parent learns of it in a later turn."""
+        if not self._loop.is_closed():
+            self._loop.call_soon(self._resolve, status)
+
+    def _resolve(self, status: int) -> None:
+        if not self._exited.done():
+            self._exited.set_result(status)
+
+
+class SimWorkerProcess(WorkerProcess):
+    """The real supervisor's side, on deques."""
+
+    def __init__(
+        self,
+        worker: SimWorker,
+        on_kill: Callable[[SimWorker], None],
+        on_news: Callable[[WorkerProcess, messages.FromWorker], None],
+    ) -> None:
+        self.worker = worker
+        self.queue = worker.task.queue
+        self.cpu = None
+        self.child = SimChild(f"worker of queue {self.queue}", lambda: on_kill(worker))
+        self.fault = ""
+        self._on_news = on_news
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._linked = self._loop.create_future()
+        self._standing = self._loop.create_future()
+        self._answer = None
+
+    def fileno(self) -> int:
+        return -1
+
+    def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
+        if not self.worker.life.alive:
+            raise DaemonError(f"queue {self.queue}: its worker does not listen")
+        self.worker.inbox.append(message)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def hear(self) -> None:
+        """Its socket is readable."""
+        if self.worker.outbox:
+            self._loop.call_soon(self._hear)
+
+    def _hear(self) -> None:
+        while self.worker.outbox:
+            self._on_message(self.worker.outbox.popleft())
