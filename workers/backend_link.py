@@ -40,6 +40,7 @@ class BackendLink:
         self._token = b""
         self._connection: int | None = None
         self._ended: set[int] = set()
+        self._is_over = False
         self._gate = QueueGate(context, queue.count_strangers)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set(zmq.LINGER, 0)
@@ -74,6 +75,7 @@ class BackendLink:
         """
         self._token = token
         self._connection = None
+        self._is_over = False
         self._gate.open_for(user)
         # Not before: a backend that comes back after a worker's death says HELLO once, and must not be a stranger.
         if token and not self._bound:
@@ -96,7 +98,7 @@ class BackendLink:
         # Before the frames: what a connection brought before its end lies in the socket when its end is told.
         self._hear_ends()
         more = self._exchange()
-        if not more and self._ended:
+        if not more and (self._ended or self._is_over):
             self._judge_ends()
         return more or asked
 
@@ -122,7 +124,9 @@ class BackendLink:
             self._queue.hung_up()
             return
         self._queue.input(frames[1].buffer)
-        if self._queue.link in (Link.UP, Link.FENCING):
+        if self._connection is None and self._queue.link in (Link.UP, Link.FENCING):
+            # Its number may have been another's before: that one's end comes first.
+            self._hear_ends()
             self._connection = connection
 
     def _hear_ends(self) -> None:
@@ -134,13 +138,14 @@ class BackendLink:
             # A number may be another connection's at once.
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 self._ended.add(event["value"])
+                self._is_over = self._is_over or event["value"] == self._connection
             else:
                 self._ended.discard(event["value"])
 
     def _judge_ends(self) -> None:
         """Every frame was read: is the connection of the backend that serves among those that ended?"""
         self._hear_ends()
-        if self._connection in self._ended:
+        if self._is_over or self._connection in self._ended:
             self._queue.hung_up()
         self._ended.clear()
 

@@ -63,6 +63,13 @@ class Wire:
             self.link.turn()
             time.sleep(0.001)
 
+    def gate_until(self, check: Callable[[], bool]) -> bool:
+        """Only let connections in, until this is so; whether it came in time."""
+        deadline_s = time.monotonic() + WAIT_MS / 1000
+        while not check() and time.monotonic() < deadline_s:
+            self.link._gate.turn()
+        return time.monotonic() < deadline_s
+
     def close(self) -> None:
         self.link.close()
         for each in self._sockets:

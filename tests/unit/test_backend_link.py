@@ -65,6 +65,18 @@ def test_a_frame_that_is_too_large_ends_the_connection_and_with_it_the_backend(w
     assert request.result is None and not wire.desk.queue.has_violation
 
 
+def test_an_end_is_noticed_although_the_next_connection_has_its_number(wire: Wire) -> None:
+    wire.serve()
+    monitor = wire.backend.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    wire.backend.send(b"x" * (FRAME_BYTES_MAX + 1))
+    # The worker sleeps while its thread of ZeroMQ's is answered by a client that comes again by itself.
+    assert wire.gate_until(lambda: bool(monitor.poll(1))), "it is there again"
+    wire.backend.disable_monitor()
+    monitor.close()
+    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
+
+
 def test_a_backend_that_hangs_up_and_comes_back_is_not_heard(wire: Wire) -> None:
     wire.serve()
     second = wire.connect()
