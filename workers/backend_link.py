@@ -40,7 +40,7 @@ class BackendLink:
         self._token = b""
         self._connection: int | None = None
         self._ended: set[int] = set()
-        self._is_over = False
+        self._is_over = self._asked = False
         self._gate = QueueGate(context, queue.count_strangers)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set(zmq.LINGER, 0)
@@ -89,18 +89,20 @@ class BackendLink:
             os.chown(self._path, -1, self._group)
         self._bound = True
 
-    def turn(self) -> bool:
+    def turn(self, connections: bool = True) -> bool:
         """Send what waits and take what came, until both are done; whether there is more of the latter.
 
-        ZeroMQ's descriptor may become unreadable by a send, so that every send is followed by a look.
+        ZeroMQ's descriptor may become unreadable by a send, so that every send is followed by a look.  `connections`:
+        some came or ended, as the other two descriptors say.
         """
-        asked = self._gate.turn()
-        # Before the frames: what a connection brought before its end lies in the socket when its end is told.
-        self._hear_ends()
+        if connections or self._asked:
+            self._asked = self._gate.turn()
+            # Before the frames: what a connection brought before its end lies in the socket when its end is told.
+            self._hear_ends()
         more = self._exchange()
         if not more and (self._ended or self._is_over):
             self._judge_ends()
-        return more or asked
+        return more or self._asked
 
     def _exchange(self) -> bool:
         for _ in range(FRAMES_PER_TURN_MAX):

@@ -26,6 +26,8 @@ from ublkpool.workers.pool_link import PoolLink
 TICK_MS = 500
 POOL_LOOK_S = 0.5
 _WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
+_CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
+"""A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
 
@@ -111,7 +113,7 @@ class QueueLoop:
                 # The next daemon may not know of a worker that was forked just before the end of this one.
                 if self._supervisor is None and not self._started:
                     return 1
-            more = self._backend.turn()
+            more = self._backend.turn(not bits or bool(bits & _CONNECTIONS))
             self._watch_pool()
             self._report(attention)
             if attention & Attention.GONE:
