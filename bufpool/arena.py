@@ -308,6 +308,17 @@ class Arena:
         """Use descriptors that were inherited or received; they are the arena's from now on."""
         return cls(data_fd, control_fd)
 
+    def is_whole(self) -> bool:
+        """Whether the data has its size: whoever can write to it can change that, and no shared memory of a name can be
+        sealed."""
+        return os.fstat(self.data_fd).st_size == self.geometry.total_bytes
+
+    def mend(self) -> None:
+        """Give the data its size again, allocated and populated; what was cut off is zeros.  Raises `PoolError`."""
+        size_bytes = self.geometry.total_bytes
+        os.ftruncate(self.data_fd, size_bytes)
+        _allocate(self.data_fd, f"the pool of device {self.device_number}", size_bytes)
+
     def unlink(self) -> None:
         """Remove the names.  The memory lives until everybody has closed it."""
         if self.name_prefix is None:

@@ -486,7 +486,7 @@ class Broker:
             reply = self._execute(_command_decoder.decode(packet), fds)
             for device in self._devices.values():
                 self._flush(device)
-        except (PoolError, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (PoolError, OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return Failed(str(error))
         return reply
 

@@ -13,6 +13,7 @@ import select
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -144,14 +145,28 @@ def _ask(
     """The daemon's first packet, and the descriptors that came with it."""
     connection.settimeout(ATTACH_ANSWER_TIMEOUT_S)
     try:
-        socket.send_fds(connection, [wire.encode_message(message)], descriptors)
-        packet, received, _, _ = socket.recv_fds(
-            connection, wire.ATTACH_MESSAGE_BYTES_MAX, _SEGMENTS_MAX, socket.MSG_CMSG_CLOEXEC
-        )
+        # A daemon that does not want to hear it has said why already.
+        with suppress(ConnectionError):
+            socket.send_fds(connection, [wire.encode_message(message)], descriptors)
+        return _receive(connection)
     except TimeoutError as error:
         raise BackendError(f"the daemon did not answer within {ATTACH_ANSWER_TIMEOUT_S:.0f} s") from error
     except OSError as error:
         raise BackendError(f"the daemon closed the connection: {error.strerror}") from error
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    try:
+        return _receive_once(connection)
+    except ConnectionResetError:
+        # That the daemon has not read us comes first, then what it said.
+        return _receive_once(connection)
+
+
+def _receive_once(connection: socket.socket) -> tuple[bytes, list[int]]:
+    packet, received, _, _ = socket.recv_fds(
+        connection, wire.ATTACH_MESSAGE_BYTES_MAX, _SEGMENTS_MAX, socket.MSG_CMSG_CLOEXEC
+    )
     return packet, received
 
 
@@ -339,8 +354,11 @@ class Attachment:
 
     def _note_epoch(self, frame: bytes) -> None:
         # So that the HELLO to a worker's successor carries the epoch that the last one brought.
-        if len(frame) >= wire.DESCRIPTOR_BYTES and frame[0] == _FENCE:
-            self.epoch = max(self.epoch, int.from_bytes(frame[12:16], "little"))
+        kinds = frame[:: wire.DESCRIPTOR_BYTES]
+        if _FENCE in kinds:
+            starts = [at * wire.DESCRIPTOR_BYTES for at, kind in enumerate(kinds) if kind == _FENCE]
+            epochs = [int.from_bytes(frame[start + 12 : start + 16], "little") for start in starts]
+            self.epoch = max(self.epoch, *epochs)
 
     def receive(self, queue: int) -> list[wire.Descriptor]:
         """The descriptors that have arrived on a queue.  Raises `WireError` for a frame that is none."""

@@ -283,7 +283,7 @@ def decode_backend_message(packet: bytes) -> BackendMessage:
     """A backend's first packet.  Raises `WireError` with a reason that names the field."""
     try:
         message = _backend_decoder.decode(packet)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"attach: {error}") from error
     if message.v != PROTOCOL_VERSION:
         raise WireError(f"attach: protocol version {message.v} is not {PROTOCOL_VERSION}")
@@ -294,5 +294,5 @@ def decode_daemon_message(packet: bytes) -> DaemonMessage:
     """A packet of the daemon's.  Raises `WireError`."""
     try:
         return _daemon_decoder.decode(packet)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"daemon: {error}") from error

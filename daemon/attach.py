@@ -1,132 +1,47 @@
-"""Attaching: who may serve a device, what of theirs is believed, and noticing that they are gone.
+"""Attaching: who may serve a device, what of theirs is believed, and how much of the daemon's time it costs.
 
-Owns the attach socket, each backend's connection and the checks on what it says and brings.  Must not know queues or
-the kernel: a `Device` decides whether it wants the backend.  Runs on the supervisor's asyncio loop.
+Owns the attach socket and the checks on what a backend says and brings.  Must not know queues or the kernel: a
+`Device` decides whether it wants the backend.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
 import fcntl
 import logging
 import os
-import secrets
-import signal
 import socket
 import stat
-import struct
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
+from ublkpool.daemon.refusals import Refusals, plain
+from ublkpool.daemon.session import Session
 
 ATTACH_DEADLINE_S = 10.0
-CONNECTIONS_MAX = 4096
-_PEER_CREDENTIALS = struct.Struct("3i")
+UNHEARD_MAX = 256
+"""Connections that have not said yet what they want."""
+UNHEARD_PER_USER_MAX = 64
+ADMITTED_AT_ONCE_MAX = 16
+"""Backends that wait for one device's answer."""
+ACCEPT_PAUSE_S = 1.0
+UNREAD_MAX = 16
+_KIND_LENGTH_MAX = 255
+_DESCRIPTORS_MAX = 4
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _log = logging.getLogger("ublkpool.attach")
 
 
-class Session:
-    """One attached backend: its connection, its process, its segment."""
-
-    def __init__(self, sock: socket.socket, attach: wire.Attach, segment_fd: int | None) -> None:
-        self.attach = attach
-        self.segment_fd = segment_fd
-        self.segment = wire.SEGMENT_NONE
-        """The number by which it names its own segment; the device gives it."""
-        self.pid, self.uid, _ = _PEER_CREDENTIALS.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        )
-        # ZeroMQ keeps routing ids that begin with 0 for itself.
-        self.token = b"\x01" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
-        self._loop = asyncio.get_running_loop()
-        self._sock = sock
-        self._gone: asyncio.Future[None] = self._loop.create_future()
-        self._pidfd = _pidfd(self.pid)
-        self._loop.add_reader(sock, self._hear)
-
-    @classmethod
-    def adopt(
-        cls, sock: socket.socket, attach: wire.Attach, segment_fd: int | None, token: bytes, segment: int
-    ) -> Self:
-        """Go on with the connection of a backend that an earlier daemon brought to its device."""
-        sock.setblocking(False)
-        session = cls(sock, attach, segment_fd)
-        session.token, session.segment = token, segment
-        return session
-
-    @property
-    def is_gone(self) -> bool:
-        return self._gone.done()
-
-    def fileno(self) -> int:
-        """The connection."""
-        return self._sock.fileno()
-
-    async def gone(self) -> None:
-        """Wait until it has closed its connection: then it touches no buffer any more."""
-        await asyncio.shield(self._gone)
-
-    def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
-        """Send it a packet; a backend that does not listen will be noticed as gone."""
-        with suppress(OSError):
-            if fds:
-                socket.send_fds(self._sock, [wire.encode_message(message)], fds)
-            else:
-                self._sock.send(wire.encode_message(message))
-
-    async def detach(self, reason: str, patience_s: float) -> None:
-        """Ask it to go; kill it if it has not gone in time."""
-        self.say(wire.Detach(reason=reason))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.gone(), patience_s)
-            return
-        await self.cut_off()
-
-    async def cut_off(self) -> None:
-        """Make sure that it touches no buffer any more: shared memory cannot be taken back, so its process ends."""
-        if not self.is_gone and self._pidfd is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        await self.gone()
-
-    def close(self) -> None:
-        """Forget it."""
-        self._loop.remove_reader(self._sock)
-        self._sock.close()
-        for fd in (self.segment_fd, self._pidfd):
-            if fd is not None:
-                os.close(fd)
-        self.segment_fd = self._pidfd = None
-
-    def _hear(self) -> None:
-        try:
-            packet = self._sock.recv(1)
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            packet = b""
-        # After its first packet a backend has nothing to say here but that it is gone.
-        if not packet:
-            self._loop.remove_reader(self._sock)
-            if not self._gone.done():
-                self._gone.set_result(None)
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
-
-
 def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
     """Raise `AttachRefused` for sizes that no disk has, and for a segment that could go away under us."""
+    if not 1 <= len(attach.kind) <= _KIND_LENGTH_MAX or not attach.kind.isprintable():
+        raise AttachRefused(f"kind must be 1 to {_KIND_LENGTH_MAX} printable characters")
     logical, physical = attach.logical_block_bytes, attach.physical_block_bytes
     if logical not in _BLOCK_BYTES:
         raise AttachRefused(f"logical_block_bytes {logical} is none of {', '.join(map(str, _BLOCK_BYTES))}")
@@ -188,8 +103,10 @@ class AttachServer:
         self._describe = describe
         self._admit = admit
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unheard: Counter[int] = Counter()
+        self._admitting: Counter[str] = Counter()
         self._listener: socket.socket | None = None
-        self.refused = 0
+        self.refusals = Refusals(asyncio.get_running_loop().time)
 
     def start(self) -> None:
         """Listen.  Raises `OSError`."""
@@ -202,8 +119,8 @@ class AttachServer:
             os.chown(self._path, -1, self._group)
         self._path.chmod(0o600 if self._group is None else 0o660)
         listener.listen(64)
-        asyncio.get_running_loop().add_reader(listener, self._accept)
         self._listener = listener
+        self._listen()
 
     def close(self) -> None:
         """Stop listening; attached backends stay."""
@@ -215,57 +132,110 @@ class AttachServer:
         for task in self._tasks:
             task.cancel()
 
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         assert self._listener is not None
-        with suppress(BlockingIOError, ConnectionError):
-            sock, _ = self._listener.accept()
-            sock.setblocking(False)
-            if len(self._tasks) >= CONNECTIONS_MAX:
-                sock.close()
-                return
-            task = asyncio.get_running_loop().create_task(self._welcome(sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _welcome(self, sock: socket.socket) -> None:
-        fds: list[int] = []
         try:
-            packet = await asyncio.wait_for(_first_packet(sock, fds), ATTACH_DEADLINE_S)
-            message = wire.decode_backend_message(packet)
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            # Out of descriptors: whoever waits would wake us at once, again and again.
+            _log.error("no backend can attach: %s; trying again in %g s", error.strerror, ACCEPT_PAUSE_S)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(ACCEPT_PAUSE_S, self._listen)
+            return
+        sock.setblocking(False)
+        self.receive(sock)
+
+    def receive(self, sock: socket.socket) -> None:
+        """Take a connection over: hear what it wants, and answer."""
+        try:
+            peer = peer_of(sock)
+            check_may_attach(peer, self._group)
+            self._check_room(peer)
+        except (PoolError, OSError) as error:
+            self._refuse(sock, str(error))
+            return
+        self._unheard[peer.uid] += 1
+        task = asyncio.get_running_loop().create_task(self._welcome(sock, peer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _check_room(self, peer: Peer) -> None:
+        # A user's own flood leaves room for the others.
+        if self._unheard[peer.uid] >= UNHEARD_PER_USER_MAX or self._unheard.total() >= UNHEARD_MAX:
+            raise AttachRefused(
+                f"user {peer.uid} has {self._unheard[peer.uid]} connections that have said nothing: try later"
+            )
+
+    async def _welcome(self, sock: socket.socket, peer: Peer) -> None:
+        files: list[int] = []
+        session = None
+        try:
+            message = await self._first_message(sock, peer, files)
             if isinstance(message, wire.Describe):
                 sock.send(wire.encode_message(self._describe(message.device)))
-                sock.close()
-                return
-            check_attach(message, fds[0] if fds else None)
+            else:
+                check_attach(message, files[0] if files else None)
+                session = Session(sock, peer, message, files.pop() if files else None)
         except (PoolError, DaemonError, OSError, TimeoutError) as error:
             self._refuse(sock, str(error) or "no attach message came in time")
-            for fd in fds:
+        finally:
+            for fd in files:
                 os.close(fd)
-            return
-        session = Session(sock, message, fds[0] if fds else None)
-        try:
-            await self._admit(session)
-        except (PoolError, DaemonError) as error:
-            self._refuse(None, str(error), session)
-
-    def _refuse(self, sock: socket.socket | None, reason: str, session: Session | None = None) -> None:
-        self.refused += 1
-        _log.warning("backend refused: %s", reason)
+            if session is None:
+                sock.close()
         if session is not None:
+            await self._bring(session)
+
+    async def _first_message(self, sock: socket.socket, peer: Peer, files: list[int]) -> wire.BackendMessage:
+        try:
+            packet = await asyncio.wait_for(_first_packet(sock, files), ATTACH_DEADLINE_S)
+        finally:
+            self._unheard[peer.uid] -= 1
+            self._unheard += Counter()
+        return wire.decode_backend_message(packet)
+
+    async def _bring(self, session: Session) -> None:
+        device = session.attach.device
+        self._admitting[device] += 1
+        try:
+            if self._admitting[device] > ADMITTED_AT_ONCE_MAX:
+                raise AttachRefused(f"device {device} has {ADMITTED_AT_ONCE_MAX} backends attaching already")
+            await self._admit(session)
+        except (PoolError, DaemonError, OSError) as error:
+            reason = self._noted(str(error))
             session.say(wire.Refused(reason=reason))
             session.close()
-        elif sock is not None:
-            with suppress(OSError):
-                sock.send(wire.encode_message(wire.Refused(reason=reason)))
-            sock.close()
+        finally:
+            self._admitting[device] -= 1
+            self._admitting += Counter()
+
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        with suppress(OSError):
+            sock.send(wire.encode_message(wire.Refused(reason=self._noted(reason))))
+            # Closed with something unread, the connection would give its other end an error before the reason.
+            for _ in range(UNREAD_MAX):
+                sock.recv(1)
+        sock.close()
+
+    def _noted(self, reason: str) -> str:
+        reason = plain(reason)
+        self.refusals.note(reason)
+        return reason
 
 
-async def _first_packet(sock: socket.socket, fds: list[int]) -> bytes:
+async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:
     await readable(sock)
     packet, received, flags, _ = socket.recv_fds(
-        sock, wire.ATTACH_MESSAGE_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC
+        sock, wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
     )
-    fds.extend(received)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
+    files.extend(received)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(files) > 1:
         raise WireError("attach: one packet of at most 64 KiB with at most one descriptor")
     return packet

@@ -23,7 +23,6 @@ from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.bufpool.keeper import Keeper, keeper_path
 from ublkpool.bufpool.limits import pool_geometry
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.backend_process import BackendProcess
 from ublkpool.daemon.block_device import BlockDevice, parameters
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
@@ -34,6 +33,7 @@ from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.records import FIRST_EPOCH, Record, Records, build_id, end_left, is_alive
 from ublkpool.daemon.recovery import Strikes, next_epoch, recover, retire
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
 from ublkpool.daemon.succession import Heir, record_of, session_names, worker_name
 from ublkpool.daemon.team import Plan, Team
@@ -44,6 +44,7 @@ from ublkpool.workers import messages
 START_DEADLINE_S = 600.0
 STOP_DEADLINE_S = 60.0
 BACKEND_PATIENCE_S = 10.0
+HANGUP_PATIENCE_S = 5.0
 WORKER_PATIENCE_S = 10.0
 IO_TIMEOUT_MS = 1000
 RECOVERY_PAUSE_S = 0.5
@@ -299,6 +300,9 @@ class Device:
             if fd is not None:
                 self._around.holder.hold(name, fd)
 
+    def _entrust(self, session: Session, team: Team) -> None:
+        session.entrust(team.plan.arena.data_fd, lambda: [each.child.pid for each in self.workers])
+
     def _drop_session(self, session: Session) -> None:
         for name in session_names(self.config.name):
             self._around.holder.drop(name)
@@ -309,6 +313,7 @@ class Device:
         """Tell every worker whom to expect, then tell the backend where to go."""
         await team.expect(session, fence=False)
         self.session = session
+        self._entrust(session, team)
         self.save()
         self._farewell = self._spawn(self._until_gone(session))
         session.say(team.attached(session), [team.plan.arena.data_fd])
@@ -364,6 +369,7 @@ class Device:
         tokens = {each.token for each in await team.report()}
         if self.session is not None:
             self._hold_session(self.session)
+            self._entrust(self.session, team)
             self._farewell = self._spawn(self._until_gone(self.session))
             if tokens != {self.session.token.hex()}:
                 self._spawn(self.session.cut_off())
@@ -492,6 +498,9 @@ class Device:
             _log.error("%s queue %d: backend cut off: %s", self.config.name, worker.queue, news.reason)
             if self.session is not None:
                 self._spawn(self.session.cut_off())
+        elif isinstance(news, messages.HungUp):
+            if self.session is not None:
+                self._spawn(self.session.hung_up(HANGUP_PATIENCE_S))
         elif isinstance(news, messages.Silent):
             _log.warning(
                 "%s queue %d: a request has waited longer than io_timeout_s = %g",
@@ -551,9 +560,18 @@ class Device:
 
     async def _recover(self) -> None:
         assert self._team is not None and self._leases is not None
+        if not self._team.plan.arena.is_whole():
+            await self._mend_pool(self._team.plan.arena)
         team = await recover(self._team, self._fork_team, self.session, self._leases)
         self._now_live(team)
         _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
+
+    async def _mend_pool(self, arena: Arena) -> None:
+        """The worker may have died of a pool that its backend cut short: the next would die of it as well."""
+        _log.error("%s: its pool has another size than it was given: its backend goes", self.config.name)
+        if self.session is not None:
+            await self.session.cut_off()
+        arena.mend()
 
     async def broker_restarted(self) -> None:
         """Bring the new broker up to date about this device."""

@@ -9,10 +9,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.broker_process import Leases
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 from ublkpool.daemon.worker_process import WorkerProcess
 

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.backend_process import BackendProcess
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
@@ -18,6 +17,7 @@ from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import FIRST_EPOCH, Record, Served, Worker, identify, is_alive
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import State
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceState

@@ -20,7 +20,7 @@ from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.admin_client import AdminClient
-from ublkpool.daemon.attach import AttachServer, Session
+from ublkpool.daemon.attach import AttachServer
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
@@ -28,6 +28,7 @@ from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control, queue

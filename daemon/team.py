@@ -15,12 +15,12 @@ from typing import NamedTuple
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Worker
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
 from ublkpool.workers import messages
@@ -107,7 +107,12 @@ class Team:
         """Have every worker expect this backend.  Raises `AttachRefused`, `DaemonError`."""
         attach = session.attach
         expect = messages.Expect(
-            session.token.hex(), session.segment, attach.segment_bytes, attach.read_buffers == "own", fence
+            session.token.hex(),
+            session.segment,
+            attach.segment_bytes,
+            attach.read_buffers == "own",
+            session.uid,
+            fence,
         )
         answers = await asyncio.gather(*(each.ask(expect, session.segment_fd) for each in self.workers))
         for answer in answers:

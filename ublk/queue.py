@@ -18,6 +18,8 @@ _ffi, _lib = _native.ffi, _native.lib
 NULL: Any = _ffi.NULL
 WATCH_SHIFT: int = _lib.UQ_WATCH_SHIFT
 CLASS_COUNT_MAX: int = _lib.UQ_CLASSES_MAX
+HELLO_TIMEOUT_MS = 30_000
+"""How long a backend may be attached to a queue without a HELLO."""
 
 
 class Attention(enum.IntFlag):
@@ -55,6 +57,9 @@ VIOLATIONS = (
     "a region that is lent to another tag",
     "a read answered without a buffer, or with a region where none is allowed",
     "no answer within io_timeout_s",
+    "too many answers to requests that are over",
+    "no HELLO in time",
+    "its device's pool has another size than it was given",
 )
 FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion", "unusable grant")
 
@@ -87,6 +92,7 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     place_in_backend: bool
     timeout_ms: int
     fail_on_timeout: bool
+    hello_timeout_ms: int = HELLO_TIMEOUT_MS
     classes: tuple[BufferClass, ...]
 
 
@@ -190,6 +196,23 @@ class Queue:
         """Stop talking to the backend; what it holds stays with it until `lost`."""
         _lib.uq_link_cut(self.raw, violation)
 
+    def hung_up(self) -> None:
+        """The connection of a backend that served has ended: nothing more is said or heard until `lost`."""
+        _lib.uq_link_hung_up(self.raw)
+
+    def pool_damaged(self) -> None:
+        """The pool had another size: fail the writes whose data may be gone, cut the link."""
+        _lib.uq_pool_damaged(self.raw)
+
+    def count_strangers(self, count: int) -> None:
+        """So many frames or connections were somebody's who is not the backend."""
+        _lib.uq_stats_of(self.raw).strangers += count
+
+    @property
+    def requeues(self) -> int:
+        """Writes of which the kernel could copy nothing, since the queue's first worker."""
+        return int(_lib.uq_stats_of(self.raw).requeues)
+
     def lost(self) -> None:
         """The backend is dead or has let go: what it did not answer waits for the next."""
         _lib.uq_link_lost(self.raw)
@@ -255,6 +278,11 @@ class Queue:
         """These were dealt with."""
         _lib.uq_attention_clear(self.raw, bits)
 
+    @property
+    def has_violation(self) -> bool:
+        """Whether a cut link was cut for something that the backend did."""
+        return bool(_lib.uq_violation(self.raw, self._culprit))
+
     def violation(self) -> str:
         """What the backend did, and the descriptor that did it."""
         code = _lib.uq_violation(self.raw, self._culprit)
@@ -288,6 +316,7 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
         "need_get_data": config.need_get_data,
         "place_in_backend": config.place_in_backend,
         "timeout_ms": config.timeout_ms,
+        "hello_timeout_ms": config.hello_timeout_ms,
         "fail_on_timeout": config.fail_on_timeout,
         "classes": len(config.classes),
         "class": [tuple(each) for each in config.classes],

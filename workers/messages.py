@@ -21,6 +21,8 @@ class Expect(msgspec.Struct, tag="expect", tag_field="type", frozen=True):
     segment: int
     segment_bytes: int
     reads_own: bool
+    user: int
+    """The user that may connect to the queue."""
     fence: bool = False
     """It served an earlier epoch: no request before it has confirmed that nothing of that is running."""
 
@@ -69,6 +71,10 @@ class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
     reason: str
 
 
+class HungUp(msgspec.Struct, tag="hung_up", tag_field="type", frozen=True):
+    """The connection of the backend that served has ended.  It may be dead; if not, it must not go on."""
+
+
 class Silent(msgspec.Struct, tag="silent", tag_field="type", frozen=True):
     """A request has waited longer than io_timeout_s; the device's policy is to go on waiting."""
 
@@ -80,7 +86,7 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
 
 
 ToWorker = Expect | Lost | GiveUp | Report
-FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | Silent | Fault
+FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | HungUp | Silent | Fault
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

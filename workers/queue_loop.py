@@ -8,12 +8,14 @@ supervisor speaks.  Whatever is closed here is closed by the process's end as we
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.lease import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
@@ -22,7 +24,10 @@ from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.pool_link import PoolLink
 
 TICK_MS = 500
-_WATCH_SUPERVISOR, _WATCH_BACKEND, _WATCH_POOL = range(3)
+POOL_LOOK_S = 0.5
+_WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
+_CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
+"""A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
 
@@ -68,6 +73,10 @@ class QueueLoop:
         self._spec = spec
         self._supervisor: socket.socket | None = supervisor
         self._queue = _make_queue(spec.queue, descriptors, arena)
+        self._arena = arena
+        self._requeues = self._queue.requeues
+        self._look_at_s = 0.0
+        self._broken = ""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._backend = BackendLink(
             context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
@@ -81,8 +90,9 @@ class QueueLoop:
         self._fetched = False
         self._more = False
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
-        self._ring.watch(_WATCH_BACKEND, self._backend.fileno())
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
+        for number, fd in enumerate(self._backend.filenos(), _WATCH_BACKEND):
+            self._ring.watch(number, fd)
 
     def run(self) -> int:
         """Serve until every tag is gone (0) or something of ours broke (1)."""
@@ -101,12 +111,15 @@ class QueueLoop:
         attention = self._queue.attention()
         if attention & Attention.FAULT:
             return self._fail(self._queue.fault())
+        if self._broken:
+            return self._fail(self._broken)
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
             self._hear_supervisor()
             # The next daemon may not know of a worker that was forked just before the end of this one.
             if self._supervisor is None and not self._started:
                 return 1
-        self._more = self._backend.turn()
+        self._more = self._backend.turn(not bits or bool(bits & _CONNECTIONS))
+        self._watch_pool()
         self._report(attention)
         return 0 if attention & Attention.GONE else None
 
@@ -121,11 +134,35 @@ class QueueLoop:
         classes = self._spec.queue.classes
         return all(len(self._queue.stock_held(n)) >= each.reserve for n, each in enumerate(classes))
 
+    def _watch_pool(self) -> None:
+        """A write that the kernel could not copy, or that much time, is a reason to look."""
+        now_s, requeues = time.monotonic(), self._queue.requeues
+        if now_s >= self._look_at_s or requeues != self._requeues:
+            self._look_at_s, self._requeues = now_s + POOL_LOOK_S, requeues
+            self._look_at_pool(backend_lives=self._queue.link is not Link.NONE)
+
+    def _look_at_pool(self, backend_lives: bool) -> None:
+        """A pool that was cut short would have the driver try for ever, and kill us at our next own copy."""
+        if self._arena.is_whole():
+            return
+        self._queue.pool_damaged()
+        # Whoever did it would do it again: first it must be dead.
+        if backend_lives:
+            return
+        try:
+            self._arena.mend()
+            core.lock_memory()
+        except (PoolError, OSError) as error:
+            self._broken = (
+                f"queue {self._spec.queue.queue}: its pool was cut short and cannot be mended: {error}"
+            )
+
     def _report(self, attention: Attention) -> None:
         if attention & Attention.CUT:
             self._queue.clear(Attention.CUT)
             self._backend.expect(b"")
-            self._tell(messages.Cut(self._queue.violation()))
+            was_guilty = self._queue.has_violation
+            self._tell(messages.Cut(self._queue.violation()) if was_guilty else messages.HungUp())
         if attention & Attention.SILENT:
             self._queue.clear(Attention.SILENT)
             self._tell(messages.Silent())
@@ -150,6 +187,8 @@ class QueueLoop:
                 self._expect(message, fd)
             case messages.Lost():
                 self._backend.expect(b"")
+                # Before the rescue, which writes to the pool.
+                self._look_at_pool(backend_lives=False)
                 self._queue.lost()
                 self._tell(messages.LetGo())
             case messages.GiveUp():
@@ -175,7 +214,7 @@ class QueueLoop:
         if self._queue.link is Link.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
-            self._backend.expect(bytes.fromhex(message.token))
+            self._backend.expect(bytes.fromhex(message.token), message.user)
             self._tell(messages.Expecting())
             return
         if fd is not None:

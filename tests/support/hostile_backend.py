@@ -7,14 +7,16 @@ off.  The request for its victim's offset it answers as its `Conduct` says.
 import mmap
 import os
 import random
+import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from support.fake_liar import Lie, Scene
 from support.vm_process import Forked
-from ublkpool.bufpool import wire
+from ublkpool.bufpool import client, wire
 from ublkpool.bufpool.client import Attachment, OwnSegment
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
@@ -37,6 +39,7 @@ class Desk:
         self.attachment = attachment
         self.disk = disk
         self.rng = random.Random(1)
+        self.pool_descriptor: int | None = None
         own = attachment.own_segment
         self._own = own.view if own else memoryview(b"")
 
@@ -123,6 +126,26 @@ def placing_at_zero(desk: Desk, request: Descriptor) -> None:
         desk.send(request, desk.scene(request).placed(0).pack())
 
 
+def hanging_up(desk: Desk, request: Descriptor) -> None:
+    """A frame that is too large for the worker's transport, which ends the connection; then nothing, and no HELLO."""
+    desk.send(request, bytes(wire.DESCRIPTOR_BYTES * (wire.DESCRIPTORS_PER_FRAME_MAX + 1)))
+    signal.pause()
+
+
+def cutting_the_pool(desk: Desk, request: Descriptor) -> None:
+    """Takes the memory away that its device's requests lie in; then nothing."""
+    assert desk.pool_descriptor is not None
+    os.ftruncate(desk.pool_descriptor, 0)
+    signal.pause()
+
+
+def flooding(desk: Desk, request: Descriptor) -> None:
+    """Answers to a life that never was, without end."""
+    stale = request.answer(Kind.DONE)._replace(epoch=0).pack() * wire.DESCRIPTORS_PER_FRAME_MAX
+    while True:
+        desk.send(request, stale)
+
+
 def answering_half(desk: Desk, request: Descriptor) -> None:
     """Does half of what it is asked for, and says so: not a lie."""
     # A place is asked for, and named, as a whole.
@@ -169,16 +192,38 @@ def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -
     attach = wire.Attach(
         v=wire.PROTOCOL_VERSION, device=device, kind="hostile", placement="backend" if own else "pool"
     )
-    return Desk(Attachment.open(run_dir, device, attach, own), disk)
+    kept: list[int] = []
+    with _keeping_descriptors(kept):
+        desk = Desk(Attachment.open(run_dir, device, attach, own), disk)
+    desk.pool_descriptor = kept[0]
+    return desk
+
+
+@contextmanager
+def _keeping_descriptors(kept: list[int]) -> Iterator[None]:
+    """The SDK closes what it has mapped; somebody who means harm does not."""
+    honest_map = client.map_segment
+
+    def keeping(descriptor: int, size_bytes: int) -> mmap.mmap:
+        kept.append(os.dup(descriptor))
+        return honest_map(descriptor, size_bytes)
+
+    client.map_segment = keeping
+    try:
+        yield
+    finally:
+        client.map_segment = honest_map
 
 
 def attach_by_hand(
-    run_dir: Path, message: wire.Attach | bytes, files: Sequence[int] = ()
+    run_dir: Path, message: wire.BackendMessage | bytes, files: Sequence[int] = ()
 ) -> wire.DaemonMessage:
     """Send one packet to the attach socket; the daemon's answer, after which the connection is closed."""
     packet = message if isinstance(message, bytes) else wire.encode_message(message)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(_ATTACH_DEADLINE_S)
         connection.connect(str(run_dir / "attach.sock"))
-        socket.send_fds(connection, [packet], list(files))
+        # Refused at the door, it is told so before it has spoken.
+        with suppress(BrokenPipeError):
+            socket.send_fds(connection, [packet], list(files))
         return wire.decode_daemon_message(connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))

@@ -16,7 +16,7 @@ from ublkpool.bufpool.backend import Backend, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
-from ublkpool.daemon.attach import Session
+from ublkpool.daemon.session import Session
 
 from .fake_backend import Store
 from .queue_rig import DEVICE, POISON, new_area

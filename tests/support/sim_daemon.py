@@ -20,7 +20,6 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.limits import Geometry, pool_geometry
 from ublkpool.daemon import block_device
 from ublkpool.daemon import device as device_module
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig
@@ -29,6 +28,7 @@ from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceState, Feature, Parameters
 

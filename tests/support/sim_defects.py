@@ -11,7 +11,7 @@ from ublkpool.bufpool.arena import Control
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Flag, iter_frame, pack_frame
 from ublkpool.daemon import recovery
-from ublkpool.daemon.attach import Session
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 
 from .sim_wire import QueueRouter, SimBackendLink

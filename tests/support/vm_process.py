@@ -146,6 +146,12 @@ def status_field(pid: int, name: str) -> str:
     return next(line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:"))
 
 
+def holders_of_device(name: str) -> set[int]:
+    """Every process of the machine that has a node of /dev open or mapped."""
+    numbers = (int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit())
+    return {pid for pid in numbers if holds_device(pid, name)}
+
+
 def holds_device(pid: int, name: str) -> bool:
     """Whether a process has a node of /dev open or mapped; one that has ended holds nothing."""
     wanted = f"/dev/{name}"

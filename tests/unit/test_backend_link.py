@@ -1,55 +1,20 @@
-"""The worker's transport: what a backend does not read stays bounded."""
+"""The worker's transport: what a backend does not read stays bounded, who may speak, and the end of a connection."""
 
-import time
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zmq
 
-from support.queue_desk import Desk
+from support.link_wire import HELLO, TOKEN, WAIT_MS, Wire
 from support.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import Attention, Link
-from ublkpool.workers.backend_link import BackendLink
+from ublkpool.ublk.queue import Link
+from ublkpool.workers.backend_link import FRAME_BYTES_MAX
+from ublkpool.workers.queue_gate import user_of
 
-TOKEN = b"T" * 16
 REQUESTS_MAX = 20_000
-WAIT_MS = 10_000
-
-
-class Wire:
-    """A queue's link over a real socket, and a backend's socket that the test reads or does not."""
-
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", path: Path) -> None:
-        self.desk = Desk(need_get_data=False, depth=1)
-        self.link = BackendLink(context, path, self.desk.queue, 0o600, None)
-        self.link.expect(TOKEN)
-        self.backend = context.socket(zmq.DEALER)
-        self.backend.setsockopt(zmq.ROUTING_ID, TOKEN)
-        self.backend.setsockopt(zmq.RCVHWM, 1)
-        self.backend.setsockopt(zmq.LINGER, 0)
-        self.backend.connect(f"ipc://{path}")
-        # The worker must know the connection before it can send: any frame of ours will do.
-        stale = Descriptor(Kind.DONE, device=DEVICE, epoch=2)
-        self.backend.send(stale.pack())
-        for _ in range(WAIT_MS):
-            self.link.turn()
-            if self.desk.side.statistics.stale_answers:
-                return
-            time.sleep(0.001)
-        raise AssertionError("no frame came")
-
-    def guess(self, sequence: int) -> None:
-        """A request comes; the backend answers it without having read it."""
-        self.desk.read(0, 0)
-        self.link.turn()
-        done = Descriptor(Kind.DONE, device=DEVICE, epoch=3, sequence=sequence, result=512)
-        self.desk.queue.input(done.pack())
-        self.desk.driver.consume()
-
-    def is_full(self) -> bool:
-        return bool(self.desk.queue.output()) and not self.desk.queue.attention() & Attention.OUTPUT
 
 
 @pytest.fixture
@@ -57,12 +22,12 @@ def wire(tmp_path: Path) -> Iterator[Wire]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     wire = Wire(context, tmp_path / "q0")
     yield wire
-    wire.link.close()
-    wire.backend.close()
+    wire.close()
     context.term()
 
 
 def test_a_backend_that_answers_what_it_does_not_read_is_cut_off(wire: Wire) -> None:
+    wire.serve()
     for sequence in range(1, REQUESTS_MAX):
         wire.guess(sequence)
         if wire.desk.queue.link is not Link.UP:
@@ -72,6 +37,7 @@ def test_a_backend_that_answers_what_it_does_not_read_is_cut_off(wire: Wire) -> 
 
 
 def test_a_full_pipe_delays_and_loses_nothing(wire: Wire) -> None:
+    wire.serve()
     sequence = 0
     while not wire.is_full():
         sequence += 1
@@ -82,7 +48,98 @@ def test_a_full_pipe_delays_and_loses_nothing(wire: Wire) -> None:
     while len(seen) < sequence:
         assert wire.backend.poll(WAIT_MS), f"{len(seen)} of {sequence} came"
         frame = wire.backend.recv()
+        if frame[0] == Kind.WELCOME:
+            frame = frame[64:]
         seen += [int.from_bytes(frame[at + 16 : at + 24], "little") for at in range(0, len(frame), 64)]
         wire.link.turn()
     assert seen == list(range(1, sequence + 1))
     assert wire.desk.queue.link is Link.UP and not wire.is_full()
+
+
+def test_a_frame_that_is_too_large_ends_the_connection_and_with_it_the_backend(wire: Wire) -> None:
+    wire.serve()
+    request = wire.desk.read(0, 0)
+    wire.backend.send(b"x" * (FRAME_BYTES_MAX + 1))
+    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
+    assert request.result is None and not wire.desk.queue.has_violation
+
+
+def test_an_end_is_noticed_although_the_next_connection_has_its_number(wire: Wire) -> None:
+    wire.serve()
+    monitor = wire.backend.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    wire.backend.send(b"x" * (FRAME_BYTES_MAX + 1))
+    # The worker sleeps while its thread of ZeroMQ's is answered by a client that comes again by itself.
+    assert wire.gate_until(lambda: bool(monitor.poll(1))), "it is there again"
+    wire.backend.disable_monitor()
+    monitor.close()
+    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
+
+
+def test_a_backend_that_hangs_up_and_comes_back_is_not_heard(wire: Wire) -> None:
+    wire.serve()
+    second = wire.connect()
+    second.send(HELLO)
+    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the second connection is noticed")
+    assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
+
+
+def test_the_last_words_before_a_hang_up_are_heard(wire: Wire) -> None:
+    wire.serve()
+    request = wire.desk.read(0, 0)
+    wire.link.turn()
+    wire.backend.send(Descriptor(Kind.DONE, device=DEVICE, epoch=3, sequence=1, result=512).pack())
+    wire.backend.close(linger=WAIT_MS)
+    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    wire.desk.driver.consume()
+    assert request.result == 512
+
+
+def test_a_stranger_is_not_heard_and_may_go_as_he_likes(wire: Wire) -> None:
+    wire.serve()
+    stranger = wire.connect(b"S" * 16)
+    stranger.send(HELLO)
+    wire.until(lambda: wire.statistics.strangers == 1, "the frame is counted")
+    stranger.close()
+    ended = wire.connect(b"R" * 16)
+    ended.send(HELLO)
+    wire.until(lambda: wire.statistics.strangers == 2, "the worker has seen the end of the first")
+    assert wire.desk.queue.link is Link.UP and not wire.statistics.hangups
+
+
+def test_another_user_does_not_get_as_far_as_a_frame(wire: Wire) -> None:
+    wire.expect(user=os.getuid() + 1)
+    wire.connect().send(HELLO)
+    wire.until(lambda: wire.statistics.strangers == 1, "it is refused")
+    assert wire.desk.queue.link is Link.EXPECTED
+    wire.link.expect(TOKEN, os.getuid())
+    wire.connect().send(HELLO)
+    wire.until(lambda: wire.desk.queue.link is Link.UP, "the right one gets in")
+
+
+def test_who_is_not_expected_is_not_read(wire: Wire) -> None:
+    wire.serve()
+    wire.desk.queue.cut()
+    wire.link.expect(b"")
+    wire.backend.send(HELLO)
+    assert wire.link.socket.poll(WAIT_MS)
+    assert not wire.link.turn()
+    assert not wire.statistics.strangers
+    wire.link.expect(b"N" * 16, os.getuid())
+    assert not wire.link.turn()
+    assert wire.statistics.strangers == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "user"),
+    [
+        (b"localhost:0:5:77", 0),
+        (b"a:b:1000:1:2", 1000),
+        (b"localhost", None),
+        (b"", None),
+        (b"h:x:1:2", None),
+    ],
+)
+def test_the_user_is_read_from_the_end_of_the_address(address: bytes, user: int | None) -> None:
+    assert user_of(address) == user

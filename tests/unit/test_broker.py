@@ -498,6 +498,8 @@ def test_commands_that_cannot_be_are_refused_with_a_reason(
     assert "not served" in reason(GetStatistics(6))
     broker.control.send(b'{"type":"dance"}')
     assert isinstance(receive_reply(broker.control), Failed)
+    broker.control.send(b'{"x":' + b"[" * 50_000)
+    assert isinstance(receive_reply(broker.control), Failed)
     broker.control.send(b" " * 100_000)
     assert isinstance(receive_reply(broker.control), Failed)
     assert broker.statistics().devices == (DEVICE,)

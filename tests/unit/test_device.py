@@ -10,12 +10,12 @@ import pytest
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon import device as device_module
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Record
 from ublkpool.daemon.recovery import STRIKES_MAX
+from ublkpool.daemon.session import Session
 
 DEADLINE_S = 20
 SIZE_BYTES = 1 << 20
@@ -66,6 +66,9 @@ class FakeSession:
     def say(self, *_: object) -> None:
         """Nobody listens."""
 
+    def entrust(self, *_: object) -> None:
+        """It is given nothing."""
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -83,7 +86,7 @@ class FakeTeam:
         self.workers: list[Any] = []
         self.epoch = 1
         self.plan = SimpleNamespace(
-            arena=SimpleNamespace(data_fd=-1), kernel=SimpleNamespace(node="/dev/null")
+            arena=SimpleNamespace(data_fd=-1, is_whole=lambda: True), kernel=SimpleNamespace(node="/dev/null")
         )
         self._dies_at_once = dies_at_once
 

@@ -13,13 +13,13 @@ import pytest
 from ublkpool.bufpool import broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import broker_process, recovery
-from ublkpool.daemon.attach import Session
 from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover
+from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceInfo, Feature
 

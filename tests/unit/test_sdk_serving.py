@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from support.fake_worker import DEVICE, BackendThread, FakeWorker, finish, serving, spawn
+from support.fake_worker import DEVICE, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, Hint, Outbox, Properties, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment
@@ -321,6 +321,16 @@ def test_a_new_worker_on_a_queue_is_greeted_again(tmp_path: Path) -> None:
         hello = worker.receive()
         assert (hello.kind, hello.epoch) == (Kind.HELLO, worker.epoch)
         assert worker.write(0, b"r" * 4096) == 4096
+
+
+def test_a_fence_behind_other_words_of_its_frame_raises_the_epoch_of_the_next_hello(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
+        worker.epoch += 1
+        release = Descriptor(Kind.RELEASE, device=DEVICE_NUMBER, epoch=worker.epoch)
+        worker.send(0, [release, release._replace(kind=Kind.FENCE)])
+        assert worker.receive().kind == Kind.FENCED
+        worker.restart_worker(0)
+        assert worker.receive().epoch == worker.epoch
 
 
 def test_a_first_connection_that_stands_at_once_is_not_missed(

@@ -3,7 +3,9 @@
 import errno
 import mmap
 import os
+import random
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from support.hostile_backend import start_hostile
 from support.vm_daemon import Daemon, eventually, marked_processes, total
 from support.vm_fio import cpus_of_queue
-from support.vm_process import Forked, holds_device, process_flags, status_field, write_block
+from support.vm_process import Forked, holders_of_device, process_flags, status_field, write_block
+from support.vm_recovery import kill_broker, kill_worker, wait_for_epoch
 from ublkpool.bufpool import process
 from ublkpool.daemon.status import DeviceStatus
 
@@ -67,8 +70,49 @@ def _check_that_each_worker_has_a_cpu_of_its_queue(status: DeviceStatus) -> None
 def _check_that_only_workers_hold_the_device(daemon: Daemon, status: DeviceStatus) -> None:
     workers = {each.pid for each in status.workers}
     others = set(marked_processes(str(daemon.run_dir))) - workers
-    assert daemon.pid in others and daemon.status("p").backend.pid in others
-    assert {pid for pid in workers | others if holds_device(pid, f"ublkc{status.id}")} == workers
+    assert {daemon.pid, daemon.broker_pid, daemon.status("p").backend.pid} <= others
+    assert holders_of_device(f"ublkc{status.id}") == workers
+
+
+class Watch:
+    """Looks again and again who holds a device, while others come, die and go; `others` are all that ever did."""
+
+    def __init__(self, status: DeviceStatus) -> None:
+        self.looks = 0
+        self.others: set[int] = set()
+        self._device = f"ublkc{status.id}"
+        self._workers = {each.pid for each in status.workers}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.is_set():
+            self.others |= holders_of_device(self._device) - self._workers
+            self.looks += 1
+
+
+def test_no_process_ever_holds_a_device_that_it_does_not_serve(daemon: Daemon) -> None:
+    # Control commands, udev, a broker, a backend and two generations of workers are forked meanwhile.
+    small = {"size": "4M"}
+    with (
+        daemon.device("held", "memory", options=small, queues=2) as held,
+        Watch(held) as watch,
+        daemon.device("other", "memory", options=small) as other,
+    ):
+        assert holders_of_device(f"ublkc{other.id}") == {each.pid for each in other.workers}
+        before = kill_worker(daemon, "other", random.Random(1))
+        kill_broker(daemon)
+        after = wait_for_epoch(daemon, "other", before.epoch + 1)
+        assert holders_of_device(f"ublkc{after.id}") == {each.pid for each in after.workers}
+    assert watch.looks and not watch.others
 
 
 def _check_that_mounts_stay_apart(daemon: Daemon, status: DeviceStatus) -> None:

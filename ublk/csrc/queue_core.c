@@ -386,9 +386,18 @@ static bool pending(const struct uq_tag *t)
 	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING;
 }
 
+static bool is_mute(const struct uq *q)
+{
+	uint32_t most = q->config.hello_timeout_ms;
+
+	return most && q->link == UQ_LINK_EXPECTED && q->now_ms - q->expected_ms >= most;
+}
+
 void uq_tick(struct uq *q, uint64_t now_ms)
 {
 	q->now_ms = now_ms;
+	if (is_mute(q))
+		uq_link_cut(q, UQ_V_MUTE);
 	if (!q->config.timeout_ms || !q->config.stats->in_flight || now_ms - q->scanned_ms < SCAN_MS)
 		return;
 	q->scanned_ms = now_ms;

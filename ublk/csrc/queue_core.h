@@ -85,7 +85,7 @@ enum uq_attention {
 
 enum uq_violation {
 	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
-	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_VIOLATIONS,
+	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_POOL, UQ_VIOLATIONS,
 };
 
 enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
@@ -98,6 +98,7 @@ struct uq_stats {
 	uint64_t requeues, short_copies, replays, rescues, violations, stale_answers, timeouts, unsupported;
 	uint64_t lent_total, returned_total; /* pool buffers, tag by tag */
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
+	uint64_t hangups, strangers;
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 
@@ -126,6 +127,7 @@ struct uq_config {
 	uint16_t queue, depth;
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
 	uint32_t timeout_ms; /* 0: none */
+	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
 	uint32_t classes;
 	struct uq_class class[UQ_CLASSES_MAX];
 	const struct uq_iod *descriptors;
@@ -166,6 +168,11 @@ void uq_input(struct uq *q, const void *frame, size_t bytes);
 int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence);
 /* Stop talking to the backend; what it holds stays with it until uq_link_lost(). */
 void uq_link_cut(struct uq *q, int violation);
+/* Its connection ended while it served: words may be lost, so nothing more is said or heard.  No violation: it may
+ * just be dead. */
+void uq_link_hung_up(struct uq *q);
+/* The backend changed the pool's size: data that lay there may be gone, so those writes fail, and the link is cut. */
+void uq_pool_damaged(struct uq *q);
 /* The backend is dead or has let go of everything: its requests wait for the next one. */
 void uq_link_lost(struct uq *q);
 int uq_link_state(const struct uq *q);

@@ -6,6 +6,10 @@
 #include <string.h>
 
 #define ERRNO_MAX 4095
+/* An honest backend answers late what workers before this one had asked: at most a depth for each of their lives, of
+ * which there are few in a row. */
+#define STALE_PER_TAG 8u
+#define STALE_MORE 64u
 
 static struct uq_segment *find_segment(const struct uq *q, uint32_t number)
 {
@@ -182,6 +186,14 @@ static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
 	uq_link_cut(q, violation);
 }
 
+/* Dropped and counted, but not without end: judging them costs the worker its time. */
+static void stale(struct uq *q, const struct uq_descriptor *d)
+{
+	q->config.stats->stale_answers++;
+	if (++q->stale > STALE_PER_TAG * q->config.depth + STALE_MORE)
+		violate(q, UQ_V_FLOOD, d);
+}
+
 static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
 {
 	int wrong = judge_region(q, d, t->length);
@@ -295,7 +307,7 @@ static void hello(struct uq *q, const struct uq_descriptor *d)
 
 	/* Said to a worker that died at once, it may still lie in the transport and come before the one meant for us. */
 	if (is_second && d->epoch < q->config.epoch)
-		q->config.stats->stale_answers++;
+		stale(q, d);
 	else if (is_second)
 		violate(q, UQ_V_UNEXPECTED, d);
 	if (is_second)
@@ -314,7 +326,7 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
 		link_up(q);
 	else if (d->epoch < q->config.epoch) /* the fence of a worker that died before it was confirmed */
-		q->config.stats->stale_answers++;
+		stale(q, d);
 	else
 		violate(q, UQ_V_UNEXPECTED, d);
 }
@@ -359,7 +371,7 @@ static void receive(struct uq *q, const struct uq_descriptor *d)
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
 	else if (is_stale(q, d)) /* perhaps sent to the worker before this one, before any HELLO */
-		q->config.stats->stale_answers++;
+		stale(q, d);
 	else if (q->link != UQ_LINK_UP)
 		violate(q, UQ_V_UNEXPECTED, d);
 	else
@@ -400,6 +412,8 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 	q->reads_own = reads_own && segment;
 	q->fence = fence;
 	q->link = UQ_LINK_EXPECTED;
+	q->expected_ms = q->now_ms;
+	q->stale = 0;
 	q->violation = UQ_V_NONE;
 	memset(&q->culprit, 0, sizeof q->culprit);
 	return 0;
@@ -414,6 +428,28 @@ void uq_link_cut(struct uq *q, int violation)
 	q->output_first = q->output_count = 0;
 	q->config.stats->violations += violation != UQ_V_NONE;
 	q->attention |= UQ_ATT_CUT;
+}
+
+void uq_link_hung_up(struct uq *q)
+{
+	if (q->link != UQ_LINK_UP && q->link != UQ_LINK_FENCING)
+		return;
+	q->config.stats->hangups++;
+	uq_link_cut(q, UQ_V_NONE);
+}
+
+void uq_pool_damaged(struct uq *q)
+{
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == UQ_WRITE;
+
+		if (has_data && t->state == UQ_WAIT_LINK)
+			uq_fail(q, t, -EIO);
+		else if (has_data && (t->state == UQ_SERVING || t->state == UQ_COPYING))
+			t->doomed = true;
+	}
+	uq_link_cut(q, UQ_V_POOL);
 }
 
 static void lose_serving(struct uq *q, struct uq_tag *t)

@@ -1,0 +1,65 @@
+"""Who is at the other end of a unix socket: what the kernel noted when it connected, and whether that one may attach.
+
+Owns the checks of process, user and groups.  The socket's mode keeps most away; but a descriptor can be inherited or
+passed on, and a run directory can be opened up by mistake.
+"""
+
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import NamedTuple
+
+from ublkpool.bufpool.errors import AttachRefused
+
+_CREDENTIALS = struct.Struct("3i")
+# include/uapi/asm-generic/socket.h; Python does not name them.
+_SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
+_GROUPS_BYTES_MAX = 1024
+
+
+class Peer(NamedTuple):
+    """The process that connected, its user and all of its groups, as they were at that moment."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Who connected.  Raises `OSError`."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(credentials)
+    return Peer(pid, uid, frozenset((gid, *_more_groups(sock))))
+
+
+def _more_groups(sock: socket.socket) -> tuple[int, ...]:
+    # Python reads no longer option than this: of a user with more groups only the first one counts.
+    with suppress(OSError):
+        packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
+        return struct.unpack(f"{len(packed) // 4}I", packed)
+    return ()
+
+
+def peer_pidfd(sock: socket.socket, pid: int) -> int | None:
+    """A pidfd of the process that connected; None if it has ended.
+
+    From the socket where the kernel can (6.5): by its number one might get a later process that has the same.
+    """
+    with suppress(OSError):
+        packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+        return int(struct.unpack("i", packed)[0])
+    with suppress(OSError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def check_may_attach(peer: Peer, group: int | None) -> None:
+    """Raise `AttachRefused` unless it is root, the daemon's own user or a member of the config's group."""
+    if peer.uid in (0, os.geteuid()) or group in peer.groups:
+        return
+    who = "root and the daemon's user" if group is None else f"root, the daemon's user and group {group}"
+    raise AttachRefused(
+        f"process {peer.pid} of user {peer.uid} may not attach, only {who} may: set group in the config"
+    )

@@ -1,0 +1,226 @@
+"""Whatever a backend can send, a million times: nothing but counted rejections.
+
+`UBLKPOOL_FUZZ_FACTOR=N` sends N times as much, `UBLKPOOL_FUZZ_SEED=K` begins at another seed.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from support.attach_door import ATTACH, DEVICE, PAGE, Door, at_the_door
+from support.fuzz_broker import BrokerFuzz
+from support.fuzz_bytes import spoil
+from support.fuzz_core import CoreFuzz
+from support.fuzz_link import LinkFuzz
+from support.link_wire import Wire
+from support.queue_rig import Plan
+from ublkpool.bufpool import broker, wire
+from ublkpool.bufpool.arena import Arena, arena_prefix
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.workers.queue_gate import user_of
+
+FACTOR = float(os.environ.get("UBLKPOOL_FUZZ_FACTOR", "1"))
+SEED = int(os.environ.get("UBLKPOOL_FUZZ_SEED", "0"))
+CORE_INPUTS = int(700_000 * FACTOR)
+WIRE_INPUTS = int(220_000 * FACTOR)
+LINK_INPUTS = int(40_000 * FACTOR)
+BROKER_INPUTS = int(30_000 * FACTOR)
+COMMANDS = int(5_000 * FACTOR)
+ATTACHES = int(5_000 * FACTOR)
+ROADS = ("off", "pool", "backend")
+SHAPES = tuple(product(ROADS, (False, True), (512, 4096)))
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def test_it_is_a_million_in_all() -> None:
+    inputs = CORE_INPUTS + WIRE_INPUTS + LINK_INPUTS + BROKER_INPUTS + COMMANDS + ATTACHES
+    assert inputs >= 1_000_000 * FACTOR
+
+
+@pytest.mark.parametrize(("number", "shape"), tuple(enumerate(SHAPES)))
+def test_descriptors_at_the_queue_core(number: int, shape: tuple[str, bool, int]) -> None:
+    road, reads_own, block_bytes = shape
+    rng = random.Random(SEED + number)
+    plan = Plan(
+        depth=rng.randint(2, 6),
+        block_bytes=block_bytes,
+        need_get_data=road != "off",
+        place_in_backend=road == "backend",
+        reads_own=reads_own,
+        spare=4,
+    )
+    inputs = -(-CORE_INPUTS // len(SHAPES))
+    assert CoreFuzz(rng, plan).play(inputs) >= inputs
+
+
+def test_messages_at_the_backend_link(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = Wire(context, tmp_path / "q0")
+    try:
+        LinkFuzz(random.Random(SEED), link).play(LINK_INPUTS)
+    finally:
+        link.close()
+        context.term()
+
+
+DESCRIBED = wire.Described(
+    v=1, device=DEVICE, size_bytes=0, max_io_bytes=PAGE, need_get_data=True, placement="pool", read_only=False
+)
+ANSWERS: tuple[wire.DaemonMessage, ...] = (
+    DESCRIBED,
+    wire.Refused(reason="no"),
+    wire.Live(path="/dev/ublkb0"),
+    wire.Detach(reason="bye"),
+    wire.Attached(
+        v=1,
+        device=DEVICE,
+        device_number=3,
+        size_bytes=1 << 30,
+        logical_block_bytes=512,
+        queues=1,
+        depth=8,
+        max_io_bytes=PAGE,
+        need_get_data=True,
+        placement="backend",
+        read_only=False,
+        epoch=1,
+        token="01" * 16,
+        endpoints=("ipc:///run/q0",),
+        segments=(wire.Segment(number=1, size_bytes=PAGE),),
+        own_segment=2,
+    ),
+)
+FRAME = wire.Descriptor(wire.Kind.DONE, 1, 2, 3, 4, 5, 6, 7, 8, 9, -10, 11, 12).pack()
+QUESTIONS: tuple[wire.BackendMessage, ...] = (ATTACH, wire.Describe(v=1, device=DEVICE))
+
+
+def _decode_again(decode: Callable[[bytes], Any]) -> Callable[[bytes], None]:
+    def check(packet: bytes) -> None:
+        message = decode(packet)
+        assert decode(wire.encode_message(message)) == message
+
+    return check
+
+
+def _frame_again(frame: bytes) -> None:
+    assert wire.pack_frame(wire.iter_frame(frame)) == frame
+
+
+def _slots_again(frame: bytes) -> None:
+    descriptor, slots = wire.unpack_slots(frame)
+    assert wire.pack_slots(descriptor, slots)[64:] == frame[64:]
+
+
+def _worker_again(name: bytes) -> None:
+    device, owner = broker.parse_routing_id(name)
+    assert broker.worker_routing_id(device, *owner) == name
+
+
+DECODERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
+    "frame": (_frame_again, [FRAME, FRAME * 3]),
+    "slots": (_slots_again, [wire.pack_slots(wire.Descriptor(wire.Kind.GRANT), [1, 2, 3])]),
+    "backend": (
+        _decode_again(wire.decode_backend_message),
+        [wire.encode_message(each) for each in QUESTIONS],
+    ),
+    "daemon": (_decode_again(wire.decode_daemon_message), [wire.encode_message(each) for each in ANSWERS]),
+    "worker": (_worker_again, [broker.worker_routing_id(1, 2, 3)]),
+    "address": (user_of, [b"localhost:0:0:77"]),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_bytes_at_the_decoders(name: str) -> None:
+    rng, (decode, true) = random.Random(SEED), DECODERS[name]
+    refused = 0
+    for _ in range(-(-WIRE_INPUTS // len(DECODERS))):
+        try:
+            decode(spoil(rng, rng.choice(true)))
+        except WireError:
+            refused += 1
+    assert refused or name == "address"
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    prefix = arena_prefix(f"test-fuzz-{os.getpid()}", 5)
+    geometry = Geometry.build([(4096, 10), (65536, 4)])
+    with Arena.create(prefix, geometry, queues=2, device_number=5, reserve=(2, 1)) as arena:
+        yield arena
+        arena.unlink()
+
+
+def test_frames_and_commands_at_the_broker(arena: Arena) -> None:
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    fuzz = BrokerFuzz(random.Random(SEED), arena)
+    fuzz.frames(BROKER_INPUTS)
+    fuzz.commands(COMMANDS)
+    fuzz.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+
+
+def _files() -> list[int]:
+    """What a liar might pass for a segment: right, unsealed, too short, unallocated, no file at all."""
+    made = [os.memfd_create(name, os.MFD_ALLOW_SEALING) for name in ("right", "unsealed", "short", "holes")]
+    for file, size in zip(made, (PAGE, PAGE, 1, PAGE), strict=True):
+        os.truncate(file, size)
+    os.posix_fallocate(made[0], 0, PAGE)
+    for file in (made[0], made[2], made[3]):
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
+    return [*made, os.open("/", os.O_RDONLY), os.open("/dev/null", os.O_RDWR), os.eventfd(0)]
+
+
+def test_packets_and_descriptors_at_the_attach_socket(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(SEED)
+    own = wire.Attach(v=1, device=DEVICE, kind="own", segment_bytes=PAGE, placement="backend")
+    true = [wire.encode_message(each) for each in (*QUESTIONS, own, own)]
+    files = _files()
+
+    async def one(door: Door) -> None:
+        with door.connect() as connection:
+            chosen = [rng.choice(files) for _ in range(rng.choice((0, 0, 1, 1, 2, 5)))]
+            packet = spoil(rng, rng.choice(true)) or b" "
+            admitted, refused = len(door.sessions), door.server.refusals.count
+            socket.send_fds(connection, [packet[:200_000]], chosen)
+            while len(door.sessions) == admitted:
+                said = await _said(connection)
+                if said is not None:
+                    assert isinstance(said, wire.Described) or door.server.refusals.count == refused + 1
+                    break
+            while door.sessions:
+                door.sessions.pop().close()
+
+    async def scene(door: Door) -> None:
+        for _ in range(ATTACHES):
+            await one(door)
+        session, connection = await door.admit()
+        connection.close()
+        assert door.server.refusals.count and session.attach == ATTACH
+
+    with caplog.at_level(logging.CRITICAL):
+        at_the_door(tmp_path, scene)
+    for each in files:
+        os.close(each)
+
+
+async def _said(connection: socket.socket) -> wire.DaemonMessage | None:
+    """An answer if there is one after a turn of the loop."""
+    await asyncio.sleep(0)
+    try:
+        packet = connection.recv(65536, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    return wire.decode_daemon_message(packet)
