@@ -7,7 +7,7 @@ store and to the pool's buffers, which is where a stale write or a shared buffer
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Protocol, cast
 
@@ -47,11 +47,15 @@ class SimSession(Session):
         self.pid, self.uid = backend.pid, 0
         self.token = backend.token
         self.backend = backend
+        self._hung_up = self._detaching = False
         self._loop = asyncio.get_running_loop()
         self._gone = self._loop.create_future()
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
         self.backend.control.append(message)
+
+    def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
+        """Nobody else gets a simulated pool."""
 
     async def cut_off(self) -> None:
         self.backend.kill_now()

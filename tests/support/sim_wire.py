@@ -6,11 +6,12 @@
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import zmq
 
-from ublkpool.workers.backend_link import BackendLink
+from ublkpool.ublk.queue import Queue
+from ublkpool.workers.backend_link import FRAMES_PER_TURN_MAX, BackendLink
 
 _AGAIN = zmq.Again()
 """Made once: it is raised more often than anything else happens."""
@@ -155,10 +156,30 @@ class Context:
 
 
 class SimBackendLink(BackendLink):
-    """The real one, without a name in the file system."""
+    """The real one, without a name in the file system, a gate, or a monitor: its one peer is known."""
 
-    def _bind(self) -> None:
-        self._bound = True
+    def __init__(self, context: Context, queue: Queue) -> None:
+        self._queue = queue
+        self._bound = False
+        self._token = b""
+        self.socket = cast("zmq.Socket[bytes]", context.socket(zmq.ROUTER))
+
+    def expect(self, token: bytes, user: int | None = None) -> None:
+        self._token = token
+        self._bound = self._bound or bool(token)
+
+    def turn(self, connections: bool = True) -> bool:
+        for _ in range(FRAMES_PER_TURN_MAX):
+            if not self._token:
+                return False
+            self._send()
+            try:
+                token, frame = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            if token == self._token:
+                self._queue.input(frame)
+        return True
 
     @property
     def is_bound(self) -> bool:
