@@ -7,7 +7,7 @@ store and to the pool's buffers, which is where a stale write or a shared buffer
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Protocol, cast
 
@@ -49,6 +49,10 @@ class SimSession(Session):
         self.backend = backend
         self._loop = asyncio.get_running_loop()
         self._gone = self._loop.create_future()
+        self._hung_up = self._detaching = False
+
+    def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
+        """What it holds goes with its process."""
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
         self.backend.control.append(message)

@@ -114,6 +114,35 @@ class Peer(Protocol):
     outbox: list[deque[bytes]]
 
 
+class Part:
+    """A message's part as ZeroMQ hands it out uncopied; all come over one connection."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bytes = self.buffer = data
+
+    def get(self, _option: int) -> int:
+        return 1
+
+
+class Silent:
+    """A socket over which nothing ever comes: who may connect is not simulated, nor how a connection ends."""
+
+    def set(self, _option: int, _value: Any) -> None:
+        """Limits are not simulated."""
+
+    def get(self, _option: int) -> int:
+        return -1
+
+    def bind(self, _endpoint: str) -> None:
+        """Nobody asks."""
+
+    def recv_multipart(self, _flags: int) -> list[bytes]:
+        raise _AGAIN.with_traceback(None)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class QueueRouter:
     """A worker's end of the link to backends: one peer is enough."""
 
@@ -127,10 +156,17 @@ class QueueRouter:
     def get(self, _option: int) -> int:
         return -1
 
-    def recv_multipart(self, _flags: int) -> list[bytes]:
+    def get_monitor_socket(self, _events: int) -> Silent:
+        return Silent()
+
+    def disable_monitor(self) -> None:
+        """Nothing was to be told."""
+
+    def recv_multipart(self, _flags: int, copy: bool = True) -> list[Part]:
+        assert not copy
         if self.peer is None or not self.peer.outbox[self._queue]:
             raise _AGAIN.with_traceback(None)
-        return [self.peer.token, self.peer.outbox[self._queue].popleft()]
+        return [Part(self.peer.token), Part(self.peer.outbox[self._queue].popleft())]
 
     def send_multipart(self, message: Sequence[bytes], _flags: int) -> None:
         self._life.effect()
@@ -144,13 +180,15 @@ class QueueRouter:
 
 
 class Context:
-    """Makes a worker's two sockets."""
+    """Makes a worker's sockets."""
 
     def __init__(self, queue: int, epoch: int, life: Life) -> None:
         self.pool = PoolDealer(life)
         self.backend = QueueRouter(queue, epoch, life)
 
     def socket(self, kind: int) -> Any:
+        if kind == zmq.REP:
+            return Silent()
         return self.pool if kind == zmq.DEALER else self.backend
 
 
