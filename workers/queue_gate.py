@@ -21,7 +21,7 @@ class QueueGate:
     ) -> None:
         self._count_refused = count_refused
         self._user: int | None = None
-        self.socket = context.socket(zmq.ROUTER)
+        self.socket = context.socket(zmq.REP)
         self.socket.set(zmq.LINGER, 0)
         self.socket.bind(ZAP_ENDPOINT)
 
@@ -40,13 +40,12 @@ class QueueGate:
         return True
 
     def _answer(self, question: list[bytes]) -> None:
-        at = question.index(b"") + 1
-        version, request, _domain, address = question[at : at + 4]
+        version, request, _domain, address = question[:4]
         welcome = self._user is not None and user_of(address) == self._user
         if not welcome:
             self._count_refused(1)
         answer = [version, request, _ACCEPTED if welcome else _REFUSED, b"", b"", b""]
-        self.socket.send_multipart([*question[:at], *answer], zmq.NOBLOCK)
+        self.socket.send_multipart(answer, zmq.NOBLOCK)
 
 
 def user_of(address: bytes) -> int | None:

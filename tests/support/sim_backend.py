@@ -47,15 +47,15 @@ class SimSession(Session):
         self.pid, self.uid = backend.pid, 0
         self.token = backend.token
         self.backend = backend
-        self._hung_up = self._detaching = False
         self._loop = asyncio.get_running_loop()
         self._gone = self._loop.create_future()
+        self._hung_up = self._detaching = False
+
+    def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
+        """What it holds goes with its process."""
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
         self.backend.control.append(message)
-
-    def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
-        """Nobody else gets a simulated pool."""
 
     async def cut_off(self) -> None:
         self.backend.kill_now()

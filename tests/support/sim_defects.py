@@ -14,7 +14,7 @@ from ublkpool.daemon import recovery
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 
-from .sim_wire import QueueRouter, SimBackendLink
+from .sim_wire import Part, QueueRouter, SimBackendLink
 
 NO_FENCE = "the backend is not fenced"
 BUFFER_FREE_EARLY = "a buffer is free before its commit is consumed"
@@ -46,11 +46,12 @@ def _pass_on_without_replays(link: SimBackendLink, frame: bytes) -> bool:
     return _pass_on(link, pack_frame(kept)) if kept else True
 
 
-def _receive_in_this_epoch(router: QueueRouter, flags: int) -> list[bytes]:
-    token, frame = _receive(router, flags)
+def _receive_in_this_epoch(router: QueueRouter, flags: int, copy: bool) -> list[Part]:
+    token, part = _receive(router, flags, copy)
+    frame = part.bytes
     if not frame or len(frame) % DESCRIPTOR_BYTES:
-        return [token, frame]
-    return [token, b"".join(_made_new(router, each).pack() for each in iter_frame(frame))]
+        return [token, part]
+    return [token, Part(b"".join(_made_new(router, each).pack() for each in iter_frame(frame)))]
 
 
 def _made_new(router: QueueRouter, each: Descriptor) -> Descriptor:

@@ -6,12 +6,11 @@
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import zmq
 
-from ublkpool.ublk.queue import Queue
-from ublkpool.workers.backend_link import FRAMES_PER_TURN_MAX, BackendLink
+from ublkpool.workers.backend_link import BackendLink
 
 _AGAIN = zmq.Again()
 """Made once: it is raised more often than anything else happens."""
@@ -115,6 +114,35 @@ class Peer(Protocol):
     outbox: list[deque[bytes]]
 
 
+class Part:
+    """A message's part as ZeroMQ hands it out uncopied; all come over one connection."""
+
+    def __init__(self, data: bytes) -> None:
+        self.bytes = self.buffer = data
+
+    def get(self, _option: int) -> int:
+        return 1
+
+
+class Silent:
+    """A socket over which nothing ever comes: who may connect is not simulated, nor how a connection ends."""
+
+    def set(self, _option: int, _value: Any) -> None:
+        """Limits are not simulated."""
+
+    def get(self, _option: int) -> int:
+        return -1
+
+    def bind(self, _endpoint: str) -> None:
+        """Nobody asks."""
+
+    def recv_multipart(self, _flags: int) -> list[bytes]:
+        raise _AGAIN.with_traceback(None)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class QueueRouter:
     """A worker's end of the link to backends: one peer is enough."""
 
@@ -128,10 +156,17 @@ class QueueRouter:
     def get(self, _option: int) -> int:
         return -1
 
-    def recv_multipart(self, _flags: int) -> list[bytes]:
+    def get_monitor_socket(self, _events: int) -> Silent:
+        return Silent()
+
+    def disable_monitor(self) -> None:
+        """Nothing was to be told."""
+
+    def recv_multipart(self, _flags: int, copy: bool = True) -> list[Part]:
+        assert not copy
         if self.peer is None or not self.peer.outbox[self._queue]:
             raise _AGAIN.with_traceback(None)
-        return [self.peer.token, self.peer.outbox[self._queue].popleft()]
+        return [Part(self.peer.token), Part(self.peer.outbox[self._queue].popleft())]
 
     def send_multipart(self, message: Sequence[bytes], _flags: int) -> None:
         self._life.effect()
@@ -145,41 +180,23 @@ class QueueRouter:
 
 
 class Context:
-    """Makes a worker's two sockets."""
+    """Makes a worker's sockets."""
 
     def __init__(self, queue: int, epoch: int, life: Life) -> None:
         self.pool = PoolDealer(life)
         self.backend = QueueRouter(queue, epoch, life)
 
     def socket(self, kind: int) -> Any:
+        if kind == zmq.REP:
+            return Silent()
         return self.pool if kind == zmq.DEALER else self.backend
 
 
 class SimBackendLink(BackendLink):
-    """The real one, without a name in the file system, a gate, or a monitor: its one peer is known."""
+    """The real one, without a name in the file system."""
 
-    def __init__(self, context: Context, queue: Queue) -> None:
-        self._queue = queue
-        self._bound = False
-        self._token = b""
-        self.socket = cast("zmq.Socket[bytes]", context.socket(zmq.ROUTER))
-
-    def expect(self, token: bytes, user: int | None = None) -> None:
-        self._token = token
-        self._bound = self._bound or bool(token)
-
-    def turn(self, connections: bool = True) -> bool:
-        for _ in range(FRAMES_PER_TURN_MAX):
-            if not self._token:
-                return False
-            self._send()
-            try:
-                token, frame = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return False
-            if token == self._token:
-                self._queue.input(frame)
-        return True
+    def _bind(self) -> None:
+        self._bound = True
 
     @property
     def is_bound(self) -> bool:

@@ -102,21 +102,21 @@ class SimQueueLoop(QueueLoop):
         self._worker = worker
         self._queue = worker.queue
         context = cast("zmq.Context[zmq.Socket[bytes]]", worker.context)
-        self._backend = SimBackendLink(worker.context, worker.queue)
+        self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
         self._ring = cast(Ring, SimRing(worker))
         self._started = self._fetched = self._more = False
         self._broken = ""
 
+    def _look_at_pool(self, backend_lives: bool) -> None:
+        """Nobody changes the pool's size here."""
+
+    def _watch_pool(self) -> None:
+        """Nor is there a clock to look at it by."""
+
     @property
     def backend_link(self) -> SimBackendLink:
         return cast(SimBackendLink, self._backend)
-
-    def _look_at_pool(self, backend_lives: bool) -> None:
-        """Nobody cuts a simulated pool short."""
-
-    def _watch_pool(self) -> None:
-        """See `_look_at_pool`."""
 
     def _hear_supervisor(self) -> None:
         while self._worker.inbox:
@@ -130,7 +130,7 @@ class SimQueueLoop(QueueLoop):
         if self._queue.link is Link.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
-            self._backend.expect(bytes.fromhex(message.token))
+            self._backend.expect(bytes.fromhex(message.token), message.user)
             self._tell(messages.Expecting())
             return
         self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))

@@ -55,9 +55,9 @@ def test_a_recovery_ends_the_backend_that_cut_the_pool_and_mends_it_before_it_fo
 
     async def play() -> None:
         made = Device(DeviceConfig(name="d"), cast(Any, SimpleNamespace()))
-        made.arena, made.session = arena, cast(Any, SimpleNamespace(cut_off=cut_off))
-        made._leases = cast(Any, object())
+        made.session = cast(Any, SimpleNamespace(cut_off=cut_off))
         made._team = cast(Any, SimpleNamespace(plan=SimpleNamespace(arena=arena)))
+        made._leases = cast(Any, object())
         with pytest.raises(DaemonError, match="far enough"):
             await made._recover()
 
