@@ -203,6 +203,17 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
 )
 @click.option("--on-timeout", metavar="wait|fail", help="What then: keep waiting, or fail.  [default: wait]")
 @click.option(
+    "--on-absent",
+    metavar="wait|fail",
+    help="Without a backend: requests wait for the next, or fail after --absent-timeout.  [default: wait]",
+)
+@click.option(
+    "--absent-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="How long they wait for one, with --on-absent fail.  [default: 60]",
+)
+@click.option(
     "--backend", metavar="KIND|FILE.py", help="Run this backend, with KEY=VALUE options, as a child."
 )
 @click.option(

@@ -98,6 +98,7 @@ class Device:
         self._keeper: asyncio.Task[None] | None = None
         self._farewell: asyncio.Task[None] | None = None
         self._stopping = False
+        self._is_absent_logged = False
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -314,6 +315,7 @@ class Device:
         await team.expect(session, fence=False)
         self.session = session
         self._entrust(session, team)
+        self._is_absent_logged = False
         self.save()
         self._farewell = self._spawn(self._until_gone(session))
         session.say(team.attached(session), [team.plan.arena.data_fd])
@@ -493,6 +495,16 @@ class Device:
                 await self._team.lost()
             self._drop_session(session)
 
+    def _on_absent(self) -> None:
+        """Every worker says so; once is enough, and a backend may have come meanwhile."""
+        if self.session is None and not self._stopping and not self._is_absent_logged:
+            self._is_absent_logged = True
+            _log.error(
+                "%s: no backend for %g s: requests fail until one attaches",
+                self.config.name,
+                self.config.absent_timeout_s,
+            )
+
     def _on_news(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         if isinstance(news, messages.Cut):
             _log.error("%s queue %d: backend cut off: %s", self.config.name, worker.queue, news.reason)
@@ -508,6 +520,8 @@ class Device:
                 worker.queue,
                 self.config.io_timeout_s,
             )
+        elif isinstance(news, messages.Absent):
+            self._on_absent()
 
     async def _watch(self, team: Team) -> None:
         """A worker's end is the whole device's: the driver gives up all of its queues."""

@@ -54,6 +54,8 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         pool = 67108864
         io_timeout = 5
         on_timeout = "fail"
+        absent_timeout = 2.5
+        on_absent = "fail"
         [device.backend]
         kind = "file"
         path = "vol0.img"
@@ -74,6 +76,8 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         pool_bytes=64 << 20,
         io_timeout_s=5.0,
         on_timeout="fail",
+        absent_timeout_s=2.5,
+        on_absent="fail",
         backend=BackendConfig(
             kind="file", options={"path": "vol0.img", "direct": "true", "cache": "8"}, cwd=str(tmp_path)
         ),
