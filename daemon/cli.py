@@ -17,7 +17,7 @@ from ublkpool import __version__
 
 if TYPE_CHECKING:
     from ublkpool.daemon.admin_client import AdminClient
-    from ublkpool.daemon.config import DeviceConfig, OnStop, Problem, ServeConfig
+    from ublkpool.daemon.config import DeviceConfig, LogFormat, OnStop, Problem, ServeConfig
     from ublkpool.daemon.status import DeviceStatus
 
 RUN_DIR_DEFAULT = Path("/run/ublkpool")
@@ -370,8 +370,15 @@ def stats(name: str | None, as_json: bool, run_dir: Path) -> None:
 @click.argument("kind", metavar="KIND|FILE.py")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--device", required=True, metavar="NAME", help="The device to attach to.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "human", "logfmt", "json"]),
+    default="auto",
+    metavar="auto|human|logfmt|json",
+    help="What it writes to stderr.  [default: auto]",
+)
 @_run_dir_option()
-def backend(kind: str, options: tuple[str, ...], device: str, run_dir: Path) -> int:
+def backend(kind: str, options: tuple[str, ...], device: str, log_format: "LogFormat", run_dir: Path) -> int:
     """Be the backend of a device, in this process, until the device is deleted or SIGTERM.
 
     KIND is a built-in backend, such as null, memory or file; FILE.py is one of your own.
@@ -384,7 +391,7 @@ def backend(kind: str, options: tuple[str, ...], device: str, run_dir: Path) -> 
     from ublkpool.bufpool.loader import run_backend
     from ublkpool.daemon import logs
 
-    logs.configure("info", "auto")
+    logs.configure("info", log_format)
     return run_backend(kind, pairs, device, run_dir)
 
 

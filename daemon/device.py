@@ -29,7 +29,7 @@ from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk, check_fits, disk_of
-from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
+from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.records import FIRST_EPOCH, Record, Records, build_id, end_left, is_alive
 from ublkpool.daemon.recovery import Strikes, next_epoch, recover, retire
@@ -186,7 +186,7 @@ class Device:
 
     def _backend_failed(self, process: BackendProcess) -> DaemonError:
         # If the device could not start, its backend ended because of that, not the other way round.
-        reason = self.reason.removeprefix(f"{self.config.name}: ") or process.obituary()
+        reason = self.reason or process.obituary()
         error = DaemonError(f"{self.config.name}: {reason}")
         if process.child.exit_status == STATUS_USAGE:
             error.status = STATUS_USAGE
@@ -221,7 +221,7 @@ class Device:
 
     def _refuse_second(self) -> None:
         if self._stopping or self.state == "failed":
-            raise AttachRefused(f"device {self.config.name} {self.reason or 'is being deleted'}")
+            raise AttachRefused(f"device {self.config.name}: {self.reason or 'it is being deleted'}")
         if self.session is not None and not self.session.is_gone:
             who = f"{self.session.attach.kind}, process {self.session.pid}"
             raise AttachRefused(f"device {self.config.name} has a backend already ({who})")
@@ -541,7 +541,7 @@ class Device:
 
     async def _recover_while_worth_it(self, reason: str) -> None:
         while not self._strikes.died():
-            _log.error("%s: %s; recovering", self.config.name, reason)
+            _log.error("%s: %s; recovering", self.config.name, without_name(self.config.name, reason))
             self._set_state("recovering")
             try:
                 await self._recover()
@@ -597,6 +597,7 @@ class Device:
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
+        reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self.reason = reason
         self._set_state("failed")
@@ -607,6 +608,7 @@ class Device:
 
     async def _undo_start(self, reason: str) -> None:
         self._stopping = True
+        reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self.reason = reason
         await self._tear_down()
@@ -698,7 +700,8 @@ class Device:
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s: %s", self.config.name, one_line(error), exc_info=error)
+            reason = without_name(self.config.name, one_line(error))
+            _log.error("%s: %s", self.config.name, reason, exc_info=error)
 
 
 class _logged:
@@ -712,6 +715,6 @@ class _logged:
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> bool:
         if isinstance(error, DaemonError | PoolError):
-            _log.error("%s: %s", self._name, error)
+            _log.error("%s: %s", self._name, without_name(self._name, str(error)))
             return True
         return False

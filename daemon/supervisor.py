@@ -25,7 +25,7 @@ from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device, Surroundings
-from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.session import Session
@@ -139,7 +139,7 @@ class Supervisor:
             try:
                 await device.delete(force=True)
             except DaemonError as error:
-                _log.error("%s: %s", name, error)
+                _log.error("%s: %s", name, without_name(name, one_line(error)))
             self._devices.pop(name, None)
 
     def _device(self, name: str) -> Device:
@@ -308,7 +308,7 @@ async def _add_one(supervisor: Supervisor, device: DeviceConfig) -> None:
     try:
         await supervisor.add(device, _log.info)
     except Exception as error:
-        _log.error("device %s of the config: %s", device.name, one_line(error))
+        _log.error("device %s of the config: %s", device.name, without_name(device.name, one_line(error)))
 
 
 async def _first_of(*events: asyncio.Event) -> None:
