@@ -75,11 +75,13 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
     if config.recovery != "none":
         # Not asked for by anybody: an upgrade does without it where it is not offered.
         flags |= Feature.QUIESCE & Feature(offered)
+    if not config.partitions:
+        flags |= Feature.NO_AUTO_PART_SCAN
     missing = abi.feature_names(flags & ~offered)
     if missing:
         raise UnsupportedError(
             f"{config.name}: this kernel's ublk driver does not offer {', '.join(missing)}: "
-            f"choose another recovery or need_get_data, or a newer kernel (see ublkpool features)"
+            f"choose another recovery, need_get_data or partitions, or a newer kernel (see ublkpool features)"
         )
     return flags
 

@@ -197,6 +197,11 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     "or give the device up.  [default: reissue]",
 )
 @click.option("--read-only", is_flag=True, default=None, help="Refuse writes.")
+@click.option(
+    "--partitions/--no-partitions",
+    default=None,
+    help="Look for a partition table at the start, or only when asked (blockdev --rereadpt).  [default: look]",
+)
 @click.option("--pool", metavar="N", help="Bytes of the buffer pool; without, derived from queues and depth.")
 @click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"

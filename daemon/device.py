@@ -604,14 +604,14 @@ class Device:
         # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
         if self._team is not None:
             await self._team.kill()
-        await self._tear_down()
+        await self._tear_down(keep=True)
 
     async def _undo_start(self, reason: str) -> None:
         self._stopping = True
         reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self.reason = reason
-        await self._tear_down()
+        await self._tear_down(keep=True)
         self._stopping = False
         self._disk = None
         self._set_state("waiting" if self.config.backend is None else "failed")
@@ -620,8 +620,11 @@ class Device:
         """Whether a mount or something else holds the disk."""
         return self._kernel is not None and self.state == "live" and self._kernel.in_use()
 
-    async def delete(self, force: bool) -> None:
-        """Stop the device and leave nothing of it.  Raises `DaemonError` if it is in use and not forced."""
+    async def delete(self, force: bool, keep: bool = False) -> None:
+        """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
+
+        Raises `DaemonError` if it is in use and not forced.
+        """
         if not force and self.in_use():
             raise DaemonError(
                 f"{self.config.name}: its disk is in use (mounted?): unmount it, or use --force"
@@ -629,20 +632,21 @@ class Device:
         self._stopping = True
         self._set_state(self.state)
         async with self._changing:
-            await self._tear_down()
+            await self._tear_down(keep)
         # Its backend does this when it is told to go; there may have been none just now.
-        with suppress(OSError):
-            Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
+        if not keep:
+            with suppress(OSError):
+                Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
-    async def _tear_down(self) -> None:
+    async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
         team, kernel = self._team, self._kernel
         if team is not None and kernel is not None:
             await self._stop_kernel(team, kernel)
             await team.end(WORKER_PATIENCE_S)
-        await self._end_backend()
+        await self._end_backend(keep)
         if kernel is not None:
             with _logged(self.config.name):
                 await kernel.delete()
@@ -668,12 +672,12 @@ class Device:
         team.give_up()
         await team.lost()
 
-    async def _end_backend(self) -> None:
+    async def _end_backend(self, keep: bool) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
         if self.session is not None:
             session = self.session
-            await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S)
+            await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S, keep)
             if self._farewell is not None:
                 self._farewell.cancel()
             self._drop_session(session)

@@ -50,10 +50,14 @@ class Supervisor:
         self.leaves = False
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
-        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing."""
+        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing.
+
+        One that failed is made again, and its backend finds what its predecessor kept.
+        """
         if self.stopped.is_set():
             raise DaemonError("the daemon is stopping")
-        if cfg.name in self._devices:
+        failed = self._devices.get(cfg.name)
+        if failed is not None and failed.state != "failed":
             raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
         device = Device(cfg, self._around)
         self._devices[cfg.name] = device
@@ -63,8 +67,10 @@ class Supervisor:
             try:
                 await device.run_backend()
             except BaseException:
-                await device.delete(force=True)
+                await device.delete(force=True, keep=failed is not None)
                 self._devices.pop(cfg.name, None)
+                if failed is not None:
+                    self._devices[cfg.name] = failed
                 raise
         return device.status()
 

@@ -51,6 +51,7 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         placement = "backend"
         recovery = "fail"
         read_only = true
+        partitions = false
         pool = 67108864
         io_timeout = 5
         on_timeout = "fail"
@@ -73,6 +74,7 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         placement="backend",
         recovery="fail",
         read_only=True,
+        partitions=False,
         pool_bytes=64 << 20,
         io_timeout_s=5.0,
         on_timeout="fail",

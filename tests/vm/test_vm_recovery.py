@@ -33,6 +33,7 @@ from support.vm_recovery import (
 )
 from ublkpool.bufpool.wire import Op
 from ublkpool.daemon.device import IO_TIMEOUT_MS
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX
 from ublkpool.daemon.status import DeviceStatus
 from ublkpool.ublk import control
@@ -255,11 +256,21 @@ def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(dae
             load.goes_on()
 
 
-def test_without_recovery_a_device_fails_with_its_reason_and_goes(daemon: Daemon) -> None:
+def test_without_recovery_a_device_fails_with_its_reason_and_keeps_its_content_for_the_next(
+    daemon: Daemon,
+) -> None:
     status = daemon.add("mortal", "memory", {"size": "4M"}, recovery="none", queues=2)
+    assert status.path is not None
+    assert write_block(status.path, CHUNK, b"k" * CHUNK) == 0
     kill(status.workers[1].pid)
     eventually(lambda: daemon.status("mortal").state == "failed", "the device is failed")
     assert "its worker ended: killed by SIGKILL" in daemon.status("mortal").reason
+    with pytest.raises(DaemonError, match="no backend is called"):
+        daemon.add("mortal", "memroy", {"size": "4M"})
+    assert daemon.status("mortal").state == "failed"
+    again = daemon.add("mortal", "memory", {"size": "4M"})
+    assert again.path is not None and again.state == "live"
+    assert read_block(again.path, CHUNK, CHUNK) == b"k" * CHUNK
     daemon.delete("mortal")
 
 
