@@ -30,7 +30,7 @@ def relevant(records: Iterable[bytes]) -> list[str]:
 
 def _line(record: bytes) -> str:
     head, _, text = record.decode(errors="replace").partition(";")
-    time_us = (head.split(",") + ["", "", ""])[2]
+    time_us = [*head.split(","), "", "", ""][2]
     seconds = int(time_us) / 1e6 if time_us.isdigit() else 0.0
     # What follows the first line is the device that it is about, as a dictionary.
     return f"[{seconds:.3f}] {text.partition(chr(10))[0]}"

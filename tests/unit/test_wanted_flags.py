@@ -18,5 +18,5 @@ def test_the_partition_scan_is_left_out_only_if_that_was_asked() -> None:
 
 def test_an_older_kernel_is_named_with_what_it_lacks_and_the_way_out() -> None:
     wanted_flags(DeviceConfig(name="a"), LINUX_6_12)
-    with pytest.raises(UnsupportedError, match="a: .*does not offer NO_AUTO_PART_SCAN: .*partitions"):
+    with pytest.raises(UnsupportedError, match=r"a: .*does not offer NO_AUTO_PART_SCAN: .*partitions"):
         wanted_flags(DeviceConfig(name="a", partitions=False), LINUX_6_12)
