@@ -28,6 +28,8 @@ from ublkpool.daemon.device import Device, Surroundings
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.mounts import leave_mounts
+from ublkpool.daemon.records import Records
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.takeover import TakeOver
@@ -207,6 +209,9 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     ending.callback(_remove_run_dir, run_dir, made)
     ending.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    records = Records(run_dir / "devices").load()
+    # Before anything is started, which would keep them as well.
+    leave_mounts([each.device_number for each in records if each.device_number is not None])
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
@@ -214,7 +219,7 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
     around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder)
     configured = {device.name for device in config.devices}
-    left = TakeOver(around, around.records.load(), held, configured)
+    left = TakeOver(around, records, held, configured)
     await left.clear()
     ending.push_async_callback(broker.stop)
     supervisor = Supervisor(around)

@@ -407,6 +407,11 @@ def private_mounts() -> None:
     _check(_lib.uq_private_mounts(), "unshare the mount namespace")
 
 
+def leave_mount(path: str) -> None:
+    """Unmount what is mounted there in this process's mount namespace, at once or when the last file is closed."""
+    _check(_lib.uq_leave_mount(os.fsencode(path)), f"umount {path}")
+
+
 def close_all_but(keep: Sequence[int]) -> None:
     """Close every descriptor of this process but these."""
     numbers = sorted(set(keep))

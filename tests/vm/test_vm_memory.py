@@ -21,6 +21,8 @@ from support.vm_recovery import loaded, wait_for_backend, wait_for_epoch
 MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
 """What the group may use above what it has."""
+ROOM_OF_THE_NEXT_BYTES = 128 * MIB
+"""What the next backend needs, as soon as the eater of memory has gone."""
 WRITTEN_BYTES = 40 * MIB
 CHUNK = 65536
 OOM_FIRST = 1000
@@ -101,10 +103,11 @@ def _eat_until_somebody_dies(group: MemoryGroup, killed: int) -> int:
     """Take memory, page by page, until the kernel has killed one more of the group for it; it is never us."""
     Path("/proc/self/oom_score_adj").write_text("-1000")
     group.enter()
-    meal = mmap.mmap(-1, 1 << 30)
+    meal = mmap.mmap(-1, 2 * ROOM_OF_THE_NEXT_BYTES)
     for page in range(0, len(meal), mmap.PAGESIZE):
         meal[page] = 1
-        if page % MIB == 0 and group.events()["oom_kill"] > killed:
+        # After each page, when it becomes tight: forked processes share most of what they have, and leave little.
+        if page >= ROOM_OF_THE_NEXT_BYTES - 16 * MIB and group.events()["oom_kill"] > killed:
             return 0
     return 1
 
@@ -113,7 +116,7 @@ def _run_out_of_memory(group: MemoryGroup, victim: int) -> None:
     """Have the kernel kill this process of the group for want of memory."""
     Path(f"/proc/{victim}/oom_score_adj").write_text(str(OOM_FIRST))
     killed = group.events()["oom_kill"]
-    group.set("max", group.used_bytes + ROOM_BYTES)
+    group.set("max", group.used_bytes + ROOM_OF_THE_NEXT_BYTES)
     eater = Forked(partial(_eat_until_somebody_dies, group, killed))
     assert eater.wait() == 0
     group.set("max", "max")
