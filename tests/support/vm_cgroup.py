@@ -54,9 +54,9 @@ class MemoryGroup:
     def processes(self) -> list[int]:
         return [int(each) for each in (self._path / "cgroup.procs").read_text().split()]
 
-    def enter(self) -> None:
-        """This process goes in."""
-        (self._path / "cgroup.procs").write_text(str(os.getpid()))
+    def enter(self, pid: int | None = None) -> None:
+        """This process, or another, goes in."""
+        (self._path / "cgroup.procs").write_text(str(pid or os.getpid()))
 
     @contextmanager
     def entered(self) -> Iterator[None]:

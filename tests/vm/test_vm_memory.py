@@ -6,7 +6,7 @@ The whole daemon lives in a memory cgroup whose limit the tests pull tight.
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +21,8 @@ from support.vm_recovery import loaded, wait_for_backend, wait_for_epoch
 MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
 """What the group may use above what it has."""
-ROOM_OF_THE_NEXT_BYTES = 128 * MIB
-"""What the next backend needs, as soon as the eater of memory has gone."""
 WRITTEN_BYTES = 40 * MIB
 CHUNK = 65536
-OOM_FIRST = 1000
 
 
 @pytest.fixture(scope="module")
@@ -99,40 +96,51 @@ def test_a_writer_that_fills_the_daemons_own_group_with_dirty_pages_of_its_disk_
     squeezed.delete("tight")
 
 
-def _eat_until_somebody_dies(group: MemoryGroup, killed: int) -> int:
-    """Take memory, page by page, until the kernel has killed one more of the group for it; it is never us."""
+def _eat(group: MemoryGroup) -> int:
+    """Take more memory than the group may have.  The kernel spares us, and keeps us waiting when nobody else is left."""
     Path("/proc/self/oom_score_adj").write_text("-1000")
     group.enter()
-    meal = mmap.mmap(-1, 2 * ROOM_OF_THE_NEXT_BYTES)
+    meal = mmap.mmap(-1, 2 * ROOM_BYTES)
     for page in range(0, len(meal), mmap.PAGESIZE):
         meal[page] = 1
-        # After each page, when it becomes tight: forked processes share most of what they have, and leave little.
-        if page >= ROOM_OF_THE_NEXT_BYTES - 16 * MIB and group.events()["oom_kill"] > killed:
-            return 0
-    return 1
+    return 0
 
 
-def _run_out_of_memory(group: MemoryGroup, victim: int) -> None:
-    """Have the kernel kill this process of the group for want of memory."""
-    Path(f"/proc/{victim}/oom_score_adj").write_text(str(OOM_FIRST))
+def _let_somebody_die(group: MemoryGroup, dies: Callable[[], bool]) -> None:
+    """Fill the group until the kernel has killed whoever must die."""
     killed = group.events()["oom_kill"]
-    group.set("max", group.used_bytes + ROOM_OF_THE_NEXT_BYTES)
-    eater = Forked(partial(_eat_until_somebody_dies, group, killed))
-    assert eater.wait() == 0
-    group.set("max", "max")
+    eater = Forked(partial(_eat, group))
+    try:
+        eventually(
+            lambda: group.events()["oom_kill"] > killed and dies(), "the kernel kills for want of memory"
+        )
+    finally:
+        eater.kill()
 
 
-def test_a_worker_and_a_backend_that_are_killed_for_want_of_memory_come_back(
-    squeezed: Daemon, group: MemoryGroup
-) -> None:
+def _run_out_of_memory(victim: int) -> None:
+    """Have the kernel kill this process for want of memory, in a group of its own.
+
+    Where many share the group it would take one after another: locked memory comes back only when they have ended.
+    """
+    group = MemoryGroup("ublkpool-victim")
+    try:
+        group.enter(victim)
+        group.set("max", ROOM_BYTES)
+        _let_somebody_die(group, lambda: victim not in group.processes())
+    finally:
+        group.close()
+
+
+def test_a_worker_and_a_backend_that_are_killed_for_want_of_memory_come_back(squeezed: Daemon) -> None:
     status = squeezed.add("oom", "memory", {"size": "32M"}, queues=2)
     with loaded(squeezed, [status]) as (load,):
-        _run_out_of_memory(group, status.workers[0].pid)
+        _run_out_of_memory(status.workers[0].pid)
         assert wait_for_epoch(squeezed, "oom", 2).epoch == 2
         load.goes_on()
         backend = squeezed.status("oom").backend.pid
         assert backend is not None
-        _run_out_of_memory(group, backend)
+        _run_out_of_memory(backend)
         wait_for_backend(squeezed, "oom", backend)
         load.goes_on()
 
@@ -146,9 +154,10 @@ def test_a_group_that_is_killed_as_a_whole_for_want_of_memory_is_taken_over_by_t
         victims = set(group.processes())
         assert victims >= {squeezed.pid, squeezed.broker_pid, *(each.pid for each in status.workers)}
         group.set("oom.group", 1)
-        _run_out_of_memory(group, squeezed.pid)
-        eventually(lambda: not victims & set(group.processes()), "everybody of the group is dead")
+        group.set("max", group.used_bytes + ROOM_BYTES)
+        _let_somebody_die(group, lambda: not victims & set(group.processes()))
         group.set("oom.group", 0)
+        group.set("max", "max")
         squeezed.crash()
         squeezed.start()
         assert (squeezed.status("whole").state, squeezed.status("whole").epoch) == ("live", 2)
