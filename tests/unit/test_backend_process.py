@@ -122,7 +122,8 @@ async def test_only_an_error_that_nothing_followed_explains_an_end(
 
 @in_a_loop
 async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Path) -> None:
-    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path)
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
     assert await process.child.wait() == 2
     said = "backend nosuch ended: exit status 2: no backend is called 'nosuch'"
     assert process.obituary().startswith(said)
@@ -130,7 +131,8 @@ async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Pa
 
 @in_a_loop
 async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) -> None:
-    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path)
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
     process.child.send(signal.SIGKILL)
     await process.child.wait()
     assert process.obituary() == "backend nosuch ended: killed by SIGKILL"

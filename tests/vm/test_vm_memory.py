@@ -97,7 +97,7 @@ def test_a_writer_that_fills_the_daemons_own_group_with_dirty_pages_of_its_disk_
 
 
 def _eat(group: MemoryGroup) -> int:
-    """Take more memory than the group may have.  The kernel spares us, and keeps us waiting when nobody else is left."""
+    """Take more memory than the group may have.  The kernel spares us, and lets us wait when nobody else is left."""
     Path("/proc/self/oom_score_adj").write_text("-1000")
     group.enter()
     meal = mmap.mmap(-1, 2 * ROOM_BYTES)
