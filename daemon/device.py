@@ -620,6 +620,11 @@ class Device:
         """Whether a mount or something else holds the disk."""
         return self._kernel is not None and self.state == "live" and self._kernel.in_use()
 
+    async def settled(self) -> None:
+        """Wait until nobody is changing it: one that failed has gone then, but for its place in the list."""
+        async with self._changing:
+            pass
+
     async def delete(self, force: bool, keep: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
 

@@ -63,6 +63,8 @@ class Supervisor:
             raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
         device = Device(cfg, self._around)
         self._devices[cfg.name] = device
+        if failed is not None:
+            await failed.settled()
         device.save()
         if cfg.backend is not None:
             progress(f"{cfg.name}: starting backend {cfg.backend.kind}")
