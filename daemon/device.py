@@ -337,7 +337,8 @@ class Device:
         if self._stopping or self.state != "waiting":
             return
         if self.config.recovery != "none":
-            kernel.set_io_timeout(IO_TIMEOUT_MS)
+            # Not waited for: it waits for requests, and these may need us.
+            self._spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
         self._now_live(team)
         _log.info("%s: live as %s", self.config.name, kernel.node)
 
@@ -358,7 +359,7 @@ class Device:
             self.session = heir.session()
             await self._settle_backend(team, record)
             self._spawn(self._watch(team))
-            heir.kernel.set_io_timeout(IO_TIMEOUT_MS)
+            self._spawn(heir.kernel.set_io_timeout(IO_TIMEOUT_MS))
             self._strikes.live()
             self._set_state("live")
             self._hold_workers(team)
@@ -619,11 +620,6 @@ class Device:
     def in_use(self) -> bool:
         """Whether a mount or something else holds the disk."""
         return self._kernel is not None and self.state == "live" and self._kernel.in_use()
-
-    async def settled(self) -> None:
-        """Wait until nobody is changing it: one that failed has gone then, but for its place in the list."""
-        async with self._changing:
-            pass
 
     async def delete(self, force: bool, keep: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.

@@ -70,7 +70,7 @@ def test_a_worker_that_dies_with_every_tag_in_its_hands_is_missed_within_seconds
     status = daemon.add("full", "memory", {"size": "4M"}, depth=DEPTH)
     assert status.path is not None and status.backend.pid is not None
     timeout = Path("/sys/block") / Path(status.path).name / "queue/io_timeout"
-    assert int(timeout.read_text()) == IO_TIMEOUT_MS
+    eventually(lambda: int(timeout.read_text()) == IO_TIMEOUT_MS, "the timer is set")
     data = [os.urandom(CHUNK) for _ in range(DEPTH + 2)]
     with daemon.stopped(status.backend.pid):
         path = status.path
