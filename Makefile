@@ -11,6 +11,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 KERNELS ?= 6.12 7.3
 VM_TIMEOUT_S ?= 2400
 DEMO_TIMEOUT_S ?= 600
+DURATION ?= 300
+# What `make soak` sets in the tests' environment.
+SOAK ?=
+VM_TESTS ?= tests/vm
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
 PYTEST_ARGS ?=
 NATIVE_SOURCES := $(wildcard */csrc/*.c */csrc/*.h */_*_build.py)
@@ -22,7 +26,7 @@ AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYT
 GUEST = $(AS_ROOT) $(PY) -m support.guest
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit test-vm demo clean
+.PHONY: help setup host compiled guest lint format test test-unit test-vm soak demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -74,15 +78,19 @@ test-unit: setup ## unit and sim tests, no driver and no root needed
 test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \
 	    echo "test: vm, on this machine ($$(uname -r))"; \
-	    $(PY) -m pytest tests/vm $(PYTEST_ARGS); \
+	    env $(SOAK) $(PY) -m pytest $(VM_TESTS) $(PYTEST_ARGS); \
 	else \
 	    $(PY) -m support.guest fetch; \
 	    for kernel in $(KERNELS); do \
 	        echo "test: vm, in a guest with Linux $$kernel"; \
 	        $(GUEST) run --kernel $$kernel --timeout $(VM_TIMEOUT_S) -- \
-	            $(PY) -m pytest -p no:cacheprovider tests/vm $(PYTEST_ARGS); \
+	            env $(SOAK) $(PY) -m pytest -p no:cacheprovider $(VM_TESTS) $(PYTEST_ARGS); \
 	    done; \
 	fi
+
+soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS
+	@$(MAKE) test-vm VM_TESTS=tests/vm/test_vm_soak.py VM_TIMEOUT_S=$$(( 2 * $(DURATION) + 900 )) \
+	    SOAK="UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
 
 demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \

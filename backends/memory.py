@@ -5,7 +5,7 @@ copied into it; with placement `backend` a write's place is its own block, so th
 reads are answered by naming the block.  No byte is lent twice at once: who overlaps waits.
 
 So that an answered write survives this process, a keeper (`bufpool/keeper.py`) holds the memfd too, and the next
-backend of the device adopts it.  Only the daemon's Detach ends the keeper and the content; `keep=off` does without.
+backend of the device adopts it.  Only the device's deletion ends the keeper and the content; `keep=off` does without.
 """
 
 from bisect import bisect_left, insort

@@ -219,7 +219,7 @@ class Loop:
         if isinstance(message, wire.Live):
             log.info("%s is live at %s", self.device.name, message.path)
         elif isinstance(message, wire.Detach):
-            self._detached = True
+            self._detached = not message.keep
             self.stop(f"the daemon's detach: {message.reason}")
         elif message is None:
             self._attachment.forget_connection()

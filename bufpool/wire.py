@@ -265,6 +265,8 @@ class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_onl
     """The daemon no longer wants this backend: finish what is running, close, exit."""
 
     reason: str
+    keep: bool = False
+    """The device failed and may be made again: what the backend keeps for a successor stays."""
 
 
 DaemonMessage = Attached | Described | Refused | Live | Detach

@@ -1,6 +1,6 @@
 """Backends that the daemon runs itself: start, listen to what they say, start again when they die.
 
-Owns the child and its stderr.  The child is an ordinary `ublkpool backend`: it attaches like any other.
+Owns the child.  It is an ordinary `ublkpool backend`: it attaches like any other.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ublkpool.daemon.backend_log import BackendLog
+from ublkpool.daemon.backoff import Backoff
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.config import BackendConfig
 
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 5.0
-_STEADY_S = 10.0
 _log = logging.getLogger("ublkpool.backend")
 
 
@@ -31,8 +32,7 @@ class BackendProcess:
         self._config = config
         self._run_dir = run_dir
         self._hold = hold
-        self._loop = asyncio.get_running_loop()
-        self.last_words = ""
+        self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
     def start(self) -> None:
         """Start it.  Raises `OSError`."""
@@ -51,7 +51,7 @@ class BackendProcess:
         reader, writer = os.pipe()
         options = [f"{key}={value}" for key, value in self._config.options.items()]
         command = [
-            *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind),
+            *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind, "--log-format", "json"),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         try:
@@ -74,43 +74,22 @@ class BackendProcess:
         return Child(process.pid, self._title)
 
     def _listen(self, reader: int) -> None:
-        os.set_blocking(reader, False)
-        self._stderr: int | None = reader
         self._hold(reader)
-        self._loop.add_reader(reader, self._hear, reader)
+        self._words = BackendLog(self._device, reader)
+        self._backoff.started()
 
     def obituary(self) -> str:
-        """How it ended, in its own last words if it had any."""
-        if self._stderr is not None:
-            self._hear(self._stderr)
+        """How it ended, and why if that was the last that it said."""
+        self._words.hear()
         how = describe_exit(self.child.exit_status or 0)
-        words = self.last_words.removeprefix("ublkpool: ")
-        return f"backend {self._config.kind}: {words or how}"
+        why = f": {self._words.last_error}" if self._words.last_error else ""
+        return f"backend {self._config.kind} ended: {how}{why}"
 
     async def keep_running(self) -> None:
         """Start it again whenever it ends, less and less often while it does not last; until cancelled."""
-        delay_s = RESTART_MIN_S
         while True:
-            started_s = self._loop.time()
             await self.child.wait()
-            if self._loop.time() - started_s > _STEADY_S:
-                delay_s = RESTART_MIN_S
+            delay_s = self._backoff.ended()
             _log.warning("%s: %s; starting it again in %.1f s", self._device, self.obituary(), delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, RESTART_MAX_S)
             self.child = self._start()
-
-    def _hear(self, reader: int) -> None:
-        try:
-            text = os.read(reader, 65536)
-        except BlockingIOError:
-            return
-        if not text:
-            self._loop.remove_reader(reader)
-            os.close(reader)
-            if self._stderr == reader:
-                self._stderr = None
-            return
-        for line in text.decode(errors="replace").splitlines():
-            self.last_words = line.strip() or self.last_words
-            _log.info("%s: %s", self._device, line)

@@ -27,6 +27,7 @@ from ublkpool.ublk.errors import UblkError, UnsupportedError
 
 NODE_DEADLINE_S = 30.0
 DELETE_PATIENCE_S = 5.0
+IO_TIMEOUT_DEADLINE_S = 600.0
 _POLL_S = 0.02
 _RECOVERY_FLAGS = {
     "none": Feature(0),
@@ -75,11 +76,13 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
     if config.recovery != "none":
         # Not asked for by anybody: an upgrade does without it where it is not offered.
         flags |= Feature.QUIESCE & Feature(offered)
+    if not config.partitions:
+        flags |= Feature.NO_AUTO_PART_SCAN
     missing = abi.feature_names(flags & ~offered)
     if missing:
         raise UnsupportedError(
             f"{config.name}: this kernel's ublk driver does not offer {', '.join(missing)}: "
-            f"choose another recovery or need_get_data, or a newer kernel (see ublkpool features)"
+            f"choose another recovery, need_get_data or partitions, or a newer kernel (see ublkpool features)"
         )
     return flags
 
@@ -123,6 +126,11 @@ def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> No
             f"{config.name}: asked for depth {config.depth} and {config.max_io_bytes} bytes a request, "
             f"the driver gives {info.depth} and {info.max_io_bytes}"
         )
+
+
+def _write(setting: Path, value: str) -> None:
+    """Runs in the disposable process."""
+    setting.write_text(value)
 
 
 def _delete(number: int) -> bool:
@@ -223,13 +231,23 @@ class BlockDevice:
             return error.errno == errno.EBUSY
         return False
 
-    def set_io_timeout(self, timeout_ms: int) -> None:
+    async def set_io_timeout(self, timeout_ms: int) -> None:
         """How soon the driver looks whether a request's worker still lives; 30 s is the block layer's default.
 
         A worker that dies while it holds every tag is noticed by nothing else; on a living one the timer only restarts.
         """
+        setting, wanted = self._io_timeout_file, str(timeout_ms)
+        # The kernel waits for every request before it changes the setting, even to the same.
         with suppress(OSError):
-            Path(f"/sys/block/{self.node.name}/queue/io_timeout").write_text(str(timeout_ms))
+            if setting.read_text().strip() == wanted:
+                return
+        await self._runner.run_beside(
+            f"{self._name}: io_timeout", lambda: _write(setting, wanted), type(None), IO_TIMEOUT_DEADLINE_S
+        )
+
+    @property
+    def _io_timeout_file(self) -> Path:
+        return Path(f"/sys/block/{self.node.name}/queue/io_timeout")
 
     async def quiesce(self, deadline_s: float) -> bool:
         """QUIESCE_DEV: new requests wait, and workers end once they have answered theirs; False where there is none.

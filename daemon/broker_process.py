@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import broker
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon.backoff import Backoff
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.readable import readable
@@ -38,6 +39,7 @@ class BrokerProcess:
         self._holder = holder
         self._turn = asyncio.Lock()
         self._stopping = False
+        self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
     def start(self) -> None:
         """Fork it; it listens soon after."""
@@ -91,10 +93,10 @@ class BrokerProcess:
     def _use(self, sock: socket.socket) -> None:
         self._holder.hold(HELD, sock.fileno())
         self.generation += 1
+        self._backoff.started()
 
     async def keep_running(self, restarted: Callable[[], Awaitable[None]]) -> None:
         """Start it again whenever it dies, and have `restarted` tell it the devices; until it is stopped."""
-        delay_s = RESTART_MIN_S
         telling: set[asyncio.Future[None]] = set()
         while True:
             status = await self.child.wait()
@@ -103,9 +105,8 @@ class BrokerProcess:
             _log.error("the pool broker ended: %s; starting it again", describe_exit(status))
             async with self._turn:
                 self._socket.close()
-                await asyncio.sleep(delay_s)
+                await asyncio.sleep(self._backoff.ended())
                 self._start()
-            delay_s = min(2 * delay_s, RESTART_MAX_S)
             # Not awaited: a device may have it wait, and this broker may die meanwhile.
             told = asyncio.ensure_future(restarted())
             telling.add(told)

@@ -17,7 +17,7 @@ from ublkpool import __version__
 
 if TYPE_CHECKING:
     from ublkpool.daemon.admin_client import AdminClient
-    from ublkpool.daemon.config import DeviceConfig, OnStop, Problem, ServeConfig
+    from ublkpool.daemon.config import DeviceConfig, LogFormat, OnStop, Problem, ServeConfig
     from ublkpool.daemon.status import DeviceStatus
 
 RUN_DIR_DEFAULT = Path("/run/ublkpool")
@@ -197,11 +197,27 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     "or give the device up.  [default: reissue]",
 )
 @click.option("--read-only", is_flag=True, default=None, help="Refuse writes.")
+@click.option(
+    "--partitions/--no-partitions",
+    default=None,
+    help="Look for a partition table at the start, or only when asked (blockdev --rereadpt).  [default: look]",
+)
 @click.option("--pool", metavar="N", help="Bytes of the buffer pool; without, derived from queues and depth.")
 @click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"
 )
 @click.option("--on-timeout", metavar="wait|fail", help="What then: keep waiting, or fail.  [default: wait]")
+@click.option(
+    "--on-absent",
+    metavar="wait|fail",
+    help="Without a backend: requests wait for the next, or fail after --absent-timeout.  [default: wait]",
+)
+@click.option(
+    "--absent-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="How long they wait for one, with --on-absent fail.  [default: 60]",
+)
 @click.option(
     "--backend", metavar="KIND|FILE.py", help="Run this backend, with KEY=VALUE options, as a child."
 )
@@ -359,8 +375,15 @@ def stats(name: str | None, as_json: bool, run_dir: Path) -> None:
 @click.argument("kind", metavar="KIND|FILE.py")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--device", required=True, metavar="NAME", help="The device to attach to.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["auto", "human", "logfmt", "json"]),
+    default="auto",
+    metavar="auto|human|logfmt|json",
+    help="What it writes to stderr.  [default: auto]",
+)
 @_run_dir_option()
-def backend(kind: str, options: tuple[str, ...], device: str, run_dir: Path) -> int:
+def backend(kind: str, options: tuple[str, ...], device: str, log_format: "LogFormat", run_dir: Path) -> int:
     """Be the backend of a device, in this process, until the device is deleted or SIGTERM.
 
     KIND is a built-in backend, such as null, memory or file; FILE.py is one of your own.
@@ -373,7 +396,7 @@ def backend(kind: str, options: tuple[str, ...], device: str, run_dir: Path) -> 
     from ublkpool.bufpool.loader import run_backend
     from ublkpool.daemon import logs
 
-    logs.configure("info", "auto")
+    logs.configure("info", log_format)
     return run_backend(kind, pairs, device, run_dir)
 
 

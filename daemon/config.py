@@ -41,6 +41,7 @@ Placement = Literal["pool", "backend"]
 Recovery = Literal["reissue", "abort", "fail", "none"]
 OnTimeout = Literal["wait", "fail"]
 OnStop = Literal["delete", "leave"]
+OnAbsent = Literal["wait", "fail"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "human", "logfmt", "json"]
 
@@ -77,9 +78,12 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     placement: Placement = "pool"
     recovery: Recovery = "reissue"
     read_only: bool = False
+    partitions: bool = True
     pool_bytes: PoolBytes | None = None
     io_timeout_s: Seconds = 30.0
     on_timeout: OnTimeout = "wait"
+    absent_timeout_s: Seconds = 60.0
+    on_absent: OnAbsent = "wait"
     backend: BackendConfig | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +131,7 @@ USER_KEYS = {
     "max_io_bytes": "max_io",
     "pool_bytes": "pool",
     "io_timeout_s": "io_timeout",
+    "absent_timeout_s": "absent_timeout",
 }
 """Users write these keys without their unit: `size = "1G"`."""
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ublkpool.daemon import kernel_log
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk import queue
@@ -70,8 +71,7 @@ class ControlRunner:
             stack = _kernel_stack(child.pid)
             child.send(signal.SIGKILL)
             raise ControlFailed(
-                f"{what} has hung for {deadline_s:.0f} s{stack}; look for ublk and 'blocked for more than' in dmesg",
-                0,
+                f"{what} has hung for {deadline_s:.0f} s{stack}; {_kernel_says()}", 0
             ) from None
         except asyncio.CancelledError:
             # Whoever gave up must know that the kernel will not carry it out later.
@@ -113,6 +113,11 @@ def _decode(what: str, raw: bytes, result: type[T]) -> T:
     if answer.error:
         raise ControlFailed(answer.error, answer.errno)
     return msgspec.json.decode(answer.value, type=result)
+
+
+def _kernel_says() -> str:
+    said = kernel_log.last_words()
+    return f"the kernel log says: {' | '.join(said)}" if said else "the kernel log (dmesg) says nothing of it"
 
 
 def _kernel_stack(pid: int) -> str:

@@ -29,7 +29,7 @@ from ublkpool.daemon.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk, check_fits, disk_of
-from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line
+from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.records import FIRST_EPOCH, Record, Records, build_id, end_left, is_alive
 from ublkpool.daemon.recovery import Strikes, next_epoch, recover, retire
@@ -98,6 +98,7 @@ class Device:
         self._keeper: asyncio.Task[None] | None = None
         self._farewell: asyncio.Task[None] | None = None
         self._stopping = False
+        self._is_absent_logged = False
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -185,7 +186,7 @@ class Device:
 
     def _backend_failed(self, process: BackendProcess) -> DaemonError:
         # If the device could not start, its backend ended because of that, not the other way round.
-        reason = self.reason.removeprefix(f"{self.config.name}: ") or process.obituary()
+        reason = self.reason or process.obituary()
         error = DaemonError(f"{self.config.name}: {reason}")
         if process.child.exit_status == STATUS_USAGE:
             error.status = STATUS_USAGE
@@ -220,7 +221,7 @@ class Device:
 
     def _refuse_second(self) -> None:
         if self._stopping or self.state == "failed":
-            raise AttachRefused(f"device {self.config.name} {self.reason or 'is being deleted'}")
+            raise AttachRefused(f"device {self.config.name}: {self.reason or 'it is being deleted'}")
         if self.session is not None and not self.session.is_gone:
             who = f"{self.session.attach.kind}, process {self.session.pid}"
             raise AttachRefused(f"device {self.config.name} has a backend already ({who})")
@@ -314,6 +315,7 @@ class Device:
         await team.expect(session, fence=False)
         self.session = session
         self._entrust(session, team)
+        self._is_absent_logged = False
         self.save()
         self._farewell = self._spawn(self._until_gone(session))
         session.say(team.attached(session), [team.plan.arena.data_fd])
@@ -335,7 +337,8 @@ class Device:
         if self._stopping or self.state != "waiting":
             return
         if self.config.recovery != "none":
-            kernel.set_io_timeout(IO_TIMEOUT_MS)
+            # Not waited for: it waits for requests, and these may need us.
+            self._spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
         self._now_live(team)
         _log.info("%s: live as %s", self.config.name, kernel.node)
 
@@ -356,7 +359,7 @@ class Device:
             self.session = heir.session()
             await self._settle_backend(team, record)
             self._spawn(self._watch(team))
-            heir.kernel.set_io_timeout(IO_TIMEOUT_MS)
+            self._spawn(heir.kernel.set_io_timeout(IO_TIMEOUT_MS))
             self._strikes.live()
             self._set_state("live")
             self._hold_workers(team)
@@ -493,6 +496,16 @@ class Device:
                 await self._team.lost()
             self._drop_session(session)
 
+    def _on_absent(self) -> None:
+        """Every worker says so; once is enough, and a backend may have come meanwhile."""
+        if self.session is None and not self._stopping and not self._is_absent_logged:
+            self._is_absent_logged = True
+            _log.error(
+                "%s: no backend for %g s: requests fail until one attaches",
+                self.config.name,
+                self.config.absent_timeout_s,
+            )
+
     def _on_news(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         if isinstance(news, messages.Cut):
             _log.error("%s queue %d: backend cut off: %s", self.config.name, worker.queue, news.reason)
@@ -508,6 +521,8 @@ class Device:
                 worker.queue,
                 self.config.io_timeout_s,
             )
+        elif isinstance(news, messages.Absent):
+            self._on_absent()
 
     async def _watch(self, team: Team) -> None:
         """A worker's end is the whole device's: the driver gives up all of its queues."""
@@ -527,7 +542,7 @@ class Device:
 
     async def _recover_while_worth_it(self, reason: str) -> None:
         while not self._strikes.died():
-            _log.error("%s: %s; recovering", self.config.name, reason)
+            _log.error("%s: %s; recovering", self.config.name, without_name(self.config.name, reason))
             self._set_state("recovering")
             try:
                 await self._recover()
@@ -583,19 +598,21 @@ class Device:
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
+        reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self.reason = reason
         self._set_state("failed")
         # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
         if self._team is not None:
             await self._team.kill()
-        await self._tear_down()
+        await self._tear_down(keep=True)
 
     async def _undo_start(self, reason: str) -> None:
         self._stopping = True
+        reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self.reason = reason
-        await self._tear_down()
+        await self._tear_down(keep=True)
         self._stopping = False
         self._disk = None
         self._set_state("waiting" if self.config.backend is None else "failed")
@@ -604,8 +621,11 @@ class Device:
         """Whether a mount or something else holds the disk."""
         return self._kernel is not None and self.state == "live" and self._kernel.in_use()
 
-    async def delete(self, force: bool) -> None:
-        """Stop the device and leave nothing of it.  Raises `DaemonError` if it is in use and not forced."""
+    async def delete(self, force: bool, keep: bool = False) -> None:
+        """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
+
+        Raises `DaemonError` if it is in use and not forced.
+        """
         if not force and self.in_use():
             raise DaemonError(
                 f"{self.config.name}: its disk is in use (mounted?): unmount it, or use --force"
@@ -613,20 +633,21 @@ class Device:
         self._stopping = True
         self._set_state(self.state)
         async with self._changing:
-            await self._tear_down()
+            await self._tear_down(keep)
         # Its backend does this when it is told to go; there may have been none just now.
-        with suppress(OSError):
-            Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
+        if not keep:
+            with suppress(OSError):
+                Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
-    async def _tear_down(self) -> None:
+    async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
         team, kernel = self._team, self._kernel
         if team is not None and kernel is not None:
             await self._stop_kernel(team, kernel)
             await team.end(WORKER_PATIENCE_S)
-        await self._end_backend()
+        await self._end_backend(keep)
         if kernel is not None:
             with _logged(self.config.name):
                 await kernel.delete()
@@ -652,12 +673,12 @@ class Device:
         team.give_up()
         await team.lost()
 
-    async def _end_backend(self) -> None:
+    async def _end_backend(self, keep: bool) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
         if self.session is not None:
             session = self.session
-            await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S)
+            await session.detach(self.reason or "the device is being deleted", BACKEND_PATIENCE_S, keep)
             if self._farewell is not None:
                 self._farewell.cancel()
             self._drop_session(session)
@@ -684,7 +705,8 @@ class Device:
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s: %s", self.config.name, one_line(error), exc_info=error)
+            reason = without_name(self.config.name, one_line(error))
+            _log.error("%s: %s", self.config.name, reason, exc_info=error)
 
 
 class _logged:
@@ -698,6 +720,6 @@ class _logged:
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> bool:
         if isinstance(error, DaemonError | PoolError):
-            _log.error("%s: %s", self._name, error)
+            _log.error("%s: %s", self._name, without_name(self._name, str(error)))
             return True
         return False

@@ -58,3 +58,8 @@ def lines_of(error: BaseException) -> list[str]:
 def one_line(error: BaseException) -> str:
     """The same in one line, for a reply or a log record."""
     return "; ".join(lines_of(error))
+
+
+def without_name(name: str, text: str) -> str:
+    """A message about `name` that does not begin with it: whoever says it puts the name before it, once."""
+    return text.removeprefix(f"{name}: ")

@@ -83,10 +83,10 @@ class Session:
             else:
                 self._sock.send(wire.encode_message(message))
 
-    async def detach(self, reason: str, patience_s: float) -> None:
-        """Ask it to go; kill it if it has not gone in time."""
+    async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
+        """Ask it to go, with or without what it keeps for a successor; kill it if it has not gone in time."""
         self._detaching = True
-        self.say(wire.Detach(reason=reason))
+        self.say(wire.Detach(reason=reason, keep=keep))
         with suppress(TimeoutError):
             await asyncio.wait_for(self.gone(), patience_s)
             return

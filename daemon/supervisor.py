@@ -25,9 +25,11 @@ from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device, Surroundings
-from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
+from ublkpool.daemon.mounts import leave_mounts
+from ublkpool.daemon.records import Records
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.takeover import TakeOver
@@ -50,21 +52,29 @@ class Supervisor:
         self.leaves = False
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
-        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing."""
+        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing.
+
+        One that failed is made again, and its backend finds what its predecessor kept.
+        """
         if self.stopped.is_set():
             raise DaemonError("the daemon is stopping")
-        if cfg.name in self._devices:
+        failed = self._devices.get(cfg.name)
+        if failed is not None and failed.state != "failed":
             raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
         device = Device(cfg, self._around)
         self._devices[cfg.name] = device
+        if failed is not None:
+            await failed.settled()
         device.save()
         if cfg.backend is not None:
             progress(f"{cfg.name}: starting backend {cfg.backend.kind}")
             try:
                 await device.run_backend()
             except BaseException:
-                await device.delete(force=True)
+                await device.delete(force=True, keep=failed is not None)
                 self._devices.pop(cfg.name, None)
+                if failed is not None:
+                    self._devices[cfg.name] = failed
                 raise
         return device.status()
 
@@ -139,7 +149,7 @@ class Supervisor:
             try:
                 await device.delete(force=True)
             except DaemonError as error:
-                _log.error("%s: %s", name, error)
+                _log.error("%s: %s", name, without_name(name, one_line(error)))
             self._devices.pop(name, None)
 
     def _device(self, name: str) -> Device:
@@ -201,6 +211,9 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     ending.callback(_remove_run_dir, run_dir, made)
     ending.callback(os.close, lock)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    records = Records(run_dir / "devices").load()
+    # Before anything is started, which would keep them as well.
+    leave_mounts([each.device_number for each in records if each.device_number is not None])
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
@@ -208,7 +221,7 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
     around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder)
     configured = {device.name for device in config.devices}
-    left = TakeOver(around, around.records.load(), held, configured)
+    left = TakeOver(around, records, held, configured)
     await left.clear()
     ending.push_async_callback(broker.stop)
     supervisor = Supervisor(around)
@@ -308,7 +321,7 @@ async def _add_one(supervisor: Supervisor, device: DeviceConfig) -> None:
     try:
         await supervisor.add(device, _log.info)
     except Exception as error:
-        _log.error("device %s of the config: %s", device.name, one_line(error))
+        _log.error("device %s of the config: %s", device.name, without_name(device.name, one_line(error)))
 
 
 async def _first_of(*events: asyncio.Event) -> None:

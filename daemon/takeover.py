@@ -14,7 +14,7 @@ from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.broker_process import HELD
 from ublkpool.daemon.device import Device, Surroundings
-from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.records import Process, Record, end_left, is_alive
 from ublkpool.daemon.succession import may_go_on
 
@@ -62,7 +62,8 @@ class TakeOver:
                 if device := await self._device(record):
                     add(device)
             except (DaemonError, PoolError, OSError) as error:
-                _log.error("%s: left by an earlier daemon: %s", record.config.name, one_line(error))
+                name = record.config.name
+                _log.error("%s: left by an earlier daemon: %s", name, without_name(name, one_line(error)))
         for fd in self._held.values():
             os.close(fd)
 

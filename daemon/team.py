@@ -220,6 +220,7 @@ class Team:
                 place_in_backend=plan.config.placement == "backend",
                 timeout_ms=int(plan.config.io_timeout_s * 1000),
                 fail_on_timeout=plan.config.on_timeout == "fail",
+                absent_ms=_absent_ms(plan.config),
                 classes=buffer_classes(plan.arena),
             ),
             queue_socket=self._socket(queue),
@@ -231,6 +232,10 @@ class Team:
 
     def _socket(self, queue: int) -> Path:
         return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}"
+
+
+def _absent_ms(config: DeviceConfig) -> int:
+    return max(1, int(config.absent_timeout_s * 1000)) if config.on_absent == "fail" else 0
 
 
 def _cpu_for(queue: int, queue_cpus: list[list[int]]) -> int | None:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class WorkerProcess:
-    """One queue's worker.  `on_news` hears Cut and Silent; its end is `child.wait()`."""
+    """One queue's worker.  `on_news` hears Cut, Silent and Absent; its end is `child.wait()`."""
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class Attention(enum.IntFlag):
     FAULT = 16
     SILENT = 32
     LINK = 64
+    ABSENT = 128
 
 
 class Link(enum.IntEnum):
@@ -93,6 +94,8 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int
     fail_on_timeout: bool
     hello_timeout_ms: int = HELLO_TIMEOUT_MS
+    absent_ms: int = 0
+    """How long requests wait while there is no backend; 0 for ever."""
     classes: tuple[BufferClass, ...]
 
 
@@ -268,7 +271,7 @@ class Queue:
         _lib.uq_tick(self.raw, now_ms)
 
     def give_up(self) -> None:
-        """Fail with EIO whatever would wait for a backend, from now on."""
+        """Fail with EIO whatever would wait for a backend, until the next is expected."""
         _lib.uq_give_up(self.raw)
 
     def attention(self) -> Attention:
@@ -318,6 +321,7 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
         "timeout_ms": config.timeout_ms,
         "hello_timeout_ms": config.hello_timeout_ms,
         "fail_on_timeout": config.fail_on_timeout,
+        "absent_ms": config.absent_ms,
         "classes": len(config.classes),
         "class": [tuple(each) for each in config.classes],
     }
@@ -401,6 +405,11 @@ def lock_memory() -> None:
 def private_mounts() -> None:
     """Unshare the mount namespace, with private propagation."""
     _check(_lib.uq_private_mounts(), "unshare the mount namespace")
+
+
+def leave_mount(path: str) -> None:
+    """Unmount what is mounted there in this process's mount namespace, at once or when the last file is closed."""
+    _check(_lib.uq_leave_mount(os.fsencode(path)), f"umount {path}")
 
 
 def close_all_but(keep: Sequence[int]) -> None:

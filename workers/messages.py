@@ -79,6 +79,10 @@ class Silent(msgspec.Struct, tag="silent", tag_field="type", frozen=True):
     """A request has waited longer than io_timeout_s; the device's policy is to go on waiting."""
 
 
+class Absent(msgspec.Struct, tag="absent", tag_field="type", frozen=True):
+    """There has been no backend for as long as the device waits: requests fail until the next one."""
+
+
 class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     """The worker stops, and why."""
 
@@ -86,7 +90,7 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
 
 
 ToWorker = Expect | Lost | GiveUp | Report
-FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | HungUp | Silent | Fault
+FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | HungUp | Silent | Absent | Fault
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

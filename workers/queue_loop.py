@@ -166,6 +166,9 @@ class QueueLoop:
         if attention & Attention.SILENT:
             self._queue.clear(Attention.SILENT)
             self._tell(messages.Silent())
+        if attention & Attention.ABSENT:
+            self._queue.clear(Attention.ABSENT)
+            self._tell(messages.Absent())
         if attention & Attention.LINK:
             self._queue.clear(Attention.LINK)
             self._tell(messages.Linked())

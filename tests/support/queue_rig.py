@@ -34,6 +34,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     reads_own: bool = False
     timeout_ms: int = 0
     fail_on_timeout: bool = False
+    absent_ms: int = 0
     spare: int = 2
     """Buffers of each size above the queues' reserves."""
 
@@ -125,6 +126,7 @@ class Side:
             place_in_backend=plan.place_in_backend,
             timeout_ms=plan.timeout_ms,
             fail_on_timeout=plan.fail_on_timeout,
+            absent_ms=plan.absent_ms,
             classes=plan.classes(),
         )
         self.queue = Queue(

@@ -63,6 +63,9 @@ class World:
         self.ages: dict[Request, int] = {}
         self.trace: deque[str] = deque(maxlen=TRACE_LINES)
         self.lies = 0
+        self.absent: set[int] = set()
+        """Queues that fail what would wait for a backend."""
+        self.absences = 0
         self.ending = False
         self._actions: tuple[tuple[Callable[[int], None], int], ...] = (
             (self._submit, 6),
@@ -267,6 +270,12 @@ class World:
         self.now_ms += self.rng.randrange(60)
         for side in self.rig.sides:
             side.queue.tick(self.now_ms)
+            if side.queue.attention() & Attention.ABSENT:
+                side.queue.clear(Attention.ABSENT)
+                assert self.backend is None or side.queue.link is Link.CUT, "one that is there is not absent"
+                self.note(f"queue {side.number}: no backend for too long")
+                self.absent.add(side.number)
+                self.absences += 1
 
     def _link(self, queue: int) -> None:
         """The supervisor: ends backends that were cut off, and lets the next one in."""
@@ -313,6 +322,7 @@ class World:
                 side.queue.lost()
             return
         self.note(f"backend {self.segment} is expected")
+        self.absent.clear()
         self.backend = made
 
     def _drop_idle_segments(self) -> None:
@@ -321,6 +331,9 @@ class World:
 
     def _harvest(self, step: int) -> None:
         for driver in self.drivers:
+            if driver.side.number in self.absent:
+                for waiting in filter(None, driver.requests):
+                    waiting.may_fail = True
             for request in driver.finished:
                 self.ages.pop(request, None)
                 self._judge(request)

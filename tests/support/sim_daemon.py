@@ -263,7 +263,7 @@ class SimBlockDevice(BlockDevice):
     async def wait_for_node(self) -> None:
         """There is none to wait for."""
 
-    def set_io_timeout(self, timeout_ms: int) -> None:
+    async def set_io_timeout(self, timeout_ms: int) -> None:
         """The simulation decides when the driver looks."""
 
 

@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from support.vm_daemon import DEADLINE_S, Daemon
+from ublkpool.bufpool import process
 
 _FORK = multiprocessing.get_context("fork")
 _STAT_FLAGS = 8
@@ -138,6 +140,24 @@ def process_flags(pid: int) -> int:
     """The kernel's PF_* bits of a process."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
     return int(after_name.split()[_STAT_FLAGS - 2])
+
+
+@cache
+def flusher_flags() -> int:
+    """The bits that PR_SET_IO_FLUSHER sets on this kernel, tried in a child."""
+    reader, writer = os.pipe()
+
+    def try_it() -> int:
+        before = process_flags(os.getpid())
+        assert process.set_io_flusher() is None
+        os.write(writer, str(process_flags(os.getpid()) & ~before).encode())
+        return 0
+
+    assert Forked(try_it).wait() == 0
+    os.close(writer)
+    answer = os.read(reader, 64)
+    os.close(reader)
+    return int(answer)
 
 
 def status_field(pid: int, name: str) -> str:

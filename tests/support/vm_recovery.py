@@ -10,19 +10,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from support.vm_daemon import Daemon, eventually, total
-from support.vm_fio import finish_fio, start_fio
+from support.vm_fio import FioResult, finish_fio, start_fio
 from ublkpool.daemon.status import DeviceStatus
 
 LOAD_BYTES = 16 << 20
 IODEPTH = 16
 
 
+class Seeded(random.Random):
+    """Choices that can be made again, and the seed that makes them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.chosen = seed
+
+
 @contextmanager
-def seeded() -> Iterator[random.Random]:
+def seeded() -> Iterator[Seeded]:
     """Choices that can be made again."""
     seed = int(os.environ.get("UBLKPOOL_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
     try:
-        yield random.Random(seed)
+        yield Seeded(seed)
     except BaseException as error:
         error.add_note(f"UBLKPOOL_SEED={seed} chooses the same again")
         raise
@@ -41,6 +49,7 @@ class Load:
     def __init__(self, daemon: Daemon, status: DeviceStatus) -> None:
         assert status.path is not None
         self._daemon, self.name = daemon, status.name
+        self.result: FioResult | None = None
         self._fio = start_fio(
             status.path, size=LOAD_BYTES, iodepth=IODEPTH, time_based=1, runtime=3600, verify_backlog=32
         )
@@ -55,6 +64,7 @@ class Load:
         """Raises `AssertionError` with what fio said if anything failed or differed."""
         self._fio.send_signal(signal.SIGINT)
         result = finish_fio(self._fio, may_fail=True)
+        self.result = result
         assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
 
     def drop(self) -> None:
@@ -67,6 +77,15 @@ class Load:
 
     def _answered(self) -> int:
         return total(self._daemon.stats(self.name), "commits")
+
+
+def add_disk(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceStatus:
+    """A disk of this kind, which the daemon serves itself."""
+    name = f"{kind}-{placement}"
+    options = {"size": "32M", "placement": placement}
+    if kind == "file":
+        options |= {"path": str(daemon.path(f"{name}.img")), "segment": "16M"}
+    return daemon.add(name, kind, options, queues=queues, placement=placement)
 
 
 @contextmanager

@@ -272,8 +272,9 @@ def test_every_lease_is_answered_with_what_is_still_to_come(broker: BrokerProces
     first.say_hello()
     second.say_hello()
     first.lease(0, 4, sequence=1)
+    answers = [*first.take()]
     second.lease(0, 3, sequence=1)
-    answers = [*first.take(), *second.take()]
+    answers += second.take()
     second.lease(0, 99, sequence=2)
     answers += second.take()
     first.receive()

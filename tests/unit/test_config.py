@@ -51,9 +51,12 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         placement = "backend"
         recovery = "fail"
         read_only = true
+        partitions = false
         pool = 67108864
         io_timeout = 5
         on_timeout = "fail"
+        absent_timeout = 2.5
+        on_absent = "fail"
         [device.backend]
         kind = "file"
         path = "vol0.img"
@@ -71,9 +74,12 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         placement="backend",
         recovery="fail",
         read_only=True,
+        partitions=False,
         pool_bytes=64 << 20,
         io_timeout_s=5.0,
         on_timeout="fail",
+        absent_timeout_s=2.5,
+        on_absent="fail",
         backend=BackendConfig(
             kind="file", options={"path": "vol0.img", "direct": "true", "cache": "8"}, cwd=str(tmp_path)
         ),

@@ -154,7 +154,7 @@ class Adoption:
             raise DaemonError("the pool broker is gone")
         return self.team
 
-    async def _tear_down(self) -> None:
+    async def _tear_down(self, keep: bool) -> None:
         self.device._team = None
 
     async def kill(self) -> None:

@@ -384,6 +384,17 @@ def test_a_detach_finishes_what_runs(tmp_path: Path) -> None:
         assert thread.join() == 0
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_only_the_end_of_a_device_that_was_deleted_is_for_good(tmp_path: Path, keep: bool) -> None:
+    backend = Plain()
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(backend, tmp_path)
+        worker.accept()
+        worker.tell(wire.Detach(reason="test", keep=keep))
+        assert thread.join() == 0
+    assert ("detached" in backend.calls) != keep
+
+
 def test_a_refusal_is_the_daemons_reason(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker:
         thread = BackendThread(Plain(), tmp_path)

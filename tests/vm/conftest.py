@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.vm_daemon import Daemon, eventually
+from support.vm_health import KernelLog, expect_nobody_stuck
 
 _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()
 _LOG_START: pytest.StashKey[int] = pytest.StashKey()
@@ -36,6 +37,18 @@ def daemon(session_daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[D
         left = session_daemon.leftovers()
         session_daemon.clean()
         pytest.fail(f"left behind: {left}")
+
+
+@pytest.fixture(autouse=True)
+def healthy_machine() -> Iterator[None]:
+    """No test may leave a task that nothing ends, or make the kernel complain."""
+    log = KernelLog()
+    yield
+    try:
+        assert log.complaints() == []
+        expect_nobody_stuck()
+    finally:
+        log.close()
 
 
 @pytest.hookimpl(wrapper=True)

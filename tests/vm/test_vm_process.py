@@ -14,29 +14,18 @@ import pytest
 from support.hostile_backend import start_hostile
 from support.vm_daemon import Daemon, eventually, marked_processes, total
 from support.vm_fio import cpus_of_queue
-from support.vm_process import Forked, holders_of_device, process_flags, status_field, write_block
+from support.vm_process import (
+    Forked,
+    flusher_flags,
+    holders_of_device,
+    process_flags,
+    status_field,
+    write_block,
+)
 from support.vm_recovery import kill_broker, kill_worker, wait_for_epoch
-from ublkpool.bufpool import process
 from ublkpool.daemon.status import DeviceStatus
 
 MIB = 1 << 20
-
-
-def _flusher_flags() -> int:
-    """The bits that PR_SET_IO_FLUSHER sets on this kernel, tried in a child."""
-    reader, writer = os.pipe()
-
-    def try_it() -> int:
-        before = process_flags(os.getpid())
-        assert process.set_io_flusher() is None
-        os.write(writer, str(process_flags(os.getpid()) & ~before).encode())
-        return 0
-
-    assert Forked(try_it).wait() == 0
-    os.close(writer)
-    answer = os.read(reader, 64)
-    os.close(reader)
-    return int(answer)
 
 
 def _mount_namespace(pid: int) -> str:
@@ -53,7 +42,7 @@ def test_processes_cannot_wait_for_their_own_disk_nor_keep_it_from_going(daemon:
 
 
 def _check_that_serving_needs_no_reclaim(daemon: Daemon) -> None:
-    flusher, status = _flusher_flags(), daemon.status("p")
+    flusher, status = flusher_flags(), daemon.status("p")
     assert flusher and status.backend.pid is not None
     for pid in (*(each.pid for each in status.workers), status.backend.pid):
         assert process_flags(pid) & flusher == flusher

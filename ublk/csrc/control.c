@@ -80,6 +80,8 @@ int uq_die_with(int parent)
 	return getppid() == parent ? 0 : -ESRCH;
 }
 
+int uq_leave_mount(const char *path) { return umount2(path, MNT_DETACH) ? -errno : 0; }
+
 int uq_set_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0) ? -errno : 0; }
 
 int uq_close_all_but(const int *keep, unsigned count)

@@ -17,6 +17,8 @@ int uq_set_io_flusher(void);
 int uq_lock_memory(void);
 /* A mount namespace of our own, private: a mount of our own device made later is not ours to hold. */
 int uq_private_mounts(void);
+/* Unmounts what is mounted there, in this process's mount namespace.  Returns 0 or a negative errno. */
+int uq_leave_mount(const char *path);
 /* The name that ps shows, cut to 15 characters.  Returns 0 or a negative errno. */
 int uq_set_name(const char *name);
 /* SIGKILL for this process when its parent ends; -ESRCH if that is not its parent any more. */

@@ -393,11 +393,26 @@ static bool is_mute(const struct uq *q)
 	return most && q->link == UQ_LINK_EXPECTED && q->now_ms - q->expected_ms >= most;
 }
 
+/* One that was cut off is as good as gone; one that is expected or fencing is there, and io_timeout is for it. */
+static void watch_absence(struct uq *q)
+{
+	if (!q->config.absent_ms || q->giving_up || (q->link != UQ_LINK_NONE && q->link != UQ_LINK_CUT))
+		return;
+	if (!q->is_absent) {
+		q->is_absent = true;
+		q->absent_since_ms = q->now_ms;
+	} else if (q->now_ms - q->absent_since_ms >= q->config.absent_ms) {
+		q->attention |= UQ_ATT_ABSENT;
+		uq_give_up(q);
+	}
+}
+
 void uq_tick(struct uq *q, uint64_t now_ms)
 {
 	q->now_ms = now_ms;
 	if (is_mute(q))
 		uq_link_cut(q, UQ_V_MUTE);
+	watch_absence(q);
 	if (!q->config.timeout_ms || !q->config.stats->in_flight || now_ms - q->scanned_ms < SCAN_MS)
 		return;
 	q->scanned_ms = now_ms;

@@ -81,6 +81,7 @@ enum uq_attention {
 	UQ_ATT_FAULT = 16,    /* our own error: see uq_fault() */
 	UQ_ATT_SILENT = 32,   /* a request is past its deadline */
 	UQ_ATT_LINK = 64,     /* the link came up */
+	UQ_ATT_ABSENT = 128,  /* no backend for absent_ms: requests fail until the next is expected */
 };
 
 enum uq_violation {
@@ -128,6 +129,7 @@ struct uq_config {
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
 	uint32_t timeout_ms; /* 0: none */
 	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
+	uint32_t absent_ms;  /* fail what waits when there has been no backend for so long; 0: let it wait */
 	uint32_t classes;
 	struct uq_class class[UQ_CLASSES_MAX];
 	const struct uq_iod *descriptors;
@@ -190,9 +192,9 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 
-/* The clock, in milliseconds; also notices requests past their deadline. */
+/* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away. */
 void uq_tick(struct uq *q, uint64_t now_ms);
-/* From now on every request fails with EIO instead of waiting for a backend: the device is going. */
+/* Requests fail with EIO instead of waiting for a backend, until the next is expected: the device is going. */
 void uq_give_up(struct uq *q);
 
 unsigned uq_attention(const struct uq *q);

@@ -50,12 +50,13 @@ struct uq {
 	uint16_t *lent;
 	unsigned lent_count;
 	uint16_t *replay; /* room to sort the tags that wait */
-	uint64_t sequence, now_ms, scanned_ms, expected_ms;
+	uint64_t sequence, now_ms, scanned_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
 	uint32_t own_segment; /* the attached backend's, 0 for none */
 	uint8_t link;
 	unsigned stale; /* answers of this backend's that were dropped */
 	bool reads_own, fence, giving_up;
+	bool is_absent; /* since absent_since_ms */
 	bool output_held;
 	int violation, fault, fault_detail;
 	unsigned fault_tag;

@@ -1,0 +1,149 @@
+"""What the daemon makes of a backend's words and of its end, and how soon it starts one again."""
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ublkpool.daemon import backend_log
+from ublkpool.daemon.backend_log import LINE_BYTES_MAX, BackendLog
+from ublkpool.daemon.backend_process import BackendProcess
+from ublkpool.daemon.backoff import STEADY_S, Backoff
+from ublkpool.daemon.config import BackendConfig
+
+DEADLINE_S = 60
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test in a loop of its own."""
+
+    @functools.wraps(test)
+    def plain(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), DEADLINE_S))
+
+    return plain
+
+
+def record(level: str, message: str, **more: str) -> bytes:
+    about = {"time": "2026-01-01T00:00:00.000+00:00", "level": level, "logger": "backend"}
+    return json.dumps({**about, "message": message, **more}).encode() + b"\n"
+
+
+class Voice:
+    """A backend's end of the pipe, and what the daemon logs of it."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        reader, self._writer = os.pipe()
+        self.log = BackendLog("vol0", reader)
+        self._caplog = caplog
+
+    def say(self, words: bytes) -> list[tuple[str, str]]:
+        """Levels and messages that these words are logged with."""
+        self._caplog.clear()
+        os.write(self._writer, words)
+        self.log.hear()
+        return [(each.levelname, each.getMessage()) for each in self._caplog.records]
+
+    def end(self) -> None:
+        os.close(self._writer)
+        self.log.hear()
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("ublkpool"), "propagate", True)
+    caplog.set_level(logging.DEBUG, backend_log._log.name)
+    return caplog
+
+
+@in_a_loop
+async def test_a_record_keeps_its_level_and_gets_the_name_of_its_device_once(
+    heard: pytest.LogCaptureFixture,
+) -> None:
+    voice = Voice(heard)
+    assert voice.say(record("info", "serving, 2 queues")) == [("INFO", "vol0: serving, 2 queues")]
+    assert voice.say(record("warning", "vol0: slow")) == [("WARNING", "vol0: slow")]
+    voice.say(record("error", "broken", traceback="Traceback: x"))
+    assert heard.records[0].fields == {"traceback": "Traceback: x"}  # type: ignore[attr-defined]
+    voice.end()
+
+
+@in_a_loop
+async def test_what_is_no_record_is_logged_as_it_is(heard: pytest.LogCaptureFixture) -> None:
+    voice = Voice(heard)
+    assert voice.say(b"hello\n\n[1]\n") == [("INFO", "vol0: hello"), ("INFO", "vol0: [1]")]
+    assert voice.say(b"\xff\n") == [("INFO", "vol0: \ufffd")]
+    voice.end()
+
+
+@in_a_loop
+async def test_a_line_is_logged_when_it_is_whole_or_the_last_or_too_long(
+    heard: pytest.LogCaptureFixture,
+) -> None:
+    voice = Voice(heard)
+    assert voice.say(b"one, ") == []
+    assert voice.say(b"two\nthr") == [("INFO", "vol0: one, two")]
+    assert voice.say(b"ee") == []
+    heard.clear()
+    voice.end()
+    assert [each.getMessage() for each in heard.records] == ["vol0: three"]
+    endless = Voice(heard)
+    reports = [endless.say(b"x" * (LINE_BYTES_MAX // 2)) for _ in range(3)]
+    assert [len(each) for each in reports] == [0, 0, 1]
+    endless.end()
+
+
+@pytest.mark.parametrize(
+    ("words", "last_error"),
+    [
+        (record("error", "no space"), "no space"),
+        (b"ublkpool: file: path= is missing\n", "file: path= is missing"),
+        (record("error", "no space") + record("info", "vol0 is live"), ""),
+        (record("info", "vol0 is live"), ""),
+        (b"a print\n", ""),
+    ],
+)
+@in_a_loop
+async def test_only_an_error_that_nothing_followed_explains_an_end(
+    heard: pytest.LogCaptureFixture, words: bytes, last_error: str
+) -> None:
+    voice = Voice(heard)
+    voice.say(words)
+    assert voice.log.last_error == last_error
+    voice.end()
+
+
+@in_a_loop
+async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Path) -> None:
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
+    assert await process.child.wait() == 2
+    said = "backend nosuch ended: exit status 2: no backend is called 'nosuch'"
+    assert process.obituary().startswith(said)
+
+
+@in_a_loop
+async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) -> None:
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
+    process.child.send(signal.SIGKILL)
+    await process.child.wait()
+    assert process.obituary() == "backend nosuch ended: killed by SIGKILL"
+
+
+def test_what_ends_young_is_started_later_and_later_and_a_steady_life_begins_anew() -> None:
+    now_s = 0.0
+    backoff = Backoff(lambda: now_s, 1.0, 5.0)
+    delays = []
+    for life_s in (0.0, 0.0, STEADY_S / 2, 0.0, STEADY_S, 0.0):
+        backoff.started()
+        now_s += life_s
+        delays.append(backoff.ended())
+    assert delays == [1.0, 2.0, 4.0, 5.0, 1.0, 2.0]

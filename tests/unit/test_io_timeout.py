@@ -1,0 +1,37 @@
+"""The block layer's timer is set by a process that may hang, and only where it is not set yet."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from ublkpool.daemon.block_device import BlockDevice, Created
+from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.ublk.abi import DeviceInfo, Feature
+
+
+class FakeRunner:
+    """Notes what would run in a process of its own, and does not run it."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    async def run_beside(self, what: str, _command: Callable[[], None], *_: object) -> None:
+        self.commands.append(what)
+
+
+@pytest.mark.parametrize(("before", "commands"), [("30000\n", ["vol: io_timeout"]), ("1000\n", [])])
+def test_nothing_is_written_here_and_nothing_at_all_if_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, commands: list[str]
+) -> None:
+    setting = tmp_path / "io_timeout"
+    setting.write_text(before)
+    monkeypatch.setattr(BlockDevice, "_io_timeout_file", setting)
+    runner = FakeRunner()
+    created = Created(DeviceInfo(queues=1, device_number=3), [[0]], Feature(0))
+    kernel = BlockDevice(cast(ControlRunner, runner), "vol", created)
+    asyncio.run(kernel.set_io_timeout(1000))
+    assert runner.commands == commands
+    assert setting.read_text() == before

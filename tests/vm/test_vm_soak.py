@@ -1,0 +1,124 @@
+"""Workers, backends, broker, supervisor and everything killed at random, under fio that verifies and under ext4 in use.
+
+`make soak` runs it for long: UBLKPOOL_SOAK_S seconds of fio, UBLKPOOL_SOAK_KILLS deaths for ext4, UBLKPOOL_SEED to play
+a run again.
+"""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from support.vm_daemon import Daemon, eventually
+from support.vm_files import (
+    REAL_TREE,
+    check_file_system,
+    checksums,
+    copy_tree,
+    forget_cached,
+    make_file_system,
+    mounted,
+)
+from support.vm_process import Forked
+from support.vm_recovery import add_disk, loaded, seeded, wait_for_backend
+from support.vm_soak import Death
+
+SOAK_S = float(os.environ.get("UBLKPOOL_SOAK_S", "20"))
+EXT4_KILLS = int(os.environ.get("UBLKPOOL_SOAK_KILLS", "4"))
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Daemon]:
+    """A daemon that may be killed, for all tests here."""
+    daemon = Daemon(name="mortal")
+    try:
+        daemon.start()
+        yield daemon
+        assert daemon.stop() == 0, daemon.said()
+        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
+    finally:
+        daemon.close()
+
+
+def _report(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    with capsys.disabled():
+        print(f"\nsoak: Linux {platform.release()}, {what}")
+
+
+def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
+    mortal: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways = [("memory", "backend", 2), ("file", "pool", 4)]
+    devices = mortal.together(*(partial(add_disk, mortal, *way) for way in ways))
+    with seeded() as rng, loaded(mortal, devices) as loads:
+        death = Death(mortal, [each.name for each in devices], rng)
+        end_s = time.monotonic() + SOAK_S
+        while time.monotonic() < end_s:
+            death.strike()
+        death.rest()
+        for load in loads:
+            load.goes_on()
+    done = [load.result for load in loads if load.result]
+    moved = sum(each.written_bytes + each.read_bytes for each in done) >> 20
+    _report(
+        capsys, f"fio for {SOAK_S:g} s, seed {rng.chosen}: {death.summary()}, {moved} MiB moved, 0 errors"
+    )
+
+
+def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"path": mortal.path("fs.img"), "size": "160M"}
+    path = mortal.add("fs", "file", options, queues=2).path
+    enough = mortal.path("enough")
+    assert path is not None
+    make_file_system("ext4", path)
+    with seeded() as rng, mounted(path, mortal.path("mnt")) as root:
+        copier = Forked(lambda: _copy_until(enough, root))
+        death = Death(mortal, ["fs"], rng)
+        backend = mortal.status("fs").backend.pid
+        death.take("worker")
+        death.take("backend")
+        wait_for_backend(mortal, "fs", backend)
+        # The next daemon is born with the mount in its namespace, and must not keep it.
+        death.take("supervisor")
+        while death.total < EXT4_KILLS:
+            death.strike()
+        death.rest()
+        assert copier.running
+        enough.touch()
+        assert copier.wait() == 0
+        expected = checksums(root)
+        assert len(expected) > 50
+    check_file_system("ext4", path)
+    with mounted(path, mortal.path("mnt")) as root:
+        forget_cached()
+        assert checksums(root) == expected
+        assert _same_as_the_source(root / "0")
+    mortal.delete("fs")
+    _report(capsys, f"ext4, seed {rng.chosen}: {death.summary()}, {len(expected)} files whole, fsck clean")
+
+
+def _copy_until(enough: Path, root: Path) -> int:
+    """Copy a real tree to the disk, over the last but one, until the file is there."""
+    turn = 0
+    while not enough.exists() or turn < 2:
+        target = root / str(turn % 2)
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir()
+        copy_tree(target)
+        os.sync()
+        turn += 1
+    return 0
+
+
+def _same_as_the_source(copy: Path) -> bool:
+    return all(_python_files(copy / each.name) == _python_files(each) for each in REAL_TREE)
+
+
+def _python_files(root: Path) -> dict[str, str]:
+    return {name: found for name, found in checksums(root).items() if name.endswith(".py")}
