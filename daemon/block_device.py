@@ -305,18 +305,27 @@ class BlockDevice:
             f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
         )
 
-    async def end_recovery(self, deadline_s: float) -> None:
-        """END_USER_RECOVERY: waits until every tag is fetched, then the requests of the dead come again."""
+    async def end_recovery(self, deadline_s: float, begun: asyncio.Event) -> None:
+        """END_USER_RECOVERY: waits until every tag is fetched, then the requests of the dead come again.
+
+        `begun` is set when it waits in the kernel, or is about to.
+        """
         number, pid = self.number, os.getpid()
         await self._retry_busy(
-            f"{self._name}: END_USER_RECOVERY", lambda: control.end_recovery(number, pid), deadline_s
+            f"{self._name}: END_USER_RECOVERY", lambda: control.end_recovery(number, pid), deadline_s, begun
         )
 
-    async def _retry_busy(self, what: str, command: Callable[[], None], deadline_s: float) -> None:
+    async def _retry_busy(
+        self,
+        what: str,
+        command: Callable[[], None],
+        deadline_s: float,
+        begun: asyncio.Event | None = None,
+    ) -> None:
         until_s = asyncio.get_running_loop().time() + deadline_s
         while True:
             try:
-                return await self._runner.run_beside(what, command, type(None), deadline_s)
+                return await self._runner.run_beside(what, command, type(None), deadline_s, begun)
             except ControlFailed as error:
                 busy = error.errno in (errno.EBUSY, errno.EINTR)
                 if not busy or asyncio.get_running_loop().time() > until_s:

@@ -18,6 +18,7 @@ import msgspec
 from ublkpool.daemon import kernel_log
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.readable import readable
 from ublkpool.ublk import queue
 from ublkpool.ublk.errors import UblkError
 from ublkpool.workers.process import fork_child
@@ -25,6 +26,8 @@ from ublkpool.workers.process import fork_child
 T = TypeVar("T")
 DEADLINE_S = 60.0
 KILL_PATIENCE_S = 5.0
+_BEGUN = b"\n"
+"""Before the answer, to which it makes no difference: JSON may begin with white space."""
 
 
 class ControlFailed(DaemonError):
@@ -55,18 +58,37 @@ class ControlRunner:
             return await self._run(what, command, result, deadline_s)
 
     async def run_beside(
-        self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = DEADLINE_S,
+        begun: asyncio.Event | None = None,
     ) -> T:
-        """The same without a turn: for START_DEV, which waits for what other commands may be needed for."""
-        return await self._run(what, command, result, deadline_s)
+        """The same without a turn: for START_DEV, which waits for what other commands may be needed for.
 
-    async def _run(self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float) -> T:
+        `begun` is set when the process is about to send its command.
+        """
+        return await self._run(what, command, result, deadline_s, begun)
+
+    async def _run(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float,
+        begun: asyncio.Event | None = None,
+    ) -> T:
         reader, writer = os.pipe()
         parent = os.getpid()
         child = Child(fork_child(lambda: _execute(command, writer, parent), [writer], "ublkpool-ctl"), what)
         os.close(writer)
         try:
-            await asyncio.wait_for(child.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                if begun is not None:
+                    await readable(reader)
+                    begun.set()
+                await child.wait()
         except TimeoutError:
             stack = _kernel_stack(child.pid)
             child.send(signal.SIGKILL)
@@ -90,6 +112,7 @@ def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
         # An END_USER_RECOVERY that outlived the supervisor would be answered by the tags that the next one fetches
         # before it starts its own recovery: the device would be live without workers.
         queue.die_with_parent(parent_pid)
+        os.write(writer, _BEGUN)
         answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))
     except UblkError as error:
         answer = _Answer(error=str(error), errno=error.errno)
@@ -107,7 +130,7 @@ def _drain(reader: int, finished: bool) -> bytes:
 
 
 def _decode(what: str, raw: bytes, result: type[T]) -> T:
-    if not raw:
+    if raw in (b"", _BEGUN):
         raise ControlFailed(f"{what}: its process died without an answer", 0)
     answer = msgspec.json.decode(raw, type=_Answer)
     if answer.error:

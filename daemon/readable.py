@@ -4,7 +4,7 @@ import asyncio
 import socket
 
 
-async def readable(sock: socket.socket) -> None:
+async def readable(sock: socket.socket | int) -> None:
     """Return when there is something to read; alone on this socket."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()

@@ -77,10 +77,12 @@ async def next_epoch(
     await _fence(team, session)
     # Waited for in the kernel before the first fetch: until 6.15 a device whose last worker dies between its fetch and
     # END_USER_RECOVERY never becomes QUIESCED again, so nothing of ours may lie in between.
-    end = asyncio.ensure_future(kernel.end_recovery(RECOVERY_DEADLINE_S))
+    begun = asyncio.Event()
+    end = asyncio.ensure_future(kernel.end_recovery(RECOVERY_DEADLINE_S, begun))
     try:
         # Only now is nobody using the dead workers' buffers any more.
         await leases.reclaim()
+        await _begun(begun, end)
         await leases.register(team.epoch)
         await team.ready()
         await _while_serving(team, end)
@@ -89,6 +91,14 @@ async def next_epoch(
         end.cancel()
         await asyncio.wait({end})
     return team
+
+
+async def _begun(begun: asyncio.Event, command: "asyncio.Future[None]") -> None:
+    """Return when a command is with the kernel, or over."""
+    waiting: asyncio.Future[bool] = asyncio.ensure_future(begun.wait())
+    both: set[asyncio.Future[None] | asyncio.Future[bool]] = {command, waiting}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
 
 
 async def _while_serving(team: Team, command: "asyncio.Future[None]") -> None:

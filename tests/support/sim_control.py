@@ -21,8 +21,9 @@ from .sim_kernel import SimKernel
 class ControlJob:
     """A disposable process with one control command."""
 
-    def __init__(self, command: Callable[[], Any], turns: int) -> None:
+    def __init__(self, command: Callable[[], Any], turns: int, begun: asyncio.Event | None = None) -> None:
         self._command = command
+        self._begun = begun
         self._turns = turns
         self.blocked: Blocked | None = None
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -36,6 +37,9 @@ class ControlJob:
             value = self.blocked() if self.blocked else self._command()
         except UblkError as error:
             return self._end(error=ControlFailed(str(error), error.errno))
+        finally:
+            if self._begun is not None:
+                self._begun.set()
         if isinstance(value, Blocked):
             self.blocked = value
             return False
@@ -137,14 +141,17 @@ class SimRunner:
             return await self.run_beside(what, command, result, deadline_s)
 
     async def run_beside(
-        self, what: str, command: Callable[[], Any], _result: object, deadline_s: float = DEADLINE_S
+        self,
+        what: str,
+        command: Callable[[], Any],
+        _result: object,
+        deadline_s: float = DEADLINE_S,
+        begun: asyncio.Event | None = None,
     ) -> Any:
-        # Recovery begins END_USER_RECOVERY before any worker may fetch: 6.12 is wedged for ever if it comes later and
-        # the last worker has died meanwhile.
-        ends = "END_USER_RECOVERY" in what and self._defect != END_COMES_LATE
-        job = ControlJob(command, 0 if ends else self._rng.randrange(4))
-        if not ends or not job.step():
-            self._jobs.append(job)
+        if begun is not None and self._defect == END_COMES_LATE:
+            begun.set()
+        job = ControlJob(command, self._rng.randrange(4), begun)
+        self._jobs.append(job)
         try:
             return await asyncio.wait_for(asyncio.shield(job.answer), deadline_s)
         except TimeoutError:

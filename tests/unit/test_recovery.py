@@ -84,7 +84,7 @@ class Scene:
         self.kernel = SimpleNamespace(
             wait_quiesced=self._step("quiesced"),
             start_recovery=self._step("start recovery"),
-            end_recovery=self._step("end recovery", lambda: self.ended_recovery),
+            end_recovery=self._end_recovery,
         )
         self.leases = SimpleNamespace(reclaim=self._step("reclaim"), register=self._register)
         self.dead = self._team(EPOCH)
@@ -119,6 +119,12 @@ class Scene:
             linked=self._linked,
             ended=self._ended,
         )
+
+    async def _end_recovery(self, _deadline_s: float, begun: asyncio.Event) -> None:
+        await asyncio.sleep(0)
+        self.steps.append("end recovery")
+        begun.set()
+        await self.ended_recovery
 
     async def _register(self, epoch: int) -> None:
         self.steps.append(f"register {epoch}")
