@@ -120,6 +120,13 @@ def dying(desk: Desk, request: Descriptor) -> None:
     os._exit(DEATH_STATUS)
 
 
+def dying_with_the_data(desk: Desk, request: Descriptor) -> None:
+    """Names a place for a write, and is gone when its data lies there."""
+    if request.kind == Kind.DATA:
+        os._exit(DEATH_STATUS)
+    honest(desk, request)
+
+
 def placing_at_zero(desk: Desk, request: Descriptor) -> None:
     """Names the first bytes of its segment, whoever has them, and then keeps silent."""
     if request.kind == Kind.PLACE:

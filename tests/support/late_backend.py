@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from support.hostile_backend import Desk, Victim, honest, open_desk
-from support.vm_daemon import DEADLINE_S, Daemon
+from support.vm_daemon import DEADLINE_S, Daemon, eventually
 from support.vm_process import Forked, read_block, write_block
 from support.vm_recovery import kill
 from ublkpool.bufpool import wire
@@ -124,7 +124,10 @@ class LateScene:
         daemon.add(NAME, size_bytes=DISK_BYTES, depth=DEPTH, max_io_bytes=CHUNK, placement=placement)
         segment_bytes = DEPTH * CHUNK if placement == "backend" else 0
         gate, run_dir = self._gate, daemon.run_dir
-        self.backend = Forked(lambda: _serve(run_dir, self.disk, manners, segment_bytes, report, gate))
+        self._attach = lambda manners: Forked(
+            lambda: _serve(run_dir, self.disk, manners, segment_bytes, report, gate)
+        )
+        self.backend = self._attach(manners)
         path = daemon.wait_live(NAME).path
         assert path is not None
         self.path = path
@@ -151,6 +154,13 @@ class LateScene:
     def read(self, offset: int, expected: bytes) -> Forked:
         """A client's read, in a process that ends with 0 if it found this."""
         return Forked(lambda: int(read_block(self.path, offset, len(expected)) != expected))
+
+    def succeed(self) -> None:
+        """The backend dies, and an honest one comes."""
+        kill(self.backend.pid)
+        self.backend.wait()
+        eventually(lambda: not self.daemon.status(NAME).backend.attached, "the backend is gone")
+        self.backend = self._attach(Manners([]))
 
     def kill_worker(self) -> None:
         kill(self.daemon.status(NAME).workers[0].pid)

@@ -57,6 +57,7 @@ def _crimes_with_own_segment() -> list[Crime]:
     crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in REGIONS.items()]
     crimes += [Crime(name, telling(CUT[name]), Op.WRITE, 0) for name in ("other kind", "no such tag")]
     crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
+    crimes.append(Crime("late death", hostile.dying_with_the_data, Op.WRITE, 0, hostile.DEATH_STATUS))
     return crimes
 
 

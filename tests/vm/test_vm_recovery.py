@@ -109,6 +109,20 @@ def test_no_request_comes_through_while_the_backend_still_executes_one_of_a_dead
     scene.end()
 
 
+def test_a_backend_that_dies_in_the_fence_holds_nothing_up(daemon: Daemon) -> None:
+    scene = LateScene(daemon, "backend", Manners([Victim(VICTIM, Op.WRITE)]))
+    data = os.urandom(CHUNK)
+    first = scene.write(VICTIM, data)
+    scene.said("kept")
+    scene.kill_worker()
+    scene.said("fence")
+    scene.succeed()
+    assert wait_for_epoch(daemon, "late", 2).epoch == 2
+    assert first.wait() == 0
+    assert read_block(scene.path, VICTIM, CHUNK) == data
+    scene.end()
+
+
 @pytest.mark.parametrize("placement", ["pool", "backend"])
 def test_a_backend_that_lies_about_the_fence_brings_an_overwritten_write_back(
     daemon: Daemon, placement: str
