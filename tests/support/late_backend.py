@@ -123,14 +123,15 @@ class LateScene:
         self._gate = os.eventfd(0)
         daemon.add(NAME, size_bytes=DISK_BYTES, depth=DEPTH, max_io_bytes=CHUNK, placement=placement)
         segment_bytes = DEPTH * CHUNK if placement == "backend" else 0
-        gate, run_dir = self._gate, daemon.run_dir
-        self._attach = lambda manners: Forked(
-            lambda: _serve(run_dir, self.disk, manners, segment_bytes, report, gate)
-        )
+        self._segment_bytes, self._report = segment_bytes, report
         self.backend = self._attach(manners)
         path = daemon.wait_live(NAME).path
         assert path is not None
         self.path = path
+
+    def _attach(self, manners: Manners) -> Forked:
+        run_dir, disk, segment_bytes = self.daemon.run_dir, self.disk, self._segment_bytes
+        return Forked(lambda: _serve(run_dir, disk, manners, segment_bytes, self._report, self._gate))
 
     def said(self, what: str) -> Descriptor:
         """The request that the backend's next report is about, which must say this."""
