@@ -108,6 +108,8 @@ class BackendLink:
         for _ in range(FRAMES_PER_TURN_MAX):
             # What is said by nobody's token waits where it is, and its sender with it.
             if not self._token:
+                # ZeroMQ's descriptor stays readable until it has taken note of what came: the worker would not sleep.
+                self.socket.get(zmq.EVENTS)
                 return False
             self._send()
             try:

@@ -1,6 +1,7 @@
 """The worker's transport: what a backend does not read stays bounded, who may speak, and the end of a connection."""
 
 import os
+import select
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +144,13 @@ def test_who_is_not_expected_is_not_read(wire: Wire) -> None:
 )
 def test_the_user_is_read_from_the_end_of_the_address(address: bytes, user: int | None) -> None:
     assert user_of(address) == user
+
+
+def test_what_a_dead_backend_left_in_the_socket_keeps_no_worker_awake(wire: Wire) -> None:
+    wire.serve()
+    sockets = [wire.link.filenos()[0]]
+    wire.link.expect(b"")
+    wire.backend.send(HELLO)
+    assert select.select(sockets, [], [], WAIT_MS / 1000)[0], "it has come"
+    wire.backend.close()
+    wire.until(lambda: not select.select(sockets, [], [], 0.2)[0], "nothing is to be done")

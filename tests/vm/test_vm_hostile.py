@@ -311,7 +311,8 @@ def _flood(daemon: Daemon) -> None:
     for _ in range(FLOOD):
         _refused(daemon, b"{}", [os.memfd_create("flood")])
     assert len(list(files.iterdir())) == before
-    assert daemon.said().count("backend refused: attach: Object missing required field") == 1
+    # Once a minute, and a guest may take longer.
+    assert 1 <= daemon.said().count("backend refused: attach: Object missing required field") < FLOOD / 10
     successor = scenes.attach()
     assert request.wait() == 0 and scenes.count("violations") == 1
     daemon.delete("victim")
