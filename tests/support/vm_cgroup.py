@@ -1,9 +1,10 @@
 """A memory cgroup (v2) that a test makes, fills and removes."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ class MemoryGroup:
 
     def close(self) -> None:
         """Remove it, when its members have ended."""
-        eventually(lambda: not self.processes(), "the group's processes end")
-        with suppress(FileNotFoundError):
+        eventually(self._is_removed, "the group's processes end")
+
+    def _is_removed(self) -> bool:
+        # It is busy for a moment after the last process has left its list.
+        try:
             self._path.rmdir()
+        except OSError as error:
+            return error.errno == errno.ENOENT
+        return True
