@@ -79,6 +79,8 @@ class TakeOver:
                 _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
                 device.abandon()
                 await self._give_up(record)
+        # What led to the dead must not be taken for what leads to their successors.
+        self._around.holder.drop(record.config.name)
         if record.device_number is None and record.config.name in self._configured:
             return None
         device = Device(record.config, self._around)
@@ -86,7 +88,6 @@ class TakeOver:
 
     async def _give_up(self, record: Record) -> None:
         self._going_on.remove(record)
-        self._around.holder.drop(record.config.name)
         await end_left([record], [each for each in record.processes if each.role == "broker"])
         numbers = [each.device_number for each in self._going_on if each.device_number is not None]
         self._remove_sockets(numbers)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from ublkpool.bufpool.arena import SHM_DIRECTORY, Arena, arena_prefix
 from ublkpool.daemon.admin_client import AdminClient
@@ -133,6 +133,18 @@ class Daemon:
         command = [sys.executable, "-m", self._module, *self.addressed(["serve", *arguments])]
         self._process = self._spawn(command, self.log)
         eventually(self._answers, "the daemon answers")
+
+    @contextmanager
+    def life(self) -> Iterator[Self]:
+        """From its start to a clean end, which leaves nothing; its log is printed for whoever fails."""
+        try:
+            self.start()
+            yield self
+            assert self.stop() == 0
+            eventually(lambda: not self.remains(), "nothing is left of the daemon")
+        finally:
+            print(self.said())
+            self.close()
 
     def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
         with log.open("ab") as out:

@@ -1,10 +1,16 @@
 """Disposable processes for control commands."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from ublkpool.daemon.control_process import ControlRunner
 
 _SUPERVISOR = """
 import asyncio, signal, sys
@@ -32,3 +38,22 @@ def test_a_control_command_dies_with_the_supervisor_that_started_it(tmp_path: Pa
     finally:
         supervisor.kill()
         supervisor.wait()
+
+
+def _children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def test_a_command_that_is_given_up_is_over_when_the_caller_goes_on() -> None:
+    async def run() -> None:
+        before, begun = _children(), asyncio.Event()
+        command = ControlRunner().run_beside("sleep", lambda: time.sleep(600), type(None), 600.0, begun)
+        waiting = asyncio.ensure_future(command)
+        await begun.wait()
+        assert _children() != before
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert _children() == before
+
+    asyncio.run(asyncio.wait_for(run(), 30))

@@ -15,17 +15,17 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import broker_process, recovery
 from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess, Leases
-from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover
+from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover, retire
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceInfo, Feature
 
 EPOCH = 4
 DEADLINE_S = 20
-AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready"]
+AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready", "recovery command over"]
 """Workers fetch when they are registered: by then END_USER_RECOVERY must lie with the kernel."""
 BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]
 
@@ -124,7 +124,12 @@ class Scene:
         await asyncio.sleep(0)
         self.steps.append("end recovery")
         begun.set()
-        await self.ended_recovery
+        try:
+            await self.ended_recovery
+        finally:
+            # Its process needs a moment to end.
+            await everybody_waits()
+            self.steps.append("recovery command over")
 
     async def _register(self, epoch: int) -> None:
         self.steps.append(f"register {epoch}")
@@ -234,8 +239,9 @@ async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt
     it.worker_ended.set_result(None)
     with pytest.raises(DaemonError, match="its worker ended"):
         await recovering
-    await everybody_waits()
-    assert it.ended_recovery.cancelled(), "the command is not left behind"
+    assert it.ended_recovery.cancelled() and it.steps[-1] == "recovery command over", (
+        "a command that is still with the kernel could make the device live when its last workers are ended"
+    )
 
 
 def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
@@ -249,6 +255,27 @@ def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
         assert it.steps == [*BEFORE_THE_FENCE, "expect", "cut off", *AFTER_THE_FENCE]
 
     run()
+
+
+@pytest.mark.parametrize(
+    ("offered", "ended"), [(True, ["end"]), (False, []), (ControlFailed("QUIESCE_DEV: timed out", 110), [])]
+)
+def test_workers_end_by_themselves_where_the_driver_has_quiesced_the_device_and_only_there(
+    offered: bool | ControlFailed, ended: list[str]
+) -> None:
+    steps: list[str] = []
+
+    async def quiesce(_deadline_s: float) -> bool:
+        if isinstance(offered, ControlFailed):
+            raise offered
+        return offered
+
+    async def end(_patience_s: float) -> None:
+        steps.append("end")
+
+    team = SimpleNamespace(plan=SimpleNamespace(kernel=SimpleNamespace(quiesce=quiesce)), end=end)
+    asyncio.run(retire(cast(Team, team), "vol"))
+    assert steps == ended
 
 
 class FakeRunner:

@@ -52,3 +52,20 @@ def test_a_device_is_recovered_although_the_broker_dies_just_then(
     found: list[Any] = []
     asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).devices(found.append))
     assert [each.recovered for each in found] == [True]
+
+
+def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+
+    class Recovered(FakeDevice):
+        async def recover_left(self, record: Record) -> bool:
+            steps.append(f"recover {record.config.name}")
+            return True
+
+    around = SimpleNamespace(holder=SimpleNamespace(drop=lambda name: steps.append(f"drop {name}")))
+    monkeypatch.setattr(takeover, "Device", Recovered)
+    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
+    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).devices(lambda _: None))
+    assert steps == ["drop vol", "recover vol"]

@@ -26,14 +26,8 @@ HURTS = EVERY if "UBLKPOOL_EVERY_STEP" in os.environ else SHORT
 def hurt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     daemon = Daemon(name="hurt", module="support.killing_daemon")
     monkeypatch.setenv(PLAN, str(daemon.path("plan")))
-    try:
-        daemon.start()
+    with daemon.life():
         yield daemon
-        assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
-    finally:
-        print(daemon.said())
-        daemon.close()
 
 
 def test_a_recovery_may_be_hurt_at_any_step(hurt: Daemon) -> None:

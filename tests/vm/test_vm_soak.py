@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
+from support.vm_daemon import Daemon
 from support.vm_files import (
     REAL_TREE,
     check_file_system,
@@ -35,14 +35,8 @@ EXT4_KILLS = int(os.environ.get("UBLKPOOL_SOAK_KILLS", "4"))
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[Daemon]:
     """A daemon that may be killed, for all tests here."""
-    daemon = Daemon(name="mortal")
-    try:
-        daemon.start()
+    with Daemon(name="mortal").life() as daemon:
         yield daemon
-        assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
-    finally:
-        daemon.close()
 
 
 def _report(capsys: pytest.CaptureFixture[str], what: str) -> None:

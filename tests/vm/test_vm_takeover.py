@@ -18,15 +18,8 @@ _SECTORS_WRITTEN = 6
 
 @pytest.fixture
 def own_daemon() -> Iterator[Daemon]:
-    daemon = Daemon(name="takeover")
-    try:
-        daemon.start()
+    with Daemon(name="takeover").life() as daemon:
         yield daemon
-        assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
-    finally:
-        print(daemon.said())
-        daemon.close()
 
 
 def sectors_written(path: str) -> int:
