@@ -244,9 +244,27 @@ class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw
     """Hexadecimal; its 16 bytes are the ZeroMQ routing id that this backend must use on every queue."""
     endpoints: tuple[str, ...]
     """One ZeroMQ endpoint per queue, in order."""
+    rings: tuple[str, ...] = ()
+    """Where each queue hands out rings in shared memory: a unix socket's path, in order."""
     segments: tuple[Segment, ...]
     own_segment: int
     """The number by which the backend names its own segment, 0 if it brought none."""
+
+
+class OpenRing(
+    msgspec.Struct, tag="ring", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a backend says first to a queue whose rings it wants; `token` as in `Attached`."""
+
+    v: int
+    token: str
+
+
+class RingOpened(msgspec.Struct, tag="ring_open", tag_field="type", frozen=True, kw_only=True):
+    """The worker's answer; with it come the memory, the backend's eventfd and the worker's, in this order."""
+
+    entries: int
+    """Descriptors in each direction, a power of two."""
 
 
 class Refused(msgspec.Struct, tag="refused", tag_field="type", frozen=True, kw_only=True):

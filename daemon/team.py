@@ -138,6 +138,7 @@ class Team:
             epoch=self.epoch,
             token=session.token.hex(),
             endpoints=self.endpoints,
+            rings=tuple(str(self._ring_socket(queue)) for queue in range(info.queues)),
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=plan.arena.geometry.total_bytes),),
             own_segment=session.segment,
         )
@@ -186,7 +187,8 @@ class Team:
             await worker.child.kill()
         for worker in self.workers:
             worker.close()
-            self._socket(worker.queue).unlink(missing_ok=True)
+            for path in (self._socket(worker.queue), self._ring_socket(worker.queue)):
+                path.unlink(missing_ok=True)
 
     def _is_busy(self, worker: WorkerProcess) -> bool:
         block = self.plan.arena.control.statistics_block(worker.queue)
@@ -224,6 +226,7 @@ class Team:
                 classes=buffer_classes(plan.arena),
             ),
             queue_socket=self._socket(queue),
+            ring_socket=self._ring_socket(queue),
             pool_endpoint=plan.pool_endpoint,
             socket_mode=0o600 if plan.group is None else 0o660,
             socket_group=plan.group,
@@ -232,6 +235,9 @@ class Team:
 
     def _socket(self, queue: int) -> Path:
         return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}"
+
+    def _ring_socket(self, queue: int) -> Path:
+        return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}.ring"
 
 
 def _absent_ms(config: DeviceConfig) -> int:

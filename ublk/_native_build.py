@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 _SOURCES = Path(__file__).resolve().parent / "csrc"
-_HEADERS = ("queue_core.h", "queue_ring.h", "control.h", "fetch_round.h")
+_HEADERS = ("queue_core.h", "queue_port.h", "queue_ring.h", "control.h", "fetch_round.h")
 
 
 def _declarations(name: str) -> str:
@@ -32,12 +32,14 @@ ffibuilder.set_source(
             "queue_core.c",
             "queue_stock.c",
             "queue_link.c",
+            "queue_port.c",
             "queue_ring.c",
             "control.c",
             "fetch_round.c",
         )
     ],
-    include_dirs=["ublk/csrc"],
+    # bufpool's for shared_ring.h: what both sides of a ring do is written once.
+    include_dirs=["ublk/csrc", "bufpool/csrc"],
     libraries=["uring"],
     extra_compile_args=["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

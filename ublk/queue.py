@@ -6,6 +6,7 @@ driver); `Ring` puts it on /dev/ublkcN and is made in the process that runs it, 
 
 import enum
 import errno
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ VIOLATIONS = (
     "too many answers to requests that are over",
     "no HELLO in time",
     "its device's pool has another size than it was given",
+    "an index in its ring that makes no sense",
+    "its doorbell cannot be rung",
 )
 FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion", "unusable grant")
 
@@ -327,6 +330,32 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
     }
 
 
+class Port:
+    """The worker's end of the rings that it shares with a backend, in memory of its own; see csrc/queue_port.h."""
+
+    def __init__(self, depth: int) -> None:
+        """For a queue of `depth`.  Raises `OSError`, `MemoryError`."""
+        self.entries = int(_lib.uq_port_entries(depth))
+        self._size_bytes = int(_lib.uq_port_bytes(self.entries))
+        self.memory_fd = sealed_memory(self._size_bytes, "ublkpool-ring")
+        try:
+            self._memory = map_segment(self.memory_fd, self._size_bytes)
+        except OSError:
+            os.close(self.memory_fd)
+            raise
+        self.raw = _ffi.gc(_lib.uq_port_new(self._memory, self.entries), _lib.uq_port_free)
+
+    def turn(self, queue: Queue) -> bool:
+        """Take what has come and put what waits; whether the backend's doorbell is to be rung."""
+        return bool(_lib.uq_port_turn(self.raw, queue.raw))
+
+    def close(self) -> None:
+        """Free the memory; no ring may use the port any more."""
+        _ffi.release(self.raw)
+        unmap_segment(self._memory, self._size_bytes)
+        os.close(self.memory_fd)
+
+
 class Ring:
     """A queue on a real driver.  Made, used and closed in one process, after fork."""
 
@@ -339,6 +368,10 @@ class Ring:
     def watch(self, index: int, fd: int) -> None:
         """Have `run` come back with bit `WATCH_SHIFT + index` when `fd` is readable; -1 stops that."""
         _check(_lib.uq_ring_watch(self._raw, index, fd), "watch")
+
+    def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
+        """Exchange descriptors with the backend there, without Python; the bells are eventfds (see queue_ring.h)."""
+        _lib.uq_ring_use_port(self._raw, _ffi.NULL if port is None else port.raw, bell_in, bell_out)
 
     def run(self, timeout_ms: int) -> int:
         """Serve until something needs attention; its bits, or 0 after the timeout.  Raises `OSError`."""
@@ -375,6 +408,18 @@ def unmap_descriptors(address: Any, depth: int) -> None:
 def map_segment(fd: int, size_bytes: int) -> Any:
     """Map a segment shared, writable, populated."""
     return _checked_address(_lib.uq_map_segment(fd, size_bytes), f"map a segment of {size_bytes} bytes")
+
+
+def sealed_memory(size_bytes: int, name: str) -> int:
+    """A memfd of zeros, all of it there, whose size nobody can change.  Raises `OSError`."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def unmap_segment(address: Any, size_bytes: int) -> None:

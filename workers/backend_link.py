@@ -41,6 +41,8 @@ class BackendLink:
         self._connection: int | None = None
         self._ended: set[int] = set()
         self._is_over = self._asked = False
+        self.is_idle = False
+        """Whether the backend talks over another transport: frames wait, and none is sent."""
         self._gate = QueueGate(context, queue.count_strangers)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set(zmq.LINGER, 0)
@@ -107,7 +109,7 @@ class BackendLink:
     def _exchange(self) -> bool:
         for _ in range(FRAMES_PER_TURN_MAX):
             # What is said by nobody's token waits where it is, and its sender with it.
-            if not self._token:
+            if not self._token or self.is_idle:
                 # ZeroMQ's descriptor stays readable until it has taken note of what came: the worker would not sleep.
                 self.socket.get(zmq.EVENTS)
                 return False

@@ -2,7 +2,7 @@
 
 Runs in the forked worker, on its only thread (ZeroMQ adds an I/O thread of its own).  Requests are served in C without
 Python's lock; Python runs when a batch of descriptors is to be sent or has come, when the stock is low, and when the
-supervisor speaks.  Whatever is closed here is closed by the process's end as well.
+supervisor speaks.
 """
 
 import logging
@@ -22,12 +22,14 @@ from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Rin
 from ublkpool.workers import messages
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.pool_link import PoolLink
+from ublkpool.workers.ring_link import RingLink
 
 TICK_MS = 500
 POOL_LOOK_S = 0.5
 _WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
 _CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
 """A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
+_WATCH_RINGS = _WATCH_BACKEND + 3
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
 
@@ -38,6 +40,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     queue: QueueConfig
     queue_socket: Path
+    ring_socket: Path
     pool_endpoint: str
     socket_mode: int
     socket_group: int | None
@@ -77,11 +80,12 @@ class QueueLoop:
         self._requeues = self._queue.requeues
         self._look_at_s = 0.0
         self._broken = ""
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._backend = BackendLink(
-            context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
+            self._context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
         )
-        self._pool = PoolLink(context, spec.pool_endpoint, self._queue)
+        self._rings = RingLink(spec.ring_socket, self._queue, spec.socket_mode, spec.socket_group)
+        self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
         # After ZeroMQ's thread has started: it must not share the queue's CPU.
         if spec.cpu is not None:
             os.sched_setaffinity(0, {spec.cpu})
@@ -93,12 +97,20 @@ class QueueLoop:
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
         for number, fd in enumerate(self._backend.filenos(), _WATCH_BACKEND):
             self._ring.watch(number, fd)
+        self._ring.watch(_WATCH_RINGS, self._rings.fileno())
+        self._rings.serve_on(self._ring)
 
     def run(self) -> int:
         """Serve until every tag is gone (0) or something of ours broke (1)."""
         while (status := self.turn()) is None:
             pass
         return status
+
+    def close(self) -> None:
+        """Let go of links and ring; a process's end does the same."""
+        for each in (self._rings, self._backend, self._pool, self._ring):
+            each.close()
+        self._context.term()
 
     def turn(self) -> int | None:
         """Wait for something to do, and do it; the exit status once there is nothing to serve any more."""
@@ -118,6 +130,9 @@ class QueueLoop:
             # The next daemon may not know of a worker that was forked just before the end of this one.
             if self._supervisor is None and not self._started:
                 return 1
+        if bits >> core.WATCH_SHIFT & 1 << _WATCH_RINGS:
+            self._rings.turn()
+            self._backend.is_idle = self._rings.is_open
         self._more = self._backend.turn(not bits or bool(bits & _CONNECTIONS))
         self._watch_pool()
         self._report(attention)
@@ -160,7 +175,7 @@ class QueueLoop:
     def _report(self, attention: Attention) -> None:
         if attention & Attention.CUT:
             self._queue.clear(Attention.CUT)
-            self._backend.expect(b"")
+            self._listen_to(b"")
             was_guilty = self._queue.has_violation
             self._tell(messages.Cut(self._queue.violation()) if was_guilty else messages.HungUp())
         if attention & Attention.SILENT:
@@ -189,7 +204,7 @@ class QueueLoop:
             case messages.Expect():
                 self._expect(message, fd)
             case messages.Lost():
-                self._backend.expect(b"")
+                self._listen_to(b"")
                 # Before the rescue, which writes to the pool.
                 self._look_at_pool(backend_lives=False)
                 self._queue.lost()
@@ -217,12 +232,18 @@ class QueueLoop:
         if self._queue.link is Link.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
-            self._backend.expect(bytes.fromhex(message.token), message.user)
+            self._listen_to(bytes.fromhex(message.token), message.user)
             self._tell(messages.Expecting())
             return
         if fd is not None:
             core.unmap_segment(base, message.segment_bytes)
         self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
+
+    def _listen_to(self, token: bytes, user: int | None = None) -> None:
+        """Over either transport; b"" and None: to nobody."""
+        self._rings.expect(token, user)
+        self._backend.expect(token, user)
+        self._backend.is_idle = False
 
     def _tell(self, message: messages.FromWorker) -> None:
         if self._supervisor is None:

@@ -45,17 +45,35 @@ static inline uint64_t sr_pair_bytes(uint32_t entries)
 	return SR_CONTROL_BYTES + 2ull * entries * SR_ENTRY_BYTES;
 }
 
-static inline struct sr_end sr_end_to_backend(uint8_t *memory, uint32_t entries)
+/* Where both ends begin: not at 0, so that indexes wrap around soon, in every test and not after four thousand million
+ * descriptors.  Whoever makes the memory calls this before anybody else has it. */
+static inline void sr_begin(uint8_t *memory, uint32_t entries)
 {
-	return (struct sr_end){ .shared = (struct sr_shared *)memory, .entries = memory + SR_CONTROL_BYTES,
-				.size = entries };
+	for (unsigned i = 0; i < 2; i++) {
+		struct sr_shared *s = (struct sr_shared *)(memory + i * SR_CONTROL_BYTES / 2);
+
+		atomic_store_explicit(&s->tail, 0u - entries, memory_order_relaxed);
+		atomic_store_explicit(&s->head, 0u - entries, memory_order_relaxed);
+	}
 }
 
-static inline struct sr_end sr_end_to_worker(uint8_t *memory, uint32_t entries)
+/* One's own index as it stands: nobody else writes to it.  The other's is read when it is needed. */
+static inline struct sr_end sr_end_at(struct sr_shared *shared, uint8_t *entries, uint32_t size, int produces)
 {
-	return (struct sr_end){ .shared = (struct sr_shared *)(memory + SR_CONTROL_BYTES / 2),
-				.entries = memory + SR_CONTROL_BYTES + (uint64_t)entries * SR_ENTRY_BYTES,
-				.size = entries };
+	uint32_t mine = atomic_load_explicit(produces ? &shared->tail : &shared->head, memory_order_acquire);
+
+	return (struct sr_end){ .shared = shared, .entries = entries, .size = size, .mine = mine, .theirs = mine };
+}
+
+static inline struct sr_end sr_end_to_backend(uint8_t *memory, uint32_t entries, int produces)
+{
+	return sr_end_at((struct sr_shared *)memory, memory + SR_CONTROL_BYTES, entries, produces);
+}
+
+static inline struct sr_end sr_end_to_worker(uint8_t *memory, uint32_t entries, int produces)
+{
+	return sr_end_at((struct sr_shared *)(memory + SR_CONTROL_BYTES / 2),
+			 memory + SR_CONTROL_BYTES + (uint64_t)entries * SR_ENTRY_BYTES, entries, produces);
 }
 
 static inline uint8_t *sr_entry(const struct sr_end *e, uint32_t index)

@@ -108,6 +108,9 @@ class SimQueueLoop(QueueLoop):
         self._started = self._fetched = self._more = False
         self._broken = ""
 
+    def _listen_to(self, token: bytes, user: int | None = None) -> None:
+        self._backend.expect(token, user)
+
     def _look_at_pool(self, backend_lives: bool) -> None:
         """Nobody changes the pool's size here."""
 

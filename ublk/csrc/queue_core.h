@@ -86,7 +86,8 @@ enum uq_attention {
 
 enum uq_violation {
 	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
-	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_POOL, UQ_VIOLATIONS,
+	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_POOL, UQ_V_RING, UQ_V_DEAF,
+	UQ_VIOLATIONS,
 };
 
 enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
@@ -100,6 +101,7 @@ struct uq_stats {
 	uint64_t lent_total, returned_total; /* pool buffers, tag by tag */
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
 	uint64_t hangups, strangers;
+	uint64_t bells; /* rung for the backend */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 

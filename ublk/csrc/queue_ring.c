@@ -14,6 +14,12 @@
 #include "io_command.h"
 
 #define WATCH_DATA (1ull << 32)
+#define BELL_IN_DATA (1ull << 33)
+#define BELL_OUT_DATA (1ull << 34)
+#define NO_DATA (1ull << 35)
+#define ROUND_MASK 0xffffffu
+/* Of so many doorbells that are rung one at least must have been heard, see ring_bell(). */
+#define BELLS_UNHEARD_MAX 256u
 #define MAX_DEPTH 4096
 #define IOD_BYTES sizeof(struct uq_iod)
 
@@ -27,6 +33,11 @@ struct uq_ring {
 	uint32_t watch_round[UQ_WATCHES_MAX];
 	bool watch_armed[UQ_WATCHES_MAX];
 	int ready;
+	struct uq_port *port;
+	int bell_in, bell_out;
+	uint32_t port_round;
+	bool bell_armed, bell_due, bell_tested;
+	unsigned bells_untested;
 	struct uq_command commands[];
 };
 
@@ -48,7 +59,8 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out)
 
 	if (!r)
 		return -ENOMEM;
-	e = io_uring_queue_init_params(depth + UQ_WATCHES_MAX, &r->ring, &p);
+	/* A doorbell rung, one armed, one removed. */
+	e = io_uring_queue_init_params(depth + UQ_WATCHES_MAX + 3, &r->ring, &p);
 	if (e) {
 		free(r);
 		return e;
@@ -83,6 +95,8 @@ int uq_ring_watch(struct uq_ring *r, unsigned index, int fd)
 	return 0;
 }
 
+static uint64_t port_data(const struct uq_ring *r, uint64_t kind) { return kind | (r->port_round & ROUND_MASK); }
+
 static struct io_uring_sqe *next_sqe(struct uq_ring *r)
 {
 	struct io_uring_sqe *s = io_uring_get_sqe(&r->ring);
@@ -115,6 +129,81 @@ static void arm_watches(struct uq_ring *r)
 		s->user_data = WATCH_DATA | (uint64_t)i << 24 | (r->watch_round[i] & 0xffffff);
 		r->watch_armed[i] = true;
 	}
+}
+
+static void disarm_bell(struct uq_ring *r)
+{
+	struct io_uring_sqe *s = r->bell_armed ? next_sqe(r) : NULL;
+
+	r->bell_armed = false;
+	if (!s)
+		return;
+	io_uring_prep_poll_remove(s, port_data(r, BELL_IN_DATA));
+	s->user_data = NO_DATA;
+}
+
+void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int bell_out)
+{
+	disarm_bell(r);
+	/* The poll that is to be removed holds the descriptor's file, and is found by the round that ends here. */
+	io_uring_submit(&r->ring);
+	r->port_round++;
+	r->port = port;
+	r->bell_in = bell_in;
+	r->bell_out = bell_out;
+	r->bell_due = r->bell_tested = false;
+	r->bells_untested = 0;
+	uq_output_hold(r->q, port != NULL);
+}
+
+/* Edge-triggered and never read: each write to the eventfd is a completion, and its count has room for 2^64. */
+static void arm_bell(struct uq_ring *r)
+{
+	struct io_uring_sqe *s;
+
+	if (!r->port || r->bell_armed || !(s = next_sqe(r)))
+		return;
+	io_uring_prep_poll_multishot(s, r->bell_in, POLLIN);
+	s->user_data = port_data(r, BELL_IN_DATA);
+	r->bell_armed = true;
+}
+
+/*
+ * The eventfd is the backend's as well, who can make it block and fill it: so it is written to by io_uring, which waits
+ * for nobody.  Such a write stays in the kernel.  To bound how many do, one now and then tells when it is done, and
+ * while it has not, others are few.
+ */
+static void ring_bell(struct uq_ring *r)
+{
+	static const uint64_t one = 1;
+	struct io_uring_sqe *s;
+
+	if (r->bells_untested >= BELLS_UNHEARD_MAX && r->bell_tested) {
+		uq_link_cut(r->q, UQ_V_DEAF);
+		return;
+	}
+	if (!(s = next_sqe(r)))
+		return;
+	io_uring_prep_write(s, r->bell_out, &one, sizeof one, 0);
+	s->user_data = port_data(r, BELL_OUT_DATA);
+	if (r->bells_untested < BELLS_UNHEARD_MAX) {
+		s->flags |= IOSQE_CQE_SKIP_SUCCESS;
+	} else {
+		r->bell_tested = true;
+		r->bells_untested = 0;
+	}
+	r->bells_untested++;
+	r->bell_due = false;
+	uq_stats_of(r->q)->bells++;
+}
+
+static void exchange(struct uq_ring *r)
+{
+	if (!r->port)
+		return;
+	r->bell_due |= uq_port_turn(r->port, r->q);
+	if (r->bell_due)
+		ring_bell(r);
 }
 
 /* Commands leave the queue only when io_uring_enter has consumed them: that is when a read's buffer is free. */
@@ -167,16 +256,34 @@ static void watched(struct uq_ring *r, uint64_t data, int res)
 		r->ready |= 1 << (UQ_WATCH_SHIFT + i);
 }
 
+static void belled(struct uq_ring *r, const struct io_uring_cqe *cqe)
+{
+	if ((cqe->user_data & ROUND_MASK) != (r->port_round & ROUND_MASK))
+		return;
+	if (cqe->user_data & BELL_OUT_DATA)
+		r->bell_tested = false;
+	else if (!(cqe->flags & IORING_CQE_F_MORE))
+		r->bell_armed = false;
+}
+
+static void other_completion(struct uq_ring *r, const struct io_uring_cqe *cqe)
+{
+	if (cqe->user_data & WATCH_DATA)
+		watched(r, cqe->user_data, cqe->res);
+	else if (cqe->user_data & (BELL_IN_DATA | BELL_OUT_DATA))
+		belled(r, cqe);
+}
+
 static unsigned harvest(struct uq_ring *r)
 {
 	struct io_uring_cqe *cqe;
 	unsigned head, count = 0;
 
 	io_uring_for_each_cqe(&r->ring, head, cqe) {
-		if (cqe->user_data & WATCH_DATA)
-			watched(r, cqe->user_data, cqe->res);
-		else
+		if (cqe->user_data < WATCH_DATA)
 			uq_complete(r->q, (unsigned)cqe->user_data, cqe->res);
+		else
+			other_completion(r, cqe);
 		count++;
 	}
 	io_uring_cq_advance(&r->ring, count);
@@ -190,14 +297,20 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 
 	for (;;) {
 		uint64_t now = now_ms();
-		unsigned attention = uq_attention(r->q), left = now < deadline ? (unsigned)(deadline - now) : 0;
-		bool waits = !attention && !r->ready && left;
+		unsigned attention, left = now < deadline ? (unsigned)(deadline - now) : 0;
+		bool waits;
 		int e;
 
 		uq_tick(r->q, now);
+		exchange(r);
 		write_commands(r);
 		arm_watches(r);
+		arm_bell(r);
+		attention = uq_attention(r->q);
+		waits = !attention && !r->ready && left && (!r->port || uq_port_doze(r->port, r->q));
 		e = submit(r, waits ? left : 0);
+		if (r->port && waits)
+			uq_port_wake(r->port);
 		if (e < 0)
 			return e;
 		taken(r);

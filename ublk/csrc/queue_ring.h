@@ -8,6 +8,7 @@
 #define UQ_QUEUE_RING_H
 
 #include "queue_core.h"
+#include "queue_port.h"
 
 enum { UQ_WATCHES_MAX = 8, UQ_WATCH_SHIFT = 16 };
 
@@ -19,6 +20,13 @@ void uq_ring_free(struct uq_ring *r);
 
 /* Have uq_ring_run() return with bit (UQ_WATCH_SHIFT + index) when `fd` is readable; -1 stops watching. */
 int uq_ring_watch(struct uq_ring *r, unsigned index, int fd);
+
+/*
+ * Let descriptors travel through this port from now on, none through Python; NULL ends that.  `bell_in` is an eventfd
+ * that the backend writes to when it has something for a worker that sleeps, `bell_out` one that we write to; both stay
+ * the owner's, and a closed port's may be closed at once.
+ */
+void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int bell_out);
 
 /*
  * Submits what is to be submitted, waits at most `timeout_ms` (0: does not wait) for completions, and feeds them to the

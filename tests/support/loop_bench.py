@@ -1,0 +1,178 @@
+"""A worker's loop in a thread, between a supervisor's socket and backends that the test plays."""
+
+import os
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zmq
+
+from ublkpool.bufpool.arena import Arena, arena_prefix, stats_offset
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.wire import Descriptor, Kind
+from ublkpool.ublk import _native
+from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue, QueueConfig, read_statistics
+from ublkpool.workers import messages
+from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
+
+from .queue_rig import Plan
+from .ring_peer import RingPeer
+
+DEVICE = 7
+TOKEN = b"T" * 16
+WAIT_S = 20
+HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=1).pack()
+
+
+class NoRing:
+    """Polls what is watched, as the ring does, and has no commands."""
+
+    def __init__(self, queue: Queue, _char_fd: int) -> None:
+        self._queue = queue
+        self._watched: dict[int, int] = {}
+
+    def watch(self, index: int, fd: int) -> None:
+        self._watched[index] = fd
+        if fd < 0:
+            del self._watched[index]
+
+    def use_port(self, port: object, bell_in: int = -1, bell_out: int = -1) -> None:
+        """Nobody asks for one."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def run(self, timeout_ms: int) -> int:
+        poller = select.poll()
+        for fd in self._watched.values():
+            poller.register(fd, select.POLLIN)
+        asks = self._queue.attention() & (Attention.CUT | Attention.LINK)
+        ready = {fd for fd, _ in poller.poll(0 if asks else timeout_ms)}
+        return sum(1 << WATCH_SHIFT + index for index, fd in self._watched.items() if fd in ready)
+
+
+class Bench:
+    """A loop in a thread, the supervisor's end of its socket, and backends."""
+
+    def __init__(self, directory: Path, arena: Arena) -> None:
+        self.arena = arena
+        self.supervisor, worker = messages.pair()
+        self.supervisor.setblocking(True)
+        self.supervisor.settimeout(WAIT_S)
+        self._path = directory / "q0"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._descriptors = _native.ffi.new("struct uq_iod[]", 4)
+        self._worker = worker
+        # An io_uring belongs to the thread that made it.
+        self._thread = threading.Thread(target=self._run, args=(directory,))
+        self._thread.start()
+
+    def _spec(self, directory: Path) -> WorkerSpec:
+        config = QueueConfig(
+            device_number=DEVICE,
+            queue=0,
+            depth=4,
+            epoch=1,
+            max_io_bytes=Plan().max_io_bytes,
+            block_bytes=512,
+            need_get_data=True,
+            place_in_backend=False,
+            timeout_ms=0,
+            fail_on_timeout=False,
+            classes=buffer_classes(self.arena),
+        )
+        return WorkerSpec(
+            name="bench",
+            queue=config,
+            queue_socket=self._path,
+            ring_socket=self._path.with_suffix(".ring"),
+            pool_endpoint=f"ipc://{directory}/pool",
+            socket_mode=0o600,
+            socket_group=None,
+            cpu=None,
+        )
+
+    def _run(self, directory: Path) -> None:
+        loop = QueueLoop(self._spec(directory), -1, self._descriptors, self.arena, self._worker)
+        loop.run()
+        loop.close()
+
+    def news(self) -> messages.FromWorker:
+        """The worker's next message."""
+        said = messages.receive_in_supervisor(self.supervisor)
+        assert said is not None
+        return said
+
+    def expect(self, user: int | None = None) -> None:
+        """Tell the worker of a backend, and hear that it may come."""
+        uid = os.getuid() if user is None else user
+        messages.send(self.supervisor, messages.Expect(TOKEN.hex(), 0, 0, False, uid))
+        assert self.news() == messages.Expecting()
+
+    def connect(self) -> "zmq.Socket[bytes]":
+        """A backend that says HELLO."""
+        backend = self._context.socket(zmq.DEALER)
+        backend.setsockopt(zmq.ROUTING_ID, TOKEN)
+        backend.setsockopt(zmq.LINGER, 0)
+        backend.connect(f"ipc://{self._path}")
+        backend.send(HELLO)
+        self._sockets.append(backend)
+        return backend
+
+    def serve(self) -> "zmq.Socket[bytes]":
+        """A backend that serves."""
+        self.expect()
+        backend = self.connect()
+        assert self.news() == messages.Linked()
+        assert backend.poll(1000 * WAIT_S) and backend.recv()[0] == Kind.WELCOME
+        return backend
+
+    def ask(self, token: bytes = TOKEN) -> RingPeer:
+        """A backend that asks for rings."""
+        return RingPeer(self._path.with_suffix(".ring"), token)
+
+    def serve_on_rings(self) -> RingPeer:
+        """A backend that serves over rings."""
+        self.expect()
+        peer = self.ask()
+        peer.open()
+        peer.send(HELLO)
+        assert self.news() == messages.Linked()
+        assert peer.receive()[0] == Kind.WELCOME
+        return peer
+
+    def lose(self) -> None:
+        """The backend is dead."""
+        messages.send(self.supervisor, messages.Lost())
+        assert self.news() == messages.LetGo()
+
+    def count(self, name: str) -> int:
+        block = os.pread(self.arena.control_fd, 4096, stats_offset(0))
+        return read_statistics(block).counters[name]
+
+    def close(self) -> None:
+        # Without a supervisor a loop that has not fetched ends.
+        self.supervisor.close()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        for each in self._sockets:
+            each.close()
+        self._context.term()
+        self._worker.close()
+
+
+@contextmanager
+def bench_in(directory: Path) -> Iterator[Bench]:
+    """A bench with a pool of its own."""
+    geometry = Geometry.build([(4096, 4), (Plan().max_io_bytes, 4)])
+    prefix = arena_prefix(f"test-loop-{os.getpid()}", DEVICE)
+    with Arena.create(prefix, geometry, queues=1, device_number=DEVICE, reserve=(1, 1)) as arena:
+        made = Bench(directory, arena)
+        try:
+            yield made
+        finally:
+            made.close()
+            arena.unlink()

@@ -1,0 +1,146 @@
+"""The worker's end of a queue's rings, against an end in Python that is honest or lies about its indexes."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from support.queue_desk import Desk
+from support.ring_peer import HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from ublkpool.bufpool.wire import Kind, Op, iter_frame
+from ublkpool.ublk.queue import Link, Port
+
+DEPTH = 4
+
+
+class Ends:
+    """A queue core with its port, and the backend's end."""
+
+    def __init__(self) -> None:
+        self.desk = Desk(need_get_data=False, depth=DEPTH)
+        self.port = Port(DEPTH)
+        self.peer = RingMemory(self.port.memory_fd, self.port.entries)
+
+    def turn(self) -> bool:
+        return self.port.turn(self.desk.queue)
+
+    def close(self) -> None:
+        self.peer.memory.close()
+        self.port.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    made = Ends()
+    yield made
+    made.close()
+
+
+def test_descriptors_pass_whole_and_in_order_however_often_the_ring_wraps_around(ends: Ends) -> None:
+    rng, desk, peer = random.Random(4), ends.desk, ends.peer
+    free, served, given = list(range(DEPTH)), 0, 0
+    assert desk.backend is not None
+    while served < 40 * peer.entries:
+        if free and rng.random() < 0.6:
+            tag = free.pop(rng.randrange(len(free)))
+            desk.read(tag, rng.randrange(64))
+            given += 1
+        ends.turn()
+        if rng.random() < 0.5:
+            frame = peer.take()
+            for each in iter_frame(frame) if frame else ():
+                assert (each.kind, each.op, each.length) == (Kind.REQUEST, Op.READ, 512)
+                desk.backend.receive(0, each.pack())
+                assert desk.backend.execute((0, each.tag))
+                peer.put(desk.backend.answer((0, each.tag)))
+                free.append(each.tag)
+                served += 1
+            ends.turn()
+            desk.driver.consume()
+            desk.side.check()
+    # Between a commit and the worker's next look at it a tag may come again: none is lost, none comes twice.
+    assert given - served == DEPTH - len(free)
+    assert desk.queue.link is Link.UP and desk.side.statistics.violations == 0
+
+
+def test_indexes_wrap_around_at_32_bits_soon_and_often_enough_to_be_tested(ends: Ends) -> None:
+    assert ends.peer.index(TO_BACKEND, TAIL) == ends.peer.index(TO_WORKER, HEAD) == 2**32 - ends.peer.entries
+
+
+def test_the_doorbell_is_due_once_for_each_sleep(ends: Ends) -> None:
+    assert not ends.turn()
+    ends.desk.read(0, 0)
+    assert not ends.turn()
+    ends.peer.set_index(TO_BACKEND, SLEEPING, 1)
+    assert not ends.turn()
+    ends.desk.read(1, 0)
+    assert ends.turn()
+    ends.desk.read(2, 0)
+    assert not ends.turn()
+
+
+def _fill(ends: Ends, leave: int) -> None:
+    """Use all entries but so many, which the worker does not learn to be free again."""
+    desk, peer = ends.desk, ends.peer
+    assert desk.backend is not None
+    for _ in range(peer.entries - leave):
+        desk.read(0, 0)
+        ends.turn()
+        given = peer.take(tell=False)
+        desk.backend.receive(0, given)
+        assert desk.backend.execute((0, 0))
+        peer.put(desk.backend.answer((0, 0)))
+        ends.turn()
+        desk.driver.consume()
+
+
+def test_what_finds_no_room_waits_and_comes_in_order(ends: Ends) -> None:
+    desk, peer = ends.desk, ends.peer
+    _fill(ends, leave=2)
+    for tag in range(DEPTH):
+        desk.read(tag, tag)
+    ends.turn()
+    assert [each.tag for each in iter_frame(peer.take(tell=False))] == [0, 1]
+    ends.turn()
+    assert not peer.take()
+    ends.turn()
+    assert [each.tag for each in iter_frame(peer.take())] == [2, 3]
+    assert desk.side.statistics.violations == 0
+
+
+@pytest.mark.parametrize("ahead", [1, 2**31, -65])
+def test_a_head_that_makes_no_sense_cuts_the_link(ends: Ends, ahead: int) -> None:
+    desk, peer = ends.desk, ends.peer
+    _fill(ends, leave=0)
+    tail = peer.index(TO_BACKEND, TAIL)
+    peer.set_index(TO_BACKEND, HEAD, tail + ahead)
+    desk.read(0, 0)
+    ends.turn()
+    assert desk.queue.link is Link.CUT and "index in its ring" in desk.queue.violation()
+    assert peer.index(TO_BACKEND, TAIL) == tail
+
+
+@pytest.mark.parametrize("ahead", [-1, 2**31, 65])
+def test_a_tail_that_makes_no_sense_cuts_the_link_and_nothing_is_read(ends: Ends, ahead: int) -> None:
+    desk, peer = ends.desk, ends.peer
+    desk.read(0, 0)
+    ends.turn()
+    read = desk.side.statistics.descriptors_in
+    peer.set_index(TO_WORKER, TAIL, peer.index(TO_WORKER, HEAD) + ahead)
+    ends.turn()
+    assert desk.queue.link is Link.CUT and desk.side.statistics.descriptors_in == read
+    desk.kill()
+    desk.connect(fence=False)
+    assert desk.queue.link.name == "UP"
+
+
+def test_a_cut_link_is_neither_read_nor_written(ends: Ends) -> None:
+    desk, peer = ends.desk, ends.peer
+    peer.put(b"\xff" * 64)
+    ends.turn()
+    assert desk.queue.link is Link.CUT
+    head = peer.index(TO_WORKER, HEAD)
+    peer.put(b"\xff" * 64)
+    desk.read(0, 0)
+    assert not ends.turn()
+    assert peer.index(TO_WORKER, HEAD) == head and not peer.take()

@@ -1,0 +1,202 @@
+"""The worker's side of the rings: who gets one, and when its owner has gone.
+
+Owns the unix socket at which the backend that is expected asks for a queue's rings, and the one connection whose
+backend has them.  What goes through the rings is the core's business (`ublk/csrc/queue_port.c`) and passes without
+Python; the connection carries nothing after its first exchange but its own end.  Used by the worker's one thread; never
+waits.
+"""
+
+import array
+import os
+import select
+import socket
+import struct
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
+from ublkpool.ublk.queue import Link, Port, Queue
+
+ASKING_MAX = 8
+"""Connections that have not asked yet; one more ends the oldest."""
+_ACCEPTS_PER_TURN_MAX = 64
+_BACKLOG = 16
+_QUESTION_BYTES_MAX = 256
+_PEER = struct.Struct("3i")
+_KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+
+class PortUser(Protocol):
+    """What lets descriptors travel through a port: `ublk.queue.Ring`."""
+
+    def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None: ...
+
+
+class Rings:
+    """One backend's rings, its connection and both doorbells."""
+
+    def __init__(self, connection: socket.socket, depth: int) -> None:
+        """Raises `OSError`, `MemoryError`."""
+        self.connection = connection
+        self.port = Port(depth)
+        # The backend shares the second, and may make it block: only io_uring writes to it.
+        self.bell_in, self.bell_out = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+
+    def hand_over(self) -> None:
+        """Tell the backend.  Raises `OSError`."""
+        fds = array.array("i", [self.port.memory_fd, self.bell_out, self.bell_in])
+        answer = msgspec.json.encode(RingOpened(entries=self.port.entries))
+        self.connection.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self.bell_in)
+        os.close(self.bell_out)
+        self.port.close()
+
+
+class RingLink:
+    """The shared-memory transport of one queue."""
+
+    def __init__(self, path: Path, queue: Queue, mode: int, group: int | None) -> None:
+        """The unix socket will be `path`, with `mode`, and of `group` if there is one."""
+        self._queue, self._path, self._mode, self._group = queue, path, mode, group
+        self._user: PortUser | None = None
+        self._token = ""
+        self._peer_uid: int | None = None
+        self._listener: socket.socket | None = None
+        self._asking: list[socket.socket] = []
+        self._rings: Rings | None = None
+        self._epoll = select.epoll()
+
+    def fileno(self) -> int:
+        """Readable when `turn` has something to look at."""
+        return self._epoll.fileno()
+
+    def serve_on(self, user: PortUser) -> None:
+        """Rings are used by this."""
+        self._user = user
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a backend has the rings: it talks through them and through nothing else."""
+        return self._rings is not None
+
+    def expect(self, token: bytes, user: int | None = None) -> None:
+        """Let this user's backend with this token have rings; b"" and None: nobody, and nobody keeps them.
+
+        Raises `OSError` if the socket cannot be made.
+        """
+        self._drop_rings()
+        self._token, self._peer_uid = token.hex(), user
+        if token and self._listener is None:
+            self._listen()
+        # While nobody is expected who comes waits: the backend of a dead worker may be early.
+        if self._listener is not None:
+            self._epoll.modify(self._listener, select.EPOLLIN if token else 0)
+
+    def _listen(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, _KIND)
+        self._listener.bind(str(self._path))
+        self._path.chmod(self._mode)
+        if self._group is not None:
+            os.chown(self._path, -1, self._group)
+        self._listener.listen(_BACKLOG)
+        self._epoll.register(self._listener, select.EPOLLIN)
+
+    def turn(self) -> None:
+        """Look at who has come, who has asked, and whether the rings' owner has gone."""
+        for fd, _ in self._epoll.poll(0):
+            if self._listener is not None and fd == self._listener.fileno():
+                self._accept()
+            elif self._rings is not None and fd == self._rings.connection.fileno():
+                self._gone()
+            else:
+                self._hear(next(each for each in self._asking if each.fileno() == fd))
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(_ACCEPTS_PER_TURN_MAX):
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            connection.setblocking(False)
+            if _user_of(connection) != self._peer_uid:
+                self._queue.count_strangers(1)
+                connection.close()
+                continue
+            self._asking.append(connection)
+            self._epoll.register(connection, select.EPOLLIN)
+            if len(self._asking) > ASKING_MAX:
+                self._turn_away(self._asking[0])
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        self._asking.remove(connection)
+        self._epoll.unregister(connection)
+        connection.close()
+
+    def _hear(self, connection: socket.socket) -> None:
+        try:
+            asked = msgspec.json.decode(connection.recv(_QUESTION_BYTES_MAX), type=OpenRing)
+        except BlockingIOError:
+            return
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            self._turn_away(connection)
+            return
+        # One that talks already, over frames or with rings, has what it needs.
+        free = self._queue.link is Link.EXPECTED and self._rings is None
+        if asked.v == PROTOCOL_VERSION and asked.token == self._token and free:
+            self._open(connection)
+        else:
+            self._queue.count_strangers(1)
+            self._turn_away(connection)
+
+    def _open(self, connection: socket.socket) -> None:
+        assert self._user is not None
+        try:
+            rings = Rings(connection, self._queue.config.depth)
+        except (OSError, MemoryError):
+            # It may try again, and frames need no memory of ours.
+            self._turn_away(connection)
+            return
+        self._asking.remove(connection)
+        self._rings = rings
+        self._user.use_port(rings.port, rings.bell_in, rings.bell_out)
+        try:
+            rings.hand_over()
+        except OSError:
+            self._drop_rings()
+
+    def _gone(self) -> None:
+        """Its connection ended, or says something: both are the end of it.  What it said before counts."""
+        assert self._rings is not None
+        self._rings.port.turn(self._queue)
+        self._drop_rings()
+        self._queue.hung_up()
+
+    def _drop_rings(self) -> None:
+        rings, self._rings = self._rings, None
+        if rings is None:
+            return
+        assert self._user is not None
+        self._user.use_port(None)
+        self._epoll.unregister(rings.connection)
+        rings.close()
+
+    def close(self) -> None:
+        self._drop_rings()
+        for each in [*self._asking]:
+            self._turn_away(each)
+        if self._listener is not None:
+            self._listener.close()
+        self._epoll.close()
+
+
+def _user_of(connection: socket.socket) -> int:
+    """The user at the other end, by the kernel's word."""
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    return int(_PEER.unpack(peer)[1])
