@@ -1,6 +1,6 @@
-"""Builds `ublkpool.bufpool._fileio`, the native file-I/O engine, with cffi; run as a script it builds in place.
+"""Builds `ublkpool.bufpool._fileio`, the SDK's native part, with cffi; run as a script it builds in place.
 
-Runs at build time only.  `csrc/fileio.h` is the one description of the interface: its declarations are read from it.
+Runs at build time only.  The headers are the one description of the interface: its declarations are read from them.
 """
 
 import os
@@ -18,13 +18,14 @@ def declarations(header: str) -> str:
 
 
 ffibuilder = FFI()
-ffibuilder.cdef(declarations((_BUFPOOL / "csrc" / "fileio.h").read_text()))
+for header in ("fileio.h", "port.h"):
+    ffibuilder.cdef(declarations((_BUFPOOL / "csrc" / header).read_text()))
 ffibuilder.set_source(
     "ublkpool.bufpool._fileio",
     # Included rather than listed as a source: object files of sources outside the build folder land beside it.
-    '#include "fileio.c"\n',
+    '#include "fileio.c"\n#include "port.c"\n',
     include_dirs=[str(_BUFPOOL / "csrc")],
-    depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("fileio.*"))],
+    depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("*.[ch]"))],
     libraries=["uring"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

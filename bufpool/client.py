@@ -1,48 +1,35 @@
 """The SDK's lower half: attach to a device, map its memory, exchange frames with its queues.
 
-Owns the attach connection, the ZeroMQ sockets (one DEALER a queue) and the mappings.  Knows nothing of what a request
-means; `dispatch.py` and native engines do.  One thread uses an `Attachment`, in the backend's process; it must be
-opened after any fork, since neither a ZeroMQ context nor a loop survives one.
+Owns the attach connection, the mappings and the links to the queues, over one of the transports.  Knows nothing of
+what a request means; `dispatch.py` and native engines do.  One thread uses an `Attachment`, in the backend's process;
+it must be opened after any fork, since neither a ZeroMQ context nor a loop survives one.
 """
 
 import errno
 import fcntl
 import mmap
 import os
-import select
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import msgspec
-import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
+from ublkpool.bufpool.links import Links, LinkStatistics
+from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
-FRAMES_PER_TURN_MAX = 64
-"""Frames read from one queue before the others get their turn."""
+Transport = Literal["auto", "ring", "zeromq"]
+"""How descriptors travel; `auto`: through rings if the daemon has them and the native part is there."""
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
-_LINGER_MS = 1000
 _SEGMENTS_MAX = 16
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_FENCE = int(wire.Kind.FENCE)
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
-
-
-class AttachmentStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of one attachment since it was opened."""
-
-    frames_received: int
-    frames_sent: int
-    bytes_received: int
-    bytes_sent: int
-    reconnects: int
 
 
 class Ready(NamedTuple):
@@ -206,6 +193,23 @@ def _close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
+def make_links(attached: wire.Attached, transport: Transport) -> Links:
+    """Links over the transport that is wanted.  Raises `BackendError` if there are none."""
+    if transport == "zeromq" or (transport == "auto" and not attached.rings):
+        return ZeroMQLinks(attached)
+    if not attached.rings:
+        raise BackendError("transport=ring: this daemon offers no rings; transport=zeromq is always there")
+    try:
+        from ublkpool.bufpool.ring_links import RingLinks
+    except ImportError as error:
+        if transport == "auto":
+            return ZeroMQLinks(attached)
+        raise BackendError(
+            f"transport=ring needs the native part, transport=zeromq does not: {error}"
+        ) from error
+    return RingLinks(attached)
+
+
 class Attachment:
     """A backend's connection to one device."""
 
@@ -215,28 +219,16 @@ class Attachment:
         attached: wire.Attached,
         segments: dict[int, mmap.mmap],
         own_segment: OwnSegment | None,
+        links: Links,
     ) -> None:
         """See `open`."""
         self.attached = attached
         self.own_segment = own_segment
-        self.epoch = attached.epoch
+        self.links = links
         self._connection = connection
         self._maps = segments
         self.segments = {number: memoryview(mapping) for number, mapping in segments.items()}
-        self._frames_received = self._frames_sent = 0
-        self._bytes_received = self._bytes_sent = 0
-        self._handshakes = [0] * attached.queues
-        self._linked: set[int] = set()
-        self._context = zmq.Context()
-        self._poller = zmq.Poller()
-        self._poller.register(connection.fileno(), zmq.POLLIN)
-        self._queues = [self._make_queue() for _ in attached.endpoints]
-        # Before anything connects: a first connection that nobody saw would make the next one look like the first.
-        self._monitors = [self._watch_connection(queue) for queue in self._queues]
-        for queue, endpoint in zip(self._queues, attached.endpoints, strict=True):
-            queue.connect(endpoint)
-        self._queue_of = {each: number for number, each in enumerate(self._queues)}
-        self._monitor_of = {each: number for number, each in enumerate(self._monitors)}
+        links.watch(connection.fileno())
 
     @classmethod
     def open(
@@ -247,11 +239,13 @@ class Attachment:
         own_segment: OwnSegment | None = None,
         *,
         wait_s: float = 0.0,
+        transport: Transport = "auto",
     ) -> Self:
         """Attach to `device`, map its segments, say HELLO on every queue.
 
         `wait_s`: how long to wait for a daemon that does not listen yet.  Raises `AttachRefused` with the daemon's
-        reason, `BackendError` if there is no daemon, `WireError` for an answer that makes no sense.
+        reason, `BackendError` if there is no daemon or not this transport, `WireError` for an answer that makes no
+        sense.
         """
         attach = msgspec.structs.replace(
             attach, device=device, segment_bytes=own_segment.size_bytes if own_segment else 0
@@ -267,115 +261,28 @@ class Attachment:
             finally:
                 _close_all(descriptors)
             connection.setblocking(False)
-            attachment = cls(connection, attached, segments, own_segment)
+            return cls(connection, attached, segments, own_segment, make_links(attached, transport))
         except BaseException:
             connection.close()
             raise
-        for queue in range(attached.queues):
-            attachment._hello(queue)
-        return attachment
-
-    def _make_queue(self) -> zmq.Socket[bytes]:
-        queue = self._context.socket(zmq.DEALER)
-        queue.setsockopt(zmq.ROUTING_ID, bytes.fromhex(self.attached.token))
-        queue.setsockopt(zmq.LINGER, _LINGER_MS)
-        # The queue's depth bounds what is in flight; a limit here could only block the loop.
-        queue.setsockopt(zmq.SNDHWM, 0)
-        queue.setsockopt(zmq.RCVHWM, 0)
-        queue.setsockopt(zmq.RECONNECT_IVL, 10)
-        queue.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
-        self._poller.register(queue, zmq.POLLIN)
-        return queue
-
-    def _watch_connection(self, queue: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-        monitor: zmq.Socket[bytes] = queue.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
-        self._poller.register(monitor, zmq.POLLIN)
-        return monitor
-
-    def _hello(self, queue: int) -> None:
-        hello = wire.Descriptor(
-            wire.Kind.HELLO, device=self.attached.device_number, queue=queue, epoch=self.epoch
-        )
-        self.send(queue, [hello])
-
-    def watch(self, descriptor: int, events: int = select.POLLIN) -> None:
-        """Let `poll` report this file descriptor too; `events` as of `select.poll`."""
-        self._poller.register(descriptor, events)
-
-    def unwatch(self, descriptor: int) -> None:
-        """Undo `watch`."""
-        self._poller.unregister(descriptor)
 
     def poll(self, timeout_ms: int | None = None) -> Ready:
         """Wait until something can be done, for ever if `timeout_ms` is None."""
-        ready = Ready([], [], False)
-        for source, _ in self._poller.poll(timeout_ms):
-            if isinstance(source, int):
-                if source == self._connection.fileno():
-                    ready = ready._replace(control=True)
-                else:
-                    ready.descriptors.append(source)
-            elif source in self._queue_of:
-                ready.queues.append(self._queue_of[source])
-            else:
-                self._link_changed(self._monitor_of[source])
-        return ready
-
-    @property
-    def linked(self) -> int:
-        """How many queues have a worker at the other end."""
-        return len(self._linked)
-
-    def _link_changed(self, queue: int) -> None:
-        event = parse_monitor_message(self._monitors[queue].recv_multipart())["event"]
-        if event == zmq.EVENT_DISCONNECTED:
-            self._linked.discard(queue)
-            return
-        self._linked.add(queue)
-        # The first HELLO was queued before the connection stood; after that a connection means a new worker.
-        self._handshakes[queue] += 1
-        if self._handshakes[queue] > 1:
-            self._hello(queue)
-
-    def frames(self, queue: int) -> Iterator[bytes]:
-        """The frames that have arrived on a queue, at most `FRAMES_PER_TURN_MAX` of them."""
-        receive = self._queues[queue].recv
-        for _ in range(FRAMES_PER_TURN_MAX):
-            try:
-                frame = receive(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._frames_received += 1
-            self._bytes_received += len(frame)
-            self._note_epoch(frame)
-            yield frame
-
-    def _note_epoch(self, frame: bytes) -> None:
-        # So that the HELLO to a worker's successor carries the epoch that the last one brought.
-        kinds = frame[:: wire.DESCRIPTOR_BYTES]
-        if _FENCE in kinds:
-            starts = [at * wire.DESCRIPTOR_BYTES for at, kind in enumerate(kinds) if kind == _FENCE]
-            epochs = [int.from_bytes(frame[start + 12 : start + 16], "little") for start in starts]
-            self.epoch = max(self.epoch, *epochs)
+        queues, descriptors = self.links.poll(timeout_ms)
+        control = self._connection.fileno()
+        if control not in descriptors:
+            return Ready(queues, descriptors, False)
+        return Ready(queues, [each for each in descriptors if each != control], True)
 
     def receive(self, queue: int) -> list[wire.Descriptor]:
         """The descriptors that have arrived on a queue.  Raises `WireError` for a frame that is none."""
-        return [each for frame in self.frames(queue) for each in wire.iter_frame(frame)]
+        return [each for frame in self.links.frames(queue) for each in wire.iter_frame(frame)]
 
     def send(self, queue: int, descriptors: Sequence[wire.Descriptor]) -> None:
         """Send descriptors, in as few frames as they fit."""
         for start in range(0, len(descriptors), wire.DESCRIPTORS_PER_FRAME_MAX):
-            self.send_frame(
-                queue, wire.pack_frame(descriptors[start : start + wire.DESCRIPTORS_PER_FRAME_MAX])
-            )
-
-    def send_frame(self, queue: int, frame: bytes) -> None:
-        """Send a frame as it stands."""
-        self._queues[queue].send(frame, zmq.NOBLOCK)
-        self._frames_sent += 1
-        self._bytes_sent += len(frame)
+            frame = wire.pack_frame(descriptors[start : start + wire.DESCRIPTORS_PER_FRAME_MAX])
+            self.links.send_frame(queue, frame)
 
     def message(self) -> wire.DaemonMessage | None:
         """The daemon's next message on the attach connection, None if the daemon is gone."""
@@ -385,32 +292,17 @@ class Attachment:
             return None
         return wire.decode_daemon_message(packet) if packet else None
 
-    def stop_receiving(self) -> None:
-        """Poll no queue any more; what is still sent to them is the successor's."""
-        for queue in self._queues:
-            self._poller.unregister(queue)
-
     def forget_connection(self) -> None:
         """Stop polling the attach connection: its end was seen and would be reported for ever."""
-        self._poller.unregister(self._connection.fileno())
+        self.links.unwatch(self._connection.fileno())
 
-    def statistics(self) -> AttachmentStatistics:
+    def statistics(self) -> LinkStatistics:
         """What went over the queues."""
-        return AttachmentStatistics(
-            frames_received=self._frames_received,
-            frames_sent=self._frames_sent,
-            bytes_received=self._bytes_received,
-            bytes_sent=self._bytes_sent,
-            reconnects=sum(max(0, count - 1) for count in self._handshakes),
-        )
+        return self.links.statistics()
 
     def close(self) -> None:
-        """Send what is queued, then leave: sockets, mappings and the attach connection, in this order."""
-        for queue, monitor in zip(self._queues, self._monitors, strict=True):
-            queue.disable_monitor()
-            monitor.close(linger=0)
-            queue.close()
-        self._context.term()
+        """Send what is queued, then leave: links, mappings and the attach connection, in this order."""
+        self.links.close()
         for view in self.segments.values():
             view.release()
         for mapping in self._maps.values():

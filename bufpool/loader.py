@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ublkpool.bufpool.backend import Backend, Hint, NoOptions, Properties
+from ublkpool.bufpool.client import Transport
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.options import REQUIRED, Option, declared, parse_options, parse_values
 from ublkpool.bufpool.serving import serve
@@ -57,13 +58,27 @@ def backend_name(kind_or_file: str) -> str:
 
 
 def run_backend(
-    kind_or_file: str, options: Mapping[str, str], device: str, run_dir: Path, *, wait_s: float = 0.0
+    kind_or_file: str,
+    options: Mapping[str, str],
+    device: str,
+    run_dir: Path,
+    *,
+    wait_s: float = 0.0,
+    transport: Transport = "auto",
 ) -> int:
     """Load and serve until told to end; returns the exit status.  Raises `PoolError` if it cannot start."""
     backend = load(kind_or_file, options)
     built_in = type(backend).__module__.startswith(_BUILT_IN + ".")
     name = backend_name(kind_or_file)
-    return serve(backend, device=device, run_dir=run_dir, kind=name, wait_s=wait_s, lock_memory=built_in)
+    return serve(
+        backend,
+        device=device,
+        run_dir=run_dir,
+        kind=name,
+        wait_s=wait_s,
+        transport=transport,
+        lock_memory=built_in,
+    )
 
 
 def _is_file(kind_or_file: str) -> bool:

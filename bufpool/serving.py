@@ -27,7 +27,7 @@ from ublkpool.bufpool.backend import (
     check_properties,
     log,
 )
-from ublkpool.bufpool.client import Attachment, OwnSegment, Ready, describe
+from ublkpool.bufpool.client import Attachment, OwnSegment, Ready, Transport, describe
 from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.errors import BackendError
 
@@ -42,14 +42,15 @@ def serve(
     run_dir: Path = DEFAULT_RUN_DIR,
     kind: str = "",
     wait_s: float = 0.0,
+    transport: Transport = "auto",
     lock_memory: bool = False,
     handle_signals: bool = True,
 ) -> int:
     """Serve `device` until told to end; returns the process's exit status.
 
     `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how long to wait for a daemon that is
-    not up yet.  `lock_memory`: keep this process in memory, as built-in backends do.  `handle_signals`: False if
-    this is not the main thread.  Raises `PoolError` if it cannot start.
+    not up yet.  `transport`: see `client.Transport`.  `lock_memory`: keep this process in memory, as built-in backends
+    do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot start.
     """
     opened = backend.open(_hint(run_dir, device, wait_s))
     with ExitStack() as stack:
@@ -59,7 +60,7 @@ def serve(
         if segment is not None:
             stack.callback(segment.close)
         attach = attach_message(properties, device, kind or type(backend).__name__.lower())
-        attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s)
+        attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
         stack.callback(attachment.close)
         _harden(lock_memory)
         loop = stack.enter_context(Loop(backend, attachment))
@@ -123,6 +124,7 @@ class Loop:
         self.device = _device(attachment, self)
         self._backend = backend
         self._attachment = attachment
+        self._links = attachment.links
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._outbox = Outbox()
         self._stopping = ""
@@ -154,12 +156,12 @@ class Loop:
 
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
         """See `Device.watch`."""
-        self._attachment.watch(descriptor)
+        self._links.watch(descriptor)
         self._callbacks[descriptor] = callback
 
     def unwatch(self, descriptor: int) -> None:
         """See `Device.unwatch`."""
-        self._attachment.unwatch(descriptor)
+        self._links.unwatch(descriptor)
         del self._callbacks[descriptor]
 
     def wake(self) -> None:
@@ -173,7 +175,7 @@ class Loop:
         log.info("serving %s, %d queues", self.device.name, self.device.queues)
         while not self._stopping:
             self.turn(self._attachment.poll())
-        self._attachment.stop_receiving()
+        self._links.stop_receiving()
         while engine.running():
             self.turn(self._attachment.poll())
         self._send_answers(engine)
@@ -188,7 +190,7 @@ class Loop:
         assert engine is not None
         if not self._stopping:
             for queue in ready.queues:
-                for frame in self._attachment.frames(queue):
+                for frame in self._links.frames(queue):
                     engine.take(queue, frame)
         for descriptor in ready.descriptors:
             self._call(descriptor)
@@ -196,7 +198,7 @@ class Loop:
         self._send_answers(engine)
         if ready.control:
             self._hear()
-        if self._orphaned and not self._stopping and not self._attachment.linked:
+        if self._orphaned and not self._stopping and not self._links.linked:
             self._status = 1
             self.stop("the end of the daemon and its workers")
 
@@ -212,7 +214,7 @@ class Loop:
 
     def _send_answers(self, engine: FrameEngine) -> None:
         for queue, frame in engine.answers():
-            self._attachment.send_frame(queue, frame)
+            self._links.send_frame(queue, frame)
 
     def _hear(self) -> None:
         message = self._attachment.message()

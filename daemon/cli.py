@@ -16,6 +16,7 @@ import click
 from ublkpool import __version__
 
 if TYPE_CHECKING:
+    from ublkpool.bufpool.client import Transport
     from ublkpool.daemon.admin_client import AdminClient
     from ublkpool.daemon.config import DeviceConfig, LogFormat, OnStop, Problem, ServeConfig
     from ublkpool.daemon.status import DeviceStatus
@@ -376,6 +377,13 @@ def stats(name: str | None, as_json: bool, run_dir: Path) -> None:
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE ...]")
 @click.option("--device", required=True, metavar="NAME", help="The device to attach to.")
 @click.option(
+    "--transport",
+    type=click.Choice(["auto", "ring", "zeromq"]),
+    default="auto",
+    metavar="auto|ring|zeromq",
+    help="How requests travel: rings in shared memory if there are any, or frames.  [default: auto]",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["auto", "human", "logfmt", "json"]),
     default="auto",
@@ -383,7 +391,14 @@ def stats(name: str | None, as_json: bool, run_dir: Path) -> None:
     help="What it writes to stderr.  [default: auto]",
 )
 @_run_dir_option()
-def backend(kind: str, options: tuple[str, ...], device: str, log_format: "LogFormat", run_dir: Path) -> int:
+def backend(
+    kind: str,
+    options: tuple[str, ...],
+    device: str,
+    transport: "Transport",
+    log_format: "LogFormat",
+    run_dir: Path,
+) -> int:
     """Be the backend of a device, in this process, until the device is deleted or SIGTERM.
 
     KIND is a built-in backend, such as null, memory or file; FILE.py is one of your own.
@@ -397,7 +412,7 @@ def backend(kind: str, options: tuple[str, ...], device: str, log_format: "LogFo
     from ublkpool.daemon import logs
 
     logs.configure("info", log_format)
-    return run_backend(kind, pairs, device, run_dir)
+    return run_backend(kind, pairs, device, run_dir, transport=transport)
 
 
 @cli.command()

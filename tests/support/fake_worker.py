@@ -1,6 +1,6 @@
 """A daemon and its workers without a kernel: drives a real backend over the real wire.
 
-Owns an attach socket, a pool, and a ROUTER per queue, all on the test's own thread; the backend runs in another thread
+Owns an attach socket, a pool, and a link per queue, all on the test's own thread; the backend runs in another thread
 or process.  Checks what a worker would check: that an answer repeats its request's identity and that a region lies in
 the backend's segment.  Every wait has a deadline.
 """
@@ -17,10 +17,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Literal, Self
 
 import zmq
 
+from support.fake_links import FakeFrames, FakeLink, FakeRings
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend
 from ublkpool.bufpool.serving import serve
@@ -34,6 +35,9 @@ DEADLINE_S = 20.0
 
 class FakeWorker:
     """One device's daemon and workers; a context manager."""
+
+    transport: ClassVar[Literal["zeromq", "ring"]] = "zeromq"
+    """What it offers; the fixture `transport` sets it."""
 
     def __init__(
         self,
@@ -62,23 +66,17 @@ class FakeWorker:
         os.ftruncate(self._pool_descriptor, self.pool_bytes)
         self.pool = mmap.mmap(self._pool_descriptor, self.pool_bytes)
         self._context = zmq.Context()
-        self.endpoints = [f"ipc://{run_dir}/q{number}" for number in range(queues)]
-        self._routers = [self._bind(endpoint) for endpoint in self.endpoints]
-        self.token = b""
+        self._paths = [run_dir / f"q{number}" for number in range(queues)]
+        self.links: list[FakeLink] = [self._make_link(path) for path in self._paths]
 
-    def _bind(self, endpoint: str) -> "zmq.Socket[bytes]":
-        router = self._context.socket(zmq.ROUTER)
-        router.setsockopt(zmq.LINGER, 0)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        # A socket of ours: ZeroMQ's thread would remove the file of its own late, and with it a successor's.
-        path = Path(endpoint.removeprefix("ipc://"))
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        listener.listen()
-        router.setsockopt(zmq.USE_FD, listener.detach())
-        router.bind(endpoint)
-        return router
+    def _make_link(self, path: Path) -> FakeLink:
+        return FakeRings(path) if self.transport == "ring" else FakeFrames(self._context, path)
+
+    def rings(self, queue: int = 0) -> FakeRings:
+        """A queue's link, which are rings."""
+        link = self.links[queue]
+        assert isinstance(link, FakeRings)
+        return link
 
     def __enter__(self) -> Self:
         self._listener.bind(str(self.run_dir / "attach.sock"))
@@ -89,8 +87,7 @@ class FakeWorker:
         self.hang_up()
         self._listener.close()
         (self.run_dir / "attach.sock").unlink(missing_ok=True)
-        for router in self._routers:
-            router.close()
+        self.end_workers()
         self._context.term()
         self.pool.close()
         os.close(self._pool_descriptor)
@@ -136,10 +133,23 @@ class FakeWorker:
 
     def accept(self) -> wire.Attach:
         """Attach a backend and exchange HELLO and WELCOME on every queue."""
+        attach = self.answer_attach()
+        for queue in range(self.queues):
+            hello = self.receive(queue)
+            assert (hello.kind, hello.queue, hello.device) == (Kind.HELLO, queue, DEVICE_NUMBER)
+            self.send(queue, [Descriptor(Kind.WELCOME, device=DEVICE_NUMBER, queue=queue, epoch=self.epoch)])
+        return attach
+
+    def answer_attach(self) -> wire.Attach:
+        """Attach a backend, and leave the queues to the caller."""
         attach = self.receive_attach()
         assert self.connection is not None
         self.size_bytes = self.size_bytes or attach.size_bytes
-        self.token = b"B" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
+        token = b"B" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
+        for link in self.links:
+            link.expect(token)
+        places = tuple(f"ipc://{path}" for path in self._paths)
+        rings = tuple(str(path) for path in self._paths) if self.transport == "ring" else ()
         attached = wire.Attached(
             v=wire.PROTOCOL_VERSION,
             device=DEVICE,
@@ -153,16 +163,13 @@ class FakeWorker:
             placement="backend" if self.placement == "backend" else "pool",
             read_only=attach.read_only,
             epoch=self.epoch,
-            token=self.token.hex(),
-            endpoints=tuple(self.endpoints),
+            token=token.hex(),
+            endpoints=places,
+            rings=rings,
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.pool_bytes),),
             own_segment=OWN_SEGMENT if self.own is not None else 0,
         )
         socket.send_fds(self.connection, [wire.encode_message(attached)], [self._pool_descriptor])
-        for queue in range(self.queues):
-            hello = self.receive(queue)
-            assert (hello.kind, hello.queue, hello.device) == (Kind.HELLO, queue, DEVICE_NUMBER)
-            self.send(queue, [Descriptor(Kind.WELCOME, device=DEVICE_NUMBER, queue=queue, epoch=self.epoch)])
         return attach
 
     def tell(self, message: wire.DaemonMessage) -> None:
@@ -185,13 +192,12 @@ class FakeWorker:
 
     def end_workers(self) -> None:
         """All workers are gone."""
-        for router in self._routers:
-            router.close()
+        for link in self.links:
+            link.end()
 
     def restart_worker(self, queue: int) -> None:
-        """A new worker on a queue: the old socket is gone, a new one listens at the same endpoint."""
-        self._routers[queue].close()
-        self._routers[queue] = self._bind(self.endpoints[queue])
+        """A new worker on a queue: the old socket is gone, a new one listens at the same place."""
+        self.links[queue].restart()
 
     def send(self, queue: int, descriptors: Iterable[Descriptor]) -> None:
         """One frame to the backend."""
@@ -199,22 +205,18 @@ class FakeWorker:
 
     def send_frame(self, queue: int, frame: bytes) -> None:
         """One frame as it stands."""
-        self._routers[queue].send_multipart([self.token, frame])
+        self.links[queue].send_frame(frame)
 
     def receive(self, queue: int = 0, deadline_s: float = DEADLINE_S) -> Descriptor:
         """The backend's next descriptor on a queue."""
         inbox = self._inbox[queue]
         while not inbox:
-            if not self._routers[queue].poll(int(deadline_s * 1000)):
-                raise TimeoutError(f"the backend said nothing on queue {queue} for {deadline_s} s")
-            identity, frame = self._routers[queue].recv_multipart()
-            assert identity == self.token
-            inbox.extend(wire.iter_frame(frame))
+            inbox.extend(wire.iter_frame(self.links[queue].receive_frame(deadline_s)))
         return inbox.popleft()
 
     def is_silent(self, queue: int = 0, for_s: float = 0.15) -> bool:
         """Whether nothing comes for a while."""
-        return not self._inbox[queue] and not self._routers[queue].poll(int(for_s * 1000))
+        return not self._inbox[queue] and self.links[queue].is_silent(for_s)
 
     def buffer_of(self, tag: int, queue: int = 0) -> int:
         """The pool offset of a tag's buffer."""

@@ -44,7 +44,7 @@ class Desk:
         self._own = own.view if own else memoryview(b"")
 
     def send(self, request: Descriptor, frame: bytes) -> None:
-        self.attachment.send_frame(request.queue, frame)
+        self.attachment.links.send_frame(request.queue, frame)
 
     def scene(self, request: Descriptor) -> Scene:
         attached = self.attachment.attached

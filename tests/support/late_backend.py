@@ -100,7 +100,7 @@ def _serve(
 ) -> int:
     desk = open_desk(run_dir, NAME, disk, segment_bytes)
     late = _Late(desk, manners, report)
-    desk.attachment.watch(gate)
+    desk.attachment.links.watch(gate)
     while True:
         ready = desk.attachment.poll()
         for queue in ready.queues:

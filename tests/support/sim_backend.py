@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
+from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.daemon.session import Session
@@ -74,21 +75,20 @@ class SimSession(Session):
             self._gone.set_result(None)
 
 
-class SimAttachment(Attachment):
-    """The SDK's real lower half, without sockets: the simulation connects its queues and carries its frames."""
+class SimLinks:
+    """The SDK's links in memory: the simulation connects the queues and carries their frames."""
 
-    def __init__(self, backend: "SimBackend", attached: wire.Attached, own: OwnSegment | None) -> None:
-        self.attached = attached
-        self.own_segment = own
-        self.epoch = attached.epoch
-        self.segments = {wire.SEGMENT_POOL: backend.witness.pool_view()}
-        self._backend = backend
-        self._frames_received = self._frames_sent = self._bytes_received = self._bytes_sent = 0
+    def __init__(self, backend: "SimBackend", attached: wire.Attached) -> None:
+        self._attached, self._backend = attached, backend
+        self._epoch = attached.epoch
         self._handshakes = [0] * attached.queues
         self._linked: set[int] = set()
         self.receiving = True
         for queue in range(attached.queues):
-            self._hello(queue)
+            self._greet(queue)
+
+    def _greet(self, queue: int) -> None:
+        self.send_frame(queue, hello(self._attached, queue, self._epoch))
 
     def watch(self, descriptor: int, events: int = 0) -> None:
         """The loop is turned whenever the simulation likes."""
@@ -96,15 +96,22 @@ class SimAttachment(Attachment):
     def unwatch(self, descriptor: int) -> None:
         """See `watch`."""
 
+    def poll(self, timeout_ms: int | None = None) -> Polled:
+        raise NotImplementedError("the simulation says what is ready")
+
+    @property
+    def linked(self) -> int:
+        return len(self._linked)
+
     def link_changed(self, queue: int, up: bool) -> None:
-        """What `_link_changed` makes of a monitor's event."""
+        """A link came up or went down, as ZeroMQ's monitor or a ring's connection tells."""
         if not up:
             self._linked.discard(queue)
             return
         self._linked.add(queue)
         self._handshakes[queue] += 1
         if self._handshakes[queue] > 1:
-            self._hello(queue)
+            self._greet(queue)
 
     def frames(self, queue: int) -> Iterator[bytes]:
         inbox = self._backend.inbox[queue]
@@ -112,17 +119,34 @@ class SimAttachment(Attachment):
             if not inbox:
                 return
             frame = inbox.popleft()
-            self._note_epoch(frame)
+            self._epoch = epoch_after(frame, self._epoch)
             yield frame
 
     def send_frame(self, queue: int, frame: bytes) -> None:
         self._backend.send(queue, frame)
 
-    def message(self) -> wire.DaemonMessage | None:
-        return self._backend.control.popleft()
-
     def stop_receiving(self) -> None:
         self.receiving = False
+
+    def statistics(self) -> LinkStatistics:
+        raise NotImplementedError("the simulation counts for itself")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class SimAttachment(Attachment):
+    """The SDK's real lower half, without sockets."""
+
+    def __init__(self, backend: "SimBackend", attached: wire.Attached, own: OwnSegment | None) -> None:
+        self.attached = attached
+        self.own_segment = own
+        self.segments = {wire.SEGMENT_POOL: backend.witness.pool_view()}
+        self.links: SimLinks = SimLinks(backend, attached)
+        self._backend = backend
+
+    def message(self) -> wire.DaemonMessage | None:
+        return self._backend.control.popleft()
 
     def forget_connection(self) -> None:
         """The end of the daemon is told once."""
@@ -258,13 +282,13 @@ class SimBackend:
         attachment = self.attachment
         assert attachment is not None
         while self.link_events:
-            attachment.link_changed(*self.link_events.popleft())
+            attachment.links.link_changed(*self.link_events.popleft())
         ready = Ready([], [], bool(self.control))
-        if attachment.receiving:
+        if attachment.links.receiving:
             ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
         self.loop.turn(ready)
         if self.loop._stopping:
-            attachment.stop_receiving()
+            attachment.links.stop_receiving()
             assert self.loop._engine is not None
             if not self.loop._engine.running():
                 self.loop._send_answers(self.loop._engine)

@@ -325,18 +325,22 @@ def test_serve_reports_every_mistake_of_a_config(served: list[ServeConfig], tmp_
 def test_backend_runs_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def run_backend(*args: Any) -> int:
-        calls.append(args)
+    def run_backend(*args: Any, transport: str) -> int:
+        calls.append((*args, transport))
         return 4
 
     install(monkeypatch, "ublkpool.bufpool.loader", run_backend=run_backend)
     result = run(*["backend", "file", "--device", "vol0", "path=x"], run_dir=tmp_path)
     assert result.exit_code == 4
-    assert calls == [("file", {"path": "x"}, "vol0", tmp_path)]
+    run(*["backend", "file", "--device", "vol0", "--transport", "ring"], run_dir=tmp_path)
+    assert calls == [
+        ("file", {"path": "x"}, "vol0", tmp_path, "auto"),
+        ("file", {}, "vol0", tmp_path, "ring"),
+    ]
 
 
 def test_a_backend_that_cannot_be_used_is_status_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_backend(*args: Any) -> int:
+    def run_backend(*args: Any, transport: str) -> int:
         raise BackendError("file: path= is missing")
 
     install(monkeypatch, "ublkpool.bufpool.loader", run_backend=run_backend)

@@ -16,6 +16,8 @@ from ublkpool.backends.file import FileBackend, FileOptions, open_file
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 SIZE_BYTES = 64 << 20
 KIB = 1 << 10
 

@@ -15,6 +15,8 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.keeper import Keeper
 from ublkpool.bufpool.wire import Kind, Op
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 SIZE_BYTES = 1 << 20
 OPTIONS = {"size": "1M", "reads": "own"}
 

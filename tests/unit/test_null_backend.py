@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import FakeWorker, serving
+from support.fake_worker import DEADLINE_S, FakeWorker, serving
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 def test_answers_every_operation_in_full(tmp_path: Path) -> None:
@@ -20,7 +22,7 @@ def test_a_batch_is_answered_by_one_frame(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker, serving(worker, NullBackend(NullOptions(size=1 << 30))):
         batch = [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=tag) for tag in range(8)]
         worker.send(0, batch)
-        frame = worker._routers[0].recv_multipart()[1]
+        frame = worker.links[0].receive_frame(DEADLINE_S)
         assert len(frame) == 8 * 64
 
 

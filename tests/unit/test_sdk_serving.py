@@ -7,75 +7,29 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zmq
 
-from support.fake_worker import DEVICE, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
+from support.fake_worker import (
+    DEADLINE_S,
+    DEVICE,
+    DEVICE_NUMBER,
+    BackendThread,
+    FakeWorker,
+    finish,
+    serving,
+    spawn,
+)
+from support.plain_backend import SIZE_BYTES, Held, Plain
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Backend, Device, Hint, Outbox, Properties, Request
+from ublkpool.bufpool.backend import Device, Outbox, Properties
 from ublkpool.bufpool.client import Attachment, OwnSegment
 from ublkpool.bufpool.dispatch import RequestEngine
-from ublkpool.bufpool.errors import AttachRefused, BackendError, WireError
+from ublkpool.bufpool.errors import AttachRefused, BackendError
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
-SIZE_BYTES = 1 << 20
-
-
-class Plain(Backend):
-    """A disk in a bytearray, with the methods' level."""
-
-    properties = Properties(size_bytes=SIZE_BYTES, volatile_cache=True)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.disk = bytearray(SIZE_BYTES)
-        self.calls: list[Any] = []
-
-    def open(self, hint: Hint) -> Properties:
-        self.calls.append(("open", hint.device))
-        return self.properties
-
-    def pread(self, buf: memoryview, offset: int) -> None:
-        buf[:] = self.disk[offset : offset + len(buf)]
-
-    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
-        self.calls.append(("pwrite", offset, fua))
-        self.disk[offset : offset + len(buf)] = buf
-
-    def flush(self) -> None:
-        self.calls.append("flush")
-
-    def trim(self, offset: int, length: int) -> None:
-        self.calls.append(("trim", offset, length))
-
-    def detached(self) -> None:
-        self.calls.append("detached")
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-
-class Held(Plain):
-    """Answers nothing by itself; the test does, from its own thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived = threading.Semaphore(0)
-        self.held: list[Request] = []
-
-    def submit(self, batch: Sequence[Request]) -> None:
-        for request in batch:
-            self.held.append(request)
-            self.arrived.release()
-
-    def wait_for(self, count: int) -> list[Request]:
-        for _ in range(count):
-            assert self.arrived.acquire(timeout=10)
-        return self.held
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 def test_every_operation_reaches_its_method(tmp_path: Path) -> None:
@@ -108,7 +62,7 @@ def test_every_queue_is_served(tmp_path: Path) -> None:
 def test_what_is_ready_together_is_answered_in_one_frame(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
         worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(8)])
-        assert len(worker._routers[0].recv_multipart()[1]) == 8 * wire.DESCRIPTOR_BYTES
+        assert len(worker.links[0].receive_frame(DEADLINE_S)) == 8 * wire.DESCRIPTOR_BYTES
 
 
 class Failing(Plain):
@@ -119,8 +73,9 @@ class Failing(Plain):
 
 
 def test_exceptions_become_errnos_and_the_loop_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ublkpool.bufpool.backend._logged", set())
     with FakeWorker(tmp_path) as worker, serving(worker, Failing()):
         results = []
         for offset in (0, 4096, 4096):
@@ -333,27 +288,6 @@ def test_a_fence_behind_other_words_of_its_frame_raises_the_epoch_of_the_next_he
         assert worker.receive().epoch == worker.epoch
 
 
-def test_a_first_connection_that_stands_at_once_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
-    watch, connect = Attachment._watch_connection, zmq.Socket.connect
-
-    def watching(self: Attachment, queue: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
-        steps.append("watch")
-        return watch(self, queue)
-
-    def connecting(self: "zmq.Socket[bytes]", address: str) -> Any:
-        steps.extend(["connect"] if address.startswith("ipc://") else [])
-        return connect(self, address)
-
-    monkeypatch.setattr(Attachment, "_watch_connection", watching)
-    monkeypatch.setattr(zmq.Socket, "connect", connecting)
-    with FakeWorker(tmp_path, size_bytes=1 << 20, queues=2) as worker, serving(worker, Plain()):
-        # Unseen, it would make the connection to a dead worker's successor look like the first: no HELLO, no fence.
-        assert steps == ["watch", "watch", "connect", "connect"]
-
-
 def test_a_backend_outlives_the_daemon_but_not_its_workers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -418,16 +352,6 @@ def test_no_daemon_is_one_line_that_names_the_run_directory(tmp_path: Path) -> N
     with pytest.raises(BackendError, match=f"no daemon listens at {tmp_path}/attach.sock") as caught:
         Attachment.open(tmp_path, DEVICE, attach)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("frame", [b"x" * 63, b"", Descriptor(Kind.PLACED, epoch=1).pack()])
-def test_a_worker_that_talks_nonsense_ends_the_backend(tmp_path: Path, frame: bytes) -> None:
-    with FakeWorker(tmp_path) as worker:
-        thread = BackendThread(Plain(), tmp_path)
-        worker.accept()
-        worker.send_frame(0, frame)
-        with pytest.raises(WireError):
-            thread.join()
 
 
 def test_properties_that_no_device_can_have_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+#include "port.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "shared_ring.h"
+
+#define KIND_AT 0
+#define EPOCH_AT 12
+#define KIND_FENCE 6
+
+struct port {
+    struct sr_end in, out;
+    bool open;
+    /* What found no room, oldest first from `later_first` on. */
+    uint8_t *later;
+    uint32_t later_first, later_count, later_capacity;
+};
+
+struct ports {
+    uint32_t queues, epoch;
+    struct ports_statistics count;
+    struct port port[];
+};
+
+struct ports *ports_new(uint32_t queues, uint32_t epoch) {
+    struct ports *p = calloc(1, sizeof *p + queues * sizeof *p->port);
+    if (p) {
+        p->queues = queues;
+        p->epoch = epoch;
+    }
+    return p;
+}
+
+void ports_free(struct ports *p) {
+    for (uint32_t i = 0; i < p->queues; i++)
+        free(p->port[i].later);
+    free(p);
+}
+
+uint64_t ports_memory_bytes(uint32_t entries) {
+    bool is_power = entries && (entries & (entries - 1)) == 0;
+    return is_power && entries <= SR_ENTRIES_MAX ? sr_pair_bytes(entries) : 0;
+}
+
+void ports_open(struct ports *p, uint32_t queue, uint8_t *memory, uint32_t entries) {
+    struct port *port = &p->port[queue];
+    port->in = sr_end_to_backend(memory, entries);
+    port->out = sr_end_to_worker(memory, entries);
+    port->open = true;
+}
+
+void ports_end(struct ports *p, uint32_t queue) {
+    struct port *port = &p->port[queue];
+    p->count.dropped += port->later_count;
+    port->later_first = port->later_count = 0;
+    port->open = false;
+}
+
+uint32_t ports_epoch(const struct ports *p) { return p->epoch; }
+
+int32_t ports_waiting(struct ports *p, uint32_t *queues) {
+    int32_t count = 0;
+    for (uint32_t i = 0; i < p->queues; i++) {
+        int64_t waiting = p->port[i].open ? sr_waiting(&p->port[i].in) : 0;
+        if (waiting < 0)
+            return -1 - (int32_t)i;
+        if (waiting)
+            queues[count++] = i;
+    }
+    return count;
+}
+
+/* So that the HELLO to a worker's successor carries the epoch that the last one brought. */
+static void note_epochs(struct ports *p, const uint8_t *entries, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        const uint8_t *entry = entries + (size_t)i * SR_ENTRY_BYTES;
+        uint32_t epoch;
+        if (entry[KIND_AT] != KIND_FENCE)
+            continue;
+        memcpy(&epoch, entry + EPOCH_AT, sizeof epoch);
+        if (epoch > p->epoch)
+            p->epoch = epoch;
+    }
+}
+
+int32_t ports_take(struct ports *p, uint32_t queue, void *to, uint32_t most) {
+    struct port *port = &p->port[queue];
+    uint32_t taken = 0;
+    while (port->open && taken < most) {
+        uint8_t *target = (uint8_t *)to + (size_t)taken * SR_ENTRY_BYTES;
+        const uint8_t *at;
+        int64_t waiting = sr_waiting(&port->in);
+        if (waiting < 0)
+            return -EPROTO;
+        if (!waiting)
+            break;
+        if (waiting > most - taken)
+            waiting = most - taken;
+        uint32_t count = sr_peek(&port->in, (uint32_t)waiting, &at);
+        memcpy(target, at, (size_t)count * SR_ENTRY_BYTES);
+        sr_consumed(&port->in, count);
+        note_epochs(p, target, count);
+        taken += count;
+    }
+    p->count.descriptors_in += taken;
+    return (int32_t)taken;
+}
+
+static int keep(struct ports *p, struct port *port, const uint8_t *from, uint32_t count) {
+    if (port->later_first) {
+        memmove(port->later, port->later + (size_t)port->later_first * SR_ENTRY_BYTES,
+                (size_t)port->later_count * SR_ENTRY_BYTES);
+        port->later_first = 0;
+    }
+    if (port->later_count + count > port->later_capacity) {
+        uint32_t capacity = 2 * (port->later_count + count);
+        uint8_t *more = realloc(port->later, (size_t)capacity * SR_ENTRY_BYTES);
+        if (!more)
+            return -ENOMEM;
+        port->later = more;
+        port->later_capacity = capacity;
+    }
+    memcpy(port->later + (size_t)port->later_count * SR_ENTRY_BYTES, from, (size_t)count * SR_ENTRY_BYTES);
+    port->later_count += count;
+    p->count.deferred += count;
+    return 0;
+}
+
+/* Writes what there is room for, does not publish: how many, or -EPROTO. */
+static int64_t write_some(struct ports *p, struct port *port, const uint8_t *from, uint32_t count) {
+    int64_t room = sr_room(&port->out, count);
+    if (room < 0)
+        return -EPROTO;
+    sr_write(&port->out, from, (uint32_t)room);
+    p->count.descriptors_out += (uint64_t)room;
+    return room;
+}
+
+/* 1 if something was written, 0, -EPROTO. */
+static int write_later(struct ports *p, struct port *port) {
+    if (!port->later_count)
+        return 0;
+    const uint8_t *from = port->later + (size_t)port->later_first * SR_ENTRY_BYTES;
+    int64_t written = write_some(p, port, from, port->later_count);
+    if (written < 0)
+        return -EPROTO;
+    port->later_first += (uint32_t)written;
+    port->later_count -= (uint32_t)written;
+    return written > 0;
+}
+
+int ports_push(struct ports *p, uint32_t queue) {
+    struct port *port = &p->port[queue];
+    int written = port->open ? write_later(p, port) : 0;
+    return written > 0 ? sr_publish(&port->out) : written;
+}
+
+int ports_send(struct ports *p, uint32_t queue, const void *from, uint32_t count) {
+    struct port *port = &p->port[queue];
+    if (!port->open) {
+        p->count.dropped += count;
+        return 0;
+    }
+    int64_t written = write_later(p, port);
+    if (written >= 0 && !port->later_count)
+        written = write_some(p, port, from, count);
+    else if (written >= 0)
+        written = 0;
+    if (written < 0)
+        return (int)written;
+    if (written < count) {
+        int error = keep(p, port, (const uint8_t *)from + (size_t)written * SR_ENTRY_BYTES, count - (uint32_t)written);
+        if (error)
+            return error;
+    }
+    return sr_publish(&port->out);
+}
+
+uint64_t ports_deferred(const struct ports *p) {
+    uint64_t count = 0;
+    for (uint32_t i = 0; i < p->queues; i++)
+        count += p->port[i].later_count;
+    return count;
+}
+
+int ports_doze(struct ports *p) {
+    for (uint32_t i = 0; i < p->queues; i++)
+        if (p->port[i].open && !sr_doze(&p->port[i].in))
+            return 0;
+    return 1;
+}
+
+void ports_wake(struct ports *p) {
+    for (uint32_t i = 0; i < p->queues; i++)
+        if (p->port[i].open)
+            sr_wake(&p->port[i].in);
+}
+
+void ports_count(const struct ports *p, struct ports_statistics *statistics) { *statistics = p->count; }

@@ -1,0 +1,48 @@
+/* The backend's end of the rings that it shares with its workers: descriptors in and out, without a system call.
+ *
+ * Owns the indices of every queue's two rings and what found no room in them.  The memory is the caller's and must stay
+ * mapped until `ports_end`.  Whoever is told that a doorbell is due rings it.  One thread uses a set; every function may
+ * be called without the GIL.
+ */
+#ifndef UBLKPOOL_PORT_H
+#define UBLKPOOL_PORT_H
+
+#include <stdint.h>
+
+struct ports_statistics {
+    uint64_t descriptors_in, descriptors_out;
+    uint64_t dropped;  /* answers for a queue without a worker */
+    uint64_t deferred; /* answers that found the ring full and waited */
+};
+
+struct ports;
+
+/* NULL if there is no memory.  `epoch`: the one of the attach. */
+struct ports *ports_new(uint32_t queues, uint32_t epoch);
+void ports_free(struct ports *ports);
+/* What a pair of rings of so many entries takes; 0 if there are no such rings. */
+uint64_t ports_memory_bytes(uint32_t entries);
+/* A queue has rings from now on; the memory is zeroed. */
+void ports_open(struct ports *ports, uint32_t queue, uint8_t *memory, uint32_t entries);
+/* And none any more: what waits to be sent there is dropped. */
+void ports_end(struct ports *ports, uint32_t queue);
+/* The highest epoch that a FENCE or the attach has brought. */
+uint32_t ports_epoch(const struct ports *ports);
+
+/* The queues on which something waits; how many they are, or -1 - queue for an index that makes no sense. */
+int32_t ports_waiting(struct ports *ports, uint32_t *queues);
+/* Take up to `most` descriptors of a queue: how many, or -EPROTO. */
+int32_t ports_take(struct ports *ports, uint32_t queue, void *to, uint32_t most);
+/* Send; what finds no room stays in order until ports_push.  1: ring the doorbell, 0, -EPROTO or -ENOMEM. */
+int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t count);
+/* Send what found no room; as ports_send. */
+int ports_push(struct ports *ports, uint32_t queue);
+/* How many descriptors found no room yet.  Nobody rings when there is some: look again soon. */
+uint64_t ports_deferred(const struct ports *ports);
+/* About to sleep.  1: do, every worker will ring; 0: something waits. */
+int ports_doze(struct ports *ports);
+/* Awake: nobody need ring. */
+void ports_wake(struct ports *ports);
+void ports_count(const struct ports *ports, struct ports_statistics *statistics);
+
+#endif

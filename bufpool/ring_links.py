@@ -1,0 +1,311 @@
+"""A backend's links through rings in shared memory, the fast transport.
+
+Owns, for each queue, the connection to its worker, the mapping and both doorbells; the indices are the native part's
+(`csrc/port.h`).  A connection's end is the link's: it is made again, at growing intervals, until a worker listens.
+Nothing here waits but `poll`, so that the other queues are served meanwhile.
+"""
+
+import fcntl
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.links import LinkStatistics, Polled, hello
+
+RETRY_S = 0.01
+RETRY_MAX_S = 0.2
+_LOOK_AGAIN_MS = 1
+"""How soon a ring that was full is looked at again: the worker rings no bell when it has made room."""
+_CLOSE_TURNS_MAX = 1000
+_ANSWER_BYTES_MAX = 256
+_FILES = 3
+_KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_EDGE = select.EPOLLIN | select.EPOLLET
+
+
+class Ring:
+    """One queue's memory and doorbells."""
+
+    def __init__(self, queue: int, packet: bytes, files: list[int]) -> None:
+        """Takes over the files of a worker's answer.  Raises `WireError`."""
+        self._files = files
+        if len(files) != _FILES:
+            self.close_files()
+            raise WireError(f"queue {queue}: rings came with {len(files)} files instead of {_FILES}")
+        try:
+            self.entries = _entries(queue, packet)
+            self._map = _map(queue, files[0], lib.ports_memory_bytes(self.entries))
+        except WireError:
+            self.close_files()
+            raise
+        self.memory: Any = ffi.from_buffer("uint8_t[]", self._map, require_writable=True)
+        _, self.bell, self.worker_bell = files
+
+    def close_files(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def close(self) -> None:
+        ffi.release(self.memory)
+        self._map.close()
+        self.close_files()
+
+
+def _entries(queue: int, packet: bytes) -> int:
+    try:
+        opened = msgspec.json.decode(packet, type=wire.RingOpened)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WireError(f"queue {queue}: the worker's answer to a ring: {error}") from error
+    if not 0 <= opened.entries < 1 << 32 or not lib.ports_memory_bytes(opened.entries):
+        raise WireError(f"queue {queue}: {opened.entries} entries are no ring's")
+    return opened.entries
+
+
+def _map(queue: int, file: int, needed_bytes: int) -> mmap.mmap:
+    try:
+        is_sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError as error:
+        raise WireError(f"queue {queue}: the rings' file is no memory: {error.strerror}") from error
+    # What could shrink under us would end this process at its next access.
+    if not is_sealed or os.fstat(file).st_size < needed_bytes:
+        raise WireError(f"queue {queue}: the rings' memory is less than {needed_bytes} sealed bytes")
+    return mmap.mmap(file, needed_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+
+
+class Link:
+    """One queue's way to its worker: nothing, a connection that has asked, or rings."""
+
+    __slots__ = ("connection", "delay_s", "due_s", "path", "queue", "ring")
+
+    def __init__(self, queue: int, path: str) -> None:
+        self.queue, self.path = queue, path
+        self.connection: socket.socket | None = None
+        self.ring: Ring | None = None
+        self.delay_s = RETRY_S
+        self.due_s = 0.0
+
+    def put_off(self) -> None:
+        """Nobody was there: later, and the next time later still."""
+        self.due_s = time.monotonic() + self.delay_s
+        self.delay_s = min(2 * self.delay_s, RETRY_MAX_S)
+
+
+class RingLinks:
+    """`Links` through shared memory."""
+
+    def __init__(self, attached: wire.Attached) -> None:
+        """Asks every queue for its rings."""
+        self._attached = attached
+        ports = lib.ports_new(attached.queues, attached.epoch)
+        if ports == ffi.NULL:
+            raise MemoryError
+        self._ports: Any = ffi.gc(ports, lib.ports_free)
+        self._epoll = select.epoll()
+        self._links = [Link(queue, path) for queue, path in enumerate(attached.rings)]
+        self._link_of: dict[int, Link] = {}
+        self._bells: set[int] = set()
+        self._absent = set(self._links)
+        self._waiting = ffi.new("uint32_t[]", max(1, attached.queues))
+        self._frame = ffi.new("uint8_t[]", wire.DESCRIPTOR_BYTES * wire.DESCRIPTORS_PER_FRAME_MAX)
+        self._frames_received = self._frames_sent = self._opened = 0
+        self._hears = True
+        self._connect_due()
+
+    def watch(self, descriptor: int, events: int = select.POLLIN) -> None:
+        """See `Links`."""
+        self._epoll.register(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `Links`."""
+        self._epoll.unregister(descriptor)
+
+    def poll(self, timeout_ms: int | None = None) -> Polled:
+        """See `Links`."""
+        if self._absent:
+            self._connect_due()
+        descriptors = self._sleep(self._bounded(timeout_ms))
+        return Polled(self._queues_waiting(), descriptors)
+
+    def _bounded(self, timeout_ms: int | None) -> int | None:
+        bounds = [] if timeout_ms is None else [timeout_ms]
+        if lib.ports_deferred(self._ports):
+            self._push()
+            bounds.append(_LOOK_AGAIN_MS)
+        if self._absent:
+            left_s = min(each.due_s for each in self._absent) - time.monotonic()
+            bounds.append(max(0, int(1000 * left_s) + 1))
+        return min(bounds, default=None)
+
+    def _sleep(self, timeout_ms: int | None) -> list[int]:
+        if self._hears and not lib.ports_doze(self._ports):
+            timeout_ms = 0
+        try:
+            events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000)
+        finally:
+            lib.ports_wake(self._ports)
+        return [file for file, _ in events if not self._is_own(file)]
+
+    def _is_own(self, file: int) -> bool:
+        if file in self._bells:
+            return True
+        link = self._link_of.get(file)
+        if link is not None:
+            self._heard(link)
+        return link is not None
+
+    def _queues_waiting(self) -> list[int]:
+        if not self._hears:
+            return []
+        count = lib.ports_waiting(self._ports, self._waiting)
+        if count < 0:
+            raise WireError(f"queue {-1 - count}: the worker's index in its ring makes no sense")
+        return ffi.unpack(self._waiting, count) if count else []
+
+    def _connect_due(self) -> None:
+        now_s = time.monotonic()
+        for link in [each for each in self._absent if each.due_s <= now_s]:
+            self._connect(link)
+
+    def _connect(self, link: Link) -> None:
+        connection = socket.socket(socket.AF_UNIX, _KIND)
+        question = wire.OpenRing(v=wire.PROTOCOL_VERSION, token=self._attached.token)
+        try:
+            connection.connect(link.path)
+            connection.send(msgspec.json.encode(question))
+        except OSError:
+            # Nobody listens, too many ask, or who listened has just died.
+            connection.close()
+            link.put_off()
+            return
+        self._absent.discard(link)
+        link.connection = connection
+        self._link_of[connection.fileno()] = link
+        self._epoll.register(connection, select.EPOLLIN)
+
+    def _heard(self, link: Link) -> None:
+        assert link.connection is not None
+        if link.ring is not None:
+            # Its end, or a word where none is due.
+            self._end(link)
+            return
+        try:
+            packet, files, _, _ = socket.recv_fds(
+                link.connection, _ANSWER_BYTES_MAX, _FILES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end(link)
+            return
+        if packet:
+            self._open(link, Ring(link.queue, packet, files))
+        else:
+            self._end(link)
+
+    def _open(self, link: Link, ring: Ring) -> None:
+        link.ring = ring
+        link.delay_s = RETRY_S
+        self._opened += 1
+        lib.ports_open(self._ports, link.queue, ring.memory, ring.entries)
+        self._bells.add(ring.bell)
+        self._epoll.register(ring.bell, _EDGE)
+        self.send_frame(link.queue, hello(self._attached, link.queue, lib.ports_epoch(self._ports)))
+
+    def _end(self, link: Link) -> None:
+        assert link.connection is not None
+        self._epoll.unregister(link.connection)
+        del self._link_of[link.connection.fileno()]
+        link.connection.close()
+        link.connection = None
+        if link.ring is not None:
+            lib.ports_end(self._ports, link.queue)
+            self._forget_bell(link.ring)
+            link.ring.close()
+            link.ring = None
+        if self._hears:
+            link.put_off()
+            self._absent.add(link)
+
+    def _forget_bell(self, ring: Ring) -> None:
+        # The worker has this eventfd too: closing ours alone would leave it registered, under a number used again.
+        if ring.bell in self._bells:
+            self._bells.remove(ring.bell)
+            self._epoll.unregister(ring.bell)
+
+    @property
+    def linked(self) -> int:
+        """See `Links`."""
+        return sum(each.ring is not None for each in self._links)
+
+    def frames(self, queue: int) -> Iterator[bytes]:
+        """See `Links`; one frame at most."""
+        count = lib.ports_take(self._ports, queue, self._frame, wire.DESCRIPTORS_PER_FRAME_MAX)
+        if count < 0:
+            raise WireError(f"queue {queue}: the worker's index in its ring makes no sense")
+        if count:
+            self._frames_received += 1
+            yield bytes(ffi.buffer(self._frame, count * wire.DESCRIPTOR_BYTES))
+
+    def send_frame(self, queue: int, frame: bytes) -> None:
+        """See `Links`.  What is for a queue without a worker is over."""
+        self._frames_sent += 1
+        self._sent(queue, lib.ports_send(self._ports, queue, frame, len(frame) // wire.DESCRIPTOR_BYTES))
+
+    def _push(self) -> None:
+        for link in self._links:
+            self._sent(link.queue, lib.ports_push(self._ports, link.queue))
+
+    def _sent(self, queue: int, result: int) -> None:
+        ring = self._links[queue].ring
+        if result < 0:
+            raise WireError(f"queue {queue}: sending into its ring: {os.strerror(-result)}")
+        if result and ring is not None:
+            os.eventfd_write(ring.worker_bell, 1)
+
+    def stop_receiving(self) -> None:
+        """See `Links`."""
+        self._hears = False
+        self._absent.clear()
+        for link in self._links:
+            if link.ring is not None:
+                self._forget_bell(link.ring)
+
+    def statistics(self) -> LinkStatistics:
+        """See `Links`."""
+        counted = ffi.new("struct ports_statistics *")
+        lib.ports_count(self._ports, counted)
+        return LinkStatistics(
+            frames_received=self._frames_received,
+            frames_sent=self._frames_sent,
+            bytes_received=counted.descriptors_in * wire.DESCRIPTOR_BYTES,
+            bytes_sent=counted.descriptors_out * wire.DESCRIPTOR_BYTES,
+            reconnects=max(0, self._opened - len(self._links)),
+        )
+
+    def close(self) -> None:
+        """See `Links`."""
+        self.stop_receiving()
+        # A worker that talks nonsense need not hear the rest.
+        with suppress(WireError):
+            self._drain()
+        for link in self._links:
+            if link.connection is not None:
+                self._end(link)
+        self._epoll.close()
+
+    def _drain(self) -> None:
+        for _ in range(_CLOSE_TURNS_MAX):
+            if not lib.ports_deferred(self._ports):
+                return
+            self._push()
+            self._sleep(_LOOK_AGAIN_MS)

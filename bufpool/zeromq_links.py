@@ -1,0 +1,141 @@
+"""A backend's links over ZeroMQ, the transport that is always there: one DEALER a queue.
+
+Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a context does not survive one.
+"""
+
+import select
+from collections.abc import Iterator
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
+
+FRAMES_PER_TURN_MAX = 64
+"""Frames read from one queue before the others get their turn."""
+_LINGER_MS = 1000
+
+
+class ZeroMQLinks:
+    """`Links` over ZeroMQ."""
+
+    def __init__(self, attached: wire.Attached) -> None:
+        """Connects to every queue and says HELLO; ZeroMQ keeps that until somebody listens."""
+        self._attached = attached
+        self._epoch = attached.epoch
+        self._frames_received = self._frames_sent = 0
+        self._bytes_received = self._bytes_sent = 0
+        self._handshakes = [0] * attached.queues
+        self._linked: set[int] = set()
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._queues = [self._make_queue() for _ in attached.endpoints]
+        # Before anything connects: a first connection that nobody saw would make the next one look like the first.
+        self._monitors = [self._watch_connection(queue) for queue in self._queues]
+        for queue, endpoint in zip(self._queues, attached.endpoints, strict=True):
+            queue.connect(endpoint)
+        self._queue_of = {each: number for number, each in enumerate(self._queues)}
+        self._monitor_of = {each: number for number, each in enumerate(self._monitors)}
+        for number in range(attached.queues):
+            self._greet(number)
+
+    def _make_queue(self) -> zmq.Socket[bytes]:
+        queue = self._context.socket(zmq.DEALER)
+        queue.setsockopt(zmq.ROUTING_ID, bytes.fromhex(self._attached.token))
+        queue.setsockopt(zmq.LINGER, _LINGER_MS)
+        # The queue's depth bounds what is in flight; a limit here could only block the loop.
+        queue.setsockopt(zmq.SNDHWM, 0)
+        queue.setsockopt(zmq.RCVHWM, 0)
+        queue.setsockopt(zmq.RECONNECT_IVL, 10)
+        queue.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        self._poller.register(queue, zmq.POLLIN)
+        return queue
+
+    def _watch_connection(self, queue: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+        monitor: zmq.Socket[bytes] = queue.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._poller.register(monitor, zmq.POLLIN)
+        return monitor
+
+    def _greet(self, queue: int) -> None:
+        self.send_frame(queue, hello(self._attached, queue, self._epoch))
+
+    def watch(self, descriptor: int, events: int = select.POLLIN) -> None:
+        """See `Links`."""
+        self._poller.register(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `Links`."""
+        self._poller.unregister(descriptor)
+
+    def poll(self, timeout_ms: int | None = None) -> Polled:
+        """See `Links`."""
+        found = Polled([], [])
+        for source, _ in self._poller.poll(timeout_ms):
+            if isinstance(source, int):
+                found.descriptors.append(source)
+            elif source in self._queue_of:
+                found.queues.append(self._queue_of[source])
+            else:
+                self._link_changed(self._monitor_of[source])
+        return found
+
+    @property
+    def linked(self) -> int:
+        """See `Links`."""
+        return len(self._linked)
+
+    def _link_changed(self, queue: int) -> None:
+        event = parse_monitor_message(self._monitors[queue].recv_multipart())["event"]
+        if event == zmq.EVENT_DISCONNECTED:
+            self._linked.discard(queue)
+            return
+        self._linked.add(queue)
+        # The first HELLO was queued before the connection stood; after that a connection means a new worker.
+        self._handshakes[queue] += 1
+        if self._handshakes[queue] > 1:
+            self._greet(queue)
+
+    def frames(self, queue: int) -> Iterator[bytes]:
+        """See `Links`; at most `FRAMES_PER_TURN_MAX`."""
+        receive = self._queues[queue].recv
+        for _ in range(FRAMES_PER_TURN_MAX):
+            try:
+                frame = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._frames_received += 1
+            self._bytes_received += len(frame)
+            self._epoch = epoch_after(frame, self._epoch)
+            yield frame
+
+    def send_frame(self, queue: int, frame: bytes) -> None:
+        """See `Links`."""
+        self._queues[queue].send(frame, zmq.NOBLOCK)
+        self._frames_sent += 1
+        self._bytes_sent += len(frame)
+
+    def stop_receiving(self) -> None:
+        """See `Links`."""
+        for queue in self._queues:
+            self._poller.unregister(queue)
+
+    def statistics(self) -> LinkStatistics:
+        """See `Links`."""
+        return LinkStatistics(
+            frames_received=self._frames_received,
+            frames_sent=self._frames_sent,
+            bytes_received=self._bytes_received,
+            bytes_sent=self._bytes_sent,
+            reconnects=sum(max(0, count - 1) for count in self._handshakes),
+        )
+
+    def close(self) -> None:
+        """See `Links`."""
+        for queue, monitor in zip(self._queues, self._monitors, strict=True):
+            queue.disable_monitor()
+            monitor.close(linger=0)
+            queue.close()
+        self._context.term()

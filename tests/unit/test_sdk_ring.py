@@ -1,0 +1,222 @@
+"""The SDK's links through shared memory: rings that are full, that end, and that make no sense."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from support.fake_links import CONTROL_BYTES, HEAD, TAIL, TO_WORKER, say_opened, sealed_memory
+from support.fake_worker import DEADLINE_S, BackendThread, FakeWorker, serving
+from support.plain_backend import Held, Plain
+from ublkpool.bufpool import ring_links, wire
+from ublkpool.bufpool.client import Transport, make_links
+from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.links import Links
+from ublkpool.bufpool.wire import Descriptor, Kind, Op
+from ublkpool.bufpool.zeromq_links import ZeroMQLinks
+
+DEPTH = 8
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWorker]:
+    monkeypatch.setattr(FakeWorker, "transport", "ring")
+    with FakeWorker(tmp_path, queues=2, depth=DEPTH) as worker:
+        yield worker
+
+
+def _answer_held(worker: FakeWorker, backend: Held, requests: list[Descriptor]) -> None:
+    """Let the backend have these on a queue, and answer them."""
+    worker.send(requests[0].queue, requests)
+    for request in backend.wait_for(len(requests))[-len(requests) :]:
+        request.complete(0)
+
+
+def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -> None:
+    worker.rings().entries = 4
+    backend = Held()
+    with serving(worker, backend):
+        requests = [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)]
+        _answer_held(worker, backend, requests[:4])
+        _answer_held(worker, backend, requests[4:])
+        # The loop has sent what it could of these when it answers a later request.
+        later = worker.describe(Kind.REQUEST, Op.FLUSH, queue=1)
+        _answer_held(worker, backend, [later])
+        assert worker.answer_of(later).kind == Kind.DONE
+        first = worker.rings().take()
+        tags = [each.tag for each in wire.iter_frame(first)]
+        tags += [worker.receive().tag for _ in range(DEPTH - len(tags))]
+    assert len(first) == 4 * wire.DESCRIPTOR_BYTES
+    assert tags == list(range(DEPTH))
+
+
+def test_the_loop_serves_the_other_queues_while_one_has_no_worker(worker: FakeWorker) -> None:
+    with serving(worker, Plain()):
+        worker.epoch += 1
+        worker.links[0].end()
+        for offset in range(0, 65536, 4096):
+            assert worker.write(offset, b"o" * 4096, queue=1) == 4096
+        worker.links[0].restart()
+        assert worker.receive(0).kind == Kind.HELLO
+        assert worker.write(0, b"r" * 4096) == 4096
+
+
+def test_nobody_rings_for_one_who_is_awake(worker: FakeWorker) -> None:
+    with serving(worker, Plain()):
+        rings = worker.rings()
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH)])
+        while rings.get(TO_WORKER + TAIL) < 2:
+            os.sched_yield()
+        assert not rings.bell_rang
+        rings.take()
+        assert worker.do(Op.FLUSH) == 0
+
+
+def test_what_is_answered_after_a_workers_death_is_not_told_to_its_successor(worker: FakeWorker) -> None:
+    backend = Held()
+    with serving(worker, backend):
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)])
+        held = backend.wait_for(1)[0]
+        worker.restart_worker(0)
+        assert worker.receive().kind == Kind.HELLO
+        worker.fence()
+        assert worker.is_silent()
+        held.complete()
+        assert worker.receive().kind == Kind.FENCED
+        assert worker.is_silent()
+
+
+def test_a_connection_that_ends_without_an_answer_is_made_again(worker: FakeWorker, tmp_path: Path) -> None:
+    thread = BackendThread(Plain(), tmp_path)
+    worker.answer_attach()
+    for _ in range(3):
+        worker.rings().hear_question(DEADLINE_S).close()
+    for queue in range(2):
+        assert worker.receive(queue).kind == Kind.HELLO
+    worker.detach()
+    assert thread.join() == 0
+
+
+def test_attempts_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    link = ring_links.Link(0, "nowhere")
+    delays = []
+    for _ in range(6):
+        link.put_off()
+        delays.append(round(link.due_s - 100, 2))
+    assert delays == [0.01, 0.02, 0.04, 0.08, 0.16, 0.2]
+
+
+def test_more_than_a_ring_holds_ends_the_backend(worker: FakeWorker, tmp_path: Path) -> None:
+    thread = BackendThread(Plain(), tmp_path)
+    worker.accept()
+    worker.rings().publish(1000)
+    with pytest.raises(WireError, match="queue 0: the worker's index"):
+        thread.join()
+
+
+def test_more_read_than_was_written_ends_the_backend(worker: FakeWorker, tmp_path: Path) -> None:
+    worker.rings().entries = 4
+    thread = BackendThread(Plain(), tmp_path)
+    worker.accept()
+    worker.rings().put(TO_WORKER + HEAD, 1000)
+    # It looks there only when there seems to be no room for what it has to say.
+    worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(4)])
+    with pytest.raises(WireError, match="queue 0: sending into its ring"):
+        thread.join()
+
+
+def _opened(entries: int) -> bytes:
+    return msgspec.json.encode(wire.RingOpened(entries=entries))
+
+
+@pytest.mark.parametrize("entries", [0, 3, 96, 1 << 17, -64, 1 << 40])
+def test_entries_that_no_ring_has(entries: int) -> None:
+    files = [sealed_memory(1 << 20), os.eventfd(0), os.eventfd(0)]
+    with pytest.raises(WireError, match=f"queue 3: {entries} entries"):
+        ring_links.Ring(3, _opened(entries), files)
+    for file in files:
+        with pytest.raises(OSError):
+            os.fstat(file)
+
+
+def test_memory_that_is_less_than_said_or_could_become_so() -> None:
+    whole = CONTROL_BYTES + 2 * 64 * wire.DESCRIPTOR_BYTES
+    for file in (sealed_memory(whole - 1), sealed_memory(whole, 0), os.eventfd(0)):
+        with pytest.raises(WireError, match="memory"):
+            ring_links.Ring(0, _opened(64), [file, os.eventfd(0), os.eventfd(0)])
+    ring_links.Ring(0, _opened(64), [sealed_memory(whole), os.eventfd(0), os.eventfd(0)]).close()
+
+
+@pytest.mark.parametrize("packet", [b"", b"{}", b'{"type":"ring_open"}', b"\xff"])
+def test_an_answer_that_is_none(packet: bytes) -> None:
+    with pytest.raises(WireError, match="queue 0"):
+        ring_links.Ring(0, packet, [sealed_memory(1 << 20), os.eventfd(0), os.eventfd(0)])
+    with pytest.raises(WireError, match="2 files instead of 3"):
+        ring_links.Ring(0, _opened(64), [sealed_memory(1 << 20), os.eventfd(0)])
+
+
+def test_a_nonsensical_answer_ends_the_backend(worker: FakeWorker, tmp_path: Path) -> None:
+    thread = BackendThread(Plain(), tmp_path)
+    worker.answer_attach()
+    with worker.rings().hear_question(DEADLINE_S) as connection:
+        say_opened(connection, 64, [sealed_memory(4096)])
+        with pytest.raises(WireError, match="queue 0: rings came with 1 files"):
+            thread.join()
+
+
+def _attached(rings: tuple[str, ...]) -> wire.Attached:
+    """A device without queues: nothing is connected."""
+    return wire.Attached(
+        v=wire.PROTOCOL_VERSION,
+        device="x",
+        device_number=0,
+        size_bytes=0,
+        logical_block_bytes=512,
+        queues=0,
+        depth=1,
+        max_io_bytes=4096,
+        need_get_data=False,
+        placement="pool",
+        read_only=False,
+        epoch=1,
+        token="42" * wire.TOKEN_BYTES,
+        endpoints=(),
+        rings=rings,
+        segments=(),
+        own_segment=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rings", "wanted", "kind"),
+    [
+        ((), "auto", ZeroMQLinks),
+        (("r",), "auto", ring_links.RingLinks),
+        (("r",), "ring", ring_links.RingLinks),
+        (("r",), "zeromq", ZeroMQLinks),
+    ],
+)
+def test_rings_are_taken_if_they_are_offered_and_wanted(
+    rings: tuple[str, ...], wanted: Transport, kind: type[Links]
+) -> None:
+    links = make_links(_attached(rings), wanted)
+    links.close()
+    assert isinstance(links, kind)
+
+
+def test_rings_that_nobody_offers() -> None:
+    with pytest.raises(BackendError, match="offers no rings; transport=zeromq"):
+        make_links(_attached(()), "ring")
+
+
+def test_without_the_native_part_there_are_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ublkpool.bufpool.ring_links", None)
+    links = make_links(_attached(("r",)), "auto")
+    links.close()
+    assert isinstance(links, ZeroMQLinks)
+    with pytest.raises(BackendError, match="needs the native part"):
+        make_links(_attached(("r",)), "ring")

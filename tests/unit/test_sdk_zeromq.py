@@ -1,0 +1,44 @@
+"""The SDK's links over ZeroMQ: what is theirs alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from support.fake_worker import BackendThread, FakeWorker, serving
+from support.plain_backend import Plain
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.wire import Descriptor, Kind
+from ublkpool.bufpool.zeromq_links import ZeroMQLinks
+
+
+def test_a_first_connection_that_stands_at_once_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    watch, connect = ZeroMQLinks._watch_connection, zmq.Socket.connect
+
+    def watching(self: ZeroMQLinks, queue: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
+        steps.append("watch")
+        return watch(self, queue)
+
+    def connecting(self: "zmq.Socket[bytes]", address: str) -> Any:
+        steps.extend(["connect"] if address.startswith("ipc://") else [])
+        return connect(self, address)
+
+    monkeypatch.setattr(ZeroMQLinks, "_watch_connection", watching)
+    monkeypatch.setattr(zmq.Socket, "connect", connecting)
+    with FakeWorker(tmp_path, size_bytes=1 << 20, queues=2) as worker, serving(worker, Plain()):
+        # Unseen, it would make the connection to a dead worker's successor look like the first: no HELLO, no fence.
+        assert steps == ["watch", "watch", "connect", "connect"]
+
+
+@pytest.mark.parametrize("frame", [b"x" * 63, b"", Descriptor(Kind.PLACED, epoch=1).pack()])
+def test_a_worker_that_talks_nonsense_ends_the_backend(tmp_path: Path, frame: bytes) -> None:
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(Plain(), tmp_path)
+        worker.accept()
+        worker.send_frame(0, frame)
+        with pytest.raises(WireError):
+            thread.join()
