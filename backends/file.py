@@ -17,7 +17,8 @@ import msgspec
 
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.fileio import FileEngine, block_device, direct_alignment, slot_bytes
+from ublkpool.bufpool.file_facts import block_device, direct_alignment
+from ublkpool.bufpool.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.sizes import ByteSize, format_size
 
 _BLOCK_BYTES_MIN = 512
@@ -94,9 +95,8 @@ class FileBackend(Backend):
                 f"device {device.name} {format_size(device.size_bytes)}"
             )
         log.info("%s: %s I/O", self.options.path, "direct" if opened.direct else "buffered")
-        return FileEngine(
-            opened.file, device, block_device=opened.is_block_device, read_only=self.options.readonly
-        )
+        storage = FileStorage(opened.file, opened.is_block_device)
+        return NativeEngine(device, storage, read_only=self.options.readonly)
 
     def close(self) -> None:
         """Close the file, and with it release its lock."""

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties
-from ublkpool.bufpool.fileio import FileEngine
+from ublkpool.bufpool.native import NativeEngine, NullStorage
 from ublkpool.bufpool.sizes import ByteSize
 
 
@@ -44,5 +44,5 @@ class NullBackend(Backend):
         )
 
     def engine(self, device: Device) -> FrameEngine:
-        """The native engine, without a file."""
-        return FileEngine(None, device)
+        """The native engine on nothing."""
+        return NativeEngine(device, NullStorage())

@@ -10,6 +10,16 @@ from pathlib import Path
 from cffi import FFI
 
 _BUFPOOL = Path(__file__).parent.resolve()
+_HEADERS = ("wire.h", "engine.h", "file_facts.h", "port.h")
+_SOURCES = (
+    "engine.c",
+    "slots.c",
+    "own_ring.c",
+    "storage_null.c",
+    "storage_file.c",
+    "file_facts.c",
+    "port.c",
+)
 
 
 def declarations(header: str) -> str:
@@ -18,12 +28,12 @@ def declarations(header: str) -> str:
 
 
 ffibuilder = FFI()
-for header in ("fileio.h", "port.h"):
+for header in _HEADERS:
     ffibuilder.cdef(declarations((_BUFPOOL / "csrc" / header).read_text()))
 ffibuilder.set_source(
     "ublkpool.bufpool._fileio",
     # Included rather than listed as a source: object files of sources outside the build folder land beside it.
-    '#include "fileio.c"\n#include "port.c"\n',
+    "".join(f'#include "{source}"\n' for source in _SOURCES),
     include_dirs=[str(_BUFPOOL / "csrc")],
     depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("*.[ch]"))],
     libraries=["uring"],

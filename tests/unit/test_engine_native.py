@@ -8,28 +8,26 @@ from ublkpool.bufpool._fileio import ffi, lib
 
 @pytest.mark.parametrize("kind", ["REQUEST", "PLACE", "DATA", "RELEASE", "WELCOME", "FENCE"])
 def test_kinds_to_a_backend(kind: str) -> None:
-    assert getattr(lib, f"FILEIO_{kind}") == wire.Kind[kind]
+    assert getattr(lib, f"WIRE_{kind}") == wire.Kind[kind]
 
 
 @pytest.mark.parametrize("kind", ["PLACED", "REJECT", "DONE", "FENCED"])
 def test_kinds_from_a_backend(kind: str) -> None:
-    assert getattr(lib, f"FILEIO_{kind}") == wire.Kind[kind]
+    assert getattr(lib, f"WIRE_{kind}") == wire.Kind[kind]
 
 
 def test_operations_flags_and_segments() -> None:
-    assert {op.name: getattr(lib, f"FILEIO_{op.name}") for op in wire.Op} == {
+    assert {op.name: getattr(lib, f"WIRE_{op.name}") for op in wire.Op} == {
         op.name: int(op) for op in wire.Op
     }
-    assert (lib.FILEIO_FUA, lib.FILEIO_NOUNMAP, lib.FILEIO_REPLAY) == (
-        wire.Flag.FUA,
-        wire.Flag.NOUNMAP,
-        wire.Flag.REPLAY,
-    )
-    assert lib.FILEIO_SEGMENT_POOL == wire.SEGMENT_POOL
+    assert {flag.name: getattr(lib, f"WIRE_{flag.name}") for flag in wire.Flag} == {
+        flag.name: int(flag) for flag in wire.Flag
+    }
+    assert (lib.WIRE_SEGMENT_NONE, lib.WIRE_SEGMENT_POOL) == (wire.SEGMENT_NONE, wire.SEGMENT_POOL)
 
 
 def test_the_layout_is_the_wires() -> None:
     sent = wire.Descriptor(*range(1, 15))
-    native = ffi.from_buffer("struct fileio_descriptor *", sent.pack())
-    assert ffi.sizeof("struct fileio_descriptor") == wire.DESCRIPTOR_BYTES
+    native = ffi.from_buffer("struct wire_descriptor *", sent.pack())
+    assert ffi.sizeof("struct wire_descriptor") == wire.DESCRIPTOR_BYTES
     assert wire.Descriptor(*(getattr(native, field) for field in wire.Descriptor._fields)) == sent
