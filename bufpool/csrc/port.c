@@ -47,8 +47,8 @@ uint64_t ports_memory_bytes(uint32_t entries) {
 
 void ports_open(struct ports *p, uint32_t queue, uint8_t *memory, uint32_t entries) {
     struct port *port = &p->port[queue];
-    port->in = sr_end_to_backend(memory, entries);
-    port->out = sr_end_to_worker(memory, entries);
+    port->in = sr_end_to_backend(memory, entries, 0);
+    port->out = sr_end_to_worker(memory, entries, 1);
     port->open = true;
 }
 

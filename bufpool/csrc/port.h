@@ -22,7 +22,7 @@ struct ports *ports_new(uint32_t queues, uint32_t epoch);
 void ports_free(struct ports *ports);
 /* What a pair of rings of so many entries takes; 0 if there are no such rings. */
 uint64_t ports_memory_bytes(uint32_t entries);
-/* A queue has rings from now on; the memory is zeroed. */
+/* A queue has rings from now on. */
 void ports_open(struct ports *ports, uint32_t queue, uint8_t *memory, uint32_t entries);
 /* And none any more: what waits to be sent there is dropped. */
 void ports_end(struct ports *ports, uint32_t queue);

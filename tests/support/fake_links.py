@@ -110,7 +110,7 @@ class FakeRings:
         self._path = path
         self._listener = self._listen()
         self._bell_in = self._bell_out = -1
-        self._written = self._read = 0
+        self._written = self._read = self.begun = 0
 
     def _listen(self) -> socket.socket:
         self._path.unlink(missing_ok=True)
@@ -139,10 +139,17 @@ class FakeRings:
         size_bytes = CONTROL_BYTES + 2 * self.entries * wire.DESCRIPTOR_BYTES
         file = sealed_memory(size_bytes)
         self.memory = mmap.mmap(file, size_bytes)
+        self._begin()
         self._bell_in, self._bell_out = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
         say_opened(self.connection, self.entries, [file, self._bell_out, self._bell_in])
         os.close(file)
-        self._written = self._read = 0
+
+    def _begin(self) -> None:
+        # So that indexes wrap around in every test.
+        self._written = self._read = self.begun = -self.entries & 0xFFFFFFFF
+        for at in (TAIL, HEAD):
+            self.put(TO_BACKEND + at, self.begun)
+            self.put(TO_WORKER + at, self.begun)
 
     @property
     def bell_rang(self) -> bool:
@@ -168,7 +175,7 @@ class FakeRings:
         for start in range(0, len(frame), wire.DESCRIPTOR_BYTES):
             entry = frame[start : start + wire.DESCRIPTOR_BYTES]
             self.memory[self._entry(TO_BACKEND, self._written)] = entry
-            self._written += 1
+            self._written = (self._written + 1) & 0xFFFFFFFF
         self.publish(self._written)
 
     def publish(self, tail: int) -> None:
@@ -187,7 +194,7 @@ class FakeRings:
         frame = b"".join(
             self.memory[self._entry(TO_WORKER, self._read + number)] for number in range(waiting)
         )
-        self._read += waiting
+        self._read = (self._read + waiting) & 0xFFFFFFFF
         self.put(TO_WORKER + HEAD, self._read)
         return frame
 
@@ -207,7 +214,7 @@ class FakeRings:
         return True
 
     def _waits(self) -> bool:
-        return self.get(TO_WORKER + TAIL) != self._read & 0xFFFFFFFF
+        return self.get(TO_WORKER + TAIL) != self._read
 
     def receive_frame(self, deadline_s: float) -> bytes:
         if self.connection is None:
