@@ -10,7 +10,7 @@ from pathlib import Path
 from cffi import FFI
 
 _BUFPOOL = Path(__file__).parent.resolve()
-_HEADERS = ("wire.h", "engine.h", "file_facts.h", "port.h")
+_HEADERS = ("wire.h", "engine.h", "file_facts.h", "port.h", "ring_loop.h")
 _SOURCES = (
     "engine.c",
     "slots.c",
@@ -19,6 +19,7 @@ _SOURCES = (
     "storage_file.c",
     "file_facts.c",
     "port.c",
+    "ring_loop.c",
 )
 
 

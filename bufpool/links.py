@@ -6,7 +6,7 @@ end says that the worker has gone, and a HELLO opens it, also to the worker's su
 
 import select
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -45,6 +45,12 @@ class Links(Protocol):
         """Wait until something can be done, for ever if `timeout_ms` is None; may return early with nothing.
 
         Greets the successor of a worker that has gone.  Raises `WireError` if a worker's word makes no sense.
+        """
+
+    def drive(self, engine: Any) -> bool:
+        """Turn this native engine (`csrc/engine.h`) inside `poll`, without Python, until it is None.
+
+        False: these links cannot.  With None: answers that found no room are sent, within a bound.
         """
 
     @property

@@ -21,6 +21,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.links import LinkStatistics, Polled, hello
+from ublkpool.bufpool.ring_driver import RingDriver
 
 RETRY_S = 0.01
 RETRY_MAX_S = 0.2
@@ -114,6 +115,7 @@ class RingLinks:
         self._links = [Link(queue, path) for queue, path in enumerate(attached.rings)]
         self._link_of: dict[int, Link] = {}
         self._bells: set[int] = set()
+        self._driver: RingDriver | None = None
         self._absent = set(self._links)
         self._waiting = ffi.new("uint32_t[]", max(1, attached.queues))
         self._frame = ffi.new("uint8_t[]", wire.DESCRIPTOR_BYTES * wire.DESCRIPTORS_PER_FRAME_MAX)
@@ -133,8 +135,37 @@ class RingLinks:
         """See `Links`."""
         if self._absent:
             self._connect_due()
-        descriptors = self._sleep(self._bounded(timeout_ms))
+        timeout_ms = self._bounded(timeout_ms)
+        if self._driver is not None:
+            is_wanted = self._driver.run(timeout_ms, self._hears)
+            return Polled([], self._look(0) if is_wanted else [])
+        descriptors = self._sleep(timeout_ms)
         return Polled(self._queues_waiting(), descriptors)
+
+    def drive(self, engine: Any) -> bool:
+        """See `Links`."""
+        if self._driver is not None:
+            # Who talks nonsense need not hear the rest.
+            with suppress(WireError, OSError):
+                self._settle(self._driver)
+            self._driver.close()
+            self._driver = None
+        if engine is not None:
+            attached, watched = self._attached, self._epoll.fileno()
+            self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched)
+            for link in self._links:
+                if link.ring is not None:
+                    self._forget_bell(link.ring)
+                    self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
+        return True
+
+    def _settle(self, driver: RingDriver) -> None:
+        driver.run(0, False)
+        for _ in range(_CLOSE_TURNS_MAX):
+            if not driver.unsent:
+                return
+            self._look(_LOOK_AGAIN_MS)
+            driver.run(0, False)
 
     def _bounded(self, timeout_ms: int | None) -> int | None:
         bounds = [] if timeout_ms is None else [timeout_ms]
@@ -150,9 +181,13 @@ class RingLinks:
         if self._hears and not lib.ports_doze(self._ports):
             timeout_ms = 0
         try:
-            events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000)
+            return self._look(timeout_ms)
         finally:
             lib.ports_wake(self._ports)
+
+    def _look(self, timeout_ms: int | None) -> list[int]:
+        """Hear what is ours of what the epoll has; the rest."""
+        events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000)
         return [file for file, _ in events if not self._is_own(file)]
 
     def _is_own(self, file: int) -> bool:
@@ -217,8 +252,11 @@ class RingLinks:
         link.delay_s = RETRY_S
         self._opened += 1
         lib.ports_open(self._ports, link.queue, ring.memory, ring.entries)
-        self._bells.add(ring.bell)
-        self._epoll.register(ring.bell, _EDGE)
+        if self._driver is not None:
+            self._driver.bells(link.queue, ring.bell, ring.worker_bell)
+        else:
+            self._bells.add(ring.bell)
+            self._epoll.register(ring.bell, _EDGE)
         self.send_frame(link.queue, hello(self._attached, link.queue, lib.ports_epoch(self._ports)))
 
     def _end(self, link: Link) -> None:
@@ -230,6 +268,8 @@ class RingLinks:
         if link.ring is not None:
             lib.ports_end(self._ports, link.queue)
             self._forget_bell(link.ring)
+            if self._driver is not None:
+                self._driver.bells(link.queue, -1, -1)
             link.ring.close()
             link.ring = None
         if self._hears:

@@ -65,7 +65,7 @@ def serve(
         _harden(lock_memory)
         loop = stack.enter_context(Loop(backend, attachment))
         if handle_signals:
-            stack.enter_context(_signals(loop.stop))
+            stack.enter_context(_signals(loop))
         return loop.run()
 
 
@@ -97,16 +97,28 @@ def _harden(lock_memory: bool) -> None:
 
 
 @contextmanager
-def _signals(stop: Callable[[str], None]) -> Iterator[None]:
+def _signals(loop: "Loop") -> Iterator[None]:
     def handler(number: int, _frame: FrameType | None) -> None:
-        stop(signal.Signals(number).name)
+        loop.stop(signal.Signals(number).name)
 
+    # A handler runs when Python does, which a native loop under load, or one about to sleep, may not for long.
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    loop.watch(readable, lambda: _discard(readable))
+    earlier_wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, each in previous.items():
             signal.signal(number, each)
+        signal.set_wakeup_fd(earlier_wakeup)
+        loop.unwatch(readable)
+        os.close(readable)
+        os.close(writable)
+
+
+def _discard(file: int) -> None:
+    os.read(file, 4096)
 
 
 class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +143,7 @@ class Loop:
         self._status = 0
         self._detached = self._orphaned = False
         self._engine: FrameEngine | None = None
+        self._is_driven = False
 
     def __enter__(self) -> "Loop":
         try:
@@ -142,9 +155,13 @@ class Loop:
             raise
         for descriptor in {self._outbox.descriptor, self._engine.fileno()}:
             self.watch(descriptor, _nothing)
+        native = getattr(self._engine, "raw", None)
+        self._is_driven = native is not None and self._links.drive(native)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_driven:
+            self._links.drive(None)
         if self._engine is not None:
             self._engine.close()
         self._outbox.close()
@@ -213,6 +230,8 @@ class Loop:
             self.unwatch(descriptor)
 
     def _send_answers(self, engine: FrameEngine) -> None:
+        if self._is_driven:
+            return
         for queue, frame in engine.answers():
             self._links.send_frame(queue, frame)
 

@@ -5,6 +5,7 @@ Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a
 
 import select
 from collections.abc import Iterator
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -81,6 +82,10 @@ class ZeroMQLinks:
             else:
                 self._link_changed(self._monitor_of[source])
         return found
+
+    def drive(self, engine: Any) -> bool:
+        """See `Links`: its frames need Python."""
+        return False
 
     @property
     def linked(self) -> int:

@@ -86,26 +86,40 @@ static void note_epochs(struct ports *p, const uint8_t *entries, uint32_t count)
     }
 }
 
-int32_t ports_take(struct ports *p, uint32_t queue, void *to, uint32_t most) {
+int32_t ports_peek(struct ports *p, uint32_t queue, const void **at) {
     struct port *port = &p->port[queue];
+    int64_t waiting = port->open ? sr_waiting(&port->in) : 0;
+    if (waiting < 0)
+        return -EPROTO;
+    return waiting ? (int32_t)sr_peek(&port->in, (uint32_t)waiting, (const uint8_t **)at) : 0;
+}
+
+void ports_consumed(struct ports *p, uint32_t queue, uint32_t count) {
+    struct sr_end *in = &p->port[queue].in;
+    note_epochs(p, sr_entry(in, in->mine), count);
+    sr_consumed(in, count);
+    p->count.descriptors_in += count;
+}
+
+int32_t ports_size(const struct ports *p, uint32_t queue) {
+    return p->port[queue].open ? (int32_t)p->port[queue].in.size : 0;
+}
+
+int32_t ports_take(struct ports *p, uint32_t queue, void *to, uint32_t most) {
     uint32_t taken = 0;
-    while (port->open && taken < most) {
-        uint8_t *target = (uint8_t *)to + (size_t)taken * SR_ENTRY_BYTES;
-        const uint8_t *at;
-        int64_t waiting = sr_waiting(&port->in);
-        if (waiting < 0)
-            return -EPROTO;
-        if (!waiting)
+    const void *at;
+    while (taken < most) {
+        int32_t count = ports_peek(p, queue, &at);
+        if (count < 0)
+            return count;
+        if (!count)
             break;
-        if (waiting > most - taken)
-            waiting = most - taken;
-        uint32_t count = sr_peek(&port->in, (uint32_t)waiting, &at);
-        memcpy(target, at, (size_t)count * SR_ENTRY_BYTES);
-        sr_consumed(&port->in, count);
-        note_epochs(p, target, count);
-        taken += count;
+        if ((uint32_t)count > most - taken)
+            count = (int32_t)(most - taken);
+        memcpy((uint8_t *)to + (size_t)taken * SR_ENTRY_BYTES, at, (size_t)count * SR_ENTRY_BYTES);
+        ports_consumed(p, queue, (uint32_t)count);
+        taken += (uint32_t)count;
     }
-    p->count.descriptors_in += taken;
     return (int32_t)taken;
 }
 
@@ -158,25 +172,30 @@ int ports_push(struct ports *p, uint32_t queue) {
     return written > 0 ? sr_publish(&port->out) : written;
 }
 
-int ports_send(struct ports *p, uint32_t queue, const void *from, uint32_t count) {
+int32_t ports_write(struct ports *p, uint32_t queue, const void *from, uint32_t count, int *bell) {
     struct port *port = &p->port[queue];
+    *bell = 0;
     if (!port->open) {
         p->count.dropped += count;
-        return 0;
+        return (int32_t)count;
     }
     int64_t written = write_later(p, port);
-    if (written >= 0 && !port->later_count)
-        written = write_some(p, port, from, count);
-    else if (written >= 0)
-        written = 0;
     if (written < 0)
-        return (int)written;
-    if (written < count) {
-        int error = keep(p, port, (const uint8_t *)from + (size_t)written * SR_ENTRY_BYTES, count - (uint32_t)written);
-        if (error)
-            return error;
-    }
-    return sr_publish(&port->out);
+        return (int32_t)written;
+    written = port->later_count ? 0 : write_some(p, port, from, count);
+    if (written >= 0)
+        *bell = sr_publish(&port->out);
+    return (int32_t)written;
+}
+
+int ports_send(struct ports *p, uint32_t queue, const void *from, uint32_t count) {
+    int bell;
+    int32_t written = ports_write(p, queue, from, count, &bell);
+    if (written < 0)
+        return written;
+    const uint8_t *rest = (const uint8_t *)from + (size_t)written * SR_ENTRY_BYTES;
+    int error = (uint32_t)written < count ? keep(p, &p->port[queue], rest, count - (uint32_t)written) : 0;
+    return error ? error : bell;
 }
 
 uint64_t ports_deferred(const struct ports *p) {

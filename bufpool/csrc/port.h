@@ -39,6 +39,15 @@ int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t c
 int ports_push(struct ports *ports, uint32_t queue);
 /* How many descriptors found no room yet.  Nobody rings when there is some: look again soon. */
 uint64_t ports_deferred(const struct ports *ports);
+/* For a loop in C, which leaves entries where they are.  How many descriptors lie in one piece at *at, -EPROTO for an
+ * index that makes no sense; they stay until ports_consumed, and their worker can change them until then. */
+int32_t ports_peek(struct ports *ports, uint32_t queue, const void **at);
+void ports_consumed(struct ports *ports, uint32_t queue, uint32_t count);
+/* Send as many as there is room for: how many, or -EPROTO; *bell is 1 if the doorbell is to be rung. */
+int32_t ports_write(struct ports *ports, uint32_t queue, const void *from, uint32_t count, int *bell);
+/* Entries of a queue's ring, 0 if it has none. */
+int32_t ports_size(const struct ports *ports, uint32_t queue);
+
 /* About to sleep.  1: do, every worker will ring; 0: something waits. */
 int ports_doze(struct ports *ports);
 /* Awake: nobody need ring. */

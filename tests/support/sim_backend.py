@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Request
@@ -98,6 +98,10 @@ class SimLinks:
 
     def poll(self, timeout_ms: int | None = None) -> Polled:
         raise NotImplementedError("the simulation says what is ready")
+
+    def drive(self, engine: Any) -> bool:
+        """See `Links`: its frames need Python."""
+        return False
 
     @property
     def linked(self) -> int:

@@ -1,0 +1,41 @@
+/* The loop of a native engine over rings: descriptors from the workers into the engine, answers back, without Python.
+ *
+ * Owns one io_uring, in which everything meets that the backend waits for: the workers' doorbells, the engine's file
+ * I/O, and one descriptor of the caller's.  A turn is at most one system call, which submits what the turn has made
+ * (file I/O, doorbells to workers) and waits.  One thread uses a loop, the one that made it; every function may be
+ * called without the GIL.  Ports and engine are the caller's and outlive it.
+ */
+#ifndef UBLKPOOL_RING_LOOP_H
+#define UBLKPOOL_RING_LOOP_H
+
+#include <stdint.h>
+
+#include "engine.h"
+#include "port.h"
+
+struct ring_loop_statistics {
+    uint64_t turns, calls; /* calls: io_uring_enter */
+    uint64_t bells;        /* rung for workers */
+};
+
+struct ring_loop;
+
+/* `watched`: the descriptor whose readiness ends a run.  NULL and *error (a negative errno) without io_uring or memory.
+ * The engine does its I/O through this loop from now on. */
+struct ring_loop *ring_loop_new(struct ports *ports, struct engine *engine, uint32_t queues, uint32_t depth,
+                                int watched, int *error);
+/* The engine can only be closed afterwards. */
+void ring_loop_free(struct ring_loop *loop);
+/* A queue's doorbells, ours and its worker's; -1 and -1 before they are closed. */
+void ring_loop_bells(struct ring_loop *loop, uint32_t queue, int ours, int workers);
+/* Turn until `watched` is readable (1), `timeout_ms` have passed (0; -1: never), a signal came (-EINTR) or something is
+ * wrong: -EPROTO what ring_loop_wrong() says, else an errno that ends the loop's use.  Without `hears` nothing is taken
+ * from the rings any more, and when nothing runs it returns 0. */
+int ring_loop_run(struct ring_loop *loop, int timeout_ms, int hears);
+/* The queue whose worker talks nonsense. */
+uint32_t ring_loop_wrong(const struct ring_loop *loop);
+/* Answers that found no room in their rings yet. */
+uint32_t ring_loop_unsent(const struct ring_loop *loop);
+void ring_loop_count(const struct ring_loop *loop, struct ring_loop_statistics *statistics);
+
+#endif

@@ -1,0 +1,69 @@
+"""The typed face of the loop in C that turns a native engine over rings (`csrc/ring_loop.h`).
+
+Owns the native loop and its io_uring.  Runs on the thread that made it.
+"""
+
+import errno
+import os
+from typing import Any
+
+import msgspec
+
+from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.errors import BackendError, WireError
+
+
+class DriverStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a loop in C."""
+
+    turns: int
+    calls: int
+    """Times that it entered the kernel."""
+    bells: int
+    """Doorbells rung for workers."""
+
+
+class RingDriver:
+    """Descriptors from rings into an engine and back, for as long as nothing needs Python."""
+
+    def __init__(self, ports: Any, engine: Any, queues: int, depth: int, watched: int) -> None:
+        """`watched`: the file descriptor that needs Python.  Raises `BackendError` without io_uring or memory."""
+        error = ffi.new("int *")
+        self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
+        if self._loop == ffi.NULL:
+            raise BackendError(
+                f"no loop for the rings, {os.strerror(-error[0])}: --transport zeromq does without"
+            )
+
+    def bells(self, queue: int, ours: int, workers: int) -> None:
+        """A queue's doorbells; -1 and -1 before they are closed."""
+        lib.ring_loop_bells(self._loop, queue, ours, workers)
+
+    def run(self, timeout_ms: int | None, hears: bool) -> bool:
+        """Serve until Python is needed; whether that is because `watched` is readable.
+
+        Returns early for a signal.  Without `hears` no request is taken, and it returns when none runs.  Raises
+        `WireError` if a worker's word makes no sense, `OSError` if there is no going on.
+        """
+        result = lib.ring_loop_run(self._loop, -1 if timeout_ms is None else timeout_ms, hears)
+        if result == -errno.EPROTO:
+            raise WireError(f"queue {lib.ring_loop_wrong(self._loop)}: the worker's words make no sense")
+        if result < 0 and result != -errno.EINTR:
+            raise OSError(-result, f"io_uring: {os.strerror(-result)}")
+        return result > 0
+
+    @property
+    def unsent(self) -> int:
+        """Answers for which a ring had no room."""
+        return lib.ring_loop_unsent(self._loop)
+
+    def statistics(self) -> DriverStatistics:
+        """Counters since it was made."""
+        counted = ffi.new("struct ring_loop_statistics *")
+        lib.ring_loop_count(self._loop, counted)
+        names = DriverStatistics.__struct_fields__
+        return DriverStatistics(**{name: int(getattr(counted, name)) for name in names})
+
+    def close(self) -> None:
+        """End it; the engine can be closed afterwards, not before."""
+        lib.ring_loop_free(self._loop)
