@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, cast
 
-from ublkpool.bufpool import broker
+from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.arena import Arena, ControlHeader, control_bytes
+from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.limits import Geometry
 from ublkpool.daemon import adoption, block_device, machinery
@@ -83,8 +84,8 @@ class BrokerLife:
     def __init__(self, dealers: list[PoolDealer], clock: Clock) -> None:
         self.life = Life()
         router = cast(Any, BrokerRouter(self.life, dealers))
-        self.broker = broker.Broker(router, cast(Any, None), False, clock)
-        self.commands: deque[tuple[bytes, int | None, asyncio.Future[broker.Reply]]] = deque()
+        self.broker = Broker(router, cast(Any, None), False, clock)
+        self.commands: deque[tuple[bytes, int | None, asyncio.Future[broker_commands.Reply]]] = deque()
 
     def turn(self, commands_first: bool) -> None:
         """A command or what the workers sent; then the questions that are due.  Raises `Killed`."""
@@ -195,14 +196,14 @@ class SimBrokerProcess(BrokerProcess):
         self.process = self._begin(self.child, life)
         self.generation += 1
 
-    async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
+    async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         async with self._turn:
             if not self.process.life.alive:
                 raise PoolError("the pool broker is gone")
-            answer: asyncio.Future[broker.Reply] = asyncio.get_running_loop().create_future()
-            self.process.commands.append((broker._encoder.encode(command), fd, answer))
+            answer: asyncio.Future[broker_commands.Reply] = asyncio.get_running_loop().create_future()
+            self.process.commands.append((broker_commands.encode(command), fd, answer))
             reply = await answer
-        if isinstance(reply, broker.Failed):
+        if isinstance(reply, broker_commands.Failed):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
