@@ -10,7 +10,8 @@ import socket
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
-from ublkpool.bufpool import broker
+from ublkpool.bufpool import broker_commands
+from ublkpool.bufpool.broker import run_broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.backoff import Backoff
 from ublkpool.daemon.children import Child, describe_exit
@@ -68,18 +69,18 @@ class BrokerProcess:
     async def _drain(self) -> None:
         """Drop what it answered to an earlier daemon.  Raises `PoolError`, `OSError`."""
         number = secrets.randbits(31)
-        broker.send_command(self._socket, broker.Ping(number))
-        reply: broker.Reply = broker.Done()
-        while reply != broker.Pong(number):
+        broker_commands.send_command(self._socket, broker_commands.Ping(number))
+        reply: broker_commands.Reply = broker_commands.Done()
+        while reply != broker_commands.Pong(number):
             await self._readable()
-            reply = broker.receive_reply(self._socket)
+            reply = broker_commands.receive_reply(self._socket)
 
     async def forget_all_but(self, devices: Collection[int]) -> None:
         """Have an adopted one drop the devices that are not to go on.  Raises `PoolError`."""
-        known = await self.command(broker.GetStatistics())
-        assert isinstance(known, broker.StatisticsReply)
+        known = await self.command(broker_commands.GetStatistics())
+        assert isinstance(known, broker_commands.StatisticsReply)
         for number in set(known.devices) - set(devices):
-            await self.command(broker.RemoveDevice(number))
+            await self.command(broker_commands.RemoveDevice(number))
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair(
@@ -112,16 +113,16 @@ class BrokerProcess:
             telling.add(told)
             told.add_done_callback(telling.discard)
 
-    async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
+    async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
         async with self._turn:
             try:
-                broker.send_command(self._socket, command, fd)
+                broker_commands.send_command(self._socket, command, fd)
             except OSError as error:
                 raise PoolError("the pool broker is gone") from error
             await self._readable()
-            reply = broker.receive_reply(self._socket)
-        if isinstance(reply, broker.Failed):
+            reply = broker_commands.receive_reply(self._socket)
+        if isinstance(reply, broker_commands.Failed):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
@@ -196,28 +197,28 @@ class Leases:
             self._closed = True
             await self._refresh()
             await self._reclaim()
-            await self._broker.command(broker.RemoveDevice(self._number))
+            await self._broker.command(broker_commands.RemoveDevice(self._number))
 
     async def _refresh(self) -> None:
         if self._generation == self._broker.generation:
             return
         self._generation = self._broker.generation
-        await self._broker.command(broker.AddDevice(self._number), self._control_fd)
+        await self._broker.command(broker_commands.AddDevice(self._number), self._control_fd)
         for epoch in self._epochs[-1:]:
             await self._register(epoch)
 
     async def _reclaim(self) -> None:
         for epoch in self._epochs:
             for queue in self._queues:
-                await self._broker.command(broker.Reclaim(self._number, queue, epoch))
+                await self._broker.command(broker_commands.Reclaim(self._number, queue, epoch))
         self._epochs.clear()
 
     async def _register(self, epoch: int) -> None:
         for queue in self._queues:
-            await self._broker.command(broker.Register(self._number, queue, epoch))
+            await self._broker.command(broker_commands.Register(self._number, queue, epoch))
 
 
 def _serve(endpoint: str, control_sock: socket.socket) -> int:
     # I/O goes on while the supervisor is dead; the next one ends this broker.
-    broker.run_broker(endpoint, control_sock, exit_on_eof=False)
+    run_broker(endpoint, control_sock, exit_on_eof=False)
     return 0

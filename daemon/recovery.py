@@ -21,6 +21,7 @@ FENCE_DEADLINE_S = 30.0
 DRAIN_PATIENCE_S = 2.0
 QUIESCE_DEADLINE_S = 10.0
 STRIKES_MAX = 5
+RETRY_PAUSE_S = 0.5
 STEADY_S = 2.0
 _log = logging.getLogger("ublkpool.recovery")
 

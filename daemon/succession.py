@@ -10,7 +10,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
-from ublkpool.daemon.backend_process import BackendProcess
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
@@ -33,13 +32,18 @@ def session_names(device: str) -> tuple[str, str]:
     return f"{device}/session", f"{device}/segment"
 
 
+def stderr_name(device: str) -> str:
+    """Under which the holder has what a backend that the daemon runs itself says."""
+    return f"{device}/stderr"
+
+
 def record_of(
     config: DeviceConfig,
     kernel: BlockDevice | None,
     disk: Disk | None,
     team: Team | None,
     session: Session | None,
-    managed: BackendProcess | None,
+    managed_pid: int | None,
     *,
     state: State,
     going: bool,
@@ -54,7 +58,7 @@ def record_of(
         if (process := identify("worker", each.child.pid)) is not None
     ]
     backend = identify("backend", session.pid) if session else None
-    own = identify("backend", managed.child.pid) if managed else None
+    own = identify("backend", managed_pid) if managed_pid is not None else None
     others = dict.fromkeys((identify("broker", broker_pid), backend, own))
     return Record(
         config=config,

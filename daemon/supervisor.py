@@ -24,7 +24,7 @@ from ublkpool.daemon.attach import AttachServer
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
-from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
@@ -32,6 +32,7 @@ from ublkpool.daemon.mounts import leave_mounts
 from ublkpool.daemon.records import Records
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control, queue
 

@@ -13,10 +13,11 @@ from contextlib import suppress
 from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.broker_process import HELD
-from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.records import Process, Record, end_left, is_alive
 from ublkpool.daemon.succession import may_go_on
+from ublkpool.daemon.surroundings import Surroundings
 
 _log = logging.getLogger("ublkpool.takeover")
 

@@ -1,18 +1,17 @@
 """Seeded runs of a whole device: real workers, broker, recovery and SDK on a made-up kernel and backend's store.
 
-One seed replays one run.  `UBLKPOOL_SIM_SEEDS=N` plays seeds 0 to N - 1, `UBLKPOOL_SIM_FIRST=K` begins at K.
+One seed replays one run; `sim_play.py` says which are played.
 """
 
-import os
 import random
 import re
 from collections import Counter
 from itertools import product
 from typing import Any
 
-import msgspec
 import pytest
 
+from support import sim_play
 from support.device_world import DeviceWorld
 from support.sim_defects import (
     BUFFER_FREE_EARLY,
@@ -27,9 +26,7 @@ from support.sim_defects import (
 from support.sim_kernel import Model
 from support.sim_processes import DeviceScenario, Victim
 
-SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "1080"))
-FIRST = int(os.environ.get("UBLKPOOL_SIM_FIRST", "0"))
-CHUNK = 40
+SEEDS = 1080
 MODELS: tuple[Model, ...] = ("6.12", "7.3")
 ROADS = ("off", "pool", "backend")
 KILLS: tuple[tuple[Victim, ...], ...] = (
@@ -85,25 +82,16 @@ _counts: dict[int, Counter[str]] = {}
 
 
 def play(seed: int, **changes: Any) -> DeviceWorld:
-    """One run; a failure names its seed and its last events."""
-    rng = random.Random(seed)
-    world = DeviceWorld(msgspec.structs.replace(scenario(seed, rng), **changes), rng)
-    try:
-        world.run()
-    except Exception as error:
-        trace = "\n  ".join(world.trace)
-        pytest.fail(
-            f"seed {seed}: {error!r}\n{world.scenario}\n  {trace}\n"
-            f"replay: UBLKPOOL_SIM_FIRST={seed} UBLKPOOL_SIM_SEEDS=1"
-        )
+    """One run; see `sim_play.play`."""
+    world = sim_play.play(seed, scenario, DeviceWorld, **changes)
     if not changes:
         _counts[seed] = world.counts
     return world
 
 
-@pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, CHUNK))
-def test_whoever_dies_whenever_every_request_is_answered_once_and_data_is_right(first: int) -> None:
-    for seed in range(first, min(first + CHUNK, FIRST + SEEDS)):
+@pytest.mark.parametrize("seeds", sim_play.chunks(SEEDS), ids=repr)
+def test_whoever_dies_whenever_every_request_is_answered_once_and_data_is_right(seeds: range) -> None:
+    for seed in seeds:
         play(seed)
 
 

@@ -24,7 +24,7 @@ from support.fuzz_core import CoreFuzz
 from support.fuzz_link import LinkFuzz
 from support.link_wire import Wire
 from support.queue_rig import Plan
-from ublkpool.bufpool import broker, wire
+from ublkpool.bufpool import device_leases, wire
 from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.limits import Geometry
@@ -123,8 +123,8 @@ def _slots_again(frame: bytes) -> None:
 
 
 def _worker_again(name: bytes) -> None:
-    device, owner = broker.parse_routing_id(name)
-    assert broker.worker_routing_id(device, *owner) == name
+    device, owner = device_leases.parse_routing_id(name)
+    assert device_leases.worker_routing_id(device, *owner) == name
 
 
 DECODERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
@@ -135,7 +135,7 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
         [wire.encode_message(each) for each in QUESTIONS],
     ),
     "daemon": (_decode_again(wire.decode_daemon_message), [wire.encode_message(each) for each in ANSWERS]),
-    "worker": (_worker_again, [broker.worker_routing_id(1, 2, 3)]),
+    "worker": (_worker_again, [device_leases.worker_routing_id(1, 2, 3)]),
     "address": (user_of, [b"localhost:0:0:77"]),
 }
 

@@ -1,21 +1,18 @@
-"""Seeded runs of the queue core between a fake driver and fake backends: one seed replays one run.
+"""Seeded runs of the queue core between a fake driver and fake backends.
 
-`UBLKPOOL_SIM_SEEDS=N` plays seeds 0 to N - 1, `UBLKPOOL_SIM_FIRST=K` begins at K.
+One seed replays one run; `sim_play.py` says which are played.
 """
 
-import os
 import random
 from itertools import product
 
-import msgspec
 import pytest
 
+from support import sim_play
 from support.queue_rig import Plan
 from support.queue_world import ENDS, Scenario, Temper, World
 
-SEEDS = int(os.environ.get("UBLKPOOL_SIM_SEEDS", "1440"))
-FIRST = int(os.environ.get("UBLKPOOL_SIM_FIRST", "0"))
-CHUNK = 40
+SEEDS = 1440
 ROADS = ("off", "pool", "backend")
 TEMPERS: tuple[Temper, ...] = ("honest", "dying", "lying")
 SHAPES = tuple(product(ROADS, (1, 4), (False, True), TEMPERS, (False, True)))
@@ -54,23 +51,13 @@ def scenario(seed: int, rng: random.Random) -> Scenario:
 
 
 def play(seed: int, **changes: bool) -> World:
-    """One run; a failure names its seed and its last events."""
-    rng = random.Random(seed)
-    world = World(msgspec.structs.replace(scenario(seed, rng), **changes), rng)
-    try:
-        world.run()
-    except Exception as error:
-        trace = "\n  ".join(world.trace)
-        pytest.fail(
-            f"seed {seed}: {error!r}\n{world.scenario}\n  {trace}\n"
-            f"replay: UBLKPOOL_SIM_FIRST={seed} UBLKPOOL_SIM_SEEDS=1"
-        )
-    return world
+    """One run; see `sim_play.play`."""
+    return sim_play.play(seed, scenario, World, **changes)
 
 
-@pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, CHUNK))
-def test_whatever_the_order_of_events_data_is_right_and_every_request_is_answered_once(first: int) -> None:
-    for seed in range(first, min(first + CHUNK, FIRST + SEEDS)):
+@pytest.mark.parametrize("seeds", sim_play.chunks(SEEDS), ids=repr)
+def test_whatever_the_order_of_events_data_is_right_and_every_request_is_answered_once(seeds: range) -> None:
+    for seed in seeds:
         play(seed)
 
 

@@ -135,12 +135,8 @@ class DeviceWorld(Processes):
         waiting = self.kernel.queues[queue].waiting
         short = None
         if self.scenario.model == "6.12" and waiting and waiting[0].left and self.rng.random() < 0.1:
-            short = self._whole_blocks(self.rng.randint(1, waiting[0].left))
+            short = self.disk.whole_blocks(self.rng.randint(1, waiting[0].left))
         self.kernel.dispatch(queue, self.rng.choice, short)
-
-    def _whole_blocks(self, sectors: int) -> int:
-        block = self.scenario.block_bytes // SECTOR_BYTES
-        return -(-sectors // block) * block
 
     def _copy(self) -> None:
         number = self.rng.randrange(self.scenario.queues)
@@ -154,7 +150,7 @@ class DeviceWorld(Processes):
         elif chance < 0.1:
             request = queue.tags[tag].request
             assert request is not None
-            sectors = self._whole_blocks(self.rng.randint(1, request.left))
+            sectors = self.disk.whole_blocks(self.rng.randint(1, request.left))
             if sectors < request.left:
                 # To commit what was copied would be taken for the whole by Linux 7.3.
                 self.may_fail.add(request)

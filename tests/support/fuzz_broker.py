@@ -9,9 +9,11 @@ from typing import Any, cast
 import msgspec
 import zmq
 
-from ublkpool.bufpool import broker
+from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.arena import Arena
-from ublkpool.bufpool.broker import AddDevice, Broker, Register, worker_routing_id
+from ublkpool.bufpool.broker import Broker
+from ublkpool.bufpool.broker_commands import AddDevice, Register
+from ublkpool.bufpool.device_leases import worker_routing_id
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots
 
@@ -48,12 +50,12 @@ class BrokerFuzz:
         self.daemon.setblocking(False)
         self.broker = Broker(cast(Any, self.post), theirs, exit_on_eof=False, clock=lambda: 0.0)
         number = arena.device_number
-        broker.send_command(self.daemon, AddDevice(number), arena.control_fd)
+        broker_commands.send_command(self.daemon, AddDevice(number), arena.control_fd)
         for owner in (MAD, SANE):
-            broker.send_command(self.daemon, Register(number, *owner))
+            broker_commands.send_command(self.daemon, Register(number, *owner))
         for _ in range(3):
             self.broker._on_control()
-            assert isinstance(broker.receive_reply(self.daemon), broker.Done)
+            assert isinstance(broker_commands.receive_reply(self.daemon), broker_commands.Done)
         self._say(SANE, [self._head(SANE, Kind.SYNC, op, 0) for op in range(len(arena.geometry.classes))])
         self.kept = self._slots_of(SANE)
         assert len(self.kept) == sum(arena.reserve)
@@ -76,14 +78,15 @@ class BrokerFuzz:
     def commands(self, count: int) -> None:
         """So many commands of the daemon's, none of which it would send."""
         true = [
-            msgspec.json.encode(each) for each in (Register(99, 0, 1), AddDevice(5), broker.GetStatistics())
+            msgspec.json.encode(each)
+            for each in (Register(99, 0, 1), AddDevice(5), broker_commands.GetStatistics())
         ]
         for _ in range(count):
             packet = spoil(self.rng, self.rng.choice(true)) or b" "
             files = [self.daemon.fileno()] * self.rng.choice((0, 0, 0, 1, 2))
             socket.send_fds(self.daemon, [packet], files)
             self.broker._on_control()
-            assert broker.receive_reply(self.daemon)
+            assert broker_commands.receive_reply(self.daemon)
         self._check()
 
     def _message(self) -> list[bytes]:
@@ -129,10 +132,10 @@ class BrokerFuzz:
 
     def _check(self) -> None:
         assert self._slots_of(SANE) == self.kept
-        broker.send_command(self.daemon, broker.GetStatistics(self.arena.device_number))
+        broker_commands.send_command(self.daemon, broker_commands.GetStatistics(self.arena.device_number))
         self.broker._on_control()
-        reply = broker.receive_reply(self.daemon)
-        assert isinstance(reply, broker.StatisticsReply) and reply.leases is not None
+        reply = broker_commands.receive_reply(self.daemon)
+        assert isinstance(reply, broker_commands.StatisticsReply) and reply.leases is not None
         owners = list(self.arena.control.slot_owners())
         assert sum(each.free for each in reply.leases.classes) == owners.count(None)
         with suppress(BlockingIOError):

@@ -2,9 +2,9 @@
 
 import uuid
 
-from ublkpool.daemon import device
+from ublkpool.daemon import surroundings
 from ublkpool.daemon.cli import main
 
 if __name__ == "__main__":
-    setattr(device, "build_id", lambda: uuid.uuid4().hex)  # noqa: B010
+    setattr(surroundings, "build_id", lambda: uuid.uuid4().hex)  # noqa: B010
     main()

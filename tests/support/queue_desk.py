@@ -1,6 +1,7 @@
 """One queue core with its driver and its backend on a desk, for scenarios that are told step by step."""
 
 import random
+from collections.abc import Sequence
 
 from ublkpool.bufpool.wire import Descriptor, Op, iter_frame
 from ublkpool.workers.tag_state import State
@@ -9,6 +10,18 @@ from .fake_backend import FakeBackend, Store
 from .fake_driver import SECTOR_BYTES, FakeDriver, Request
 from .fake_liar import Lie, Scene
 from .queue_rig import Plan, Rig
+
+OWN = {"place_in_backend": True, "reads_own": True}
+"""A plan in which all data lies in the backend's memory."""
+
+
+def data(number: int, sectors: int = 1) -> bytes:
+    """What a request writes, told from others by its number."""
+    return bytes([number]) * (sectors * SECTOR_BYTES)
+
+
+def kinds(descriptors: Sequence[Descriptor]) -> list[int]:
+    return [each.kind for each in descriptors]
 
 
 class Desk:

@@ -110,12 +110,10 @@ class World:
         tag = self.rng.choice(sorted(driver.sent_back) if again and driver.sent_back else idle)
         self.note(f"queue {queue} tag {tag}: {request}")
         self.ages.setdefault(request, 0)
-        short = self.rng.randint(1, request.left) if request.left and self.rng.random() < 0.1 else None
-        driver.deliver(tag, request, self._whole_blocks(short))
-
-    def _whole_blocks(self, sectors: int | None) -> int | None:
-        block = self.scenario.plan.block_bytes // 512
-        return None if sectors is None else -(-sectors // block) * block
+        short = None
+        if request.left and self.rng.random() < 0.1:
+            short = self.disk.whole_blocks(self.rng.randint(1, request.left))
+        driver.deliver(tag, request, short)
 
     def _copy(self, queue: int) -> None:
         driver = self.drivers[queue]
@@ -129,9 +127,9 @@ class World:
             sectors = 0
         elif chance < 0.2:
             request = driver.request_at(tag)
-            sectors = self._whole_blocks(self.rng.randint(1, request.left))
+            sectors = self.disk.whole_blocks(self.rng.randint(1, request.left))
             # To commit what was copied would be taken for the whole by Linux 7.3.
-            request.may_fail |= sectors is not None and sectors < request.left
+            request.may_fail |= sectors < request.left
         self.note(f"queue {queue} tag {tag}: copies {'all' if sectors is None else sectors}")
         driver.copy(tag, sectors)
 

@@ -51,6 +51,10 @@ class ShadowDisk:
         self._readers: dict[Request, list[set[int]]] = {}
         self._last_stamp = 0
 
+    def whole_blocks(self, sectors: int) -> int:
+        """At least so many sectors, in whole blocks."""
+        return -(-sectors // self._block) * self._block
+
     def request(self) -> Request | None:
         """A random request, or None if it would overlap a writer's."""
         op = self._rng.choices((Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES, UNSUPPORTED_OP),

@@ -52,6 +52,10 @@ class SimSession(Session):
         self._gone = self._loop.create_future()
         self._hung_up = self._detaching = False
 
+    def fileno(self) -> int:
+        """Stands for the backend when its connection is held."""
+        return self.pid
+
     def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
         """What it holds goes with its process."""
 

@@ -14,21 +14,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, cast
 
-from ublkpool.bufpool import broker
+from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.arena import Arena, ControlHeader, control_bytes
+from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.limits import Geometry, pool_geometry
-from ublkpool.daemon import block_device
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.daemon import adoption, block_device, machinery
 from ublkpool.daemon import device as device_module
+from ublkpool.daemon.background import Background
 from ublkpool.daemon.block_device import BlockDevice, Created
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
-from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.device import Device
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.session import Session
+from ublkpool.daemon.succession import session_names
+from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceState, Feature, Parameters
 
@@ -47,16 +50,29 @@ _RUN_DIR = Path("/nonexistent/ublkpool")
 
 
 class SimArena(Arena):
-    """A pool in memory that has no name."""
+    """A pool in memory that has no name; the next supervisor opens the last one."""
+
+    scenery: "Scenery"
 
     @classmethod
-    def make(cls, geometry: Geometry, queues: int, reserve: tuple[int, ...]) -> Self:
-        page = ControlHeader(DEVICE, queues, geometry, reserve).pack()
+    def create(
+        cls, prefix: str, geometry: Geometry, queues: int, device_number: int, reserve: Sequence[int]
+    ) -> Self:
+        size = control_bytes(queues, geometry.slot_count)
         fds = [os.memfd_create("sim", os.MFD_CLOEXEC) for _ in range(2)]
         os.truncate(fds[0], geometry.total_bytes)
-        os.truncate(fds[1], control_bytes(queues, geometry.slot_count))
-        os.pwrite(fds[1], page, 0)
-        return cls(fds[0], fds[1])
+        os.truncate(fds[1], size)
+        os.pwrite(fds[1], ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
+        arena = cls(fds[0], fds[1])
+        cls.scenery.pools.append(PoolMemory(arena, size))
+        return arena
+
+    @classmethod
+    def open(cls, prefix: str) -> Self:
+        last = cls.scenery.pools[-1].arena
+        arena = cls(os.dup(last.data_fd), os.dup(last.control_fd))
+        cls.scenery.arenas.append(arena)
+        return arena
 
     def unlink(self) -> None:
         """It has no name."""
@@ -68,8 +84,8 @@ class BrokerLife:
     def __init__(self, dealers: list[PoolDealer], clock: Clock) -> None:
         self.life = Life()
         router = cast(Any, BrokerRouter(self.life, dealers))
-        self.broker = broker.Broker(router, cast(Any, None), False, clock)
-        self.commands: deque[tuple[bytes, int | None, asyncio.Future[broker.Reply]]] = deque()
+        self.broker = Broker(router, cast(Any, None), False, clock)
+        self.commands: deque[tuple[bytes, int | None, asyncio.Future[broker_commands.Reply]]] = deque()
 
     def turn(self, commands_first: bool) -> None:
         """A command or what the workers sent; then the questions that are due.  Raises `Killed`."""
@@ -93,14 +109,18 @@ class BrokerLife:
         self.commands.clear()
 
 
-class _Holder:
-    """Keeps sockets over a supervisor's death; in a simulation nothing closes them."""
+class SimHolder:
+    """Keeps sockets over a supervisor's death; in a simulation only a backend's could be closed."""
 
-    def hold(self, _name: str, _fd: int) -> None:
-        """It stays open."""
+    def __init__(self, hold_backend: Callable[[int], None]) -> None:
+        self._hold_backend = hold_backend
+
+    def hold(self, name: str, fd: int) -> None:
+        if name == session_names("sim")[0]:
+            self._hold_backend(fd)
 
     def drop(self, _name: str) -> None:
-        """See `hold`."""
+        """Nobody looks for it."""
 
 
 class LeftBehind(NamedTuple):
@@ -138,6 +158,10 @@ class SimHeir:
             raise DaemonError("the kernel has no such device that is live")
         return cls(kernel, left)
 
+    @property
+    def record(self) -> LeftBehind:
+        return self._left
+
     def session(self) -> SimSession | None:
         backend = self._left.backend
         if backend is None or not backend.is_held:
@@ -156,7 +180,7 @@ class SimBrokerProcess(BrokerProcess):
         self, begin: Callable[[SimChild, BrokerLife | None], BrokerLife], end: Callable[[], None]
     ) -> None:
         self._begin, self._end = begin, end
-        super().__init__("ipc:///nonexistent/ublkpool/broker", cast(Holder, _Holder()))
+        super().__init__("ipc:///nonexistent/ublkpool/broker", cast(Holder, None))
 
     def _start(self) -> None:
         self._be(None)
@@ -172,14 +196,14 @@ class SimBrokerProcess(BrokerProcess):
         self.process = self._begin(self.child, life)
         self.generation += 1
 
-    async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
+    async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         async with self._turn:
             if not self.process.life.alive:
                 raise PoolError("the pool broker is gone")
-            answer: asyncio.Future[broker.Reply] = asyncio.get_running_loop().create_future()
-            self.process.commands.append((broker._encoder.encode(command), fd, answer))
+            answer: asyncio.Future[broker_commands.Reply] = asyncio.get_running_loop().create_future()
+            self.process.commands.append((broker_commands.encode(command), fd, answer))
             reply = await answer
-        if isinstance(reply, broker.Failed):
+        if isinstance(reply, broker_commands.Failed):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
@@ -198,6 +222,7 @@ class Scenery(NamedTuple):
     begin_broker: Callable[[SimChild, BrokerLife | None], BrokerLife]
     end_broker: Callable[[], None]
     end_backend: Callable[[], None]
+    hold_backend: Callable[[int], None]
     save: Callable[[LeftBehind], None]
     jobs: list[ControlJob]
     defect: str
@@ -267,27 +292,23 @@ class SimBlockDevice(BlockDevice):
         """The simulation decides when the driver looks."""
 
 
+class SimBackground(Background):
+    """The real one; whatever fails in it fails the run."""
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        super()._finished(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Killed):
+            cast(SimLoop, task.get_loop()).failures.append(repr(error))
+
+
 class SimDevice(Device):
-    """The real one; pools have no names and records no files."""
+    """The real one, whose records are no files."""
 
     scenery: Scenery
 
-    def _make_arena(self, kernel: BlockDevice) -> Arena:
-        info, config = kernel.info, self.config
-        geometry, reserve = pool_geometry(
-            info.queues,
-            info.depth,
-            info.max_io_bytes,
-            config.need_get_data,
-            config.placement,
-            config.pool_bytes,
-        )
-        arena = SimArena.make(geometry, info.queues, reserve)
-        self.scenery.pools.append(PoolMemory(arena, control_bytes(info.queues, geometry.slot_count)))
-        return arena
-
     def save(self) -> None:
-        team, disk = self.team, self._disk
+        team, disk = self.team, self._machinery.disk
         if team is None or disk is None or self.state == "failed":
             return
         session = cast(SimSession | None, self.session)
@@ -297,27 +318,18 @@ class SimDevice(Device):
                 device_number=DEVICE,
                 disk=disk,
                 epoch=team.epoch,
-                live=self.state == "live" and not self._stopping,
-                segments=self._segments,
+                live=self.state == "live" and not self._life.is_stopping,
+                segments=self._attachment.segments,
                 workers=[cast(SimWorkerProcess, each).worker for each in team.workers],
                 backend=session.backend if session else None,
                 segment=session.segment if session else 0,
-                going=self._stopping,
+                going=self._life.is_stopping,
             )
         )
 
-    def _hold_session(self, session: Session) -> None:
-        cast(SimSession, session).backend.is_held = True
-
-    def _finished(self, task: "asyncio.Task[None]") -> None:
-        super()._finished(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, Killed):
-            cast(SimLoop, task.get_loop()).failures.append(repr(error))
-
     @property
     def team(self) -> SimTeam | None:
-        return cast(SimTeam | None, self._team)
+        return cast(SimTeam | None, self._machinery.team)
 
 
 class Daemon:
@@ -343,12 +355,11 @@ class Daemon:
             group=None,
             runner=SimRunner(scenery.rng, scenery.jobs, scenery.defect),
             broker=self.broker,
-            holder=_Holder(),
+            holder=SimHolder(scenery.hold_backend),
             build="",
             records=SimpleNamespace(forget=lambda _name: None),
             queue_dir=_RUN_DIR / "queues",
         )
-        SimDevice.scenery = scenery
         self.device = self._new_device()
         restarted = self.broker.keep_running(lambda: self.device.broker_restarted())
         self.keeper = self.loop.create_task(restarted)
@@ -400,14 +411,6 @@ class Daemon:
         assert not self.loop.failures, self.loop.failures
 
 
-def _open_arena(scenery: Scenery) -> SimArena:
-    """What the next supervisor opens by its name."""
-    last = scenery.pools[-1].arena
-    arena = SimArena(os.dup(last.data_fd), os.dup(last.control_fd))
-    scenery.arenas.append(arena)
-    return arena
-
-
 def _ender(scenery: Scenery) -> Callable[..., Any]:
     async def end_left(_records: object, spare: object) -> None:
         scenery.end_backend()
@@ -418,13 +421,15 @@ def _ender(scenery: Scenery) -> Callable[..., Any]:
 @contextmanager
 def patched(scenery: Scenery) -> Iterator[None]:
     """The daemon's modules, with what they stand on made up."""
-    SimTeam.scenery = SimBlockDevice.scenery = SimDevice.scenery = scenery
+    SimArena.scenery = SimTeam.scenery = SimBlockDevice.scenery = SimDevice.scenery = scenery
     replaced: list[Replaced] = [
-        (device_module, "BlockDevice", SimBlockDevice),
-        (device_module, "Team", SimTeam),
+        (device_module, "Background", SimBackground),
         (device_module, "Heir", SimHeir),
-        (device_module, "Arena", SimpleNamespace(open=lambda _name: _open_arena(scenery))),
-        (device_module, "end_left", _ender(scenery)),
+        (machinery, "Arena", SimArena),
+        (machinery, "BlockDevice", SimBlockDevice),
+        (machinery, "Team", SimTeam),
+        (adoption, "BlockDevice", SimBlockDevice),
+        (adoption, "end_left", _ender(scenery)),
         (block_device, "control", SimControl(scenery.kernel)),
         *REPLACED_BY.get(scenery.defect, ()),
     ]

@@ -113,6 +113,7 @@ class Processes:
             self._begin_broker,
             self._end_broker,
             self._end_backend,
+            self._hold_backend,
             self._save,
             self.jobs,
             scenario.defect,
@@ -326,6 +327,9 @@ class Processes:
         backend.life.alive = False
         backend.forget()
         self._forget_backend(backend)
+
+    def _hold_backend(self, pid: int) -> None:
+        self.backends[pid - 1].is_held = True
 
     def _forget_backend(self, backend: SimBackend) -> None:
         """The backend has ended, or so everybody believes."""

@@ -9,13 +9,14 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon import device as device_module
+from ublkpool.daemon import adoption, machinery
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import Device, Surroundings
+from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Record
 from ublkpool.daemon.recovery import STRIKES_MAX
 from ublkpool.daemon.session import Session
+from ublkpool.daemon.surroundings import Surroundings
 
 DEADLINE_S = 20
 SIZE_BYTES = 1 << 20
@@ -109,9 +110,9 @@ def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_succes
 
     async def run() -> None:
         device, team = new_device(), FakeTeam(dies_at_once="first")
-        device._team = cast(Any, team)
+        device._machinery.team = cast(Any, team)
         sessions = [FakeSession("first"), FakeSession("second")]
-        async with device._changing:
+        async with device._life.turn:
             tasks = [asyncio.ensure_future(device.attach(cast(Session, each))) for each in sessions]
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -131,18 +132,18 @@ class Adoption:
         self.device = new_device()
         self.kernel = SimpleNamespace(was_started=True, number=3, set_io_timeout=lambda _: None)
         self.team = FakeTeam(dies_at_once="nobody")
-        monkeypatch.setattr(device_module, "RECOVERY_PAUSE_S", 0.0)
-        monkeypatch.setattr(device_module, "BlockDevice", SimpleNamespace(find=self._find))
-        monkeypatch.setattr(device_module, "next_epoch", self._next_epoch)
-        monkeypatch.setattr(device_module, "recover", self._recover)
-        monkeypatch.setattr(self.device, "_make_pool", lambda _: object())
+        monkeypatch.setattr(adoption, "RETRY_PAUSE_S", 0.0)
+        monkeypatch.setattr(adoption, "BlockDevice", SimpleNamespace(find=self._find))
+        monkeypatch.setattr(machinery, "next_epoch", self._next_epoch)
+        monkeypatch.setattr(machinery, "recover", self._recover)
+        monkeypatch.setattr(self.device._machinery, "_make_pool", lambda _: object())
         monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
 
     async def _find(self, *_: object) -> Any:
         return self.kernel
 
     async def _next_epoch(self, *_: object) -> Any:
-        self.device._team = cast(Any, self.team)
+        self.device._machinery.team = cast(Any, self.team)
         return self._attempt("next epoch")
 
     async def _recover(self, *_: object) -> Any:
@@ -155,7 +156,7 @@ class Adoption:
         return self.team
 
     async def _tear_down(self, keep: bool) -> None:
-        self.device._team = None
+        self.device._machinery.team = None
 
     async def kill(self) -> None:
         """Of the team's."""

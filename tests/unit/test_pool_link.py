@@ -8,7 +8,7 @@ import zmq
 
 from support.queue_desk import Desk
 from support.queue_rig import DEVICE
-from ublkpool.bufpool.broker import OP_SYNC_ASKED
+from ublkpool.bufpool.device_leases import OP_SYNC_ASKED
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots, unpack_slots
 from ublkpool.workers.pool_link import Orders, PoolLink
 

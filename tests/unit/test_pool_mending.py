@@ -11,10 +11,10 @@ import pytest
 from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.limits import Geometry
-from ublkpool.daemon import device
+from ublkpool.daemon import machinery
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.machinery import Machinery
 from ublkpool.ublk.queue import Link
 from ublkpool.workers.queue_loop import QueueLoop
 
@@ -54,14 +54,14 @@ def test_a_recovery_ends_the_backend_that_cut_the_pool_and_mends_it_before_it_fo
         raise DaemonError("far enough")
 
     async def play() -> None:
-        made = Device(DeviceConfig(name="d"), cast(Any, SimpleNamespace()))
-        made.session = cast(Any, SimpleNamespace(cut_off=cut_off))
-        made._team = cast(Any, SimpleNamespace(plan=SimpleNamespace(arena=arena)))
-        made._leases = cast(Any, object())
+        nobody = cast(Any, None)
+        made = Machinery(DeviceConfig(name="d"), nobody, nobody, nobody, nobody)
+        made.team = cast(Any, SimpleNamespace(plan=SimpleNamespace(arena=arena)))
+        made.leases = cast(Any, object())
         with pytest.raises(DaemonError, match="far enough"):
-            await made._recover()
+            await made.recover(cast(Any, SimpleNamespace(cut_off=cut_off)))
 
-    monkeypatch.setattr(device, "recover", recover)
+    monkeypatch.setattr(machinery, "recover", recover)
     os.ftruncate(arena.data_fd, 0)
     asyncio.run(play())
     assert steps == ["cut off, whole: False", "recover, whole: True"]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ublkpool.bufpool import broker
+from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import broker_process, recovery
 from ublkpool.daemon.block_device import BlockDevice, Created
@@ -313,12 +313,12 @@ class FakeBroker:
         self.turn = asyncio.Event()
         self.turn.set()
 
-    async def command(self, command: broker.Command, fd: int | None = None) -> broker.Reply:
+    async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         await self.turn.wait()
         if self.dead:
             raise PoolError("the pool broker is gone")
         self.heard.append(f"{type(command).__name__} {getattr(command, 'epoch', '')}".strip())
-        return broker.Done()
+        return broker_commands.Done()
 
     def restart(self) -> None:
         self.generation += 1
@@ -362,7 +362,11 @@ def test_an_adopted_broker_is_told_nothing_and_its_successor_everything() -> Non
 def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> None:
     async def run() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for stale in (broker.Done(slots=7), broker.Failed("was not so"), broker.Pong(1)):
+        for stale in (
+            broker_commands.Done(slots=7),
+            broker_commands.Failed("was not so"),
+            broker_commands.Pong(1),
+        ):
             theirs.send(msgspec.json.encode(stale))
         held: list[str] = []
         holder = SimpleNamespace(hold=lambda name, _: held.append(name))
@@ -370,8 +374,8 @@ def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> Non
         with subprocess.Popen(["/bin/sleep", "600"]) as running:
             adopting = asyncio.ensure_future(process.adopt(running.pid, ours))
             await everybody_waits()
-            question = msgspec.json.decode(theirs.recv(4096), type=broker.Ping)
-            theirs.send(msgspec.json.encode(broker.Pong(question.number)))
+            question = msgspec.json.decode(theirs.recv(4096), type=broker_commands.Ping)
+            theirs.send(msgspec.json.encode(broker_commands.Pong(question.number)))
             assert await adopting and held == ["broker"]
             running.kill()
         theirs.close()

@@ -10,9 +10,9 @@ import pytest
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import takeover
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import Surroundings
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Record
+from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
 
 

@@ -1,0 +1,50 @@
+"""What a device does without anybody waiting for it: tasks, and steps that may fail.
+
+Owns that no failure of theirs goes unsaid.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
+
+_log = logging.getLogger("ublkpool.device")
+
+
+class Background:
+    """The tasks of one device."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the device's, for the log."""
+        self._name = name
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run it beside everything else; a failure is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def cancel(self) -> None:
+        """Cancel all tasks but the one that calls this."""
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s: %s", self._name, without_name(self._name, one_line(error)), exc_info=error)
+
+
+@contextmanager
+def logged(name: str) -> Iterator[None]:
+    """Log a failure of a step that must not keep the next from being tried."""
+    try:
+        yield
+    except (DaemonError, PoolError) as error:
+        _log.error("%s: %s", name, without_name(name, str(error)))

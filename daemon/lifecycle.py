@@ -1,0 +1,46 @@
+"""Where one device is in its life, why, and whose turn it is to change it.
+
+Owns nothing else of the device: its parts look here, `device.py` says what comes next.  Runs on the supervisor's
+asyncio loop.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import State
+
+
+class Lifecycle:
+    """A device's state, and the turn to change it."""
+
+    def __init__(self, name: str, save: Callable[[], None]) -> None:
+        """`save` writes down what the next daemon must know if this one is killed."""
+        self._name = name
+        self.state: State = "waiting"
+        self.reason = ""
+        """Why it failed."""
+        self.is_stopping = False
+        # Attach, farewell, recovery and deletion each find a device that none of the others is changing.
+        self.turn = asyncio.Lock()
+        self.save = save
+        self._changed = asyncio.Event()
+
+    def enter(self, state: State) -> None:
+        """The device is in this state now; it is on record before anybody is told."""
+        self.state = state
+        self.save()
+        self._changed.set()
+
+    async def live(self) -> None:
+        """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
+        while self.state in ("waiting", "recovering", "quiesced") and not self.is_stopping:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.state != "live":
+            raise DaemonError(f"{self._name}: {self.reason or 'the device is being deleted'}")
+
+    async def settled(self) -> None:
+        """Return when nothing changes the device."""
+        async with self.turn:
+            return

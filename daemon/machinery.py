@@ -1,0 +1,226 @@
+"""What serves a device: the kernel's device, its pool and who holds which buffer of it, the workers of this epoch.
+
+Owns these parts and the order in which they come and go; when they do, and for which backend, is `device.py`'s.  Runs
+on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.arena import Arena, arena_prefix
+from ublkpool.bufpool.limits import pool_geometry
+from ublkpool.daemon.background import logged
+from ublkpool.daemon.block_device import BlockDevice, parameters
+from ublkpool.daemon.broker_process import Leases
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.disk import Disk, disk_of
+from ublkpool.daemon.records import FIRST_EPOCH
+from ublkpool.daemon.recovery import next_epoch, recover
+from ublkpool.daemon.session import Session
+from ublkpool.daemon.succession import Heir, worker_name
+from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.team import Plan, Team
+from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.workers import messages
+
+STOP_DEADLINE_S = 60.0
+WORKER_PATIENCE_S = 10.0
+_log = logging.getLogger("ublkpool.device")
+
+
+class Machinery:
+    """The parts that serve one device; None is what it does not have now."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        around: Surroundings,
+        save: Callable[[], None],
+        watch: Callable[[Team], None],
+        hear: Callable[[WorkerProcess, messages.FromWorker], None],
+    ) -> None:
+        """`save` puts it on record; `watch` is told every new team, `hear` whatever its workers say."""
+        self.kernel: BlockDevice | None = None
+        self.disk: Disk | None = None
+        self.arena: Arena | None = None
+        self.leases: Leases | None = None
+        self.team: Team | None = None
+        self._config = config
+        self._around = around
+        self._save = save
+        self._watch = watch
+        self._hear = hear
+
+    # The first team
+
+    async def build(self, attach: wire.Attach) -> Team:
+        """Kernel device, pool and workers, of the disk that this backend makes; nobody sees the disk yet.
+
+        Raises `DaemonError`, `PoolError`, `OSError`; what was made by then is there.
+        """
+        self.disk = disk_of(self._config, attach)
+        asked = parameters(self._config, self.disk.size_bytes, attach)
+        self.kernel = await BlockDevice.create(self._around.runner, self._config, asked)
+        self._save()
+        self.leases = self._make_pool(self.kernel)
+        await self.leases.register(FIRST_EPOCH)
+        team = await self._fork(FIRST_EPOCH)
+        await team.ready()
+        return team
+
+    async def adopt(self, heir: Heir) -> Team:
+        """Go on with an earlier daemon's workers and pool.  Raises `DaemonError`, `PoolError`, `OSError`."""
+        record, kernel = heir.record, heir.kernel
+        self.kernel, self.disk = kernel, record.disk
+        self.arena = Arena.open(self._pool_name(kernel))
+        control_fd = self.arena.control_fd
+        self.leases = Leases(self._around.broker, kernel.number, kernel.info.queues, control_fd, record.epoch)
+        await self.leases.refresh()
+        self.team = self._make_team(record.epoch)
+        self.team.adopt(heir.workers)
+        return self.team
+
+    # The next one
+
+    async def begin_again(self, epoch: int) -> Team:
+        """The epoch after `epoch`, serving, with a pool of its own: all who served `epoch` are dead.
+
+        Raises `DaemonError`, `PoolError`, `OSError`; then it can be tried again.
+        """
+        assert self.kernel is not None
+        if self.leases is None:
+            self.leases = self._make_pool(self.kernel)
+        if self.team is None:
+            return await next_epoch(self.kernel, epoch + 1, self._fork, None, self.leases)
+        return await self.recover(None)
+
+    async def recover(self, session: Session | None) -> Team:
+        """The next epoch, serving; `session` is the backend.
+
+        Raises `DaemonError`, `PoolError`, `OSError`; then it can be tried again.
+        """
+        assert self.team is not None and self.leases is not None
+        if not self.team.plan.arena.is_whole():
+            await self._mend_pool(self.team.plan.arena, session)
+        return await recover(self.team, self._fork, session, self.leases)
+
+    async def _mend_pool(self, arena: Arena, session: Session | None) -> None:
+        """The worker may have died of a pool that its backend cut short: the next would die of it as well."""
+        _log.error("%s: its pool has another size than it was given: its backend goes", self._config.name)
+        if session is not None:
+            await session.cut_off()
+        arena.mend()
+
+    async def refresh_leases(self) -> None:
+        """Tell a broker that was started since of this device's leases; a failure is logged."""
+        # Without a turn: whoever has it may be waiting for the buffers that the new broker does not know of yet.
+        if self.leases is not None:
+            with logged(self._config.name):
+                await self.leases.refresh()
+            self._save()
+
+    # Its end
+
+    async def stop(self, backend_gone: Callable[[], Awaitable[None]]) -> None:
+        """In the order that cannot wedge the host: the disk stops while workers and backend serve, then workers end."""
+        team, kernel = self.team, self.kernel
+        if team is not None and kernel is not None:
+            await self._stop_kernel(team, kernel, backend_gone)
+            await team.end(WORKER_PATIENCE_S)
+
+    async def _stop_kernel(
+        self, team: Team, kernel: BlockDevice, backend_gone: Callable[[], Awaitable[None]]
+    ) -> None:
+        """STOP_DEV, while workers and backend serve what is still to be written; without a backend it all fails."""
+        watching = asyncio.ensure_future(_give_up_without_backend(team, backend_gone))
+        with logged(self._config.name):
+            await kernel.stop(STOP_DEADLINE_S)
+        watching.cancel()
+
+    async def remove(self) -> None:
+        """After `stop`, when the backend is gone as well: leave nothing of it; a failure is logged."""
+        if self.kernel is not None:
+            with logged(self._config.name):
+                await self.kernel.delete()
+        if self.leases is not None:
+            with logged(self._config.name):
+                await self.leases.close()
+            self.leases = None
+        if self.arena is not None:
+            self.arena.unlink()
+            self.arena.close()
+            self.arena = None
+        self.team = self.kernel = None
+
+    async def discard(self) -> None:
+        """Remove a kernel device that nobody serves; a failure is logged."""
+        if self.kernel is not None:
+            with logged(self._config.name):
+                await self.kernel.stop(STOP_DEADLINE_S)
+                await self.kernel.delete()
+        self.kernel = None
+
+    def abandon(self) -> None:
+        """Forget everything, change nothing."""
+        if self.team is not None:
+            self.team.let_go()
+        if self.arena is not None:
+            self.arena.close()
+
+    # Its making
+
+    def _make_pool(self, kernel: BlockDevice) -> Leases:
+        self.arena = self._make_arena(kernel)
+        return Leases(self._around.broker, kernel.number, kernel.info.queues, self.arena.control_fd)
+
+    def _make_arena(self, kernel: BlockDevice) -> Arena:
+        info, config = kernel.info, self._config
+        geometry, reserve = pool_geometry(
+            info.queues,
+            info.depth,
+            info.max_io_bytes,
+            config.need_get_data,
+            config.placement,
+            config.pool_bytes,
+        )
+        return Arena.create(self._pool_name(kernel), geometry, info.queues, kernel.number, reserve)
+
+    def _pool_name(self, kernel: BlockDevice) -> str:
+        return arena_prefix(self._around.instance, kernel.number)
+
+    async def _fork(self, epoch: int) -> Team:
+        self.team = self._make_team(epoch)
+        # An epoch that has begun is never begun again, whoever dies now.
+        self._save()
+        await self.team.fork()
+        self._save()
+        self.hold_workers(self.team)
+        self._watch(self.team)
+        return self.team
+
+    def _make_team(self, epoch: int) -> Team:
+        kernel, arena, disk, around = self.kernel, self.arena, self.disk, self._around
+        assert kernel is not None and arena is not None and disk is not None
+        plan = Plan(
+            self._config,
+            kernel,
+            arena,
+            disk,
+            around.broker.endpoint,
+            around.queue_dir,
+            around.group,
+        )
+        return Team(plan, epoch, self._hear)
+
+    def hold_workers(self, team: Team) -> None:
+        """Not before they are on record: a worker that nobody knows of must see the end of this daemon."""
+        for worker in team.workers:
+            self._around.holder.hold(worker_name(self._config.name, worker.queue), worker.fileno())
+
+
+async def _give_up_without_backend(team: Team, backend_gone: Callable[[], Awaitable[None]]) -> None:
+    await backend_gone()
+    team.give_up()
+    await team.lost()

@@ -1,0 +1,98 @@
+"""The backend that the daemon runs itself for a device: from its first start to the device's end.
+
+Owns that it runs for as long as the device needs one, and is not started again after that.  The child is
+`backend_process.py`'s; it attaches like any other.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from ublkpool.daemon.backend_process import BackendProcess
+from ublkpool.daemon.background import Background
+from ublkpool.daemon.config import BackendConfig
+from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
+from ublkpool.daemon.records import Process, is_alive
+from ublkpool.daemon.succession import stderr_name
+from ublkpool.daemon.surroundings import Surroundings
+
+END_PATIENCE_S = 10.0
+
+
+class ManagedBackend:
+    """One device's backend process and its successors."""
+
+    def __init__(
+        self, device: str, config: BackendConfig, around: Surroundings, background: Background
+    ) -> None:
+        """Nothing runs yet: `run`, `start` or `go_on`."""
+        self._device = device
+        self._background = background
+        self._process = BackendProcess(
+            device, config, around.run_dir, lambda fd: around.holder.hold(stderr_name(device), fd)
+        )
+        self._is_started = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """None if none was started."""
+        return self._process.child.pid if self._is_started else None
+
+    def start(self) -> None:
+        """Start it, and again whenever it ends.  Raises `OSError`."""
+        self._begin()
+        self._keep()
+
+    async def run(self, live: Callable[[], Awaitable[None]], reason: Callable[[], str]) -> None:
+        """Start it, and again whenever it ends once the device was live; return when it is.
+
+        Raises `DaemonError` if it ends before, with the device's `reason` if there is one; `OSError`.
+        """
+        self._begin()
+        ended = asyncio.ensure_future(self._process.child.wait())
+        becomes_live = asyncio.ensure_future(live())
+        try:
+            await asyncio.wait((ended, becomes_live), return_when=asyncio.FIRST_COMPLETED)
+            if not becomes_live.done():
+                raise self._failed(reason())
+            becomes_live.result()
+        finally:
+            ended.cancel()
+            becomes_live.cancel()
+        self._keep()
+
+    def go_on(self, left: Process | None, stderr: int | None) -> None:
+        """Go on with an earlier daemon's, whose stderr is read from a copy of `stderr`; start one if it has ended."""
+        try:
+            if left is None or stderr is None or not is_alive(left):
+                raise ProcessLookupError
+            self._process.adopt(left.pid, os.dup(stderr))
+            self._is_started = True
+        except ProcessLookupError:
+            self._begin()
+        self._keep()
+
+    def let_end(self) -> None:
+        """From now on it is not started again."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+
+    async def end(self) -> None:
+        """Have the process end; it is killed if it does not in time."""
+        if self._is_started:
+            await self._process.child.end(END_PATIENCE_S)
+
+    def _begin(self) -> None:
+        self._process.start()
+        self._is_started = True
+
+    def _keep(self) -> None:
+        self._keeper = self._background.spawn(self._process.keep_running())
+
+    def _failed(self, reason: str) -> DaemonError:
+        # If the device could not start, its backend ended because of that, not the other way round.
+        error = DaemonError(f"{self._device}: {reason or self._process.obituary()}")
+        if self._process.child.exit_status == STATUS_USAGE:
+            error.status = STATUS_USAGE
+        return error

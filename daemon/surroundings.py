@@ -1,0 +1,34 @@
+"""What all devices of a daemon share: where it runs, who does its control commands, its broker, its holder.
+
+Made once by the supervisor; devices use it and never change it.
+"""
+
+from pathlib import Path
+
+from ublkpool.daemon.broker_process import BrokerProcess
+from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.records import Records, build_id
+
+
+class Surroundings:
+    """What all devices of a daemon share."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        instance: str,
+        group: int | None,
+        runner: ControlRunner,
+        pool_broker: BrokerProcess,
+        holder: Holder,
+    ) -> None:
+        self.run_dir = run_dir
+        self.instance = instance
+        self.group = group
+        self.runner = runner
+        self.broker = pool_broker
+        self.holder = holder
+        self.build = build_id()
+        self.records = Records(run_dir / "devices")
+        self.queue_dir = run_dir / "queues"

@@ -1,0 +1,133 @@
+"""The queue core and time, one scenario each: backends that are silent or stay away, and what is given up then."""
+
+import errno
+
+import pytest
+
+from support.fake_driver import SECTOR_BYTES
+from support.queue_desk import Desk, data
+from ublkpool.ublk.queue import Attention, Link
+from ublkpool.workers.tag_state import State
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_silent_backend_is_waited_for_or_cut_off_as_the_device_says(fails: bool) -> None:
+    desk = Desk(timeout_ms=1000, fail_on_timeout=fails)
+    request = desk.read(0, 0)
+    desk.send()
+    desk.queue.tick(999)
+    assert not desk.queue.attention() & Attention.SILENT
+    desk.queue.tick(1200)
+    assert desk.queue.attention() & Attention.SILENT
+    assert desk.queue.link is (Link.CUT if fails else Link.UP)
+    desk.driver.consume()
+    assert request.result is None
+    if fails:
+        desk.kill()
+        desk.driver.consume()
+        assert request.result == -errno.EIO
+
+
+def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so() -> None:
+    desk = Desk(connected=False, timeout_ms=1000, fail_on_timeout=True)
+    request = desk.read(0, 0)
+    desk.queue.tick(5000)
+    desk.driver.consume()
+    assert request.result == -errno.ETIMEDOUT
+
+
+def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
+    desk = Desk(spare=0, timeout_ms=1000, fail_on_timeout=True)
+    holder, first = desk.read(0, 0), desk.read(1, 1)
+    desk.queue.tick(500)
+    later = [desk.read(2, 2), desk.read(3, 3)]
+    desk.queue.tick(1200)
+    desk.kill()
+    desk.driver.consume()
+    assert (holder.result, first.result) == (-errno.EIO, -errno.ETIMEDOUT)
+    desk.connect()
+    desk.serve(2)
+    desk.serve(3)
+    assert [each.result for each in later] == [SECTOR_BYTES] * 2
+
+
+def test_giving_up_fails_what_waits_and_what_comes() -> None:
+    desk = Desk(connected=False, place_in_backend=True)
+    waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
+    desk.queue.give_up()
+    later = desk.write(2, 8, data(2))
+    desk.copy(0)
+    desk.copy(2)
+    desk.driver.consume()
+    assert waiting.result == read.result == later.result == -errno.EIO
+
+
+def test_a_backend_that_stays_away_fails_what_waits_and_what_comes_until_the_next_is_there() -> None:
+    desk = Desk(connected=False, place_in_backend=True, absent_ms=1000)
+    desk.queue.tick(5000)
+    waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
+    desk.queue.tick(5999)
+    assert desk.state(0) is State.WAIT_PLACE and not desk.queue.attention() & Attention.ABSENT
+    desk.queue.tick(6000)
+    assert desk.queue.attention() & Attention.ABSENT
+    later = desk.write(2, 8, data(2))
+    desk.copy(0)
+    desk.copy(2)
+    desk.driver.consume()
+    assert waiting.result == read.result == later.result == -errno.EIO
+    desk.queue.clear(Attention.ABSENT)
+    desk.queue.tick(9000)
+    assert not desk.queue.attention() & Attention.ABSENT, "said once"
+    desk.connect()
+    after = desk.read(1, 0)
+    desk.serve(1)
+    assert after.result == SECTOR_BYTES
+
+
+def test_every_absence_is_waited_for_anew() -> None:
+    desk = Desk(absent_ms=1000)
+    desk.queue.tick(5000)
+    request = desk.read(0, 0)
+    desk.kill()
+    desk.queue.tick(5400)
+    desk.connect()
+    desk.kill()
+    desk.queue.tick(6399)
+    desk.queue.tick(7398)
+    assert desk.state(0) is State.WAIT_LINK
+    desk.queue.tick(7399)
+    desk.driver.consume()
+    assert request.result == -errno.EIO
+
+
+def test_a_backend_that_was_cut_off_is_absent_but_keeps_what_it_holds_until_it_is_dead() -> None:
+    desk = Desk(absent_ms=1000)
+    held = desk.read(0, 0)
+    desk.send()
+    desk.queue.cut()
+    desk.queue.tick(1)
+    desk.queue.tick(1001)
+    assert desk.queue.attention() & Attention.ABSENT and desk.state(0) is State.SERVING
+    desk.kill()
+    desk.driver.consume()
+    assert held.result == -errno.EIO
+
+
+@pytest.mark.parametrize("fence", [False, True])
+def test_a_backend_that_is_expected_is_not_absent(fence: bool) -> None:
+    desk = Desk(connected=False, absent_ms=1000)
+    backend = desk.expect(fence)
+    request = desk.read(0, 0)
+    for now_ms in (1, 5000, 9000):
+        desk.queue.tick(now_ms)
+    desk.queue.input(backend.hello(0))
+    desk.queue.tick(20000)
+    assert request.result is None and not desk.queue.attention() & Attention.ABSENT
+
+
+def test_giving_up_lets_a_living_backend_finish() -> None:
+    desk = Desk()
+    request = desk.read(0, 0)
+    desk.queue.give_up()
+    desk.serve(0)
+    assert request.result == SECTOR_BYTES
