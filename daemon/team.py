@@ -160,14 +160,15 @@ class Team:
                 worker.tell(messages.GiveUp())
 
     async def ended(self) -> WorkerProcess:
-        """The first worker that ends."""
+        """The first worker that ends; of several that ended meanwhile, one that did not end by itself."""
         waits = {asyncio.ensure_future(each.child.wait()): each for each in self.workers}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        return waits[done.pop()]
+        # The siblings of a dead worker end as well, since the kernel leaves them nothing.
+        return waits[max(done, key=lambda wait: wait.result() != 0)]
 
     async def drain(self, patience_s: float) -> None:
         """Wait until the living ones hold no request, at most so long."""

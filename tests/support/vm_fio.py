@@ -3,12 +3,14 @@
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # Sizes from a sector to the largest request, most of them small, as file systems make them.
 MIXED_SIZES = "512/20:4k/40:12k/15:64k/15:200k/7:512k/3"
 _TIMEOUT_S = 600
+_KILL_PATIENCE_S = 10
 
 
 class FioResult(NamedTuple):
@@ -99,9 +101,32 @@ def _arguments(settings: Mapping[str, object]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items() if value is not None]
 
 
+def drop_fio(process: "subprocess.Popen[str]") -> None:
+    """End it, however it fares.  Left to itself, its warnings would be the failure of a later test."""
+    process.kill()
+    # One that waits for a disk without a server does not die.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_KILL_PATIENCE_S)
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def finish_all(processes: Sequence["subprocess.Popen[str]"]) -> list[FioResult]:
+    """Wait for all; see `run_fio`.  None of them outlives the failure of another."""
+    try:
+        return [finish_fio(each) for each in processes]
+    finally:
+        for each in processes:
+            drop_fio(each)
+
+
 def finish_fio(process: "subprocess.Popen[str]", may_fail: bool = False) -> FioResult:
     """Wait for it; see `run_fio`."""
-    output, _ = process.communicate(timeout=_TIMEOUT_S)
+    try:
+        output, _ = process.communicate(timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        drop_fio(process)
+        raise
     result = _parse(output, process.returncode)
     assert may_fail or (process.returncode == 0 and result.errors == 0), result.text
     return result

@@ -5,9 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.guest_console import complaints
-from support.vm_daemon import eventually
+from support.vm_daemon import eventually_nothing
 
-STUCK_S = 20.0
 _RECORD_BYTES_MAX = 8192
 
 
@@ -56,9 +55,9 @@ def expect_nobody_stuck() -> None:
     """Return when every task that was in D state has been seen out of it.  Raises `AssertionError` naming the rest."""
     stuck = uninterruptible()
 
-    def gone() -> bool:
+    def still_stuck() -> set[str]:
         stuck.intersection_update(uninterruptible())
-        return not stuck
+        return stuck
 
     if stuck:
-        eventually(gone, f"tasks leave D state: {stuck}", STUCK_S)
+        eventually_nothing(still_stuck, "tasks leave D state")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from support.vm_daemon import Daemon, eventually, total
-from support.vm_fio import FioResult, finish_fio, start_fio
+from support.vm_fio import FioResult, drop_fio, finish_fio, start_fio
 from ublkpool.daemon.status import DeviceStatus
 
 LOAD_BYTES = 16 << 20
@@ -36,11 +36,13 @@ def seeded() -> Iterator[Seeded]:
         raise
 
 
-def kill(pid: int) -> None:
-    """End a process now, if it has not ended."""
+def kill(pid: int) -> bool:
+    """End a process now; whether there was one."""
     if pid:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 class Load:
@@ -69,8 +71,7 @@ class Load:
 
     def drop(self) -> None:
         """End it, however it fares."""
-        if self._runs():
-            self._fio.kill()
+        drop_fio(self._fio)
 
     def _runs(self) -> bool:
         return self._fio.poll() is None

@@ -25,6 +25,7 @@ class Death:
     def __init__(self, daemon: Daemon, names: Sequence[str], rng: random.Random) -> None:
         self._daemon, self._names, self._rng = daemon, names, rng
         self._since_rest = 0
+        self._epoch_due = dict.fromkeys(names, 1)
         self.took: Counter[str] = Counter()
 
     @property
@@ -54,9 +55,9 @@ class Death:
             self.rest()
 
     def rest(self) -> None:
-        """Wait until every device has lived steadily."""
+        """Wait until every device has recovered from whatever it suffered, and has lived steadily."""
         for name in self._names:
-            wait_for_epoch(self._daemon, name, 1)
+            wait_for_epoch(self._daemon, name, self._epoch_due[name])
         time.sleep(STEADY_S)
         self._since_rest = 0
 
@@ -71,9 +72,11 @@ class Death:
             "broker": [self._daemon.broker_pid],
         }[what]
         # There may be none just now.
-        if pid := self._rng.choice(pids or [0]):
-            kill(pid)
+        if kill(self._rng.choice(pids or [0])):
             self.took[what] += 1
+            if what == "worker":
+                # Live in the epoch that it died in, the device has not noticed yet.
+                self._epoch_due[status.name] = status.epoch + 1
 
     def _take_supervisor(self, status: DeviceStatus) -> None:
         self._daemon.crash()

@@ -1,10 +1,11 @@
 """One daemon for all tests of a session, and after every test the search for what it left behind."""
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
+from support.vm_daemon import Daemon, eventually_nothing
 from support.vm_health import KernelLog, expect_nobody_stuck
 
 _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()
@@ -19,7 +20,7 @@ def session_daemon() -> Iterator[Daemon]:
         daemon.start()
         yield daemon
         assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: not daemon.remains(), "nothing is left of the daemon")
+        eventually_nothing(daemon.remains, "nothing is left of the daemon")
     finally:
         daemon.close()
 
@@ -31,10 +32,9 @@ def daemon(session_daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[D
     request.node.stash[_LOG_START] = len(session_daemon.said().encode())
     yield session_daemon
     try:
-        eventually(lambda: not session_daemon.leftovers(), "the test leaves nothing", 20)
+        eventually_nothing(session_daemon.leftovers, "the test leaves nothing")
         session_daemon.reap()
-    except AssertionError:
-        left = session_daemon.leftovers()
+    except (AssertionError, subprocess.TimeoutExpired) as left:
         session_daemon.clean()
         pytest.fail(f"left behind: {left}")
 

@@ -2,7 +2,7 @@
 
 import os
 
-from support.vm_daemon import Daemon, eventually
+from support.vm_daemon import Daemon, eventually, eventually_nothing
 from support.vm_process import read_block, write_block
 
 MIB = 1 << 20
@@ -52,7 +52,7 @@ def test_devices_of_the_config_are_served_but_for_those_that_cannot_and_go_with_
         assert "/nowhere/lost.img" in daemon.said()
         assert {each.name for each in daemon.client.devices()} == {"paper", "smoke"}
         assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: not daemon.remains(), "nothing is left")
+        eventually_nothing(daemon.remains, "nothing is left")
     finally:
         daemon.close()
 

@@ -3,13 +3,20 @@
 import os
 import zlib
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
-from support.vm_daemon import Daemon, total
+from support.vm_daemon import DEADLINE_S, Daemon, total
 from support.vm_process import read_block, write_block
 from support.vm_recorder import Landed, start_recorder
 
 MIB = 1 << 20
 SIZES = (512, 4096, 12288, 65536, 512 * 1024)
+
+
+def _heard(listening: "Connection[None, Landed]") -> Landed:
+    """The recorder's next report."""
+    assert listening.poll(DEADLINE_S), "the recorder says nothing"
+    return listening.recv()
 
 
 def test_the_kernel_copies_each_write_to_the_address_that_the_backend_named(daemon: Daemon) -> None:
@@ -21,7 +28,7 @@ def test_the_kernel_copies_each_write_to_the_address_that_the_backend_named(daem
     for index, length in enumerate(SIZES):
         data, offset = os.urandom(length), index * MIB
         assert write_block(status.path, offset, data) == 0
-        landed: Landed = listening.recv()
+        landed = _heard(listening)
         assert (landed.offset, landed.length, landed.checksum) == (offset, length, zlib.crc32(data))
         assert landed.shown_address == landed.named_address
         assert landed.empty_before
@@ -43,7 +50,7 @@ def test_a_write_with_fua_says_so_to_its_backend(daemon: Daemon) -> None:
     said = []
     for flags in (0, os.RWF_DSYNC, 0):
         assert write_block(status.path, 0, bytes(4096), flags) == 0
-        said.append(listening.recv().fua)
+        said.append(_heard(listening).fua)
     assert said == [False, True, False]
     daemon.delete("fua")
     assert recorder.wait() == 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from support.vm_daemon import Daemon, total
-from support.vm_fio import finish_fio, queue_cpus, run_fio, start_fio
+from support.vm_fio import finish_all, queue_cpus, run_fio, start_fio
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 MIB = 1 << 20
@@ -74,8 +74,7 @@ def test_what_fio_wrote_comes_back_from_devices_of_one_two_and_four_queues(
 ) -> None:
     devices = daemon.together(*(partial(_add, daemon, backend, way, queues) for queues in QUEUES))
     assert tuple(each.queues for each in devices) == QUEUES
-    running = [_start_fio(each) for each in devices]
-    results = [finish_fio(each) for each in running]
+    results = finish_all([_start_fio(each) for each in devices])
     for device, result in zip(devices, results, strict=True):
         _assert_counted(daemon.rest(device.name), result.written_bytes)
         daemon.delete(device.name)

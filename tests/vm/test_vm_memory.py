@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.vm_cgroup import MemoryGroup
-from support.vm_daemon import Daemon, eventually
+from support.vm_daemon import Daemon, eventually, eventually_nothing
 from support.vm_files import check_file_system, forget_cached, make_file_system, mounted
 from support.vm_process import Forked, flusher_flags, process_flags, status_field
 from support.vm_recovery import loaded, wait_for_backend, wait_for_epoch
@@ -22,6 +22,7 @@ MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
 """What the group may use above what it has."""
 WRITTEN_BYTES = 40 * MIB
+WRITER_DEADLINE_S = 300
 CHUNK = 65536
 
 
@@ -41,7 +42,7 @@ def squeezed(group: MemoryGroup) -> Iterator[Daemon]:
             daemon.start()
         yield daemon
         assert daemon.stop() == 0, daemon.said()
-        eventually(lambda: daemon.remains() == [], "nothing is left of the daemon")
+        eventually_nothing(daemon.remains, "nothing is left of the daemon")
     finally:
         daemon.close()
 
@@ -83,7 +84,7 @@ def test_a_writer_that_fills_the_daemons_own_group_with_dirty_pages_of_its_disk_
         group.set("high", group.used_bytes + ROOM_BYTES // 2)
         group.set("max", group.used_bytes + ROOM_BYTES)
         writer = Forked(partial(_write_from_inside, group, root / "big"))
-        assert writer.wait(120) == 0
+        assert writer.wait(WRITER_DEADLINE_S) == 0
         after = group.events()
         assert after["high"] + after["max"] > before["high"] + before["max"], "nothing was tight"
         assert after["oom_kill"] == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
+from support.vm_daemon import Daemon, eventually, eventually_nothing
 from support.vm_recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
@@ -103,4 +103,4 @@ def test_what_must_not_be_recovered_is_cleared_away(own_daemon: Daemon) -> None:
     own_daemon.crash_everything()
     own_daemon.start()
     assert own_daemon.client.devices() == []
-    eventually(lambda: not own_daemon.leftovers(), "node, pool and record are gone")
+    eventually_nothing(own_daemon.leftovers, "node, pool and record are gone")
