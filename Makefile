@@ -90,6 +90,7 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS
 	@$(MAKE) test-vm VM_TESTS=tests/vm/test_vm_soak.py VM_TIMEOUT_S=$$(( 2 * $(DURATION) + 900 )) \
+	    PYTEST_ARGS="-o faulthandler_timeout=$$(( 2 * $(DURATION) + 600 )) $(PYTEST_ARGS)" \
 	    SOAK="UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
 
 demo: compiled ## a short tour on a real driver, here or in a guest

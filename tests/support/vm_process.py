@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Self
 
 from support.vm_daemon import DEADLINE_S, Daemon
 from ublkpool.bufpool import process
@@ -24,6 +24,14 @@ class Forked:
     def __init__(self, main: Callable[[], int]) -> None:
         self._process = _FORK.Process(target=lambda: sys.exit(main()), daemon=True)
         self._process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody waits for it any more: whatever it holds, such as a mount, is let go."""
+        if self.running:
+            self.kill()
 
     @property
     def pid(self) -> int:

@@ -1,12 +1,14 @@
 """One daemon for all tests of a session, and after every test the search for what it left behind."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from support.vm_daemon import Daemon, eventually_nothing
 from support.vm_health import KernelLog, expect_nobody_stuck
+from ublkpool.daemon.errors import DaemonError
 
 _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()
 _LOG_START: pytest.StashKey[int] = pytest.StashKey()
@@ -26,17 +28,31 @@ def session_daemon() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def daemon(session_daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """The session's daemon, which has no device before and after the test."""
-    request.node.stash[_DAEMON] = session_daemon
-    request.node.stash[_LOG_START] = len(session_daemon.said().encode())
-    yield session_daemon
-    try:
-        eventually_nothing(session_daemon.leftovers, "the test leaves nothing")
-        session_daemon.reap()
-    except (AssertionError, subprocess.TimeoutExpired) as left:
-        session_daemon.clean()
-        pytest.fail(f"left behind: {left}")
+def lend(request: pytest.FixtureRequest) -> Callable[[Daemon], AbstractContextManager[Daemon]]:
+    """Gives a test a daemon that it shares with others, which has no device before and after it."""
+
+    @contextmanager
+    def lent(daemon: Daemon) -> Iterator[Daemon]:
+        request.node.stash[_DAEMON] = daemon
+        request.node.stash[_LOG_START] = len(daemon.said().encode())
+        yield daemon
+        try:
+            eventually_nothing(daemon.leftovers, "the test leaves nothing")
+            daemon.reap()
+        except (AssertionError, DaemonError, subprocess.TimeoutExpired) as left:
+            daemon.clean()
+            pytest.fail(f"left behind: {left}")
+
+    return lent
+
+
+@pytest.fixture
+def daemon(
+    session_daemon: Daemon, lend: Callable[[Daemon], AbstractContextManager[Daemon]]
+) -> Iterator[Daemon]:
+    """The session's daemon."""
+    with lend(session_daemon):
+        yield session_daemon
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +31,22 @@ from support.vm_soak import Death
 
 SOAK_S = float(os.environ.get("UBLKPOOL_SOAK_S", "20"))
 EXT4_KILLS = int(os.environ.get("UBLKPOOL_SOAK_KILLS", "4"))
+COPY_DEADLINE_S = 300.0
 
 
 @pytest.fixture(scope="module")
-def mortal() -> Iterator[Daemon]:
-    """A daemon that may be killed, for all tests here."""
+def line_of_mortals() -> Iterator[Daemon]:
+    """A daemon that may be killed, and its successors, for all tests here."""
     with Daemon(name="mortal").life() as daemon:
         yield daemon
+
+
+@pytest.fixture
+def mortal(
+    line_of_mortals: Daemon, lend: Callable[[Daemon], AbstractContextManager[Daemon]]
+) -> Iterator[Daemon]:
+    with lend(line_of_mortals):
+        yield line_of_mortals
 
 
 def _report(capsys: pytest.CaptureFixture[str], what: str) -> None:
@@ -70,8 +80,11 @@ def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.
     enough = mortal.path("enough")
     assert path is not None
     make_file_system("ext4", path)
-    with seeded() as rng, mounted(path, mortal.path("mnt")) as root:
-        copier = Forked(lambda: _copy_until(enough, root))
+    with (
+        seeded() as rng,
+        mounted(path, mortal.path("mnt")) as root,
+        Forked(lambda: _copy_until(enough, root)) as copier,
+    ):
         death = Death(mortal, ["fs"], rng)
         backend = mortal.status("fs").backend.pid
         death.take("worker")
@@ -84,7 +97,7 @@ def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.
         death.rest()
         assert copier.running
         enough.touch()
-        assert copier.wait() == 0
+        assert copier.wait(COPY_DEADLINE_S) == 0
         expected = checksums(root)
         assert len(expected) > 50
     check_file_system("ext4", path)

@@ -1,11 +1,12 @@
 """The daemon killed, and everything killed, under I/O: the next daemon in the run directory takes the devices over."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, eventually_nothing
+from support.vm_daemon import Daemon, eventually
 from support.vm_recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
@@ -16,10 +17,19 @@ _SECTORS_WRITTEN = 6
 """The place of the count in /sys/block/NAME/stat (Documentation/block/stat.rst)."""
 
 
-@pytest.fixture
-def own_daemon() -> Iterator[Daemon]:
+@pytest.fixture(scope="module")
+def line_of_daemons() -> Iterator[Daemon]:
+    """One after another in the same run directory, for all tests here."""
     with Daemon(name="takeover").life() as daemon:
         yield daemon
+
+
+@pytest.fixture
+def own_daemon(
+    line_of_daemons: Daemon, lend: Callable[[Daemon], AbstractContextManager[Daemon]]
+) -> Iterator[Daemon]:
+    with lend(line_of_daemons):
+        yield line_of_daemons
 
 
 def sectors_written(path: str) -> int:
@@ -31,17 +41,23 @@ def wait_for_writes(path: str) -> None:
     eventually(lambda: sectors_written(path) > before, "I/O goes on while the daemon is dead")
 
 
-def test_a_killed_daemon_is_succeeded_without_a_pause_and_a_killed_everything_is_recovered(
+def _leave(daemon: Daemon) -> None:
+    daemon.client.stop(leave=True)
+    assert daemon.wait_end() == 0
+
+
+def test_a_daemon_that_was_killed_or_left_is_succeeded_without_a_pause_and_a_killed_everything_is_recovered(
     own_daemon: Daemon,
 ) -> None:
     daemon = own_daemon
     status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
     assert daemon.add("waits").state == "waiting"
     with loaded(daemon, [status]) as (load,):
-        for _ in range(2):
+        # The second one ends what it has itself taken over.
+        for end in (Daemon.crash, _leave):
             assert status.path is not None
             broker = daemon.broker_pid
-            daemon.crash()
+            end(daemon)
             wait_for_writes(status.path)
             daemon.start()
             assert daemon.status("left") == status, "the same workers, backend and epoch"
@@ -59,15 +75,17 @@ def test_a_killed_daemon_is_succeeded_without_a_pause_and_a_killed_everything_is
         kill_broker(daemon)
         load.goes_on()
 
+        daemon.add("gone", "null", size_bytes=16 * MIB, recovery="none")
         daemon.crash_everything()
         daemon.start()
+        assert {each.name for each in daemon.client.devices()} == {"left", "waits"}
         assert daemon.status("left").epoch == 3
         load.goes_on()
     daemon.client.delete(["waits"])
 
 
 def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daemon) -> None:
-    daemon = own_daemon
+    daemon, said = own_daemon, len(own_daemon.said())
     status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
     assert status.path is not None
     disk = Path(status.path).stat()
@@ -82,25 +100,4 @@ def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daem
         assert Path(status.path).stat().st_ino == disk.st_ino, "the node has never gone"
     if control.get_features() & Feature.QUIESCE:
         assert "QUIESCE" in status.flags
-        assert "ending its workers" not in daemon.said()
-
-
-def test_a_daemon_that_was_told_to_leave_leaves_its_devices_served(own_daemon: Daemon) -> None:
-    daemon = own_daemon
-    status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
-    assert status.path is not None
-    with loaded(daemon, [status]) as (load,):
-        daemon.client.stop(leave=True)
-        assert daemon.wait_end() == 0
-        wait_for_writes(status.path)
-        daemon.start()
-        assert daemon.status("left") == status
-        load.goes_on()
-
-
-def test_what_must_not_be_recovered_is_cleared_away(own_daemon: Daemon) -> None:
-    own_daemon.add("gone", "null", size_bytes=16 * MIB, recovery="none")
-    own_daemon.crash_everything()
-    own_daemon.start()
-    assert own_daemon.client.devices() == []
-    eventually_nothing(own_daemon.leftovers, "node, pool and record are gone")
+        assert "ending its workers" not in daemon.said()[said:]
