@@ -205,12 +205,18 @@ class BlockDevice:
                     raise DaemonError(f"{self._name}: {path}: {error.strerror}") from error
             await asyncio.sleep(_POLL_S)
 
-    def start(self, deadline_s: float) -> Awaitable[None]:
-        """START_DEV: returns when every tag is fetched and the partition scan has been served."""
+    def start(self, deadline_s: float, check: Callable[[], None]) -> Awaitable[None]:
+        """START_DEV, if `check` has nothing against it: returns when the partition scan has been served.
+
+        An old driver takes a tag whose worker has died meanwhile for fetched, and crashes at the first request.
+        """
         number, pid = self.number, os.getpid()
-        return self._runner.run_beside(
-            f"{self._name}: START_DEV", lambda: control.start_device(number, pid), type(None), deadline_s
-        )
+
+        def command() -> None:
+            check()
+            return control.start_device(number, pid)
+
+        return self._runner.run_beside(f"{self._name}: START_DEV", command, type(None), deadline_s)
 
     async def wait_for_node(self) -> None:
         """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`."""
@@ -305,15 +311,29 @@ class BlockDevice:
             f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
         )
 
-    async def end_recovery(self, deadline_s: float, begun: asyncio.Event) -> None:
-        """END_USER_RECOVERY: waits until every tag is fetched, then the requests of the dead come again.
+    @property
+    def tears_siblings(self) -> bool:
+        """Whether one worker's death in a recovery takes the other queues' tags, and the driver forgets that it did.
 
-        `begun` is set when it waits in the kernel, or is about to.
+        Before Linux 6.15: made live afterwards, the device sends requests to commands that are no more: a panic.
+        """
+        return self.info.queues > 1 and not self._features & Feature.QUIESCE
+
+    async def end_recovery(
+        self, deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """END_USER_RECOVERY, if `check` has nothing against it.
+
+        It waits until every tag is fetched, then the requests of the dead come again.  `begun` is set when it waits in
+        the kernel, or is about to.  Raises `ControlFailed`, also for what `check` says.
         """
         number, pid = self.number, os.getpid()
-        await self._retry_busy(
-            f"{self._name}: END_USER_RECOVERY", lambda: control.end_recovery(number, pid), deadline_s, begun
-        )
+
+        def command() -> None:
+            check()
+            return control.end_recovery(number, pid)
+
+        await self._retry_busy(f"{self._name}: END_USER_RECOVERY", command, deadline_s, begun)
 
     async def _retry_busy(
         self,

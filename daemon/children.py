@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 EXIT_UNKNOWN = 255
 """Of a process that was not our child."""
@@ -33,6 +34,14 @@ class Child:
     async def wait(self) -> int:
         """Its exit status, once there is one."""
         return await asyncio.shield(self._exited)
+
+    def has_ended(self) -> bool:
+        """Whether it is dead by now, reaped or not; any process may ask."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        return text.rpartition(") ")[2][0] in "ZX"
 
     def send(self, number: signal.Signals) -> None:
         """Signal it, if it still lives."""

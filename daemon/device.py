@@ -189,7 +189,7 @@ class Device:
     async def _go_live(self, team: Team) -> None:
         kernel = team.plan.kernel
         try:
-            await kernel.start(START_DEADLINE_S)
+            await kernel.start(START_DEADLINE_S, team.check_whole)
             await kernel.wait_for_node()
         except DaemonError as error:
             if not self._life.is_stopping and self.state == "waiting":

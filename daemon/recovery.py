@@ -7,7 +7,8 @@ backend has confirmed that nothing of an older epoch runs, or is dead (the fence
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.broker_process import Leases
@@ -76,22 +77,48 @@ async def next_epoch(
     await kernel.start_recovery(RECOVERY_DEADLINE_S)
     team = await fork(epoch)
     await _fence(team, session)
-    # Waited for in the kernel before the first fetch: until 6.15 a device whose last worker dies between its fetch and
-    # END_USER_RECOVERY never becomes QUIESCED again, so nothing of ours may lie in between.
+    # Only now is nobody using the dead workers' buffers any more.
+    await leases.reclaim()
+    await (_end_after_fetches if kernel.tears_siblings else _end_before_fetches)(kernel, team, leases)
+    return team
+
+
+async def _end_before_fetches(kernel: BlockDevice, team: Team, leases: Leases) -> None:
+    """Waited for in the kernel before the first fetch: nothing of ours lies between the last one and its end.
+
+    Until 6.15 a device whose only worker dies in between never becomes QUIESCED again.
+    """
     begun = asyncio.Event()
     end = asyncio.ensure_future(kernel.end_recovery(RECOVERY_DEADLINE_S, begun))
-    try:
-        # Only now is nobody using the dead workers' buffers any more.
-        await leases.reclaim()
+    async with _outlived(end):
         await _begun(begun, end)
         await leases.register(team.epoch)
         await team.ready()
         await _while_serving(team, end)
+
+
+async def _end_after_fetches(kernel: BlockDevice, team: Team, leases: Leases) -> None:
+    """Only once every worker has been seen with all of its tags: see `BlockDevice.tears_siblings`."""
+    await leases.register(team.epoch)
+    await team.ready()
+    end = asyncio.ensure_future(
+        kernel.end_recovery(RECOVERY_DEADLINE_S, asyncio.Event(), team.check_whole)
+    )
+    async with _outlived(end):
+        await _while_serving(team, end)
+
+
+@asynccontextmanager
+async def _outlived(command: "asyncio.Future[None]") -> AsyncIterator[None]:
+    """The next attempt kills the other workers, and one of them must have outlived the command."""
+    try:
+        yield
     finally:
-        # The next attempt kills the other workers, and one of them must have outlived the command.
-        end.cancel()
-        await asyncio.wait({end})
-    return team
+        command.cancel()
+        await asyncio.wait({command})
+        # Its own failure may have come second, and is nobody's surprise then.
+        if not command.cancelled():
+            command.exception()
 
 
 async def _begun(begun: asyncio.Event, command: "asyncio.Future[None]") -> None:

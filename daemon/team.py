@@ -5,6 +5,7 @@ else a turn, so that no stray child can hold the device.  Runs on the supervisor
 """
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Worker
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.ublk.errors import UblkError
 from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child, run_worker
@@ -169,6 +171,16 @@ class Team:
                 wait.cancel()
         # The siblings of a dead worker end as well, since the kernel leaves them nothing.
         return waits[max(done, key=lambda wait: wait.result() != 0)]
+
+    def check_whole(self) -> None:
+        """Raise `UblkError` unless every worker lives and has all of its tags.
+
+        Asked in a control process, just before the command that lets requests come.
+        """
+        for worker in self.workers:
+            block = self.plan.arena.control.statistics_block(worker.queue)
+            if worker.child.has_ended() or read_statistics(block).counters["tags_gone"]:
+                raise UblkError(f"queue {worker.queue}: its worker or its tags have gone", errno.EOWNERDEAD)
 
     async def drain(self, patience_s: float) -> None:
         """Wait until the living ones hold no request, at most so long."""

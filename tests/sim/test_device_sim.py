@@ -19,6 +19,7 @@ from support.sim_defects import (
     COMPLETION_LOST,
     CUT_OFF_LIVES,
     END_COMES_LATE,
+    END_IS_BLIND,
     LEASE_FORGOTTEN,
     NO_FENCE,
     NO_REPLAY,
@@ -137,6 +138,12 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         189,
         {"queues": 1, "model": "6.12", "kills": ("worker",) * 5},
         "the driver has not given up the dead workers' requests",
+    ),
+    (
+        END_IS_BLIND,
+        255,
+        {"queues": 3, "model": "6.12", "kills": ("worker",) * 5},
+        "a request goes to a command that was cancelled",
     ),
 )
 SEARCHED_MAX = 500

@@ -166,6 +166,8 @@ class DeviceWorld(Processes):
             self.note(f"driver: the timer notices queue {number}")
         if self.kernel.quiesce():
             self.note("driver: QUIESCED")
+        if self.rng.random() < 0.5 and self.kernel.tear():
+            self.note("driver: what the siblings of a dead worker have fetched is cancelled")
 
     def _harvest(self) -> None:
         for request in self.kernel.finished:

@@ -159,6 +159,9 @@ class SimRunner:
         finally:
             if job in self._jobs:
                 self._end(job)
+            if job.answer.done():
+                # Whoever gave up just before does not hear it.
+                job.answer.exception()
 
     def _end(self, job: ControlJob) -> None:
         job.kill()

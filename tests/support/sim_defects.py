@@ -24,6 +24,7 @@ LEASE_FORGOTTEN = "a new broker forgets a lease"
 NO_REPLAY = "what a dead backend had is not sent again"
 COMMANDS_LIVE_ON = "control commands outlive their supervisor"
 END_COMES_LATE = "END_USER_RECOVERY comes after the fetches"
+END_IS_BLIND = "END_USER_RECOVERY waits for the fetches, and does not ask who has died since"
 
 Replaced = tuple[Any, str, Any]
 
@@ -64,5 +65,6 @@ _receive = QueueRouter.recv_multipart
 REPLACED_BY: dict[str, list[Replaced]] = {
     NO_FENCE: [(recovery, "_fence", _no_fence)],
     LEASE_FORGOTTEN: [(Control, "slot_owners", _forgetful_owners)],
+    END_IS_BLIND: [(recovery, "_end_after_fetches", recovery._end_before_fetches)],
     NO_REPLAY: [(SimBackendLink, "_pass_on", _pass_on_without_replays)],
 }

@@ -73,6 +73,11 @@ class HardwareQueue:
         self.sent_back: set[int] = set()
         """Tags whose data could not be copied: their worker learns of it only from their next request."""
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether commands that the driver believes to have were cancelled."""
+        return any(each.active and each.holder is Holder.NOBODY for each in self.tags)
+
     def with_holder(self, *holders: Holder) -> list[int]:
         return [number for number, each in enumerate(self.tags) if each.holder in holders]
 
@@ -131,6 +136,8 @@ class SimKernel:
         self.holders: set[Task] = set()
         """Who has /dev/ublkcN open."""
         self.quiescing = self.cancelling = self.all_fetched = self.gone = False
+        self._tears = False
+        """6.12's quiesce work is due on a device that does not serve: it cancels what the dead worker's siblings have."""
         self.finished: list[Request] = []
         self._endings: list[Ending] = []
         self._memory = memory
@@ -151,7 +158,10 @@ class SimKernel:
         queue = self.queues[number]
         idle = queue.with_holder(Holder.DRIVER)
         held = self.quiescing or self.cancelling or queue.cancelling or self.state is not DeviceState.LIVE
-        if held or not idle or not queue.waiting:
+        if held or not queue.waiting:
+            return False
+        assert not queue.is_torn, "a request goes to a command that was cancelled: a panic"
+        if not idle:
             return False
         # A worker keeps the buffer of a tag that was sent back until that tag's next request: one comes soon.
         number_of_tag = choose(sorted(queue.sent_back.intersection(idle)) or idle)
@@ -287,6 +297,7 @@ class SimKernel:
         if not queue.cancelling:
             queue.cancelling = True
             self.quiescing |= self.state is DeviceState.LIVE
+            self._tears |= self.state is DeviceState.QUIESCED
             self._abort(queue)
 
     def _abort(self, queue: HardwareQueue) -> None:
@@ -308,6 +319,14 @@ class SimKernel:
             return False
         self.quiescing = False
         self.state = DeviceState.QUIESCED
+        self._cancel_all()
+        return True
+
+    def tear(self) -> bool:
+        """6.12's quiesce work where nothing is left to quiesce; whether it was due."""
+        if not self._tears:
+            return False
+        self._tears = False
         self._cancel_all()
         return True
 
@@ -339,6 +358,8 @@ class SimKernel:
         if self.holders or self.state is not DeviceState.QUIESCED:
             raise UblkError("START_USER_RECOVERY", errno.EBUSY)
         if self.model == "6.12":
+            # Long over, if nobody holds the device any more.
+            self.tear()
             assert all(queue.task for queue in self.queues), (
                 "START_USER_RECOVERY of a queue without a task: a panic"
             )

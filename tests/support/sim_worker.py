@@ -240,8 +240,12 @@ class SimChild(Child):
         self.pid = SimChild._last_pid
         self.title = title
         self._on_kill = on_kill
+        self._has_ended = False
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
+
+    def has_ended(self) -> bool:
+        return self._has_ended
 
     def send(self, number: signal.Signals) -> None:
         if not self._exited.done():
@@ -249,6 +253,7 @@ class SimChild(Child):
 
     def exited(self, status: int) -> None:
         """It has ended; its parent learns of it in a later turn."""
+        self._has_ended = True
         if not self._loop.is_closed():
             self._loop.call_soon(self._resolve, status)
 

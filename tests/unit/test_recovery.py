@@ -1,6 +1,7 @@
 """Recovery's order of steps, its fence and its patience, with the kernel, the workers and the backend made up."""
 
 import asyncio
+import errno
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Coroutine
@@ -21,7 +22,9 @@ from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover, retire
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
+from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
+from ublkpool.ublk.errors import UblkError
 
 EPOCH = 4
 DEADLINE_S = 20
@@ -82,6 +85,7 @@ class Scene:
         self.ended_recovery = self._future()
         self.ended_recovery.set_result(None)
         self.kernel = SimpleNamespace(
+            tears_siblings=False,
             wait_quiesced=self._step("quiesced"),
             start_recovery=self._step("start recovery"),
             end_recovery=self._end_recovery,
@@ -118,10 +122,17 @@ class Scene:
             expect=self._expect,
             linked=self._linked,
             ended=self._ended,
+            check_whole=self._check_whole,
         )
 
-    async def _end_recovery(self, _deadline_s: float, begun: asyncio.Event) -> None:
+    def _check_whole(self) -> None:
+        self.steps.append("check")
+
+    async def _end_recovery(
+        self, _deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
+    ) -> None:
         await asyncio.sleep(0)
+        check()
         self.steps.append("end recovery")
         begun.set()
         try:
@@ -244,6 +255,18 @@ async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt
     )
 
 
+@scene
+async def test_where_one_death_tears_the_siblings_tags_recovery_ends_only_with_all_of_them_there(
+    it: Scene,
+) -> None:
+    it.kernel.tears_siblings = True
+    it.fenced.set_result(None)
+    await it.recover()
+    fetched = ["reclaim", f"register {EPOCH + 1}", "ready"]
+    ended = ["check", "end recovery", "recovery command over"]
+    assert it.steps == [*BEFORE_THE_FENCE, "expect", *fetched, *ended]
+
+
 def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,6 +324,53 @@ def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered
         assert runner.commands == [*before, "vol: START_USER_RECOVERY"]
 
     asyncio.run(run())
+
+
+class DoingRunner:
+    """Does control commands here."""
+
+    async def run_beside(self, _what: str, command: Callable[[], None], *_: object) -> None:
+        try:
+            command()
+        except UblkError as error:
+            raise ControlFailed(str(error), error.errno) from error
+
+
+@pytest.mark.parametrize("is_start", [True, False])
+def test_no_request_is_let_through_to_a_team_that_is_not_whole(
+    is_start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
+    monkeypatch.setattr(control, "end_recovery", lambda *_: sent.append("END_USER_RECOVERY"))
+    info = DeviceInfo(queues=2, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
+    kernel = BlockDevice(cast(ControlRunner, DoingRunner()), "vol", Created(info, [[0]], Feature(0)))
+
+    def torn() -> None:
+        raise UblkError("queue 1: its worker or its tags have gone", errno.EOWNERDEAD)
+
+    async def let_through(check: Callable[[], None]) -> None:
+        if is_start:
+            await kernel.start(1.0, check)
+        else:
+            await kernel.end_recovery(1.0, asyncio.Event(), check)
+
+    with pytest.raises(ControlFailed, match="queue 1"):
+        asyncio.run(let_through(torn))
+    assert sent == []
+    asyncio.run(let_through(lambda: None))
+    assert sent == ["START_DEV" if is_start else "END_USER_RECOVERY"]
+
+
+@pytest.mark.parametrize(("queues", "offered"), [(1, Feature(0)), (2, Feature.QUIESCE)])
+def test_a_device_that_no_death_tears_lets_its_command_wait_for_the_fetches(
+    queues: int, offered: Feature
+) -> None:
+    info = DeviceInfo(
+        queues=queues, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
+    )
+    created = Created(info, [[0]] * queues, offered)
+    assert not BlockDevice(cast(ControlRunner, FakeRunner()), "vol", created).tears_siblings
 
 
 class FakeBroker:

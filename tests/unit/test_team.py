@@ -1,11 +1,18 @@
 """What is said of a team of workers, which end for one another's sake."""
 
 import asyncio
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
+from ublkpool.daemon.children import Child
 from ublkpool.daemon.team import Plan, Team
 from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.ublk import _native
+from ublkpool.ublk.errors import UblkError
 
 QUEUES = 16
 KILLED = 137
@@ -28,3 +35,42 @@ async def _first_ended(killed: int) -> int:
 def test_a_device_dies_of_the_worker_that_was_killed_and_not_of_those_that_were_left_nothing() -> None:
     for killed in range(QUEUES):
         assert asyncio.run(_first_ended(killed)) == killed
+
+
+def _whole_team(ended: int | None, gone: int | None) -> Team:
+    """Two workers, of whose queues one may have ended, and one may have lost a tag."""
+
+    def block(queue: int) -> bytes:
+        statistics = _native.ffi.new("struct uq_stats *", {"tags_gone": int(queue == gone)})
+        return bytes(_native.ffi.buffer(statistics))
+
+    arena = SimpleNamespace(control=SimpleNamespace(statistics_block=block))
+    team = Team(cast(Plan, SimpleNamespace(arena=arena)), 1, lambda *_: None)
+    for queue in range(2):
+        child = SimpleNamespace(has_ended=lambda queue=queue: queue == ended)
+        team.workers.append(cast(WorkerProcess, SimpleNamespace(queue=queue, child=child)))
+    return team
+
+
+def test_a_team_is_whole_only_while_every_worker_lives_and_has_all_of_its_tags() -> None:
+    _whole_team(None, None).check_whole()
+    for queue in range(2):
+        with pytest.raises(UblkError, match=f"queue {queue}"):
+            _whole_team(queue, None).check_whole()
+        with pytest.raises(UblkError, match=f"queue {queue}"):
+            _whole_team(None, queue).check_whole()
+
+
+@pytest.fixture
+def zombie() -> Iterator[int]:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    yield pid
+    os.waitpid(pid, 0)
+
+
+def test_whoever_asks_is_told_of_a_death_before_it_is_reaped(zombie: int) -> None:
+    assert Child.has_ended(cast(Child, SimpleNamespace(pid=zombie)))
+    assert not Child.has_ended(cast(Child, SimpleNamespace(pid=os.getpid())))

@@ -11,7 +11,8 @@ from support.vm_daemon import Daemon, eventually
 from support.vm_recovery import kill, loaded, wait_for_epoch
 from ublkpool.daemon.recovery import STEADY_S
 
-QUEUES = 2
+QUEUES = 3
+"""What one death does to the tags of a second queue shows when a third makes the device live."""
 EVERY = [(step, victim) for step in STEPS[1:] for victim in ("worker", "workers")]
 EVERY += [(step, "daemon") for step in STEPS]
 SHORT = [

@@ -286,6 +286,7 @@ static void aborted(struct uq *q, struct uq_tag *t, int res)
 		let_go(q, t);
 	if (res != -ENODEV && res != -ECANCELED)
 		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
+	q->config.stats->tags_gone++;
 	if (++q->gone == q->config.depth)
 		q->attention |= UQ_ATT_GONE;
 }
@@ -519,7 +520,7 @@ static bool allocate(struct uq *q)
 /* Counters go on over a recovery; what the worker before this one held was taken from it. */
 static void reset_gauges(struct uq_stats *s)
 {
-	s->in_flight = s->buffers_held = s->buffers_lent = s->buffers_waiting = 0;
+	s->in_flight = s->buffers_held = s->buffers_lent = s->buffers_waiting = s->tags_gone = 0;
 	s->returned_total = s->lent_total;
 }
 

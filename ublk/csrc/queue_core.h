@@ -102,6 +102,7 @@ struct uq_stats {
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
 	uint64_t hangups, strangers;
 	uint64_t bells; /* rung for the backend */
+	uint64_t tags_gone; /* that the kernel took away from this worker */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 
