@@ -60,15 +60,19 @@ def cpu_of(pids: Iterable[int]) -> Cpu:
     return Cpu(user / _TICKS_PER_S, system / _TICKS_PER_S)
 
 
-def requests_done(node: str) -> int:
-    """Reads and writes that a disk has completed."""
+def requests_done(nodes: str) -> int:
+    """Reads and writes that disks have completed; several nodes are joined by colons, as fio takes them."""
+    return sum(_requests_done(node) for node in nodes.split(":"))
+
+
+def _requests_done(node: str) -> int:
     fields = Path(f"/sys/block/{Path(node).name}/stat").read_text().split()
     return int(fields[0]) + int(fields[4])
 
 
-def queue_cpus(node: str) -> list[list[int]]:
-    """For each hardware queue of a disk the CPUs whose requests come to it."""
-    directory = Path(f"/sys/block/{Path(node).name}/mq")
+def queue_cpus(nodes: str) -> list[list[int]]:
+    """For each hardware queue of a disk, of several the first, the CPUs whose requests come to it."""
+    directory = Path(f"/sys/block/{Path(nodes.partition(':')[0]).name}/mq")
     queues = sorted(directory.iterdir(), key=lambda each: int(each.name))
     return [[int(cpu) for cpu in (each / "cpu_list").read_text().split(",")] for each in queues]
 

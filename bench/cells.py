@@ -69,7 +69,9 @@ def fio_command(node: str, cell: Cell, cpus: Sequence[int], runtime_s: float) ->
 
 def job_cpus(queues: Sequence[Sequence[int]], jobs: int) -> list[int]:
     """A CPU for each job: one queue after the other, of each its CPUs one after the other."""
-    return [queues[job % len(queues)][job // len(queues) % len(queues[job % len(queues)])] for job in range(jobs)]
+    return [
+        queues[job % len(queues)][job // len(queues) % len(queues[job % len(queues)])] for job in range(jobs)
+    ]
 
 
 def parse_fio(output: str, status: int) -> FioNumbers:

@@ -23,6 +23,11 @@ class Contestant(NamedTuple):
     stores: bool = False
 
     @property
+    def kind(self) -> str:
+        """What it is, whatever the transport."""
+        return self.name.removesuffix(f", {self.transport}")
+
+    @property
     def slug(self) -> str:
         """Its name for devices and files."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

@@ -69,7 +69,18 @@ def _compile(tree: Path, target: Path) -> None:
     source = next(tree.glob(f"linux-source-*/{_SOURCE}"))
     files = sorted(each for each in source.glob("*.c") if each.name != _NOT_KUBLK)
     includes = [word for each in _INCLUDES for word in ("-isystem", str(tree / each))]
-    command = ["gcc", "-O3", "-D_GNU_SOURCE=", *includes, "-o", target, *files, tree / _LIBRARY, "-lpthread", "-lm"]
+    command: list[str | Path] = [
+        "gcc",
+        "-O3",
+        "-D_GNU_SOURCE=",
+        *includes,
+        "-o",
+        target,
+        *files,
+        tree / _LIBRARY,
+        "-lpthread",
+        "-lm",
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
         raise KublkError(f"kublk does not compile: {' '.join(built.stderr.split())[:300]}")

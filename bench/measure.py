@@ -6,18 +6,17 @@ rest; it takes nobody with it.
 
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.status import DeviceStats
 
 from bench.accounts import Books, memory_of, queue_cpus, requests_done, take_books
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample
 from bench.stage import Disk, Disks, Stage, StageError, fill
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import DeviceStats
 
 FAILURES = (StageError, FioError, DaemonError, OSError, subprocess.SubprocessError, AssertionError)
 COUNTED = ("enters", "turns", "wakeups", "commits", "descriptors_in", "descriptors_out")
@@ -44,7 +43,9 @@ def measure(
     try:
         for number in range(result.rounds):
             for cell in CELLS:
-                line = [_run_cell(stage, each, cell, number, result, say) for each in _rotated(entered, number)]
+                line = [
+                    _run_cell(stage, each, cell, number, result, say) for each in _rotated(entered, number)
+                ]
                 entered = [each for each in entered if each in [one for one in line if one]]
             keep(result)
     finally:
@@ -55,7 +56,7 @@ def measure(
 
 def _rotated(entered: Sequence[Entered], number: int) -> list[Entered]:
     """Nobody always follows the same one."""
-    start = number * (len(entered) // 2 + 1) % max(1, len(entered))
+    start = number * (len(entered) // 3 + 1) % max(1, len(entered))
     return [*entered[start:], *entered[:start]]
 
 
@@ -81,6 +82,7 @@ def _party(
 ) -> Party:
     return Party(
         name=contestant.name,
+        kind=contestant.kind,
         family=contestant.family,
         transport=contestant.transport,
         how=contestant.how,
@@ -129,15 +131,13 @@ def _run_cell(
         _fail(each.contestant, error, result, say)
         _close(each.stack, each.contestant, say)
         return None
-    sample = make_sample(each.contestant.name, cell, number, numbers, books)
     counters = _per_request(before, _stats(stage, disk))
-    result.samples.append(Sample(**{**_fields(sample), "counters": counters}))
-    say(f"round {number + 1}, {cell.name}, {each.contestant.name}: {_spoken(sample, numbers.shown(cell), cell)}")
+    sample = make_sample((each.contestant.name, cell, number), numbers, books, counters)
+    result.samples.append(sample)
+    say(
+        f"round {number + 1}, {cell.name}, {each.contestant.name}: {_spoken(sample, numbers.shown(cell), cell)}"
+    )
     return each
-
-
-def _fields(sample: Sample) -> dict[str, object]:
-    return {name: getattr(sample, name) for name in sample.__struct_fields__}
 
 
 def _spoken(sample: Sample, shown: float, cell: Cell) -> str:
@@ -172,9 +172,10 @@ def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple
 
 
 def make_sample(
-    name: str, cell: Cell, number: int, numbers: FioNumbers, books: tuple[Books, Books]
+    run: tuple[str, Cell, int], numbers: FioNumbers, books: tuple[Books, Books], counters: dict[str, float]
 ) -> Sample:
-    """The numbers of one run, CPU time for each request."""
+    """The numbers of one run (whose, which cell, which round), CPU time for each request."""
+    name, cell, number = run
     first, second = books
     requests = max(1, second.requests - first.requests)
     machine = second.machine - first.machine
@@ -190,6 +191,7 @@ def make_sample(
         parts_us={
             part: (cpu.user_s * 1e6 / requests, cpu.system_s * 1e6 / requests) for part, cpu in parts.items()
         },
+        counters=counters,
     )
 
 
@@ -216,8 +218,3 @@ def _sums(stats: DeviceStats) -> dict[str, int]:
     found["kernel_bytes"] = sum(each.copies.kernel_bytes for each in queues)
     found["own_bytes"] = sum(each.copies.own_bytes for each in queues)
     return found
-
-
-def names(entered: Iterable[Entered]) -> list[str]:
-    """Who is up."""
-    return [each.contestant.name for each in entered]

@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from ublkpool.daemon.admin_client import AdminClient
-from ublkpool.daemon.errors import DaemonError
-
 from bench.cells import REGION_BYTES
 from bench.results import Transport
 from bench.stage import DEADLINE_S, Disk, Disks, Stage, process
+from ublkpool.daemon.admin_client import AdminClient
+from ublkpool.daemon.errors import DaemonError
 
 QUEUES = 2
 BACKENDS = Path(__file__).parent / "backends"

@@ -100,7 +100,7 @@ class Nbdkit(NamedTuple):
     def _disk(self, stage: Stage, name: str, *options: str) -> Iterator[Disk]:
         socket = stage.directory / f"{name}.sock"
         log = stage.directory / f"{name}.log"
-        command = ["nbdkit", "-f", "-U", socket, *options, self.plugin, *self.parameters]
+        command: list[str | Path] = ["nbdkit", "-f", "-U", socket, *options, self.plugin, *self.parameters]
         with process(command, log) as pid:
             wait_for(socket.exists, f"nbdkit {self.plugin} listens")
             node = _free_nbd()

@@ -28,6 +28,8 @@ class Party(msgspec.Struct, frozen=True, kw_only=True):
     """A contestant as it was run; memory in KiB, idle, by part: (PSS, USS) of all its processes."""
 
     name: str
+    kind: str
+    """What it is, whatever the transport."""
     family: str
     transport: Transport = ""
     how: str = ""
@@ -52,7 +54,7 @@ class Result(msgspec.Struct, kw_only=True):
     @property
     def failed(self) -> bool:
         """Whether anything failed."""
-        return any(each.error for each in (*self.parties, *self.samples))
+        return any(each.error for each in self.parties) or any(each.error for each in self.samples)
 
 
 def write_result(result: msgspec.Struct, path: Path) -> None:

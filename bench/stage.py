@@ -1,4 +1,4 @@
-"""What contestants stand on: a scratch directory in memory, the daemon of ours, and disks that are started and stopped."""
+"""What contestants stand on: a scratch directory in memory, the daemon of ours, and their disks."""
 
 import mmap
 import os
@@ -9,9 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
-from support.vm_daemon import Daemon
-
 from bench.cells import REGION_BYTES, Cell
+from support.vm_daemon import Daemon
 
 DEADLINE_S = 120.0
 _POLL_S = 0.02
@@ -88,7 +87,9 @@ class Stage:
 
 def run(*command: str | Path) -> str:
     """Run a command to its end; what it printed.  Raises `StageError` with its last words."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[-200:]
         raise StageError(f"{Path(command[0]).name} {command[1]} ended with {done.returncode}: {said}")
@@ -130,5 +131,3 @@ def fill(node: str) -> None:
                 os.pwritev(disk, [page], offset)
     finally:
         os.close(disk)
-
-
