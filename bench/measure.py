@@ -13,8 +13,9 @@ from pathlib import Path
 from bench.accounts import Books, memory_of, queue_cpus, requests_done, take_books
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
-from bench.results import Party, Result, Sample
+from bench.results import Party, Result, Sample, Syscalls
 from bench.stage import Disk, Disks, Stage, StageError, fill
+from bench.syscalls import SyscallsError, counted, counting
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
 
@@ -48,6 +49,7 @@ def measure(
                 ]
                 entered = [each for each in entered if each in [one for one in line if one]]
             keep(result)
+        _count_syscalls(entered, result, say)
     finally:
         for each in reversed(entered):
             _leave(each, result, say)
@@ -97,6 +99,33 @@ def _memory(disk: Disk) -> dict[str, tuple[int, int]]:
         each = [memory_of(pid) for pid in pids if Path(f"/proc/{pid}/smaps_rollup").exists()]
         found[part] = (sum(one.pss_kib for one in each), sum(one.uss_kib for one in each))
     return found
+
+
+def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> None:
+    """In runs of their own, for counting costs time; a kernel that cannot count leaves the table empty."""
+    for each in entered:
+        for cell in (CELLS[0], CELLS[1]):
+            disk = each.disks.disk_for(cell)
+            try:
+                parts = syscalls_of(disk, cell, result.runtime_s)
+            except SyscallsError as error:
+                say(f"system calls are not counted: {error}")
+                return
+            except FAILURES as error:
+                _fail(each.contestant, error, result, say)
+                break
+            result.syscalls.append(Syscalls(contestant=each.contestant.name, cell=cell.name, parts=parts))
+
+
+def syscalls_of(disk: Disk, cell: Cell, runtime_s: float) -> dict[str, float]:
+    """System calls for each request, by part.  Raises `FioError` or `SyscallsError`."""
+    with counting() as histogram:
+        requests = requests_done(disk.node)
+        before = counted(histogram, disk.parts)
+        run_fio(disk, cell, runtime_s)
+        after = counted(histogram, disk.parts)
+        done = max(1, requests_done(disk.node) - requests)
+    return {part: (after[part] - before[part]) / done for part in after}
 
 
 def _fail(contestant: Contestant, error: BaseException, result: Result, say: Say) -> None:

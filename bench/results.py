@@ -24,6 +24,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class Syscalls(msgspec.Struct, frozen=True, kw_only=True):
+    """System calls for each request, by part."""
+
+    contestant: str
+    cell: str
+    parts: dict[str, float]
+
+
 class Party(msgspec.Struct, frozen=True, kw_only=True):
     """A contestant as it was run; memory in KiB, idle, by part: (PSS, USS) of all its processes."""
 
@@ -50,6 +58,7 @@ class Result(msgspec.Struct, kw_only=True):
     revision: str = ""
     parties: list[Party] = []
     samples: list[Sample] = []
+    syscalls: list[Syscalls] = []
 
     @property
     def failed(self) -> bool:

@@ -30,6 +30,7 @@ def report(result: Result, instructions: Sequence[InstructionCost] = ()) -> str:
         "### Targets\n\n" + target_table(verdicts(result)),
         "### CPU time for each request\n\n" + cpu_table(result),
         "### Counted for each request\n\n" + counter_table(result),
+        "### System calls for each request\n\n" + syscall_table(result),
         "### Memory\n\n" + memory_table(result),
     ]
     if instructions:
@@ -162,6 +163,15 @@ _COUNTER_HEADS = {
     "kernel_bytes": "bytes copied by the kernel a byte",
     "own_bytes": "by us a byte",
 }
+
+
+def syscall_table(result: Result) -> str:
+    """Of each part, counted by the kernel."""
+    rows = [
+        [each.contestant, each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
+        for each in result.syscalls
+    ]
+    return markdown_table(["contestant", "cell", "system calls"], rows)
 
 
 def memory_table(result: Result) -> str:

@@ -13,6 +13,7 @@ from bench.measure import measure
 from bench.ours import transports
 from bench.results import Result
 from bench.stage import Disk, Disks, Stage, StageError
+from bench.syscalls import SyscallsError
 
 
 def test_names_are_unique_and_so_are_the_names_of_their_devices() -> None:
@@ -50,6 +51,8 @@ class Course:
         self.stopped: list[str] = []
         self._fails = fails
         monkeypatch.setattr(measuring, "run_fio", self._run_fio)
+        monkeypatch.setattr(measuring, "syscalls_of", self._syscalls_of)
+        self.kernel_counts = True
 
     def contestant(self, name: str, starts: bool = True) -> Contestant:
         @contextmanager
@@ -70,6 +73,11 @@ class Course:
             Books(Cpu(1.0, 2.0), {"fio": Cpu(0.5, 0.5)}, 1000),
         ]
         return FioNumbers(1000.0, 4096e3, 10.0), (books[0], books[1])
+
+    def _syscalls_of(self, disk: Disk, cell: Cell, runtime_s: float) -> dict[str, float]:
+        if not self.kernel_counts:
+            raise SyscallsError("no histogram triggers")
+        return {"server": 2.0}
 
     def measure(self, *table: Contestant) -> Result:
         result = Result(
@@ -93,6 +101,21 @@ def test_cpu_time_is_counted_for_each_request(monkeypatch: pytest.MonkeyPatch) -
     course = Course(monkeypatch)
     sample = course.measure(course.contestant("a")).samples[0]
     assert (sample.machine_us, sample.parts_us) == (3000.0, {"fio": (500.0, 500.0)})
+
+
+def test_system_calls_are_counted_in_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    result = course.measure(course.contestant("a"))
+    assert [(each.cell, each.parts) for each in result.syscalls] == [
+        (cell.name, {"server": 2.0}) for cell in CELLS[:2]
+    ]
+
+
+def test_a_kernel_that_does_not_count_is_nobodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    course.kernel_counts = False
+    result = course.measure(course.contestant("a"))
+    assert result.syscalls == [] and not result.failed
 
 
 def test_who_does_not_start_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:

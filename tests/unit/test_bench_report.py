@@ -9,6 +9,7 @@ from bench.growth_results import Growth, Idle, Step, Timing, growth_report
 from bench.instructions import InstructionCost, core_instructions
 from bench.ratios import Spread, ratio_spread, spread, value_spread
 from bench.results import Party, Result, Sample, Transport
+from bench.syscalls import parse_histogram
 from bench.tables import cost_table, markdown_table, number, report
 from bench.targets import LARGE, QD1, WRITE, verdicts
 
@@ -161,6 +162,13 @@ def test_the_own_memory_of_a_process_is_what_nobody_shares() -> None:
     )
     found = parse_smaps(text)
     assert (found.pss_kib, found.uss_kib) == (120, 40)
+
+
+def test_a_histogram_is_read_thread_by_thread() -> None:
+    text = (
+        "# event histogram\n{ common_pid:        254 } hitcount:         12\n{ common_pid: 1 } hitcount: 3\n"
+    )
+    assert parse_histogram(text) == {254: 12, 1: 3}
 
 
 def test_growth_has_a_table_for_each_axis_and_says_what_failed() -> None:
