@@ -4,13 +4,14 @@ So whatever else changes on the machine meanwhile meets everybody.  One that fai
 rest; it takes nobody with it.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.accounts import Books, memory_of, queue_cpus, requests_done, take_books
+from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_done, take_books
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample, Syscalls
@@ -24,6 +25,7 @@ COUNTED = ("enters", "turns", "wakeups", "commits", "descriptors_in", "descripto
 _FIO_PATIENCE_S = 120.0
 _POLL_S = 0.02
 _LEAD_S = 0.1
+_IDLE_S = 3.0
 Say = Callable[[str], None]
 
 
@@ -41,6 +43,8 @@ def measure(
 ) -> None:
     """Run all rounds into `result`; `keep` is called after each round with what there is by then."""
     entered = [each for each in (_enter(stage, one, result, say) for one in table) if each]
+    result.idle_load = idle_load(_IDLE_S)
+    say(f"everybody is up; idle, {result.idle_load:.1%} of the CPUs' time is used")
     try:
         for number in range(result.rounds):
             for cell in CELLS:
@@ -54,6 +58,13 @@ def measure(
         for each in reversed(entered):
             _leave(each, result, say)
     keep(result)
+
+
+def idle_load(seconds: float) -> float:
+    """The share of all CPUs' time that is used while nobody asks for anything: what the idle take from the others."""
+    before = machine_cpu()
+    time.sleep(seconds)
+    return sum(machine_cpu() - before) / seconds / (os.cpu_count() or 1)
 
 
 def _rotated(entered: Sequence[Entered], number: int) -> list[Entered]:

@@ -55,6 +55,8 @@ class Result(msgspec.Struct, kw_only=True):
     emulated: bool
     rounds: int
     runtime_s: float
+    idle_load: float = 0.0
+    """The share of the CPUs' time that is used while everybody is up and idle."""
     revision: str = ""
     parties: list[Party] = []
     samples: list[Sample] = []

@@ -50,7 +50,8 @@ def heading(result: Result) -> str:
     return (
         f"## Linux {result.kernel}\n\n"
         f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {result.rounds} rounds of "
-        f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}.\n"
+        f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}. "
+        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.\n"
     )
 
 
