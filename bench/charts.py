@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench.cells import CELLS, Cell
 from bench.ratios import mean_of, samples_of, value_spread
@@ -38,6 +39,7 @@ def _draw_cell(axes: Axes, result: Result, cell: Cell) -> None:
             axes.barh(row, value.median, xerr=whisker, color=_COLOURS[party.family], height=0.7)
     axes.set_yticks([row for row, _ in rows], [party.name for _, party in rows])
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{cell.name}, {cell.unit}")
     axes.grid(axis="x", alpha=0.3)
 

@@ -21,7 +21,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
 
 FAILURES = (StageError, FioError, DaemonError, OSError, subprocess.SubprocessError, AssertionError)
-COUNTED = ("enters", "turns", "wakeups", "commits", "descriptors_in", "descriptors_out")
+COUNTED = ("enters", "turns", "wakeups", "bells", "commits", "descriptors_in", "descriptors_out")
 _FIO_PATIENCE_S = 120.0
 _POLL_S = 0.02
 _LEAD_S = 0.1

@@ -57,12 +57,17 @@ def heading(result: Result) -> str:
 
 def speed_table(result: Result) -> str:
     """The overview: medians."""
-    head = ["contestant", *(f"{cell.name}, {cell.unit}" for cell in CELLS)]
+    head = ["contestant", "transport", *(f"{cell.name}, {cell.unit}" for cell in CELLS)]
     rows = [
-        [party.name, *(_median(value_spread(result, party.name, cell.name)) for cell in CELLS)]
+        [*_who(party), *(_median(value_spread(result, party.name, cell.name)) for cell in CELLS)]
         for party in result.parties
     ]
     return markdown_table(head, rows)
+
+
+def _who(party: Party) -> list[str]:
+    """The first two columns; a peer has no transport of ours."""
+    return [party.kind, party.transport]
 
 
 def _median(found: Spread | None) -> str:
@@ -71,18 +76,27 @@ def _median(found: Spread | None) -> str:
 
 def cell_table(result: Result, cell: Cell) -> str:
     """One cell: the number and its range, the ratio to the baseline and its range, CPU time, latency."""
-    head = ["contestant", cell.unit, "range", f"ratio to {BASELINE}", "range", "CPU us", "latency us"]
+    head = [
+        "contestant",
+        "transport",
+        cell.unit,
+        "range",
+        f"ratio to {BASELINE}",
+        "range",
+        "CPU us",
+        "latency us",
+    ]
     return markdown_table(head, [_cell_row(result, party, cell) for party in result.parties])
 
 
 def _cell_row(result: Result, party: Party, cell: Cell) -> list[str]:
     value = value_spread(result, party.name, cell.name)
     if value is None:
-        return [party.name, "failed", "", "", "", "", ""]
+        return [*_who(party), "failed", "", "", "", "", ""]
     ratio = ratio_spread(result, party.name, BASELINE, cell.name)
     samples = samples_of(result, party.name, cell.name)
     return [
-        party.name,
+        *_who(party),
         number(value.median),
         f"{number(value.low)} to {number(value.high)}",
         f"{ratio.median:.2f}" if ratio else "",
@@ -124,8 +138,10 @@ def cpu_table(result: Result) -> str:
             samples = samples_of(result, party.name, cell.name)
             if samples:
                 machine = number(mean_of([each.machine_us for each in samples]))
-                rows.append([party.name, cell.name, machine, _parts(samples)])
-    return markdown_table(["contestant", "cell", "whole machine us", "of which user + system us"], rows)
+                rows.append([*_who(party), cell.name, machine, _parts(samples)])
+    return markdown_table(
+        ["contestant", "transport", "cell", "whole machine us", "of which user + system us"], rows
+    )
 
 
 def _parts(samples: Sequence[Sample]) -> str:
@@ -150,14 +166,17 @@ def counter_table(result: Result) -> str:
             samples = [each for each in samples_of(result, party.name, cell.name) if each.counters]
             if samples:
                 means = [mean_of([each.counters.get(name, 0.0) for each in samples]) for name in names]
-                rows.append([party.name, cell.name, *(f"{mean:.2f}" for mean in means)])
-    return markdown_table(["ours", "cell", *(_COUNTER_HEADS.get(name, name) for name in names)], rows)
+                rows.append([*_who(party), cell.name, *(f"{mean:.2f}" for mean in means)])
+    return markdown_table(
+        ["ours", "transport", "cell", *(_COUNTER_HEADS.get(name, name) for name in names)], rows
+    )
 
 
 _COUNTER_HEADS = {
     "enters": "io_uring_enter",
     "turns": "turns of the loop",
     "wakeups": "entries of Python",
+    "bells": "doorbells",
     "commits": "commits",
     "descriptors_in": "descriptors in",
     "descriptors_out": "descriptors out",
@@ -169,20 +188,22 @@ _COUNTER_HEADS = {
 def syscall_table(result: Result) -> str:
     """Of each part, counted by the kernel."""
     rows = [
-        [each.contestant, each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
+        [*_who(party), each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
+        for party in result.parties
         for each in result.syscalls
+        if each.contestant == party.name
     ]
-    return markdown_table(["contestant", "cell", "system calls"], rows)
+    return markdown_table(["contestant", "transport", "cell", "system calls"], rows)
 
 
 def memory_table(result: Result) -> str:
     """What each part takes, idle, before the first round."""
     rows = [
-        [party.name, part, f"{pss:,}", f"{uss:,}"]
+        [*_who(party), part, f"{pss:,}", f"{uss:,}"]
         for party in result.parties
         for part, (pss, uss) in party.memory_kib.items()
     ]
-    return markdown_table(["contestant", "part", "PSS KiB", "USS KiB"], rows)
+    return markdown_table(["contestant", "transport", "part", "PSS KiB", "USS KiB"], rows)
 
 
 def cost_table(instructions: Sequence[InstructionCost]) -> str:

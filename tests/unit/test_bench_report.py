@@ -107,8 +107,8 @@ def test_a_report_has_everybody_and_says_who_failed() -> None:
     samples = [each for cell in CELLS for each in _samples("kublk null -g", cell.name, 10.0, 20.0)]
     parties = [_party("kublk null -g"), _party("loop", error="StageError: no such module")]
     text = report(_result(*samples, parties=parties), [InstructionCost("flush", 1, 510.0)])
-    assert "| kublk null -g | 15.0 | 10.0 to 20.0 | 1.00 | 1.00 to 1.00 |" in text
-    assert "| loop | failed |" in text
+    assert "| kublk null -g |  | 15.0 | 10.0 to 20.0 | 1.00 | 1.00 to 1.00 |" in text
+    assert "| loop |  | failed |" in text
     assert "- loop: StageError: no such module" in text
     assert "| flush | 510 |" in text
     assert "2026-01-02" in text and "7.3.4" in text and "2 rounds" not in text
