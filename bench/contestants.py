@@ -88,3 +88,19 @@ def contestants(transports: Sequence[Transport], only: str = "") -> list[Contest
     """All of them, or those whose names match the regular expression `only`."""
     found = [*PEERS, *(each for transport in transports for each in ours_over(transport))]
     return [each for each in found if re.search(only, each.name)]
+
+
+def quick(table: Sequence[Contestant]) -> list[Contestant]:
+    """Those that the targets are about: over ZeroMQ, where there are rings, only the two ends of the range."""
+    has_rings = any(each.transport == "ring" for each in table)
+    return [
+        each for each in table if each.kind not in _NOT_QUICK and not (has_rings and _is_slower_way(each))
+    ]
+
+
+_NOT_QUICK = frozenset({"loop", "kublk null", "kublk loop"})
+_QUICK_OVER_ZEROMQ = frozenset({"null, pool", "Python functions"})
+
+
+def _is_slower_way(each: Contestant) -> bool:
+    return each.transport == "zeromq" and each.kind not in _QUICK_OVER_ZEROMQ

@@ -8,12 +8,13 @@ import pytest
 from bench import measure as measuring
 from bench.accounts import Books, Cpu
 from bench.cells import CELLS, Cell, FioError, FioNumbers
-from bench.contestants import Contestant, contestants
+from bench.contestants import PEERS, Contestant, contestants, ours_over, quick
 from bench.measure import measure
 from bench.ours import transports
 from bench.results import Result
 from bench.stage import Disk, Disks, Stage, StageError
 from bench.syscalls import SyscallsError
+from bench.targets import TARGETS
 
 
 def test_names_are_unique_and_so_are_the_names_of_their_devices() -> None:
@@ -34,6 +35,24 @@ def test_there_is_no_choice_of_transport_where_the_command_offers_none() -> None
 
 def test_only_those_that_were_asked_for() -> None:
     assert [each.name for each in contestants([""], "^kublk null")] == ["kublk null", "kublk null -g"]
+
+
+def test_quick_has_everybody_whom_a_target_names() -> None:
+    names = {(each.kind, each.transport) for each in quick(contestants(["zeromq", "ring"]))}
+    for target in TARGETS:
+        assert (target.baseline, "") in names
+        assert {(kind, target.transport) for kind in target.kinds} <= names
+    assert len(names) < len(contestants(["zeromq", "ring"])) * 2 / 3
+
+
+def test_quick_has_all_of_ours_where_there_is_one_transport() -> None:
+    assert {each.name for each in quick(contestants([""]))} >= {each.name for each in ours_over("")}
+
+
+def test_every_target_names_contestants_that_there_are() -> None:
+    kinds = {each.kind for each in (*PEERS, *ours_over("ring"))}
+    for target in TARGETS:
+        assert {target.baseline, *target.kinds} <= kinds
 
 
 def test_depth_1_may_have_a_disk_of_its_own() -> None:
