@@ -78,6 +78,7 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
     stack = ExitStack()
     try:
         disks = stack.enter_context(contestant.start(stage, contestant.slug))
+        up_s = time.monotonic() - started_s
         for disk in disks.all() if contestant.stores else []:
             fill(disk.node)
         memory = _memory(disks.all()[0])
@@ -86,7 +87,8 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
         _close(stack, contestant, say)
         return None
     result.parties.append(_party(contestant, memory=memory))
-    say(f"{contestant.name}: up on {disks.all()[0].node} after {time.monotonic() - started_s:.1f} s")
+    ready_s = time.monotonic() - started_s
+    say(f"{contestant.name}: up on {disks.all()[0].node} after {up_s:.1f} s, filled after {ready_s:.1f} s")
     return Entered(contestant, disks, stack)
 
 
