@@ -20,11 +20,13 @@ CASES = {
     "flush": "flush",
     "discard": "discard",
 }
+TRANSPORTS = ("frames", "rings")
 BATCHES = (1, 32)
 _ROUNDS = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
-_CORE_FILES = ("queue_core.c", "queue_stock.c", "queue_link.c")
+_SHARED = _HERE.parent / "bufpool" / "csrc"
+_CORE_FILES = ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_port.c")
 # As ublk/_native_build.py compiles them.
 _FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
 _HARNESS = "queue_cost.c"
@@ -38,6 +40,7 @@ class InstructionCost(msgspec.Struct, frozen=True):
     """Instructions for each request of a case, when so many come at a time."""
 
     case: str
+    transport: str
     batch: int
     instructions: float
 
@@ -47,20 +50,26 @@ def count_instructions() -> list[InstructionCost]:
     with tempfile.TemporaryDirectory(prefix="ublkpool-cost-") as directory:
         program = Path(directory) / "queue_cost"
         sources = [_HERE / "csrc" / _HARNESS, *(_CORE / each for each in _CORE_FILES)]
-        _run(["gcc", *_FLAGS, "-g", "-I", _CORE, "-o", program, *sources])
-        return [_cost(program, case, batch) for case in CASES for batch in BATCHES]
+        _run(["gcc", *_FLAGS, "-g", "-I", _CORE, "-I", _SHARED, "-o", program, *sources])
+        return [
+            _cost(program, case, transport, batch)
+            for case in CASES
+            for transport in TRANSPORTS
+            for batch in BATCHES
+        ]
 
 
-def _cost(program: Path, case: str, batch: int) -> InstructionCost:
-    short, long = (_counted(program, case, batch, rounds) for rounds in (_ROUNDS, 2 * _ROUNDS))
-    return InstructionCost(case, batch, (long - short) / (_ROUNDS * batch))
+def _cost(program: Path, case: str, transport: str, batch: int) -> InstructionCost:
+    words = (case, transport, str(batch))
+    short, long = (_counted(program, *words, str(rounds)) for rounds in (_ROUNDS, 2 * _ROUNDS))
+    return InstructionCost(case, transport, batch, (long - short) / (_ROUNDS * batch))
 
 
-def _counted(program: Path, case: str, batch: int, rounds: int) -> int:
+def _counted(program: Path, *words: str) -> int:
     out = program.with_suffix(".callgrind")
     valgrind = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}"]
     uncompressed = ["--compress-strings=no", "--compress-pos=no"]
-    _run([*valgrind, *uncompressed, program, case, str(batch), str(rounds)])
+    _run([*valgrind, *uncompressed, program, *words])
     return core_instructions(out.read_text(), _HARNESS)
 
 

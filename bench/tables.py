@@ -207,15 +207,16 @@ def memory_table(result: Result) -> str:
 
 
 def cost_table(instructions: Sequence[InstructionCost]) -> str:
-    """Batches side by side."""
-    batches = sorted({each.batch for each in instructions})
-    found = {(each.case, each.batch): each.instructions for each in instructions}
+    """Transports and batches side by side."""
+    columns = sorted({(each.transport, each.batch) for each in instructions})
+    found = {(each.case, (each.transport, each.batch)): each.instructions for each in instructions}
     rows = [
-        [text, *(f"{found[case, batch]:.0f}" for batch in batches)]
+        [text, *(f"{found[case, column]:.0f}" for column in columns)]
         for case, text in CASES.items()
-        if (case, batches[0]) in found
+        if (case, columns[0]) in found
     ]
-    return markdown_table(["request", *(f"{batch} at a time" for batch in batches)], rows)
+    heads = [f"{transport}, {batch} at a time" for transport, batch in columns]
+    return markdown_table(["request", *heads], rows)
 
 
 def failure_list(result: Result) -> str:

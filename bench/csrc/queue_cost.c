@@ -1,16 +1,19 @@
 /*
- * Drives the queue core as a ring and a backend would, for counting its instructions: `queue_cost CASE BATCH ROUNDS`.
+ * Drives the queue core as io_uring and a backend would, for counting its instructions:
+ * `queue_cost CASE frames|rings BATCH ROUNDS`.
  *
- * Everything that is counted is called from rounds(), nothing else calls it.  Makes no system call while it counts, and
- * does the same each time.
+ * What is counted is what it calls in the core.  Makes no system call while it counts, and does the same each time.
  */
 #include "queue_core.h"
+#include "queue_port.h"
+#include "shared_ring.h"
 
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH = 128, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, WARM_UP_ROUNDS = 8, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
+enum { DEPTH = 128, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
 
 static const struct kind {
 	const char *name;
@@ -32,7 +35,14 @@ static uint8_t pool[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t own[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t scratch[IO_BYTES] __attribute__((aligned(4096)));
 static struct uq_command commands[DEPTH];
-static struct uq_descriptor answers[2 * DEPTH];
+static struct uq_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
+
+/* A queue, and what leads to its backend: frames, or the two ends of rings. */
+struct link {
+	struct uq *q;
+	struct uq_port *port; /* NULL for frames */
+	struct sr_end in, out; /* the backend's */
+};
 
 static void fail(const char *what)
 {
@@ -77,18 +87,53 @@ static struct uq_descriptor answer(const struct kind *k, const struct uq_descrip
 	return a;
 }
 
-/* One frame each way; what is only told, such as RELEASE, has no answer. */
-static void exchange(struct uq *q, const struct kind *k)
+/* What the backend is sent. */
+static unsigned receive(struct link *l)
 {
 	const struct uq_descriptor *first;
-	unsigned count = uq_output(q, &first), answered = 0;
+	const uint8_t *at;
+	unsigned count = 0;
+
+	if (!l->port) {
+		count = uq_output(l->q, &first);
+		memcpy(requests, first, count * sizeof *first);
+		uq_output_sent(l->q, count);
+		return count;
+	}
+	uq_port_turn(l->port, l->q);
+	for (int64_t waiting = sr_waiting(&l->in); waiting > 0; waiting = sr_waiting(&l->in)) {
+		uint32_t piece = sr_peek(&l->in, (uint32_t)waiting, &at);
+
+		memcpy(requests + count, at, piece * sizeof requests[0]);
+		sr_consumed(&l->in, piece);
+		count += piece;
+	}
+	return count;
+}
+
+static void send(struct link *l, unsigned count)
+{
+	if (!l->port) {
+		uq_input(l->q, answers, count * sizeof answers[0]);
+		return;
+	}
+	if (sr_room(&l->out, count) != count)
+		fail("the ring is full");
+	sr_write(&l->out, answers, count);
+	sr_publish(&l->out);
+	uq_port_turn(l->port, l->q);
+}
+
+/* One way and back; what is only told, such as RELEASE, has no answer. */
+static void exchange(struct link *l, const struct kind *k)
+{
+	unsigned count = receive(l), answered = 0;
 
 	for (unsigned i = 0; i < count; i++)
-		if (first[i].kind == UQ_REQUEST || first[i].kind == UQ_PLACE || first[i].kind == UQ_DATA)
-			answers[answered++] = answer(k, &first[i]);
-	uq_output_sent(q, count);
+		if (requests[i].kind == UQ_REQUEST || requests[i].kind == UQ_PLACE || requests[i].kind == UQ_DATA)
+			answers[answered++] = answer(k, &requests[i]);
 	if (answered)
-		uq_input(q, answers, answered * sizeof answers[0]);
+		send(l, answered);
 }
 
 /* The data has been copied: the second completion of a write with need_get_data. */
@@ -101,16 +146,16 @@ static void copied(struct uq *q)
 			uq_complete(q, commands[i].tag, 0);
 }
 
-__attribute__((noinline)) void rounds(struct uq *q, const struct kind *k, unsigned batch, unsigned count)
+static void rounds(struct link *l, const struct kind *k, unsigned batch, unsigned count)
 {
 	for (unsigned i = 0; i < count; i++) {
-		uq_tick(q, 1);
-		arrive(q, k, batch);
+		uq_tick(l->q, 1);
+		arrive(l->q, k, batch);
 		if (k->place_in_backend)
-			exchange(q, k);
-		copied(q);
-		exchange(q, k);
-		take_commands(q);
+			exchange(l, k);
+		copied(l->q);
+		exchange(l, k);
+		take_commands(l->q);
 	}
 }
 
@@ -122,8 +167,6 @@ static struct uq *make(const struct kind *k)
 		.class = { { .buffer_bytes = IO_BYTES, .count = DEPTH, .reserve = 1, .batch = DEPTH, .most = DEPTH } },
 		.descriptors = descriptors, .pool = pool, .slots = slots, .scratch = scratch, .stats = &stats,
 	};
-	struct uq_descriptor hello = { .kind = UQ_HELLO, .device = DEVICE, .epoch = EPOCH };
-	const struct uq_descriptor *first;
 	uint32_t all[DEPTH];
 	struct uq *q = uq_new(&config);
 
@@ -134,29 +177,42 @@ static struct uq *make(const struct kind *k)
 	take_commands(q);
 	if (uq_link_expect(q, SEGMENT, own, sizeof own, k->reads_own, 0))
 		fail("the core expects no backend");
-	uq_input(q, &hello, sizeof hello);
-	uq_output_sent(q, uq_output(q, &first));
 	return q;
+}
+
+static void attach(struct link *l, bool rings)
+{
+	uint32_t entries = uq_port_entries(DEPTH);
+	uint8_t *memory = rings ? aligned_alloc(4096, uq_port_bytes(entries)) : NULL;
+
+	if (rings && (!memory || !(l->port = uq_port_new(memset(memory, 0, uq_port_bytes(entries)), entries))))
+		fail("no memory for the rings");
+	if (rings) {
+		l->in = sr_end_to_backend(memory, entries, 0);
+		l->out = sr_end_to_worker(memory, entries, 1);
+	}
+	answers[0] = (struct uq_descriptor){ .kind = UQ_HELLO, .device = DEVICE, .epoch = EPOCH };
+	send(l, 1);
+	receive(l);
 }
 
 int main(int argc, char **argv)
 {
-	unsigned batch = argc == 4 ? (unsigned)atoi(argv[2]) : 0, count = argc == 4 ? (unsigned)atoi(argv[3]) : 0;
+	unsigned batch = argc == 5 ? (unsigned)atoi(argv[3]) : 0, count = argc == 5 ? (unsigned)atoi(argv[4]) : 0;
+	bool rings = argc == 5 && !strcmp(argv[2], "rings");
 
 	for (size_t i = 0; i < sizeof kinds / sizeof kinds[0] && batch && batch <= DEPTH && count; i++) {
-		struct uq *q;
-		uint64_t expected = (uint64_t)batch * (count + WARM_UP_ROUNDS);
+		struct link l = { 0 };
 
 		if (strcmp(kinds[i].name, argv[1]))
 			continue;
-		q = make(&kinds[i]);
-		for (unsigned warm = 0; warm < WARM_UP_ROUNDS; warm++)
-			rounds(q, &kinds[i], batch, 1);
-		rounds(q, &kinds[i], batch, count);
-		if (stats.requests[kinds[i].op] != expected || stats.errors || stats.violations || uq_in_flight(q))
+		l.q = make(&kinds[i]);
+		attach(&l, rings);
+		rounds(&l, &kinds[i], batch, count);
+		if (stats.requests[kinds[i].op] != (uint64_t)batch * count || stats.errors || stats.violations ||
+		    uq_in_flight(l.q))
 			fail("not every request was served");
-		uq_free(q);
 		return 0;
 	}
-	fail("usage: queue_cost CASE BATCH ROUNDS");
+	fail("usage: queue_cost CASE frames|rings BATCH ROUNDS");
 }

@@ -106,7 +106,7 @@ def test_numbers_have_as_many_digits_as_mean_something(value: float, text: str) 
 def test_a_report_has_everybody_and_says_who_failed() -> None:
     samples = [each for cell in CELLS for each in _samples("kublk null -g", cell.name, 10.0, 20.0)]
     parties = [_party("kublk null -g"), _party("loop", error="StageError: no such module")]
-    text = report(_result(*samples, parties=parties), [InstructionCost("flush", 1, 510.0)])
+    text = report(_result(*samples, parties=parties), [InstructionCost("flush", "rings", 1, 510.0)])
     assert "| kublk null -g |  | 15.0 | 10.0 to 20.0 | 1.00 | 1.00 to 1.00 |" in text
     assert "| loop |  | failed |" in text
     assert "- loop: StageError: no such module" in text
@@ -121,8 +121,10 @@ def test_a_run_has_failed_if_anything_in_it_has() -> None:
 
 
 def test_batches_stand_side_by_side() -> None:
-    table = cost_table([InstructionCost("flush", 32, 409.25), InstructionCost("flush", 1, 510.0)])
-    assert "| request | 1 at a time | 32 at a time |" in table
+    table = cost_table(
+        [InstructionCost("flush", "rings", 32, 409.25), InstructionCost("flush", "rings", 1, 510.0)]
+    )
+    assert "| request | rings, 1 at a time | rings, 32 at a time |" in table
     assert "| flush | 510 | 409 |" in table
 
 
