@@ -12,6 +12,15 @@ KERNELS ?= 6.12 7.3
 VM_TIMEOUT_S ?= 2400
 DEMO_TIMEOUT_S ?= 600
 DURATION ?= 300
+# `make bench`: quick, full or growth; where the numbers go; how many CPUs a guest has.
+MODE ?= quick
+BENCH_OUT ?= bench/out
+BENCH_CPUS ?= 2
+BENCH_ARGS ?=
+# One boot unless KERNELS was given.
+BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
+BENCH_TIMEOUT_S = $(if $(filter quick,$(MODE)),3600,10800)
+BENCH_STEPS = $(if $(filter quick,$(MODE)),measure,$(if $(filter growth,$(MODE)),growth,measure growth))
 # What `make soak` sets in the tests' environment.
 SOAK ?=
 VM_TESTS ?= tests/vm
@@ -24,9 +33,11 @@ export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 # The guest shares this machine's root through virtiofsd, which needs root.
 AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
 GUEST = $(AS_ROOT) $(PY) -m support.guest
+# One step of the benchmark, where the driver is.
+BENCH_STEP = $(PY) -m bench $(1) --mode $(MODE) --revision "$$revision" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit test-vm soak demo clean
+.PHONY: help setup host compiled guest lint format test test-unit test-vm soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,7 +71,7 @@ guest: setup ## bring the test guest's QEMU and kernels into the cache
 
 lint: setup ## ruff, mypy, import-linter
 	@echo "lint: ruff"; $(VENV)/bin/ruff check .; $(VENV)/bin/ruff format --check .
-	@echo "lint: mypy"; $(VENV)/bin/mypy; $(VENV)/bin/mypy tests
+	@echo "lint: mypy"; $(VENV)/bin/mypy; $(VENV)/bin/mypy tests; $(VENV)/bin/mypy bench
 	@echo "lint: import-linter"; $(VENV)/bin/lint-imports
 
 format: setup ## let ruff rewrite the code's layout
@@ -102,6 +113,33 @@ demo: compiled ## a short tour on a real driver, here or in a guest
 	    $(GUEST) run --kernel 7.3 --timeout $(DEMO_TIMEOUT_S) -- \
 	        env PYTHONPATH="$$PYTHONPATH" UBLKPOOL_COLOUR=$$colour $(PY) -m support.demo; \
 	fi
+
+bench-host:
+	@bench/setup_host.sh
+
+$(VENV)/.bench: $(VENV)/.built
+	@echo "bench: installing what draws the charts"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
+	@touch $@
+
+bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full or growth
+	@$(PY) -m compileall -q bench
+	@$(PY) -m bench fetch $(BENCH_OUT)
+	@$(PY) -m bench cost $(BENCH_OUT)
+	@revision=$$(git describe --always --dirty 2> /dev/null || true); status=0; \
+	if $(HAS_DRIVER); then \
+	    for step in $(BENCH_STEPS); do $(call BENCH_STEP,$$step) || status=$$?; done; \
+	else \
+	    $(PY) -m support.guest fetch; \
+	    for kernel in $(BENCH_KERNELS); do \
+	        for step in $(BENCH_STEPS); do \
+	            $(GUEST) run --kernel $$kernel --cpus $(BENCH_CPUS) --timeout $(BENCH_TIMEOUT_S) --rw $(BENCH_OUT) -- \
+	                env PYTHONPATH="$$PYTHONPATH" $(call BENCH_STEP,$$step) || status=$$?; \
+	        done; \
+	    done; \
+	fi; \
+	$(PY) -m bench report $(BENCH_OUT); \
+	exit $$status
 
 clean: ## remove what was built, keep the guest's cache
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */_*.o */_*.c

@@ -1,0 +1,1 @@
+"""The benchmark: ublkpool and its peers side by side in one boot.  `bench/README.md` is the method."""

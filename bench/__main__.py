@@ -1,0 +1,166 @@
+"""The command line: `python -m bench fetch | cost | measure | growth | report`; `make bench` calls it in this order.
+
+`measure` and `growth` run where the driver is, in the guest or on the machine itself, as root.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from bench.instructions import CostError, InstructionCost, count_instructions
+from bench.kublk import KublkError, build_kublk
+from support.apt_archive import ArchiveError
+
+if TYPE_CHECKING:
+    from bench.stage import Stage
+
+MODES = {"quick": (3, 0.7), "full": (7, 3.0)}
+"""Rounds, and seconds for each cell."""
+KUBLK, COST = "kublk", "instructions.json"
+_directory = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """The command line."""
+
+
+@main.command()
+@click.argument("out", type=_directory)
+def fetch(out: Path) -> None:
+    """Build the peers that are built, and put them where the guest finds them."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(build_kublk(), out / KUBLK)
+    say("kublk is ready")
+
+
+@main.command()
+@click.argument("out", type=_directory)
+def cost(out: Path) -> None:
+    """Count the instructions of the queue core."""
+    say("counting instructions")
+    found = count_instructions()
+    (out / COST).write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+
+
+@main.command(name="measure")
+@click.option("--mode", type=click.Choice(list(MODES)), default="quick", show_default=True)
+@click.option("--only", default="", help="Contestants whose name matches this regular expression.")
+@click.option("--rounds", type=int, help="Instead of the mode's.")
+@click.option("--runtime", "runtime_s", type=float, metavar="SECONDS", help="Instead of the mode's.")
+@click.option("--revision", default="", help="What is measured, for the report.")
+@click.argument("out", type=_directory)
+def run_measure(
+    mode: str, only: str, rounds: int | None, runtime_s: float | None, revision: str, out: Path
+) -> None:
+    """Measure on this kernel; status 1 if a contestant failed."""
+    from bench.contestants import contestants, quick
+    from bench.measure import measure
+    from bench.ours import transports
+    from bench.results import Result, write_result
+
+    result = Result(
+        kernel=platform.release(),
+        date=_today(),
+        mode=mode,
+        cpus=os.cpu_count() or 1,
+        emulated=_is_emulated(),
+        rounds=rounds or MODES[mode][0],
+        runtime_s=runtime_s or MODES[mode][1],
+        revision=revision,
+    )
+    table = contestants(transports(_backend_help()), only)
+    if mode == "quick" and not only:
+        table = quick(table)
+    path = out / f"speed-{_series()}.json"
+    with _stage(out) as stage:
+        measure(stage, table, result, say, lambda each: write_result(each, path))
+    sys.exit(1 if result.failed else 0)
+
+
+@main.command(name="growth")
+@click.option("--devices-max", default=64, show_default=True)
+@click.option("--mode", hidden=True, help="As for measure, and of no effect.")
+@click.option("--revision", default="", help="What is measured, for the report.")
+@click.argument("out", type=_directory)
+def run_growth(devices_max: int, mode: str, revision: str, out: Path) -> None:
+    """Measure what grows on this kernel; status 1 if something failed."""
+    from bench.growth import grow
+    from bench.growth_results import Growth
+    from bench.results import write_result
+
+    growth = Growth(
+        kernel=platform.release(),
+        date=_today(),
+        cpus=os.cpu_count() or 1,
+        emulated=_is_emulated(),
+        revision=revision,
+    )
+    path = out / f"growth-{_series()}.json"
+    with _stage(out) as stage:
+        grow(stage, growth, say, lambda each: write_result(each, path), devices_max)
+    sys.exit(1 if growth.errors else 0)
+
+
+@main.command()
+@click.option("--into", type=_directory, help="Write the report there; otherwise beside the numbers.")
+@click.argument("out", type=_directory)
+def report(into: Path | None, out: Path) -> None:
+    """Make the tables and charts of what was measured."""
+    from bench.publish import publish
+
+    print(publish(out, into or out, _instructions(out)))
+
+
+def _instructions(out: Path) -> list[InstructionCost]:
+    path = out / COST
+    return msgspec.json.decode(path.read_bytes(), type=list[InstructionCost]) if path.exists() else []
+
+
+@contextmanager
+def _stage(out: Path) -> Iterator["Stage"]:
+    from bench.stage import Stage
+
+    scratch = tempfile.TemporaryDirectory(prefix="ublkpool-bench-", dir="/dev/shm")
+    with scratch as directory, Stage(Path(directory), (out / KUBLK).absolute()) as stage:
+        yield stage
+
+
+def _backend_help() -> str:
+    command = [sys.executable, "-m", "ublkpool.daemon", "backend", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def _is_emulated() -> bool:
+    return "UBLKPOOL_GUEST" in os.environ and os.environ.get("UBLKPOOL_KVM") != "1"
+
+
+def _series() -> str:
+    return ".".join(platform.release().split(".")[:2])
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"bench: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (KublkError, CostError, ArchiveError) as error:
+        sys.exit(f"bench: {error}")

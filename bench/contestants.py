@@ -1,0 +1,106 @@
+"""The table of contestants: what it is called, how it is started and, by leaving that again, stopped.
+
+A contestant's start yields its `Disks`: the device node, and whose CPU time and memory count.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench import ours, peers
+from bench.ours import BACKENDS, Start
+from bench.results import Transport
+
+
+class Contestant(NamedTuple):
+    """`family` groups rows; `stores` says that its disk is to be filled before it is measured."""
+
+    name: str
+    start: Start
+    family: str
+    how: str
+    transport: Transport = ""
+    stores: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it is, whatever the transport."""
+        return self.name.removesuffix(f", {self.transport}")
+
+    @property
+    def slug(self) -> str:
+        """Its name for devices and files."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+PEERS = (
+    Contestant("null_blk", peers.null_blk, "kernel", "configfs, 2 queues, stores nothing"),
+    Contestant("loop", peers.loop, "kernel", "losetup --direct-io=on, tmpfs", stores=True),
+    Contestant("kublk null", peers.kublk("null"), "kublk", "-q 2 -d 128"),
+    Contestant("kublk null -g", peers.kublk("null", "-g"), "kublk", "-q 2 -d 128, NEED_GET_DATA"),
+    Contestant("kublk loop", peers.kublk("loop"), "kublk", "-q 2 -d 128, tmpfs", stores=True),
+    Contestant(
+        "kublk loop -g", peers.kublk("loop", "-g"), "kublk", "-q 2 -d 128, tmpfs, NEED_GET_DATA", stores=True
+    ),
+    Contestant(
+        "nbdkit memory", peers.NBDKIT_MEMORY.start, "nbdkit", "2 connections; -t 1 at depth 1", stores=True
+    ),
+    Contestant(
+        "nbdkit Python", peers.NBDKIT_PYTHON.start, "nbdkit", "2 connections; -t 1 at depth 1", stores=True
+    ),
+)
+
+
+def ours_over(transport: Transport) -> tuple[Contestant, ...]:
+    """Ours over one transport; an empty one leaves the choice to `ublkpool backend`."""
+
+    def entry(name: str, start: Start, how: str, *, stores: bool = True) -> Contestant:
+        full = f"{name}, {transport}" if transport else name
+        return Contestant(full, start, "ublkpool", how, transport, stores)
+
+    start, functions, batch = ours.backend, BACKENDS / "python_functions.py", BACKENDS / "python_batch.py"
+    return (
+        entry("null, pool", start("null", transport=transport), "NEED_GET_DATA", stores=False),
+        entry(
+            "null, backend",
+            start("null", transport=transport, placement="backend"),
+            "NEED_GET_DATA, placement backend",
+            stores=False,
+        ),
+        entry("memory, pool", start("memory", transport=transport), "NEED_GET_DATA"),
+        entry(
+            "memory, backend",
+            start("memory", transport=transport, placement="backend"),
+            "NEED_GET_DATA, placement backend",
+        ),
+        entry("file, pool", start("file", transport=transport, file="path"), "NEED_GET_DATA, tmpfs"),
+        entry(
+            "file, backend",
+            start("file", transport=transport, placement="backend", file="path"),
+            "NEED_GET_DATA, placement backend, tmpfs",
+        ),
+        entry("Python functions", start(str(functions), transport=transport), "NEED_GET_DATA"),
+        entry("Python batch", start(str(batch), transport=transport), "NEED_GET_DATA"),
+    )
+
+
+def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
+    """All of them, or those whose names match the regular expression `only`."""
+    found = [*PEERS, *(each for transport in transports for each in ours_over(transport))]
+    return [each for each in found if re.search(only, each.name)]
+
+
+def quick(table: Sequence[Contestant]) -> list[Contestant]:
+    """Those that the targets are about: over ZeroMQ, where there are rings, only the two ends of the range."""
+    has_rings = any(each.transport == "ring" for each in table)
+    return [
+        each for each in table if each.kind not in _NOT_QUICK and not (has_rings and _is_slower_way(each))
+    ]
+
+
+_NOT_QUICK = frozenset({"loop", "kublk null", "kublk loop"})
+_QUICK_OVER_ZEROMQ = frozenset({"null, pool", "Python functions"})
+
+
+def _is_slower_way(each: Contestant) -> bool:
+    return each.transport == "zeromq" and each.kind not in _QUICK_OVER_ZEROMQ

@@ -1,0 +1,98 @@
+"""What a growth run finds, and its tables.  Pure."""
+
+import msgspec
+
+from bench.tables import markdown_table, number
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One point of one series: `axis` grows, `at` says how far; CPU time in microseconds for each request."""
+
+    axis: str
+    at: int
+    iops: float = 0.0
+    machine_us: float = 0.0
+    worker_us: float = 0.0
+    backend_us: float = 0.0
+    enters: float = 0.0
+    error: str = ""
+
+
+class Idle(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of processes that have nothing to do, KiB for each of them, with so many devices."""
+
+    devices: int
+    part: str
+    processes: int
+    pss_kib: float
+    uss_kib: float
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """How long it took, seconds."""
+
+    what: str
+    seconds: float
+
+
+class Growth(msgspec.Struct, kw_only=True):
+    """A growth run on one kernel."""
+
+    kernel: str
+    date: str
+    cpus: int
+    emulated: bool
+    revision: str = ""
+    transport: str = ""
+    steps: list[Step] = []
+    idle: list[Idle] = []
+    timings: list[Timing] = []
+    errors: list[str] = []
+
+
+def growth_report(growth: Growth) -> str:
+    """Everything about one run."""
+    revision = f", revision {growth.revision}" if growth.revision else ""
+    where = ", emulated" if growth.emulated else ""
+    sections = [
+        f"## Growth, Linux {growth.kernel}\n\n{growth.date}{revision}, {growth.cpus} CPUs{where}. Backend `null`, "
+        f"need_get_data, placement pool, transport {growth.transport or 'ZeroMQ'}.\n"
+    ]
+    for axis in dict.fromkeys(each.axis for each in growth.steps):
+        sections.append(
+            f"### {axis}\n\n" + _steps_table([each for each in growth.steps if each.axis == axis])
+        )
+    if growth.idle:
+        sections.append("### Memory while nothing happens\n\n" + _idle_table(growth.idle))
+    if growth.timings:
+        rows = [[each.what, f"{each.seconds:.1f}"] for each in growth.timings]
+        sections.append("### Time\n\n" + markdown_table(["what", "s"], rows))
+    if growth.errors:
+        sections.append("### Failed\n\n" + "".join(f"- {each}\n" for each in growth.errors))
+    return "\n".join(sections)
+
+
+def _steps_table(steps: list[Step]) -> str:
+    head = ["at", "IOPS", "CPU us a request", "worker us", "backend us", "io_uring_enter a request"]
+    rows = [
+        [f"{each.at:,}", each.error, "", "", "", ""]
+        if each.error
+        else [
+            f"{each.at:,}",
+            number(each.iops),
+            number(each.machine_us),
+            number(each.worker_us),
+            number(each.backend_us),
+            f"{each.enters:.2f}",
+        ]
+        for each in steps
+    ]
+    return markdown_table(head, rows)
+
+
+def _idle_table(idle: list[Idle]) -> str:
+    rows = [
+        [str(each.devices), each.part, str(each.processes), number(each.pss_kib), number(each.uss_kib)]
+        for each in idle
+    ]
+    return markdown_table(["devices", "part", "processes", "PSS KiB each", "USS KiB each"], rows)

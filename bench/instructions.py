@@ -1,0 +1,100 @@
+"""Instructions of the queue core for each request: counted by callgrind, the same to the instruction each time.
+
+A small C program (`csrc/queue_cost.c`) plays the ring and the backend.  Only what it calls in the core counts, with
+all that this calls in turn.  Two runs of different length are subtracted, so that starting costs nothing.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+CASES = {
+    "write-pool": "write, need_get_data, placement pool",
+    "write-backend": "write, need_get_data, placement backend",
+    "write-lent": "write, need_get_data off",
+    "read-pool": "read into a pool buffer",
+    "read-own": "read from the backend's own memory",
+    "flush": "flush",
+    "discard": "discard",
+}
+TRANSPORTS = ("frames", "rings")
+BATCHES = (1, 32)
+_ROUNDS = 100
+_HERE = Path(__file__).resolve().parent
+_CORE = _HERE.parent / "ublk" / "csrc"
+_SHARED = _HERE.parent / "bufpool" / "csrc"
+_CORE_FILES = ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_port.c")
+# As ublk/_native_build.py compiles them.
+_FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
+_HARNESS = "queue_cost.c"
+
+
+class CostError(Exception):
+    """The core's cost cannot be counted; the text is one line."""
+
+
+class InstructionCost(msgspec.Struct, frozen=True):
+    """Instructions for each request of a case, when so many come at a time."""
+
+    case: str
+    transport: str
+    batch: int
+    instructions: float
+
+
+def count_instructions() -> list[InstructionCost]:
+    """Compile, run and count every case.  Raises `CostError`."""
+    with tempfile.TemporaryDirectory(prefix="ublkpool-cost-") as directory:
+        program = Path(directory) / "queue_cost"
+        sources = [_HERE / "csrc" / _HARNESS, *(_CORE / each for each in _CORE_FILES)]
+        _run(["gcc", *_FLAGS, "-g", "-I", _CORE, "-I", _SHARED, "-o", program, *sources])
+        return [
+            _cost(program, case, transport, batch)
+            for case in CASES
+            for transport in TRANSPORTS
+            for batch in BATCHES
+        ]
+
+
+def _cost(program: Path, case: str, transport: str, batch: int) -> InstructionCost:
+    words = (case, transport, str(batch))
+    short, long = (_counted(program, *words, str(rounds)) for rounds in (_ROUNDS, 2 * _ROUNDS))
+    return InstructionCost(case, transport, batch, (long - short) / (_ROUNDS * batch))
+
+
+def _counted(program: Path, *words: str) -> int:
+    out = program.with_suffix(".callgrind")
+    valgrind = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}"]
+    uncompressed = ["--compress-strings=no", "--compress-pos=no"]
+    _run([*valgrind, *uncompressed, program, *words])
+    return core_instructions(out.read_text(), _HARNESS)
+
+
+def _run(command: list[str | Path]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise CostError(f"{command[0]} is missing: `make bench-host` installs it") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-300:]
+        raise CostError(f"{Path(command[0]).name} ended with {done.returncode}: {said}")
+
+
+def core_instructions(profile: str, harness: str) -> int:
+    """The instructions of every call that functions of the file `harness` make into the core (`uq_*`)."""
+    total = 0
+    ours = into_core = False
+    lines = iter(profile.splitlines())
+    for line in lines:
+        if match := re.match(r"(fl|cfn)=(.*)", line):
+            if match.group(1) == "fl":
+                ours = match.group(2).endswith(f"/{harness}")
+            else:
+                into_core = match.group(2).startswith("uq_")
+        elif line.startswith("calls="):
+            cost = next(lines).split()
+            total += int(cost[1]) if ours and into_core else 0
+    return total

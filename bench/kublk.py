@@ -1,0 +1,86 @@
+"""kublk, built in the cache from Debian's packages: nothing of the kernel's source is in this repository.
+
+The packages are fetched and checked as the test guest's are.  A part that exists is complete: it is made beside its
+place and renamed into it last.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from support.apt_archive import Archive
+from support.guest_cache import default_cache
+
+_SOURCE = "tools/testing/selftests/ublk"
+# The newest kernel's source and headers; a liburing that knows what kublk calls, linked statically.
+_PACKAGES = (
+    ("trixie-backports", r"linux-source-\d+\.\d+"),
+    ("trixie-backports", "linux-libc-dev"),
+    ("trixie", "liburing-dev"),
+)
+_LIBRARY = "usr/lib/x86_64-linux-gnu/liburing.a"
+_INCLUDES = ("usr/include", "usr/include/x86_64-linux-gnu")
+# A program of its own in the same folder.
+_NOT_KUBLK = "metadata_size.c"
+
+
+class KublkError(Exception):
+    """kublk cannot be built; the text is one line."""
+
+
+def kublk_path() -> Path:
+    """Where kublk is, once it is built."""
+    return default_cache().with_name("ublkpool-bench") / "kublk" / "kublk"
+
+
+def build_kublk() -> Path:
+    """Fetch, build, and return where it is.  Raises `ArchiveError` or `KublkError`."""
+    path = kublk_path()
+    if path.exists():
+        return path
+    staging = path.parent.with_name("kublk.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tree, versions = _unpacked(staging)
+    _compile(tree, staging / "kublk")
+    shutil.rmtree(tree)
+    (staging / "packages").write_text("\n".join(versions) + "\n")
+    staging.rename(path.parent)
+    return path
+
+
+def _unpacked(staging: Path) -> tuple[Path, list[str]]:
+    archive = Archive.of_this_host(staging)
+    tree = staging / "tree"
+    tree.mkdir()
+    versions = []
+    for suite, pattern in _PACKAGES:
+        package = archive.newest(suite, pattern)
+        deb = archive.download(package)
+        subprocess.run(["dpkg", "-x", deb, tree], check=True)
+        deb.unlink()
+        versions.append(f"{package.name} {package.version}")
+    packed = next((tree / "usr/src").glob("linux-source-*.tar.xz"))
+    subprocess.run(["tar", "-C", tree, "-xf", packed, "--wildcards", f"*/{_SOURCE}"], check=True)
+    return tree, versions
+
+
+def _compile(tree: Path, target: Path) -> None:
+    source = next(tree.glob(f"linux-source-*/{_SOURCE}"))
+    files = sorted(each for each in source.glob("*.c") if each.name != _NOT_KUBLK)
+    includes = [word for each in _INCLUDES for word in ("-isystem", str(tree / each))]
+    command: list[str | Path] = [
+        "gcc",
+        "-O3",
+        "-D_GNU_SOURCE=",
+        *includes,
+        "-o",
+        target,
+        *files,
+        tree / _LIBRARY,
+        "-lpthread",
+        "-lm",
+    ]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise KublkError(f"kublk does not compile: {' '.join(built.stderr.split())[:300]}")

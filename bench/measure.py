@@ -1,0 +1,262 @@
+"""The rounds: every contestant is up, and each cell of each round goes through all of them, one after the other.
+
+So whatever else changes on the machine meanwhile meets everybody.  One that fails is reported and left out of the
+rest; it takes nobody with it.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_done, take_books
+from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
+from bench.contestants import Contestant
+from bench.results import Party, Result, Sample, Syscalls
+from bench.stage import Disk, Disks, Stage, StageError, fill
+from bench.syscalls import SyscallsError, counted, counting
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import DeviceStats
+
+FAILURES = (StageError, FioError, DaemonError, OSError, subprocess.SubprocessError, AssertionError)
+COUNTED = ("enters", "turns", "wakeups", "bells", "commits", "descriptors_in", "descriptors_out")
+_FIO_PATIENCE_S = 120.0
+_POLL_S = 0.02
+_LEAD_S = 0.1
+_IDLE_S = 3.0
+Say = Callable[[str], None]
+
+
+class Entered:
+    """A contestant that is up, until it fails."""
+
+    def __init__(self, contestant: Contestant, disks: Disks, stack: ExitStack) -> None:
+        self.contestant = contestant
+        self.disks = disks
+        self.stack = stack
+
+
+def measure(
+    stage: Stage, table: Sequence[Contestant], result: Result, say: Say, keep: Callable[[Result], None]
+) -> None:
+    """Run all rounds into `result`; `keep` is called after each round with what there is by then."""
+    entered = [each for each in (_enter(stage, one, result, say) for one in table) if each]
+    result.idle_load = idle_load(_IDLE_S)
+    say(f"everybody is up; idle, {result.idle_load:.1%} of the CPUs' time is used")
+    try:
+        for number in range(result.rounds):
+            for cell in CELLS:
+                line = [
+                    _run_cell(stage, each, cell, number, result, say) for each in _rotated(entered, number)
+                ]
+                entered = [each for each in entered if each in [one for one in line if one]]
+            keep(result)
+        _count_syscalls(entered, result, say)
+    finally:
+        for each in reversed(entered):
+            _leave(each, result, say)
+    keep(result)
+
+
+def idle_load(seconds: float) -> float:
+    """The share of all CPUs' time that is used while nobody asks for anything: what the idle take from the others."""
+    before = machine_cpu()
+    time.sleep(seconds)
+    return sum(machine_cpu() - before) / seconds / (os.cpu_count() or 1)
+
+
+def _rotated(entered: Sequence[Entered], number: int) -> list[Entered]:
+    """Nobody always follows the same one."""
+    start = number * (len(entered) // 3 + 1) % max(1, len(entered))
+    return [*entered[start:], *entered[:start]]
+
+
+def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> Entered | None:
+    started_s = time.monotonic()
+    stack = ExitStack()
+    try:
+        disks = stack.enter_context(contestant.start(stage, contestant.slug))
+        up_s = time.monotonic() - started_s
+        for disk in disks.all() if contestant.stores else []:
+            fill(disk.node)
+        memory = _memory(disks.all()[0])
+    except FAILURES as error:
+        _fail(contestant, error, result, say)
+        _close(stack, contestant, say)
+        return None
+    result.parties.append(_party(contestant, memory=memory))
+    ready_s = time.monotonic() - started_s
+    say(f"{contestant.name}: up on {disks.all()[0].node} after {up_s:.1f} s, filled after {ready_s:.1f} s")
+    return Entered(contestant, disks, stack)
+
+
+def _party(
+    contestant: Contestant, *, memory: dict[str, tuple[int, int]] | None = None, error: str = ""
+) -> Party:
+    return Party(
+        name=contestant.name,
+        kind=contestant.kind,
+        family=contestant.family,
+        transport=contestant.transport,
+        how=contestant.how,
+        memory_kib=memory or {},
+        error=error,
+    )
+
+
+def _memory(disk: Disk) -> dict[str, tuple[int, int]]:
+    found = {}
+    for part, pids in disk.parts.items():
+        each = [memory_of(pid) for pid in pids if Path(f"/proc/{pid}/smaps_rollup").exists()]
+        found[part] = (sum(one.pss_kib for one in each), sum(one.uss_kib for one in each))
+    return found
+
+
+def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> None:
+    """In runs of their own, for counting costs time; a kernel that cannot count leaves the table empty."""
+    for each in entered:
+        for cell in (CELLS[0], CELLS[1]):
+            disk = each.disks.disk_for(cell)
+            try:
+                parts = syscalls_of(disk, cell, result.runtime_s)
+            except SyscallsError as error:
+                say(f"system calls are not counted: {error}")
+                return
+            except FAILURES as error:
+                _fail(each.contestant, error, result, say)
+                break
+            result.syscalls.append(Syscalls(contestant=each.contestant.name, cell=cell.name, parts=parts))
+
+
+def syscalls_of(disk: Disk, cell: Cell, runtime_s: float) -> dict[str, float]:
+    """System calls for each request, by part.  Raises `FioError` or `SyscallsError`."""
+    with counting() as histogram:
+        requests = requests_done(disk.node)
+        before = counted(histogram, disk.parts)
+        run_fio(disk, cell, runtime_s)
+        after = counted(histogram, disk.parts)
+        done = max(1, requests_done(disk.node) - requests)
+    return {part: (after[part] - before[part]) / done for part in after}
+
+
+def _fail(contestant: Contestant, error: BaseException, result: Result, say: Say) -> None:
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    say(f"{contestant.name}: FAILED: {text}")
+    result.parties = [each for each in result.parties if each.name != contestant.name]
+    result.parties.append(_party(contestant, error=text))
+
+
+def _close(stack: ExitStack, contestant: Contestant, say: Say) -> None:
+    try:
+        stack.close()
+    except FAILURES as error:
+        say(f"{contestant.name}: while it was stopped: {error}")
+
+
+def _leave(each: Entered, result: Result, say: Say) -> None:
+    try:
+        each.stack.close()
+    except FAILURES as error:
+        _fail(each.contestant, error, result, say)
+
+
+def _run_cell(
+    stage: Stage, each: Entered, cell: Cell, number: int, result: Result, say: Say
+) -> Entered | None:
+    disk = each.disks.disk_for(cell)
+    before = _stats(stage, disk)
+    try:
+        numbers, books = run_fio(disk, cell, result.runtime_s)
+    except FAILURES as error:
+        _fail(each.contestant, error, result, say)
+        _close(each.stack, each.contestant, say)
+        return None
+    counters = _per_request(before, _stats(stage, disk))
+    sample = make_sample((each.contestant.name, cell, number), numbers, books, counters)
+    result.samples.append(sample)
+    say(
+        f"round {number + 1}, {cell.name}, {each.contestant.name}: {_spoken(sample, numbers.shown(cell), cell)}"
+    )
+    return each
+
+
+def _spoken(sample: Sample, shown: float, cell: Cell) -> str:
+    parts = ", ".join(f"{name} {user:.0f}+{system:.0f}" for name, (user, system) in sample.parts_us.items())
+    return f"{shown:,.0f} {cell.unit}; {sample.machine_us:.0f} us CPU a request ({parts})"
+
+
+def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
+    """Run one cell on a disk; the books are of a time within it, when fio neither starts nor ends.
+
+    Raises `FioError`.
+    """
+    cpus = job_cpus(queue_cpus(disk.node), cell.jobs)
+    idle = requests_done(disk.node)
+    command = fio_command(disk.node, cell, cpus, runtime_s)
+    fio = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        parts = {**disk.parts, "fio": [fio.pid]}
+        while requests_done(disk.node) == idle and fio.poll() is None:
+            time.sleep(_POLL_S)
+        first = take_books(disk.node, parts)
+        time.sleep(max(_LEAD_S, runtime_s - 2 * _LEAD_S))
+        second = take_books(disk.node, parts)
+        output, _ = fio.communicate(timeout=_FIO_PATIENCE_S)
+    except BaseException:
+        fio.kill()
+        fio.wait()
+        raise
+    return parse_fio(output, fio.returncode), (first, second)
+
+
+def make_sample(
+    run: tuple[str, Cell, int], numbers: FioNumbers, books: tuple[Books, Books], counters: dict[str, float]
+) -> Sample:
+    """The numbers of one run (whose, which cell, which round), CPU time for each request."""
+    name, cell, number = run
+    first, second = books
+    requests = max(1, second.requests - first.requests)
+    machine = second.machine - first.machine
+    parts = {part: second.parts[part] - first.parts[part] for part in second.parts}
+    return Sample(
+        contestant=name,
+        cell=cell.name,
+        round=number,
+        iops=numbers.iops,
+        bytes_per_s=numbers.bytes_per_s,
+        latency_us=numbers.latency_us,
+        machine_us=(machine.user_s + machine.system_s) * 1e6 / requests,
+        parts_us={
+            part: (cpu.user_s * 1e6 / requests, cpu.system_s * 1e6 / requests) for part, cpu in parts.items()
+        },
+        counters=counters,
+    )
+
+
+def _stats(stage: Stage, disk: Disk) -> DeviceStats | None:
+    return stage.daemon.stats(disk.device) if disk.device else None
+
+
+def _per_request(before: DeviceStats | None, after: DeviceStats | None) -> dict[str, float]:
+    """What the workers counted between two moments, for each request; bytes copied for each byte moved."""
+    if before is None or after is None:
+        return {}
+    old, new = _sums(before), _sums(after)
+    grown = {name: new[name] - old[name] for name in new}
+    requests, moved = max(1, grown.pop("requests")), max(1, grown.pop("bytes"))
+    found = {name: grown[name] / requests for name in COUNTED if name in grown}
+    return found | {name: grown[name] / moved for name in ("kernel_bytes", "own_bytes")}
+
+
+def _sums(stats: DeviceStats) -> dict[str, int]:
+    queues = stats.queues
+    found = {name: sum(each.counters.get(name, 0) for each in queues) for name in COUNTED}
+    found["requests"] = sum(each.requests.read + each.requests.write for each in queues)
+    found["bytes"] = sum(each.bytes.read + each.bytes.write for each in queues)
+    found["kernel_bytes"] = sum(each.copies.kernel_bytes for each in queues)
+    found["own_bytes"] = sum(each.copies.own_bytes for each in queues)
+    return found

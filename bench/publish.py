@@ -1,0 +1,36 @@
+"""The report's files: RESULTS.md and the charts, from the JSON files of one output directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench.charts import draw_cpu, draw_speed
+from bench.growth_results import Growth, growth_report
+from bench.instructions import InstructionCost
+from bench.results import read_result
+from bench.tables import report
+
+_PREFACE = (
+    "# What was measured\n\n"
+    "Written by `make bench`, see README.md here for the method. Ratios within one table mean something; "
+    "absolute numbers of an emulated guest do not.\n"
+)
+
+
+def publish(out: Path, into: Path, instructions: Sequence[InstructionCost]) -> str:
+    """Write all there is in `out` as a report into `into`; returns its text."""
+    into.mkdir(parents=True, exist_ok=True)
+    sections = [_PREFACE]
+    for path in sorted(out.glob("speed-*.json"), reverse=True):
+        result = read_result(path)
+        charts = {f"{path.stem}.png": draw_speed, f"{path.stem.replace('speed', 'cpu')}.png": draw_cpu}
+        for name, draw in charts.items():
+            draw(result, into / name)
+        links = "\n".join(f"![{name}]({name})\n" for name in charts)
+        sections.append(report(result, instructions) + "\n" + links)
+    for path in sorted(out.glob("growth-*.json"), reverse=True):
+        sections.append(growth_report(msgspec.json.decode(path.read_bytes(), type=Growth)))
+    text = "\n".join(sections)
+    (into / "RESULTS.md").write_text(text)
+    return text

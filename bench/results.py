@@ -1,0 +1,80 @@
+"""What a run finds, as it is written to JSON; the tables and charts are made of this and nothing else."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Transport = Literal["", "zeromq", "ring"]
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of fio.  CPU times are microseconds for each request; `counters` are per request."""
+
+    contestant: str
+    cell: str
+    round: int
+    iops: float = 0.0
+    bytes_per_s: float = 0.0
+    latency_us: float = 0.0
+    machine_us: float = 0.0
+    parts_us: dict[str, tuple[float, float]] = {}
+    """By part of the contestant, such as worker and backend: in user space, in the kernel."""
+    counters: dict[str, float] = {}
+    error: str = ""
+
+
+class Syscalls(msgspec.Struct, frozen=True, kw_only=True):
+    """System calls for each request, by part."""
+
+    contestant: str
+    cell: str
+    parts: dict[str, float]
+
+
+class Party(msgspec.Struct, frozen=True, kw_only=True):
+    """A contestant as it was run; memory in KiB, idle, by part: (PSS, USS) of all its processes."""
+
+    name: str
+    kind: str
+    """What it is, whatever the transport."""
+    family: str
+    transport: Transport = ""
+    how: str = ""
+    memory_kib: dict[str, tuple[int, int]] = {}
+    error: str = ""
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """A whole run on one kernel."""
+
+    kernel: str
+    date: str
+    mode: str
+    cpus: int
+    emulated: bool
+    rounds: int
+    runtime_s: float
+    idle_load: float = 0.0
+    """The share of the CPUs' time that is used while everybody is up and idle."""
+    revision: str = ""
+    parties: list[Party] = []
+    samples: list[Sample] = []
+    syscalls: list[Syscalls] = []
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything failed."""
+        return any(each.error for each in self.parties) or any(each.error for each in self.samples)
+
+
+def write_result(result: msgspec.Struct, path: Path) -> None:
+    """Write it so that it is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+    partial.rename(path)
+
+
+def read_result(path: Path) -> Result:
+    """Raises `msgspec.DecodeError` if the file is something else."""
+    return msgspec.json.decode(path.read_bytes(), type=Result)

@@ -1,0 +1,133 @@
+"""What contestants stand on: a scratch directory in memory, the daemon of ours, and their disks."""
+
+import mmap
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+from bench.cells import REGION_BYTES, Cell
+from support.vm_daemon import Daemon
+
+DEADLINE_S = 120.0
+_POLL_S = 0.02
+_FILL_BYTES = 1 << 20
+
+
+class Disk:
+    """A disk that is up: its node, and the processes that serve it by part, such as worker and backend."""
+
+    def __init__(self, node: str, parts: Mapping[str, Sequence[int]], device: str = "") -> None:
+        self.node = node
+        self.parts = parts
+        self.device = device
+        """The name of ours; empty for peers."""
+
+
+class Disks:
+    """A contestant that is up; some peers are set differently for depth 1."""
+
+    def __init__(self, disk: Disk, at_depth_1: Disk | None = None) -> None:
+        self._disk = disk
+        self._at_depth_1 = at_depth_1 or disk
+
+    def disk_for(self, cell: Cell) -> Disk:
+        """The one to run this cell on."""
+        return self._at_depth_1 if cell.depth == 1 else self._disk
+
+    def all(self) -> list[Disk]:
+        """Each once."""
+        return list(dict.fromkeys((self._disk, self._at_depth_1)))
+
+
+class StageError(Exception):
+    """A contestant cannot be started; the text is one line."""
+
+
+class Stage:
+    """Leaving it stops the daemon."""
+
+    def __init__(self, directory: Path, kublk: Path) -> None:
+        self.directory = directory
+        self.kublk = kublk
+        self._daemon: Daemon | None = None
+        self._cleanup = ExitStack()
+        self._numbers = iter(range(100, 1000))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def daemon(self) -> Daemon:
+        """The daemon of ours, started when it is first asked for."""
+        if self._daemon is None:
+            daemon = Daemon(name="bench")
+            self._cleanup.callback(daemon.close)
+            daemon.start()
+            self._daemon = daemon
+        return self._daemon
+
+    def next_number(self) -> int:
+        """A device number that nobody else here uses."""
+        return next(self._numbers)
+
+    def make_file(self, name: str) -> Path:
+        """A file of REGION_BYTES whose every block is there, on the scratch directory's tmpfs."""
+        path = self.directory / name
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, REGION_BYTES)
+        return path
+
+
+def run(*command: str | Path) -> str:
+    """Run a command to its end; what it printed.  Raises `StageError` with its last words."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[-200:]
+        raise StageError(f"{Path(command[0]).name} {command[1]} ended with {done.returncode}: {said}")
+    return done.stdout
+
+
+@contextmanager
+def process(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> Iterator[int]:
+    """A process for the length of a block; SIGTERM ends it, and if that does not, SIGKILL."""
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env)
+    try:
+        yield child.pid
+    finally:
+        child.terminate()
+        try:
+            child.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def wait_for(check: Callable[[], bool], what: str) -> None:
+    """Return when it is so.  Raises `StageError` naming what did not come."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not check():
+        if time.monotonic() > deadline:
+            raise StageError(f"not within {DEADLINE_S:.0f} s: {what}")
+        time.sleep(_POLL_S)
+
+
+def fill(node: str) -> None:
+    """Write every block of the region once, past the page cache, so that later writes allocate nothing."""
+    disk = os.open(node, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, _FILL_BYTES) as page:
+            page.write(b"\xa5" * _FILL_BYTES)
+            for offset in range(0, REGION_BYTES, _FILL_BYTES):
+                os.pwritev(disk, [page], offset)
+    finally:
+        os.close(disk)

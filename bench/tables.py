@@ -1,0 +1,233 @@
+"""The report in Markdown, from a result and nothing else.  Pure."""
+
+from collections.abc import Iterable, Sequence
+
+from bench.cells import CELLS, Cell
+from bench.instructions import CASES, InstructionCost
+from bench.ratios import Spread, mean_of, ratio_spread, samples_of, value_spread
+from bench.results import Party, Result, Sample
+from bench.targets import Verdict, verdicts
+
+BASELINE = "kublk null -g"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    lines = [_line(head), _line([":---", *("---:" for _ in head[1:])])]
+    return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |"
+
+
+def report(result: Result, instructions: Sequence[InstructionCost] = ()) -> str:
+    """Everything about one run."""
+    sections = [
+        heading(result),
+        "### Speed\n\n" + speed_table(result),
+        *(f"### {cell.name}\n\n" + cell_table(result, cell) for cell in CELLS),
+        "### Targets\n\n" + target_table(verdicts(result)),
+        "### CPU time for each request\n\n" + cpu_table(result),
+        "### Counted for each request\n\n" + counter_table(result),
+        "### System calls for each request\n\n" + syscall_table(result),
+        "### Memory\n\n" + memory_table(result),
+    ]
+    if instructions:
+        sections.append("### Instructions of the queue core for each request\n\n" + cost_table(instructions))
+    if result.failed:
+        sections.append("### Failed\n\n" + failure_list(result))
+    return "\n".join(sections)
+
+
+def heading(result: Result) -> str:
+    """What was measured, where and when."""
+    where = (
+        "a guest under TCG, which emulates every instruction" if result.emulated else "this machine itself"
+    )
+    transports = sorted({str(each.transport) for each in result.parties} - {""}) or ["ZeroMQ, the only one"]
+    revision = f", revision {result.revision}" if result.revision else ""
+    return (
+        f"## Linux {result.kernel}\n\n"
+        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {result.rounds} rounds of "
+        f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}. "
+        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.\n"
+    )
+
+
+def speed_table(result: Result) -> str:
+    """The overview: medians."""
+    head = ["contestant", "transport", *(f"{cell.name}, {cell.unit}" for cell in CELLS)]
+    rows = [
+        [*_who(party), *(_median(value_spread(result, party.name, cell.name)) for cell in CELLS)]
+        for party in result.parties
+    ]
+    return markdown_table(head, rows)
+
+
+def _who(party: Party) -> list[str]:
+    """The first two columns; a peer has no transport of ours."""
+    return [party.kind, party.transport]
+
+
+def _median(found: Spread | None) -> str:
+    return "failed" if found is None else number(found.median)
+
+
+def cell_table(result: Result, cell: Cell) -> str:
+    """One cell: the number and its range, the ratio to the baseline and its range, CPU time, latency."""
+    head = [
+        "contestant",
+        "transport",
+        cell.unit,
+        "range",
+        f"ratio to {BASELINE}",
+        "range",
+        "CPU us",
+        "latency us",
+    ]
+    return markdown_table(head, [_cell_row(result, party, cell) for party in result.parties])
+
+
+def _cell_row(result: Result, party: Party, cell: Cell) -> list[str]:
+    value = value_spread(result, party.name, cell.name)
+    if value is None:
+        return [*_who(party), "failed", "", "", "", "", ""]
+    ratio = ratio_spread(result, party.name, BASELINE, cell.name)
+    samples = samples_of(result, party.name, cell.name)
+    return [
+        *_who(party),
+        number(value.median),
+        f"{number(value.low)} to {number(value.high)}",
+        f"{ratio.median:.2f}" if ratio else "",
+        f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio else "",
+        number(mean_of([each.machine_us for each in samples])),
+        number(mean_of([each.latency_us for each in samples])),
+    ]
+
+
+def target_table(found: Sequence[Verdict]) -> str:
+    """Every target: what was wanted, what was found."""
+    head = ["ours", "cell", "against", "wanted over", "measured over", "goal", "ratio", "range", "state"]
+    return markdown_table(head, [_target_row(each) for each in found])
+
+
+def _target_row(each: Verdict) -> list[str]:
+    ratio = (
+        [f"{each.ratio.median:.2f}", f"{each.ratio.low:.2f} to {each.ratio.high:.2f}"]
+        if each.ratio
+        else ["", ""]
+    )
+    return [
+        each.kind,
+        each.cell,
+        each.baseline,
+        each.wanted_over,
+        each.over,
+        f"{each.goal:.1f}",
+        *ratio,
+        each.state,
+    ]
+
+
+def cpu_table(result: Result) -> str:
+    """Where the CPU time of a request goes, in microseconds: user and system, part by part."""
+    rows = []
+    for party in result.parties:
+        for cell in CELLS:
+            samples = samples_of(result, party.name, cell.name)
+            if samples:
+                machine = number(mean_of([each.machine_us for each in samples]))
+                rows.append([*_who(party), cell.name, machine, _parts(samples)])
+    return markdown_table(
+        ["contestant", "transport", "cell", "whole machine us", "of which user + system us"], rows
+    )
+
+
+def _parts(samples: Sequence[Sample]) -> str:
+    names = list(dict.fromkeys(name for each in samples for name in each.parts_us))
+    texts = []
+    for name in names:
+        user, system = (
+            mean_of([each.parts_us[name][side] for each in samples if name in each.parts_us])
+            for side in (0, 1)
+        )
+        if user + system >= 0.05:
+            texts.append(f"{name} {number(user)} + {number(system)}")
+    return ", ".join(texts)
+
+
+def counter_table(result: Result) -> str:
+    """What the workers of ours counted: system calls and turns for each request, bytes copied for each byte moved."""
+    names = list(dict.fromkeys(name for each in result.samples for name in each.counters))
+    rows = []
+    for party in result.parties:
+        for cell in CELLS:
+            samples = [each for each in samples_of(result, party.name, cell.name) if each.counters]
+            if samples:
+                means = [mean_of([each.counters.get(name, 0.0) for each in samples]) for name in names]
+                rows.append([*_who(party), cell.name, *(f"{mean:.2f}" for mean in means)])
+    return markdown_table(
+        ["ours", "transport", "cell", *(_COUNTER_HEADS.get(name, name) for name in names)], rows
+    )
+
+
+_COUNTER_HEADS = {
+    "enters": "io_uring_enter",
+    "turns": "turns of the loop",
+    "wakeups": "entries of Python",
+    "bells": "doorbells",
+    "commits": "commits",
+    "descriptors_in": "descriptors in",
+    "descriptors_out": "descriptors out",
+    "kernel_bytes": "bytes copied by the kernel a byte",
+    "own_bytes": "by us a byte",
+}
+
+
+def syscall_table(result: Result) -> str:
+    """Of each part, counted by the kernel."""
+    rows = [
+        [*_who(party), each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
+        for party in result.parties
+        for each in result.syscalls
+        if each.contestant == party.name
+    ]
+    return markdown_table(["contestant", "transport", "cell", "system calls"], rows)
+
+
+def memory_table(result: Result) -> str:
+    """What each part takes, idle, before the first round."""
+    rows = [
+        [*_who(party), part, f"{pss:,}", f"{uss:,}"]
+        for party in result.parties
+        for part, (pss, uss) in party.memory_kib.items()
+    ]
+    return markdown_table(["contestant", "transport", "part", "PSS KiB", "USS KiB"], rows)
+
+
+def cost_table(instructions: Sequence[InstructionCost]) -> str:
+    """Transports and batches side by side."""
+    columns = sorted({(each.transport, each.batch) for each in instructions})
+    found = {(each.case, (each.transport, each.batch)): each.instructions for each in instructions}
+    rows = [
+        [text, *(f"{found[case, column]:.0f}" for column in columns)]
+        for case, text in CASES.items()
+        if (case, columns[0]) in found
+    ]
+    heads = [f"{transport}, {batch} at a time" for transport, batch in columns]
+    return markdown_table(["request", *heads], rows)
+
+
+def failure_list(result: Result) -> str:
+    """Who failed, and how."""
+    lines = [f"- {each.name}: {each.error}" for each in result.parties if each.error]
+    lines += [f"- {each.contestant}, {each.cell}: {each.error}" for each in result.samples if each.error]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    """As many digits as mean something."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,0 +1,157 @@
+"""The table of contestants, and how the rounds go through it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from bench import measure as measuring
+from bench.accounts import Books, Cpu
+from bench.cells import CELLS, Cell, FioError, FioNumbers
+from bench.contestants import PEERS, Contestant, contestants, ours_over, quick
+from bench.measure import measure
+from bench.ours import transports
+from bench.results import Result
+from bench.stage import Disk, Disks, Stage, StageError
+from bench.syscalls import SyscallsError
+from bench.targets import TARGETS
+
+
+def test_names_are_unique_and_so_are_the_names_of_their_devices() -> None:
+    table = contestants(["zeromq", "ring"])
+    assert len({each.name for each in table}) == len({each.slug for each in table}) == len(table)
+
+
+def test_each_of_ours_runs_over_each_transport() -> None:
+    table = contestants(["zeromq", "ring"])
+    kinds = {over: {each.kind for each in table if each.transport == over} for over in ("zeromq", "ring")}
+    assert kinds["zeromq"] == kinds["ring"] and "null, backend" in kinds["ring"]
+
+
+def test_there_is_no_choice_of_transport_where_the_command_offers_none() -> None:
+    assert transports("--device NAME") == [""]
+    assert transports("--transport [auto|ring|zeromq]") == ["zeromq", "ring"]
+
+
+def test_only_those_that_were_asked_for() -> None:
+    assert [each.name for each in contestants([""], "^kublk null")] == ["kublk null", "kublk null -g"]
+
+
+def test_quick_has_everybody_whom_a_target_names() -> None:
+    names = {(each.kind, each.transport) for each in quick(contestants(["zeromq", "ring"]))}
+    for target in TARGETS:
+        assert (target.baseline, "") in names
+        assert {(kind, target.transport) for kind in target.kinds} <= names
+    assert len(names) < len(contestants(["zeromq", "ring"])) * 2 / 3
+
+
+def test_quick_has_all_of_ours_where_there_is_one_transport() -> None:
+    assert {each.name for each in quick(contestants([""]))} >= {each.name for each in ours_over("")}
+
+
+def test_every_target_names_contestants_that_there_are() -> None:
+    kinds = {each.kind for each in (*PEERS, *ours_over("ring"))}
+    for target in TARGETS:
+        assert {target.baseline, *target.kinds} <= kinds
+
+
+def test_depth_1_may_have_a_disk_of_its_own() -> None:
+    disk, single = Disk("/dev/nbd0", {}), Disk("/dev/nbd1", {})
+    assert [Disks(disk, single).disk_for(cell).node for cell in CELLS] == ["/dev/nbd1", *["/dev/nbd0"] * 3]
+    assert Disks(disk, single).all() == [disk, single]
+    assert Disks(disk).all() == [disk]
+
+
+class Course:
+    """Contestants that only say what is done with them; some fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: tuple[str, str] = ("", "")) -> None:
+        self.runs: list[tuple[str, str]] = []
+        self.stopped: list[str] = []
+        self._fails = fails
+        monkeypatch.setattr(measuring, "run_fio", self._run_fio)
+        monkeypatch.setattr(measuring, "syscalls_of", self._syscalls_of)
+        monkeypatch.setattr(measuring, "idle_load", lambda seconds: 0.0)
+        self.kernel_counts = True
+
+    def contestant(self, name: str, starts: bool = True) -> Contestant:
+        @contextmanager
+        def start(stage: Stage, slug: str) -> Iterator[Disks]:
+            if not starts:
+                raise StageError("no such module")
+            yield Disks(Disk(name, {}))
+            self.stopped.append(name)
+
+        return Contestant(name, start, "kernel", "")
+
+    def _run_fio(self, disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
+        if (disk.node, cell.name) == self._fails:
+            raise FioError("fio ended with 1")
+        self.runs.append((disk.node, cell.name))
+        books = [
+            Books(Cpu(0.0, 0.0), {"fio": Cpu(0.0, 0.0)}, 0),
+            Books(Cpu(1.0, 2.0), {"fio": Cpu(0.5, 0.5)}, 1000),
+        ]
+        return FioNumbers(1000.0, 4096e3, 10.0), (books[0], books[1])
+
+    def _syscalls_of(self, disk: Disk, cell: Cell, runtime_s: float) -> dict[str, float]:
+        if not self.kernel_counts:
+            raise SyscallsError("no histogram triggers")
+        return {"server": 2.0}
+
+    def measure(self, *table: Contestant) -> Result:
+        result = Result(
+            kernel="", date="", mode="quick", cpus=2, emulated=True, rounds=2, runtime_s=1.0, parties=[]
+        )
+        stage = Stage(Path("/nowhere"), Path("/nowhere"))
+        measure(stage, table, result, lambda text: None, lambda each: None)
+        return result
+
+
+def test_a_cell_goes_through_everybody_before_the_next_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    course.measure(course.contestant("a"), course.contestant("b"))
+    cells = [cell for _, cell in course.runs]
+    assert cells == [cell.name for _ in range(2) for cell in CELLS for _ in "ab"]
+    assert [name for name, _ in course.runs[:2]] != [name for name, _ in course.runs[-2:]]
+    assert sorted(course.stopped) == ["a", "b"]
+
+
+def test_cpu_time_is_counted_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    sample = course.measure(course.contestant("a")).samples[0]
+    assert (sample.machine_us, sample.parts_us) == (3000.0, {"fio": (500.0, 500.0)})
+
+
+def test_system_calls_are_counted_in_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    result = course.measure(course.contestant("a"))
+    assert [(each.cell, each.parts) for each in result.syscalls] == [
+        (cell.name, {"server": 2.0}) for cell in CELLS[:2]
+    ]
+
+
+def test_a_kernel_that_does_not_count_is_nobodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    course.kernel_counts = False
+    result = course.measure(course.contestant("a"))
+    assert result.syscalls == [] and not result.failed
+
+
+def test_who_does_not_start_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    result = course.measure(course.contestant("a", starts=False), course.contestant("b"))
+    assert result.failed
+    assert [(each.name, each.error) for each in result.parties if each.error] == [
+        ("a", "StageError: no such module")
+    ]
+    assert len(result.samples) == 2 * len(CELLS)
+
+
+def test_who_fails_on_the_way_is_stopped_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch, fails=("a", CELLS[1].name))
+    result = course.measure(course.contestant("a"), course.contestant("b"))
+    assert course.stopped == ["a", "b"]
+    assert [each.contestant for each in result.samples].count("a") == 1
+    assert [each.contestant for each in result.samples].count("b") == 2 * len(CELLS)
+    assert [each.name for each in result.parties if each.error] == ["a"]

@@ -1,0 +1,194 @@
+"""Ratios, targets and tables of the benchmark, from made-up results."""
+
+from collections.abc import Sequence
+
+import pytest
+from bench.accounts import parse_smaps
+from bench.cells import CELLS
+from bench.growth_results import Growth, Idle, Step, Timing, growth_report
+from bench.instructions import InstructionCost, core_instructions
+from bench.ratios import Spread, ratio_spread, spread, value_spread
+from bench.results import Party, Result, Sample, Transport
+from bench.syscalls import parse_histogram
+from bench.tables import cost_table, markdown_table, number, report
+from bench.targets import LARGE, QD1, WRITE, verdicts
+
+
+def _result(*samples: Sample, parties: Sequence[Party] = (), error: str = "") -> Result:
+    names = dict.fromkeys(each.contestant for each in samples)
+    return Result(
+        kernel="7.3.4",
+        date="2026-01-02",
+        mode="quick",
+        cpus=2,
+        emulated=True,
+        rounds=3,
+        runtime_s=1.0,
+        parties=list(parties) or [_party(name, error=error) for name in names],
+        samples=list(samples),
+    )
+
+
+def _party(name: str, transport: Transport = "", error: str = "") -> Party:
+    return Party(
+        name=name, kind=name.removesuffix(f", {transport}"), family="kublk", transport=transport, error=error
+    )
+
+
+def _samples(name: str, cell: str, *values: float) -> list[Sample]:
+    return [
+        Sample(contestant=name, cell=cell, round=number, iops=value, bytes_per_s=value * 1e6)
+        for number, value in enumerate(values)
+    ]
+
+
+def test_a_ratio_is_made_within_its_round() -> None:
+    result = _result(*_samples("a", QD1, 10.0, 20.0, 90.0), *_samples("b", QD1, 10.0, 10.0, 30.0))
+    assert ratio_spread(result, "a", "b", QD1) == Spread(2.0, 1.0, 3.0)
+    assert value_spread(result, "a", QD1) == Spread(20.0, 10.0, 90.0)
+
+
+def test_a_round_that_only_one_of_them_has_counts_for_nothing() -> None:
+    result = _result(*_samples("a", QD1, 10.0, 20.0), *_samples("b", QD1, 5.0))
+    assert ratio_spread(result, "a", "b", QD1) == Spread(2.0, 2.0, 2.0)
+    assert ratio_spread(result, "a", "c", QD1) is None
+    assert ratio_spread(result, "a", "b", WRITE) is None
+
+
+def test_nothing_has_no_spread() -> None:
+    assert spread([]) is None
+
+
+def test_large_requests_are_compared_by_their_bytes() -> None:
+    result = _result(*_samples("a", LARGE, 250.0))
+    assert value_spread(result, "a", LARGE) == Spread(250.0, 250.0, 250.0)
+
+
+@pytest.mark.parametrize(("ours", "state"), [(6.0, "reached"), (5.9, "short")])
+def test_a_target_is_reached_by_the_median(ours: float, state: str) -> None:
+    samples = [
+        *_samples("null, pool, ring", QD1, ours, 1.0, 100.0),
+        *_samples("kublk null -g", QD1, 10.0, 10.0, 10.0),
+    ]
+    parties = [_party("null, pool, ring", "ring"), _party("kublk null -g")]
+    found = {(each.kind, each.cell): each for each in verdicts(_result(*samples, parties=parties))}
+    assert found["null, pool", QD1].state == state
+    assert found["null, pool", QD1].over == "ring"
+    assert found["memory, pool", QD1].state == "not measured"
+
+
+def test_where_there_was_no_choice_of_a_transport_it_was_zeromq() -> None:
+    samples = [*_samples("null, pool", QD1, 6.0), *_samples("kublk null -g", QD1, 10.0)]
+    found = next(
+        each for each in verdicts(_result(*samples)) if (each.kind, each.cell) == ("null, pool", QD1)
+    )
+    assert (found.wanted_over, found.over, found.state) == ("ring", "zeromq", "reached")
+
+
+def test_a_ring_target_is_not_met_over_another_transport_that_was_chosen() -> None:
+    samples = [*_samples("null, pool, zeromq", QD1, 60.0), *_samples("kublk null -g", QD1, 10.0)]
+    result = _result(*samples, parties=[_party("null, pool, zeromq", "zeromq"), _party("kublk null -g")])
+    found = next(each for each in verdicts(result) if (each.kind, each.cell) == ("null, pool", QD1))
+    assert found.state == "not measured"
+
+
+def test_a_table_is_markdown() -> None:
+    assert markdown_table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| :--- | ---: |\n| x\\|y | 1 |\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(35721.4, "35,721"), (99.94, "99.9"), (1.26, "1.3"), (0.126, "0.13"), (0.0, "0.00")]
+)
+def test_numbers_have_as_many_digits_as_mean_something(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_report_has_everybody_and_says_who_failed() -> None:
+    samples = [each for cell in CELLS for each in _samples("kublk null -g", cell.name, 10.0, 20.0)]
+    parties = [_party("kublk null -g"), _party("loop", error="StageError: no such module")]
+    text = report(_result(*samples, parties=parties), [InstructionCost("flush", "rings", 1, 510.0)])
+    assert "| kublk null -g |  | 15.0 | 10.0 to 20.0 | 1.00 | 1.00 to 1.00 |" in text
+    assert "| loop |  | failed |" in text
+    assert "- loop: StageError: no such module" in text
+    assert "| flush | 510 |" in text
+    assert "2026-01-02" in text and "7.3.4" in text and "2 rounds" not in text
+
+
+def test_a_run_has_failed_if_anything_in_it_has() -> None:
+    assert not _result(*_samples("a", QD1, 1.0)).failed
+    assert _result(*_samples("a", QD1, 1.0), error="gone").failed
+    assert _result(Sample(contestant="a", cell=QD1, round=0, error="gone")).failed
+
+
+def test_batches_stand_side_by_side() -> None:
+    table = cost_table(
+        [InstructionCost("flush", "rings", 32, 409.25), InstructionCost("flush", "rings", 1, 510.0)]
+    )
+    assert "| request | rings, 1 at a time | rings, 32 at a time |" in table
+    assert "| flush | 510 | 409 |" in table
+
+
+PROFILE = """\
+fl=/somewhere/bench/csrc/queue_cost.c
+fn=rounds
+105 81
+cfi=/somewhere/ublk/csrc/queue_core.c
+cfn=uq_tick
+calls=9 411
+107 171
+cfn=exchange
+calls=9 82
+112 5000
+fn=exchange
+cfi=/somewhere/ublk/csrc/queue_link.c
+cfn=uq_input
+calls=3 11
+84 600
+
+fl=/somewhere/ublk/csrc/queue_link.c
+fn=uq_input
+cfn=uq_finish
+calls=3 11
+84 400
+"""
+
+
+def test_only_what_the_harness_calls_in_the_core_is_counted() -> None:
+    assert core_instructions(PROFILE, "queue_cost.c") == 171 + 600
+
+
+def test_the_own_memory_of_a_process_is_what_nobody_shares() -> None:
+    text = (
+        "55d0-7ffc ---p 00000000 [rollup]\nRss: 900 kB\nPss:  120 kB\nPss_Anon: 50 kB\n"
+        "Private_Clean: 10 kB\nPrivate_Dirty: 30 kB\n"
+    )
+    found = parse_smaps(text)
+    assert (found.pss_kib, found.uss_kib) == (120, 40)
+
+
+def test_a_histogram_is_read_thread_by_thread() -> None:
+    text = (
+        "# event histogram\n{ common_pid:        254 } hitcount:         12\n{ common_pid: 1 } hitcount: 3\n"
+    )
+    assert parse_histogram(text) == {254: 12, 1: 3}
+
+
+def test_growth_has_a_table_for_each_axis_and_says_what_failed() -> None:
+    growth = Growth(
+        kernel="7.3.4",
+        date="2026-01-02",
+        cpus=2,
+        emulated=True,
+        steps=[
+            Step(axis="depth", at=4096, iops=1234.0, machine_us=50.0),
+            Step(axis="bytes a request", at=4096, error="no fio"),
+        ],
+        idle=[Idle(devices=64, part="worker", processes=64, pss_kib=812.5, uss_kib=640.0)],
+        timings=[Timing(what="delete of 64 devices", seconds=3.21)],
+        errors=["the daemon is gone"],
+    )
+    text = growth_report(growth)
+    assert "### depth\n" in text and "### bytes a request\n" in text
+    assert "| 4,096 | 1,234 | 50.0 |" in text and "| 4,096 | no fio |" in text
+    assert "| 64 | worker | 64 | 812 | 640 |" in text
+    assert "| delete of 64 devices | 3.2 |" in text and "- the daemon is gone" in text
