@@ -1,0 +1,199 @@
+"""The loop in C that turns a native engine over rings."""
+
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.fake_links import SLEEPING, TO_BACKEND
+from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
+from ublkpool.backends.file import FileBackend, FileOptions
+from ublkpool.backends.null import NullBackend, NullOptions
+from ublkpool.bufpool import serving as serving_module
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
+from ublkpool.bufpool.wire import Descriptor, Kind, Op
+
+DEPTH = 8
+REQUESTS = 100
+MORE_CALLS_MAX = 12
+"""For attaching, opening rings, greeting and ending."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWorker]:
+    monkeypatch.setattr(FakeWorker, "transport", "ring")
+    with FakeWorker(tmp_path, queues=2, depth=DEPTH) as worker:
+        yield worker
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[DriverStatistics]:
+    """What every loop has counted when it ends."""
+    counted: list[DriverStatistics] = []
+    close = RingDriver.close
+
+    def counting(self: RingDriver) -> None:
+        counted.append(self.statistics())
+        close(self)
+
+    monkeypatch.setattr(RingDriver, "close", counting)
+    return counted
+
+
+def null() -> NullBackend:
+    return NullBackend(NullOptions(size=1 << 30))
+
+
+def when_asleep(worker: FakeWorker) -> None:
+    """The backend has said on every queue that it sleeps: whoever writes now rings."""
+    while not all(worker.rings(queue).get(TO_BACKEND + SLEEPING) for queue in range(worker.queues)):
+        os.sched_yield()
+
+
+def test_one_request_at_a_time_is_one_system_call_each(
+    worker: FakeWorker, counted: list[DriverStatistics]
+) -> None:
+    with serving(worker, null()):
+        for _ in range(REQUESTS):
+            when_asleep(worker)
+            assert worker.do(Op.FLUSH) == 0
+    assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
+    assert counted[0].turns <= REQUESTS + 2 * MORE_CALLS_MAX
+    assert 0 < counted[0].bells <= REQUESTS + MORE_CALLS_MAX
+
+
+def test_a_batch_is_one_turn(worker: FakeWorker, counted: list[DriverStatistics]) -> None:
+    with serving(worker, null()):
+        for _ in range(REQUESTS // 4):
+            when_asleep(worker)
+            worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)])
+            for _ in range(DEPTH):
+                assert worker.receive().result == 0
+    assert counted[0].calls <= REQUESTS // 4 + MORE_CALLS_MAX
+
+
+def send_more_than_a_ring_holds(worker: FakeWorker) -> None:
+    """Twice as many as there is room for answers, each half when the first has been read."""
+    requests = [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)]
+    for half in (requests[: DEPTH // 2], requests[DEPTH // 2 :]):
+        worker.send(0, half)
+        # All that came before is taken when a later request is answered.
+        assert worker.do(Op.FLUSH, queue=1) == 0
+
+
+def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -> None:
+    worker.rings().entries = DEPTH // 2
+    with serving(worker, null()):
+        send_more_than_a_ring_holds(worker)
+        tags = [worker.receive().tag for _ in range(DEPTH)]
+    assert tags == list(range(DEPTH))
+
+
+def test_it_ends_when_the_last_answer_has_found_room(worker: FakeWorker) -> None:
+    worker.rings().entries = DEPTH // 2
+    thread = BackendThread(null(), worker.run_dir)
+    worker.accept()
+    send_more_than_a_ring_holds(worker)
+    worker.detach()
+    assert [worker.receive().tag for _ in range(DEPTH)] == list(range(DEPTH))
+    assert thread.join() == 0
+
+
+def test_a_new_worker_is_greeted_with_the_last_fences_epoch_while_others_are_served(
+    worker: FakeWorker,
+) -> None:
+    with serving(worker, null()):
+        worker.fence()
+        assert worker.receive().kind == Kind.FENCED
+        worker.links[0].end()
+        assert worker.do(Op.FLUSH, queue=1) == 0
+        worker.links[0].restart()
+        hello = worker.receive()
+        assert (hello.kind, hello.epoch) == (Kind.HELLO, worker.epoch)
+        assert worker.do(Op.FLUSH) == 0
+        assert worker.do(Op.FLUSH, queue=1) == 0
+
+
+def test_a_worker_that_dies_with_requests_under_way_gets_no_answer(
+    worker: FakeWorker, tmp_path: Path
+) -> None:
+    backend = FileBackend(FileOptions(path=tmp_path / "disk", size=1 << 20))
+    with serving(worker, backend):
+        for _ in range(20):
+            worker.send(
+                0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=tag) for tag in range(DEPTH)]
+            )
+            worker.restart_worker(0)
+            assert worker.receive().kind == Kind.HELLO
+            worker.fence()
+            while (answer := worker.receive()).kind != Kind.FENCED:
+                assert answer.epoch < worker.epoch, "an answer of the dead worker's, which a fence would drop"
+        assert worker.write(0, b"n" * 4096) == 4096
+
+
+def more_than_was_written(worker: FakeWorker) -> None:
+    worker.rings().publish(1000)
+
+
+def an_answer_for_a_request(worker: FakeWorker) -> None:
+    worker.send(0, [Descriptor(Kind.PLACED, device=DEVICE_NUMBER, epoch=1)])
+
+
+def more_read_than_answered(worker: FakeWorker) -> None:
+    from support.fake_links import HEAD, TO_WORKER
+
+    worker.rings().put(TO_WORKER + HEAD, 1000)
+    worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH // 2)])
+
+
+@pytest.mark.parametrize(
+    "nonsense", [more_than_was_written, an_answer_for_a_request, more_read_than_answered]
+)
+def test_a_worker_that_talks_nonsense_ends_the_backend(
+    worker: FakeWorker, nonsense: Callable[[FakeWorker], None]
+) -> None:
+    worker.rings().entries = DEPTH // 2
+    thread = BackendThread(null(), worker.run_dir)
+    worker.accept()
+    nonsense(worker)
+    with pytest.raises(WireError, match="queue 0: the worker's words"):
+        thread.join()
+
+
+def test_a_signal_is_heard_by_a_loop_that_does_not_sleep(worker: FakeWorker) -> None:
+    """A handler runs when Python does: the descriptor is what brings it back."""
+
+    class Watching:
+        watched = -1
+        reason = ""
+
+        def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+            self.watched, self.callback = descriptor, callback
+
+        def unwatch(self, descriptor: int) -> None:
+            assert descriptor == self.watched
+
+        def stop(self, reason: str) -> None:
+            self.reason = reason
+
+    loop = Watching()
+    with serving_module._signals(loop):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert loop.reason == "SIGTERM"
+        assert select.select([loop.watched], [], [], 0)[0]
+        loop.callback()
+        assert not select.select([loop.watched], [], [], 0)[0]
+
+
+def test_a_signal_ends_it_while_a_worker_is_away(worker: FakeWorker) -> None:
+    process = spawn(worker.run_dir, "null", {"size": "1G"})
+    worker.accept()
+    worker.links[0].end()
+    assert worker.do(Op.FLUSH, queue=1) == 0
+    process.terminate()
+    status, log = finish(process)
+    assert status == 0 and "ending after SIGTERM" in log
