@@ -17,6 +17,7 @@ _SOURCES = (
     "own_ring.c",
     "storage_null.c",
     "storage_file.c",
+    "storage_memory.c",
     "file_facts.c",
     "port.c",
     "ring_loop.c",

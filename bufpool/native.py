@@ -44,6 +44,16 @@ class NullStorage(NamedTuple):
         return lib.storage_null_new(slot_bytes(device.max_io_bytes))
 
 
+class MemoryStorage(NamedTuple):
+    """A disk in the own segment, whose blocks are named as they are: for writes, and with `names_reads` for reads."""
+
+    names_reads: bool = False
+
+    def new(self, device: Device) -> Any:
+        """See `Storage`."""
+        return lib.storage_memory_new(self.names_reads)
+
+
 class NativeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of a native engine."""
 

@@ -71,6 +71,8 @@ class Kind(enum.IntEnum):
     """First descriptor of a backend on a queue's socket."""
     FENCED = 20
     """The answer to FENCE: nothing of an older epoch is running or will run."""
+    POST = 21
+    """A write of up to `length` bytes may land at (segment, buffer) without a PLACE; it comes as DATA that names it."""
 
     LEASE = 32
     """Worker to broker: `length` more buffers of class `op`, please; `sequence` counts the worker's leases of it."""

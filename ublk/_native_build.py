@@ -32,6 +32,7 @@ ffibuilder.set_source(
             "queue_core.c",
             "queue_stock.c",
             "queue_link.c",
+            "queue_region.c",
             "queue_port.c",
             "queue_ring.c",
             "control.c",

@@ -64,6 +64,7 @@ VIOLATIONS = (
     "its device's pool has another size than it was given",
     "an index in its ring that makes no sense",
     "its doorbell cannot be rung",
+    "a region posted that no write can use: of no size that buffers have, too many, or placement is pool",
 )
 FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion", "unusable grant")
 

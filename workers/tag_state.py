@@ -57,6 +57,8 @@ class Event(enum.IntEnum):
     TAKEN = 14
     """io_uring_enter has consumed the commit."""
     ABORTED = 15
+    POSTED = 16
+    """The backend has posted a region that it fits in: nobody is asked."""
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -71,6 +73,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.WAIT_BUFFER, Event.FAIL_UNCOPIED): State.FAILING,
     (State.WAIT_BUFFER, Event.FINISH): State.COMMITTING,
     (State.WAIT_PLACE, Event.ASK): State.PLACING,
+    (State.WAIT_PLACE, Event.POSTED): State.COPYING,
     (State.WAIT_PLACE, Event.FAIL_UNCOPIED): State.FAILING,
     (State.PLACING, Event.PLACED): State.COPYING,
     (State.PLACING, Event.LINK_LOST): State.WAIT_PLACE,

@@ -135,6 +135,7 @@ static void region_refused(struct engine *e, struct storage_request *r, int32_t 
 
 /* False: not now. */
 static bool name_region(struct engine *e, struct storage_request *r) {
+    r->region_bytes = r->d.length;
     int named = e->storage->ops->name(e->storage, r);
     if (named > 0)
         region_named(e, r);
@@ -229,7 +230,7 @@ static bool fits(uint64_t offset, uint64_t length, uint64_t limit) {
 
 static int32_t objection(const struct engine *e, const struct wire_descriptor *d) {
     bool moves = d->op == WIRE_READ || d->op == WIRE_WRITE;
-    if (d->op > WIRE_WRITE_ZEROES || d->op == 4)
+    if (d->op > WIRE_WRITE_ZEROES || d->op == 4 || (d->kind == WIRE_PLACE && d->op != WIRE_WRITE))
         return -EOPNOTSUPP;
     if (d->op != WIRE_FLUSH && !fits(d->offset, d->length, e->setup.size_bytes))
         return -EINVAL;
@@ -333,6 +334,9 @@ static int take_own(struct engine *e, const struct wire_descriptor *d) {
         return -EPROTO;
     } else {
         abandon(e, r);
+        /* Nobody who waits for what this one had is overtaken by it. */
+        if (e->came_back)
+            name_for_waiting(e);
         take_request(e, r, d);
     }
     return 0;

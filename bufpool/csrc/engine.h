@@ -72,5 +72,8 @@ void engine_count(const struct engine *engine, struct engine_statistics *statist
 struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_bytes);
 /* Answers at once and stores nothing.  Placed writes land in slots of the own segment. */
 struct storage *storage_null_new(uint64_t slot_bytes);
+/* A disk in the own segment, which is at least as large as the device.  A block's place is the block: placed writes
+ * land where they stay, and with `names_reads` reads that bring no buffer are answered by naming it. */
+struct storage *storage_memory_new(int names_reads);
 
 #endif

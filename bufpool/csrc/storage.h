@@ -10,10 +10,11 @@
 
 struct storage_request {
     struct wire_descriptor d;
-    uint64_t region; /* in the own segment, NO_REGION for none */
-    uint8_t *memory; /* a read's or a write's data */
-    uint32_t index;  /* below queues * depth, this request's alone until it is finished */
-    uint8_t state;   /* the engine's */
+    uint64_t region;       /* in the own segment, NO_REGION for none */
+    uint64_t region_bytes; /* what was asked for; the data may be less */
+    uint8_t *memory;       /* a read's or a write's data */
+    uint32_t index;        /* below queues * depth, this request's alone until it is finished */
+    uint8_t state;         /* the engine's */
 };
 
 struct storage_ops {

@@ -137,7 +137,7 @@ class SimKernel:
         """Who has /dev/ublkcN open."""
         self.quiescing = self.cancelling = self.all_fetched = self.gone = False
         self._tears = False
-        """6.12's quiesce work is due on a device that does not serve: it cancels what the dead worker's siblings have."""
+        """6.12's quiesce work is due on a device that does not serve: it cancels what the dead one's siblings have."""
         self.finished: list[Request] = []
         self._endings: list[Ending] = []
         self._memory = memory

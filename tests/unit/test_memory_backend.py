@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from support.fake_worker import FakeWorker, finish, serving, spawn
-from ublkpool.backends.memory import MemoryBackend, MemoryOptions, Ranges
+from ublkpool.backends.memory import MemoryBackend, MemoryOptions
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.keeper import Keeper
 from ublkpool.bufpool.wire import Kind, Op
@@ -81,7 +79,7 @@ def test_two_reads_of_one_block_are_not_lent_it_at_once(in_place: FakeWorker) ->
 
 
 def test_a_fence_returns_what_was_lent(in_place: FakeWorker) -> None:
-    in_place.place(0, 4096, tag=0)
+    in_place.place(0, 4096, tag=2)
     in_place.read_in_place(8192, 4096)
     in_place.send(0, [in_place.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=1)])
     in_place.fence()
@@ -136,19 +134,3 @@ def test_a_size_that_is_no_page_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BackendError, match="size=1000 is not a multiple of 4096"):
         MemoryBackend(MemoryOptions(size=1000, keep=False)).open(Hint("x", tmp_path))
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 8))))
-def test_ranges_never_overlap(steps: list[tuple[bool, int, int]]) -> None:
-    ranges, model = Ranges(), dict[int, int]()
-    for take, start, length in steps:
-        if take:
-            free = all(start + length <= other or other + model[other] <= start for other in model)
-            assert ranges.take(start, length) is free
-            if free:
-                model[start] = length
-        elif model:
-            gone = min(model, key=lambda each: abs(each - start))
-            ranges.give(gone)
-            del model[gone]
-    assert len(ranges) == len(model)

@@ -30,6 +30,7 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
 	[UQ_WAIT_PLACE] = {
 		[UQ_EV_ASK] = TO(UQ_PLACING),
+		[UQ_EV_POSTED] = TO(UQ_COPYING),
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING) },
 	[UQ_PLACING] = {
 		[UQ_EV_PLACED] = TO(UQ_COPYING),
@@ -497,12 +498,13 @@ static bool usable(const struct uq_config *c)
 
 static bool allocate(struct uq *q)
 {
-	unsigned depth = q->config.depth, room = 1;
+	unsigned depth = q->config.depth, room = 1, sizes = q->config.place_in_backend ? q->config.classes : 0;
 
 	while (room < depth)
 		room *= 2;
 	q->commands_mask = room - 1;
-	q->output_max = 4 * depth + 16;
+	/* A write that the driver sends again releases a posted region each time. */
+	q->output_max = (4 + sizes) * depth + 16;
 	q->tags = calloc(depth, sizeof *q->tags);
 	q->commands = calloc(room, sizeof *q->commands);
 	q->output = calloc(q->output_max, sizeof *q->output);
@@ -514,7 +516,7 @@ static bool allocate(struct uq *q)
 		if (!q->stock[c].slots)
 			return false;
 	}
-	return q->tags && q->commands && q->output && q->lent && q->replay;
+	return q->tags && q->commands && q->output && q->lent && q->replay && uq_posts_allocate(q);
 }
 
 /* Counters go on over a recovery; what the worker before this one held was taken from it. */
@@ -547,6 +549,7 @@ void uq_free(struct uq *q)
 		return;
 	for (unsigned c = 0; c < q->config.classes; c++)
 		free(q->stock[c].slots);
+	uq_posts_free(q);
 	free(q->tags);
 	free(q->commands);
 	free(q->output);

@@ -36,7 +36,7 @@ _Static_assert(sizeof(struct uq_descriptor) == 64, "descriptor");
 
 enum uq_kind {
 	UQ_REQUEST = 1, UQ_PLACE, UQ_DATA, UQ_RELEASE, UQ_WELCOME, UQ_FENCE,
-	UQ_PLACED = 16, UQ_REJECT, UQ_DONE, UQ_HELLO, UQ_FENCED,
+	UQ_PLACED = 16, UQ_REJECT, UQ_DONE, UQ_HELLO, UQ_FENCED, UQ_POST,
 };
 enum uq_op { UQ_READ, UQ_WRITE, UQ_FLUSH, UQ_DISCARD, UQ_WRITE_ZEROES = 5, UQ_OPS = 6 };
 enum uq_flag { UQ_FUA = 1, UQ_NOUNMAP = 2, UQ_REGION = 4, UQ_REPLAY = 8 };
@@ -65,7 +65,7 @@ enum uq_state {
 enum uq_event {
 	UQ_EV_NEEDS_BUFFER, UQ_EV_NEEDS_PLACE, UQ_EV_READY, UQ_EV_BUFFER_TO_COPY, UQ_EV_BUFFER_TO_SERVE, UQ_EV_ASK,
 	UQ_EV_PLACED, UQ_EV_FAIL_UNCOPIED, UQ_EV_COPIED, UQ_EV_RESCUE, UQ_EV_REQUEUED, UQ_EV_HAND_OVER, UQ_EV_LINK_LOST,
-	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED,
+	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED,
 	UQ_EVENTS,
 };
 #define UQ_ILLEGAL 0xff
@@ -87,7 +87,7 @@ enum uq_attention {
 enum uq_violation {
 	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
 	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_POOL, UQ_V_RING, UQ_V_DEAF,
-	UQ_VIOLATIONS,
+	UQ_V_POST, UQ_VIOLATIONS,
 };
 
 enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
@@ -103,6 +103,7 @@ struct uq_stats {
 	uint64_t hangups, strangers;
 	uint64_t bells; /* rung for the backend */
 	uint64_t tags_gone; /* that the kernel took away from this worker */
+	uint64_t posts, posts_used; /* regions that backends posted, and writes that landed in one */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 

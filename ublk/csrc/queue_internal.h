@@ -1,4 +1,4 @@
-/* What queue_core.c, queue_stock.c and queue_link.c share and nobody else sees. */
+/* What queue_core.c, queue_stock.c, queue_link.c and queue_region.c share and nobody else sees. */
 #ifndef UQ_QUEUE_INTERNAL_H
 #define UQ_QUEUE_INTERNAL_H
 
@@ -11,6 +11,7 @@
 struct uq_tag {
 	uint64_t sequence, offset, length, arrived_ms;
 	uint64_t own_buffer;   /* in own_segment */
+	uint64_t own_bytes;    /* of the region, which may be more than the request's */
 	uint32_t own_segment;  /* region that a backend named, 0 for none */
 	uint32_t slot;         /* pool buffer, UQ_BUFFER_NONE for none */
 	int32_t result;
@@ -30,6 +31,12 @@ struct uq_stock {
 	uint16_t first_waiter, last_waiter;
 };
 
+/* What is posted of one class: offsets in the backend's segment, ascending. */
+struct uq_posts {
+	uint64_t *starts;
+	unsigned count;
+};
+
 struct uq_segment {
 	uint8_t *base;
 	uint64_t bytes;
@@ -47,6 +54,7 @@ struct uq {
 	unsigned commands_first, commands_count, commands_mask;
 	struct uq_descriptor *output;
 	unsigned output_first, output_count, output_max;
+	struct uq_posts posts[UQ_CLASSES_MAX];
 	uint16_t *lent;
 	unsigned lent_count;
 	uint16_t *replay; /* room to sort the tags that wait */
@@ -83,9 +91,21 @@ uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);
 /* queue_link.c */
 void uq_hand_over(struct uq *q, struct uq_tag *t);
 void uq_ask_place(struct uq *q, struct uq_tag *t);
-void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer);
+struct uq_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind);
+
+/* queue_region.c */
+struct uq_segment *uq_find_segment(const struct uq *q, uint32_t number);
+void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t bytes);
 void uq_region_back(struct uq *q, struct uq_tag *t, bool tell);
 uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t);
 bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t);
+int uq_judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length);
+bool uq_overlaps_lent(const struct uq *q, uint64_t start, uint64_t length);
+bool uq_posts_allocate(struct uq *q);
+void uq_posts_free(struct uq *q);
+void uq_posts_forget(struct uq *q);
+int uq_post_add(struct uq *q, const struct uq_descriptor *d);
+bool uq_post_take(struct uq *q, uint64_t length, uint64_t *buffer, uint64_t *bytes);
+bool uq_overlaps_posted(const struct uq *q, uint64_t start, uint64_t length);
 
 #endif

@@ -1,4 +1,4 @@
-/* The link to the backend: descriptors out, answers in and judged, regions that the backend names. */
+/* The link to the backend: descriptors out, answers in and judged. */
 #include "queue_internal.h"
 
 #include <errno.h>
@@ -7,56 +7,11 @@
 
 #define ERRNO_MAX 4095
 /* An honest backend answers late what workers before this one had asked: at most a depth for each of their lives, of
- * which there are few in a row. */
+ * which there are few in a row.  What it posted to them may come as late: a depth of each size. */
 #define STALE_PER_TAG 8u
 #define STALE_MORE 64u
 
-static struct uq_segment *find_segment(const struct uq *q, uint32_t number)
-{
-	for (unsigned i = 0; number && i < UQ_SEGMENTS_MAX; i++)
-		if (q->segments[i].number == number)
-			return (struct uq_segment *)&q->segments[i];
-	return NULL;
-}
-
-static void lend(struct uq *q, struct uq_tag *t)
-{
-	t->lent_index = (uint16_t)q->lent_count;
-	q->lent[q->lent_count++] = (uint16_t)uq_index(q, t);
-}
-
-static void unlend(struct uq *q, struct uq_tag *t)
-{
-	uint16_t last;
-
-	if (t->lent_index == UQ_NO_TAG)
-		return;
-	last = q->lent[--q->lent_count];
-	q->lent[t->lent_index] = last;
-	q->tags[last].lent_index = t->lent_index;
-	t->lent_index = UQ_NO_TAG;
-}
-
-void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer)
-{
-	t->own_segment = q->own_segment;
-	t->own_buffer = buffer;
-	find_segment(q, q->own_segment)->data_tags++;
-	if (t->op == UQ_WRITE)
-		lend(q, t);
-}
-
-uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
-{
-	return find_segment(q, t->own_segment)->base + t->own_buffer;
-}
-
-bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
-{
-	return !find_segment(q, t->own_segment)->live;
-}
-
-static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
+struct uq_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind)
 {
 	struct uq_descriptor *d;
 
@@ -75,46 +30,6 @@ static struct uq_descriptor *put(struct uq *q, struct uq_tag *t, uint8_t kind)
 		.tag = (uint16_t)uq_index(q, t), .epoch = q->config.epoch, .sequence = t->sequence,
 		.offset = t->offset, .length = t->length };
 	return d;
-}
-
-void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
-{
-	struct uq_segment *s = find_segment(q, t->own_segment);
-	struct uq_descriptor *d;
-
-	unlend(q, t);
-	s->data_tags--;
-	if (tell && s->live && q->link == UQ_LINK_UP) {
-		d = put(q, t, UQ_RELEASE);
-		if (d) {
-			d->segment = t->own_segment;
-			d->buffer = t->own_buffer;
-		}
-	}
-	t->own_segment = 0;
-}
-
-static bool overlaps_lent(const struct uq *q, const struct uq_tag *t, uint64_t start)
-{
-	for (unsigned i = 0; i < q->lent_count; i++) {
-		const struct uq_tag *other = &q->tags[q->lent[i]];
-
-		if (other->own_segment == q->own_segment && start < other->own_buffer + other->length &&
-		    other->own_buffer < start + t->length)
-			return true;
-	}
-	return false;
-}
-
-static int judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length)
-{
-	const struct uq_segment *s = find_segment(q, q->own_segment);
-
-	if (!s || d->segment != q->own_segment)
-		return UQ_V_SEGMENT;
-	if (d->buffer > s->bytes || length > s->bytes - d->buffer)
-		return UQ_V_RANGE;
-	return d->buffer % q->config.block_bytes ? UQ_V_ALIGNMENT : UQ_V_NONE;
 }
 
 static void name_buffer(struct uq *q, struct uq_tag *t, struct uq_descriptor *d)
@@ -141,7 +56,7 @@ void uq_hand_over(struct uq *q, struct uq_tag *t)
 	}
 	if (!uq_move(q, t, UQ_EV_HAND_OVER))
 		return;
-	d = put(q, t, t->own_segment ? UQ_DATA : UQ_REQUEST);
+	d = uq_put(q, t, t->own_segment ? UQ_DATA : UQ_REQUEST);
 	if (!d)
 		return;
 	name_buffer(q, t, d);
@@ -152,10 +67,23 @@ void uq_hand_over(struct uq *q, struct uq_tag *t)
 	t->given = true;
 }
 
+static void copy_to_region(struct uq *q, struct uq_tag *t, enum uq_event event, uint64_t buffer, uint64_t bytes)
+{
+	if (!uq_move(q, t, event))
+		return;
+	uq_region_take(q, t, buffer, bytes);
+	uq_get_data(q, t, uq_region_address(q, t));
+}
+
+/* Without a question if something is posted that fits. */
 void uq_ask_place(struct uq *q, struct uq_tag *t)
 {
-	if (uq_move(q, t, UQ_EV_ASK))
-		put(q, t, UQ_PLACE);
+	uint64_t buffer, bytes;
+
+	if (uq_post_take(q, t->length, &buffer, &bytes))
+		copy_to_region(q, t, UQ_EV_POSTED, buffer, bytes);
+	else if (uq_move(q, t, UQ_EV_ASK))
+		uq_put(q, t, UQ_PLACE);
 }
 
 unsigned uq_output(struct uq *q, const struct uq_descriptor **first)
@@ -189,26 +117,25 @@ static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
 /* Dropped and counted, but not without end: judging them costs the worker its time. */
 static void stale(struct uq *q, const struct uq_descriptor *d)
 {
+	unsigned sizes = q->config.place_in_backend ? q->config.classes : 0;
+
 	q->config.stats->stale_answers++;
-	if (++q->stale > STALE_PER_TAG * q->config.depth + STALE_MORE)
+	if (++q->stale > STALE_PER_TAG * (1 + sizes) * q->config.depth + STALE_MORE)
 		violate(q, UQ_V_FLOOD, d);
 }
 
 static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
 {
-	int wrong = judge_region(q, d, t->length);
+	int wrong = uq_judge_region(q, d, t->length);
 
-	if (!wrong && overlaps_lent(q, t, d->buffer))
+	if (!wrong && (uq_overlaps_lent(q, d->buffer, t->length) || uq_overlaps_posted(q, d->buffer, t->length)))
 		wrong = UQ_V_LENT;
 	if (wrong) {
 		uq_fail(q, t, -EIO);
 		violate(q, wrong, d);
 		return;
 	}
-	if (!uq_move(q, t, UQ_EV_PLACED))
-		return;
-	uq_region_take(q, t, d->buffer);
-	uq_get_data(q, t, uq_region_address(q, t));
+	copy_to_region(q, t, UQ_EV_PLACED, d->buffer, t->length);
 }
 
 static void answer_reject(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
@@ -231,7 +158,7 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct u
 	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
 		return UQ_V_RESULT;
 	if (t->op == UQ_READ && d->flags & UQ_REGION)
-		return q->config.need_get_data ? judge_region(q, d, t->length) : UQ_V_REGION;
+		return q->config.need_get_data ? uq_judge_region(q, d, t->length) : UQ_V_REGION;
 	return t->op == UQ_READ && t->slot == UQ_BUFFER_NONE ? UQ_V_REGION : UQ_V_NONE;
 }
 
@@ -251,7 +178,7 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 	if (t->op == UQ_WRITE && t->own_segment)
 		uq_region_back(q, t, true);
 	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
-		uq_region_take(q, t, d->buffer);
+		uq_region_take(q, t, d->buffer, t->length);
 	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
 }
 
@@ -287,7 +214,7 @@ static void hand_over_waiting(struct uq *q)
 /* A descriptor about the link, of no request. */
 static void say(struct uq *q, uint8_t kind)
 {
-	struct uq_descriptor *d = put(q, &q->tags[0], kind);
+	struct uq_descriptor *d = uq_put(q, &q->tags[0], kind);
 
 	if (d)
 		*d = (struct uq_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
@@ -331,6 +258,22 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 		violate(q, UQ_V_UNEXPECTED, d);
 }
 
+/* While it is fenced too: it posts to this epoch from its first word on. */
+static void posted(struct uq *q, const struct uq_descriptor *d)
+{
+	bool is_linked = q->link == UQ_LINK_UP || q->link == UQ_LINK_FENCING;
+	int wrong = is_linked ? UQ_V_NONE : UQ_V_UNEXPECTED;
+
+	if (d->epoch < q->config.epoch) {
+		stale(q, d);
+		return;
+	}
+	if (!wrong)
+		wrong = uq_post_add(q, d);
+	if (wrong)
+		violate(q, wrong, d);
+}
+
 static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
 {
 	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth &&
@@ -368,6 +311,8 @@ static void receive(struct uq *q, const struct uq_descriptor *d)
 		hello(q, d);
 	else if (d->kind == UQ_FENCED)
 		fenced(q, d);
+	else if (d->kind == UQ_POST)
+		posted(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
 	else if (is_stale(q, d)) /* perhaps sent to the worker before this one, before any HELLO */
@@ -427,6 +372,7 @@ void uq_link_cut(struct uq *q, int violation)
 	q->link = UQ_LINK_CUT;
 	q->violation = violation;
 	q->output_first = q->output_count = 0;
+	uq_posts_forget(q);
 	q->config.stats->violations += violation != UQ_V_NONE;
 	q->attention |= UQ_ATT_CUT;
 }
@@ -482,12 +428,13 @@ static void lose(struct uq *q, struct uq_tag *t)
 
 void uq_link_lost(struct uq *q)
 {
-	struct uq_segment *s = find_segment(q, q->own_segment);
+	struct uq_segment *s = uq_find_segment(q, q->own_segment);
 
 	if (q->link == UQ_LINK_NONE)
 		return;
 	q->link = UQ_LINK_NONE;
 	q->output_first = q->output_count = 0;
+	uq_posts_forget(q);
 	if (s)
 		s->live = false;
 	q->own_segment = 0;

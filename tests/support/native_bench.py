@@ -1,0 +1,69 @@
+"""A native engine on plain memory: frames in, answers out, and no worker.
+
+Owns the pool and the own segment, each between two guards: memory that no request may ever touch.
+"""
+
+from collections.abc import Iterable
+
+from ublkpool.bufpool.backend import Device
+from ublkpool.bufpool.native import NativeEngine, Storage
+from ublkpool.bufpool.wire import Descriptor, iter_frame, pack_frame
+
+DEVICE_NUMBER = 7
+OWN_SEGMENT = 9
+EPOCH = 3
+GUARD_BYTES = 1 << 16
+_GUARD = b"\xa5" * GUARD_BYTES
+
+
+class Area:
+    """Memory between two guards."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._all = bytearray(_GUARD + bytes(size_bytes) + _GUARD)
+        self.view = memoryview(self._all)[GUARD_BYTES : GUARD_BYTES + size_bytes]
+
+    def is_intact(self) -> bool:
+        """Whether nobody has written beside it."""
+        return self._all.startswith(_GUARD) and self._all.endswith(_GUARD)
+
+
+class NativeBench:
+    """One engine and what it works on; sizes are bytes.  The own segment may be larger than the device."""
+
+    def __init__(
+        self, storage: Storage, *, size_bytes: int, own_bytes: int, pool_bytes: int = 1 << 16, depth: int = 8
+    ) -> None:
+        self.pool, self.own = Area(pool_bytes), Area(own_bytes)
+        self.depth = depth
+        self.engine = NativeEngine(self._device(size_bytes), storage)
+
+    def _device(self, size_bytes: int) -> Device:
+        return Device(
+            name="bench",
+            number=DEVICE_NUMBER,
+            epoch=EPOCH,
+            size_bytes=size_bytes,
+            logical_block_bytes=512,
+            queues=1,
+            depth=self.depth,
+            max_io_bytes=1 << 16,
+            need_get_data=True,
+            placement="backend",
+            read_only=False,
+            pool=self.pool.view,
+            own=self.own.view,
+            own_segment=OWN_SEGMENT,
+            watch=lambda descriptor, callback: None,
+            unwatch=lambda descriptor: None,
+            wake=lambda: None,
+        )
+
+    def say(self, descriptors: Iterable[Descriptor]) -> list[Descriptor]:
+        """One frame; every answer that comes of it."""
+        self.engine.take(0, pack_frame(descriptors))
+        return [each for _, frame in self.engine.answers() for each in iter_frame(frame)]
+
+    def close(self) -> None:
+        """End the engine."""
+        self.engine.close()
