@@ -101,9 +101,7 @@ async def _end_after_fetches(kernel: BlockDevice, team: Team, leases: Leases) ->
     """Only once every worker has been seen with all of its tags: see `BlockDevice.tears_siblings`."""
     await leases.register(team.epoch)
     await team.ready()
-    end = asyncio.ensure_future(
-        kernel.end_recovery(RECOVERY_DEADLINE_S, asyncio.Event(), team.check_whole)
-    )
+    end = asyncio.ensure_future(kernel.end_recovery(RECOVERY_DEADLINE_S, asyncio.Event(), team.check_whole))
     async with _outlived(end):
         await _while_serving(team, end)
 
