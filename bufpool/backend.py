@@ -30,7 +30,7 @@ import msgspec
 
 from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import BackendError, PoolError
-from ublkpool.bufpool.wire import Descriptor, Flag, Op
+from ublkpool.bufpool.wire import Descriptor, Flag, Op, RawDescriptor
 
 log = logging.getLogger("ublkpool.backend")
 
@@ -146,18 +146,21 @@ class Request:
     `flags` are `wire.Flag` bits; `REPLAY` says that an earlier backend may have executed this one already.
     """
 
-    __slots__ = ("_answered", "_outbox", "buffer", "descriptor", "flags", "length", "offset", "op", "region")
+    __slots__ = ("_answered", "_outbox", "buffer", "flags", "length", "offset", "op", "raw", "region")
 
-    def __init__(self, descriptor: Descriptor, buffer: memoryview, region: int, outbox: Outbox) -> None:
-        self.descriptor = descriptor
-        self.op = descriptor.op
-        self.flags = descriptor.flags
-        self.offset = descriptor.offset
-        self.length = descriptor.length
+    def __init__(self, raw: RawDescriptor, buffer: memoryview, region: int, outbox: Outbox) -> None:
+        self.raw = raw
+        self.op, self.flags = raw[1], raw[2]
+        self.offset, self.length = raw[8], raw[9]
         self.buffer = buffer
         self.region = region
         self._outbox = outbox
         self._answered = False
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """What the worker sent."""
+        return Descriptor._make(self.raw)
 
     @property
     def fua(self) -> bool:
@@ -175,7 +178,7 @@ class Request:
             raise RuntimeError(f"{self!r} was answered twice")
         self._answered = True
         if result is None:
-            result = self.length if self.op in (_READ, _WRITE) else 0
+            result = self.length if self.op <= _WRITE else 0
         self._outbox.put(self, result)
 
     def fail(self, error: BaseException) -> None:
@@ -303,21 +306,22 @@ def perform(backend: Backend, request: Request) -> int | None:
         if request.region >= 0:
             return backend.store_placed(request.region, request.buffer, request.offset, fua)
         return backend.pwrite(request.buffer, request.offset, fua)
-    _perform_without_data(backend, request)
+    perform_without_data(backend, op, request.flags, request.offset, request.length)
     return None
 
 
-def _perform_without_data(backend: Backend, request: Request) -> None:
-    if request.op == _FLUSH:
+def perform_without_data(backend: Backend, op: int, flags: int, offset: int, length: int) -> None:
+    """Call the method for a request that has no buffer."""
+    if op == _FLUSH:
         backend.flush()
-    elif request.op == _DISCARD:
-        backend.trim(request.offset, request.length)
-    elif request.op == _WRITE_ZEROES:
-        backend.zero(request.offset, request.length, not request.flags & _NOUNMAP)
-        if request.flags & _FUA:
+    elif op == _DISCARD:
+        backend.trim(offset, length)
+    elif op == _WRITE_ZEROES:
+        backend.zero(offset, length, not flags & _NOUNMAP)
+        if flags & _FUA:
             backend.flush()
     else:
-        raise OSError(errno.EOPNOTSUPP, f"operation {request.op}")
+        raise OSError(errno.EOPNOTSUPP, f"operation {op}")
 
 
 _logged: set[tuple[type[BaseException], tuple[str, int]]] = set()

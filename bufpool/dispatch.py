@@ -1,9 +1,12 @@
-"""The engine below methods and requests: frames of the wire become `Request`s, their results become frames.
+"""The engine below methods and requests: frames of the wire become `Request`s or calls, their results become frames.
 
 Owns, per queue, what runs, what waits for a region, and which regions are lent; so it also answers fences: a request
 of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  A region stays lent
 until RELEASE, whatever was answered: until then the worker may take the data from it.  Knows nothing of sockets.
 Runs on the loop's thread; only the `Outbox` is touched by others.
+
+Descriptors are tuples in the wire's order here, and answers their 64 bytes: this runs for every request.  A backend of
+methods alone is faster still, see `direct.py`.
 """
 
 import enum
@@ -14,14 +17,16 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, Outbox, Request, errno_of
+from ublkpool.bufpool.direct import DirectCalls, suits
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
+from ublkpool.bufpool.wire import Flag, Kind, Op, RawDescriptor
 
 _REQUEST, _PLACE, _DATA, _RELEASE = int(Kind.REQUEST), int(Kind.PLACE), int(Kind.DATA), int(Kind.RELEASE)
 _DONE, _PLACED, _REJECT, _FENCED = int(Kind.DONE), int(Kind.PLACED), int(Kind.REJECT), int(Kind.FENCED)
 _READ, _WRITE = int(Op.READ), int(Op.WRITE)
-_REGION = int(Flag.REGION)
+_REGION, _REPLAY = int(Flag.REGION), int(Flag.REPLAY)
 _NOTHING = memoryview(b"")
+_FRAME_BYTES_MAX = wire.DESCRIPTOR_BYTES * wire.DESCRIPTORS_PER_FRAME_MAX
 
 
 class DispatchStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +51,13 @@ class Stage(enum.Enum):
     ANSWERED = enum.auto()
 
 
+_NAMED, _RUNNING, _ANSWERED = Stage
+
+
 class Lent(NamedTuple):
     """A region that the backend named, until it comes back."""
 
-    descriptor: Descriptor
+    raw: RawDescriptor
     region: int
     stage: Stage
 
@@ -64,9 +72,9 @@ class Queue:
         self.epoch = epoch
         self.running = 0
         self.running_old = 0
-        self.fence: Descriptor | None = None
+        self.fence: RawDescriptor | None = None
         self.lent: dict[tuple[int, int], Lent] = {}
-        self.answers: list[Descriptor] = []
+        self.answers: list[bytes | bytearray] = []
 
 
 class RequestEngine:
@@ -75,13 +83,16 @@ class RequestEngine:
     def __init__(self, backend: Backend, device: Device, outbox: Outbox) -> None:
         self._backend = backend
         self._device = device
+        self._pool, self._pool_bytes = device.pool, len(device.pool)
         self._outbox = outbox
         self._queues = [Queue(number, device.epoch) for number in range(device.queues)]
-        self._waiting: list[tuple[Queue, Descriptor]] = []
+        self._waiting: list[tuple[Queue, RawDescriptor]] = []
         self._batch: list[Request] = []
+        # Who answers within the call needs no record of what runs.
+        self._direct = DirectCalls(backend, device) if suits(backend) else None
         self._requests = self._answered = self._failed = 0
         self._replayed = self._fenced = self._dropped = 0
-        self._handlers: dict[int, Callable[[Queue, Descriptor], None]] = {
+        self._handlers: dict[int, Callable[[Queue, RawDescriptor], None]] = {
             _REQUEST: self._request,
             _PLACE: self._wants_region,
             _DATA: self._data,
@@ -97,12 +108,17 @@ class RequestEngine:
     def take(self, queue: int, frame: bytes) -> None:
         """Hand a frame's requests to the backend as one batch."""
         state = self._queues[queue]
+        if self._direct is not None:
+            answers = self._direct.answers_to(frame, state.epoch)
+            if answers is not None:
+                state.answers.append(answers)
+                return
         handlers = self._handlers
-        for descriptor in wire.iter_frame(frame):
-            handler = handlers.get(descriptor.kind)
+        for raw in wire.iter_raw(frame):
+            handler = handlers.get(raw[0])
             if handler is None:
-                raise WireError(f"a worker sent a descriptor of kind {descriptor.kind}")
-            handler(state, descriptor)
+                raise WireError(f"a worker sent a descriptor of kind {raw[0]}")
+            handler(state, raw)
         self._submit()
 
     def _submit(self) -> None:
@@ -116,67 +132,65 @@ class RequestEngine:
                 if not request.answered:
                     request.fail(error)
 
-    def _request(self, queue: Queue, descriptor: Descriptor) -> None:
-        if descriptor.op == _READ and descriptor.segment == wire.SEGMENT_NONE:
-            self._wants_region(queue, descriptor)
-        elif descriptor.op in (_READ, _WRITE):
-            self._start(queue, descriptor, self._pool_buffer(descriptor), -1)
+    def _request(self, queue: Queue, raw: RawDescriptor) -> None:
+        op = raw[1]
+        if op > _WRITE:
+            self._start(queue, raw, _NOTHING, -1)
+        elif op == _READ and raw[11] == wire.SEGMENT_NONE:
+            self._wants_region(queue, raw)
         else:
-            self._start(queue, descriptor, _NOTHING, -1)
+            self._start(queue, raw, self._pool_buffer(raw), -1)
 
-    def _pool_buffer(self, descriptor: Descriptor) -> memoryview:
-        end = descriptor.buffer + descriptor.length
-        pool = self._device.pool
-        if descriptor.segment != wire.SEGMENT_POOL or end > len(pool):
-            raise WireError(f"a worker named a buffer outside the pool: {descriptor}")
-        return pool[descriptor.buffer : end]
+    def _pool_buffer(self, raw: RawDescriptor) -> memoryview:
+        start = raw[12]
+        end = start + raw[9]
+        if raw[11] != wire.SEGMENT_POOL or end > self._pool_bytes:
+            raise WireError(f"a worker named a buffer outside the pool: {wire.Descriptor._make(raw)}")
+        return self._pool[start:end]
 
-    def _start(self, queue: Queue, descriptor: Descriptor, buffer: memoryview, region: int) -> None:
-        if descriptor.epoch < queue.epoch:
+    def _start(self, queue: Queue, raw: RawDescriptor, buffer: memoryview, region: int) -> None:
+        if raw[6] < queue.epoch:
             self._dropped += 1
             return
         queue.running += 1
         self._requests += 1
-        if descriptor.flags & Flag.REPLAY:
+        if raw[2] & _REPLAY:
             self._replayed += 1
-        self._batch.append(Request(descriptor, buffer, region, self._outbox))
+        self._batch.append(Request(raw, buffer, region, self._outbox))
 
-    def _wants_region(self, queue: Queue, descriptor: Descriptor) -> None:
-        if descriptor.epoch < queue.epoch:
+    def _wants_region(self, queue: Queue, raw: RawDescriptor) -> None:
+        if raw[6] < queue.epoch:
             self._dropped += 1
-        elif not self._name_region(queue, descriptor):
-            self._waiting.append((queue, descriptor))
+        elif not self._name_region(queue, raw):
+            self._waiting.append((queue, raw))
 
-    def _name_region(self, queue: Queue, descriptor: Descriptor) -> bool:
+    def _name_region(self, queue: Queue, raw: RawDescriptor) -> bool:
+        is_place = raw[0] == _PLACE
         try:
-            region = self._ask(descriptor)
+            region = self._ask(raw, is_place)
         except Exception as error:
-            refusal = _DONE if descriptor.kind == _REQUEST else _REJECT
-            self._answer(
-                queue, descriptor, refusal, errno_of(error, f"naming a region at {descriptor.offset}")
-            )
+            refusal = _REJECT if is_place else _DONE
+            self._answer(queue, raw, refusal, errno_of(error, f"naming a region at {raw[8]}"))
             return True
         if region is None:
             return False
-        placing = descriptor.kind == _PLACE
-        stage = Stage.NAMED if placing else Stage.ANSWERED
-        queue.lent[descriptor.tag, descriptor.sequence] = Lent(descriptor, region, stage)
-        if placing:
-            self._answer(queue, descriptor, _PLACED, 0, 0, region)
+        queue.lent[raw[5], raw[7]] = Lent(raw, region, _NAMED if is_place else _ANSWERED)
+        if is_place:
+            self._answer_region(queue, raw, _PLACED, 0, 0, region)
         else:
             self._requests += 1
-            self._answer(queue, descriptor, _DONE, descriptor.length, _REGION, region)
+            self._answered += 1
+            self._answer_region(queue, raw, _DONE, raw[9], _REGION, region)
         return True
 
-    def _ask(self, descriptor: Descriptor) -> int | None:
-        if descriptor.kind == _PLACE:
-            region = self._backend.place(descriptor.offset, descriptor.length, descriptor.flags)
+    def _ask(self, raw: RawDescriptor, is_place: bool) -> int | None:
+        length = raw[9]
+        if is_place:
+            region = self._backend.place(raw[8], length, raw[2])
         else:
-            region = self._backend.read_in_place(descriptor.offset, descriptor.length)
-        if region is not None and not self._fits(region, descriptor.length):
-            raise BackendError(
-                f"region {region} for {descriptor.length} bytes is not a place in the own segment"
-            )
+            region = self._backend.read_in_place(raw[8], length)
+        if region is not None and not self._fits(region, length):
+            raise BackendError(f"region {region} for {length} bytes is not a place in the own segment")
         return region
 
     def _fits(self, region: int, length: int) -> bool:
@@ -184,92 +198,93 @@ class RequestEngine:
             region % self._device.logical_block_bytes == 0 and 0 <= region <= len(self._device.own) - length
         )
 
-    def _data(self, queue: Queue, descriptor: Descriptor) -> None:
-        key = (descriptor.tag, descriptor.sequence)
+    def _data(self, queue: Queue, raw: RawDescriptor) -> None:
+        key = (raw[5], raw[7])
         lent = queue.lent.get(key)
-        if lent is None or lent.stage is not Stage.NAMED or descriptor.length > lent.descriptor.length:
+        if lent is None or lent.stage is not _NAMED or raw[9] > lent.raw[9]:
             self._dropped += 1
             return
-        queue.lent[key] = lent._replace(stage=Stage.RUNNING)
-        buffer = self._device.own[lent.region : lent.region + descriptor.length]
-        self._start(queue, descriptor, buffer, lent.region)
+        queue.lent[key] = Lent(lent.raw, lent.region, _RUNNING)
+        self._start(queue, raw, self._device.own[lent.region : lent.region + raw[9]], lent.region)
 
-    def _release(self, queue: Queue, descriptor: Descriptor) -> None:
-        lent = queue.lent.get((descriptor.tag, descriptor.sequence))
-        if lent is not None and lent.stage is not Stage.RUNNING:
-            self._give_back(queue, lent.descriptor)
-        elif lent is None:
-            self._forget_waiting(
-                lambda each, waiting: (
-                    each is queue
-                    and waiting.tag == descriptor.tag
-                    and waiting.sequence == descriptor.sequence
-                )
-            )
+    def _release(self, queue: Queue, raw: RawDescriptor) -> None:
+        key = (raw[5], raw[7])
+        lent = queue.lent.get(key)
+        if lent is None:
+            self._forget_waiting(lambda each, waiting: each is queue and (waiting[5], waiting[7]) == key)
+        elif lent.stage is not _RUNNING:
+            self._give_back(queue, lent.raw)
 
-    def _give_back(self, queue: Queue, descriptor: Descriptor) -> None:
-        lent = queue.lent.pop((descriptor.tag, descriptor.sequence))
+    def _give_back(self, queue: Queue, raw: RawDescriptor) -> None:
+        lent = queue.lent.pop((raw[5], raw[7]))
         try:
             self._backend.released(lent.region)
         except Exception as error:
             errno_of(error, "released")
 
-    def _forget_waiting(self, gone: Callable[[Queue, Descriptor], bool]) -> None:
+    def _forget_waiting(self, gone: Callable[[Queue, RawDescriptor], bool]) -> None:
+        if not self._waiting:
+            return
         kept = [each for each in self._waiting if not gone(*each)]
         self._dropped += len(self._waiting) - len(kept)
         self._waiting = kept
 
-    def _welcome(self, queue: Queue, descriptor: Descriptor) -> None:
+    def _welcome(self, queue: Queue, raw: RawDescriptor) -> None:
         """Nothing to do: requests follow."""
 
-    def _fence(self, queue: Queue, descriptor: Descriptor) -> None:
-        if descriptor.epoch > queue.epoch:
-            queue.epoch = descriptor.epoch
+    def _fence(self, queue: Queue, raw: RawDescriptor) -> None:
+        if raw[6] > queue.epoch:
+            queue.epoch = raw[6]
             queue.running_old = queue.running
         epoch = queue.epoch
         self._batch, old = [], self._batch
         for request in old:
-            if request.descriptor.epoch < epoch and request.descriptor.queue == queue.number:
+            if request.raw[6] < epoch and request.raw[4] == queue.number:
                 request.complete(0)
             else:
                 self._batch.append(request)
-        self._forget_waiting(lambda each, waiting: each is queue and waiting.epoch < epoch)
+        self._forget_waiting(lambda each, waiting: each is queue and waiting[6] < epoch)
         for lent in list(queue.lent.values()):
-            if lent.descriptor.epoch < epoch and lent.stage is not Stage.RUNNING:
-                self._give_back(queue, lent.descriptor)
-        queue.fence = descriptor
+            if lent.raw[6] < epoch and lent.stage is not _RUNNING:
+                self._give_back(queue, lent.raw)
+        queue.fence = raw
 
     def answers(self) -> Iterator[tuple[int, bytes]]:
         """Everything that is ready, one frame a queue."""
-        self._collect()
-        self._retry_waiting()
+        if self._outbox.results:
+            self._collect()
+        if self._waiting:
+            self._retry_waiting()
         for queue in self._queues:
             if queue.fence is not None and queue.running_old == 0:
                 self._fenced += 1
-                queue.answers.append(_answer_to(queue.fence, _FENCED))
+                queue.answers.append(wire.pack_answer(queue.fence, _FENCED))
                 queue.fence = None
             if queue.answers:
-                answers, queue.answers = queue.answers, []
-                for start in range(0, len(answers), wire.DESCRIPTORS_PER_FRAME_MAX):
-                    piece = answers[start : start + wire.DESCRIPTORS_PER_FRAME_MAX]
-                    yield queue.number, wire.pack_frame(piece)
+                frame = b"".join(queue.answers)
+                queue.answers.clear()
+                for start in range(0, len(frame), _FRAME_BYTES_MAX):
+                    yield queue.number, frame[start : start + _FRAME_BYTES_MAX]
 
     def _collect(self) -> None:
         results = self._outbox.results
         for _ in range(len(results)):
             request, result = results.popleft()
-            descriptor = request.descriptor
-            queue = self._queues[descriptor.queue]
+            raw = request.raw
+            queue = self._queues[raw[4]]
             queue.running -= 1
-            if descriptor.epoch < queue.epoch:
+            if raw[6] < queue.epoch:
                 queue.running_old -= 1
                 if request.region >= 0:
-                    self._give_back(queue, descriptor)
-            else:
-                if request.region >= 0:
-                    key = (descriptor.tag, descriptor.sequence)
-                    queue.lent[key] = queue.lent[key]._replace(stage=Stage.ANSWERED)
-                self._answer(queue, descriptor, _DONE, self._checked(request, result))
+                    self._give_back(queue, raw)
+                continue
+            if request.region >= 0:
+                key = (raw[5], raw[7])
+                lent = queue.lent[key]
+                queue.lent[key] = Lent(lent.raw, lent.region, _ANSWERED)
+            if result > 0:
+                result = self._checked(request, result)
+            self._answer(queue, raw, _DONE, result)
 
     def _checked(self, request: Request, result: int) -> int:
         limit = request.length if request.op in (_READ, _WRITE) else 0
@@ -277,19 +292,22 @@ class RequestEngine:
             return result
         return errno_of(ValueError(f"{result} is more than was asked for"), repr(request))
 
-    def _answer(
-        self, queue: Queue, descriptor: Descriptor, kind: int, result: int, flags: int = 0, region: int = -1
+    def _answer(self, queue: Queue, raw: RawDescriptor, kind: int, result: int) -> None:
+        self._answered += 1
+        self._failed += result < 0
+        queue.answers.append(wire.pack_answer(raw, kind, result))
+
+    def _answer_region(
+        self, queue: Queue, raw: RawDescriptor, kind: int, result: int, flags: int, region: int
     ) -> None:
-        if kind != _PLACED:
-            self._answered += 1
-            self._failed += result < 0
-        queue.answers.append(_answer_to(descriptor, kind, result, flags, self._device.own_segment, region))
+        own = self._device.own_segment
+        queue.answers.append(wire.pack_answer(raw, kind, result, flags, own, region))
 
     def _retry_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for queue, descriptor in waiting:
-            if not self._name_region(queue, descriptor):
-                self._waiting.append((queue, descriptor))
+        for queue, raw in waiting:
+            if not self._name_region(queue, raw):
+                self._waiting.append((queue, raw))
 
     def running(self) -> int:
         """Requests that the backend has not answered; those that wait for a region run nowhere."""
@@ -297,37 +315,18 @@ class RequestEngine:
 
     def statistics(self) -> DispatchStatistics:
         """Counters since the attach."""
+        direct = self._direct
         return DispatchStatistics(
-            requests=self._requests,
-            answered=self._answered,
-            failed=self._failed,
-            replayed=self._replayed,
+            requests=self._requests + (direct.requests if direct else 0),
+            answered=self._answered + (direct.requests if direct else 0),
+            failed=self._failed + (direct.failed if direct else 0),
+            replayed=self._replayed + (direct.replayed if direct else 0),
             running=self.running(),
             waiting=len(self._waiting),
             lent=sum(len(queue.lent) for queue in self._queues),
             fenced=self._fenced,
-            dropped=self._dropped,
+            dropped=self._dropped + (direct.dropped if direct else 0),
         )
 
     def close(self) -> None:
         """Nothing of its own to free."""
-
-
-def _answer_to(
-    descriptor: Descriptor, kind: int, result: int = 0, flags: int = 0, segment: int = 0, region: int = -1
-) -> Descriptor:
-    return Descriptor(
-        kind,
-        descriptor.op,
-        flags,
-        descriptor.device,
-        descriptor.queue,
-        descriptor.tag,
-        descriptor.epoch,
-        descriptor.sequence,
-        descriptor.offset,
-        descriptor.length,
-        result,
-        segment if region >= 0 else wire.SEGMENT_NONE,
-        max(region, 0),
-    )

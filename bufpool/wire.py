@@ -24,7 +24,7 @@ is one descriptor followed by `length` slot numbers of 4 bytes.
 import enum
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 
@@ -110,6 +110,10 @@ class Flag(enum.IntFlag):
     """This request was given to an earlier backend, which may have executed it."""
 
 
+RawDescriptor = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+"""A descriptor's fields in the wire's order, for who cannot afford names."""
+
+
 class Descriptor(NamedTuple):
     """One descriptor, decoded; see the module's drawing.  Sizes and offsets are bytes."""
 
@@ -150,10 +154,30 @@ def iter_frame(frame: bytes | bytearray | memoryview) -> Iterator[Descriptor]:
 
     Raises `WireError` at once for a frame that is empty, too long, or not a multiple of 64 bytes.
     """
+    return map(Descriptor._make, iter_raw(frame))
+
+
+def iter_raw(frame: bytes | bytearray | memoryview) -> Iterator[RawDescriptor]:
+    """As `iter_frame`, without names."""
     size = len(frame)
     if size == 0 or size % DESCRIPTOR_BYTES or size > DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX:
         raise WireError(f"a frame of {size} bytes is not 1 to {DESCRIPTORS_PER_FRAME_MAX} descriptors of 64")
-    return map(Descriptor._make, _DESCRIPTOR.iter_unpack(frame))
+    return cast(Iterator[RawDescriptor], _DESCRIPTOR.iter_unpack(frame))
+
+
+def pack_answer(
+    to: RawDescriptor,
+    kind: int,
+    result: int = 0,
+    flags: int = 0,
+    segment: int = SEGMENT_NONE,
+    buffer: int = 0,
+) -> bytes:
+    """The 64 bytes that answer a descriptor: its identity, and what is said."""
+    _, op, _, device, queue, tag, epoch, sequence, offset, length, _, _, _, _ = to
+    return _DESCRIPTOR.pack(
+        kind, op, flags, device, queue, tag, epoch, sequence, offset, length, result, segment, buffer, 0
+    )
 
 
 def pack_slots(descriptor: Descriptor, slots: Sequence[int]) -> bytes:

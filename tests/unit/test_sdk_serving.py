@@ -445,10 +445,12 @@ def test_statistics_are_frozen_and_count() -> None:
         unwatch=lambda descriptor: None,
         wake=outbox.wake,
     )
-    engine = RequestEngine(Plain(), device, outbox)
+    backend = Held()
+    engine = RequestEngine(backend, device, outbox)
     request = Descriptor(Kind.REQUEST, Op.WRITE, Flag.REPLAY, 7, 0, 0, 1, 1, 0, 4096, 0, wire.SEGMENT_POOL)
     engine.take(0, request.pack())
     assert engine.statistics().running == 1
+    backend.held[0].complete()
     assert [queue for queue, _ in engine.answers()] == [0]
     counted = engine.statistics()
     outbox.close()

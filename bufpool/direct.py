@@ -1,0 +1,118 @@
+"""The short way for backends of methods: a frame of requests becomes calls, their results the frame of answers.
+
+Knows the shape of a frame and the methods of a backend; no epochs but the one it is given, no regions, no state between
+frames.  What it cannot do it leaves untouched for the `RequestEngine`, whole frames at a time.
+"""
+
+import errno
+import struct
+from collections.abc import Callable
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.backend import Backend, Device, errno_of, perform_without_data
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Flag, Kind, Op
+
+# op, flags; epoch; offset, length; segment, buffer
+_FIELDS = struct.Struct("<xBH8xI8xQQ4xIQ8x")
+_RESULT_AT = 40
+_RESULT = struct.Struct("<iIQ")
+assert _FIELDS.size == DESCRIPTOR_BYTES and _RESULT_AT + _RESULT.size == 56
+_REQUEST, _READ, _WRITE = int(Kind.REQUEST), int(Op.READ), int(Op.WRITE)
+_FUA, _REPLAY = int(Flag.FUA), int(Flag.REPLAY)
+_DONES = bytes([Kind.DONE]) * wire.DESCRIPTORS_PER_FRAME_MAX
+_NO_FLAGS = bytes(wire.DESCRIPTORS_PER_FRAME_MAX)
+_OP_NAMES = {int(op): op.name.lower() for op in Op}
+
+
+def suits(backend: Backend) -> bool:
+    """Whether a backend answers within its methods, and reads into buffers that it is given."""
+    kind = type(backend)
+    return kind.submit is Backend.submit and kind.read_in_place is Backend.read_in_place
+
+
+class DirectCalls:
+    """Calls a backend's methods for whole frames."""
+
+    def __init__(self, backend: Backend, device: Device) -> None:
+        """For a backend that `suits`."""
+        self._backend = backend
+        self._pread: Callable[[memoryview, int], int | None] = backend.pread
+        self._pwrite: Callable[[memoryview, int, bool], int | None] = backend.pwrite
+        self._pool, self._pool_bytes = device.pool, len(device.pool)
+        self.requests = self.failed = self.replayed = self.dropped = 0
+
+    def answers_to(self, frame: bytes, epoch: int) -> bytearray | None:
+        """Do what a frame asks for; the answers, in order, none to what is of an older epoch.
+
+        None, and nothing is done, if it is not requests and nothing else.  Raises `WireError` for a buffer outside the
+        pool.
+        """
+        count, rest = divmod(len(frame), DESCRIPTOR_BYTES)
+        if (
+            rest
+            or count > wire.DESCRIPTORS_PER_FRAME_MAX
+            or frame[::DESCRIPTOR_BYTES].count(_REQUEST) != count
+        ):
+            return None
+        answers = bytearray(frame)
+        old = self._call_all(frame, answers, epoch)
+        answers[::DESCRIPTOR_BYTES] = _DONES[:count]
+        answers[2::DESCRIPTOR_BYTES] = answers[3::DESCRIPTOR_BYTES] = _NO_FLAGS[:count]
+        for at in reversed(old):
+            del answers[at : at + DESCRIPTOR_BYTES]
+        self.requests += count - len(old)
+        self.dropped += len(old)
+        return answers
+
+    def _call_all(self, frame: bytes, answers: bytearray, epoch: int) -> list[int]:
+        """Call for each and put in its result; where those are that are too old to be done."""
+        pack_result, call, old = _RESULT.pack_into, self._call, []
+        at = _RESULT_AT
+        for op, flags, of, offset, length, segment, buffer in _FIELDS.iter_unpack(frame):
+            if of < epoch:
+                old.append(at - _RESULT_AT)
+            else:
+                pack_result(answers, at, call(op, flags, offset, length, segment, buffer), 0, 0)
+            at += DESCRIPTOR_BYTES
+        return old
+
+    def _call(self, op: int, flags: int, offset: int, length: int, segment: int, buffer: int) -> int:
+        limit = length
+        if flags & _REPLAY:
+            self.replayed += 1
+        try:
+            if op == _READ:
+                result = self._pread(self._memory(segment, buffer, length), offset)
+            elif op == _WRITE:
+                result = self._pwrite(self._memory(segment, buffer, length), offset, flags & _FUA != 0)
+            else:
+                limit = result = 0
+                perform_without_data(self._backend, op, flags, offset, length)
+        except WireError:
+            raise
+        except Exception as error:
+            self.failed += 1
+            return errno_of(error, f"{_OP_NAMES.get(op, op)} at {offset}")
+        if result is None:
+            return limit
+        if result > limit:
+            result = errno_of(
+                ValueError(f"{result} is more than was asked for"), f"{length} bytes at {offset}"
+            )
+        self.failed += result < 0
+        return result
+
+    def _memory(self, segment: int, buffer: int, length: int) -> memoryview:
+        end = buffer + length
+        if segment != wire.SEGMENT_POOL or end > self._pool_bytes:
+            raise _no_buffer(segment, buffer, length)
+        return self._pool[buffer:end]
+
+
+def _no_buffer(segment: int, buffer: int, length: int) -> Exception:
+    if segment == wire.SEGMENT_NONE:
+        return OSError(errno.EOPNOTSUPP, "this backend does not read in place")
+    return WireError(
+        f"a worker named a buffer outside the pool: {length} bytes at {buffer} of segment {segment}"
+    )
