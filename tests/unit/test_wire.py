@@ -104,6 +104,7 @@ def test_numbers_are_those_of_the_protocol() -> None:
         ("DONE", 18),
         ("HELLO", 19),
         ("FENCED", 20),
+        ("POST", 21),
         ("LEASE", 32),
         ("GRANT", 33),
         ("RETURN", 34),
