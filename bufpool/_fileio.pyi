@@ -27,6 +27,7 @@ class _Lib(Protocol):
     WIRE_REJECT: int
     WIRE_DONE: int
     WIRE_FENCED: int
+    WIRE_POST: int
     WIRE_READ: int
     WIRE_WRITE: int
     WIRE_FLUSH: int

@@ -95,6 +95,8 @@ class Device:
     own: memoryview
     """The own segment; empty if there is none."""
     own_segment: int
+    post_bytes: tuple[int, ...] = ()
+    """In which sizes regions may be posted ahead; empty if not at all."""
     watch: Callable[[int, Callable[[], None]], None]
     """`watch(fd, callback)`: call `callback` on the loop's thread whenever `fd` is readable."""
     unwatch: Callable[[int], None]

@@ -76,6 +76,10 @@ class NativeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """How many ever had to."""
     lent: int
     """Regions of the own segment that a worker was named and that did not come back yet."""
+    posted: int
+    """Regions that were posted ahead."""
+    unasked: int
+    """Writes that came in one."""
 
 
 class NativeEngine:
@@ -109,6 +113,8 @@ class NativeEngine:
                 "own": self._own if self._own is not None else ffi.NULL,
                 "own_bytes": len(device.own),
                 "own_segment": device.own_segment,
+                "post_sizes": len(device.post_bytes),
+                "post_bytes": device.post_bytes,
             },
         )
 

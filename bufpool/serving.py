@@ -282,6 +282,7 @@ def _device(attachment: Attachment, loop: Loop) -> Device:
         pool=pool,
         own=own.view if own else memoryview(b""),
         own_segment=attached.own_segment,
+        post_bytes=attached.post_bytes,
         watch=loop.watch,
         unwatch=loop.unwatch,
         wake=loop.wake,

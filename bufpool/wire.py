@@ -275,6 +275,8 @@ class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw
     segments: tuple[Segment, ...]
     own_segment: int
     """The number by which the backend names its own segment, 0 if it brought none."""
+    post_bytes: tuple[int, ...] = ()
+    """In which sizes regions of it may be posted, ascending; the last is for the largest write.  Empty: not at all."""
 
 
 class OpenRing(

@@ -143,7 +143,13 @@ class Team:
             rings=tuple(str(self._ring_socket(queue)) for queue in range(info.queues)),
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=plan.arena.geometry.total_bytes),),
             own_segment=session.segment,
+            post_bytes=self._post_bytes(),
         )
+
+    def _post_bytes(self) -> tuple[int, ...]:
+        if self.plan.config.placement != "backend":
+            return ()
+        return tuple(each.buffer_bytes for each in self.plan.arena.geometry.classes)
 
     async def linked(self) -> None:
         """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""

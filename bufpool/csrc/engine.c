@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "fifo.h"
+#include "slots.h"
 #include "storage.h"
 
 _Static_assert(sizeof(struct wire_descriptor) == 64, "a descriptor is 64 bytes");
@@ -15,6 +16,8 @@ _Static_assert(offsetof(struct wire_descriptor, epoch) == 12, "layout");
 _Static_assert(offsetof(struct wire_descriptor, result) == 40, "layout");
 _Static_assert(offsetof(struct wire_descriptor, buffer) == 48, "layout");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
+
+#define POSTS_AT_ONCE 64u
 
 /* NAMED: the data of its write is still to come.  ANSWERED: a region stays lent until RELEASE, since the worker may
  * still take the data from it. */
@@ -26,8 +29,8 @@ struct answers {
 };
 
 struct queue {
-    uint32_t epoch, running, running_old;
-    bool fenced;
+    uint32_t epoch, running, running_old, worker_epoch;
+    bool fenced, is_welcome;
     struct wire_descriptor fence;
     struct answers answers;
 };
@@ -36,7 +39,7 @@ struct engine {
     struct engine_setup setup;
     struct storage *storage;
     int event_file;
-    bool out_of_memory, came_back;
+    bool out_of_memory, came_back, posts_due;
     struct queue *queues;
     struct storage_request *requests;
     struct fifo waiting;
@@ -136,7 +139,7 @@ static void region_refused(struct engine *e, struct storage_request *r, int32_t 
 /* False: not now. */
 static bool name_region(struct engine *e, struct storage_request *r) {
     r->region_bytes = r->d.length;
-    int named = e->storage->ops->name(e->storage, r);
+    int named = e->storage->slots ? slots_name(e->storage->slots, r) : e->storage->ops->name(e->storage, r);
     if (named > 0)
         region_named(e, r);
     else if (named < 0)
@@ -167,20 +170,24 @@ static void name_for_all_waiting(struct engine *e) {
 /* Something came back: those who wait are asked again, in the order in which they came. */
 static void name_for_waiting(struct engine *e) {
     e->came_back = false;
-    if (!e->storage->is_fair)
+    if (!e->storage->slots)
         name_for_all_waiting(e);
-    while (e->storage->is_fair && e->waiting.count && name_region(e, &e->requests[fifo_first(&e->waiting)]))
+    /* Whatever fits one fits another: nobody is asked for while somebody waits. */
+    while (e->storage->slots && e->waiting.count && name_region(e, &e->requests[fifo_first(&e->waiting)]))
         fifo_pop(&e->waiting);
 }
 
 static void give_back(struct engine *e, struct storage_request *r) {
-    if (r->region != NO_REGION) {
-        e->storage->ops->give_back(e->storage, r);
-        r->region = NO_REGION;
-        e->count.lent--;
-        e->came_back = true;
-    }
     r->state = IDLE;
+    if (r->region == NO_REGION)
+        return;
+    if (e->storage->slots)
+        slots_give_back(e->storage->slots, r->region);
+    else
+        e->storage->ops->give_back(e->storage, r);
+    r->region = NO_REGION;
+    e->count.lent--;
+    e->came_back = e->posts_due = true;
 }
 
 static void stop_waiting(struct engine *e, const struct storage_request *r) {
@@ -230,7 +237,7 @@ static bool fits(uint64_t offset, uint64_t length, uint64_t limit) {
 
 static int32_t objection(const struct engine *e, const struct wire_descriptor *d) {
     bool moves = d->op == WIRE_READ || d->op == WIRE_WRITE;
-    if (d->op > WIRE_WRITE_ZEROES || d->op == 4 || (d->kind == WIRE_PLACE && d->op != WIRE_WRITE))
+    if (d->op > WIRE_WRITE_ZEROES || d->op == 4 || (d->kind != WIRE_REQUEST && d->op != WIRE_WRITE))
         return -EOPNOTSUPP;
     if (d->op != WIRE_FLUSH && !fits(d->offset, d->length, e->setup.size_bytes))
         return -EINVAL;
@@ -267,11 +274,11 @@ static void start(struct engine *e, struct storage_request *r, int32_t problem) 
 }
 
 static void ask_for_region(struct engine *e, struct storage_request *r, int32_t problem) {
-    if (!problem && !e->storage->ops->name)
+    if (!problem && !e->storage->slots && !e->storage->ops->name)
         problem = -EOPNOTSUPP;
     if (problem)
         region_refused(e, r, problem);
-    else if ((e->storage->is_fair && e->waiting.count) || !name_region(e, r))
+    else if ((e->storage->slots && e->waiting.count) || !name_region(e, r))
         wait_for_region(e, r);
 }
 
@@ -290,8 +297,31 @@ static bool is_same(const struct storage_request *r, const struct wire_descripto
     return r->d.epoch == d->epoch && r->d.sequence == d->sequence;
 }
 
-static void take_data(struct engine *e, struct storage_request *r, const struct wire_descriptor *d) {
-    if (r->state != NAMED || !is_same(r, d) || d->length > r->d.length) {
+/* A region that was posted is used, or comes back unused: its bytes, 0 if it is not. */
+static uint64_t claim(struct engine *e, const struct wire_descriptor *d) {
+    if (!e->storage->slots || d->segment != e->setup.own_segment)
+        return 0;
+    return slots_claim(e->storage->slots, d->queue, d->epoch, d->buffer);
+}
+
+static void take_posted(struct engine *e, struct storage_request *r, const struct wire_descriptor *d) {
+    uint64_t bytes = claim(e, d);
+    if (!bytes) {
+        e->count.dropped++;
+        return;
+    }
+    abandon(e, r);
+    r->d = *d;
+    r->region = d->buffer;
+    r->region_bytes = bytes;
+    e->count.lent++;
+    e->count.unasked++;
+    e->posts_due = true;
+    start(e, r, d->length > bytes ? -EINVAL : objection(e, d));
+}
+
+static void take_placed(struct engine *e, struct storage_request *r, const struct wire_descriptor *d) {
+    if (d->length > r->d.length) {
         e->count.dropped++;
         return;
     }
@@ -300,9 +330,63 @@ static void take_data(struct engine *e, struct storage_request *r, const struct 
     start(e, r, d->length ? 0 : -EINVAL);
 }
 
+static int take_data(struct engine *e, struct storage_request *r, const struct wire_descriptor *d) {
+    if (r->state == NAMED && is_same(r, d))
+        take_placed(e, r, d);
+    else if (r->state == RUNNING)
+        return -EPROTO;
+    else
+        take_posted(e, r, d);
+    return 0;
+}
+
 static void take_release(struct engine *e, struct storage_request *r, const struct wire_descriptor *d) {
-    if (may_let_go(r) && is_same(r, d))
+    if (may_let_go(r) && is_same(r, d)) {
         abandon(e, r);
+    } else if (claim(e, d)) {
+        slots_give_back(e->storage->slots, d->buffer);
+        e->came_back = e->posts_due = true;
+    }
+}
+
+/* What a dead worker was posted is nobody's now. */
+static void forget_posts(struct engine *e, uint32_t queue, uint32_t epoch) {
+    if (e->storage->slots)
+        slots_unpost(e->storage->slots, queue, epoch);
+    e->came_back = e->posts_due = true;
+}
+
+static void take_welcome(struct engine *e, const struct wire_descriptor *d) {
+    struct queue *q = &e->queues[d->queue];
+    q->worker_epoch = d->epoch;
+    q->is_welcome = true;
+    forget_posts(e, d->queue, d->epoch);
+}
+
+static void post(struct engine *e, uint32_t queue) {
+    uint64_t regions[POSTS_AT_ONCE], bytes;
+    uint32_t count;
+    struct wire_descriptor d = {.device = e->setup.device, .queue = (uint16_t)queue,
+                                .epoch = e->queues[queue].worker_epoch};
+    while ((count = slots_post(e->storage->slots, queue, d.epoch, &bytes, regions, POSTS_AT_ONCE))) {
+        for (uint32_t i = 0; i < count; i++) {
+            struct wire_descriptor *said = answer(e, &d, WIRE_POST, 0);
+            said->length = bytes;
+            said->segment = e->setup.own_segment;
+            said->buffer = regions[i];
+        }
+        e->count.posted += count;
+    }
+}
+
+/* Who waits for a region goes before those who might come. */
+static void post_to_all(struct engine *e) {
+    e->posts_due = false;
+    if (!e->storage->slots || e->waiting.count)
+        return;
+    for (uint32_t queue = 0; queue < e->setup.queues; queue++)
+        if (e->queues[queue].is_welcome)
+            post(e, queue);
 }
 
 static void take_fence(struct engine *e, const struct wire_descriptor *d) {
@@ -316,6 +400,7 @@ static void take_fence(struct engine *e, const struct wire_descriptor *d) {
         if (may_let_go(r) && r->d.epoch < q->epoch)
             abandon(e, r);
     }
+    forget_posts(e, d->queue, d->epoch);
     q->fence = *d;
     q->fenced = true;
     finish_fence(e, q);
@@ -327,7 +412,7 @@ static int take_own(struct engine *e, const struct wire_descriptor *d) {
     if (d->epoch < e->queues[d->queue].epoch) {
         e->count.dropped++;
     } else if (d->kind == WIRE_DATA) {
-        take_data(e, r, d);
+        return take_data(e, r, d);
     } else if (d->kind == WIRE_RELEASE) {
         take_release(e, r, d);
     } else if (r->state == RUNNING) {
@@ -345,10 +430,8 @@ static int take_own(struct engine *e, const struct wire_descriptor *d) {
 static int take(struct engine *e, const struct wire_descriptor *d) {
     if (d->queue >= e->setup.queues || d->device != e->setup.device)
         return -EPROTO;
-    if (d->kind == WIRE_WELCOME)
-        return 0;
-    if (d->kind == WIRE_FENCE) {
-        take_fence(e, d);
+    if (d->kind == WIRE_WELCOME || d->kind == WIRE_FENCE) {
+        (d->kind == WIRE_WELCOME ? take_welcome : take_fence)(e, d);
         return 0;
     }
     if (d->tag >= e->setup.depth || d->kind < WIRE_REQUEST || d->kind > WIRE_RELEASE)
@@ -366,6 +449,8 @@ int engine_take(struct engine *e, const struct wire_descriptor *descriptors, uin
         if (e->came_back)
             name_for_waiting(e);
     }
+    if (e->posts_due)
+        post_to_all(e);
     return error;
 }
 

@@ -23,7 +23,7 @@ struct storage_ops {
     /* Start it, and call engine_finish() once, now or later.  Offset, length and memory have been judged. */
     void (*start)(struct storage *s, struct storage_request *r);
     /* Name the region where a write shall land or a read's data lies: 1 and r->region, 0 for not now, or a negative
-     * errno.  Who got 0 is asked again when something was given back.  NULL: it has no regions. */
+     * errno.  Who got 0 is asked again when something was given back.  NULL, like the next two: see storage.slots. */
     int (*name)(struct storage *s, struct storage_request *r);
     /* r->region is nobody's any more. */
     void (*give_back)(struct storage *s, const struct storage_request *r);
@@ -43,8 +43,8 @@ struct storage {
     struct engine *engine;
     struct engine_statistics *count;
     int event_file; /* the engine's */
-    bool names_reads; /* a read that brings no buffer gets a region */
-    bool is_fair;     /* any region is as good as another: while one request waits, no other is asked for */
+    bool names_reads;    /* a read that brings no buffer gets a region */
+    struct slots *slots; /* its regions are these, whatever lands there; NULL: it names its own */
 };
 
 /* Full length for reads and writes, 0 for the rest, or a negative errno.  The request's memory is not touched again. */

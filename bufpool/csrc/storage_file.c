@@ -192,12 +192,6 @@ static void file_start(struct storage *s, struct storage_request *r) {
     run(f, r, first_step(f, &r->d));
 }
 
-static int file_name(struct storage *s, struct storage_request *r) { return slots_name(&file_of(s)->slots, r); }
-
-static void file_give_back(struct storage *s, const struct storage_request *r) {
-    slots_give_back(&file_of(s)->slots, r);
-}
-
 static int file_use_ring(struct storage *s, struct io_uring *ring) {
     struct file_storage *f = file_of(s);
     own_ring_close(&f->own);
@@ -229,7 +223,7 @@ static void file_close(struct storage *s) {
 }
 
 static const struct storage_ops file_ops = {
-    .open = file_open, .start = file_start, .name = file_name, .give_back = file_give_back,
+    .open = file_open, .start = file_start,
     .use_ring = file_use_ring, .prepare = file_prepare, .complete = file_complete, .turn = file_turn,
     .close = file_close,
 };
@@ -239,7 +233,7 @@ struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_by
     if (!f)
         return NULL;
     f->base.ops = &file_ops;
-    f->base.is_fair = true;
+    f->base.slots = &f->slots;
     f->slots.slot_bytes = slot_bytes;
     f->file = file;
     f->is_block_device = is_block_device;

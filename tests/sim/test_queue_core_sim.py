@@ -46,6 +46,7 @@ def scenario(seed: int, rng: random.Random) -> Scenario:
         spare=rng.choice((0, 1, 2, 8)),
         # Not drawn, so that older seeds play on as they did.
         absent_ms=20 if seed % 5 == 4 else 0,
+        posts=road == "backend" and seed // len(SHAPES) % 2 == 1,
     )
     return Scenario(plan=plan, temper=temper, end=rng.choice(ENDS), steps=rng.choice((300, 600, 1200)))
 
@@ -85,3 +86,10 @@ def test_the_runs_reach_every_corner() -> None:
         reached = sum(getattr(side.statistics, corner) for world in worlds for side in world.rig.sides)
         assert reached > 5, f"{reached} {corner} in {len(worlds)} runs"
     assert sum(world.absences for world in worlds) > 5
+
+
+def test_writes_land_in_what_was_posted_and_are_rescued_from_there() -> None:
+    worlds = [play(seed) for seed in range(len(SHAPES), 2 * len(SHAPES))]
+    statistics = [side.statistics for world in worlds for side in world.rig.sides]
+    assert sum(each.posts_used for each in statistics) > 40
+    assert sum(each.rescues for each in statistics if each.posts_used) > 5

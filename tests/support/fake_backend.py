@@ -51,12 +51,14 @@ class FakeBackend:
         plan = rig.plan
         self._rig, self._drivers, self._store, self._rng = rig, drivers, store, rng
         self.reads_own = plan.reads_own
-        cells = plan.queues * plan.depth
+        self._cells = cells = plan.queues * plan.depth * (2 if plan.posts else 1)
         self.segment = new_area(segment, cells * plan.max_io_bytes)
         rig.areas[segment] = self.segment
         self._free = [index * plan.max_io_bytes for index in range(cells)]
         self.named: dict[Key, int] = {}
         """The region of its segment that a tag has, from PLACED or a read's DONE on until RELEASE."""
+        self.posted: dict[tuple[int, int], int] = {}
+        """How many bytes are posted to a queue at an offset of the segment, until a write comes there."""
         self.placing: dict[Key, Descriptor] = {}
         self.given: dict[Key, Descriptor] = {}
         self.executed: dict[Key, Answer] = {}
@@ -89,6 +91,8 @@ class FakeBackend:
         assert not (key in self.placing or key in self.given or key in self.executed), (
             f"two requests at {key}"
         )
+        if each.kind in (Kind.DATA, Kind.RELEASE) and key not in self.named:
+            self._use_post(key, each)
         if each.kind == Kind.RELEASE and key not in self.named:
             assert self.reuses_answered
         elif each.kind == Kind.RELEASE:
@@ -101,6 +105,13 @@ class FakeBackend:
             self.placing[key] = each
         else:
             self._accept_request(key, each)
+
+    def _use_post(self, key: Key, each: Descriptor) -> None:
+        """A write lies where it was not asked for, or will not come after all."""
+        room = self.posted.pop((key[0], each.buffer), 0) if each.segment == self.segment.number else 0
+        assert room >= each.length or self.reuses_answered, f"{each}: nothing is posted there"
+        if room:
+            self.named[key] = each.buffer
 
     def _accept_request(self, key: Key, each: Descriptor) -> None:
         assert each.kind == (Kind.DATA if key in self.named else Kind.REQUEST)
@@ -125,6 +136,24 @@ class FakeBackend:
         block = self._rig.plan.block_bytes
         room = (self._rig.plan.max_io_bytes - length) // block
         return self._free.pop() + self._rng.randint(0, room) * block
+
+    def post(self, queue: int) -> bytes | None:
+        """A region for whichever write comes; None when enough are out, so that PLACE has what it needs."""
+        plan = self._rig.plan
+        size = self._rng.choice([each.buffer_bytes for each in plan.geometry.classes])
+        same = [at for (of, at), posted in self.posted.items() if (of, posted) == (queue, size)]
+        if len(same) >= plan.depth or 2 * (len(self.posted) + 1) > self._cells or not self._free:
+            return None
+        cell = self._take_cell(size)
+        assert cell is not None
+        self.posted[queue, cell] = size
+        self._drivers[queue].posted.add((self.segment.number, cell))
+        return self.post_at(queue, cell, size).pack()
+
+    def post_at(self, queue: int, buffer: int, size: int) -> Descriptor:
+        """A POST, whether or not it is right."""
+        return Descriptor(Kind.POST, 0, 0, DEVICE, queue, 0, self._rig.plan.epoch, 0, 0, size, 0, self.segment.number,
+                          buffer)  # fmt: skip
 
     def place(self, key: Key) -> bytes | None:
         """Answer a PLACE; None while there is no room."""

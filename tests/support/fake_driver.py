@@ -66,6 +66,8 @@ class FakeDriver:
         self.addresses = [0] * depth
         self.named: dict[int, tuple[int, int]] = {}
         """The (segment, offset) that the backend named for a tag's write."""
+        self.posted: set[tuple[int, int]] = set()
+        """The same, posted for whichever write comes."""
         self.again: deque[Request] = deque()
         """Requests, or what is left of them, that the block layer sends again."""
         self.sent_back: set[int] = set()
@@ -168,9 +170,11 @@ class FakeDriver:
             slot = self.side.rig.slot_at(offset, length)
             self.side.rig.ledger.use(slot, (self.side.number, command.tag))
         elif area.number:
-            assert self.named.get(command.tag) == (area.number, offset), (
-                f"{command}: another region was named"
-            )
+            place = (area.number, offset)
+            if command.tag not in self.named and place in self.posted:
+                self.posted.remove(place)
+                self.named[command.tag] = place
+            assert self.named.get(command.tag) == place, f"{command}: another region was named"
         self.addresses[command.tag] = command.address
 
     def _commit(self, command: Command) -> None:

@@ -98,6 +98,24 @@ REJECTS: dict[str, Lie] = {
 }
 
 
+def posts_that_lie(true: Descriptor, segment_bytes: int, block_bytes: int) -> dict[str, Descriptor]:
+    """What must not be posted, whatever lies in the segment."""
+    return {
+        "past the end": true._replace(buffer=segment_bytes),
+        "half past the end": true._replace(buffer=segment_bytes - true.length + block_bytes),
+        "overflow": true._replace(buffer=(1 << 64) - block_bytes),
+        "misaligned": true._replace(buffer=true.buffer + 1),
+        "the pool": true._replace(segment=1),
+        "no segment": true._replace(segment=0),
+        "a dead segment": true._replace(segment=true.segment - 1),
+        "no size that buffers have": true._replace(length=true.length + block_bytes),
+        "nothing": true._replace(length=0),
+        "a size that overflows": true._replace(length=(1 << 64) - block_bytes),
+        "foreign device": true._replace(device=true.device + 1),
+        "future epoch": true._replace(epoch=true.epoch + 1),
+    }
+
+
 def lies_about(request: Descriptor) -> dict[str, Lie]:
     """Lies that cut the link and may cost the request its success."""
     if request.kind == Kind.PLACE:

@@ -69,7 +69,7 @@ class CoreFuzz:
         self.queue = self.side.queue
         self.driver = AnyPlace(self.side)
         # One memory for all their lives: where the core lets the kernel copy is what counts.
-        self.segment: Area = new_area(2, plan.depth * plan.max_io_bytes)
+        self.segment: Area = new_area(2, 2 * plan.depth * plan.max_io_bytes)
         self.rig.areas[2] = self.segment
         self.number = 1
         self.truths: dict[int, bytes] = {}
@@ -174,17 +174,19 @@ class CoreFuzz:
         self.old[int(draw() * len(self.old))] = words[0]
         counters, raw = self.side.statistics, self.queue.raw
         judged, stale, cut = counters.descriptors_in, counters.stale_answers, counters.violations
+        posts = counters.posts
         before = [_lib.uq_tag_state(raw, tag) for tag in self._tags]
         self.queue.input(frame)
         after = [_lib.uq_tag_state(raw, tag) for tag in self._tags]
         judged, stale = counters.descriptors_in - judged, counters.stale_answers - stale
-        cut = counters.violations - cut
+        cut, posts = counters.violations - cut, counters.posts - posts
         assert cut == (_lib.uq_link_state(raw) == Link.CUT) and stale <= judged
         # An answer for no queue or tag of ours is never merely stale.
         for each in words[: max(0, judged - cut)]:
             assert each[4:10] == OURS and each[10] < self.plan.depth and not each[11]
-        if before != after or judged != stale + cut:
-            self._judge(before, after, words[:judged], judged - stale, cut)
+        assert not posts or self.plan.place_in_backend
+        if before != after or judged != stale + cut + posts:
+            self._judge(before, after, words[:judged], judged - stale - posts, cut)
         if cut:
             self.queue.clear(Attention.CUT)
             self.queue.lost()
@@ -193,7 +195,7 @@ class CoreFuzz:
     def _judge(
         self, before: list[int], after: list[int], words: list[bytes], not_stale: int, cut: int
     ) -> None:
-        """Each word that was no offence and not stale has moved the tag that it named, and no other."""
+        """Each word that was no offence, no POST and not stale has moved the tag that it named, and no other."""
         # A buffer that comes back may set a request going that waits for one.
         moved = {tag for tag in self._tags if before[tag] != after[tag] and before[tag] != State.WAIT_BUFFER}
         said = {each[4:24] for each in words}
@@ -209,7 +211,7 @@ class CoreFuzz:
         if shape < 0.08:
             return self.old[int(draw() * len(self.old))]
         truths = list(self.truths.values())
-        word = bytearray(truths[int(draw() * len(truths))])
+        word = bytearray(self._post() if draw() < 0.15 else truths[int(draw() * len(truths))])
         if word[0] == Kind.PLACED and draw() < 0.2:
             word[0] = Kind.REJECT
         if shape < 0.12:
@@ -218,6 +220,13 @@ class CoreFuzz:
             at, size = FIELDS[int(draw() * len(FIELDS))]
             word[at : at + size] = self._value(word[at : at + size], size)
         return bytes(word)
+
+    def _post(self) -> bytes:
+        """A POST that may be meant: mostly of what no tag has from PLACED."""
+        size = self.rng.choice(self.plan.geometry.classes).buffer_bytes
+        cell = int(self._draw() * 2 * self.plan.depth)
+        return Descriptor(Kind.POST, device=DEVICE, epoch=self.plan.epoch, length=size, segment=self.number,
+                          buffer=cell * self.plan.max_io_bytes).pack()  # fmt: skip
 
     def _value(self, old: bytearray, size: int) -> bytes:
         choice, most = int(self._draw() * 8), 1 << 8 * size

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.fake_liar import Lie, Scene
+from support.fake_liar import Lie, Scene, posts_that_lie
 from support.vm_process import Forked
 from ublkpool.bufpool import client, wire
 from ublkpool.bufpool.client import Attachment, OwnSegment
@@ -131,6 +131,19 @@ def placing_at_zero(desk: Desk, request: Descriptor) -> None:
     """Names the first bytes of its segment, whoever has them, and then keeps silent."""
     if request.kind == Kind.PLACE:
         desk.send(request, desk.scene(request).placed(0).pack())
+
+
+def posting(name: str) -> Conduct:
+    """Posts what must not be, as `posts_that_lie` has it, instead of an answer; "" is a post that has nothing wrong."""
+
+    def tell(desk: Desk, request: Descriptor) -> None:
+        scene = desk.scene(request)
+        true = Descriptor(Kind.POST, device=request.device, queue=request.queue, epoch=request.epoch, length=4096,
+                          segment=scene.segment)  # fmt: skip
+        lies = posts_that_lie(true, scene.segment_bytes, BLOCK_BYTES)
+        desk.send(request, lies.get(name, true).pack())
+
+    return tell
 
 
 def hanging_up(desk: Desk, request: Descriptor) -> None:

@@ -32,10 +32,18 @@ class NativeBench:
     """One engine and what it works on; sizes are bytes.  The own segment may be larger than the device."""
 
     def __init__(
-        self, storage: Storage, *, size_bytes: int, own_bytes: int, pool_bytes: int = 1 << 16, depth: int = 8
+        self,
+        storage: Storage,
+        *,
+        size_bytes: int,
+        own_bytes: int,
+        pool_bytes: int = 1 << 16,
+        depth: int = 8,
+        queues: int = 1,
+        post_bytes: tuple[int, ...] = (),
     ) -> None:
         self.pool, self.own = Area(pool_bytes), Area(own_bytes)
-        self.depth = depth
+        self.depth, self.queues, self.post_bytes = depth, queues, post_bytes
         self.engine = NativeEngine(self._device(size_bytes), storage)
 
     def _device(self, size_bytes: int) -> Device:
@@ -45,7 +53,7 @@ class NativeBench:
             epoch=EPOCH,
             size_bytes=size_bytes,
             logical_block_bytes=512,
-            queues=1,
+            queues=self.queues,
             depth=self.depth,
             max_io_bytes=1 << 16,
             need_get_data=True,
@@ -54,6 +62,7 @@ class NativeBench:
             pool=self.pool.view,
             own=self.own.view,
             own_segment=OWN_SEGMENT,
+            post_bytes=self.post_bytes,
             watch=lambda descriptor, callback: None,
             unwatch=lambda descriptor: None,
             wake=lambda: None,

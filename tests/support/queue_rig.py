@@ -32,6 +32,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     need_get_data: bool = True
     place_in_backend: bool = False
     reads_own: bool = False
+    posts: bool = False
+    """Whether backends post regions ahead."""
     timeout_ms: int = 0
     fail_on_timeout: bool = False
     absent_ms: int = 0

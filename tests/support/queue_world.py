@@ -17,7 +17,7 @@ from ublkpool.workers.tag_state import State
 
 from .fake_backend import FakeBackend, Key, Store
 from .fake_driver import FakeDriver, Holder, Request
-from .fake_liar import CUT, STALE, Lie, Scene, lies_about
+from .fake_liar import CUT, STALE, Lie, Scene, lies_about, posts_that_lie
 from .queue_rig import Plan, Rig
 from .shadow_disk import ShadowDisk
 
@@ -81,6 +81,7 @@ class World:
             (self._mail, 3),
             (self._link, 2),
             (self._tick, 1),
+            *([(self._post, 4)] if plan.posts else []),
         )
 
     def run(self) -> None:
@@ -157,6 +158,29 @@ class World:
             return
         rejects = self._is_heard(queue) and self.rng.random() < 0.02
         self._say(queue, backend.reject(key, -28) if rejects else backend.place(key))
+
+    def _post(self, queue: int) -> None:
+        backend = self.backend
+        if backend is None or queue not in backend.welcomed or self._lies_of_a_post(queue, backend):
+            return
+        self._say(queue, backend.post(queue))
+
+    def _lies_of_a_post(self, queue: int, backend: FakeBackend) -> bool:
+        """Maybe post what must not be."""
+        core, plan = self.rig.sides[queue].queue, self.scenario.plan
+        if self.scenario.temper != "lying" or not self._is_heard(queue) or self.rng.random() > LIE_RATE / 4:
+            return False
+        self.lies += 1
+        size = self.rng.choice(plan.geometry.classes).buffer_bytes
+        lies = posts_that_lie(backend.post_at(queue, 0, size), backend.segment.size_bytes, plan.block_bytes)
+        lent = [at for key, at in backend.named.items() if key in backend.given and key[0] == queue]
+        if lent:
+            lies["lent"] = backend.post_at(queue, self.rng.choice(lent), size)
+        name = self.rng.choice(list(lies))
+        self.note(f"queue {queue}: backend posts, {name}")
+        core.input(lies[name].pack())
+        assert core.link is Link.CUT, f"{name!r} did not cut the link"
+        return True
 
     def _execute(self, queue: int) -> None:
         backend = self.backend

@@ -11,7 +11,7 @@ def test_kinds_to_a_backend(kind: str) -> None:
     assert getattr(lib, f"WIRE_{kind}") == wire.Kind[kind]
 
 
-@pytest.mark.parametrize("kind", ["PLACED", "REJECT", "DONE", "FENCED"])
+@pytest.mark.parametrize("kind", ["PLACED", "REJECT", "DONE", "FENCED", "POST"])
 def test_kinds_from_a_backend(kind: str) -> None:
     assert getattr(lib, f"WIRE_{kind}") == wire.Kind[kind]
 

@@ -46,6 +46,7 @@ def _crimes_with_pool() -> list[Crime]:
     crimes = [Crime(name, telling(lie), Op.WRITE, 0) for name, lie in CUT.items()]
     crimes += [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in RESULTS.items()]
     crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in RESULTS.items()]
+    crimes.append(Crime("posts where the pool is the place", hostile.posting(""), Op.WRITE, 0))
     crimes.append(Crime("two answers", hostile.answering_twice, Op.WRITE, 0))
     crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
     return crimes
@@ -56,6 +57,8 @@ def _crimes_with_own_segment() -> list[Crime]:
     crimes = [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in lies.items()]
     crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in REGIONS.items()]
     crimes += [Crime(name, telling(CUT[name]), Op.WRITE, 0) for name in ("other kind", "no such tag")]
+    posts = ("half past the end", "no size that buffers have")
+    crimes += [Crime(f"posts {name}", hostile.posting(name), Op.WRITE, 0) for name in posts]
     crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
     crimes.append(Crime("late death", hostile.dying_with_the_data, Op.WRITE, 0, hostile.DEATH_STATUS))
     return crimes

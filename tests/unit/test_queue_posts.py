@@ -1,0 +1,234 @@
+"""Regions that a backend posts ahead: writes land there without a question, and no rule is bent for it."""
+
+import pytest
+
+from support.fake_driver import SECTOR_BYTES
+from support.fake_liar import posts_that_lie
+from support.queue_desk import Desk
+from ublkpool.bufpool.wire import Descriptor, Kind
+from ublkpool.ublk.queue import Link
+from ublkpool.workers.tag_state import State
+
+OWN = {"place_in_backend": True, "posts": True}
+SMALL, LARGE = 4096, 16384
+UNUSABLE = "a region posted that no write can use"
+LENT = "a region that is lent to another tag"
+
+
+def data(number: int, sectors: int = 1) -> bytes:
+    return bytes([number]) * (sectors * SECTOR_BYTES)
+
+
+def post(desk: Desk, buffer: int, size: int) -> Descriptor:
+    """A region of the backend's, honestly posted."""
+    assert desk.backend is not None
+    posted = desk.backend.post_at(0, buffer, size)
+    desk.backend.posted[0, buffer] = size
+    desk.driver.posted.add((posted.segment, buffer))
+    desk.queue.input(posted.pack())
+    return posted
+
+
+def said(desk: Desk) -> list[tuple[int, int]]:
+    return [(each.kind, each.buffer) for each in desk.send()]
+
+
+def is_cut_for(desk: Desk, reason: str = "") -> bool:
+    return desk.queue.link is Link.CUT and desk.queue.violation().startswith(reason)
+
+
+def test_a_write_lands_in_a_posted_region_without_a_question() -> None:
+    desk = Desk(**OWN)
+    post(desk, SMALL, SMALL)
+    request = desk.write(0, 8, data(1, 4))
+    assert desk.state(0) is State.COPYING and said(desk) == []
+    desk.copy(0)
+    assert said(desk) == [(Kind.DATA, SMALL)]
+    desk.serve(0)
+    assert request.result == len(request.data)
+    assert desk.store.read(8 * SECTOR_BYTES, 4 * SECTOR_BYTES) == request.data
+    assert said(desk) == [(Kind.RELEASE, SMALL)]
+    assert (desk.side.statistics.posts, desk.side.statistics.posts_used) == (1, 1)
+
+
+def test_a_write_takes_the_smallest_that_fits_and_asks_if_none_does() -> None:
+    desk = Desk(**OWN)
+    post(desk, 0, SMALL)
+    post(desk, LARGE, LARGE)
+    desk.write(0, 0, data(1, 9))
+    desk.write(1, 16, data(2, 8))
+    desk.write(2, 24, data(3, 1))
+    desk.copy(0)
+    desk.copy(1)
+    assert said(desk) == [(Kind.PLACE, 0), (Kind.DATA, LARGE), (Kind.DATA, 0)]
+    assert desk.state(2) is State.PLACING
+
+
+def test_a_small_write_takes_a_large_region_rather_than_ask() -> None:
+    desk = Desk(**OWN)
+    post(desk, LARGE, LARGE)
+    desk.write(0, 0, data(1))
+    desk.copy(0)
+    assert said(desk) == [(Kind.DATA, LARGE)]
+
+
+@pytest.mark.parametrize("name", posts_that_lie(Descriptor(Kind.POST, segment=2, length=SMALL), LARGE, 512))
+def test_a_wrong_post_cuts_the_link(name: str) -> None:
+    desk = Desk(**OWN)
+    assert desk.backend is not None
+    true = desk.backend.post_at(0, 0, SMALL)
+    lies = posts_that_lie(true, desk.backend.segment.size_bytes, desk.rig.plan.block_bytes)
+    desk.queue.input(lies[name].pack())
+    assert is_cut_for(desk)
+    assert desk.side.statistics.posts == 0
+
+
+def test_with_placement_pool_a_post_cuts_the_link() -> None:
+    desk = Desk(reads_own=True)
+    assert desk.backend is not None
+    desk.queue.input(desk.backend.post_at(0, 0, SMALL).pack())
+    assert is_cut_for(desk, UNUSABLE)
+
+
+@pytest.mark.parametrize("shift", [-LARGE + 512, -512, 0, 512, LARGE - 512])
+def test_what_is_posted_may_not_be_posted_again_even_in_part(shift: int) -> None:
+    desk = Desk(**OWN)
+    assert desk.backend is not None
+    post(desk, LARGE, LARGE)
+    desk.queue.input(desk.backend.post_at(0, LARGE + shift, LARGE).pack())
+    assert is_cut_for(desk, LENT)
+
+
+@pytest.mark.parametrize("shift", [-SMALL + 512, 0, LARGE - 512])
+def test_what_is_lent_may_not_be_posted(shift: int) -> None:
+    """All of the region is lent, also what the write in it does not fill."""
+    desk = Desk(**OWN)
+    assert desk.backend is not None
+    post(desk, LARGE, LARGE)
+    desk.write(0, 0, data(1))
+    desk.queue.input(desk.backend.post_at(0, LARGE + shift, SMALL).pack())
+    assert is_cut_for(desk, LENT)
+
+
+def test_regions_side_by_side_may_be_posted() -> None:
+    desk = Desk(**OWN)
+    for buffer in (LARGE, 0, 2 * LARGE):
+        post(desk, buffer, LARGE)
+    post(desk, 3 * LARGE, SMALL)
+    assert desk.queue.link is Link.UP and desk.side.statistics.posts == 4
+
+
+def test_a_place_may_not_be_named_where_something_is_posted() -> None:
+    desk = Desk(**OWN)
+    assert desk.backend is not None
+    desk.write(0, 0, data(1))
+    (asked,) = desk.send()
+    post(desk, LARGE, LARGE)
+    placed = asked.answer(Kind.PLACED)._replace(segment=desk.backend.segment.number, buffer=2 * LARGE - 512)
+    desk.queue.input(placed.pack())
+    assert is_cut_for(desk, LENT)
+
+
+def test_a_depth_of_each_size_is_the_most_that_may_be_posted() -> None:
+    desk = Desk(depth=3, **OWN)
+    assert desk.backend is not None
+    for number in range(3):
+        post(desk, number * SMALL, SMALL)
+    post(desk, 2 * LARGE, LARGE)
+    desk.write(0, 0, data(1))
+    post(desk, 3 * SMALL, SMALL)
+    assert desk.queue.link is Link.UP
+    desk.queue.input(desk.backend.post_at(0, 3 * LARGE, SMALL).pack())
+    assert is_cut_for(desk, UNUSABLE)
+
+
+def test_a_write_of_which_nothing_could_be_copied_gives_its_region_back() -> None:
+    desk = Desk(**OWN)
+    post(desk, 0, SMALL)
+    desk.write(0, 8, data(1, 2))
+    desk.copy(0, 0)
+    assert said(desk) == []
+    desk.driver.deliver(0, desk.driver.again.popleft())
+    assert said(desk) == [(Kind.RELEASE, 0), (Kind.PLACE, 0)]
+
+
+def test_all_regions_that_come_back_unused_fit_the_output() -> None:
+    """The driver sends a write again and again, and the backend reads nothing meanwhile."""
+    depth = 4
+    desk = Desk(depth=depth, **OWN)
+    sizes = [SMALL] * depth + [LARGE] * depth
+    for number, size in enumerate(sizes):
+        post(desk, number * LARGE, size)
+    desk.write(0, 8, data(1, 2))
+    for _ in sizes:
+        desk.copy(0, 0)
+        desk.driver.deliver(0, desk.driver.again.popleft())
+    for tag in range(1, depth):
+        desk.write(tag, 8 * tag, data(tag))
+    assert desk.queue.link is Link.UP
+    assert sorted(said(desk)) == sorted(
+        [(Kind.RELEASE, number * LARGE) for number in range(2 * depth)] + [(Kind.PLACE, 0)] * depth
+    )
+
+
+def test_what_a_dead_backend_posted_is_forgotten() -> None:
+    desk = Desk(**OWN)
+    post(desk, 0, SMALL)
+    desk.kill()
+    desk.connect()
+    desk.write(0, 0, data(1))
+    assert said(desk) == [(Kind.PLACE, 0)]
+
+
+def test_data_in_a_posted_region_is_carried_to_the_successor() -> None:
+    desk = Desk(**OWN)
+    post(desk, 0, SMALL)
+    request = desk.write(0, 8, data(7, 2))
+    desk.copy(0)
+    desk.send()
+    desk.kill()
+    desk.connect()
+    desk.rig.settle(0)
+    desk.serve(0)
+    assert request.result == len(request.data) and desk.side.statistics.rescues == 1
+    assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
+
+
+def test_a_copy_into_a_dead_backends_post_is_carried_to_the_successor() -> None:
+    desk = Desk(**OWN)
+    post(desk, 0, SMALL)
+    request = desk.write(0, 8, data(7, 2))
+    desk.driver.consume()
+    desk.kill()
+    desk.copy(0)
+    desk.connect()
+    desk.rig.settle(0)
+    desk.serve(0)
+    assert request.result == len(request.data) and desk.side.statistics.rescues == 1
+
+
+def test_a_post_to_the_worker_before_is_dropped_and_counted() -> None:
+    desk = Desk(**OWN)
+    assert desk.backend is not None
+    old = desk.backend.post_at(0, 0, SMALL)
+    desk.queue.input(old._replace(epoch=old.epoch - 1).pack())
+    assert desk.queue.link is Link.UP
+    assert (desk.side.statistics.stale_answers, desk.side.statistics.posts) == (1, 0)
+
+
+def test_posts_before_hello_cut_the_link() -> None:
+    desk = Desk(connected=False, **OWN)
+    desk.queue.input(desk.expect().post_at(0, 0, SMALL).pack())
+    assert is_cut_for(desk, "an answer that nobody waits for")
+
+
+def test_posts_before_fenced_are_for_what_comes_after_it() -> None:
+    desk = Desk(connected=False, **OWN)
+    backend = desk.connect(fence=True)
+    post(desk, 0, SMALL)
+    desk.write(0, 0, data(1))
+    desk.write(1, 8, data(2))
+    assert said(desk) == [] and desk.queue.link is Link.FENCING
+    desk.queue.input(Descriptor(Kind.FENCED, device=7, epoch=backend.seen[-1].epoch).pack())
+    assert said(desk) == [(Kind.PLACE, 0)]
+    assert (desk.state(0), desk.state(1)) == (State.COPYING, State.PLACING)
