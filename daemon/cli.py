@@ -203,6 +203,11 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     default=None,
     help="Look for a partition table at the start, or only when asked (blockdev --rereadpt).  [default: look]",
 )
+@click.option(
+    "--rings/--no-rings",
+    default=None,
+    help="Offer backends rings in shared memory, or frames only.  [default: offer]",
+)
 @click.option("--pool", metavar="N", help="Bytes of the buffer pool; without, derived from queues and depth.")
 @click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"

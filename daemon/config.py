@@ -79,6 +79,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     recovery: Recovery = "reissue"
     read_only: bool = False
     partitions: bool = True
+    rings: bool = True
     pool_bytes: PoolBytes | None = None
     io_timeout_s: Seconds = 30.0
     on_timeout: OnTimeout = "wait"

@@ -40,7 +40,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     queue: QueueConfig
     queue_socket: Path
-    ring_socket: Path
+    ring_socket: Path | None
+    """Where backends ask for rings; None: they get none."""
     pool_endpoint: str
     socket_mode: int
     socket_group: int | None

@@ -60,8 +60,8 @@ class Rings:
 class RingLink:
     """The shared-memory transport of one queue."""
 
-    def __init__(self, path: Path, queue: Queue, mode: int, group: int | None) -> None:
-        """The unix socket will be `path`, with `mode`, and of `group` if there is one."""
+    def __init__(self, path: Path | None, queue: Queue, mode: int, group: int | None) -> None:
+        """The unix socket will be `path` (None: nobody gets rings), with `mode`, and of `group` if there is one."""
         self._queue, self._path, self._mode, self._group = queue, path, mode, group
         self._user: PortUser | None = None
         self._token = ""
@@ -91,21 +91,22 @@ class RingLink:
         """
         self._drop_rings()
         self._token, self._peer_uid = token.hex(), user
-        if token and self._listener is None:
-            self._listen()
+        if token and self._listener is None and self._path is not None:
+            self._listener = self._listen(self._path)
         # While nobody is expected who comes waits: the backend of a dead worker may be early.
         if self._listener is not None:
             self._epoll.modify(self._listener, select.EPOLLIN if token else 0)
 
-    def _listen(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, _KIND)
-        self._listener.bind(str(self._path))
-        self._path.chmod(self._mode)
+    def _listen(self, path: Path) -> socket.socket:
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, _KIND)
+        listener.bind(str(path))
+        path.chmod(self._mode)
         if self._group is not None:
-            os.chown(self._path, -1, self._group)
-        self._listener.listen(_BACKLOG)
-        self._epoll.register(self._listener, select.EPOLLIN)
+            os.chown(path, -1, self._group)
+        listener.listen(_BACKLOG)
+        self._epoll.register(listener, select.EPOLLIN)
+        return listener
 
     def turn(self) -> None:
         """Look at who has come, who has asked, and whether the rings' owner has gone."""

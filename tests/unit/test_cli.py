@@ -57,7 +57,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
             "backend",
         ],
         *["--recovery", "fail", "--read-only", "--pool", "64M", "--io-timeout", "5", "--on-timeout", "fail"],
-        *["--on-absent", "fail", "--absent-timeout", "7", "--no-partitions"],
+        *["--on-absent", "fail", "--absent-timeout", "7", "--no-partitions", "--no-rings"],
         *["--backend", "memory", "a=1", "b=x=y"],
         run_dir=tmp_path,
     )
@@ -77,6 +77,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         on_timeout="fail",
         on_absent="fail",
         partitions=False,
+        rings=False,
         absent_timeout_s=7.0,
         backend=BackendConfig(kind="memory", options={"a": "1", "b": "x=y"}, cwd=str(Path.cwd())),
     )
