@@ -36,7 +36,13 @@ log = logging.getLogger("ublkpool.backend")
 
 _READ, _WRITE, _FLUSH, _DISCARD, _WRITE_ZEROES = (int(each) for each in Op)
 _FUA, _NOUNMAP = int(Flag.FUA), int(Flag.NOUNMAP)
+_OP_NAMES = {int(op): op.name.lower() for op in Op}
 _ZEROES = bytes(1 << 20)
+
+
+def op_name(op: int) -> str:
+    """What people call an operation."""
+    return _OP_NAMES.get(op) or f"operation {op}"
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,10 +191,10 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Answer with the errno of `error`; what is no `OSError` is logged and becomes EIO.  Thread-safe."""
-        self.complete(errno_of(error, f"{Op(self.op).name.lower()} at {self.offset}"))
+        self.complete(errno_of(error, f"{op_name(self.op)} at {self.offset}"))
 
     def __repr__(self) -> str:
-        return f"<Request {Op(self.op).name} offset={self.offset} length={self.length} flags={self.flags}>"
+        return f"<Request {op_name(self.op)} offset={self.offset} length={self.length} flags={self.flags}>"
 
 
 class FrameEngine(Protocol):

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Backend, Device, errno_of, perform_without_data
+from ublkpool.bufpool.backend import Backend, Device, errno_of, op_name, perform_without_data
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Flag, Kind, Op
 
@@ -22,7 +22,6 @@ _REQUEST, _READ, _WRITE = int(Kind.REQUEST), int(Op.READ), int(Op.WRITE)
 _FUA, _REPLAY = int(Flag.FUA), int(Flag.REPLAY)
 _DONES = bytes([Kind.DONE]) * wire.DESCRIPTORS_PER_FRAME_MAX
 _NO_FLAGS = bytes(wire.DESCRIPTORS_PER_FRAME_MAX)
-_OP_NAMES = {int(op): op.name.lower() for op in Op}
 
 
 def suits(backend: Backend) -> bool:
@@ -49,11 +48,9 @@ class DirectCalls:
         pool.
         """
         count, rest = divmod(len(frame), DESCRIPTOR_BYTES)
-        if (
-            rest
-            or count > wire.DESCRIPTORS_PER_FRAME_MAX
-            or frame[::DESCRIPTOR_BYTES].count(_REQUEST) != count
-        ):
+        if rest or not 0 < count <= wire.DESCRIPTORS_PER_FRAME_MAX:
+            return None
+        if frame[::DESCRIPTOR_BYTES].count(_REQUEST) != count:
             return None
         answers = bytearray(frame)
         old = self._call_all(frame, answers, epoch)
@@ -93,7 +90,7 @@ class DirectCalls:
             raise
         except Exception as error:
             self.failed += 1
-            return errno_of(error, f"{_OP_NAMES.get(op, op)} at {offset}")
+            return errno_of(error, f"{op_name(op)} at {offset}")
         if result is None:
             return limit
         if result > limit:

@@ -170,6 +170,7 @@ class RequestEngine:
             region = self._ask(raw, is_place)
         except Exception as error:
             refusal = _REJECT if is_place else _DONE
+            self._requests += not is_place
             self._answer(queue, raw, refusal, errno_of(error, f"naming a region at {raw[8]}"))
             return True
         if region is None:
