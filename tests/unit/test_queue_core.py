@@ -206,11 +206,14 @@ def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
     desk = Desk()
     copying, serving = desk.write(0, 0, data(1)), desk.read(1, 0)
     desk.driver.consume()
+    assert desk.side.statistics.tags_gone == 0
     desk.driver.stop()
     assert copying.result == -errno.EIO and desk.driver.holders[1] is Holder.SERVER
+    assert desk.side.statistics.tags_gone == len(desk.driver.holders) - 1
     desk.serve(1)
     assert serving.result == SECTOR_BYTES
     assert desk.queue.attention() & Attention.GONE and desk.queue.in_flight == 0
+    assert desk.side.statistics.tags_gone == len(desk.driver.holders)
     desk.rig.give_all_back()
     assert [each.free for each in desk.rig.table.statistics().classes] == [3, 3]
 
