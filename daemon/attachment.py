@@ -49,8 +49,6 @@ class Attachment:
         self._farewell: asyncio.Task[None] | None = None
         self._is_absent_logged = False
 
-    # Coming
-
     async def admit(self, session: Session, take: Callable[[Session], Awaitable[None]]) -> None:
         """Have `take` bring it to the workers, when it is its turn.  Raises `AttachRefused` and what `take` raises."""
         self._refuse_second()
@@ -126,8 +124,6 @@ class Attachment:
         team = self._team()
         return [each.child.pid for each in team.workers] if team else []
 
-    # Misbehaving
-
     def hear(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         """What a worker says of the backend, or of there being none."""
         name = self._config.name
@@ -162,8 +158,6 @@ class Attachment:
         """See to it that the backend touches no buffer any more, without waiting for that."""
         if self.session is not None:
             self._background.spawn(self.session.cut_off())
-
-    # Going
 
     async def gone(self) -> None:
         """Return when nobody is attached; at once if so."""

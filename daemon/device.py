@@ -59,8 +59,6 @@ class Device:
         )
         self._strikes = Strikes(asyncio.get_running_loop().time)
 
-    # What others may know
-
     @property
     def state(self) -> State:
         return self._life.state
@@ -158,8 +156,6 @@ class Device:
             )
         )
 
-    # From the first backend to a live disk
-
     async def run_backend(self) -> None:
         """Start the backend of the config and wait until the device is live; raises `DaemonError` if it ends first."""
         assert self._managed is not None
@@ -219,8 +215,6 @@ class Device:
         self._machinery.disk = None
         self._life.enter("waiting" if self.config.backend is None else "failed")
 
-    # From an earlier daemon
-
     async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
         """Go on with what an earlier daemon left running; `held` are the descriptors of it, ours from now on.
 
@@ -269,8 +263,6 @@ class Device:
         if self._managed is not None:
             self._managed.start()
         return True
-
-    # From one epoch to the next
 
     def _watch(self, team: Team) -> None:
         self._background.spawn(self._until_ended(team))
@@ -332,8 +324,6 @@ class Device:
     async def broker_restarted(self) -> None:
         """Bring the new broker up to date about this device."""
         await self._machinery.refresh_leases()
-
-    # Its end
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""

@@ -53,8 +53,6 @@ class Machinery:
         self._watch = watch
         self._hear = hear
 
-    # The first team
-
     async def build(self, attach: wire.Attach) -> Team:
         """Kernel device, pool and workers, of the disk that this backend makes; nobody sees the disk yet.
 
@@ -81,8 +79,6 @@ class Machinery:
         self.team = self._make_team(record.epoch)
         self.team.adopt(heir.workers)
         return self.team
-
-    # The next one
 
     async def begin_again(self, epoch: int) -> Team:
         """The epoch after `epoch`, serving, with a pool of its own: all who served `epoch` are dead.
@@ -120,8 +116,6 @@ class Machinery:
             with logged(self._config.name):
                 await self.leases.refresh()
             self._save()
-
-    # Its end
 
     async def stop(self, backend_gone: Callable[[], Awaitable[None]]) -> None:
         """In the order that cannot wedge the host: the disk stops while workers and backend serve, then workers end."""
@@ -168,8 +162,6 @@ class Machinery:
             self.team.let_go()
         if self.arena is not None:
             self.arena.close()
-
-    # Its making
 
     def _make_pool(self, kernel: BlockDevice) -> Leases:
         self.arena = self._make_arena(kernel)
