@@ -74,8 +74,8 @@ class Stage:
         return self._daemon
 
     def next_number(self) -> int:
-        """A device number that nobody else here uses."""
-        return next(self._numbers)
+        """A device number that nobody uses."""
+        return next(each for each in self._numbers if not Path(f"/dev/ublkc{each}").exists())
 
     def make_file(self, name: str) -> Path:
         """A file of REGION_BYTES whose every block is there, on the scratch directory's tmpfs."""
