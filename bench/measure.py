@@ -15,7 +15,7 @@ from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_d
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample, Syscalls
-from bench.stage import Disk, Disks, Stage, StageError, fill
+from bench.stage import Disk, Disks, Stage, StageError, write_end
 from bench.syscalls import SyscallsError, counted, counting
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
@@ -78,17 +78,15 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
     stack = ExitStack()
     try:
         disks = stack.enter_context(contestant.start(stage, contestant.slug))
-        up_s = time.monotonic() - started_s
         for disk in disks.all() if contestant.stores else []:
-            fill(disk.node)
+            write_end(disk.node)
         memory = _memory(disks.all()[0])
     except FAILURES as error:
         _fail(contestant, error, result, say)
         _close(stack, contestant, say)
         return None
     result.parties.append(_party(contestant, memory=memory))
-    ready_s = time.monotonic() - started_s
-    say(f"{contestant.name}: up on {disks.all()[0].node} after {up_s:.1f} s, filled after {ready_s:.1f} s")
+    say(f"{contestant.name}: up on {disks.all()[0].node} after {time.monotonic() - started_s:.1f} s")
     return Entered(contestant, disks, stack)
 
 
