@@ -1,6 +1,7 @@
 """The rounds: every contestant is up, and each cell of each round goes through all of them, one after the other.
 
-So whatever else changes on the machine meanwhile meets everybody.  One that fails is reported and left out of the
+So whatever else changes on the machine meanwhile meets everybody.  Whoever is not measured is stopped (SIGSTOP).  One
+that fails is reported and left out of the
 rest; it takes nobody with it.
 """
 
@@ -15,7 +16,7 @@ from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_d
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample, Syscalls
-from bench.stage import Disk, Disks, Stage, StageError, write_end
+from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up, write_end
 from bench.syscalls import SyscallsError, counted, counting
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
@@ -81,6 +82,9 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
         for disk in disks.all() if contestant.stores else []:
             write_end(disk.node)
         memory = _memory(disks.all()[0])
+        # Before anything that the stack holds is stopped, and whoever sleeps then could not end.
+        stack.callback(wake_up, disks)
+        put_to_sleep(disks)
     except FAILURES as error:
         _fail(contestant, error, result, say)
         _close(stack, contestant, say)
@@ -117,6 +121,7 @@ def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> Non
     for each in entered:
         for cell in (CELLS[0], CELLS[1]):
             disk = each.disks.disk_for(cell)
+            wake_up(each.disks)
             try:
                 parts = syscalls_of(disk, cell, result.runtime_s)
             except SyscallsError as error:
@@ -125,6 +130,8 @@ def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> Non
             except FAILURES as error:
                 _fail(each.contestant, error, result, say)
                 break
+            finally:
+                put_to_sleep(each.disks)
             result.syscalls.append(Syscalls(contestant=each.contestant.name, cell=cell.name, parts=parts))
 
 
@@ -165,12 +172,14 @@ def _run_cell(
 ) -> Entered | None:
     disk = each.disks.disk_for(cell)
     before = _stats(stage, disk)
+    wake_up(each.disks)
     try:
         numbers, books = run_fio(disk, cell, result.runtime_s)
     except FAILURES as error:
         _fail(each.contestant, error, result, say)
         _close(each.stack, each.contestant, say)
         return None
+    put_to_sleep(each.disks)
     counters = _per_request(before, _stats(stage, disk))
     sample = make_sample((each.contestant.name, cell, number), numbers, books, counters)
     result.samples.append(sample)

@@ -2,10 +2,11 @@
 
 import mmap
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -42,6 +43,29 @@ class Disks:
     def all(self) -> list[Disk]:
         """Each once."""
         return list(dict.fromkeys((self._disk, self._at_depth_1)))
+
+
+_OTHERS = ("daemon", "kernel")
+"""Parts that serve more than one contestant, or that no signal reaches."""
+
+
+def put_to_sleep(disks: Disks) -> None:
+    """Stop a contestant's processes, so that their idling takes nothing from whoever is measured."""
+    _signal(disks, signal.SIGSTOP)
+
+
+def wake_up(disks: Disks) -> None:
+    """Let them go on."""
+    _signal(disks, signal.SIGCONT)
+
+
+def _signal(disks: Disks, number: signal.Signals) -> None:
+    pids = {
+        pid for disk in disks.all() for part in disk.parts if part not in _OTHERS for pid in disk.parts[part]
+    }
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 class StageError(Exception):
