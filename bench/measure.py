@@ -1,8 +1,7 @@
 """The rounds: every contestant is up, and each cell of each round goes through all of them, one after the other.
 
 So whatever else changes on the machine meanwhile meets everybody.  Whoever is not measured is stopped (SIGSTOP).  One
-that fails is reported and left out of the
-rest; it takes nobody with it.
+that fails is reported and left out of the rest; it takes nobody with it.
 """
 
 import os
