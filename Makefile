@@ -26,7 +26,7 @@ SOAK ?=
 VM_TESTS ?= tests/vm
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
 PYTEST_ARGS ?=
-NATIVE_SOURCES := $(wildcard */csrc/*.c */csrc/*.h */_*_build.py)
+NATIVE_SOURCES := $(filter-out bench/%,$(wildcard */csrc/*.c */csrc/*.h */_*_build.py))
 export PYTHONPATH := $(CURDIR)/tests
 export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 

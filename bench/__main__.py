@@ -132,6 +132,8 @@ def _instructions(out: Path) -> list[InstructionCost]:
 def _stage(out: Path) -> Iterator["Stage"]:
     from bench.stage import Stage
 
+    # What starts the peers is not on every user's path.
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
     scratch = tempfile.TemporaryDirectory(prefix="ublkpool-bench-", dir="/dev/shm")
     with scratch as directory, Stage(Path(directory), (out / KUBLK).absolute()) as stage:
         yield stage

@@ -13,7 +13,7 @@ from bench.results import Transport
 
 
 class Contestant(NamedTuple):
-    """`family` groups rows; `stores` says that its disk is to be filled before it is measured."""
+    """`family` groups rows; `stores` says that its memory must be there before it is measured."""
 
     name: str
     start: Start

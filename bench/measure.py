@@ -1,7 +1,7 @@
 """The rounds: every contestant is up, and each cell of each round goes through all of them, one after the other.
 
-So whatever else changes on the machine meanwhile meets everybody.  One that fails is reported and left out of the
-rest; it takes nobody with it.
+So whatever else changes on the machine meanwhile meets everybody.  Whoever is not measured is stopped (SIGSTOP).  One
+that fails is reported and left out of the rest; it takes nobody with it.
 """
 
 import os
@@ -15,7 +15,7 @@ from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_d
 from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample, Syscalls
-from bench.stage import Disk, Disks, Stage, StageError, fill
+from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up, write_end
 from bench.syscalls import SyscallsError, counted, counting
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
@@ -78,17 +78,18 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
     stack = ExitStack()
     try:
         disks = stack.enter_context(contestant.start(stage, contestant.slug))
-        up_s = time.monotonic() - started_s
         for disk in disks.all() if contestant.stores else []:
-            fill(disk.node)
+            write_end(disk.node)
         memory = _memory(disks.all()[0])
+        # Before anything that the stack holds is stopped, and whoever sleeps then could not end.
+        stack.callback(wake_up, disks)
+        put_to_sleep(disks)
     except FAILURES as error:
         _fail(contestant, error, result, say)
         _close(stack, contestant, say)
         return None
     result.parties.append(_party(contestant, memory=memory))
-    ready_s = time.monotonic() - started_s
-    say(f"{contestant.name}: up on {disks.all()[0].node} after {up_s:.1f} s, filled after {ready_s:.1f} s")
+    say(f"{contestant.name}: up on {disks.all()[0].node} after {time.monotonic() - started_s:.1f} s")
     return Entered(contestant, disks, stack)
 
 
@@ -119,6 +120,7 @@ def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> Non
     for each in entered:
         for cell in (CELLS[0], CELLS[1]):
             disk = each.disks.disk_for(cell)
+            wake_up(each.disks)
             try:
                 parts = syscalls_of(disk, cell, result.runtime_s)
             except SyscallsError as error:
@@ -127,6 +129,8 @@ def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> Non
             except FAILURES as error:
                 _fail(each.contestant, error, result, say)
                 break
+            finally:
+                put_to_sleep(each.disks)
             result.syscalls.append(Syscalls(contestant=each.contestant.name, cell=cell.name, parts=parts))
 
 
@@ -167,12 +171,14 @@ def _run_cell(
 ) -> Entered | None:
     disk = each.disks.disk_for(cell)
     before = _stats(stage, disk)
+    wake_up(each.disks)
     try:
         numbers, books = run_fio(disk, cell, result.runtime_s)
     except FAILURES as error:
         _fail(each.contestant, error, result, say)
         _close(each.stack, each.contestant, say)
         return None
+    put_to_sleep(each.disks)
     counters = _per_request(before, _stats(stage, disk))
     sample = make_sample((each.contestant.name, cell, number), numbers, books, counters)
     result.samples.append(sample)

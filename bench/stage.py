@@ -2,10 +2,11 @@
 
 import mmap
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +15,8 @@ from support.vm_daemon import Daemon
 
 DEADLINE_S = 120.0
 _POLL_S = 0.02
-_FILL_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_BLOCK_BYTES = 4096
 
 
 class Disk:
@@ -41,6 +43,29 @@ class Disks:
     def all(self) -> list[Disk]:
         """Each once."""
         return list(dict.fromkeys((self._disk, self._at_depth_1)))
+
+
+_OTHERS = ("daemon", "kernel")
+"""Parts that serve more than one contestant, or that no signal reaches."""
+
+
+def put_to_sleep(disks: Disks) -> None:
+    """Stop a contestant's processes, so that their idling takes nothing from whoever is measured."""
+    _signal(disks, signal.SIGSTOP)
+
+
+def wake_up(disks: Disks) -> None:
+    """Let them go on."""
+    _signal(disks, signal.SIGCONT)
+
+
+def _signal(disks: Disks, number: signal.Signals) -> None:
+    pids = {
+        pid for disk in disks.all() for part in disk.parts if part not in _OTHERS for pid in disk.parts[part]
+    }
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 class StageError(Exception):
@@ -74,14 +99,15 @@ class Stage:
         return self._daemon
 
     def next_number(self) -> int:
-        """A device number that nobody else here uses."""
-        return next(self._numbers)
+        """A device number that nobody uses."""
+        return next(each for each in self._numbers if not Path(f"/dev/ublkc{each}").exists())
 
     def make_file(self, name: str) -> Path:
-        """A file of REGION_BYTES whose every block is there, on the scratch directory's tmpfs."""
+        """A file of REGION_BYTES whose every block has been written, on the scratch directory's tmpfs."""
         path = self.directory / name
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, REGION_BYTES)
+            for _ in range(0, REGION_BYTES, _PIECE_BYTES):
+                file.write(b"\xa5" * _PIECE_BYTES)
         return path
 
 
@@ -121,13 +147,11 @@ def wait_for(check: Callable[[], bool], what: str) -> None:
         time.sleep(_POLL_S)
 
 
-def fill(node: str) -> None:
-    """Write every block of the region once, past the page cache, so that later writes allocate nothing."""
+def write_end(node: str) -> None:
+    """Write the region's last block: some allocate all that comes before it then, and not during a measurement."""
     disk = os.open(node, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     try:
-        with mmap.mmap(-1, _FILL_BYTES) as page:
-            page.write(b"\xa5" * _FILL_BYTES)
-            for offset in range(0, REGION_BYTES, _FILL_BYTES):
-                os.pwritev(disk, [page], offset)
+        with mmap.mmap(-1, _BLOCK_BYTES) as page:
+            os.pwritev(disk, [page], REGION_BYTES - _BLOCK_BYTES)
     finally:
         os.close(disk)

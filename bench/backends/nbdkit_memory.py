@@ -10,7 +10,7 @@ def config(key: str, value: str) -> None:
     global disk
     if key != "size":
         raise ValueError(f"unknown parameter {key}")
-    disk = bytearray(int(value))
+    disk = bytearray(b"\xa5") * int(value)
 
 
 def open(readonly: bool) -> int:

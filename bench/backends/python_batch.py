@@ -26,7 +26,7 @@ class BatchBackend(Backend):
 
     def __init__(self, options: BatchOptions) -> None:
         self.options: BatchOptions = options
-        self._disk = memoryview(bytearray(options.size))
+        self._disk = memoryview(bytearray(b"\xa5") * options.size)
 
     def open(self, hint: Hint) -> Properties:
         """Nothing to open."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 from bench import measure as measuring
@@ -12,9 +13,11 @@ from bench.contestants import PEERS, Contestant, contestants, ours_over, quick
 from bench.measure import measure
 from bench.ours import transports
 from bench.results import Result
-from bench.stage import Disk, Disks, Stage, StageError
+from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError
 from bench.targets import TARGETS
+
+from support.vm_daemon import eventually
 
 
 def test_names_are_unique_and_so_are_the_names_of_their_devices() -> None:
@@ -53,6 +56,24 @@ def test_every_target_names_contestants_that_there_are() -> None:
     kinds = {each.kind for each in (*PEERS, *ours_over("ring"))}
     for target in TARGETS:
         assert {target.baseline, *target.kinds} <= kinds
+
+
+def test_who_is_not_measured_sleeps_and_only_he() -> None:
+    with Popen(["sleep", "60"]) as own, Popen(["sleep", "60"]) as shared:
+        disks = Disks(Disk("/dev/x", {"server": [own.pid], "daemon": [shared.pid]}))
+        put_to_sleep(disks)
+        eventually(lambda: _state(own.pid) == "T", "the server sleeps")
+        assert _state(shared.pid) == "S"
+        wake_up(disks)
+        eventually(lambda: _state(own.pid) == "S", "the server goes on")
+        own.kill()
+        shared.kill()
+        own.wait()
+        wake_up(disks)
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_depth_1_may_have_a_disk_of_its_own() -> None:
