@@ -281,6 +281,10 @@ class Queue:
     def attention(self) -> Attention:
         return Attention(_lib.uq_attention(self.raw))
 
+    def attention_bits(self) -> int:
+        """The same as a plain number, for those who ask often."""
+        return int(_lib.uq_attention(self.raw))
+
     def clear(self, bits: Attention) -> None:
         """These were dealt with."""
         _lib.uq_attention_clear(self.raw, bits)

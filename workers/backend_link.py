@@ -40,7 +40,7 @@ class BackendLink:
         self._token = b""
         self._connection: int | None = None
         self._ended: set[int] = set()
-        self._is_over = self._asked = False
+        self._is_over = self._asked = self._is_full = False
         self.is_idle = False
         """Whether the backend talks over another transport: frames wait, and none is sent."""
         self._gate = QueueGate(context, queue.count_strangers)
@@ -167,11 +167,14 @@ class BackendLink:
         Room is noticed in a later turn: ZeroMQ's descriptor becomes readable, or the loop ticks.
         """
         block = self._queue.output()
+        if not block and not self._is_full:
+            return
         sent = 0
         while sent < len(block) and self._pass_on(block[sent : sent + FRAME_BYTES_MAX]):
             sent = min(sent + FRAME_BYTES_MAX, len(block))
         self._queue.sent(sent // DESCRIPTOR_BYTES)
-        self._queue.hold_output(sent < len(block))
+        self._is_full = sent < len(block)
+        self._queue.hold_output(self._is_full)
 
     def _pass_on(self, frame: bytes) -> bool:
         """Send one frame; whether the queue is rid of it."""

@@ -25,11 +25,15 @@ from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.ring_link import RingLink
 
 TICK_MS = 500
-POOL_LOOK_S = 0.5
+LOOK_S = 0.5
 _WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
 _CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
 """A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
 _WATCH_RINGS = _WATCH_BACKEND + 3
+# Plain numbers: this is asked at every turn, and an enum's arithmetic costs more than the turn's other Python.
+_POOL_READABLE = 1 << core.WATCH_SHIFT + _WATCH_POOL
+_TO_REPORT = int(Attention.CUT | Attention.SILENT | Attention.ABSENT | Attention.LINK)
+_FAULT, _GONE = int(Attention.FAULT), int(Attention.GONE)
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
 
@@ -94,6 +98,7 @@ class QueueLoop:
         self._started = False
         self._fetched = False
         self._more = False
+        self._bits = 0
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
         for number, fd in enumerate(self._backend.filenos(), _WATCH_BACKEND):
@@ -117,12 +122,12 @@ class QueueLoop:
         """Wait for something to do, and do it; the exit status once there is nothing to serve any more."""
         self._service_links()
         fetching = self._started and not self._fetched
-        bits = self._ring.run(0 if self._more or fetching else TICK_MS)
+        bits = self._bits = self._ring.run(0 if self._more or fetching else TICK_MS)
         if fetching:
             self._fetched = True
             self._tell(messages.Ready())
-        attention = self._queue.attention()
-        if attention & Attention.FAULT:
+        attention = self._queue.attention_bits()
+        if attention & _FAULT:
             return self._fail(self._queue.fault())
         if self._broken:
             return self._fail(self._broken)
@@ -135,12 +140,15 @@ class QueueLoop:
             self._rings.turn()
             self._backend.is_idle = self._rings.is_open
         self._more = self._backend.turn(not bits or bool(bits & _CONNECTIONS))
-        self._watch_pool()
-        self._report(attention)
-        return 0 if attention & Attention.GONE else None
+        self._look_around()
+        if attention & _TO_REPORT:
+            self._report(Attention(attention))
+        return 0 if attention & _GONE else None
 
     def _service_links(self) -> None:
-        self._pool.receive()
+        # Whatever is sent to the broker is followed by a look: what comes later makes its descriptor readable.
+        if not self._bits or self._bits & _POOL_READABLE:
+            self._pool.receive()
         self._pool.balance()
         if not self._started and self._has_reserve():
             self._queue.start()
@@ -150,12 +158,13 @@ class QueueLoop:
         classes = self._spec.queue.classes
         return all(len(self._queue.stock_held(n)) >= each.reserve for n, each in enumerate(classes))
 
-    def _watch_pool(self) -> None:
-        """A write that the kernel could not copy, or that much time, is a reason to look."""
+    def _look_around(self) -> None:
+        """A write that the kernel could not copy, or that much time, is a reason to."""
         now_s, requeues = time.monotonic(), self._queue.requeues
         if now_s >= self._look_at_s or requeues != self._requeues:
-            self._look_at_s, self._requeues = now_s + POOL_LOOK_S, requeues
+            self._look_at_s, self._requeues = now_s + LOOK_S, requeues
             self._look_at_pool(backend_lives=self._queue.link is not Link.NONE)
+            self._queue.unmap_idle_segments()
 
     def _look_at_pool(self, backend_lives: bool) -> None:
         """A pool that was cut short would have the driver try for ever, and kill us at our next own copy."""
@@ -188,7 +197,6 @@ class QueueLoop:
         if attention & Attention.LINK:
             self._queue.clear(Attention.LINK)
             self._tell(messages.Linked())
-        self._queue.unmap_idle_segments()
 
     def _hear_supervisor(self) -> None:
         while self._supervisor is not None:

@@ -28,7 +28,7 @@ from .sim_loop import Clock
 from .sim_wire import Context, Killed, Life, SimBackendLink
 
 _ffi = core._ffi
-_SUPERVISOR = 1 << core.WATCH_SHIFT
+_SUPERVISOR, _POOL = (1 << core.WATCH_SHIFT + index for index in range(2))
 
 
 class PoolMemory:
@@ -68,7 +68,9 @@ class SimRing:
         worker.queue.tick(int(worker.clock.now_s * 1000))
         self._submit()
         self._harvest()
-        return int(worker.queue.attention()) | (_SUPERVISOR if worker.inbox or worker.orphaned else 0)
+        asked = _SUPERVISOR if worker.inbox or worker.orphaned else 0
+        granted = _POOL if worker.context.pool.inbox else 0
+        return worker.queue.attention_bits() | asked | granted
 
     def _submit(self) -> None:
         worker = self._worker
@@ -106,6 +108,7 @@ class SimQueueLoop(QueueLoop):
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
         self._ring = cast(Ring, SimRing(worker))
         self._started = self._fetched = self._more = False
+        self._bits = 0
         self._broken = ""
 
     def _listen_to(self, token: bytes, user: int | None = None) -> None:
@@ -114,8 +117,9 @@ class SimQueueLoop(QueueLoop):
     def _look_at_pool(self, backend_lives: bool) -> None:
         """Nobody changes the pool's size here."""
 
-    def _watch_pool(self) -> None:
-        """Nor is there a clock to look at it by."""
+    def _look_around(self) -> None:
+        """There is no clock to look at the pool by."""
+        self._queue.unmap_idle_segments()
 
     @property
     def backend_link(self) -> SimBackendLink:

@@ -73,7 +73,9 @@ class Looker:
     def __init__(self, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loop = QueueLoop.__new__(QueueLoop)
         self.damages: list[Link] = []
-        self.queue = SimpleNamespace(requeues=0, link=Link.UP, pool_damaged=self._damaged)
+        self.queue = SimpleNamespace(
+            requeues=0, link=Link.UP, pool_damaged=self._damaged, unmap_idle_segments=lambda: 0
+        )
         self.loop._queue, self.loop._arena = cast(Any, self.queue), arena
         self.loop._requeues, self.loop._look_at_s, self.loop._broken = 0, float("inf"), ""
         self.loop._spec = cast(Any, SimpleNamespace(queue=SimpleNamespace(queue=0)))
@@ -83,7 +85,7 @@ class Looker:
         self.damages.append(self.queue.link)
 
     def look(self) -> None:
-        self.loop._watch_pool()
+        self.loop._look_around()
 
 
 def test_a_worker_looks_when_a_write_could_not_be_copied_and_mends_when_nobody_is_there(

@@ -65,6 +65,8 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out)
 		free(r);
 		return e;
 	}
+	/* Saves a look-up at each enter, where the kernel and liburing can. */
+	io_uring_register_ring_fd(&r->ring);
 	r->q = q;
 	r->char_fd = char_fd;
 	r->depth = depth;
