@@ -39,23 +39,22 @@ class RingDriver:
         """A queue's doorbells; -1 and -1 before they are closed."""
         lib.ring_loop_bells(self._loop, queue, ours, workers)
 
-    def run(self, timeout_ms: int | None, hears: bool) -> bool:
-        """Serve until Python is needed; whether that is because `watched` is readable.
+    def run(self, timeout_ms: int, hears: bool) -> bool:
+        """Serve until Python is needed, `timeout_ms` at most (-1: for ever); whether `watched` is readable.
 
         Returns early for a signal.  Without `hears` no request is taken, and it returns when none runs.  Raises
         `WireError` if a worker's word makes no sense, `OSError` if there is no going on.
         """
-        result = lib.ring_loop_run(self._loop, -1 if timeout_ms is None else timeout_ms, hears)
+        result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         if result == -errno.EPROTO:
             raise WireError(f"queue {lib.ring_loop_wrong(self._loop)}: the worker's words make no sense")
         if result < 0 and result != -errno.EINTR:
             raise OSError(-result, f"io_uring: {os.strerror(-result)}")
         return result > 0
 
-    @property
-    def unsent(self) -> int:
-        """Answers for which a ring had no room."""
-        return lib.ring_loop_unsent(self._loop)
+    def settle(self, timeout_ms: int) -> None:
+        """Send the answers for which a ring had no room.  A worker that makes none is left without them."""
+        lib.ring_loop_settle(self._loop, timeout_ms)
 
     def statistics(self) -> DriverStatistics:
         """Counters since it was made."""

@@ -6,13 +6,13 @@ Nothing here waits but `poll`, so that the other queues are served meanwhile.
 """
 
 import fcntl
+import math
 import mmap
 import os
 import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -25,9 +25,9 @@ from ublkpool.bufpool.ring_driver import RingDriver
 
 RETRY_S = 0.01
 RETRY_MAX_S = 0.2
-_LOOK_AGAIN_MS = 1
-"""How soon a ring that was full is looked at again: the worker rings no bell when it has made room."""
-_CLOSE_TURNS_MAX = 1000
+_SETTLE_MS = 1000
+"""How long a worker may take to make room for the last answers."""
+_READY_MAX = 16
 _ANSWER_BYTES_MAX = 256
 _FILES = 3
 _KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -118,6 +118,7 @@ class RingLinks:
         self._driver: RingDriver | None = None
         self._absent = set(self._links)
         self._waiting = ffi.new("uint32_t[]", max(1, attached.queues))
+        self._ready = ffi.new("int32_t[]", _READY_MAX)
         self._frame = ffi.new("uint8_t[]", wire.DESCRIPTOR_BYTES * wire.DESCRIPTORS_PER_FRAME_MAX)
         self._frames_received = self._frames_sent = self._opened = 0
         self._hears = True
@@ -133,21 +134,41 @@ class RingLinks:
 
     def poll(self, timeout_ms: int | None = None) -> Polled:
         """See `Links`."""
+        wait_ms = -1 if timeout_ms is None else timeout_ms
         if self._absent:
             self._connect_due()
-        timeout_ms = self._bounded(timeout_ms)
+            wait_ms = self._until_due(wait_ms)
         if self._driver is not None:
-            is_wanted = self._driver.run(timeout_ms, self._hears)
+            is_wanted = self._driver.run(wait_ms, self._hears)
             return Polled([], self._look(0) if is_wanted else [])
-        descriptors = self._sleep(timeout_ms)
-        return Polled(self._queues_waiting(), descriptors)
+        descriptors = self._look(wait_ms)
+        count = lib.ports_waiting(self._ports, self._waiting)
+        if count < 0:
+            raise WireError(f"queue {-1 - count}: the worker's index in its ring makes no sense")
+        return Polled(ffi.unpack(self._waiting, count) if count else [], descriptors)
+
+    def _look(self, wait_ms: int) -> list[int]:
+        """Wait, hear what is ours of what is ready; the rest."""
+        count = lib.ports_poll(self._ports, self._epoll.fileno(), wait_ms, self._ready, _READY_MAX)
+        if count < 0:
+            raise WireError(f"rings: {os.strerror(-count)}")
+        return [file for file in ffi.unpack(self._ready, count) if not self._is_own(file)] if count else []
+
+    def _is_own(self, file: int) -> bool:
+        link = self._link_of.get(file)
+        if link is not None:
+            self._heard(link)
+        return link is not None
+
+    def _until_due(self, wait_ms: int) -> int:
+        left_s = min((each.due_s for each in self._absent), default=math.inf) - time.monotonic()
+        due_ms = max(0, int(1000 * min(left_s, RETRY_MAX_S)) + 1)
+        return due_ms if wait_ms < 0 else min(wait_ms, due_ms)
 
     def drive(self, engine: Any) -> bool:
         """See `Links`."""
         if self._driver is not None:
-            # Who talks nonsense need not hear the rest.
-            with suppress(WireError, OSError):
-                self._settle(self._driver)
+            self._driver.settle(_SETTLE_MS)
             self._driver.close()
             self._driver = None
         if engine is not None:
@@ -158,53 +179,6 @@ class RingLinks:
                     self._forget_bell(link.ring)
                     self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
         return True
-
-    def _settle(self, driver: RingDriver) -> None:
-        driver.run(0, False)
-        for _ in range(_CLOSE_TURNS_MAX):
-            if not driver.unsent:
-                return
-            self._look(_LOOK_AGAIN_MS)
-            driver.run(0, False)
-
-    def _bounded(self, timeout_ms: int | None) -> int | None:
-        bounds = [] if timeout_ms is None else [timeout_ms]
-        if lib.ports_deferred(self._ports):
-            self._push()
-            bounds.append(_LOOK_AGAIN_MS)
-        if self._absent:
-            left_s = min(each.due_s for each in self._absent) - time.monotonic()
-            bounds.append(max(0, int(1000 * left_s) + 1))
-        return min(bounds, default=None)
-
-    def _sleep(self, timeout_ms: int | None) -> list[int]:
-        if self._hears and not lib.ports_doze(self._ports):
-            timeout_ms = 0
-        try:
-            return self._look(timeout_ms)
-        finally:
-            lib.ports_wake(self._ports)
-
-    def _look(self, timeout_ms: int | None) -> list[int]:
-        """Hear what is ours of what the epoll has; the rest."""
-        events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1000)
-        return [file for file, _ in events if not self._is_own(file)]
-
-    def _is_own(self, file: int) -> bool:
-        if file in self._bells:
-            return True
-        link = self._link_of.get(file)
-        if link is not None:
-            self._heard(link)
-        return link is not None
-
-    def _queues_waiting(self) -> list[int]:
-        if not self._hears:
-            return []
-        count = lib.ports_waiting(self._ports, self._waiting)
-        if count < 0:
-            raise WireError(f"queue {-1 - count}: the worker's index in its ring makes no sense")
-        return ffi.unpack(self._waiting, count) if count else []
 
     def _connect_due(self) -> None:
         now_s = time.monotonic()
@@ -251,7 +225,7 @@ class RingLinks:
         link.ring = ring
         link.delay_s = RETRY_S
         self._opened += 1
-        lib.ports_open(self._ports, link.queue, ring.memory, ring.entries)
+        lib.ports_open(self._ports, link.queue, ring.memory, ring.entries, ring.bell, ring.worker_bell)
         if self._driver is not None:
             self._driver.bells(link.queue, ring.bell, ring.worker_bell)
         else:
@@ -299,22 +273,14 @@ class RingLinks:
     def send_frame(self, queue: int, frame: bytes) -> None:
         """See `Links`.  What is for a queue without a worker is over."""
         self._frames_sent += 1
-        self._sent(queue, lib.ports_send(self._ports, queue, frame, len(frame) // wire.DESCRIPTOR_BYTES))
-
-    def _push(self) -> None:
-        for link in self._links:
-            self._sent(link.queue, lib.ports_push(self._ports, link.queue))
-
-    def _sent(self, queue: int, result: int) -> None:
-        ring = self._links[queue].ring
-        if result < 0:
-            raise WireError(f"queue {queue}: sending into its ring: {os.strerror(-result)}")
-        if result and ring is not None:
-            os.eventfd_write(ring.worker_bell, 1)
+        error = lib.ports_send(self._ports, queue, frame, len(frame) // wire.DESCRIPTOR_BYTES)
+        if error:
+            raise WireError(f"queue {queue}: sending into its ring: {os.strerror(-error)}")
 
     def stop_receiving(self) -> None:
         """See `Links`."""
         self._hears = False
+        lib.ports_deafen(self._ports)
         self._absent.clear()
         for link in self._links:
             if link.ring is not None:
@@ -335,17 +301,8 @@ class RingLinks:
     def close(self) -> None:
         """See `Links`."""
         self.stop_receiving()
-        # A worker that talks nonsense need not hear the rest.
-        with suppress(WireError):
-            self._drain()
+        lib.ports_settle(self._ports, _SETTLE_MS)
         for link in self._links:
             if link.connection is not None:
                 self._end(link)
         self._epoll.close()
-
-    def _drain(self) -> None:
-        for _ in range(_CLOSE_TURNS_MAX):
-            if not lib.ports_deferred(self._ports):
-                return
-            self._push()
-            self._sleep(_LOOK_AGAIN_MS)

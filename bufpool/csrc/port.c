@@ -1,19 +1,26 @@
 #include "port.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
 
 #include "shared_ring.h"
 
 #define KIND_AT 0
 #define EPOCH_AT 12
 #define KIND_FENCE 6
+#define POLL_EVENTS 16
+/* How soon a ring that was full is looked at again: its worker rings no bell when it has made room. */
+#define LOOK_AGAIN_MS 1
 
 struct port {
     struct sr_end in, out;
     bool open;
+    int ours, workers; /* doorbells */
     /* What found no room, oldest first from `later_first` on. */
     uint8_t *later;
     uint32_t later_first, later_count, later_capacity;
@@ -21,6 +28,7 @@ struct port {
 
 struct ports {
     uint32_t queues, epoch;
+    bool deaf;
     struct ports_statistics count;
     struct port port[];
 };
@@ -45,10 +53,12 @@ uint64_t ports_memory_bytes(uint32_t entries) {
     return is_power && entries <= SR_ENTRIES_MAX ? sr_pair_bytes(entries) : 0;
 }
 
-void ports_open(struct ports *p, uint32_t queue, uint8_t *memory, uint32_t entries) {
+void ports_open(struct ports *p, uint32_t queue, uint8_t *memory, uint32_t entries, int ours, int workers) {
     struct port *port = &p->port[queue];
     port->in = sr_end_to_backend(memory, entries, 0);
     port->out = sr_end_to_worker(memory, entries, 1);
+    port->ours = ours;
+    port->workers = workers;
     port->open = true;
 }
 
@@ -64,7 +74,7 @@ uint32_t ports_epoch(const struct ports *p) { return p->epoch; }
 int32_t ports_waiting(struct ports *p, uint32_t *queues) {
     int32_t count = 0;
     for (uint32_t i = 0; i < p->queues; i++) {
-        int64_t waiting = p->port[i].open ? sr_waiting(&p->port[i].in) : 0;
+        int64_t waiting = p->port[i].open && !p->deaf ? sr_waiting(&p->port[i].in) : 0;
         if (waiting < 0)
             return -1 - (int32_t)i;
         if (waiting)
@@ -166,10 +176,11 @@ static int write_later(struct ports *p, struct port *port) {
     return written > 0;
 }
 
-int ports_push(struct ports *p, uint32_t queue) {
-    struct port *port = &p->port[queue];
-    int written = port->open ? write_later(p, port) : 0;
-    return written > 0 ? sr_publish(&port->out) : written;
+static void ring_worker(const struct port *port) {
+    const uint64_t one = 1;
+    /* It can only fail if the worker's count is full: then it has been rung. */
+    if (write(port->workers, &one, sizeof one) < 0)
+        return;
 }
 
 int32_t ports_write(struct ports *p, uint32_t queue, const void *from, uint32_t count, int *bell) {
@@ -194,8 +205,22 @@ int ports_send(struct ports *p, uint32_t queue, const void *from, uint32_t count
     if (written < 0)
         return written;
     const uint8_t *rest = (const uint8_t *)from + (size_t)written * SR_ENTRY_BYTES;
-    int error = (uint32_t)written < count ? keep(p, &p->port[queue], rest, count - (uint32_t)written) : 0;
-    return error ? error : bell;
+    if (bell)
+        ring_worker(&p->port[queue]);
+    return (uint32_t)written < count ? keep(p, &p->port[queue], rest, count - (uint32_t)written) : 0;
+}
+
+/* Try again what found no room.  0 or -EPROTO. */
+static int push(struct ports *p) {
+    for (uint32_t i = 0; i < p->queues; i++) {
+        struct port *port = &p->port[i];
+        int written = port->open ? write_later(p, port) : 0;
+        if (written < 0)
+            return written;
+        if (written && sr_publish(&port->out))
+            ring_worker(port);
+    }
+    return 0;
 }
 
 uint64_t ports_deferred(const struct ports *p) {
@@ -206,6 +231,8 @@ uint64_t ports_deferred(const struct ports *p) {
 }
 
 int ports_doze(struct ports *p) {
+    if (p->deaf)
+        return 1;
     for (uint32_t i = 0; i < p->queues; i++)
         if (p->port[i].open && !sr_doze(&p->port[i].in))
             return 0;
@@ -219,3 +246,38 @@ void ports_wake(struct ports *p) {
 }
 
 void ports_count(const struct ports *p, struct ports_statistics *statistics) { *statistics = p->count; }
+
+static bool is_bell(const struct ports *p, int file) {
+    for (uint32_t i = 0; i < p->queues; i++)
+        if (p->port[i].open && p->port[i].ours == file)
+            return true;
+    return false;
+}
+
+int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most) {
+    struct epoll_event events[POLL_EVENTS];
+    int32_t found = 0;
+    uint64_t deferred = ports_deferred(p);
+    int error = deferred ? push(p) : 0;
+    if (error)
+        return error;
+    if (deferred && (timeout_ms < 0 || timeout_ms > LOOK_AGAIN_MS))
+        timeout_ms = LOOK_AGAIN_MS;
+    int count = epoll_wait(epoll, events, most < POLL_EVENTS ? most : POLL_EVENTS, ports_doze(p) ? timeout_ms : 0);
+    ports_wake(p);
+    if (count < 0)
+        return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < count; i++)
+        if (!is_bell(p, events[i].data.fd))
+            files[found++] = events[i].data.fd;
+    return found;
+}
+
+void ports_settle(struct ports *p, int timeout_ms) {
+    while (ports_deferred(p) && timeout_ms > 0 && push(p) == 0) {
+        poll(NULL, 0, LOOK_AGAIN_MS);
+        timeout_ms -= LOOK_AGAIN_MS;
+    }
+}
+
+void ports_deafen(struct ports *p) { p->deaf = true; }

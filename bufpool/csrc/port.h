@@ -1,8 +1,7 @@
-/* The backend's end of the rings that it shares with its workers: descriptors in and out, without a system call.
+/* The backend's end of the rings that it shares with its workers: descriptors in and out.
  *
- * Owns the indices of every queue's two rings and what found no room in them.  The memory is the caller's and must stay
- * mapped until `ports_end`.  Whoever is told that a doorbell is due rings it.  One thread uses a set; every function may
- * be called without the GIL.
+ * Owns the indices of every queue's two rings and what found no room in them.  Memory and doorbells are the caller's and
+ * must stay until `ports_end`.  One thread uses a set; every function may be called without the GIL.
  */
 #ifndef UBLKPOOL_PORT_H
 #define UBLKPOOL_PORT_H
@@ -22,8 +21,8 @@ struct ports *ports_new(uint32_t queues, uint32_t epoch);
 void ports_free(struct ports *ports);
 /* What a pair of rings of so many entries takes; 0 if there are no such rings. */
 uint64_t ports_memory_bytes(uint32_t entries);
-/* A queue has rings from now on. */
-void ports_open(struct ports *ports, uint32_t queue, uint8_t *memory, uint32_t entries);
+/* A queue has rings from now on, and two doorbells (eventfds): ours and its worker's. */
+void ports_open(struct ports *ports, uint32_t queue, uint8_t *memory, uint32_t entries, int ours, int workers);
 /* And none any more: what waits to be sent there is dropped. */
 void ports_end(struct ports *ports, uint32_t queue);
 /* The highest epoch that a FENCE or the attach has brought. */
@@ -33,12 +32,18 @@ uint32_t ports_epoch(const struct ports *ports);
 int32_t ports_waiting(struct ports *ports, uint32_t *queues);
 /* Take up to `most` descriptors of a queue: how many, or -EPROTO. */
 int32_t ports_take(struct ports *ports, uint32_t queue, void *to, uint32_t most);
-/* Send; what finds no room stays in order until ports_push.  1: ring the doorbell, 0, -EPROTO or -ENOMEM. */
+/* Send, and ring if the worker sleeps; what finds no room stays in order until ports_poll.  0, -EPROTO or -ENOMEM. */
 int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t count);
-/* Send what found no room; as ports_send. */
-int ports_push(struct ports *ports, uint32_t queue);
-/* How many descriptors found no room yet.  Nobody rings when there is some: look again soon. */
+/* How many descriptors found no room yet. */
 uint64_t ports_deferred(const struct ports *ports);
+/* Wait until something is there to be taken, or one of `epoll`'s files is ready, `timeout_ms` at most (-1: for ever).
+ * Those files, but no doorbells of ours, and how many they are, or a negative errno.  Tries again what found no room. */
+int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most);
+/* Send what found no room, for `timeout_ms` at most. */
+void ports_settle(struct ports *ports, int timeout_ms);
+/* Nothing is taken any more, and nobody rings for it. */
+void ports_deafen(struct ports *ports);
+
 /* For a loop in C, which leaves entries where they are.  How many descriptors lie in one piece at *at, -EPROTO for an
  * index that makes no sense; they stay until ports_consumed, and their worker can change them until then. */
 int32_t ports_peek(struct ports *ports, uint32_t queue, const void **at);

@@ -14,8 +14,6 @@
 #define LOOP_ROUND_SHIFT 16
 #define LOOP_ENTRIES_MAX 4096u
 #define LOOP_ENTRIES_MORE 16u
-/* How soon a ring that was full is looked at again: its worker rings no bell when it has made room. */
-#define LOOK_AGAIN_MS 1
 
 struct loop_bell {
     int ours, workers;
@@ -286,6 +284,16 @@ int ring_loop_run(struct ring_loop *l, int timeout_ms, int hears) {
 
 uint32_t ring_loop_wrong(const struct ring_loop *l) { return l->wrong; }
 
-uint32_t ring_loop_unsent(const struct ring_loop *l) { return l->unsent; }
+int ring_loop_settle(struct ring_loop *l, int timeout_ms) {
+    int64_t deadline_ms = loop_now_ms() + timeout_ms;
+    int error = 0;
+    l->hears = false;
+    do {
+        error = loop_turn(l);
+        if (!error)
+            error = loop_enter(l, l->unsent ? LOOK_AGAIN_MS : 0);
+    } while (!error && l->unsent && loop_now_ms() < deadline_ms);
+    return error ? error : (int)l->unsent;
+}
 
 void ring_loop_count(const struct ring_loop *l, struct ring_loop_statistics *statistics) { *statistics = l->count; }

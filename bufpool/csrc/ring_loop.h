@@ -34,8 +34,8 @@ void ring_loop_bells(struct ring_loop *loop, uint32_t queue, int ours, int worke
 int ring_loop_run(struct ring_loop *loop, int timeout_ms, int hears);
 /* The queue whose worker talks nonsense. */
 uint32_t ring_loop_wrong(const struct ring_loop *loop);
-/* Answers that found no room in their rings yet. */
-uint32_t ring_loop_unsent(const struct ring_loop *loop);
+/* Send the answers that have found no room, for `timeout_ms` at most.  How many are left, or a negative errno. */
+int ring_loop_settle(struct ring_loop *loop, int timeout_ms);
 void ring_loop_count(const struct ring_loop *loop, struct ring_loop_statistics *statistics);
 
 #endif

@@ -53,6 +53,19 @@ def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -
     assert tags == list(range(DEPTH))
 
 
+def test_it_ends_when_the_last_answer_has_found_room(worker: FakeWorker) -> None:
+    worker.rings().entries = 4
+    backend = Held()
+    thread = BackendThread(backend, worker.run_dir)
+    worker.accept()
+    requests = [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)]
+    _answer_held(worker, backend, requests[:4])
+    _answer_held(worker, backend, requests[4:])
+    worker.detach()
+    assert [worker.receive().tag for _ in range(DEPTH)] == list(range(DEPTH))
+    assert thread.join() == 0
+
+
 def test_the_loop_serves_the_other_queues_while_one_has_no_worker(worker: FakeWorker) -> None:
     with serving(worker, Plain()):
         worker.epoch += 1
