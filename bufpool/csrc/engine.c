@@ -379,12 +379,10 @@ static void post(struct engine *e, uint32_t queue) {
     }
 }
 
-/* Who waits for a region goes before those who might come. */
+/* After those who wait were asked again: they go before those who might come. */
 static void post_to_all(struct engine *e) {
     e->posts_due = false;
-    if (!e->storage->slots || e->waiting.count)
-        return;
-    for (uint32_t queue = 0; queue < e->setup.queues; queue++)
+    for (uint32_t queue = 0; e->storage->slots && queue < e->setup.queues; queue++)
         if (e->queues[queue].is_welcome)
             post(e, queue);
 }
