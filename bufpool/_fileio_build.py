@@ -13,6 +13,8 @@ _BUFPOOL = Path(__file__).parent.resolve()
 _HEADERS = ("wire.h", "engine.h", "file_facts.h", "port.h", "ring_loop.h")
 _SOURCES = (
     "engine.c",
+    "engine_answers.c",
+    "engine_regions.c",
     "slots.c",
     "own_ring.c",
     "storage_null.c",

@@ -27,7 +27,7 @@ def kinds(descriptors: Sequence[Descriptor]) -> list[int]:
 class Desk:
     """One queue with its driver, and the backend of the moment."""
 
-    def __init__(self, first_sector: int = 0, connected: bool = True, **plan: int) -> None:
+    def __init__(self, first_sector: int = 0, connected: bool = True, **plan: int | tuple[int, ...]) -> None:
         self.rig = Rig(Plan(**plan))  # type: ignore[arg-type]
         self.side = self.rig.sides[0]
         self.queue = self.side.queue

@@ -34,6 +34,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     reads_own: bool = False
     posts: bool = False
     """Whether backends post regions ahead."""
+    sizes: tuple[int, ...] = (4096,)
+    """Of buffers smaller than the largest."""
     timeout_ms: int = 0
     fail_on_timeout: bool = False
     absent_ms: int = 0
@@ -45,7 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         if not self.need_get_data:
             return Geometry.build([(self.max_io_bytes, self.queues * self.depth)])
         count = self.queues + self.spare
-        return Geometry.build([(4096, count), (self.max_io_bytes, count)])
+        return Geometry.build([(size, count) for size in (*self.sizes, self.max_io_bytes)])
 
     @property
     def reserve(self) -> int:

@@ -150,10 +150,10 @@ def test_a_queue_keeps_what_was_posted_to_it_when_another_begins_anew() -> None:
     posted = posts(worker.say([WELCOME, other]))
     mine = [each for each in posted if each.queue == 0]
     assert len(mine) == len(posted) - len(mine) == 2 * DEPTH
-    worker.say([other._replace(epoch=EPOCH + 1)])
-    assert worker.say([data(mine[0])])[0].result == SMALL
     foreign = next(each for each in posted if each.queue == 1)
     assert worker.say([data(foreign)._replace(queue=0, tag=1)]) == []
+    worker.say([other._replace(epoch=EPOCH + 1)])
+    assert worker.say([data(mine[0])])[0].result == SMALL
     worker.close()
 
 

@@ -76,7 +76,9 @@ def test_what_fio_wrote_comes_back_from_devices_of_one_two_and_four_queues(
     assert tuple(each.queues for each in devices) == QUEUES
     results = finish_all([_start_fio(each) for each in devices])
     for device, result in zip(devices, results, strict=True):
-        _assert_counted(daemon.rest(device.name), result.written_bytes)
+        stats = daemon.rest(device.name)
+        _assert_counted(stats, result.written_bytes)
+        assert bool(total(stats, "posts_used")) == (backend == "file" and way.placement == "backend")
         daemon.delete(device.name)
 
 
