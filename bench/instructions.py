@@ -26,7 +26,8 @@ _ROUNDS = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
 _SHARED = _HERE.parent / "bufpool" / "csrc"
-_CORE_FILES = ("queue_core.c", "queue_stock.c", "queue_link.c", "queue_port.c")
+# All of the core but its way to the kernel.
+_NOT_COUNTED = "queue_ring.c"
 # As ublk/_native_build.py compiles them.
 _FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
 _HARNESS = "queue_cost.c"
@@ -49,7 +50,8 @@ def count_instructions() -> list[InstructionCost]:
     """Compile, run and count every case.  Raises `CostError`."""
     with tempfile.TemporaryDirectory(prefix="ublkpool-cost-") as directory:
         program = Path(directory) / "queue_cost"
-        sources = [_HERE / "csrc" / _HARNESS, *(_CORE / each for each in _CORE_FILES)]
+        core = sorted(each for each in _CORE.glob("queue_*.c") if each.name != _NOT_COUNTED)
+        sources = [_HERE / "csrc" / _HARNESS, *core]
         _run(["gcc", *_FLAGS, "-g", "-I", _CORE, "-I", _SHARED, "-o", program, *sources])
         return [
             _cost(program, case, transport, batch)
