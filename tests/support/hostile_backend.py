@@ -207,14 +207,18 @@ def _serve(
 
 
 def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -> Desk:
-    """Attach, with a segment or for pool placement."""
+    """Attach, with a segment or for pool placement.
+
+    Without a segment over frames: some of what is done then can be done with frames only.
+    """
     own = OwnSegment.create(segment_bytes) if segment_bytes else None
     attach = wire.Attach(
         v=wire.PROTOCOL_VERSION, device=device, kind="hostile", placement="backend" if own else "pool"
     )
     kept: list[int] = []
     with _keeping_descriptors(kept):
-        desk = Desk(Attachment.open(run_dir, device, attach, own), disk)
+        transport: client.Transport = "auto" if own else "zeromq"
+        desk = Desk(Attachment.open(run_dir, device, attach, own, transport=transport), disk)
     desk.pool_descriptor = kept[0]
     return desk
 
