@@ -73,6 +73,8 @@ def scenario(seed: int, rng: random.Random) -> DeviceScenario:
         place_in_backend=road == "backend",
         reads_own=road != "off" and rng.random() < 0.3,
         lies=lies,
+        # Not drawn, so that the other seeds play on as they did.
+        posts=road == "backend" and seed // len(SHAPES) % 3 == 1,
         steps=rng.choice((400, 800, 1600)),
         kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
     )
@@ -107,6 +109,14 @@ def test_the_runs_reach_every_corner() -> None:
         reached.update({corner for corner, count in counts.items() if count})
     missing = [corner for corner in CORNERS if reached[corner] < 2]
     assert not missing, f"{missing} in none or one of {len(SHAPES)} runs: {reached}"
+
+
+def test_writes_land_in_what_was_posted_while_whoever_dies() -> None:
+    reached = Counter[str]()
+    for seed in range(len(SHAPES), 2 * len(SHAPES)):
+        if scenario(seed, random.Random(seed)).posts:
+            reached.update(_counts.get(seed) or play(seed).counts)
+    assert reached["posts_used"] > 20 and reached["rescues"] > 5 and reached["worker killed"] > 5, reached
 
 
 SHARED = "has two users|stale write|has not let go|the kernel reads for|not the data of a write"

@@ -48,11 +48,12 @@ class FakeWorker:
         depth: int = 8,
         max_io_bytes: int = 64 << 10,
         placement: str = "pool",
+        post_bytes: tuple[int, ...] = (),
     ) -> None:
         self.run_dir = run_dir
         self.size_bytes = size_bytes
         self.queues, self.depth, self.max_io_bytes = queues, depth, max_io_bytes
-        self.placement = placement
+        self.placement, self.post_bytes = placement, post_bytes
         self.epoch = 1
         self.attach: wire.Attach | None = None
         self.own: mmap.mmap | None = None
@@ -168,6 +169,7 @@ class FakeWorker:
             rings=rings,
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.pool_bytes),),
             own_segment=OWN_SEGMENT if self.own is not None else 0,
+            post_bytes=self.post_bytes,
         )
         socket.send_fds(self.connection, [wire.encode_message(attached)], [self._pool_descriptor])
         return attach
@@ -253,8 +255,10 @@ class FakeWorker:
         )
 
     def answer_of(self, request: Descriptor) -> Descriptor:
-        """The next descriptor, which must answer `request`."""
+        """The next descriptor that posts no region, which must answer `request`."""
         answer = self.receive(request.queue)
+        while answer.kind == Kind.POST:
+            answer = self.receive(request.queue)
         assert identity_of(answer) == identity_of(request), (answer, request)
         return answer
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Backend, Request
+from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
 from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
 from ublkpool.bufpool.serving import Loop
@@ -20,6 +20,7 @@ from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.daemon.session import Session
 
 from .fake_backend import Store
+from .posting_engine import PostingEngine
 from .queue_rig import DEVICE, POISON, new_area
 from .sim_defects import CUT_OFF_LIVES
 from .sim_loop import Clock
@@ -176,6 +177,14 @@ class SlowBackend(Backend):
         self._cell_bytes = cell_bytes
         self._free = [index * cell_bytes for index in range(count)]
 
+    def engine(self, device: Device) -> FrameEngine | None:
+        process = self._process
+        if not process.posts or not device.post_bytes:
+            return None
+        assert process.loop is not None
+        process.posting = PostingEngine(self, device, process.loop._outbox, len(self._free) // 2, process.rng)
+        return process.posting
+
     def submit(self, batch: Sequence[Request]) -> None:
         for request in batch:
             self._process.begins(request.descriptor)
@@ -238,10 +247,12 @@ class SimBackend:
         clock: Clock,
         lies: bool,
         defect: str,
+        posts: bool = False,
     ) -> None:
         self.pid = pid
         self.witness, self.store, self.attach, self.rng, self.lies = witness, store, attach, rng, lies
         self._clock, self._defect = clock, defect
+        self.posts, self.posting = posts, cast(PostingEngine | None, None)
         self._late_rate = rng.choice((0.0, 0.05, 0.3))
         self.token = b"\x01" + self.pid.to_bytes(wire.TOKEN_BYTES - 1, "little")
         self.life = Life()

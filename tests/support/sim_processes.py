@@ -36,6 +36,17 @@ TRACE_LINES = 40
 Victim = Literal["worker", "backend", "broker", "supervisor"]
 
 
+WORKER_COUNTERS = (
+    "replays",
+    "rescues",
+    "stale_answers",
+    "violations",
+    "requeues",
+    "buffers_waited",
+    "posts_used",
+)
+
+
 class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """What a seed is to play; a defect is one that is put in on purpose."""
 
@@ -49,6 +60,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     lies: bool
     steps: int
     kills: tuple[Victim, ...]
+    posts: bool = False
+    """Whether backends post regions ahead, where writes are placed in theirs."""
     defect: str = ""
     blind: bool = False
     """Nobody watches who uses which memory, so that only wrong data shows."""
@@ -170,7 +183,7 @@ class Processes:
             self._worker_ended(worker, KILLED)
 
     def _worker_ended(self, worker: SimWorker, status: int) -> None:
-        for name in ("replays", "rescues", "stale_answers", "violations", "requeues", "buffers_waited"):
+        for name in WORKER_COUNTERS:
             self.counts[name] = max(self.counts[name], worker.counter(name))
         killed = f"killed, fault {worker.queue.fault()}" if status else "its tags are gone"
         self.note(f"{worker.task} ends: {status} ({killed})")
@@ -279,7 +292,7 @@ class Processes:
             return
         scenario = self.scenario
         own = scenario.place_in_backend or scenario.reads_own
-        cells = scenario.queues * scenario.depth
+        cells = scenario.queues * scenario.depth * (2 if scenario.posts else 1)
         attach = wire.Attach(
             v=wire.PROTOCOL_VERSION,
             device="sim",
@@ -300,6 +313,7 @@ class Processes:
             self.clock,
             scenario.lies,
             scenario.defect,
+            scenario.posts,
         )
         self.backend = backend
         self.backends.append(backend)

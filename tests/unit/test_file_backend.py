@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import FakeWorker, finish, serving, spawn
+from support.fake_worker import OWN_SEGMENT, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions, open_file
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.wire import Flag, Kind, Op
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 pytestmark = pytest.mark.usefixtures("transport")
 
@@ -126,6 +126,27 @@ def test_placed_writes_land_in_the_file(tmp_path: Path, disk: Path) -> None:
         assert worker.fill(short, request, data[: 8 * KIB]) == 8 * KIB
     assert disk.read_bytes()[: 256 * KIB] == data * 4
     assert disk.read_bytes()[1 << 20 :][: 64 * KIB] == data[: 8 * KIB] + bytes(56 * KIB)
+
+
+def test_what_lands_in_posted_regions_is_in_the_file(tmp_path: Path, disk: Path) -> None:
+    options = FileOptions(path=disk, size=SIZE_BYTES, placement="backend", segment=1 << 20)
+    sizes = (4 * KIB, 64 * KIB)
+    contents = {size: random.Random(size).randbytes(size) for size in sizes}
+    with (
+        FakeWorker(tmp_path, placement="backend", post_bytes=sizes) as worker,
+        serving(worker, FileBackend(options)),
+    ):
+        posted: dict[int, Descriptor] = {}
+        while posted.keys() != set(sizes):
+            post = worker.receive()
+            assert post.kind == Kind.POST
+            posted[post.length] = post
+        for tag, size in enumerate(sizes):
+            write = worker.describe(Kind.DATA, Op.WRITE, tag << 20, size, tag=tag)
+            assert worker.fill(posted[size], write._replace(buffer=posted[size].buffer, segment=OWN_SEGMENT),
+                               contents[size]) == size  # fmt: skip
+    assert disk.read_bytes()[: 4 * KIB] == contents[4 * KIB]
+    assert disk.read_bytes()[1 << 20 :][: 64 * KIB] == contents[64 * KIB]
 
 
 def test_a_read_only_file_refuses_writes_and_says_so(tmp_path: Path, disk: Path) -> None:
