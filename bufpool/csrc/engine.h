@@ -1,10 +1,10 @@
 /* The native engine: wire descriptors in, a storage's work in between, answers out.
  *
  * Owns the protocol's half of a backend: the state of every (queue, tag), epochs and fences, which region of the own
- * segment is named for whom, who waits for one, and the answers.  What is done with the data is a storage's
- * (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python.  One thread
- * uses an engine, the one that opened it; every function may be called without the GIL.  Memory that it is given (pool,
- * own segment) must outlive it.
+ * segment is named for whom, who waits for one, what is posted ahead, and the answers.  What is done with the data is a
+ * storage's (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python.  One
+ * thread uses an engine, the one that opened it; every function may be called without the GIL.  Memory that it is given
+ * (pool, own segment) must outlive it.
  */
 #ifndef UBLKPOOL_ENGINE_H
 #define UBLKPOOL_ENGINE_H
