@@ -14,6 +14,7 @@ import msgspec
 CASES = {
     "write-pool": "write, need_get_data, placement pool",
     "write-backend": "write, need_get_data, placement backend",
+    "write-posted": "write, need_get_data, posted ahead by the backend",
     "write-lent": "write, need_get_data off",
     "read-pool": "read into a pool buffer",
     "read-own": "read from the backend's own memory",
