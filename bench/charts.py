@@ -25,7 +25,7 @@ def draw_speed(result: Result, path: Path) -> None:
     found = figure.subplots(1, len(CELLS), sharey=True)
     for axes, cell in zip(found, CELLS, strict=True):
         _draw_cell(axes, result, cell)
-    figure.suptitle(f"Linux {result.kernel}, {result.date}, {result.rounds} rounds: median and range")
+    figure.suptitle(f"Linux {result.kernel}, {result.date}, {result.rounds_done} rounds: median and range")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 

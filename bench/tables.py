@@ -45,14 +45,21 @@ def heading(result: Result) -> str:
     where = (
         "a guest under TCG, which emulates every instruction" if result.emulated else "this machine itself"
     )
-    transports = sorted({str(each.transport) for each in result.parties} - {""}) or ["ZeroMQ, the only one"]
+    transports = sorted({str(each.transport) for each in result.parties} - {""}) or ["whatever there was"]
     revision = f", revision {result.revision}" if result.revision else ""
+    load = f" The host's load average was {result.host_load} before." if result.host_load else ""
     return (
         f"## Linux {result.kernel}\n\n"
-        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {result.rounds} rounds of "
+        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {_rounds(result)} of "
         f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}. "
-        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.\n"
+        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.{load}\n"
     )
+
+
+def _rounds(result: Result) -> str:
+    if result.rounds_done == result.rounds:
+        return f"{result.rounds} rounds"
+    return f"{result.rounds_done} rounds, of {result.rounds} that were wanted,"
 
 
 def speed_table(result: Result) -> str:
