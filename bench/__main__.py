@@ -124,12 +124,13 @@ def run_growth(devices_max: int, revision: str, host_load: str, out: Path) -> No
 
 @main.command()
 @click.option("--into", type=_directory, help="Write the report there; otherwise beside the numbers.")
+@click.option("--note", default="", help="What a reader must know; goes to the head of the report.")
 @click.argument("out", type=_directory)
-def report(into: Path | None, out: Path) -> None:
+def report(into: Path | None, note: str, out: Path) -> None:
     """Make the tables and charts of what was measured."""
     from bench.publish import publish
 
-    print(publish(out, into or out, _instructions(out)))
+    print(publish(out, into or out, _instructions(out), note))
 
 
 def _instructions(out: Path) -> list[InstructionCost]:

@@ -30,7 +30,7 @@ def report(result: Result, instructions: Sequence[InstructionCost] = ()) -> str:
         "### Targets\n\n" + target_table(verdicts(result)),
         "### CPU time for each request\n\n" + cpu_table(result),
         "### Counted for each request\n\n" + counter_table(result),
-        "### System calls for each request\n\n" + syscall_table(result),
+        *(["### System calls for each request\n\n" + syscall_table(result)] if result.syscalls else []),
         "### Memory\n\n" + memory_table(result),
     ]
     if instructions:
@@ -57,9 +57,8 @@ def heading(result: Result) -> str:
 
 
 def _rounds(result: Result) -> str:
-    if result.rounds_done == result.rounds:
-        return f"{result.rounds} rounds"
-    return f"{result.rounds_done} rounds, of {result.rounds} that were wanted,"
+    done = f"{result.rounds_done} round{'' if result.rounds_done == 1 else 's'}"
+    return done if result.rounds_done == result.rounds else f"{done}, of {result.rounds} that were wanted,"
 
 
 def speed_table(result: Result) -> str:
