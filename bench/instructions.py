@@ -22,7 +22,7 @@ CASES = {
     "discard": "discard",
 }
 TRANSPORTS = ("frames", "rings")
-BATCHES = (1, 32)
+BATCHES = (1, 32, 128)
 _ROUNDS = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
