@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 # One boot unless KERNELS was given.
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
 BENCH_TIMEOUT_S = $(if $(filter quick,$(MODE)),3600,10800)
-BENCH_STEPS = $(if $(filter quick,$(MODE)),measure,$(if $(filter growth,$(MODE)),growth,measure growth))
+BENCH_STEPS = $(if $(filter growth,$(MODE)),growth,"measure --mode $(MODE)" $(if $(filter full,$(MODE)),growth))
 # What `make soak` sets in the tests' environment.
 SOAK ?=
 VM_TESTS ?= tests/vm
@@ -34,7 +34,7 @@ export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
 GUEST = $(AS_ROOT) $(PY) -m support.guest
 # One step of the benchmark, where the driver is.
-BENCH_STEP = $(PY) -m bench $(1) --mode $(MODE) --revision "$$revision" $(BENCH_ARGS) $(BENCH_OUT)
+BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
 .PHONY: help setup host compiled guest lint format test test-unit test-vm soak demo bench bench-host clean
@@ -127,6 +127,7 @@ bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=q
 	@$(PY) -m bench fetch $(BENCH_OUT)
 	@$(PY) -m bench cost $(BENCH_OUT)
 	@revision=$$(git describe --always --dirty 2> /dev/null || true); status=0; \
+	load=$$(cut -d' ' -f1 /proc/loadavg); \
 	if $(HAS_DRIVER); then \
 	    for step in $(BENCH_STEPS); do $(call BENCH_STEP,$$step) || status=$$?; done; \
 	else \

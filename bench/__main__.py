@@ -60,9 +60,16 @@ def cost(out: Path) -> None:
 @click.option("--rounds", type=int, help="Instead of the mode's.")
 @click.option("--runtime", "runtime_s", type=float, metavar="SECONDS", help="Instead of the mode's.")
 @click.option("--revision", default="", help="What is measured, for the report.")
+@click.option("--host-load", default="", help="What else runs on the host, for the report.")
 @click.argument("out", type=_directory)
 def run_measure(
-    mode: str, only: str, rounds: int | None, runtime_s: float | None, revision: str, out: Path
+    mode: str,
+    only: str,
+    rounds: int | None,
+    runtime_s: float | None,
+    revision: str,
+    host_load: str,
+    out: Path,
 ) -> None:
     """Measure on this kernel; status 1 if a contestant failed."""
     from bench.contestants import contestants, quick
@@ -79,6 +86,7 @@ def run_measure(
         rounds=rounds or MODES[mode][0],
         runtime_s=runtime_s or MODES[mode][1],
         revision=revision,
+        host_load=host_load,
     )
     table = contestants(transports(_backend_help()), only)
     if mode == "quick" and not only:
@@ -91,10 +99,10 @@ def run_measure(
 
 @main.command(name="growth")
 @click.option("--devices-max", default=64, show_default=True)
-@click.option("--mode", hidden=True, help="As for measure, and of no effect.")
 @click.option("--revision", default="", help="What is measured, for the report.")
+@click.option("--host-load", default="", help="What else runs on the host, for the report.")
 @click.argument("out", type=_directory)
-def run_growth(devices_max: int, mode: str, revision: str, out: Path) -> None:
+def run_growth(devices_max: int, revision: str, host_load: str, out: Path) -> None:
     """Measure what grows on this kernel; status 1 if something failed."""
     from bench.growth import grow
     from bench.growth_results import Growth
@@ -106,6 +114,7 @@ def run_growth(devices_max: int, mode: str, revision: str, out: Path) -> None:
         cpus=os.cpu_count() or 1,
         emulated=_is_emulated(),
         revision=revision,
+        host_load=host_load,
     )
     path = out / f"growth-{_series()}.json"
     with _stage(out) as stage:
@@ -115,12 +124,13 @@ def run_growth(devices_max: int, mode: str, revision: str, out: Path) -> None:
 
 @main.command()
 @click.option("--into", type=_directory, help="Write the report there; otherwise beside the numbers.")
+@click.option("--note", default="", help="What a reader must know; goes to the head of the report.")
 @click.argument("out", type=_directory)
-def report(into: Path | None, out: Path) -> None:
+def report(into: Path | None, note: str, out: Path) -> None:
     """Make the tables and charts of what was measured."""
     from bench.publish import publish
 
-    print(publish(out, into or out, _instructions(out)))
+    print(publish(out, into or out, _instructions(out), note))
 
 
 def _instructions(out: Path) -> list[InstructionCost]:

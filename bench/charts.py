@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from bench.cells import CELLS, Cell
-from bench.ratios import mean_of, samples_of, value_spread
+from bench.ratios import middle_of, samples_of, value_spread
 from bench.results import Party, Result
 
 _COLOURS = {"ublkpool": "#1f77b4", "kublk": "#ff7f0e", "nbdkit": "#2ca02c", "kernel": "#7f7f7f"}
@@ -25,7 +25,7 @@ def draw_speed(result: Result, path: Path) -> None:
     found = figure.subplots(1, len(CELLS), sharey=True)
     for axes, cell in zip(found, CELLS, strict=True):
         _draw_cell(axes, result, cell)
-    figure.suptitle(f"Linux {result.kernel}, {result.date}, {result.rounds} rounds: median and range")
+    figure.suptitle(f"Linux {result.kernel}, {result.date}, {result.rounds_done} rounds: median and range")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
@@ -71,7 +71,7 @@ def _draw_cpu_cell(axes: Axes, parties: Sequence[Party], result: Result, cell: C
     left = [0.0] * len(rows)
     for part, colour in _PARTS.items():
         widths = [
-            mean_of(
+            middle_of(
                 [sum(each.parts_us.get(part, (0, 0))) for each in samples_of(result, party.name, cell.name)]
             )
             for _, party in rows

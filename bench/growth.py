@@ -24,6 +24,7 @@ DEPTHS = (1, 8, 32, 128, 1024, 4096)
 BLOCKS = tuple(4096 << shift for shift in range(0, 11, 2))
 """Bytes: 4 KiB to 4 MiB."""
 DEVICES = (1, 4, 16, 64)
+SMALL_POOL_BYTES = 1 << 20
 _AT_A_TIME = 4
 _WARM_S = 1.0
 Say = Callable[[str], None]
@@ -52,15 +53,19 @@ def _depths(stage: Stage, growth: Growth, say: Say) -> None:
 
 def _blocks(stage: Stage, growth: Growth, say: Say) -> None:
     with _device(stage, "blocks", max_io_bytes=BLOCKS[-1]) as disk:
-        limit = Path(f"/sys/block/{Path(disk.node).name}/queue/max_sectors_kb")
-        limit.write_text(str(BLOCKS[-1] >> 10))
+        _allow(disk.node, BLOCKS[-1])
         for block_bytes in BLOCKS:
             _step(stage, growth, say, "bytes a request", block_bytes, disk, _cell(block_bytes, depth=8))
 
 
+def _allow(node: str, request_bytes: int) -> None:
+    """Have the block layer send requests of this size whole."""
+    Path(f"/sys/block/{Path(node).name}/queue/max_sectors_kb").write_text(str(request_bytes >> 10))
+
+
 def _pools(stage: Stage, growth: Growth, say: Say) -> None:
-    """The pool that is derived, and one with room for two of the largest requests, at a depth far beyond that."""
-    for name, pool_bytes in (("derived", None), ("small", 2 << 20)):
+    """The pool that is derived, and one with a handful of buffers, at a depth far beyond that."""
+    for name, pool_bytes in (("derived", None), ("small", SMALL_POOL_BYTES)):
         with _device(stage, f"pool-{name}", pool_bytes=pool_bytes) as disk:
             size_bytes = stage.daemon.stats(disk.device).pool.size_bytes
             _step(stage, growth, say, "bytes of pool, depth 128", size_bytes, disk, _cell(depth=128))
@@ -73,7 +78,7 @@ def _devices(stage: Stage, growth: Growth, say: Say, devices_max: int) -> None:
             more = [f"many{number}" for number in range(len(names), count)]
             names += more
             seconds = _timed(partial(_add_all, stage, more))
-            growth.timings.append(Timing(what=f"add of {len(more)} devices", seconds=seconds))
+            growth.timings.append(Timing(what=f"devices added: {len(more)}", seconds=seconds))
             say(f"{count} devices after {seconds:.1f} s more")
             growth.idle += _idle(stage, names)
             disks = [_disk(stage, status) for status in stage.daemon.client.devices() if status.name in names]
@@ -81,7 +86,7 @@ def _devices(stage: Stage, growth: Growth, say: Say, devices_max: int) -> None:
             _step(stage, growth, say, "devices, I/O on all", count, _together(disks), _cell())
     finally:
         seconds = _timed(partial(stage.daemon.client.delete, names))
-        growth.timings.append(Timing(what=f"delete of {len(names)} devices", seconds=seconds))
+        growth.timings.append(Timing(what=f"devices deleted: {len(names)}", seconds=seconds))
 
 
 def _timed(action: Callable[[], object]) -> float:

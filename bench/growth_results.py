@@ -43,7 +43,7 @@ class Growth(msgspec.Struct, kw_only=True):
     cpus: int
     emulated: bool
     revision: str = ""
-    transport: str = ""
+    host_load: str = ""
     steps: list[Step] = []
     idle: list[Idle] = []
     timings: list[Timing] = []
@@ -54,9 +54,10 @@ def growth_report(growth: Growth) -> str:
     """Everything about one run."""
     revision = f", revision {growth.revision}" if growth.revision else ""
     where = ", emulated" if growth.emulated else ""
+    load = f" The host's load average was {growth.host_load} before." if growth.host_load else ""
     sections = [
         f"## Growth, Linux {growth.kernel}\n\n{growth.date}{revision}, {growth.cpus} CPUs{where}. Backend `null`, "
-        f"need_get_data, placement pool, transport {growth.transport or 'ZeroMQ'}.\n"
+        f"need_get_data, placement pool, the transport that it takes by itself.{load}\n"
     ]
     for axis in dict.fromkeys(each.axis for each in growth.steps):
         sections.append(

@@ -14,6 +14,7 @@ import msgspec
 CASES = {
     "write-pool": "write, need_get_data, placement pool",
     "write-backend": "write, need_get_data, placement backend",
+    "write-posted": "write, need_get_data, posted ahead by the backend",
     "write-lent": "write, need_get_data off",
     "read-pool": "read into a pool buffer",
     "read-own": "read from the backend's own memory",
@@ -21,7 +22,7 @@ CASES = {
     "discard": "discard",
 }
 TRANSPORTS = ("frames", "rings")
-BATCHES = (1, 32)
+BATCHES = (1, 32, 128)
 _ROUNDS = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"

@@ -18,10 +18,10 @@ _PREFACE = (
 )
 
 
-def publish(out: Path, into: Path, instructions: Sequence[InstructionCost]) -> str:
+def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note: str = "") -> str:
     """Write all there is in `out` as a report into `into`; returns its text."""
     into.mkdir(parents=True, exist_ok=True)
-    sections = [_PREFACE]
+    sections = [_PREFACE, f"**{note}**\n"] if note else [_PREFACE]
     for path in sorted(out.glob("speed-*.json"), reverse=True):
         result = read_result(path)
         charts = {f"{path.stem}.png": draw_speed, f"{path.stem.replace('speed', 'cpu')}.png": draw_cpu}

@@ -60,6 +60,6 @@ def ratio_spread(result: Result, contestant: str, baseline: str, cell: str) -> S
     )
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """0 for nothing."""
-    return sum(values) / len(values) if values else 0.0
+def middle_of(values: Sequence[float]) -> float:
+    """Their median, 0 for nothing: one round that was disturbed does not show."""
+    return median(values) if values else 0.0

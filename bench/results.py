@@ -58,9 +58,16 @@ class Result(msgspec.Struct, kw_only=True):
     idle_load: float = 0.0
     """The share of the CPUs' time that is used while everybody is up and idle."""
     revision: str = ""
+    host_load: str = ""
+    """What else ran on the host: its load average over the minute before."""
     parties: list[Party] = []
     samples: list[Sample] = []
     syscalls: list[Syscalls] = []
+
+    @property
+    def rounds_done(self) -> int:
+        """How many there are numbers of: a run that was ended keeps what it had."""
+        return len({each.round for each in self.samples})
 
     @property
     def failed(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.cells import CELLS, Cell
 from bench.instructions import CASES, InstructionCost
-from bench.ratios import Spread, mean_of, ratio_spread, samples_of, value_spread
+from bench.ratios import Spread, middle_of, ratio_spread, samples_of, value_spread
 from bench.results import Party, Result, Sample
 from bench.targets import Verdict, verdicts
 
@@ -30,7 +30,7 @@ def report(result: Result, instructions: Sequence[InstructionCost] = ()) -> str:
         "### Targets\n\n" + target_table(verdicts(result)),
         "### CPU time for each request\n\n" + cpu_table(result),
         "### Counted for each request\n\n" + counter_table(result),
-        "### System calls for each request\n\n" + syscall_table(result),
+        *(["### System calls for each request\n\n" + syscall_table(result)] if result.syscalls else []),
         "### Memory\n\n" + memory_table(result),
     ]
     if instructions:
@@ -45,14 +45,20 @@ def heading(result: Result) -> str:
     where = (
         "a guest under TCG, which emulates every instruction" if result.emulated else "this machine itself"
     )
-    transports = sorted({str(each.transport) for each in result.parties} - {""}) or ["ZeroMQ, the only one"]
+    transports = sorted({str(each.transport) for each in result.parties} - {""}) or ["whatever there was"]
     revision = f", revision {result.revision}" if result.revision else ""
+    load = f" The host's load average was {result.host_load} before." if result.host_load else ""
     return (
         f"## Linux {result.kernel}\n\n"
-        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {result.rounds} rounds of "
+        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {_rounds(result)} of "
         f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}. "
-        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.\n"
+        f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.{load}\n"
     )
+
+
+def _rounds(result: Result) -> str:
+    done = f"{result.rounds_done} round{'' if result.rounds_done == 1 else 's'}"
+    return done if result.rounds_done == result.rounds else f"{done}, of {result.rounds} that were wanted,"
 
 
 def speed_table(result: Result) -> str:
@@ -101,8 +107,8 @@ def _cell_row(result: Result, party: Party, cell: Cell) -> list[str]:
         f"{number(value.low)} to {number(value.high)}",
         f"{ratio.median:.2f}" if ratio else "",
         f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio else "",
-        number(mean_of([each.machine_us for each in samples])),
-        number(mean_of([each.latency_us for each in samples])),
+        number(middle_of([each.machine_us for each in samples])),
+        number(middle_of([each.latency_us for each in samples])),
     ]
 
 
@@ -137,7 +143,7 @@ def cpu_table(result: Result) -> str:
         for cell in CELLS:
             samples = samples_of(result, party.name, cell.name)
             if samples:
-                machine = number(mean_of([each.machine_us for each in samples]))
+                machine = number(middle_of([each.machine_us for each in samples]))
                 rows.append([*_who(party), cell.name, machine, _parts(samples)])
     return markdown_table(
         ["contestant", "transport", "cell", "whole machine us", "of which user + system us"], rows
@@ -149,7 +155,7 @@ def _parts(samples: Sequence[Sample]) -> str:
     texts = []
     for name in names:
         user, system = (
-            mean_of([each.parts_us[name][side] for each in samples if name in each.parts_us])
+            middle_of([each.parts_us[name][side] for each in samples if name in each.parts_us])
             for side in (0, 1)
         )
         if user + system >= 0.05:
@@ -165,8 +171,8 @@ def counter_table(result: Result) -> str:
         for cell in CELLS:
             samples = [each for each in samples_of(result, party.name, cell.name) if each.counters]
             if samples:
-                means = [mean_of([each.counters.get(name, 0.0) for each in samples]) for name in names]
-                rows.append([*_who(party), cell.name, *(f"{mean:.2f}" for mean in means)])
+                middles = [middle_of([each.counters.get(name, 0.0) for each in samples]) for name in names]
+                rows.append([*_who(party), cell.name, *(f"{each:.2f}" for each in middles)])
     return markdown_table(
         ["ours", "transport", "cell", *(_COUNTER_HEADS.get(name, name) for name in names)], rows
     )

@@ -13,19 +13,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH = 128, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
+enum { DEPTH = 256, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
 
 static const struct kind {
 	const char *name;
-	uint8_t op, need_get_data, place_in_backend, reads_own;
+	uint8_t op, need_get_data, place_in_backend, reads_own, posts;
 } kinds[] = {
-	{ "write-pool", UQ_WRITE, 1, 0, 0 },
-	{ "write-backend", UQ_WRITE, 1, 1, 0 },
-	{ "write-lent", UQ_WRITE, 0, 0, 0 },
-	{ "read-pool", UQ_READ, 1, 0, 0 },
-	{ "read-own", UQ_READ, 1, 0, 1 },
-	{ "flush", UQ_FLUSH, 1, 0, 0 },
-	{ "discard", UQ_DISCARD, 1, 0, 0 },
+	{ "write-pool", UQ_WRITE, 1, 0, 0, 0 },
+	{ "write-backend", UQ_WRITE, 1, 1, 0, 0 },
+	{ "write-posted", UQ_WRITE, 1, 1, 0, 1 },
+	{ "write-lent", UQ_WRITE, 0, 0, 0, 0 },
+	{ "read-pool", UQ_READ, 1, 0, 0, 0 },
+	{ "read-own", UQ_READ, 1, 0, 1, 0 },
+	{ "flush", UQ_FLUSH, 1, 0, 0, 0 },
+	{ "discard", UQ_DISCARD, 1, 0, 0, 0 },
 };
 
 static struct uq_iod descriptors[DEPTH];
@@ -66,10 +67,18 @@ static void arrive(struct uq *q, const struct kind *k, unsigned batch)
 	}
 }
 
+static struct uq_descriptor post(uint64_t buffer)
+{
+	return (struct uq_descriptor){ .kind = UQ_POST, .device = DEVICE, .epoch = EPOCH, .segment = SEGMENT,
+				       .buffer = buffer, .length = IO_BYTES };
+}
+
 static struct uq_descriptor answer(const struct kind *k, const struct uq_descriptor *d)
 {
 	struct uq_descriptor a = *d;
 
+	if (d->kind == UQ_RELEASE)
+		return post(d->buffer);
 	if (d->kind == UQ_PLACE) {
 		a.kind = UQ_PLACED;
 		a.segment = SEGMENT;
@@ -124,13 +133,19 @@ static void send(struct link *l, unsigned count)
 	uq_port_turn(l->port, l->q);
 }
 
-/* One way and back; what is only told, such as RELEASE, has no answer. */
+/* What is only told has no answer, but a region that is back can be posted again. */
+static bool has_answer(const struct kind *k, unsigned kind)
+{
+	return kind == UQ_REQUEST || kind == UQ_PLACE || kind == UQ_DATA || (kind == UQ_RELEASE && k->posts);
+}
+
+/* One way and back. */
 static void exchange(struct link *l, const struct kind *k)
 {
 	unsigned count = receive(l), answered = 0;
 
 	for (unsigned i = 0; i < count; i++)
-		if (requests[i].kind == UQ_REQUEST || requests[i].kind == UQ_PLACE || requests[i].kind == UQ_DATA)
+		if (has_answer(k, requests[i].kind))
 			answers[answered++] = answer(k, &requests[i]);
 	if (answered)
 		send(l, answered);
@@ -151,7 +166,7 @@ static void rounds(struct link *l, const struct kind *k, unsigned batch, unsigne
 	for (unsigned i = 0; i < count; i++) {
 		uq_tick(l->q, 1);
 		arrive(l->q, k, batch);
-		if (k->place_in_backend)
+		if (k->place_in_backend && !k->posts)
 			exchange(l, k);
 		copied(l->q);
 		exchange(l, k);
@@ -180,7 +195,7 @@ static struct uq *make(const struct kind *k)
 	return q;
 }
 
-static void attach(struct link *l, bool rings)
+static void attach(struct link *l, const struct kind *k, bool rings)
 {
 	uint32_t entries = uq_port_entries(DEPTH);
 	uint8_t *memory = rings ? aligned_alloc(4096, uq_port_bytes(entries)) : NULL;
@@ -194,6 +209,10 @@ static void attach(struct link *l, bool rings)
 	answers[0] = (struct uq_descriptor){ .kind = UQ_HELLO, .device = DEVICE, .epoch = EPOCH };
 	send(l, 1);
 	receive(l);
+	for (unsigned i = 0; i < DEPTH && k->posts; i++)
+		answers[i] = post((uint64_t)i * IO_BYTES);
+	if (k->posts)
+		send(l, DEPTH);
 }
 
 int main(int argc, char **argv)
@@ -207,10 +226,10 @@ int main(int argc, char **argv)
 		if (strcmp(kinds[i].name, argv[1]))
 			continue;
 		l.q = make(&kinds[i]);
-		attach(&l, rings);
+		attach(&l, &kinds[i], rings);
 		rounds(&l, &kinds[i], batch, count);
 		if (stats.requests[kinds[i].op] != (uint64_t)batch * count || stats.errors || stats.violations ||
-		    uq_in_flight(l.q))
+		    uq_in_flight(l.q) || stats.posts_used != (kinds[i].posts ? stats.requests[kinds[i].op] : 0))
 			fail("not every request was served");
 		return 0;
 	}

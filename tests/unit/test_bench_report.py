@@ -7,7 +7,7 @@ from bench.accounts import parse_smaps
 from bench.cells import CELLS
 from bench.growth_results import Growth, Idle, Step, Timing, growth_report
 from bench.instructions import InstructionCost, core_instructions
-from bench.ratios import Spread, ratio_spread, spread, value_spread
+from bench.ratios import Spread, middle_of, ratio_spread, spread, value_spread
 from bench.results import Party, Result, Sample, Transport
 from bench.syscalls import parse_histogram
 from bench.tables import cost_table, markdown_table, number, report
@@ -53,6 +53,11 @@ def test_a_round_that_only_one_of_them_has_counts_for_nothing() -> None:
     assert ratio_spread(result, "a", "b", QD1) == Spread(2.0, 2.0, 2.0)
     assert ratio_spread(result, "a", "c", QD1) is None
     assert ratio_spread(result, "a", "b", WRITE) is None
+
+
+def test_one_round_that_was_disturbed_does_not_show_in_its_cost() -> None:
+    assert middle_of([10.0, 12.0, 90000.0]) == 12.0
+    assert middle_of([]) == 0.0
 
 
 def test_nothing_has_no_spread() -> None:
@@ -111,7 +116,7 @@ def test_a_report_has_everybody_and_says_who_failed() -> None:
     assert "| loop |  | failed |" in text
     assert "- loop: StageError: no such module" in text
     assert "| flush | 510 |" in text
-    assert "2026-01-02" in text and "7.3.4" in text and "2 rounds" not in text
+    assert "2026-01-02" in text and "7.3.4" in text and "2 rounds, of 3 that were wanted, of 1 s" in text
 
 
 def test_a_run_has_failed_if_anything_in_it_has() -> None:
