@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_links import SLEEPING, TO_BACKEND
+from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
 from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
@@ -60,6 +60,8 @@ def test_one_request_at_a_time_is_one_system_call_each(
     with serving(worker, null()):
         for _ in range(REQUESTS):
             when_asleep(worker)
+            # It may have looked again before it sleeps: then nobody would have to ring.
+            worker.rings().put(TO_WORKER + SLEEPING, 1)
             assert worker.do(Op.FLUSH) == 0
     assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
     assert counted[0].turns <= REQUESTS + 2 * MORE_CALLS_MAX
