@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,13 +55,21 @@ def when_asleep(worker: FakeWorker) -> None:
         os.sched_yield()
 
 
-def test_one_request_at_a_time_is_one_system_call_each(
-    worker: FakeWorker, counted: list[DriverStatistics]
+def in_memory(directory: str) -> FileBackend:
+    return FileBackend(FileOptions(path=Path(directory) / "disk", size=1 << 20))
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_one_request_at_a_time_is_one_wait_each(
+    worker: FakeWorker, counted: list[DriverStatistics], stores: bool
 ) -> None:
-    with serving(worker, null()):
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
+        serving(worker, in_memory(directory) if stores else null()),
+    ):
         for _ in range(REQUESTS):
             when_asleep(worker)
-            assert worker.do(Op.FLUSH) == 0
+            assert worker.write(4096, b"1" * 4096) == 4096
     assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
     assert counted[0].turns <= REQUESTS + 2 * MORE_CALLS_MAX
     assert counted[0].bells <= REQUESTS + MORE_CALLS_MAX
