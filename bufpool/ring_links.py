@@ -6,6 +6,7 @@ Nothing here waits but `poll`, so that the other queues are served meanwhile.
 """
 
 import fcntl
+import logging
 import math
 import mmap
 import os
@@ -19,9 +20,11 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
-from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.links import LinkStatistics, Polled, hello
 from ublkpool.bufpool.ring_driver import RingDriver
+
+log = logging.getLogger("ublkpool.backend")
 
 RETRY_S = 0.01
 RETRY_MAX_S = 0.2
@@ -171,13 +174,19 @@ class RingLinks:
             self._driver.settle(_SETTLE_MS)
             self._driver.close()
             self._driver = None
-        if engine is not None:
-            attached, watched = self._attached, self._epoll.fileno()
+        return engine is None or self._start_driver(engine)
+
+    def _start_driver(self, engine: Any) -> bool:
+        attached, watched = self._attached, self._epoll.fileno()
+        try:
             self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched)
-            for link in self._links:
-                if link.ring is not None:
-                    self._forget_bell(link.ring)
-                    self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
+        except BackendError as error:
+            log.warning("going on with more of Python: %s", error)
+            return False
+        for link in self._links:
+            if link.ring is not None:
+                self._forget_bell(link.ring)
+                self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
         return True
 
     def _connect_due(self) -> None:

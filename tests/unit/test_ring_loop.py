@@ -13,8 +13,9 @@ from support.fake_links import SLEEPING, TO_BACKEND
 from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
+from ublkpool.bufpool import ring_links
 from ublkpool.bufpool import serving as serving_module
-from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
@@ -206,3 +207,15 @@ def test_a_signal_ends_it_while_a_worker_is_away(worker: FakeWorker) -> None:
     process.terminate()
     status, log = finish(process)
     assert status == 0 and "ending after SIGTERM" in log
+
+
+def test_without_io_uring_python_carries_the_frames_through_the_rings(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_loop(*_: object) -> None:
+        raise BackendError("no loop in C, Function not implemented")
+
+    monkeypatch.setattr(ring_links, "RingDriver", no_loop)
+    with serving(worker, null()):
+        assert worker.write(0, b"p" * 4096) == 4096
+    assert "going on with more of Python: no loop in C" in caplog.text
