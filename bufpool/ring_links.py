@@ -214,8 +214,8 @@ class RingLinks:
 
     def _heard(self, link: Link) -> None:
         assert link.connection is not None
-        if link.ring is not None:
-            # Its end, or a word where none is due.
+        if link.ring is not None or not self._hears:
+            # Its end, or a word where none is due; or rings that nobody would listen to any more.
             self._end(link)
             return
         try:
