@@ -19,7 +19,6 @@ from support.vm_process import Forked
 from ublkpool.bufpool import client, wire
 from ublkpool.bufpool.client import Attachment, OwnSegment
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
-from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
 BLOCK_BYTES = 512
 DEATH_STATUS = 7
@@ -148,12 +147,8 @@ def posting(name: str) -> Conduct:
 
 
 def hanging_up(desk: Desk, request: Descriptor) -> None:
-    """Ends its link to the queue and lives on, without a HELLO."""
-    if isinstance(desk.attachment.links, ZeroMQLinks):
-        # Too large for the worker's socket, which ends the connection.
-        desk.send(request, bytes(wire.DESCRIPTOR_BYTES * (wire.DESCRIPTORS_PER_FRAME_MAX + 1)))
-    else:
-        desk.attachment.links.close()
+    """A frame that is too large for the worker's transport, which ends the connection; then nothing, and no HELLO."""
+    desk.send(request, bytes(wire.DESCRIPTOR_BYTES * (wire.DESCRIPTORS_PER_FRAME_MAX + 1)))
     signal.pause()
 
 
