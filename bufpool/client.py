@@ -269,7 +269,7 @@ class Attachment:
     def poll(self, timeout_ms: int | None = None) -> Ready:
         """Wait until something can be done, for ever if `timeout_ms` is None."""
         queues, descriptors = self.links.poll(timeout_ms)
-        control = self._connection.fileno()
+        control = self._connection.fileno() if descriptors else -1
         if control not in descriptors:
             return Ready(queues, descriptors, False)
         return Ready(queues, [each for each in descriptors if each != control], True)

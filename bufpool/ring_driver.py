@@ -31,9 +31,7 @@ class RingDriver:
         error = ffi.new("int *")
         self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
         if self._loop == ffi.NULL:
-            raise BackendError(
-                f"no loop for the rings, {os.strerror(-error[0])}: --transport zeromq does without"
-            )
+            raise BackendError(f"no loop in C, {os.strerror(-error[0])}: is there io_uring, and memory?")
 
     def bells(self, queue: int, ours: int, workers: int) -> None:
         """A queue's doorbells; -1 and -1 before they are closed."""

@@ -6,6 +6,7 @@ Nothing here waits but `poll`, so that the other queues are served meanwhile.
 """
 
 import fcntl
+import logging
 import math
 import mmap
 import os
@@ -19,9 +20,11 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
-from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.links import LinkStatistics, Polled, hello
 from ublkpool.bufpool.ring_driver import RingDriver
+
+log = logging.getLogger("ublkpool.backend")
 
 RETRY_S = 0.01
 RETRY_MAX_S = 0.2
@@ -112,12 +115,14 @@ class RingLinks:
             raise MemoryError
         self._ports: Any = ffi.gc(ports, lib.ports_free)
         self._epoll = select.epoll()
+        self._epoll_file = self._epoll.fileno()
         self._links = [Link(queue, path) for queue, path in enumerate(attached.rings)]
         self._link_of: dict[int, Link] = {}
         self._bells: set[int] = set()
         self._driver: RingDriver | None = None
         self._absent = set(self._links)
         self._waiting = ffi.new("uint32_t[]", max(1, attached.queues))
+        self._count = ffi.new("uint32_t *")
         self._ready = ffi.new("int32_t[]", _READY_MAX)
         self._frame = ffi.new("uint8_t[]", wire.DESCRIPTOR_BYTES * wire.DESCRIPTORS_PER_FRAME_MAX)
         self._frames_received = self._frames_sent = self._opened = 0
@@ -142,16 +147,16 @@ class RingLinks:
             is_wanted = self._driver.run(wait_ms, self._hears)
             return Polled([], self._look(0) if is_wanted else [])
         descriptors = self._look(wait_ms)
-        count = lib.ports_waiting(self._ports, self._waiting)
-        if count < 0:
-            raise WireError(f"queue {-1 - count}: the worker's index in its ring makes no sense")
+        count = self._count[0]
         return Polled(ffi.unpack(self._waiting, count) if count else [], descriptors)
 
     def _look(self, wait_ms: int) -> list[int]:
-        """Wait, hear what is ours of what is ready; the rest."""
-        count = lib.ports_poll(self._ports, self._epoll.fileno(), wait_ms, self._ready, _READY_MAX)
+        """Wait, hear what is ours of what is ready; the rest.  Leaves the queues with something in `_waiting`."""
+        count = lib.ports_poll(
+            self._ports, self._epoll_file, wait_ms, self._ready, _READY_MAX, self._waiting, self._count
+        )
         if count < 0:
-            raise WireError(f"rings: {os.strerror(-count)}")
+            raise WireError(f"waiting for rings: {os.strerror(-count)}: does a worker's index make no sense?")
         return [file for file in ffi.unpack(self._ready, count) if not self._is_own(file)] if count else []
 
     def _is_own(self, file: int) -> bool:
@@ -171,13 +176,19 @@ class RingLinks:
             self._driver.settle(_SETTLE_MS)
             self._driver.close()
             self._driver = None
-        if engine is not None:
-            attached, watched = self._attached, self._epoll.fileno()
+        return engine is None or self._start_driver(engine)
+
+    def _start_driver(self, engine: Any) -> bool:
+        attached, watched = self._attached, self._epoll.fileno()
+        try:
             self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched)
-            for link in self._links:
-                if link.ring is not None:
-                    self._forget_bell(link.ring)
-                    self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
+        except BackendError as error:
+            log.warning("going on with more of Python: %s", error)
+            return False
+        for link in self._links:
+            if link.ring is not None:
+                self._forget_bell(link.ring)
+                self._driver.bells(link.queue, link.ring.bell, link.ring.worker_bell)
         return True
 
     def _connect_due(self) -> None:
@@ -203,8 +214,8 @@ class RingLinks:
 
     def _heard(self, link: Link) -> None:
         assert link.connection is not None
-        if link.ring is not None:
-            # Its end, or a word where none is due.
+        if link.ring is not None or not self._hears:
+            # Its end, or a word where none is due; or rings that nobody would listen to any more.
             self._end(link)
             return
         try:

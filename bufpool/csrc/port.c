@@ -71,12 +71,13 @@ void ports_end(struct ports *p, uint32_t queue) {
 
 uint32_t ports_epoch(const struct ports *p) { return p->epoch; }
 
-int32_t ports_waiting(struct ports *p, uint32_t *queues) {
+/* How many queues something waits on, or -EPROTO. */
+static int32_t waiting_queues(struct ports *p, uint32_t *queues) {
     int32_t count = 0;
-    for (uint32_t i = 0; i < p->queues; i++) {
-        int64_t waiting = p->port[i].open && !p->deaf ? sr_waiting(&p->port[i].in) : 0;
+    for (uint32_t i = 0; i < p->queues && !p->deaf; i++) {
+        int64_t waiting = p->port[i].open ? sr_waiting(&p->port[i].in) : 0;
         if (waiting < 0)
-            return -1 - (int32_t)i;
+            return -EPROTO;
         if (waiting)
             queues[count++] = i;
     }
@@ -254,15 +255,10 @@ static bool is_bell(const struct ports *p, int file) {
     return false;
 }
 
-int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most) {
+/* What is ready, without doorbells of ours: how many, or a negative errno. */
+static int32_t wait_for_files(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most) {
     struct epoll_event events[POLL_EVENTS];
     int32_t found = 0;
-    uint64_t deferred = ports_deferred(p);
-    int error = deferred ? push(p) : 0;
-    if (error)
-        return error;
-    if (deferred && (timeout_ms < 0 || timeout_ms > LOOK_AGAIN_MS))
-        timeout_ms = LOOK_AGAIN_MS;
     int count = epoll_wait(epoll, events, most < POLL_EVENTS ? most : POLL_EVENTS, ports_doze(p) ? timeout_ms : 0);
     ports_wake(p);
     if (count < 0)
@@ -271,6 +267,21 @@ int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, i
         if (!is_bell(p, events[i].data.fd))
             files[found++] = events[i].data.fd;
     return found;
+}
+
+int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
+                   uint32_t *waiting) {
+    if (ports_deferred(p)) {
+        int error = push(p);
+        if (error)
+            return error;
+        if (timeout_ms < 0 || timeout_ms > LOOK_AGAIN_MS)
+            timeout_ms = LOOK_AGAIN_MS;
+    }
+    int32_t found = wait_for_files(p, epoll, timeout_ms, files, most);
+    int32_t count = waiting_queues(p, queues);
+    *waiting = count < 0 ? 0 : (uint32_t)count;
+    return count < 0 ? count : found;
 }
 
 void ports_settle(struct ports *p, int timeout_ms) {

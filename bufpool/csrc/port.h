@@ -28,8 +28,6 @@ void ports_end(struct ports *ports, uint32_t queue);
 /* The highest epoch that a FENCE or the attach has brought. */
 uint32_t ports_epoch(const struct ports *ports);
 
-/* The queues on which something waits; how many they are, or -1 - queue for an index that makes no sense. */
-int32_t ports_waiting(struct ports *ports, uint32_t *queues);
 /* Take up to `most` descriptors of a queue: how many, or -EPROTO. */
 int32_t ports_take(struct ports *ports, uint32_t queue, void *to, uint32_t most);
 /* Send, and ring if the worker sleeps; what finds no room stays in order until ports_poll.  0, -EPROTO or -ENOMEM. */
@@ -37,8 +35,10 @@ int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t c
 /* How many descriptors found no room yet. */
 uint64_t ports_deferred(const struct ports *ports);
 /* Wait until something is there to be taken, or one of `epoll`'s files is ready, `timeout_ms` at most (-1: for ever).
- * Those files, but no doorbells of ours, and how many they are, or a negative errno.  Tries again what found no room. */
-int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most);
+ * Those files, but no doorbells of ours, and how many they are, or a negative errno; the queues on which something waits,
+ * and in *waiting how many.  -EPROTO for an index that makes no sense.  Tries again what found no room. */
+int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
+                   uint32_t *waiting);
 /* Send what found no room, for `timeout_ms` at most. */
 void ports_settle(struct ports *ports, int timeout_ms);
 /* Nothing is taken any more, and nobody rings for it. */

@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import resource
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,14 @@ SIZE_BYTES = 64 << 20
 KIB = 1 << 10
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    return tmp_path / "disk.img"
+@pytest.fixture(params=["disk", "memory"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where the file is to be, on a disk and in memory: the native storage treats them differently."""
+    if request.param == "disk":
+        yield tmp_path / "disk.img"
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory) / "disk.img"
 
 
 @pytest.fixture(params=["auto", "off"])

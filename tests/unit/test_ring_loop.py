@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
 from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
+from ublkpool.bufpool import ring_links
 from ublkpool.bufpool import serving as serving_module
-from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
@@ -54,15 +56,23 @@ def when_asleep(worker: FakeWorker) -> None:
         os.sched_yield()
 
 
-def test_one_request_at_a_time_is_one_system_call_each(
-    worker: FakeWorker, counted: list[DriverStatistics]
+def in_memory(directory: str) -> FileBackend:
+    return FileBackend(FileOptions(path=Path(directory) / "disk", size=1 << 20))
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_one_request_at_a_time_is_one_wait_each(
+    worker: FakeWorker, counted: list[DriverStatistics], stores: bool
 ) -> None:
-    with serving(worker, null()):
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
+        serving(worker, in_memory(directory) if stores else null()),
+    ):
         for _ in range(REQUESTS):
             when_asleep(worker)
             # It may have looked again before it sleeps: then nobody would have to ring.
             worker.rings().put(TO_WORKER + SLEEPING, 1)
-            assert worker.do(Op.FLUSH) == 0
+            assert worker.write(4096, b"1" * 4096) == 4096
     assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
     assert counted[0].turns <= REQUESTS + 2 * MORE_CALLS_MAX
     assert counted[0].bells <= REQUESTS + MORE_CALLS_MAX
@@ -199,3 +209,15 @@ def test_a_signal_ends_it_while_a_worker_is_away(worker: FakeWorker) -> None:
     process.terminate()
     status, log = finish(process)
     assert status == 0 and "ending after SIGTERM" in log
+
+
+def test_without_io_uring_python_carries_the_frames_through_the_rings(
+    worker: FakeWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_loop(*_: object) -> None:
+        raise BackendError("no loop in C, Function not implemented")
+
+    monkeypatch.setattr(ring_links, "RingDriver", no_loop)
+    with serving(worker, null()):
+        assert worker.write(0, b"p" * 4096) == 4096
+    assert "going on with more of Python: no loop in C" in caplog.text

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.fake_links import CONTROL_BYTES, HEAD, TAIL, TO_WORKER, say_opened, sealed_memory
+from support.fake_links import CONTROL_BYTES, HEAD, TAIL, TO_WORKER, FakeRings, say_opened, sealed_memory
 from support.fake_worker import DEADLINE_S, BackendThread, FakeWorker, serving
 from support.plain_backend import Held, Plain
 from ublkpool.bufpool import ring_links, wire
@@ -127,7 +127,7 @@ def test_more_than_a_ring_holds_ends_the_backend(worker: FakeWorker, tmp_path: P
     thread = BackendThread(Plain(), tmp_path)
     worker.accept()
     worker.rings().publish(1000)
-    with pytest.raises(WireError, match="queue 0: the worker's index"):
+    with pytest.raises(WireError, match="worker's index make no sense"):
         thread.join()
 
 
@@ -181,15 +181,15 @@ def test_a_nonsensical_answer_ends_the_backend(worker: FakeWorker, tmp_path: Pat
             thread.join()
 
 
-def _attached(rings: tuple[str, ...]) -> wire.Attached:
-    """A device without queues: nothing is connected."""
+def _attached(rings: tuple[str, ...], queues: int = 0) -> wire.Attached:
+    """A device; without queues nothing is connected."""
     return wire.Attached(
         v=wire.PROTOCOL_VERSION,
         device="x",
         device_number=0,
         size_bytes=0,
         logical_block_bytes=512,
-        queues=0,
+        queues=queues,
         depth=1,
         max_io_bytes=4096,
         need_get_data=False,
@@ -233,3 +233,21 @@ def test_without_the_native_part_there_are_frames(monkeypatch: pytest.MonkeyPatc
     assert isinstance(links, ZeroMQLinks)
     with pytest.raises(BackendError, match="needs the native part"):
         make_links(_attached(("r",)), "ring")
+
+
+def test_who_is_leaving_wants_no_rings_any_more(tmp_path: Path) -> None:
+    worker = FakeRings(tmp_path / "q0")
+    attached = _attached((str(tmp_path / "q0"),), queues=1)
+    worker.expect(bytes.fromhex(attached.token))
+    links = ring_links.RingLinks(attached)
+    with worker.hear_question(DEADLINE_S) as late:
+        links.stop_receiving()
+        file = sealed_memory(CONTROL_BYTES + 2 * 64 * wire.DESCRIPTOR_BYTES)
+        say_opened(late, 64, [file, file, file])
+        os.close(file)
+        assert links.poll(1000) == ([], [])
+        assert links.linked == 0
+        with pytest.raises(ConnectionResetError):
+            late.recv(1)
+    links.close()
+    worker.end()
