@@ -39,7 +39,10 @@ def backend(
             "--",
             *(f"{key}={value}" for key, value in given.items()),
         ]
-        daemon.add(name, **{"queues": QUEUES, "placement": placement, "partitions": False, **config})
+        # Tests divide their devices among the transports; here each backend says which it wants.
+        daemon.add(
+            name, **{"rings": True, "queues": QUEUES, "placement": placement, "partitions": False, **config}
+        )
         log = stage.directory / f"{name}.log"
         try:
             with process(command, log, daemon.environment()) as pid:
