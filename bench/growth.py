@@ -97,7 +97,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 def _config(name: str, **config: Any) -> DeviceConfig:
     backend = BackendConfig(kind="null", options={"size": str(REGION_BYTES)}, cwd="/")
-    return DeviceConfig(name=name, backend=backend, partitions=False, **config)
+    return DeviceConfig(name=name, backend=backend, **config)
 
 
 def _add_all(stage: Stage, names: list[str]) -> None:

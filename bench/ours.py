@@ -40,9 +40,7 @@ def backend(
             *(f"{key}={value}" for key, value in given.items()),
         ]
         # Tests divide their devices among the transports; here each backend says which it wants.
-        daemon.add(
-            name, **{"rings": True, "queues": QUEUES, "placement": placement, "partitions": False, **config}
-        )
+        daemon.add(name, **{"rings": True, "queues": QUEUES, "placement": placement, **config})
         log = stage.directory / f"{name}.log"
         try:
             with process(command, log, daemon.environment()) as pid:
