@@ -238,6 +238,8 @@ class QueueLoop:
         finally:
             if fd is not None:
                 os.close(fd)
+        # A new segment may need the place of a dead one.
+        self._queue.unmap_idle_segments()
         if self._queue.link is Link.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):

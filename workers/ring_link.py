@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -40,9 +41,14 @@ class Rings:
     def __init__(self, connection: socket.socket, depth: int) -> None:
         """Raises `OSError`, `MemoryError`."""
         self.connection = connection
-        self.port = Port(depth)
-        # The backend shares the second, and may make it block: only io_uring writes to it.
-        self.bell_in, self.bell_out = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+        with ExitStack() as made:
+            self.port = Port(depth)
+            made.callback(self.port.close)
+            self.bell_in = _bell()
+            made.callback(os.close, self.bell_in)
+            # The backend shares this one, and may make it block: only io_uring writes to it.
+            self.bell_out = _bell()
+            made.pop_all()
 
     def hand_over(self) -> None:
         """Tell the backend.  Raises `OSError`."""
@@ -116,7 +122,9 @@ class RingLink:
             elif self._rings is not None and fd == self._rings.connection.fileno():
                 self._gone()
             else:
-                self._hear(next(each for each in self._asking if each.fileno() == fd))
+                # One that this turn has turned away already may be among those that it was to look at.
+                for each in [each for each in self._asking if each.fileno() == fd]:
+                    self._hear(each)
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -195,6 +203,10 @@ class RingLink:
         if self._listener is not None:
             self._listener.close()
         self._epoll.close()
+
+
+def _bell() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def _user_of(connection: socket.socket) -> int:

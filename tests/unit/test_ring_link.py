@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from support.loop_bench import DEVICE, HELLO, WAIT_S, Bench, bench_in
-from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER
+from support.loop_bench import DEVICE, HELLO, TOKEN, WAIT_S, Bench, bench_in
+from support.queue_desk import Desk
+from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
 from ublkpool.bufpool.wire import Descriptor, Kind
+from ublkpool.ublk.queue import Link, Port, Ring
 from ublkpool.workers import messages
-from ublkpool.workers.ring_link import ASKING_MAX
+from ublkpool.workers.ring_link import ASKING_MAX, RingLink
 
 
 @pytest.fixture
@@ -171,16 +173,60 @@ def test_a_backend_that_comes_before_it_is_expected_waits(bench: Bench) -> None:
             os.close(each)
 
 
-def test_a_backend_that_makes_its_doorbell_block_holds_nobody_up(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
-        os.set_blocking(peer.bell, True)
-        os.eventfd_write(peer.bell, 2**64 - 2)
-        hello = Descriptor(Kind.HELLO, device=DEVICE, epoch=0).pack()
-        read = bench.count("descriptors_in")
-        for count in range(1, 4):
-            peer.rings.set_index(TO_BACKEND, SLEEPING, 1)
-            peer.send(hello)
-            _eventually(lambda: bench.count("descriptors_in") == read + count, "the worker goes on")  # noqa: B023
+def test_who_speaks_while_he_is_turned_away_harms_nobody(tmp_path: Path) -> None:
+    link = RingLink(tmp_path / "ring", Desk(depth=1, connected=False).queue, 0o600, None)
+    link.expect(TOKEN, os.getuid())
+    asking = [RingPeer(tmp_path / "ring", TOKEN) for _ in range(ASKING_MAX)]
+    link.turn()
+    # Both in one look: who comes makes the oldest go, who speaks is the oldest.
+    with RingPeer(tmp_path / "ring", TOKEN):
+        asking[0].connection.send(b"{}")
+        link.turn()
+        link.turn()
+        assert asking[0].hears_the_end()
+    for each in asking:
+        each.close()
+    link.close()
+
+
+RUNGS = 700
+
+
+def _ring_often(blocked: bool) -> tuple[Desk, int]:
+    """A backend that says it sleeps before each of many requests; how many were rung for until it was cut off."""
+    desk, port = Desk(need_get_data=False, depth=RUNGS), Port(RUNGS)
+    ring = Ring(desk.queue, -1)
+    peer = RingMemory(port.memory_fd, port.entries)
+    bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    if blocked:
+        os.set_blocking(bells[1], True)
+        os.eventfd_write(bells[1], 2**64 - 2)
+    ring.use_port(port, *bells)
+    rung = 0
+    while rung < RUNGS and desk.queue.link is Link.UP:
+        peer.set_index(TO_BACKEND, SLEEPING, 1)
+        desk.read(rung, 0)
+        ring.run(0)
+        rung += 1
+    ring.use_port(None)
+    ring.close()
+    peer.memory.close()
+    port.close()
+    if not blocked:
+        assert os.eventfd_read(bells[1]) == rung
+    for each in bells:
+        os.close(each)
+    return desk, rung
+
+
+def test_a_backend_that_makes_its_doorbell_block_holds_nobody_up_and_is_cut_off() -> None:
+    desk, rung = _ring_often(blocked=True)
+    assert rung < RUNGS and "doorbell" in desk.queue.violation()
+
+
+def test_each_doorbell_is_heard() -> None:
+    desk, rung = _ring_often(blocked=False)
+    assert rung == RUNGS and desk.queue.link is Link.UP
 
 
 def _cpu_s() -> float:
