@@ -195,9 +195,14 @@ class Queue:
     def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool, fence: bool = False) -> bool:
         """Whether the next backend can come; no while too many dead backends' segments still hold data.
 
-        `fence`: it served an earlier epoch, and gets nothing before it has let go of that.
+        `fence`: it served an earlier epoch, and gets nothing before it has let go of that.  Raises `OSError` if
+        memory is short.
         """
-        return int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own, fence)) == 0
+        result = int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own, fence))
+        if result == -errno.EBUSY:
+            return False
+        _check(result, f"a segment of {size_bytes} bytes")
+        return True
 
     def cut(self, violation: int = 0) -> None:
         """Stop talking to the backend; what it holds stays with it until `lost`."""

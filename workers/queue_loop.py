@@ -230,25 +230,33 @@ class QueueLoop:
                 self._supervisor = None
 
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
+        problem = self._expect_segment(message, fd)
+        if not problem:
+            self._listen_to(bytes.fromhex(message.token), message.user)
+        self._tell(messages.Expecting(problem))
+
+    def _expect_segment(self, message: messages.Expect, fd: int | None) -> str:
+        """Why it cannot be, or nothing."""
         try:
             base = core.map_segment(fd, message.segment_bytes) if fd is not None else core.NULL
         except OSError as error:
-            self._tell(messages.Expecting(f"its segment cannot be mapped: {error}"))
-            return
+            return f"its segment cannot be mapped: {error}"
         finally:
             if fd is not None:
                 os.close(fd)
         # A new segment may need the place of a dead one.
         self._queue.unmap_idle_segments()
-        if self._queue.link is Link.NONE and self._queue.expect(
-            message.segment, base, message.segment_bytes, message.reads_own, message.fence
-        ):
-            self._listen_to(bytes.fromhex(message.token), message.user)
-            self._tell(messages.Expecting())
-            return
+        problem = "the data of earlier backends has not found room in the pool yet"
+        try:
+            if self._queue.link is Link.NONE and self._queue.expect(
+                message.segment, base, message.segment_bytes, message.reads_own, message.fence
+            ):
+                return ""
+        except OSError as error:
+            problem = str(error)
         if fd is not None:
             core.unmap_segment(base, message.segment_bytes)
-        self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
+        return problem
 
     def _listen_to(self, token: bytes, user: int | None = None) -> None:
         """Over either transport; b"" and None: to nobody."""

@@ -1,4 +1,4 @@
-/* A bit for each block of a disk; a range is asked, set and cleared by words. */
+/* A bit for each block of a disk or a segment; a range is asked, set and cleared by words. */
 #ifndef UBLKPOOL_BLOCKS_H
 #define UBLKPOOL_BLOCKS_H
 
@@ -12,9 +12,15 @@ struct blocks {
     uint64_t *words;
 };
 
-static inline bool blocks_open(struct blocks *b, uint64_t disk_bytes) {
-    b->words = calloc(disk_bytes / BLOCK_BYTES / WORD_BITS + 1, sizeof *b->words);
+/* None is set.  False if memory is short. */
+static inline bool blocks_open(struct blocks *b, uint64_t bytes) {
+    b->words = calloc(bytes / BLOCK_BYTES / WORD_BITS + 1, sizeof *b->words);
     return b->words;
+}
+
+static inline void blocks_close(struct blocks *b) {
+    free(b->words);
+    b->words = NULL;
 }
 
 /* The bits of [first, end) in the word of bit `first`. */

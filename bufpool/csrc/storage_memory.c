@@ -56,8 +56,8 @@ static void memory_forget(struct storage *s, const struct storage_request *r) {
 }
 
 static void memory_close(struct storage *s) {
-    free(memory_of(s)->lent.words);
-    free(memory_of(s)->claimed.words);
+    blocks_close(&memory_of(s)->lent);
+    blocks_close(&memory_of(s)->claimed);
     free(s);
 }
 

@@ -508,7 +508,6 @@ static bool allocate(struct uq *q)
 	q->tags = calloc(depth, sizeof *q->tags);
 	q->commands = calloc(room, sizeof *q->commands);
 	q->output = calloc(q->output_max, sizeof *q->output);
-	q->lent = calloc(depth, sizeof *q->lent);
 	q->replay = calloc(depth, sizeof *q->replay);
 	for (unsigned c = 0; c < q->config.classes; c++) {
 		q->stock[c].slots = calloc(q->config.class[c].count, sizeof(uint32_t));
@@ -516,7 +515,7 @@ static bool allocate(struct uq *q)
 		if (!q->stock[c].slots)
 			return false;
 	}
-	return q->tags && q->commands && q->output && q->lent && q->replay && uq_posts_allocate(q);
+	return q->tags && q->commands && q->output && q->replay && uq_posts_allocate(q);
 }
 
 /* Counters go on over a recovery; what the worker before this one held was taken from it. */
@@ -538,7 +537,7 @@ struct uq *uq_new(const struct uq_config *config)
 		return NULL;
 	}
 	for (unsigned i = 0; i < config->depth; i++)
-		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG, .lent_index = UQ_NO_TAG };
+		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG };
 	reset_gauges(config->stats);
 	return q;
 }
@@ -553,7 +552,7 @@ void uq_free(struct uq *q)
 	free(q->tags);
 	free(q->commands);
 	free(q->output);
-	free(q->lent);
+	uq_regions_end(q);
 	free(q->replay);
 	free(q);
 }

@@ -2,7 +2,7 @@
  * The queue's state machine: what happens to each tag from the kernel's completion to the commit.
  *
  * Owns the tags, the stock of pool buffers and the outgoing commands and descriptors of one hardware queue.  Makes no
- * system call, reads no clock, allocates nothing after uq_new(): the ring (queue_ring.c) or a test's fake driver feeds
+ * system call, reads no clock, allocates nothing per request: the ring (queue_ring.c) or a test's fake driver feeds
  * completions in and takes commands out, a transport feeds answers in and takes descriptors out.
  *
  * Used by one task.  `workers/tag_state.py` holds the transition table in Python; a test compares the two.
@@ -170,7 +170,7 @@ void uq_input(struct uq *q, const void *frame, size_t bytes);
 
 /* The supervisor says which backend to expect: its own segment (number 0 for none) and how it answers reads.
  * With `fence` it served an earlier epoch, and gets no request before it has let go of everything from then.
- * Returns -1 while too many segments of dead backends still hold data. */
+ * Returns 0, -EBUSY while too many segments of dead backends still hold data, or -ENOMEM. */
 int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence);
 /* Stop talking to the backend; what it holds stays with it until uq_link_lost(). */
 void uq_link_cut(struct uq *q, int violation);

@@ -4,6 +4,8 @@
 
 #include "queue_core.h"
 
+#include "blocks.h"
+
 #include <stdbool.h>
 
 #define UQ_NO_TAG 0xffffu
@@ -17,7 +19,6 @@ struct uq_tag {
 	int32_t result;
 	uint16_t flags;
 	uint16_t next_waiter;
-	uint16_t lent_index;   /* place in uq.lent while a write's own region is lent */
 	uint8_t state, op, class;
 	bool copied;           /* a write's data is in its buffer */
 	bool given;            /* a backend has seen it */
@@ -31,7 +32,7 @@ struct uq_stock {
 	uint16_t first_waiter, last_waiter;
 };
 
-/* What is posted of one class: offsets in the backend's segment, ascending. */
+/* What is posted of one class: offsets in the backend's segment. */
 struct uq_posts {
 	uint64_t *starts;
 	unsigned count;
@@ -55,8 +56,7 @@ struct uq {
 	struct uq_descriptor *output;
 	unsigned output_first, output_count, output_max;
 	struct uq_posts posts[UQ_CLASSES_MAX];
-	uint16_t *lent;
-	unsigned lent_count;
+	struct blocks occupied; /* of the attached backend's segment: lent to a write's tag, or posted */
 	uint16_t *replay; /* room to sort the tags that wait */
 	uint64_t sequence, now_ms, scanned_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
@@ -100,12 +100,13 @@ void uq_region_back(struct uq *q, struct uq_tag *t, bool tell);
 uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t);
 bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t);
 int uq_judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length);
-bool uq_overlaps_lent(const struct uq *q, uint64_t start, uint64_t length);
+bool uq_region_occupied(const struct uq *q, uint64_t start, uint64_t length);
+bool uq_regions_begin(struct uq *q, uint64_t segment_bytes);
+void uq_regions_end(struct uq *q);
 bool uq_posts_allocate(struct uq *q);
 void uq_posts_free(struct uq *q);
 void uq_posts_forget(struct uq *q);
 int uq_post_add(struct uq *q, const struct uq_descriptor *d);
 bool uq_post_take(struct uq *q, uint64_t length, uint64_t *buffer, uint64_t *bytes);
-bool uq_overlaps_posted(const struct uq *q, uint64_t start, uint64_t length);
 
 #endif

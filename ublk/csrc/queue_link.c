@@ -128,7 +128,7 @@ static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descri
 {
 	int wrong = uq_judge_region(q, d, t->length);
 
-	if (!wrong && (uq_overlaps_lent(q, d->buffer, t->length) || uq_overlaps_posted(q, d->buffer, t->length)))
+	if (!wrong && uq_region_occupied(q, d->buffer, t->length))
 		wrong = UQ_V_LENT;
 	if (wrong) {
 		uq_fail(q, t, -EIO);
@@ -350,7 +350,9 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 		if (!q->segments[i].number)
 			s = &q->segments[i];
 	if (q->link != UQ_LINK_NONE || (segment && !s))
-		return -1;
+		return -EBUSY;
+	if (segment && !uq_regions_begin(q, bytes))
+		return -ENOMEM;
 	if (segment)
 		*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
 	q->own_segment = segment;
@@ -434,7 +436,7 @@ void uq_link_lost(struct uq *q)
 		return;
 	q->link = UQ_LINK_NONE;
 	q->output_first = q->output_count = 0;
-	uq_posts_forget(q);
+	uq_regions_end(q);
 	if (s)
 		s->live = false;
 	q->own_segment = 0;

@@ -13,24 +13,6 @@ struct uq_segment *uq_find_segment(const struct uq *q, uint32_t number)
 	return NULL;
 }
 
-static void lend(struct uq *q, struct uq_tag *t)
-{
-	t->lent_index = (uint16_t)q->lent_count;
-	q->lent[q->lent_count++] = (uint16_t)uq_index(q, t);
-}
-
-static void unlend(struct uq *q, struct uq_tag *t)
-{
-	uint16_t last;
-
-	if (t->lent_index == UQ_NO_TAG)
-		return;
-	last = q->lent[--q->lent_count];
-	q->lent[t->lent_index] = last;
-	q->tags[last].lent_index = t->lent_index;
-	t->lent_index = UQ_NO_TAG;
-}
-
 void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t bytes)
 {
 	t->own_segment = q->own_segment;
@@ -38,7 +20,7 @@ void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t by
 	t->own_bytes = bytes;
 	uq_find_segment(q, q->own_segment)->data_tags++;
 	if (t->op == UQ_WRITE)
-		lend(q, t);
+		blocks_set(&q->occupied, buffer, bytes);
 }
 
 uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
@@ -56,8 +38,9 @@ void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
 	struct uq_segment *s = uq_find_segment(q, t->own_segment);
 	struct uq_descriptor *d;
 
-	unlend(q, t);
 	s->data_tags--;
+	if (s->live && t->op == UQ_WRITE)
+		blocks_clear(&q->occupied, t->own_buffer, t->own_bytes);
 	if (tell && s->live && q->link == UQ_LINK_UP) {
 		d = uq_put(q, t, UQ_RELEASE);
 		if (d) {
@@ -68,16 +51,17 @@ void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
 	t->own_segment = 0;
 }
 
-bool uq_overlaps_lent(const struct uq *q, uint64_t start, uint64_t length)
+bool uq_region_occupied(const struct uq *q, uint64_t start, uint64_t length)
 {
-	for (unsigned i = 0; i < q->lent_count; i++) {
-		const struct uq_tag *other = &q->tags[q->lent[i]];
+	return blocks_any(&q->occupied, start, length);
+}
 
-		if (other->own_segment == q->own_segment && start < other->own_buffer + other->own_bytes &&
-		    other->own_buffer < start + length)
-			return true;
-	}
-	return false;
+bool uq_regions_begin(struct uq *q, uint64_t segment_bytes) { return blocks_open(&q->occupied, segment_bytes); }
+
+void uq_regions_end(struct uq *q)
+{
+	blocks_close(&q->occupied);
+	uq_posts_forget(q);
 }
 
 int uq_judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length)
@@ -115,45 +99,6 @@ void uq_posts_forget(struct uq *q)
 		q->posts[c].count = 0;
 }
 
-/* The first that begins at `start` or behind it. */
-static unsigned find(const struct uq_posts *p, uint64_t start)
-{
-	unsigned low = 0, high = p->count;
-
-	while (low < high) {
-		unsigned middle = (low + high) / 2;
-
-		if (p->starts[middle] < start)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low;
-}
-
-bool uq_overlaps_posted(const struct uq *q, uint64_t start, uint64_t length)
-{
-	for (unsigned c = 0; c < q->config.classes; c++) {
-		const struct uq_posts *p = &q->posts[c];
-		unsigned at = find(p, start);
-
-		if (at < p->count && p->starts[at] < start + length)
-			return true;
-		if (at && start < p->starts[at - 1] + q->config.class[c].buffer_bytes)
-			return true;
-	}
-	return false;
-}
-
-static void insert(struct uq_posts *p, uint64_t start)
-{
-	unsigned at = find(p, start);
-
-	memmove(p->starts + at + 1, p->starts + at, (p->count - at) * sizeof *p->starts);
-	p->starts[at] = start;
-	p->count++;
-}
-
 /* Keep what a POST says, or the violation that it is. */
 int uq_post_add(struct uq *q, const struct uq_descriptor *d)
 {
@@ -167,9 +112,10 @@ int uq_post_add(struct uq *q, const struct uq_descriptor *d)
 	wrong = uq_judge_region(q, d, d->length);
 	if (wrong)
 		return wrong;
-	if (uq_overlaps_lent(q, d->buffer, d->length) || uq_overlaps_posted(q, d->buffer, d->length))
+	if (uq_region_occupied(q, d->buffer, d->length))
 		return UQ_V_LENT;
-	insert(&q->posts[c], d->buffer);
+	blocks_set(&q->occupied, d->buffer, d->length);
+	q->posts[c].starts[q->posts[c].count++] = d->buffer;
 	q->config.stats->posts++;
 	return UQ_V_NONE;
 }
