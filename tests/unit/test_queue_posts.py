@@ -110,6 +110,23 @@ def test_what_is_lent_may_not_be_posted(shift: int) -> None:
     assert is_cut_for(desk, LENT)
 
 
+def test_what_came_back_may_be_posted_again_or_named_for_a_write() -> None:
+    desk = Desk(**OWN)
+    for tag in (0, 1):
+        post(desk, LARGE, LARGE)
+        request = desk.write(tag, 8 * tag, data(tag + 1))
+        desk.copy(tag)
+        desk.serve(tag)
+        assert request.result == SECTOR_BYTES
+        assert said(desk)[-1] == (Kind.RELEASE, LARGE)
+    desk.write(2, 0, data(3))
+    (asked,) = desk.send()
+    assert desk.backend is not None
+    named = asked.answer(Kind.PLACED)._replace(segment=desk.backend.segment.number, buffer=LARGE + SMALL)
+    desk.queue.input(named.pack())
+    assert desk.state(2) is State.COPYING and desk.queue.link is Link.UP
+
+
 def test_regions_side_by_side_may_be_posted() -> None:
     desk = Desk(**OWN)
     for buffer in (LARGE, 0, 2 * LARGE):
