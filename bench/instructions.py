@@ -30,7 +30,8 @@ _SHARED = _HERE.parent / "bufpool" / "csrc"
 # All of the core but its way to the kernel.
 _NOT_COUNTED = "queue_ring.c"
 # As ublk/_native_build.py compiles them.
-_FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
+_FLAGS = ("-g", "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
+_WHOLE = ("-flto", "-fvisibility=hidden", "-r", "-flinker-output=nolto-rel")
 _HARNESS = "queue_cost.c"
 
 
@@ -52,8 +53,9 @@ def count_instructions() -> list[InstructionCost]:
     with tempfile.TemporaryDirectory(prefix="ublkpool-cost-") as directory:
         program = Path(directory) / "queue_cost"
         core = sorted(each for each in _CORE.glob("queue_*.c") if each.name != _NOT_COUNTED)
-        sources = [_HERE / "csrc" / _HARNESS, *core]
-        _run(["gcc", *_FLAGS, "-g", "-I", _CORE, "-I", _SHARED, "-o", program, *sources])
+        whole = program.with_suffix(".o")
+        _run(["gcc", *_FLAGS, *_WHOLE, "-I", _CORE, "-I", _SHARED, "-o", whole, *core])
+        _run(["gcc", *_FLAGS, "-I", _CORE, "-I", _SHARED, "-o", program, _HERE / "csrc" / _HARNESS, whole])
         return [
             _cost(program, case, transport, batch)
             for case in CASES
