@@ -33,6 +33,10 @@ class RingDriver:
         if self._loop == ffi.NULL:
             raise BackendError(f"no loop in C, {os.strerror(-error[0])}: is there io_uring, and memory?")
 
+    def spin(self, most_us: int) -> None:
+        """Look into the rings for so many microseconds, at most, before sleeping."""
+        lib.ring_loop_spin(self._loop, most_us)
+
     def bells(self, queue: int, ours: int, workers: int) -> None:
         """A queue's doorbells; -1 and -1 before they are closed."""
         lib.ring_loop_bells(self._loop, queue, ours, workers)

@@ -185,6 +185,7 @@ class RingLinks:
         except BackendError as error:
             log.warning("going on with more of Python: %s", error)
             return False
+        self._driver.spin(attached.spin_us)
         for link in self._links:
             if link.ring is not None:
                 self._forget_bell(link.ring)

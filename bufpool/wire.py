@@ -277,6 +277,8 @@ class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw
     """The number by which the backend names its own segment, 0 if it brought none."""
     post_bytes: tuple[int, ...] = ()
     """In which sizes regions of it may be posted, ascending; the last is for the largest write.  Empty: not at all."""
+    spin_us: int = 0
+    """How long to look into the rings before sleeping, in microseconds, as the workers do."""
 
 
 class OpenRing(

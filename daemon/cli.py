@@ -208,6 +208,12 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     default=None,
     help="Offer backends rings in shared memory, or frames only.  [default: offer]",
 )
+@click.option(
+    "--spin",
+    type=int,
+    metavar="US",
+    help="Microseconds to look for work in rings before sleeping, 0 to 1000.  [default: 20 from 16 CPUs on, else 0]",
+)
 @click.option("--pool", metavar="N", help="Bytes of the buffer pool; without, derived from queues and depth.")
 @click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"

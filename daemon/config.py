@@ -37,6 +37,7 @@ DeviceId = Annotated[int, Meta(ge=0, le=2**20 - 1)]
 IoBytes = Annotated[int, Meta(ge=4 * KIB, le=32 * MIB, multiple_of=4 * KIB)]
 PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
+SpinUs = Annotated[int, Meta(ge=0, le=1000)]
 Placement = Literal["pool", "backend"]
 Recovery = Literal["reissue", "abort", "fail", "none"]
 OnTimeout = Literal["wait", "fail"]
@@ -80,6 +81,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     read_only: bool = False
     partitions: bool = True
     rings: bool = True
+    spin_us: SpinUs | None = None
     pool_bytes: PoolBytes | None = None
     io_timeout_s: Seconds = 30.0
     on_timeout: OnTimeout = "wait"
@@ -133,6 +135,7 @@ USER_KEYS = {
     "pool_bytes": "pool",
     "io_timeout_s": "io_timeout",
     "absent_timeout_s": "absent_timeout",
+    "spin_us": "spin",
 }
 """Users write these keys without their unit: `size = "1G"`."""
 

@@ -31,6 +31,8 @@ from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
 
 READY_DEADLINE_S = 120.0
 REPORT_DEADLINE_S = 10.0
+SPIN_DEFAULT_US = 20
+SPIN_CPUS_MIN = 16
 _POLL_S = 0.02
 
 
@@ -144,6 +146,7 @@ class Team:
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=plan.arena.geometry.total_bytes),),
             own_segment=session.segment,
             post_bytes=self._post_bytes(),
+            spin_us=spin_us(plan.config),
         )
 
     def _post_bytes(self) -> tuple[int, ...]:
@@ -250,6 +253,7 @@ class Team:
             socket_mode=0o600 if plan.group is None else 0o660,
             socket_group=plan.group,
             cpu=cpu,
+            spin_us=spin_us(plan.config),
         )
 
     def _socket(self, queue: int) -> Path:
@@ -261,6 +265,13 @@ class Team:
 
 def _absent_ms(config: DeviceConfig) -> int:
     return max(1, int(config.absent_timeout_s * 1000)) if config.on_absent == "fail" else 0
+
+
+def spin_us(config: DeviceConfig) -> int:
+    """Of few CPUs none is to spare for one that looks for work."""
+    if config.spin_us is not None:
+        return config.spin_us
+    return SPIN_DEFAULT_US if len(os.sched_getaffinity(0)) >= SPIN_CPUS_MIN else 0
 
 
 def _cpu_for(queue: int, queue_cpus: list[list[int]]) -> int | None:

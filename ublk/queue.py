@@ -369,9 +369,10 @@ class Port:
 class Ring:
     """A queue on a real driver.  Made, used and closed in one process, after fork."""
 
-    def __init__(self, queue: Queue, char_fd: int) -> None:
+    def __init__(self, queue: Queue, char_fd: int, spin_us: int = 0) -> None:
+        """`spin_us`: how long it looks for news before it sleeps.  Raises `OSError`."""
         out = _ffi.new("struct uq_ring **")
-        _check(_lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, out), "io_uring")
+        _check(_lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, spin_us, out), "io_uring")
         self._queue = queue
         self._raw = _ffi.gc(out[0], _lib.uq_ring_free)
 

@@ -50,6 +50,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     socket_mode: int
     socket_group: int | None
     cpu: int | None
+    spin_us: int
+    """How long the worker looks for news before it sleeps, in microseconds."""
 
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
@@ -94,7 +96,7 @@ class QueueLoop:
         # After ZeroMQ's thread has started: it must not share the queue's CPU.
         if spec.cpu is not None:
             os.sched_setaffinity(0, {spec.cpu})
-        self._ring = Ring(self._queue, char_fd)
+        self._ring = Ring(self._queue, char_fd, spec.spin_us)
         self._started = False
         self._fetched = False
         self._more = False

@@ -231,6 +231,13 @@ uint64_t ports_deferred(const struct ports *p) {
     return count;
 }
 
+int ports_have_news(const struct ports *p) {
+    for (uint32_t i = 0; i < p->queues && !p->deaf; i++)
+        if (p->port[i].open && sr_has_news(&p->port[i].in))
+            return 1;
+    return 0;
+}
+
 int ports_doze(struct ports *p) {
     if (p->deaf)
         return 1;

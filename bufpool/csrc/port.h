@@ -53,6 +53,8 @@ int32_t ports_write(struct ports *ports, uint32_t queue, const void *from, uint3
 /* Entries of a queue's ring, 0 if it has none. */
 int32_t ports_size(const struct ports *ports, uint32_t queue);
 
+/* Whether something has come, for one that looks again and again. */
+int ports_have_news(const struct ports *ports);
 /* About to sleep.  1: do, every worker will ring; 0: something waits. */
 int ports_doze(struct ports *ports);
 /* Awake: nobody need ring. */

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "spin.h"
+
 /* user_data below ENGINE_USER_DATA: what it is, and for a bell its round and queue. */
 #define LOOP_WATCHED (1ull << 62)
 #define LOOP_BELL (1ull << 61)
@@ -29,6 +31,7 @@ struct ring_loop {
     int watched;
     bool watch_armed, is_ready, hears, is_short; /* is_short: something found no submission entry */
     struct ring_loop_statistics count;
+    struct spin spin;
     struct loop_bell bell[];
 };
 
@@ -256,10 +259,28 @@ static int64_t loop_now_ms(void) {
 
 static int shorter(int wait_ms, int limit_ms) { return wait_ms < 0 || wait_ms > limit_ms ? limit_ms : wait_ms; }
 
+static bool has_news(const void *loop) {
+    const struct ring_loop *l = loop;
+    /* Completions that only an enter can post are news too. */
+    return io_uring_cq_ready(&l->ring) || IO_URING_READ_ONCE(*l->ring.sq.kflags) & IORING_SQ_TASKRUN ||
+           ports_have_news(l->ports);
+}
+
+/* Before sleeping: whether something turns up.  What the turn has made goes first, for answers may come of it. */
+static bool look(struct ring_loop *l) {
+    uint64_t budget_ns = spin_budget_ns(&l->spin);
+    if (!budget_ns)
+        return false;
+    /* A failed enter is tried again by who asks, and fails again. */
+    if (io_uring_sq_ready(&l->ring) && loop_enter(l, 0) < 0)
+        return true;
+    return spin_look(&l->spin, budget_ns, has_news, l);
+}
+
 static int how_long(struct ring_loop *l, int left_ms) {
     if (l->is_short || l->is_ready)
         return 0;
-    if (l->hears && !ports_doze(l->ports))
+    if (l->hears && (look(l) || !ports_doze(l->ports)))
         return 0;
     return l->unsent ? shorter(left_ms, LOOK_AGAIN_MS) : left_ms;
 }
@@ -281,6 +302,8 @@ int ring_loop_run(struct ring_loop *l, int timeout_ms, int hears) {
             return error ? error : l->is_ready;
     }
 }
+
+void ring_loop_spin(struct ring_loop *l, uint32_t most_us) { spin_begin(&l->spin, most_us * 1000ull); }
 
 uint32_t ring_loop_wrong(const struct ring_loop *l) { return l->wrong; }
 

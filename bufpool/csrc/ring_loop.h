@@ -32,6 +32,8 @@ void ring_loop_bells(struct ring_loop *loop, uint32_t queue, int ours, int worke
  * wrong: -EPROTO what ring_loop_wrong() says, else an errno that ends the loop's use.  Without `hears` nothing is taken
  * from the rings any more, and when nothing runs it returns 0. */
 int ring_loop_run(struct ring_loop *loop, int timeout_ms, int hears);
+/* Look for work for so many microseconds before sleeping, see spin.h. */
+void ring_loop_spin(struct ring_loop *loop, uint32_t most_us);
 /* The queue whose worker talks nonsense. */
 uint32_t ring_loop_wrong(const struct ring_loop *loop);
 /* Send the answers that have found no room, for `timeout_ms` at most.  How many are left, or a negative errno. */

@@ -129,6 +129,12 @@ static inline int64_t sr_waiting(struct sr_end *e)
 	return count > e->size ? -1 : (int64_t)count;
 }
 
+/* Consumer: whether something has come, or makes no sense; for one that looks again and again. */
+static inline int sr_has_news(const struct sr_end *e)
+{
+	return atomic_load_explicit(&e->shared->tail, memory_order_relaxed) != e->mine;
+}
+
 /* Consumer: how many of the waiting entries lie in one piece at *at; they stay until sr_consumed(). */
 static inline uint32_t sr_peek(const struct sr_end *e, uint32_t waiting, const uint8_t **at)
 {

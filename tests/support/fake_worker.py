@@ -49,11 +49,13 @@ class FakeWorker:
         max_io_bytes: int = 64 << 10,
         placement: str = "pool",
         post_bytes: tuple[int, ...] = (),
+        spin_us: int = 0,
     ) -> None:
         self.run_dir = run_dir
         self.size_bytes = size_bytes
         self.queues, self.depth, self.max_io_bytes = queues, depth, max_io_bytes
         self.placement, self.post_bytes = placement, post_bytes
+        self.spin_us = spin_us
         self.epoch = 1
         self.attach: wire.Attach | None = None
         self.own: mmap.mmap | None = None
@@ -169,6 +171,7 @@ class FakeWorker:
             rings=rings,
             segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.pool_bytes),),
             own_segment=OWN_SEGMENT if self.own is not None else 0,
+            spin_us=self.spin_us,
             post_bytes=self.post_bytes,
         )
         socket.send_fds(self.connection, [wire.encode_message(attached)], [self._pool_descriptor])

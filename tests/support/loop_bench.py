@@ -93,6 +93,7 @@ class Bench:
             socket_mode=0o600,
             socket_group=None,
             cpu=None,
+            spin_us=0,
         )
 
     def _run(self, directory: Path) -> None:

@@ -86,6 +86,8 @@ int uq_port_turn(struct uq_port *p, struct uq *q)
 	return talks(q) ? send(p, q) : 0;
 }
 
+int uq_port_has_news(const struct uq_port *p, const struct uq *q) { return talks(q) && sr_has_news(&p->in); }
+
 /* What a backend says that is not listened to is no reason to stay awake. */
 int uq_port_doze(struct uq_port *p, const struct uq *q) { return !talks(q) || sr_doze(&p->in); }
 

@@ -27,6 +27,8 @@ void uq_port_free(struct uq_port *p);
  */
 int uq_port_turn(struct uq_port *p, struct uq *q);
 
+/* Whether something has come that would be listened to. */
+int uq_port_has_news(const struct uq_port *p, const struct uq *q);
 /* About to sleep: 1, the backend will ring; 0, something has come. */
 int uq_port_doze(struct uq_port *p, const struct uq *q);
 /* Awake: nobody need ring. */

@@ -12,12 +12,15 @@
 #include <unistd.h>
 
 #include "io_command.h"
+#include "spin.h"
 
 #define WATCH_DATA (1ull << 32)
 #define BELL_IN_DATA (1ull << 33)
 #define BELL_OUT_DATA (1ull << 34)
 #define NO_DATA (1ull << 35)
 #define ROUND_MASK 0xffffffu
+/* /dev/ublkcN among the ring's registered files. */
+#define CHAR_FILE 0
 /* Of so many doorbells that are rung one at least must have been heard, see ring_bell(). */
 #define BELLS_UNHEARD_MAX 256u
 #define MAX_DEPTH 4096
@@ -26,7 +29,6 @@
 struct uq_ring {
 	struct io_uring ring;
 	struct uq *q;
-	int char_fd;
 	unsigned depth, queued;
 	uint16_t queue;
 	int watch_fd[UQ_WATCHES_MAX];
@@ -38,6 +40,8 @@ struct uq_ring {
 	uint32_t port_round;
 	bool bell_armed, bell_due, bell_tested;
 	unsigned bells_untested;
+	/* What is waited for comes from others while something is in flight, from the kernel while nothing is. */
+	struct spin for_answers, for_requests;
 	struct uq_command commands[];
 };
 
@@ -49,30 +53,44 @@ static uint64_t now_ms(void)
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out)
+static int begin(struct uq_ring *r, int char_fd, unsigned spin_us)
 {
+	/* COOP rather than DEFER_TASKRUN: of that the kernel runs twenty at a time, so batches are smaller. */
 	struct io_uring_params p = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN |
-					      IORING_SETUP_CQSIZE,
-				     .cq_entries = 2 * depth + 2 * UQ_WATCHES_MAX };
+					      IORING_SETUP_CQSIZE | (spin_us ? IORING_SETUP_TASKRUN_FLAG : 0),
+				     .cq_entries = 2 * r->depth + 2 * UQ_WATCHES_MAX };
+	/* A doorbell rung, one armed, one removed. */
+	int e = io_uring_queue_init_params(r->depth + UQ_WATCHES_MAX + 3, &r->ring, &p);
+
+	if (e)
+		return e;
+	/* Each saves a look-up, at each enter and at each command; the first where the kernel and liburing can. */
+	io_uring_register_ring_fd(&r->ring);
+	e = io_uring_register_files(&r->ring, &char_fd, 1);
+	if (e)
+		io_uring_queue_exit(&r->ring);
+	return e;
+}
+
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, struct uq_ring **out)
+{
 	struct uq_ring *r = calloc(1, sizeof *r + depth * sizeof *r->commands);
 	int e;
 
 	if (!r)
 		return -ENOMEM;
-	/* A doorbell rung, one armed, one removed. */
-	e = io_uring_queue_init_params(depth + UQ_WATCHES_MAX + 3, &r->ring, &p);
+	r->q = q;
+	r->depth = depth;
+	r->queue = uq_queue_number(q);
+	spin_begin(&r->for_answers, spin_us * 1000ull);
+	spin_begin(&r->for_requests, spin_us * 1000ull);
+	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++)
+		r->watch_fd[i] = -1;
+	e = begin(r, char_fd, spin_us);
 	if (e) {
 		free(r);
 		return e;
 	}
-	/* Saves a look-up at each enter, where the kernel and liburing can. */
-	io_uring_register_ring_fd(&r->ring);
-	r->q = q;
-	r->char_fd = char_fd;
-	r->depth = depth;
-	r->queue = uq_queue_number(q);
-	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++)
-		r->watch_fd[i] = -1;
 	uq_tick(q, now_ms());
 	*out = r;
 	return 0;
@@ -115,9 +133,10 @@ static uint32_t opcode(uint8_t op)
 
 static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struct uq_command *c)
 {
-	uq_prepare_io_command(s, r->char_fd, opcode(c->op),
+	uq_prepare_io_command(s, CHAR_FILE, opcode(c->op),
 			      (struct uq_io_command){ .queue = r->queue, .tag = c->tag, .result = c->result,
 						      .address = c->address });
+	s->flags |= IOSQE_FIXED_FILE;
 }
 
 static void arm_watches(struct uq_ring *r)
@@ -292,6 +311,48 @@ static unsigned harvest(struct uq_ring *r)
 	return count;
 }
 
+/* Completions that only an enter can post. */
+static bool wants_enter(const struct uq_ring *r)
+{
+	return IO_URING_READ_ONCE(*r->ring.sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
+
+static bool has_news(const void *ring)
+{
+	const struct uq_ring *r = ring;
+
+	return io_uring_cq_ready(&r->ring) || wants_enter(r) || (r->port && uq_port_has_news(r->port, r->q));
+}
+
+/* Before sleeping: whether something turns up.  What is to be submitted goes first, for answers may come of it. */
+static bool look(struct uq_ring *r)
+{
+	struct spin *s = uq_in_flight(r->q) ? &r->for_answers : &r->for_requests;
+	uint64_t budget_ns = spin_budget_ns(s);
+
+	if (!budget_ns)
+		return false;
+	if (io_uring_sq_ready(&r->ring) && submit(r, 0) < 0)
+		return true; /* and the next submission fails the same way */
+	taken(r);
+	return spin_look(s, budget_ns, has_news, r);
+}
+
+/* Submits, and waits for `wait_ms` at most.  One that looks and has nothing to submit need not enter for what it sees. */
+static int step(struct uq_ring *r, unsigned wait_ms)
+{
+	int e = 0;
+
+	if (wait_ms || !r->for_answers.most_ns || io_uring_sq_ready(&r->ring) || wants_enter(r))
+		e = submit(r, wait_ms);
+	if (e < 0)
+		return e;
+	taken(r);
+	uq_stats_of(r->q)->turns++;
+	harvest(r);
+	return 0;
+}
+
 int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 {
 	struct uq_stats *s = uq_stats_of(r->q);
@@ -309,15 +370,12 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 		arm_watches(r);
 		arm_bell(r);
 		attention = uq_attention(r->q);
-		waits = !attention && !r->ready && left && (!r->port || uq_port_doze(r->port, r->q));
-		e = submit(r, waits ? left : 0);
+		waits = !attention && !r->ready && left && !look(r) && (!r->port || uq_port_doze(r->port, r->q));
+		e = step(r, waits ? left : 0);
 		if (r->port && waits)
 			uq_port_wake(r->port);
 		if (e < 0)
 			return e;
-		taken(r);
-		s->turns++;
-		harvest(r);
 		attention = uq_attention(r->q);
 		if (attention || r->ready || !left) {
 			int bits = (int)attention | r->ready;

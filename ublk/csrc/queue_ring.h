@@ -14,8 +14,9 @@ enum { UQ_WATCHES_MAX = 8, UQ_WATCH_SHIFT = 16 };
 
 struct uq_ring;
 
-/* `char_fd` is /dev/ublkcN.  Returns 0 or a negative errno. */
-int uq_ring_new(struct uq *q, int char_fd, unsigned depth, struct uq_ring **out);
+/* `char_fd` is /dev/ublkcN, which the ring holds open too.  Before it sleeps it looks for news for up to `spin_us`
+ * microseconds, see spin.h.  Returns 0 or a negative errno. */
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, struct uq_ring **out);
 void uq_ring_free(struct uq_ring *r);
 
 /* Have uq_ring_run() return with bit (UQ_WATCH_SHIFT + index) when `fd` is readable; -1 stops watching. */
