@@ -9,7 +9,6 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.config import DeviceConfig
 
-
 _GRANULARITY_BYTES = 4096
 _AT_ONCE_BYTES_MAX = 1 << 30
 

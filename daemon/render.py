@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 from ublkpool.bufpool.sizes import format_size
-from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, OpCounts, QueueStats
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueStats
 
 OPS = OpCounts.__struct_fields__
 

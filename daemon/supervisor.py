@@ -68,7 +68,9 @@ class Supervisor:
             await failed.settled()
         device.save()
         if not cfg.waits_for_backend:
-            progress(f"{cfg.name}: starting {f'backend {cfg.backend.kind}' if cfg.backend else 'its workers'}")
+            progress(
+                f"{cfg.name}: starting {f'backend {cfg.backend.kind}' if cfg.backend else 'its workers'}"
+            )
             try:
                 await device.run()
             except BaseException:
