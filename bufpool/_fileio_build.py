@@ -42,7 +42,14 @@ ffibuilder.set_source(
     depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("*.[ch]"))],
     libraries=["uring"],
     # Hidden: what nobody else calls can be inlined.
-    extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+    extra_compile_args=[
+        "-std=gnu11",
+        "-O2",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+    ],
 )
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
 
 
 def test_add_takes_workers_for_an_answer(daemon: FakeDaemon, tmp_path: Path) -> None:
-    run(*"add floor --size 1M --answers worker".split(), run_dir=tmp_path)
+    run(*["add", "floor", "--size", "1M", "--answers", "worker"], run_dir=tmp_path)
     assert daemon.service.configs["floor"] == DeviceConfig(name="floor", size_bytes=1 << 20, answers="worker")
 
 
