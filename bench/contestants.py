@@ -51,6 +51,9 @@ PEERS = (
 )
 
 
+ALONE = (Contestant("worker null", ours.alone, "ublkpool", "answers worker, NEED_GET_DATA, no backend"),)
+
+
 def ours_over(transport: Transport) -> tuple[Contestant, ...]:
     """Ours over one transport; an empty one leaves the choice to `ublkpool backend`."""
 
@@ -86,7 +89,7 @@ def ours_over(transport: Transport) -> tuple[Contestant, ...]:
 
 def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
     """All of them, or those whose names match the regular expression `only`."""
-    found = [*PEERS, *(each for transport in transports for each in ours_over(transport))]
+    found = [*PEERS, *ALONE, *(each for transport in transports for each in ours_over(transport))]
     return [each for each in found if re.search(only, each.name)]
 
 

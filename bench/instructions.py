@@ -18,6 +18,8 @@ CASES = {
     "write-lent": "write, need_get_data off",
     "read-pool": "read into a pool buffer",
     "read-own": "read from the backend's own memory",
+    "write-alone": "write, need_get_data, answered by the worker",
+    "read-alone": "read, answered by the worker",
     "flush": "flush",
     "discard": "discard",
 }

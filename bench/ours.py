@@ -52,11 +52,21 @@ def backend(
     return start
 
 
-def _disk(client: AdminClient, name: str, pid: int, daemon_pid: int, broker_pid: int) -> Disk:
+@contextmanager
+def alone(stage: Stage, name: str) -> Iterator[Disks]:
+    """A device whose workers answer themselves."""
+    daemon = stage.daemon
+    daemon.add(name, answers="worker", queues=QUEUES, size_bytes=REGION_BYTES)
+    yield Disks(_disk(daemon.client, name, None, daemon.pid, daemon.broker_pid))
+    daemon.client.delete([name], force=True)
+
+
+def _disk(client: AdminClient, name: str, pid: int | None, daemon_pid: int, broker_pid: int) -> Disk:
     status = client.wait_live(name, DEADLINE_S)
     assert status.path is not None
     workers = [each.pid for each in status.workers]
-    parts = {"worker": workers, "backend": [pid], "daemon": [daemon_pid, broker_pid]}
+    backends = {} if pid is None else {"backend": [pid]}
+    parts = {"worker": workers, **backends, "daemon": [daemon_pid, broker_pid]}
     return Disk(status.path, parts, name)
 
 

@@ -42,6 +42,7 @@ class Verdict(NamedTuple):
 _SERVED = ("null, pool", "null, backend", "memory, pool", "memory, backend")
 _FILES = ("file, pool", "file, backend")
 TARGETS = (
+    Target(("worker null",), "", "kublk null -g", 1.0, (QD1, WRITE, READ, LARGE)),
     Target(_SERVED, "ring", "kublk null -g", 0.8, (WRITE, READ)),
     Target(_SERVED, "ring", "kublk null -g", 0.6, (QD1,)),
     Target(_SERVED, "ring", "kublk null -g", 1.0, (LARGE,)),
@@ -67,8 +68,13 @@ def _of(result: Result, target: Target) -> Iterator[Verdict]:
 
 
 def _measured(result: Result, kind: str, transport: Transport) -> tuple[str, str]:
-    """Who stands for a kind over a transport; where there was no choice of one, whoever there is, over ZeroMQ."""
+    """Who stands for a kind over a transport; where there was no choice of one, whoever there is, over ZeroMQ.
+
+    Where the worker answers there is nobody to talk to, and no transport.
+    """
     parties = {each.transport: each.name for each in result.parties if each.kind == kind}
+    if not transport:
+        return parties.get("", ""), ""
     if "" in parties:
         return parties[""], "zeromq"
     return parties.get(transport, ""), transport

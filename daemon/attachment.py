@@ -71,6 +71,8 @@ class Attachment:
 
     def _refuse_second(self) -> None:
         name, life = self._config.name, self._life
+        if self._config.answers == "worker":
+            raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
         if life.is_stopping or life.state == "failed":
             raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
         if self.session is not None and not self.session.is_gone:

@@ -192,6 +192,12 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     help="Who names the memory a write lands in; backend needs --need-get-data.  [default: pool]",
 )
 @click.option(
+    "--answers",
+    metavar="backend|worker",
+    help="Who answers requests: a backend, or the workers themselves, which store nothing and read zeros.  "
+    "[default: backend]",
+)
+@click.option(
     "--recovery",
     metavar="reissue|abort|fail|none",
     help="After a worker's death: send its requests again, fail those it held, fail all until it is back, "
@@ -255,6 +261,7 @@ def add(
     ublkpool add vol0 --queues 4 --backend file path=/var/lib/vol0.img size=10G
     ublkpool add mine --size 64M --placement backend --backend ./mybackend.py colour=blue
     ublkpool add vol1 --size 10G --wait 30
+    ublkpool add floor --size 1G --answers worker
     """
     device = _device_config({"name": name, "id": id_, **rest}, options)
     client = _client(run_dir)

@@ -39,6 +39,7 @@ PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
 Placement = Literal["pool", "backend"]
+Answers = Literal["backend", "worker"]
 Recovery = Literal["reissue", "abort", "fail", "none"]
 OnTimeout = Literal["wait", "fail"]
 OnStop = Literal["delete", "leave"]
@@ -77,6 +78,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_io_bytes: IoBytes = 512 * KIB
     need_get_data: bool = True
     placement: Placement = "pool"
+    answers: Answers = "backend"
     recovery: Recovery = "reissue"
     read_only: bool = False
     partitions: bool = True
@@ -94,10 +96,28 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise Conflict(
                 "placement", "backend placement needs need_get_data: turn it on, or use placement pool"
             )
+        if self.answers == "worker":
+            self._check_answers()
         if self.pool_bytes is not None and self.pool_bytes < self.max_io_bytes:
             raise Conflict(
                 "pool", f"expected at least one request's {self.max_io_bytes} bytes, got {self.pool_bytes}"
             )
+
+    @property
+    def waits_for_backend(self) -> bool:
+        """Whether somebody has to attach before there is a disk."""
+        return self.backend is None and self.answers == "backend"
+
+    def _check_answers(self) -> None:
+        """Without a backend nobody names a place, brings a size, or is lent a buffer before a write comes."""
+        if self.backend is not None:
+            raise Conflict("answers", "its workers answer, so nothing is left for a backend: leave one out")
+        if self.placement == "backend":
+            raise Conflict("answers", "its workers answer, so no backend places writes: use placement pool")
+        if not self.need_get_data:
+            raise Conflict("answers", "workers that answer need need_get_data: turn it on")
+        if self.size_bytes is None:
+            raise Conflict("answers", "its workers answer, so no backend has a size: give it size = N")
 
 
 class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):

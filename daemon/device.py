@@ -23,7 +23,7 @@ from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
 from ublkpool.daemon.background import Background
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.disk import check_fits
+from ublkpool.daemon.disk import alone, check_fits
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.lifecycle import Lifecycle
 from ublkpool.daemon.machinery import Machinery
@@ -92,6 +92,7 @@ class Device:
             depth=self.config.depth,
             need_get_data=self.config.need_get_data,
             placement=self.config.placement,
+            answers=self.config.answers,
             recovery=self.config.recovery,
             flags=tuple(abi.feature_names(info.flags)) if info else (),
             workers=tuple(
@@ -138,7 +139,7 @@ class Device:
     def save(self) -> None:
         """Write down what the next daemon must know if this one is killed."""
         machinery = self._machinery
-        if self.state == "failed" or (machinery.kernel is None and self.config.backend is not None):
+        if self.state == "failed" or (machinery.kernel is None and not self.config.waits_for_backend):
             return
         self._around.records.save(
             record_of(
@@ -156,10 +157,23 @@ class Device:
             )
         )
 
-    async def run_backend(self) -> None:
-        """Start the backend of the config and wait until the device is live; raises `DaemonError` if it ends first."""
-        assert self._managed is not None
-        await self._managed.run(self._life.live, lambda: self.reason)
+    async def run(self) -> None:
+        """Start what needs nobody else, the backend of the config or workers that answer; wait until it is live.
+
+        Raises `DaemonError`, `OSError` if it ends first.
+        """
+        if self._managed is not None:
+            await self._managed.run(self._life.live, lambda: self.reason)
+        else:
+            await self._run_alone()
+
+    async def _run_alone(self) -> None:
+        try:
+            async with self._life.turn:
+                await self._start(alone(self.config.name), None)
+        except PoolError as error:
+            raise DaemonError(f"{self.config.name}: {error}") from error
+        await self._life.live()
 
     async def attach(self, session: Session) -> None:
         """Take a backend.  Raises `AttachRefused` or another error with the reason if it cannot serve this device."""
@@ -169,14 +183,16 @@ class Device:
         check_fits(self.config, self._machinery.disk, session.attach)
         self._attachment.number_segment(session)
         if self._machinery.team is None:
-            await self._start(session)
+            await self._start(session.attach, session)
         else:
             await self._attachment.introduce(self._machinery.team, session)
 
-    async def _start(self, session: Session) -> None:
+    async def _start(self, attach: wire.Attach, session: Session | None) -> None:
+        """Without a session the workers answer themselves."""
         try:
-            team = await self._machinery.build(session.attach)
-            await self._attachment.introduce(team, session)
+            team = await self._machinery.build(attach)
+            if session is not None:
+                await self._attachment.introduce(team, session)
         except (DaemonError, PoolError, OSError) as error:
             await self._undo_start(one_line(error))
             raise
@@ -213,7 +229,7 @@ class Device:
         await self._tear_down(keep=True)
         self._life.is_stopping = False
         self._machinery.disk = None
-        self._life.enter("waiting" if self.config.backend is None else "failed")
+        self._life.enter("waiting" if self.config.waits_for_backend else "failed")
 
     async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
         """Go on with what an earlier daemon left running; `held` are the descriptors of it, ours from now on.
@@ -246,7 +262,7 @@ class Device:
         done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
         if record.device_number is None:
-            return self.config.backend is None
+            return self.config.waits_for_backend
         left = Adoption(record, self._machinery, self._attachment)
         async with self._life.turn:
             if not await left.find(self._around.runner):

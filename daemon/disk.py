@@ -9,6 +9,9 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.config import DeviceConfig
 
+_GRANULARITY_BYTES = 4096
+_AT_ONCE_BYTES_MAX = 1 << 30
+
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel was told; sizes are bytes."""
@@ -17,6 +20,18 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int
     volatile_cache: bool
     read_only: bool
+
+
+def alone(device: str) -> wire.Attach:
+    """What a backend would say of the disk that workers answer for themselves."""
+    return wire.Attach(
+        v=wire.PROTOCOL_VERSION,
+        device=device,
+        kind="worker",
+        discard_granularity_bytes=_GRANULARITY_BYTES,
+        discard_max_bytes=_AT_ONCE_BYTES_MAX,
+        write_zeroes_max_bytes=_AT_ONCE_BYTES_MAX,
+    )
 
 
 def disk_of(config: DeviceConfig, attach: wire.Attach) -> Disk:

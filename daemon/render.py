@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 from ublkpool.bufpool.sizes import format_size
-from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, OpCounts, QueueStats
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueStats
 
 OPS = OpCounts.__struct_fields__
 
@@ -81,12 +81,15 @@ def _device_row(device: DeviceStatus) -> tuple[str, ...]:
         str(device.depth),
         device.placement if device.need_get_data else "at fetch",
         device.recovery,
-        _backend(device.backend),
+        _backend(device),
         device.reason,
     )
 
 
-def _backend(backend: BackendStatus) -> str:
+def _backend(device: DeviceStatus) -> str:
+    if device.answers == "worker":
+        return "its workers"
+    backend = device.backend
     kind = backend.kind or "none"
     who = f"{kind} (pid {backend.pid})" if backend.pid is not None else kind
     return who if backend.attached or not backend.kind else f"{who}, not attached"

@@ -39,6 +39,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     depth: int
     need_get_data: bool
     placement: Literal["pool", "backend"]
+    answers: Literal["backend", "worker"] = "backend"
     recovery: Literal["reissue", "abort", "fail", "none"]
     flags: tuple[str, ...] = ()
     workers: tuple[WorkerStatus, ...] = ()

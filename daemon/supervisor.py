@@ -67,10 +67,12 @@ class Supervisor:
         if failed is not None:
             await failed.settled()
         device.save()
-        if cfg.backend is not None:
-            progress(f"{cfg.name}: starting backend {cfg.backend.kind}")
+        if not cfg.waits_for_backend:
+            progress(
+                f"{cfg.name}: starting {f'backend {cfg.backend.kind}' if cfg.backend else 'its workers'}"
+            )
             try:
-                await device.run_backend()
+                await device.run()
             except BaseException:
                 await device.delete(force=True, keep=failed is not None)
                 self._devices.pop(cfg.name, None)

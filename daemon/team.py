@@ -231,6 +231,8 @@ class Team:
 
     def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:
         plan, info = self.plan, self.plan.kernel.info
+        answers_itself = plan.config.answers == "worker"
+        offers_rings = plan.config.rings and not answers_itself
         return WorkerSpec(
             name=plan.config.name,
             queue=QueueConfig(
@@ -239,6 +241,7 @@ class Team:
                 depth=info.depth,
                 epoch=self.epoch,
                 max_io_bytes=info.max_io_bytes,
+                answers_itself=answers_itself,
                 block_bytes=plan.disk.block_bytes,
                 need_get_data=plan.config.need_get_data,
                 place_in_backend=plan.config.placement == "backend",
@@ -248,7 +251,7 @@ class Team:
                 classes=buffer_classes(plan.arena),
             ),
             queue_socket=self._socket(queue),
-            ring_socket=self._ring_socket(queue) if plan.config.rings else None,
+            ring_socket=self._ring_socket(queue) if offers_rings else None,
             pool_endpoint=plan.pool_endpoint,
             socket_mode=0o600 if plan.group is None else 0o660,
             socket_group=plan.group,
@@ -264,7 +267,8 @@ class Team:
 
 
 def _absent_ms(config: DeviceConfig) -> int:
-    return max(1, int(config.absent_timeout_s * 1000)) if config.on_absent == "fail" else 0
+    can_be_absent = config.answers == "backend" and config.on_absent == "fail"
+    return max(1, int(config.absent_timeout_s * 1000)) if can_be_absent else 0
 
 
 def spin_us(config: DeviceConfig) -> int:

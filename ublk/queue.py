@@ -7,6 +7,7 @@ driver); `Ring` puts it on /dev/ublkcN and is made in the process that runs it, 
 import enum
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -100,6 +101,8 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     hello_timeout_ms: int = HELLO_TIMEOUT_MS
     absent_ms: int = 0
     """How long requests wait while there is no backend; 0 for ever."""
+    answers_itself: bool = False
+    """There is never a backend: the queue throws writes away and reads zeros, which `Memory.zeros` are."""
     classes: tuple[BufferClass, ...]
 
 
@@ -129,13 +132,15 @@ class Command(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Addresses in this process: the descriptor array, the pool, slot headers, scratch and statistics."""
+    """Addresses in this process: the descriptor array, the pool, slot headers, scratch, statistics, zeros."""
 
     descriptors: Any
     pool: Any
     slots: Any
     scratch: Any
     statistics: Any
+    zeros: Any = None
+    """What is read of a queue that answers itself; None if it does not."""
 
 
 class Queue:
@@ -151,6 +156,8 @@ class Queue:
         raw.slots = _ffi.cast("struct uq_slot *", memory.slots)
         raw.scratch = _ffi.cast("uint8_t *", memory.scratch)
         raw.stats = _ffi.cast("struct uq_stats *", memory.statistics)
+        if memory.zeros is not None:
+            raw.zeros = _ffi.cast("uint8_t *", memory.zeros)
         self.raw = _ffi.gc(_lib.uq_new(raw), _lib.uq_free)
         if self.raw == _ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
@@ -446,6 +453,12 @@ def offset(address: Any, nbytes: int) -> Any:
 def map_private(size_bytes: int) -> Any:
     """Zeroed memory of this process, populated."""
     return _checked_address(_lib.uq_map_private(size_bytes), f"{size_bytes} bytes of memory")
+
+
+def map_zeros(size_bytes: int) -> Any:
+    """Memory of this process that is zero and stays so: nobody can write there.  Raises `OSError`."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return _ffi.from_buffer(mmap.mmap(-1, size_bytes, flags, mmap.PROT_READ))
 
 
 def set_io_flusher() -> None:

@@ -293,5 +293,6 @@ def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue
         slots=core.offset(control, slot_header_offset(arena.queues, 0)),
         scratch=core.map_private(config.max_io_bytes),
         statistics=core.offset(control, stats_offset(config.queue)),
+        zeros=core.map_zeros(config.max_io_bytes) if config.answers_itself else None,
     )
     return Queue(config, memory)

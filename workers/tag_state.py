@@ -59,12 +59,15 @@ class Event(enum.IntEnum):
     ABORTED = 15
     POSTED = 16
     """The backend has posted a region that it fits in: nobody is asked."""
+    THROW_AWAY = 17
+    """The worker answers itself: the write is copied into scratch and forgotten."""
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.KERNEL, Event.NEEDS_BUFFER): State.WAIT_BUFFER,
     (State.KERNEL, Event.NEEDS_PLACE): State.WAIT_PLACE,
     (State.KERNEL, Event.READY): State.WAIT_LINK,
+    (State.KERNEL, Event.THROW_AWAY): State.COPYING,
     (State.KERNEL, Event.FAIL_UNCOPIED): State.FAILING,
     (State.KERNEL, Event.FINISH): State.COMMITTING,
     (State.KERNEL, Event.ABORTED): State.GONE,

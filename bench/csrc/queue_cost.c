@@ -17,16 +17,18 @@ enum { DEPTH = 256, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH
 
 static const struct kind {
 	const char *name;
-	uint8_t op, need_get_data, place_in_backend, reads_own, posts;
+	uint8_t op, need_get_data, place_in_backend, reads_own, posts, alone;
 } kinds[] = {
-	{ "write-pool", UQ_WRITE, 1, 0, 0, 0 },
-	{ "write-backend", UQ_WRITE, 1, 1, 0, 0 },
-	{ "write-posted", UQ_WRITE, 1, 1, 0, 1 },
-	{ "write-lent", UQ_WRITE, 0, 0, 0, 0 },
-	{ "read-pool", UQ_READ, 1, 0, 0, 0 },
-	{ "read-own", UQ_READ, 1, 0, 1, 0 },
-	{ "flush", UQ_FLUSH, 1, 0, 0, 0 },
-	{ "discard", UQ_DISCARD, 1, 0, 0, 0 },
+	{ "write-alone", UQ_WRITE, 1, 0, 0, 0, 1 },
+	{ "read-alone", UQ_READ, 1, 0, 0, 0, 1 },
+	{ "write-pool", UQ_WRITE, 1, 0, 0, 0, 0 },
+	{ "write-backend", UQ_WRITE, 1, 1, 0, 0, 0 },
+	{ "write-posted", UQ_WRITE, 1, 1, 0, 1, 0 },
+	{ "write-lent", UQ_WRITE, 0, 0, 0, 0, 0 },
+	{ "read-pool", UQ_READ, 1, 0, 0, 0, 0 },
+	{ "read-own", UQ_READ, 1, 0, 1, 0, 0 },
+	{ "flush", UQ_FLUSH, 1, 0, 0, 0, 0 },
+	{ "discard", UQ_DISCARD, 1, 0, 0, 0, 0 },
 };
 
 static struct uq_iod descriptors[DEPTH];
@@ -35,6 +37,7 @@ static struct uq_stats stats;
 static uint8_t pool[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t own[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t scratch[IO_BYTES] __attribute__((aligned(4096)));
+static const uint8_t zeros[IO_BYTES] __attribute__((aligned(4096)));
 static struct uq_command commands[DEPTH];
 static struct uq_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
 
@@ -169,7 +172,8 @@ static void rounds(struct link *l, const struct kind *k, unsigned batch, unsigne
 		if (k->place_in_backend && !k->posts)
 			exchange(l, k);
 		copied(l->q);
-		exchange(l, k);
+		if (!k->alone)
+			exchange(l, k);
 		take_commands(l->q);
 	}
 }
@@ -181,6 +185,7 @@ static struct uq *make(const struct kind *k)
 		.need_get_data = k->need_get_data, .place_in_backend = k->place_in_backend, .classes = 1,
 		.class = { { .buffer_bytes = IO_BYTES, .count = DEPTH, .reserve = 1, .batch = DEPTH, .most = DEPTH } },
 		.descriptors = descriptors, .pool = pool, .slots = slots, .scratch = scratch, .stats = &stats,
+		.zeros = k->alone ? zeros : NULL,
 	};
 	uint32_t all[DEPTH];
 	struct uq *q = uq_new(&config);
@@ -190,7 +195,7 @@ static struct uq *make(const struct kind *k)
 	if (!q || uq_stock_add(q, 0, all, DEPTH) || uq_start(q))
 		fail("the core does not accept its config");
 	take_commands(q);
-	if (uq_link_expect(q, SEGMENT, own, sizeof own, k->reads_own, 0))
+	if (!k->alone && uq_link_expect(q, SEGMENT, own, sizeof own, k->reads_own, 0))
 		fail("the core expects no backend");
 	return q;
 }
@@ -226,7 +231,8 @@ int main(int argc, char **argv)
 		if (strcmp(kinds[i].name, argv[1]))
 			continue;
 		l.q = make(&kinds[i]);
-		attach(&l, &kinds[i], rings);
+		if (!kinds[i].alone)
+			attach(&l, &kinds[i], rings);
 		rounds(&l, &kinds[i], batch, count);
 		if (stats.requests[kinds[i].op] != (uint64_t)batch * count || stats.errors || stats.violations ||
 		    uq_in_flight(l.q) || stats.posts_used != (kinds[i].posts ? stats.requests[kinds[i].op] : 0))

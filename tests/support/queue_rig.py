@@ -18,6 +18,7 @@ from ublkpool.workers.pool_link import Orders
 _ffi, _lib = _native.ffi, _native.lib
 DEVICE = 7
 POISON = 0xEE
+ZEROS = -1
 MESSAGES_TO_SETTLE_MAX = 1000
 
 
@@ -39,6 +40,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int = 0
     fail_on_timeout: bool = False
     absent_ms: int = 0
+    answers_itself: bool = False
     spare: int = 2
     """Buffers of each size above the queues' reserves."""
 
@@ -69,7 +71,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Area(NamedTuple):
-    """Memory that the core may name: the number is a segment's, 0 for scratch."""
+    """Memory that the core may name: the number is a segment's, 0 for scratch, ZEROS for what is only read."""
 
     number: int
     base: Any
@@ -119,6 +121,7 @@ class Side:
         self.descriptors = _ffi.new("struct uq_iod[]", plan.depth)
         self.statistics = _ffi.new("struct uq_stats *")
         self.scratch = new_area(0, plan.max_io_bytes, number)
+        self.zeros = new_area(ZEROS, plan.max_io_bytes, number)
         config = QueueConfig(
             device_number=DEVICE,
             queue=number,
@@ -131,11 +134,11 @@ class Side:
             timeout_ms=plan.timeout_ms,
             fail_on_timeout=plan.fail_on_timeout,
             absent_ms=plan.absent_ms,
+            answers_itself=plan.answers_itself,
             classes=plan.classes(),
         )
-        self.queue = Queue(
-            config, Memory(self.descriptors, rig.pool.base, rig.headers, self.scratch.base, self.statistics)
-        )
+        memory = Memory(self.descriptors, rig.pool.base, rig.headers, self.scratch.base, self.statistics)
+        self.queue = Queue(config, memory._replace(zeros=self.zeros.base) if plan.answers_itself else memory)
 
     def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int) -> None:
         """Fill the tag's descriptor as the kernel does; `flags` are already in place in `op_flags`."""
@@ -217,7 +220,8 @@ class Rig:
 
     def locate(self, queue: int, address: int, length: int) -> tuple[Area, int]:
         """The area and offset of an address that the core gave to the driver; asserts that it is allowed."""
-        for area in (self.sides[queue].scratch, *self.areas.values()):
+        side = self.sides[queue]
+        for area in (side.scratch, side.zeros, *self.areas.values()):
             offset = address - area.address
             if offset >= 0 and offset + length <= area.size_bytes:
                 return area, offset

@@ -9,7 +9,7 @@ import pytest
 from bench import measure as measuring
 from bench.accounts import Books, Cpu
 from bench.cells import CELLS, Cell, FioError, FioNumbers
-from bench.contestants import PEERS, Contestant, contestants, ours_over, quick
+from bench.contestants import ALONE, PEERS, Contestant, contestants, ours_over, quick
 from bench.measure import measure
 from bench.ours import transports
 from bench.results import Result
@@ -53,7 +53,7 @@ def test_quick_has_all_of_ours_where_there_is_one_transport() -> None:
 
 
 def test_every_target_names_contestants_that_there_are() -> None:
-    kinds = {each.kind for each in (*PEERS, *ours_over("ring"))}
+    kinds = {each.kind for each in (*PEERS, *ALONE, *ours_over("ring"))}
     for target in TARGETS:
         assert {target.baseline, *target.kinds} <= kinds
 

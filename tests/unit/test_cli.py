@@ -83,6 +83,11 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
     )
 
 
+def test_add_takes_workers_for_an_answer(daemon: FakeDaemon, tmp_path: Path) -> None:
+    run(*["add", "floor", "--size", "1M", "--answers", "worker"], run_dir=tmp_path)
+    assert daemon.service.configs["floor"] == DeviceConfig(name="floor", size_bytes=1 << 20, answers="worker")
+
+
 def test_add_without_options_is_a_device_of_defaults(daemon: FakeDaemon, tmp_path: Path) -> None:
     result = run("add", "vol0", run_dir=tmp_path)
     assert (result.exit_code, result.stdout) == (0, "")
@@ -150,6 +155,10 @@ def test_add_waits_until_a_backend_attaches(
             "add a --no-need-get-data --placement backend",
             "--placement: backend placement needs need_get_data",
         ),
+        (
+            "add a --size 1M --answers worker --backend null",
+            "--answers: its workers answer, so nothing is left for a backend",
+        ),
         ("add ../a", "NAME: expected 1 to 64 letters"),
         ("add a path=x", "path=x is an option for a backend; name one with --backend"),
         ("add a --backend file path", "expected KEY=VALUE, got 'path'"),
@@ -204,6 +213,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "depth": 128,
         "need_get_data": True,
         "placement": "pool",
+        "answers": "backend",
         "recovery": "reissue",
         "flags": ["URING_CMD_COMP_IN_TASK"],
         "workers": [{"queue": 0, "pid": 100, "cpu": 0}],

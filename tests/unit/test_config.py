@@ -197,6 +197,22 @@ def test_backend_placement_needs_need_get_data(tmp_path: Path) -> None:
     assert complaint.startswith("4: device[0].placement: backend placement needs need_get_data")
 
 
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ('size = "1M"\nbackend.kind = "null"', "nothing is left for a backend: leave one out"),
+        ('size = "1M"\nplacement = "backend"', "no backend places writes: use placement pool"),
+        ('size = "1M"\nneed_get_data = false', "need need_get_data: turn it on"),
+        ("", "no backend has a size: give it size = N"),
+    ],
+)
+def test_workers_that_answer_have_no_backend_and_nothing_of_one(
+    tmp_path: Path, lines: str, reason: str
+) -> None:
+    [complaint] = complaints(tmp_path, f'[[device]]\nname = "a"\nanswers = "worker"\n{lines}\n')
+    assert complaint.startswith("3: device[0].answers: ") and complaint.endswith(reason)
+
+
 def test_one_bracket_instead_of_two(tmp_path: Path) -> None:
     assert complaints(tmp_path, '\n[device]\nname = "a"\n') == [
         "2: device: expected an array of tables: write [[device]], with two brackets"

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ublkpool.daemon import logs, notify, render
@@ -94,6 +95,11 @@ def test_a_terminal_gets_the_same_words_as_a_file() -> None:
     for word in ("vol0", "failed", "NAME"):
         assert word in terminal.getvalue()
     assert "file (pid 5), not attached  [no such] file\n" in file.getvalue()
+
+
+def test_workers_that_answer_stand_where_a_backend_would() -> None:
+    alone = msgspec.structs.replace(DEVICE, answers="worker", backend=BackendStatus(), reason="")
+    assert render.device_table([alone]).rows[0][-2:] == ("its workers", "")
 
 
 def test_every_row_is_as_long_as_its_headers() -> None:

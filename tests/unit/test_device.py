@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.daemon import adoption, machinery
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.device import Device
@@ -39,9 +40,9 @@ class FakeHolder:
         """See the class."""
 
 
-def new_device() -> Device:
+def new_device(**config: Any) -> Device:
     around = SimpleNamespace(run_dir=Path("/nonexistent"), runner=None, holder=FakeHolder(), records=None)
-    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES), cast(Surroundings, around))
+    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config), cast(Surroundings, around))
     device.save = lambda: None  # type: ignore[method-assign]
     return device
 
@@ -119,6 +120,60 @@ def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_succes
         await asyncio.gather(*tasks)
         assert team.heard == ["expect first", "lost", "expect second"]
         assert device.session is cast(Any, sessions[1])
+
+    in_loop(run)
+
+
+def test_workers_that_answer_take_no_backend() -> None:
+    async def run() -> None:
+        device = new_device(answers="worker")
+        with pytest.raises(AttachRefused, match=r"^device vol: its workers answer: add it without --answers"):
+            await device.attach(cast(Session, FakeSession("null")))
+
+    in_loop(run)
+
+
+def test_a_device_whose_workers_answer_goes_live_with_nobody_attached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It promises the kernel the disk that was configured, and what costs nothing to be refused."""
+    built: list[wire.Attach] = []
+
+    async def build(attach: wire.Attach) -> object:
+        built.append(attach)
+        return object()
+
+    async def run() -> None:
+        device = new_device(answers="worker")
+
+        async def go_live(_team: object) -> None:
+            device._life.enter("live")
+
+        monkeypatch.setattr(device._machinery, "build", build)
+        monkeypatch.setattr(device, "_go_live", go_live)
+        await device.run()
+        assert device.state == "live" and device.session is None
+        assert device.status().answers == "worker"
+
+    in_loop(run)
+    assert built[0].size_bytes == 0 and built[0].discard_max_bytes > 0 and not built[0].volatile_cache
+
+
+def test_workers_that_answer_and_cannot_start_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def build(_attach: wire.Attach) -> object:
+        raise PoolError("/dev/shm is full")
+
+    async def run() -> None:
+        device = new_device(answers="worker")
+
+        async def tear_down(keep: bool) -> None:
+            assert keep
+
+        monkeypatch.setattr(device._machinery, "build", build)
+        monkeypatch.setattr(device, "_tear_down", tear_down)
+        with pytest.raises(DaemonError, match=r"^vol: /dev/shm is full$"):
+            await device.run()
+        assert device.state == "failed"
 
     in_loop(run)
 

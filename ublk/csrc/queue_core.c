@@ -20,6 +20,7 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
 		[UQ_EV_NEEDS_PLACE] = TO(UQ_WAIT_PLACE),
 		[UQ_EV_READY] = TO(UQ_WAIT_LINK),
+		[UQ_EV_THROW_AWAY] = TO(UQ_COPYING),
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
 		[UQ_EV_ABORTED] = TO(UQ_GONE) },
@@ -107,13 +108,15 @@ void uq_get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
 }
 
 /* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
-static uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
+static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
 {
 	if (t->op == UQ_READ && t->own_segment)
 		return uq_region_address(q, t);
 	if (t->slot != UQ_BUFFER_NONE && (t->op == UQ_READ || !q->config.need_get_data))
 		return uq_slot_address(q, t->slot);
-	return t->op == UQ_READ ? q->config.scratch : NULL;
+	if (t->op != UQ_READ)
+		return NULL;
+	return q->config.zeros ? q->config.zeros : q->config.scratch;
 }
 
 static void count_result(struct uq *q, const struct uq_tag *t)
@@ -211,6 +214,17 @@ static void route_write(struct uq *q, struct uq_tag *t)
 	}
 }
 
+/* With no backend: a write is copied as any other and forgotten, a read is of zeros, the rest is done. */
+static void answer_ourselves(struct uq *q, struct uq_tag *t)
+{
+	if (t->op == UQ_READ)
+		uq_finish(q, t, (int)t->length);
+	else if (t->op != UQ_WRITE)
+		uq_finish(q, t, 0);
+	else if (uq_move(q, t, UQ_EV_THROW_AWAY))
+		uq_get_data(q, t, q->config.scratch);
+}
+
 static void route(struct uq *q, struct uq_tag *t, int res)
 {
 	bool lends = t->op == UQ_READ && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
@@ -241,6 +255,8 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 	} else if (!usable) {
 		q->config.stats->unsupported++;
 		uq_fail(q, t, t->op == UQ_READ || t->op == UQ_WRITE ? -EINVAL : -EOPNOTSUPP);
+	} else if (q->config.zeros) {
+		answer_ourselves(q, t);
 	} else {
 		route(q, t, res);
 	}
@@ -259,6 +275,8 @@ static void copied(struct uq *q, struct uq_tag *t)
 	t->copied = true;
 	if (t->doomed) {
 		uq_finish(q, t, -EIO);
+	} else if (q->config.zeros) {
+		uq_finish(q, t, (int)t->length);
 	} else if (t->own_segment && uq_region_orphaned(q, t)) {
 		if (uq_move(q, t, UQ_EV_RESCUE))
 			uq_need_buffer(q, t);
@@ -493,7 +511,8 @@ static bool usable(const struct uq_config *c)
 {
 	return c->depth && c->depth <= 4096 && c->classes && c->classes <= UQ_CLASSES_MAX && c->block_bytes >= 512 &&
 	       c->descriptors && c->pool && c->slots && c->scratch && c->stats &&
-	       c->class[c->classes - 1].buffer_bytes >= c->max_io_bytes && (c->need_get_data || !c->place_in_backend);
+	       c->class[c->classes - 1].buffer_bytes >= c->max_io_bytes &&
+	       (c->need_get_data || (!c->place_in_backend && !c->zeros));
 }
 
 static bool allocate(struct uq *q)

@@ -65,7 +65,7 @@ enum uq_state {
 enum uq_event {
 	UQ_EV_NEEDS_BUFFER, UQ_EV_NEEDS_PLACE, UQ_EV_READY, UQ_EV_BUFFER_TO_COPY, UQ_EV_BUFFER_TO_SERVE, UQ_EV_ASK,
 	UQ_EV_PLACED, UQ_EV_FAIL_UNCOPIED, UQ_EV_COPIED, UQ_EV_RESCUE, UQ_EV_REQUEUED, UQ_EV_HAND_OVER, UQ_EV_LINK_LOST,
-	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED,
+	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED, UQ_EV_THROW_AWAY,
 	UQ_EVENTS,
 };
 #define UQ_ILLEGAL 0xff
@@ -140,6 +140,8 @@ struct uq_config {
 	uint8_t *pool;
 	struct uq_slot *slots; /* headers of all slots of the pool */
 	uint8_t *scratch;      /* max_io_bytes, private */
+	/* max_io_bytes that stay zero: what is read of a queue that answers itself, with no backend; NULL if it does not. */
+	const uint8_t *zeros;
 	struct uq_stats *stats;
 };
 
