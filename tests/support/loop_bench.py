@@ -29,7 +29,7 @@ HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=1).pack()
 class NoRing:
     """Polls what is watched, as the ring does, and has no commands."""
 
-    def __init__(self, queue: Queue, _char_fd: int) -> None:
+    def __init__(self, queue: Queue, _char_fd: int, spin_us: int = 0) -> None:
         self._queue = queue
         self._watched: dict[int, int] = {}
 
