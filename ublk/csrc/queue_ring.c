@@ -33,7 +33,7 @@ struct uq_ring {
 	uint16_t queue;
 	int watch_fd[UQ_WATCHES_MAX];
 	uint32_t watch_round[UQ_WATCHES_MAX];
-	bool watch_armed[UQ_WATCHES_MAX];
+	unsigned watches_due; /* a bit for each that is to be armed */
 	int ready;
 	struct uq_port *port;
 	int bell_in, bell_out;
@@ -49,7 +49,8 @@ static uint64_t now_ms(void)
 {
 	struct timespec t;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	/* A few milliseconds more or less decide nothing here, and this one needs no look at the hardware. */
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
@@ -110,8 +111,11 @@ int uq_ring_watch(struct uq_ring *r, unsigned index, int fd)
 		return -EINVAL;
 	/* A poll that is still armed for the old descriptor is told apart by its round. */
 	r->watch_round[index]++;
-	r->watch_armed[index] = false;
 	r->watch_fd[index] = fd;
+	if (fd < 0)
+		r->watches_due &= ~(1u << index);
+	else
+		r->watches_due |= 1u << index;
 	return 0;
 }
 
@@ -141,14 +145,14 @@ static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struc
 
 static void arm_watches(struct uq_ring *r)
 {
-	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++) {
+	for (unsigned i = 0; r->watches_due >> i; i++) {
 		struct io_uring_sqe *s;
 
-		if (r->watch_fd[i] < 0 || r->watch_armed[i] || !(s = next_sqe(r)))
+		if (!(r->watches_due >> i & 1) || !(s = next_sqe(r)))
 			continue;
 		io_uring_prep_poll_add(s, r->watch_fd[i], POLLIN);
 		s->user_data = WATCH_DATA | (uint64_t)i << 24 | (r->watch_round[i] & 0xffffff);
-		r->watch_armed[i] = true;
+		r->watches_due &= ~(1u << i);
 	}
 }
 
@@ -272,7 +276,7 @@ static void watched(struct uq_ring *r, uint64_t data, int res)
 
 	if (i >= UQ_WATCHES_MAX || (r->watch_round[i] & 0xffffff) != (data & 0xffffff))
 		return;
-	r->watch_armed[i] = false;
+	r->watches_due |= 1u << i;
 	if (res >= 0)
 		r->ready |= 1 << (UQ_WATCH_SHIFT + i);
 }
