@@ -2,6 +2,8 @@
 # Install the Debian packages that building, testing and the guest need: only those missing, as root or by sudo.
 # Owns that list. Says nothing and needs no rights when nothing is missing.
 set -euo pipefail
+# shellcheck source=tests/support/install_missing.sh
+source "$(dirname "$0")/install_missing.sh"
 
 packages=(
     # the C modules and the virtual environment
@@ -18,10 +20,7 @@ qemu_libraries=(
     libudev1 liburing2 libvdeplug2 libzstd1
 )
 
-if ! command -v dpkg-query > /dev/null; then
-    echo "setup: not a Debian machine; if something is missing, these are the packages: ${packages[*]}" >&2
-    exit 0
-fi
+on_debian_only setup "${packages[@]}"
 # shellcheck source=/dev/null
 source /etc/os-release
 if [ "${VERSION_ID:-999}" = 12 ]; then
@@ -30,18 +29,7 @@ else
     packages+=(qemu-system-x86 virtiofsd)
 fi
 
-missing=()
-for package in "${packages[@]}"; do
-    state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null || true)
-    if [ "$state" != installed ]; then missing+=("$package"); fi
-done
+mapfile -t missing < <(missing_packages "${packages[@]}")
 # An early Debian 12 has the keyring, but not yet the keys of 13, from which the kernels come.
 if ! compgen -G '/usr/share/keyrings/debian-archive-trixie-*' > /dev/null; then missing+=(debian-archive-keyring); fi
-if [ ${#missing[@]} -eq 0 ]; then exit 0; fi
-
-as_root=()
-if [ "$(id -u)" != 0 ]; then as_root=(sudo); fi
-echo "setup: installing ${missing[*]}"
-"${as_root[@]}" apt-get update -qq
-"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
+install_packages setup "${missing[@]}"
