@@ -85,3 +85,16 @@ def epoch_after(frame: bytes, epoch: int) -> int:
         return epoch
     starts = [at * wire.DESCRIPTOR_BYTES for at, kind in enumerate(kinds) if kind == _FENCE]
     return max(epoch, *(int.from_bytes(frame[start + 12 : start + 16], "little") for start in starts))
+
+
+def unread_max(attached: wire.Attached) -> int:
+    """How many descriptors of ours a queue's worker may have left unread: more cannot be due.
+
+    An answer for each tag, a POST for each tag and size, HELLO and FENCED.
+    """
+    return attached.depth * (1 + len(attached.post_bytes)) + 2
+
+
+def unread(queue: int, attached: wire.Attached) -> str:
+    """Why a link with more unread than that ends."""
+    return f"queue {queue}: more than {unread_max(attached)} answers wait: its worker reads nothing"

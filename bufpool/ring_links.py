@@ -5,6 +5,7 @@ Owns, for each queue, the connection to its worker, the mapping and both doorbel
 Nothing here waits but `poll`, so that the other queues are served meanwhile.
 """
 
+import errno
 import fcntl
 import logging
 import math
@@ -21,7 +22,7 @@ import msgspec
 from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.links import LinkStatistics, Polled, hello
+from ublkpool.bufpool.links import LinkStatistics, Polled, hello, unread, unread_max
 from ublkpool.bufpool.ring_driver import RingDriver
 
 log = logging.getLogger("ublkpool.backend")
@@ -110,7 +111,7 @@ class RingLinks:
     def __init__(self, attached: wire.Attached) -> None:
         """Asks every queue for its rings."""
         self._attached = attached
-        ports = lib.ports_new(attached.queues, attached.epoch)
+        ports = lib.ports_new(attached.queues, attached.epoch, unread_max(attached))
         if ports == ffi.NULL:
             raise MemoryError
         self._ports: Any = ffi.gc(ports, lib.ports_free)
@@ -286,6 +287,8 @@ class RingLinks:
         """See `Links`.  What is for a queue without a worker is over."""
         self._frames_sent += 1
         error = lib.ports_send(self._ports, queue, frame, len(frame) // wire.DESCRIPTOR_BYTES)
+        if error == -errno.ENOBUFS:
+            raise WireError(unread(queue, self._attached))
         if error:
             raise WireError(f"queue {queue}: sending into its ring: {os.strerror(-error)}")
 

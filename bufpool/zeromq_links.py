@@ -11,7 +11,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello, unread, unread_max
 
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
@@ -45,8 +46,9 @@ class ZeroMQLinks:
         queue = self._context.socket(zmq.DEALER)
         queue.setsockopt(zmq.ROUTING_ID, bytes.fromhex(self._attached.token))
         queue.setsockopt(zmq.LINGER, _LINGER_MS)
-        # The queue's depth bounds what is in flight; a limit here could only block the loop.
-        queue.setsockopt(zmq.SNDHWM, 0)
+        # ZeroMQ may call it full at a tenth of what it is told, and a frame may be one descriptor.
+        queue.setsockopt(zmq.SNDHWM, 10 * unread_max(self._attached))
+        # The queue's depth bounds what is in flight; a limit here could only lose it.
         queue.setsockopt(zmq.RCVHWM, 0)
         queue.setsockopt(zmq.RECONNECT_IVL, 10)
         queue.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
@@ -118,7 +120,10 @@ class ZeroMQLinks:
 
     def send_frame(self, queue: int, frame: bytes) -> None:
         """See `Links`."""
-        self._queues[queue].send(frame, zmq.NOBLOCK)
+        try:
+            self._queues[queue].send(frame, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise WireError(unread(queue, self._attached)) from error
         self._frames_sent += 1
         self._bytes_sent += len(frame)
 

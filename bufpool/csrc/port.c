@@ -27,17 +27,18 @@ struct port {
 };
 
 struct ports {
-    uint32_t queues, epoch;
+    uint32_t queues, epoch, later_max;
     bool deaf;
     struct ports_statistics count;
     struct port port[];
 };
 
-struct ports *ports_new(uint32_t queues, uint32_t epoch) {
+struct ports *ports_new(uint32_t queues, uint32_t epoch, uint32_t later_max) {
     struct ports *p = calloc(1, sizeof *p + queues * sizeof *p->port);
     if (p) {
         p->queues = queues;
         p->epoch = epoch;
+        p->later_max = later_max;
     }
     return p;
 }
@@ -135,6 +136,8 @@ int32_t ports_take(struct ports *p, uint32_t queue, void *to, uint32_t most) {
 }
 
 static int keep(struct ports *p, struct port *port, const uint8_t *from, uint32_t count) {
+    if (count > p->later_max - port->later_count)
+        return -ENOBUFS;
     if (port->later_first) {
         memmove(port->later, port->later + (size_t)port->later_first * SR_ENTRY_BYTES,
                 (size_t)port->later_count * SR_ENTRY_BYTES);

@@ -16,8 +16,9 @@ struct ports_statistics {
 
 struct ports;
 
-/* NULL if there is no memory.  `epoch`: the one of the attach. */
-struct ports *ports_new(uint32_t queues, uint32_t epoch);
+/* NULL if there is no memory.  `epoch`: the one of the attach.  `later_max`: of what found no room, as much as a queue
+ * may have waiting. */
+struct ports *ports_new(uint32_t queues, uint32_t epoch, uint32_t later_max);
 void ports_free(struct ports *ports);
 /* What a pair of rings of so many entries takes; 0 if there are no such rings. */
 uint64_t ports_memory_bytes(uint32_t entries);
@@ -30,7 +31,8 @@ uint32_t ports_epoch(const struct ports *ports);
 
 /* Take up to `most` descriptors of a queue: how many, or -EPROTO. */
 int32_t ports_take(struct ports *ports, uint32_t queue, void *to, uint32_t most);
-/* Send, and ring if the worker sleeps; what finds no room stays in order until ports_poll.  0, -EPROTO or -ENOMEM. */
+/* Send, and ring if the worker sleeps; what finds no room stays in order until ports_poll.  0, -EPROTO, -ENOMEM, or
+ * -ENOBUFS if too much would wait: then none of the rest is kept. */
 int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t count);
 /* How many descriptors found no room yet. */
 uint64_t ports_deferred(const struct ports *ports);

@@ -14,7 +14,7 @@ from support.plain_backend import Held, Plain
 from ublkpool.bufpool import ring_links, wire
 from ublkpool.bufpool.client import Transport, make_links
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.links import Links
+from ublkpool.bufpool.links import Links, unread_max
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
@@ -251,3 +251,41 @@ def test_who_is_leaving_wants_no_rings_any_more(tmp_path: Path) -> None:
             late.recv(1)
     links.close()
     worker.end()
+
+
+@pytest.mark.parametrize("transport", ["ring", "zeromq"])
+def test_more_than_can_be_due_does_not_wait_for_a_worker_that_reads_nothing(
+    tmp_path: Path, transport: Transport
+) -> None:
+    worker = FakeRings(tmp_path / "q0")
+    attached = msgspec.structs.replace(
+        _attached((str(tmp_path / "q0"),), queues=1),
+        endpoints=(f"ipc://{tmp_path}/nobody",),
+        depth=4,
+        post_bytes=(4096, 65536),
+    )
+    worker.expect(bytes.fromhex(attached.token))
+    links = make_links(attached, transport)
+    entries = 4
+    if transport == "ring":
+        file = sealed_memory(CONTROL_BYTES + 2 * entries * wire.DESCRIPTOR_BYTES)
+        with worker.hear_question(DEADLINE_S) as connection:
+            say_opened(connection, entries, [file, os.eventfd(0), os.eventfd(0)])
+            while not links.linked:
+                links.poll(1000)
+            # HELLO has taken one of the ring's entries.
+            _fill(links, entries - 1 + unread_max(attached), 0)
+    else:
+        _fill(links, unread_max(attached), 9 * unread_max(attached))
+    links.close()
+    worker.end()
+
+
+def _fill(links: Links, at_least: int, at_most_more: int) -> None:
+    """So many descriptors, one by one, are kept for later; one more, or a few, ends it."""
+    answer = wire.pack_frame([Descriptor(kind=Kind.DONE)])
+    for _ in range(at_least):
+        links.send_frame(0, answer)
+    with pytest.raises(WireError, match=r"queue 0: more than 14 answers wait: its worker reads nothing"):
+        for _ in range(at_most_more + 1):
+            links.send_frame(0, answer)
