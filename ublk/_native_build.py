@@ -9,12 +9,23 @@ from pathlib import Path
 from cffi import FFI
 
 _SOURCES = Path(__file__).resolve().parent / "csrc"
-_HEADERS = ("queue_core.h", "queue_port.h", "queue_ring.h", "control.h", "fetch_round.h")
+# bufpool's: what both ends of a link must agree on is written once.
+_SHARED = _SOURCES.parents[1] / "bufpool" / "csrc"
+_HEADERS = (
+    "wire.h",
+    "queue_core.h",
+    "queue_port.h",
+    "queue_ring.h",
+    "mappings.h",
+    "control.h",
+    "fetch_round.h",
+)
 
 
 def _declarations(name: str) -> str:
     """A header in the C that cffi parses: no preprocessor lines, no asserts, fixed enum arithmetic left to C."""
-    text = (_SOURCES / name).read_text()
+    directory = _SOURCES if (_SOURCES / name).exists() else _SHARED
+    text = (directory / name).read_text()
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(r"_Static_assert\(.*?\);", "", text)
     text = text.replace("UQ_BUFFER_NONE = 0xffffffffu,", "")
@@ -37,11 +48,11 @@ ffibuilder.set_source(
             "queue_region.c",
             "queue_port.c",
             "queue_ring.c",
+            "mappings.c",
             "control.c",
             "fetch_round.c",
         )
     ],
-    # bufpool's for shared_ring.h: what both sides of a ring do is written once.
     include_dirs=["ublk/csrc", "bufpool/csrc"],
     libraries=["uring"],
     # Hidden and linked as one, what the files call of each other costs no detour and can be inlined.

@@ -162,8 +162,8 @@ class Queue:
         if self.raw == _ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
         self._slots = _ffi.new("uint32_t[]", max(each.slot_count for each in config.classes))
-        self._first = _ffi.new("struct uq_descriptor **")
-        self._culprit = _ffi.new("struct uq_descriptor *")
+        self._first = _ffi.new("struct wire_descriptor **")
+        self._culprit = _ffi.new("struct wire_descriptor *")
 
     def start(self) -> None:
         """Fetch every tag.  Raises `RuntimeError` if need_get_data is off and the stock lacks a buffer per tag."""

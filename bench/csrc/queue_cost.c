@@ -19,16 +19,16 @@ static const struct kind {
 	const char *name;
 	uint8_t op, need_get_data, place_in_backend, reads_own, posts, alone;
 } kinds[] = {
-	{ "write-alone", UQ_WRITE, 1, 0, 0, 0, 1 },
-	{ "read-alone", UQ_READ, 1, 0, 0, 0, 1 },
-	{ "write-pool", UQ_WRITE, 1, 0, 0, 0, 0 },
-	{ "write-backend", UQ_WRITE, 1, 1, 0, 0, 0 },
-	{ "write-posted", UQ_WRITE, 1, 1, 0, 1, 0 },
-	{ "write-lent", UQ_WRITE, 0, 0, 0, 0, 0 },
-	{ "read-pool", UQ_READ, 1, 0, 0, 0, 0 },
-	{ "read-own", UQ_READ, 1, 0, 1, 0, 0 },
-	{ "flush", UQ_FLUSH, 1, 0, 0, 0, 0 },
-	{ "discard", UQ_DISCARD, 1, 0, 0, 0, 0 },
+	{ "write-alone", WIRE_WRITE, 1, 0, 0, 0, 1 },
+	{ "read-alone", WIRE_READ, 1, 0, 0, 0, 1 },
+	{ "write-pool", WIRE_WRITE, 1, 0, 0, 0, 0 },
+	{ "write-backend", WIRE_WRITE, 1, 1, 0, 0, 0 },
+	{ "write-posted", WIRE_WRITE, 1, 1, 0, 1, 0 },
+	{ "write-lent", WIRE_WRITE, 0, 0, 0, 0, 0 },
+	{ "read-pool", WIRE_READ, 1, 0, 0, 0, 0 },
+	{ "read-own", WIRE_READ, 1, 0, 1, 0, 0 },
+	{ "flush", WIRE_FLUSH, 1, 0, 0, 0, 0 },
+	{ "discard", WIRE_DISCARD, 1, 0, 0, 0, 0 },
 };
 
 static struct uq_iod descriptors[DEPTH];
@@ -39,7 +39,7 @@ static uint8_t own[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t scratch[IO_BYTES] __attribute__((aligned(4096)));
 static const uint8_t zeros[IO_BYTES] __attribute__((aligned(4096)));
 static struct uq_command commands[DEPTH];
-static struct uq_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
+static struct wire_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
 
 /* A queue, and what leads to its backend: frames, or the two ends of rings. */
 struct link {
@@ -66,33 +66,33 @@ static void arrive(struct uq *q, const struct kind *k, unsigned batch)
 {
 	for (unsigned tag = 0; tag < batch; tag++) {
 		descriptors[tag] = (struct uq_iod){ .op_flags = k->op, .sectors = SECTORS, .start_sector = tag * SECTORS };
-		uq_complete(q, tag, k->op == UQ_WRITE && k->need_get_data ? 1 : 0);
+		uq_complete(q, tag, k->op == WIRE_WRITE && k->need_get_data ? 1 : 0);
 	}
 }
 
-static struct uq_descriptor post(uint64_t buffer)
+static struct wire_descriptor post(uint64_t buffer)
 {
-	return (struct uq_descriptor){ .kind = UQ_POST, .device = DEVICE, .epoch = EPOCH, .segment = SEGMENT,
+	return (struct wire_descriptor){ .kind = WIRE_POST, .device = DEVICE, .epoch = EPOCH, .segment = SEGMENT,
 				       .buffer = buffer, .length = IO_BYTES };
 }
 
-static struct uq_descriptor answer(const struct kind *k, const struct uq_descriptor *d)
+static struct wire_descriptor answer(const struct kind *k, const struct wire_descriptor *d)
 {
-	struct uq_descriptor a = *d;
+	struct wire_descriptor a = *d;
 
-	if (d->kind == UQ_RELEASE)
+	if (d->kind == WIRE_RELEASE)
 		return post(d->buffer);
-	if (d->kind == UQ_PLACE) {
-		a.kind = UQ_PLACED;
+	if (d->kind == WIRE_PLACE) {
+		a.kind = WIRE_PLACED;
 		a.segment = SEGMENT;
 		a.buffer = (uint64_t)d->tag * IO_BYTES;
 		return a;
 	}
-	a.kind = UQ_DONE;
+	a.kind = WIRE_DONE;
 	a.flags = 0;
-	a.result = d->op == UQ_READ || d->op == UQ_WRITE ? IO_BYTES : 0;
+	a.result = d->op == WIRE_READ || d->op == WIRE_WRITE ? IO_BYTES : 0;
 	if (k->reads_own) {
-		a.flags = UQ_REGION;
+		a.flags = WIRE_REGION;
 		a.segment = SEGMENT;
 		a.buffer = (uint64_t)d->tag * IO_BYTES;
 	}
@@ -102,7 +102,7 @@ static struct uq_descriptor answer(const struct kind *k, const struct uq_descrip
 /* What the backend is sent. */
 static unsigned receive(struct link *l)
 {
-	const struct uq_descriptor *first;
+	const struct wire_descriptor *first;
 	const uint8_t *at;
 	unsigned count = 0;
 
@@ -139,7 +139,7 @@ static void send(struct link *l, unsigned count)
 /* What is only told has no answer, but a region that is back can be posted again. */
 static bool has_answer(const struct kind *k, unsigned kind)
 {
-	return kind == UQ_REQUEST || kind == UQ_PLACE || kind == UQ_DATA || (kind == UQ_RELEASE && k->posts);
+	return kind == WIRE_REQUEST || kind == WIRE_PLACE || kind == WIRE_DATA || (kind == WIRE_RELEASE && k->posts);
 }
 
 /* One way and back. */
@@ -211,7 +211,7 @@ static void attach(struct link *l, const struct kind *k, bool rings)
 		l->in = sr_end_to_backend(memory, entries, 0);
 		l->out = sr_end_to_worker(memory, entries, 1);
 	}
-	answers[0] = (struct uq_descriptor){ .kind = UQ_HELLO, .device = DEVICE, .epoch = EPOCH };
+	answers[0] = (struct wire_descriptor){ .kind = WIRE_HELLO, .device = DEVICE, .epoch = EPOCH };
 	send(l, 1);
 	receive(l);
 	for (unsigned i = 0; i < DEPTH && k->posts; i++)

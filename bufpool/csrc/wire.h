@@ -1,5 +1,5 @@
-/* The wire's descriptor for a backend in C.  bufpool/wire.py is the original; tests/unit/test_engine_native.py holds
- * these to it. */
+/* The wire's descriptor in C, for both ends.  bufpool/wire.py is the original; tests/unit/test_engine_native.py and
+ * test_abi.py hold these to it, as each end was built. */
 #ifndef UBLKPOOL_WIRE_H
 #define UBLKPOOL_WIRE_H
 
@@ -7,7 +7,7 @@
 
 enum {
     WIRE_REQUEST = 1, WIRE_PLACE = 2, WIRE_DATA = 3, WIRE_RELEASE = 4, WIRE_WELCOME = 5, WIRE_FENCE = 6,
-    WIRE_PLACED = 16, WIRE_REJECT = 17, WIRE_DONE = 18, WIRE_FENCED = 20, WIRE_POST = 21,
+    WIRE_PLACED = 16, WIRE_REJECT = 17, WIRE_DONE = 18, WIRE_HELLO = 19, WIRE_FENCED = 20, WIRE_POST = 21,
 };
 enum { WIRE_READ = 0, WIRE_WRITE = 1, WIRE_FLUSH = 2, WIRE_DISCARD = 3, WIRE_WRITE_ZEROES = 5 };
 enum { WIRE_FUA = 1, WIRE_NOUNMAP = 2, WIRE_REGION = 4, WIRE_REPLAY = 8 };

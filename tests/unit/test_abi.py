@@ -75,11 +75,11 @@ def test_device_info_survives_the_round_trip() -> None:
     + [(flag.name, flag.value) for flag in wire.Flag],
 )
 def test_the_c_core_and_the_wire_agree_on_every_number(name: str, value: int) -> None:
-    assert getattr(_native.lib, f"UQ_{name}") == value
+    assert getattr(_native.lib, f"WIRE_{name}") == value
 
 
 def test_the_c_core_and_the_wire_agree_on_the_descriptor() -> None:
-    assert _native.ffi.sizeof("struct uq_descriptor") == wire.DESCRIPTOR_BYTES
+    assert _native.ffi.sizeof("struct wire_descriptor") == wire.DESCRIPTOR_BYTES
     descriptor = wire.Descriptor(18, 1, 2, 3, 4, 5, 6, 7, 8, 9, -10, 11, 12, 0)
-    seen = _native.ffi.cast("struct uq_descriptor *", _native.ffi.from_buffer(descriptor.pack()))
+    seen = _native.ffi.cast("struct wire_descriptor *", _native.ffi.from_buffer(descriptor.pack()))
     assert tuple(getattr(seen, name) for name in wire.Descriptor._fields) == descriptor

@@ -110,11 +110,11 @@ void uq_get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
 /* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
 static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
 {
-	if (t->op == UQ_READ && t->own_segment)
+	if (t->op == WIRE_READ && t->own_segment)
 		return uq_region_address(q, t);
-	if (t->slot != UQ_BUFFER_NONE && (t->op == UQ_READ || !q->config.need_get_data))
+	if (t->slot != UQ_BUFFER_NONE && (t->op == WIRE_READ || !q->config.need_get_data))
 		return uq_slot_address(q, t->slot);
-	if (t->op != UQ_READ)
+	if (t->op != WIRE_READ)
 		return NULL;
 	return q->config.zeros ? q->config.zeros : q->config.scratch;
 }
@@ -130,8 +130,8 @@ static void count_result(struct uq *q, const struct uq_tag *t)
 		s->errors++;
 		return;
 	}
-	s->bytes[t->op] += t->op == UQ_READ || t->op == UQ_WRITE ? (uint64_t)t->result : t->length;
-	if (t->op == UQ_READ)
+	s->bytes[t->op] += t->op == WIRE_READ || t->op == WIRE_WRITE ? (uint64_t)t->result : t->length;
+	if (t->op == WIRE_READ)
 		s->kernel_read_bytes += (uint64_t)t->result;
 }
 
@@ -155,7 +155,7 @@ static void fail_uncopied(struct uq *q, struct uq_tag *t, int error)
 
 static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
 {
-	return t->op == UQ_WRITE && q->config.need_get_data && !t->copied;
+	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
 }
 
 void uq_fail(struct uq *q, struct uq_tag *t, int error)
@@ -183,12 +183,12 @@ static bool read_descriptor(struct uq *q, struct uq_tag *t)
 	uint32_t op_flags = d->op_flags;
 
 	t->op = op_flags & IOD_OP_MASK;
-	t->flags = (op_flags & IOD_FUA ? UQ_FUA : 0) | (op_flags & IOD_NOUNMAP ? UQ_NOUNMAP : 0);
+	t->flags = (op_flags & IOD_FUA ? WIRE_FUA : 0) | (op_flags & IOD_NOUNMAP ? WIRE_NOUNMAP : 0);
 	t->offset = d->start_sector << 9;
 	t->length = (uint64_t)d->sectors << 9;
-	if (t->op == UQ_READ || t->op == UQ_WRITE)
+	if (t->op == WIRE_READ || t->op == WIRE_WRITE)
 		return t->length && t->length <= q->config.max_io_bytes;
-	return t->op == UQ_FLUSH || t->op == UQ_DISCARD || t->op == UQ_WRITE_ZEROES;
+	return t->op == WIRE_FLUSH || t->op == WIRE_DISCARD || t->op == WIRE_WRITE_ZEROES;
 }
 
 static void begin(struct uq *q, struct uq_tag *t)
@@ -217,9 +217,9 @@ static void route_write(struct uq *q, struct uq_tag *t)
 /* With no backend: a write is copied as any other and forgotten, a read is of zeros, the rest is done. */
 static void answer_ourselves(struct uq *q, struct uq_tag *t)
 {
-	if (t->op == UQ_READ)
+	if (t->op == WIRE_READ)
 		uq_finish(q, t, (int)t->length);
-	else if (t->op != UQ_WRITE)
+	else if (t->op != WIRE_WRITE)
 		uq_finish(q, t, 0);
 	else if (uq_move(q, t, UQ_EV_THROW_AWAY))
 		uq_get_data(q, t, q->config.scratch);
@@ -227,13 +227,13 @@ static void answer_ourselves(struct uq *q, struct uq_tag *t)
 
 static void route(struct uq *q, struct uq_tag *t, int res)
 {
-	bool lends = t->op == UQ_READ && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
+	bool lends = t->op == WIRE_READ && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
 
 	if (res == RES_NEED_GET_DATA) {
 		route_write(q, t);
 		return;
 	}
-	if (t->op == UQ_WRITE) {
+	if (t->op == WIRE_WRITE) {
 		t->copied = true;
 		q->config.stats->kernel_write_bytes += t->length;
 	}
@@ -250,11 +250,11 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 
 	begin(q, t);
 	/* The driver asks for a buffer exactly for the writes of a device that wants it; else address 0 was copied to. */
-	if (asks != (t->op == UQ_WRITE && q->config.need_get_data)) {
+	if (asks != (t->op == WIRE_WRITE && q->config.need_get_data)) {
 		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
 	} else if (!usable) {
 		q->config.stats->unsupported++;
-		uq_fail(q, t, t->op == UQ_READ || t->op == UQ_WRITE ? -EINVAL : -EOPNOTSUPP);
+		uq_fail(q, t, t->op == WIRE_READ || t->op == WIRE_WRITE ? -EINVAL : -EOPNOTSUPP);
 	} else if (q->config.zeros) {
 		answer_ourselves(q, t);
 	} else {
@@ -324,7 +324,7 @@ static void requeued(struct uq *q, struct uq_tag *t, int res)
 /* Only a write is ever copied for: result 0 with another operation is the tag's next request. */
 static bool was_copied(const struct uq *q, const struct uq_tag *t, int res)
 {
-	return res != RES_NEED_GET_DATA && (q->config.descriptors[uq_index(q, t)].op_flags & IOD_OP_MASK) == UQ_WRITE;
+	return res != RES_NEED_GET_DATA && (q->config.descriptors[uq_index(q, t)].op_flags & IOD_OP_MASK) == WIRE_WRITE;
 }
 
 void uq_complete(struct uq *q, unsigned tag, int res)

@@ -13,6 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "wire.h"
+
 enum {
 	UQ_CLASSES_MAX = 8,
 	UQ_SEGMENTS_MAX = 8,
@@ -20,26 +22,9 @@ enum {
 	UQ_BUFFER_NONE = 0xffffffffu,
 };
 
-/* The wire's descriptor, see bufpool/wire.py. */
-struct uq_descriptor {
-	uint8_t kind, op;
-	uint16_t flags;
-	uint32_t device;
-	uint16_t queue, tag;
-	uint32_t epoch;
-	uint64_t sequence, offset, length;
-	int32_t result;
-	uint32_t segment;
-	uint64_t buffer, reserved;
-};
-_Static_assert(sizeof(struct uq_descriptor) == 64, "descriptor");
-
-enum uq_kind {
-	UQ_REQUEST = 1, UQ_PLACE, UQ_DATA, UQ_RELEASE, UQ_WELCOME, UQ_FENCE,
-	UQ_PLACED = 16, UQ_REJECT, UQ_DONE, UQ_HELLO, UQ_FENCED, UQ_POST,
-};
-enum uq_op { UQ_READ, UQ_WRITE, UQ_FLUSH, UQ_DISCARD, UQ_WRITE_ZEROES = 5, UQ_OPS = 6 };
-enum uq_flag { UQ_FUA = 1, UQ_NOUNMAP = 2, UQ_REGION = 4, UQ_REPLAY = 8 };
+_Static_assert(sizeof(struct wire_descriptor) == 64, "descriptor");
+/* Operations of the wire: their numbers are below this. */
+enum { UQ_OPS = 6 };
 
 /* struct ublksrv_io_desc (include/uapi/linux/ublk_cmd.h). */
 struct uq_iod {
@@ -162,7 +147,7 @@ unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
 void uq_commands_taken(struct uq *q, unsigned count);
 
 /* Descriptors for the backend: a view, and how many of them were sent. */
-unsigned uq_output(struct uq *q, const struct uq_descriptor **first);
+unsigned uq_output(struct uq *q, const struct wire_descriptor **first);
 void uq_output_sent(struct uq *q, unsigned count);
 /* With `hold` what waits is no reason for attention: the transport is full and says itself when it is not. */
 void uq_output_hold(struct uq *q, int hold);
@@ -205,7 +190,7 @@ void uq_give_up(struct uq *q);
 
 unsigned uq_attention(const struct uq *q);
 void uq_attention_clear(struct uq *q, unsigned bits);
-int uq_violation(const struct uq *q, struct uq_descriptor *culprit);
+int uq_violation(const struct uq *q, struct wire_descriptor *culprit);
 int uq_fault(const struct uq *q, unsigned *tag, int *detail);
 unsigned uq_in_flight(const struct uq *q);
 int uq_tag_state(const struct uq *q, unsigned tag);

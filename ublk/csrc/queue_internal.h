@@ -53,7 +53,7 @@ struct uq {
 	struct uq_segment segments[UQ_SEGMENTS_MAX];
 	struct uq_command *commands;
 	unsigned commands_first, commands_count, commands_mask;
-	struct uq_descriptor *output;
+	struct wire_descriptor *output;
 	unsigned output_first, output_count, output_max;
 	struct uq_posts posts[UQ_CLASSES_MAX];
 	struct blocks occupied; /* of the attached backend's segment: lent to a write's tag, or posted */
@@ -68,7 +68,7 @@ struct uq {
 	bool output_held;
 	int violation, fault, fault_detail;
 	unsigned fault_tag;
-	struct uq_descriptor culprit;
+	struct wire_descriptor culprit;
 };
 
 /* queue_core.c */
@@ -91,7 +91,7 @@ uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);
 /* queue_link.c */
 void uq_hand_over(struct uq *q, struct uq_tag *t);
 void uq_ask_place(struct uq *q, struct uq_tag *t);
-struct uq_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind);
+struct wire_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind);
 
 /* queue_region.c */
 struct uq_segment *uq_find_segment(const struct uq *q, uint32_t number);
@@ -99,14 +99,14 @@ void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t by
 void uq_region_back(struct uq *q, struct uq_tag *t, bool tell);
 uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t);
 bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t);
-int uq_judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length);
+int uq_judge_region(const struct uq *q, const struct wire_descriptor *d, uint64_t length);
 bool uq_region_occupied(const struct uq *q, uint64_t start, uint64_t length);
 bool uq_regions_begin(struct uq *q, uint64_t segment_bytes);
 void uq_regions_end(struct uq *q);
 bool uq_posts_allocate(struct uq *q);
 void uq_posts_free(struct uq *q);
 void uq_posts_forget(struct uq *q);
-int uq_post_add(struct uq *q, const struct uq_descriptor *d);
+int uq_post_add(struct uq *q, const struct wire_descriptor *d);
 bool uq_post_take(struct uq *q, uint64_t length, uint64_t *buffer, uint64_t *bytes);
 
 #endif

@@ -11,9 +11,9 @@
 #define STALE_PER_TAG 8u
 #define STALE_MORE 64u
 
-struct uq_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind)
+struct wire_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind)
 {
-	struct uq_descriptor *d;
+	struct wire_descriptor *d;
 
 	if (q->output_first + q->output_count == q->output_max && q->output_first) {
 		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
@@ -25,16 +25,16 @@ struct uq_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind)
 		return NULL;
 	}
 	d = &q->output[q->output_first + q->output_count++];
-	*d = (struct uq_descriptor){
+	*d = (struct wire_descriptor){
 		.kind = kind, .op = t->op, .flags = t->flags, .device = q->config.device, .queue = q->config.queue,
 		.tag = (uint16_t)uq_index(q, t), .epoch = q->config.epoch, .sequence = t->sequence,
 		.offset = t->offset, .length = t->length };
 	return d;
 }
 
-static void name_buffer(struct uq *q, struct uq_tag *t, struct uq_descriptor *d)
+static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *d)
 {
-	if (t->op != UQ_READ && t->op != UQ_WRITE)
+	if (t->op != WIRE_READ && t->op != WIRE_WRITE)
 		return;
 	if (t->own_segment) {
 		d->segment = t->own_segment;
@@ -47,8 +47,8 @@ static void name_buffer(struct uq *q, struct uq_tag *t, struct uq_descriptor *d)
 
 void uq_hand_over(struct uq *q, struct uq_tag *t)
 {
-	bool lacks_buffer = t->op == UQ_READ && t->slot == UQ_BUFFER_NONE && !q->reads_own;
-	struct uq_descriptor *d;
+	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !q->reads_own;
+	struct wire_descriptor *d;
 
 	if (lacks_buffer) {
 		uq_need_buffer(q, t);
@@ -56,12 +56,12 @@ void uq_hand_over(struct uq *q, struct uq_tag *t)
 	}
 	if (!uq_move(q, t, UQ_EV_HAND_OVER))
 		return;
-	d = uq_put(q, t, t->own_segment ? UQ_DATA : UQ_REQUEST);
+	d = uq_put(q, t, t->own_segment ? WIRE_DATA : WIRE_REQUEST);
 	if (!d)
 		return;
 	name_buffer(q, t, d);
 	if (t->given) {
-		d->flags |= UQ_REPLAY;
+		d->flags |= WIRE_REPLAY;
 		q->config.stats->replays++;
 	}
 	t->given = true;
@@ -83,10 +83,10 @@ void uq_ask_place(struct uq *q, struct uq_tag *t)
 	if (uq_post_take(q, t->length, &buffer, &bytes))
 		copy_to_region(q, t, UQ_EV_POSTED, buffer, bytes);
 	else if (uq_move(q, t, UQ_EV_ASK))
-		uq_put(q, t, UQ_PLACE);
+		uq_put(q, t, WIRE_PLACE);
 }
 
-unsigned uq_output(struct uq *q, const struct uq_descriptor **first)
+unsigned uq_output(struct uq *q, const struct wire_descriptor **first)
 {
 	*first = q->output + q->output_first;
 	return q->output_count;
@@ -105,7 +105,7 @@ void uq_output_sent(struct uq *q, unsigned count)
 
 void uq_output_hold(struct uq *q, int hold) { q->output_held = hold; }
 
-static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
+static void violate(struct uq *q, int violation, const struct wire_descriptor *d)
 {
 	if (d)
 		q->culprit = *d;
@@ -115,7 +115,7 @@ static void violate(struct uq *q, int violation, const struct uq_descriptor *d)
 }
 
 /* Dropped and counted, but not without end: judging them costs the worker its time. */
-static void stale(struct uq *q, const struct uq_descriptor *d)
+static void stale(struct uq *q, const struct wire_descriptor *d)
 {
 	unsigned sizes = q->config.place_in_backend ? q->config.classes : 0;
 
@@ -124,7 +124,7 @@ static void stale(struct uq *q, const struct uq_descriptor *d)
 		violate(q, UQ_V_FLOOD, d);
 }
 
-static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+static void answer_placed(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
 	int wrong = uq_judge_region(q, d, t->length);
 
@@ -138,7 +138,7 @@ static void answer_placed(struct uq *q, struct uq_tag *t, const struct uq_descri
 	copy_to_region(q, t, UQ_EV_PLACED, d->buffer, t->length);
 }
 
-static void answer_reject(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+static void answer_reject(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
 	bool is_errno = d->result < 0 && d->result >= -ERRNO_MAX;
 
@@ -147,9 +147,9 @@ static void answer_reject(struct uq *q, struct uq_tag *t, const struct uq_descri
 		violate(q, UQ_V_RESULT, d);
 }
 
-static int judge_done(const struct uq *q, const struct uq_tag *t, const struct uq_descriptor *d)
+static int judge_done(const struct uq *q, const struct uq_tag *t, const struct wire_descriptor *d)
 {
-	bool moves = t->op == UQ_READ || t->op == UQ_WRITE;
+	bool moves = t->op == WIRE_READ || t->op == WIRE_WRITE;
 
 	if (d->result < -ERRNO_MAX)
 		return UQ_V_RESULT;
@@ -157,16 +157,16 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct u
 		return UQ_V_NONE;
 	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
 		return UQ_V_RESULT;
-	if (t->op == UQ_READ && d->flags & UQ_REGION)
+	if (t->op == WIRE_READ && d->flags & WIRE_REGION)
 		return q->config.need_get_data ? uq_judge_region(q, d, t->length) : UQ_V_REGION;
-	return t->op == UQ_READ && t->slot == UQ_BUFFER_NONE ? UQ_V_REGION : UQ_V_NONE;
+	return t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE ? UQ_V_REGION : UQ_V_NONE;
 }
 
-static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descriptor *d)
+static void answer_done(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
 	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
 	 * was done whole, whatever its commit says. */
-	uint64_t needed = t->op == UQ_WRITE ? t->length : t->op == UQ_READ;
+	uint64_t needed = t->op == WIRE_WRITE ? t->length : t->op == WIRE_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
@@ -175,9 +175,9 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct uq_descript
 		return;
 	}
 	/* Only now: the data of a DONE that is never read is taken from the region, see lose_serving(). */
-	if (t->op == UQ_WRITE && t->own_segment)
+	if (t->op == WIRE_WRITE && t->own_segment)
 		uq_region_back(q, t, true);
-	if (t->op == UQ_READ && d->result > 0 && d->flags & UQ_REGION)
+	if (t->op == WIRE_READ && d->result > 0 && d->flags & WIRE_REGION)
 		uq_region_take(q, t, d->buffer, t->length);
 	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
 }
@@ -214,10 +214,10 @@ static void hand_over_waiting(struct uq *q)
 /* A descriptor about the link, of no request. */
 static void say(struct uq *q, uint8_t kind)
 {
-	struct uq_descriptor *d = uq_put(q, &q->tags[0], kind);
+	struct wire_descriptor *d = uq_put(q, &q->tags[0], kind);
 
 	if (d)
-		*d = (struct uq_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
+		*d = (struct wire_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
 					     .epoch = q->config.epoch };
 }
 
@@ -228,7 +228,7 @@ static void link_up(struct uq *q)
 	hand_over_waiting(q);
 }
 
-static void hello(struct uq *q, const struct uq_descriptor *d)
+static void hello(struct uq *q, const struct wire_descriptor *d)
 {
 	bool is_second = q->link != UQ_LINK_EXPECTED;
 
@@ -239,16 +239,16 @@ static void hello(struct uq *q, const struct uq_descriptor *d)
 		violate(q, UQ_V_UNEXPECTED, d);
 	if (is_second)
 		return;
-	say(q, UQ_WELCOME);
+	say(q, WIRE_WELCOME);
 	if (q->fence) {
 		q->link = UQ_LINK_FENCING;
-		say(q, UQ_FENCE);
+		say(q, WIRE_FENCE);
 	} else {
 		link_up(q);
 	}
 }
 
-static void fenced(struct uq *q, const struct uq_descriptor *d)
+static void fenced(struct uq *q, const struct wire_descriptor *d)
 {
 	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
 		link_up(q);
@@ -259,7 +259,7 @@ static void fenced(struct uq *q, const struct uq_descriptor *d)
 }
 
 /* While it is fenced too: it posts to this epoch from its first word on. */
-static void posted(struct uq *q, const struct uq_descriptor *d)
+static void posted(struct uq *q, const struct wire_descriptor *d)
 {
 	bool is_linked = q->link == UQ_LINK_UP || q->link == UQ_LINK_FENCING;
 	int wrong = is_linked ? UQ_V_NONE : UQ_V_UNEXPECTED;
@@ -274,44 +274,44 @@ static void posted(struct uq *q, const struct uq_descriptor *d)
 		violate(q, wrong, d);
 }
 
-static bool is_ours(const struct uq *q, const struct uq_descriptor *d)
+static bool is_ours(const struct uq *q, const struct wire_descriptor *d)
 {
 	return d->device == q->config.device && d->queue == q->config.queue && d->tag < q->config.depth &&
 	       d->epoch <= q->config.epoch;
 }
 
-static bool is_stale(const struct uq *q, const struct uq_descriptor *d)
+static bool is_stale(const struct uq *q, const struct wire_descriptor *d)
 {
 	return d->epoch < q->config.epoch || (d->epoch == q->config.epoch && d->sequence < q->tags[d->tag].sequence);
 }
 
-static void answer(struct uq *q, const struct uq_descriptor *d)
+static void answer(struct uq *q, const struct wire_descriptor *d)
 {
 	struct uq_tag *t = &q->tags[d->tag];
 
 	if (d->epoch != q->config.epoch || d->sequence != t->sequence)
 		violate(q, UQ_V_IDENTITY, d);
-	else if (t->state == UQ_PLACING && d->kind == UQ_PLACED)
+	else if (t->state == UQ_PLACING && d->kind == WIRE_PLACED)
 		answer_placed(q, t, d);
-	else if (t->state == UQ_PLACING && d->kind == UQ_REJECT)
+	else if (t->state == UQ_PLACING && d->kind == WIRE_REJECT)
 		answer_reject(q, t, d);
-	else if (t->state == UQ_SERVING && d->kind == UQ_DONE)
+	else if (t->state == UQ_SERVING && d->kind == WIRE_DONE)
 		answer_done(q, t, d);
 	else
 		violate(q, UQ_V_UNEXPECTED, d);
 }
 
-static void receive(struct uq *q, const struct uq_descriptor *d)
+static void receive(struct uq *q, const struct wire_descriptor *d)
 {
-	bool known = d->kind == UQ_PLACED || d->kind == UQ_REJECT || d->kind == UQ_DONE;
+	bool known = d->kind == WIRE_PLACED || d->kind == WIRE_REJECT || d->kind == WIRE_DONE;
 
 	if (!is_ours(q, d))
 		violate(q, UQ_V_IDENTITY, d);
-	else if (d->kind == UQ_HELLO)
+	else if (d->kind == WIRE_HELLO)
 		hello(q, d);
-	else if (d->kind == UQ_FENCED)
+	else if (d->kind == WIRE_FENCED)
 		fenced(q, d);
-	else if (d->kind == UQ_POST)
+	else if (d->kind == WIRE_POST)
 		posted(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
@@ -326,7 +326,7 @@ static void receive(struct uq *q, const struct uq_descriptor *d)
 void uq_input(struct uq *q, const void *frame, size_t bytes)
 {
 	const char *at = frame;
-	struct uq_descriptor d;
+	struct wire_descriptor d;
 
 	if (q->link == UQ_LINK_NONE || q->link == UQ_LINK_CUT)
 		return;
@@ -391,7 +391,7 @@ void uq_pool_damaged(struct uq *q)
 {
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		struct uq_tag *t = &q->tags[i];
-		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == UQ_WRITE;
+		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == WIRE_WRITE;
 
 		if (has_data && t->state == UQ_WAIT_LINK)
 			uq_fail(q, t, -EIO);
@@ -465,7 +465,7 @@ uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes)
 	return 0;
 }
 
-int uq_violation(const struct uq *q, struct uq_descriptor *culprit)
+int uq_violation(const struct uq *q, struct wire_descriptor *culprit)
 {
 	*culprit = q->culprit;
 	return q->violation;

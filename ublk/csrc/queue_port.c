@@ -6,7 +6,7 @@
 #include "queue_internal.h"
 #include "shared_ring.h"
 
-_Static_assert(SR_ENTRY_BYTES == sizeof(struct uq_descriptor), "an entry is a descriptor");
+_Static_assert(SR_ENTRY_BYTES == sizeof(struct wire_descriptor), "an entry is a descriptor");
 
 /* HELLO, WELCOME, FENCE, FENCED and some of an earlier life. */
 #define ENTRIES_MORE 16u
@@ -55,7 +55,7 @@ static void receive(struct uq_port *p, struct uq *q)
 		const uint8_t *at;
 		uint32_t count = sr_peek(&p->in, waiting < FRAME_MAX ? (uint32_t)waiting : FRAME_MAX, &at);
 
-		uq_input(q, at, (size_t)count * sizeof(struct uq_descriptor));
+		uq_input(q, at, (size_t)count * sizeof(struct wire_descriptor));
 		sr_consumed(&p->in, count);
 		waiting -= count;
 	}
@@ -63,7 +63,7 @@ static void receive(struct uq_port *p, struct uq *q)
 
 static int send(struct uq_port *p, struct uq *q)
 {
-	const struct uq_descriptor *first;
+	const struct wire_descriptor *first;
 	unsigned count = uq_output(q, &first);
 	int64_t room;
 

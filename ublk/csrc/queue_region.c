@@ -19,7 +19,7 @@ void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t by
 	t->own_buffer = buffer;
 	t->own_bytes = bytes;
 	uq_find_segment(q, q->own_segment)->data_tags++;
-	if (t->op == UQ_WRITE)
+	if (t->op == WIRE_WRITE)
 		blocks_set(&q->occupied, buffer, bytes);
 }
 
@@ -36,13 +36,13 @@ bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
 void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
 {
 	struct uq_segment *s = uq_find_segment(q, t->own_segment);
-	struct uq_descriptor *d;
+	struct wire_descriptor *d;
 
 	s->data_tags--;
-	if (s->live && t->op == UQ_WRITE)
+	if (s->live && t->op == WIRE_WRITE)
 		blocks_clear(&q->occupied, t->own_buffer, t->own_bytes);
 	if (tell && s->live && q->link == UQ_LINK_UP) {
-		d = uq_put(q, t, UQ_RELEASE);
+		d = uq_put(q, t, WIRE_RELEASE);
 		if (d) {
 			d->segment = t->own_segment;
 			d->buffer = t->own_buffer;
@@ -64,7 +64,7 @@ void uq_regions_end(struct uq *q)
 	uq_posts_forget(q);
 }
 
-int uq_judge_region(const struct uq *q, const struct uq_descriptor *d, uint64_t length)
+int uq_judge_region(const struct uq *q, const struct wire_descriptor *d, uint64_t length)
 {
 	const struct uq_segment *s = uq_find_segment(q, q->own_segment);
 
@@ -100,7 +100,7 @@ void uq_posts_forget(struct uq *q)
 }
 
 /* Keep what a POST says, or the violation that it is. */
-int uq_post_add(struct uq *q, const struct uq_descriptor *d)
+int uq_post_add(struct uq *q, const struct wire_descriptor *d)
 {
 	unsigned c = 0;
 	int wrong;

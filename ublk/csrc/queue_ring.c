@@ -7,7 +7,6 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -23,8 +22,6 @@
 #define CHAR_FILE 0
 /* Of so many doorbells that are rung one at least must have been heard, see ring_bell(). */
 #define BELLS_UNHEARD_MAX 256u
-#define MAX_DEPTH 4096
-#define IOD_BYTES sizeof(struct uq_iod)
 
 struct uq_ring {
 	struct io_uring ring;
@@ -389,37 +386,4 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 			return bits;
 		}
 	}
-}
-
-static size_t page_align(size_t bytes)
-{
-	size_t page = (size_t)sysconf(_SC_PAGESIZE);
-
-	return (bytes + page - 1) / page * page;
-}
-
-void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth)
-{
-	off_t offset = (off_t)(queue * page_align(MAX_DEPTH * IOD_BYTES));
-	void *at = mmap(NULL, page_align(depth * IOD_BYTES), PROT_READ, MAP_SHARED | MAP_POPULATE, char_fd, offset);
-
-	return at == MAP_FAILED ? NULL : at;
-}
-
-int uq_unmap_descriptors(void *address, unsigned depth) { return munmap(address, page_align(depth * IOD_BYTES)); }
-
-void *uq_map_segment(int fd, uint64_t bytes)
-{
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-
-	return at == MAP_FAILED ? NULL : at;
-}
-
-int uq_unmap_segment(void *address, uint64_t bytes) { return munmap(address, bytes); }
-
-void *uq_map_private(uint64_t bytes)
-{
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-
-	return at == MAP_FAILED ? NULL : at;
 }

@@ -37,15 +37,4 @@ void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int 
  */
 int uq_ring_run(struct uq_ring *r, unsigned timeout_ms);
 
-/* Maps a queue's descriptor array read-only (offset queue * 4096 * 24, length depth * 24, page-aligned).
- * Only the first address space that maps it may; made before fork it stays valid in the child.  NULL: see errno. */
-void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth);
-int uq_unmap_descriptors(void *address, unsigned depth);
-
-/* Maps `bytes` of a segment shared, writable, populated.  NULL: see errno. */
-void *uq_map_segment(int fd, uint64_t bytes);
-int uq_unmap_segment(void *address, uint64_t bytes);
-/* Private zeroed memory, populated; NULL: see errno. */
-void *uq_map_private(uint64_t bytes);
-
 #endif

@@ -45,7 +45,7 @@ static void give(struct uq *q, struct uq_tag *t, uint32_t slot)
 	q->config.slots[slot].tag = uq_index(q, t) + 1;
 	q->config.stats->buffers_lent++;
 	q->config.stats->lent_total++;
-	if (t->op == UQ_WRITE && !t->copied) {
+	if (t->op == WIRE_WRITE && !t->copied) {
 		if (uq_move(q, t, UQ_EV_BUFFER_TO_COPY))
 			uq_get_data(q, t, uq_slot_address(q, slot));
 		return;

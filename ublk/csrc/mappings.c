@@ -1,0 +1,86 @@
+/* See mappings.h. */
+#include "mappings.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "queue_core.h"
+
+#define MAX_DEPTH 4096
+#define IOD_BYTES sizeof(struct uq_iod)
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+#define HUGE_PAGE_BYTES (2ull << 20) /* bufpool/huge_pages.py makes them */
+
+static size_t page_align(size_t bytes)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+	return (bytes + page - 1) / page * page;
+}
+
+void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth)
+{
+	off_t offset = (off_t)(queue * page_align(MAX_DEPTH * IOD_BYTES));
+	void *at = mmap(NULL, page_align(depth * IOD_BYTES), PROT_READ, MAP_SHARED | MAP_POPULATE, char_fd, offset);
+
+	return at == MAP_FAILED ? NULL : at;
+}
+
+int uq_unmap_descriptors(void *address, unsigned depth) { return munmap(address, page_align(depth * IOD_BYTES)); }
+
+/* Not MAP_POPULATE: in a process that locks its memory when it is touched, that does nothing. */
+static void *populated(void *at, uint64_t bytes, int advice)
+{
+	int e;
+
+	if (at == MAP_FAILED || !madvise(at, bytes, advice))
+		return at == MAP_FAILED ? NULL : at;
+	e = errno;
+	munmap(at, bytes);
+	errno = e;
+	return NULL;
+}
+
+/* In `room`, if that is not NULL.  Of memory that is all there, a fault to read maps many pages, for writing too. */
+static void *map_shared(void *room, int fd, uint64_t bytes)
+{
+	void *at = mmap(room, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (room ? MAP_FIXED : 0), fd, 0);
+
+	if (at == MAP_FAILED && room)
+		munmap(room, bytes);
+	return populated(at, bytes, MADV_POPULATE_READ);
+}
+
+/* Room for `bytes` at a multiple of a huge page's size; only a mount that makes huge pages has the kernel see to it. */
+static uint8_t *aligned_room(uint64_t bytes)
+{
+	uint8_t *from = mmap(NULL, bytes + HUGE_PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint64_t before = -(uintptr_t)from & (HUGE_PAGE_BYTES - 1);
+
+	if (from == MAP_FAILED)
+		return NULL;
+	if (before)
+		munmap(from, before);
+	munmap(from + before + bytes, HUGE_PAGE_BYTES - before);
+	return from + before;
+}
+
+void *uq_map_segment(int fd, uint64_t bytes)
+{
+	uint8_t *room = bytes < HUGE_PAGE_BYTES ? NULL : aligned_room(page_align(bytes));
+
+	return room || bytes < HUGE_PAGE_BYTES ? map_shared(room, fd, bytes) : NULL;
+}
+
+int uq_unmap_segment(void *address, uint64_t bytes) { return munmap(address, bytes); }
+
+void *uq_map_private(uint64_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return populated(at, bytes, MADV_POPULATE_WRITE);
+}

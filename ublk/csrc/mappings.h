@@ -1,0 +1,18 @@
+/* What a worker maps: the driver's descriptors, shared segments, memory of its own. */
+#ifndef UQ_MAPPINGS_H
+#define UQ_MAPPINGS_H
+
+#include <stdint.h>
+
+/* Maps a queue's descriptor array read-only (offset queue * 4096 * 24, length depth * 24, page-aligned).
+ * Only the first address space that maps it may; made before fork it stays valid in the child.  NULL: see errno. */
+void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth);
+int uq_unmap_descriptors(void *address, unsigned depth);
+
+/* Maps `bytes` of a segment shared, writable, populated, at an address where its huge pages fit.  NULL: see errno. */
+void *uq_map_segment(int fd, uint64_t bytes);
+int uq_unmap_segment(void *address, uint64_t bytes);
+/* Private zeroed memory, populated; NULL: see errno. */
+void *uq_map_private(uint64_t bytes);
+
+#endif
