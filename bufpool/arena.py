@@ -47,6 +47,7 @@ import msgspec
 import posix_ipc
 
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.limits import CLASS_COUNT_MAX, PAGE_BYTES, QUEUE_COUNT_MAX, Geometry, SizeClass
 
@@ -246,11 +247,14 @@ class ArenaStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Arena:
     """A device's pool: both objects open, the control segment mapped."""
 
-    def __init__(self, data_fd: int, control_fd: int, name_prefix: str | None = None) -> None:
+    def __init__(
+        self, data_fd: int, control_fd: int, name_prefix: str | None = None, huge: HugePages = "off"
+    ) -> None:
         """Take over two open descriptors, which `close` closes.  Raises `PoolError`, having closed them."""
         self.data_fd = data_fd
         self.control_fd = control_fd
         self.name_prefix = name_prefix
+        self.huge = huge
         try:
             for fd in (data_fd, control_fd):
                 os.set_inheritable(fd, False)
@@ -267,10 +271,22 @@ class Arena:
             raise PoolError(
                 f"data segment has {size_bytes} bytes and its header says {self.geometry.total_bytes}"
             )
+        try:
+            self.huge_bytes = _huge_bytes(data_fd, size_bytes)
+            """Of the data; as it was when the pool was made, opened or mended here."""
+        except OSError as error:
+            self.close()
+            raise PoolError(f"data segment cannot be mapped: {error}") from error
 
     @classmethod
     def create(
-        cls, name_prefix: str, geometry: Geometry, queues: int, device_number: int, reserve: Sequence[int]
+        cls,
+        name_prefix: str,
+        geometry: Geometry,
+        queues: int,
+        device_number: int,
+        reserve: Sequence[int],
+        huge: HugePages = "off",
     ) -> Self:
         """Make both objects, allocate and populate them.  Raises `PoolError` and leaves nothing behind."""
         header = ControlHeader(device_number, queues, geometry, tuple(reserve))
@@ -283,17 +299,18 @@ class Arena:
                 fds.append(_create_object(name))
                 _allocate(fds[-1], name, size_bytes)
             os.pwrite(fds[1], page, 0)
+            _make_huge(fds[0], names[0], sizes_bytes[0], huge)
         except BaseException:
             # Only names whose creation succeeded are ours to remove: the next one may be another pool's.
             for fd, name in zip(fds, names, strict=False):
                 os.close(fd)
                 posix_ipc.unlink_shared_memory(name)
             raise
-        return cls(fds[0], fds[1], name_prefix)
+        return cls(fds[0], fds[1], name_prefix, huge)
 
     @classmethod
-    def open(cls, name_prefix: str) -> Self:
-        """Open a pool that exists.  Raises `PoolError` if it does not, or is not whole."""
+    def open(cls, name_prefix: str, huge: HugePages = "off") -> Self:
+        """Open a pool as it is; `huge` is for `mend`.  Raises `PoolError` if there is none, or no whole one."""
         fds: list[int] = []
         try:
             fds.extend(posix_ipc.SharedMemory(name).fd for name in _names(name_prefix))
@@ -301,7 +318,7 @@ class Arena:
             for fd in fds:
                 os.close(fd)
             raise PoolError(f"pool {name_prefix} cannot be opened: {error}") from error
-        return cls(fds[0], fds[1], name_prefix)
+        return cls(fds[0], fds[1], name_prefix, huge)
 
     @classmethod
     def from_fds(cls, data_fd: int, control_fd: int) -> Self:
@@ -317,7 +334,11 @@ class Arena:
         """Give the data its size again, allocated and populated; what was cut off is zeros.  Raises `PoolError`."""
         size_bytes = self.geometry.total_bytes
         os.ftruncate(self.data_fd, size_bytes)
-        _allocate(self.data_fd, f"the pool of device {self.device_number}", size_bytes)
+        name = f"the pool of device {self.device_number}"
+        _allocate(self.data_fd, name, size_bytes)
+        # Nobody would be helped by a device that ends now, so none are required any more.
+        _make_huge(self.data_fd, name, size_bytes, "off" if self.huge == "off" else "auto")
+        self.huge_bytes = _huge_bytes(self.data_fd, size_bytes)
 
     def unlink(self) -> None:
         """Remove the names.  The memory lives until everybody has closed it."""
@@ -380,6 +401,36 @@ def _allocate(fd: int, name: str, size_bytes: int) -> None:
         if error.errno in (errno.ENOSPC, errno.ENOMEM):
             raise _no_space(name, size_bytes) from error
         raise PoolError(f"{name} of {_mib(size_bytes)} cannot be allocated: {error.strerror}") from error
+
+
+def _make_huge(fd: int, name: str, size_bytes: int, huge: HugePages) -> None:
+    if huge == "off":
+        return
+    with SharedMap(fd, size_bytes) as mapping:
+        mapping.collapse()
+        if huge == "require":
+            _check_huge(name, size_bytes, mapping.huge_bytes())
+
+
+def _huge_bytes(fd: int, size_bytes: int) -> int:
+    if not whole_bytes(size_bytes):
+        return 0
+    with SharedMap(fd, size_bytes) as mapping:
+        return mapping.huge_bytes()
+
+
+def _check_huge(name: str, size_bytes: int, huge_bytes: int) -> None:
+    wanted_bytes = whole_bytes(size_bytes)
+    if not wanted_bytes:
+        raise PoolError(
+            f"{name} of {_mib(size_bytes)} is smaller than a huge page: use huge_pages auto or off"
+        )
+    if huge_bytes < wanted_bytes:
+        raise PoolError(
+            f"{name} has {_mib(huge_bytes)} of {_mib(wanted_bytes)} in huge pages, and huge_pages says require: "
+            "free memory, or echo 1 > /proc/sys/vm/compact_memory; "
+            "/sys/kernel/mm/transparent_hugepage/shmem_enabled must not be deny"
+        )
 
 
 def _no_space(name: str, size_bytes: int) -> PoolError:

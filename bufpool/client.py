@@ -20,6 +20,7 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
+from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.links import Links, LinkStatistics
 from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
@@ -40,12 +41,12 @@ class Ready(NamedTuple):
     control: bool
 
 
-def map_segment(descriptor: int, size_bytes: int) -> mmap.mmap:
+def map_segment(descriptor: int, size_bytes: int) -> SharedMap:
     """The segment behind a file descriptor, shared and with every page present."""
     actual_bytes = os.fstat(descriptor).st_size
     if actual_bytes < size_bytes:
         raise BackendError(f"a segment of {size_bytes} bytes was announced, its file has {actual_bytes}")
-    return mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return SharedMap(descriptor, size_bytes)
 
 
 class OwnSegment:
@@ -56,7 +57,7 @@ class OwnSegment:
         self.descriptor = descriptor
         self.size_bytes = size_bytes
         self._map = map_segment(descriptor, size_bytes)
-        self.view = memoryview(self._map)
+        self.view = self._map.view
 
     @classmethod
     def create(cls, size_bytes: int, name: str = "ublkpool-backend") -> Self:
@@ -82,16 +83,7 @@ class OwnSegment:
     def close(self) -> None:
         """Let go of the memory; views that are still in use keep their mapping alive."""
         os.close(self.descriptor)
-        self.view.release()
-        _close_map(self._map)
-
-
-def _close_map(mapping: mmap.mmap) -> None:
-    # A request that its backend still holds has a view of this mapping: it goes when that view goes.
-    try:
-        mapping.close()
-    except BufferError:
-        return
+        self._map.close()
 
 
 def _connect(run_dir: Path, wait_s: float) -> socket.socket:
@@ -217,7 +209,7 @@ class Attachment:
         self,
         connection: socket.socket,
         attached: wire.Attached,
-        segments: dict[int, mmap.mmap],
+        segments: dict[int, SharedMap],
         own_segment: OwnSegment | None,
         links: Links,
     ) -> None:
@@ -227,7 +219,7 @@ class Attachment:
         self.links = links
         self._connection = connection
         self._maps = segments
-        self.segments = {number: memoryview(mapping) for number, mapping in segments.items()}
+        self.segments = {number: mapping.view for number, mapping in segments.items()}
         links.watch(connection.fileno())
 
     @classmethod
@@ -303,8 +295,6 @@ class Attachment:
     def close(self) -> None:
         """Send what is queued, then leave: links, mappings and the attach connection, in this order."""
         self.links.close()
-        for view in self.segments.values():
-            view.release()
         for mapping in self._maps.values():
-            _close_map(mapping)
+            mapping.close()
         self._connection.close()

@@ -222,6 +222,16 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
 )
 @click.option("--pool", metavar="N", help="Bytes of the buffer pool; without, derived from queues and depth.")
 @click.option(
+    "--huge-pages",
+    metavar="auto|off|require",
+    help="The pool in huge pages: as far as they can be had, not, or only so.  [default: auto]",
+)
+@click.option(
+    "--affinity",
+    metavar="auto|off|CPUS",
+    help="Where workers run: on a CPU of their queue, anywhere, or on these, as in 0-3,8.  [default: auto]",
+)
+@click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"
 )
 @click.option("--on-timeout", metavar="wait|fail", help="What then: keep waiting, or fail.  [default: wait]")

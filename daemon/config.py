@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon.affinity import parse_cpus
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: `("device", 0, "queues")`."""
@@ -40,6 +41,14 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
 Placement = Literal["pool", "backend"]
 Answers = Literal["backend", "worker"]
+Affinity = Annotated[
+    str,
+    Meta(
+        pattern=r"^(auto|off|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)\Z",
+        extra={"expected": "auto, off or CPUs as in '0-3,8'"},
+    ),
+]
+HugePages = Literal["auto", "off", "require"]
 Recovery = Literal["reissue", "abort", "fail", "none"]
 OnTimeout = Literal["wait", "fail"]
 OnStop = Literal["delete", "leave"]
@@ -85,6 +94,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rings: bool = True
     spin_us: SpinUs | None = None
     pool_bytes: PoolBytes | None = None
+    huge_pages: HugePages = "auto"
+    affinity: Affinity = "auto"
     io_timeout_s: Seconds = 30.0
     on_timeout: OnTimeout = "wait"
     absent_timeout_s: Seconds = 60.0
@@ -98,6 +109,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.answers == "worker":
             self._check_answers()
+        if self.affinity not in ("auto", "off"):
+            try:
+                parse_cpus(self.affinity)
+            except ValueError as error:
+                raise Conflict("affinity", str(error)) from error
         if self.pool_bytes is not None and self.pool_bytes < self.max_io_bytes:
             raise Conflict(
                 "pool", f"expected at least one request's {self.max_io_bytes} bytes, got {self.pool_bytes}"

@@ -72,7 +72,7 @@ class Machinery:
         """Go on with an earlier daemon's workers and pool.  Raises `DaemonError`, `PoolError`, `OSError`."""
         record, kernel = heir.record, heir.kernel
         self.kernel, self.disk = kernel, record.disk
-        self.arena = Arena.open(self._pool_name(kernel))
+        self.arena = Arena.open(self._pool_name(kernel), self._config.huge_pages)
         control_fd = self.arena.control_fd
         self.leases = Leases(self._around.broker, kernel.number, kernel.info.queues, control_fd, record.epoch)
         await self.leases.refresh()
@@ -177,7 +177,8 @@ class Machinery:
             config.placement,
             config.pool_bytes,
         )
-        return Arena.create(self._pool_name(kernel), geometry, info.queues, kernel.number, reserve)
+        name = self._pool_name(kernel)
+        return Arena.create(name, geometry, info.queues, kernel.number, reserve, config.huge_pages)
 
     def _pool_name(self, kernel: BlockDevice) -> str:
         return arena_prefix(self._around.instance, kernel.number)

@@ -51,6 +51,7 @@ def _pool_stats(arena: Arena, read: Sequence[Statistics]) -> PoolStats:
     count = arena.geometry.slot_count
     return PoolStats(
         size_bytes=arena.geometry.total_bytes,
+        huge_bytes=arena.huge_bytes,
         buffer_count=count,
         free_count=count - total("buffers_held"),
         lent_count=total("buffers_lent"),

@@ -67,7 +67,17 @@ def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
         "WE COPIED",
     )
     queues = [_queue_row(device.name, queue) for device in devices for queue in device.queues]
-    pool_headers = ("NAME", "POOL", "BUFFERS", "FREE", "LENT", "WAITING", "LENT EVER", "RETURNED EVER")
+    pool_headers = (
+        "NAME",
+        "POOL",
+        "HUGE PAGES",
+        "BUFFERS",
+        "FREE",
+        "LENT",
+        "WAITING",
+        "LENT EVER",
+        "RETURNED EVER",
+    )
     return [Table(headers, queues), Table(pool_headers, [_pool_row(device) for device in devices])]
 
 
@@ -116,7 +126,8 @@ def _op(request_count: int, size_bytes: int) -> str:
 def _pool_row(device: DeviceStats) -> tuple[str, ...]:
     pool = device.pool
     counts = (pool.buffer_count, pool.free_count, pool.lent_count, pool.waiting_count)
-    return (device.name, _size(pool.size_bytes), *map(str, (*counts, pool.lent_total, pool.returned_total)))
+    sizes = (_size(pool.size_bytes), _size(pool.huge_bytes) if pool.huge_bytes else "-")
+    return (device.name, *sizes, *map(str, (*counts, pool.lent_total, pool.returned_total)))
 
 
 def _size(size_bytes: int | None) -> str:

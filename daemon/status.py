@@ -81,9 +81,13 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's pool: how large, how many buffers are where, and how many ever went out and came back."""
+    """A device's pool: how large, how many buffers are where, and how many ever went out and came back.
+
+    `huge_bytes` of it are in huge pages.
+    """
 
     size_bytes: int = 0
+    huge_bytes: int = 0
     buffer_count: int = 0
     free_count: int = 0
     lent_count: int = 0

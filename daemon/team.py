@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.affinity import cpu_for
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
@@ -218,7 +219,8 @@ class Team:
 
     def _fork_worker(self, queue: int, char_fd: int, descriptors: list[object]) -> WorkerProcess:
         arena, kernel = self.plan.arena, self.plan.kernel
-        cpu = _cpu_for(queue, kernel.queue_cpus)
+        cpus = kernel.queue_cpus[queue]
+        cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
         spec = self._spec(queue, cpu)
         ours, theirs = messages.pair()
         pid = fork_child(
@@ -276,9 +278,3 @@ def spin_us(config: DeviceConfig) -> int:
     if config.spin_us is not None:
         return config.spin_us
     return SPIN_DEFAULT_US if len(os.sched_getaffinity(0)) >= SPIN_CPUS_MIN else 0
-
-
-def _cpu_for(queue: int, queue_cpus: list[list[int]]) -> int | None:
-    """One of the CPUs whose requests come to the queue, of those that we may use."""
-    usable = sorted(set(queue_cpus[queue]) & os.sched_getaffinity(0))
-    return usable[queue % len(usable)] if usable else None

@@ -82,20 +82,18 @@ class QueueLoop:
     ) -> None:
         self._spec = spec
         self._supervisor: socket.socket | None = supervisor
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        _settle(self._context, spec.cpu)
         self._queue = _make_queue(spec.queue, descriptors, arena)
         self._arena = arena
         self._requeues = self._queue.requeues
         self._look_at_s = 0.0
         self._broken = ""
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._backend = BackendLink(
             self._context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
         )
         self._rings = RingLink(spec.ring_socket, self._queue, spec.socket_mode, spec.socket_group)
         self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
-        # After ZeroMQ's thread has started: it must not share the queue's CPU.
-        if spec.cpu is not None:
-            os.sched_setaffinity(0, {spec.cpu})
         self._ring = Ring(self._queue, char_fd, spec.spin_us)
         self._started = False
         self._fetched = False
@@ -282,6 +280,14 @@ class QueueLoop:
     def _fail(self, reason: str) -> int:
         self._tell(messages.Fault(reason))
         return 1
+
+
+def _settle(context: "zmq.Context[zmq.Socket[bytes]]", cpu: int | None) -> None:
+    """Go to our CPU, before the first touch of memory of our own, which then lies near it."""
+    # ZeroMQ's threads start with its first socket, and must not share the queue's CPU.
+    context.socket(zmq.PAIR).close()
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
 
 
 def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue:

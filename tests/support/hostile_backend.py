@@ -18,6 +18,7 @@ from support.fake_liar import Lie, Scene, posts_that_lie
 from support.vm_process import Forked
 from ublkpool.bufpool import client, wire
 from ublkpool.bufpool.client import Attachment, OwnSegment
+from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 BLOCK_BYTES = 512
@@ -228,7 +229,7 @@ def _keeping_descriptors(kept: list[int]) -> Iterator[None]:
     """The SDK closes what it has mapped; somebody who means harm does not."""
     honest_map = client.map_segment
 
-    def keeping(descriptor: int, size_bytes: int) -> mmap.mmap:
+    def keeping(descriptor: int, size_bytes: int) -> SharedMap:
         kept.append(os.dup(descriptor))
         return honest_map(descriptor, size_bytes)
 

@@ -56,8 +56,9 @@ class NoRing:
 class Bench:
     """A loop in a thread, the supervisor's end of its socket, and backends."""
 
-    def __init__(self, directory: Path, arena: Arena) -> None:
+    def __init__(self, directory: Path, arena: Arena, cpu: int | None = None) -> None:
         self.arena = arena
+        self._cpu = cpu
         self.supervisor, worker = messages.pair()
         self.supervisor.setblocking(True)
         self.supervisor.settimeout(WAIT_S)
@@ -92,7 +93,7 @@ class Bench:
             pool_endpoint=f"ipc://{directory}/pool",
             socket_mode=0o600,
             socket_group=None,
-            cpu=None,
+            cpu=self._cpu,
             spin_us=0,
         )
 
@@ -166,12 +167,12 @@ class Bench:
 
 
 @contextmanager
-def bench_in(directory: Path) -> Iterator[Bench]:
-    """A bench with a pool of its own."""
+def bench_in(directory: Path, cpu: int | None = None) -> Iterator[Bench]:
+    """A bench with a pool of its own, its worker on this CPU."""
     geometry = Geometry.build([(4096, 4), (Plan().max_io_bytes, 4)])
     prefix = arena_prefix(f"test-loop-{os.getpid()}", DEVICE)
     with Arena.create(prefix, geometry, queues=1, device_number=DEVICE, reserve=(1, 1)) as arena:
-        made = Bench(directory, arena)
+        made = Bench(directory, arena, cpu)
         try:
             yield made
         finally:

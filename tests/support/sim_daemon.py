@@ -18,6 +18,7 @@ from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.arena import Arena, ControlHeader, control_bytes
 from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.limits import Geometry
 from ublkpool.daemon import adoption, block_device, machinery
 from ublkpool.daemon import device as device_module
@@ -56,7 +57,13 @@ class SimArena(Arena):
 
     @classmethod
     def create(
-        cls, prefix: str, geometry: Geometry, queues: int, device_number: int, reserve: Sequence[int]
+        cls,
+        prefix: str,
+        geometry: Geometry,
+        queues: int,
+        device_number: int,
+        reserve: Sequence[int],
+        huge: HugePages = "off",
     ) -> Self:
         size = control_bytes(queues, geometry.slot_count)
         fds = [os.memfd_create("sim", os.MFD_CLOEXEC) for _ in range(2)]
@@ -68,7 +75,7 @@ class SimArena(Arena):
         return arena
 
     @classmethod
-    def open(cls, prefix: str) -> Self:
+    def open(cls, prefix: str, huge: HugePages = "off") -> Self:
         last = cls.scenery.pools[-1].arena
         arena = cls(os.dup(last.data_fd), os.dup(last.control_fd))
         cls.scenery.arenas.append(arena)

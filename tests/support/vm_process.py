@@ -144,6 +144,18 @@ def _text(file: int) -> str:
     return text
 
 
+def mapped_huge_bytes(pid: int, name_end: str) -> int:
+    """How much a process maps in huge pages of the shared memory whose name ends so."""
+    total_bytes, is_it = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if not key.endswith(":"):
+            is_it = line.endswith(name_end)
+        elif is_it and key == "ShmemPmdMapped:":
+            total_bytes += int(value.split()[0]) * 1024
+    return total_bytes
+
+
 def process_flags(pid: int) -> int:
     """The kernel's PF_* bits of a process."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]

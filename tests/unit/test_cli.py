@@ -58,6 +58,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         ],
         *["--recovery", "fail", "--read-only", "--pool", "64M", "--io-timeout", "5", "--on-timeout", "fail"],
         *["--on-absent", "fail", "--absent-timeout", "7", "--no-partitions", "--no-rings"],
+        *["--huge-pages", "off", "--affinity", "1,3"],
         *["--backend", "memory", "a=1", "b=x=y"],
         run_dir=tmp_path,
     )
@@ -73,6 +74,8 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         recovery="fail",
         read_only=True,
         pool_bytes=64 << 20,
+        huge_pages="off",
+        affinity="1,3",
         io_timeout_s=5.0,
         on_timeout="fail",
         on_absent="fail",

@@ -53,6 +53,8 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         read_only = true
         partitions = false
         pool = 67108864
+        huge_pages = "require"
+        affinity = "0-3,8"
         io_timeout = 5
         on_timeout = "fail"
         absent_timeout = 2.5
@@ -76,6 +78,8 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         read_only=True,
         partitions=False,
         pool_bytes=64 << 20,
+        huge_pages="require",
+        affinity="0-3,8",
         io_timeout_s=5.0,
         on_timeout="fail",
         absent_timeout_s=2.5,
@@ -115,6 +119,9 @@ def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: 
         ('queues = "four"', 'queues: expected int, got "four"'),
         ("depth = true", "depth: expected int, got true"),
         ("id = -1", "id: expected int >= 0, got -1"),
+        ('affinity = "0-"', "affinity: expected auto, off or CPUs as in '0-3,8', got \"0-\""),
+        ('affinity = "3-1"', "affinity: '3-1' names no CPU"),
+        ('huge_pages = "on"', 'huge_pages: expected auto or off or require, got "on"'),
         ('id = "x"', 'id: expected int, got "x"'),
         ('size = "1X"', "size: '1X' is not a size (write 4096, 64M or 1.5G)"),
         ("size = 1000", "size: expected int that's a multiple of 512, got 1000"),

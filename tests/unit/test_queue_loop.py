@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from support.loop_bench import WAIT_S, Bench, NoRing, bench_in
+from ublkpool.ublk import queue as core
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 
@@ -56,3 +57,28 @@ def test_another_user_does_not_get_in(bench: Bench) -> None:
     monitor.close()
     bench.lose()
     bench.serve()
+
+
+def test_a_worker_is_on_its_cpu_before_it_touches_memory_of_its_own_and_zeromq_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("with one CPU everything is on it")
+    cpu, honest, seen = max(allowed), core.map_private, []
+
+    def map_private(size_bytes: int) -> object:
+        seen.append(os.sched_getaffinity(0))
+        return honest(size_bytes)
+
+    monkeypatch.setattr(queue_loop, "Ring", NoRing)
+    monkeypatch.setattr(core, "map_private", map_private)
+    tasks = Path("/proc/self/task")
+    before = set(tasks.iterdir())
+    with bench_in(tmp_path, cpu) as made:
+        made.serve()
+        started = {int(each.name) for each in set(tasks.iterdir()) - before}
+        where = [os.sched_getaffinity(each) for each in started]
+    # The worker's own thread, and those of its context and of the bench's.
+    assert seen == [{cpu}] and where.count({cpu}) == 1 and len(where) == 5
+    assert all(each in ({cpu}, allowed) for each in where)

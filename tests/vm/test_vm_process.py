@@ -18,11 +18,13 @@ from support.vm_process import (
     Forked,
     flusher_flags,
     holders_of_device,
+    mapped_huge_bytes,
     process_flags,
     status_field,
     write_block,
 )
 from support.vm_recovery import kill_broker, kill_worker, wait_for_epoch
+from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES
 from ublkpool.daemon.status import DeviceStatus
 
 MIB = 1 << 20
@@ -33,9 +35,10 @@ def _mount_namespace(pid: int) -> str:
 
 
 def test_processes_cannot_wait_for_their_own_disk_nor_keep_it_from_going(daemon: Daemon) -> None:
-    with daemon.device("p", "memory", options={"size": "16M"}, queues=2) as status:
+    with daemon.device("p", "memory", options={"size": "16M"}, queues=2, huge_pages="require") as status:
         assert len(status.workers) == 2
         _check_that_serving_needs_no_reclaim(daemon)
+        _check_that_everybody_maps_the_pool_in_huge_pages(daemon)
         _check_that_each_worker_has_a_cpu_of_its_queue(status)
         _check_that_only_workers_hold_the_device(daemon, status)
         _check_that_mounts_stay_apart(daemon, status)
@@ -47,6 +50,15 @@ def _check_that_serving_needs_no_reclaim(daemon: Daemon) -> None:
     for pid in (*(each.pid for each in status.workers), status.backend.pid):
         assert process_flags(pid) & flusher == flusher
         assert int(status_field(pid, "VmLck").split()[0]) > 0
+
+
+def _check_that_everybody_maps_the_pool_in_huge_pages(daemon: Daemon) -> None:
+    status, pool = daemon.status("p"), daemon.stats("p").pool
+    assert pool.huge_bytes == pool.size_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES > 0
+    assert status.backend.pid is not None
+    name = f"-{status.id}-data"
+    for pid in (*(each.pid for each in status.workers), status.backend.pid):
+        assert mapped_huge_bytes(pid, name) == pool.huge_bytes
 
 
 def _check_that_each_worker_has_a_cpu_of_its_queue(status: DeviceStatus) -> None:
@@ -90,12 +102,15 @@ class Watch:
 
 def test_no_process_ever_holds_a_device_that_it_does_not_serve(daemon: Daemon) -> None:
     # Control commands, udev, a broker, a backend and two generations of workers are forked meanwhile.
-    small = {"size": "4M"}
+    small, last_cpu = {"size": "4M"}, max(os.sched_getaffinity(0))
     with (
-        daemon.device("held", "memory", options=small, queues=2) as held,
+        daemon.device("held", "memory", options=small, queues=2, affinity="off") as held,
         Watch(held) as watch,
-        daemon.device("other", "memory", options=small) as other,
+        daemon.device("other", "memory", options=small, affinity=f"{last_cpu}") as other,
     ):
+        assert [each.cpu for each in (*held.workers, *other.workers)] == [None, None, last_cpu]
+        assert os.sched_getaffinity(held.workers[0].pid) == os.sched_getaffinity(daemon.pid)
+        assert os.sched_getaffinity(other.workers[0].pid) == {last_cpu}
         assert holders_of_device(f"ublkc{other.id}") == {each.pid for each in other.workers}
         before = kill_worker(daemon, "other", random.Random(1))
         kill_broker(daemon)

@@ -1,0 +1,170 @@
+"""Huge pages: mapped where they fit, made where they can be had, never missed in silence where they are required."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ublkpool.bufpool.arena import Arena, arena_prefix, list_orphans
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.ublk import _native
+from ublkpool.ublk import queue as core
+
+MIB = 1 << 20
+MAPS = Path("/proc/self/maps")
+INSTANCE = f"test-huge-{os.getpid()}"
+GEOMETRY = Geometry.build([(4096, 3), (MIB, 5)])
+HUGE_BYTES = 4 * MIB
+
+
+@pytest.fixture
+def prefix() -> Iterator[str]:
+    yield arena_prefix(INSTANCE, 7)
+    assert list_orphans(INSTANCE) == []
+
+
+def make(prefix: str, huge: str, geometry: Geometry = GEOMETRY) -> Arena:
+    arena = Arena.create(prefix, geometry, 1, 7, [1] * len(geometry.classes), huge)  # type: ignore[arg-type]
+    arena.unlink()
+    return arena
+
+
+@pytest.fixture(scope="module")
+def collapses() -> None:
+    """Only where this kernel makes huge pages at all."""
+    fd = core.sealed_memory(HUGE_PAGE_BYTES, "test")
+    with SharedMap(fd, HUGE_PAGE_BYTES) as mapping:
+        mapping.collapse()
+        found = mapping.huge_bytes()
+    os.close(fd)
+    if not found:
+        pytest.skip("this kernel makes no huge pages of shared memory")
+
+
+@pytest.mark.parametrize("size_bytes", [4096, HUGE_PAGE_BYTES, 5 * MIB + 4096])
+def test_a_map_shows_the_file_and_begins_where_huge_pages_fit(size_bytes: int) -> None:
+    fd = core.sealed_memory(size_bytes + 4096, "test")
+    os.pwrite(fd, b"first", 0)
+    with SharedMap(fd, size_bytes) as mapping:
+        assert len(mapping.view) == size_bytes and bytes(mapping.view[:5]) == b"first"
+        mapping.view[-4:] = b"last"
+        assert os.pread(fd, 5, size_bytes - 4) == b"last\0"
+        assert size_bytes < HUGE_PAGE_BYTES or not mapping.address % HUGE_PAGE_BYTES
+    os.close(fd)
+
+
+def test_a_view_in_use_keeps_the_memory_and_the_last_one_lets_go() -> None:
+    fd = core.sealed_memory(HUGE_PAGE_BYTES, "ublkpool-test-view")
+    os.pwrite(fd, b"kept", 4096)
+    mapping = SharedMap(fd, HUGE_PAGE_BYTES)
+    held = mapping.view[4096:8192]
+    mapping.close()
+    assert bytes(held[:4]) == b"kept"
+    del mapping
+    held.release()
+    del held
+    assert "ublkpool-test-view" not in MAPS.read_text()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("size_bytes", [8192, HUGE_PAGE_BYTES + 4096])
+def test_a_file_that_is_too_short_is_not_mapped(size_bytes: int) -> None:
+    fd = core.sealed_memory(4096, "test")
+    with pytest.raises(ValueError, match="greater than file size"):
+        SharedMap(fd, size_bytes)
+    os.close(fd)
+
+
+def test_a_worker_maps_where_huge_pages_fit_and_unmaps_all_of_it() -> None:
+    fd = core.sealed_memory(3 * MIB + 4096, "ublkpool-test-worker")
+    at = core.map_segment(fd, 3 * MIB + 4096)
+    assert not int(_native.ffi.cast("uintptr_t", at)) % HUGE_PAGE_BYTES
+    core.unmap_segment(at, 3 * MIB + 4096)
+    assert "ublkpool-test-worker" not in MAPS.read_text()
+    os.close(fd)
+    with pytest.raises(OSError, match="map a segment"):
+        core.map_segment(fd, 3 * MIB)
+
+
+LOCKED = """
+import mmap, os, sys
+from ublkpool.bufpool.huge_pages import SharedMap
+from ublkpool.ublk import _native, queue as core
+try:
+    core.lock_memory()
+except OSError:
+    sys.exit(77)
+def resident(address):
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(address // 4096 * 8)
+        words = memoryview(pages.read(8 * 64)).cast("Q")
+    return sum(word >> 63 for word in words)
+fd = core.sealed_memory(64 * 4096, "test")
+shared, private = core.map_segment(fd, 64 * 4096), core.map_private(64 * 4096)
+sdk = SharedMap(fd, 64 * 4096)
+print(*(resident(int(_native.ffi.cast("uintptr_t", each))) for each in (shared, private)), resident(sdk.address))
+"""
+
+
+def test_a_process_that_locks_its_memory_has_every_page_before_the_first_use() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, check=False)
+    if ended.returncode == 77:
+        pytest.skip("this user may not lock memory")
+    assert ended.stdout.split() == ["64", "64", "64"], ended.stderr
+
+
+@pytest.mark.usefixtures("collapses")
+@pytest.mark.parametrize("huge", ["auto", "require"])
+def test_a_pool_is_in_huge_pages_and_so_again_when_it_was_cut_short(prefix: str, huge: str) -> None:
+    with make(prefix, huge) as arena:
+        assert arena.huge_bytes == HUGE_BYTES
+        os.ftruncate(arena.data_fd, MIB)
+        with SharedMap(arena.data_fd, MIB) as left:
+            left.view[:4] = b"kept"
+        arena.mend()
+        assert arena.is_whole() and arena.huge_bytes == HUGE_BYTES
+        with SharedMap(arena.data_fd, GEOMETRY.total_bytes) as mended:
+            assert bytes(mended.view[:8]) == b"kept\0\0\0\0"
+        about = arena.statistics()
+        assert about.allocated_bytes == about.data_bytes + about.control_bytes
+
+
+def test_off_is_off(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("nobody asked for it"))
+    with make(prefix, "off") as arena:
+        arena.mend()
+
+
+@pytest.mark.usefixtures("collapses")
+def test_the_next_daemon_sees_what_the_pool_is_in(prefix: str) -> None:
+    made = Arena.create(prefix, GEOMETRY, 1, 7, (1, 1), "auto")
+    with made, Arena.open(prefix, "auto") as opened:
+        assert opened.huge_bytes == made.huge_bytes == HUGE_BYTES
+        made.unlink()
+
+
+def test_where_there_are_none_auto_goes_on_and_require_says_what_to_do(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
+    monkeypatch.setattr(SharedMap, "huge_bytes", lambda _: HUGE_PAGE_BYTES)
+    make(prefix, "auto").close()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(
+        PoolError, match=r"has 2.0 MiB of 4.0 MiB in huge pages.*compact_memory.*shmem_enabled"
+    ):
+        make(prefix, "require")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_pool_smaller_than_a_huge_page_cannot_be_required_to_be_one(prefix: str) -> None:
+    small = Geometry.build([(4096, 16)])
+    with pytest.raises(PoolError, match="smaller than a huge page: use huge_pages auto or off"):
+        make(prefix, "require", small)
+    with make(prefix, "auto", small) as arena:
+        assert arena.huge_bytes == 0
