@@ -5,6 +5,7 @@ store and to the pool's buffers, which is where a stale write or a shared buffer
 """
 
 import asyncio
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,6 +25,7 @@ from .posting_engine import PostingEngine
 from .queue_rig import DEVICE, POISON, new_area
 from .sim_defects import CUT_OFF_LIVES
 from .sim_loop import Clock
+from .sim_rings import SimRingLinks
 from .sim_wire import Killed, Life
 
 FRAMES_PER_TURN_MAX = 3
@@ -46,7 +48,7 @@ class SimSession(Session):
         self.attach = attach
         self.segment_fd = None
         self.segment = wire.SEGMENT_NONE
-        self.pid, self.uid = backend.pid, 0
+        self.pid, self.uid = backend.pid, os.getuid()
         self.token = backend.token
         self.backend = backend
         self._loop = asyncio.get_running_loop()
@@ -151,7 +153,9 @@ class SimAttachment(Attachment):
         self.attached = attached
         self.own_segment = own
         self.segments = {wire.SEGMENT_POOL: backend.witness.pool_view()}
-        self.links: SimLinks = SimLinks(backend, attached)
+        self.links: SimLinks | SimRingLinks = (
+            SimRingLinks(backend, attached) if attached.rings else SimLinks(backend, attached)
+        )
         self._backend = backend
 
     def message(self) -> wire.DaemonMessage | None:
@@ -300,18 +304,41 @@ class SimBackend:
             return
         attachment = self.attachment
         assert attachment is not None
-        while self.link_events:
-            attachment.links.link_changed(*self.link_events.popleft())
-        ready = Ready([], [], bool(self.control))
-        if attachment.links.receiving:
-            ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
-        self.loop.turn(ready)
+        links = attachment.links
+        if isinstance(links, SimRingLinks):
+            self._turn_over_rings(links)
+        else:
+            self._turn_over_frames(links)
         if self.loop._stopping:
-            attachment.links.stop_receiving()
+            links.stop_receiving()
             assert self.loop._engine is not None
             if not self.loop._engine.running():
                 self.loop._send_answers(self.loop._engine)
                 raise Killed
+
+    def _turn_over_frames(self, links: SimLinks) -> None:
+        assert self.loop is not None
+        while self.link_events:
+            links.link_changed(*self.link_events.popleft())
+        ready = Ready([], [], bool(self.control))
+        if links.receiving:
+            ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
+        self.loop.turn(ready)
+
+    def _turn_over_rings(self, links: SimRingLinks) -> None:
+        assert self.loop is not None
+        links.doze()
+        if links.is_awake():
+            self.loop.turn(Ready(*links.look(), bool(self.control)))
+
+    def has_work(self) -> bool:
+        """Something for its loop that comes neither through a link nor through a file descriptor."""
+        return bool(self.control or (self.loop and self.loop._outbox.results))
+
+    def check(self) -> None:
+        """Raises `AssertionError` if it sleeps on what has come."""
+        if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
+            self.attachment.links.assert_no_wakeup_lost()
 
     def _await_answer(self) -> None:
         while self.control:
@@ -340,15 +367,20 @@ class SimBackend:
     def send(self, queue: int, frame: bytes) -> None:
         self.life.effect()
         if self.lies and self.rng.random() < 0.02:
-            frame = self._lie(frame)
+            frame = self.rng.choice((b"", frame[:-1], self._lie(frame)))
         self.outbox[queue].append(frame)
+
+    def says(self, frame: bytes) -> bytes:
+        """What it puts into a ring, where nothing can be cut short."""
+        return self._lie(frame) if self.lies and self.rng.random() < 0.02 else frame
+
+    def lies_about_index(self) -> bool:
+        return self.lies and self.rng.random() < 0.01
 
     def _lie(self, frame: bytes) -> bytes:
         first = next(wire.iter_frame(frame))
         return self.rng.choice(
             (
-                b"",
-                frame[:-1],
                 first._replace(kind=77).pack(),
                 first._replace(device=DEVICE + 1).pack(),
                 first._replace(epoch=first.epoch + 1).pack(),
@@ -360,6 +392,8 @@ class SimBackend:
         """The process has ended: close what the simulation opened for it."""
         if self.loop is not None:
             self.loop.__exit__()
+        if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
+            self.attachment.links.die()
         for request in (*self.app.given, *self.app.stored):
             self.witness.backend_ends(request.descriptor)
         self.app.given.clear()
