@@ -232,7 +232,7 @@ class DeviceWorld(Processes):
     # What always holds
 
     def check(self) -> None:
-        """No fault of a worker's, one owner for every buffer, as the slot headers say, and nobody sleeps on anything."""
+        """No fault of a worker's, nobody asleep on what has come, and one owner for every buffer, in its header."""
         if self.backend is not None:
             self.backend.check()
         holder: dict[int, Task] = {}

@@ -126,7 +126,9 @@ class SimRingLinks(RingLinks):
 
     def is_awake(self) -> bool:
         """Whether it does not sleep, or something wakes it."""
-        return not self._sleeps or self._process.has_work() or _is_readable(self._epoll_file) or self._is_due()
+        return (
+            not self._sleeps or self._process.has_work() or _is_readable(self._epoll_file) or self._is_due()
+        )
 
     def _is_due(self) -> bool:
         # As `poll` reckons how long it may wait.

@@ -17,7 +17,17 @@ from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, Command, Link, Memory, Port, Queue, QueueConfig, Ring, read_statistics
+from ublkpool.ublk.queue import (
+    Attention,
+    Command,
+    Link,
+    Memory,
+    Port,
+    Queue,
+    QueueConfig,
+    Ring,
+    read_statistics,
+)
 from ublkpool.workers import messages
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
@@ -73,7 +83,7 @@ class SimRing:
         worker = self._worker
         if self.port is not None:
             self.port.close()
-        self.port = port and SimPort(port, bell_in, bell_out, worker.life, worker.defect)
+        self.port = SimPort(port, bell_in, bell_out, worker.life, worker.defect) if port else None
         worker.queue.hold_output(port is not None)
 
     def run(self, timeout_ms: int) -> int:

@@ -176,11 +176,13 @@ def test_the_loop_forgets_doorbells_before_they_are_closed(
         bells(self, queue, ours, workers)
 
     monkeypatch.setattr(RingDriver, "bells", watching)
-    with FakeWorker(tmp_path, queues=1, depth=DEPTH) as worker:
-        with serving(worker, NullBackend(NullOptions(size=1 << 20))):
-            worker.restart_worker(0)
-            assert worker.receive().kind == Kind.HELLO
-            assert worker.do(Op.FLUSH) == 0
+    with (
+        FakeWorker(tmp_path, queues=1, depth=DEPTH) as worker,
+        serving(worker, NullBackend(NullOptions(size=1 << 20))),
+    ):
+        worker.restart_worker(0)
+        assert worker.receive().kind == Kind.HELLO
+        assert worker.do(Op.FLUSH) == 0
     assert seen[:3] == [("open", False), ("ended", True), ("open", False)]
 
 
