@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
-from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
+from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.daemon.session import Session
@@ -88,8 +88,7 @@ class SimLinks:
     def __init__(self, backend: "SimBackend", attached: wire.Attached) -> None:
         self._attached, self._backend = attached, backend
         self._epoch = attached.epoch
-        self._handshakes = [0] * attached.queues
-        self._linked: set[int] = set()
+        self._handshakes = Handshakes(attached.queues)
         self.receiving = True
         for queue in range(attached.queues):
             self._greet(queue)
@@ -112,16 +111,11 @@ class SimLinks:
 
     @property
     def linked(self) -> int:
-        return len(self._linked)
+        return self._handshakes.linked
 
     def link_changed(self, queue: int, up: bool) -> None:
-        """A link came up or went down, as ZeroMQ's monitor or a ring's connection tells."""
-        if not up:
-            self._linked.discard(queue)
-            return
-        self._linked.add(queue)
-        self._handshakes[queue] += 1
-        if self._handshakes[queue] > 1:
+        """A link came up or went down, as ZeroMQ's monitor tells."""
+        if self._handshakes.changed(queue, up):
             self._greet(queue)
 
     def frames(self, queue: int) -> Iterator[bytes]:
