@@ -73,6 +73,33 @@ class Links(Protocol):
         """Send what is queued, within a bound, then end every link."""
 
 
+class Handshakes:
+    """Which queues have a worker, where the transport connects by itself and keeps the first HELLO until it has."""
+
+    def __init__(self, queues: int) -> None:
+        self._counts = [0] * queues
+        self._linked: set[int] = set()
+
+    def changed(self, queue: int, up: bool) -> bool:
+        """A connection stands, or ended: whether it is a new worker's, who has to be greeted."""
+        if not up:
+            self._linked.discard(queue)
+            return False
+        self._linked.add(queue)
+        self._counts[queue] += 1
+        return self._counts[queue] > 1
+
+    @property
+    def linked(self) -> int:
+        """How many queues have a worker."""
+        return len(self._linked)
+
+    @property
+    def reconnects(self) -> int:
+        """How many workers came after the first."""
+        return sum(max(0, count - 1) for count in self._counts)
+
+
 def hello(attached: wire.Attached, queue: int, epoch: int) -> bytes:
     """The frame that opens a link."""
     return wire.Descriptor(wire.Kind.HELLO, device=attached.device_number, queue=queue, epoch=epoch).pack()

@@ -195,8 +195,9 @@ class RingLinks:
 
     def _connect_due(self) -> None:
         now_s = time.monotonic()
-        for link in [each for each in self._absent if each.due_s <= now_s]:
-            self._connect(link)
+        for link in self._links:
+            if link in self._absent and link.due_s <= now_s:
+                self._connect(link)
 
     def _connect(self, link: Link) -> None:
         connection = socket.socket(socket.AF_UNIX, _KIND)

@@ -12,7 +12,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello, unread, unread_max
+from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello, unread, unread_max
 
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
@@ -28,8 +28,7 @@ class ZeroMQLinks:
         self._epoch = attached.epoch
         self._frames_received = self._frames_sent = 0
         self._bytes_received = self._bytes_sent = 0
-        self._handshakes = [0] * attached.queues
-        self._linked: set[int] = set()
+        self._handshakes = Handshakes(attached.queues)
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._queues = [self._make_queue() for _ in attached.endpoints]
@@ -92,17 +91,11 @@ class ZeroMQLinks:
     @property
     def linked(self) -> int:
         """See `Links`."""
-        return len(self._linked)
+        return self._handshakes.linked
 
     def _link_changed(self, queue: int) -> None:
         event = parse_monitor_message(self._monitors[queue].recv_multipart())["event"]
-        if event == zmq.EVENT_DISCONNECTED:
-            self._linked.discard(queue)
-            return
-        self._linked.add(queue)
-        # The first HELLO was queued before the connection stood; after that a connection means a new worker.
-        self._handshakes[queue] += 1
-        if self._handshakes[queue] > 1:
+        if self._handshakes.changed(queue, up=event != zmq.EVENT_DISCONNECTED):
             self._greet(queue)
 
     def frames(self, queue: int) -> Iterator[bytes]:
@@ -139,7 +132,7 @@ class ZeroMQLinks:
             frames_sent=self._frames_sent,
             bytes_received=self._bytes_received,
             bytes_sent=self._bytes_sent,
-            reconnects=sum(max(0, count - 1) for count in self._handshakes),
+            reconnects=self._handshakes.reconnects,
         )
 
     def close(self) -> None:

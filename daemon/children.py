@@ -10,6 +10,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+_KILL_BIT = 1 << signal.SIGKILL - 1
 EXIT_UNKNOWN = 255
 """Of a process that was not our child."""
 
@@ -36,12 +37,14 @@ class Child:
         return await asyncio.shield(self._exited)
 
     def has_ended(self) -> bool:
-        """Whether it is dead by now, reaped or not; any process may ask."""
+        """Whether it is dead by now, reaped or not, or was told to KILL and can only die; any process may ask."""
         try:
-            text = Path(f"/proc/{self.pid}/stat").read_text()
+            text = Path(f"/proc/{self.pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return True
-        return text.rpartition(") ")[2][0] in "ZX"
+        found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        # Dying takes a while, and the driver cancels its commands early in it.
+        return found["State"][0] in "ZX" or bool(int(found["ShdPnd"], 16) & _KILL_BIT)
 
     def send(self, number: signal.Signals) -> None:
         """Signal it, if it still lives."""

@@ -14,10 +14,12 @@ import pytest
 from support import sim_play
 from support.device_world import DeviceWorld
 from support.sim_defects import (
+    BELL_NOT_RUNG,
     BUFFER_FREE_EARLY,
     COMMANDS_LIVE_ON,
     COMPLETION_LOST,
     CUT_OFF_LIVES,
+    DOZES_BLINDLY,
     END_COMES_LATE,
     END_IS_BLIND,
     LEASE_FORGOTTEN,
@@ -26,6 +28,7 @@ from support.sim_defects import (
 )
 from support.sim_kernel import Model
 from support.sim_processes import DeviceScenario, Victim
+from support.sim_rings import LOST
 
 SEEDS = 1080
 MODELS: tuple[Model, ...] = ("6.12", "7.3")
@@ -74,6 +77,7 @@ def scenario(seed: int, rng: random.Random) -> DeviceScenario:
         reads_own=road != "off" and rng.random() < 0.3,
         lies=lies,
         # Not drawn, so that the other seeds play on as they did.
+        rings=seed // len(SHAPES) % 2 == 1,
         posts=road == "backend" and seed // len(SHAPES) % 3 == 1,
         steps=rng.choice((400, 800, 1600)),
         kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
@@ -98,16 +102,26 @@ def test_whoever_dies_whenever_every_request_is_answered_once_and_data_is_right(
         play(seed)
 
 
-def test_a_seed_replays_its_run() -> None:
-    assert list(play(5).trace) == list(play(5).trace)
+@pytest.mark.parametrize("seed", [5, len(SHAPES) + 5], ids=["frames", "rings"])
+def test_a_seed_replays_its_run(seed: int) -> None:
+    assert list(play(seed).trace) == list(play(seed).trace)
 
 
-def test_the_runs_reach_every_corner() -> None:
+@pytest.mark.parametrize(
+    ("first", "corners"),
+    [
+        (0, CORNERS),
+        # Rings go with their worker: what a dead one was answered reaches no other.
+        (len(SHAPES), tuple(each for each in CORNERS if each != "stale_answers")),
+    ],
+    ids=["frames", "rings"],
+)
+def test_the_runs_reach_every_corner(first: int, corners: tuple[str, ...]) -> None:
     reached = Counter[str]()
-    for seed in range(len(SHAPES)):
+    for seed in range(first, first + len(SHAPES)):
         counts = _counts.get(seed) or play(seed).counts
         reached.update({corner for corner, count in counts.items() if count})
-    missing = [corner for corner in CORNERS if reached[corner] < 2]
+    missing = [corner for corner in corners if reached[corner] < 2]
     assert not missing, f"{missing} in none or one of {len(SHAPES)} runs: {reached}"
 
 
@@ -155,6 +169,8 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         {"queues": 3, "model": "6.12", "kills": ("worker",) * 5},
         "a request goes to a command that was cancelled",
     ),
+    (BELL_NOT_RUNG, 72, {}, LOST),
+    (DOZES_BLINDLY, 72, {}, LOST),
 )
 SEARCHED_MAX = 500
 

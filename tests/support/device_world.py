@@ -6,6 +6,7 @@ answered, every buffer accounted for, the store holding what was acknowledged la
 
 import logging
 import random
+import shutil
 from collections.abc import Callable
 
 from ublkpool.bufpool.wire import Op
@@ -231,11 +232,13 @@ class DeviceWorld(Processes):
     # What always holds
 
     def check(self) -> None:
-        """No fault of a worker's, and one owner for every buffer, as the slot headers say."""
+        """No fault of a worker's, nobody asleep on what has come, and one owner for every buffer, in its header."""
+        if self.backend is not None:
+            self.backend.check()
         holder: dict[int, Task] = {}
         for worker in self.workers:
             task = worker.task
-            assert not worker.has_fault(), f"{task}: {worker.queue.fault()}"
+            worker.check()
             for slot in worker.held():
                 other = holder.setdefault(slot, task)
                 assert other is task, f"slot {slot} has two owners: {task} and {other}"
@@ -267,6 +270,8 @@ class DeviceWorld(Processes):
     def _clean_up(self) -> None:
         for daemon in self.daemons:
             daemon.loop.bury()
+        for worker in self.workers:
+            worker.loop.die()
         for backend in self.backends:
             if not backend.ended or backend in self.zombies:
                 backend.forget()
@@ -277,3 +282,5 @@ class DeviceWorld(Processes):
         for pool in self.witness.pools:
             pool.close()
             pool.arena.close()
+        if self.scenario.rings:
+            shutil.rmtree(self._queue_dir)

@@ -6,6 +6,7 @@ Owns the connection, the memory and both doorbells.
 import json
 import mmap
 import os
+import random
 import select
 import socket
 import struct
@@ -40,12 +41,32 @@ class RingMemory:
         return start + index % self.entries * ENTRY_BYTES
 
     def put(self, frame: bytes) -> None:
-        """Write entries and let them be seen, without a doorbell."""
+        """Write entries for the worker and let them be seen, without a doorbell."""
+        self._written = self.put_at(TO_WORKER, self._written, frame)
+
+    def put_at(self, ring: int, tail: int, frame: bytes) -> int:
+        """Write entries where `tail` stands and let them be seen; where it stands then."""
         for start in range(0, len(frame), ENTRY_BYTES):
-            at = self._slot(TO_WORKER, self._written)
+            at = self._slot(ring, tail)
             self.memory[at : at + ENTRY_BYTES] = frame[start : start + ENTRY_BYTES]
-            self._written += 1
-        self.set_index(TO_WORKER, TAIL, self._written)
+            tail += 1
+        self.set_index(ring, TAIL, tail)
+        return tail
+
+    def waiting(self, ring: int) -> int:
+        """Entries that were published and not yet read."""
+        return (self.index(ring, TAIL) - self.index(ring, HEAD)) & _MASK
+
+    def scribble(self, ring: int, rng: random.Random) -> None:
+        """Leave what a writer leaves who dies before he publishes: something in slots that are free."""
+        tail = self.index(ring, TAIL)
+        for index in range(tail, tail + min(2, self.entries - self.waiting(ring))):
+            at = self._slot(ring, index & _MASK)
+            self.memory[at : at + ENTRY_BYTES] = rng.randbytes(ENTRY_BYTES)
+
+    def lie_ahead(self) -> None:
+        """More entries for the worker than a ring holds."""
+        self.set_index(TO_WORKER, TAIL, self.index(TO_WORKER, HEAD) + self.entries + 1)
 
     def unread(self) -> int:
         """Entries that the worker has not read."""

@@ -5,6 +5,7 @@ store and to the pool's buffers, which is where a stale write or a shared buffer
 """
 
 import asyncio
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Protocol, cast
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
-from ublkpool.bufpool.links import LinkStatistics, Polled, epoch_after, hello
+from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.daemon.session import Session
@@ -24,6 +25,7 @@ from .posting_engine import PostingEngine
 from .queue_rig import DEVICE, POISON, new_area
 from .sim_defects import CUT_OFF_LIVES
 from .sim_loop import Clock
+from .sim_rings import SimRingLinks
 from .sim_wire import Killed, Life
 
 FRAMES_PER_TURN_MAX = 3
@@ -46,7 +48,7 @@ class SimSession(Session):
         self.attach = attach
         self.segment_fd = None
         self.segment = wire.SEGMENT_NONE
-        self.pid, self.uid = backend.pid, 0
+        self.pid, self.uid = backend.pid, os.getuid()
         self.token = backend.token
         self.backend = backend
         self._loop = asyncio.get_running_loop()
@@ -86,8 +88,7 @@ class SimLinks:
     def __init__(self, backend: "SimBackend", attached: wire.Attached) -> None:
         self._attached, self._backend = attached, backend
         self._epoch = attached.epoch
-        self._handshakes = [0] * attached.queues
-        self._linked: set[int] = set()
+        self._handshakes = Handshakes(attached.queues)
         self.receiving = True
         for queue in range(attached.queues):
             self._greet(queue)
@@ -110,16 +111,11 @@ class SimLinks:
 
     @property
     def linked(self) -> int:
-        return len(self._linked)
+        return self._handshakes.linked
 
     def link_changed(self, queue: int, up: bool) -> None:
-        """A link came up or went down, as ZeroMQ's monitor or a ring's connection tells."""
-        if not up:
-            self._linked.discard(queue)
-            return
-        self._linked.add(queue)
-        self._handshakes[queue] += 1
-        if self._handshakes[queue] > 1:
+        """A link came up or went down, as ZeroMQ's monitor tells."""
+        if self._handshakes.changed(queue, up):
             self._greet(queue)
 
     def frames(self, queue: int) -> Iterator[bytes]:
@@ -151,7 +147,9 @@ class SimAttachment(Attachment):
         self.attached = attached
         self.own_segment = own
         self.segments = {wire.SEGMENT_POOL: backend.witness.pool_view()}
-        self.links: SimLinks = SimLinks(backend, attached)
+        self.links: SimLinks | SimRingLinks = (
+            SimRingLinks(backend, attached) if attached.rings else SimLinks(backend, attached)
+        )
         self._backend = backend
 
     def message(self) -> wire.DaemonMessage | None:
@@ -300,18 +298,41 @@ class SimBackend:
             return
         attachment = self.attachment
         assert attachment is not None
-        while self.link_events:
-            attachment.links.link_changed(*self.link_events.popleft())
-        ready = Ready([], [], bool(self.control))
-        if attachment.links.receiving:
-            ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
-        self.loop.turn(ready)
+        links = attachment.links
+        if isinstance(links, SimRingLinks):
+            self._turn_over_rings(links)
+        else:
+            self._turn_over_frames(links)
         if self.loop._stopping:
-            attachment.links.stop_receiving()
+            links.stop_receiving()
             assert self.loop._engine is not None
             if not self.loop._engine.running():
                 self.loop._send_answers(self.loop._engine)
                 raise Killed
+
+    def _turn_over_frames(self, links: SimLinks) -> None:
+        assert self.loop is not None
+        while self.link_events:
+            links.link_changed(*self.link_events.popleft())
+        ready = Ready([], [], bool(self.control))
+        if links.receiving:
+            ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
+        self.loop.turn(ready)
+
+    def _turn_over_rings(self, links: SimRingLinks) -> None:
+        assert self.loop is not None
+        links.doze()
+        if links.is_awake():
+            self.loop.turn(Ready(*links.look(), bool(self.control)))
+
+    def has_work(self) -> bool:
+        """Something for its loop that comes neither through a link nor through a file descriptor."""
+        return bool(self.control or (self.loop and self.loop._outbox.results))
+
+    def check(self) -> None:
+        """Raises `AssertionError` if it sleeps on what has come."""
+        if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
+            self.attachment.links.assert_no_wakeup_lost()
 
     def _await_answer(self) -> None:
         while self.control:
@@ -340,15 +361,20 @@ class SimBackend:
     def send(self, queue: int, frame: bytes) -> None:
         self.life.effect()
         if self.lies and self.rng.random() < 0.02:
-            frame = self._lie(frame)
+            frame = self.rng.choice((b"", frame[:-1], self._lie(frame)))
         self.outbox[queue].append(frame)
+
+    def says(self, frame: bytes) -> bytes:
+        """What it puts into a ring, where nothing can be cut short."""
+        return self._lie(frame) if self.lies and self.rng.random() < 0.02 else frame
+
+    def lies_about_index(self) -> bool:
+        return self.lies and self.rng.random() < 0.01
 
     def _lie(self, frame: bytes) -> bytes:
         first = next(wire.iter_frame(frame))
         return self.rng.choice(
             (
-                b"",
-                frame[:-1],
                 first._replace(kind=77).pack(),
                 first._replace(device=DEVICE + 1).pack(),
                 first._replace(epoch=first.epoch + 1).pack(),
@@ -360,6 +386,8 @@ class SimBackend:
         """The process has ended: close what the simulation opened for it."""
         if self.loop is not None:
             self.loop.__exit__()
+        if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
+            self.attachment.links.die()
         for request in (*self.app.given, *self.app.stored):
             self.witness.backend_ends(request.descriptor)
         self.app.given.clear()

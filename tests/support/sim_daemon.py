@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, cast
 
-from ublkpool.bufpool import broker_commands
+from ublkpool.bufpool import broker_commands, ring_links
 from ublkpool.bufpool.arena import Arena, ControlHeader, control_bytes
 from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
@@ -233,6 +233,7 @@ class Scenery(NamedTuple):
     save: Callable[[LeftBehind], None]
     jobs: list[ControlJob]
     defect: str
+    queue_dir: Path
 
 
 class SimTeam(Team):
@@ -365,7 +366,7 @@ class Daemon:
             holder=SimHolder(scenery.hold_backend),
             build="",
             records=SimpleNamespace(forget=lambda _name: None),
-            queue_dir=_RUN_DIR / "queues",
+            queue_dir=scenery.queue_dir,
         )
         self.device = self._new_device()
         restarted = self.broker.keep_running(lambda: self.device.broker_restarted())
@@ -438,6 +439,7 @@ def patched(scenery: Scenery) -> Iterator[None]:
         (adoption, "BlockDevice", SimBlockDevice),
         (adoption, "end_left", _ender(scenery)),
         (block_device, "control", SimControl(scenery.kernel)),
+        (ring_links, "time", SimpleNamespace(monotonic=lambda: scenery.clock.now_s)),
         *REPLACED_BY.get(scenery.defect, ()),
     ]
     saved = [(module, name, getattr(module, name)) for module, name, _ in replaced]

@@ -5,7 +5,9 @@ hold is `device_world.py`'s.
 """
 
 import random
+import tempfile
 from collections import Counter, deque
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -32,6 +34,7 @@ from .sim_worker import SimChild, SimWorker
 SECTORS = 256
 MAX_IO_BYTES = 8192
 KILLED = 137
+_NO_DIR = Path("/nonexistent/ublkpool/queues")
 TRACE_LINES = 40
 Victim = Literal["worker", "backend", "broker", "supervisor"]
 
@@ -60,6 +63,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     lies: bool
     steps: int
     kills: tuple[Victim, ...]
+    rings: bool = False
+    """Whether descriptors travel in shared memory, or over ZeroMQ."""
     posts: bool = False
     """Whether backends post regions ahead, where writes are placed in theirs."""
     defect: str = ""
@@ -91,7 +96,9 @@ class Processes:
             max_io_bytes=MAX_IO_BYTES,
             need_get_data=scenario.need_get_data,
             placement="backend" if scenario.place_in_backend else "pool",
+            rings=scenario.rings,
         )
+        self._queue_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-")) if scenario.rings else _NO_DIR
         self.store = Store(0, SECTORS * SECTOR_BYTES)
         self.workers: list[SimWorker] = []
         self.dealers: list[PoolDealer] = []
@@ -130,6 +137,7 @@ class Processes:
             self._save,
             self.jobs,
             scenario.defect,
+            self._queue_dir,
         )
 
     def note(self, text: str) -> None:
@@ -154,6 +162,7 @@ class Processes:
                 self.witness.pools[-1],
                 self.clock,
                 self._segment_base,
+                self.rng,
                 self.scenario.defect,
             )
             self.witness.scratch_of[task] = worker.scratch
@@ -193,6 +202,7 @@ class Processes:
         self.kernel.exit(worker.task)
         self.witness.worker_ended(worker.task)
         self._cut_links(worker)
+        worker.loop.die()
         team = self.daemon.device.team if self.daemon else None
         for each in team.workers if team else ():
             if getattr(each, "worker", None) is worker and isinstance(each.child, SimChild):
@@ -225,6 +235,8 @@ class Processes:
             and not router.peer.outbox[worker.task.queue]
         ):
             router.peer = None
+        if self.scenario.rings:
+            return
         if router.peer is None and link.is_bound and backend is not None and backend.attachment is not None:
             router.peer = backend
             backend.link_events.append((worker.task.queue, True))

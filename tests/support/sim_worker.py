@@ -4,6 +4,7 @@ Owns one process's life: `SimWorker` is the process, `SimWorkerProcess` the supe
 """
 
 import asyncio
+import random
 import signal
 from collections import deque
 from collections.abc import Callable
@@ -16,19 +17,32 @@ from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, Command, Link, Memory, Queue, QueueConfig, Ring, read_statistics
+from ublkpool.ublk.queue import (
+    Attention,
+    Command,
+    Link,
+    Memory,
+    Port,
+    Queue,
+    QueueConfig,
+    Ring,
+    read_statistics,
+)
 from ublkpool.workers import messages
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
+from ublkpool.workers.ring_link import RingLink
 
 from .queue_rig import new_area
+from .ring_peer import TO_BACKEND
 from .sim_defects import BUFFER_FREE_EARLY, COMPLETION_LOST
 from .sim_kernel import SimKernel, Task
 from .sim_loop import Clock
+from .sim_rings import SimPort
 from .sim_wire import Context, Killed, Life, SimBackendLink
 
 _ffi = core._ffi
-_SUPERVISOR, _POOL = (1 << core.WATCH_SHIFT + index for index in range(2))
+_SUPERVISOR, _POOL, _RINGS = (1 << core.WATCH_SHIFT + index for index in (0, 1, 5))
 
 
 class PoolMemory:
@@ -59,18 +73,51 @@ class SimRing:
     def __init__(self, worker: "SimWorker") -> None:
         self._worker = worker
         self._untaken: list[Command] = []
+        self.port: SimPort | None = None
+        self._sleeps_until_s = 0.0
 
     def watch(self, _index: int, _fd: int) -> None:
         """Whoever runs the loop knows when to."""
 
-    def run(self, _timeout_ms: int) -> int:
+    def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
         worker = self._worker
+        if self.port is not None:
+            self.port.close()
+        self.port = SimPort(port, bell_in, bell_out, worker.life, worker.defect) if port else None
+        worker.queue.hold_output(port is not None)
+
+    def run(self, timeout_ms: int) -> int:
+        worker, port = self._worker, self.port
         worker.queue.tick(int(worker.clock.now_s * 1000))
+        if port is not None:
+            port.exchange(worker.queue)
         self._submit()
+        if port is not None and timeout_ms and not worker.task.completions and not self._bits():
+            port.grow_drowsy()
+            self._sleeps_until_s = worker.clock.now_s + timeout_ms / 1000
         self._harvest()
+        return self._bits()
+
+    def _bits(self) -> int:
+        worker = self._worker
         asked = _SUPERVISOR if worker.inbox or worker.orphaned else 0
         granted = _POOL if worker.context.pool.inbox else 0
-        return worker.queue.attention_bits() | asked | granted
+        called = _RINGS if worker.loop.hears_rings else 0
+        return worker.queue.attention_bits() | asked | granted | called
+
+    def is_awake(self) -> bool:
+        """Whether it may be turned: it does not sleep, or something that it waits for has come."""
+        worker, port = self._worker, self.port
+        if port is not None:
+            port.doze(worker.queue)
+        if port is None or not port.sleeps:
+            return True
+        is_over = worker.clock.now_s >= self._sleeps_until_s or port.is_rung()
+        if not (is_over or worker.task.completions or self._bits()):
+            return False
+        port.wake()
+        port.hear()
+        return True
 
     def _submit(self) -> None:
         worker = self._worker
@@ -106,13 +153,13 @@ class SimQueueLoop(QueueLoop):
         context = cast("zmq.Context[zmq.Socket[bytes]]", worker.context)
         self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
-        self._ring = cast(Ring, SimRing(worker))
+        self.ring = SimRing(worker)
+        self._ring = cast(Ring, self.ring)
+        self._rings = RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None)
+        self._rings.serve_on(self.ring)
         self._started = self._fetched = self._more = False
         self._bits = 0
         self._broken = ""
-
-    def _listen_to(self, token: bytes, user: int | None = None) -> None:
-        self._backend.expect(token, user)
 
     def _look_at_pool(self, backend_lives: bool) -> None:
         """Nobody changes the pool's size here."""
@@ -124,6 +171,17 @@ class SimQueueLoop(QueueLoop):
     @property
     def backend_link(self) -> SimBackendLink:
         return cast(SimBackendLink, self._backend)
+
+    @property
+    def hears_rings(self) -> bool:
+        """Whether somebody asks for rings, or who has them is gone."""
+        return bool(self._rings._epoll.poll(0))
+
+    def die(self) -> None:
+        """The process is gone, perhaps while it wrote an entry; the kernel closes its files."""
+        if self.ring.port is not None:
+            self.ring.port.memory.scribble(TO_BACKEND, self._worker.rng)
+        self._rings.close()
 
     def _hear_supervisor(self) -> None:
         while self._worker.inbox:
@@ -137,7 +195,7 @@ class SimQueueLoop(QueueLoop):
         if self._queue.link is Link.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
-            self._backend.expect(bytes.fromhex(message.token), message.user)
+            self._listen_to(bytes.fromhex(message.token), message.user)
             self._tell(messages.Expecting())
             return
         self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
@@ -170,9 +228,11 @@ class SimWorker:
         pool: PoolMemory,
         clock: Clock,
         segment_base: Callable[[str], Any],
+        rng: random.Random,
         defect: str,
     ) -> None:
         config = spec.queue
+        self.rng = rng
         self.spec, self.kernel, self.clock, self.defect = spec, kernel, clock, defect
         self.segment_base = segment_base
         self.life = Life()
@@ -200,6 +260,13 @@ class SimWorker:
             statistics=core.offset(pool.control, stats_offset(config.queue)),
         )
 
+    def check(self) -> None:
+        """Nothing of ours broke, and it sleeps on nothing."""
+        assert not self.has_fault(), f"{self.task}: {self.queue.fault()}"
+        # Whoever dies before he rings is heard to have died.
+        if self.loop.ring.port is not None and not self.loop.hears_rings:
+            self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
+
     def has_fault(self) -> bool:
         return bool(core._lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
 
@@ -217,8 +284,10 @@ class SimWorker:
         return read_statistics(self.pool.arena.control.statistics_block(self.task.queue)).counters[name]
 
     def turn(self) -> int | None:
-        """One turn of the loop; the exit status if it was the last."""
+        """One turn of the loop, unless it sleeps; the exit status if it was the last."""
         try:
+            if not self.loop.ring.is_awake():
+                return None
             return self.loop.turn()
         except Killed:
             return 128 + signal.SIGKILL

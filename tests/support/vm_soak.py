@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from support.vm_daemon import Daemon, marked_processes
-from support.vm_recovery import kill, wait_for_epoch
+from support.vm_recovery import kill, wait_for_backend, wait_for_epoch
 from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX
 from ublkpool.daemon.status import DeviceStatus
 
@@ -55,9 +55,13 @@ class Death:
             self.rest()
 
     def rest(self) -> None:
-        """Wait until every device has recovered from whatever it suffered, and has lived steadily."""
+        """Wait until every device has recovered from whatever it suffered, is served, and has lived steadily.
+
+        On a slow machine no backend would ever attach between two deaths, and the client would wait for minutes.
+        """
         for name in self._names:
             wait_for_epoch(self._daemon, name, self._epoch_due[name])
+            wait_for_backend(self._daemon, name, None)
         time.sleep(STEADY_S)
         self._since_rest = 0
 

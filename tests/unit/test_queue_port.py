@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from support.queue_desk import Desk
-from support.ring_peer import HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
-from ublkpool.bufpool.wire import Kind, Op, iter_frame
+from support.queue_rig import DEVICE
+from support.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from ublkpool.bufpool.wire import Descriptor, Kind, Op, iter_frame
 from ublkpool.ublk.queue import Link, Port
 
 DEPTH = 4
@@ -129,6 +130,61 @@ def test_a_tail_that_makes_no_sense_cuts_the_link_and_nothing_is_read(ends: Ends
     peer.set_index(TO_WORKER, TAIL, peer.index(TO_WORKER, HEAD) + ahead)
     ends.turn()
     assert desk.queue.link is Link.CUT and desk.side.statistics.descriptors_in == read
+    desk.kill()
+    desk.connect(fence=False)
+    assert desk.queue.link.name == "UP"
+
+
+LIES = 300
+
+
+def _lie(ends: Ends, rng: random.Random) -> None:
+    """What somebody may do who has the memory: any word of the control page, any entry, at any moment."""
+    peer = ends.peer
+    ring, name = rng.choice((TO_BACKEND, TO_WORKER)), rng.choice((TAIL, HEAD, SLEEPING))
+    way = rng.randrange(6)
+    if way == 0:
+        by = rng.choice((-1, 1, -peer.entries, peer.entries, peer.entries + 1, 2**31))
+        peer.set_index(ring, name, peer.index(ring, name) + by)
+    elif way == 1:
+        peer.set_index(ring, name, rng.getrandbits(32))
+    elif way == 2:
+        peer.set_index(ring, SLEEPING, rng.choice((0, 1, 2**32 - 1)))
+    elif way == 3:
+        at = rng.randrange(CONTROL_BYTES, peer.size_bytes - 64)
+        peer.memory[at : at + 64] = rng.randbytes(64)
+    elif way == 4:
+        # Published, then written anew before it was read.
+        answer = rng.choice((Kind.DONE, Kind.PLACED, Kind.POST))
+        peer.put(Descriptor(answer, device=DEVICE, epoch=1).pack())
+        peer.set_index(TO_WORKER, TAIL, peer.index(TO_WORKER, TAIL) - 1)
+    else:
+        peer.put(rng.randbytes(64))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_done_to_the_memory_the_worker_keeps_to_its_own_place(ends: Ends, seed: int) -> None:
+    rng, desk, peer = random.Random(seed), ends.desk, ends.peer
+    counted = desk.side.statistics
+    free, written = list(range(DEPTH)), peer.index(TO_BACKEND, TAIL)
+    for _ in range(LIES):
+        if free:
+            desk.read(free.pop(), rng.randrange(64))
+        came, went = counted.descriptors_in, counted.descriptors_out
+        _lie(ends, rng)
+        was_cut = desk.queue.link is Link.CUT
+        tail = peer.index(TO_BACKEND, TAIL)
+        ends.turn()
+        taken, sent = counted.descriptors_in - came, counted.descriptors_out - went
+        assert taken <= peer.entries, "more than a ring holds in one turn"
+        # Where it has written is in its own memory: what stands in the shared one is not asked.
+        written = (written + sent) % 2**32
+        assert peer.index(TO_BACKEND, TAIL) in (tail, written)
+        if was_cut:
+            assert (taken, sent) == (0, 0)
+        desk.side.check()
+    assert desk.queue.link is Link.CUT, "all of this was believed"
+    assert counted.violations == 1
     desk.kill()
     desk.connect(fence=False)
     assert desk.queue.link.name == "UP"

@@ -1,7 +1,9 @@
 """What is said of a team of workers, which end for one another's sake."""
 
 import asyncio
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
@@ -74,3 +76,29 @@ def zombie() -> Iterator[int]:
 def test_whoever_asks_is_told_of_a_death_before_it_is_reaped(zombie: int) -> None:
     assert Child.has_ended(cast(Child, SimpleNamespace(pid=zombie)))
     assert not Child.has_ended(cast(Child, SimpleNamespace(pid=os.getpid())))
+
+
+PTRACE_CONT, PTRACE_SEIZE = 7, 0x4206
+PTRACE_O_TRACEEXIT, PTRACE_EVENT_EXIT = 0x40, 6
+
+
+@pytest.fixture
+def dying() -> Iterator[int]:
+    """A process that was told to KILL, held in the middle of its death."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = [ctypes.c_long] * 4
+    pid = os.fork()
+    if not pid:
+        while True:
+            signal.pause()
+    assert ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACEEXIT) == 0, os.strerror(ctypes.get_errno())
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert status >> 8 == signal.SIGTRAP | PTRACE_EVENT_EXIT << 8
+    yield pid
+    ptrace(PTRACE_CONT, pid, 0, 0)
+    os.waitpid(pid, 0)
+
+
+def test_who_is_told_to_die_counts_as_dead_before_he_is(dying: int) -> None:
+    assert Child.has_ended(cast(Child, SimpleNamespace(pid=dying)))
