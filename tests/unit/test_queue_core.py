@@ -7,6 +7,7 @@ import pytest
 from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
 from support.queue_desk import OWN, Desk, data, kinds
 from ublkpool.bufpool.wire import Flag, Kind, Op
+from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Attention
 from ublkpool.workers.tag_state import State
 
@@ -231,6 +232,21 @@ def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     for tag in (1, 2):
         desk.serve(tag)
     assert [each.result for each in reads] == [SECTOR_BYTES] * 3
+
+
+def test_a_queue_knows_whether_somebody_waits_for_what_it_gives_back() -> None:
+    """Then the ring does not wait in the call that frees it (`frees_what_is_short`)."""
+    desk = Desk(spare=1)
+    assert not _native.lib.uq_stock_short(desk.queue.raw)
+    desk.queue.stock_recall(0, 1)
+    assert _native.lib.uq_stock_short(desk.queue.raw)
+    desk.queue.stock_recall(0, 0)
+    for tag in range(3):
+        desk.read(tag, tag)
+    desk.rig.settle(0)
+    assert desk.state(2) is State.WAIT_BUFFER and _native.lib.uq_stock_short(desk.queue.raw)
+    desk.serve(0)
+    assert desk.state(2) is not State.WAIT_BUFFER and not _native.lib.uq_stock_short(desk.queue.raw)
 
 
 def test_a_second_burst_has_every_buffer_that_is_free() -> None:

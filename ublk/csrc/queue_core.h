@@ -182,6 +182,8 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
 /* So many are on order in all: what the broker says, or 0 when it has forgotten what was asked for. */
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
+/* Whether requests, here or at another queue, wait for a buffer that comes back. */
+int uq_stock_short(const struct uq *q);
 
 /* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away. */
 void uq_tick(struct uq *q, uint64_t now_ms);

@@ -1,0 +1,57 @@
+"""A pool far smaller than what is asked of it: requests wait for one another, and for nothing else."""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from support.vm_daemon import Daemon, eventually, eventually_nothing, total
+
+POOL_BYTES = 1 << 20
+BURST = 64
+BURSTS = 4
+
+
+@pytest.fixture
+def patient() -> Iterator[Daemon]:
+    """A daemon whose workers look around only when something happens."""
+    daemon = Daemon(name="patient", module="support.patient_daemon")
+    try:
+        daemon.start()
+        yield daemon
+        assert daemon.stop() == 0, daemon.said()
+        eventually_nothing(daemon.remains, "nothing is left of the daemon")
+    finally:
+        daemon.close()
+
+
+def _bursts(node: str) -> list[str]:
+    """Each is sent at once, and the next only when all of it is done."""
+    whole = ("iodepth", "iodepth_batch_submit", "iodepth_batch_complete_min")
+    settings = {
+        "name": "burst",
+        "filename": node,
+        "direct": 1,
+        "rw": "randwrite",
+        "bs": 4096,
+        "size": 1 << 20,
+    }
+    settings |= {"ioengine": "libaio", "iodepth_low": 1, "number_ios": BURSTS * BURST} | dict.fromkeys(
+        whole, BURST
+    )
+    return ["fio", *(f"--{key}={value}" for key, value in settings.items())]
+
+
+def test_a_buffer_that_comes_back_goes_to_who_waits_though_nothing_else_happens(patient: Daemon) -> None:
+    status = patient.add("short", "null", {"size": "64M"}, pool_bytes=POOL_BYTES, rings=True)
+    assert status.path is not None
+    fio = subprocess.Popen(_bursts(status.path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        assert (
+            eventually(lambda: fio.poll() is not None, "every request finds a buffer") and fio.returncode == 0
+        )
+        assert total(patient.stats("short"), "buffers_waited") >= BURSTS * BURST // 2
+    finally:
+        fio.kill()
+        patient.client.delete(["short"], force=True)
+        fio.wait()
