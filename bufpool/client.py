@@ -22,7 +22,6 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.links import Links, LinkStatistics
-from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
 Transport = Literal["auto", "ring", "zeromq"]
 """How descriptors travel; `auto`: through rings if the daemon has them and the native part is there."""
@@ -188,18 +187,25 @@ def _close_all(descriptors: Iterable[int]) -> None:
 def make_links(attached: wire.Attached, transport: Transport) -> Links:
     """Links over the transport that is wanted.  Raises `BackendError` if there are none."""
     if transport == "zeromq" or (transport == "auto" and not attached.rings):
-        return ZeroMQLinks(attached)
+        return _zeromq_links(attached)
     if not attached.rings:
         raise BackendError("transport=ring: this daemon offers no rings; transport=zeromq is always there")
     try:
         from ublkpool.bufpool.ring_links import RingLinks
     except ImportError as error:
         if transport == "auto":
-            return ZeroMQLinks(attached)
+            return _zeromq_links(attached)
         raise BackendError(
             f"transport=ring needs the native part, transport=zeromq does not: {error}"
         ) from error
     return RingLinks(attached)
+
+
+def _zeromq_links(attached: wire.Attached) -> Links:
+    # Imported by those who need it: ZeroMQ takes a backend with rings more time to load than all of the SDK.
+    from ublkpool.bufpool.zeromq_links import ZeroMQLinks
+
+    return ZeroMQLinks(attached)
 
 
 class Attachment:

@@ -9,10 +9,9 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ublkpool.bufpool.backend import Backend, Hint, NoOptions, Properties
 from ublkpool.bufpool.client import Transport
@@ -20,9 +19,19 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.options import REQUIRED, Option, declared, parse_options, parse_values
 from ublkpool.bufpool.serving import serve
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
 ENTRY_POINTS = "ublkpool.backends"
 _BUILT_IN = "ublkpool.backends"
 _FUNCTIONS_NEEDED = ("get_size", "pread")
+
+
+def entry_points(**which: str) -> "EntryPoints":
+    """What other packages offer.  Imported when it is asked for: half of what a built-in backend would load."""
+    from importlib.metadata import entry_points as found
+
+    return found(**which)
 
 
 def kinds() -> list[str]:

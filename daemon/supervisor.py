@@ -35,6 +35,7 @@ from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control, queue
+from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
 REPLACE_DEADLINE_S = 90.0
@@ -167,6 +168,7 @@ def serve(config: ServeConfig) -> int:
     # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
     control.get_features()
     queue.private_mounts()
+    share_heap()
     return asyncio.run(_serve(config))
 
 

@@ -31,10 +31,8 @@ def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> 
     """Fork; the child runs `main` with these descriptors and 0 to 2, and exits with its result.  Returns the pid."""
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.freeze()
     pid = os.fork()
     if pid:
-        gc.unfreeze()
         return pid
     status = EXIT_CRASH
     try:
@@ -47,7 +45,17 @@ def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> 
         os._exit(status)
 
 
+def share_heap() -> None:
+    """Have nobody's garbage collector look again at what is loaded by now; for the parent, before its first fork.
+
+    A collection writes to each object that it looks at, and what either side writes to is no longer shared.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def _begin(keep_fds: Sequence[int], title: str) -> None:
+    gc.freeze()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

@@ -1,5 +1,7 @@
 """Loading: kinds, files, options, and errors that say what would be right."""
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Literal
@@ -67,6 +69,22 @@ def test_built_in_kinds_are_found_by_name() -> None:
     assert isinstance(loader.load("null", {"size": "1G"}), NullBackend)
     assert loader.summary_of("null") == "Answers at once and stores nothing."
     assert loader.options_of("file")[0].usage == "path=PATH"
+
+
+def test_a_backend_over_rings_loads_nothing_that_it_does_not_use() -> None:
+    """Every device has such a process: each of these took megabytes, and a good part of the time to start."""
+    loads = "import sys; from ublkpool.bufpool import loader, ring_links; loader.load('null', {'size': '1G'})"
+    unused = {"asyncio", "email", "importlib.metadata", "ssl", "zmq"}
+    found = subprocess.check_output(
+        [sys.executable, "-c", f"{loads}; print(*sys.modules)"], text=True
+    ).split()
+    assert "ublkpool.bufpool.ring_links" in found and unused.isdisjoint(found)
+
+
+def test_zeromq_alone_loads_no_event_loop() -> None:
+    loads = "import sys; from ublkpool.bufpool import zeromq_links; print(*sys.modules)"
+    found = subprocess.check_output([sys.executable, "-c", loads], text=True).split()
+    assert "zmq" in found and {"asyncio", "ssl"}.isdisjoint(found)
 
 
 def test_other_packages_bring_kinds(monkeypatch: pytest.MonkeyPatch) -> None:

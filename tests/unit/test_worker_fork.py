@@ -1,0 +1,34 @@
+"""What a forked process shares with its parent."""
+
+import os
+import subprocess
+import sys
+
+_PARENT = """
+import gc, os, sys
+from ublkpool.workers.process import fork_child, share_heap
+
+share_heap()
+loaded = gc.get_freeze_count()
+made = [[] for _ in range(100)]
+reader, writer = os.pipe()
+
+def tell():
+    os.write(writer, str(gc.get_freeze_count() - loaded).encode())
+    return 0
+
+pid = fork_child(tell, [writer], "child")
+os.waitpid(pid, 0)
+print(loaded, gc.get_freeze_count() - loaded, int(os.read(reader, 100)))
+"""
+
+
+def test_no_collection_looks_at_what_was_loaded_before_the_fork_on_either_side() -> None:
+    """An object that is looked at is written to, and its page is shared no longer."""
+    said = subprocess.check_output([sys.executable, "-c", _PARENT], text=True, env={**os.environ})
+    loaded, of_the_parent, of_the_child = map(int, said.split())
+    assert loaded > 10_000
+    assert of_the_parent == 0, (
+        "a fork freezes nothing in the parent, whose garbage would stay for ever, nor thaws"
+    )
+    assert of_the_child >= 100, "the child never looks at what its parent made before the fork"
