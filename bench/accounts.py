@@ -60,6 +60,14 @@ def cpu_of(pids: Iterable[int]) -> Cpu:
     return Cpu(user / _TICKS_PER_S, system / _TICKS_PER_S)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process has died, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def requests_done(nodes: str) -> int:
     """Reads and writes that disks have completed; several nodes are joined by colons, as fio takes them."""
     return sum(_requests_done(node) for node in nodes.split(":"))

@@ -15,8 +15,10 @@ from typing import Any
 from bench.accounts import memory_of
 from bench.cells import REGION_BYTES, Cell
 from bench.growth_results import Growth, Idle, Step, Timing
-from bench.measure import FAILURES, run_fio
+from bench.measure import FAILURES, syscalls_of
 from bench.stage import Disk, Stage
+from bench.syscalls import SyscallsError
+from bench.watched import run_fio
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStatus
 
@@ -83,7 +85,8 @@ def _devices(stage: Stage, growth: Growth, say: Say, devices_max: int) -> None:
             growth.idle += _idle(stage, names)
             disks = [_disk(stage, status) for status in stage.daemon.client.devices() if status.name in names]
             _step(stage, growth, say, "devices, I/O on one", count, disks[0], _cell())
-            _step(stage, growth, say, "devices, I/O on all", count, _together(disks), _cell())
+            # As deep on each of them as on the one.
+            _step(stage, growth, say, "devices, I/O on all", count, _together(disks), _cell(depth=32 * count))
     finally:
         seconds = _timed(partial(stage.daemon.client.delete, names))
         growth.timings.append(Timing(what=f"devices deleted: {len(names)}", seconds=seconds))
@@ -142,9 +145,18 @@ def _step(stage: Stage, growth: Growth, say: Say, axis: str, at: int, disk: Disk
         worker_us=spent["worker"],
         backend_us=spent["backend"],
         enters=enters / max(1, requests),
+        syscalls=_syscalls(disk, cell),
     )
     growth.steps.append(step)
     say(f"{axis} {at:,}: {step.iops:,.0f} IOPS, {step.machine_us:.0f} us CPU a request")
+
+
+def _syscalls(disk: Disk, cell: Cell) -> dict[str, float]:
+    """In a run of its own; of a kernel that cannot count nothing is known."""
+    try:
+        return syscalls_of(disk, cell, _WARM_S)
+    except SyscallsError:
+        return {}
 
 
 def _enters(stage: Stage, disk: Disk) -> tuple[int, int]:

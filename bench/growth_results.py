@@ -15,7 +15,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     worker_us: float = 0.0
     backend_us: float = 0.0
     enters: float = 0.0
-    error: str = ""
+    """`io_uring_enter` calls of the workers for each request, as they count them."""
+    syscalls: dict[str, float] = {}
+    """All system calls for each request by part, as the kernel counts them; empty where it does not."""
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +66,9 @@ def growth_report(growth: Growth) -> str:
             f"### {axis}\n\n" + _steps_table([each for each in growth.steps if each.axis == axis])
         )
     if growth.idle:
-        sections.append("### Memory while nothing happens\n\n" + _idle_table(growth.idle))
+        sections.append(
+            "### Memory while nothing happens\n\n" + _idle_table(growth.idle) + _next_device(growth.idle)
+        )
     if growth.timings:
         rows = [[each.what, f"{each.seconds:.1f}"] for each in growth.timings]
         sections.append("### Time\n\n" + markdown_table(["what", "s"], rows))
@@ -74,21 +78,29 @@ def growth_report(growth: Growth) -> str:
 
 
 def _steps_table(steps: list[Step]) -> str:
-    head = ["at", "IOPS", "CPU us a request", "worker us", "backend us", "io_uring_enter a request"]
-    rows = [
-        [f"{each.at:,}", each.error, "", "", "", ""]
-        if each.error
-        else [
-            f"{each.at:,}",
-            number(each.iops),
-            number(each.machine_us),
-            number(each.worker_us),
-            number(each.backend_us),
-            f"{each.enters:.2f}",
-        ]
-        for each in steps
+    head = [
+        "at",
+        "IOPS",
+        "CPU us a request",
+        "worker us",
+        "backend us",
+        "enters",
+        "worker calls",
+        "backend calls",
     ]
-    return markdown_table(head, rows)
+    return markdown_table(head, [_step_row(each) for each in steps])
+
+
+def _step_row(each: Step) -> list[str]:
+    return [
+        f"{each.at:,}",
+        number(each.iops),
+        number(each.machine_us),
+        number(each.worker_us),
+        number(each.backend_us),
+        f"{each.enters:.2f}",
+        *(f"{each.syscalls[part]:.2f}" if part in each.syscalls else "" for part in ("worker", "backend")),
+    ]
 
 
 def _idle_table(idle: list[Idle]) -> str:
@@ -97,3 +109,15 @@ def _idle_table(idle: list[Idle]) -> str:
         for each in idle
     ]
     return markdown_table(["devices", "part", "processes", "PSS KiB each", "USS KiB each"], rows)
+
+
+def _next_device(idle: list[Idle]) -> str:
+    """What each device more takes, of all processes together: the most devices against the fewest."""
+    totals = {each.devices: 0.0 for each in idle}
+    for each in idle:
+        totals[each.devices] += each.pss_kib * each.processes
+    fewest, most = min(totals), max(totals)
+    if fewest == most:
+        return ""
+    more_kib = (totals[most] - totals[fewest]) / (most - fewest)
+    return f"\nFrom {fewest} to {most} devices each device more takes {number(more_kib)} KiB, its pool included.\n"

@@ -5,26 +5,23 @@ that fails is reported and left out of the rest; it takes nobody with it.
 """
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.accounts import Books, machine_cpu, memory_of, queue_cpus, requests_done, take_books
-from bench.cells import CELLS, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
+from bench.accounts import Books, machine_cpu, memory_of, requests_done
+from bench.cells import CELLS, Cell, FioNumbers
 from bench.contestants import Contestant
 from bench.results import Party, Result, Sample, Syscalls
-from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up, write_end
+from bench.stage import Disk, Disks, Stage, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError, counted, counting
+from bench.watched import FAILURES_OF_A_RUN, run_fio, write_end
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats
 
-FAILURES = (StageError, FioError, DaemonError, OSError, subprocess.SubprocessError, AssertionError)
+FAILURES = (*FAILURES_OF_A_RUN, DaemonError, AssertionError)
 COUNTED = ("enters", "turns", "wakeups", "bells", "commits", "descriptors_in", "descriptors_out")
-_FIO_PATIENCE_S = 120.0
-_POLL_S = 0.02
-_LEAD_S = 0.1
 _IDLE_S = 3.0
 Say = Callable[[str], None]
 
@@ -79,7 +76,7 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
     try:
         disks = stack.enter_context(contestant.start(stage, contestant.slug))
         for disk in disks.all() if contestant.stores else []:
-            write_end(disk.node)
+            write_end(disk)
         memory = _memory(disks.all()[0])
         # Before anything that the stack holds is stopped, and whoever sleeps then could not end.
         stack.callback(wake_up, disks)
@@ -145,8 +142,8 @@ def syscalls_of(disk: Disk, cell: Cell, runtime_s: float) -> dict[str, float]:
     return {part: (after[part] - before[part]) / done for part in after}
 
 
-def _fail(contestant: Contestant, error: BaseException, result: Result, say: Say) -> None:
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+def _fail(contestant: Contestant, error: BaseException, result: Result, say: Say, when: str = "") -> None:
+    text = " ".join(f"{when}{type(error).__name__}: {error}".split())[:400]
     say(f"{contestant.name}: FAILED: {text}")
     result.parties = [each for each in result.parties if each.name != contestant.name]
     result.parties.append(_party(contestant, error=text))
@@ -175,7 +172,7 @@ def _run_cell(
     try:
         numbers, books = run_fio(disk, cell, result.runtime_s)
     except FAILURES as error:
-        _fail(each.contestant, error, result, say)
+        _fail(each.contestant, error, result, say, f"round {number + 1}, {cell.name}: ")
         _close(each.stack, each.contestant, say)
         return None
     put_to_sleep(each.disks)
@@ -191,32 +188,6 @@ def _run_cell(
 def _spoken(sample: Sample, shown: float, cell: Cell) -> str:
     parts = ", ".join(f"{name} {user:.0f}+{system:.0f}" for name, (user, system) in sample.parts_us.items())
     return f"{shown:,.0f} {cell.unit}; {sample.machine_us:.0f} us CPU a request ({parts})"
-
-
-def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
-    """Run one cell on a disk; the books are of a time within it, when fio neither starts nor ends.
-
-    Raises `FioError`.
-    """
-    cpus = job_cpus(queue_cpus(disk.node), cell.jobs)
-    idle = requests_done(disk.node)
-    command = fio_command(disk.node, cell, cpus, runtime_s)
-    fio = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        parts = {**disk.parts, "fio": [fio.pid]}
-        while requests_done(disk.node) == idle and fio.poll() is None:
-            time.sleep(_POLL_S)
-        first = take_books(disk.node, parts)
-        time.sleep(max(_LEAD_S, runtime_s - 2 * _LEAD_S))
-        second = take_books(disk.node, parts)
-        output, _ = fio.communicate(timeout=_FIO_PATIENCE_S)
-    except BaseException:
-        fio.kill()
-        fio.wait()
-        raise
-    return parse_fio(output, fio.returncode), (first, second)
 
 
 def make_sample(

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from bench.cells import REGION_BYTES
 from bench.results import Transport
-from bench.stage import DEADLINE_S, Disk, Disks, Stage, process
-from ublkpool.daemon.admin_client import AdminClient
+from bench.stage import DEADLINE_S, Disk, Disks, Stage, last_words, process
 from ublkpool.daemon.errors import DaemonError
 
 QUEUES = 2
@@ -44,10 +43,10 @@ def backend(
         log = stage.directory / f"{name}.log"
         try:
             with process(command, log, daemon.environment()) as pid:
-                yield Disks(_disk(daemon.client, name, pid, daemon.pid, daemon.broker_pid))
+                yield Disks(_disk(stage, name, [pid], log))
                 daemon.client.delete([name], force=True)
         except DaemonError as error:
-            raise DaemonError(f"{error}; {_last_words(log)}") from error
+            raise DaemonError(f"{error}; {last_words(log)}") from error
 
     return start
 
@@ -57,22 +56,17 @@ def alone(stage: Stage, name: str) -> Iterator[Disks]:
     """A device whose workers answer themselves."""
     daemon = stage.daemon
     daemon.add(name, answers="worker", queues=QUEUES, size_bytes=REGION_BYTES)
-    yield Disks(_disk(daemon.client, name, None, daemon.pid, daemon.broker_pid))
+    yield Disks(_disk(stage, name, []))
     daemon.client.delete([name], force=True)
 
 
-def _disk(client: AdminClient, name: str, pid: int | None, daemon_pid: int, broker_pid: int) -> Disk:
-    status = client.wait_live(name, DEADLINE_S)
+def _disk(stage: Stage, name: str, backends: list[int], log: Path | None = None) -> Disk:
+    daemon = stage.daemon
+    status = daemon.client.wait_live(name, DEADLINE_S)
     assert status.path is not None
     workers = [each.pid for each in status.workers]
-    backends = {} if pid is None else {"backend": [pid]}
-    parts = {"worker": workers, **backends, "daemon": [daemon_pid, broker_pid]}
-    return Disk(status.path, parts, name)
-
-
-def _last_words(log: Path) -> str:
-    said = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return " ".join([each for each in said if each][-2:]) or "its backend said nothing"
+    parts = {"worker": workers, "backend": backends, "daemon": [daemon.pid, daemon.broker_pid]}
+    return Disk(status.path, {part: pids for part, pids in parts.items() if pids}, name, log)
 
 
 def transports(run_help: str) -> list[Transport]:

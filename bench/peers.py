@@ -107,7 +107,7 @@ class Nbdkit(NamedTuple):
             run("nbd-client", "-unix", str(socket), node, "-C", str(QUEUES), "-N", "")
             try:
                 wait_for(lambda: Path(f"/sys/block/{Path(node).name}/pid").exists(), f"{node} is connected")
-                yield Disk(node, {"server": [pid]})
+                yield Disk(node, {"server": [pid]}, log=log)
             finally:
                 run("nbd-client", "-d", node)
 

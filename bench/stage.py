@@ -1,6 +1,5 @@
 """What contestants stand on: a scratch directory in memory, the daemon of ours, and their disks."""
 
-import mmap
 import os
 import signal
 import subprocess
@@ -16,17 +15,20 @@ from support.vm_daemon import Daemon
 DEADLINE_S = 120.0
 _POLL_S = 0.02
 _PIECE_BYTES = 1 << 20
-_BLOCK_BYTES = 4096
 
 
 class Disk:
     """A disk that is up: its node, and the processes that serve it by part, such as worker and backend."""
 
-    def __init__(self, node: str, parts: Mapping[str, Sequence[int]], device: str = "") -> None:
+    def __init__(
+        self, node: str, parts: Mapping[str, Sequence[int]], device: str = "", log: Path | None = None
+    ) -> None:
         self.node = node
         self.parts = parts
         self.device = device
         """The name of ours; empty for peers."""
+        self.log = log
+        """Where its server says why it died, if it says."""
 
 
 class Disks:
@@ -147,11 +149,7 @@ def wait_for(check: Callable[[], bool], what: str) -> None:
         time.sleep(_POLL_S)
 
 
-def write_end(node: str) -> None:
-    """Write the region's last block: some allocate all that comes before it then, and not during a measurement."""
-    disk = os.open(node, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-    try:
-        with mmap.mmap(-1, _BLOCK_BYTES) as page:
-            os.pwritev(disk, [page], REGION_BYTES - _BLOCK_BYTES)
-    finally:
-        os.close(disk)
+def last_words(log: Path | None) -> str:
+    """The end of what a process said."""
+    said = log.read_text(errors="replace").split("\n") if log and log.exists() else []
+    return " ".join([each for each in said if each][-2:]) or "it said nothing"

@@ -102,6 +102,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
         )
 
     monkeypatch.setattr(growing, "run_fio", run_fio)
+    monkeypatch.setattr(
+        growing, "syscalls_of", lambda disk, cell, runtime_s: {"worker": 0.5, "backend": 0.25}
+    )
     monkeypatch.setattr(growing, "memory_of", lambda pid: Memory(200, 100))
     monkeypatch.setattr(growing, "_allow", lambda node, request_bytes: None)
     return made
@@ -132,6 +135,20 @@ def test_cost_is_for_each_request(stage: FakeStage) -> None:
     assert step.machine_us == pytest.approx(40.0)
     assert step.worker_us == pytest.approx(40.0)
     assert (step.backend_us, step.enters) == (0.0, 2.0)
+    assert step.syscalls == {"worker": 0.5, "backend": 0.25}
+
+
+def test_all_devices_at_once_are_as_deep_as_one(monkeypatch: pytest.MonkeyPatch, stage: FakeStage) -> None:
+    asked: list[tuple[int, int]] = []
+    run = vars(growing)["run_fio"]
+
+    def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
+        asked.append((disk.node.count("/dev/"), cell.depth))
+        return run(disk, cell, runtime_s)
+
+    monkeypatch.setattr(growing, "run_fio", run_fio)
+    _grown(stage, 16)
+    assert asked[-2:] == [(1, 32), (16, 16 * 32)]
 
 
 def test_no_device_is_left_whatever_failed(stage: FakeStage) -> None:

@@ -185,15 +185,21 @@ def test_growth_has_a_table_for_each_axis_and_says_what_failed() -> None:
         cpus=2,
         emulated=True,
         steps=[
-            Step(axis="depth", at=4096, iops=1234.0, machine_us=50.0),
-            Step(axis="bytes a request", at=4096, error="no fio"),
+            Step(axis="depth", at=4096, iops=1234.0, machine_us=50.0, enters=0.1, syscalls={"worker": 0.25}),
+            Step(axis="bytes a request", at=4096),
         ],
-        idle=[Idle(devices=64, part="worker", processes=64, pss_kib=812.5, uss_kib=640.0)],
+        idle=[
+            Idle(devices=1, part="worker", processes=1, pss_kib=1000.0, uss_kib=640.0),
+            Idle(devices=1, part="broker", processes=1, pss_kib=100.0, uss_kib=640.0),
+            Idle(devices=64, part="worker", processes=64, pss_kib=812.5, uss_kib=640.0),
+            Idle(devices=64, part="broker", processes=1, pss_kib=400.0, uss_kib=640.0),
+        ],
         timings=[Timing(what="delete of 64 devices", seconds=3.21)],
         errors=["the daemon is gone"],
     )
     text = growth_report(growth)
     assert "### depth\n" in text and "### bytes a request\n" in text
-    assert "| 4,096 | 1,234 | 50.0 |" in text and "| 4,096 | no fio |" in text
+    assert "| 4,096 | 1,234 | 50.0 | 0.00 | 0.00 | 0.10 | 0.25 |  |" in text
     assert "| 64 | worker | 64 | 812 | 640 |" in text
+    assert "From 1 to 64 devices each device more takes 814 KiB" in text
     assert "| delete of 64 devices | 3.2 |" in text and "- the daemon is gone" in text

@@ -1,0 +1,95 @@
+"""fio on a disk whose server may die meanwhile: then its requests wait, and whoever waits for them would for ever.
+
+So who serves is looked after while a run waits, a death is one line, and nobody waits for a process that no signal
+ends: it ends when the disk goes, which is the next thing to happen.
+"""
+
+import subprocess
+import time
+from contextlib import suppress
+
+from bench.accounts import Books, has_ended, queue_cpus, requests_done, take_books
+from bench.cells import REGION_BYTES, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
+from bench.stage import Disk, StageError, last_words
+
+FAILURES_OF_A_RUN = (StageError, FioError, OSError, subprocess.SubprocessError)
+END_PATIENCE_S = 2.0
+_PATIENCE_S = 120.0
+_POLL_S = 0.02
+_LEAD_S = 0.1
+_BLOCK_BYTES = 4096
+_LOOP_THREADS = "kernel"
+
+
+def check_served(disk: Disk) -> None:
+    """Raise `StageError` with its last words if a process that serves the disk has ended."""
+    for part, pids in disk.parts.items():
+        for pid in pids if part != _LOOP_THREADS else ():
+            if has_ended(pid):
+                raise StageError(f"its {part} (process {pid}) has died: {last_words(disk.log)}")
+
+
+def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
+    """Run one cell on a disk; the books are of a time within it, when fio neither starts nor ends.
+
+    Raises `FioError`, or `StageError` if who serves the disk dies.
+    """
+    check_served(disk)
+    cpus = job_cpus(queue_cpus(disk.node), cell.jobs)
+    idle = requests_done(disk.node)
+    fio = _start(fio_command(disk.node, cell, cpus, runtime_s))
+    try:
+        parts = {**disk.parts, "fio": [fio.pid]}
+        while requests_done(disk.node) == idle and fio.poll() is None:
+            check_served(disk)
+            time.sleep(_POLL_S)
+        first = take_books(disk.node, parts)
+        time.sleep(max(_LEAD_S, runtime_s - 2 * _LEAD_S))
+        second = take_books(disk.node, parts)
+        output = _output(fio, disk)
+    finally:
+        end(fio)
+    return parse_fio(output, fio.returncode), (first, second)
+
+
+def write_end(disk: Disk) -> None:
+    """Write the region's last block: some allocate all that comes before it then, and not during a measurement.
+
+    Raises `StageError`, also if who serves the disk dies.
+    """
+    last = REGION_BYTES // _BLOCK_BYTES - 1
+    dd = _start(["dd", "if=/dev/zero", f"of={disk.node}", f"bs={_BLOCK_BYTES}", f"seek={last}", *_DIRECT])
+    try:
+        said = _output(dd, disk)
+    finally:
+        end(dd)
+    if dd.returncode:
+        raise StageError(f"the last block of {disk.node} cannot be written: {' '.join(said.split())[-200:]}")
+
+
+_DIRECT = ("count=1", "oflag=direct", "conv=notrunc")
+
+
+def _start(command: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _output(child: "subprocess.Popen[str]", disk: Disk) -> str:
+    """What it says, to its end.  Raises `StageError` if it does not end, or who serves the disk does."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline_s:
+        with suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=_POLL_S)[0]
+        check_served(disk)
+    raise StageError(f"what runs on {disk.node} has not ended after {_PATIENCE_S:.0f} s")
+
+
+def end(child: "subprocess.Popen[str]") -> None:
+    """Kill it, and wait a moment: one whose requests wait ends when its disk does, which cannot be waited for here."""
+    child.kill()
+    if child.stdout:
+        child.stdout.close()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(END_PATIENCE_S)

@@ -1,0 +1,100 @@
+"""A run on a disk whose server dies: one line, and nobody waits for ever."""
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench import watched
+from bench.accounts import Books, Cpu, has_ended
+from bench.cells import CELLS
+from bench.stage import Disk, StageError
+from bench.watched import check_served, end, run_fio, write_end
+
+from support.vm_daemon import eventually
+
+
+@pytest.fixture
+def server() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def disk(server: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """A disk that nothing is known of but who serves it; what runs on it never ends."""
+    log = tmp_path / "log"
+    log.write_text("all is well\nout of memory\n")
+    monkeypatch.setattr(watched, "queue_cpus", lambda node: [[0]])
+    monkeypatch.setattr(watched, "requests_done", lambda node: 0)
+    monkeypatch.setattr(watched, "fio_command", lambda *_: ["sleep", "600"])
+    return Disk("/dev/nothing", {"kernel": [0], "backend": [server.pid]}, log=log)
+
+
+def test_a_server_that_lives_or_sleeps_is_no_failure(server: "subprocess.Popen[bytes]", disk: Disk) -> None:
+    check_served(disk)
+    server.send_signal(signal.SIGSTOP)
+    check_served(disk)
+
+
+def test_a_death_before_the_first_request_is_told_with_its_last_words(
+    server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "requests_done", lambda node: server.kill() or 0)  # type: ignore[func-returns-value]
+    with pytest.raises(StageError, match=r"its backend \(process \d+\) has died: all is well out of memory"):
+        run_fio(disk, CELLS[0], 0.2)
+
+
+def test_a_death_while_fio_runs_is_told(
+    server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = iter(range(100))
+    monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
+
+    def books(node: str, parts: object) -> Books:
+        server.kill()
+        return Books(Cpu(0.0, 0.0), {}, 0)
+
+    monkeypatch.setattr(watched, "take_books", books)
+    with pytest.raises(StageError, match="its backend"):
+        run_fio(disk, CELLS[0], 0.2)
+
+
+def test_nothing_is_started_on_a_disk_whose_server_is_dead(
+    server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.kill()
+    monkeypatch.setattr(watched, "fio_command", lambda *_: pytest.fail("it was"))
+    eventually(lambda: has_ended(server.pid), "it is dead")
+    with pytest.raises(StageError, match="its backend"):
+        run_fio(disk, CELLS[0], 0.2)
+
+
+def test_a_last_block_that_cannot_be_written_is_one_line(disk: Disk, tmp_path: Path) -> None:
+    nowhere = Disk(str(tmp_path / "no" / "disk"), disk.parts)
+    with pytest.raises(StageError, match=r"the last block of .*/no/disk cannot be written: .*No such file"):
+        write_end(nowhere)
+
+
+class Stuck:
+    """A process whose request nobody answers: no signal ends it."""
+
+    stdout = None
+
+    def __init__(self) -> None:
+        self.killed = 0
+
+    def kill(self) -> None:
+        self.killed += 1
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        assert timeout_s is not None, "nobody waits for it for ever"
+        raise subprocess.TimeoutExpired("fio", timeout_s)
+
+
+def test_nobody_waits_for_what_no_signal_ends() -> None:
+    stuck = Stuck()
+    end(stuck)  # type: ignore[arg-type]
+    assert stuck.killed == 1
