@@ -12,7 +12,7 @@ KERNELS ?= 6.12 7.3
 VM_TIMEOUT_S ?= 2400
 DEMO_TIMEOUT_S ?= 600
 DURATION ?= 300
-# `make bench`: quick, full or growth; where the numbers go; how many CPUs a guest has.
+# `make bench`: quick, full, growth or doorbell; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
 BENCH_CPUS ?= 2
@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 # One boot unless KERNELS was given.
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
 BENCH_TIMEOUT_S = $(if $(filter quick,$(MODE)),3600,10800)
-BENCH_STEPS = $(if $(filter growth,$(MODE)),growth,"measure --mode $(MODE)" $(if $(filter full,$(MODE)),growth))
+BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full,$(MODE)),growth))
 # What `make soak` sets in the tests' environment.
 SOAK ?=
 VM_TESTS ?= tests/vm
@@ -122,7 +122,7 @@ $(VENV)/.bench: $(VENV)/.built
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
-bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full or growth
+bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth or doorbell
 	@$(PY) -m compileall -q bench
 	@$(PY) -m bench fetch $(BENCH_OUT)
 	@$(PY) -m bench cost $(BENCH_OUT)

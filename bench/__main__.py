@@ -1,6 +1,7 @@
-"""The command line: `python -m bench fetch | cost | measure | growth | report`; `make bench` calls it in this order.
+"""The command line: `python -m bench fetch | cost | measure | growth | doorbell | report`; `make bench` calls it in
+this order.
 
-`measure` and `growth` run where the driver is, in the guest or on the machine itself, as root.
+`measure`, `growth` and `doorbell` run where the driver is, in the guest or on the machine itself, as root.
 """
 
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from bench.doorbell import DoorbellError, build_doorbell
 from bench.instructions import CostError, InstructionCost, count_instructions
 from bench.kublk import KublkError, build_kublk
 from support.apt_archive import ArchiveError
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 MODES = {"quick": (3, 0.7), "full": (7, 3.0)}
 """Rounds, and seconds for each cell."""
-KUBLK, COST = "kublk", "instructions.json"
+KUBLK, COST, DOORBELL = "kublk", "instructions.json", "doorbell"
 _directory = click.Path(file_okay=False, path_type=Path)
 
 
@@ -42,6 +44,7 @@ def fetch(out: Path) -> None:
     """Build the peers that are built, and put them where the guest finds them."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy2(build_kublk(), out / KUBLK)
+    build_doorbell(out / DOORBELL)
     say("kublk is ready")
 
 
@@ -122,6 +125,20 @@ def run_growth(devices_max: int, revision: str, host_load: str, out: Path) -> No
     sys.exit(1 if growth.errors else 0)
 
 
+@main.command(name="doorbell")
+@click.option("--revision", default="", hidden=True)
+@click.option("--host-load", default="", hidden=True)
+@click.argument("out", type=_directory)
+def run_doorbell(revision: str, host_load: str, out: Path) -> None:
+    """Measure what waking another process costs on this kernel."""
+    from bench.doorbell import Doorbells, ring_doorbells
+    from bench.results import write_result
+
+    found = Doorbells(kernel=platform.release(), date=_today(), emulated=_is_emulated())
+    ring_doorbells((out / DOORBELL).absolute(), found, say)
+    write_result(found, out / f"doorbell-{_series()}.json")
+
+
 @main.command()
 @click.option("--into", type=_directory, help="Write the report there; otherwise beside the numbers.")
 @click.option("--note", default="", help="What a reader must know; goes to the head of the report.")
@@ -174,5 +191,5 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (KublkError, CostError, ArchiveError) as error:
+    except (KublkError, CostError, ArchiveError, DoorbellError) as error:
         sys.exit(f"bench: {error}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from bench.charts import draw_cpu, draw_speed
+from bench.doorbell import Doorbells, doorbell_report
 from bench.growth_results import Growth, growth_report
 from bench.instructions import InstructionCost
 from bench.results import read_result
@@ -31,6 +32,8 @@ def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note
         sections.append(report(result, instructions) + "\n" + links)
     for path in sorted(out.glob("growth-*.json"), reverse=True):
         sections.append(growth_report(msgspec.json.decode(path.read_bytes(), type=Growth)))
+    for path in sorted(out.glob("doorbell-*.json"), reverse=True):
+        sections.append(doorbell_report(msgspec.json.decode(path.read_bytes(), type=Doorbells)))
     text = "\n".join(sections)
     (into / "RESULTS.md").write_text(text)
     return text
