@@ -63,8 +63,8 @@ def build_doorbell(target: Path) -> None:
         "-Wall",
         "-Wextra",
         "-o",
-        target,
-        _SOURCE,
+        str(target),
+        str(_SOURCE),
         "-luring",
     ]
     built = subprocess.run(command, capture_output=True, text=True)

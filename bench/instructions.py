@@ -24,8 +24,9 @@ CASES = {
     "discard": "discard",
 }
 TRANSPORTS = ("frames", "rings")
-BATCHES = (1, 32, 128)
-_ROUNDS = 100
+BATCHES = (1, 32, 128, 1024)
+_REQUESTS = 3200
+_ROUNDS_MAX = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
 _SHARED = _HERE.parent / "bufpool" / "csrc"
@@ -68,8 +69,9 @@ def count_instructions() -> list[InstructionCost]:
 
 def _cost(program: Path, case: str, transport: str, batch: int) -> InstructionCost:
     words = (case, transport, str(batch))
-    short, long = (_counted(program, *words, str(rounds)) for rounds in (_ROUNDS, 2 * _ROUNDS))
-    return InstructionCost(case, transport, batch, (long - short) / (_ROUNDS * batch))
+    rounds = min(_ROUNDS_MAX, _REQUESTS // batch)
+    short, long = (_counted(program, *words, str(count)) for count in (rounds, 2 * rounds))
+    return InstructionCost(case, transport, batch, (long - short) / (rounds * batch))
 
 
 def _counted(program: Path, *words: str) -> int:

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH = 256, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
+enum { DEPTH = 4096, IO_BYTES = 4096, SECTORS = IO_BYTES / 512, DEVICE = 7, EPOCH = 1, SEGMENT = 1 };
 
 static const struct kind {
 	const char *name;
