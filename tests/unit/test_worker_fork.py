@@ -1,8 +1,17 @@
 """What a forked process shares with its parent."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ublkpool.daemon import supervisor
+from ublkpool.daemon.config import ServeConfig
 
 _PARENT = """
 import gc, os, sys
@@ -32,3 +41,19 @@ def test_no_collection_looks_at_what_was_loaded_before_the_fork_on_either_side()
         "a fork freezes nothing in the parent, whose garbage would stay for ever, nor thaws"
     )
     assert of_the_child >= 100, "the child never looks at what its parent made before the fork"
+
+
+def test_the_daemon_does_so_before_it_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def run(serving: Coroutine[Any, Any, int]) -> int:
+        serving.close()
+        order.append("serves")
+        return 0
+
+    monkeypatch.setattr("ublkpool.ublk.control.get_features", lambda: 0)
+    monkeypatch.setattr("ublkpool.ublk.queue.private_mounts", lambda: None)
+    monkeypatch.setattr(supervisor, "share_heap", lambda: order.append("shared"))
+    monkeypatch.setattr(asyncio, "run", run)
+    assert supervisor.serve(ServeConfig(run_dir=Path("/nowhere"))) == 0
+    assert order == ["shared", "serves"]
