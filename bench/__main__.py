@@ -102,10 +102,11 @@ def run_measure(
 
 @main.command(name="growth")
 @click.option("--devices-max", default=64, show_default=True)
+@click.option("--only", default="", help="Axes whose name matches: depth, bytes, pool, devices.")
 @click.option("--revision", default="", help="What is measured, for the report.")
 @click.option("--host-load", default="", help="What else runs on the host, for the report.")
 @click.argument("out", type=_directory)
-def run_growth(devices_max: int, revision: str, host_load: str, out: Path) -> None:
+def run_growth(devices_max: int, only: str, revision: str, host_load: str, out: Path) -> None:
     """Measure what grows on this kernel; status 1 if something failed."""
     from bench.growth import grow
     from bench.growth_results import Growth
@@ -121,7 +122,7 @@ def run_growth(devices_max: int, revision: str, host_load: str, out: Path) -> No
     )
     path = out / f"growth-{_series()}.json"
     with _stage(out) as stage:
-        grow(stage, growth, say, lambda each: write_result(each, path), devices_max)
+        grow(stage, growth, say, lambda each: write_result(each, path), devices_max, only)
     sys.exit(1 if growth.errors else 0)
 
 

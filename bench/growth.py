@@ -4,6 +4,7 @@ One backend for all of it, `null`, so that what grows is ours.  Cost is CPU time
 flat is good.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,13 +33,28 @@ _WARM_S = 1.0
 Say = Callable[[str], None]
 
 
-def grow(stage: Stage, growth: Growth, say: Say, keep: Callable[[Growth], None], devices_max: int) -> None:
-    """Every axis into `growth`; one that fails is noted and takes nothing with it."""
-    for axis in (_depths, _blocks, _pools, partial(_devices, devices_max=devices_max)):
+def grow(
+    stage: Stage,
+    growth: Growth,
+    say: Say,
+    keep: Callable[[Growth], None],
+    devices_max: int,
+    only: str = "",
+) -> None:
+    """Every axis whose name matches `only`, a regular expression; one that fails takes nothing with it."""
+    axes: dict[str, Callable[[Stage, Growth, Say], None]] = {
+        "depth": _depths,
+        "bytes": _blocks,
+        "pool": _pools,
+        "devices": partial(_devices, devices_max=devices_max),
+    }
+    for name, axis in axes.items():
+        if not re.search(only, name):
+            continue
         try:
             axis(stage, growth, say)
         except FAILURES as error:
-            growth.errors.append(f"{' '.join(str(error).split())[:300]}")
+            growth.errors.append(f"{name}: {' '.join(str(error).split())[:300]}")
             say(f"FAILED: {growth.errors[-1]}")
         keep(growth)
 

@@ -119,12 +119,18 @@ def _grown(stage: Stage, devices_max: int) -> Growth:
 
 def test_an_axis_that_fails_is_named_and_the_others_are_measured(stage: FakeStage) -> None:
     growth = _grown(stage, 4)
-    assert growth.errors == ["fio ended with 1"]
+    assert growth.errors == ["depth: fio ended with 1"]
     found = {axis: [each.at for each in growth.steps if each.axis == axis] for axis in _axes(growth)}
     assert found["depth"] == [each for each in DEPTHS if each < 1024]
     assert found["bytes a request"] == list(BLOCKS)
     assert found["bytes of pool, depth 128"] == [8 << 20, SMALL_POOL_BYTES]
     assert found["devices, I/O on one"] == found["devices, I/O on all"] == [1, 4]
+
+
+def test_only_the_axes_that_were_asked_for(stage: FakeStage) -> None:
+    growth = Growth(kernel="", date="", cpus=2, emulated=True)
+    grow(stage, growth, lambda text: None, lambda each: None, 4, "pool|bytes")
+    assert _axes(growth) == ["bytes a request", "bytes of pool, depth 128"] and not growth.timings
 
 
 def _axes(growth: Growth) -> list[str]:
