@@ -27,11 +27,11 @@ _BUILT_IN = "ublkpool.backends"
 _FUNCTIONS_NEEDED = ("get_size", "pread")
 
 
-def entry_points(**which: str) -> "EntryPoints":
+def entry_points(group: str, name: str | None = None) -> "EntryPoints":
     """What other packages offer.  Imported when it is asked for: half of what a built-in backend would load."""
     from importlib.metadata import entry_points as found
 
-    return found(**which)
+    return found(group=group) if name is None else found(group=group, name=name)
 
 
 def kinds() -> list[str]:
