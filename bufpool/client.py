@@ -28,7 +28,7 @@ Transport = Literal["auto", "ring", "zeromq"]
 """How descriptors travel; `auto`: through rings if the daemon has them and the native part is there."""
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
-_SEGMENTS_MAX = 16
+_SEGMENTS_MAX = 32
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
 

@@ -38,6 +38,9 @@ TOKEN_BYTES = 16
 SEGMENT_NONE = 0
 SEGMENT_POOL = 1
 """Segment number of the device's pool; a backend's own segment gets a higher number at every attach."""
+SEGMENT_CLIENTS = 0xFFFFFFF0
+"""Segment number of the first slice of the client area, whose memory clients of the disk may change at any time."""
+CLIENT_SLICES_MAX = 16
 
 _DESCRIPTOR = struct.Struct("<BBHIHHIQQQiIQQ")
 assert _DESCRIPTOR.size == DESCRIPTOR_BYTES
