@@ -1,6 +1,6 @@
 """A native engine on plain memory: frames in, answers out, and no worker.
 
-Owns the pool, the own segment and a slice of a client area, each between two guards: memory that no request may ever touch.
+Owns the pool, the own segment and a slice of a client area, each between two guards: memory that no request may touch.
 """
 
 from collections.abc import Iterable

@@ -388,7 +388,7 @@ class Daemon:
                 with suppress(PoolError):
                     await self.broker.forget_all_but([])
                 self.device = self._new_device()
-        return await self.device.recover_left(record)
+        return await self.device.recover_left(record, {})
 
     def _run_now(self, work: Callable[[], None]) -> None:
         """Call this with the loop running."""

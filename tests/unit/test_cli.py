@@ -59,6 +59,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         *["--recovery", "fail", "--read-only", "--pool", "64M", "--io-timeout", "5", "--on-timeout", "fail"],
         *["--on-absent", "fail", "--absent-timeout", "7", "--no-partitions", "--no-rings"],
         *["--huge-pages", "off", "--affinity", "1,3"],
+        *["--client-buffers", "16M"],
         *["--backend", "memory", "a=1", "b=x=y"],
         run_dir=tmp_path,
     )
@@ -82,6 +83,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         partitions=False,
         rings=False,
         absent_timeout_s=7.0,
+        client_buffers_bytes=16 << 20,
         backend=BackendConfig(kind="memory", options={"a": "1", "b": "x=y"}, cwd=str(Path.cwd())),
     )
 
