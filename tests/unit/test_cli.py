@@ -273,7 +273,7 @@ def test_stats_json_and_table(daemon: FakeDaemon, tmp_path: Path) -> None:
         "discard": 0,
         "write_zeroes": 0,
     }
-    assert device["queues"][0]["copies"] == {"kernel_bytes": 20480, "own_bytes": 0}
+    assert device["queues"][0]["copies"] == {"kernel_bytes": 20480, "own_bytes": 0, "in_place_bytes": 0}
     assert device["queues"][0]["counters"] == {"replayed": 1}
     table = run("stats", run_dir=tmp_path).stdout
     assert "3 (12K)" in table
@@ -408,7 +408,7 @@ def test_help_and_version() -> None:
 
 
 def test_the_commands_are_the_contract() -> None:
-    assert list(cli.commands) == ["serve", "add", "del", "list", "stats", "backend", "features"]
+    assert list(cli.commands) == ["serve", "add", "del", "list", "stats", "backend", "client", "features"]
 
 
 PROBE = """

@@ -83,3 +83,144 @@ def test_what_a_client_writes_from_a_shared_buffer_comes_back_and_nothing_is_cop
         counted = (in_place(daemon, name), copied(daemon, name) - before)
         assert counted == ((moved, 0) if is_offered() else (0, moved))
         disk.close()
+
+
+@pytest.fixture
+def shared(daemon: Daemon) -> Iterator[str]:
+    """A disk with a client area, whose backend the daemon runs."""
+    if not is_offered():
+        pytest.skip("this kernel's driver lacks SHMEM_ZC")
+    with daemon.device(
+        "shared", "memory", options={"size": "32M"}, queues=2, client_buffers_bytes=AREA_BYTES
+    ):
+        yield "shared"
+
+
+def free_slices(daemon: Daemon, name: str) -> int:
+    return daemon.stats(name).clients.free_count
+
+
+def _use_and_wait(run_dir: Path, name: str, ready: int) -> int:
+    """A client that has written something and keeps its buffer."""
+    disk = Disk(ClientBuffer.open(name, run_dir=run_dir))
+    disk.write(0, b"a" * 4096)
+    os.write(ready, b"1")
+    while True:
+        disk.read(0, 4096)
+
+
+def test_a_dead_client_s_slice_rests_until_nothing_of_it_is_under_way(daemon: Daemon, shared: str) -> None:
+    reader, writer = os.pipe()
+    status = daemon.status(shared)
+    with Forked(lambda: _use_and_wait(daemon.run_dir, shared, writer)) as client:
+        assert os.read(reader, 1) == b"1"
+        assert free_slices(daemon, shared) == SLICES - 1
+        with daemon.stopped(status.backend.pid or 0):
+            # A read of the dead client's is in the backend's hands, and will be answered into the slice.
+            client_pid = client.pid
+            eventually(lambda: total(daemon.stats(shared), "in_flight"), "a request is under way")
+            kill(client_pid)
+            eventually(lambda: not is_lent(daemon, shared), "the end of the lease is noticed", 10)
+            assert free_slices(daemon, shared) == SLICES - 1
+        eventually(lambda: free_slices(daemon, shared) == SLICES, "the slice is free again")
+    os.close(reader)
+    os.close(writer)
+
+
+def is_lent(daemon: Daemon, name: str) -> bool:
+    return daemon.stats(name).clients.lent_count > 0
+
+
+def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: str) -> None:
+    buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
+    second = os.dup(buffer.descriptor)
+    keeper = Forked(lambda: _sleep(second))
+    os.close(second)
+    buffer.close()
+    eventually(lambda: daemon.stats(shared).clients.resting_count == 1, "the slice rests")
+    others = [ClientBuffer.open(shared, run_dir=daemon.run_dir) for _ in range(SLICES)]
+    assert [each.is_shared for each in others] == [True] * (SLICES - 1) + [False]
+    for each in others:
+        each.close()
+    eventually(lambda: free_slices(daemon, shared) == SLICES - 1, "the others are free")
+    keeper.kill()
+    # It is looked for when somebody wants what there is not.
+    others = [ClientBuffer.open(shared, run_dir=daemon.run_dir) for _ in range(SLICES)]
+    eventually(lambda: free_slices(daemon, shared) == 1, "the last is free again")
+    for each in others:
+        each.close()
+
+
+def _sleep(_fd: int) -> int:
+    import signal
+
+    signal.pause()
+    return 0
+
+
+def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_killed(
+    daemon: Daemon, shared: str
+) -> None:
+    """The buffer of a job holds all of its depth; what is verified is read through it as well."""
+    status = daemon.status(shared)
+    buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
+    before = copied(daemon, shared)
+    fio = start_fio(
+        buffer.path, size=8 * MIB, iodepth=8, bssplit=None, bs="128k", verify_backlog=16, time_based=1, runtime=3600,
+        iomem=f"mmapshared:/proc/{os.getpid()}/fd/{buffer.descriptor}", norandommap=1,
+    )  # fmt: skip
+    eventually(lambda: in_place(daemon, shared) > MIB, "fio writes")
+    kill(status.backend.pid or 0)
+    wait_for_backend(daemon, shared, status.backend.pid)
+    kill(status.workers[0].pid)
+    wait_for_epoch(daemon, shared, 2)
+    moved = in_place(daemon, shared)
+    eventually(lambda: in_place(daemon, shared) > moved + MIB, "fio goes on")
+    fio.send_signal(2)
+    result = finish_fio(fio, may_fail=True)
+    assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
+    assert copied(daemon, shared) == before
+    buffer.close()
+
+
+@pytest.fixture(scope="module")
+def line_of_daemons() -> Iterator[Daemon]:
+    with Daemon(name="clients").life() as daemon:
+        yield daemon
+
+
+def test_a_client_goes_on_through_the_daemon_s_death_and_everybody_s(line_of_daemons: Daemon) -> None:
+    if not is_offered():
+        pytest.skip("this kernel's driver lacks SHMEM_ZC")
+    daemon, name = line_of_daemons, "heir"
+    daemon.add(name, "memory", {"size": "32M"}, client_buffers_bytes=AREA_BYTES)
+    disk = Disk(ClientBuffer.open(name, run_dir=daemon.run_dir))
+    disk.write(0, b"1" * 65536)
+    daemon.crash()
+    disk.write(MIB, b"2" * 65536)
+    daemon.start()
+    clients = daemon.stats(name).clients
+    assert (clients.lent_count, clients.lent_count + clients.free_count + clients.resting_count) == (
+        1,
+        SLICES,
+    )
+    eventually(lambda: free_slices(daemon, name) == SLICES - 1, "all but the client's are free")
+    disk.write(2 * MIB, b"3" * 65536)
+
+    daemon.crash_everything()
+    daemon.start()
+    before, moved = copied(daemon, name), in_place(daemon, name)
+    assert [disk.read(n * MIB, 65536) for n in range(3)] == [b"%d" % n * 65536 for n in (1, 2, 3)]
+    disk.write(0, b"4" * 65536)
+    assert disk.read(0, 65536) == b"4" * 65536
+    assert (copied(daemon, name), in_place(daemon, name)) == (before, moved + 5 * 65536)
+    # Of the others the memory is lost, and of the client's nobody knows but the client.
+    clients = daemon.stats(name).clients
+    assert (clients.lent_count, clients.resting_count, clients.free_count) == (0, 1, 0)
+    disk.close()
+    late = Disk(ClientBuffer.open(name, run_dir=daemon.run_dir))
+    late.write(MIB, b"5" * 4096)
+    assert late.read(MIB, 4096) == b"5" * 4096
+    eventually(lambda: free_slices(daemon, name) + is_lent(daemon, name) == 1, "what the client had is free")
+    late.close()
+    daemon.delete(name)
