@@ -15,6 +15,7 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon.config import CLIENT_SLICES
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.open_files import FileId, file_id, holders_of
 from ublkpool.ublk import queue as core
 
@@ -43,14 +44,16 @@ class ClientArea:
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
-        """New ones, zeros, all there.  Raises `OSError`."""
+        """New ones, zeros, all there.  Raises `DaemonError` if there is not so much memory."""
         area = cls(size_bytes // CLIENT_SLICES, {})
         try:
             for number in range(CLIENT_SLICES):
                 area.files[number] = core.sealed_memory(area.slice_bytes, "ublkpool-clients")
-        except OSError:
+        except OSError as error:
             area.close()
-            raise
+            raise DaemonError(
+                f"no memory for client_buffers of {size_bytes} bytes ({error.strerror}): lower it, or set it to 0"
+            ) from error
         return area
 
     @classmethod

@@ -73,7 +73,7 @@ def set_parameters(device: int, parameters: Parameters) -> None:
 
 
 def register_buffer(device: int, memory: Any, size_bytes: int) -> int:
-    """REG_BUF (Linux 7.0, for a device with `Feature.SHMEM_ZC`): the number by which requests name this memory.
+    """REG_BUF (Linux 7.x, for a device with `Feature.SHMEM_ZC`): the number by which requests name this memory.
 
     `memory` is this process's mapping, whole pages, at most 4 GiB.  The driver pins its pages until
     UNREG_BUF or DEL_DEV, whoever ends, and knows requests by them: those whose pages lie one behind the other in one

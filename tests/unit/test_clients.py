@@ -22,6 +22,7 @@ from ublkpool.daemon.client_area import ClientArea, slice_name
 from ublkpool.daemon.clients import Clients, Ground, client_name, unused
 from ublkpool.daemon.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.open_files import file_id
 from ublkpool.ublk.abi import Feature
@@ -240,6 +241,25 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
     assert (lost.bits, len(lost.segments())) == (1 << 1, 1)
     assert lost.record().files[1] == record.files[1] and lost.record().files[0] is None
     lost.close()
+
+
+def test_an_area_that_memory_is_short_for_is_named_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files: list[int] = []
+
+    def scarce(size_bytes: int, name: str) -> int:
+        if len(files) == 3:
+            raise OSError(12, "Cannot allocate memory")
+        files.append(os.memfd_create(name))
+        return files[-1]
+
+    monkeypatch.setattr("ublkpool.ublk.queue.sealed_memory", scarce)
+    with pytest.raises(DaemonError, match="no memory for client_buffers of 32768 bytes"):
+        ClientArea.create(AREA_BYTES)
+    for fd in files:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
 
 
 def test_the_flag_is_asked_for_where_it_is_offered_and_only_if_it_is_wanted() -> None:
