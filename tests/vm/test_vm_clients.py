@@ -1,6 +1,9 @@
 """Clients whose buffers the backend shares: nothing is copied where the driver can tell, everything elsewhere."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from ublkpool.bufpool.client_buffers import ClientBuffer
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MIB = 1 << 20
 SLICES = 8
 AREA_BYTES = SLICES * 4 * MIB
@@ -152,8 +156,6 @@ def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: st
 
 
 def _sleep(_fd: int) -> int:
-    import signal
-
     signal.pause()
     return 0
 
@@ -176,7 +178,7 @@ def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_kil
     wait_for_epoch(daemon, shared, 2)
     moved = in_place(daemon, shared)
     eventually(lambda: in_place(daemon, shared) > moved + MIB, "fio goes on")
-    fio.send_signal(2)
+    fio.send_signal(signal.SIGINT)
     result = finish_fio(fio, may_fail=True)
     assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
     assert copied(daemon, shared) == before
@@ -224,3 +226,30 @@ def test_a_client_goes_on_through_the_daemon_s_death_and_everybody_s(line_of_dae
     eventually(lambda: free_slices(daemon, name) + is_lent(daemon, name) == 1, "what the client had is free")
     late.close()
     daemon.delete(name)
+
+
+def test_the_example_and_fio_under_the_command_use_a_buffer_in_place_or_are_copied_for(
+    daemon: Daemon,
+) -> None:
+    fio = (
+        "fio --name=a --filename=$UBLKPOOL_DISK --direct=1 --rw=write --bs=256k --iodepth=4 --ioengine=libaio"
+    )
+    words = "--iomem=mmapshared:$UBLKPOOL_BUFFER --size=4M --verify=crc32c --do_verify=1 --minimal"
+    with daemon.device("lent", "memory", options={"size": "16M"}, client_buffers_bytes=AREA_BYTES) as status:
+        before = copied(daemon, status.name)
+        run = daemon.command_run("client", status.name, "--", "sh", "-c", f"{fio} {words}")
+        assert run.returncode == 0, run.stdout + run.stderr
+        moved = (in_place(daemon, status.name), copied(daemon, status.name) - before)
+        assert moved == ((8 * MIB, 0) if is_offered() else (0, 8 * MIB))
+        example = subprocess.run(
+            [sys.executable, str(EXAMPLES / "zero_copy_client.py"), status.name, str(daemon.run_dir)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert example.stdout == ("in place\n" if is_offered() else "copied\n")
+        clients = daemon.stats(status.name).clients
+        eventually(
+            lambda: free_slices(daemon, status.name) == SLICES * is_offered(), f"all are free, not {clients}"
+        )
