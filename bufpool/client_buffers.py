@@ -5,9 +5,9 @@
         buffer.view[:4096] = b"x" * 4096
         os.pwritev(disk, [buffer.view[:4096]], 0)
 
-Owns the connection to the daemon, which is the lease, and the memory.  Needs nothing but Python's own library and
-msgspec.  Where there is no such memory (a kernel without SHMEM_ZC, `client_buffers` not set, all of it lent) it is ordinary
-memory, and everything works as it does with any other.
+Owns the connection to the daemon, which is the lease, and the memory.  Where there is no such memory (a kernel without
+SHMEM_ZC, `client_buffers` not set, all of it lent) it is ordinary memory, and everything works as it does with any
+other.
 """
 
 import mmap
