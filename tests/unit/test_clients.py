@@ -270,7 +270,7 @@ def test_the_flag_is_asked_for_where_it_is_offered_and_only_if_it_is_wanted() ->
 
 
 async def _leased(door: Door, device: str) -> ClientBuffer:
-    run_dir = cast(Path, door.server._path.parent)
+    run_dir = door.server._path.parent
     door.server.start()
     return await asyncio.to_thread(ClientBuffer.open, device, 2 * PAGE, run_dir=run_dir)
 

@@ -22,8 +22,8 @@ PLANS = [
 ]
 
 
-def desk_of(**plan: int) -> Desk:
-    return Desk(slice_bytes=AREA_BYTES, **plan)
+def desk_of(plan: dict[str, int] | None = None, connected: bool = True) -> Desk:
+    return Desk(0, connected, slice_bytes=AREA_BYTES, **(plan or {}))
 
 
 def in_place(desk: Desk, op: Op, sector: int, payload: bytes, at: int = AT) -> Request:
@@ -51,7 +51,7 @@ def read(desk: Desk, tag: int, sector: int, sectors: int, at: int = AT) -> Reque
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_write_is_stored_from_where_the_client_has_it(plan: dict[str, int]) -> None:
-    desk = desk_of(**plan)
+    desk = desk_of(plan)
     request = write(desk, 0, 8, data(1, 4))
     (asked,) = desk.send()
     assert (asked.kind, asked.segment, asked.buffer) == (Kind.REQUEST, SEGMENT_SLICE, AT)
@@ -67,7 +67,7 @@ def test_a_write_is_stored_from_where_the_client_has_it(plan: dict[str, int]) ->
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_read_is_filled_where_the_client_wants_it(plan: dict[str, int]) -> None:
-    desk = desk_of(**plan)
+    desk = desk_of(plan)
     desk.store.write(0, data(7, 4))
     request = read(desk, 0, 0, 4)
     (asked,) = desk.send()
@@ -93,7 +93,7 @@ def test_the_tag_s_next_request_is_copied_again() -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_dead_backend_s_requests_go_to_the_next_one_from_the_same_place(plan: dict[str, int]) -> None:
-    desk = desk_of(**plan)
+    desk = desk_of(plan)
     written, wanted = write(desk, 0, 8, data(1, 4)), read(desk, 1, 0, 4, 0)
     desk.send()
     desk.kill()
@@ -180,7 +180,7 @@ def test_one_that_is_done_in_part_fails_for_the_driver_takes_it_for_the_whole(op
 
 
 def test_a_read_in_place_is_not_answered_with_a_region() -> None:
-    desk = desk_of(place_in_backend=True, reads_own=True)
+    desk = desk_of({"place_in_backend": True, "reads_own": True})
     read(desk, 0, 0, 4)
     desk.send()
     desk.lie(0, _in_a_region)
@@ -197,7 +197,7 @@ _: Lie = _in_a_region
 
 
 def test_a_pool_cut_short_is_no_matter_to_it() -> None:
-    desk = desk_of(need_get_data=False)
+    desk = desk_of({"need_get_data": False})
     request = write(desk, 0, 0, data(1, 4))
     desk.queue.pool_damaged()
     desk.kill()
