@@ -285,6 +285,7 @@ class Device:
     def abandon(self) -> None:
         """After a `go_on` that failed: forget everything, change nothing."""
         self._background.cancel()
+        self._clients.close()
         self._machinery.abandon()
         self._attachment.abandon()
 
@@ -309,7 +310,7 @@ class Device:
                 return True
             self._now_live(team)
             if (ground := self._ground()) is not None:
-                self._clients.resume(ground, {})
+                self._clients.resume(ground, held)
             _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
         if self._managed is not None:
             self._managed.start()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -203,14 +204,14 @@ def test_a_slice_is_unused_if_only_those_have_it_who_have_the_pool(area: ClientA
         os.close(pool.descriptor)
         pool.view.release()
         pool._map.close()
-        os.kill(os.getpid(), 19)
+        os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(0)
     os.waitpid(other, os.WUNTRACED)
     try:
         assert unused(mine, pool_id, [os.getpid()]) == []
         assert unused(mine, pool_id, [os.getpid(), other]) == [0]
     finally:
-        os.kill(other, 9)
+        os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
     assert unused(mine, pool_id, [os.getpid()]) == [0]
     pool.close()
@@ -223,7 +224,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
     os.pwrite(area.files[2], b"x", 0)
     client = os.fork()
     if not client:
-        os.kill(os.getpid(), 19)
+        os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(0)
     os.waitpid(client, os.WUNTRACED)
     found = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
@@ -235,7 +236,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
         ]
     finally:
         found.close()
-        os.kill(client, 9)
+        os.kill(client, signal.SIGKILL)
         os.waitpid(client, 0)
     lost = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
     assert (lost.bits, len(lost.segments())) == (1 << 1, 1)
