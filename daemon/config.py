@@ -139,6 +139,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise Conflict("answers", "workers that answer need need_get_data: turn it on")
         if self.size_bytes is None:
             raise Conflict("answers", "its workers answer, so no backend has a size: give it size = N")
+        if self.client_buffers_bytes:
+            raise Conflict(
+                "answers",
+                "its workers answer, so nobody reads where clients want it: leave client_buffers out",
+            )
 
 
 class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
