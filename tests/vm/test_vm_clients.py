@@ -104,31 +104,33 @@ def free_slices(daemon: Daemon, name: str) -> int:
     return daemon.stats(name).clients.free_count
 
 
-def _use_and_wait(run_dir: Path, name: str, ready: int) -> int:
-    """A client that has written something and keeps its buffer."""
-    disk = Disk(ClientBuffer.open(name, run_dir=run_dir))
-    disk.write(0, b"a" * 4096)
-    os.write(ready, b"1")
-    while True:
-        disk.read(0, 4096)
+def _fio_in_a_buffer(daemon: Daemon, name: str) -> "subprocess.Popen[bytes]":
+    """It reads, and can be killed while it waits: its requests outlive it."""
+    fio = (
+        "exec fio --name=a --filename=$UBLKPOOL_DISK --direct=1 --thread=1 --ioengine=io_uring --rw=randread --bs=4k "
+        "--iodepth=4 --size=1M --time_based=1 --runtime=3600 --iomem=mmapshared:$UBLKPOOL_BUFFER"
+    )
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        daemon.command("client", name, "--", "sh", "-c", fio),
+        stdin=quiet, stdout=quiet, stderr=quiet, env=daemon.environment(),
+    )  # fmt: skip
 
 
 def test_a_dead_client_s_slice_rests_until_nothing_of_it_is_under_way(daemon: Daemon, shared: str) -> None:
-    reader, writer = os.pipe()
-    status = daemon.status(shared)
-    with Forked(lambda: _use_and_wait(daemon.run_dir, shared, writer)) as client:
-        assert os.read(reader, 1) == b"1"
+    backend = daemon.status(shared).backend.pid or 0
+    with _fio_in_a_buffer(daemon, shared) as client:
+        eventually(lambda: in_place(daemon, shared) > MIB, "fio reads")
         assert free_slices(daemon, shared) == SLICES - 1
-        with daemon.stopped(status.backend.pid or 0):
-            # A read of the dead client's is in the backend's hands, and will be answered into the slice.
-            client_pid = client.pid
-            eventually(lambda: total(daemon.stats(shared), "in_flight"), "a request is under way")
-            kill(client_pid)
-            eventually(lambda: not is_lent(daemon, shared), "the end of the lease is noticed", 10)
-            assert free_slices(daemon, shared) == SLICES - 1
+        with daemon.stopped(backend):
+            # What it has been asked for it will answer into the dead client's memory.
+            eventually(lambda: total(daemon.stats(shared), "in_flight") == 4, "reads are under way")
+            client.kill()
+            eventually(lambda: not is_lent(daemon, shared), "the end of the lease is noticed")
+            clients = daemon.stats(shared).clients
+            assert (clients.resting_count, clients.free_count) == (1, SLICES - 1)
+            assert total(daemon.stats(shared), "in_flight") == 4
         eventually(lambda: free_slices(daemon, shared) == SLICES, "the slice is free again")
-    os.close(reader)
-    os.close(writer)
 
 
 def is_lent(daemon: Daemon, name: str) -> bool:
@@ -137,27 +139,30 @@ def is_lent(daemon: Daemon, name: str) -> bool:
 
 def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: str) -> None:
     buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
-    second = os.dup(buffer.descriptor)
-    keeper = Forked(lambda: _sleep(second))
-    os.close(second)
+    keeper = Forked(lambda: _keep(buffer))
     buffer.close()
     eventually(lambda: daemon.stats(shared).clients.resting_count == 1, "the slice rests")
     others = [ClientBuffer.open(shared, run_dir=daemon.run_dir) for _ in range(SLICES)]
     assert [each.is_shared for each in others] == [True] * (SLICES - 1) + [False]
-    for each in others:
-        each.close()
-    eventually(lambda: free_slices(daemon, shared) == SLICES - 1, "the others are free")
     keeper.kill()
     # It is looked for when somebody wants what there is not.
-    others = [ClientBuffer.open(shared, run_dir=daemon.run_dir) for _ in range(SLICES)]
-    eventually(lambda: free_slices(daemon, shared) == 1, "the last is free again")
+    eventually(lambda: _gets_one(daemon, shared), "the last can be had again")
     for each in others:
         each.close()
+    eventually(lambda: free_slices(daemon, shared) == SLICES, "all are free")
 
 
-def _sleep(_fd: int) -> int:
+def _keep(buffer: ClientBuffer) -> int:
+    """A process that was forked from a client, and has its memory without its lease."""
+    assert buffer._lease is not None
+    buffer._lease.close()
     signal.pause()
     return 0
+
+
+def _gets_one(daemon: Daemon, name: str) -> bool:
+    with ClientBuffer.open(name, run_dir=daemon.run_dir) as buffer:
+        return buffer.is_shared
 
 
 def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_killed(
@@ -169,7 +174,7 @@ def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_kil
     before = copied(daemon, shared)
     fio = start_fio(
         buffer.path, size=8 * MIB, iodepth=8, bssplit=None, bs="128k", verify_backlog=16, time_based=1, runtime=3600,
-        iomem=f"mmapshared:/proc/{os.getpid()}/fd/{buffer.descriptor}", norandommap=1,
+        iomem=f"mmapshared:/proc/{os.getpid()}/fd/{buffer.descriptor}",
     )  # fmt: skip
     eventually(lambda: in_place(daemon, shared) > MIB, "fio writes")
     kill(status.backend.pid or 0)
