@@ -22,7 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -101,6 +101,8 @@ class Device:
     own: memoryview
     """The own segment; empty if there is none."""
     own_segment: int
+    clients: Mapping[int, memoryview] = field(default_factory=dict)
+    """The slices of the client area by their segment numbers.  What lies there may change at any time."""
     post_bytes: tuple[int, ...] = ()
     """In which sizes regions may be posted ahead; empty if not at all."""
     watch: Callable[[int, Callable[[], None]], None]

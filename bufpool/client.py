@@ -27,7 +27,7 @@ Transport = Literal["auto", "ring", "zeromq"]
 """How descriptors travel; `auto`: through rings if the daemon has them and the native part is there."""
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
-_SEGMENTS_MAX = 16
+_SEGMENTS_MAX = 32
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
 
@@ -106,12 +106,29 @@ def _unreachable(path: Path, error: OSError) -> str:
     return f"cannot reach the daemon at {path}: {error.strerror or error}"
 
 
+def connect_and_ask(
+    run_dir: Path, question: wire.BackendMessage, wait_s: float = 0.0
+) -> tuple[socket.socket, wire.DaemonMessage, list[int]]:
+    """The connection, the daemon's answer, which is no refusal, and the files that came with it.
+
+    Raises `AttachRefused`, `BackendError`, `WireError`.
+    """
+    connection = _connect(run_dir, wait_s)
+    descriptors: list[int] = []
+    try:
+        packet, descriptors = _ask(connection, question, [])
+        return connection, _not_refused(packet), descriptors
+    except PoolError:
+        connection.close()
+        _close_all(descriptors)
+        raise
+
+
 def describe(run_dir: Path, device: str, wait_s: float = 0.0) -> wire.Described:
     """What the daemon knows of `device` before anybody attaches; errors as in `Attachment.open`."""
     question = wire.Describe(v=wire.PROTOCOL_VERSION, device=device)
-    with _connect(run_dir, wait_s) as connection:
-        packet, _ = _ask(connection, question, [])
-    answer = _not_refused(packet)
+    connection, answer, _ = connect_and_ask(run_dir, question, wait_s)
+    connection.close()
     if not isinstance(answer, wire.Described):
         raise WireError(f"describe: expected described or refused, got {type(answer).__name__.lower()}")
     return answer

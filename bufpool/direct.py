@@ -22,6 +22,7 @@ _REQUEST, _READ, _WRITE = int(Kind.REQUEST), int(Op.READ), int(Op.WRITE)
 _FUA, _REPLAY = int(Flag.FUA), int(Flag.REPLAY)
 _DONE = int(Kind.DONE)
 _DONES = bytes([_DONE]) * wire.DESCRIPTORS_PER_FRAME_MAX
+_NOTHING = memoryview(b"")
 _NO_FLAGS = bytes(wire.DESCRIPTORS_PER_FRAME_MAX)
 
 
@@ -40,6 +41,7 @@ class DirectCalls:
         self._pread: Callable[[memoryview, int], int | None] = backend.pread
         self._pwrite: Callable[[memoryview, int, bool], int | None] = backend.pwrite
         self._pool, self._pool_bytes = device.pool, len(device.pool)
+        self._clients = device.clients
         self.requests = self.failed = self.replayed = self.dropped = 0
 
     def answers_to(self, frame: bytes, epoch: int) -> bytearray | None:
@@ -117,9 +119,11 @@ class DirectCalls:
 
     def _memory(self, segment: int, buffer: int, length: int) -> memoryview:
         end = buffer + length
-        if segment != wire.SEGMENT_POOL or end > self._pool_bytes:
-            raise _no_buffer(segment, buffer, length)
-        return self._pool[buffer:end]
+        if segment == wire.SEGMENT_POOL and end <= self._pool_bytes:
+            return self._pool[buffer:end]
+        if end <= len(memory := self._clients.get(segment, _NOTHING)):
+            return memory[buffer:end]
+        raise _no_buffer(segment, buffer, length)
 
 
 def _no_buffer(segment: int, buffer: int, length: int) -> Exception:

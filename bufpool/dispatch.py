@@ -83,7 +83,7 @@ class RequestEngine:
     def __init__(self, backend: Backend, device: Device, outbox: Outbox) -> None:
         self._backend = backend
         self._device = device
-        self._pool, self._pool_bytes = device.pool, len(device.pool)
+        self._memory_of = {wire.SEGMENT_POOL: device.pool, **device.clients}
         self._outbox = outbox
         self._queues = [Queue(number, device.epoch) for number in range(device.queues)]
         self._waiting: list[tuple[Queue, RawDescriptor]] = []
@@ -139,14 +139,15 @@ class RequestEngine:
         elif op == _READ and raw[11] == wire.SEGMENT_NONE:
             self._wants_region(queue, raw)
         else:
-            self._start(queue, raw, self._pool_buffer(raw), -1)
+            self._start(queue, raw, self._buffer(raw), -1)
 
-    def _pool_buffer(self, raw: RawDescriptor) -> memoryview:
+    def _buffer(self, raw: RawDescriptor) -> memoryview:
         start = raw[12]
         end = start + raw[9]
-        if raw[11] != wire.SEGMENT_POOL or end > self._pool_bytes:
+        memory = self._memory_of.get(raw[11], _NOTHING)
+        if end > len(memory):
             raise WireError(f"a worker named a buffer outside the pool: {wire.Descriptor._make(raw)}")
-        return self._pool[start:end]
+        return memory[start:end]
 
     def _start(self, queue: Queue, raw: RawDescriptor, buffer: memoryview, region: int) -> None:
         if raw[6] < queue.epoch:

@@ -13,9 +13,15 @@ import msgspec
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.backend import Device
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
+from ublkpool.bufpool.wire import (
+    CLIENT_SLICES_MAX,
+    DESCRIPTOR_BYTES,
+    DESCRIPTORS_PER_FRAME_MAX,
+    SEGMENT_CLIENTS,
+)
 
 _SLOT_ALIGN_BYTES = 4096
+_SLICES = range(SEGMENT_CLIENTS, SEGMENT_CLIENTS + CLIENT_SLICES_MAX)
 
 
 class Storage(Protocol):
@@ -88,7 +94,8 @@ class NativeEngine:
     def __init__(self, device: Device, storage: Storage, *, read_only: bool = False) -> None:
         self._queues = device.queues
         self._pool = ffi.from_buffer("uint8_t[]", device.pool, require_writable=True)
-        self._own = ffi.from_buffer("uint8_t[]", device.own) if len(device.own) else None
+        self._own = _memory_of(device.own)
+        self._slices = [_memory_of(device.clients.get(number)) for number in _SLICES]
         self._answers_at = ffi.new("struct wire_descriptor const **")
         error = ffi.new("int *")
         setup = self._setup(device, read_only or device.read_only)
@@ -110,7 +117,9 @@ class NativeEngine:
                 "size_bytes": device.size_bytes,
                 "pool": self._pool,
                 "pool_bytes": len(device.pool),
-                "own": self._own if self._own is not None else ffi.NULL,
+                "slices": self._slices,
+                "slice_bytes": min(map(len, device.clients.values()), default=0),
+                "own": self._own,
                 "own_bytes": len(device.own),
                 "own_segment": device.own_segment,
                 "post_sizes": len(device.post_bytes),
@@ -168,9 +177,13 @@ class NativeEngine:
         self._release_memory()
 
     def _release_memory(self) -> None:
-        ffi.release(self._pool)
-        if self._own is not None:
-            ffi.release(self._own)
+        for memory in (self._pool, self._own, *self._slices):
+            if memory != ffi.NULL:
+                ffi.release(memory)
+
+
+def _memory_of(view: memoryview | None) -> Any:
+    return ffi.from_buffer("uint8_t[]", view) if view else ffi.NULL
 
 
 def slot_bytes(max_io_bytes: int) -> int:

@@ -280,6 +280,7 @@ def _device(attachment: Attachment, loop: Loop) -> Device:
         placement=attached.placement,
         read_only=attached.read_only,
         pool=pool,
+        clients={n: each for n, each in attachment.segments.items() if n >= wire.SEGMENT_CLIENTS},
         own=own.view if own else memoryview(b""),
         own_segment=attached.own_segment,
         post_bytes=attached.post_bytes,

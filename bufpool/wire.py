@@ -38,6 +38,9 @@ TOKEN_BYTES = 16
 SEGMENT_NONE = 0
 SEGMENT_POOL = 1
 """Segment number of the device's pool; a backend's own segment gets a higher number at every attach."""
+SEGMENT_CLIENTS = 0xFFFFFFF0
+"""Segment number of the first slice of the client area, whose memory clients of the disk may change at any time."""
+CLIENT_SLICES_MAX = 16
 
 _DESCRIPTOR = struct.Struct("<BBHIHHIQQQiIQQ")
 assert _DESCRIPTOR.size == DESCRIPTOR_BYTES
@@ -317,8 +320,26 @@ class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_onl
     """The device failed and may be made again: what the backend keeps for a successor stays."""
 
 
-DaemonMessage = Attached | Described | Refused | Live | Detach
-BackendMessage = Attach | Describe
+class LeaseBuffer(
+    msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a client of a disk says first on the clients' socket.  The connection's end is the end of the lease."""
+
+    v: int
+    device: str
+
+
+class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, kw_only=True):
+    """The answer; with it comes the descriptor of a slice of the client area, if there is one to be had."""
+
+    path: str
+    """The disk."""
+    size_bytes: int
+    """Of the slice; 0: take memory of your own, what lies there is copied."""
+
+
+DaemonMessage = Attached | Described | Refused | Live | Detach | BufferLeased
+BackendMessage = Attach | Describe | LeaseBuffer
 _encoder = msgspec.json.Encoder()
 _backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)
 _daemon_decoder: msgspec.json.Decoder[DaemonMessage] = msgspec.json.Decoder(DaemonMessage)

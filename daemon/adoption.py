@@ -6,6 +6,7 @@ and ending who is not to go on, is `takeover.py`'s.  The device has the turn whi
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.attachment import Attachment
@@ -50,7 +51,7 @@ class Adoption:
             await end_left([record], spare=[each for each in record.processes if each.role != "backend"])
             await team.lost()
 
-    async def find(self, runner: ControlRunner) -> bool:
+    async def find(self, runner: ControlRunner, held: Mapping[str, int]) -> bool:
         """Whether the kernel has a device to be recovered; else what it has is removed.  Raises `DaemonError`."""
         record, machinery = self._record, self._machinery
         assert record.device_number is not None
@@ -59,6 +60,7 @@ class Adoption:
         self._attachment.segments = record.segments
         wanted = record.config.recovery != "none" and not record.going
         if kernel is not None and wanted and kernel.was_started:
+            machinery.find_area(record, held)
             return True
         await machinery.discard()
         return False

@@ -35,6 +35,8 @@ _KIND_LENGTH_MAX = 255
 _DESCRIPTORS_MAX = 4
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+LendBuffer = Callable[[str, socket.socket], tuple[wire.BufferLeased, int | None]]
+"""The answer to a client of this device, and memory for it, which is its own until the connection ends."""
 _log = logging.getLogger("ublkpool.attach")
 
 
@@ -93,15 +95,17 @@ class AttachServer:
         group: int | None,
         describe: Callable[[str], wire.Described],
         admit: Callable[[Session], Awaitable[None]],
+        lend_buffer: LendBuffer,
     ) -> None:
-        """`describe` knows a device by its name; `admit` takes the session over.
+        """`describe` knows a device by its name; `admit` takes the session over, `lend_buffer` a client's connection.
 
-        Both raise `PoolError` or `DaemonError` with the reason to refuse.
+        All raise `PoolError` or `DaemonError` with the reason to refuse.
         """
         self._path = run_dir / "attach.sock"
         self._group = group
         self._describe = describe
         self._admit = admit
+        self._lend_buffer = lend_buffer
         self._tasks: set[asyncio.Task[None]] = set()
         self._unheard: Counter[int] = Counter()
         self._admitting: Counter[str] = Counter()
@@ -175,11 +179,13 @@ class AttachServer:
 
     async def _welcome(self, sock: socket.socket, peer: Peer) -> None:
         files: list[int] = []
-        session = None
+        session, is_client = None, False
         try:
             message = await self._first_message(sock, peer, files)
             if isinstance(message, wire.Describe):
                 sock.send(wire.encode_message(self._describe(message.device)))
+            elif isinstance(message, wire.LeaseBuffer):
+                is_client = self._lend(sock, message)
             else:
                 check_attach(message, files[0] if files else None)
                 session = Session(sock, peer, message, files.pop() if files else None)
@@ -188,10 +194,18 @@ class AttachServer:
         finally:
             for fd in files:
                 os.close(fd)
-            if session is None:
+            if session is None and not is_client:
                 sock.close()
         if session is not None:
             await self._bring(session)
+
+    def _lend(self, sock: socket.socket, message: wire.LeaseBuffer) -> bool:
+        """Whether the client has memory now, and its connection is not ours any more."""
+        leased, fd = self._lend_buffer(message.device, sock)
+        # One that has gone meanwhile will be found out by whoever has its connection.
+        with suppress(OSError):
+            socket.send_fds(sock, [wire.encode_message(leased)], [] if fd is None else [fd])
+        return fd is not None
 
     async def _first_message(self, sock: socket.socket, peer: Peer, files: list[int]) -> wire.BackendMessage:
         try:

@@ -93,7 +93,7 @@ class Attachment:
         self._is_absent_logged = False
         self._life.save()
         self._farewell = self._background.spawn(self._until_gone(session))
-        session.say(team.attached(session), [team.plan.arena.data_fd])
+        session.say(team.attached(session), team.plan.descriptors())
         self._hold(session)
         if self._life.state == "live":
             self.say_live(team)

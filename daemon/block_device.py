@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ublkpool.bufpool import wire
+from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
@@ -28,6 +29,7 @@ from ublkpool.ublk.errors import UblkError, UnsupportedError
 NODE_DEADLINE_S = 30.0
 DELETE_PATIENCE_S = 5.0
 IO_TIMEOUT_DEADLINE_S = 600.0
+DRAIN_DEADLINE_S = 86400.0
 _POLL_S = 0.02
 _RECOVERY_FLAGS = {
     "none": Feature(0),
@@ -76,6 +78,9 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
     if config.recovery != "none":
         # Not asked for by anybody: an upgrade does without it where it is not offered.
         flags |= Feature.QUIESCE & Feature(offered)
+    if config.client_buffers_bytes:
+        # Without it clients' requests are copied, as everybody's.
+        flags |= Feature.SHMEM_ZC & Feature(offered)
     if not config.partitions:
         flags |= Feature.NO_AUTO_PART_SCAN
     missing = abi.feature_names(flags & ~offered)
@@ -205,6 +210,30 @@ class BlockDevice:
                     raise DaemonError(f"{self._name}: {path}: {error.strerror}") from error
             await asyncio.sleep(_POLL_S)
 
+    async def register(self, area: ClientArea) -> bool:
+        """Have the driver know every slice by its number, before START_DEV; whether it does."""
+        if not self.info.flags & Feature.SHMEM_ZC:
+            return False
+        number = self.number
+        with area.mapped() as memory:
+            numbers = await self._runner.run(
+                f"{self._name}: REG_BUF",
+                lambda: [control.register_buffer(number, each, area.slice_bytes) for each in memory],
+                list[int],
+            )
+        return numbers == list(range(len(numbers)))
+
+    async def pass_requests(self) -> None:
+        """Return when every request that the disk has now is answered, however long that takes.
+
+        A change of the queue's limits waits for that (queue_limits_commit_update_frozen), and in no control command:
+        a recovery goes on meanwhile.  New requests wait as well.  Raises `ControlFailed`.
+        """
+        setting = self._setting("rotational")
+        await self._runner.run_beside(
+            f"{self._name}: drain", lambda: _write(setting, setting.read_text()), type(None), DRAIN_DEADLINE_S
+        )
+
     def start(self, deadline_s: float, check: Callable[[], None]) -> Awaitable[None]:
         """START_DEV, if `check` has nothing against it: returns when the partition scan has been served.
 
@@ -253,7 +282,10 @@ class BlockDevice:
 
     @property
     def _io_timeout_file(self) -> Path:
-        return Path(f"/sys/block/{self.node.name}/queue/io_timeout")
+        return self._setting("io_timeout")
+
+    def _setting(self, name: str) -> Path:
+        return Path(f"/sys/block/{self.node.name}/queue/{name}")
 
     async def quiesce(self, deadline_s: float) -> bool:
         """QUIESCE_DEV: new requests wait, and workers end once they have answered theirs; False where there is none.

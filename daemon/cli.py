@@ -232,6 +232,11 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
     help="Where workers run: on a CPU of their queue, anywhere, or on these, as in 0-3,8.  [default: auto]",
 )
 @click.option(
+    "--client-buffers",
+    metavar="N",
+    help="Bytes of memory that clients may use as I/O buffers, so that nothing is copied; see `client`.  [default: 0]",
+)
+@click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"
 )
 @click.option("--on-timeout", metavar="wait|fail", help="What then: keep waiting, or fail.  [default: wait]")
@@ -441,6 +446,31 @@ def backend(
 
     logs.configure("info", log_format)
     return run_backend(kind, pairs, device, run_dir, transport=transport)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
+@_run_dir_option()
+def client(name: str, command: tuple[str, ...], run_dir: Path) -> None:
+    """Run COMMAND with an I/O buffer that the backend of the disk NAME shares: what goes through it is not copied.
+
+    The disk's path is in UBLKPOOL_DISK, the buffer's, a file to be mapped shared, in UBLKPOOL_BUFFER, its size in
+    UBLKPOOL_BUFFER_BYTES.  Direct I/O only.  Without such memory (--client-buffers, SHMEM_ZC in `ublkpool features`) it
+    is a file like any other, and what goes through it is copied.
+
+    \b
+    ublkpool client vol0 -- sh -c 'fio --name=a --filename=$UBLKPOOL_DISK --direct=1 --rw=write --bs=512k \\
+        --ioengine=io_uring --iodepth=8 --size=1G --iomem=mmapshared:$UBLKPOOL_BUFFER'
+    """
+    from ublkpool.bufpool.client_buffers import ClientBuffer
+
+    buffer = ClientBuffer.open(name, run_dir=run_dir)
+    buffer.leave_open()
+    os.environ["UBLKPOOL_DISK"] = buffer.path
+    os.environ["UBLKPOOL_BUFFER"] = f"/proc/self/fd/{buffer.descriptor}"
+    os.environ["UBLKPOOL_BUFFER_BYTES"] = str(buffer.size_bytes)
+    os.execvp(command[0], command)
 
 
 @cli.command()

@@ -19,6 +19,9 @@ from ublkpool.daemon.affinity import parse_cpus
 KeyPath = tuple[str | int, ...]
 """Where a value stands: `("device", 0, "queues")`."""
 
+CLIENT_SLICES = 8
+"""Into how many parts a client area is cut, one a client."""
+
 KIB = 1024
 MIB = 1024 * KIB
 DEVICE_BYTES_MAX = 2**63 - 512
@@ -36,6 +39,7 @@ QueueCount = Annotated[int, Meta(ge=1, le=4096)]
 Depth = Annotated[int, Meta(ge=1, le=4096)]
 DeviceId = Annotated[int, Meta(ge=0, le=2**20 - 1)]
 IoBytes = Annotated[int, Meta(ge=4 * KIB, le=32 * MIB, multiple_of=4 * KIB)]
+ClientBytes = Annotated[int, Meta(ge=0, le=CLIENT_SLICES << 32, multiple_of=CLIENT_SLICES * 4 * KIB)]
 PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
@@ -96,6 +100,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pool_bytes: PoolBytes | None = None
     huge_pages: HugePages = "auto"
     affinity: Affinity = "auto"
+    client_buffers_bytes: ClientBytes = 0
     io_timeout_s: Seconds = 30.0
     on_timeout: OnTimeout = "wait"
     absent_timeout_s: Seconds = 60.0
@@ -134,6 +139,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise Conflict("answers", "workers that answer need need_get_data: turn it on")
         if self.size_bytes is None:
             raise Conflict("answers", "its workers answer, so no backend has a size: give it size = N")
+        if self.client_buffers_bytes:
+            raise Conflict(
+                "answers",
+                "its workers answer, so nobody reads where clients want it: leave client_buffers out",
+            )
 
 
 class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +179,7 @@ USER_KEYS = {
     "size_bytes": "size",
     "max_io_bytes": "max_io",
     "pool_bytes": "pool",
+    "client_buffers_bytes": "client_buffers",
     "io_timeout_s": "io_timeout",
     "absent_timeout_s": "absent_timeout",
     "spin_us": "spin",

@@ -12,6 +12,7 @@ never in the data path.
 
 import asyncio
 import logging
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -22,6 +23,7 @@ from ublkpool.bufpool.keeper import Keeper, keeper_path
 from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
 from ublkpool.daemon.background import Background
+from ublkpool.daemon.clients import Clients, Ground
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import alone, check_fits
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
@@ -31,7 +33,7 @@ from ublkpool.daemon.managed_backend import ManagedBackend
 from ublkpool.daemon.records import FIRST_EPOCH, Record
 from ublkpool.daemon.recovery import RETRY_PAUSE_S, Strikes, retire
 from ublkpool.daemon.session import Session
-from ublkpool.daemon.status import BackendStatus, DeviceStatus, State, WorkerStatus
+from ublkpool.daemon.status import BackendStatus, ClientStats, DeviceStatus, State, WorkerStatus
 from ublkpool.daemon.succession import Heir, record_of, stderr_name
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.team import Team
@@ -57,6 +59,7 @@ class Device:
         self._managed = (
             ManagedBackend(config.name, config.backend, around, self._background) if config.backend else None
         )
+        self._clients = Clients(config.name, around.runner, around.holder, self._background)
         self._strikes = Strikes(asyncio.get_running_loop().time)
 
     @property
@@ -153,6 +156,7 @@ class Device:
                 going=self._life.is_stopping,
                 broker_pid=self._around.broker.child.pid,
                 segments=self._attachment.segments,
+                clients=machinery.area.record() if machinery.area else None,
                 build=self._around.build,
             )
         )
@@ -214,7 +218,34 @@ class Device:
             # Not waited for: it waits for requests, and these may need us.
             self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
         self._now_live(team)
+        if (ground := self._ground()) is not None:
+            self._clients.begin(ground)
         _log.info("%s: live as %s", self.config.name, kernel.node)
+
+    def client_stats(self) -> ClientStats:
+        """Where the slices of the client area are."""
+        area, (lent, resting, free) = self._machinery.area, self._clients.counts()
+        size_bytes = area.slice_bytes if area else 0
+        return ClientStats(slice_bytes=size_bytes, lent_count=lent, resting_count=resting, free_count=free)
+
+    def _ground(self) -> Ground | None:
+        machinery = self._machinery
+        if machinery.area is None or machinery.kernel is None or machinery.arena is None:
+            return None
+        return Ground(machinery.area, machinery.kernel, machinery.arena.data_fd)
+
+    def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
+        """The answer to a client of the disk, and a slice of the client area, which is its own while it is connected.
+
+        Raises `DaemonError` if there is no disk.
+        """
+        kernel, area = self._machinery.kernel, self._machinery.area
+        if kernel is None or self.state in ("waiting", "failed") or self._life.is_stopping:
+            raise DaemonError(f"{self.config.name} is {self.state}: it has no disk to use buffers with")
+        number = self._clients.lend(sock)
+        if area is None or number is None:
+            return wire.BufferLeased(path=str(kernel.node), size_bytes=0), None
+        return wire.BufferLeased(path=str(kernel.node), size_bytes=area.slice_bytes), area.files[number]
 
     def _now_live(self, team: Team) -> None:
         self._strikes.live()
@@ -244,6 +275,8 @@ class Device:
             self._strikes.live()
             self._life.enter("live")
             self._machinery.hold_workers(team)
+            if (ground := self._ground()) is not None:
+                self._clients.resume(ground, held)
         if self._managed is not None:
             self._managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
         self.save()
@@ -252,10 +285,11 @@ class Device:
     def abandon(self) -> None:
         """After a `go_on` that failed: forget everything, change nothing."""
         self._background.cancel()
+        self._clients.close()
         self._machinery.abandon()
         self._attachment.abandon()
 
-    async def recover_left(self, record: Record) -> bool:
+    async def recover_left(self, record: Record, held: Mapping[str, int]) -> bool:
         """Take over what an earlier daemon left of the device; False if there was nothing worth it.
 
         Its processes have ended (`records.end_left`): what they were doing comes again from the kernel, and must not be
@@ -265,7 +299,7 @@ class Device:
             return self.config.waits_for_backend
         left = Adoption(record, self._machinery, self._attachment)
         async with self._life.turn:
-            if not await left.find(self._around.runner):
+            if not await left.find(self._around.runner, held):
                 self._around.records.forget(self.config.name)
                 return False
             self._life.enter("recovering")
@@ -275,6 +309,8 @@ class Device:
                 await self._fail(str(error))
                 return True
             self._now_live(team)
+            if (ground := self._ground()) is not None:
+                self._clients.resume(ground, held)
             _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
         if self._managed is not None:
             self._managed.start()
@@ -373,6 +409,7 @@ class Device:
 
     async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
+        self._clients.close()
         await self._machinery.stop(self._attachment.gone)
         if self._managed is not None:
             self._managed.let_end()

@@ -73,6 +73,11 @@ class Holder:
         self._child: Child | None = None
         self._stopping = False
 
+    @property
+    def pid(self) -> int:
+        """Its process; 0 if there is none."""
+        return self._child.pid if self._child is not None else 0
+
     def take_over(self) -> dict[str, int]:
         """Connect to an earlier supervisor's holder; the descriptors that it held, which are the caller's now."""
         sock = _connect(self._path)

@@ -6,7 +6,7 @@ on the supervisor's asyncio loop.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena, arena_prefix
@@ -14,15 +14,18 @@ from ublkpool.bufpool.limits import pool_geometry
 from ublkpool.daemon.background import logged
 from ublkpool.daemon.block_device import BlockDevice, parameters
 from ublkpool.daemon.broker_process import Leases
+from ublkpool.daemon.client_area import ClientArea, slice_name
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk, disk_of
-from ublkpool.daemon.records import FIRST_EPOCH
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.records import FIRST_EPOCH, Record
 from ublkpool.daemon.recovery import next_epoch, recover
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.succession import Heir, worker_name
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.team import Plan, Team
 from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.ublk.abi import Feature
 from ublkpool.workers import messages
 
 STOP_DEADLINE_S = 60.0
@@ -45,6 +48,7 @@ class Machinery:
         self.kernel: BlockDevice | None = None
         self.disk: Disk | None = None
         self.arena: Arena | None = None
+        self.area: ClientArea | None = None
         self.leases: Leases | None = None
         self.team: Team | None = None
         self._config = config
@@ -63,6 +67,7 @@ class Machinery:
         self.kernel = await BlockDevice.create(self._around.runner, self._config, asked)
         self._save()
         self.leases = self._make_pool(self.kernel)
+        await self._make_area(self.kernel)
         await self.leases.register(FIRST_EPOCH)
         team = await self._fork(FIRST_EPOCH)
         await team.ready()
@@ -73,12 +78,33 @@ class Machinery:
         record, kernel = heir.record, heir.kernel
         self.kernel, self.disk = kernel, record.disk
         self.arena = Arena.open(self._pool_name(kernel), self._config.huge_pages)
+        self.find_area(record, heir.held)
         control_fd = self.arena.control_fd
         self.leases = Leases(self._around.broker, kernel.number, kernel.info.queues, control_fd, record.epoch)
         await self.leases.refresh()
         self.team = self._make_team(record.epoch)
         self.team.adopt(heir.workers)
         return self.team
+
+    async def _make_area(self, kernel: BlockDevice) -> None:
+        """Memory that clients share with the backend, where the driver can tell it; without it they are copied for."""
+        if not self._config.client_buffers_bytes or not kernel.info.flags & Feature.SHMEM_ZC:
+            return
+        area = ClientArea.create(self._config.client_buffers_bytes)
+        if not await kernel.register(area):
+            area.close()
+            raise DaemonError(f"{self._config.name}: the driver does not number registered buffers as we do")
+        self._hold_area(area)
+
+    def find_area(self, record: Record, held: Mapping[str, int]) -> None:
+        """The client area that an earlier daemon made, as far as somebody still has it."""
+        if record.clients is not None:
+            self._hold_area(ClientArea.find(record.clients, record.config.name, held))
+
+    def _hold_area(self, area: ClientArea) -> None:
+        self.area = area
+        for number, fd in area.files.items():
+            self._around.holder.hold(slice_name(self._config.name, number), fd)
 
     async def begin_again(self, epoch: int) -> Team:
         """The epoch after `epoch`, serving, with a pool of its own: all who served `epoch` are dead.
@@ -146,6 +172,7 @@ class Machinery:
             self.arena.unlink()
             self.arena.close()
             self.arena = None
+        self._close_area()
         self.team = self.kernel = None
 
     async def discard(self) -> None:
@@ -162,6 +189,12 @@ class Machinery:
             self.team.let_go()
         if self.arena is not None:
             self.arena.close()
+        self._close_area()
+
+    def _close_area(self) -> None:
+        if self.area is not None:
+            self.area.close()
+            self.area = None
 
     def _make_pool(self, kernel: BlockDevice) -> Leases:
         self.arena = self._make_arena(kernel)
@@ -204,6 +237,7 @@ class Machinery:
             around.broker.endpoint,
             around.queue_dir,
             around.group,
+            self.area,
         )
         return Team(plan, epoch, self._hear)
 

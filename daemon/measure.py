@@ -19,7 +19,9 @@ def device_stats(device: Device) -> DeviceStats:
     arena = device.arena
     read = [read_statistics(arena.control.statistics_block(queue)) for queue in range(arena.queues)]
     queues = tuple(_queue_stats(queue, each) for queue, each in enumerate(read))
-    return DeviceStats(name=device.config.name, queues=queues, pool=_pool_stats(arena, read))
+    return DeviceStats(
+        name=device.config.name, queues=queues, pool=_pool_stats(arena, read), clients=device.client_stats()
+    )
 
 
 def _queue_stats(queue: int, read: Statistics) -> QueueStats:
@@ -35,6 +37,7 @@ def _queue_stats(queue: int, read: Statistics) -> QueueStats:
         copies=CopyStats(
             kernel_bytes=counters["kernel_write_bytes"] + counters["kernel_read_bytes"],
             own_bytes=counters["own_copy_bytes"],
+            in_place_bytes=counters["zero_copy_bytes"],
         ),
         counters=counters,
     )

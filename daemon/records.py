@@ -18,6 +18,7 @@ import msgspec
 
 import ublkpool
 from ublkpool.bufpool import wire
+from ublkpool.daemon.client_area import AreaRecord
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 
@@ -69,6 +70,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     served: Served | None = None
     managed: Process | None = None
     """The backend that the daemon runs itself."""
+    clients: AreaRecord | None = None
     segments: int = 0
     """How many segment numbers were given away."""
     build: str = ""

@@ -65,6 +65,7 @@ def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
         "BUFFERS",
         "KERNEL COPIED",
         "WE COPIED",
+        "IN PLACE",
     )
     queues = [_queue_row(device.name, queue) for device in devices for queue in device.queues]
     pool_headers = (
@@ -116,6 +117,7 @@ def _queue_row(name: str, queue: QueueStats) -> tuple[str, ...]:
         held,
         _size(queue.copies.kernel_bytes),
         _size(queue.copies.own_bytes),
+        _size(queue.copies.in_place_bytes),
     )
 
 

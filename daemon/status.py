@@ -60,10 +60,11 @@ class OpCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CopyStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes copied by the kernel (it must, once) and by us (we should not)."""
+    """Bytes copied by the kernel (it must, once) and by us (we should not), and those that nobody had to copy."""
 
     kernel_bytes: int = 0
     own_bytes: int = 0
+    in_place_bytes: int = 0
 
 
 class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,9 +98,19 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, int] = {}
 
 
+class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's client area: slices lent to clients, not to be lent yet after a client's end, and free."""
+
+    slice_bytes: int = 0
+    lent_count: int = 0
+    resting_count: int = 0
+    free_count: int = 0
+
+
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     """One device's numbers."""
 
     name: str
     queues: tuple[QueueStats, ...] = ()
     pool: PoolStats = PoolStats()
+    clients: ClientStats = ClientStats()

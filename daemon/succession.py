@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 from ublkpool.daemon.block_device import BlockDevice
+from ublkpool.daemon.client_area import AreaRecord
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.disk import Disk
@@ -49,6 +50,7 @@ def record_of(
     going: bool,
     broker_pid: int,
     segments: int,
+    clients: AreaRecord | None,
     build: str,
 ) -> Record:
     """All that the next supervisor must know of a device."""
@@ -72,6 +74,7 @@ def record_of(
         served=Served(session.attach, session.token.hex(), session.segment) if session else None,
         managed=own,
         segments=segments,
+        clients=clients,
         build=build,
     )
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -140,6 +141,10 @@ class Supervisor:
         """Bring a backend to its device.  Raises `DaemonError` if there is none."""
         await self._device(session.attach.device).attach(session)
 
+    def lend_buffer(self, name: str, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
+        """Memory for a client's I/O.  Raises `DaemonError` if there is no such disk."""
+        return self._device(name).lend_buffer(sock)
+
     async def broker_restarted(self) -> None:
         """Tell a new broker about every device."""
         for device in list(self._devices.values()):
@@ -233,7 +238,7 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     ending.push_async_callback(supervisor.delete_all)
     for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
         ending.callback(asyncio.ensure_future(keeper).cancel)
-    attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit)
+    attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer)
     attach.start()
     leaving.callback(attach.close)
     await left.devices(supervisor.take)

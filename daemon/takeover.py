@@ -85,7 +85,7 @@ class TakeOver:
         if record.device_number is None and record.config.name in self._configured:
             return None
         device = Device(record.config, self._around)
-        return device if await device.recover_left(record) else None
+        return device if await device.recover_left(record, self._held) else None
 
     async def _give_up(self, record: Record) -> None:
         self._going_on.remove(record)

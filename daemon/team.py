@@ -18,6 +18,7 @@ from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.affinity import cpu_for
 from ublkpool.daemon.block_device import BlockDevice
+from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
@@ -47,6 +48,16 @@ class Plan(NamedTuple):
     pool_endpoint: str
     queue_dir: Path
     group: int | None
+    area: ClientArea | None = None
+
+    def segments(self) -> tuple[wire.Segment, ...]:
+        """What every backend is handed."""
+        pool = wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.arena.geometry.total_bytes)
+        return (pool, *(self.area.segments() if self.area else ()))
+
+    def descriptors(self) -> list[int]:
+        """In the order of `segments`."""
+        return [self.arena.data_fd, *(self.area.descriptors() if self.area else ())]
 
 
 class Team:
@@ -144,7 +155,7 @@ class Team:
             token=session.token.hex(),
             endpoints=self.endpoints,
             rings=tuple(str(self._ring_socket(queue)) for queue in range(info.queues) if plan.config.rings),
-            segments=(wire.Segment(number=wire.SEGMENT_POOL, size_bytes=plan.arena.geometry.total_bytes),),
+            segments=plan.segments(),
             own_segment=session.segment,
             post_bytes=self._post_bytes(),
             spin_us=spin_us(plan.config),
@@ -250,6 +261,8 @@ class Team:
                 timeout_ms=int(plan.config.io_timeout_s * 1000),
                 fail_on_timeout=plan.config.on_timeout == "fail",
                 absent_ms=_absent_ms(plan.config),
+                slice_bytes=plan.area.slice_bytes if plan.area else 0,
+                slices=plan.area.bits if plan.area else 0,
                 classes=buffer_classes(plan.arena),
             ),
             queue_socket=self._socket(queue),

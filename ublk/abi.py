@@ -50,6 +50,7 @@ class Control(enum.IntEnum):
     UPDATE_SIZE = _control(0x15)
     QUIESCE_DEV = _control(0x16)
     TRY_STOP_DEV = _control(0x17)
+    REG_BUF = _control(0x18)
 
 
 class Io(enum.IntEnum):
@@ -82,6 +83,7 @@ class Feature(enum.IntFlag):
     INTEGRITY = 1 << 16
     SAFE_STOP_DEV = 1 << 17
     NO_AUTO_PART_SCAN = 1 << 18
+    SHMEM_ZC = 1 << 19
 
 
 def feature_names(bits: int) -> list[str]:
@@ -138,6 +140,10 @@ class Attribute(enum.IntFlag):
     ROTATIONAL = 1 << 1
     VOLATILE_CACHE = 1 << 2
     FUA = 1 << 3
+
+
+SHARED_BUFFER = struct.Struct("<QQII")
+"""struct ublk_shmem_buf_reg: address and bytes (at most 4 GiB) in the calling process, flags, 0."""
 
 
 _PARAM_BASIC, _PARAM_DISCARD = 1, 2

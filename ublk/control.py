@@ -6,6 +6,7 @@ daemon calls these in a disposable process (`daemon/control_process.py`).  Raise
 """
 
 import os
+from typing import Any
 
 from ublkpool.ublk import _native
 from ublkpool.ublk.abi import (
@@ -14,6 +15,7 @@ from ublkpool.ublk.abi import (
     DEVICE_INFO_BYTES,
     PARAMS_BYTES,
     QUEUE_NONE,
+    SHARED_BUFFER,
     Control,
     DeviceInfo,
     Parameters,
@@ -68,6 +70,21 @@ def delete_device_later(device: int) -> None:
 def set_parameters(device: int, parameters: Parameters) -> None:
     """SET_PARAMS: once, before START_DEV."""
     _send(Control.SET_PARAMS, device, bytearray(parameters.pack().ljust(PARAMS_BYTES, b"\0")))
+
+
+def register_buffer(device: int, memory: Any, size_bytes: int) -> int:
+    """REG_BUF (Linux 7.x, for a device with `Feature.SHMEM_ZC`): the number by which requests name this memory.
+
+    `memory` is this process's mapping, whole pages, at most 4 GiB.  The driver pins its pages until
+    UNREG_BUF or DEL_DEV, whoever ends, and knows requests by them: those whose pages lie one behind the other in one
+    buffer come with the flag, all others are copied (ublk_try_buf_match).
+
+    Only before START_DEV.  Of a device that has a disk both commands freeze its queue, which waits for every request,
+    and hold a lock meanwhile that START_USER_RECOVERY wants (ublk_lock_buf_tree): a worker that dies just then leaves
+    requests which nobody can ever answer, and the device hangs for good.
+    """
+    address = int(_native.ffi.cast("uintptr_t", memory))
+    return _send(Control.REG_BUF, device, bytearray(SHARED_BUFFER.pack(address, size_bytes, 0, 0)))
 
 
 def start_device(device: int, server_pid: int) -> None:

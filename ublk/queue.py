@@ -103,6 +103,10 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long requests wait while there is no backend; 0 for ever."""
     answers_itself: bool = False
     """There is never a backend: the queue throws writes away and reads zeros, which `Memory.zeros` are."""
+    slice_bytes: int = 0
+    """Of the client area, whose slices are registered with the driver by their numbers."""
+    slices: int = 0
+    """Which of them there are, as bits."""
     classes: tuple[BufferClass, ...]
 
 
@@ -342,6 +346,8 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
         "hello_timeout_ms": config.hello_timeout_ms,
         "fail_on_timeout": config.fail_on_timeout,
         "absent_ms": config.absent_ms,
+        "slice_bytes": config.slice_bytes,
+        "slices": config.slices,
         "classes": len(config.classes),
         "class": [tuple(each) for each in config.classes],
     }

@@ -61,6 +61,8 @@ class Event(enum.IntEnum):
     """The backend has posted a region that it fits in: nobody is asked."""
     THROW_AWAY = 17
     """The worker answers itself: the write is copied into scratch and forgotten."""
+    IN_PLACE = 18
+    """A write whose data lies in the client area: the kernel wants its NEED_GET_DATA and copies nothing."""
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -68,6 +70,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.KERNEL, Event.NEEDS_PLACE): State.WAIT_PLACE,
     (State.KERNEL, Event.READY): State.WAIT_LINK,
     (State.KERNEL, Event.THROW_AWAY): State.COPYING,
+    (State.KERNEL, Event.IN_PLACE): State.COPYING,
     (State.KERNEL, Event.FAIL_UNCOPIED): State.FAILING,
     (State.KERNEL, Event.FINISH): State.COMMITTING,
     (State.KERNEL, Event.ABORTED): State.GONE,

@@ -63,6 +63,9 @@ static int32_t find_memory(const struct engine *e, struct storage_request *r) {
         r->memory = e->setup.own + r->region;
     else if (d->segment == WIRE_SEGMENT_POOL && fits(d->buffer, d->length, e->setup.pool_bytes))
         r->memory = e->setup.pool + d->buffer;
+    else if (d->segment >= WIRE_SEGMENT_CLIENTS && fits(d->buffer, d->length, e->setup.slice_bytes) &&
+             e->setup.slices[d->segment - WIRE_SEGMENT_CLIENTS])
+        r->memory = e->setup.slices[d->segment - WIRE_SEGMENT_CLIENTS] + d->buffer;
     else
         return -EFAULT;
     return 0;

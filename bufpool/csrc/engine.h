@@ -4,7 +4,7 @@
  * segment is named for whom, who waits for one, what is posted ahead, and the answers.  What is done with the data is a
  * storage's (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python.  One
  * thread uses an engine, the one that opened it; every function may be called without the GIL.  Memory that it is given
- * (pool, own segment) must outlive it.
+ * (pool, client area, own segment) must outlive it.
  */
 #ifndef UBLKPOOL_ENGINE_H
 #define UBLKPOOL_ENGINE_H
@@ -22,6 +22,8 @@ struct engine_setup {
     uint64_t size_bytes;
     uint8_t *pool;
     uint64_t pool_bytes;
+    uint8_t *slices[16]; /* of the client area, NULL for one that is not there */
+    uint64_t slice_bytes;
     uint8_t *own;
     uint64_t own_bytes;
     uint32_t own_segment;

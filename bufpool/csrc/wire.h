@@ -12,6 +12,8 @@ enum {
 enum { WIRE_READ = 0, WIRE_WRITE = 1, WIRE_FLUSH = 2, WIRE_DISCARD = 3, WIRE_WRITE_ZEROES = 5 };
 enum { WIRE_FUA = 1, WIRE_NOUNMAP = 2, WIRE_REGION = 4, WIRE_REPLAY = 8 };
 enum { WIRE_SEGMENT_NONE = 0, WIRE_SEGMENT_POOL = 1 };
+/* The first slice of the client area; backends' own segments count up from 2 and never get there. */
+#define WIRE_SEGMENT_CLIENTS 0xfffffff0u
 
 struct wire_descriptor {
     uint8_t kind, op;

@@ -6,6 +6,7 @@ One seed replays one run; `sim_play.py` says which are played.
 import random
 from itertools import product
 
+import msgspec
 import pytest
 
 from support import sim_play
@@ -86,6 +87,22 @@ def test_the_runs_reach_every_corner() -> None:
         reached = sum(getattr(side.statistics, corner) for world in worlds for side in world.rig.sides)
         assert reached > 5, f"{reached} {corner} in {len(worlds)} runs"
     assert sum(world.absences for world in worlds) > 5
+
+
+def with_clients(seed: int, rng: random.Random) -> Scenario:
+    """As `scenario`, with a client area."""
+    drawn = scenario(seed, rng)
+    plan = drawn.plan
+    slice_bytes = plan.queues * plan.depth * plan.max_io_bytes
+    return msgspec.structs.replace(drawn, plan=msgspec.structs.replace(plan, slice_bytes=slice_bytes))
+
+
+@pytest.mark.parametrize("seeds", sim_play.chunks(2 * len(SHAPES)), ids=repr)
+def test_requests_in_clients_own_memory_are_served_there_whatever_happens(seeds: range) -> None:
+    worlds = [sim_play.play(seed, with_clients, World) for seed in seeds]
+    statistics = [side.statistics for world in worlds for side in world.rig.sides]
+    assert sum(each.zero_copies for each in statistics) > len(seeds)
+    assert sum(each.replays for each in statistics) > 0
 
 
 def test_writes_land_in_what_was_posted_and_are_rescued_from_there() -> None:

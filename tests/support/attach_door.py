@@ -28,8 +28,10 @@ class Door:
     """A server that takes connections from the test, and the sessions that it admitted."""
 
     def __init__(self, run_dir: Path, group: int | None = None) -> None:
-        self.server = AttachServer(run_dir, group, self._describe, self._admit)
+        self.server = AttachServer(run_dir, group, self._describe, self._admit, self._lend_buffer)
         self.sessions: list[Session] = []
+        self.clients: list[socket.socket] = []
+        self.buffer_fd: int | None = None
         self.opens = asyncio.Event()
         self.opens.set()
 
@@ -50,6 +52,13 @@ class Door:
         self._describe(session.attach.device)
         await self.opens.wait()
         self.sessions.append(session)
+
+    def _lend_buffer(self, name: str, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
+        self._describe(name)
+        if self.buffer_fd is not None:
+            self.clients.append(sock)
+        size_bytes = 0 if self.buffer_fd is None else PAGE
+        return wire.BufferLeased(path="/dev/ublkb7", size_bytes=size_bytes), self.buffer_fd
 
     def connect(self) -> socket.socket:
         """A new connection; the caller's end."""

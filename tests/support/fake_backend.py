@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op, iter_frame
 
 from .fake_driver import SECTOR_BYTES, FakeDriver
-from .queue_rig import DEVICE, POISON, Rig, new_area
+from .queue_rig import DEVICE, POISON, SEGMENT_SLICE, Rig, new_area
 
 Key = tuple[int, int]
 
@@ -119,6 +119,8 @@ class FakeBackend:
             assert (each.segment, each.buffer) == (self.segment.number, self.named[key])
         elif each.segment == SEGMENT_POOL:
             self._rig.ledger.use(self._rig.slot_at(each.buffer, each.length), key)
+        elif each.segment == SEGMENT_SLICE:
+            assert each.buffer == self._drivers[key[0]].request_at(key[1]).client_buffer
         else:
             assert each.segment == 0 and (self.reads_own if each.op == Op.READ else each.op != Op.WRITE)
         self.given[key] = each
@@ -185,6 +187,10 @@ class FakeBackend:
                 if cell is None:
                     return False
             self._fill(each, cell, length)
+            # 7.x tells the client that all of it was read.
+            self._drivers[key[0]].request_at(key[1]).may_fail |= (
+                each.segment == SEGMENT_SLICE and length < each.length
+            )
         else:
             self._change(each, length)
             result = length if each.op == Op.WRITE else 0
@@ -204,7 +210,7 @@ class FakeBackend:
     def _fill(self, each: Descriptor, cell: int | None, length: int) -> None:
         data = self._store.read(each.offset, length)
         start = each.buffer if cell is None else cell
-        view = self._rig.pool.view if cell is None else self.segment.view
+        view = self._rig.areas[each.segment].view if cell is None else self.segment.view
         view[start : start + length] = data
 
     def _change(self, each: Descriptor, length: int) -> None:

@@ -12,12 +12,13 @@ from ublkpool.bufpool.wire import Op
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Command
 
-from .queue_rig import Side
+from .queue_rig import SEGMENT_SLICE, SLICE, Side
 
 _ffi = _native.ffi
 SECTOR_BYTES = 512
 IOD_FUA = 1 << 13
 IOD_NOUNMAP = 1 << 15
+IOD_SHMEM_ZC = 1 << 19
 NEED_GET_DATA = 1
 FETCH, GET_DATA, COMMIT = range(3)
 ERRNO_MAX = 4095
@@ -46,10 +47,16 @@ class Request:
         self.result: int | None = None
         """Bytes, 0 or a negative errno once it is answered."""
         self.may_fail = False
+        self.client_buffer: int | None = None
+        """Where its data lies in the client area, if the client took its buffer from there."""
 
     @property
     def left(self) -> int:
         return self.sectors - self.done
+
+    @property
+    def is_in_place(self) -> bool:
+        return self.client_buffer is not None
 
     def __repr__(self) -> str:
         return f"<op {self.op} at {self.sector}+{self.sectors}, {self.done} done, result {self.result}>"
@@ -132,7 +139,11 @@ class FakeDriver:
 
     def _describe(self, tag: int, sectors: int) -> None:
         request = self.request_at(tag)
-        self.side.describe(tag, request.op, request.flags, request.sector + request.done, sectors)
+        flags, address = request.flags, self.addresses[tag]
+        if request.client_buffer is not None:
+            flags |= IOD_SHMEM_ZC
+            address = SLICE << 32 | request.client_buffer
+        self.side.describe(tag, request.op, flags, request.sector + request.done, sectors, address)
 
     def _complete(self, tag: int, holder: Holder, result: int) -> None:
         self.holders[tag] = holder
@@ -141,6 +152,11 @@ class FakeDriver:
 
     def _copy_in(self, tag: int, sectors: int | None) -> None:
         request = self.request_at(tag)
+        if request.is_in_place:
+            # What the server sees from here on is its own address (ublk_get_data), or still where the data lies.
+            if self.side.rig.plan.need_get_data:
+                self.side.descriptors[tag].address = self.addresses[tag]
+            return
         count = request.left if sectors is None else min(sectors, request.left)
         start = request.done * SECTOR_BYTES
         data = request.data[start : start + count * SECTOR_BYTES]
@@ -165,6 +181,10 @@ class FakeDriver:
 
     def _accept(self, command: Command, length: int) -> None:
         """Note where a write's data goes, which must be the place that was agreed on."""
+        if command.op == GET_DATA and self.request_at(command.tag).is_in_place:
+            assert command.address, f"{command}: no address"
+            self.addresses[command.tag] = command.address
+            return
         area, offset = self.side.rig.locate(self.side.number, command.address, length)
         if area.number == 1:
             slot = self.side.rig.slot_at(offset, length)
@@ -193,13 +213,21 @@ class FakeDriver:
         limit = self.side.descriptors[command.tag].sectors * SECTOR_BYTES
         assert 0 < command.result <= limit, f"{command}: the driver answers EIO or sends it again for ever"
         assert command.result % self.side.rig.plan.block_bytes == 0
-        if request.op == Op.READ:
+        if request.client_buffer is not None:
+            assert command.result == limit, f"{command}: the driver tells the client that all of it was done"
+            self._take_in_place(request, request.client_buffer)
+        elif request.op == Op.READ:
             self._copy_out(command, request)
         request.done += command.result // SECTOR_BYTES
         if request.left:
             self.again.append(request)
         else:
             self._answer(request, request.sectors * SECTOR_BYTES)
+
+    def _take_in_place(self, request: Request, at: int) -> None:
+        if request.op == Op.READ:
+            area = self.side.rig.areas[SEGMENT_SLICE]
+            request.received[:] = area.view[at : at + len(request.received)]
 
     def _copy_out(self, command: Command, request: Request) -> None:
         area, offset = self.side.rig.locate(self.side.number, command.address, command.result)

@@ -1,16 +1,17 @@
 """A native engine on plain memory: frames in, answers out, and no worker.
 
-Owns the pool and the own segment, each between two guards: memory that no request may ever touch.
+Owns the pool, the own segment and a slice of a client area, each between two guards: memory that no request may touch.
 """
 
 from collections.abc import Iterable
 
 from ublkpool.bufpool.backend import Device
 from ublkpool.bufpool.native import NativeEngine, Storage
-from ublkpool.bufpool.wire import Descriptor, iter_frame, pack_frame
+from ublkpool.bufpool.wire import SEGMENT_CLIENTS, Descriptor, iter_frame, pack_frame
 
 DEVICE_NUMBER = 7
 OWN_SEGMENT = 9
+SLICE_SEGMENT = SEGMENT_CLIENTS + 2
 EPOCH = 3
 GUARD_BYTES = 1 << 16
 _GUARD = b"\xa5" * GUARD_BYTES
@@ -42,7 +43,7 @@ class NativeBench:
         queues: int = 1,
         post_bytes: tuple[int, ...] = (),
     ) -> None:
-        self.pool, self.own = Area(pool_bytes), Area(own_bytes)
+        self.pool, self.own, self.slice = Area(pool_bytes), Area(own_bytes), Area(pool_bytes)
         self.depth, self.queues, self.post_bytes = depth, queues, post_bytes
         self.engine = NativeEngine(self._device(size_bytes), storage)
 
@@ -60,6 +61,7 @@ class NativeBench:
             placement="backend",
             read_only=False,
             pool=self.pool.view,
+            clients={SLICE_SEGMENT: self.slice.view},
             own=self.own.view,
             own_segment=OWN_SEGMENT,
             post_bytes=self.post_bytes,

@@ -11,12 +11,15 @@ import msgspec
 
 from ublkpool.bufpool.lease import Grant, LeaseTable, Owner, Recall, held_max
 from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
 from ublkpool.workers.pool_link import Orders
 
 _ffi, _lib = _native.ffi, _native.lib
 DEVICE = 7
+SLICE = 5
+SEGMENT_SLICE = SEGMENT_CLIENTS + SLICE
 POISON = 0xEE
 ZEROS = -1
 MESSAGES_TO_SETTLE_MAX = 1000
@@ -41,6 +44,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     fail_on_timeout: bool = False
     absent_ms: int = 0
     answers_itself: bool = False
+    slice_bytes: int = 0
+    """Of the client area's one slice; 0: there is none."""
     spare: int = 2
     """Buffers of each size above the queues' reserves."""
 
@@ -135,15 +140,17 @@ class Side:
             fail_on_timeout=plan.fail_on_timeout,
             absent_ms=plan.absent_ms,
             answers_itself=plan.answers_itself,
+            slice_bytes=plan.slice_bytes,
+            slices=1 << SLICE if plan.slice_bytes else 0,
             classes=plan.classes(),
         )
         memory = Memory(self.descriptors, rig.pool.base, rig.headers, self.scratch.base, self.statistics)
         self.queue = Queue(config, memory._replace(zeros=self.zeros.base) if plan.answers_itself else memory)
 
-    def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int) -> None:
+    def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int, address: int = 0) -> None:
         """Fill the tag's descriptor as the kernel does; `flags` are already in place in `op_flags`."""
         each = self.descriptors[tag]
-        each.op_flags, each.start_sector, each.sectors = op | flags, sector, sectors
+        each.op_flags, each.start_sector, each.sectors, each.address = op | flags, sector, sectors, address
 
     def commands(self, most: int | None = None) -> list[Command]:
         """The commands that are written and not consumed."""
@@ -198,6 +205,8 @@ class Rig:
         )
         self.sides = [Side(self, number) for number in range(plan.queues)]
         self.areas = {1: self.pool}
+        if plan.slice_bytes:
+            self.areas[SEGMENT_SLICE] = new_area(SEGMENT_SLICE, plan.slice_bytes)
         self.mail: list[deque[Granted | Recall]] = [deque() for _ in self.sides]
         self.wishes: list[deque[tuple[int, int, int]]] = [deque() for _ in self.sides]
         """LEASEs on their way: class, sequence, count."""

@@ -18,7 +18,7 @@ from ublkpool.workers.tag_state import State
 from .fake_backend import FakeBackend, Key, Store
 from .fake_driver import FakeDriver, Holder, Request
 from .fake_liar import CUT, STALE, Lie, Scene, lies_about, posts_that_lie
-from .queue_rig import Plan, Rig
+from .queue_rig import SEGMENT_SLICE, Plan, Rig
 from .shadow_disk import ShadowDisk
 
 Temper = Literal["honest", "dying", "lying"]
@@ -109,12 +109,24 @@ class World:
             return
         # The core cannot know that a tag was sent back before its next request; one comes soon.
         tag = self.rng.choice(sorted(driver.sent_back) if again and driver.sent_back else idle)
+        if self.scenario.plan.slice_bytes and not again:
+            self._take_client_buffer(queue, tag, request)
         self.note(f"queue {queue} tag {tag}: {request}")
         self.ages.setdefault(request, 0)
         short = None
         if request.left and self.rng.random() < 0.1:
             short = self.disk.whole_blocks(self.rng.randint(1, request.left))
         driver.deliver(tag, request, short)
+
+    def _take_client_buffer(self, queue: int, tag: int, request: Request) -> None:
+        """Half of the clients have their data where the backend can see it."""
+        plan = self.scenario.plan
+        if request.op not in (Op.READ, Op.WRITE) or self.rng.random() < 0.5:
+            return
+        room = (plan.max_io_bytes - request.sectors * 512) // plan.block_bytes
+        at = (queue * plan.depth + tag) * plan.max_io_bytes + self.rng.randint(0, room) * plan.block_bytes
+        request.client_buffer = at
+        self.rig.areas[SEGMENT_SLICE].view[at : at + len(request.data)] = request.data
 
     def _copy(self, queue: int) -> None:
         driver = self.drivers[queue]
@@ -124,7 +136,9 @@ class World:
         tag = self.rng.choice(copying)
         chance = self.rng.random()
         sectors = None
-        if chance < 0.05:
+        if driver.request_at(tag).is_in_place:
+            pass
+        elif chance < 0.05:
             sectors = 0
         elif chance < 0.2:
             request = driver.request_at(tag)

@@ -8,7 +8,7 @@ import asyncio
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +143,7 @@ class LeftBehind(NamedTuple):
     backend: SimBackend | None
     segment: int
     going: bool = False
+    clients: None = None
     processes: tuple[()] = ()
 
     @property
@@ -157,6 +158,7 @@ class SimHeir:
     def __init__(self, kernel: BlockDevice, left: LeftBehind) -> None:
         self.kernel, self._left = kernel, left
         self.workers = left.workers
+        self.held: Mapping[str, int] = {}
 
     @classmethod
     async def of(cls, left: LeftBehind, _held: object, runner: ControlRunner) -> "SimHeir":
@@ -388,7 +390,7 @@ class Daemon:
                 with suppress(PoolError):
                     await self.broker.forget_all_but([])
                 self.device = self._new_device()
-        return await self.device.recover_left(record)
+        return await self.device.recover_left(record, {})
 
     def _run_now(self, work: Callable[[], None]) -> None:
         """Call this with the loop running."""

@@ -24,6 +24,7 @@ def test_every_control_opcode_is_the_ioctl_number_of_the_header() -> None:
         "UPDATE_SIZE": 0xC0207515,
         "QUIESCE_DEV": 0xC0207516,
         "TRY_STOP_DEV": 0xC0207517,
+        "REG_BUF": 0xC0207518,
     }
 
 
@@ -34,12 +35,13 @@ def test_every_queue_opcode_is_the_ioctl_number_of_the_header() -> None:
 def test_structures_have_the_kernel_sizes() -> None:
     assert abi.DEVICE_INFO_BYTES == 64
     assert abi.PARAMS_BYTES == 60
+    assert abi.SHARED_BUFFER.size == 24
     assert _native.ffi.sizeof("struct uq_iod") == 24
 
 
 def test_features_have_names_and_unknown_bits_show_their_number() -> None:
     assert abi.feature_names(0x1FE)[:3] == ["URING_CMD_COMP_IN_TASK", "NEED_GET_DATA", "USER_RECOVERY"]
-    assert abi.feature_names(1 << 60) == ["BIT_60"]
+    assert abi.feature_names(1 << 19 | 1 << 60) == ["SHMEM_ZC", "BIT_60"]
 
 
 def test_parameters_of_a_7_eib_disk_with_4k_blocks_keep_every_bit() -> None:

@@ -59,6 +59,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         *["--recovery", "fail", "--read-only", "--pool", "64M", "--io-timeout", "5", "--on-timeout", "fail"],
         *["--on-absent", "fail", "--absent-timeout", "7", "--no-partitions", "--no-rings"],
         *["--huge-pages", "off", "--affinity", "1,3"],
+        *["--client-buffers", "16M"],
         *["--backend", "memory", "a=1", "b=x=y"],
         run_dir=tmp_path,
     )
@@ -82,6 +83,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
         partitions=False,
         rings=False,
         absent_timeout_s=7.0,
+        client_buffers_bytes=16 << 20,
         backend=BackendConfig(kind="memory", options={"a": "1", "b": "x=y"}, cwd=str(Path.cwd())),
     )
 
@@ -161,6 +163,10 @@ def test_add_waits_until_a_backend_attaches(
         (
             "add a --size 1M --answers worker --backend null",
             "--answers: its workers answer, so nothing is left for a backend",
+        ),
+        (
+            "add a --size 1M --answers worker --client-buffers 1M",
+            "--answers: its workers answer, so nobody reads where clients want it",
         ),
         ("add ../a", "NAME: expected 1 to 64 letters"),
         ("add a path=x", "path=x is an option for a backend; name one with --backend"),
@@ -271,7 +277,7 @@ def test_stats_json_and_table(daemon: FakeDaemon, tmp_path: Path) -> None:
         "discard": 0,
         "write_zeroes": 0,
     }
-    assert device["queues"][0]["copies"] == {"kernel_bytes": 20480, "own_bytes": 0}
+    assert device["queues"][0]["copies"] == {"kernel_bytes": 20480, "own_bytes": 0, "in_place_bytes": 0}
     assert device["queues"][0]["counters"] == {"replayed": 1}
     table = run("stats", run_dir=tmp_path).stdout
     assert "3 (12K)" in table
@@ -406,7 +412,7 @@ def test_help_and_version() -> None:
 
 
 def test_the_commands_are_the_contract() -> None:
-    assert list(cli.commands) == ["serve", "add", "del", "list", "stats", "backend", "features"]
+    assert list(cli.commands) == ["serve", "add", "del", "list", "stats", "backend", "client", "features"]
 
 
 PROBE = """

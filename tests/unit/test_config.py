@@ -58,6 +58,7 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         io_timeout = 5
         on_timeout = "fail"
         absent_timeout = 2.5
+        client_buffers = "16M"
         on_absent = "fail"
         [device.backend]
         kind = "file"
@@ -83,6 +84,7 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         io_timeout_s=5.0,
         on_timeout="fail",
         absent_timeout_s=2.5,
+        client_buffers_bytes=16 << 20,
         on_absent="fail",
         backend=BackendConfig(
             kind="file", options={"path": "vol0.img", "direct": "true", "cache": "8"}, cwd=str(tmp_path)

@@ -88,7 +88,9 @@ class FakeTeam:
         self.workers: list[Any] = []
         self.epoch = 1
         self.plan = SimpleNamespace(
-            arena=SimpleNamespace(data_fd=-1, is_whole=lambda: True), kernel=SimpleNamespace(node="/dev/null")
+            arena=SimpleNamespace(data_fd=-1, is_whole=lambda: True),
+            descriptors=list,
+            kernel=SimpleNamespace(node="/dev/null"),
         )
         self._dies_at_once = dies_at_once
 
@@ -219,9 +221,15 @@ class Adoption:
     async def adopt(self) -> bool:
         self.team.kill = self.kill  # type: ignore[attr-defined]
         record = SimpleNamespace(
-            config=self.device.config, device_number=3, disk=None, epoch=7, segments=0, going=False
+            config=self.device.config,
+            device_number=3,
+            disk=None,
+            epoch=7,
+            segments=0,
+            clients=None,
+            going=False,
         )
-        return await self.device.recover_left(cast(Record, record))
+        return await self.device.recover_left(cast(Record, record), {})
 
 
 def test_an_adoption_in_which_somebody_dies_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

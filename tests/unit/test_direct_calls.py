@@ -15,6 +15,7 @@ from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 BLOCK = 4096
 DEPTH = 16
+SLICE = wire.SEGMENT_CLIENTS + 3
 
 
 def _device(outbox: Outbox) -> Device:
@@ -31,6 +32,7 @@ def _device(outbox: Outbox) -> Device:
         placement="pool",
         read_only=False,
         pool=memoryview(bytearray(bytes(range(256)) * (DEPTH * BLOCK // 256))),
+        clients={SLICE: memoryview(bytearray(b"c" * BLOCK))},
         own=memoryview(b""),
         own_segment=0,
         watch=lambda descriptor, callback: None,
@@ -98,6 +100,7 @@ EVERYTHING = [
     _request(12, Op.READ, 0, segment=wire.SEGMENT_NONE),
     _request(13, Op.FLUSH, 0)._replace(op=4),
     _request(14, Op.WRITE, 2 * BLOCK, flags=Flag.FUA | Flag.REPLAY, epoch=3),
+    _request(15, Op.WRITE, 3 * BLOCK, segment=SLICE)._replace(buffer=0),
 ]
 
 
@@ -117,6 +120,7 @@ def test_the_answers_are_those_of_the_engine_that_records_each(per_frame: int) -
         engines.append((answers, engine.statistics(), backend.calls, bytes(backend.disk)))
     outbox.close()
     assert engines[0] == engines[1]
+    assert engines[0][3][3 * BLOCK : 4 * BLOCK] == b"c" * BLOCK
     assert suits(Moody()) and not suits(Recorded())
     results = {each.tag: each.result for each in engines[0][0]}
     assert results[0] == BLOCK and results[1] == -errno.ENOSPC and results[3] == -errno.EIO
@@ -136,7 +140,10 @@ def test_a_frame_with_more_than_requests_is_left_alone() -> None:
     assert direct.answers_to(write, 2) is not None
 
 
-@pytest.mark.parametrize(("segment", "buffer"), [(1, DEPTH * BLOCK - 512), (1, (1 << 64) - 1), (2, 0)])
+@pytest.mark.parametrize(
+    ("segment", "buffer"),
+    [(1, DEPTH * BLOCK - 512), (1, (1 << 64) - 1), (2, 0), (SLICE, 512), (SLICE + 1, 0)],
+)
 def test_a_buffer_outside_the_pool_is_the_workers_fault(segment: int, buffer: int) -> None:
     outbox = Outbox()
     direct = DirectCalls(Plain(), _device(outbox))

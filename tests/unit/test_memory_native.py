@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, NativeBench
+from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, SLICE_SEGMENT, NativeBench
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.native import MemoryStorage
-from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op
+from ublkpool.bufpool.wire import SEGMENT_CLIENTS, SEGMENT_POOL, Descriptor, Flag, Kind, Op
 
 BLOCK = 512
 DISK_BLOCKS = 192
@@ -175,6 +175,21 @@ def test_a_pool_write_that_lies_outside_the_pool_moves_nothing(disk: NativeBench
     assert [each.result for each in disk.say([request._replace(buffer=inside)])] == [4096]
     for buffer in (inside + 1, len(disk.pool.view), (1 << 64) - 1, (1 << 64) - 4096):
         assert [each.result for each in disk.say([request._replace(buffer=buffer)])] == [-14]
+
+
+def test_a_clients_buffer_is_read_and_written_where_it_is_and_nowhere_else(disk: NativeBench) -> None:
+    disk.slice.view[4096:8192] = b"z" * 4096
+    write = asked(Kind.REQUEST, Op.WRITE, 0, 8192, 4096)._replace(segment=SLICE_SEGMENT)
+    assert [each.result for each in disk.say([write._replace(buffer=4096)])] == [4096]
+    assert disk.own.view[8192:12288] == b"z" * 4096
+    read = write._replace(op=Op.READ, sequence=2)
+    (answer,) = disk.say([read._replace(buffer=512)])
+    assert (answer.result, answer.flags) == (4096, 0)
+    assert disk.slice.view[512:4608] == b"z" * 4096
+    for buffer in (len(disk.slice.view) - 4095, (1 << 64) - 4096):
+        assert [each.result for each in disk.say([write._replace(buffer=buffer)])] == [-14]
+    for segment in (SLICE_SEGMENT + 1, SEGMENT_CLIENTS, 0xFFFFFFFF):
+        assert [each.result for each in disk.say([write._replace(segment=segment)])] == [-14]
 
 
 @pytest.mark.parametrize("kind", [Kind.PLACE, Kind.REQUEST])

@@ -5,6 +5,8 @@ import os
 import msgspec
 import pytest
 
+from ublkpool.daemon.client_area import AreaRecord, slice_name
+from ublkpool.daemon.clients import client_name
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.records import Process, Record, Worker, identify
@@ -69,6 +71,7 @@ def test_a_device_that_changes_is_not_written_down_as_served(state: str, going: 
         going=going,
         broker_pid=os.getpid(),
         segments=1,
+        clients=AreaRecord(4096, ((1, 2), None)),
         build="x",
     )
     assert not found.live
@@ -76,5 +79,6 @@ def test_a_device_that_changes_is_not_written_down_as_served(state: str, going: 
 
 
 def test_no_two_held_names_meet() -> None:
-    names = [*session_names("a"), *(worker_name("a", queue) for queue in range(3))]
+    numbered = (worker_name, slice_name, client_name)
+    names = [*session_names("a"), *(name("a", number) for name in numbered for number in range(3))]
     assert len(set(names)) == len(names)

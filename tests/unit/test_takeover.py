@@ -28,7 +28,7 @@ class FakeDevice:
     def abandon(self) -> None:
         """Nothing was begun."""
 
-    async def recover_left(self, _record: Record) -> bool:
+    async def recover_left(self, _record: Record, _held: object) -> bool:
         self.recovered = True
         return True
 
@@ -60,7 +60,7 @@ def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
     steps: list[str] = []
 
     class Recovered(FakeDevice):
-        async def recover_left(self, record: Record) -> bool:
+        async def recover_left(self, record: Record, _held: object) -> bool:
             steps.append(f"recover {record.config.name}")
             return True
 

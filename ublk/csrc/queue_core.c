@@ -9,6 +9,7 @@
 #define IOD_OP_MASK 0xffu
 #define IOD_FUA (1u << 13)
 #define IOD_NOUNMAP (1u << 15)
+#define IOD_SHMEM_ZC (1u << 19)
 #define RES_NEED_GET_DATA 1
 /* Looking at every tag costs more than a turn; a deadline may be noticed this much late. */
 #define SCAN_MS 100
@@ -21,6 +22,7 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_NEEDS_PLACE] = TO(UQ_WAIT_PLACE),
 		[UQ_EV_READY] = TO(UQ_WAIT_LINK),
 		[UQ_EV_THROW_AWAY] = TO(UQ_COPYING),
+		[UQ_EV_IN_PLACE] = TO(UQ_COPYING),
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
 		[UQ_EV_ABORTED] = TO(UQ_GONE) },
@@ -131,8 +133,12 @@ static void count_result(struct uq *q, const struct uq_tag *t)
 		return;
 	}
 	s->bytes[t->op] += t->op == WIRE_READ || t->op == WIRE_WRITE ? (uint64_t)t->result : t->length;
-	if (t->op == WIRE_READ)
+	if (t->in_place) {
+		s->zero_copies++;
+		s->zero_copy_bytes += (uint64_t)t->result;
+	} else if (t->op == WIRE_READ) {
 		s->kernel_read_bytes += (uint64_t)t->result;
+	}
 }
 
 void uq_finish(struct uq *q, struct uq_tag *t, int result)
@@ -177,6 +183,17 @@ void uq_ready(struct uq *q, struct uq_tag *t)
 		uq_hand_over(q, t);
 }
 
+/* Where a request's data lies that is in the client area: the slice above, the byte in it below 32 bits. */
+static bool find_client_buffer(const struct uq *q, struct uq_tag *t, uint64_t address)
+{
+	uint64_t bytes = q->config.slice_bytes, slice = address >> 32;
+
+	t->slice = (uint32_t)slice;
+	t->client_buffer = address & 0xffffffffu;
+	return slice < UQ_SLICES_MAX && q->config.slices >> slice & 1 && t->length <= bytes &&
+	       t->client_buffer <= bytes - t->length && t->client_buffer % q->config.block_bytes == 0;
+}
+
 static bool read_descriptor(struct uq *q, struct uq_tag *t)
 {
 	const struct uq_iod *d = &q->config.descriptors[uq_index(q, t)];
@@ -186,6 +203,10 @@ static bool read_descriptor(struct uq *q, struct uq_tag *t)
 	t->flags = (op_flags & IOD_FUA ? WIRE_FUA : 0) | (op_flags & IOD_NOUNMAP ? WIRE_NOUNMAP : 0);
 	t->offset = d->start_sector << 9;
 	t->length = (uint64_t)d->sectors << 9;
+	/* Now: NEED_GET_DATA puts our own address in its place (ublk_get_data). */
+	t->in_place = op_flags & IOD_SHMEM_ZC;
+	if (t->in_place && !find_client_buffer(q, t, d->address))
+		return false;
 	if (t->op == WIRE_READ || t->op == WIRE_WRITE)
 		return t->length && t->length <= q->config.max_io_bytes;
 	return t->op == WIRE_FLUSH || t->op == WIRE_DISCARD || t->op == WIRE_WRITE_ZEROES;
@@ -206,6 +227,10 @@ static void route_write(struct uq *q, struct uq_tag *t)
 {
 	if (q->giving_up && q->link != UQ_LINK_UP) {
 		fail_uncopied(q, t, -EIO);
+	} else if (t->in_place) {
+		/* The driver wants the command and looks at no address (ublk_start_io): nothing is copied. */
+		if (uq_move(q, t, UQ_EV_IN_PLACE))
+			uq_get_data(q, t, q->config.scratch);
 	} else if (q->config.place_in_backend) {
 		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && q->link == UQ_LINK_UP)
 			uq_ask_place(q, t);
@@ -227,7 +252,7 @@ static void answer_ourselves(struct uq *q, struct uq_tag *t)
 
 static void route(struct uq *q, struct uq_tag *t, int res)
 {
-	bool lends = t->op == WIRE_READ && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
+	bool lends = t->op == WIRE_READ && !t->in_place && q->config.need_get_data && q->link == UQ_LINK_UP && !q->reads_own;
 
 	if (res == RES_NEED_GET_DATA) {
 		route_write(q, t);
@@ -235,7 +260,7 @@ static void route(struct uq *q, struct uq_tag *t, int res)
 	}
 	if (t->op == WIRE_WRITE) {
 		t->copied = true;
-		q->config.stats->kernel_write_bytes += t->length;
+		q->config.stats->kernel_write_bytes += t->in_place ? 0 : t->length;
 	}
 	if (lends)
 		uq_need_buffer(q, t);
@@ -271,7 +296,7 @@ static void copied(struct uq *q, struct uq_tag *t)
 		q->config.stats->short_copies++;
 		t->doomed = true;
 	}
-	q->config.stats->kernel_write_bytes += length;
+	q->config.stats->kernel_write_bytes += t->in_place ? 0 : length;
 	t->copied = true;
 	if (t->doomed) {
 		uq_finish(q, t, -EIO);

@@ -15,6 +15,8 @@
 
 #include "wire.h"
 
+#define UQ_SLICES_MAX 16
+
 enum {
 	UQ_CLASSES_MAX = 8,
 	UQ_SEGMENTS_MAX = 8,
@@ -50,7 +52,7 @@ enum uq_state {
 enum uq_event {
 	UQ_EV_NEEDS_BUFFER, UQ_EV_NEEDS_PLACE, UQ_EV_READY, UQ_EV_BUFFER_TO_COPY, UQ_EV_BUFFER_TO_SERVE, UQ_EV_ASK,
 	UQ_EV_PLACED, UQ_EV_FAIL_UNCOPIED, UQ_EV_COPIED, UQ_EV_RESCUE, UQ_EV_REQUEUED, UQ_EV_HAND_OVER, UQ_EV_LINK_LOST,
-	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED, UQ_EV_THROW_AWAY,
+	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED, UQ_EV_THROW_AWAY, UQ_EV_IN_PLACE,
 	UQ_EVENTS,
 };
 #define UQ_ILLEGAL 0xff
@@ -89,6 +91,7 @@ struct uq_stats {
 	uint64_t bells; /* rung for the backend */
 	uint64_t tags_gone; /* that the kernel took away from this worker */
 	uint64_t posts, posts_used; /* regions that backends posted, and writes that landed in one */
+	uint64_t zero_copies, zero_copy_bytes; /* reads and writes whose data lay in the client area all the time */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 
@@ -127,6 +130,8 @@ struct uq_config {
 	uint8_t *scratch;      /* max_io_bytes, private */
 	/* max_io_bytes that stay zero: what is read of a queue that answers itself, with no backend; NULL if it does not. */
 	const uint8_t *zeros;
+	uint64_t slice_bytes;  /* of the client area, whose slices are registered with the driver by their numbers */
+	uint16_t slices;       /* which of them there are, as bits */
 	struct uq_stats *stats;
 };
 

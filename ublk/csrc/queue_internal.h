@@ -13,13 +13,16 @@
 struct uq_tag {
 	uint64_t sequence, offset, length, arrived_ms;
 	uint64_t own_buffer;   /* in own_segment */
+	uint64_t client_buffer; /* in slice `slice` of the client area, if `in_place` */
 	uint64_t own_bytes;    /* of the region, which may be more than the request's */
 	uint32_t own_segment;  /* region that a backend named, 0 for none */
+	uint32_t slice;
 	uint32_t slot;         /* pool buffer, UQ_BUFFER_NONE for none */
 	int32_t result;
 	uint16_t flags;
 	uint16_t next_waiter;
 	uint8_t state, op, class;
+	bool in_place;         /* the client's own buffer is the request's: nothing is ever copied */
 	bool copied;           /* a write's data is in its buffer */
 	bool given;            /* a backend has seen it */
 	bool doomed;           /* fails as soon as nobody touches its buffer */

@@ -36,7 +36,10 @@ static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *
 {
 	if (t->op != WIRE_READ && t->op != WIRE_WRITE)
 		return;
-	if (t->own_segment) {
+	if (t->in_place) {
+		d->segment = WIRE_SEGMENT_CLIENTS + t->slice;
+		d->buffer = t->client_buffer;
+	} else if (t->own_segment) {
 		d->segment = t->own_segment;
 		d->buffer = t->own_buffer;
 	} else if (t->slot != UQ_BUFFER_NONE) {
@@ -47,7 +50,7 @@ static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *
 
 void uq_hand_over(struct uq *q, struct uq_tag *t)
 {
-	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !q->reads_own;
+	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place && !q->reads_own;
 	struct wire_descriptor *d;
 
 	if (lacks_buffer) {
@@ -157,16 +160,16 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct w
 		return UQ_V_NONE;
 	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
 		return UQ_V_RESULT;
-	if (t->op == WIRE_READ && d->flags & WIRE_REGION)
-		return q->config.need_get_data ? uq_judge_region(q, d, t->length) : UQ_V_REGION;
-	return t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE ? UQ_V_REGION : UQ_V_NONE;
+	if (t->op == WIRE_READ && d->flags & WIRE_REGION) /* of one in place the kernel would copy nothing */
+		return q->config.need_get_data && !t->in_place ? uq_judge_region(q, d, t->length) : UQ_V_REGION;
+	return t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place ? UQ_V_REGION : UQ_V_NONE;
 }
 
 static void answer_done(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
 	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
-	 * was done whole, whatever its commit says. */
-	uint64_t needed = t->op == WIRE_WRITE ? t->length : t->op == WIRE_READ;
+	 * was done whole, whatever its commit says; so it does of what lies in place (__ublk_complete_rq). */
+	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
@@ -391,7 +394,7 @@ void uq_pool_damaged(struct uq *q)
 {
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		struct uq_tag *t = &q->tags[i];
-		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == WIRE_WRITE;
+		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == WIRE_WRITE && !t->in_place;
 
 		if (has_data && t->state == UQ_WAIT_LINK)
 			uq_fail(q, t, -EIO);

@@ -1,0 +1,134 @@
+"""A device's client area: memory whose slices clients use as their I/O buffers, so that nothing is copied.
+
+Owns the slices' files: sealed memfds, one each, so that whoever has one sees no other.  They are registered with the
+driver once and for all, see `ublk/control.py`; who has which is `clients.py`'s.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from ublkpool.bufpool import wire
+from ublkpool.daemon.config import CLIENT_SLICES
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.open_files import FileId, file_id, holders_of
+from ublkpool.ublk import queue as core
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class AreaRecord(msgspec.Struct, frozen=True):
+    """What the next daemon must know to find a client area again."""
+
+    slice_bytes: int
+    files: tuple[FileId | None, ...]
+
+
+def slice_name(device: str, number: int) -> str:
+    """Under which the holder has a slice."""
+    return f"{device}/slice/{number}"
+
+
+class ClientArea:
+    """The slices that there are, by their numbers."""
+
+    def __init__(self, slice_bytes: int, files: Mapping[int, int]) -> None:
+        """Takes the descriptors over."""
+        self.slice_bytes = slice_bytes
+        self.files = dict(files)
+
+    @classmethod
+    def create(cls, size_bytes: int) -> Self:
+        """New ones, zeros, all there.  Raises `DaemonError` if there is not so much memory."""
+        area = cls(size_bytes // CLIENT_SLICES, {})
+        try:
+            for number in range(CLIENT_SLICES):
+                area.files[number] = core.sealed_memory(area.slice_bytes, "ublkpool-clients")
+        except OSError as error:
+            area.close()
+            raise DaemonError(
+                f"no memory for client_buffers of {size_bytes} bytes ({error.strerror}): lower it, or set it to 0"
+            ) from error
+        return area
+
+    @classmethod
+    def find(cls, record: AreaRecord, device: str, held: Mapping[str, int]) -> Self:
+        """An earlier daemon's: from the holder, or from whoever still has it.
+
+        A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
+        had under way there fails.
+        """
+        area = cls(record.slice_bytes, {})
+        for number, wanted in enumerate(record.files):
+            fd = held.get(slice_name(device, number))
+            if fd is not None:
+                area.files[number] = os.dup(fd)
+            elif wanted is not None and (found := _find_open(wanted, record.slice_bytes)) is not None:
+                area.files[number] = found
+        return area
+
+    def record(self) -> AreaRecord:
+        """To find it by."""
+        return AreaRecord(self.slice_bytes, tuple(map(self._id_of, range(CLIENT_SLICES))))
+
+    def _id_of(self, number: int) -> FileId | None:
+        return file_id(os.fstat(self.files[number])) if number in self.files else None
+
+    @property
+    def bits(self) -> int:
+        """Which slices there are."""
+        return sum(1 << number for number in self.files)
+
+    def segments(self) -> tuple[wire.Segment, ...]:
+        """As a backend is told of them."""
+        return tuple(
+            wire.Segment(number=wire.SEGMENT_CLIENTS + number, size_bytes=self.slice_bytes)
+            for number in self.files
+        )
+
+    def descriptors(self) -> list[int]:
+        """In the order of `segments`."""
+        return list(self.files.values())
+
+    @contextmanager
+    def mapped(self) -> Iterator[Sequence[Any]]:
+        """All slices in this process's memory, and in that of a child that it forks."""
+        memory: list[Any] = []
+        try:
+            memory.extend(core.map_segment(fd, self.slice_bytes) for fd in self.files.values())
+            yield memory
+        finally:
+            for each in memory:
+                core.unmap_segment(each, self.slice_bytes)
+
+    def close(self) -> None:
+        """Let go of the slices."""
+        for fd in self.files.values():
+            os.close(fd)
+        self.files = {}
+
+
+def _find_open(wanted: FileId, size_bytes: int) -> int | None:
+    """The file among those that other processes have open; None if it is not there, or not what it was."""
+    for pid in holders_of({wanted}):
+        with suppress(OSError):
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    if file_id(path.stat()) == wanted and (fd := _open_slice(path, size_bytes)) is not None:
+                        return fd
+    return None
+
+
+def _open_slice(path: Path, size_bytes: int) -> int | None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with suppress(OSError):
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        if sealed and os.fstat(fd).st_size == size_bytes:
+            return fd
+    os.close(fd)
+    return None

@@ -1,0 +1,332 @@
+"""Slices of a client area: whose they are, and when they may be somebody else's."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from support.attach_door import DEVICE, PAGE, Door
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.client import OwnSegment
+from ublkpool.bufpool.client_buffers import ClientBuffer
+from ublkpool.bufpool.errors import AttachRefused, WireError
+from ublkpool.daemon import clients as module
+from ublkpool.daemon.background import Background
+from ublkpool.daemon.block_device import BlockDevice, wanted_flags
+from ublkpool.daemon.client_area import ClientArea, slice_name
+from ublkpool.daemon.clients import Clients, Ground, client_name, unused
+from ublkpool.daemon.config import CLIENT_SLICES, DeviceConfig
+from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.open_files import file_id
+from ublkpool.ublk.abi import Feature
+
+AREA_BYTES = CLIENT_SLICES * PAGE
+
+
+@pytest.fixture
+def area() -> Iterator[ClientArea]:
+    made = ClientArea.create(AREA_BYTES)
+    yield made
+    made.close()
+
+
+class Scene:
+    """A device's clients, a kernel that drains when it is told to, and slices that some process may have."""
+
+    def __init__(self, area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held: dict[str, int] = {}
+        self.used: set[int] = set()
+        self.looks = 0
+        self.connections: list[socket.socket] = []
+        self.draining, self.drained = asyncio.Event(), asyncio.Event()
+        self.drained.set()
+        holder = SimpleNamespace(pid=0, hold=self.held.__setitem__, drop=self.held.pop)
+        self.clients = Clients("vol", cast(ControlRunner, self), cast(Holder, holder), Background("vol"))
+        self.ground = Ground(area, cast(BlockDevice, self), next(iter(area.files.values())))
+        monkeypatch.setattr(module, "unused", lambda slices, *_: [n for n in slices if n not in self.used])
+
+    async def run_beside(self, _what: str, command: Callable[[], Any], _result: type) -> Any:
+        self.looks += 1
+        return command()
+
+    async def pass_requests(self) -> None:
+        self.draining.set()
+        await self.drained.wait()
+
+    def connect(self) -> tuple[socket.socket, int | None]:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.connections.append(ours)
+        number = self.clients.lend(theirs)
+        if number is None:
+            theirs.close()
+        return ours, number
+
+
+async def _until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not check():
+            await asyncio.sleep(0)
+
+
+def played(
+    play: Callable[[Scene], Awaitable[None]], area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        scene = Scene(area, monkeypatch)
+        await play(scene)
+        scene.clients.close()
+        for each in scene.connections:
+            each.close()
+
+    asyncio.run(run())
+
+
+def test_each_client_gets_a_slice_of_its_own_until_there_is_none(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        assert scene.connect()[1] is None
+        scene.clients.begin(scene.ground)
+        connections = [scene.connect() for _ in range(CLIENT_SLICES)]
+        assert sorted(number for _, number in connections if number is not None) == list(range(CLIENT_SLICES))
+        assert scene.connect()[1] is None
+        assert scene.clients.counts() == (CLIENT_SLICES, 0, 0)
+        assert set(scene.held) == {client_name("vol", number) for number in range(CLIENT_SLICES)}
+
+    played(play, area, monkeypatch)
+
+
+def test_a_slice_rests_until_the_requests_of_its_time_are_answered(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        scene.clients.begin(scene.ground)
+        scene.drained.clear()
+        ours, number = scene.connect()
+        ours.close()
+        await asyncio.wait_for(scene.draining.wait(), 20)
+        assert scene.clients.counts() == (0, 1, CLIENT_SLICES - 1)
+        others = [scene.connect()[1] for _ in range(CLIENT_SLICES)]
+        assert number not in others and others.count(None) == 1
+        scene.drained.set()
+        await _until(lambda: scene.clients.counts() == (CLIENT_SLICES - 1, 0, 1))
+        assert scene.connect()[1] == number
+
+    played(play, area, monkeypatch)
+
+
+def test_one_that_ends_during_a_drain_waits_for_the_next(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        scene.clients.begin(scene.ground)
+        first, second = scene.connect()[0], scene.connect()[0]
+        scene.drained.clear()
+        first.close()
+        await asyncio.wait_for(scene.draining.wait(), 20)
+        second.close()
+        await _until(lambda: scene.clients.counts()[0] == 0)
+        scene.draining.clear()
+        scene.drained.set()
+        await _until(scene.draining.is_set)
+        await _until(lambda: scene.clients.counts() == (0, 0, CLIENT_SLICES))
+
+    played(play, area, monkeypatch)
+
+
+def test_who_still_has_a_slice_keeps_it_and_is_looked_for_when_there_is_no_other(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        scene.clients.begin(scene.ground)
+        ours, number = scene.connect()
+        assert number is not None
+        scene.used = {number}
+        ours.close()
+        await _until(lambda: scene.clients.counts()[1] == 1)
+        await _until(lambda: scene.looks == 1)
+        others = [scene.connect() for _ in range(CLIENT_SLICES - 1)]
+        assert number not in [each for _, each in others]
+        scene.used = set()
+        await asyncio.sleep(0)
+        assert scene.connect()[1] is None
+        await _until(lambda: scene.clients.counts() == (CLIENT_SLICES - 1, 0, 1))
+
+    played(play, area, monkeypatch)
+
+
+def test_a_word_of_a_client_s_ends_its_lease(area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(scene: Scene) -> None:
+        scene.clients.begin(scene.ground)
+        ours, _ = scene.connect()
+        ours.send(b"?")
+        await _until(lambda: scene.clients.counts() == (0, 0, CLIENT_SLICES))
+        assert ours.recv(1) == b""
+
+    played(play, area, monkeypatch)
+
+
+def test_the_next_daemon_goes_on_with_the_connections_that_were_held(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        ours, theirs = socket.socketpair()
+        # Of slice 3 only its process is left, which has not noticed.
+        scene.used = {3}
+        scene.clients.resume(scene.ground, {client_name("vol", 5): theirs.fileno()})
+        theirs.close()
+        await _until(lambda: scene.clients.counts() == (1, 1, CLIENT_SLICES - 2))
+        ours.close()
+        await _until(lambda: scene.clients.counts() == (0, 1, CLIENT_SLICES - 1))
+
+    played(play, area, monkeypatch)
+
+
+def test_a_slice_is_unused_if_only_those_have_it_who_have_the_pool(area: ClientArea) -> None:
+    pool = OwnSegment.create(PAGE)
+    pool_id = file_id(os.fstat(pool.descriptor))
+    slices = area.record().files
+    assert slices[0] is not None
+    mine = {0: slices[0]}
+    # This process is looked at as any other: it has the slice, and the pool.
+    os.set_inheritable(area.files[0], True)
+    other = os.fork()
+    if not other:
+        os.close(pool.descriptor)
+        pool.view.release()
+        pool._map.close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(other, os.WUNTRACED)
+    try:
+        assert unused(mine, pool_id, [os.getpid()]) == []
+        assert unused(mine, pool_id, [os.getpid(), other]) == [0]
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    assert unused(mine, pool_id, [os.getpid()]) == [0]
+    pool.close()
+
+
+def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody_has_is_lost(
+    area: ClientArea,
+) -> None:
+    record = area.record()
+    os.pwrite(area.files[2], b"x", 0)
+    client = os.fork()
+    if not client:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(client, os.WUNTRACED)
+    found = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
+    try:
+        assert found.bits == (1 << CLIENT_SLICES) - 1 and found.record() == record
+        assert os.pread(found.files[2], 1, 0) == b"x"
+        assert [each.number for each in found.segments()] == [
+            wire.SEGMENT_CLIENTS + number for number in range(CLIENT_SLICES)
+        ]
+    finally:
+        found.close()
+        os.kill(client, signal.SIGKILL)
+        os.waitpid(client, 0)
+    lost = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
+    assert (lost.bits, len(lost.segments())) == (1 << 1, 1)
+    assert lost.record().files[1] == record.files[1] and lost.record().files[0] is None
+    lost.close()
+
+
+def test_an_area_that_memory_is_short_for_is_named_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files: list[int] = []
+
+    def scarce(size_bytes: int, name: str) -> int:
+        if len(files) == 3:
+            raise OSError(12, "Cannot allocate memory")
+        files.append(os.memfd_create(name))
+        return files[-1]
+
+    monkeypatch.setattr("ublkpool.ublk.queue.sealed_memory", scarce)
+    with pytest.raises(DaemonError, match="no memory for client_buffers of 32768 bytes"):
+        ClientArea.create(AREA_BYTES)
+    for fd in files:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
+
+
+def test_the_flag_is_asked_for_where_it_is_offered_and_only_if_it_is_wanted() -> None:
+    wants = DeviceConfig(name="a", client_buffers_bytes=AREA_BYTES)
+    assert wanted_flags(wants, (1 << 64) - 1) & Feature.SHMEM_ZC
+    assert not wanted_flags(wants, 0x1FE) & Feature.SHMEM_ZC
+    assert not wanted_flags(DeviceConfig(name="a"), (1 << 64) - 1) & Feature.SHMEM_ZC
+
+
+async def _leased(door: Door, device: str) -> ClientBuffer:
+    run_dir = door.server._path.parent
+    door.server.start()
+    return await asyncio.to_thread(ClientBuffer.open, device, 2 * PAGE, run_dir=run_dir)
+
+
+def test_a_client_gets_the_memory_that_the_daemon_has_for_it(tmp_path: Path) -> None:
+    async def play() -> None:
+        door = Door(tmp_path)
+        door.buffer_fd = os.memfd_create("slice")
+        os.truncate(door.buffer_fd, PAGE)
+        with await _leased(door, DEVICE) as buffer:
+            assert (buffer.path, buffer.size_bytes, buffer.is_shared) == ("/dev/ublkb7", PAGE, True)
+            buffer.view[:1] = b"y"
+            assert os.pread(door.buffer_fd, 1, 0) == b"y"
+            (theirs,) = door.clients
+            with pytest.raises(BlockingIOError):
+                theirs.recv(1)
+        assert theirs.recv(1) == b""
+        os.close(door.buffer_fd)
+        theirs.close()
+        door.server.close()
+
+    asyncio.run(play())
+
+
+def test_without_shared_memory_a_client_has_its_own(tmp_path: Path) -> None:
+    async def play() -> None:
+        door = Door(tmp_path)
+        with await _leased(door, DEVICE) as buffer:
+            assert (len(buffer.view), buffer.is_shared) == (2 * PAGE, False)
+            buffer.view[:1] = b"y"
+        door.server.close()
+
+    asyncio.run(play())
+
+
+def test_a_client_of_no_disk_learns_why(tmp_path: Path) -> None:
+    async def play() -> None:
+        door = Door(tmp_path)
+        with pytest.raises(AttachRefused, match="no device 'other'"):
+            await _leased(door, "other")
+        door.server.close()
+
+    asyncio.run(play())
+
+
+def test_an_answer_that_makes_no_sense_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> None:
+        door = Door(tmp_path)
+        monkeypatch.setattr(
+            door.server, "_lend_buffer", lambda *_: (wire.BufferLeased(path="x", size_bytes=PAGE), None)
+        )
+        with pytest.raises(WireError, match="makes no sense"):
+            await _leased(door, DEVICE)
+        door.server.close()
+
+    asyncio.run(play())
