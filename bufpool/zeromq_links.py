@@ -4,7 +4,7 @@ Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a
 """
 
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
@@ -12,7 +12,16 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello, unread, unread_max
+from ublkpool.bufpool.links import (
+    Handshakes,
+    LinkStatistics,
+    Polled,
+    epoch_after,
+    hello,
+    nothing_to_serve,
+    unread,
+    unread_max,
+)
 
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
@@ -84,7 +93,7 @@ class ZeroMQLinks:
                 self._link_changed(self._monitor_of[source])
         return found
 
-    def drive(self, engine: Any) -> bool:
+    def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
         """See `Links`: its frames need Python."""
         return False
 
