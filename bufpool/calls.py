@@ -145,7 +145,9 @@ class CallEngine:
         c = self._columns
         if end - first == 1:
             return ((c.start[first], c.end[first], c.offset[first]),)
-        return zip(c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True)
+        return zip(
+            c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True
+        )
 
     # Three of a kind: this runs for every request, and each knows how its function is called.
 
@@ -241,7 +243,13 @@ class CallEngine:
             for at in range(first, end):
                 start = c.start[at]
                 buffer, region = memory[start : c.end[at]], start if is_own else -1
-                op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
+                op, flags, offset, length, key = (
+                    c.op[at],
+                    c.flags[at],
+                    c.offset[at],
+                    c.length[at],
+                    c.index[at],
+                )
                 requests.append(Request(op, flags, offset, length, buffer, region, self._outbox, key))
         c.later[: len(requests)] = b"\1" * len(requests)
         return requests
