@@ -6,9 +6,10 @@ twice.  So return from `pwrite` (or call `complete`) when the data is outside yo
 disk, in another process, in memory that somebody else holds too.  That it survives a *power failure* is promised by
 `flush` and by a write with `fua`, if you set `volatile_cache`; without it every answered write promises that as well.
 
-There are three levels, each built on the next:
+There are four levels, each built on the next:
 
 - **methods**: override `pread`, `pwrite` and friends; they run one after the other;
+- **batches**: override `serve_batch`, which sees all that came at once as columns, and their data without a copy;
 - **requests**: override `submit` and answer each `Request` when you like, from any thread;
 - **frames**: return a `FrameEngine` from `engine`, which turns frames into frames, typically in native code.
 
@@ -24,13 +25,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import BackendError, PoolError
-from ublkpool.bufpool.wire import Descriptor, Flag, Op, RawDescriptor
+from ublkpool.bufpool.wire import Flag, Op
+
+if TYPE_CHECKING:
+    from ublkpool.bufpool.batch import Batch
 
 log = logging.getLogger("ublkpool.backend")
 
@@ -64,7 +68,10 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend tells the daemon about itself; sizes are bytes.
 
     `size_bytes` 0 takes whatever size the device was created with.  `segment_bytes` asks the SDK for an own segment,
-    `segment` brings one; placement `backend` and read buffers `own` need it.
+    `segment` brings one; placement `backend` and read buffers `own` need it.  With
+    `post_max_bytes` writes land in slots of that segment which the SDK has posted ahead, and nobody is asked for a
+    place.  Who overrides `place` as well is asked for those above so many bytes, or that find no slot, and has the
+    segment from `Device.own_from` on.
     """
 
     size_bytes: int = 0
@@ -80,6 +87,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
     segment: OwnSegment | None = None
+    post_max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,8 @@ class Device:
     own_segment: int
     clients: Mapping[int, memoryview] = field(default_factory=dict)
     """The slices of the client area by their segment numbers.  What lies there may change at any time."""
+    own_from: int = 0
+    """Where the part of the own segment begins that is the author's, after the SDK's slots."""
     post_bytes: tuple[int, ...] = ()
     """In which sizes regions may be posted ahead; empty if not at all."""
     watch: Callable[[int, Callable[[], None]], None]
@@ -156,21 +166,27 @@ class Request:
     `flags` are `wire.Flag` bits; `REPLAY` says that an earlier backend may have executed this one already.
     """
 
-    __slots__ = ("_answered", "_outbox", "buffer", "flags", "length", "offset", "op", "raw", "region")
+    __slots__ = ("_answered", "_outbox", "buffer", "flags", "key", "length", "offset", "op", "region")
 
-    def __init__(self, raw: RawDescriptor, buffer: memoryview, region: int, outbox: Outbox) -> None:
-        self.raw = raw
-        self.op, self.flags = raw[1], raw[2]
-        self.offset, self.length = raw[8], raw[9]
+    def __init__(
+        self,
+        op: int,
+        flags: int,
+        offset: int,
+        length: int,
+        buffer: memoryview,
+        region: int,
+        outbox: Outbox,
+        key: Any,
+    ) -> None:
+        """`key` is the engine's name for it."""
+        self.op, self.flags = op, flags
+        self.offset, self.length = offset, length
         self.buffer = buffer
         self.region = region
+        self.key = key
         self._outbox = outbox
         self._answered = False
-
-    @property
-    def descriptor(self) -> Descriptor:
-        """What the worker sent."""
-        return Descriptor._make(self.raw)
 
     @property
     def fua(self) -> bool:
@@ -245,8 +261,15 @@ class Backend:
         """The frame level: an engine of your own, or None to be given requests."""
         return None
 
+    def serve_batch(self, batch: "Batch") -> None:
+        """The batch level: do these reads and writes, and say in `batch.result` which of them failed or fell short.
+
+        An exception fails all of them.  Needs the SDK's native part.  What has no data still goes to its method.
+        """
+        raise NotImplementedError
+
     def submit(self, batch: Sequence[Request]) -> None:
-        """The request level: start these, in order of arrival, and answer each when it is done."""
+        """The request level: start these, and answer each when it is done.  Reads come first, then writes."""
         for request in batch:
             try:
                 request.complete(perform(self, request))
@@ -260,6 +283,11 @@ class Backend:
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> int | None:
         """Store `buf`; the module's first paragraph says what returning promises."""
         raise OSError(errno.EOPNOTSUPP, "this backend does not write")
+
+    plain_pread: Callable[[memoryview, int], int | None] | None = None
+    """Called instead of `pread`, if that is a shorter way."""
+    plain_pwrite: Callable[[memoryview, int], int | None] | None = None
+    """Called instead of `pwrite` for writes without FUA, if that is a shorter way."""
 
     def flush(self) -> None:
         """Make everything that was answered survive a power failure."""
@@ -304,6 +332,11 @@ class Backend:
     def statistics(self) -> Mapping[str, int]:
         """Counters of the backend's own."""
         return {}
+
+
+def asks_for_places(backend: Backend) -> bool:
+    """Whether its author names places for writes."""
+    return type(backend).place is not Backend.place
 
 
 def perform(backend: Backend, request: Request) -> int | None:
@@ -368,4 +401,8 @@ def check_properties(properties: Properties) -> Properties:
     needs_segment = properties.placement == "backend" or properties.read_buffers == "own"
     if needs_segment and not (properties.segment_bytes or properties.segment):
         raise BackendError("placement backend and read buffers own need a segment (segment_bytes)")
+    if properties.post_max_bytes and (properties.placement == "pool" or properties.read_buffers == "own"):
+        raise BackendError(
+            "post_max_bytes is for placement backend or any, with reads into buffers of the pool"
+        )
     return properties

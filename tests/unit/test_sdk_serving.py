@@ -29,7 +29,16 @@ from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.errors import AttachRefused, BackendError
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
-pytestmark = pytest.mark.usefixtures("transport")
+pytestmark = pytest.mark.usefixtures("transport", "native")
+
+
+@pytest.fixture(params=[True, False], ids=["native", "portable"])
+def native(request: pytest.FixtureRequest, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no native part, there are frames and an engine in Python."""
+    if not request.param:
+        if transport == "ring":
+            pytest.skip("rings need the native part")
+        monkeypatch.setitem(sys.modules, "ublkpool.bufpool.calls", None)
 
 
 def test_every_operation_reaches_its_method(tmp_path: Path) -> None:
@@ -102,12 +111,13 @@ def test_requests_are_completed_from_other_threads_in_any_order(tmp_path: Path) 
             requests[0].complete()
 
 
-def test_a_result_larger_than_the_request_is_not_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [8192, 1 << 40])
+def test_a_result_larger_than_the_request_is_not_passed_on(tmp_path: Path, result: int) -> None:
     backend = Held()
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
         worker.send(0, [request])
-        backend.wait_for(1)[0].complete(8192)
+        backend.wait_for(1)[0].complete(result)
         assert worker.answer_of(request).result == -errno.EIO
 
 
