@@ -4,8 +4,10 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -288,6 +290,39 @@ def test_a_client_gets_the_memory_that_the_daemon_has_for_it(tmp_path: Path) -> 
             (theirs,) = door.clients
             with pytest.raises(BlockingIOError):
                 theirs.recv(1)
+        assert theirs.recv(1) == b""
+        os.close(door.buffer_fd)
+        theirs.close()
+        door.server.close()
+
+    asyncio.run(play())
+
+
+def test_the_command_hands_a_program_the_buffer_for_as_long_as_it_runs(tmp_path: Path) -> None:
+    async def play() -> None:
+        door = Door(tmp_path)
+        door.buffer_fd = os.memfd_create("slice")
+        os.truncate(door.buffer_fd, PAGE)
+        door.server.start()
+        words = 'printf here 1<>"$UBLKPOOL_BUFFER"; echo $UBLKPOOL_DISK $UBLKPOOL_BUFFER_BYTES; read line'
+        command = [
+            sys.executable,
+            "-m",
+            "ublkpool.daemon",
+            "client",
+            "--run-dir",
+            str(tmp_path),
+            DEVICE,
+            "--",
+        ]
+        process = await asyncio.create_subprocess_exec(*command, "sh", "-c", words, stdin=PIPE, stdout=PIPE)
+        assert process.stdout is not None
+        assert await process.stdout.readline() == f"/dev/ublkb7 {PAGE}\n".encode()
+        assert os.pread(door.buffer_fd, 4, 0) == b"here"
+        (theirs,) = door.clients
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+        await process.communicate(b"\n")
         assert theirs.recv(1) == b""
         os.close(door.buffer_fd)
         theirs.close()
