@@ -131,7 +131,7 @@ class CallEngine:
     def _make_ways(self) -> dict[int, _Way]:
         backend = self._backend
         read, write = backend.plain_pread or backend.pread, backend.plain_pwrite
-        ways = {_NO_DATA: self._without_data}
+        ways: dict[int, _Way] = {_NO_DATA: self._without_data}
         for where, memory in self._memory.items():
             first = where * _MEMORY
             ways[first + _READ] = self._two(read, memory)
