@@ -25,7 +25,7 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.native import NativeEngine, NativeStatistics, slot_bytes
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 
-_NO_DATA, _MEMORY = int(lib.CALLS_NO_DATA), int(lib.CALLS_MEMORY)
+_NO_DATA, _AREA = int(lib.CALLS_NO_DATA), int(lib.CALLS_AREA_SHIFT)
 _POOL, _OWN, _CLIENTS = int(lib.CALLS_POOL), int(lib.CALLS_OWN), int(lib.CALLS_CLIENTS)
 _READ, _WRITE, _WRITE_FUA = int(lib.CALLS_READ), int(lib.CALLS_WRITE), int(lib.CALLS_WRITE_FUA)
 _COUNT, _RUNS, _MOVES = int(lib.CALLS_COUNT), int(lib.CALLS_RUNS), int(lib.CALLS_MOVES)
@@ -61,9 +61,8 @@ class CallEngine:
         elif kind.serve_batch is not Backend.serve_batch:
             self._serve = self._serve_batch
         self._given = Batch(self._storage, self._columns, self._view, self._request)
-        self._memory = {_POOL: device.pool, _OWN: device.own}
-        for number, memory in device.clients.items():
-            self._memory[_CLIENTS + number - SEGMENT_CLIENTS] = memory
+        clients = {_CLIENTS + number - SEGMENT_CLIENTS: each for number, each in device.clients.items()}
+        self._memories = {_POOL: device.pool, _OWN: device.own, **clients}
         self._ways = self._make_ways()
 
     def new(self, device: Device) -> Any:
@@ -129,20 +128,20 @@ class CallEngine:
     # What is called for each run of a batch, by what its calls have in common.
 
     def _make_ways(self) -> dict[int, _Way]:
-        backend = self._backend
-        read, write = backend.plain_pread or backend.pread, backend.plain_pwrite
         ways: dict[int, _Way] = {_NO_DATA: self._without_data}
-        for where, memory in self._memory.items():
-            first = where * _MEMORY
-            ways[first + _READ] = self._two(read, memory)
-            ways[first + _WRITE] = (
-                self._two(write, memory) if write else self._three(backend.pwrite, memory, False)
-            )
-            ways[first + _WRITE_FUA] = self._three(backend.pwrite, memory, True)
-        if type(backend).store_placed is not Backend.store_placed:
-            first = _OWN * _MEMORY
-            ways[first + _WRITE], ways[first + _WRITE_FUA] = self._stored(False), self._stored(True)
+        for area, memory in self._memories.items():
+            ways |= {way | area << _AREA: call for way, call in self._ways_in(area, memory).items()}
         return ways
+
+    def _ways_in(self, area: int, memory: memoryview) -> dict[int, _Way]:
+        """Of reads and writes whose data lies there."""
+        backend, write = self._backend, self._backend.plain_pwrite
+        read = self._two(backend.plain_pread or backend.pread, memory)
+        if area == _OWN and type(backend).store_placed is not Backend.store_placed:
+            return {_READ: read, _WRITE: self._stored(False), _WRITE_FUA: self._stored(True)}
+        durably = self._three(backend.pwrite, memory, True)
+        plainly = self._two(write, memory) if write else self._three(backend.pwrite, memory, False)
+        return {_READ: read, _WRITE: plainly, _WRITE_FUA: durably}
 
     def _call_methods(self) -> None:
         ways = self._ways
@@ -239,29 +238,35 @@ class CallEngine:
 
     def _view(self, at: int) -> memoryview:
         """A read's or a write's data."""
-        return self._memory[self._where(at)][self._columns.start[at] : self._columns.end[at]]
+        memory = self._memories[self._area_of(at)]
+        return memory[self._columns.start[at] : self._columns.end[at]]
 
-    def _where(self, at: int) -> int:
-        return next(way // _MEMORY for way, first, end in self._runs() if first <= at < end)
+    def _area_of(self, at: int) -> int:
+        return next(way >> _AREA for way, first, end in self._runs() if first <= at < end)
 
     def _request(self, at: int) -> Request:
-        return self._request_in(self._where(at), at)
-
-    def _request_in(self, where: int, at: int) -> Request:
-        c = self._columns
-        start = c.start[at]
-        buffer, region = self._memory[where][start : c.end[at]], start if where == _OWN else -1
+        c, is_own = self._columns, self._area_of(at) == _OWN
+        region = c.start[at] if is_own else -1
         op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
-        return Request(op, flags, offset, length, buffer, region, self._outbox, key)
+        return Request(op, flags, offset, length, self._view(at), region, self._outbox, key)
 
     def _requests(self) -> list[Request]:
         """All of the batch, each to be answered by itself."""
-        requests = [
-            self._request_in(way // _MEMORY, at)
-            for way, first, end in self._runs()
-            for at in range(first, end)
-        ]
-        self._columns.later[: len(requests)] = b"\1" * len(requests)
+        c, requests = self._columns, []
+        for way, first, end in self._runs():
+            memory, is_own = self._memories[way >> _AREA], way >> _AREA == _OWN
+            for at in range(first, end):
+                start = c.start[at]
+                buffer, region = memory[start : c.end[at]], start if is_own else -1
+                op, flags, offset, length, key = (
+                    c.op[at],
+                    c.flags[at],
+                    c.offset[at],
+                    c.length[at],
+                    c.index[at],
+                )
+                requests.append(Request(op, flags, offset, length, buffer, region, self._outbox, key))
+        c.later[: len(requests)] = b"\1" * len(requests)
         return requests
 
     def _submit(self) -> None:

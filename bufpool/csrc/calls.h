@@ -9,10 +9,9 @@
 
 #include "engine.h"
 
-/* What a run has in common, its way: the operation, and above it, in CALLS_MEMORY, where the data lies, the pool, the own
- * segment or from CALLS_CLIENTS on a slice of the client area. */
-enum { CALLS_READ, CALLS_WRITE, CALLS_WRITE_FUA, CALLS_NO_DATA, CALLS_MEMORY };
-enum { CALLS_POOL, CALLS_OWN, CALLS_CLIENTS };
+/* What a run has in common: its operation, and where the data lies. */
+enum { CALLS_READ = 0, CALLS_WRITE = 1, CALLS_WRITE_FUA = 2, CALLS_NO_DATA = 3 };
+enum { CALLS_AREA_SHIFT = 2, CALLS_POOL = 0, CALLS_OWN = 1, CALLS_CLIENTS = 2 }; /* and the slices after the first */
 
 /* What there is of a batch.  Runs are neighbours that are the same call. */
 enum { CALLS_COUNT, CALLS_RUNS, CALLS_MOVES, CALLS_OVERLONG, CALLS_HEAD }; /* moves: reads and writes, of count */
@@ -24,7 +23,7 @@ struct calls_batch {
     uint32_t *head; /* CALLS_HEAD numbers; CALLS_OVERLONG: results that were larger than their request, ever */
     uint32_t *run;  /* CALLS_RUN numbers for each run */
     uint64_t *offset, *length;
-    uint64_t *start, *end; /* of the data, in its run's memory */
+    uint64_t *start, *end; /* of the data, in the area that its run's way names */
     uint32_t *index;       /* names it in calls_finish */
     uint16_t *flags;
     uint8_t *op;

@@ -17,14 +17,12 @@
 #define ENGINE_USER_DATA (1ull << 63)
 #define ENGINE_POST_SIZES_MAX 8
 
-enum { ENGINE_SLICES = 16 };
-
 struct engine_setup {
     uint32_t device, epoch, queues, depth, read_only;
     uint64_t size_bytes;
     uint8_t *pool;
     uint64_t pool_bytes;
-    uint8_t *slices[ENGINE_SLICES]; /* of the client area, NULL for one that is not there */
+    uint8_t *slices[16]; /* of the client area, NULL for one that is not there */
     uint64_t slice_bytes;
     uint8_t *own;
     uint64_t own_bytes;
