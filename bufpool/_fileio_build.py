@@ -10,7 +10,7 @@ from pathlib import Path
 from cffi import FFI
 
 _BUFPOOL = Path(__file__).parent.resolve()
-_HEADERS = ("wire.h", "engine.h", "file_facts.h", "port.h", "ring_loop.h")
+_HEADERS = ("wire.h", "engine.h", "calls.h", "file_facts.h", "port.h", "ring_loop.h")
 _SOURCES = (
     "engine.c",
     "engine_answers.c",
@@ -20,10 +20,17 @@ _SOURCES = (
     "storage_null.c",
     "storage_file.c",
     "storage_memory.c",
+    "calls.c",
     "file_facts.c",
     "port.c",
     "ring_loop.c",
 )
+
+_ASKED_OF_PYTHON = """
+extern "Python" int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
+extern "Python" void calls_released(void *handle, uint64_t region);
+"""
+"""What `calls.c` calls, see there."""
 
 
 def declarations(header: str) -> str:
@@ -34,6 +41,7 @@ def declarations(header: str) -> str:
 ffibuilder = FFI()
 for header in _HEADERS:
     ffibuilder.cdef(declarations((_BUFPOOL / "csrc" / header).read_text()))
+ffibuilder.cdef(_ASKED_OF_PYTHON)
 ffibuilder.set_source(
     "ublkpool.bufpool._fileio",
     # Included rather than listed as a source: object files of sources outside the build folder land beside it.

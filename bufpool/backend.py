@@ -6,9 +6,10 @@ twice.  So return from `pwrite` (or call `complete`) when the data is outside yo
 disk, in another process, in memory that somebody else holds too.  That it survives a *power failure* is promised by
 `flush` and by a write with `fua`, if you set `volatile_cache`; without it every answered write promises that as well.
 
-There are three levels, each built on the next:
+There are four levels, each built on the next:
 
 - **methods**: override `pread`, `pwrite` and friends; they run one after the other;
+- **batches**: override `serve_batch`, which sees all that came at once as columns, and their data without a copy;
 - **requests**: override `submit` and answer each `Request` when you like, from any thread;
 - **frames**: return a `FrameEngine` from `engine`, which turns frames into frames, typically in native code.
 
@@ -24,13 +25,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import BackendError, PoolError
-from ublkpool.bufpool.wire import Descriptor, Flag, Op, RawDescriptor
+from ublkpool.bufpool.wire import Flag, Op
+
+if TYPE_CHECKING:
+    from ublkpool.bufpool.batch import Batch
 
 log = logging.getLogger("ublkpool.backend")
 
@@ -64,7 +68,8 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend tells the daemon about itself; sizes are bytes.
 
     `size_bytes` 0 takes whatever size the device was created with.  `segment_bytes` asks the SDK for an own segment,
-    `segment` brings one; placement `backend` and read buffers `own` need it.
+    `segment` brings one; placement `backend` and read buffers `own` need it.  `posts`: the SDK names the places of writes
+    in that segment, ahead of them, instead of asking `place` for each.
     """
 
     size_bytes: int = 0
@@ -80,6 +85,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
     segment: OwnSegment | None = None
+    posts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,21 +162,27 @@ class Request:
     `flags` are `wire.Flag` bits; `REPLAY` says that an earlier backend may have executed this one already.
     """
 
-    __slots__ = ("_answered", "_outbox", "buffer", "flags", "length", "offset", "op", "raw", "region")
+    __slots__ = ("_answered", "_outbox", "buffer", "flags", "key", "length", "offset", "op", "region")
 
-    def __init__(self, raw: RawDescriptor, buffer: memoryview, region: int, outbox: Outbox) -> None:
-        self.raw = raw
-        self.op, self.flags = raw[1], raw[2]
-        self.offset, self.length = raw[8], raw[9]
+    def __init__(
+        self,
+        op: int,
+        flags: int,
+        offset: int,
+        length: int,
+        buffer: memoryview,
+        region: int,
+        outbox: Outbox,
+        key: Any,
+    ) -> None:
+        """`key` is the engine's name for it."""
+        self.op, self.flags = op, flags
+        self.offset, self.length = offset, length
         self.buffer = buffer
         self.region = region
+        self.key = key
         self._outbox = outbox
         self._answered = False
-
-    @property
-    def descriptor(self) -> Descriptor:
-        """What the worker sent."""
-        return Descriptor._make(self.raw)
 
     @property
     def fua(self) -> bool:
@@ -245,8 +257,15 @@ class Backend:
         """The frame level: an engine of your own, or None to be given requests."""
         return None
 
+    def serve_batch(self, batch: "Batch") -> None:
+        """The batch level: do these reads and writes, and say in `batch.result` which of them failed or fell short.
+
+        An exception fails all of them.  Needs the SDK's native part.  What has no data still goes to its method.
+        """
+        raise NotImplementedError
+
     def submit(self, batch: Sequence[Request]) -> None:
-        """The request level: start these, in order of arrival, and answer each when it is done."""
+        """The request level: start these, and answer each when it is done.  Reads come first, then writes."""
         for request in batch:
             try:
                 request.complete(perform(self, request))
@@ -260,6 +279,11 @@ class Backend:
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> int | None:
         """Store `buf`; the module's first paragraph says what returning promises."""
         raise OSError(errno.EOPNOTSUPP, "this backend does not write")
+
+    plain_pread: Callable[[memoryview, int], int | None] | None = None
+    """Called instead of `pread`, if that is a shorter way."""
+    plain_pwrite: Callable[[memoryview, int], int | None] | None = None
+    """Called instead of `pwrite` for writes without FUA, if that is a shorter way."""
 
     def flush(self) -> None:
         """Make everything that was answered survive a power failure."""
@@ -368,4 +392,6 @@ def check_properties(properties: Properties) -> Properties:
     needs_segment = properties.placement == "backend" or properties.read_buffers == "own"
     if needs_segment and not (properties.segment_bytes or properties.segment):
         raise BackendError("placement backend and read buffers own need a segment (segment_bytes)")
+    if properties.posts and (properties.placement == "pool" or properties.read_buffers == "own"):
+        raise BackendError("posts is for placement backend or any, with reads into buffers of the pool")
     return properties

@@ -1,12 +1,12 @@
-"""The engine below methods and requests: frames of the wire become `Request`s or calls, their results become frames.
+"""The engine below methods and requests where there is no native part: frames become `Request`s, results frames.
 
 Owns, per queue, what runs, what waits for a region, and which regions are lent; so it also answers fences: a request
 of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  A region stays lent
 until RELEASE, whatever was answered: until then the worker may take the data from it.  Knows nothing of sockets.
 Runs on the loop's thread; only the `Outbox` is touched by others.
 
-Descriptors are tuples in the wire's order here, and answers their 64 bytes: this runs for every request.  A backend of
-methods alone is faster still, see `direct.py`.
+Descriptors are tuples in the wire's order here, and answers their 64 bytes: this runs for every request.  `calls.py` is
+the fast way, and what this one does is what that one does.
 """
 
 import enum
@@ -17,7 +17,6 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, Outbox, Request, errno_of
-from ublkpool.bufpool.direct import DirectCalls, suits
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.wire import Flag, Kind, Op, RawDescriptor
 
@@ -74,7 +73,7 @@ class Queue:
         self.running_old = 0
         self.fence: RawDescriptor | None = None
         self.lent: dict[tuple[int, int], Lent] = {}
-        self.answers: list[bytes | bytearray] = []
+        self.answers: list[bytes] = []
 
 
 class RequestEngine:
@@ -88,8 +87,6 @@ class RequestEngine:
         self._queues = [Queue(number, device.epoch) for number in range(device.queues)]
         self._waiting: list[tuple[Queue, RawDescriptor]] = []
         self._batch: list[Request] = []
-        # Who answers within the call needs no record of what runs.
-        self._direct = DirectCalls(backend, device) if suits(backend) else None
         self._requests = self._answered = self._failed = 0
         self._replayed = self._fenced = self._dropped = 0
         self._handlers: dict[int, Callable[[Queue, RawDescriptor], None]] = {
@@ -108,11 +105,6 @@ class RequestEngine:
     def take(self, queue: int, frame: bytes) -> None:
         """Hand a frame's requests to the backend as one batch."""
         state = self._queues[queue]
-        if self._direct is not None:
-            answers = self._direct.answers_to(frame, state.epoch)
-            if answers is not None:
-                state.answers.append(answers)
-                return
         handlers = self._handlers
         for raw in wire.iter_raw(frame):
             handler = handlers.get(raw[0])
@@ -157,7 +149,7 @@ class RequestEngine:
         self._requests += 1
         if raw[2] & _REPLAY:
             self._replayed += 1
-        self._batch.append(Request(raw, buffer, region, self._outbox))
+        self._batch.append(Request(raw[1], raw[2], raw[8], raw[9], buffer, region, self._outbox, raw))
 
     def _wants_region(self, queue: Queue, raw: RawDescriptor) -> None:
         if raw[6] < queue.epoch:
@@ -241,7 +233,7 @@ class RequestEngine:
         epoch = queue.epoch
         self._batch, old = [], self._batch
         for request in old:
-            if request.raw[6] < epoch and request.raw[4] == queue.number:
+            if request.key[6] < epoch and request.key[4] == queue.number:
                 request.complete(0)
             else:
                 self._batch.append(request)
@@ -272,7 +264,7 @@ class RequestEngine:
         results = self._outbox.results
         for _ in range(len(results)):
             request, result = results.popleft()
-            raw = request.raw
+            raw = request.key
             queue = self._queues[raw[4]]
             queue.running -= 1
             if raw[6] < queue.epoch:
@@ -317,17 +309,16 @@ class RequestEngine:
 
     def statistics(self) -> DispatchStatistics:
         """Counters since the attach."""
-        direct = self._direct
         return DispatchStatistics(
-            requests=self._requests + (direct.requests if direct else 0),
-            answered=self._answered + (direct.requests if direct else 0),
-            failed=self._failed + (direct.failed if direct else 0),
-            replayed=self._replayed + (direct.replayed if direct else 0),
+            requests=self._requests,
+            answered=self._answered,
+            failed=self._failed,
+            replayed=self._replayed,
             running=self.running(),
             waiting=len(self._waiting),
             lent=sum(len(queue.lent) for queue in self._queues),
             fenced=self._fenced,
-            dropped=self._dropped + (direct.dropped if direct else 0),
+            dropped=self._dropped,
         )
 
     def close(self) -> None:

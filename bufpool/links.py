@@ -5,7 +5,7 @@ end says that the worker has gone, and a HELLO opens it, also to the worker's su
 """
 
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -47,8 +47,10 @@ class Links(Protocol):
         Greets the successor of a worker that has gone.  Raises `WireError` if a worker's word makes no sense.
         """
 
-    def drive(self, engine: Any) -> bool:
-        """Turn this native engine (`csrc/engine.h`) inside `poll`, without Python, until it is None.
+    def drive(self, engine: Any, serve: Callable[[], None] = ...) -> bool:
+        """Turn this native engine (`csrc/engine.h`) inside `poll` until it is None.
+
+        `serve` is called for what it hands out; for nothing else is there Python.
 
         False: these links cannot.  With None: answers that found no room are sent, within a bound.
         """
@@ -98,6 +100,10 @@ class Handshakes:
     def reconnects(self) -> int:
         """How many workers came after the first."""
         return sum(max(0, count - 1) for count in self._counts)
+
+
+def nothing_to_serve() -> None:
+    """For engines that hand nothing out."""
 
 
 def hello(attached: wire.Attached, queue: int, epoch: int) -> bytes:

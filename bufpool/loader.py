@@ -183,6 +183,7 @@ class FunctionBackend(Backend):
         self._trim = self._function(module, "trim")
         self._zero = self._function(module, "zero")
         self._closer = self._function(module, "close")
+        self.plain_pread, self.plain_pwrite = self._pread, self._pwrite
 
     @staticmethod
     def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:

@@ -5,12 +5,15 @@ Owns the native loop and its io_uring.  Runs on the thread that made it.
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import BackendError, WireError
+
+_WATCHED, _CALLS = int(lib.RING_LOOP_WATCHED), int(lib.RING_LOOP_CALLS)
 
 
 class DriverStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +29,14 @@ class DriverStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class RingDriver:
     """Descriptors from rings into an engine and back, for as long as nothing needs Python."""
 
-    def __init__(self, ports: Any, engine: Any, queues: int, depth: int, watched: int) -> None:
-        """`watched`: the file descriptor that needs Python.  Raises `BackendError` without io_uring or memory."""
+    def __init__(
+        self, ports: Any, engine: Any, queues: int, depth: int, watched: int, serve: Callable[[], None]
+    ) -> None:
+        """`watched`: the file descriptor that needs Python; `serve` does what the engine hands out.
+
+        Raises `BackendError` without io_uring or memory.
+        """
+        self._serve = serve
         error = ffi.new("int *")
         self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
         if self._loop == ffi.NULL:
@@ -42,12 +51,18 @@ class RingDriver:
         lib.ring_loop_bells(self._loop, queue, ours, workers)
 
     def run(self, timeout_ms: int, hears: bool) -> bool:
-        """Serve until Python is needed, `timeout_ms` at most (-1: for ever); whether `watched` is readable.
+        """Serve until something else is due, `timeout_ms` at most (-1: for ever); whether `watched` is readable.
 
         Returns early for a signal.  Without `hears` no request is taken, and it returns when none runs.  Raises
         `WireError` if a worker's word makes no sense, `OSError` if there is no going on.
         """
         result = lib.ring_loop_run(self._loop, timeout_ms, hears)
+        while result >= _CALLS:
+            self._serve()
+            # The next run tells the answers.  A queue that is never idle keeps nobody from a deadline or from being heard.
+            if result != _CALLS or timeout_ms >= 0:
+                return bool(result & _WATCHED)
+            result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         if result == -errno.EPROTO:
             raise WireError(f"queue {lib.ring_loop_wrong(self._loop)}: the worker's words make no sense")
         if result < 0 and result != -errno.EINTR:

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ import msgspec
 from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.links import LinkStatistics, Polled, hello, unread, unread_max
+from ublkpool.bufpool.links import LinkStatistics, Polled, hello, nothing_to_serve, unread, unread_max
 from ublkpool.bufpool.ring_driver import RingDriver
 
 log = logging.getLogger("ublkpool.backend")
@@ -171,18 +171,18 @@ class RingLinks:
         due_ms = max(0, int(1000 * min(left_s, RETRY_MAX_S)) + 1)
         return due_ms if wait_ms < 0 else min(wait_ms, due_ms)
 
-    def drive(self, engine: Any) -> bool:
+    def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
         """See `Links`."""
         if self._driver is not None:
             self._driver.settle(_SETTLE_MS)
             self._driver.close()
             self._driver = None
-        return engine is None or self._start_driver(engine)
+        return engine is None or self._start_driver(engine, serve)
 
-    def _start_driver(self, engine: Any) -> bool:
+    def _start_driver(self, engine: Any, serve: Callable[[], None]) -> bool:
         attached, watched = self._attached, self._epoll.fileno()
         try:
-            self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched)
+            self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched, serve)
         except BackendError as error:
             log.warning("going on with more of Python: %s", error)
             return False

@@ -30,9 +30,10 @@ from ublkpool.bufpool.backend import (
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready, Transport, describe
 from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.links import nothing_to_serve
 
 DEFAULT_RUN_DIR = Path("/run/ublkpool")
-_PROPERTIES_NOT_SENT = ("segment", "segment_bytes")
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "posts")
 
 
 def serve(
@@ -63,7 +64,7 @@ def serve(
         attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
         stack.callback(attachment.close)
         _harden(lock_memory)
-        loop = stack.enter_context(Loop(backend, attachment))
+        loop = stack.enter_context(Loop(backend, attachment, posts=properties.posts))
         if handle_signals:
             stack.enter_context(_signals(loop))
         return loop.run()
@@ -132,7 +133,8 @@ class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Loop:
     """Frames from the queues to the engine and back, until stopped and nothing runs."""
 
-    def __init__(self, backend: Backend, attachment: Attachment) -> None:
+    def __init__(self, backend: Backend, attachment: Attachment, *, posts: bool = False) -> None:
+        """`posts`: see `Properties`."""
         self.device = _device(attachment, self)
         self._backend = backend
         self._attachment = attachment
@@ -144,19 +146,23 @@ class Loop:
         self._detached = self._orphaned = False
         self._engine: FrameEngine | None = None
         self._is_driven = False
+        self._collect = _nothing
+        self._posts = posts
 
     def __enter__(self) -> "Loop":
         try:
             self._backend.started(self.device)
             engine = self._backend.engine(self.device)
-            self._engine = engine or RequestEngine(self._backend, self.device, self._outbox)
+            self._engine = engine or _request_engine(self._backend, self.device, self._outbox, self._posts)
         except BaseException:
             self._outbox.close()
             raise
         for descriptor in {self._outbox.descriptor, self._engine.fileno()}:
             self.watch(descriptor, _nothing)
         native = getattr(self._engine, "raw", None)
-        self._is_driven = native is not None and self._links.drive(native)
+        serve = getattr(self._engine, "serve", nothing_to_serve)
+        self._collect = getattr(self._engine, "collect", _nothing)
+        self._is_driven = native is not None and self._links.drive(native, serve)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -231,6 +237,7 @@ class Loop:
 
     def _send_answers(self, engine: FrameEngine) -> None:
         if self._is_driven:
+            self._collect()
             return
         for queue, frame in engine.answers():
             self._links.send_frame(queue, frame)
@@ -256,6 +263,19 @@ class Loop:
             engine=self._engine.statistics(),
             backend=dict(self._backend.statistics()),
         )
+
+
+def _request_engine(backend: Backend, device: Device, outbox: Outbox, posts: bool) -> FrameEngine:
+    """The engine for a backend that brings none.  Raises `BackendError` if it needs one that is not there."""
+    try:
+        from ublkpool.bufpool.calls import CallEngine
+    except ImportError as error:
+        if posts or type(backend).serve_batch is not Backend.serve_batch:
+            raise BackendError(
+                f"batches and posted regions need the SDK's native part, methods do not: {error}"
+            ) from error
+        return RequestEngine(backend, device, outbox)
+    return CallEngine(backend, device, outbox, posts=posts)
 
 
 def _nothing() -> None:

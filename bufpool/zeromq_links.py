@@ -5,14 +5,23 @@ Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a
 
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello, unread, unread_max
+from ublkpool.bufpool.links import (
+    Handshakes,
+    LinkStatistics,
+    Polled,
+    epoch_after,
+    hello,
+    nothing_to_serve,
+    unread,
+    unread_max,
+)
 
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
@@ -84,7 +93,7 @@ class ZeroMQLinks:
                 self._link_changed(self._monitor_of[source])
         return found
 
-    def drive(self, engine: Any) -> bool:
+    def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
         """See `Links`: its frames need Python."""
         return False
 

@@ -25,7 +25,7 @@ static void finish_fence(struct engine *e, struct queue *q) {
 
 void engine_finish(struct engine *e, struct storage_request *r, int32_t result) {
     struct queue *q = &e->queues[r->d.queue];
-    bool is_old = r->d.epoch < q->epoch;
+    bool is_old = engine_is_old(e, r);
     q->running--;
     if (is_old) {
         q->running_old--;
@@ -235,6 +235,35 @@ void engine_complete(struct engine *e, uint64_t user_data, int32_t result) {
     e->storage->ops->complete(e->storage, (uint32_t)user_data, result);
     if (e->came_back)
         engine_name_for_waiting(e);
+}
+
+/* What came back while the caller's work was taken or handed out. */
+static void settle(struct engine *e) {
+    if (e->came_back)
+        engine_name_for_waiting(e);
+    if (e->posts_due)
+        engine_post_to_all(e);
+}
+
+uint32_t engine_hand_out(struct engine *e) {
+    uint32_t count = e->storage->ops->hand_out ? e->storage->ops->hand_out(e->storage) : 0;
+    settle(e);
+    return count;
+}
+
+void engine_collect(struct engine *e) {
+    if (e->storage->ops->collect)
+        e->storage->ops->collect(e->storage);
+    settle(e);
+}
+
+void engine_ask_again(struct engine *e) {
+    e->came_back = true;
+    settle(e);
+}
+
+bool engine_is_old(const struct engine *e, const struct storage_request *r) {
+    return r->d.epoch < e->queues[r->d.queue].epoch;
 }
 
 void engine_count(const struct engine *e, struct engine_statistics *statistics) {

@@ -68,6 +68,13 @@ int engine_use_ring(struct engine *engine, struct io_uring *ring);
 uint32_t engine_prepare(struct engine *engine);
 /* One completion with ENGINE_USER_DATA.  May leave something to prepare. */
 void engine_complete(struct engine *engine, uint64_t user_data, int32_t result);
+/* For a storage whose work its caller does (calls.h): what waits becomes a batch, of so many; 0: nothing, or a storage
+ * that does it itself.  The batch before must have been collected. */
+uint32_t engine_hand_out(struct engine *engine);
+/* The caller has done the batch. */
+void engine_collect(struct engine *engine);
+/* Ask again for every region that somebody waits for. */
+void engine_ask_again(struct engine *engine);
 /* 0, or the negative errno that ends the engine's use: -ENOMEM if there was no room for an answer. */
 int engine_error(const struct engine *engine);
 

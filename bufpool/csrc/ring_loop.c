@@ -27,7 +27,7 @@ struct ring_loop {
     struct io_uring ring;
     struct ports *ports;
     struct engine *engine;
-    uint32_t queues, wrong, unsent;
+    uint32_t queues, wrong, unsent, handed_out;
     int watched;
     bool watch_armed, is_ready, hears, is_short; /* is_short: something found no submission entry */
     struct ring_loop_statistics count;
@@ -206,6 +206,8 @@ static int exchange(struct ring_loop *l) {
         if (error)
             return error;
     }
+    /* What is given up here has an answer, too. */
+    l->handed_out = engine_hand_out(l->engine);
     for (uint32_t i = 0; i < l->queues; i++) {
         l->wrong = i;
         int error = loop_send(l, i);
@@ -285,21 +287,30 @@ static int how_long(struct ring_loop *l, int left_ms) {
     return l->unsent ? shorter(left_ms, LOOK_AGAIN_MS) : left_ms;
 }
 
+/* Before the caller works: what was answered is told, and who sleeps is rung for. */
+static int loop_hand_out(struct ring_loop *l) {
+    int error = io_uring_sq_ready(&l->ring) > 0 ? loop_enter(l, 0) : 0;
+    return error ? error : RING_LOOP_CALLS | (l->is_ready ? RING_LOOP_WATCHED : 0);
+}
+
 int ring_loop_run(struct ring_loop *l, int timeout_ms, int hears) {
     int64_t deadline_ms = timeout_ms < 0 ? 0 : loop_now_ms() + timeout_ms;
     l->hears = hears;
     l->is_ready = false;
+    engine_collect(l->engine);
     for (;;) {
         int64_t left_ms = timeout_ms < 0 ? -1 : deadline_ms - loop_now_ms();
         bool is_over = timeout_ms >= 0 && left_ms <= 0;
         int error = loop_turn(l);
         if (error)
             return error;
+        if (l->handed_out)
+            return loop_hand_out(l);
         is_over |= !hears && is_idle(l);
         error = loop_enter(l, is_over ? 0 : how_long(l, (int)left_ms));
         ports_wake(l->ports);
         if (error || l->is_ready || is_over)
-            return error ? error : l->is_ready;
+            return error ? error : l->is_ready ? RING_LOOP_WATCHED : 0;
     }
 }
 

@@ -28,9 +28,12 @@ struct ring_loop *ring_loop_new(struct ports *ports, struct engine *engine, uint
 void ring_loop_free(struct ring_loop *loop);
 /* A queue's doorbells, ours and its worker's; -1 and -1 before they are closed. */
 void ring_loop_bells(struct ring_loop *loop, uint32_t queue, int ours, int workers);
-/* Turn until `watched` is readable (1), `timeout_ms` have passed (0; -1: never), a signal came (-EINTR) or something is
- * wrong: -EPROTO what ring_loop_wrong() says, else an errno that ends the loop's use.  Without `hears` nothing is taken
- * from the rings any more, and when nothing runs it returns 0. */
+enum { RING_LOOP_WATCHED = 1, RING_LOOP_CALLS = 2 };
+
+/* Collect what the caller has done, then turn until `watched` is readable or the engine has handed out calls (either or
+ * both of RING_LOOP_*), `timeout_ms` have passed (0; -1: never), a signal came (-EINTR) or something is wrong: -EPROTO
+ * what ring_loop_wrong() says, else an errno that ends the loop's use.  Without `hears` nothing is taken from the rings
+ * any more, and when nothing runs it returns 0. */
 int ring_loop_run(struct ring_loop *loop, int timeout_ms, int hears);
 /* Look for work for so many microseconds before sleeping, see spin.h. */
 void ring_loop_spin(struct ring_loop *loop, uint32_t most_us);

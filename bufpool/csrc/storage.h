@@ -34,6 +34,9 @@ struct storage_ops {
     uint32_t (*prepare)(struct storage *s);
     void (*complete)(struct storage *s, uint32_t index, int32_t result);
     int (*turn)(struct storage *s);
+    /* See engine_hand_out() and engine_collect().  NULL, both: it does its work itself. */
+    uint32_t (*hand_out)(struct storage *s);
+    void (*collect)(struct storage *s);
     void (*close)(struct storage *s);
 };
 
@@ -49,6 +52,8 @@ struct storage {
 
 /* Full length for reads and writes, 0 for the rest, or a negative errno.  The request's memory is not touched again. */
 void engine_finish(struct engine *engine, struct storage_request *request, int32_t result);
+/* A fence has come since: what it does is nobody's wish any more. */
+bool engine_is_old(const struct engine *engine, const struct storage_request *request);
 /* By index, as the storage's entries in the ring are named. */
 struct storage_request *engine_request(struct engine *engine, uint32_t index);
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
-from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello
+from ublkpool.bufpool.dispatch import RequestEngine
+from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello, nothing_to_serve
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.daemon.session import Session
@@ -105,7 +106,7 @@ class SimLinks:
     def poll(self, timeout_ms: int | None = None) -> Polled:
         raise NotImplementedError("the simulation says what is ready")
 
-    def drive(self, engine: Any) -> bool:
+    def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
         """See `Links`: its frames need Python."""
         return False
 
@@ -177,15 +178,15 @@ class SlowBackend(Backend):
 
     def engine(self, device: Device) -> FrameEngine | None:
         process = self._process
-        if not process.posts or not device.post_bytes:
-            return None
         assert process.loop is not None
+        if not process.posts or not device.post_bytes:
+            return RequestEngine(self, device, process.loop._outbox)
         process.posting = PostingEngine(self, device, process.loop._outbox, len(self._free) // 2, process.rng)
         return process.posting
 
     def submit(self, batch: Sequence[Request]) -> None:
         for request in batch:
-            self._process.begins(request.descriptor)
+            self._process.begins(Descriptor._make(request.key))
             self.given.append(request)
             self._due_s[request] = self._process.due_s()
 
@@ -221,13 +222,13 @@ class SlowBackend(Backend):
         self.stored.append(request)
 
     def _change(self, request: Request, data: bytes) -> None:
-        self._process.witness.backend_stores(request.descriptor, data)
+        self._process.witness.backend_stores(Descriptor._make(request.key), data)
         self._process.store.write(request.offset, data)
 
     def complete(self, rng: random.Random) -> None:
         """Answer one of the requests that are done."""
         request = self.stored.pop(rng.randrange(len(self.stored)))
-        self._process.witness.backend_ends(request.descriptor)
+        self._process.witness.backend_ends(Descriptor._make(request.key))
         request.complete()
 
 
@@ -389,6 +390,6 @@ class SimBackend:
         if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
             self.attachment.links.die()
         for request in (*self.app.given, *self.app.stored):
-            self.witness.backend_ends(request.descriptor)
+            self.witness.backend_ends(Descriptor._make(request.key))
         self.app.given.clear()
         self.app.stored.clear()

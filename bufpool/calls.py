@@ -1,0 +1,317 @@
+"""The engine below methods, requests and batches: a native engine whose work is the author's functions.
+
+Owns the native engine and the views of its batch.  Frames, fences, regions and answers are native (`csrc/calls.h`);
+Python is entered once for a batch, and does for each request little more than call its function.  Runs on the loop's
+thread; only the `Outbox` is touched by others.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.backend import (
+    Backend,
+    Device,
+    Outbox,
+    Request,
+    errno_of,
+    log,
+    op_name,
+    perform_without_data,
+)
+from ublkpool.bufpool.batch import Batch, Columns
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.native import NativeEngine, NativeStatistics, slot_bytes
+
+_NO_DATA, _OWN = int(lib.CALLS_NO_DATA), int(lib.CALLS_OWN)
+_READ, _WRITE, _WRITE_FUA = int(lib.CALLS_READ), int(lib.CALLS_WRITE), int(lib.CALLS_WRITE_FUA)
+_NOT_NOW = -1
+_Way = Callable[[int, int], None]
+
+
+class CallEngine:
+    """A `FrameEngine` that calls a backend's methods.  Raises `BackendError` if there is no memory."""
+
+    def __init__(self, backend: Backend, device: Device, outbox: Outbox, *, posts: bool = False) -> None:
+        """`posts`: writes land in slots of the own segment, posted ahead, instead of where `place` says."""
+        self._backend, self._device, self._outbox = backend, device, outbox
+        self._handle = ffi.new_handle(self)
+        self._storage: Any = lib.storage_calls_new(self._handle, slot_bytes(device.max_io_bytes) if posts else 0)
+        self._native = NativeEngine(device, self)
+        self._batch = lib.calls_batch(self._storage)
+        self._columns = Columns(self._batch, device.queues * device.depth)
+        self._overlong = 0
+        kind = type(backend)
+        self._serve: Callable[[], None] = self._call_methods
+        if kind.submit is not Backend.submit:
+            self._serve = self._submit
+        elif kind.serve_batch is not Backend.serve_batch:
+            self._serve = self._serve_batch
+        self._given = Batch(self._storage, self._columns, self._view, self._request)
+        self._ways = self._make_ways()
+
+    def new(self, device: Device) -> Any:
+        """See `native.Storage`."""
+        return self._storage
+
+    @property
+    def raw(self) -> Any:
+        """See `NativeEngine.raw`."""
+        return self._native.raw
+
+    def fileno(self) -> int:
+        """The outbox's eventfd."""
+        return self._outbox.descriptor
+
+    def take(self, queue: int, frame: bytes) -> None:
+        """See `FrameEngine`."""
+        self._native.take(queue, frame)
+        if lib.engine_hand_out(self.raw):
+            self.serve()
+            lib.engine_collect(self.raw)
+
+    def answers(self) -> Iterable[tuple[int, bytes]]:
+        """See `FrameEngine`."""
+        self.collect()
+        return self._native.answers()
+
+    def running(self) -> int:
+        """See `FrameEngine`."""
+        return self._native.running()
+
+    def statistics(self) -> NativeStatistics:
+        """Counters since the attach."""
+        return self._native.statistics()
+
+    def close(self) -> None:
+        """See `FrameEngine`."""
+        self._native.close()
+
+    def collect(self) -> None:
+        """Take what was answered late, and ask again for the regions that are waited for."""
+        self._collect()
+        lib.engine_ask_again(self.raw)
+
+    def _collect(self) -> None:
+        results = self._outbox.results
+        for _ in range(len(results)):
+            request, result = results.popleft()
+            lib.calls_finish(self._storage, request.key, result)
+
+    def serve(self) -> None:
+        """Do the batch that was handed out; what it leaves in `result` is collected by who calls."""
+        self._serve()
+        if self._outbox.results:
+            self._collect()
+        if self._batch.overlong != self._overlong:
+            if not self._overlong:
+                log.error("a result was larger than its request: answered EIO (said once)")
+            self._overlong = self._batch.overlong
+
+    # What is called for each run of a batch, by what its calls have in common.
+
+    def _make_ways(self) -> dict[int, _Way]:
+        backend, pool, own = self._backend, self._device.pool, self._device.own
+        read, write = backend.plain_pread or backend.pread, backend.plain_pwrite
+        store_placed = type(backend).store_placed is not Backend.store_placed
+        return {
+            _READ: self._two(read, pool),
+            _WRITE: self._two(write, pool) if write else self._three(backend.pwrite, pool, False),
+            _WRITE_FUA: self._three(backend.pwrite, pool, True),
+            _WRITE | _OWN: self._stored(False) if store_placed else (
+                self._two(write, own) if write else self._three(backend.pwrite, own, False)
+            ),
+            _WRITE_FUA | _OWN: self._stored(True) if store_placed else self._three(backend.pwrite, own, True),
+            _NO_DATA: self._without_data,
+        }  # fmt: skip
+
+    def _call_methods(self) -> None:
+        batch, ways = self._batch, self._ways
+        runs = batch.run
+        for i in range(batch.runs):
+            run = runs[i]
+            first = run.first
+            ways[run.way](first, first + run.count)
+
+    def _columns_of(self, first: int, end: int) -> "Iterator[tuple[int, int, int]]":
+        """Where the data begins and ends, and its offset on the device."""
+        c = self._columns
+        return zip(c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True)
+
+    # Three of a kind: this runs for every request, and each knows how its function is called.
+
+    def _two(self, function: Callable[[memoryview, int], int | None], memory: memoryview) -> _Way:
+        result_of, columns_of = self._columns.result, self._columns_of
+
+        def call(first: int, end: int) -> None:
+            at = first
+            for start, stop, offset in columns_of(first, end):
+                try:
+                    result = function(memory[start:stop], offset)
+                    if result is not None:
+                        result_of[at] = result
+                except Exception as error:
+                    self._failed(at, error)
+                at += 1
+
+        return call
+
+    def _three(
+        self, function: Callable[[memoryview, int, bool], int | None], memory: memoryview, fua: bool
+    ) -> _Way:
+        result_of, columns_of = self._columns.result, self._columns_of
+
+        def call(first: int, end: int) -> None:
+            at = first
+            for start, stop, offset in columns_of(first, end):
+                try:
+                    result = function(memory[start:stop], offset, fua)
+                    if result is not None:
+                        result_of[at] = result
+                except Exception as error:
+                    self._failed(at, error)
+                at += 1
+
+        return call
+
+    def _stored(self, fua: bool) -> _Way:
+        store, memory, result_of, columns_of = (
+            self._backend.store_placed,
+            self._device.own,
+            self._columns.result,
+            self._columns_of,
+        )
+
+        def call(first: int, end: int) -> None:
+            at = first
+            for start, stop, offset in columns_of(first, end):
+                try:
+                    result = store(start, memory[start:stop], offset, fua)
+                    if result is not None:
+                        result_of[at] = result
+                except Exception as error:
+                    self._failed(at, error)
+                at += 1
+
+        return call
+
+    def _without_data(self, first: int, end: int) -> None:
+        c = self._columns
+        for at in range(first, end):
+            try:
+                perform_without_data(self._backend, c.op[at], c.flags[at], c.offset[at], c.length[at])
+            except Exception as error:
+                self._failed(at, error)
+
+    def _failed(self, at: int, error: Exception) -> None:
+        c = self._columns
+        c.result[at] = errno_of(error, f"{op_name(c.op[at])} at {c.offset[at]}")
+
+    # Requests and batches.
+
+    def _view(self, at: int) -> memoryview:
+        """A read's or a write's data."""
+        memory = self._device.own if self._is_own(at) else self._device.pool
+        return memory[self._columns.start[at] : self._columns.end[at]]
+
+    def _is_own(self, at: int) -> bool:
+        runs, i = self._batch.run, 0
+        while at >= runs[i].first + runs[i].count:
+            i += 1
+        return bool(runs[i].way & _OWN)
+
+    def _request(self, at: int) -> Request:
+        c = self._columns
+        region = c.start[at] if self._is_own(at) else -1
+        return Request(
+            c.op[at], c.flags[at], c.offset[at], c.length[at], self._view(at), region, self._outbox, c.index[at]
+        )
+
+    def _requests(self) -> list[Request]:
+        """All of the batch, each to be answered by itself."""
+        c, found = self._columns, []
+        runs = self._batch.run
+        for i in range(self._batch.runs):
+            run = runs[i]
+            is_own, end = run.way & _OWN, run.first + run.count
+            memory = self._device.own if is_own else self._device.pool
+            for at in range(run.first, end):
+                start = c.start[at]
+                found.append(
+                    Request(
+                        c.op[at],
+                        c.flags[at],
+                        c.offset[at],
+                        c.length[at],
+                        memory[start : c.end[at]],
+                        start if is_own else -1,
+                        self._outbox,
+                        c.index[at],
+                    )
+                )
+        count = self._batch.count
+        c.later[:count] = b"\1" * count
+        return found
+
+    def _submit(self) -> None:
+        requests = self._requests()
+        try:
+            self._backend.submit(requests)
+        except Exception as error:
+            for request in requests:
+                if not request.answered:
+                    request.fail(error)
+
+    def _serve_batch(self) -> None:
+        batch, given = self._batch, self._given
+        count, moves = batch.count, batch.moves
+        if moves:
+            given.begin(moves)
+            try:
+                self._backend.serve_batch(given)
+            except Exception as error:
+                given.fail(errno_of(error, f"a batch of {moves}"))
+        if moves < count:
+            self._without_data(moves, count)
+
+    # Asked by the native part, in the middle of a turn.
+
+    def place(self, is_write: bool, offset: int, length: int, flags: int) -> int:
+        """The region for a write or a read, -1 for not now, or one less than a negative errno."""
+        try:
+            if is_write:
+                region = self._backend.place(offset, length, flags)
+            else:
+                region = self._backend.read_in_place(offset, length)
+            if region is None:
+                return _NOT_NOW
+            self._check(region, length)
+        except Exception as error:
+            return errno_of(error, f"naming a region at {offset}") - 1
+        return region
+
+    def _check(self, region: int, length: int) -> None:
+        device = self._device
+        if region % device.logical_block_bytes or not 0 <= region <= len(device.own) - length:
+            raise BackendError(f"region {region} for {length} bytes is not a place in the own segment")
+
+    def released(self, region: int) -> None:
+        """A region is the author's again."""
+        try:
+            self._backend.released(region)
+        except Exception as error:
+            errno_of(error, "released")
+
+
+@ffi.def_extern()
+def calls_place(handle: Any, is_write: int, offset: int, length: int, flags: int) -> int:
+    """See `csrc/calls.c`."""
+    engine: CallEngine = ffi.from_handle(handle)
+    return engine.place(bool(is_write), offset, length, flags)
+
+
+@ffi.def_extern()
+def calls_released(handle: Any, region: int) -> None:
+    """See `csrc/calls.c`."""
+    engine: CallEngine = ffi.from_handle(handle)
+    engine.released(region)

@@ -1,0 +1,201 @@
+#include "calls.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine_internal.h"
+
+struct calls {
+    struct storage base;
+    struct slots slots;
+    void *handle;
+    struct fifo reads, writes, others;
+    const uint8_t *pool, *own;
+    struct calls_batch batch;
+    bool is_out; /* the batch has not come back */
+};
+
+/* The author's words about regions; cffi makes them functions of Python, which take the GIL. */
+static int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
+static void calls_released(void *handle, uint64_t region);
+
+static struct calls *calls_of(struct storage *s) { return (struct calls *)s; }
+
+struct calls_batch *calls_batch(struct storage *s) { return &calls_of(s)->batch; }
+
+static bool calls_open_batch(struct calls_batch *b, uint32_t most) {
+    b->offset = calloc(most, sizeof *b->offset);
+    b->length = calloc(most, sizeof *b->length);
+    b->start = calloc(most, sizeof *b->start);
+    b->end = calloc(most, sizeof *b->end);
+    b->index = calloc(most, sizeof *b->index);
+    b->flags = calloc(most, sizeof *b->flags);
+    b->op = calloc(most, sizeof *b->op);
+    b->result = calloc(most, sizeof *b->result);
+    b->later = calloc(most, sizeof *b->later);
+    b->run = calloc(most, sizeof *b->run);
+    return b->offset && b->length && b->start && b->end && b->index && b->flags && b->op && b->result && b->later &&
+           b->run;
+}
+
+static int calls_open(struct storage *s, const struct engine_setup *setup) {
+    struct calls *c = calls_of(s);
+    uint32_t most = setup->queues * setup->depth;
+    c->pool = setup->pool;
+    c->own = setup->own;
+    if (!fifo_open(&c->reads, most) || !fifo_open(&c->writes, most) || !fifo_open(&c->others, most))
+        return -ENOMEM;
+    if (!calls_open_batch(&c->batch, most))
+        return -ENOMEM;
+    return s->slots ? slots_open(s->slots, setup) : 0;
+}
+
+static void calls_close(struct storage *s) {
+    struct calls *c = calls_of(s);
+    struct calls_batch *b = &c->batch;
+    void *const memory[] = {b->offset, b->length, b->start, b->end, b->index, b->flags, b->op, b->result, b->later,
+                            b->run, c->reads.items, c->writes.items, c->others.items};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+        free(memory[i]);
+    if (s->slots)
+        slots_close(s->slots);
+    free(c);
+}
+
+static void calls_start(struct storage *s, struct storage_request *r) {
+    struct calls *c = calls_of(s);
+    fifo_push(r->d.op == WIRE_READ ? &c->reads : r->d.op == WIRE_WRITE ? &c->writes : &c->others, r->index);
+}
+
+static uint32_t way_of(const struct storage_request *r) {
+    uint32_t own = r->region != NO_REGION ? CALLS_OWN : 0;
+    if (r->d.op == WIRE_READ)
+        return CALLS_READ | own;
+    if (r->d.op == WIRE_WRITE)
+        return (r->d.flags & WIRE_FUA ? CALLS_WRITE_FUA : CALLS_WRITE) | own;
+    return CALLS_NO_DATA;
+}
+
+static void add_to_run(struct calls_batch *b, uint32_t way) {
+    struct calls_run *last = b->runs ? &b->run[b->runs - 1] : NULL;
+    if (last && last->way == way)
+        last->count++;
+    else
+        b->run[b->runs++] = (struct calls_run){.way = way, .first = b->count, .count = 1};
+}
+
+static void add_call(struct calls *c, const struct storage_request *r) {
+    struct calls_batch *b = &c->batch;
+    uint32_t i = b->count, way = way_of(r);
+    const uint8_t *memory = way & CALLS_OWN ? c->own : c->pool;
+    add_to_run(b, way);
+    b->offset[i] = r->d.offset;
+    b->length[i] = r->d.length;
+    b->start[i] = way == CALLS_NO_DATA ? 0 : (uint64_t)(r->memory - memory);
+    b->end[i] = way == CALLS_NO_DATA ? 0 : b->start[i] + r->d.length;
+    b->index[i] = r->index;
+    b->flags[i] = r->d.flags;
+    b->op[i] = r->d.op;
+    b->result[i] = full_result(r);
+    b->later[i] = 0;
+    b->count++;
+}
+
+static void hand_out_all(struct calls *c, struct fifo *from) {
+    struct engine *e = c->base.engine;
+    while (from->count) {
+        struct storage_request *r = engine_request(e, fifo_pop(from));
+        /* A fence has overtaken it: it never begins. */
+        if (engine_is_old(e, r))
+            engine_finish(e, r, 0);
+        else
+            add_call(c, r);
+    }
+}
+
+static uint32_t calls_hand_out(struct storage *s) {
+    struct calls *c = calls_of(s);
+    struct calls_batch *b = &c->batch;
+    b->count = b->runs = 0;
+    hand_out_all(c, &c->reads);
+    hand_out_all(c, &c->writes);
+    b->moves = b->count;
+    hand_out_all(c, &c->others);
+    c->is_out = b->count > 0;
+    return b->count;
+}
+
+static void finish(struct calls *c, struct storage_request *r, int32_t result) {
+    if (result > full_result(r)) {
+        c->batch.overlong++;
+        result = -EIO;
+    }
+    engine_finish(c->base.engine, r, result);
+}
+
+static void calls_collect(struct storage *s) {
+    struct calls *c = calls_of(s);
+    const struct calls_batch *b = &c->batch;
+    for (uint32_t i = 0; c->is_out && i < b->count; i++)
+        if (!b->later[i])
+            finish(c, engine_request(s->engine, b->index[i]), b->result[i]);
+    c->is_out = false;
+}
+
+void calls_finish(struct storage *s, uint32_t index, int32_t result) {
+    finish(calls_of(s), engine_request(s->engine, index), result);
+}
+
+static int calls_name(struct storage *s, struct storage_request *r) {
+    int64_t region = calls_place(calls_of(s)->handle, r->d.kind == WIRE_PLACE, r->d.offset, r->d.length, r->d.flags);
+    if (region >= 0)
+        r->region = (uint64_t)region;
+    /* 1 is no errno that an author could mean: it says not now. */
+    return region >= 0 ? 1 : region == -1 ? 0 : (int)(region + 1);
+}
+
+static void calls_give_back(struct storage *s, const struct storage_request *r) {
+    calls_released(calls_of(s)->handle, r->region);
+}
+
+uint32_t calls_copy(const struct storage *s, uint8_t *memory, uint64_t bytes, const uint64_t *at) {
+    const struct calls *c = (const struct calls *)s;
+    const struct calls_batch *b = &c->batch;
+    at = at ? at : b->offset;
+    for (uint32_t i = 0; i < b->moves; i++)
+        if (at[i] > bytes || b->length[i] > bytes - at[i])
+            return i + 1;
+    for (uint32_t i = 0; i < b->moves; i++) {
+        uint8_t *data = engine_request(s->engine, b->index[i])->memory;
+        if (b->result[i] < 0 || b->later[i])
+            continue;
+        if (b->op[i] == WIRE_READ)
+            memcpy(data, memory + at[i], b->length[i]);
+        else
+            memcpy(memory + at[i], data, b->length[i]);
+    }
+    return 0;
+}
+
+static const struct storage_ops calls_ops = {
+    .open = calls_open,
+    .start = calls_start,
+    .name = calls_name,
+    .give_back = calls_give_back,
+    .hand_out = calls_hand_out,
+    .collect = calls_collect,
+    .close = calls_close,
+};
+
+struct storage *storage_calls_new(void *handle, uint64_t slot_bytes) {
+    struct calls *c = calloc(1, sizeof *c);
+    if (!c)
+        return NULL;
+    c->base.ops = &calls_ops;
+    c->base.names_reads = !slot_bytes;
+    c->base.slots = slot_bytes ? &c->slots : NULL;
+    c->slots.slot_bytes = slot_bytes;
+    c->handle = handle;
+    return &c->base;
+}

@@ -1,0 +1,46 @@
+/* A storage whose work somebody else does: requests out in columns, results back in one more.
+ *
+ * Owns what waits to be handed out and the batch that is.  Its caller does a batch and leaves the results in it; who is
+ * not done yet is marked there and finished by itself.  Everything else, fences, regions, posts, is the engine's.
+ * Knows nothing of Python but two questions about regions, which `_fileio_build.py` names.
+ */
+#ifndef UBLKPOOL_CALLS_H
+#define UBLKPOOL_CALLS_H
+
+#include "engine.h"
+
+/* What a run has in common: its operation, and where the data lies. */
+enum { CALLS_READ = 0, CALLS_WRITE = 1, CALLS_WRITE_FUA = 2, CALLS_NO_DATA = 3, CALLS_OWN = 4 };
+
+/* Neighbours in a batch that are the same call. */
+struct calls_run {
+    uint32_t way, first, count;
+};
+
+/* Valid until the results are collected.  Reads come first, then writes, then what has no data, each as it came. */
+struct calls_batch {
+    uint32_t count, runs;
+    uint32_t moves;       /* of count: reads and writes */
+    uint32_t overlong;    /* results that were larger than their request, ever */
+    uint64_t *offset, *length;
+    uint64_t *start, *end; /* of the data: in the own segment for runs with CALLS_OWN, else in the pool */
+    uint32_t *index;       /* names it in calls_finish */
+    uint16_t *flags;
+    uint8_t *op;
+    int32_t *result; /* as if all went well, until somebody says otherwise */
+    uint8_t *later;  /* 1: not done yet, see calls_finish */
+    struct calls_run *run;
+};
+
+/* `slot_bytes`: places for writes are slots of the own segment, posted ahead if the device has sizes for that; 0: the
+ * handle is asked for each (calls_place, calls_released). */
+struct storage *storage_calls_new(void *handle, uint64_t slot_bytes);
+struct calls_batch *calls_batch(struct storage *storage);
+/* One that was marked as later is done. */
+void calls_finish(struct storage *storage, uint32_t index, int32_t result);
+/* Copy between the data of the reads and writes of the batch and `memory`, each at at[i], NULL: at its offset on the
+ * device.  Those with an error and those for later are left out.  0, or 1 + the index of one that lies outside: then nothing
+ * is copied. */
+uint32_t calls_copy(const struct storage *storage, uint8_t *memory, uint64_t bytes, const uint64_t *at);
+
+#endif
