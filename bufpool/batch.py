@@ -4,7 +4,6 @@ Owns nothing: the columns are the native part's memory, the data lies where the 
 of it is there until `serve_batch` returns.  Used by the loop's thread.
 """
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +12,29 @@ from ublkpool.bufpool.backend import Request
 
 
 class Columns:
-    """Views of a native batch (`csrc/calls.h`), as long as a batch can ever be."""
+    """The memory of a native batch (`csrc/calls.h`), for as many requests as a batch can have.
 
-    def __init__(self, batch: Any, most: int) -> None:
-        def view(pointer: Any, form: str) -> memoryview:
-            return memoryview(ffi.buffer(pointer, most * struct.calcsize(form))).cast(form)
+    It is Python's, so that a view which somebody keeps too long shows old numbers and nothing worse.
+    """
 
-        self.offset, self.length = view(batch.offset, "Q"), view(batch.length, "Q")
-        self.start, self.end = view(batch.start, "Q"), view(batch.end, "Q")
-        self.index, self.result = view(batch.index, "I"), view(batch.result, "i")
-        self.flags, self.op = view(batch.flags, "H"), view(batch.op, "B")
-        self.later = view(batch.later, "B")
+    def __init__(self, most: int) -> None:
+        self._memory: list[Any] = []
+        self.native = ffi.new("struct calls_batch *")
+        self.head, self.run = self._new("head", "I", lib.CALLS_HEAD), self._new("run", "I", lib.CALLS_RUN * most)
+        self.offset, self.length = self._new("offset", "Q", most), self._new("length", "Q", most)
+        self.start, self.end = self._new("start", "Q", most), self._new("end", "Q", most)
+        self.index, self.result = self._new("index", "I", most), self._new("result", "i", most)
+        self.flags, self.op = self._new("flags", "H", most), self._new("op", "B", most)
+        self.later = self._new("later", "B", most)
+
+    def _new(self, name: str, form: str, count: int) -> memoryview:
+        memory = ffi.new(f"{_TYPES[form]}[]", count)
+        self._memory.append(memory)
+        setattr(self.native, name, memory)
+        return memoryview(ffi.buffer(memory)).cast("B").cast(form)
+
+
+_TYPES = {"Q": "uint64_t", "I": "uint32_t", "i": "int32_t", "H": "uint16_t", "B": "uint8_t"}
 
 
 class Batch:

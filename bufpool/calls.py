@@ -25,6 +25,8 @@ from ublkpool.bufpool.native import NativeEngine, NativeStatistics, slot_bytes
 
 _NO_DATA, _OWN = int(lib.CALLS_NO_DATA), int(lib.CALLS_OWN)
 _READ, _WRITE, _WRITE_FUA = int(lib.CALLS_READ), int(lib.CALLS_WRITE), int(lib.CALLS_WRITE_FUA)
+_COUNT, _RUNS, _MOVES = int(lib.CALLS_COUNT), int(lib.CALLS_RUNS), int(lib.CALLS_MOVES)
+_OVERLONG, _RUN = int(lib.CALLS_OVERLONG), int(lib.CALLS_RUN)
 _NOT_NOW = -1
 _Way = Callable[[int, int], None]
 
@@ -36,11 +38,12 @@ class CallEngine:
         """`posts`: writes land in slots of the own segment, posted ahead, instead of where `place` says."""
         self._backend, self._device, self._outbox = backend, device, outbox
         self._handle = ffi.new_handle(self)
-        self._storage: Any = lib.storage_calls_new(self._handle, slot_bytes(device.max_io_bytes) if posts else 0)
+        self._columns = Columns(device.queues * device.depth)
+        self._head, self._run = self._columns.head, self._columns.run
+        size_bytes = slot_bytes(device.max_io_bytes) if posts else 0
+        self._storage: Any = lib.storage_calls_new(self._handle, self._columns.native, size_bytes)
         self._native = NativeEngine(device, self)
-        self._batch = lib.calls_batch(self._storage)
-        self._columns = Columns(self._batch, device.queues * device.depth)
-        self._overlong = 0
+        self._overlong = False
         kind = type(backend)
         self._serve: Callable[[], None] = self._call_methods
         if kind.submit is not Backend.submit:
@@ -103,10 +106,9 @@ class CallEngine:
         self._serve()
         if self._outbox.results:
             self._collect()
-        if self._batch.overlong != self._overlong:
-            if not self._overlong:
-                log.error("a result was larger than its request: answered EIO (said once)")
-            self._overlong = self._batch.overlong
+        if self._head[_OVERLONG] and not self._overlong:
+            self._overlong = True
+            log.error("a result was larger than its request: answered EIO (said once)")
 
     # What is called for each run of a batch, by what its calls have in common.
 
@@ -126,16 +128,23 @@ class CallEngine:
         }  # fmt: skip
 
     def _call_methods(self) -> None:
-        batch, ways = self._batch, self._ways
-        runs = batch.run
-        for i in range(batch.runs):
-            run = runs[i]
-            first = run.first
-            ways[run.way](first, first + run.count)
+        ways = self._ways
+        if self._head[_COUNT] == 1:
+            ways[self._run[0]](0, 1)
+            return
+        for way, first, end in self._runs():
+            ways[way](first, end)
 
-    def _columns_of(self, first: int, end: int) -> "Iterator[tuple[int, int, int]]":
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """What is the same call, and from where to where."""
+        numbers = self._run[: _RUN * self._head[_RUNS]].tolist()
+        return zip(numbers[::_RUN], numbers[1::_RUN], numbers[2::_RUN], strict=True)
+
+    def _columns_of(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
         """Where the data begins and ends, and its offset on the device."""
         c = self._columns
+        if end - first == 1:
+            return ((c.start[first], c.end[first], c.offset[first]),)
         return zip(c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True)
 
     # Three of a kind: this runs for every request, and each knows how its function is called.
@@ -215,43 +224,27 @@ class CallEngine:
         return memory[self._columns.start[at] : self._columns.end[at]]
 
     def _is_own(self, at: int) -> bool:
-        runs, i = self._batch.run, 0
-        while at >= runs[i].first + runs[i].count:
-            i += 1
-        return bool(runs[i].way & _OWN)
+        return any(first <= at < end and way & _OWN for way, first, end in self._runs())
 
     def _request(self, at: int) -> Request:
-        c = self._columns
-        region = c.start[at] if self._is_own(at) else -1
-        return Request(
-            c.op[at], c.flags[at], c.offset[at], c.length[at], self._view(at), region, self._outbox, c.index[at]
-        )
+        c, is_own = self._columns, self._is_own(at)
+        region = c.start[at] if is_own else -1
+        op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
+        return Request(op, flags, offset, length, self._view(at), region, self._outbox, key)
 
     def _requests(self) -> list[Request]:
         """All of the batch, each to be answered by itself."""
-        c, found = self._columns, []
-        runs = self._batch.run
-        for i in range(self._batch.runs):
-            run = runs[i]
-            is_own, end = run.way & _OWN, run.first + run.count
+        c, requests = self._columns, []
+        for way, first, end in self._runs():
+            is_own = way & _OWN
             memory = self._device.own if is_own else self._device.pool
-            for at in range(run.first, end):
+            for at in range(first, end):
                 start = c.start[at]
-                found.append(
-                    Request(
-                        c.op[at],
-                        c.flags[at],
-                        c.offset[at],
-                        c.length[at],
-                        memory[start : c.end[at]],
-                        start if is_own else -1,
-                        self._outbox,
-                        c.index[at],
-                    )
-                )
-        count = self._batch.count
-        c.later[:count] = b"\1" * count
-        return found
+                buffer, region = memory[start : c.end[at]], start if is_own else -1
+                op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
+                requests.append(Request(op, flags, offset, length, buffer, region, self._outbox, key))
+        c.later[: len(requests)] = b"\1" * len(requests)
+        return requests
 
     def _submit(self) -> None:
         requests = self._requests()
@@ -263,8 +256,7 @@ class CallEngine:
                     request.fail(error)
 
     def _serve_batch(self) -> None:
-        batch, given = self._batch, self._given
-        count, moves = batch.count, batch.moves
+        given, count, moves = self._given, self._head[_COUNT], self._head[_MOVES]
         if moves:
             given.begin(moves)
             try:

@@ -3,14 +3,10 @@
 What it stores ends with its process, which no backend for real use may do (docs/BACKENDS.md).
 """
 
-from collections.abc import Sequence
-
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Hint, Properties, Request
-from ublkpool.bufpool.wire import Op
-
-_READ, _WRITE = int(Op.READ), int(Op.WRITE)
+from ublkpool.bufpool.backend import Backend, Hint, Properties
+from ublkpool.bufpool.batch import Batch
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,14 +28,6 @@ class BatchBackend(Backend):
         """Nothing to open."""
         return Properties(size_bytes=self.options.size)
 
-    def submit(self, batch: Sequence[Request]) -> None:
+    def serve_batch(self, batch: Batch) -> None:
         """All that came in one turn."""
-        disk = self._disk
-        for request in batch:
-            start = request.offset
-            end = start + request.length
-            if request.op == _WRITE:
-                disk[start:end] = request.buffer
-            elif request.op == _READ:
-                request.buffer[:] = disk[start:end]
-            request.complete()
+        batch.copy(self._disk)

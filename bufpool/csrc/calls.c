@@ -22,23 +22,6 @@ static void calls_released(void *handle, uint64_t region);
 
 static struct calls *calls_of(struct storage *s) { return (struct calls *)s; }
 
-struct calls_batch *calls_batch(struct storage *s) { return &calls_of(s)->batch; }
-
-static bool calls_open_batch(struct calls_batch *b, uint32_t most) {
-    b->offset = calloc(most, sizeof *b->offset);
-    b->length = calloc(most, sizeof *b->length);
-    b->start = calloc(most, sizeof *b->start);
-    b->end = calloc(most, sizeof *b->end);
-    b->index = calloc(most, sizeof *b->index);
-    b->flags = calloc(most, sizeof *b->flags);
-    b->op = calloc(most, sizeof *b->op);
-    b->result = calloc(most, sizeof *b->result);
-    b->later = calloc(most, sizeof *b->later);
-    b->run = calloc(most, sizeof *b->run);
-    return b->offset && b->length && b->start && b->end && b->index && b->flags && b->op && b->result && b->later &&
-           b->run;
-}
-
 static int calls_open(struct storage *s, const struct engine_setup *setup) {
     struct calls *c = calls_of(s);
     uint32_t most = setup->queues * setup->depth;
@@ -46,18 +29,14 @@ static int calls_open(struct storage *s, const struct engine_setup *setup) {
     c->own = setup->own;
     if (!fifo_open(&c->reads, most) || !fifo_open(&c->writes, most) || !fifo_open(&c->others, most))
         return -ENOMEM;
-    if (!calls_open_batch(&c->batch, most))
-        return -ENOMEM;
     return s->slots ? slots_open(s->slots, setup) : 0;
 }
 
 static void calls_close(struct storage *s) {
     struct calls *c = calls_of(s);
-    struct calls_batch *b = &c->batch;
-    void *const memory[] = {b->offset, b->length, b->start, b->end, b->index, b->flags, b->op, b->result, b->later,
-                            b->run, c->reads.items, c->writes.items, c->others.items};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-        free(memory[i]);
+    free(c->reads.items);
+    free(c->writes.items);
+    free(c->others.items);
     if (s->slots)
         slots_close(s->slots);
     free(c);
@@ -77,17 +56,19 @@ static uint32_t way_of(const struct storage_request *r) {
     return CALLS_NO_DATA;
 }
 
-static void add_to_run(struct calls_batch *b, uint32_t way) {
-    struct calls_run *last = b->runs ? &b->run[b->runs - 1] : NULL;
-    if (last && last->way == way)
-        last->count++;
-    else
-        b->run[b->runs++] = (struct calls_run){.way = way, .first = b->count, .count = 1};
+static void add_to_run(const struct calls_batch *b, uint32_t way) {
+    uint32_t at = b->head[CALLS_COUNT], *last = b->run + (b->head[CALLS_RUNS] - 1) * CALLS_RUN;
+    if (!b->head[CALLS_RUNS] || last[CALLS_RUN_WAY] != way) {
+        last = b->run + b->head[CALLS_RUNS]++ * CALLS_RUN;
+        last[CALLS_RUN_WAY] = way;
+        last[CALLS_RUN_FIRST] = at;
+    }
+    last[CALLS_RUN_END] = at + 1;
 }
 
 static void add_call(struct calls *c, const struct storage_request *r) {
-    struct calls_batch *b = &c->batch;
-    uint32_t i = b->count, way = way_of(r);
+    const struct calls_batch *b = &c->batch;
+    uint32_t i = b->head[CALLS_COUNT], way = way_of(r);
     const uint8_t *memory = way & CALLS_OWN ? c->own : c->pool;
     add_to_run(b, way);
     b->offset[i] = r->d.offset;
@@ -99,7 +80,7 @@ static void add_call(struct calls *c, const struct storage_request *r) {
     b->op[i] = r->d.op;
     b->result[i] = full_result(r);
     b->later[i] = 0;
-    b->count++;
+    b->head[CALLS_COUNT]++;
 }
 
 static void hand_out_all(struct calls *c, struct fifo *from) {
@@ -116,19 +97,19 @@ static void hand_out_all(struct calls *c, struct fifo *from) {
 
 static uint32_t calls_hand_out(struct storage *s) {
     struct calls *c = calls_of(s);
-    struct calls_batch *b = &c->batch;
-    b->count = b->runs = 0;
+    uint32_t *head = c->batch.head;
+    head[CALLS_COUNT] = head[CALLS_RUNS] = 0;
     hand_out_all(c, &c->reads);
     hand_out_all(c, &c->writes);
-    b->moves = b->count;
+    head[CALLS_MOVES] = head[CALLS_COUNT];
     hand_out_all(c, &c->others);
-    c->is_out = b->count > 0;
-    return b->count;
+    c->is_out = head[CALLS_COUNT] > 0;
+    return head[CALLS_COUNT];
 }
 
 static void finish(struct calls *c, struct storage_request *r, int32_t result) {
     if (result > full_result(r)) {
-        c->batch.overlong++;
+        c->batch.head[CALLS_OVERLONG]++;
         result = -EIO;
     }
     engine_finish(c->base.engine, r, result);
@@ -137,7 +118,7 @@ static void finish(struct calls *c, struct storage_request *r, int32_t result) {
 static void calls_collect(struct storage *s) {
     struct calls *c = calls_of(s);
     const struct calls_batch *b = &c->batch;
-    for (uint32_t i = 0; c->is_out && i < b->count; i++)
+    for (uint32_t i = 0; c->is_out && i < b->head[CALLS_COUNT]; i++)
         if (!b->later[i])
             finish(c, engine_request(s->engine, b->index[i]), b->result[i]);
     c->is_out = false;
@@ -163,10 +144,10 @@ uint32_t calls_copy(const struct storage *s, uint8_t *memory, uint64_t bytes, co
     const struct calls *c = (const struct calls *)s;
     const struct calls_batch *b = &c->batch;
     at = at ? at : b->offset;
-    for (uint32_t i = 0; i < b->moves; i++)
+    for (uint32_t i = 0; i < b->head[CALLS_MOVES]; i++)
         if (at[i] > bytes || b->length[i] > bytes - at[i])
             return i + 1;
-    for (uint32_t i = 0; i < b->moves; i++) {
+    for (uint32_t i = 0; i < b->head[CALLS_MOVES]; i++) {
         uint8_t *data = engine_request(s->engine, b->index[i])->memory;
         if (b->result[i] < 0 || b->later[i])
             continue;
@@ -188,7 +169,7 @@ static const struct storage_ops calls_ops = {
     .close = calls_close,
 };
 
-struct storage *storage_calls_new(void *handle, uint64_t slot_bytes) {
+struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, uint64_t slot_bytes) {
     struct calls *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
@@ -197,5 +178,6 @@ struct storage *storage_calls_new(void *handle, uint64_t slot_bytes) {
     c->base.slots = slot_bytes ? &c->slots : NULL;
     c->slots.slot_bytes = slot_bytes;
     c->handle = handle;
+    c->batch = *batch;
     return &c->base;
 }

@@ -12,16 +12,15 @@
 /* What a run has in common: its operation, and where the data lies. */
 enum { CALLS_READ = 0, CALLS_WRITE = 1, CALLS_WRITE_FUA = 2, CALLS_NO_DATA = 3, CALLS_OWN = 4 };
 
-/* Neighbours in a batch that are the same call. */
-struct calls_run {
-    uint32_t way, first, count;
-};
+/* What there is of a batch.  Runs are neighbours that are the same call. */
+enum { CALLS_COUNT, CALLS_RUNS, CALLS_MOVES, CALLS_OVERLONG, CALLS_HEAD }; /* moves: reads and writes, of count */
+enum { CALLS_RUN_WAY, CALLS_RUN_FIRST, CALLS_RUN_END, CALLS_RUN };
 
-/* Valid until the results are collected.  Reads come first, then writes, then what has no data, each as it came. */
+/* The caller's memory, columns for as many requests as there are tags.  Reads come first, then writes, then what has no
+ * data, each as it came. */
 struct calls_batch {
-    uint32_t count, runs;
-    uint32_t moves;       /* of count: reads and writes */
-    uint32_t overlong;    /* results that were larger than their request, ever */
+    uint32_t *head; /* CALLS_HEAD numbers; CALLS_OVERLONG: results that were larger than their request, ever */
+    uint32_t *run;  /* CALLS_RUN numbers for each run */
     uint64_t *offset, *length;
     uint64_t *start, *end; /* of the data: in the own segment for runs with CALLS_OWN, else in the pool */
     uint32_t *index;       /* names it in calls_finish */
@@ -29,13 +28,11 @@ struct calls_batch {
     uint8_t *op;
     int32_t *result; /* as if all went well, until somebody says otherwise */
     uint8_t *later;  /* 1: not done yet, see calls_finish */
-    struct calls_run *run;
 };
 
 /* `slot_bytes`: places for writes are slots of the own segment, posted ahead if the device has sizes for that; 0: the
  * handle is asked for each (calls_place, calls_released). */
-struct storage *storage_calls_new(void *handle, uint64_t slot_bytes);
-struct calls_batch *calls_batch(struct storage *storage);
+struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, uint64_t slot_bytes);
 /* One that was marked as later is done. */
 void calls_finish(struct storage *storage, uint32_t index, int32_t result);
 /* Copy between the data of the reads and writes of the batch and `memory`, each at at[i], NULL: at its offset on the

@@ -1,0 +1,63 @@
+"""A file mapped into memory, entered once for all that came at once.
+
+    ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M
+    ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M placement=backend
+
+`serve_batch` sees reads and writes as columns of numbers; `copy` moves the data of all of them in one call.  The file's
+pages are the kernel's, so what is answered here outlives this process.  With placement `backend` writes land in slots of
+a segment of the backend's own, which the SDK has posted ahead.
+"""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ublkpool.bufpool.backend import Backend, Hint, Properties
+from ublkpool.bufpool.batch import Batch
+from ublkpool.bufpool.sizes import ByteSize
+
+
+class DemoBatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    path: Path
+    size: ByteSize = 64 << 20
+    placement: Literal["pool", "backend"] = "pool"
+    segment: ByteSize = 16 << 20
+
+
+class DemoBatch(Backend):
+    Options = DemoBatchOptions
+
+    def __init__(self, options: DemoBatchOptions) -> None:
+        self.options: DemoBatchOptions = options
+
+    def open(self, hint: Hint) -> Properties:
+        options = self.options
+        file = os.open(options.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # A page that finds no room later would end the process.
+        os.posix_fallocate(file, 0, options.size)
+        self.map = mmap.mmap(file, options.size)
+        os.close(file)
+        self.disk = memoryview(self.map)
+        places = options.placement == "backend"
+        return Properties(
+            size_bytes=options.size,
+            volatile_cache=True,
+            placement=options.placement,
+            segment_bytes=options.segment if places else 0,
+            posts=places,
+        )
+
+    def serve_batch(self, batch: Batch) -> None:
+        batch.copy(self.disk)
+        if any(flag & 1 for flag in batch.flags):  # wire.Flag.FUA
+            self.map.flush()
+
+    def flush(self) -> None:
+        self.map.flush()
+
+    def close(self) -> None:
+        self.disk.release()
+        self.map.close()

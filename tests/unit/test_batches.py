@@ -1,0 +1,281 @@
+"""Batches: what came at once as columns, answered at once, over both transports."""
+
+import array
+import errno
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.fake_worker import FakeWorker, serving
+from support.plain_backend import Plain
+from ublkpool.bufpool.backend import Backend, Device, Hint, Properties, Request
+from ublkpool.bufpool.batch import Batch
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.serving import serve
+from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
+
+BLOCK = 4096
+pytestmark = pytest.mark.usefixtures("transport")
+
+
+class Batched(Plain):
+    """Does with a batch what the test says."""
+
+    def __init__(self, do: Callable[["Batched", Batch], None]) -> None:
+        super().__init__()
+        self.do = do
+        self.seen: list[tuple[int, ...]] = []
+        self.kept: list[Request] = []
+        self.batch: Batch | None = None
+
+    def serve_batch(self, batch: Batch) -> None:
+        self.batch = batch
+        self.seen.append(tuple(batch.op))
+        self.do(self, batch)
+
+    def copy(self, batch: Batch) -> None:
+        batch.copy(memoryview(self.disk))
+
+
+def _mixed(worker: FakeWorker) -> list[Descriptor]:
+    """A write, a read, what has no data, a write with FUA, a read."""
+    ops = [(Op.WRITE, 0), (Op.READ, 0), (Op.FLUSH, 0), (Op.WRITE, Flag.FUA), (Op.READ, Flag.REPLAY)]
+    return [
+        worker.describe(Kind.REQUEST, op, tag * BLOCK, 0 if op == Op.FLUSH else BLOCK, tag=tag, flags=flags)
+        for tag, (op, flags) in enumerate(ops)
+    ]
+
+
+def _results(worker: FakeWorker, count: int) -> dict[int, int]:
+    return {each.tag: each.result for each in (worker.receive() for _ in range(count))}
+
+
+def test_reads_come_first_then_writes_and_flushes_are_no_part_of_it(tmp_path: Path) -> None:
+    columns: list[list[int]] = []
+
+    def note(backend: Batched, batch: Batch) -> None:
+        assert (batch.op.format, batch.flags.format, batch.result.format) == ("B", "H", "i")
+        assert (batch.offset.format, batch.length.format) == ("Q", "Q")
+        columns.extend([batch.offset.tolist(), batch.length.tolist(), batch.flags.tolist(), batch.result.tolist()])
+        # As numpy.frombuffer would see it.
+        assert struct.unpack(f"<{len(batch)}Q", batch.offset) == tuple(batch.offset)
+
+    backend = Batched(note)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        worker.send(0, _mixed(worker))
+        assert _results(worker, 5) == {0: BLOCK, 1: BLOCK, 2: 0, 3: BLOCK, 4: BLOCK}
+    assert backend.seen == [(Op.READ, Op.READ, Op.WRITE, Op.WRITE)]
+    assert columns == [
+        [BLOCK, 4 * BLOCK, 0, 3 * BLOCK],
+        [BLOCK] * 4,
+        [0, Flag.REPLAY, 0, Flag.FUA],
+        [BLOCK] * 4,
+    ]
+    assert "flush" in backend.calls
+
+
+def test_copy_moves_all_data_and_leaves_out_what_failed(tmp_path: Path) -> None:
+    def copy(backend: Batched, batch: Batch) -> None:
+        batch.result[1] = -errno.EIO
+        batch.copy(memoryview(backend.disk))
+
+    backend = Batched(copy)
+    backend.disk[:] = b"d" * len(backend.disk)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        sent = _mixed(worker)
+        for each in sent:
+            worker.pool[each.buffer : each.buffer + BLOCK] = bytes([65 + each.tag]) * BLOCK
+        worker.send(0, sent)
+        assert _results(worker, 5) == {0: BLOCK, 1: BLOCK, 2: 0, 3: BLOCK, 4: -errno.EIO}
+        assert worker.pool[sent[1].buffer : sent[1].buffer + BLOCK] == b"d" * BLOCK
+        assert worker.pool[sent[4].buffer : sent[4].buffer + BLOCK] == b"E" * BLOCK
+    assert backend.disk[:BLOCK] == b"A" * BLOCK
+    assert backend.disk[3 * BLOCK : 4 * BLOCK] == b"D" * BLOCK
+
+
+def test_copy_to_places_of_the_authors_choice(tmp_path: Path) -> None:
+    def copy(backend: Batched, batch: Batch) -> None:
+        batch.copy(memoryview(backend.disk), memoryview(array.array("Q", [7 * BLOCK] * len(batch))))
+
+    backend = Batched(copy)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        assert worker.write(0, b"w" * BLOCK) == BLOCK
+        assert worker.read(BLOCK, BLOCK) == b"w" * BLOCK
+    assert backend.disk[7 * BLOCK : 8 * BLOCK] == b"w" * BLOCK
+
+
+@pytest.mark.parametrize("at", [[(1 << 20) - BLOCK + 1], [1 << 63], []])
+def test_a_place_outside_of_the_memory_copies_nothing_and_fails_the_batch(
+    tmp_path: Path, at: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    def copy(backend: Batched, batch: Batch) -> None:
+        batch.copy(memoryview(backend.disk), memoryview(array.array("Q", at or [0])[: len(at)]))
+
+    backend = Batched(copy)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        assert worker.write(0, b"w" * BLOCK) == -errno.EIO
+    assert not any(backend.disk)
+    assert "a batch of 1" in caplog.text or at == [1 << 63], "said once, for each place in the code"
+
+
+def test_one_fails_one_falls_short_and_the_rest_is_well(tmp_path: Path) -> None:
+    def judge(backend: Batched, batch: Batch) -> None:
+        batch.result[0], batch.result[1], batch.result[2] = -errno.ENOSPC, 512, BLOCK + 1
+
+    with FakeWorker(tmp_path) as worker, serving(worker, Batched(judge)):
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, 0, BLOCK, tag=tag) for tag in range(4)])
+        assert _results(worker, 4) == {0: -errno.ENOSPC, 1: 512, 2: -errno.EIO, 3: BLOCK}
+
+
+def test_an_exception_fails_all_but_those_of_later(tmp_path: Path) -> None:
+    def fail(backend: Batched, batch: Batch) -> None:
+        backend.kept.append(batch.later(1))
+        raise OSError(errno.EDQUOT, "full")
+
+    backend = Batched(fail)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK, tag=tag) for tag in range(3)])
+        assert _results(worker, 2) == {0: -errno.EDQUOT, 2: -errno.EDQUOT}
+        assert worker.is_silent()
+        # From another thread than the loop's.
+        backend.kept[0].complete()
+        assert _results(worker, 1) == {1: BLOCK}
+
+
+def test_one_of_later_is_a_request_like_any(tmp_path: Path) -> None:
+    def keep(backend: Batched, batch: Batch) -> None:
+        backend.kept.append(batch.later(0))
+        for wrong in (0, 1, -1):
+            with pytest.raises(IndexError):
+                batch.later(wrong)
+        batch.copy(memoryview(backend.disk))
+        with pytest.raises(IndexError):
+            batch.buffer(1)
+        assert bytes(batch.buffer(0)) == bytes(backend.kept[0].buffer)
+
+    backend = Batched(keep)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        request = worker.describe(Kind.REQUEST, Op.WRITE, BLOCK, BLOCK, flags=Flag.FUA)
+        worker.pool[request.buffer : request.buffer + BLOCK] = b"l" * BLOCK
+        worker.send(0, [request])
+        assert worker.is_silent()
+        (kept,) = backend.kept
+        assert (kept.op, kept.offset, kept.length, kept.fua, kept.region) == (Op.WRITE, BLOCK, BLOCK, True, -1)
+        assert bytes(kept.buffer) == b"l" * BLOCK and not any(backend.disk), "it was left out of the copy"
+        fence = worker.fence()
+        assert worker.is_silent(), "one of the old epoch still runs"
+        kept.fail(OSError(errno.EIO, "late"))
+        assert (worker.receive().kind, fence.epoch) == (Kind.FENCED, 2)
+        assert worker.is_silent(), "its answer is nobody's any more"
+
+
+def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_nothing_worse(tmp_path: Path) -> None:
+    backend = Batched(Batched.copy)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        assert worker.write(BLOCK, b"k" * BLOCK) == BLOCK
+    assert backend.batch is not None
+    assert backend.batch.offset.tolist() == [BLOCK]
+
+
+def test_without_the_native_part_batches_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ublkpool.bufpool.calls", None)
+    with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
+        assert worker.write(0, b"m" * BLOCK) == BLOCK
+
+
+class Posting(Plain):
+    """Has its writes in slots that the SDK posts."""
+
+    properties = Properties(
+        size_bytes=1 << 20, volatile_cache=True, placement="backend", segment_bytes=1 << 20, posts=True
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placed: list[int] = []
+
+    def store_placed(self, region: int, buf: memoryview, offset: int, fua: bool) -> int | None:
+        self.placed.append(region)
+        return super().store_placed(region, buf, offset, fua)
+
+
+def _posting_worker(tmp_path: Path) -> FakeWorker:
+    return FakeWorker(tmp_path, placement="backend", depth=4, post_bytes=(BLOCK, 64 << 10))
+
+
+def _posts(worker: FakeWorker, count: int) -> list[Descriptor]:
+    posts = [worker.receive() for _ in range(count)]
+    assert {each.kind for each in posts} == {Kind.POST}
+    return posts
+
+
+def _land(worker: FakeWorker, post: Descriptor, data: bytes, **more: int) -> Descriptor:
+    """A write that came without a question; its DATA."""
+    assert worker.own is not None
+    worker.own[post.buffer : post.buffer + len(data)] = data
+    request = worker.describe(Kind.DATA, Op.WRITE, 2 * BLOCK, len(data), flags=more.get("flags", 0))
+    request = request._replace(segment=post.segment, buffer=post.buffer)
+    worker.send(0, [request])
+    return request
+
+
+def test_writes_land_in_what_was_posted_and_no_place_is_asked(tmp_path: Path) -> None:
+    backend = Posting()
+    with _posting_worker(tmp_path) as worker, serving(worker, backend):
+        posts = _posts(worker, 8)
+        assert sorted({each.length for each in posts}) == [BLOCK, 64 << 10]
+        post = next(each for each in posts if each.length == BLOCK)
+        request = _land(worker, post, b"p" * BLOCK, flags=Flag.FUA)
+        assert worker.answer_of(request).result == BLOCK
+        worker.release(request)
+        # It is asked all the same if nothing that was posted fits.
+        assert worker.write(8 * BLOCK, b"q" * 8192) == 8192
+    assert backend.placed[0] == post.buffer and len(backend.placed) == 2
+    assert backend.disk[2 * BLOCK : 3 * BLOCK] == b"p" * BLOCK
+    assert backend.disk[8 * BLOCK : 8 * BLOCK + 8192] == b"q" * 8192
+    assert ("pwrite", 2 * BLOCK, True) in backend.calls
+
+
+def test_what_was_posted_before_a_fence_is_posted_again(tmp_path: Path) -> None:
+    with _posting_worker(tmp_path) as worker, serving(worker, Posting()):
+        before = {each.buffer for each in _posts(worker, 8)}
+        worker.fence()
+        assert worker.receive().kind == Kind.FENCED
+        worker.send(0, [Descriptor(Kind.WELCOME, device=7, epoch=worker.epoch)])
+        after = _posts(worker, 8)
+        assert {each.buffer for each in after} == before and {each.epoch for each in after} == {worker.epoch}
+
+
+class PostingBatches(Posting):
+    """The same, batch by batch."""
+
+    def serve_batch(self, batch: Batch) -> None:
+        batch.copy(memoryview(self.disk))
+
+
+def test_a_batch_finds_what_landed_in_the_own_segment(tmp_path: Path) -> None:
+    backend = PostingBatches()
+    with _posting_worker(tmp_path) as worker, serving(worker, backend):
+        request = _land(worker, _posts(worker, 8)[0], b"b" * BLOCK)
+        assert worker.answer_of(request).result == BLOCK
+        worker.release(request)
+        assert worker.read(2 * BLOCK, BLOCK) == b"b" * BLOCK
+
+
+def test_posts_need_writes_in_the_own_segment(tmp_path: Path) -> None:
+    class Wrong(Backend):
+        def open(self, hint: Hint) -> Properties:
+            return Properties(posts=True)
+
+        def started(self, device: Device) -> None:
+            """Never."""
+
+    with FakeWorker(tmp_path) as worker:
+        pass
+    with pytest.raises(BackendError):
+        serve(Wrong(), device="x", run_dir=worker.run_dir, handle_signals=False)
