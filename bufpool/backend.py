@@ -68,8 +68,8 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend tells the daemon about itself; sizes are bytes.
 
     `size_bytes` 0 takes whatever size the device was created with.  `segment_bytes` asks the SDK for an own segment,
-    `segment` brings one; placement `backend` and read buffers `own` need it.  `posts`: the SDK names the places of writes
-    in that segment, ahead of them, instead of asking `place` for each.
+    `segment` brings one; placement `backend` and read buffers `own` need it.  `posts`: the SDK names the places of
+    writes in that segment, ahead of them, instead of asking `place` for each.
     """
 
     size_bytes: int = 0

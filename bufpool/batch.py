@@ -5,7 +5,7 @@ of it is there until `serve_batch` returns.  Used by the loop's thread.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.backend import Request
@@ -20,14 +20,17 @@ class Columns:
     def __init__(self, most: int) -> None:
         self._memory: list[Any] = []
         self.native = ffi.new("struct calls_batch *")
-        self.head, self.run = self._new("head", "I", lib.CALLS_HEAD), self._new("run", "I", lib.CALLS_RUN * most)
+        self.head, self.run = (
+            self._new("head", "I", lib.CALLS_HEAD),
+            self._new("run", "I", lib.CALLS_RUN * most),
+        )
         self.offset, self.length = self._new("offset", "Q", most), self._new("length", "Q", most)
         self.start, self.end = self._new("start", "Q", most), self._new("end", "Q", most)
         self.index, self.result = self._new("index", "I", most), self._new("result", "i", most)
         self.flags, self.op = self._new("flags", "H", most), self._new("op", "B", most)
         self.later = self._new("later", "B", most)
 
-    def _new(self, name: str, form: str, count: int) -> memoryview:
+    def _new(self, name: str, form: Literal["Q", "I", "i", "H", "B"], count: int) -> memoryview:
         memory = ffi.new(f"{_TYPES[form]}[]", count)
         self._memory.append(memory)
         setattr(self.native, name, memory)
@@ -103,8 +106,8 @@ class Batch:
     def copy(self, memory: memoryview, at: memoryview | None = None) -> None:
         """Move all data at once: of writes into `memory`, of reads out of it, each at its offset on the device.
 
-        `at`: where else, byte offsets in `memory`, a column of 8 byte integers.  Those with an error in `result` and those
-        of `later` are left out.  Raises `ValueError`, and nothing was copied, if one lies outside of `memory`.
+        `at`: where else, byte offsets in `memory`, a column of 8 byte integers.  Those with an error in `result` and
+        those of `later` are left out.  Raises `ValueError`, and nothing was copied, if one lies outside of `memory`.
         """
         with ffi.from_buffer("uint8_t[]", memory, require_writable=True) as target:
             if at is None:
@@ -112,9 +115,7 @@ class Batch:
             else:
                 if at.nbytes < 8 * self._count:
                     raise ValueError(f"{at.nbytes} bytes of places are too few for {self._count} requests")
-                outside = lib.calls_copy(
-                    self._native, target, len(target), ffi.from_buffer("uint64_t[]", at)
-                )
+                outside = lib.calls_copy(self._native, target, len(target), ffi.from_buffer("uint64_t[]", at))
         if outside:
             raise ValueError(f"request {outside - 1} lies outside of {len(target)} bytes")
 

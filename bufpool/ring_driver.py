@@ -59,7 +59,7 @@ class RingDriver:
         result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         while result >= _CALLS:
             self._serve()
-            # The next run tells the answers.  A queue that is never idle keeps nobody from a deadline or from being heard.
+            # The next run tells the answers.  A queue that is never idle keeps nobody from a deadline or a hearing.
             if result != _CALLS or timeout_ms >= 0:
                 return bool(result & _WATCHED)
             result = lib.ring_loop_run(self._loop, timeout_ms, hears)

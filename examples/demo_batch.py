@@ -3,9 +3,9 @@
     ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M
     ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M placement=backend
 
-`serve_batch` sees reads and writes as columns of numbers; `copy` moves the data of all of them in one call.  The file's
-pages are the kernel's, so what is answered here outlives this process.  With placement `backend` writes land in slots of
-a segment of the backend's own, which the SDK has posted ahead.
+`serve_batch` sees reads and writes as columns of numbers; `copy` moves the data of all of them in one call.  The
+file's pages are the kernel's, so what is answered here outlives this process.  With placement `backend` writes land in
+slots of a segment of the backend's own, which the SDK has posted ahead.
 """
 
 import mmap

@@ -1,4 +1,4 @@
-"""Requests that become calls: the same answers as from the engine that needs no native part, and what only this does."""
+"""Requests that become calls: the same answers as from the engine without a native part, and more."""
 
 import errno
 from collections.abc import Iterator
@@ -90,17 +90,20 @@ EVERYTHING = [
 ]
 
 
-
 @pytest.mark.parametrize("per_frame", [1, len(EVERYTHING)])
 def test_the_answers_are_those_of_the_engine_without_a_native_part(per_frame: int) -> None:
     told = []
     for make in (CallEngine, RequestEngine):
         outbox, backend = Outbox(), Moody()
         engine = make(backend, _device(outbox), outbox)
-        answers = _say(engine, *(EVERYTHING[at : at + per_frame] for at in range(0, len(EVERYTHING), per_frame)))
+        answers = _say(
+            engine, *(EVERYTHING[at : at + per_frame] for at in range(0, len(EVERYTHING), per_frame))
+        )
         counted = engine.statistics()
         same = [getattr(counted, name) for name in ("answered", "failed", "replayed", "dropped", "running")]
-        told.append((sorted(answers, key=lambda each: each.tag), same, sorted(backend.calls, key=str), backend.disk))
+        told.append(
+            (sorted(answers, key=lambda each: each.tag), same, sorted(backend.calls, key=str), backend.disk)
+        )
         engine.close()
         outbox.close()
     assert told[0] == told[1]
@@ -189,6 +192,6 @@ def test_a_read_in_place_waits_for_its_region_and_lets_it_go() -> None:
     assert not _say(engine, [read._replace(kind=Kind.RELEASE)])
     assert backend.back == [BLOCK], "and its exception ends nothing"
     backend.room = BLOCK + 512
-    assert [each.result for each in _say(engine, [read._replace(sequence=5)])] == [-errno.EIO]
+    assert [each.result for each in _say(engine, [read._replace(sequence=5)])] == [-errno.EINVAL]
     engine.close()
     outbox.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from support.fake_worker import FakeWorker, finish, spawn
-from ublkpool.bufpool.wire import Kind, Op
+from ublkpool.bufpool.wire import Flag, Kind, Op
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,6 +33,22 @@ def test_demo_event_answers_from_its_event_loop(tmp_path: Path, placement: str) 
         assert {worker.receive().tag for _ in range(8)} == set(range(8))
         worker.detach()
         assert finish(process)[0] == 0
+
+
+@pytest.mark.parametrize("placement", ["pool", "backend"])
+def test_demo_batch_keeps_what_it_was_given_in_a_file(tmp_path: Path, placement: str) -> None:
+    disk = tmp_path / "disk.img"
+    options = {"path": str(disk), "size": "1M", "placement": placement}
+    with FakeWorker(tmp_path, placement=placement) as worker:
+        process = spawn(tmp_path, EXAMPLES / "demo_batch.py", options)
+        worker.accept()
+        assert worker.write(4096, b"b" * 4096, flags=Flag.FUA) == 4096
+        assert disk.read_bytes()[:8192] == bytes(4096) + b"b" * 4096
+        assert worker.read(4096, 4096) == b"b" * 4096
+        assert worker.do(Op.FLUSH) == 0
+        process.kill()
+        process.communicate()
+    assert disk.read_bytes()[4096:8192] == b"b" * 4096
 
 
 def test_functions_serve_a_file(tmp_path: Path) -> None:

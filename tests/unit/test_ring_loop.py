@@ -11,9 +11,10 @@ import pytest
 
 from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
 from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
+from support.plain_backend import Plain
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool import ring_links
+from ublkpool.bufpool import ring_driver, ring_links
 from ublkpool.bufpool import serving as serving_module
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
@@ -221,3 +222,67 @@ def test_without_io_uring_python_carries_the_frames_through_the_rings(
     with serving(worker, null()):
         assert worker.write(0, b"p" * 4096) == 4096
     assert "going on with more of Python: no loop in C" in caplog.text
+
+
+class PlayedLoop:
+    """A native loop that always has calls; counts how often it was asked for more."""
+
+    RING_LOOP_WATCHED, RING_LOOP_CALLS = 1, 2
+
+    def __init__(self, *results: int) -> None:
+        self.results = list(results)
+        self.served = 0
+
+    def ring_loop_new(self, *_: object) -> object:
+        return self
+
+    def ring_loop_run(self, *_: object) -> int:
+        return self.results.pop(0)
+
+    def serve(self) -> None:
+        self.served += 1
+
+
+@pytest.mark.parametrize(
+    ("results", "timeout_ms", "served", "hears"),
+    [([2, 2, 1], -1, 2, True), ([2, 2], 10, 1, False), ([3, 2], -1, 1, True), ([2, 0], -1, 1, False)],
+)
+def test_a_queue_that_is_never_idle_keeps_nobody_from_being_heard(
+    monkeypatch: pytest.MonkeyPatch, results: list[int], timeout_ms: int, served: int, hears: bool
+) -> None:
+    played = PlayedLoop(*results)
+    monkeypatch.setattr(ring_driver, "lib", played)
+    driver = RingDriver(None, None, 1, 1, -1, played.serve)
+    assert driver.run(timeout_ms, True) is hears
+    assert played.served == served
+
+
+class OnePage(Plain):
+    """Python, one request after the other."""
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+
+def test_a_python_backend_is_one_wait_a_request_and_one_turn_a_batch(
+    worker: FakeWorker, counted: list[DriverStatistics]
+) -> None:
+    with serving(worker, OnePage()):
+        for count in (1, DEPTH):
+            for _ in range(REQUESTS // 2):
+                when_asleep(worker)
+                worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(count)])
+                for _ in range(count):
+                    assert worker.receive().result == 0
+    assert counted[0].calls <= REQUESTS + MORE_CALLS_MAX
+    assert counted[0].turns <= 2 * REQUESTS + 2 * MORE_CALLS_MAX
+
+
+def test_what_a_fence_gives_up_is_confirmed_in_the_same_turn(worker: FakeWorker) -> None:
+    backend = OnePage()
+    with serving(worker, backend):
+        when_asleep(worker)
+        old = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
+        worker.send(0, [old, Descriptor(Kind.FENCE, device=old.device, epoch=worker.epoch + 1)])
+        assert worker.receive().kind == Kind.FENCED
+    assert not [each for each in backend.calls if each[0] == "pwrite"]
