@@ -13,6 +13,8 @@ MIB = 1 << 20
 
 def _add(daemon: Daemon, example: str, name: str, need_get_data: bool, placement: str) -> DeviceStatus:
     options = {"size": "16M", "placement": placement}
+    if example == "demo_batch":
+        options["path"] = str(daemon.path(f"{example}-{name}.img"))
     config = {"need_get_data": need_get_data, "placement": placement, "queues": 2, "depth": 32}
     return daemon.add(name, str(EXAMPLES / f"{example}.py"), options, **config)
 
@@ -24,13 +26,15 @@ def _both_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
     )
 
 
-def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> None:
+def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> int:
+    """Returns how many writes landed in what the backend had posted."""
     assert status.path is not None
     result = run_fio(status.path, size=2 * MIB, iodepth=32, verify=verify)
     stats = daemon.rest(status.name)
     assert total(stats, "kernel_write_bytes") == result.written_bytes > 0
     assert total(stats, "errors") == total(stats, "violations") == total(stats, "own_copy_bytes") == 0
     daemon.delete(status.name)
+    return total(stats, "posts_used")
 
 
 def test_demo_null_takes_every_write(daemon: Daemon) -> None:
@@ -41,6 +45,12 @@ def test_demo_null_takes_every_write(daemon: Daemon) -> None:
 def test_demo_event_answers_from_another_thread_what_was_written(daemon: Daemon) -> None:
     for status in _both_ways(daemon, "demo_event"):
         _run(daemon, status, "crc32c")
+
+
+def test_demo_batch_finds_its_writes_in_the_pool_or_where_it_posted(daemon: Daemon) -> None:
+    for status in _both_ways(daemon, "demo_batch"):
+        assert bool(_run(daemon, status, "crc32c")) == (status.name == "backend")
+        daemon.path(f"demo_batch-{status.name}.img").unlink()
 
 
 def test_a_file_of_functions_is_a_backend(daemon: Daemon) -> None:
