@@ -99,7 +99,10 @@ class CallEngine:
         results = self._outbox.results
         for _ in range(len(results)):
             request, result = results.popleft()
-            lib.calls_finish(self._storage, request.key, result)
+            try:
+                lib.calls_finish(self._storage, request.key, result)
+            except (OverflowError, TypeError) as error:
+                lib.calls_finish(self._storage, request.key, errno_of(error, repr(request)))
 
     def serve(self) -> None:
         """Do the batch that was handed out; what it leaves in `result` is collected by who calls."""

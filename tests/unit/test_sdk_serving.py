@@ -111,12 +111,13 @@ def test_requests_are_completed_from_other_threads_in_any_order(tmp_path: Path) 
             requests[0].complete()
 
 
-def test_a_result_larger_than_the_request_is_not_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [8192, 1 << 40])
+def test_a_result_larger_than_the_request_is_not_passed_on(tmp_path: Path, result: int) -> None:
     backend = Held()
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         request = worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)
         worker.send(0, [request])
-        backend.wait_for(1)[0].complete(8192)
+        backend.wait_for(1)[0].complete(result)
         assert worker.answer_of(request).result == -errno.EIO
 
 
