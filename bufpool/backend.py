@@ -68,8 +68,10 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend tells the daemon about itself; sizes are bytes.
 
     `size_bytes` 0 takes whatever size the device was created with.  `segment_bytes` asks the SDK for an own segment,
-    `segment` brings one; placement `backend` and read buffers `own` need it.  `posts`: the SDK names the places of
-    writes in that segment, ahead of them, instead of asking `place` for each.
+    `segment` brings one; placement `backend` and read buffers `own` need it.  With
+    `post_max_bytes` writes land in slots of that segment which the SDK has posted ahead, and nobody is asked for a
+    place.  Who overrides `place` as well is asked for those above so many bytes, or that find no slot, and has the
+    segment from `Device.own_from` on.
     """
 
     size_bytes: int = 0
@@ -85,7 +87,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
     segment: OwnSegment | None = None
-    posts: bool = False
+    post_max_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,8 @@ class Device:
     own_segment: int
     clients: Mapping[int, memoryview] = field(default_factory=dict)
     """The slices of the client area by their segment numbers.  What lies there may change at any time."""
+    own_from: int = 0
+    """Where the part of the own segment begins that is the author's, after the SDK's slots."""
     post_bytes: tuple[int, ...] = ()
     """In which sizes regions may be posted ahead; empty if not at all."""
     watch: Callable[[int, Callable[[], None]], None]
@@ -330,6 +334,11 @@ class Backend:
         return {}
 
 
+def asks_for_places(backend: Backend) -> bool:
+    """Whether its author names places for writes."""
+    return type(backend).place is not Backend.place
+
+
 def perform(backend: Backend, request: Request) -> int | None:
     """Call the method for a request."""
     op = request.op
@@ -392,6 +401,8 @@ def check_properties(properties: Properties) -> Properties:
     needs_segment = properties.placement == "backend" or properties.read_buffers == "own"
     if needs_segment and not (properties.segment_bytes or properties.segment):
         raise BackendError("placement backend and read buffers own need a segment (segment_bytes)")
-    if properties.posts and (properties.placement == "pool" or properties.read_buffers == "own"):
-        raise BackendError("posts is for placement backend or any, with reads into buffers of the pool")
+    if properties.post_max_bytes and (properties.placement == "pool" or properties.read_buffers == "own"):
+        raise BackendError(
+            "post_max_bytes is for placement backend or any, with reads into buffers of the pool"
+        )
     return properties

@@ -14,6 +14,7 @@ from ublkpool.bufpool.backend import (
     Device,
     Outbox,
     Request,
+    asks_for_places,
     errno_of,
     log,
     op_name,
@@ -34,14 +35,21 @@ _Way = Callable[[int, int], None]
 class CallEngine:
     """A `FrameEngine` that calls a backend's methods.  Raises `BackendError` if there is no memory."""
 
-    def __init__(self, backend: Backend, device: Device, outbox: Outbox, *, posts: bool = False) -> None:
-        """`posts`: writes land in slots of the own segment, posted ahead, instead of where `place` says."""
+    def __init__(self, backend: Backend, device: Device, outbox: Outbox, post_max_bytes: int = 0) -> None:
+        """`post_max_bytes`: see `Properties`; what `device.own_from` leaves before it are the slots."""
         self._backend, self._device, self._outbox = backend, device, outbox
         self._handle = ffi.new_handle(self)
         self._columns = Columns(device.queues * device.depth)
         self._head, self._run = self._columns.head, self._columns.run
-        size_bytes = slot_bytes(device.max_io_bytes) if posts else 0
-        self._storage: Any = lib.storage_calls_new(self._handle, self._columns.native, size_bytes)
+        places = {
+            "slots_bytes": device.own_from,
+            "slot_bytes": slot_bytes(device.max_io_bytes),
+            "post_max_bytes": post_max_bytes,
+            "asks": asks_for_places(backend),
+        }
+        self._storage: Any = lib.storage_calls_new(
+            self._handle, self._columns.native, ffi.new("struct calls_places *", places)
+        )
         self._native = NativeEngine(device, self)
         self._overlong = False
         kind = type(backend)
@@ -287,7 +295,7 @@ class CallEngine:
 
     def _check(self, region: int, length: int) -> None:
         device = self._device
-        if region % device.logical_block_bytes or not 0 <= region <= len(device.own) - length:
+        if region % device.logical_block_bytes or not device.own_from <= region <= len(device.own) - length:
             raise BackendError(f"region {region} for {length} bytes is not a place in the own segment")
 
     def released(self, region: int) -> None:

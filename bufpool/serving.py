@@ -24,6 +24,7 @@ from ublkpool.bufpool.backend import (
     Hint,
     Outbox,
     Properties,
+    asks_for_places,
     check_properties,
     log,
 )
@@ -33,7 +34,8 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.links import nothing_to_serve
 
 DEFAULT_RUN_DIR = Path("/run/ublkpool")
-_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "posts")
+_PAGE_BYTES = 4096
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes")
 
 
 def serve(
@@ -64,7 +66,7 @@ def serve(
         attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
         stack.callback(attachment.close)
         _harden(lock_memory)
-        loop = stack.enter_context(Loop(backend, attachment, posts=properties.posts))
+        loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes))
         if handle_signals:
             stack.enter_context(_signals(loop))
         return loop.run()
@@ -133,9 +135,9 @@ class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Loop:
     """Frames from the queues to the engine and back, until stopped and nothing runs."""
 
-    def __init__(self, backend: Backend, attachment: Attachment, *, posts: bool = False) -> None:
-        """`posts`: see `Properties`."""
-        self.device = _device(attachment, self)
+    def __init__(self, backend: Backend, attachment: Attachment, post_max_bytes: int = 0) -> None:
+        """`post_max_bytes`: see `Properties`."""
+        self.device = _device(attachment, self, _slots_bytes(backend, attachment, post_max_bytes))
         self._backend = backend
         self._attachment = attachment
         self._links = attachment.links
@@ -147,13 +149,15 @@ class Loop:
         self._engine: FrameEngine | None = None
         self._is_driven = False
         self._collect = _nothing
-        self._posts = posts
+        self._post_max_bytes = post_max_bytes
 
     def __enter__(self) -> "Loop":
         try:
             self._backend.started(self.device)
             engine = self._backend.engine(self.device)
-            self._engine = engine or _request_engine(self._backend, self.device, self._outbox, self._posts)
+            self._engine = engine or _request_engine(
+                self._backend, self.device, self._outbox, self._post_max_bytes
+            )
         except BaseException:
             self._outbox.close()
             raise
@@ -265,24 +269,32 @@ class Loop:
         )
 
 
-def _request_engine(backend: Backend, device: Device, outbox: Outbox, posts: bool) -> FrameEngine:
+def _request_engine(backend: Backend, device: Device, outbox: Outbox, post_max_bytes: int) -> FrameEngine:
     """The engine for a backend that brings none.  Raises `BackendError` if it needs one that is not there."""
     try:
         from ublkpool.bufpool.calls import CallEngine
     except ImportError as error:
-        if posts or type(backend).serve_batch is not Backend.serve_batch:
+        if post_max_bytes or type(backend).serve_batch is not Backend.serve_batch:
             raise BackendError(
                 f"batches and posted regions need the SDK's native part, methods do not: {error}"
             ) from error
         return RequestEngine(backend, device, outbox)
-    return CallEngine(backend, device, outbox, posts=posts)
+    return CallEngine(backend, device, outbox, post_max_bytes)
 
 
 def _nothing() -> None:
     """A wake-up is answered by turning the loop."""
 
 
-def _device(attachment: Attachment, loop: Loop) -> Device:
+def _slots_bytes(backend: Backend, attachment: Attachment, post_max_bytes: int) -> int:
+    """How much of the own segment is for the SDK's slots: all of it, or half if the author names places too."""
+    own = attachment.own_segment
+    if own is None or not post_max_bytes:
+        return 0
+    return own.size_bytes // 2 & -_PAGE_BYTES if asks_for_places(backend) else own.size_bytes
+
+
+def _device(attachment: Attachment, loop: Loop, own_from: int) -> Device:
     attached, own = attachment.attached, attachment.own_segment
     pool = attachment.segments.get(wire.SEGMENT_POOL)
     if pool is None:
@@ -303,6 +315,7 @@ def _device(attachment: Attachment, loop: Loop) -> Device:
         clients={n: each for n, each in attachment.segments.items() if n >= wire.SEGMENT_CLIENTS},
         own=own.view if own else memoryview(b""),
         own_segment=attached.own_segment,
+        own_from=own_from,
         post_bytes=attached.post_bytes,
         watch=loop.watch,
         unwatch=loop.unwatch,

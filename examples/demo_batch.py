@@ -47,7 +47,7 @@ class DemoBatch(Backend):
             volatile_cache=True,
             placement=options.placement,
             segment_bytes=options.segment if places else 0,
-            posts=places,
+            post_max_bytes=hint.max_io_bytes if places else 0,
         )
 
     def serve_batch(self, batch: Batch) -> None:

@@ -12,6 +12,7 @@ struct calls {
     void *handle;
     struct fifo reads, writes, others;
     const uint8_t *pool, *own;
+    struct calls_places places;
     struct calls_batch batch;
     bool is_out; /* the batch has not come back */
 };
@@ -22,6 +23,15 @@ static void calls_released(void *handle, uint64_t region);
 
 static struct calls *calls_of(struct storage *s) { return (struct calls *)s; }
 
+static int calls_open_slots(struct calls *c, const struct engine_setup *setup) {
+    struct engine_setup part = *setup;
+    part.own_bytes = c->places.slots_bytes;
+    /* Who is never asked for a place has a slot for the largest write. */
+    while (c->places.asks && part.post_sizes && part.post_bytes[part.post_sizes - 1] > c->places.post_max_bytes)
+        part.post_sizes--;
+    return slots_open(&c->slots, &part);
+}
+
 static int calls_open(struct storage *s, const struct engine_setup *setup) {
     struct calls *c = calls_of(s);
     uint32_t most = setup->queues * setup->depth;
@@ -29,7 +39,7 @@ static int calls_open(struct storage *s, const struct engine_setup *setup) {
     c->own = setup->own;
     if (!fifo_open(&c->reads, most) || !fifo_open(&c->writes, most) || !fifo_open(&c->others, most))
         return -ENOMEM;
-    return s->slots ? slots_open(s->slots, setup) : 0;
+    return s->slots ? calls_open_slots(c, setup) : 0;
 }
 
 static void calls_close(struct storage *s) {
@@ -169,14 +179,16 @@ static const struct storage_ops calls_ops = {
     .close = calls_close,
 };
 
-struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, uint64_t slot_bytes) {
+struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, const struct calls_places *places) {
     struct calls *c = calloc(1, sizeof *c);
     if (!c)
         return NULL;
     c->base.ops = &calls_ops;
-    c->base.names_reads = !slot_bytes;
-    c->base.slots = slot_bytes ? &c->slots : NULL;
-    c->slots.slot_bytes = slot_bytes;
+    c->places = *places;
+    c->base.names_reads = !places->slots_bytes;
+    c->base.slots = places->slots_bytes ? &c->slots : NULL;
+    c->slots.slot_bytes = places->slot_bytes;
+    c->slots.asked = places->asks ? &c->base : NULL;
     c->handle = handle;
     c->batch = *batch;
     return &c->base;

@@ -30,9 +30,14 @@ struct calls_batch {
     uint8_t *later;  /* 1: not done yet, see calls_finish */
 };
 
-/* `slot_bytes`: places for writes are slots of the own segment, posted ahead if the device has sizes for that; 0: the
- * handle is asked for each (calls_place, calls_released). */
-struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, uint64_t slot_bytes);
+struct calls_places {
+    uint64_t slots_bytes;    /* of the own segment, from its beginning, are slots for writes to land in; 0: none */
+    uint64_t slot_bytes;     /* of one, if nothing can be posted */
+    int asks;                /* who has no posted slot asks the handle (calls_place, calls_released), not for a slot */
+    uint64_t post_max_bytes; /* then slots are posted for writes of up to so many bytes */
+};
+
+struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, const struct calls_places *places);
 /* One that was marked as later is done. */
 void calls_finish(struct storage *storage, uint32_t index, int32_t result);
 /* Copy between the data of the reads and writes of the batch and `memory`, each at at[i], NULL: at its offset on the

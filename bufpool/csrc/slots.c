@@ -69,6 +69,8 @@ static struct slot_size *size_of(struct slots *slots, uint64_t region, uint32_t 
 
 int slots_name(struct slots *slots, struct storage_request *r) {
     const struct slot_size *largest = &slots->size[slots->sizes - 1];
+    if (slots->asked)
+        return slots->asked->ops->name(slots->asked, r);
     if (r->d.length > largest->bytes)
         return -EINVAL;
     if (!largest->count)
@@ -86,6 +88,11 @@ int slots_name(struct slots *slots, struct storage_request *r) {
 void slots_give_back(struct slots *slots, uint64_t region) {
     uint32_t slot;
     struct slot_size *size = size_of(slots, region, &slot);
+    if (!size) {
+        const struct storage_request not_a_slot = {.region = region};
+        slots->asked->ops->give_back(slots->asked, &not_a_slot);
+        return;
+    }
     size->free[size->count_free++] = slot;
 }
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from support.fake_worker import BackendThread, FakeWorker, serving
 from support.plain_backend import Plain
-from ublkpool.bufpool.backend import Properties, Request, check_properties
+from ublkpool.bufpool.backend import Device, Properties, Request, check_properties
 from ublkpool.bufpool.batch import Batch
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
@@ -203,7 +204,11 @@ class Posting(Plain):
     """Has its writes in slots that the SDK posts."""
 
     properties = Properties(
-        size_bytes=1 << 20, volatile_cache=True, placement="backend", segment_bytes=1 << 20, posts=True
+        size_bytes=1 << 20,
+        volatile_cache=True,
+        placement="backend",
+        segment_bytes=1 << 20,
+        post_max_bytes=1 << 16,
     )
 
     def __init__(self) -> None:
@@ -261,6 +266,59 @@ def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(tmp_path: Path) 
         assert {each.buffer for each in after} == before and {each.epoch for each in after} == {worker.epoch}
 
 
+class PostingAll(Posting):
+    """Names no place itself: what it is posted for is all."""
+
+    properties = msgspec.structs.replace(Posting.properties, post_max_bytes=BLOCK)
+
+
+def test_without_places_of_the_authors_there_is_a_slot_for_every_size(tmp_path: Path) -> None:
+    with _posting_worker(tmp_path) as worker, serving(worker, PostingAll()):
+        _posts(worker, 8)
+        assert worker.write(0, b"a" * (64 << 10)) == 64 << 10
+
+
+class PostingSmall(Posting):
+    """The SDK posts for small writes, and the author says where large ones go."""
+
+    properties = msgspec.structs.replace(Posting.properties, post_max_bytes=BLOCK)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device: Device | None = None
+
+    def started(self, device: Device) -> None:
+        self.device = device
+        self.room: int = device.own_from + BLOCK
+
+    def place(self, offset: int, length: int, flags: int) -> int | None:
+        return self.room
+
+    def released(self, region: int) -> None:
+        self.calls.append(("released", region))
+
+
+def test_small_writes_land_in_posted_slots_and_the_author_places_the_others(tmp_path: Path) -> None:
+    backend = PostingSmall()
+    with _posting_worker(tmp_path) as worker, serving(worker, backend):
+        posts = _posts(worker, 4)
+        assert backend.device is not None
+        middle = backend.device.own_from
+        assert middle == 1 << 19
+        assert {each.length for each in posts} == {BLOCK} and all(each.buffer < middle for each in posts)
+        request = _land(worker, posts[0], b"s" * BLOCK)
+        assert worker.answer_of(request).result == BLOCK
+        worker.release(request)
+        placed, asked = worker.place(0, 8192)
+        assert placed.buffer == middle + BLOCK
+        assert worker.fill(placed, asked, b"l" * 8192) == 8192
+        backend.room = middle - BLOCK
+        refused, _ = worker.place(0, 8192)
+        assert refused.kind == Kind.REJECT, "that part is the SDK's"
+    assert backend.placed == [posts[0].buffer, middle + BLOCK]
+    assert [each for each in backend.calls if each[0] == "released"] == [("released", middle + BLOCK)]
+
+
 class PostingBatches(Posting):
     """The same, batch by batch."""
 
@@ -280,11 +338,11 @@ def test_a_batch_finds_what_landed_in_the_own_segment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        Properties(posts=True),
-        Properties(posts=True, placement="backend", segment_bytes=1 << 20, read_buffers="own"),
-        Properties(posts=True, placement="backend"),
+        Properties(post_max_bytes=1 << 16),
+        Properties(post_max_bytes=1 << 16, placement="backend", segment_bytes=1 << 20, read_buffers="own"),
+        Properties(post_max_bytes=1 << 16, placement="backend"),
     ],
 )
 def test_posts_need_writes_in_the_own_segment_and_reads_elsewhere(wrong: Properties) -> None:
-    with pytest.raises(BackendError, match=r"posts is for|need a segment"):
+    with pytest.raises(BackendError, match=r"post_max_bytes is for|need a segment"):
         check_properties(wrong)
