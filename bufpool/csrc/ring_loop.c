@@ -287,9 +287,10 @@ static int how_long(struct ring_loop *l, int left_ms) {
     return l->unsent ? shorter(left_ms, LOOK_AGAIN_MS) : left_ms;
 }
 
-/* Before the caller works: what was answered is told, and who sleeps is rung for. */
+/* Before the caller works: who sleeps is rung for, and completions are asked for, which a loop that never waits would
+ * not see.  No system call if there is nothing of either. */
 static int loop_hand_out(struct ring_loop *l) {
-    int error = io_uring_sq_ready(&l->ring) > 0 ? loop_enter(l, 0) : 0;
+    int error = loop_enter(l, 0);
     return error ? error : RING_LOOP_CALLS | (l->is_ready ? RING_LOOP_WATCHED : 0);
 }
 

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool import ring_driver, ring_links
 from ublkpool.bufpool import serving as serving_module
+from ublkpool.bufpool.backend import Device
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
@@ -276,6 +278,48 @@ def test_a_python_backend_is_one_wait_a_request_and_one_turn_a_batch(
                     assert worker.receive().result == 0
     assert counted[0].calls <= REQUESTS + MORE_CALLS_MAX
     assert counted[0].turns <= 2 * REQUESTS + 2 * MORE_CALLS_MAX
+
+
+class Busy(Plain):
+    """Finds the next request there whenever it has done one; hears its own file descriptor meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = os.eventfd(0, os.EFD_CLOEXEC)
+        self.more = threading.Semaphore(0)
+        self.done = 0
+        self.heard_after: list[int] = []
+
+    def started(self, device: Device) -> None:
+        device.watch(self.event, self.hear)
+
+    def hear(self) -> None:
+        os.eventfd_read(self.event)
+        self.heard_after.append(self.done)
+
+    def flush(self) -> None:
+        if not self.done:
+            os.eventfd_write(self.event, 1)
+        self.done += 1
+        assert self.more.acquire(timeout=10)
+
+
+def test_what_is_watched_is_heard_by_a_loop_that_does_not_sleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeWorker, "transport", "ring")
+    backend, count = Busy(), 32
+    with FakeWorker(tmp_path, depth=count) as worker, serving(worker, backend):
+        for tag in range(count):
+            worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag)])
+            # Whoever has done the one before goes on only now: he never finds nothing, and nobody sleeps to be rung for.
+            if tag:
+                backend.more.release()
+        backend.more.release()
+        for _ in range(count):
+            assert worker.receive().result == 0
+    os.close(backend.event)
+    assert backend.heard_after and backend.heard_after[0] < count
 
 
 def test_what_a_fence_gives_up_is_confirmed_in_the_same_turn(worker: FakeWorker) -> None:
