@@ -312,7 +312,7 @@ def test_what_is_watched_is_heard_by_a_loop_that_does_not_sleep(
     with FakeWorker(tmp_path, depth=count) as worker, serving(worker, backend):
         for tag in range(count):
             worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag)])
-            # Whoever has done the one before goes on only now: he never finds nothing, and nobody sleeps to be rung for.
+            # Who has done the one before goes on only now: he never finds nothing, and nobody sleeps to be rung for.
             if tag:
                 backend.more.release()
         backend.more.release()
