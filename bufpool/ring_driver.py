@@ -12,6 +12,7 @@ import msgspec
 
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.links import nothing_to_serve
 
 _WATCHED, _CALLS = int(lib.RING_LOOP_WATCHED), int(lib.RING_LOOP_CALLS)
 
@@ -30,7 +31,13 @@ class RingDriver:
     """Descriptors from rings into an engine and back, for as long as nothing needs Python."""
 
     def __init__(
-        self, ports: Any, engine: Any, queues: int, depth: int, watched: int, serve: Callable[[], None]
+        self,
+        ports: Any,
+        engine: Any,
+        queues: int,
+        depth: int,
+        watched: int,
+        serve: Callable[[], None] = nothing_to_serve,
     ) -> None:
         """`watched`: the file descriptor that needs Python; `serve` does what the engine hands out.
 
