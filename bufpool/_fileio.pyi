@@ -68,7 +68,10 @@ class _Lib(Protocol):
     CALLS_WRITE: int
     CALLS_WRITE_FUA: int
     CALLS_NO_DATA: int
+    CALLS_AREA_SHIFT: int
+    CALLS_POOL: int
     CALLS_OWN: int
+    CALLS_CLIENTS: int
     CALLS_COUNT: int
     CALLS_RUNS: int
     CALLS_MOVES: int

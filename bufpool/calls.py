@@ -23,8 +23,10 @@ from ublkpool.bufpool.backend import (
 from ublkpool.bufpool.batch import Batch, Columns
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.native import NativeEngine, NativeStatistics, slot_bytes
+from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 
-_NO_DATA, _OWN = int(lib.CALLS_NO_DATA), int(lib.CALLS_OWN)
+_NO_DATA, _AREA = int(lib.CALLS_NO_DATA), int(lib.CALLS_AREA_SHIFT)
+_POOL, _OWN, _CLIENTS = int(lib.CALLS_POOL), int(lib.CALLS_OWN), int(lib.CALLS_CLIENTS)
 _READ, _WRITE, _WRITE_FUA = int(lib.CALLS_READ), int(lib.CALLS_WRITE), int(lib.CALLS_WRITE_FUA)
 _COUNT, _RUNS, _MOVES = int(lib.CALLS_COUNT), int(lib.CALLS_RUNS), int(lib.CALLS_MOVES)
 _OVERLONG, _RUN = int(lib.CALLS_OVERLONG), int(lib.CALLS_RUN)
@@ -59,6 +61,8 @@ class CallEngine:
         elif kind.serve_batch is not Backend.serve_batch:
             self._serve = self._serve_batch
         self._given = Batch(self._storage, self._columns, self._view, self._request)
+        clients = {_CLIENTS + number - SEGMENT_CLIENTS: each for number, each in device.clients.items()}
+        self._memories = {_POOL: device.pool, _OWN: device.own, **clients}
         self._ways = self._make_ways()
 
     def new(self, device: Device) -> Any:
@@ -124,19 +128,20 @@ class CallEngine:
     # What is called for each run of a batch, by what its calls have in common.
 
     def _make_ways(self) -> dict[int, _Way]:
-        backend, pool, own = self._backend, self._device.pool, self._device.own
-        read, write = backend.plain_pread or backend.pread, backend.plain_pwrite
-        store_placed = type(backend).store_placed is not Backend.store_placed
-        return {
-            _READ: self._two(read, pool),
-            _WRITE: self._two(write, pool) if write else self._three(backend.pwrite, pool, False),
-            _WRITE_FUA: self._three(backend.pwrite, pool, True),
-            _WRITE | _OWN: self._stored(False) if store_placed else (
-                self._two(write, own) if write else self._three(backend.pwrite, own, False)
-            ),
-            _WRITE_FUA | _OWN: self._stored(True) if store_placed else self._three(backend.pwrite, own, True),
-            _NO_DATA: self._without_data,
-        }  # fmt: skip
+        ways: dict[int, _Way] = {_NO_DATA: self._without_data}
+        for area, memory in self._memories.items():
+            ways |= {way | area << _AREA: call for way, call in self._ways_in(area, memory).items()}
+        return ways
+
+    def _ways_in(self, area: int, memory: memoryview) -> dict[int, _Way]:
+        """Of reads and writes whose data lies there."""
+        backend, write = self._backend, self._backend.plain_pwrite
+        read = self._two(backend.plain_pread or backend.pread, memory)
+        if area == _OWN and type(backend).store_placed is not Backend.store_placed:
+            return {_READ: read, _WRITE: self._stored(False), _WRITE_FUA: self._stored(True)}
+        durably = self._three(backend.pwrite, memory, True)
+        plainly = self._two(write, memory) if write else self._three(backend.pwrite, memory, False)
+        return {_READ: read, _WRITE: plainly, _WRITE_FUA: durably}
 
     def _call_methods(self) -> None:
         ways = self._ways
@@ -156,7 +161,9 @@ class CallEngine:
         c = self._columns
         if end - first == 1:
             return ((c.start[first], c.end[first], c.offset[first]),)
-        return zip(c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True)
+        return zip(
+            c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True
+        )
 
     # Three of a kind: this runs for every request, and each knows how its function is called.
 
@@ -231,14 +238,14 @@ class CallEngine:
 
     def _view(self, at: int) -> memoryview:
         """A read's or a write's data."""
-        memory = self._device.own if self._is_own(at) else self._device.pool
+        memory = self._memories[self._area_of(at)]
         return memory[self._columns.start[at] : self._columns.end[at]]
 
-    def _is_own(self, at: int) -> bool:
-        return any(first <= at < end and way & _OWN for way, first, end in self._runs())
+    def _area_of(self, at: int) -> int:
+        return next(way >> _AREA for way, first, end in self._runs() if first <= at < end)
 
     def _request(self, at: int) -> Request:
-        c, is_own = self._columns, self._is_own(at)
+        c, is_own = self._columns, self._area_of(at) == _OWN
         region = c.start[at] if is_own else -1
         op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
         return Request(op, flags, offset, length, self._view(at), region, self._outbox, key)
@@ -247,12 +254,17 @@ class CallEngine:
         """All of the batch, each to be answered by itself."""
         c, requests = self._columns, []
         for way, first, end in self._runs():
-            is_own = way & _OWN
-            memory = self._device.own if is_own else self._device.pool
+            memory, is_own = self._memories[way >> _AREA], way >> _AREA == _OWN
             for at in range(first, end):
                 start = c.start[at]
                 buffer, region = memory[start : c.end[at]], start if is_own else -1
-                op, flags, offset, length, key = c.op[at], c.flags[at], c.offset[at], c.length[at], c.index[at]
+                op, flags, offset, length, key = (
+                    c.op[at],
+                    c.flags[at],
+                    c.offset[at],
+                    c.length[at],
+                    c.index[at],
+                )
                 requests.append(Request(op, flags, offset, length, buffer, region, self._outbox, key))
         c.later[: len(requests)] = b"\1" * len(requests)
         return requests

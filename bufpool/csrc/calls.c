@@ -11,7 +11,7 @@ struct calls {
     struct slots slots;
     void *handle;
     struct fifo reads, writes, others;
-    const uint8_t *pool, *own;
+    struct engine_setup setup;
     struct calls_places places;
     struct calls_batch batch;
     bool is_out; /* the batch has not come back */
@@ -35,8 +35,7 @@ static int calls_open_slots(struct calls *c, const struct engine_setup *setup) {
 static int calls_open(struct storage *s, const struct engine_setup *setup) {
     struct calls *c = calls_of(s);
     uint32_t most = setup->queues * setup->depth;
-    c->pool = setup->pool;
-    c->own = setup->own;
+    c->setup = *setup;
     if (!fifo_open(&c->reads, most) || !fifo_open(&c->writes, most) || !fifo_open(&c->others, most))
         return -ENOMEM;
     return s->slots ? calls_open_slots(c, setup) : 0;
@@ -57,13 +56,25 @@ static void calls_start(struct storage *s, struct storage_request *r) {
     fifo_push(r->d.op == WIRE_READ ? &c->reads : r->d.op == WIRE_WRITE ? &c->writes : &c->others, r->index);
 }
 
+static uint32_t area_of(const struct storage_request *r) {
+    if (r->region != NO_REGION)
+        return CALLS_OWN;
+    return r->d.segment >= WIRE_SEGMENT_CLIENTS ? CALLS_CLIENTS + (r->d.segment - WIRE_SEGMENT_CLIENTS) : CALLS_POOL;
+}
+
 static uint32_t way_of(const struct storage_request *r) {
-    uint32_t own = r->region != NO_REGION ? CALLS_OWN : 0;
+    uint32_t area = area_of(r) << CALLS_AREA_SHIFT;
     if (r->d.op == WIRE_READ)
-        return CALLS_READ | own;
+        return CALLS_READ | area;
     if (r->d.op == WIRE_WRITE)
-        return (r->d.flags & WIRE_FUA ? CALLS_WRITE_FUA : CALLS_WRITE) | own;
+        return (r->d.flags & WIRE_FUA ? CALLS_WRITE_FUA : CALLS_WRITE) | area;
     return CALLS_NO_DATA;
+}
+
+static const uint8_t *area_memory(const struct calls *c, uint32_t area) {
+    if (area == CALLS_POOL)
+        return c->setup.pool;
+    return area == CALLS_OWN ? c->setup.own : c->setup.slices[area - CALLS_CLIENTS];
 }
 
 static void add_to_run(const struct calls_batch *b, uint32_t way) {
@@ -79,7 +90,7 @@ static void add_to_run(const struct calls_batch *b, uint32_t way) {
 static void add_call(struct calls *c, const struct storage_request *r) {
     const struct calls_batch *b = &c->batch;
     uint32_t i = b->head[CALLS_COUNT], way = way_of(r);
-    const uint8_t *memory = way & CALLS_OWN ? c->own : c->pool;
+    const uint8_t *memory = area_memory(c, way >> CALLS_AREA_SHIFT);
     add_to_run(b, way);
     b->offset[i] = r->d.offset;
     b->length[i] = r->d.length;

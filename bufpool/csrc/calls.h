@@ -10,7 +10,8 @@
 #include "engine.h"
 
 /* What a run has in common: its operation, and where the data lies. */
-enum { CALLS_READ = 0, CALLS_WRITE = 1, CALLS_WRITE_FUA = 2, CALLS_NO_DATA = 3, CALLS_OWN = 4 };
+enum { CALLS_READ = 0, CALLS_WRITE = 1, CALLS_WRITE_FUA = 2, CALLS_NO_DATA = 3 };
+enum { CALLS_AREA_SHIFT = 2, CALLS_POOL = 0, CALLS_OWN = 1, CALLS_CLIENTS = 2 }; /* and the slices after the first */
 
 /* What there is of a batch.  Runs are neighbours that are the same call. */
 enum { CALLS_COUNT, CALLS_RUNS, CALLS_MOVES, CALLS_OVERLONG, CALLS_HEAD }; /* moves: reads and writes, of count */
@@ -22,7 +23,7 @@ struct calls_batch {
     uint32_t *head; /* CALLS_HEAD numbers; CALLS_OVERLONG: results that were larger than their request, ever */
     uint32_t *run;  /* CALLS_RUN numbers for each run */
     uint64_t *offset, *length;
-    uint64_t *start, *end; /* of the data: in the own segment for runs with CALLS_OWN, else in the pool */
+    uint64_t *start, *end; /* of the data, in the area that its run's way names */
     uint32_t *index;       /* names it in calls_finish */
     uint16_t *flags;
     uint8_t *op;

@@ -1,14 +1,14 @@
 """Requests that become calls: the same answers as from the engine without a native part, and more."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from support.plain_backend import SIZE_BYTES, Plain
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Device, Outbox
+from ublkpool.bufpool.backend import Device, Outbox, Request
 from ublkpool.bufpool.calls import CallEngine
 from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
@@ -120,6 +120,37 @@ def _say(engine: CallEngine | RequestEngine, *frames: list[Descriptor]) -> list[
             assert queue == 1
             answers += wire.iter_frame(words)
     return answers
+
+
+class Seeing(Plain):
+    """Requests, and what their buffers hold."""
+
+    def submit(self, batch: Sequence[Request]) -> None:
+        for request in batch:
+            self.calls.append((request.op, request.region, bytes(request.buffer[:1])))
+            request.complete()
+
+
+@pytest.mark.parametrize("make", [CallEngine, RequestEngine])
+@pytest.mark.parametrize("kind", [Plain, Seeing])
+def test_data_in_the_client_area_is_served_in_place(
+    make: type[CallEngine] | type[RequestEngine], kind: type[Plain]
+) -> None:
+    outbox, backend = Outbox(), kind()
+    areas = {wire.SEGMENT_CLIENTS + at: memoryview(bytearray(b"%d" % at * 4 * BLOCK)) for at in (0, 3)}
+    engine = make(backend, replace(_device(outbox), clients=areas), outbox)
+    pool = _request(2, Op.WRITE, 2 * BLOCK)
+    wanted = [_request(at, Op.WRITE, at * BLOCK, segment=wire.SEGMENT_CLIENTS + at) for at in (0, 3)]
+    assert {each.result for each in _say(engine, [pool, *wanted])} == {BLOCK}
+    if kind is Seeing:
+        assert backend.calls == [(Op.WRITE, -1, b"\0"), (Op.WRITE, -1, b"0"), (Op.WRITE, -1, b"3")]
+    else:
+        assert backend.disk[:BLOCK] == b"0" * BLOCK and backend.disk[3 * BLOCK : 4 * BLOCK] == b"3" * BLOCK
+        back = _request(0, Op.READ, 0, segment=wire.SEGMENT_CLIENTS + 3)
+        assert [each.result for each in _say(engine, [back])] == [BLOCK]
+        assert areas[wire.SEGMENT_CLIENTS + 3][:BLOCK] == b"0" * BLOCK
+    engine.close()
+    outbox.close()
 
 
 @pytest.fixture
