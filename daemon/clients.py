@@ -55,7 +55,7 @@ class Clients:
         self._lent: dict[int, socket.socket] = {}
         self._free: list[int] = []
         self._resting: set[int] = set()
-        self._settling = False
+        self._settling = self._look_again = False
 
     def begin(self, ground: Ground) -> None:
         """Nobody has ever had one of these slices."""
@@ -115,16 +115,21 @@ class Clients:
         self._settle()
 
     def _settle(self) -> None:
-        if self._resting and not self._settling:
+        # Whoever comes while others are looked at was not among them.
+        self._look_again = bool(self._resting)
+        if self._look_again and not self._settling:
             self._settling = True
             self._background.spawn(self._let_rest())
 
     async def _let_rest(self) -> None:
         try:
             with logged(self._name):
-                while (ground := self._ground) is not None and (rested := await self._unused(ground)):
+                while self._look_again and (ground := self._ground) is not None:
+                    self._look_again = False
+                    rested = await self._unused(ground)
                     # Only now: whoever has the memory can still begin something in it.
-                    await ground.kernel.pass_requests()
+                    if rested:
+                        await ground.kernel.pass_requests()
                     self._give_back(rested)
         finally:
             self._settling = False

@@ -50,6 +50,8 @@ class Scene:
         self.connections: list[socket.socket] = []
         self.draining, self.drained = asyncio.Event(), asyncio.Event()
         self.drained.set()
+        self.looked = asyncio.Event()
+        self.looked.set()
         holder = SimpleNamespace(pid=0, hold=self.held.__setitem__, drop=self.held.pop)
         self.clients = Clients("vol", cast(ControlRunner, self), cast(Holder, holder), Background("vol"))
         self.ground = Ground(area, cast(BlockDevice, self), next(iter(area.files.values())))
@@ -57,7 +59,9 @@ class Scene:
 
     async def run_beside(self, _what: str, command: Callable[[], Any], _result: type) -> Any:
         self.looks += 1
-        return command()
+        found = command()
+        await self.looked.wait()
+        return found
 
     async def pass_requests(self) -> None:
         self.draining.set()
@@ -141,6 +145,25 @@ def test_one_that_ends_during_a_drain_waits_for_the_next(
         scene.drained.set()
         await _until(scene.draining.is_set)
         await _until(lambda: scene.clients.counts() == (0, 0, CLIENT_SLICES))
+
+    played(play, area, monkeypatch)
+
+
+def test_one_that_ends_while_others_are_looked_at_is_looked_at_too(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play(scene: Scene) -> None:
+        scene.clients.begin(scene.ground)
+        (first, number), (second, _) = scene.connect(), scene.connect()
+        assert number is not None
+        scene.used = {number}
+        scene.looked.clear()
+        first.close()
+        await _until(lambda: scene.looks == 1)
+        second.close()
+        await _until(lambda: scene.clients.counts()[1] == 2)
+        scene.looked.set()
+        await _until(lambda: scene.clients.counts() == (0, 1, CLIENT_SLICES - 1))
 
     played(play, area, monkeypatch)
 

@@ -239,7 +239,7 @@ def test_the_example_and_fio_under_the_command_use_a_buffer_in_place_or_are_copi
     fio = (
         "fio --name=a --filename=$UBLKPOOL_DISK --direct=1 --rw=write --bs=256k --iodepth=4 --ioengine=libaio"
     )
-    words = "--iomem=mmapshared:$UBLKPOOL_BUFFER --size=4M --verify=crc32c --do_verify=1 --minimal"
+    words = "--iomem=mmapshared:$UBLKPOOL_BUFFER --size=4M --verify=crc32c --verify_state_save=0 --minimal"
     with daemon.device("lent", "memory", options={"size": "16M"}, client_buffers_bytes=AREA_BYTES) as status:
         before = copied(daemon, status.name)
         run = daemon.command_run("client", status.name, "--", "sh", "-c", f"{fio} {words}")
