@@ -16,6 +16,7 @@ from ublkpool.daemon.background import Background, logged
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.open_files import FileId, file_id, holders_of
 
@@ -129,10 +130,18 @@ class Clients:
                     rested = await self._unused(ground)
                     # Only now: whoever has the memory can still begin something in it.
                     if rested:
-                        await ground.kernel.pass_requests()
+                        await self._pass_requests(ground)
                     self._give_back(rested)
         finally:
             self._settling = False
+
+    async def _pass_requests(self, ground: Ground) -> None:
+        try:
+            await ground.kernel.pass_requests()
+        except DaemonError:
+            # A device that has gone meanwhile has no request left.
+            if self._ground is not None:
+                raise
 
     async def _unused(self, ground: Ground) -> list[int]:
         files, spared = ground.area.files, {os.getpid(), self._holder.pid}

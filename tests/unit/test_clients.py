@@ -149,6 +149,28 @@ def test_one_that_ends_during_a_drain_waits_for_the_next(
     played(play, area, monkeypatch)
 
 
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_drain_that_fails_is_an_error_unless_the_device_has_gone(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, goes: bool
+) -> None:
+    async def play(scene: Scene) -> None:
+        async def fail() -> None:
+            if goes:
+                scene.clients.close()
+            scene.draining.set()
+            raise DaemonError("vol: no such file")
+
+        monkeypatch.setattr(scene, "pass_requests", fail)
+        scene.clients.begin(scene.ground)
+        scene.connect()[0].close()
+        await _until(scene.draining.is_set)
+        await _until(lambda: not scene.clients._settling)
+        assert scene.clients.counts() == ((0, 0, 0) if goes else (0, 1, CLIENT_SLICES - 1))
+
+    played(play, area, monkeypatch)
+    assert ("no such file" in caplog.text) != goes
+
+
 def test_one_that_ends_while_others_are_looked_at_is_looked_at_too(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
