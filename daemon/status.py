@@ -39,7 +39,6 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     depth: int
     need_get_data: bool
     placement: Literal["pool", "backend"]
-    answers: Literal["backend", "worker"] = "backend"
     recovery: Literal["reissue", "abort", "fail", "none"]
     flags: tuple[str, ...] = ()
     workers: tuple[WorkerStatus, ...] = ()
@@ -47,6 +46,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     epoch: int = 1
     """Raised by every recovery from a worker's death."""
+    answers: Literal["backend", "worker"] = "backend"
 
 
 class OpCounts(msgspec.Struct, frozen=True, kw_only=True):

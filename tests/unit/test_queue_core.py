@@ -234,19 +234,37 @@ def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
     assert [each.result for each in reads] == [SECTOR_BYTES] * 3
 
 
-def test_a_queue_knows_whether_somebody_waits_for_what_it_gives_back() -> None:
-    """Then the ring does not wait in the call that frees it (`frees_what_is_short`)."""
+def _is_awaited_at_the_answer(desk: Desk, tag: int) -> bool:
+    """Whether the tag's commit is, before the kernel has taken it; afterwards there is none."""
+    desk.send()
+    assert desk.backend is not None and desk.backend.execute((0, tag))
+    desk.queue.input(desk.backend.answer((0, tag)))
+    awaited = _native.lib.uq_commit_is_awaited(desk.queue.raw)
+    desk.driver.consume()
+    assert not _native.lib.uq_commit_is_awaited(desk.queue.raw)
+    return bool(awaited)
+
+
+def test_a_commit_is_awaited_while_a_buffer_is_wanted_here_or_elsewhere() -> None:
+    """Then the ring does not sleep in the call that gives it back."""
     desk = Desk(spare=1)
-    assert not _native.lib.uq_stock_short(desk.queue.raw)
-    desk.queue.stock_recall(0, 1)
-    assert _native.lib.uq_stock_short(desk.queue.raw)
-    desk.queue.stock_recall(0, 0)
     for tag in range(3):
         desk.read(tag, tag)
     desk.rig.settle(0)
-    assert desk.state(2) is State.WAIT_BUFFER and _native.lib.uq_stock_short(desk.queue.raw)
-    desk.serve(0)
-    assert desk.state(2) is not State.WAIT_BUFFER and not _native.lib.uq_stock_short(desk.queue.raw)
+    assert desk.state(2) is State.WAIT_BUFFER
+    assert _is_awaited_at_the_answer(desk, 0) and desk.state(2) is not State.WAIT_BUFFER
+    assert not _is_awaited_at_the_answer(desk, 1)
+    desk.queue.stock_recall(0, 1)
+    assert _is_awaited_at_the_answer(desk, 2)
+
+
+def test_a_commit_is_awaited_while_the_backend_may_wait_for_a_region_that_comes_back() -> None:
+    desk = Desk(reads_own=True)
+    for tag in range(2):
+        desk.read(tag, tag)
+    assert _is_awaited_at_the_answer(desk, 0)
+    assert kinds(desk.send()) == [Kind.RELEASE]
+    assert not _is_awaited_at_the_answer(desk, 1), "nobody else is there"
 
 
 def test_a_second_burst_has_every_buffer_that_is_free() -> None:

@@ -381,6 +381,20 @@ unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max)
 	return count;
 }
 
+int uq_commit_is_awaited(const struct uq *q)
+{
+	unsigned commits = 0, regions = 0;
+
+	for (unsigned i = 0; i < q->commands_count; i++) {
+		const struct uq_command *c = &q->commands[(q->commands_first + i) & q->commands_mask];
+
+		commits += c->op == UQ_CMD_COMMIT;
+		regions += c->op == UQ_CMD_COMMIT && q->tags[c->tag].own_segment;
+	}
+	/* Requests that are with the backend may wait for a region of its. */
+	return commits && (uq_stock_short(q) || (regions && q->config.stats->in_flight > commits));
+}
+
 static void commit_taken(struct uq *q, struct uq_tag *t)
 {
 	q->config.stats->commits++;

@@ -150,6 +150,9 @@ void uq_complete(struct uq *q, unsigned tag, int res);
 /* Copies up to `max` commands out; uq_commands_taken() says how many of them io_uring_enter has consumed. */
 unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
 void uq_commands_taken(struct uq *q, unsigned count);
+/* Whether a commit among them gives back what others may be waiting for, a buffer or a backend's region.  That is theirs
+ * when io_uring_enter returns: one that sleeps as well would keep it from them until something else happens. */
+int uq_commit_is_awaited(const struct uq *q);
 
 /* Descriptors for the backend: a view, and how many of them were sent. */
 unsigned uq_output(struct uq *q, const struct wire_descriptor **first);
@@ -187,8 +190,6 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
 /* So many are on order in all: what the broker says, or 0 when it has forgotten what was asked for. */
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
-/* Whether requests, here or at another queue, wait for a buffer that comes back. */
-int uq_stock_short(const struct uq *q);
 
 /* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away. */
 void uq_tick(struct uq *q, uint64_t now_ms);

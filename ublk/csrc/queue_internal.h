@@ -88,6 +88,7 @@ unsigned uq_class_for(const struct uq *q, uint64_t bytes);
 void uq_need_buffer(struct uq *q, struct uq_tag *t);
 void uq_stop_waiting(struct uq *q, struct uq_tag *t);
 void uq_slot_back(struct uq *q, struct uq_tag *t);
+bool uq_stock_short(const struct uq *q);
 uint8_t *uq_slot_address(const struct uq *q, uint32_t slot);
 uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);
 

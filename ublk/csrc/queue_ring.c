@@ -258,20 +258,6 @@ static int submit(struct uq_ring *r, unsigned wait_ms)
 	return e == -ETIME || e == -EINTR || e == -EAGAIN || e == -EBUSY ? 0 : e;
 }
 
-/*
- * A commit's buffer is free when io_uring_enter returns: one that waits as well would keep it from whoever waits for a
- * buffer until something else happens.
- */
-static bool frees_what_is_short(const struct uq_ring *r)
-{
-	if (!uq_stock_short(r->q))
-		return false;
-	for (unsigned i = 0; i < r->queued; i++)
-		if (r->commands[i].op == UQ_CMD_COMMIT)
-			return true;
-	return false;
-}
-
 static void taken(struct uq_ring *r)
 {
 	/* The submission queue is empty again unless the kernel stopped half way; then nothing is given free yet. */
@@ -385,7 +371,7 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 		arm_watches(r);
 		arm_bell(r);
 		attention = uq_attention(r->q);
-		waits = !attention && !r->ready && left && !frees_what_is_short(r) && !look(r) &&
+		waits = !attention && !r->ready && left && !uq_commit_is_awaited(r->q) && !look(r) &&
 			(!r->port || uq_port_doze(r->port, r->q));
 		e = step(r, waits ? left : 0);
 		if (r->port && waits)

@@ -188,12 +188,12 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 	return 0;
 }
 
-int uq_stock_short(const struct uq *q)
+bool uq_stock_short(const struct uq *q)
 {
 	for (unsigned c = 0; c < q->config.classes; c++)
 		if (q->stock[c].waiting || q->stock[c].owed)
-			return 1;
-	return 0;
+			return true;
+	return false;
 }
 
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max)
