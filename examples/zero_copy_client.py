@@ -1,7 +1,7 @@
 """A program that uses a disk through memory that its backend shares: what it writes and reads is not copied.
 
 ublkpool add vol0 --size 1G --backend memory --client-buffers 64M
-python examples/zero_copy_client.py vol0
+/opt/ublkpool/bin/python examples/zero_copy_client.py vol0
 """
 
 import os

@@ -46,6 +46,7 @@ ffibuilder.set_source(
             "queue_stock.c",
             "queue_link.c",
             "queue_region.c",
+            "queue_time.c",
             "queue_port.c",
             "queue_ring.c",
             "mappings.c",

@@ -35,20 +35,6 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWork
         yield worker
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[DriverStatistics]:
-    """What every loop has counted when it ends."""
-    counted: list[DriverStatistics] = []
-    close = RingDriver.close
-
-    def counting(self: RingDriver) -> None:
-        counted.append(self.statistics())
-        close(self)
-
-    monkeypatch.setattr(RingDriver, "close", counting)
-    return counted
-
-
 def null() -> NullBackend:
     return NullBackend(NullOptions(size=1 << 30))
 

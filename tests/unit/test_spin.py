@@ -12,7 +12,7 @@ from support.fake_worker import DEADLINE_S, FakeWorker, serving
 from support.queue_desk import Desk
 from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
+from ublkpool.bufpool.ring_driver import DriverStatistics
 from ublkpool.bufpool.wire import Kind, Op
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.team import SPIN_CPUS_MIN, SPIN_DEFAULT_US, spin_us
@@ -73,19 +73,6 @@ def test_of_few_cpus_none_is_to_spare_unless_it_is_asked_for(monkeypatch: pytest
         assert spin_us(DeviceConfig(name="disk")) == expected
         assert spin_us(DeviceConfig(name="disk", spin_us=7)) == 7
         assert spin_us(DeviceConfig(name="disk", spin_us=0)) == 0
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[DriverStatistics]:
-    counted: list[DriverStatistics] = []
-    close = RingDriver.close
-
-    def counting(self: RingDriver) -> None:
-        counted.append(self.statistics())
-        close(self)
-
-    monkeypatch.setattr(RingDriver, "close", counting)
-    return counted
 
 
 def test_a_backend_that_looks_needs_no_system_call_for_a_request(

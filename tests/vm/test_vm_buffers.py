@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from support import few_regions
-from support.vm_daemon import Daemon, eventually, eventually_nothing, total
+from support.vm_daemon import Daemon, eventually, total
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 POOL_BYTES = 1 << 20
@@ -17,14 +17,8 @@ BURSTS = 4
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Daemon]:
     """A daemon whose workers look around only when something happens."""
-    daemon = Daemon(name="patient", module="support.patient_daemon")
-    try:
-        daemon.start()
+    with Daemon(name="patient", module="support.patient_daemon").life() as daemon:
         yield daemon
-        assert daemon.stop() == 0, daemon.said()
-        eventually_nothing(daemon.remains, "nothing is left of the daemon")
-    finally:
-        daemon.close()
 
 
 def _bursts(node: str, rw: str) -> list[str]:

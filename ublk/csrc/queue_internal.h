@@ -1,4 +1,4 @@
-/* What queue_core.c, queue_stock.c, queue_link.c and queue_region.c share and nobody else sees. */
+/* What queue_core.c, queue_stock.c, queue_link.c, queue_region.c and queue_time.c share and nobody else sees. */
 #ifndef UQ_QUEUE_INTERNAL_H
 #define UQ_QUEUE_INTERNAL_H
 
