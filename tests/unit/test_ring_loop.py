@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
-from support.fake_worker import DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
+from support.fake_worker import DEADLINE_S, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from support.plain_backend import Plain
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.null import NullBackend, NullOptions
@@ -273,6 +273,7 @@ class Busy(Plain):
         super().__init__()
         self.event = os.eventfd(0, os.EFD_CLOEXEC)
         self.more = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
         self.done = 0
         self.heard_after: list[int] = []
 
@@ -287,6 +288,7 @@ class Busy(Plain):
         if not self.done:
             os.eventfd_write(self.event, 1)
         self.done += 1
+        self.begun.release()
         assert self.more.acquire(timeout=10)
 
 
@@ -301,6 +303,7 @@ def test_what_is_watched_is_heard_by_a_loop_that_does_not_sleep(
             # Who has done the one before goes on only now: he never finds nothing, and nobody sleeps to be rung for.
             if tag:
                 backend.more.release()
+            assert backend.begun.acquire(timeout=DEADLINE_S), "it is taken, and by itself"
         backend.more.release()
         for _ in range(count):
             assert worker.receive().result == 0
