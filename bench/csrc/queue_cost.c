@@ -132,7 +132,7 @@ static void send(struct link *l, unsigned count)
 	if (sr_room(&l->out, count) != count)
 		fail("the ring is full");
 	sr_write(&l->out, answers, count);
-	sr_publish(&l->out);
+	sr_publish(&l->out, 0);
 	uq_port_turn(l->port, l->q);
 }
 

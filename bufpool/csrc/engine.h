@@ -75,6 +75,8 @@ uint32_t engine_hand_out(struct engine *engine);
 void engine_collect(struct engine *engine);
 /* Ask again for every region that somebody waits for. */
 void engine_ask_again(struct engine *engine);
+/* Whether somebody waits for one, so that a RELEASE is news. */
+int engine_wants_regions(const struct engine *engine);
 /* 0, or the negative errno that ends the engine's use: -ENOMEM if there was no room for an answer. */
 int engine_error(const struct engine *engine);
 

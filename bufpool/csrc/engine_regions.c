@@ -65,6 +65,8 @@ void engine_name_for_waiting(struct engine *e) {
         fifo_pop(&e->waiting);
 }
 
+int engine_wants_regions(const struct engine *e) { return e->waiting.count > 0; }
+
 void engine_give_back(struct engine *e, struct storage_request *r) {
     r->state = IDLE;
     if (r->region == NO_REGION)

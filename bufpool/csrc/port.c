@@ -199,7 +199,7 @@ int32_t ports_write(struct ports *p, uint32_t queue, const void *from, uint32_t 
         return (int32_t)written;
     written = port->later_count ? 0 : write_some(p, port, from, count);
     if (written >= 0)
-        *bell = sr_publish(&port->out);
+        *bell = sr_publish(&port->out, 0);
     return (int32_t)written;
 }
 
@@ -221,7 +221,7 @@ static int push(struct ports *p) {
         int written = port->open ? write_later(p, port) : 0;
         if (written < 0)
             return written;
-        if (written && sr_publish(&port->out))
+        if (written && sr_publish(&port->out, 0))
             ring_worker(port);
     }
     return 0;
@@ -241,11 +241,12 @@ int ports_have_news(const struct ports *p) {
     return 0;
 }
 
-int ports_doze(struct ports *p) {
+int ports_doze(struct ports *p, int wants_regions) {
+    enum sr_sleep sleep = wants_regions ? SR_WAKE_FOR_ALL : SR_WAKE_FOR_WORK;
     if (p->deaf)
         return 1;
     for (uint32_t i = 0; i < p->queues; i++)
-        if (p->port[i].open && !sr_doze(&p->port[i].in))
+        if (p->port[i].open && !sr_doze(&p->port[i].in, sleep))
             return 0;
     return 1;
 }
@@ -269,7 +270,8 @@ static bool is_bell(const struct ports *p, int file) {
 static int32_t wait_for_files(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most) {
     struct epoll_event events[POLL_EVENTS];
     int32_t found = 0;
-    int count = epoll_wait(epoll, events, most < POLL_EVENTS ? most : POLL_EVENTS, ports_doze(p) ? timeout_ms : 0);
+    int count = epoll_wait(epoll, events, most < POLL_EVENTS ? most : POLL_EVENTS,
+                           ports_doze(p, 1) ? timeout_ms : 0);
     ports_wake(p);
     if (count < 0)
         return errno == EINTR ? 0 : -errno;

@@ -57,8 +57,8 @@ int32_t ports_size(const struct ports *ports, uint32_t queue);
 
 /* Whether something has come, for one that looks again and again. */
 int ports_have_news(const struct ports *ports);
-/* About to sleep.  1: do, every worker will ring; 0: something waits. */
-int ports_doze(struct ports *ports);
+/* About to sleep.  1: do, every worker will ring, but for a mere RELEASE only if `wants_regions`; 0: something waits. */
+int ports_doze(struct ports *ports, int wants_regions);
 /* Awake: nobody need ring. */
 void ports_wake(struct ports *ports);
 void ports_count(const struct ports *ports, struct ports_statistics *statistics);

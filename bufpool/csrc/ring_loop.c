@@ -282,7 +282,7 @@ static bool look(struct ring_loop *l) {
 static int how_long(struct ring_loop *l, int left_ms) {
     if (l->is_short || l->is_ready)
         return 0;
-    if (l->hears && (look(l) || !ports_doze(l->ports)))
+    if (l->hears && (look(l) || !ports_doze(l->ports, engine_wants_regions(l->engine))))
         return 0;
     return l->unsent ? shorter(left_ms, LOOK_AGAIN_MS) : left_ms;
 }

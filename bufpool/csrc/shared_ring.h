@@ -9,7 +9,8 @@
  * outside the ring.  One's own index lives in private memory; what is in the shared one is for the other to read.  An
  * entry can change while it is looked at, so it is copied before it is judged.
  *
- * Sleeping: a consumer that is about to sleep calls `sr_doze` and sleeps only if that returns 1.  The producer stores
+ * Sleeping: a consumer that is about to sleep calls `sr_doze` and sleeps only if that returns 1.  It says whether it is
+ * to be woken for whatever comes, or only for what cannot wait (for a backend: anything but a RELEASE).  The producer stores
  * its tail before it looks for a sleeper, the consumer says that it sleeps before it looks for a tail: both with full
  * barriers between, so one of them sees the other.
  */
@@ -19,6 +20,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+
+enum sr_sleep { SR_AWAKE, SR_WAKE_FOR_ALL, SR_WAKE_FOR_WORK };
 
 enum { SR_ENTRY_BYTES = 64, SR_LINE_BYTES = 64, SR_CONTROL_BYTES = 4096, SR_ENTRIES_MAX = 1 << 16 };
 
@@ -107,14 +110,18 @@ static inline void sr_write(struct sr_end *e, const void *from, uint32_t count)
 	e->mine += count;
 }
 
-/* Producer: let the consumer see what was written; 1 if it sleeps and its doorbell is to be rung. */
-static inline int sr_publish(struct sr_end *e)
+/* Producer: let the consumer see what was written; 1 if it sleeps and its doorbell is to be rung.  `can_wait`: nothing
+ * of it is work, see SR_WAKE_FOR_WORK. */
+static inline int sr_publish(struct sr_end *e, int can_wait)
 {
+	uint32_t sleep;
+
 	atomic_store_explicit(&e->shared->tail, e->mine, memory_order_release);
 	atomic_thread_fence(memory_order_seq_cst);
-	if (!atomic_load_explicit(&e->shared->sleeping, memory_order_relaxed))
+	sleep = atomic_load_explicit(&e->shared->sleeping, memory_order_relaxed);
+	if (sleep == SR_AWAKE || (sleep == SR_WAKE_FOR_WORK && can_wait))
 		return 0;
-	return atomic_exchange_explicit(&e->shared->sleeping, 0, memory_order_relaxed) != 0;
+	return atomic_exchange_explicit(&e->shared->sleeping, SR_AWAKE, memory_order_relaxed) != SR_AWAKE;
 }
 
 /* Consumer: how many entries wait; -1 if the producer's index makes no sense. */
@@ -151,18 +158,21 @@ static inline void sr_consumed(struct sr_end *e, uint32_t count)
 	atomic_store_explicit(&e->shared->head, e->mine, memory_order_release);
 }
 
-/* Consumer: about to sleep.  1: do, the doorbell will ring; 0: something waits (or makes no sense), look again. */
-static inline int sr_doze(struct sr_end *e)
+/* Consumer: awake again, so nobody need ring. */
+static inline void sr_wake(struct sr_end *e)
 {
-	atomic_store_explicit(&e->shared->sleeping, 1, memory_order_relaxed);
+	atomic_store_explicit(&e->shared->sleeping, SR_AWAKE, memory_order_relaxed);
+}
+
+/* Consumer: about to sleep.  1: do, the doorbell will ring; 0: something waits (or makes no sense), look again. */
+static inline int sr_doze(struct sr_end *e, enum sr_sleep sleep)
+{
+	atomic_store_explicit(&e->shared->sleeping, sleep, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
 	if (atomic_load_explicit(&e->shared->tail, memory_order_relaxed) == e->mine)
 		return 1;
-	atomic_store_explicit(&e->shared->sleeping, 0, memory_order_relaxed);
+	sr_wake(e);
 	return 0;
 }
-
-/* Consumer: awake again, so nobody need ring. */
-static inline void sr_wake(struct sr_end *e) { atomic_store_explicit(&e->shared->sleeping, 0, memory_order_relaxed); }
 
 #endif

@@ -25,6 +25,7 @@ from support.sim_defects import (
     LEASE_FORGOTTEN,
     NO_FENCE,
     NO_REPLAY,
+    REGION_NOT_WANTED,
 )
 from support.sim_kernel import Model
 from support.sim_processes import DeviceScenario, Victim
@@ -79,6 +80,7 @@ def scenario(seed: int, rng: random.Random) -> DeviceScenario:
         # Not drawn, so that the other seeds play on as they did.
         rings=seed // len(SHAPES) % 2 == 1,
         posts=road == "backend" and seed // len(SHAPES) % 3 == 1,
+        scarce=seed // len(SHAPES) % 4 == 3,
         steps=rng.choice((400, 800, 1600)),
         kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
     )
@@ -171,6 +173,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
     ),
     (BELL_NOT_RUNG, 72, {}, LOST),
     (DOZES_BLINDLY, 72, {}, LOST),
+    (REGION_NOT_WANTED, 72, {"rings": True, "place_in_backend": True, "need_get_data": True, "scarce": True}, LOST),
 )
 SEARCHED_MAX = 500
 

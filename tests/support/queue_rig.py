@@ -174,6 +174,8 @@ class Side:
         """No fault, one owner for every buffer, and gauges that say what is."""
         queue, rig = self.queue, self.rig
         assert not queue.attention() & Attention.FAULT, f"queue {self.number}: {queue.fault()}"
+        wants = list(queue.stock_wants())
+        assert bool(queue.attention() & Attention.STOCK) == bool(wants), f"queue {self.number} wants {wants}"
         held = [slot for index in range(len(queue.config.classes)) for slot in queue.stock_held(index)]
         assert len(set(held)) == len(held), f"queue {self.number} holds a buffer twice: {sorted(held)}"
         for slot in held:

@@ -57,6 +57,11 @@ class RingMemory:
         """Entries that were published and not yet read."""
         return (self.index(ring, TAIL) - self.index(ring, HEAD)) & _MASK
 
+    def kinds(self, ring: int) -> list[int]:
+        """What was published and not yet read, by its kind."""
+        head = self.index(ring, HEAD)
+        return [self.memory[self._slot(ring, head + n)] for n in range(self.waiting(ring))]
+
     def scribble(self, ring: int, rng: random.Random) -> None:
         """Leave what a writer leaves who dies before he publishes: something in slots that are free."""
         tail = self.index(ring, TAIL)

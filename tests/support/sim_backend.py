@@ -250,7 +250,7 @@ class SimBackend:
     ) -> None:
         self.pid = pid
         self.witness, self.store, self.attach, self.rng, self.lies = witness, store, attach, rng, lies
-        self._clock, self._defect = clock, defect
+        self._clock, self.defect = clock, defect
         self.posts, self.posting = posts, cast(PostingEngine | None, None)
         self._late_rate = rng.choice((0.0, 0.05, 0.3))
         self.token = b"\x01" + self.pid.to_bytes(wire.TOKEN_BYTES - 1, "little")
@@ -273,7 +273,7 @@ class SimBackend:
 
     def kill_now(self) -> None:
         """KILL: it does nothing any more, and its end is seen soon."""
-        if self._defect == CUT_OFF_LIVES:
+        if self.defect == CUT_OFF_LIVES:
             self.is_zombie = True
             return
         self.life.alive = False
@@ -329,6 +329,10 @@ class SimBackend:
     def has_work(self) -> bool:
         """Something for its loop that comes neither through a link nor through a file descriptor."""
         return bool(self.control or (self.loop and self.loop._outbox.results))
+
+    def waits_for_region(self) -> bool:
+        engine = self.loop._engine if self.loop else None
+        return engine is not None and engine.statistics().waiting > 0
 
     def check(self) -> None:
         """Raises `AssertionError` if it sleeps on what has come."""

@@ -25,6 +25,7 @@ NO_REPLAY = "what a dead backend had is not sent again"
 COMMANDS_LIVE_ON = "control commands outlive their supervisor"
 END_COMES_LATE = "END_USER_RECOVERY comes after the fetches"
 BELL_NOT_RUNG = "a worker does not ring for a backend that sleeps"
+REGION_NOT_WANTED = "a backend in which requests wait for a region is not told of one"
 DOZES_BLINDLY = "a worker sleeps without a last look at its ring"
 END_IS_BLIND = "END_USER_RECOVERY waits for the fetches, and does not ask who has died since"
 

@@ -67,6 +67,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Whether descriptors travel in shared memory, or over ZeroMQ."""
     posts: bool = False
     """Whether backends post regions ahead, where writes are placed in theirs."""
+    scarce: bool = False
+    """Whether a backend has fewer regions than there are tags, so that requests wait for one."""
     defect: str = ""
     blind: bool = False
     """Nobody watches who uses which memory, so that only wrong data shows."""
@@ -304,7 +306,8 @@ class Processes:
             return
         scenario = self.scenario
         own = scenario.place_in_backend or scenario.reads_own
-        cells = scenario.queues * scenario.depth * (2 if scenario.posts else 1)
+        tags = scenario.queues * scenario.depth
+        cells = max(1, tags // 2) if scenario.scarce else 2 * tags if scenario.posts else tags
         attach = wire.Attach(
             v=wire.PROTOCOL_VERSION,
             device="sim",

@@ -18,7 +18,7 @@ from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Port, Queue
 
 from .ring_peer import TO_BACKEND, TO_WORKER, RingMemory
-from .sim_defects import BELL_NOT_RUNG, DOZES_BLINDLY
+from .sim_defects import BELL_NOT_RUNG, DOZES_BLINDLY, REGION_NOT_WANTED
 from .sim_wire import Killed, Life
 
 LOST = "a wake-up is lost"
@@ -80,10 +80,12 @@ class RingProcess(Protocol):
 
     life: Life
     rng: random.Random
+    defect: str
 
     def says(self, frame: bytes) -> bytes: ...
     def lies_about_index(self) -> bool: ...
     def has_work(self) -> bool: ...
+    def waits_for_region(self) -> bool: ...
 
 
 class SimRingLinks(RingLinks):
@@ -143,7 +145,9 @@ class SimRingLinks(RingLinks):
         """Fall asleep, if it is about to: what a `poll` begins with."""
         if self._is_drowsy:
             self._is_drowsy = False
-            self._sleeps = bool(lib.ports_doze(self._ports))
+            # As the loop in C, which is woken for a mere RELEASE only if somebody waits for one.
+            wants = self._process.waits_for_region() and self._process.defect != REGION_NOT_WANTED
+            self._sleeps = bool(lib.ports_doze(self._ports, wants))
             if not self._sleeps:
                 lib.ports_wake(self._ports)
 
@@ -152,8 +156,9 @@ class SimRingLinks(RingLinks):
         if not self._sleeps or not self._hears or self.is_awake():
             return
         for queue, memory in self._memory.items():
-            waiting = memory.waiting(TO_BACKEND)
-            assert not waiting, f"{LOST}: the backend sleeps on {waiting} entries of queue {queue}"
+            kinds = memory.kinds(TO_BACKEND)
+            can_wait = not self._process.waits_for_region() and set(kinds) <= {wire.Kind.RELEASE}
+            assert can_wait or not kinds, f"{LOST}: the backend sleeps on {len(kinds)} entries of queue {queue}"
 
     def die(self) -> None:
         """The process is gone, perhaps while it wrote an entry: nothing is settled, the kernel closes its files."""

@@ -17,8 +17,8 @@ DEPTH = 4
 class Ends:
     """A queue core with its port, and the backend's end."""
 
-    def __init__(self) -> None:
-        self.desk = Desk(need_get_data=False, depth=DEPTH)
+    def __init__(self, **plan: int) -> None:
+        self.desk = Desk(depth=DEPTH, **({"need_get_data": False} | plan))
         self.port = Port(DEPTH)
         self.peer = RingMemory(self.port.memory_fd, self.port.entries)
 
@@ -78,6 +78,51 @@ def test_the_doorbell_is_due_once_for_each_sleep(ends: Ends) -> None:
     assert ends.turn()
     ends.desk.read(2, 0)
     assert not ends.turn()
+
+
+@pytest.fixture
+def placing() -> Iterator[Ends]:
+    made = Ends(need_get_data=True, place_in_backend=True)
+    yield made
+    made.close()
+
+
+def _write_in_the_backend(ends: Ends) -> None:
+    """A whole write but for the turn in which its region is given back."""
+    desk, peer = ends.desk, ends.peer
+    assert desk.backend is not None
+    desk.write(0, 0, b"1" * 512)
+    ends.turn()
+    desk.backend.receive(0, peer.take())
+    peer.put(desk.backend.place((0, 0)) or b"")
+    ends.turn()
+    desk.copy(0)
+    ends.turn()
+    desk.backend.receive(0, peer.take())
+    assert desk.backend.execute((0, 0))
+    peer.put(desk.backend.answer((0, 0)))
+
+
+def test_nobody_is_woken_for_a_mere_release_who_does_not_ask_to_be(placing: Ends) -> None:
+    desk, peer = placing.desk, placing.peer
+    for sleeping in (1, 2):
+        _write_in_the_backend(placing)
+        peer.set_index(TO_BACKEND, SLEEPING, sleeping)
+        assert placing.turn() is (sleeping == 1)
+        assert peer.kinds(TO_BACKEND) == [Kind.RELEASE]
+        desk.driver.consume()
+        assert peer.index(TO_BACKEND, SLEEPING) == (0 if sleeping == 1 else 2)
+    # What comes after it is work, for which he is woken, and finds both.
+    desk.other(1, Op.FLUSH)
+    assert placing.turn() and peer.index(TO_BACKEND, SLEEPING) == 0
+    assert peer.kinds(TO_BACKEND)[-2:] == [Kind.RELEASE, Kind.REQUEST]
+
+
+def test_a_release_among_others_wakes(placing: Ends) -> None:
+    _write_in_the_backend(placing)
+    placing.peer.set_index(TO_BACKEND, SLEEPING, 2)
+    placing.desk.other(1, Op.FLUSH)
+    assert placing.turn() and placing.peer.kinds(TO_BACKEND) == [Kind.REQUEST, Kind.RELEASE]
 
 
 def _fill(ends: Ends, leave: int) -> None:

@@ -14,6 +14,7 @@ from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
 from support.fake_worker import DEADLINE_S, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from support.plain_backend import Plain
 from ublkpool.backends.file import FileBackend, FileOptions
+from ublkpool.backends.memory import MemoryBackend, MemoryOptions
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool import ring_driver, ring_links
 from ublkpool.bufpool import serving as serving_module
@@ -65,6 +66,25 @@ def test_one_request_at_a_time_is_one_wait_each(
     assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
     assert counted[0].turns <= REQUESTS + 2 * MORE_CALLS_MAX
     assert counted[0].bells <= REQUESTS + MORE_CALLS_MAX
+
+
+def test_a_mere_release_is_asked_for_by_whom_somebody_waits_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory backend lends no byte twice at once: who wants it too, on whatever queue, waits for its RELEASE."""
+    monkeypatch.setattr(FakeWorker, "transport", "ring")
+    backend = MemoryBackend(MemoryOptions(size=1 << 20, placement="backend", keep=False))
+    with FakeWorker(tmp_path, placement="backend", queues=2, depth=DEPTH) as worker, serving(worker, backend):
+        when_asleep(worker)
+        assert [worker.rings(queue).get(TO_BACKEND + SLEEPING) for queue in (0, 1)] == [2, 2]
+        placed, first = worker.place(0, 4096)
+        assert placed.kind == Kind.PLACED
+        second = worker.describe(Kind.PLACE, Op.WRITE, 0, 4096, queue=1)
+        worker.send(1, [second])
+        while worker.rings(0).get(TO_BACKEND + SLEEPING) != 1:
+            os.sched_yield()
+        worker.release(first)
+        assert worker.answer_of(second).kind == Kind.PLACED
 
 
 def test_a_batch_is_one_turn(worker: FakeWorker, counted: list[DriverStatistics]) -> None:

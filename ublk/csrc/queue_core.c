@@ -426,6 +426,7 @@ int uq_start(struct uq *q)
 		if (!q->config.need_get_data) {
 			t->class = (uint8_t)class;
 			t->slot = s->slots[--s->count];
+			uq_stock_touch(q, s);
 			q->config.slots[t->slot].tag = i + 1;
 			address = uq_slot_address(q, t->slot);
 			q->config.stats->buffers_lent++;
@@ -436,14 +437,10 @@ int uq_start(struct uq *q)
 	return 0;
 }
 
-unsigned uq_attention(const struct uq *q)
+unsigned uq_attention(struct uq *q)
 {
-	unsigned bits = q->attention | (q->output_count && !q->output_held ? UQ_ATT_OUTPUT : 0);
-
-	for (unsigned c = 0; c < q->config.classes; c++)
-		if (uq_stock_want(q, c))
-			bits |= UQ_ATT_STOCK;
-	return bits;
+	return q->attention | (q->output_count && !q->output_held ? UQ_ATT_OUTPUT : 0) |
+	       (uq_stock_wanting(q) ? UQ_ATT_STOCK : 0);
 }
 
 void uq_attention_clear(struct uq *q, unsigned bits) { q->attention &= ~bits; }
@@ -511,6 +508,7 @@ struct uq *uq_new(const struct uq_config *config)
 		uq_free(q);
 		return NULL;
 	}
+	q->stock_changed = (1u << config->classes) - 1;
 	for (unsigned i = 0; i < config->depth; i++)
 		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG };
 	reset_gauges(config->stats);

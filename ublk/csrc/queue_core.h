@@ -196,7 +196,7 @@ void uq_tick(struct uq *q, uint64_t now_ms);
 /* Requests fail with EIO instead of waiting for a backend, until the next is expected: the device is going. */
 void uq_give_up(struct uq *q);
 
-unsigned uq_attention(const struct uq *q);
+unsigned uq_attention(struct uq *q);
 void uq_attention_clear(struct uq *q, unsigned bits);
 int uq_violation(const struct uq *q, struct wire_descriptor *culprit);
 int uq_fault(const struct uq *q, unsigned *tag, int *detail);

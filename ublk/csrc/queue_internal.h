@@ -53,6 +53,7 @@ struct uq {
 	struct uq_config config;
 	struct uq_tag *tags;
 	struct uq_stock stock[UQ_CLASSES_MAX];
+	unsigned stock_changed, stock_wanting; /* a bit for each class: look at it anew; it is to be leased or returned */
 	struct uq_segment segments[UQ_SEGMENTS_MAX];
 	struct uq_command *commands;
 	unsigned commands_first, commands_count, commands_mask;
@@ -89,6 +90,8 @@ void uq_need_buffer(struct uq *q, struct uq_tag *t);
 void uq_stop_waiting(struct uq *q, struct uq_tag *t);
 void uq_slot_back(struct uq *q, struct uq_tag *t);
 bool uq_stock_short(const struct uq *q);
+bool uq_stock_wanting(struct uq *q);
+static inline void uq_stock_touch(struct uq *q, const struct uq_stock *s) { q->stock_changed |= 1u << (s - q->stock); }
 uint8_t *uq_slot_address(const struct uq *q, uint32_t slot);
 uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);
 

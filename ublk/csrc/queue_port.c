@@ -61,11 +61,20 @@ static void receive(struct uq_port *p, struct uq *q)
 	}
 }
 
+/* Nobody need wake up to be told that a region is his again, unless he says that he waits for one. */
+static bool can_wait(const struct wire_descriptor *d, unsigned count)
+{
+	while (count && d[count - 1].kind == WIRE_RELEASE)
+		count--;
+	return !count;
+}
+
 static int send(struct uq_port *p, struct uq *q)
 {
 	const struct wire_descriptor *first;
 	unsigned count = uq_output(q, &first);
 	int64_t room;
+	bool waits;
 
 	if (!count)
 		return 0;
@@ -74,9 +83,10 @@ static int send(struct uq_port *p, struct uq *q)
 		uq_link_cut(q, UQ_V_RING);
 	if (room <= 0)
 		return 0;
+	waits = can_wait(first, (unsigned)room);
 	sr_write(&p->out, first, (uint32_t)room);
 	uq_output_sent(q, (unsigned)room);
-	return sr_publish(&p->out);
+	return sr_publish(&p->out, waits);
 }
 
 int uq_port_turn(struct uq_port *p, struct uq *q)
@@ -89,6 +99,6 @@ int uq_port_turn(struct uq_port *p, struct uq *q)
 int uq_port_has_news(const struct uq_port *p, const struct uq *q) { return talks(q) && sr_has_news(&p->in); }
 
 /* What a backend says that is not listened to is no reason to stay awake. */
-int uq_port_doze(struct uq_port *p, const struct uq *q) { return !talks(q) || sr_doze(&p->in); }
+int uq_port_doze(struct uq_port *p, const struct uq *q) { return !talks(q) || sr_doze(&p->in, SR_WAKE_FOR_ALL); }
 
 void uq_port_wake(struct uq_port *p) { sr_wake(&p->in); }

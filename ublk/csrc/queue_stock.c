@@ -67,6 +67,7 @@ static void enqueue(struct uq *q, struct uq_stock *s, struct uq_tag *t)
 		q->tags[s->last_waiter].next_waiter = tag;
 	s->last_waiter = tag;
 	s->waiting++;
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_waiting++;
 }
 
@@ -77,6 +78,7 @@ static struct uq_tag *dequeue(struct uq *q, struct uq_stock *s)
 	s->first_waiter = t->next_waiter;
 	t->next_waiter = UQ_NO_TAG;
 	s->waiting--;
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_waiting--;
 	return t;
 }
@@ -107,6 +109,7 @@ void uq_need_buffer(struct uq *q, struct uq_tag *t)
 	s = &q->stock[t->class];
 	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
 		return;
+	uq_stock_touch(q, s);
 	if (s->count > payable(q, s) && s->first_waiter == UQ_NO_TAG) {
 		give(q, t, s->slots[--s->count]);
 		return;
@@ -131,6 +134,7 @@ void uq_stop_waiting(struct uq *q, struct uq_tag *t)
 		s->last_waiter = before;
 	t->next_waiter = UQ_NO_TAG;
 	s->waiting--;
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_waiting--;
 }
 
@@ -143,6 +147,7 @@ void uq_slot_back(struct uq *q, struct uq_tag *t)
 	q->config.stats->returned_total++;
 	s->slots[s->count++] = t->slot;
 	t->slot = UQ_BUFFER_NONE;
+	uq_stock_touch(q, s);
 	serve_waiters(q, s);
 }
 
@@ -168,7 +173,23 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	return s->count > reserve + 3 * batch ? -(int)(s->count - reserve - batch) : 0;
 }
 
-void uq_stock_asked(struct uq *q, unsigned class, unsigned count) { q->stock[class].pending += count; }
+/* Asked in every turn, so only those are looked at of which something has changed. */
+bool uq_stock_wanting(struct uq *q)
+{
+	while (q->stock_changed) {
+		unsigned c = (unsigned)__builtin_ctz(q->stock_changed), bit = 1u << c;
+
+		q->stock_changed &= ~bit;
+		q->stock_wanting = uq_stock_want(q, c) ? q->stock_wanting | bit : q->stock_wanting & ~bit;
+	}
+	return q->stock_wanting;
+}
+
+void uq_stock_asked(struct uq *q, unsigned class, unsigned count)
+{
+	q->stock[class].pending += count;
+	uq_stock_touch(q, &q->stock[class]);
+}
 
 int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count)
 {
@@ -182,6 +203,7 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 		}
 		s->slots[s->count++] = slots[i];
 		s->held++;
+		uq_stock_touch(q, s);
 	}
 	q->config.stats->buffers_held += count;
 	serve_waiters(q, s);
@@ -205,20 +227,25 @@ unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned m
 		slots[i] = s->slots[--s->count];
 	s->held -= count;
 	s->owed -= s->owed < count ? s->owed : count;
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_held -= count;
 	return count;
 }
 
 void uq_stock_recall(struct uq *q, unsigned class, unsigned count)
 {
-	if (class < q->config.classes)
-		q->stock[class].owed = count;
+	if (class >= q->config.classes)
+		return;
+	q->stock[class].owed = count;
+	uq_stock_touch(q, &q->stock[class]);
 }
 
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count)
 {
-	if (class < q->config.classes)
-		q->stock[class].pending = count;
+	if (class >= q->config.classes)
+		return;
+	q->stock[class].pending = count;
+	uq_stock_touch(q, &q->stock[class]);
 }
 
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max)
