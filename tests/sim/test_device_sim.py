@@ -173,7 +173,12 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
     ),
     (BELL_NOT_RUNG, 72, {}, LOST),
     (DOZES_BLINDLY, 72, {}, LOST),
-    (REGION_NOT_WANTED, 72, {"rings": True, "place_in_backend": True, "need_get_data": True, "scarce": True}, LOST),
+    (
+        REGION_NOT_WANTED,
+        72,
+        {"rings": True, "place_in_backend": True, "need_get_data": True, "scarce": True},
+        LOST,
+    ),
 )
 SEARCHED_MAX = 500
 

@@ -158,7 +158,9 @@ class SimRingLinks(RingLinks):
         for queue, memory in self._memory.items():
             kinds = memory.kinds(TO_BACKEND)
             can_wait = not self._process.waits_for_region() and set(kinds) <= {wire.Kind.RELEASE}
-            assert can_wait or not kinds, f"{LOST}: the backend sleeps on {len(kinds)} entries of queue {queue}"
+            assert can_wait or not kinds, (
+                f"{LOST}: the backend sleeps on {len(kinds)} entries of queue {queue}"
+            )
 
     def die(self) -> None:
         """The process is gone, perhaps while it wrote an entry: nothing is settled, the kernel closes its files."""
