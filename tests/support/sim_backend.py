@@ -332,7 +332,7 @@ class SimBackend:
 
     def waits_for_region(self) -> bool:
         engine = self.loop._engine if self.loop else None
-        return engine is not None and engine.statistics().waiting > 0
+        return isinstance(engine, RequestEngine) and engine.statistics().waiting > 0
 
     def check(self) -> None:
         """Raises `AssertionError` if it sleeps on what has come."""

@@ -17,8 +17,8 @@ DEPTH = 4
 class Ends:
     """A queue core with its port, and the backend's end."""
 
-    def __init__(self, **plan: int) -> None:
-        self.desk = Desk(depth=DEPTH, **({"need_get_data": False} | plan))
+    def __init__(self, places: bool = False) -> None:
+        self.desk = Desk(need_get_data=places, place_in_backend=places, depth=DEPTH)
         self.port = Port(DEPTH)
         self.peer = RingMemory(self.port.memory_fd, self.port.entries)
 
@@ -82,7 +82,7 @@ def test_the_doorbell_is_due_once_for_each_sleep(ends: Ends) -> None:
 
 @pytest.fixture
 def placing() -> Iterator[Ends]:
-    made = Ends(need_get_data=True, place_in_backend=True)
+    made = Ends(places=True)
     yield made
     made.close()
 
