@@ -285,3 +285,26 @@ def test_a_second_burst_has_every_buffer_that_is_free() -> None:
             desk.rig.settle(0)
         assert [each.result for each in reads] == [16 * SECTOR_BYTES] * 8
         assert len(desk.queue.stock_held(1)) < 5, "the stock goes back between bursts"
+
+
+def test_each_change_of_the_stock_is_seen_at_once() -> None:
+    """Attention looks only at what has changed: what is missed there would be asked for never, or again and again."""
+    desk = Desk(spare=3)
+    queue, wants = desk.queue, []
+    desk.rig.settle(0)
+    slots = queue.stock_held(0)
+
+    def looked() -> None:
+        desk.side.check()
+        wants.append(0 in dict(queue.stock_wants()))
+
+    looked()
+    queue.stock_take(0, len(slots))
+    looked()
+    queue.stock_asked(0, 1)
+    looked()
+    queue.stock_on_order(0, 0)
+    looked()
+    queue.stock_add(0, slots)
+    looked()
+    assert wants == [False, True, False, True, False]

@@ -67,7 +67,6 @@ static void enqueue(struct uq *q, struct uq_stock *s, struct uq_tag *t)
 		q->tags[s->last_waiter].next_waiter = tag;
 	s->last_waiter = tag;
 	s->waiting++;
-	uq_stock_touch(q, s);
 	q->config.stats->buffers_waiting++;
 }
 
@@ -78,7 +77,6 @@ static struct uq_tag *dequeue(struct uq *q, struct uq_stock *s)
 	s->first_waiter = t->next_waiter;
 	t->next_waiter = UQ_NO_TAG;
 	s->waiting--;
-	uq_stock_touch(q, s);
 	q->config.stats->buffers_waiting--;
 	return t;
 }
@@ -203,8 +201,8 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 		}
 		s->slots[s->count++] = slots[i];
 		s->held++;
-		uq_stock_touch(q, s);
 	}
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_held += count;
 	serve_waiters(q, s);
 	return 0;
