@@ -155,6 +155,22 @@ def test_an_exact_cost_is_by_the_scheduler_and_without_a_second_run(stage: FakeS
     assert (step.enters, step.syscalls) == (2.0, {})
 
 
+def test_an_exact_run_is_short_but_for_many_devices(
+    monkeypatch: pytest.MonkeyPatch, stage: FakeStage
+) -> None:
+    asked: list[float] = []
+    run: Callable[..., Any] = vars(growing)["run_fio"]
+
+    def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> Any:
+        asked.append(runtime_s)
+        return run(disk, cell, runtime_s)
+
+    monkeypatch.setattr(growing, "run_fio", run_fio)
+    growth = Growth(kernel="", date="", cpus=1, emulated=True, exact=True)
+    grow(stage, growth, lambda text: None, lambda each: None, 16, "devices")
+    assert asked == [0.2, 0.2, 0.2, 0.2, 0.2, pytest.approx(0.8)]
+
+
 def test_all_devices_at_once_are_as_deep_as_one(monkeypatch: pytest.MonkeyPatch, stage: FakeStage) -> None:
     asked: list[tuple[int, int]] = []
     run: Callable[..., Any] = vars(growing)["run_fio"]
