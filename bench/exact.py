@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from bench.cells import CELLS, Cell
 from bench.ratios import middle_of, ratio_spread, samples_of, value_spread
 from bench.results import Party, Result, Sample
-from bench.tables import (
-    BASELINE,
-    counter_table,
-    failure_list,
-    markdown_table,
-    rounds_text,
-    target_table,
-)
+from bench.tables import BASELINE, counter_table, failure_list, markdown_table, rounds_text, target_table
 from bench.targets import verdicts
 
 BUSY_MIN = 0.97
-"""Whoever keeps the CPU less busy has waited for something, and fewer instructions than time would say."""
+"""With less, somebody waited, and there were fewer instructions than 1e9/IOPS says."""
+PREFACE = (
+    "An exact guest: one CPU on which each instruction takes 1 ns, those of fio and the kernel included. So "
+    "1e9/IOPS is the instructions of the whole machine for each request, and a ratio of IOPS is one of "
+    "instructions: at 0.5 they are twice as many. No cache, no wake-up across CPUs and no waiting for memory "
+    "counts, and nobody gains by working while another does."
+)
 
 
 def instructions(iops: float) -> float:
@@ -50,20 +49,10 @@ def exact_report(result: Result) -> str:
     return "\n".join(sections)
 
 
-def exact_preface() -> str:
-    """What the numbers of an exact guest are, and what they are not."""
-    return (
-        "An exact guest: one CPU on which each instruction takes 1 ns, those of fio and the kernel included. So "
-        "1e9/IOPS is the instructions of the whole machine for each request, and a ratio of IOPS is one of "
-        "instructions: at 0.5 they are twice as many. No cache, no wake-up across CPUs and no waiting for memory "
-        "counts, and nobody gains by working while another does.\n"
-    )
-
-
 def _heading(result: Result) -> str:
     revision = f", revision {result.revision}" if result.revision else ""
     return (
-        f"## Exact, Linux {result.kernel}\n\n{exact_preface()}\n"
+        f"## Exact, Linux {result.kernel}\n\n{PREFACE}\n\n"
         f"{result.date}{revision}; {rounds_text(result)} of {result.runtime_s:g} s for each cell.\n"
     )
 

@@ -60,7 +60,13 @@ class Growth(msgspec.Struct, kw_only=True):
 def growth_report(growth: Growth) -> str:
     """Everything about one run."""
     revision = f", revision {growth.revision}" if growth.revision else ""
-    where = ", an exact guest" if growth.exact else ", emulated" if growth.emulated else ""
+    where = (
+        ", an exact guest (each instruction takes 1 ns)"
+        if growth.exact
+        else ", emulated"
+        if growth.emulated
+        else ""
+    )
     load = f" The host's load average was {growth.host_load} before." if growth.host_load else ""
     exact = ", exact" if growth.exact else ""
     sections = [

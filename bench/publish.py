@@ -16,7 +16,7 @@ from bench.tables import report
 _PREFACE = (
     "# What was measured\n\n"
     "Written by `make bench`, see README.md here for the method. Ratios within one table mean something; "
-    "absolute numbers of an emulated guest do not.\n"
+    "absolute numbers of an emulated guest do not, but for the instructions of an exact one.\n"
 )
 
 
