@@ -27,9 +27,10 @@ from support.apt_archive import ArchiveError
 if TYPE_CHECKING:
     from bench.stage import Stage
 
-MODES = {"quick": (3, 0.7), "full": (7, 3.0)}
+MODES = {"quick": (3, 0.7), "full": (7, 3.0), "exact": (2, 0.2)}
 """Rounds, and seconds for each cell."""
 KUBLK, COST, DOORBELL = "kublk", "instructions.json", "doorbell"
+_NOT_EXACT = "mode exact needs a guest in which time is instructions: `make bench MODE=exact` starts one"
 _directory = click.Path(file_okay=False, path_type=Path)
 
 
@@ -80,21 +81,24 @@ def run_measure(
     from bench.ours import transports
     from bench.results import Result, write_result
 
+    if mode == "exact" and not _is_exact():
+        raise click.ClickException(_NOT_EXACT)
     result = Result(
         kernel=platform.release(),
         date=_today(),
         mode=mode,
         cpus=os.cpu_count() or 1,
         emulated=_is_emulated(),
+        exact=_is_exact(),
         rounds=rounds or MODES[mode][0],
         runtime_s=runtime_s or MODES[mode][1],
         revision=revision,
         host_load=host_load,
     )
     table = contestants(transports(_backend_help()), only)
-    if mode == "quick" and not only:
+    if mode != "full" and not only:
         table = quick(table)
-    path = out / f"speed-{_series()}.json"
+    path = result_path(out, "speed")
     with _stage(out) as stage:
         measure(stage, table, result, say, lambda each: write_result(each, path))
     sys.exit(1 if result.failed else 0)
@@ -117,10 +121,11 @@ def run_growth(devices_max: int, only: str, revision: str, host_load: str, out: 
         date=_today(),
         cpus=os.cpu_count() or 1,
         emulated=_is_emulated(),
+        exact=_is_exact(),
         revision=revision,
         host_load=host_load,
     )
-    path = out / f"growth-{_series()}.json"
+    path = result_path(out, "growth")
     with _stage(out) as stage:
         grow(stage, growth, say, lambda each: write_result(each, path), devices_max, only)
     sys.exit(1 if growth.errors else 0)
@@ -178,6 +183,15 @@ def _today() -> str:
 
 def _is_emulated() -> bool:
     return "UBLKPOOL_GUEST" in os.environ and os.environ.get("UBLKPOOL_KVM") != "1"
+
+
+def _is_exact() -> bool:
+    return os.environ.get("UBLKPOOL_EXACT") == "1"
+
+
+def result_path(out: Path, what: str) -> Path:
+    """Where a run goes: what is exact stands beside what is not."""
+    return out / f"{what}-{'exact-' if _is_exact() else ''}{_series()}.json"
 
 
 def _series() -> str:

@@ -1,6 +1,7 @@
 """What the kernel has on the books: CPU time, requests of a disk, memory of a process."""
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,11 +36,55 @@ class Books(NamedTuple):
     machine: Cpu
     parts: dict[str, Cpu]
     requests: int
+    at_ns: int = 0
+    ran_ns: int = 0
+    """How long tasks have run, by the scheduler: not in ticks, as the CPU times above are."""
+    parts_ran_ns: Mapping[str, int] = {}
 
 
 def take_books(node: str, parts: Mapping[str, Iterable[int]]) -> Books:
     """The books of this moment; `parts` names groups of process ids."""
-    return Books(machine_cpu(), {name: cpu_of(pids) for name, pids in parts.items()}, requests_done(node))
+    # These first: the scheduler has yet to book what runs now, which is us since we woke up.
+    at_ns, ran_ns = time.monotonic_ns(), machine_ran_ns()
+    return Books(
+        machine_cpu(),
+        {name: cpu_of(pids) for name, pids in parts.items()},
+        requests_done(node),
+        at_ns,
+        ran_ns,
+        {name: ran_ns_of(pids) for name, pids in parts.items()},
+    )
+
+
+def busy_share(first: Books, second: Books, cpus: int) -> float:
+    """The share of the CPUs' time between two moments in which tasks ran."""
+    return (second.ran_ns - first.ran_ns) / max(1, second.at_ns - first.at_ns) / cpus
+
+
+def parts_shares(first: Books, second: Books, cpus: int) -> dict[str, float]:
+    """The share of each part in the CPUs' time between two moments."""
+    passed_ns = max(1, second.at_ns - first.at_ns) * cpus
+    return {
+        part: (ran_ns - first.parts_ran_ns[part]) / passed_ns for part, ran_ns in second.parts_ran_ns.items()
+    }
+
+
+def machine_ran_ns() -> int:
+    """How long tasks have run on all CPUs, ns; 0 if this kernel does not say."""
+    with suppress(OSError):
+        lines = Path("/proc/schedstat").read_text().splitlines()
+        return sum(int(line.split()[7]) for line in lines if line.startswith("cpu"))
+    return 0
+
+
+def ran_ns_of(pids: Iterable[int]) -> int:
+    """How long the threads of these processes have run, ns; one that has ended counts nothing."""
+    ran_ns = 0
+    for pid in pids:
+        with suppress(OSError):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                ran_ns += _thread_ran_ns(thread)
+    return ran_ns
 
 
 def machine_cpu() -> Cpu:
@@ -58,6 +103,12 @@ def cpu_of(pids: Iterable[int]) -> Cpu:
             user += int(fields[11])
             system += int(fields[12])
     return Cpu(user / _TICKS_PER_S, system / _TICKS_PER_S)
+
+
+def _thread_ran_ns(thread: Path) -> int:
+    with suppress(OSError):
+        return int((thread / "schedstat").read_bytes().split()[0])
+    return 0
 
 
 def has_ended(pid: int) -> bool:

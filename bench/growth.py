@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.accounts import memory_of
+from bench.accounts import Books, busy_share, memory_of, parts_shares
 from bench.cells import REGION_BYTES, Cell
+from bench.exact import instructions
 from bench.growth_results import Growth, Idle, Step, Timing
 from bench.measure import FAILURES, syscalls_of
 from bench.stage import Disk, Stage
@@ -30,6 +31,8 @@ DEVICES = (1, 4, 16, 64)
 SMALL_POOL_BYTES = 1 << 20
 _AT_A_TIME = 4
 _WARM_S = 1.0
+_EXACT_S, _EXACT_S_PER_DEVICE = 0.2, 0.05
+"""To read the books of 64 devices takes a tenth of a second of instructions."""
 Say = Callable[[str], None]
 
 
@@ -148,11 +151,11 @@ def _together(disks: list[Disk]) -> Disk:
 
 def _step(stage: Stage, growth: Growth, say: Say, axis: str, at: int, disk: Disk, cell: Cell) -> None:
     before = _enters(stage, disk)
-    numbers, books = run_fio(disk, cell, _WARM_S)
+    numbers, books = run_fio(disk, cell, _exact_s(disk) if growth.exact else _WARM_S)
     enters, requests = (new - old for new, old in zip(_enters(stage, disk), before, strict=True))
     first, second = books
     done = max(1, second.requests - first.requests)
-    spent = {part: sum(second.parts[part] - first.parts[part]) * 1e6 / done for part in second.parts}
+    spent = _exact_us(books, numbers.iops) if growth.exact else _cpu_us(books, done)
     step = Step(
         axis=axis,
         at=at,
@@ -160,11 +163,30 @@ def _step(stage: Stage, growth: Growth, say: Say, axis: str, at: int, disk: Disk
         machine_us=sum(second.machine - first.machine) * 1e6 / done,
         worker_us=spent["worker"],
         backend_us=spent["backend"],
+        busy=busy_share(first, second, growth.cpus),
         enters=enters / max(1, requests),
-        syscalls=_syscalls(disk, cell),
+        syscalls={} if growth.exact else _syscalls(disk, cell),
     )
     growth.steps.append(step)
-    say(f"{axis} {at:,}: {step.iops:,.0f} IOPS, {step.machine_us:.0f} us CPU a request")
+    spoken = (
+        f"{instructions(step.iops):,.0f} instructions a request"
+        if growth.exact
+        else f"{step.iops:,.0f} IOPS, {step.machine_us:.0f} us CPU a request"
+    )
+    say(f"{axis} {at:,}: {spoken}")
+
+
+def _exact_s(disk: Disk) -> float:
+    return max(_EXACT_S, _EXACT_S_PER_DEVICE * len(disk.node.split(":")))
+
+
+def _exact_us(books: tuple[Books, Books], iops: float) -> dict[str, float]:
+    return {part: share * 1e6 / iops for part, share in parts_shares(*books, cpus=1).items()}
+
+
+def _cpu_us(books: tuple[Books, Books], requests: int) -> dict[str, float]:
+    first, second = books
+    return {part: sum(second.parts[part] - first.parts[part]) * 1e6 / requests for part in second.parts}
 
 
 def _syscalls(disk: Disk, cell: Cell) -> dict[str, float]:

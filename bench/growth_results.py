@@ -2,6 +2,7 @@
 
 import msgspec
 
+from bench.exact import instructions
 from bench.tables import markdown_table, number
 
 
@@ -14,6 +15,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     machine_us: float = 0.0
     worker_us: float = 0.0
     backend_us: float = 0.0
+    busy: float = 0.0
+    """The share of the CPUs' time in which tasks ran."""
     enters: float = 0.0
     """`io_uring_enter` calls of the workers for each request, as they count them."""
     syscalls: dict[str, float] = {}
@@ -44,6 +47,8 @@ class Growth(msgspec.Struct, kw_only=True):
     date: str
     cpus: int
     emulated: bool
+    exact: bool = False
+    """Measured where each instruction takes 1 ns."""
     revision: str = ""
     host_load: str = ""
     steps: list[Step] = []
@@ -55,21 +60,29 @@ class Growth(msgspec.Struct, kw_only=True):
 def growth_report(growth: Growth) -> str:
     """Everything about one run."""
     revision = f", revision {growth.revision}" if growth.revision else ""
-    where = ", emulated" if growth.emulated else ""
+    where = (
+        ", an exact guest (each instruction takes 1 ns)"
+        if growth.exact
+        else ", emulated"
+        if growth.emulated
+        else ""
+    )
     load = f" The host's load average was {growth.host_load} before." if growth.host_load else ""
+    exact = ", exact" if growth.exact else ""
     sections = [
-        f"## Growth, Linux {growth.kernel}\n\n{growth.date}{revision}, {growth.cpus} CPUs{where}. Backend `null`, "
+        f"## Growth{exact}, Linux {growth.kernel}\n\n"
+        f"{growth.date}{revision}, {growth.cpus} CPUs{where}. Backend `null`, "
         f"need_get_data, placement pool, the transport that it takes by itself.{load}\n"
     ]
+    steps_table = _exact_table if growth.exact else _steps_table
     for axis in dict.fromkeys(each.axis for each in growth.steps):
-        sections.append(
-            f"### {axis}\n\n" + _steps_table([each for each in growth.steps if each.axis == axis])
-        )
+        sections.append(f"### {axis}\n\n" + steps_table([each for each in growth.steps if each.axis == axis]))
     if growth.idle:
         sections.append(
             "### Memory while nothing happens\n\n" + _idle_table(growth.idle) + _next_device(growth.idle)
         )
-    if growth.timings:
+    # Time is two things in an exact guest: instructions while anybody works, real while nobody does.
+    if growth.timings and not growth.exact:
         rows = [[each.what, f"{each.seconds:.1f}"] for each in growth.timings]
         sections.append("### Time\n\n" + markdown_table(["what", "s"], rows))
     if growth.errors:
@@ -100,6 +113,22 @@ def _step_row(each: Step) -> list[str]:
         number(each.backend_us),
         f"{each.enters:.2f}",
         *(f"{each.syscalls[part]:.2f}" if part in each.syscalls else "" for part in ("worker", "backend")),
+    ]
+
+
+def _exact_table(steps: list[Step]) -> str:
+    head = ["at", "instructions a request", "of the worker", "of the backend", "enters", "busy"]
+    return markdown_table(head, [_exact_row(each) for each in steps])
+
+
+def _exact_row(each: Step) -> list[str]:
+    return [
+        f"{each.at:,}",
+        f"{instructions(each.iops):,.0f}",
+        f"{each.worker_us * 1e3:,.0f}",
+        f"{each.backend_us * 1e3:,.0f}",
+        f"{each.enters:.2f}",
+        f"{each.busy:.0%}",
     ]
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.accounts import Books, machine_cpu, memory_of, requests_done
+from bench.accounts import Books, busy_share, machine_cpu, memory_of, parts_shares, requests_done
 from bench.cells import CELLS, Cell, FioNumbers
 from bench.contestants import Contestant
+from bench.exact import spoken_exactly
 from bench.results import Party, Result, Sample, Syscalls
 from bench.stage import Disk, Disks, Stage, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError, counted, counting
@@ -50,7 +51,9 @@ def measure(
                 ]
                 entered = [each for each in entered if each in [one for one in line if one]]
             keep(result)
-        _count_syscalls(entered, result, say)
+        # One CPU changes nothing about these: the ordinary modes have them.
+        if not result.exact:
+            _count_syscalls(entered, result, say)
     finally:
         for each in reversed(entered):
             _leave(each, result, say)
@@ -179,9 +182,8 @@ def _run_cell(
     counters = _per_request(before, _stats(stage, disk))
     sample = make_sample((each.contestant.name, cell, number), numbers, books, counters)
     result.samples.append(sample)
-    say(
-        f"round {number + 1}, {cell.name}, {each.contestant.name}: {_spoken(sample, numbers.shown(cell), cell)}"
-    )
+    spoken = spoken_exactly(sample) if result.exact else _spoken(sample, numbers.shown(cell), cell)
+    say(f"round {number + 1}, {cell.name}, {each.contestant.name}: {spoken}")
     return each
 
 
@@ -210,6 +212,8 @@ def make_sample(
         parts_us={
             part: (cpu.user_s * 1e6 / requests, cpu.system_s * 1e6 / requests) for part, cpu in parts.items()
         },
+        busy=busy_share(first, second, os.cpu_count() or 1),
+        shares=parts_shares(first, second, os.cpu_count() or 1),
         counters=counters,
     )
 

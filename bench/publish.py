@@ -7,6 +7,7 @@ import msgspec
 
 from bench.charts import draw_cpu, draw_speed
 from bench.doorbell import Doorbells, doorbell_report
+from bench.exact import exact_report
 from bench.growth_results import Growth, growth_report
 from bench.instructions import InstructionCost
 from bench.results import read_result
@@ -15,7 +16,7 @@ from bench.tables import report
 _PREFACE = (
     "# What was measured\n\n"
     "Written by `make bench`, see README.md here for the method. Ratios within one table mean something; "
-    "absolute numbers of an emulated guest do not.\n"
+    "absolute numbers of an emulated guest do not, but for the instructions of an exact one.\n"
 )
 
 
@@ -23,17 +24,25 @@ def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note
     """Write all there is in `out` as a report into `into`; returns its text."""
     into.mkdir(parents=True, exist_ok=True)
     sections = [_PREFACE, f"**{note}**\n"] if note else [_PREFACE]
-    for path in sorted(out.glob("speed-*.json"), reverse=True):
+    for path in sorted(out.glob("speed-[0-9]*.json"), reverse=True):
         result = read_result(path)
         charts = {f"{path.stem}.png": draw_speed, f"{path.stem.replace('speed', 'cpu')}.png": draw_cpu}
         for name, draw in charts.items():
             draw(result, into / name)
         links = "\n".join(f"![{name}]({name})\n" for name in charts)
         sections.append(report(result, instructions) + "\n" + links)
-    for path in sorted(out.glob("growth-*.json"), reverse=True):
-        sections.append(growth_report(msgspec.json.decode(path.read_bytes(), type=Growth)))
+    for path in sorted(out.glob("growth-[0-9]*.json"), reverse=True):
+        sections.append(growth_report(_growth(path)))
+    for path in sorted(out.glob("speed-exact-*.json"), reverse=True):
+        sections.append(exact_report(read_result(path)))
+    for path in sorted(out.glob("growth-exact-*.json"), reverse=True):
+        sections.append(growth_report(_growth(path)))
     for path in sorted(out.glob("doorbell-*.json"), reverse=True):
         sections.append(doorbell_report(msgspec.json.decode(path.read_bytes(), type=Doorbells)))
     text = "\n".join(sections)
     (into / "RESULTS.md").write_text(text)
     return text
+
+
+def _growth(path: Path) -> Growth:
+    return msgspec.json.decode(path.read_bytes(), type=Growth)

@@ -20,6 +20,10 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     machine_us: float = 0.0
     parts_us: dict[str, tuple[float, float]] = {}
     """By part of the contestant, such as worker and backend: in user space, in the kernel."""
+    busy: float = 0.0
+    """The share of the CPUs' time in which tasks ran."""
+    shares: dict[str, float] = {}
+    """Of each part in the CPUs' time, by the scheduler and not in ticks."""
     counters: dict[str, float] = {}
     error: str = ""
 
@@ -53,6 +57,8 @@ class Result(msgspec.Struct, kw_only=True):
     mode: str
     cpus: int
     emulated: bool
+    exact: bool = False
+    """Measured where each instruction takes 1 ns."""
     rounds: int
     runtime_s: float
     idle_load: float = 0.0

@@ -50,13 +50,14 @@ def heading(result: Result) -> str:
     load = f" The host's load average was {result.host_load} before." if result.host_load else ""
     return (
         f"## Linux {result.kernel}\n\n"
-        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {_rounds(result)} of "
+        f"{result.date}{revision}; {where}, {result.cpus} CPUs. Mode {result.mode}: {rounds_text(result)} of "
         f"{result.runtime_s:g} s for each cell. Transport: {' and '.join(transports)}. "
         f"Everybody idle, {result.idle_load:.1%} of the CPUs' time is used.{load}\n"
     )
 
 
-def _rounds(result: Result) -> str:
+def rounds_text(result: Result) -> str:
+    """How many rounds there are numbers of."""
     done = f"{result.rounds_done} round{'' if result.rounds_done == 1 else 's'}"
     return done if result.rounds_done == result.rounds else f"{done}, of {result.rounds} that were wanted,"
 

@@ -4,9 +4,12 @@ So who serves is looked after while a run waits, a death is one line, and nobody
 ends: it ends when the disk goes, which is the next thing to happen.
 """
 
+import os
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from selectors import EVENT_READ, DefaultSelector
 
 from bench.accounts import Books, has_ended, queue_cpus, requests_done, take_books
 from bench.cells import REGION_BYTES, Cell, FioError, FioNumbers, fio_command, job_cpus, parse_fio
@@ -19,14 +22,37 @@ _POLL_S = 0.02
 _LEAD_S = 0.1
 _BLOCK_BYTES = 4096
 _LOOP_THREADS = "kernel"
+_READ_BYTES = 1 << 16
 
 
 def check_served(disk: Disk) -> None:
     """Raise `StageError` with its last words if a process that serves the disk has ended."""
-    for part, pids in disk.parts.items():
-        for pid in pids if part != _LOOP_THREADS else ():
-            if has_ended(pid):
-                raise StageError(f"its {part} (process {pid}) has died: {last_words(disk.log)}")
+    for part, pid in _servers(disk):
+        if has_ended(pid):
+            raise _death(disk, part, pid)
+
+
+def _servers(disk: Disk) -> Iterator[tuple[str, int]]:
+    return ((part, pid) for part, pids in disk.parts.items() if part != _LOOP_THREADS for pid in pids)
+
+
+def _death(disk: Disk, part: str, pid: int) -> StageError:
+    return StageError(f"its {part} (process {pid}) has died: {last_words(disk.log)}")
+
+
+@contextmanager
+def _deaths_of_servers(disk: Disk) -> Iterator[DefaultSelector]:
+    """A selector that wakes up, with its part and id as data, when a process that serves the disk ends."""
+    with ExitStack() as stack:
+        selector = stack.enter_context(DefaultSelector())
+        for part, pid in _servers(disk):
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError as error:
+                raise _death(disk, part, pid) from error
+            stack.callback(os.close, descriptor)
+            selector.register(descriptor, EVENT_READ, (part, pid))
+        yield selector
 
 
 def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
@@ -78,11 +104,20 @@ def _start(command: list[str]) -> "subprocess.Popen[str]":
 
 def _output(child: "subprocess.Popen[str]", disk: Disk) -> str:
     """What it says, to its end.  Raises `StageError` if it does not end, or who serves the disk does."""
+    assert child.stdout is not None
     deadline_s = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < deadline_s:
-        with suppress(subprocess.TimeoutExpired):
-            return child.communicate(timeout=_POLL_S)[0]
-        check_served(disk)
+    said = b""
+    # Nobody looks after the servers by looking again and again: in a guest that costs some percent of what is measured.
+    with _deaths_of_servers(disk) as selector:
+        selector.register(child.stdout, EVENT_READ)
+        while ready := selector.select(max(0.0, deadline_s - time.monotonic())):
+            if died := [key.data for key, _ in ready if key.data]:
+                raise _death(disk, *died[0])
+            piece = os.read(child.stdout.fileno(), _READ_BYTES)
+            said += piece
+            if not piece:
+                child.wait(_PATIENCE_S)
+                return said.decode(errors="replace")
     raise StageError(f"what runs on {disk.node} has not ended after {_PATIENCE_S:.0f} s")
 
 

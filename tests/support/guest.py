@@ -25,6 +25,7 @@ from support.guest_cache import KERNELS, CacheError, GuestCache
 from support.guest_qemu import Spec
 
 KVM_PROBE_TIMEOUT_S = 20
+CPUS = 4
 
 
 @contextmanager
@@ -55,6 +56,15 @@ def kvm_works(kernel: str) -> bool:
     return works
 
 
+def exact_cpus(asked: int | None) -> int:
+    """How many CPUs an exact guest has.  Raises `CacheError` where it cannot be had as it was asked for."""
+    if os.environ.get("UBLKPOOL_KVM") == "1":
+        raise CacheError("an exact guest counts instructions, which KVM does not: unset UBLKPOOL_KVM")
+    if asked not in (None, 1):
+        raise CacheError(f"an exact guest has one CPU, not {asked}: leave --cpus out")
+    return 1
+
+
 class Guest:
     """A kernel to run commands under, one boot a command."""
 
@@ -62,13 +72,14 @@ class Guest:
         self,
         kernel: str,
         *,
-        cpus: int = 4,
+        cpus: int = CPUS,
         mem_mib: int = 4096,
         timeout_s: float = 900,
         rw: Sequence[Path] = (),
         modules: Sequence[str] = (),
         allow_warnings: bool = False,
         console_log: Path | None = None,
+        exact: bool = False,
     ) -> None:
         self._spec = Spec(
             kernel,
@@ -80,13 +91,15 @@ class Guest:
             modules,
             allow_warnings=allow_warnings,
             console_log=console_log,
+            exact=exact,
         )
 
     def run(self, command: Sequence[str], cwd: Path | None = None) -> int:
         """Boot, run, power off. The output goes to our stdout as it comes."""
         if os.geteuid() != 0:
             raise CacheError("the guest shares the root through virtiofsd, which needs root: use sudo")
-        spec = replace(self._spec, command=command, cwd=cwd or Path.cwd(), kvm=kvm_works(self._spec.kernel))
+        kvm = not self._spec.exact and kvm_works(self._spec.kernel)
+        spec = replace(self._spec, command=command, cwd=cwd or Path.cwd(), kvm=kvm)
         with exiting_on_signals(), Machine(spec, GuestCache()) as machine:
             return machine.wait()
 
@@ -107,7 +120,8 @@ def fetch() -> None:
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("--kernel", type=click.Choice(KERNELS), required=True)
-@click.option("--cpus", default=4, show_default=True)
+@click.option("--cpus", type=int, help=f"{CPUS}, of an exact guest 1")
+@click.option("--exact", is_flag=True, help="one CPU on which each instruction takes 1 ns: times repeat")
 @click.option("--mem", "mem_mib", default=4096, show_default=True, help="MiB")
 @click.option("--timeout", "timeout_s", default=900.0, show_default=True, help="seconds, the boot included")
 @click.option("--rw", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -117,7 +131,8 @@ def fetch() -> None:
 @click.argument("command", nargs=-1, required=True)
 def run(
     kernel: str,
-    cpus: int,
+    cpus: int | None,
+    exact: bool,
     mem_mib: int,
     timeout_s: float,
     rw: tuple[Path, ...],
@@ -129,13 +144,14 @@ def run(
     """Run COMMAND as root in a fresh guest."""
     guest = Guest(
         kernel,
-        cpus=cpus,
+        cpus=exact_cpus(cpus) if exact else cpus or CPUS,
         mem_mib=mem_mib,
         timeout_s=timeout_s,
         rw=rw,
         modules=modules,
         allow_warnings=allow_warnings,
         console_log=console_log,
+        exact=exact,
     )
     sys.exit(guest.run(command))
 

@@ -33,11 +33,12 @@ INIT_SCRIPT = Path(__file__).with_name("guest_init.sh")
 PASSED_VARIABLES = ("PATH", "HOME", "TERM", "CI", "LANG", "PYTEST_ADDOPTS")
 
 
-def guest_environment(kernel: str, module_root: Path) -> dict[str, str]:
+def guest_environment(kernel: str, module_root: Path, exact: bool = False) -> dict[str, str]:
     """What of our environment the command sees, and what it needs to live on a read-only root."""
     passed = {k: v for k, v in os.environ.items() if k in PASSED_VARIABLES or k.startswith("UBLKPOOL_")}
     return passed | {
         "UBLKPOOL_GUEST": kernel,
+        "UBLKPOOL_EXACT": "1" if exact else "",
         "MODPROBE_OPTIONS": f"-d {module_root}",
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -129,7 +130,7 @@ class Machine:
 
     def _env_file(self) -> str:
         spec = self._spec
-        environ = guest_environment(spec.kernel, self._kernel.module_root)
+        environ = guest_environment(spec.kernel, self._kernel.module_root, spec.exact)
         # Paths that the guest's tmpfs would hide if they lie in /tmp.
         kept = [spec.cwd, self._kernel.module_root, Path(sys.prefix)]
         return (

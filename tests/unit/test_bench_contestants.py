@@ -120,9 +120,9 @@ class Course:
             raise SyscallsError("no histogram triggers")
         return {"server": 2.0}
 
-    def measure(self, *table: Contestant) -> Result:
+    def measure(self, *table: Contestant, exact: bool = False) -> Result:
         result = Result(
-            kernel="", date="", mode="quick", cpus=2, emulated=True, rounds=2, runtime_s=1.0, parties=[]
+            kernel="", date="", mode="quick", cpus=2, emulated=True, exact=exact, rounds=2, runtime_s=1.0
         )
         stage = Stage(Path("/nowhere"), Path("/nowhere"))
         measure(stage, table, result, lambda text: None, lambda each: None)
@@ -150,6 +150,11 @@ def test_system_calls_are_counted_in_runs_of_their_own(monkeypatch: pytest.Monke
     assert [(each.cell, each.parts) for each in result.syscalls] == [
         (cell.name, {"server": 2.0}) for cell in CELLS[:2]
     ]
+
+
+def test_an_exact_run_leaves_system_calls_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    assert course.measure(course.contestant("a"), exact=True).syscalls == []
 
 
 def test_a_kernel_that_does_not_count_is_nobodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
         nothing, some = Cpu(0.0, 0.0), Cpu(0.01, 0.03)
         parts = {"worker": some, "backend": nothing, "fio": some}
         return FioNumbers(1000.0, 4e6, 1.0), (
-            Books(nothing, dict.fromkeys(parts, nothing), 0),
-            Books(some, parts, 1000),
+            Books(nothing, dict.fromkeys(parts, nothing), 0, 0, 0, dict.fromkeys(parts, 0)),
+            Books(some, parts, 1000, 1000, 900, {"worker": 300, "backend": 200, "fio": 400}),
         )
 
     monkeypatch.setattr(growing, "run_fio", run_fio)
@@ -143,6 +143,32 @@ def test_cost_is_for_each_request(stage: FakeStage) -> None:
     assert step.worker_us == pytest.approx(40.0)
     assert (step.backend_us, step.enters) == (0.0, 2.0)
     assert step.syscalls == {"worker": 0.5, "backend": 0.25}
+
+
+def test_an_exact_cost_is_by_the_scheduler_and_without_a_second_run(stage: FakeStage) -> None:
+    growth = Growth(kernel="", date="", cpus=1, emulated=True, exact=True)
+    grow(stage, growth, lambda text: None, lambda each: None, 1, "bytes")
+    step = growth.steps[0]
+    assert step.worker_us == pytest.approx(300.0)
+    assert step.backend_us == pytest.approx(200.0)
+    assert step.busy == pytest.approx(0.9)
+    assert (step.enters, step.syscalls) == (2.0, {})
+
+
+def test_an_exact_run_is_short_but_for_many_devices(
+    monkeypatch: pytest.MonkeyPatch, stage: FakeStage
+) -> None:
+    asked: list[float] = []
+    run: Callable[..., Any] = vars(growing)["run_fio"]
+
+    def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> Any:
+        asked.append(runtime_s)
+        return run(disk, cell, runtime_s)
+
+    monkeypatch.setattr(growing, "run_fio", run_fio)
+    growth = Growth(kernel="", date="", cpus=1, emulated=True, exact=True)
+    grow(stage, growth, lambda text: None, lambda each: None, 16, "devices")
+    assert asked == [0.2, 0.2, 0.2, 0.2, 0.2, pytest.approx(0.8)]
 
 
 def test_all_devices_at_once_are_as_deep_as_one(monkeypatch: pytest.MonkeyPatch, stage: FakeStage) -> None:

@@ -1,10 +1,15 @@
 """Ratios, targets and tables of the benchmark, from made-up results."""
 
+import os
+import threading
+import time
 from collections.abc import Sequence
 
+import msgspec
 import pytest
-from bench.accounts import parse_smaps
+from bench.accounts import Books, Cpu, busy_share, parse_smaps, parts_shares, ran_ns_of
 from bench.cells import CELLS
+from bench.exact import exact_report
 from bench.growth_results import Growth, Idle, Step, Timing, growth_report
 from bench.instructions import InstructionCost, core_instructions
 from bench.ratios import Spread, middle_of, ratio_spread, spread, value_spread
@@ -12,6 +17,8 @@ from bench.results import Party, Result, Sample, Transport
 from bench.syscalls import parse_histogram
 from bench.tables import cost_table, markdown_table, number, report
 from bench.targets import LARGE, QD1, WRITE, verdicts
+
+from support.vm_daemon import eventually
 
 
 def _result(*samples: Sample, parties: Sequence[Party] = (), error: str = "") -> Result:
@@ -169,6 +176,82 @@ def test_the_own_memory_of_a_process_is_what_nobody_shares() -> None:
     )
     found = parse_smaps(text)
     assert (found.pss_kib, found.uss_kib) == (120, 40)
+
+
+def test_shares_are_of_the_time_of_all_cpus() -> None:
+    nothing = Cpu(0.0, 0.0)
+    first = Books(nothing, {}, 0, 1000, 500, {"worker": 100})
+    second = Books(nothing, {}, 9, 2000, 1300, {"worker": 350})
+    assert busy_share(first, second, 1) == pytest.approx(0.8)
+    assert parts_shares(first, second, 2) == {"worker": pytest.approx(0.125)}
+
+
+def test_every_thread_of_a_process_has_run() -> None:
+    before_ns = _others_ran_ns()
+    worked = threading.Thread(target=_work, args=(ended := threading.Event(),))
+    worked.start()
+    try:
+        eventually(lambda: _others_ran_ns() >= before_ns + 20_000_000, "it is counted")
+    finally:
+        ended.set()
+        worked.join()
+    assert ran_ns_of([1 << 30]) == 0
+
+
+def _others_ran_ns() -> int:
+    return ran_ns_of([os.getpid()]) - time.thread_time_ns()
+
+
+def _work(ended: threading.Event) -> None:
+    while not ended.is_set():
+        pass
+
+
+def _exact_samples(name: str, cell: str, *values: float, busy: float = 1.0) -> list[Sample]:
+    shares = {"worker": 0.25, "fio": 0.5}
+    return [msgspec.structs.replace(each, busy=busy, shares=shares) for each in _samples(name, cell, *values)]
+
+
+def _exact_result(*samples: Sample, parties: Sequence[Party] = ()) -> Result:
+    return msgspec.structs.replace(_result(*samples, parties=parties), exact=True, mode="exact", rounds=2)
+
+
+def test_an_exact_report_counts_instructions_and_not_time() -> None:
+    text = exact_report(
+        _exact_result(
+            *_exact_samples("null, pool, ring", WRITE, 40_000.0, 50_000.0),
+            *_exact_samples("kublk null -g", WRITE, 100_000.0, 100_000.0),
+            parties=[
+                _party("null, pool, ring", "ring"),
+                _party("kublk null -g"),
+                _party("worker null", error="StageError: gone"),
+            ],
+        )
+    )
+    assert "| null, pool | ring | failed |  | 22,500 | 0.450 [0.400 to 0.500] |" in text
+    assert "| kublk null -g |  | failed |  | 10,000 | 1.000 [1.000 to 1.000] |" in text
+    assert "| null, pool | ring |  | worker 5,625, fio 11,250 |" in text
+    assert "| null, pool | randwrite 4k qd32 x2 | kublk null -g | ring | ring | 0.8 | 0.45 |" in text
+    assert "- worker null: StageError: gone" in text
+    assert "1e9/IOPS" in text and "2 rounds of 1 s" in text
+    assert "CPU us" not in text and "latency" not in text
+
+
+def test_an_exact_report_names_who_left_the_cpu_idle() -> None:
+    busy, idle = _exact_samples("a", QD1, 10.0), _exact_samples("b", QD1, 10.0, busy=0.8)
+    assert "was busy at least 97%" in exact_report(_exact_result(*busy))
+    text = exact_report(_exact_result(*busy, *idle))
+    assert f"not all instructions: b, {QD1} (80% busy)." in text and "was busy at least" not in text
+
+
+def test_exact_growth_counts_instructions_and_not_time() -> None:
+    step = Step(axis="depth", at=32, iops=50_000.0, worker_us=5.25, backend_us=0.5, enters=0.1, busy=1.0)
+    growth = Growth(kernel="7.3.4", date="2026-01-02", cpus=1, emulated=True, exact=True, steps=[step])
+    growth.timings.append(Timing(what="devices added: 3", seconds=3.21))
+    text = growth_report(growth)
+    assert "## Growth, exact, Linux 7.3.4" in text
+    assert "| 32 | 20,000 | 5,250 | 500 | 0.10 | 100% |" in text
+    assert "IOPS" not in text and "3.2" not in text
 
 
 def test_a_histogram_is_read_thread_by_thread() -> None:

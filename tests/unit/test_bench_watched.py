@@ -1,14 +1,16 @@
 """A run on a disk whose server dies: one line, and nobody waits for ever."""
 
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench import watched
 from bench.accounts import Books, Cpu, has_ended
-from bench.cells import CELLS
+from bench.cells import CELLS, FioError
 from bench.stage import Disk, StageError
 from bench.watched import check_served, end, run_fio, write_end
 
@@ -59,6 +61,35 @@ def test_a_death_while_fio_runs_is_told(
 
     monkeypatch.setattr(watched, "take_books", books)
     with pytest.raises(StageError, match="its backend"):
+        run_fio(disk, CELLS[0], 0.2)
+
+
+def test_a_death_while_its_last_words_are_waited_for_is_told(
+    server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, look = iter(range(100)), os.pidfd_open
+    monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
+    monkeypatch.setattr(watched, "take_books", lambda node, parts: Books(Cpu(0.0, 0.0), {}, 0))
+
+    def look_and_kill(pid: int) -> int:
+        descriptor = look(pid)
+        server.kill()
+        return descriptor
+
+    monkeypatch.setattr(os, "pidfd_open", look_and_kill)
+    with pytest.raises(StageError, match="its backend"):
+        run_fio(disk, CELLS[0], 0.2)
+
+
+def test_what_a_run_says_is_heard_to_its_end(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than a pipe holds, and the end is what counts.
+    failed = '{"jobs": [{"error": 5, "read": {}, "write": {}}]}'
+    script = f"print('x' * 200_000 + {failed!r}); exit(3)"
+    monkeypatch.setattr(watched, "fio_command", lambda *_: [sys.executable, "-c", script])
+    done = iter(range(100))
+    monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
+    monkeypatch.setattr(watched, "take_books", lambda node, parts: Books(Cpu(0.0, 0.0), {}, 0))
+    with pytest.raises(FioError, match=r"ended with 3, errors \[5\]: x+$"):
         run_fio(disk, CELLS[0], 0.2)
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from support import apt_archive, guest_boot, guest_cache, guest_console
+from support import apt_archive, guest, guest_boot, guest_cache, guest_console
+from support.guest_cache import CacheError, Emulator
+from support.guest_qemu import Spec, qemu_command
 
 DEB822 = """\
 # comment
@@ -201,3 +204,40 @@ def test_the_environment_is_passed_selectively(monkeypatch: pytest.MonkeyPatch) 
     assert passed["UBLKPOOL_SEED"] == "7"
     assert passed["UBLKPOOL_GUEST"] == "7.3"
     assert "SECRET_TOKEN" not in passed
+
+
+def test_only_a_command_in_an_exact_guest_is_told_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UBLKPOOL_EXACT", "1")
+    told = [guest_boot.guest_environment("7.3", Path("/modules"), exact) for exact in (True, False)]
+    assert [each["UBLKPOOL_EXACT"] for each in told] == ["1", ""]
+
+
+def _options(spec: Spec) -> dict[str, str]:
+    emulator = Emulator(Path("/qemu"), (), Path("/virtiofsd"), virtiofsd_is_rust=True)
+    words = qemu_command(spec, emulator, Path("/image"), Path("/run"), [], {})
+    return dict(pairwise(words))
+
+
+def test_time_is_instructions_in_an_exact_guest_and_only_there() -> None:
+    exact = _options(Spec("7.3", (), cpus=1, exact=True))
+    assert (exact["-icount"], exact["-smp"]) == ("shift=0", "1")
+    assert exact["-accel"] == "tcg,thread=single"
+    # A byte of `rep movsb` would be an instruction.
+    assert {"-erms", "-fsrm"} <= set(exact["-cpu"].split(","))
+    ordinary = _options(Spec("7.3", (), cpus=2))
+    assert "-icount" not in ordinary
+    assert (ordinary["-accel"], ordinary["-cpu"], ordinary["-smp"]) == ("tcg,thread=multi", "max", "2")
+    assert _options(Spec("7.3", (), kvm=True))["-accel"] == "kvm"
+
+
+def test_an_exact_guest_has_one_cpu_and_no_other_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UBLKPOOL_KVM", raising=False)
+    assert [guest.exact_cpus(asked) for asked in (None, 1)] == [1, 1]
+    with pytest.raises(CacheError, match="one CPU, not 2: leave --cpus out"):
+        guest.exact_cpus(2)
+
+
+def test_an_exact_guest_under_kvm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UBLKPOOL_KVM", "1")
+    with pytest.raises(CacheError, match="unset UBLKPOOL_KVM"):
+        guest.exact_cpus(None)

@@ -1,0 +1,26 @@
+"""What `python -m bench` refuses, and where it puts what it measured."""
+
+from pathlib import Path
+
+import pytest
+from bench import __main__ as command
+from click.testing import CliRunner
+
+
+def test_mode_exact_is_refused_where_time_is_not_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UBLKPOOL_EXACT", raising=False)
+    done = CliRunner().invoke(command.main, ["measure", "--mode", "exact", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "needs a guest in which time is instructions: `make bench MODE=exact`" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_exact_does_not_overwrite_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: "7.3.4+deb13-cloud-amd64")
+    names = []
+    for exact in ("", "1"):
+        monkeypatch.setenv("UBLKPOOL_EXACT", exact)
+        names += [command.result_path(Path("out"), what).name for what in ("speed", "growth")]
+    assert names == ["speed-7.3.json", "growth-7.3.json", "speed-exact-7.3.json", "growth-exact-7.3.json"]
