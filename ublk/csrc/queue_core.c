@@ -425,8 +425,7 @@ int uq_start(struct uq *q)
 
 		if (!q->config.need_get_data) {
 			t->class = (uint8_t)class;
-			t->slot = s->slots[--s->count];
-			uq_stock_touch(q, s);
+			t->slot = uq_stock_pop(q, s);
 			q->config.slots[t->slot].tag = i + 1;
 			address = uq_slot_address(q, t->slot);
 			q->config.stats->buffers_lent++;

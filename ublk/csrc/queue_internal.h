@@ -32,6 +32,7 @@ struct uq_tag {
 struct uq_stock {
 	uint32_t *slots;
 	unsigned count, held, pending, waiting, owed;
+	unsigned least, idle; /* the fewest in `count` since the last look; since the one before */
 	uint16_t first_waiter, last_waiter;
 };
 
@@ -62,7 +63,7 @@ struct uq {
 	struct uq_posts posts[UQ_CLASSES_MAX];
 	struct blocks occupied; /* of the attached backend's segment: lent to a write's tag, or posted */
 	uint16_t *replay; /* room to sort the tags that wait */
-	uint64_t sequence, now_ms, scanned_ms, expected_ms, absent_since_ms;
+	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
 	uint32_t own_segment; /* the attached backend's, 0 for none */
 	uint8_t link;
@@ -91,6 +92,8 @@ void uq_stop_waiting(struct uq *q, struct uq_tag *t);
 void uq_slot_back(struct uq *q, struct uq_tag *t);
 bool uq_stock_short(const struct uq *q);
 bool uq_stock_wanting(struct uq *q);
+void uq_stock_look(struct uq *q);
+uint32_t uq_stock_pop(struct uq *q, struct uq_stock *s);
 static inline void uq_stock_touch(struct uq *q, const struct uq_stock *s) { q->stock_changed |= 1u << (s - q->stock); }
 uint8_t *uq_slot_address(const struct uq *q, uint32_t slot);
 uint64_t uq_slot_offset(const struct uq *q, uint32_t slot);

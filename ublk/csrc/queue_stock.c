@@ -56,6 +56,17 @@ static void give(struct uq *q, struct uq_tag *t, uint32_t slot)
 		uq_ready(q, t);
 }
 
+uint32_t uq_stock_pop(struct uq *q, struct uq_stock *s)
+{
+	uq_stock_touch(q, s);
+	s->count--;
+	if (s->count < s->least)
+		s->least = s->count;
+	if (s->count < s->idle)
+		s->idle = s->count;
+	return s->slots[s->count];
+}
+
 static void enqueue(struct uq *q, struct uq_stock *s, struct uq_tag *t)
 {
 	uint16_t tag = (uint16_t)uq_index(q, t);
@@ -94,7 +105,7 @@ static void serve_waiters(struct uq *q, struct uq_stock *s)
 	while (s->count > payable(q, s) && s->first_waiter != UQ_NO_TAG) {
 		struct uq_tag *t = dequeue(q, s);
 
-		give(q, t, s->slots[--s->count]);
+		give(q, t, uq_stock_pop(q, s));
 	}
 }
 
@@ -107,11 +118,11 @@ void uq_need_buffer(struct uq *q, struct uq_tag *t)
 	s = &q->stock[t->class];
 	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
 		return;
-	uq_stock_touch(q, s);
 	if (s->count > payable(q, s) && s->first_waiter == UQ_NO_TAG) {
-		give(q, t, s->slots[--s->count]);
+		give(q, t, uq_stock_pop(q, s));
 		return;
 	}
+	uq_stock_touch(q, s);
 	q->config.stats->buffers_waited++;
 	enqueue(q, s, t);
 }
@@ -149,7 +160,20 @@ void uq_slot_back(struct uq *q, struct uq_tag *t)
 	serve_waiters(q, s);
 }
 
-/* Never more than a buffer per tag, or than can ever come; a batch ahead of need, and slack before any goes back. */
+/* What lies there for a while nobody needs. */
+void uq_stock_look(struct uq *q)
+{
+	for (unsigned c = 0; c < q->config.classes; c++) {
+		struct uq_stock *s = &q->stock[c];
+
+		s->idle = s->least;
+		s->least = s->count;
+		uq_stock_touch(q, s);
+	}
+}
+
+/* Never more than a buffer per tag, or than can ever come; a batch ahead of need, and slack before any goes back, which
+ * is what was not needed for a while: what one burst gives back the next one takes. */
 int uq_stock_want(const struct uq *q, unsigned class)
 {
 	const struct uq_stock *s = &q->stock[class];
@@ -168,7 +192,7 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	}
 	if (s->waiting)
 		return 0;
-	return s->count > reserve + 3 * batch ? -(int)(s->count - reserve - batch) : 0;
+	return s->idle > reserve + 3 * batch ? -(int)(s->idle - reserve - batch) : 0;
 }
 
 /* Asked in every turn, so only those are looked at of which something has changed. */
@@ -222,10 +246,9 @@ unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned m
 	unsigned count = s->count < max ? s->count : max;
 
 	for (unsigned i = 0; i < count; i++)
-		slots[i] = s->slots[--s->count];
+		slots[i] = uq_stock_pop(q, s);
 	s->held -= count;
 	s->owed -= s->owed < count ? s->owed : count;
-	uq_stock_touch(q, s);
 	q->config.stats->buffers_held -= count;
 	return count;
 }

@@ -5,6 +5,8 @@
 
 /* Looking at every tag costs more than a turn; a deadline may be noticed this much late. */
 #define SCAN_MS 100
+/* So long a buffer must have been of no use before it goes back. */
+#define STOCK_IDLE_MS 200
 
 /* A backend that holds a request past its deadline is cut off: only its death makes the buffer safe to reuse. */
 static void overdue(struct uq *q, struct uq_tag *t)
@@ -64,6 +66,10 @@ void uq_tick(struct uq *q, uint64_t now_ms)
 	if (is_mute(q))
 		uq_link_cut(q, UQ_V_MUTE);
 	watch_absence(q);
+	if (now_ms - q->stock_looked_ms >= STOCK_IDLE_MS) {
+		q->stock_looked_ms = now_ms;
+		uq_stock_look(q);
+	}
 	if (!q->config.timeout_ms || !q->config.stats->in_flight || now_ms - q->scanned_ms < SCAN_MS)
 		return;
 	q->scanned_ms = now_ms;
