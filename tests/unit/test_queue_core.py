@@ -287,6 +287,7 @@ def test_a_second_burst_has_every_buffer_that_is_free() -> None:
         assert len(desk.queue.stock_held(1)) == 5, "what one burst gives back the next one takes"
         for looks in (2, 3):
             desk.queue.tick((burst * 2 + looks) * 1000)
+            desk.side.check()
             desk.rig.settle(0)
         assert len(desk.queue.stock_held(1)) < 5, "what lies there for a while goes back"
 
