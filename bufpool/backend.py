@@ -320,7 +320,8 @@ class Backend:
         """A region that `place` or `read_in_place` named is yours again; told exactly once for each.
 
         For a write that is some time after its answer: until then leave its data where it is, for if you die the
-        daemon may have to take it from there.
+        daemon may have to take it from there.  While no request waits for a region, it may come as late as with the
+        next request.
         """
 
     def detached(self) -> None:
