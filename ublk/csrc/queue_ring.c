@@ -54,12 +54,12 @@ static uint64_t now_ms(void)
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-static int begin(struct uq_ring *r, int char_fd, unsigned spin_us)
+static int begin(struct uq_ring *r, int char_fd)
 {
 	/* DEFER rather than COOP_TASKRUN: 4 % fewer instructions for a request by itself (bench/README.md), and never in
-	 * the middle of something else.  Of many the kernel runs twenty at a time, which costs 1 % at depth 32. */
+	 * the middle of something else.  Of many the kernel runs twenty at a time, see harvest_all(). */
 	struct io_uring_params p = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-					      IORING_SETUP_CQSIZE | (spin_us ? IORING_SETUP_TASKRUN_FLAG : 0),
+					      IORING_SETUP_CQSIZE | IORING_SETUP_TASKRUN_FLAG,
 				     .cq_entries = 2 * r->depth + 2 * UQ_WATCHES_MAX + 1 };
 	/* A doorbell rung, one armed, one removed, a timer. */
 	int e = io_uring_queue_init_params(r->depth + UQ_WATCHES_MAX + 4, &r->ring, &p);
@@ -88,7 +88,7 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, str
 	spin_begin(&r->for_requests, spin_us * 1000ull);
 	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++)
 		r->watch_fd[i] = -1;
-	e = begin(r, char_fd, spin_us);
+	e = begin(r, char_fd);
 	if (e) {
 		free(r);
 		return e;
@@ -352,6 +352,23 @@ static bool has_news(const void *ring)
 	return io_uring_cq_ready(&r->ring) || wants_enter(r) || (r->port && uq_port_has_news(r->port, r->q));
 }
 
+/* All that is there: what comes in smaller pieces leaves in smaller pieces, each with a doorbell or a frame of its own. */
+static void harvest_all(struct uq_ring *r)
+{
+	unsigned count = harvest(r);
+
+	while (count < r->depth && wants_enter(r)) {
+		unsigned more;
+
+		uq_stats_of(r->q)->enters++;
+		io_uring_get_events(&r->ring);
+		more = harvest(r);
+		if (!more)
+			return;
+		count += more;
+	}
+}
+
 /* Before sleeping: whether something turns up.  What is to be submitted goes first, for answers may come of it. */
 static bool look(struct uq_ring *r)
 {
@@ -377,7 +394,7 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 		return e;
 	taken(r);
 	uq_stats_of(r->q)->turns++;
-	harvest(r);
+	harvest_all(r);
 	return 0;
 }
 
