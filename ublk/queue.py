@@ -463,8 +463,12 @@ def map_private(size_bytes: int) -> Any:
 
 def map_zeros(size_bytes: int) -> Any:
     """Memory of this process that is zero and stays so: nobody can write there.  Raises `OSError`."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    return _ffi.from_buffer(mmap.mmap(-1, size_bytes, flags, mmap.PROT_READ))
+    # Pages of a file: the kernel's zero page, which memory of nobody's would be, takes the slow way when it is pinned.
+    fd = sealed_memory(size_bytes, "ublkpool-zeros")
+    try:
+        return _ffi.from_buffer(mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ))
+    finally:
+        os.close(fd)
 
 
 def set_io_flusher() -> None:
