@@ -466,7 +466,9 @@ def map_zeros(size_bytes: int) -> Any:
     # Pages of a file: the kernel's zero page, which memory of nobody's would be, takes the slow way when it is pinned.
     fd = sealed_memory(size_bytes, "ublkpool-zeros")
     try:
-        return _ffi.from_buffer(mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ))
+        return _ffi.from_buffer(
+            mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        )
     finally:
         os.close(fd)
 
