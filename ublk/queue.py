@@ -463,7 +463,7 @@ def map_private(size_bytes: int) -> Any:
 
 def map_zeros(size_bytes: int) -> Any:
     """Memory of this process that is zero and stays so: nobody can write there.  Raises `OSError`."""
-    # Pages of a file: the kernel's zero page, which memory of nobody's would be, takes the slow way when it is pinned.
+    # Pages of a file: memory that was never written is the kernel's zero page, which is pinned the slow way.
     fd = sealed_memory(size_bytes, "ublkpool-zeros")
     try:
         return _ffi.from_buffer(

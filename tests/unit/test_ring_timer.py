@@ -28,7 +28,7 @@ def ring(desk: Desk) -> Iterator[Ring]:
 
 @pytest.fixture
 def event() -> Iterator[int]:
-    made = os.eventfd(0, os.EFD_NONBLOCK)
+    made = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     yield made
     os.close(made)
 
