@@ -156,8 +156,12 @@ class RingLinks:
         count = lib.ports_poll(
             self._ports, self._epoll_file, wait_ms, self._ready, _READY_MAX, self._waiting, self._count
         )
+        if count == -errno.EPROTO:
+            raise WireError(
+                f"queue {self._waiting[0]}: the worker's words make no sense: an index in its ring"
+            )
         if count < 0:
-            raise WireError(f"waiting for rings: {os.strerror(-count)}: does a worker's index make no sense?")
+            raise OSError(-count, f"waiting for rings: {os.strerror(-count)}")
         return [file for file in ffi.unpack(self._ready, count) if not self._is_own(file)] if count else []
 
     def _is_own(self, file: int) -> bool:

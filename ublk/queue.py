@@ -366,7 +366,12 @@ class Port:
         except OSError:
             os.close(self.memory_fd)
             raise
-        self.raw = _ffi.gc(_lib.uq_port_new(self._memory, self.entries), _lib.uq_port_free)
+        raw = _lib.uq_port_new(self._memory, self.entries)
+        if raw == _ffi.NULL:
+            unmap_segment(self._memory, self._size_bytes)
+            os.close(self.memory_fd)
+            raise MemoryError(f"no memory for a queue's rings of {self.entries} entries")
+        self.raw = _ffi.gc(raw, _lib.uq_port_free)
 
     def turn(self, queue: Queue) -> bool:
         """Take what has come and put what waits; whether the backend's doorbell is to be rung."""

@@ -72,13 +72,15 @@ void ports_end(struct ports *p, uint32_t queue) {
 
 uint32_t ports_epoch(const struct ports *p) { return p->epoch; }
 
-/* How many queues something waits on, or -EPROTO. */
+/* How many queues something waits on, or -EPROTO; queues[0] is the one whose index makes no sense. */
 static int32_t waiting_queues(struct ports *p, uint32_t *queues) {
     int32_t count = 0;
     for (uint32_t i = 0; i < p->queues && !p->deaf; i++) {
         int64_t waiting = p->port[i].open ? sr_waiting(&p->port[i].in) : 0;
-        if (waiting < 0)
+        if (waiting < 0) {
+            queues[0] = i;
             return -EPROTO;
+        }
         if (waiting)
             queues[count++] = i;
     }
@@ -214,13 +216,15 @@ int ports_send(struct ports *p, uint32_t queue, const void *from, uint32_t count
     return (uint32_t)written < count ? keep(p, &p->port[queue], rest, count - (uint32_t)written) : 0;
 }
 
-/* Try again what found no room.  0 or -EPROTO. */
-static int push(struct ports *p) {
+/* Try again what found no room.  0, or -EPROTO and in *wrong the queue whose index makes no sense. */
+static int push(struct ports *p, uint32_t *wrong) {
     for (uint32_t i = 0; i < p->queues; i++) {
         struct port *port = &p->port[i];
         int written = port->open ? write_later(p, port) : 0;
-        if (written < 0)
+        if (written < 0) {
+            *wrong = i;
             return written;
+        }
         if (written && sr_publish(&port->out, 0))
             ring_worker(port);
     }
@@ -284,7 +288,7 @@ static int32_t wait_for_files(struct ports *p, int epoll, int timeout_ms, int32_
 int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
                    uint32_t *waiting) {
     if (ports_deferred(p)) {
-        int error = push(p);
+        int error = push(p, queues);
         if (error)
             return error;
         if (timeout_ms < 0 || timeout_ms > LOOK_AGAIN_MS)
@@ -297,7 +301,8 @@ int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, i
 }
 
 void ports_settle(struct ports *p, int timeout_ms) {
-    while (ports_deferred(p) && timeout_ms > 0 && push(p) == 0) {
+    uint32_t wrong;
+    while (ports_deferred(p) && timeout_ms > 0 && push(p, &wrong) == 0) {
         poll(NULL, 0, LOOK_AGAIN_MS);
         timeout_ms -= LOOK_AGAIN_MS;
     }

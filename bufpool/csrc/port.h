@@ -38,7 +38,7 @@ int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t c
 uint64_t ports_deferred(const struct ports *ports);
 /* Wait until something is there to be taken, or one of `epoll`'s files is ready, `timeout_ms` at most (-1: for ever).
  * Those files, but no doorbells of ours, and how many they are, or a negative errno; the queues on which something waits,
- * and in *waiting how many.  -EPROTO for an index that makes no sense.  Tries again what found no room. */
+ * and in *waiting how many.  -EPROTO for an index that makes no sense, of queue queues[0].  Tries again what found no room. */
 int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
                    uint32_t *waiting);
 /* Send what found no room, for `timeout_ms` at most. */

@@ -5,8 +5,8 @@
  * Compiled into both sides, the worker's (ublk/csrc/queue_port.c) and the backend's (port.c), which is why everything
  * is here.  Makes no system call: `sr_publish` says when a doorbell is due, whoever calls it rings.
  *
- * Of what the other side can write nothing is believed: an index that makes no sense is an error (-1), and never leads
- * outside the ring.  One's own index lives in private memory; what is in the shared one is for the other to read.  An
+ * Of what the other side can write nothing is believed: an index that makes no sense is an error (-1), then and in every
+ * later call, and never leads outside the ring.  One's own index lives in private memory; what is in the shared one is for the other to read.  An
  * entry can change while it is looked at, so it is copied before it is judged.
  *
  * Sleeping: a consumer that is about to sleep calls `sr_doze` and sleeps only if that returns 1.  It says whether it is
@@ -18,6 +18,7 @@
 #define UBLKPOOL_SHARED_RING_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -39,7 +40,8 @@ struct sr_end {
 	uint8_t *entries;
 	uint32_t size; /* entries, a power of two */
 	uint32_t mine; /* tail of the producer, head of the consumer */
-	uint32_t theirs; /* the other index, as last read */
+	uint32_t theirs; /* the other index, as last read and found possible */
+	bool lied; /* the other index was impossible once: this end of the ring is over, whatever the index says later */
 };
 
 /* What both directions need: a control page, then the entries towards the backend, then those towards the worker. */
@@ -84,17 +86,28 @@ static inline uint8_t *sr_entry(const struct sr_end *e, uint32_t index)
 	return e->entries + (uint64_t)(index & (e->size - 1)) * SR_ENTRY_BYTES;
 }
 
-/* Producer: how many entries may be written now, up to `wanted`; -1 if the consumer's index makes no sense. */
+/* An impossible index is not kept: room and count are always computed from one that was possible. */
+static inline int64_t sr_lied(struct sr_end *e)
+{
+	e->lied = true;
+	return -1;
+}
+
+/* Producer: how many entries may be written now, up to `wanted`; -1 if the consumer's index makes no sense, or once did. */
 static inline int64_t sr_room(struct sr_end *e, uint32_t wanted)
 {
-	uint32_t used = e->mine - e->theirs;
+	uint32_t used = e->mine - e->theirs, head;
 
+	if (e->lied)
+		return -1;
 	if (e->size - used >= wanted)
 		return wanted;
-	e->theirs = atomic_load_explicit(&e->shared->head, memory_order_acquire);
-	used = e->mine - e->theirs;
-	if (used > e->size)
-		return -1;
+	head = atomic_load_explicit(&e->shared->head, memory_order_acquire);
+	/* Between where it stood and where we have written to: it neither goes back nor reads what is not there. */
+	if (e->mine - head > used)
+		return sr_lied(e);
+	e->theirs = head;
+	used = e->mine - head;
 	return e->size - used < wanted ? e->size - used : wanted;
 }
 
@@ -124,22 +137,26 @@ static inline int sr_publish(struct sr_end *e, int can_wait)
 	return atomic_exchange_explicit(&e->shared->sleeping, SR_AWAKE, memory_order_relaxed) != SR_AWAKE;
 }
 
-/* Consumer: how many entries wait; -1 if the producer's index makes no sense. */
+/* Consumer: how many entries wait; -1 if the producer's index makes no sense, or once did. */
 static inline int64_t sr_waiting(struct sr_end *e)
 {
-	uint32_t count = e->theirs - e->mine;
+	uint32_t count = e->theirs - e->mine, tail;
 
+	if (e->lied)
+		return -1;
 	if (count)
 		return count;
-	e->theirs = atomic_load_explicit(&e->shared->tail, memory_order_acquire);
-	count = e->theirs - e->mine;
-	return count > e->size ? -1 : (int64_t)count;
+	tail = atomic_load_explicit(&e->shared->tail, memory_order_acquire);
+	if (tail - e->mine > e->size)
+		return sr_lied(e);
+	e->theirs = tail;
+	return tail - e->mine;
 }
 
 /* Consumer: whether something has come, or makes no sense; for one that looks again and again. */
 static inline int sr_has_news(const struct sr_end *e)
 {
-	return atomic_load_explicit(&e->shared->tail, memory_order_relaxed) != e->mine;
+	return e->lied || atomic_load_explicit(&e->shared->tail, memory_order_relaxed) != e->mine;
 }
 
 /* Consumer: how many of the waiting entries lie in one piece at *at; they stay until sr_consumed(). */
@@ -169,7 +186,7 @@ static inline int sr_doze(struct sr_end *e, enum sr_sleep sleep)
 {
 	atomic_store_explicit(&e->shared->sleeping, sleep, memory_order_relaxed);
 	atomic_thread_fence(memory_order_seq_cst);
-	if (atomic_load_explicit(&e->shared->tail, memory_order_relaxed) == e->mine)
+	if (!e->lied && atomic_load_explicit(&e->shared->tail, memory_order_relaxed) == e->mine)
 		return 1;
 	sr_wake(e);
 	return 0;

@@ -10,7 +10,6 @@ import mmap
 import os
 import select
 import socket
-import struct
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from support.shared_words import load_word, store_word
 from ublkpool.bufpool import wire
 
 ENTRIES = 64
 CONTROL_BYTES = 4096
 TO_BACKEND, TO_WORKER = 0, 2048
 TAIL, HEAD, SLEEPING = 0, 64, 128
-_U32 = struct.Struct("<I")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -159,11 +158,11 @@ class FakeRings:
     def get(self, at: int) -> int:
         """A number in the control page."""
         assert self.memory is not None
-        return int(_U32.unpack_from(self.memory, at)[0])
+        return load_word(self.memory, at)
 
     def put(self, at: int, value: int) -> None:
         assert self.memory is not None
-        _U32.pack_into(self.memory, at, value & 0xFFFFFFFF)
+        store_word(self.memory, at, value)
 
     def _entry(self, direction: int, index: int) -> slice:
         first = CONTROL_BYTES + (self.entries * wire.DESCRIPTOR_BYTES if direction == TO_WORKER else 0)

@@ -9,9 +9,10 @@ import os
 import random
 import select
 import socket
-import struct
 from pathlib import Path
 from types import TracebackType
+
+from support.shared_words import load_word, store_word
 
 ENTRY_BYTES = 64
 CONTROL_BYTES = 4096
@@ -31,10 +32,10 @@ class RingMemory:
         self._read, self._written = self.index(TO_BACKEND, HEAD), self.index(TO_WORKER, TAIL)
 
     def index(self, ring: int, name: int) -> int:
-        return int(struct.unpack_from("<I", self.memory, ring + name)[0])
+        return load_word(self.memory, ring + name)
 
     def set_index(self, ring: int, name: int, value: int) -> None:
-        struct.pack_into("<I", self.memory, ring + name, value & _MASK)
+        store_word(self.memory, ring + name, value)
 
     def _slot(self, ring: int, index: int) -> int:
         start = CONTROL_BYTES + (self.entries * ENTRY_BYTES if ring == TO_WORKER else 0)

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ from support.queue_desk import Desk
 from support.queue_rig import DEVICE
 from support.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.bufpool.wire import Descriptor, Kind, Op, iter_frame
+from ublkpool.ublk import queue as queue_module
 from ublkpool.ublk.queue import Link, Port
 
 DEPTH = 4
@@ -245,3 +248,21 @@ def test_a_cut_link_is_neither_read_nor_written(ends: Ends) -> None:
     desk.read(0, 0)
     assert not ends.turn()
     assert peer.index(TO_WORKER, HEAD) == head and not peer.take()
+
+
+class WithoutMemory:
+    """The C core on a machine that has no memory for the end of a ring."""
+
+    def __init__(self, lib: Any, null: Any) -> None:
+        self._lib, self._null = lib, null
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_: self._null) if name == "uq_port_new" else getattr(self._lib, name)
+
+
+def test_without_memory_for_a_port_it_is_said_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    monkeypatch.setattr(queue_module, "_lib", WithoutMemory(queue_module._lib, queue_module.NULL))
+    with pytest.raises(MemoryError, match="no memory for a queue's rings of 64 entries"):
+        Port(DEPTH)
+    assert set(Path("/proc/self/fd").iterdir()) == before
