@@ -81,7 +81,7 @@ def test_a_backend_that_has_read_an_impossible_tail_never_reads_again(
         assert backend.take() == EPROTO
         assert lib.ports_peek(backend.ports, 0, at) == EPROTO
         assert lib.ports_have_news(backend.ports), "it does not sleep over what it has to tell"
-        assert not lib.ports_doze(backend.ports, 1)
+        assert not lib.ports_doze(backend.ports, True)
     backend.worker.set_index(TO_BACKEND, TAIL, head + 1)
     assert backend.take() == EPROTO, "the tail is possible again, and the ring is over all the same"
     assert lib.ports_poll(backend.ports, -1, 0, ffi.new("int32_t[1]"), 1, queues, waiting) < 0
