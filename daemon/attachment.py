@@ -171,7 +171,9 @@ class Attachment:
         await session.gone()
         if not self._life.is_stopping:
             name, kind = self._config.name, session.attach.kind
-            _log.warning("%s: backend %s is gone; requests wait for the next", name, kind)
+            # The end of one that the daemon runs is logged with its exit status where it is started again.
+            level = logging.INFO if self._config.backend else logging.WARNING
+            _log.log(level, "%s: backend %s is gone; requests wait for the next", name, kind)
         async with self._life.turn:
             if (team := self._team()) is not None:
                 await team.lost()

@@ -90,6 +90,8 @@ class BackendProcess:
         while True:
             await self.child.wait()
             delay_s = self._backoff.ended()
-            _log.warning("%s: %s; starting it again in %.1f s", self._device, self.obituary(), delay_s)
+            # It ends with status 0 when it was asked to, as by an upgrade.
+            level = logging.WARNING if self.child.exit_status else logging.INFO
+            _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self.obituary(), delay_s)
             await asyncio.sleep(delay_s)
             self.child = self._start()

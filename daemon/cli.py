@@ -70,14 +70,20 @@ def _failed(error: Exception) -> int:
     if os.environ.get("UBLKPOOL_DEBUG") == "1":
         import traceback
 
-        traceback.print_exception(error)
+        _say_error("".join(traceback.format_exception(error)).rstrip("\n"))
     _complain(lines_of(error))
     return status_of(error)
 
 
 def _complain(lines: Sequence[str]) -> None:
     for line in lines:
-        click.echo(f"ublkpool: {line}", err=True)
+        _say_error(f"ublkpool: {line}")
+
+
+def _say_error(text: str) -> None:
+    from ublkpool.daemon import journal
+
+    click.echo(journal.with_priority(text, journal.ERROR) if journal.is_journal(sys.stderr) else text, err=True)
 
 
 def _directory(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

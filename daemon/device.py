@@ -280,7 +280,7 @@ class Device:
         if self._managed is not None:
             self._managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
         self.save()
-        _log.warning("%s: goes on, epoch %d", self.config.name, team.epoch)
+        _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
 
     def abandon(self) -> None:
         """After a `go_on` that failed: forget everything, change nothing."""
@@ -311,7 +311,7 @@ class Device:
             self._now_live(team)
             if (ground := self._ground()) is not None:
                 self._clients.resume(ground, held)
-            _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
+            _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
         if self._managed is not None:
             self._managed.start()
         return True
@@ -350,7 +350,7 @@ class Device:
     async def _recover(self) -> None:
         team = await self._machinery.recover(self.session)
         self._now_live(team)
-        _log.warning("%s: recovered, epoch %d", self.config.name, team.epoch)
+        _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
 
     async def renew(self) -> None:
         """Have the code of today serve: other workers, and another backend if we run it.  I/O pauses, nothing fails."""
@@ -363,7 +363,7 @@ class Device:
                 or team is None
             ):
                 return
-            _log.warning("%s: its workers are of another version; replacing them", self.config.name)
+            _log.info("%s: its workers are of another version; replacing them", self.config.name)
             self._life.enter("quiesced")
             await retire(team, self.config.name)
             try:

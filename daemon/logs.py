@@ -1,6 +1,7 @@
-"""How the daemon logs: to stderr, for people on a terminal, as logfmt or JSON for machines.
+"""How the daemon logs: to stderr, for people on a terminal or in the journal, as logfmt or JSON for machines.
 
-Owns the formats; must not know what is logged.  Fields come in `extra={"fields": {...}}`.
+Owns the formats; must not know what is logged.  Fields come in `extra={"fields": {...}}`.  In systemd's journal every
+line has its priority and no time, because the journal notes both itself.
 """
 
 import json
@@ -10,20 +11,26 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
 
+from ublkpool.daemon import journal
 from ublkpool.daemon.config import LogFormat, LogLevel
+
+# asyncio reports a task that ended by an error which nothing awaited.
+_LOGGERS = ("ublkpool", "asyncio")
 
 
 def configure(level: LogLevel, log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Send everything logged below `ublkpool` to `stream` (stderr); replaces what an earlier call set up."""
+    """Send what ublkpool and asyncio log to `stream` (stderr); replaces what an earlier call set up."""
     stream = stream if stream is not None else sys.stderr
+    in_journal = journal.is_journal(stream)
     if log_format == "auto":
-        log_format = "human" if stream.isatty() else "logfmt"
+        log_format = "human" if in_journal or stream.isatty() else "logfmt"
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Formatter(_FORMATS[log_format]))
-    logger = logging.getLogger("ublkpool")
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(level.upper())
+    handler.setFormatter((_JournalFormatter if in_journal else _Formatter)(_FORMATS[log_format]))
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+    logging.getLogger("ublkpool").setLevel(level.upper())
 
 
 Fields = dict[str, object]
@@ -35,22 +42,37 @@ class _Formatter(logging.Formatter):
         self._render = render
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: Fields = {
+        return self._render(self._head(record) | self._body(record))
+
+    def _head(self, record: logging.LogRecord) -> Fields:
+        return {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "logger": record.name.removeprefix("ublkpool."),
-            "message": record.getMessage(),
         }
+
+    def _body(self, record: logging.LogRecord) -> Fields:
+        fields: Fields = {"logger": record.name.removeprefix("ublkpool."), "message": record.getMessage()}
         fields |= getattr(record, "fields", {})
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        return self._render(fields)
+        return fields
+
+
+class _JournalFormatter(_Formatter):
+    """The journal has the time, and takes the level from the prefix."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return journal.with_priority(super().format(record), journal.priority_of(record.levelno))
+
+    def _head(self, record: logging.LogRecord) -> Fields:
+        return {}
 
 
 def _human(fields: Fields) -> str:
     shown = dict(fields)
-    time, level = str(shown.pop("time"))[11:23], shown.pop("level")
-    head = f"{time} {level:7} {shown.pop('logger')}: {shown.pop('message')}"
+    head = f"{shown.pop('logger')}: {shown.pop('message')}"
+    if "time" in shown:
+        head = f"{str(shown.pop('time'))[11:23]} {shown.pop('level'):7} {head}"
     traceback = shown.pop("traceback", None)
     tail = "".join(f" {key}={_quoted(value)}" for key, value in shown.items())
     return head + tail + (f"\n{traceback}" if traceback else "")

@@ -111,5 +111,5 @@ class TakeOver:
         spared = {arena_prefix(self._around.instance, number) for number in numbers}
         for prefix in list_orphans(self._around.instance):
             if prefix not in spared:
-                _log.warning("removing the pool %s that an earlier daemon left", prefix)
+                _log.info("removing the pool %s that an earlier daemon left", prefix)
                 unlink_arena(prefix)

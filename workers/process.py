@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 from ublkpool.bufpool.arena import Arena
@@ -39,7 +38,7 @@ def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> 
         _begin(keep_fds, title)
         status = main()
     except BaseException:
-        traceback.print_exc()
+        _log.critical("process %s ended by an error of its own", title, exc_info=True)
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -223,7 +223,7 @@ class QueueLoop:
             case messages.Report():
                 self._tell(messages.Standing(self._fetched, self._backend.token.hex()))
             case None:
-                _log.warning(
+                _log.info(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
                 )
                 self._ring.watch(_WATCH_SUPERVISOR, -1)
