@@ -83,7 +83,9 @@ def _complain(lines: Sequence[str]) -> None:
 def _say_error(text: str) -> None:
     from ublkpool.daemon import journal
 
-    click.echo(journal.with_priority(text, journal.ERROR) if journal.is_journal(sys.stderr) else text, err=True)
+    click.echo(
+        journal.with_priority(text, journal.ERROR) if journal.is_journal(sys.stderr) else text, err=True
+    )
 
 
 def _directory(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
