@@ -11,7 +11,7 @@ ERROR = 3
 WARNING = 4
 INFO = 6
 DEBUG = 7
-# Levels of `logging` from the most severe on, and the syslog priority of each; what lies between goes with the lower one.
+# Levels of `logging`, the most severe first, and the syslog priority of each; a level between two has the lower one's.
 _PRIORITIES = ((50, 2), (40, ERROR), (30, WARNING), (20, INFO))
 
 
