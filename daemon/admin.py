@@ -7,7 +7,6 @@ only a wait is given up then.
 
 import asyncio
 import logging
-import os
 import select
 import socket
 from collections.abc import Callable, Coroutine, Sequence
@@ -31,6 +30,7 @@ from ublkpool.daemon.admin_wire import (
     encode_line,
 )
 from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.directories import listen
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
@@ -219,17 +219,7 @@ def _listen(path: Path) -> socket.socket:
     """A listening socket at `path`, for its owner only; replaces one that nobody listens on any more."""
     if _is_answered(path):
         raise DaemonError(f"{path}: another daemon is running here (stop it, or choose another --run-dir)")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    umask = os.umask(0o177)
-    try:
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise DaemonError(f"{path}: cannot listen: {error.strerror or error}") from error
-    finally:
-        os.umask(umask)
-    return listener
+    return listen(path, socket.SOCK_STREAM)
 
 
 def _is_answered(path: Path) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
+from ublkpool.daemon.directories import listen
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
@@ -113,17 +114,8 @@ class AttachServer:
         self.refusals = Refusals(asyncio.get_running_loop().time)
 
     def start(self) -> None:
-        """Listen.  Raises `OSError`."""
-        self._path.unlink(missing_ok=True)
-        listener = socket.socket(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
-        listener.bind(str(self._path))
-        if self._group is not None:
-            os.chown(self._path, -1, self._group)
-        self._path.chmod(0o600 if self._group is None else 0o660)
-        listener.listen(64)
-        self._listener = listener
+        """Listen.  Raises `DaemonError`."""
+        self._listener = listen(self._path, socket.SOCK_SEQPACKET, self._group)
         self._listen()
 
     def close(self) -> None:

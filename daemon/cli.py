@@ -89,6 +89,9 @@ def _say_error(text: str) -> None:
 
 
 def _directory(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Where a daemon runs.  The current directory, which '' names as well, is never meant."""
+    if value == Path():
+        raise click.BadParameter("names the current directory: name one of its own, such as /run/ublkpool")
     return value.absolute() if value is not None else None
 
 

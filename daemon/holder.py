@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ublkpool.daemon.children import Child
+from ublkpool.daemon.directories import listen
 from ublkpool.daemon.readable import readable
 from ublkpool.workers.process import fork_child
 
@@ -94,14 +95,12 @@ class Holder:
         return found
 
     def start(self) -> None:
-        """Fork one, unless an earlier supervisor's is there.  Raises `OSError`."""
+        """Fork one, unless an earlier supervisor's is there.  Raises `DaemonError`, `OSError`."""
         if self._socket is not None:
             return
-        self._path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as listener:
-            listener.bind(str(self._path))
-            self._path.chmod(0o600)
-            listener.listen()
+        with listen(self._path, socket.SOCK_SEQPACKET) as listener:
+            # The holder's own loop waits in accept and recv.
+            listener.setblocking(True)
             pid = fork_child(lambda: _serve(listener), [listener.fileno()], "ublkpool-hold")
         self._child = Child(pid, "holder")
         sock = _connect(self._path)

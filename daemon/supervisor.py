@@ -5,17 +5,13 @@ never in the data path.  Signal handlers only set an event.
 """
 
 import asyncio
-import fcntl
 import grp
 import hashlib
 import logging
-import os
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
@@ -31,6 +27,7 @@ from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_mounts
 from ublkpool.daemon.records import Records
+from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.surroundings import Surroundings
@@ -39,8 +36,6 @@ from ublkpool.ublk import control, queue
 from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
-REPLACE_DEADLINE_S = 90.0
-_POLL_S = 0.05
 _log = logging.getLogger("ublkpool.supervisor")
 _Names = list[str]
 
@@ -215,13 +210,14 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     """
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
-    made = _make_run_dir(run_dir, group)
-    # Only what is locked is ours to remove: another daemon may be running here.
-    lock = await _replace(run_dir) if config.replace else _lock(run_dir)
-    ending.callback(_remove_run_dir, run_dir, made)
-    ending.callback(os.close, lock)
+    if config.replace:
+        directory = await RunDirectory.replace(run_dir, lambda: AdminClient(run_dir).stop(leave=True))
+    else:
+        directory = RunDirectory.claim(run_dir)
+    ending.callback(directory.remove)
+    directory.prepare(group)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    records = Records(run_dir / "devices").load()
+    records = Records(directory.devices).load()
     # Before anything is started, which would keep them as well.
     leave_mounts([each.device_number for each in records if each.device_number is not None])
     holder = Holder(run_dir)
@@ -248,63 +244,6 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     await admin.start()
     leaving.push_async_callback(admin.close)
     return supervisor
-
-
-def _make_run_dir(run_dir: Path, group: int | None) -> bool:
-    """Make the run directory if there is none; whether it was made.  Only the service's user and group may enter."""
-    # A daemon that was killed has left its lock file, and the directory is as much ours as it was that one's.
-    made = not run_dir.exists() or (run_dir / "lock").exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if group is not None:
-            os.chown(run_dir, -1, group)
-        run_dir.chmod(0o700 if group is None else 0o750)
-        (run_dir / "queues").mkdir(exist_ok=True)
-        if group is not None:
-            os.chown(run_dir / "queues", -1, group)
-        (run_dir / "queues").chmod(0o700 if group is None else 0o750)
-    except OSError as error:
-        raise DaemonError(
-            f"run directory {run_dir}: {error.strerror}: choose another with --run-dir"
-        ) from error
-    return made
-
-
-def _lock(run_dir: Path) -> int:
-    """Hold the run directory for this daemon's life.  Raises `DaemonError` if another daemon does."""
-    fd = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise DaemonError(
-            f"{run_dir}: another daemon is running here: stop it, or choose another --run-dir"
-        ) from None
-    return fd
-
-
-async def _replace(run_dir: Path) -> int:
-    """Have the daemon that runs here leave; the lock, which it held.  Raises `DaemonError` if it stays."""
-    with suppress(DaemonError):
-        return _lock(run_dir)
-    AdminClient(run_dir).stop(leave=True)
-    deadline_s = asyncio.get_running_loop().time() + REPLACE_DEADLINE_S
-    while asyncio.get_running_loop().time() < deadline_s:
-        with suppress(DaemonError):
-            return _lock(run_dir)
-        await asyncio.sleep(_POLL_S)
-    raise DaemonError(f"{run_dir}: the daemon that runs here has not left after {REPLACE_DEADLINE_S:.0f} s")
-
-
-def _remove_run_dir(run_dir: Path, made: bool) -> None:
-    for name in ("lock", "pool.sock"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("queues", "devices"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    # systemd's RuntimeDirectory, or a directory that somebody else uses, stays.
-    if made:
-        with suppress(OSError):
-            run_dir.rmdir()
 
 
 async def _add_configured(supervisor: Supervisor, config: ServeConfig, stop: asyncio.Event) -> None:

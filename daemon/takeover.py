@@ -104,7 +104,9 @@ class TakeOver:
 
     def _remove_sockets(self, numbers: Sequence[int]) -> None:
         for path in self._around.queue_dir.iterdir():
-            if int(path.name.partition(".")[0]) not in numbers:
+            number = path.name.partition(".")[0]
+            # What has another name is not a worker's socket.
+            if number.isdecimal() and int(number) not in numbers:
                 path.unlink()
 
     def _remove_pools(self, numbers: Sequence[int]) -> None:

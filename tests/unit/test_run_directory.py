@@ -1,0 +1,297 @@
+"""Run directories: which are taken, what is changed in them, and what is removed at the end."""
+
+import asyncio
+import fcntl
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ublkpool.daemon.directories import listen, own_directory, remove_socket
+from ublkpool.daemon.errors import STATUS_USAGE, ConfigError, DaemonError
+from ublkpool.daemon.run_directory import DaemonRuns, RunDirectory
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(path: Path) -> set[str]:
+    return {each.name for each in path.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_a_directory_that_is_not_there_is_made_and_removed_with_all_that_was_made_in_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run"
+    directory = RunDirectory.claim(path)
+    directory.prepare(None)
+    assert (mode(path), mode(directory.queues), mode(directory.devices)) == (0o700, 0o700, 0o700)
+    (directory.queues / "0.1.ring").touch()
+    (directory.devices / "vol0.json").touch()
+    directory.remove()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("found", [0o700, 0o750, 0o755, 0o711])
+def test_a_found_directory_keeps_its_mode_and_stays(tmp_path: Path, found: int) -> None:
+    tmp_path.chmod(found)
+    directory = RunDirectory.claim(tmp_path)
+    directory.prepare(None)
+    assert mode(tmp_path) == found
+    directory.remove()
+    assert names(tmp_path) == set() and mode(tmp_path) == found
+
+
+@pytest.mark.parametrize(("found", "who"), [(0o777, "everybody"), (0o1777, "everybody"), (0o770, "group")])
+def test_a_directory_that_others_may_write_to_is_refused_and_left_as_it_is(
+    tmp_path: Path, found: int, who: str
+) -> None:
+    tmp_path.chmod(found)
+    with pytest.raises(
+        ConfigError, match=rf"{tmp_path}: {who} .*may write to it \(mode {found:04o}.*--run-dir"
+    ):
+        RunDirectory.claim(tmp_path)
+    assert mode(tmp_path) == found and names(tmp_path) == set()
+
+
+@needs_root
+def test_another_user_s_directory_is_refused_with_both_users(tmp_path: Path) -> None:
+    os.chown(tmp_path, NOBODY, -1)
+    with pytest.raises(ConfigError, match=r"belongs to nobody, not to root"):
+        RunDirectory.claim(tmp_path)
+    assert names(tmp_path) == set()
+
+
+@needs_root
+def test_another_user_s_link_is_refused_and_our_own_is_followed(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir(mode=0o700)
+    link.symlink_to(target)
+    RunDirectory.claim(link).remove()
+    os.chown(link, NOBODY, -1, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="a symbolic link of nobody's"):
+        RunDirectory.claim(link)
+
+
+@pytest.mark.parametrize("system", ["/", "/run", "/tmp", "/dev/shm", "/var/run", "/etc", "/proc"])
+def test_the_system_s_own_directories_are_refused_and_nothing_is_left_there(system: str) -> None:
+    before = mode(Path(system))
+    with pytest.raises(ConfigError, match=rf"^run directory {system}: "):
+        RunDirectory.claim(Path(system))
+    assert mode(Path(system)) == before and not (Path(system) / "queues").exists()
+
+
+@pytest.mark.parametrize("name", ["Documents", "lock", "queues.txt"])
+def test_a_directory_with_a_life_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"not a daemon's: .* is in it: name an empty directory"):
+        RunDirectory.claim(tmp_path)
+    assert names(tmp_path) == {"a file", name}
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="not a directory"):
+        RunDirectory.claim(tmp_path / "file")
+    with pytest.raises(ConfigError, match="File exists|Not a directory"):
+        RunDirectory.claim(tmp_path / "file" / "run")
+
+
+def test_what_is_put_there_while_a_daemon_runs_keeps_no_later_one_away_and_is_not_removed(
+    tmp_path: Path,
+) -> None:
+    first = RunDirectory.claim(tmp_path / "run")
+    first.prepare(None)
+    mine = [first.path / "backend.pid", first.devices / "notes", first.queues / "notes"]
+    for each in mine:
+        each.touch()
+    os.close(first._lock)
+    second = RunDirectory.claim(tmp_path / "run")
+    second.prepare(None)
+    second.remove()
+    assert all(each.exists() for each in mine)
+
+
+def test_a_directory_that_a_killed_daemon_made_is_removed_by_the_next_and_a_found_one_is_not(
+    tmp_path: Path,
+) -> None:
+    made, found = tmp_path / "made", tmp_path / "found"
+    found.mkdir()
+    for each in (made, found):
+        os.close(RunDirectory.claim(each)._lock)
+        RunDirectory.claim(each).remove()
+    assert not made.exists() and found.exists()
+
+
+def test_an_older_version_s_lock_file_says_that_its_daemon_made_the_directory(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    for name in ("queues", "devices"):
+        (path / name).mkdir()
+    (path / "lock").touch()
+    RunDirectory.claim(path).remove()
+    assert not path.exists()
+
+
+def test_only_one_daemon_has_it_and_nothing_is_removed_before_the_lock(tmp_path: Path) -> None:
+    first = RunDirectory.claim(tmp_path / "run")
+    first.prepare(None)
+    with pytest.raises(DaemonRuns, match="another daemon is running here"):
+        RunDirectory.claim(tmp_path / "run")
+    assert first.queues.exists()
+    first.remove()
+
+
+def test_a_daemon_that_begins_while_another_ends_gets_a_lock_that_the_next_one_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before the ending daemon removed its lock file, locked after: that file is nobody else's business."""
+    path = tmp_path / "run"
+    first = RunDirectory.claim(path)
+    first.prepare(None)
+    opened: list[int] = []
+    really = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        if not opened:
+            opened.append(fd)
+            first.remove()
+        really(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    second = RunDirectory.claim(path)
+    second.prepare(None)
+    assert opened and second.queues.exists()
+    with pytest.raises(DaemonRuns):
+        RunDirectory.claim(path)
+    second.remove()
+
+
+def test_replacing_waits_for_the_daemon_that_runs_there(tmp_path: Path) -> None:
+    async def run() -> None:
+        first = RunDirectory.claim(tmp_path / "run")
+        asked: list[str] = []
+
+        def ask() -> None:
+            asked.append("leave")
+            asyncio.get_running_loop().call_soon(os.close, first._lock)
+
+        second = await RunDirectory.replace(tmp_path / "run", ask)
+        assert asked == ["leave"]
+        second.remove()
+
+    asyncio.run(run())
+
+
+@needs_root
+def test_a_group_can_enter_what_was_made_and_what_systemd_made_for_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for_us = tmp_path / "for us"
+    for_us.mkdir(mode=0o750)
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"/elsewhere:{for_us}")
+    for path in (tmp_path / "made", for_us):
+        directory = RunDirectory.claim(path)
+        directory.prepare(NOBODY)
+        for each in (path, directory.queues):
+            assert (each.stat().st_gid, mode(each)) == (NOBODY, 0o750)
+        assert mode(directory.devices) == 0o700
+        directory.remove()
+
+
+@needs_root
+def test_a_found_directory_is_not_opened_to_a_group_but_must_let_it_in(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    directory = RunDirectory.claim(tmp_path)
+    directory.prepare(NOBODY)
+    assert (tmp_path.stat().st_gid, mode(tmp_path)) == (os.getegid(), 0o755)
+    assert (directory.queues.stat().st_gid, mode(directory.queues)) == (NOBODY, 0o750)
+    directory.remove()
+    tmp_path.chmod(0o700)
+    directory = RunDirectory.claim(tmp_path)
+    with pytest.raises(ConfigError, match=rf"group {NOBODY} of the config cannot enter.*chgrp {NOBODY} "):
+        directory.prepare(NOBODY)
+    directory.remove()
+    assert mode(tmp_path) == 0o700
+
+
+@needs_root
+def test_queues_that_a_service_manager_took_are_given_back_to_the_group(tmp_path: Path) -> None:
+    first = RunDirectory.claim(tmp_path / "run")
+    first.prepare(NOBODY)
+    os.chown(first.queues, 0, 0)
+    first.queues.chmod(0o700)
+    first.prepare(NOBODY)
+    assert (first.queues.stat().st_gid, mode(first.queues)) == (NOBODY, 0o750)
+    first.remove()
+
+
+@pytest.mark.parametrize("name", ["queues", "devices"])
+def test_an_entry_that_is_something_else_is_named_and_left(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(elsewhere)
+    directory = RunDirectory.claim(tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"run/{name}: Not a directory"):
+        directory.prepare(None)
+    directory.remove()
+    assert mode(elsewhere) == 0o755
+
+
+def test_a_directory_of_the_daemon_s_own_names_its_purpose_and_the_way_out(tmp_path: Path) -> None:
+    assert own_directory(tmp_path / "a" / "state", "state directory", "use --state-dir", 0o750)
+    assert mode(tmp_path / "a" / "state") == 0o750
+    assert not own_directory(tmp_path / "a" / "state", "state directory", "use --state-dir", 0o700)
+    assert mode(tmp_path / "a" / "state") == 0o750
+    (tmp_path / "a" / "state").chmod(0o757)
+    with pytest.raises(ConfigError, match=r"^state directory .*state: everybody .*: use --state-dir$"):
+        own_directory(tmp_path / "a" / "state", "state directory", "use --state-dir")
+
+
+def test_a_socket_replaces_a_socket_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "admin.sock"
+    for _ in range(2):
+        listen(path, socket.SOCK_STREAM).close()
+        assert mode(path) == 0o600
+    path.unlink()
+    path.write_text("a user's")
+    with pytest.raises(DaemonError, match=r"admin.sock: in the way, and not a socket"):
+        listen(path, socket.SOCK_STREAM)
+    with pytest.raises(DaemonError):
+        remove_socket(path)
+    assert path.read_text() == "a user's"
+    remove_socket(tmp_path / "none")
+
+
+@pytest.mark.parametrize("given", ["", ".", "./"])
+@pytest.mark.parametrize("command", [["serve"], ["list"]])
+def test_the_current_directory_is_no_run_directory(tmp_path: Path, given: str, command: list[str]) -> None:
+    tmp_path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "ublkpool.daemon", *command, "--run-dir", given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == STATUS_USAGE
+    assert "'--run-dir': names the current directory" in done.stderr and done.stderr.count("\n") == 1
+    assert mode(tmp_path) == 0o755 and names(tmp_path) == set()
