@@ -110,7 +110,7 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not a directory"):
         RunDirectory.claim(tmp_path / "file")
-    with pytest.raises(ConfigError, match="File exists|Not a directory"):
+    with pytest.raises(ConfigError, match=r"File exists|Not a directory"):
         RunDirectory.claim(tmp_path / "file" / "run")
 
 
