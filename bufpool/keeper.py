@@ -77,9 +77,7 @@ class Keeper:
 
 def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Only a keeper's socket is replaced: bind refuses to take the place of anything else.
-    if path.is_socket():
-        path.unlink()
+    path.unlink(missing_ok=True)
     mask = os.umask(0o177)
     try:
         listener.bind(str(path))

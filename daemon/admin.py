@@ -30,9 +30,9 @@ from ublkpool.daemon.admin_wire import (
     encode_line,
 )
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.directories import listen
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.unix_socket import listen
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0

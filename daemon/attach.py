@@ -17,12 +17,12 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
-from ublkpool.daemon.directories import listen
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
 from ublkpool.daemon.refusals import Refusals, plain
 from ublkpool.daemon.session import Session
+from ublkpool.daemon.unix_socket import listen
 
 ATTACH_DEADLINE_S = 10.0
 UNHEARD_MAX = 256

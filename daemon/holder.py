@@ -20,8 +20,8 @@ from pathlib import Path
 import msgspec
 
 from ublkpool.daemon.children import Child
-from ublkpool.daemon.directories import listen
 from ublkpool.daemon.readable import readable
+from ublkpool.daemon.unix_socket import listen
 from ublkpool.workers.process import fork_child
 
 PATH = "held.sock"

@@ -5,10 +5,12 @@ mode.  One that another user owns, or may write to, is refused: that user could 
 """
 
 import os
+import pwd
 import stat
+from contextlib import suppress
 from pathlib import Path
 
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import ConfigError
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -16,17 +18,18 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 def make_own_directory(path: Path, what: str, option: str, mode: int = 0o700) -> bool:
     """Make the directory, with its parents, if there is none; whether it was made.
 
-    `what` and `option` are for the error: "run directory", "--run-dir".  Raises `DaemonError` if the directory cannot
-    be made, is none, belongs to another user than this process's or root, or may be written to by others.
+    `what` and `option` are for the error: "run directory", "--run-dir".  Raises `ConfigError` if the directory cannot
+    be made, is none, belongs to another user than this process's or root, or may be written to by others, or if a
+    symbolic link of another user's leads there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         made = _make(path, mode)
-        status = path.stat()
+        reason = "" if made else _why_not_ours(path)
     except OSError as error:
-        raise DaemonError(f"{what} {path}: {error.strerror}: choose another with {option}") from error
-    if reason := _why_not_ours(status):
-        raise DaemonError(f"{what} {path}: {reason}: choose another with {option}")
+        raise ConfigError([f"{what} {path}: {error.strerror}: choose another with {option}"]) from error
+    if reason:
+        raise ConfigError([f"{what} {path}: {reason}: choose another with {option}"])
     return made
 
 
@@ -40,11 +43,27 @@ def _make(path: Path, mode: int) -> bool:
     return True
 
 
-def _why_not_ours(status: os.stat_result) -> str:
+def _why_not_ours(path: Path) -> str:
+    link, status = path.lstat(), path.stat()
+    if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
+        return f"it is a symbolic link of {_user(link.st_uid)}"
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a directory"
-    if status.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {status.st_uid}"
+    if not _is_ours(status):
+        return f"it belongs to {_user(status.st_uid)} (mode {stat.S_IMODE(status.st_mode):04o})"
     if status.st_mode & _WRITABLE_BY_OTHERS:
-        return f"other users may write to it (mode {stat.S_IMODE(status.st_mode):04o})"
+        about = (
+            f"mode {stat.S_IMODE(status.st_mode):04o}, owner {_user(status.st_uid)}, group {status.st_gid}"
+        )
+        return f"other users may write to it ({about})"
     return ""
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.geteuid())
+
+
+def _user(uid: int) -> str:
+    with suppress(KeyError):
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    return f"user {uid}"

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ublkpool.daemon.directories import own_directory
 from ublkpool.daemon.errors import ConfigError, DaemonError
+from ublkpool.daemon.own_directory import make_own_directory
 
 WAY_OUT = "choose another with --run-dir"
 REPLACE_DEADLINE_S = 90.0
@@ -75,7 +75,7 @@ class RunDirectory:
     def claim(cls, path: Path) -> "RunDirectory":
         """Make the directory or take a found one.  Raises `ConfigError`, or `DaemonError` if a daemon runs there."""
         for _ in range(CLAIMS_MAX):
-            made = own_directory(path, _WHAT, WAY_OUT)
+            made = make_own_directory(path, _WHAT, "--run-dir")
             try:
                 # A daemon of a version that wrote nothing into its lock file was killed here.
                 made = made or (_check_is_run_directory(path) and _is_empty_lock(path))
