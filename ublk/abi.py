@@ -84,6 +84,7 @@ class Feature(enum.IntFlag):
     SAFE_STOP_DEV = 1 << 17
     NO_AUTO_PART_SCAN = 1 << 18
     SHMEM_ZC = 1 << 19
+    IO_DESC_SIZE = 1 << 20
 
 
 def feature_names(bits: int) -> list[str]:

@@ -44,6 +44,12 @@ def test_features_have_names_and_unknown_bits_show_their_number() -> None:
     assert abi.feature_names(1 << 19 | 1 << 60) == ["SHMEM_ZC", "BIT_60"]
 
 
+def test_every_feature_of_linux_7_3_has_a_name() -> None:
+    names = abi.feature_names(0x1FFFFF)
+    assert len(names) == 21 and names[-1] == "IO_DESC_SIZE"
+    assert not [name for name in names if name.startswith("BIT_")]
+
+
 def test_parameters_of_a_7_eib_disk_with_4k_blocks_keep_every_bit() -> None:
     size = 7 << 60
     raw = abi.Parameters(
