@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ublkpool.daemon.backend_log import BackendLog
 from ublkpool.daemon.backoff import Backoff
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.config import BackendConfig
+from ublkpool.daemon.mounts import enter_live_view
 
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 5.0
@@ -25,13 +28,22 @@ class BackendProcess:
     """One device's backend child."""
 
     def __init__(
-        self, device: str, config: BackendConfig, run_dir: Path, hold: Callable[[int], None]
+        self,
+        device: str,
+        config: BackendConfig,
+        run_dir: Path,
+        hold: Callable[[int], None],
+        live_mounts: int | None = None,
     ) -> None:
-        """Nothing runs yet: `start` or `adopt`.  `hold` is told the descriptor behind which its stderr is read."""
+        """Nothing runs yet: `start` or `adopt`.  `hold` is told the descriptor behind which its stderr is read.
+
+        `live_mounts`: the mount namespace that it runs in (`daemon/mounts.py`); None for the daemon's.
+        """
         self._device = device
         self._config = config
         self._run_dir = run_dir
         self._hold = hold
+        self._live_mounts = live_mounts
         self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
     def start(self) -> None:
@@ -57,7 +69,7 @@ class BackendProcess:
         try:
             process = subprocess.Popen(
                 command,
-                cwd=self._config.cwd,
+                **self._place(),
                 stdin=subprocess.DEVNULL,
                 stderr=writer,
                 # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
@@ -72,6 +84,13 @@ class BackendProcess:
         process.returncode = 0
         self._listen(reader)
         return Child(process.pid, self._title)
+
+    def _place(self) -> dict[str, Any]:
+        """The working directory, by name: it is the live namespace's, where the daemon's own view ends."""
+        if self._live_mounts is None:
+            return {"cwd": self._config.cwd}
+        # Safe after a fork without exec: the supervisor has one thread.
+        return {"preexec_fn": partial(enter_live_view, self._live_mounts, self._config.cwd or "/")}
 
     def _listen(self, reader: int) -> None:
         self._hold(reader)

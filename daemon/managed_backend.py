@@ -29,7 +29,11 @@ class ManagedBackend:
         self._device = device
         self._background = background
         self._process = BackendProcess(
-            device, config, around.run_dir, lambda fd: around.holder.hold(stderr_name(device), fd)
+            device,
+            config,
+            around.run_dir,
+            lambda fd: around.holder.hold(stderr_name(device), fd),
+            around.live_mounts,
         )
         self._is_started = False
         self._keeper: asyncio.Task[None] | None = None

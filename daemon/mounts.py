@@ -1,66 +1,185 @@
-"""The daemon's own view of mounts: none of its own disks may be mounted in it.
+"""Two views of the machine's mounts: the operator's, where backends run, and the daemon's own, which pins almost none.
 
-A daemon that starts while its disks are mounted gets these mounts with its mount namespace.  There they would outlive
-the client's umount and keep the disk busy; and at the daemon's end the kernel would wait for a disk that nobody serves.
+A process pins every mount of its mount namespace.  The daemon's processes live longer than the mounts of others, and a
+mount of the daemon's own disk that they held could never be let go of: at their end the kernel would wait for a disk
+that has no server.  So the daemon leaves the namespace that it was started in, makes its copy private, and detaches
+from that copy every mount on which nothing lies that the daemon itself uses.  Workers, broker, holder and control
+commands are forked later and share this view.
+
+Backends hold no `/dev/ublkcN`, and the files that they serve are the operator's.  They run in the namespace that the
+daemon was started in: a descriptor of it is kept, and the forked child enters it before exec.  Each daemon keeps its
+own, so after a takeover backends are started in the namespace of the daemon that runs now.
 """
 
 import logging
+import os
 import re
-from collections.abc import Collection, Iterator
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import ublkpool
 from ublkpool.ublk import queue
 
+NAMESPACE = Path("/proc/self/ns/mnt")
+KERNEL_TREES = ("/proc", "/sys", "/dev")
+"""Below these, mounts without a block device (devpts, /dev/shm, cgroups, a single device node) stay as well."""
+SYSTEM_PATHS = ("/", *KERNEL_TREES, "/dev/shm", "/sys/fs/cgroup", "/etc", "/run", "/run/udev")
+"""What the daemon opens by a fixed path."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
-_SYS_BLOCK = Path("/sys/dev/block")
 _log = logging.getLogger("ublkpool.supervisor")
 
 
 class Mount(NamedTuple):
-    """A line of /proc/PID/mountinfo."""
+    """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
 
+    id: int
+    parent: int
     device: str
     """`major:minor`"""
     path: str
-    source: str
+
+
+def leave_for_own_view(used: Iterable[Path]) -> int:
+    """Move this process into a mount namespace of its own, which keeps what the daemon needs and the mounts of `used`.
+
+    A path of `used` need not exist yet: then its nearest parent that does counts.  Returns a descriptor of the
+    namespace that was left, close-on-exec.  Raises `OSError`.
+    """
+    live = os.open(NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        queue.private_mounts()
+    except OSError:
+        os.close(live)
+        raise
+    # The directory that the operator stood in is no concern of the daemon's.
+    os.chdir("/")
+    detach_all_but([*used, *own_paths()])
+    return live
+
+
+def detach_all_but(used: Iterable[Path]) -> None:
+    """Detach, in this namespace, every mount but those that these paths lead over.  A refused one is logged."""
+    ids = {found for path in used for found in mounts_on_the_way(path)}
+    while idle := idle_mounts(_mounts(), ids):
+        # The last that was mounted first: it may hide another.
+        refusals = [_detach(each) for each in reversed(idle)]
+        if all(refusals):
+            for mount, refusal in zip(reversed(idle), refusals, strict=True):
+                _log.warning("the daemon keeps the mount %s pinned: %s", mount.path, refusal)
+            return
+
+
+def _detach(mount: Mount) -> str | None:
+    """Why not, or None if it is detached."""
+    try:
+        queue.leave_mount(mount.path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def parse_mounts(mountinfo: str) -> Iterator[Mount]:
     """The mounts that the text describes, in its order."""
     for line in mountinfo.splitlines():
-        about, _, origin = line.partition(" - ")
-        fields, source = about.split(), origin.split()
-        yield Mount(fields[2], _plain(fields[4]), _plain(source[1]))
+        number, parent, device, _, path = line.split()[:5]
+        yield Mount(int(number), int(parent), device, _ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
 
 
-def leave_mounts(numbers: Collection[int]) -> None:
-    """Unmount in this namespace, and only here, whatever lies on the disks with these device numbers."""
-    disks = {f"ublkb{number}" for number in numbers}
-    mounts = list(parse_mounts(Path("/proc/self/mountinfo").read_text())) if disks else []
-    for mount in reversed(mounts):
-        if disks & _disks_below(_SYS_BLOCK / mount.device) or _is_on(mount.source, disks):
-            _log.info("leaving the mount %s of our own disk to others", mount.path)
-            # A mount below another goes with it.
-            with suppress(OSError):
-                queue.leave_mount(mount.path)
+def idle_mounts(mounts: Sequence[Mount], used: Collection[int]) -> list[Mount]:
+    """The mounts to detach next, given the ids of those in use: each lies directly on one that stays.
+
+    What lies on a detached mount goes with it.  Of several mounts at one path only the last can be reached.
+    """
+    by_id = {each.id: each for each in mounts}
+    staying: set[int] = set()
+    for mount in mounts:
+        if mount.id in used or _belongs_to_the_kernel(mount):
+            staying |= _with_parents(mount, by_id)
+    topmost = {each.path: each.id for each in mounts}
+    return [
+        each
+        for each in mounts
+        if each.id not in staying
+        and topmost[each.path] == each.id
+        and (above := by_id.get(each.parent)) is not None
+        and (above.id in staying or above.path == each.path)
+    ]
 
 
-def _is_on(source: str, disks: Collection[str]) -> bool:
-    """Whether the source is one of these disks: some file systems have device numbers of their own."""
-    return source.removeprefix("/dev/") in disks
-
-
-def _disks_below(block: Path) -> set[str]:
-    """The names of a block device, of the disk that it is a part of, and of all that it is made of."""
-    if not block.exists():
-        return set()
-    found = set(block.resolve().parts)
-    for slave in (block / "slaves").glob("*"):
-        found |= _disks_below(slave)
+def _with_parents(mount: Mount, by_id: dict[int, Mount]) -> set[int]:
+    found = {mount.id}
+    while (above := by_id.get(mount.parent)) is not None and above.id not in found:
+        found.add(above.id)
+        mount = above
     return found
 
 
-def _plain(text: str) -> str:
-    return _ESCAPE.sub(lambda code: chr(int(code[1], 8)), text)
+def _belongs_to_the_kernel(mount: Mount) -> bool:
+    below = any(mount.path == tree or mount.path.startswith(f"{tree}/") for tree in KERNEL_TREES)
+    return below and mount.device.startswith("0:")
+
+
+def mounts_on_the_way(path: Path) -> set[int]:
+    """The ids of the mounts that a look-up of this path crosses, as far as it exists."""
+    return {found for each in (path, *path.parents) if (found := _mount_of(each)) is not None}
+
+
+def _mount_of(path: Path) -> int | None:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        about = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    return next(int(line.split()[1]) for line in about.splitlines() if line.startswith("mnt_id:"))
+
+
+def own_paths() -> set[Path]:
+    """The paths of the system, of the code that this process runs, and of what it may load or start later."""
+    paths = {Path(each) for each in SYSTEM_PATHS} | _code() | _libraries()
+    if (tool := shutil.which("udevadm")) is not None:
+        paths.add(Path(tool))
+    if (address := os.environ.get("NOTIFY_SOCKET", "")).startswith("/"):
+        paths.add(Path(address))
+    # A symbolic link leads over the mounts of both of its ends.
+    return paths | {each.resolve() for each in paths}
+
+
+def _code() -> set[Path]:
+    """Not sys.path: that may name the directory in which the operator stood."""
+    files = [getattr(module, "__file__", None) for module in tuple(sys.modules.values())]
+    packages = {Path(each) for each in ublkpool.__path__}
+    return packages | {Path(each).parent for each in (sys.executable, *filter(None, files))}
+
+
+def _libraries() -> set[Path]:
+    found: set[Path] = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith("/"):
+            found.add(Path(fields[5]).parent)
+    return found
+
+
+def _mounts() -> list[Mount]:
+    return list(parse_mounts(Path("/proc/self/mountinfo").read_text()))
+
+
+def enter_live_view(live: int, cwd: str) -> None:
+    """For a forked child, before it execs a backend: enter the namespace `live`, and `cwd` there.
+
+    The child ends with a line on its stderr if that cannot be.
+    """
+    try:
+        queue.enter_mounts(live)
+        os.chdir(cwd)
+    except OSError as error:
+        with suppress(OSError):
+            os.write(2, f"ublkpool: cannot start in directory {cwd}: {error.strerror}\n".encode())
+        os._exit(1)

@@ -25,14 +25,14 @@ from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
-from ublkpool.daemon.mounts import leave_mounts
+from ublkpool.daemon.mounts import leave_for_own_view
 from ublkpool.daemon.records import Records
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
-from ublkpool.ublk import control, queue
+from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
@@ -167,18 +167,18 @@ def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
     control.get_features()
-    queue.private_mounts()
+    live_mounts = leave_for_own_view([config.run_dir])
     share_heap()
-    return asyncio.run(_serve(config))
+    return asyncio.run(_serve(config, live_mounts))
 
 
-async def _serve(config: ServeConfig) -> int:
+async def _serve(config: ServeConfig, live_mounts: int) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as ending, AsyncExitStack() as leaving:
-        supervisor = await _start(config, ending, leaving)
+        supervisor = await _start(config, live_mounts, ending, leaving)
         await _add_configured(supervisor, config, stop)
         notify.ready(f"serving {len(config.devices)} devices")
         _log.info("serving in %s", config.run_dir)
@@ -203,7 +203,9 @@ async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
     ending.pop_all()
 
 
-async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExitStack) -> Supervisor:
+async def _start(
+    config: ServeConfig, live_mounts: int, ending: AsyncExitStack, leaving: AsyncExitStack
+) -> Supervisor:
     """Bring up the parts.
 
     `leaving` takes down, in the opposite order, what ends with this daemon; then `ending` what would outlive it.
@@ -218,14 +220,12 @@ async def _start(config: ServeConfig, ending: AsyncExitStack, leaving: AsyncExit
     directory.prepare(group)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     records = Records(directory.devices).load()
-    # Before anything is started, which would keep them as well.
-    leave_mounts([each.device_number for each in records if each.device_number is not None])
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
-    around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder)
+    around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder, live_mounts)
     configured = {device.name for device in config.devices}
     left = TakeOver(around, records, held, configured)
     await left.clear()

@@ -22,13 +22,16 @@ class Surroundings:
         runner: ControlRunner,
         pool_broker: BrokerProcess,
         holder: Holder,
+        live_mounts: int | None = None,
     ) -> None:
+        """`live_mounts`: a descriptor of the mount namespace that backends run in, see `daemon/mounts.py`."""
         self.run_dir = run_dir
         self.instance = instance
         self.group = group
         self.runner = runner
         self.broker = pool_broker
         self.holder = holder
+        self.live_mounts = live_mounts
         self.build = build_id()
         self.records = Records(run_dir / "devices")
         self.queue_dir = run_dir / "queues"

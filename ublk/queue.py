@@ -498,6 +498,11 @@ def leave_mount(path: str) -> None:
     _check(_lib.uq_leave_mount(os.fsencode(path)), f"umount {path}")
 
 
+def enter_mounts(fd: int) -> None:
+    """Move this process into the mount namespace behind `fd`; it stands at that namespace's root then."""
+    _check(_lib.uq_enter_mounts(fd), "enter a mount namespace")
+
+
 def close_all_but(keep: Sequence[int]) -> None:
     """Close every descriptor of this process but these."""
     numbers = sorted(set(keep))

@@ -61,7 +61,7 @@ class FakeProcess:
 
 
 def managed(fails: bool = False) -> tuple[ManagedBackend, FakeProcess]:
-    around = cast(Surroundings, SimpleNamespace(run_dir=Path("/nonexistent"), holder=None))
+    around = cast(Surroundings, SimpleNamespace(run_dir=Path("/nonexistent"), holder=None, live_mounts=None))
     made = ManagedBackend("vol", BackendConfig(kind="null"), around, Background("vol"))
     process = FakeProcess(fails)
     made._process = cast(Any, process)

@@ -1,52 +1,117 @@
-"""Which mounts a starting daemon takes for its own disks', from a made-up /proc and /sys."""
+"""Which mounts a daemon detaches from its own namespace: on made-up tables, and for real where a test may unshare."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ublkpool.daemon import mounts
+from ublkpool.daemon.mounts import idle_mounts, parse_mounts
 
 MOUNTINFO = r"""
 21 1 8:1 / / rw - ext4 /dev/sda1 rw
 22 21 259:0 / /mnt/whole\040disk rw,relatime shared:3 master:1 - ext4 /dev/ublkb0 rw
-23 21 259:1 / /mnt/part rw - ext4 /dev/ublkb0p1 rw
-24 21 253:0 / /mnt/lvm rw - xfs /dev/mapper/vg-a rw
-25 21 0:44 / /mnt/btrfs rw - btrfs /dev/ublkb0 rw
-26 21 259:9 / /mnt/foreign rw - ext4 /dev/ublkb7 rw
-27 21 0:22 / /proc rw - proc proc rw
+23 22 0:44 / /mnt/whole\040disk/below rw - tmpfs tmpfs rw
+24 21 0:22 / /proc rw - proc proc rw
+25 21 0:23 / /dev rw - devtmpfs devtmpfs rw
+26 25 0:24 / /dev/shm rw - tmpfs tmpfs rw
+27 25 8:2 / /dev/disk rw - ext4 /dev/sda2 rw
+28 21 0:25 / /run rw - tmpfs tmpfs rw
+29 28 0:26 / /run/user/7 rw - tmpfs tmpfs rw
+30 21 8:3 / /home rw - ext4 /dev/sda3 rw
+31 30 8:4 / /home/us rw - ext4 /dev/sda4 rw
+32 30 8:5 / /home/them rw - ext4 /dev/sda5 rw
+33 21 8:6 / /srv rw - ext4 /dev/sda6 rw
+34 33 8:7 / /srv rw - ext4 /dev/sda7 rw
 """.strip()
+RUN, HOME_US = 28, 31
 
 
-@pytest.fixture
-def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The mount points that were left."""
-    block = tmp_path / "dev" / "block"
-    block.mkdir(parents=True)
-    disks = {
-        "8:1": "sda/sda1",
-        "259:0": "ublkb0",
-        "259:1": "ublkb0/ublkb0p1",
-        "253:0": "dm-0",
-        "259:9": "ublkb7",
-    }
-    for number, name in disks.items():
-        (tmp_path / "devices" / name).mkdir(parents=True, exist_ok=True)
-        (block / number).symlink_to(tmp_path / "devices" / name)
-    slaves = tmp_path / "devices" / "dm-0" / "slaves"
-    slaves.mkdir()
-    (slaves / "ublkb0p1").symlink_to(tmp_path / "devices" / "ublkb0" / "ublkb0p1")
-    found: list[str] = []
-    monkeypatch.setattr(mounts, "_SYS_BLOCK", block)
-    monkeypatch.setattr(Path, "read_text", lambda path: MOUNTINFO)
-    monkeypatch.setattr("ublkpool.ublk.queue.leave_mount", found.append)
-    return found
+def test_what_is_used_stays_with_what_it_lies_on_and_so_do_the_kernels_own_trees() -> None:
+    idle = idle_mounts(list(parse_mounts(MOUNTINFO)), {RUN, HOME_US})
+    assert [each.path for each in idle] == [
+        "/mnt/whole disk",
+        "/dev/disk",
+        "/run/user/7",
+        "/home/them",
+        "/srv",
+    ]
+    assert idle[-1].id == 34, "of two at one path the one that can be reached goes first"
 
 
-def test_what_lies_on_our_own_disks_is_left_and_nothing_else(left: list[str]) -> None:
-    mounts.leave_mounts([0, 5])
-    assert left == ["/mnt/btrfs", "/mnt/lvm", "/mnt/part", "/mnt/whole disk"]
+def test_a_mount_below_another_is_left_to_that_one() -> None:
+    table = list(parse_mounts(MOUNTINFO))
+    assert [each.id for each in idle_mounts(table, {23})] == [27, 28, 30, 34]
 
 
-def test_without_disks_nothing_is_left(left: list[str]) -> None:
-    mounts.leave_mounts([])
-    assert left == []
+def test_the_root_is_never_idle() -> None:
+    assert [each.id for each in idle_mounts(list(parse_mounts(MOUNTINFO)), set())] == [22, 27, 28, 30, 34]
+
+
+def test_a_path_that_does_not_exist_counts_as_its_nearest_parent(tmp_path: Path) -> None:
+    assert mounts.mounts_on_the_way(tmp_path / "not" / "yet") == mounts.mounts_on_the_way(tmp_path)
+    assert mounts.mounts_on_the_way(Path("/proc/self")) > mounts.mounts_on_the_way(Path("/"))
+
+
+def test_a_symbolic_link_leads_over_the_mounts_of_both_ends(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("/proc")
+    both = mounts.mounts_on_the_way(tmp_path) | mounts.mounts_on_the_way(Path("/proc"))
+    assert mounts.mounts_on_the_way(link) == both
+
+
+_DAEMON = """
+import os, subprocess, sys
+from pathlib import Path
+from ublkpool.daemon import mounts
+from ublkpool.daemon.backend_process import BackendProcess
+
+def mount(where, *options):
+    Path(where).mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *options, "-t", "tmpfs", "t", where], check=True)
+
+root, propagation = sys.argv[1:]
+subprocess.run(["mount", f"--make-r{propagation}", "/"], check=True)
+for name in ("early", "early/below", "run", "late/hidden", "late"):
+    mount(f"{root}/{name}")
+os.chdir(f"{root}/early")
+live = mounts.leave_for_own_view([Path(f"{root}/run/ublkpool")])
+ours = {each.path for each in mounts._mounts() if each.path.startswith(root)}
+assert ours == {f"{root}/run"}, ours
+assert os.getcwd() == "/"
+assert os.path.exists(sys.executable) and os.path.exists("/dev/shm") and os.path.exists("/proc/self/fd")
+if os.fork() == 0:
+    mounts.enter_live_view(live, f"{root}/early/below")
+    assert os.getcwd() == f"{root}/early/below"
+    subprocess.run(["umount", f"{root}/late"], check=True)
+    mount(f"{root}/new")
+    Path(f"{root}/new/file").touch()
+    os._exit(0)
+assert os.wait()[1] == 0
+# Nothing that is mounted there later comes here.
+assert not Path(f"{root}/new/file").exists()
+if os.fork() == 0:
+    mounts.enter_live_view(live, f"{root}/new")
+    assert Path("file").exists() and Path(f"{root}/late/hidden").exists()
+    os._exit(0)
+assert os.wait()[1] == 0
+if os.fork() == 0:
+    mounts.enter_live_view(live, f"{root}/nowhere")
+assert os.wait()[1] == 1 << 8
+"""
+
+
+@pytest.mark.parametrize("propagation", ["private", "shared"])
+def test_a_process_of_its_own_view_pins_nothing_it_does_not_use_and_leads_children_back(
+    tmp_path: Path, propagation: str
+) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not make mount namespaces; the vm tests do")
+    command = ["unshare", "-m", sys.executable, "-c", _DAEMON, str(tmp_path), propagation]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    assert ran.returncode == 0, ran.stderr
+    assert (
+        ran.stderr == f"ublkpool: cannot start in directory {tmp_path}/nowhere: No such file or directory\n"
+    )

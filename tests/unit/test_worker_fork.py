@@ -52,7 +52,7 @@ def test_the_daemon_does_so_before_it_starts_anything(monkeypatch: pytest.Monkey
         return 0
 
     monkeypatch.setattr("ublkpool.ublk.control.get_features", lambda: 0)
-    monkeypatch.setattr("ublkpool.ublk.queue.private_mounts", lambda: None)
+    monkeypatch.setattr(supervisor, "leave_for_own_view", lambda used: -1)
     monkeypatch.setattr(supervisor, "share_heap", lambda: order.append("shared"))
     monkeypatch.setattr(asyncio, "run", run)
     assert supervisor.serve(ServeConfig(run_dir=Path("/nowhere"))) == 0

@@ -82,6 +82,9 @@ int uq_die_with(int parent)
 
 int uq_leave_mount(const char *path) { return umount2(path, MNT_DETACH) ? -errno : 0; }
 
+/* With the type said: a filter such as systemd's RestrictNamespaces=mnt refuses a setns of any type. */
+int uq_enter_mounts(int fd) { return setns(fd, CLONE_NEWNS) ? -errno : 0; }
+
 int uq_set_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0) ? -errno : 0; }
 
 int uq_close_all_but(const int *keep, unsigned count)

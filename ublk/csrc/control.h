@@ -19,6 +19,9 @@ int uq_lock_memory(void);
 int uq_private_mounts(void);
 /* Unmounts what is mounted there, in this process's mount namespace.  Returns 0 or a negative errno. */
 int uq_leave_mount(const char *path);
+/* Moves this process into the mount namespace behind `fd`; its root and working directory are that namespace's root.
+ * Returns 0 or a negative errno. */
+int uq_enter_mounts(int fd);
 /* The name that ps shows, cut to 15 characters.  Returns 0 or a negative errno. */
 int uq_set_name(const char *name);
 /* SIGKILL for this process when its parent ends; -ESRCH if that is not its parent any more. */
