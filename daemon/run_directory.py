@@ -104,13 +104,16 @@ class RunDirectory:
     def prepare(self, group: int | None) -> None:
         """Make what lies in the directory, so that members of `group` can reach the sockets that are theirs.
 
-        Raises `ConfigError` if a found directory keeps the group out.
+        What an earlier daemon's workers still listen on gets its owner and mode back: systemd gives all that lies in a
+        RuntimeDirectory= to root at each start.  Raises `ConfigError` if a found directory keeps the group out.
         """
         try:
             if group is not None:
                 self._admit(group)
             _make_entry(self.queues, group)
             _make_entry(self.devices, None)
+            for each in self.queues.iterdir():
+                _restore_socket(each, group)
         except OSError as error:
             where = error.filename or self.path
             raise ConfigError([f"{_WHAT} {self.path}: {where}: {error.strerror}: {WAY_OUT}"]) from error
@@ -213,6 +216,15 @@ def _make_entry(path: Path, group: int | None) -> None:
     if not stat.S_ISDIR(about.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     _open_to(path, group)
+
+
+def _restore_socket(path: Path, group: int | None) -> None:
+    """What a worker gives a socket that it makes, see `Team`."""
+    # A worker that is ending removes its own.
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            os.chown(path, os.geteuid(), -1 if group is None else group)
+            path.chmod(0o600 if group is None else 0o660)
 
 
 def _open_to(path: Path, group: int | None) -> None:

@@ -233,6 +233,32 @@ def test_a_found_directory_is_not_opened_to_a_group_but_must_let_it_in(tmp_path:
 
 
 @needs_root
+@pytest.mark.parametrize(("group", "found", "meant"), [(NOBODY, 0o600, 0o660), (None, 0o660, 0o600)])
+def test_the_sockets_of_living_workers_get_back_their_owner_and_mode(
+    tmp_path: Path, group: int | None, found: int, meant: int
+) -> None:
+    RunDirectory.claim(tmp_path / "run").prepare(None)
+    queues = tmp_path / "run" / "queues"
+    sockets = [queues / "0.0", queues / "0.0.ring", queues / "12.3"]
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o644)
+    (queues / "0.1").symlink_to(outside)
+    listeners = []
+    for each in sockets:
+        listeners.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        listeners[-1].bind(str(each))
+        os.chown(each, NOBODY, 0)
+        each.chmod(found)
+    RunDirectory(tmp_path / "run", -1, True).prepare(group)
+    for each in sockets:
+        about = each.stat()
+        assert (about.st_uid, about.st_gid, mode(each)) == (os.geteuid(), group or 0, meant)
+    assert mode(outside) == 0o644 and outside.stat().st_gid != NOBODY
+    for listener in listeners:
+        listener.close()
+
+
+@needs_root
 def test_queues_that_a_service_manager_took_are_given_back_to_the_group(tmp_path: Path) -> None:
     first = RunDirectory.claim(tmp_path / "run")
     first.prepare(NOBODY)
