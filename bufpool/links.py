@@ -44,7 +44,8 @@ class Links(Protocol):
     def poll(self, timeout_ms: int | None = None) -> Polled:
         """Wait until something can be done, for ever if `timeout_ms` is None; may return early with nothing.
 
-        Greets the successor of a worker that has gone.  Raises `WireError` if a worker's word makes no sense.
+        Greets the successor of a worker that has gone.  Raises `WireError` if a worker's word makes no sense, and
+        `BackendError` if a queue's socket stays out of reach (`doors.py`).
         """
 
     def drive(self, engine: Any, serve: Callable[[], None] = ...) -> bool:
@@ -90,6 +91,10 @@ class Handshakes:
         self._linked.add(queue)
         self._counts[queue] += 1
         return self._counts[queue] > 1
+
+    def has(self, queue: int) -> bool:
+        """Whether this queue has a worker."""
+        return queue in self._linked
 
     @property
     def linked(self) -> int:

@@ -21,6 +21,7 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.doors import Door
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.links import LinkStatistics, Polled, hello, nothing_to_serve, unread, unread_max
 from ublkpool.bufpool.ring_driver import RingDriver
@@ -90,10 +91,11 @@ def _map(queue: int, file: int, needed_bytes: int) -> mmap.mmap:
 class Link:
     """One queue's way to its worker: nothing, a connection that has asked, or rings."""
 
-    __slots__ = ("connection", "delay_s", "due_s", "path", "queue", "ring")
+    __slots__ = ("connection", "delay_s", "door", "due_s", "path", "queue", "ring")
 
     def __init__(self, queue: int, path: str) -> None:
         self.queue, self.path = queue, path
+        self.door = Door(queue, path)
         self.connection: socket.socket | None = None
         self.ring: Ring | None = None
         self.delay_s = RETRY_S
@@ -209,11 +211,13 @@ class RingLinks:
         try:
             connection.connect(link.path)
             connection.send(msgspec.json.encode(question))
-        except OSError:
+        except OSError as error:
             # Nobody listens, too many ask, or who listened has just died.
             connection.close()
             link.put_off()
+            link.door.failed(error.errno or 0)
             return
+        link.door.reached()
         self._absent.discard(link)
         link.connection = connection
         self._link_of[connection.fileno()] = link

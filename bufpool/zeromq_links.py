@@ -5,12 +5,14 @@ Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a
 
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.doors import LOOK_S, Door
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.links import (
     Handshakes,
@@ -26,6 +28,7 @@ from ublkpool.bufpool.links import (
 FRAMES_PER_TURN_MAX = 64
 """Frames read from one queue before the others get their turn."""
 _LINGER_MS = 1000
+_LOOK_MS = int(1000 * LOOK_S)
 
 
 class ZeroMQLinks:
@@ -38,6 +41,10 @@ class ZeroMQLinks:
         self._frames_received = self._frames_sent = 0
         self._bytes_received = self._bytes_sent = 0
         self._handshakes = Handshakes(attached.queues)
+        self._doors = [
+            Door(queue, endpoint.removeprefix("ipc://")) for queue, endpoint in enumerate(attached.endpoints)
+        ]
+        self._look_at_s, self._hears = 0.0, True
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._queues = [self._make_queue() for _ in attached.endpoints]
@@ -84,6 +91,9 @@ class ZeroMQLinks:
     def poll(self, timeout_ms: int | None = None) -> Polled:
         """See `Links`."""
         found = Polled([], [])
+        if self._handshakes.linked < len(self._queues):
+            self._look_at_doors()
+            timeout_ms = min(_LOOK_MS, _LOOK_MS if timeout_ms is None else timeout_ms)
         for source, _ in self._poller.poll(timeout_ms):
             if isinstance(source, int):
                 found.descriptors.append(source)
@@ -92,6 +102,17 @@ class ZeroMQLinks:
             else:
                 self._link_changed(self._monitor_of[source])
         return found
+
+    def _look_at_doors(self) -> None:
+        """ZeroMQ tries to connect for ever and does not say what it is refused."""
+        if not self._hears or (now_s := time.monotonic()) < self._look_at_s:
+            return
+        self._look_at_s = now_s + LOOK_S
+        for queue, door in enumerate(self._doors):
+            if self._handshakes.has(queue):
+                door.reached()
+            else:
+                door.look()
 
     def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
         """See `Links`: its frames need Python."""
@@ -131,6 +152,7 @@ class ZeroMQLinks:
 
     def stop_receiving(self) -> None:
         """See `Links`."""
+        self._hears = False
         for queue in self._queues:
             self._poller.unregister(queue)
 
