@@ -60,7 +60,7 @@ $(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
 	@echo "setup: installing ublkpool and its tools into $(VENV), building the C modules"
 	@rm -rf build */_*.so
 	@$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # A guest's root is read-only: what is not compiled here, every start of Python there compiles again.
@@ -120,7 +120,7 @@ bench-host:
 
 $(VENV)/.bench: $(VENV)/.built
 	@echo "bench: installing what draws the charts"
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
+	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
 bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell or exact

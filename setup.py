@@ -1,10 +1,17 @@
-"""Only what pyproject.toml cannot say: the compiled modules."""
+"""Only what pyproject.toml cannot say: the compiled modules.
+
+With UBLKPOOL_CHECKED=1 in the environment, as `make setup` sets it, also the queue core that asserts its invariants.
+"""
+
+import os
 
 from setuptools import setup
 
-setup(
-    cffi_modules=[
-        "src/ublkpool/ublk/_native_build.py:ffibuilder",
-        "src/ublkpool/bufpool/_fileio_build.py:ffibuilder",
-    ]
-)
+_modules = [
+    "src/ublkpool/ublk/_native_build.py:ffibuilder",
+    "src/ublkpool/bufpool/_fileio_build.py:ffibuilder",
+]
+if os.environ.get("UBLKPOOL_CHECKED") == "1":
+    _modules.append("src/ublkpool/ublk/_native_build.py:checked")
+
+setup(cffi_modules=_modules)

@@ -1,9 +1,14 @@
-"""Which tests can run here, and where a guest's kernel log says which one ran."""
+"""Which tests can run here, with which build of the queue core, and which one the log of a guest is about."""
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+# Before a test imports the core: the checked build asserts the core's invariants after each call (csrc/queue_check.h).
+sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._native_checked")
 
 VM_TESTS = Path(__file__).parent / "vm"
 CONTROL_DEVICE = "/dev/ublk-control"

@@ -32,34 +32,47 @@ def _declarations(name: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
+# Hidden and linked as one, functions of one file are inlined into another's.
 _WHOLE = ["-O2", "-flto", "-fvisibility=hidden"]
-
-ffibuilder = FFI()
-ffibuilder.cdef("\n".join(_declarations(name) for name in _HEADERS))
-ffibuilder.set_source(
-    "ublkpool.ublk._native",
-    "".join(f'#include "{name}"\n' for name in _HEADERS),
-    sources=[
-        f"ublk/csrc/{name}"
-        for name in (
-            "queue_core.c",
-            "queue_stock.c",
-            "queue_link.c",
-            "queue_region.c",
-            "queue_time.c",
-            "queue_port.c",
-            "queue_ring.c",
-            "mappings.c",
-            "control.c",
-            "fetch_round.c",
-        )
-    ],
-    include_dirs=["ublk/csrc", "bufpool/csrc"],
-    libraries=["uring"],
-    # Hidden and linked as one, what the files call of each other costs no detour and can be inlined.
-    extra_compile_args=[*_WHOLE, "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    extra_link_args=_WHOLE,
+_SOURCE_FILES = (
+    "queue_tag.c",
+    "queue_check.c",
+    "queue_stock.c",
+    "queue_region.c",
+    "queue_request.c",
+    "queue_link.c",
+    "queue_time.c",
+    "queue_core.c",
+    "queue_port.c",
+    "queue_ring.c",
+    "mappings.c",
+    "control.c",
+    "fetch_round.c",
 )
+
+
+def _builder(module: str, *options: str) -> FFI:
+    builder = FFI()
+    builder.cdef("\n".join(_declarations(name) for name in _HEADERS))
+    builder.set_source(
+        f"ublkpool.ublk.{module}",
+        "".join(f'#include "{name}"\n' for name in _HEADERS),
+        sources=[f"ublk/csrc/{name}" for name in _SOURCE_FILES],
+        include_dirs=["ublk/csrc", "bufpool/csrc"],
+        libraries=["uring"],
+        extra_compile_args=[
+            *_WHOLE,
+            *("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+            *options,
+        ],
+        extra_link_args=_WHOLE,
+    )
+    return builder
+
+
+ffibuilder = _builder("_native")
+# The core asserts its invariants after each call: for unit tests and simulation, never installed by users.
+checked = _builder("_native_checked", "-DUQ_CHECKED")
 
 if __name__ == "__main__":
     ffibuilder.compile(verbose=True)

@@ -67,7 +67,14 @@ VIOLATIONS = (
     "its doorbell cannot be rung",
     "a region posted that no write can use: of no size that buffers have, too many, or placement is pool",
 )
-FAULTS = ("none", "illegal transition", "queue overflow", "unexpected completion", "unusable grant")
+FAULTS = (
+    "none",
+    "illegal transition",
+    "queue overflow",
+    "unexpected completion",
+    "unusable grant",
+    "broken invariant",
+)
 
 
 class BufferClass(NamedTuple):

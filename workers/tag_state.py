@@ -1,6 +1,6 @@
 """The life of a tag, as data: which state follows which on what.  Pure.
 
-The table is the specification; `ublk/csrc/queue_core.c` runs it, and `tests/unit/test_tag_state.py` compares the two
+The table is the specification; `ublk/csrc/queue_tag.c` runs it, and `tests/unit/test_tag_state.py` compares the two
 entry by entry.  The numbers are those of the C enums.
 
     KERNEL --request--> WAIT_BUFFER --> COPYING --> WAIT_LINK --> SERVING --> COMMITTING --> KERNEL

@@ -151,7 +151,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         LEASE_FORGOTTEN,
         6,
         {"kills": ("broker",) * 4},
-        f"buffers are lost|in its header|unusable grant|{SHARED}",
+        f"buffers are lost|in its header|unusable grant|broken invariant|{SHARED}",
     ),
     (
         COMMANDS_LIVE_ON,

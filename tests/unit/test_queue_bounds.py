@@ -140,3 +140,19 @@ def test_data_in_the_backends_own_segment_survives_a_damaged_pool() -> None:
     desk.connect()
     desk.serve(0)
     assert request.result == SECTOR_BYTES and desk.store.read(0, SECTOR_BYTES) == DATA
+
+
+def test_a_backend_that_answers_what_was_not_sent_to_it_is_cut_off_when_the_output_is_full() -> None:
+    """The worker sends nothing here, so each answer makes room for another request and adds to the output."""
+    desk = Desk()
+    room = 4 * 4 + 16
+    for sequence in range(1, room + 1):
+        desk.other(0, Op.FLUSH)
+        desk.queue.input(Descriptor(Kind.DONE, device=DEVICE, epoch=EPOCH, sequence=sequence).pack())
+        desk.driver.consume()
+    assert desk.queue.link is Link.UP
+    desk.other(0, Op.FLUSH)
+    assert desk.queue.output() == b"" and desk.queue.attention() & Attention.CUT
+    assert link_of(desk) is Link.CUT and desk.state(0) is State.SERVING
+    desk.kill()
+    assert desk.state(0) is State.WAIT_LINK

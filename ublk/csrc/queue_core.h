@@ -77,7 +77,7 @@ enum uq_violation {
 	UQ_V_POST, UQ_VIOLATIONS,
 };
 
-enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_FAULTS };
+enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_F_INVARIANT, UQ_FAULTS };
 
 /* A queue's counters, in the control segment; `read_statistics` in ublk/queue.py reads it by these names. */
 struct uq_stats {

@@ -1,112 +1,33 @@
-/* The link to the backend: descriptors out, answers in and judged. */
-#include "queue_internal.h"
+/* The link to the backend: its descriptors are judged here, and what they say is done by queue_request.c.
+ * See queue_types.h for the order of files, queue_core.h for the public contract. */
+#include "queue_link.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "queue_check.h"
+#include "queue_region.h"
+#include "queue_request.h"
+#include "queue_tag.h"
+
 #define ERRNO_MAX 4095
-/* An honest backend answers late what workers before this one had asked: at most a depth for each of their lives, of
- * which there are few in a row.  What it posted to them may come as late: a depth of each size. */
+#define FRAME_DESCRIPTORS_MAX 4096
+/* An honest backend answers late what earlier workers had asked: at most a depth for each of their lives, of which there
+ * are few in a row.  The regions that it posted to them may come as late: a depth of each size. */
 #define STALE_PER_TAG 8u
 #define STALE_MORE 64u
 
-struct wire_descriptor *uq_put(struct uq *q, struct uq_tag *t, uint8_t kind)
+void uq_link_cut(struct uq *q, int violation)
 {
-	struct wire_descriptor *d;
-
-	if (q->output_first + q->output_count == q->output_max && q->output_first) {
-		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
-		q->output_first = 0;
-	}
-	/* Unsent can be a RELEASE and what follows it, for each tag; more only if answers come to what was not sent. */
-	if (q->output_first + q->output_count == q->output_max) {
-		uq_link_cut(q, UQ_V_UNEXPECTED);
-		return NULL;
-	}
-	d = &q->output[q->output_first + q->output_count++];
-	*d = (struct wire_descriptor){
-		.kind = kind, .op = t->op, .flags = t->flags, .device = q->config.device, .queue = q->config.queue,
-		.tag = (uint16_t)uq_index(q, t), .epoch = q->config.epoch, .sequence = t->sequence,
-		.offset = t->offset, .length = t->length };
-	return d;
-}
-
-static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *d)
-{
-	if (t->op != WIRE_READ && t->op != WIRE_WRITE)
+	if (!uq_link_talks(q))
 		return;
-	if (t->in_place) {
-		d->segment = WIRE_SEGMENT_CLIENTS + t->slice;
-		d->buffer = t->client_buffer;
-	} else if (t->own_segment) {
-		d->segment = t->own_segment;
-		d->buffer = t->own_buffer;
-	} else if (t->slot != UQ_BUFFER_NONE) {
-		d->segment = 1;
-		d->buffer = uq_slot_offset(q, t->slot);
-	}
+	q->link = UQ_LINK_CUT;
+	q->violation = violation;
+	uq_output_clear(q);
+	uq_posts_forget(q);
+	q->config.stats->violations += violation != UQ_V_NONE;
+	q->attention |= UQ_ATT_CUT;
 }
-
-void uq_hand_over(struct uq *q, struct uq_tag *t)
-{
-	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place && !q->reads_own;
-	struct wire_descriptor *d;
-
-	if (lacks_buffer) {
-		uq_need_buffer(q, t);
-		return;
-	}
-	if (!uq_move(q, t, UQ_EV_HAND_OVER))
-		return;
-	d = uq_put(q, t, t->own_segment ? WIRE_DATA : WIRE_REQUEST);
-	if (!d)
-		return;
-	name_buffer(q, t, d);
-	if (t->given) {
-		d->flags |= WIRE_REPLAY;
-		q->config.stats->replays++;
-	}
-	t->given = true;
-}
-
-static void copy_to_region(struct uq *q, struct uq_tag *t, enum uq_event event, uint64_t buffer, uint64_t bytes)
-{
-	if (!uq_move(q, t, event))
-		return;
-	uq_region_take(q, t, buffer, bytes);
-	uq_get_data(q, t, uq_region_address(q, t));
-}
-
-/* Without a question if something is posted that fits. */
-void uq_ask_place(struct uq *q, struct uq_tag *t)
-{
-	uint64_t buffer, bytes;
-
-	if (uq_post_take(q, t->length, &buffer, &bytes))
-		copy_to_region(q, t, UQ_EV_POSTED, buffer, bytes);
-	else if (uq_move(q, t, UQ_EV_ASK))
-		uq_put(q, t, WIRE_PLACE);
-}
-
-unsigned uq_output(struct uq *q, const struct wire_descriptor **first)
-{
-	*first = q->output + q->output_first;
-	return q->output_count;
-}
-
-void uq_output_sent(struct uq *q, unsigned count)
-{
-	if (count > q->output_count)
-		count = q->output_count;
-	q->config.stats->descriptors_out += count;
-	q->output_first += count;
-	q->output_count -= count;
-	if (!q->output_count)
-		q->output_first = 0;
-}
-
-void uq_output_hold(struct uq *q, int hold) { q->output_held = hold; }
 
 static void violate(struct uq *q, int violation, const struct wire_descriptor *d)
 {
@@ -117,7 +38,13 @@ static void violate(struct uq *q, int violation, const struct wire_descriptor *d
 	uq_link_cut(q, violation);
 }
 
-/* Dropped and counted, but not without end: judging them costs the worker its time. */
+void uq_link_settle(struct uq *q)
+{
+	if (q->output_overflowed)
+		uq_link_cut(q, UQ_V_UNEXPECTED);
+}
+
+/* Stale answers are dropped and counted; a backend that sends them without end costs the worker time and is cut off. */
 static void stale(struct uq *q, const struct wire_descriptor *d)
 {
 	unsigned sizes = q->config.place_in_backend ? q->config.classes : 0;
@@ -129,23 +56,23 @@ static void stale(struct uq *q, const struct wire_descriptor *d)
 
 static void answer_placed(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
-	int wrong = uq_judge_region(q, d, t->length);
+	int wrong = uq_region_judge(q, d, t->length);
 
 	if (!wrong && uq_region_occupied(q, d->buffer, t->length))
 		wrong = UQ_V_LENT;
 	if (wrong) {
-		uq_fail(q, t, -EIO);
+		uq_request_fail(q, t, -EIO);
 		violate(q, wrong, d);
 		return;
 	}
-	copy_to_region(q, t, UQ_EV_PLACED, d->buffer, t->length);
+	uq_request_placed(q, t, d->buffer);
 }
 
 static void answer_reject(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
 	bool is_errno = d->result < 0 && d->result >= -ERRNO_MAX;
 
-	uq_fail(q, t, is_errno ? d->result : -EIO);
+	uq_request_fail(q, t, is_errno ? d->result : -EIO);
 	if (!is_errno)
 		violate(q, UQ_V_RESULT, d);
 }
@@ -160,92 +87,46 @@ static int judge_done(const struct uq *q, const struct uq_tag *t, const struct w
 		return UQ_V_NONE;
 	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
 		return UQ_V_RESULT;
-	if (t->op == WIRE_READ && d->flags & WIRE_REGION) /* of one in place the kernel would copy nothing */
-		return q->config.need_get_data && !t->in_place ? uq_judge_region(q, d, t->length) : UQ_V_REGION;
+	/* The kernel copies nothing out for a request in place, so no region may answer one. */
+	if (t->op == WIRE_READ && d->flags & WIRE_REGION)
+		return q->config.need_get_data && !t->in_place ? uq_region_judge(q, d, t->length) : UQ_V_REGION;
 	return t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place ? UQ_V_REGION : UQ_V_NONE;
 }
 
 static void answer_done(struct uq *q, struct uq_tag *t, const struct wire_descriptor *d)
 {
-	/* Moving no byte of a read would make the kernel send it again, for ever; and 7.x tells the client that a write
-	 * was done whole, whatever its commit says; so it does of what lies in place (__ublk_complete_rq). */
-	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 	int wrong = judge_done(q, t, d);
 
 	if (wrong) {
-		t->doomed = true;
+		t->must_fail = true;
 		violate(q, wrong, d);
 		return;
 	}
-	/* Only now: the data of a DONE that is never read is taken from the region, see lose_serving(). */
-	if (t->op == WIRE_WRITE && t->own_segment)
-		uq_region_back(q, t, true);
-	if (t->op == WIRE_READ && d->result > 0 && d->flags & WIRE_REGION)
-		uq_region_take(q, t, d->buffer, t->length);
-	uq_finish(q, t, d->result >= 0 && (uint64_t)d->result < needed ? -EIO : d->result);
-}
-
-static int compare_sequence(const void *a, const void *b, void *context)
-{
-	const struct uq *q = context;
-	uint64_t x = q->tags[*(const uint16_t *)a].sequence, y = q->tags[*(const uint16_t *)b].sequence;
-
-	return x < y ? -1 : x > y;
-}
-
-static bool waits_for_link(const struct uq_tag *t) { return t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_PLACE; }
-
-/* What no backend has answered goes to this one, in the order in which it came. */
-static void hand_over_waiting(struct uq *q)
-{
-	unsigned count = 0;
-
-	for (unsigned i = 0; i < q->config.depth; i++)
-		if (waits_for_link(&q->tags[i]))
-			q->replay[count++] = (uint16_t)i;
-	qsort_r(q->replay, count, sizeof *q->replay, compare_sequence, q);
-	for (unsigned i = 0; i < count; i++) {
-		struct uq_tag *t = &q->tags[q->replay[i]];
-
-		if (t->state == UQ_WAIT_LINK)
-			uq_ready(q, t);
-		else if (t->state == UQ_WAIT_PLACE)
-			uq_ask_place(q, t);
-	}
-}
-
-/* A descriptor about the link, of no request. */
-static void say(struct uq *q, uint8_t kind)
-{
-	struct wire_descriptor *d = uq_put(q, &q->tags[0], kind);
-
-	if (d)
-		*d = (struct wire_descriptor){ .kind = kind, .device = q->config.device, .queue = q->config.queue,
-					     .epoch = q->config.epoch };
+	uq_request_done(q, t, d->result, t->op == WIRE_READ && d->result > 0 && d->flags & WIRE_REGION, d->buffer);
 }
 
 static void link_up(struct uq *q)
 {
 	q->link = UQ_LINK_UP;
 	q->attention |= UQ_ATT_LINK;
-	hand_over_waiting(q);
+	uq_requests_resume(q);
 }
 
 static void hello(struct uq *q, const struct wire_descriptor *d)
 {
 	bool is_second = q->link != UQ_LINK_EXPECTED;
 
-	/* Said to a worker that died at once, it may still lie in the transport and come before the one meant for us. */
+	/* A HELLO to a worker that died at once may still lie in the transport and come before the one to this worker. */
 	if (is_second && d->epoch < q->config.epoch)
 		stale(q, d);
 	else if (is_second)
 		violate(q, UQ_V_UNEXPECTED, d);
 	if (is_second)
 		return;
-	say(q, WIRE_WELCOME);
+	uq_put_link(q, WIRE_WELCOME);
 	if (q->fence) {
 		q->link = UQ_LINK_FENCING;
-		say(q, WIRE_FENCE);
+		uq_put_link(q, WIRE_FENCE);
 	} else {
 		link_up(q);
 	}
@@ -255,13 +136,13 @@ static void fenced(struct uq *q, const struct wire_descriptor *d)
 {
 	if (q->link == UQ_LINK_FENCING && d->epoch == q->config.epoch)
 		link_up(q);
-	else if (d->epoch < q->config.epoch) /* the fence of a worker that died before it was confirmed */
+	else if (d->epoch < q->config.epoch) /* of a worker that died before its fence was confirmed */
 		stale(q, d);
 	else
 		violate(q, UQ_V_UNEXPECTED, d);
 }
 
-/* While it is fenced too: it posts to this epoch from its first word on. */
+/* A backend posts to this epoch from its HELLO on, so also before its fence is confirmed. */
 static void posted(struct uq *q, const struct wire_descriptor *d)
 {
 	bool is_linked = q->link == UQ_LINK_UP || q->link == UQ_LINK_FENCING;
@@ -318,7 +199,7 @@ static void receive(struct uq *q, const struct wire_descriptor *d)
 		posted(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
-	else if (is_stale(q, d)) /* perhaps sent to the worker before this one, before any HELLO */
+	else if (is_stale(q, d)) /* perhaps an answer to an earlier worker, before any HELLO */
 		stale(q, d);
 	else if (q->link != UQ_LINK_UP)
 		violate(q, UQ_V_UNEXPECTED, d);
@@ -331,34 +212,28 @@ void uq_input(struct uq *q, const void *frame, size_t bytes)
 	const char *at = frame;
 	struct wire_descriptor d;
 
-	if (q->link == UQ_LINK_NONE || q->link == UQ_LINK_CUT)
+	if (!uq_link_talks(q))
 		return;
-	if (!bytes || bytes % sizeof d || bytes / sizeof d > 4096) {
+	if (!bytes || bytes % sizeof d || bytes / sizeof d > FRAME_DESCRIPTORS_MAX) {
 		violate(q, UQ_V_FRAME, NULL);
 		return;
 	}
-	/* Copied before it is judged: a frame may lie in memory that its sender can still write. */
 	for (; bytes && q->link != UQ_LINK_CUT; bytes -= sizeof d, at += sizeof d) {
+		/* Copied before it is judged: the sender may still write to the memory that the frame lies in. */
 		memcpy(&d, at, sizeof d);
 		q->config.stats->descriptors_in++;
 		receive(q, &d);
+		uq_link_settle(q);
+		uq_check(q);
 	}
 }
 
 int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence)
 {
-	struct uq_segment *s = NULL;
+	int e = q->link == UQ_LINK_NONE ? uq_regions_begin(q, segment, base, bytes) : -EBUSY;
 
-	for (unsigned i = 0; segment && !s && i < UQ_SEGMENTS_MAX; i++)
-		if (!q->segments[i].number)
-			s = &q->segments[i];
-	if (q->link != UQ_LINK_NONE || (segment && !s))
-		return -EBUSY;
-	if (segment && !uq_regions_begin(q, bytes))
-		return -ENOMEM;
-	if (segment)
-		*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
-	q->own_segment = segment;
+	if (e)
+		return e;
 	q->reads_own = reads_own && segment;
 	q->fence = fence;
 	q->link = UQ_LINK_EXPECTED;
@@ -370,24 +245,35 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 	return 0;
 }
 
-void uq_link_cut(struct uq *q, int violation)
-{
-	if (q->link == UQ_LINK_NONE || q->link == UQ_LINK_CUT)
-		return;
-	q->link = UQ_LINK_CUT;
-	q->violation = violation;
-	q->output_first = q->output_count = 0;
-	uq_posts_forget(q);
-	q->config.stats->violations += violation != UQ_V_NONE;
-	q->attention |= UQ_ATT_CUT;
-}
-
 void uq_link_hung_up(struct uq *q)
 {
 	if (q->link != UQ_LINK_UP && q->link != UQ_LINK_FENCING)
 		return;
 	q->config.stats->hangups++;
 	uq_link_cut(q, UQ_V_NONE);
+}
+
+void uq_link_lost(struct uq *q)
+{
+	if (q->link == UQ_LINK_NONE)
+		return;
+	q->link = UQ_LINK_NONE;
+	q->reads_own = false;
+	uq_output_clear(q);
+	uq_regions_end(q);
+	for (unsigned i = 0; i < q->config.depth; i++)
+		uq_request_lost(q, &q->tags[i]);
+	if (q->giving_up)
+		uq_give_up(q);
+	uq_check(q);
+}
+
+int uq_link_state(const struct uq *q) { return q->link; }
+
+int uq_violation(const struct uq *q, struct wire_descriptor *culprit)
+{
+	*culprit = q->culprit;
+	return q->violation;
 }
 
 void uq_pool_damaged(struct uq *q)
@@ -397,79 +283,9 @@ void uq_pool_damaged(struct uq *q)
 		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == WIRE_WRITE && !t->in_place;
 
 		if (has_data && t->state == UQ_WAIT_LINK)
-			uq_fail(q, t, -EIO);
+			uq_request_fail(q, t, -EIO);
 		else if (has_data && (t->state == UQ_SERVING || t->state == UQ_COPYING))
-			t->doomed = true;
+			t->must_fail = true;
 	}
 	uq_link_cut(q, UQ_V_POOL);
-}
-
-static void lose_serving(struct uq *q, struct uq_tag *t)
-{
-	if (t->doomed)
-		uq_finish(q, t, -EIO);
-	else if (t->own_segment) {
-		if (uq_move(q, t, UQ_EV_RESCUE))
-			uq_need_buffer(q, t);
-	} else if (uq_move(q, t, UQ_EV_LINK_LOST)) {
-		uq_ready(q, t);
-	}
-}
-
-static void lose(struct uq *q, struct uq_tag *t)
-{
-	if (t->state == UQ_SERVING) {
-		lose_serving(q, t);
-	} else if (t->state == UQ_WAIT_LINK && t->own_segment) {
-		if (uq_move(q, t, UQ_EV_RESCUE))
-			uq_need_buffer(q, t);
-	} else if (t->state == UQ_PLACING) {
-		if (t->doomed || q->giving_up)
-			uq_fail(q, t, -EIO);
-		else
-			uq_move(q, t, UQ_EV_LINK_LOST);
-	}
-}
-
-void uq_link_lost(struct uq *q)
-{
-	struct uq_segment *s = uq_find_segment(q, q->own_segment);
-
-	if (q->link == UQ_LINK_NONE)
-		return;
-	q->link = UQ_LINK_NONE;
-	q->output_first = q->output_count = 0;
-	uq_regions_end(q);
-	if (s)
-		s->live = false;
-	q->own_segment = 0;
-	q->reads_own = false;
-	for (unsigned i = 0; i < q->config.depth; i++)
-		lose(q, &q->tags[i]);
-	if (q->giving_up)
-		uq_give_up(q);
-}
-
-int uq_link_state(const struct uq *q) { return q->link; }
-
-uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes)
-{
-	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++) {
-		struct uq_segment *s = &q->segments[i];
-		uint32_t number = s->number;
-
-		if (number && !s->live && !s->data_tags) {
-			*base = s->base;
-			*bytes = s->bytes;
-			s->number = 0;
-			return number;
-		}
-	}
-	return 0;
-}
-
-int uq_violation(const struct uq *q, struct wire_descriptor *culprit)
-{
-	*culprit = q->culprit;
-	return q->violation;
 }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-#include "queue_internal.h"
+#include "queue_link.h"
 #include "shared_ring.h"
 
 _Static_assert(SR_ENTRY_BYTES == sizeof(struct wire_descriptor), "an entry is a descriptor");
@@ -42,16 +42,14 @@ struct uq_port *uq_port_new(uint8_t *memory, uint32_t entries)
 
 void uq_port_free(struct uq_port *p) { free(p); }
 
-static bool talks(const struct uq *q) { return q->link != UQ_LINK_NONE && q->link != UQ_LINK_CUT; }
-
-/* What comes while this is read waits for the next turn: the queue's own work comes in between. */
+/* Descriptors that arrive meanwhile are read in the next turn, after the queue's own work. */
 static void receive(struct uq_port *p, struct uq *q)
 {
 	int64_t waiting = sr_waiting(&p->in);
 
 	if (waiting < 0)
 		uq_link_cut(q, UQ_V_RING);
-	while (waiting > 0 && talks(q)) {
+	while (waiting > 0 && uq_link_talks(q)) {
 		const uint8_t *at;
 		uint32_t count = sr_peek(&p->in, waiting < FRAME_MAX ? (uint32_t)waiting : FRAME_MAX, &at);
 
@@ -61,7 +59,7 @@ static void receive(struct uq_port *p, struct uq *q)
 	}
 }
 
-/* Nobody need wake up to be told that a region is his again, unless he says that he waits for one. */
+/* A RELEASE alone wakes the backend only if it asked for that. */
 static bool can_wait(const struct wire_descriptor *d, unsigned count)
 {
 	while (count && d[count - 1].kind == WIRE_RELEASE)
@@ -91,14 +89,14 @@ static int send(struct uq_port *p, struct uq *q)
 
 int uq_port_turn(struct uq_port *p, struct uq *q)
 {
-	if (talks(q))
+	if (uq_link_talks(q))
 		receive(p, q);
-	return talks(q) ? send(p, q) : 0;
+	return uq_link_talks(q) ? send(p, q) : 0;
 }
 
-int uq_port_has_news(const struct uq_port *p, const struct uq *q) { return talks(q) && sr_has_news(&p->in); }
+int uq_port_has_news(const struct uq_port *p, const struct uq *q) { return uq_link_talks(q) && sr_has_news(&p->in); }
 
-/* What a backend says that is not listened to is no reason to stay awake. */
-int uq_port_doze(struct uq_port *p, const struct uq *q) { return !talks(q) || sr_doze(&p->in, SR_WAKE_FOR_ALL); }
+/* While the link is down, ring contents must not keep the worker awake. */
+int uq_port_doze(struct uq_port *p, const struct uq *q) { return !uq_link_talks(q) || sr_doze(&p->in, SR_WAKE_FOR_ALL); }
 
 void uq_port_wake(struct uq_port *p) { sr_wake(&p->in); }

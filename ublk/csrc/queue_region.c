@@ -1,11 +1,12 @@
-/* Regions of the backend's segment: named for a tag and lent until they are released, or posted ahead, where writes
- * land without a question.  See queue_core.h for the contract. */
-#include "queue_internal.h"
+/* Regions of backends' segments.  See queue_types.h for the order of files. */
+#include "queue_region.h"
 
+#include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
-struct uq_segment *uq_find_segment(const struct uq *q, uint32_t number)
+#include "queue_stock.h"
+
+static struct uq_segment *find_segment(const struct uq *q, uint32_t number)
 {
 	for (unsigned i = 0; number && i < UQ_SEGMENTS_MAX; i++)
 		if (q->segments[i].number == number)
@@ -13,60 +14,44 @@ struct uq_segment *uq_find_segment(const struct uq *q, uint32_t number)
 	return NULL;
 }
 
-void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t bytes)
+static struct uq_segment *free_segment(struct uq *q)
 {
-	t->own_segment = q->own_segment;
-	t->own_buffer = buffer;
-	t->own_bytes = bytes;
-	uq_find_segment(q, q->own_segment)->data_tags++;
-	if (t->op == WIRE_WRITE)
-		blocks_set(&q->occupied, buffer, bytes);
+	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++)
+		if (!q->segments[i].number)
+			return &q->segments[i];
+	return NULL;
 }
 
-uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
+int uq_regions_begin(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes)
 {
-	return uq_find_segment(q, t->own_segment)->base + t->own_buffer;
+	struct uq_segment *s = segment ? free_segment(q) : NULL;
+
+	q->own_segment = 0;
+	if (!segment)
+		return 0;
+	if (!s)
+		return -EBUSY;
+	if (!blocks_open(&q->occupied, bytes))
+		return -ENOMEM;
+	*s = (struct uq_segment){ .base = base, .bytes = bytes, .number = segment, .live = true };
+	q->own_segment = segment;
+	return 0;
 }
-
-bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
-{
-	return !uq_find_segment(q, t->own_segment)->live;
-}
-
-void uq_region_back(struct uq *q, struct uq_tag *t, bool tell)
-{
-	struct uq_segment *s = uq_find_segment(q, t->own_segment);
-	struct wire_descriptor *d;
-
-	s->data_tags--;
-	if (s->live && t->op == WIRE_WRITE)
-		blocks_clear(&q->occupied, t->own_buffer, t->own_bytes);
-	if (tell && s->live && q->link == UQ_LINK_UP) {
-		d = uq_put(q, t, WIRE_RELEASE);
-		if (d) {
-			d->segment = t->own_segment;
-			d->buffer = t->own_buffer;
-		}
-	}
-	t->own_segment = 0;
-}
-
-bool uq_region_occupied(const struct uq *q, uint64_t start, uint64_t length)
-{
-	return blocks_any(&q->occupied, start, length);
-}
-
-bool uq_regions_begin(struct uq *q, uint64_t segment_bytes) { return blocks_open(&q->occupied, segment_bytes); }
 
 void uq_regions_end(struct uq *q)
 {
+	struct uq_segment *s = find_segment(q, q->own_segment);
+
+	if (s)
+		s->live = false;
+	q->own_segment = 0;
 	blocks_close(&q->occupied);
 	uq_posts_forget(q);
 }
 
-int uq_judge_region(const struct uq *q, const struct wire_descriptor *d, uint64_t length)
+int uq_region_judge(const struct uq *q, const struct wire_descriptor *d, uint64_t length)
 {
-	const struct uq_segment *s = uq_find_segment(q, q->own_segment);
+	const struct uq_segment *s = find_segment(q, q->own_segment);
 
 	if (!s || d->segment != q->own_segment)
 		return UQ_V_SEGMENT;
@@ -75,7 +60,58 @@ int uq_judge_region(const struct uq *q, const struct wire_descriptor *d, uint64_
 	return d->buffer % q->config.block_bytes ? UQ_V_ALIGNMENT : UQ_V_NONE;
 }
 
-bool uq_posts_allocate(struct uq *q)
+bool uq_region_occupied(const struct uq *q, uint64_t start, uint64_t length)
+{
+	return blocks_any(&q->occupied, start, length);
+}
+
+void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t bytes)
+{
+	t->own_segment = q->own_segment;
+	t->own_buffer = buffer;
+	t->own_bytes = bytes;
+	find_segment(q, q->own_segment)->data_tags++;
+	if (t->op == WIRE_WRITE)
+		blocks_set(&q->occupied, buffer, bytes);
+}
+
+uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
+{
+	return find_segment(q, t->own_segment)->base + t->own_buffer;
+}
+
+bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
+{
+	return !find_segment(q, t->own_segment)->live;
+}
+
+void uq_region_return(struct uq *q, struct uq_tag *t)
+{
+	struct uq_segment *s = find_segment(q, t->own_segment);
+
+	s->data_tags--;
+	if (s->live && t->op == WIRE_WRITE)
+		blocks_clear(&q->occupied, t->own_buffer, t->own_bytes);
+	t->own_segment = 0;
+}
+
+uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes)
+{
+	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++) {
+		struct uq_segment *s = &q->segments[i];
+		uint32_t number = s->number;
+
+		if (number && !s->live && !s->data_tags) {
+			*base = s->base;
+			*bytes = s->bytes;
+			s->number = 0;
+			return number;
+		}
+	}
+	return 0;
+}
+
+bool uq_regions_allocate(struct uq *q)
 {
 	if (!q->config.place_in_backend)
 		return true;
@@ -87,10 +123,11 @@ bool uq_posts_allocate(struct uq *q)
 	return true;
 }
 
-void uq_posts_free(struct uq *q)
+void uq_regions_free(struct uq *q)
 {
 	for (unsigned c = 0; c < q->config.classes; c++)
 		free(q->posts[c].starts);
+	blocks_close(&q->occupied);
 }
 
 void uq_posts_forget(struct uq *q)
@@ -99,7 +136,6 @@ void uq_posts_forget(struct uq *q)
 		q->posts[c].count = 0;
 }
 
-/* Keep what a POST says, or the violation that it is. */
 int uq_post_add(struct uq *q, const struct wire_descriptor *d)
 {
 	unsigned c = 0;
@@ -109,7 +145,7 @@ int uq_post_add(struct uq *q, const struct wire_descriptor *d)
 		c++;
 	if (!q->config.place_in_backend || c == q->config.classes || q->posts[c].count == q->config.depth)
 		return UQ_V_POST;
-	wrong = uq_judge_region(q, d, d->length);
+	wrong = uq_region_judge(q, d, d->length);
 	if (wrong)
 		return wrong;
 	if (uq_region_occupied(q, d->buffer, d->length))
@@ -120,7 +156,6 @@ int uq_post_add(struct uq *q, const struct wire_descriptor *d)
 	return UQ_V_NONE;
 }
 
-/* The smallest that holds `length` bytes; false if none does. */
 bool uq_post_take(struct uq *q, uint64_t length, uint64_t *buffer, uint64_t *bytes)
 {
 	for (unsigned c = uq_class_for(q, length); c < q->config.classes; c++) {

@@ -1,7 +1,9 @@
-/* The queue's stock of pool buffers: who waits for one, what to lease and what to return. */
-#include "queue_internal.h"
+/* The queue's stock of pool buffers.  See queue_types.h for the order of files, queue_core.h for the public contract. */
+#include "queue_stock.h"
 
-#include <string.h>
+#include <stdlib.h>
+
+#include "queue_tag.h"
 
 unsigned uq_class_for(const struct uq *q, uint64_t bytes)
 {
@@ -30,45 +32,66 @@ uint64_t uq_slot_offset(const struct uq *q, uint32_t slot)
 
 uint8_t *uq_slot_address(const struct uq *q, uint32_t slot) { return q->config.pool + uq_slot_offset(q, slot); }
 
-/* The backend that named the region is dead and its process cannot write any more: take the data along. */
-static void rescue(struct uq *q, struct uq_tag *t)
+bool uq_stock_allocate(struct uq *q)
 {
-	memcpy(uq_slot_address(q, t->slot), uq_region_address(q, t), t->length);
-	q->config.stats->own_copy_bytes += t->length;
-	q->config.stats->rescues++;
-	uq_region_back(q, t, false);
-}
-
-static void give(struct uq *q, struct uq_tag *t, uint32_t slot)
-{
-	t->slot = slot;
-	q->config.slots[slot].tag = uq_index(q, t) + 1;
-	q->config.stats->buffers_lent++;
-	q->config.stats->lent_total++;
-	if (t->op == WIRE_WRITE && !t->copied) {
-		if (uq_move(q, t, UQ_EV_BUFFER_TO_COPY))
-			uq_get_data(q, t, uq_slot_address(q, slot));
-		return;
+	for (unsigned c = 0; c < q->config.classes; c++) {
+		q->stock[c].slots = calloc(q->config.class[c].count, sizeof(uint32_t));
+		q->stock[c].first_waiter = q->stock[c].last_waiter = UQ_NO_TAG;
+		if (!q->stock[c].slots)
+			return false;
 	}
-	if (t->own_segment)
-		rescue(q, t);
-	if (uq_move(q, t, UQ_EV_BUFFER_TO_SERVE))
-		uq_ready(q, t);
+	q->stock_changed = (1u << q->config.classes) - 1;
+	return true;
 }
 
-uint32_t uq_stock_pop(struct uq *q, struct uq_stock *s)
+void uq_stock_free(struct uq *q)
 {
-	uq_stock_touch(q, s);
+	for (unsigned c = 0; c < q->config.classes; c++)
+		free(q->stock[c].slots);
+}
+
+static void touch(struct uq *q, const struct uq_stock *s) { q->stock_changed |= 1u << (s - q->stock); }
+
+static uint32_t pop(struct uq *q, struct uq_stock *s)
+{
+	touch(q, s);
 	s->count--;
-	if (s->count < s->least)
-		s->least = s->count;
-	if (s->count < s->idle)
-		s->idle = s->count;
+	if (s->count < s->low_water)
+		s->low_water = s->count;
+	if (s->count < s->previous_low_water)
+		s->previous_low_water = s->count;
 	return s->slots[s->count];
 }
 
-static void enqueue(struct uq *q, struct uq_stock *s, struct uq_tag *t)
+/* Buffers that go back to the broker before this queue's own tags get one; never out of the reserve. */
+static unsigned payable(const struct uq *q, const struct uq_stock *s)
 {
+	unsigned reserve = q->config.class[s - q->stock].reserve, spare = s->held > reserve ? s->held - reserve : 0;
+
+	return s->recalled < spare ? s->recalled : spare;
+}
+
+static void lend(struct uq *q, struct uq_stock *s, struct uq_tag *t)
+{
+	t->slot = pop(q, s);
+	q->config.slots[t->slot].tag = uq_index(q, t) + 1;
+	q->config.stats->buffers_lent++;
+	q->config.stats->lent_total++;
+}
+
+bool uq_stock_lend(struct uq *q, struct uq_tag *t)
+{
+	struct uq_stock *s = &q->stock[t->class];
+
+	if (s->first_waiter != UQ_NO_TAG || s->count <= payable(q, s))
+		return false;
+	lend(q, s, t);
+	return true;
+}
+
+void uq_stock_enqueue(struct uq *q, struct uq_tag *t)
+{
+	struct uq_stock *s = &q->stock[t->class];
 	uint16_t tag = (uint16_t)uq_index(q, t);
 
 	t->next_waiter = UQ_NO_TAG;
@@ -78,7 +101,9 @@ static void enqueue(struct uq *q, struct uq_stock *s, struct uq_tag *t)
 		q->tags[s->last_waiter].next_waiter = tag;
 	s->last_waiter = tag;
 	s->waiting++;
+	touch(q, s);
 	q->config.stats->buffers_waiting++;
+	q->config.stats->buffers_waited++;
 }
 
 static struct uq_tag *dequeue(struct uq *q, struct uq_stock *s)
@@ -92,42 +117,19 @@ static struct uq_tag *dequeue(struct uq *q, struct uq_stock *s)
 	return t;
 }
 
-/* Buffers that other queues wait for; what is above the reserve goes to them first. */
-static unsigned payable(const struct uq *q, const struct uq_stock *s)
+struct uq_tag *uq_stock_serve(struct uq *q, unsigned class)
 {
-	unsigned reserve = q->config.class[s - q->stock].reserve, spare = s->held > reserve ? s->held - reserve : 0;
+	struct uq_stock *s = &q->stock[class];
+	struct uq_tag *t;
 
-	return s->owed < spare ? s->owed : spare;
+	if (s->first_waiter == UQ_NO_TAG || s->count <= payable(q, s))
+		return NULL;
+	t = dequeue(q, s);
+	lend(q, s, t);
+	return t;
 }
 
-static void serve_waiters(struct uq *q, struct uq_stock *s)
-{
-	while (s->count > payable(q, s) && s->first_waiter != UQ_NO_TAG) {
-		struct uq_tag *t = dequeue(q, s);
-
-		give(q, t, uq_stock_pop(q, s));
-	}
-}
-
-/* In arrival order: a new request never overtakes one that already waits for the same class. */
-void uq_need_buffer(struct uq *q, struct uq_tag *t)
-{
-	struct uq_stock *s;
-
-	t->class = (uint8_t)uq_class_for(q, t->length);
-	s = &q->stock[t->class];
-	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
-		return;
-	if (s->count > payable(q, s) && s->first_waiter == UQ_NO_TAG) {
-		give(q, t, uq_stock_pop(q, s));
-		return;
-	}
-	uq_stock_touch(q, s);
-	q->config.stats->buffers_waited++;
-	enqueue(q, s, t);
-}
-
-void uq_stop_waiting(struct uq *q, struct uq_tag *t)
+void uq_stock_forget(struct uq *q, struct uq_tag *t)
 {
 	struct uq_stock *s = &q->stock[t->class];
 	uint16_t *link = &s->first_waiter, tag = (uint16_t)uq_index(q, t), before = UQ_NO_TAG;
@@ -143,11 +145,11 @@ void uq_stop_waiting(struct uq *q, struct uq_tag *t)
 		s->last_waiter = before;
 	t->next_waiter = UQ_NO_TAG;
 	s->waiting--;
-	uq_stock_touch(q, s);
+	touch(q, s);
 	q->config.stats->buffers_waiting--;
 }
 
-void uq_slot_back(struct uq *q, struct uq_tag *t)
+void uq_stock_return(struct uq *q, struct uq_tag *t)
 {
 	struct uq_stock *s = &q->stock[t->class];
 
@@ -156,24 +158,23 @@ void uq_slot_back(struct uq *q, struct uq_tag *t)
 	q->config.stats->returned_total++;
 	s->slots[s->count++] = t->slot;
 	t->slot = UQ_BUFFER_NONE;
-	uq_stock_touch(q, s);
-	serve_waiters(q, s);
+	touch(q, s);
 }
 
-/* What lies there for a while nobody needs. */
 void uq_stock_look(struct uq *q)
 {
 	for (unsigned c = 0; c < q->config.classes; c++) {
 		struct uq_stock *s = &q->stock[c];
 
-		s->idle = s->least;
-		s->least = s->count;
-		uq_stock_touch(q, s);
+		s->previous_low_water = s->low_water;
+		s->low_water = s->count;
+		touch(q, s);
 	}
 }
 
-/* Never more than a buffer per tag, or than can ever come; a batch ahead of need, and slack before any goes back, which
- * is what was not needed for a while: what one burst gives back the next one takes. */
+/* A queue leases a batch ahead of need, never more than a buffer for each tag or than the broker can ever give it.  It
+ * returns what stayed idle over a whole period but for the reserve and a batch, so that a burst finds in the stock what
+ * the burst before it gave back. */
 int uq_stock_want(const struct uq *q, unsigned class)
 {
 	const struct uq_stock *s = &q->stock[class];
@@ -192,10 +193,10 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	}
 	if (s->waiting)
 		return 0;
-	return s->idle > reserve + 3 * batch ? -(int)(s->idle - reserve - batch) : 0;
+	return s->previous_low_water > reserve + 3 * batch ? -(int)(s->previous_low_water - reserve - batch) : 0;
 }
 
-/* Asked in every turn, so only those are looked at of which something has changed. */
+/* The worker asks in every turn, so only classes that have changed are looked at. */
 bool uq_stock_wanting(struct uq *q)
 {
 	while (q->stock_changed) {
@@ -210,10 +211,10 @@ bool uq_stock_wanting(struct uq *q)
 void uq_stock_asked(struct uq *q, unsigned class, unsigned count)
 {
 	q->stock[class].pending += count;
-	uq_stock_touch(q, &q->stock[class]);
+	touch(q, &q->stock[class]);
 }
 
-int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count)
+bool uq_stock_fill(struct uq *q, unsigned class, const uint32_t *slots, unsigned count)
 {
 	const struct uq_class *c = class < q->config.classes ? &q->config.class[class] : NULL;
 	struct uq_stock *s = &q->stock[class];
@@ -221,21 +222,21 @@ int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned c
 	for (unsigned i = 0; i < count; i++) {
 		if (!c || slots[i] < c->first_slot || slots[i] - c->first_slot >= c->count || s->held == c->count) {
 			uq_fail_now(q, UQ_F_GRANT, class, (int)slots[i]);
-			return -1;
+			return false;
 		}
 		s->slots[s->count++] = slots[i];
 		s->held++;
+		q->config.stats->buffers_held++;
 	}
-	uq_stock_touch(q, s);
-	q->config.stats->buffers_held += count;
-	serve_waiters(q, s);
-	return 0;
+	if (c)
+		touch(q, s);
+	return true;
 }
 
 bool uq_stock_short(const struct uq *q)
 {
 	for (unsigned c = 0; c < q->config.classes; c++)
-		if (q->stock[c].waiting || q->stock[c].owed)
+		if (q->stock[c].waiting || q->stock[c].recalled)
 			return true;
 	return false;
 }
@@ -246,9 +247,9 @@ unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned m
 	unsigned count = s->count < max ? s->count : max;
 
 	for (unsigned i = 0; i < count; i++)
-		slots[i] = uq_stock_pop(q, s);
+		slots[i] = pop(q, s);
 	s->held -= count;
-	s->owed -= s->owed < count ? s->owed : count;
+	s->recalled -= s->recalled < count ? s->recalled : count;
 	q->config.stats->buffers_held -= count;
 	return count;
 }
@@ -257,8 +258,8 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count)
 {
 	if (class >= q->config.classes)
 		return;
-	q->stock[class].owed = count;
-	uq_stock_touch(q, &q->stock[class]);
+	q->stock[class].recalled = count;
+	touch(q, &q->stock[class]);
 }
 
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count)
@@ -266,7 +267,7 @@ void uq_stock_on_order(struct uq *q, unsigned class, unsigned count)
 	if (class >= q->config.classes)
 		return;
 	q->stock[class].pending = count;
-	uq_stock_touch(q, &q->stock[class]);
+	touch(q, &q->stock[class]);
 }
 
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max)

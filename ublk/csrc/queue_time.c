@@ -1,11 +1,16 @@
-/* Time: deadlines of requests, and how long a backend may be mute or away.  See queue_core.h for the contract. */
-#include "queue_internal.h"
+/* Deadlines: of requests, of a backend's HELLO, of a backend's absence; and the period after which idle buffers go back.
+ * See queue_types.h for the order of files, queue_core.h for the public contract. */
+#include "queue_types.h"
 
 #include <errno.h>
 
+#include "queue_link.h"
+#include "queue_request.h"
+#include "queue_stock.h"
+
 /* Looking at every tag costs more than a turn; a deadline may be noticed this much late. */
 #define SCAN_MS 100
-/* So long a buffer must have been of no use before it goes back. */
+/* A pool buffer idle for this long is returned to the broker. */
 #define STOCK_IDLE_MS 200
 
 /* A backend that holds a request past its deadline is cut off: only its death makes the buffer safe to reuse. */
@@ -22,15 +27,15 @@ static void overdue(struct uq *q, struct uq_tag *t)
 	case UQ_WAIT_BUFFER:
 	case UQ_WAIT_PLACE:
 	case UQ_WAIT_LINK:
-		uq_fail(q, t, -ETIMEDOUT);
+		uq_request_fail(q, t, -ETIMEDOUT);
 		break;
 	case UQ_PLACING:
 	case UQ_SERVING:
-		t->doomed = true;
+		t->must_fail = true;
 		uq_link_cut(q, UQ_V_SILENT);
 		break;
 	default:
-		t->doomed = true;
+		t->must_fail = true;
 	}
 }
 
@@ -46,10 +51,10 @@ static bool is_mute(const struct uq *q)
 	return most && q->link == UQ_LINK_EXPECTED && q->now_ms - q->expected_ms >= most;
 }
 
-/* One that was cut off is as good as gone; one that is expected or fencing is there, and io_timeout is for it. */
+/* A backend that was cut off counts as absent; for one that is expected or fencing io_timeout holds. */
 static void watch_absence(struct uq *q)
 {
-	if (!q->config.absent_ms || q->giving_up || (q->link != UQ_LINK_NONE && q->link != UQ_LINK_CUT))
+	if (!q->config.absent_ms || q->giving_up || uq_link_talks(q))
 		return;
 	if (!q->is_absent) {
 		q->is_absent = true;
@@ -78,17 +83,5 @@ void uq_tick(struct uq *q, uint64_t now_ms)
 
 		if (pending(t) && now_ms - t->arrived_ms >= q->config.timeout_ms)
 			overdue(q, t);
-	}
-}
-
-void uq_give_up(struct uq *q)
-{
-	q->giving_up = true;
-	for (unsigned i = 0; i < q->config.depth; i++) {
-		struct uq_tag *t = &q->tags[i];
-		bool waits = t->state == UQ_WAIT_PLACE || t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_BUFFER;
-
-		if (waits && q->link != UQ_LINK_UP)
-			uq_fail(q, t, -EIO);
 	}
 }

@@ -1,0 +1,12 @@
+/* The link to the backend; see queue_core.h for what the queue's owner calls. */
+#ifndef UQ_QUEUE_LINK_H
+#define UQ_QUEUE_LINK_H
+
+#include "queue_types.h"
+
+/* Whether the backend's descriptors are read and descriptors for it are sent. */
+static inline bool uq_link_talks(const struct uq *q) { return q->link != UQ_LINK_NONE && q->link != UQ_LINK_CUT; }
+/* Cuts the link if a descriptor found no room. */
+void uq_link_settle(struct uq *q);
+
+#endif

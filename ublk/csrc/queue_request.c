@@ -1,0 +1,555 @@
+/*
+ * A request's road, in the order in which a request takes it:
+ *
+ *     arrive > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready > hand_over
+ *     > uq_request_done > finish > commit_taken > let_go
+ *
+ * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails too.
+ * See queue_types.h for the order of files, queue_core.h for the public contract.
+ */
+#include "queue_request.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "queue_check.h"
+#include "queue_region.h"
+#include "queue_stock.h"
+#include "queue_tag.h"
+
+/* Bits of ublksrv_io_desc.op_flags (include/uapi/linux/ublk_cmd.h): the operation, then positions in the same word. */
+#define IOD_OP_MASK 0xffu
+#define IOD_FUA (1u << 13)
+#define IOD_NOUNMAP (1u << 15)
+#define IOD_SHMEM_ZC (1u << 19)
+#define RES_NEED_GET_DATA 1
+
+static void route(struct uq *q, struct uq_tag *t, int res);
+static void route_write(struct uq *q, struct uq_tag *t);
+static void answer_alone(struct uq *q, struct uq_tag *t);
+static void ask_place(struct uq *q, struct uq_tag *t);
+static void need_buffer(struct uq *q, struct uq_tag *t);
+static void got_buffer(struct uq *q, struct uq_tag *t);
+static void get_data(struct uq *q, struct uq_tag *t, uint8_t *address);
+static void ready(struct uq *q, struct uq_tag *t);
+static void hand_over(struct uq *q, struct uq_tag *t);
+static void finish(struct uq *q, struct uq_tag *t, int result);
+static void let_go(struct uq *q, struct uq_tag *t);
+static void release_region(struct uq *q, struct uq_tag *t);
+
+static bool has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
+
+/* Requests that have no backend fail instead of waiting for one. */
+static bool gives_up(const struct uq *q) { return q->giving_up && !has_link(q); }
+
+int uq_start(struct uq *q)
+{
+	unsigned class = uq_class_for(q, q->config.max_io_bytes);
+
+	if (!q->config.need_get_data && q->stock[class].count < q->config.depth)
+		return -1;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+
+		t->class = (uint8_t)class;
+		if (!q->config.need_get_data && !uq_stock_lend(q, t))
+			return -1;
+		uq_command(q, t, UQ_CMD_FETCH, 0, t->slot == UQ_BUFFER_NONE ? NULL : uq_slot_address(q, t->slot));
+	}
+	return 0;
+}
+
+/* The high half of the address names the slice of the client area that holds the data, the low half the byte in it. */
+static bool find_client_buffer(const struct uq *q, struct uq_tag *t, uint64_t address)
+{
+	uint64_t bytes = q->config.slice_bytes, slice = address >> 32;
+
+	t->slice = (uint32_t)slice;
+	t->client_buffer = address & 0xffffffffu;
+	return slice < UQ_SLICES_MAX && q->config.slices >> slice & 1 && t->length <= bytes &&
+	       t->client_buffer <= bytes - t->length && t->client_buffer % q->config.block_bytes == 0;
+}
+
+/* The driver may overwrite the descriptor once the tag is committed, so every field is copied on arrival. */
+static bool read_descriptor(struct uq *q, struct uq_tag *t)
+{
+	const struct uq_iod *d = &q->config.descriptors[uq_index(q, t)];
+	uint32_t op_flags = d->op_flags;
+
+	t->op = op_flags & IOD_OP_MASK;
+	t->flags = (op_flags & IOD_FUA ? WIRE_FUA : 0) | (op_flags & IOD_NOUNMAP ? WIRE_NOUNMAP : 0);
+	t->offset = d->start_sector << 9;
+	t->length = (uint64_t)d->sectors << 9;
+	/* NEED_GET_DATA replaces this address by the worker's own (ublk_get_data). */
+	t->in_place = op_flags & IOD_SHMEM_ZC;
+	if (t->in_place && !find_client_buffer(q, t, d->address))
+		return false;
+	if (t->op == WIRE_READ || t->op == WIRE_WRITE)
+		return t->length && t->length <= q->config.max_io_bytes;
+	return t->op == WIRE_FLUSH || t->op == WIRE_DISCARD || t->op == WIRE_WRITE_ZEROES;
+}
+
+static void begin(struct uq *q, struct uq_tag *t)
+{
+	struct uq_stats *s = q->config.stats;
+
+	t->sequence = ++q->sequence;
+	t->arrived_ms = q->now_ms;
+	t->copied = t->sent_to_backend = t->must_fail = t->overdue = false;
+	if (++s->in_flight > s->in_flight_max)
+		s->in_flight_max = s->in_flight;
+}
+
+static void arrive(struct uq *q, struct uq_tag *t, int res)
+{
+	bool usable = read_descriptor(q, t);
+	bool asks = res == RES_NEED_GET_DATA;
+
+	begin(q, t);
+	/* The driver asks for a buffer exactly for the writes of a device with need_get_data; a write that comes without the
+	 * question there was copied to address 0. */
+	if (asks != (t->op == WIRE_WRITE && q->config.need_get_data)) {
+		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
+	} else if (!usable) {
+		q->config.stats->unsupported++;
+		uq_request_fail(q, t, t->op == WIRE_READ || t->op == WIRE_WRITE ? -EINVAL : -EOPNOTSUPP);
+	} else if (q->config.zeros) {
+		answer_alone(q, t);
+	} else {
+		route(q, t, res);
+	}
+}
+
+static void route(struct uq *q, struct uq_tag *t, int res)
+{
+	bool needs_buffer = t->op == WIRE_READ && !t->in_place && q->config.need_get_data && has_link(q) && !q->reads_own;
+
+	if (res == RES_NEED_GET_DATA) {
+		route_write(q, t);
+		return;
+	}
+	if (t->op == WIRE_WRITE) {
+		t->copied = true;
+		q->config.stats->kernel_write_bytes += t->in_place ? 0 : t->length;
+	}
+	if (needs_buffer)
+		need_buffer(q, t);
+	else if (uq_move(q, t, UQ_EV_READY))
+		ready(q, t);
+}
+
+static void route_write(struct uq *q, struct uq_tag *t)
+{
+	if (gives_up(q)) {
+		uq_request_fail(q, t, -EIO);
+	} else if (t->in_place) {
+		/* The driver wants the command, ignores its address and copies nothing (ublk_start_io). */
+		if (uq_move(q, t, UQ_EV_IN_PLACE))
+			get_data(q, t, q->config.scratch);
+	} else if (q->config.place_in_backend) {
+		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && has_link(q))
+			ask_place(q, t);
+	} else {
+		need_buffer(q, t);
+	}
+}
+
+/* A worker without a backend copies a write as any other and drops it, reads zeros, and completes the rest at once. */
+static void answer_alone(struct uq *q, struct uq_tag *t)
+{
+	if (t->op == WIRE_READ)
+		finish(q, t, (int)t->length);
+	else if (t->op != WIRE_WRITE)
+		finish(q, t, 0);
+	else if (uq_move(q, t, UQ_EV_THROW_AWAY))
+		get_data(q, t, q->config.scratch);
+}
+
+static void copy_to_region(struct uq *q, struct uq_tag *t, enum uq_event event, uint64_t buffer, uint64_t bytes)
+{
+	if (!uq_move(q, t, event))
+		return;
+	uq_region_take(q, t, buffer, bytes);
+	get_data(q, t, uq_region_address(q, t));
+}
+
+/* A posted region that fits saves the question. */
+static void ask_place(struct uq *q, struct uq_tag *t)
+{
+	uint64_t buffer, bytes;
+
+	if (uq_post_take(q, t->length, &buffer, &bytes))
+		copy_to_region(q, t, UQ_EV_POSTED, buffer, bytes);
+	else if (uq_move(q, t, UQ_EV_ASK))
+		uq_put(q, t, WIRE_PLACE);
+}
+
+void uq_request_placed(struct uq *q, struct uq_tag *t, uint64_t buffer)
+{
+	copy_to_region(q, t, UQ_EV_PLACED, buffer, t->length);
+}
+
+/* Tags get buffers in the order of arrival: one that comes later never overtakes one that waits for the same class. */
+static void need_buffer(struct uq *q, struct uq_tag *t)
+{
+	t->class = (uint8_t)uq_class_for(q, t->length);
+	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
+		return;
+	if (uq_stock_lend(q, t))
+		got_buffer(q, t);
+	else
+		uq_stock_enqueue(q, t);
+}
+
+/* The backend that named the region is dead, so nothing writes there any more: the data moves to the pool. */
+static void rescue(struct uq *q, struct uq_tag *t)
+{
+	memcpy(uq_slot_address(q, t->slot), uq_region_address(q, t), t->length);
+	q->config.stats->own_copy_bytes += t->length;
+	q->config.stats->rescues++;
+	uq_region_return(q, t);
+}
+
+static void got_buffer(struct uq *q, struct uq_tag *t)
+{
+	if (t->op == WIRE_WRITE && !t->copied) {
+		if (uq_move(q, t, UQ_EV_BUFFER_TO_COPY))
+			get_data(q, t, uq_slot_address(q, t->slot));
+		return;
+	}
+	if (t->own_segment)
+		rescue(q, t);
+	if (uq_move(q, t, UQ_EV_BUFFER_TO_SERVE))
+		ready(q, t);
+}
+
+static void serve_waiters(struct uq *q, unsigned class)
+{
+	struct uq_tag *t;
+
+	while ((t = uq_stock_serve(q, class)))
+		got_buffer(q, t);
+}
+
+int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count)
+{
+	if (!uq_stock_fill(q, class, slots, count))
+		return -1;
+	serve_waiters(q, class);
+	uq_check(q);
+	return 0;
+}
+
+static void get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
+{
+	uq_command(q, t, UQ_CMD_GET_DATA, 0, address);
+}
+
+static void copied(struct uq *q, struct uq_tag *t)
+{
+	uint64_t length = (uint64_t)q->config.descriptors[uq_index(q, t)].sectors << 9;
+
+	/* 6.12 would send the rest of a write that is committed short; 7.3 reports it to the client as done whole. */
+	if (length < t->length) {
+		q->config.stats->short_copies++;
+		t->must_fail = true;
+	}
+	q->config.stats->kernel_write_bytes += t->in_place ? 0 : length;
+	t->copied = true;
+	if (t->must_fail) {
+		finish(q, t, -EIO);
+	} else if (q->config.zeros) {
+		finish(q, t, (int)t->length);
+	} else if (t->own_segment && uq_region_orphaned(q, t)) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			need_buffer(q, t);
+	} else if (uq_move(q, t, UQ_EV_COPIED)) {
+		ready(q, t);
+	}
+}
+
+/* The data, if any, and the buffer are there: the request goes to the backend, or waits for one. */
+static void ready(struct uq *q, struct uq_tag *t)
+{
+	if (t->must_fail || gives_up(q))
+		uq_request_fail(q, t, -EIO);
+	else if (has_link(q))
+		hand_over(q, t);
+}
+
+static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *d)
+{
+	if (t->op != WIRE_READ && t->op != WIRE_WRITE)
+		return;
+	if (t->in_place) {
+		d->segment = WIRE_SEGMENT_CLIENTS + t->slice;
+		d->buffer = t->client_buffer;
+	} else if (t->own_segment) {
+		d->segment = t->own_segment;
+		d->buffer = t->own_buffer;
+	} else if (t->slot != UQ_BUFFER_NONE) {
+		d->segment = WIRE_SEGMENT_POOL;
+		d->buffer = uq_slot_offset(q, t->slot);
+	}
+}
+
+static void hand_over(struct uq *q, struct uq_tag *t)
+{
+	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place && !q->reads_own;
+	struct wire_descriptor *d;
+
+	if (lacks_buffer) {
+		need_buffer(q, t);
+		return;
+	}
+	if (!uq_move(q, t, UQ_EV_HAND_OVER))
+		return;
+	d = uq_put(q, t, t->own_segment ? WIRE_DATA : WIRE_REQUEST);
+	name_buffer(q, t, d);
+	if (t->sent_to_backend) {
+		d->flags |= WIRE_REPLAY;
+		q->config.stats->replays++;
+	}
+	t->sent_to_backend = true;
+}
+
+static int compare_sequence(const void *a, const void *b, void *context)
+{
+	const struct uq *q = context;
+	uint64_t x = q->tags[*(const uint16_t *)a].sequence, y = q->tags[*(const uint16_t *)b].sequence;
+
+	return x < y ? -1 : x > y;
+}
+
+static bool waits_for_link(const struct uq_tag *t) { return t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_PLACE; }
+
+void uq_requests_resume(struct uq *q)
+{
+	unsigned count = 0;
+
+	for (unsigned i = 0; i < q->config.depth; i++)
+		if (waits_for_link(&q->tags[i]))
+			q->replay[count++] = (uint16_t)i;
+	qsort_r(q->replay, count, sizeof *q->replay, compare_sequence, q);
+	for (unsigned i = 0; i < count; i++) {
+		struct uq_tag *t = &q->tags[q->replay[i]];
+
+		if (t->state == UQ_WAIT_LINK)
+			ready(q, t);
+		else if (t->state == UQ_WAIT_PLACE)
+			ask_place(q, t);
+	}
+}
+
+void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uint64_t buffer)
+{
+	/* The kernel sends a read again, for ever, of which no byte was moved; and 7.x tells the client that a write, or
+	 * anything in a client's registered buffer, was done whole, whatever its commit says (__ublk_complete_rq). */
+	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
+
+	/* Not before the answer is believed: the data of an unanswered write is rescued from its region. */
+	if (t->op == WIRE_WRITE && t->own_segment)
+		release_region(q, t);
+	if (named)
+		uq_region_take(q, t, buffer, t->length);
+	finish(q, t, result >= 0 && (uint64_t)result < needed ? -EIO : result);
+}
+
+/* The driver takes no commit of a write that waits for its data: the kernel copies it into scratch first. */
+static void fail_uncopied(struct uq *q, struct uq_tag *t, int error)
+{
+	if (!uq_move(q, t, UQ_EV_FAIL_UNCOPIED))
+		return;
+	t->result = error;
+	get_data(q, t, q->config.scratch);
+}
+
+static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
+{
+	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
+}
+
+void uq_request_fail(struct uq *q, struct uq_tag *t, int error)
+{
+	if (t->state == UQ_WAIT_BUFFER)
+		uq_stock_forget(q, t);
+	if (waits_for_data(q, t))
+		fail_uncopied(q, t, error);
+	else
+		finish(q, t, error);
+}
+
+static void lose_serving(struct uq *q, struct uq_tag *t)
+{
+	if (t->must_fail) {
+		finish(q, t, -EIO);
+	} else if (t->own_segment) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			need_buffer(q, t);
+	} else if (uq_move(q, t, UQ_EV_LINK_LOST)) {
+		ready(q, t);
+	}
+}
+
+void uq_request_lost(struct uq *q, struct uq_tag *t)
+{
+	if (t->state == UQ_SERVING) {
+		lose_serving(q, t);
+	} else if (t->state == UQ_WAIT_LINK && t->own_segment) {
+		if (uq_move(q, t, UQ_EV_RESCUE))
+			need_buffer(q, t);
+	} else if (t->state == UQ_PLACING) {
+		if (t->must_fail || q->giving_up)
+			uq_request_fail(q, t, -EIO);
+		else
+			uq_move(q, t, UQ_EV_LINK_LOST);
+	}
+}
+
+void uq_give_up(struct uq *q)
+{
+	q->giving_up = true;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+		bool waits = waits_for_link(t) || t->state == UQ_WAIT_BUFFER;
+
+		if (waits && !has_link(q))
+			uq_request_fail(q, t, -EIO);
+	}
+	uq_check(q);
+}
+
+/* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
+static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
+{
+	if (t->op == WIRE_READ && t->own_segment)
+		return uq_region_address(q, t);
+	if (t->slot != UQ_BUFFER_NONE && (t->op == WIRE_READ || !q->config.need_get_data))
+		return uq_slot_address(q, t->slot);
+	if (t->op != WIRE_READ)
+		return NULL;
+	return q->config.zeros ? q->config.zeros : q->config.scratch;
+}
+
+static void count_result(struct uq *q, const struct uq_tag *t)
+{
+	struct uq_stats *s = q->config.stats;
+
+	if (t->op >= UQ_OPS)
+		return;
+	s->requests[t->op]++;
+	if (t->result < 0) {
+		s->errors++;
+		return;
+	}
+	s->bytes[t->op] += t->op == WIRE_READ || t->op == WIRE_WRITE ? (uint64_t)t->result : t->length;
+	if (t->in_place) {
+		s->zero_copies++;
+		s->zero_copy_bytes += (uint64_t)t->result;
+	} else if (t->op == WIRE_READ) {
+		s->kernel_read_bytes += (uint64_t)t->result;
+	}
+}
+
+static void finish(struct uq *q, struct uq_tag *t, int result)
+{
+	if (!uq_move(q, t, UQ_EV_FINISH))
+		return;
+	t->result = result;
+	count_result(q, t);
+	uq_command(q, t, UQ_CMD_COMMIT, result, commit_address(q, t));
+}
+
+static void commit_taken(struct uq *q, struct uq_tag *t)
+{
+	q->config.stats->commits++;
+	if (uq_move(q, t, UQ_EV_TAKEN))
+		let_go(q, t);
+}
+
+void uq_commands_taken(struct uq *q, unsigned count)
+{
+	struct uq_command c;
+
+	while (count-- && uq_command_pop(q, &c))
+		if (c.op == UQ_CMD_COMMIT)
+			commit_taken(q, &q->tags[c.tag]);
+	uq_check(q);
+}
+
+static void release_region(struct uq *q, struct uq_tag *t)
+{
+	if (has_link(q) && !uq_region_orphaned(q, t)) {
+		struct wire_descriptor *d = uq_put(q, t, WIRE_RELEASE);
+
+		d->segment = t->own_segment;
+		d->buffer = t->own_buffer;
+	}
+	uq_region_return(q, t);
+}
+
+/* Neither kernel nor backend uses the buffer any more: it goes back, and to the tag that has waited longest for one. */
+static void let_go(struct uq *q, struct uq_tag *t)
+{
+	if (t->own_segment)
+		release_region(q, t);
+	if (q->config.need_get_data && t->slot != UQ_BUFFER_NONE) {
+		uq_stock_return(q, t);
+		serve_waiters(q, t->class);
+	}
+	q->config.stats->in_flight--;
+}
+
+static void aborted(struct uq *q, struct uq_tag *t, int res)
+{
+	bool busy = t->state != UQ_KERNEL;
+
+	if (!uq_move(q, t, UQ_EV_ABORTED))
+		return;
+	if (busy)
+		let_go(q, t);
+	if (res != -ENODEV && res != -ECANCELED)
+		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
+	q->config.stats->tags_gone++;
+	if (++q->gone == q->config.depth)
+		q->attention |= UQ_ATT_GONE;
+}
+
+/* The driver could copy nothing and sends the write again, as a new request and perhaps on another tag: with an I/O
+ * scheduler a requeued request gives its tag up. */
+static void requeued(struct uq *q, struct uq_tag *t, int res)
+{
+	q->config.stats->requeues++;
+	if (!uq_move(q, t, UQ_EV_REQUEUED))
+		return;
+	let_go(q, t);
+	arrive(q, t, res);
+}
+
+/* The kernel copies for writes only: result 0 with another operation is the tag's next request. */
+static bool was_copied(const struct uq *q, const struct uq_tag *t, int res)
+{
+	return res != RES_NEED_GET_DATA && (q->config.descriptors[uq_index(q, t)].op_flags & IOD_OP_MASK) == WIRE_WRITE;
+}
+
+void uq_complete(struct uq *q, unsigned tag, int res)
+{
+	struct uq_tag *t = &q->tags[tag];
+
+	if (tag >= q->config.depth)
+		uq_fail_now(q, UQ_F_COMPLETION, tag, res);
+	else if (res < 0)
+		aborted(q, t, res);
+	else if (t->state == UQ_KERNEL)
+		arrive(q, t, res);
+	else if (t->state != UQ_COPYING && t->state != UQ_FAILING)
+		uq_fail_now(q, UQ_F_COMPLETION, tag, t->state << 8 | res);
+	else if (!was_copied(q, t, res))
+		requeued(q, t, res);
+	else if (t->state == UQ_COPYING)
+		copied(q, t);
+	else
+		finish(q, t, t->result);
+	uq_check(q);
+}

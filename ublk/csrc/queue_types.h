@@ -1,0 +1,97 @@
+/* The private types of the queue core: a tag, a stock of pool buffers, regions, and the queue that has them.
+ *
+ * The core's files call in one direction only, from a line of this list to the lines above it:
+ *
+ *     queue_tag.c                       a tag's transitions; commands and descriptors on their way out
+ *     queue_check.c                     the invariants, asserted in the checked build
+ *     queue_stock.c  queue_region.c     containers of pool buffers and of regions: they are asked and call nobody back
+ *     queue_request.c                   a request's road, from its arrival to the return of its buffer
+ *     queue_link.c                      the backend's descriptors, judged; the link's states
+ *     queue_time.c                      deadlines
+ *     queue_core.c                      making and freeing a queue; its attention
+ *     queue_port.c  queue_ring.c        transports and io_uring
+ *
+ * tests/unit/test_queue_layers.py holds that from the undefined symbols of each object file.
+ */
+#ifndef UQ_QUEUE_TYPES_H
+#define UQ_QUEUE_TYPES_H
+
+#include "queue_core.h"
+
+#include "blocks.h"
+
+#include <stdbool.h>
+
+#define UQ_NO_TAG 0xffffu
+
+struct uq_tag {
+	uint64_t sequence, offset, length, arrived_ms;
+	uint64_t own_buffer;    /* offset in own_segment, bytes */
+	uint64_t client_buffer; /* offset in slice `slice` of the client area, if `in_place` */
+	uint64_t own_bytes;     /* of the region, which may be longer than the request */
+	uint32_t own_segment;   /* the segment of the region that a backend named, 0 for none */
+	uint32_t slice;
+	uint32_t slot;          /* pool buffer, UQ_BUFFER_NONE for none */
+	int32_t result;
+	uint16_t flags;
+	uint16_t next_waiter;
+	uint8_t state, op, class;
+	bool in_place;          /* the client's own buffer is the request's: the kernel copies nothing */
+	bool copied;            /* a write's data is in its buffer */
+	bool sent_to_backend;
+	bool must_fail;         /* fails as soon as neither kernel nor backend touches its buffer */
+	bool overdue;
+};
+
+struct uq_stock {
+	uint32_t *slots;
+	unsigned count, held, pending, waiting;
+	unsigned recalled; /* buffers that the broker has asked back for other queues */
+	unsigned low_water, previous_low_water; /* the fewest in `count` since the last look; between the two before */
+	uint16_t first_waiter, last_waiter;
+};
+
+/* The regions that the backend has posted in one size: offsets in its segment. */
+struct uq_posts {
+	uint64_t *starts;
+	unsigned count;
+};
+
+struct uq_segment {
+	uint8_t *base;
+	uint64_t bytes;
+	uint32_t number;
+	unsigned data_tags; /* writes whose only copy of the data lies here, and reads not yet taken by the kernel */
+	bool live;
+};
+
+struct uq {
+	struct uq_config config;
+	struct uq_tag *tags;
+	struct uq_stock stock[UQ_CLASSES_MAX];
+	unsigned stock_changed, stock_wanting; /* a bit for each class: to be looked at; to be leased or returned */
+	struct uq_segment segments[UQ_SEGMENTS_MAX];
+	struct uq_command *commands;
+	unsigned commands_first, commands_count, commands_mask;
+	struct wire_descriptor *output;
+	unsigned output_first, output_count, output_max;
+	struct uq_posts posts[UQ_CLASSES_MAX];
+	struct blocks occupied; /* of the attached backend's segment: lent to a write's tag, or posted */
+	uint16_t *replay;       /* room to sort the tags that wait */
+	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
+	unsigned attention, gone;
+	uint32_t own_segment;   /* the attached backend's, 0 for none */
+	uint8_t link;
+	unsigned stale;         /* answers of this backend that were dropped */
+	bool reads_own, fence, giving_up;
+	bool is_absent;         /* since absent_since_ms */
+	bool output_held;
+	bool output_overflowed; /* a descriptor found no room: nothing more is sent, and the link is to be cut */
+	int violation, fault, fault_detail;
+	unsigned fault_tag;
+	struct wire_descriptor culprit;
+};
+
+static inline unsigned uq_index(const struct uq *q, const struct uq_tag *t) { return (unsigned)(t - q->tags); }
+
+#endif
