@@ -19,13 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from support.watched_calls import MARK as MAY_WAIT
 from ublkpool.bufpool.arena import SHM_DIRECTORY, Arena, arena_prefix
 from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
-DEADLINE_S = 60.0
+DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "60"))
+"""What only a hang reaches, on a machine that does nothing else."""
 MARK = "UBLKPOOL_TEST_MARK"
 _POLL_S = 0.02
 _T = TypeVar("_T")
@@ -309,9 +311,14 @@ class Daemon:
             check=False,
         )
 
+    def forbidden(self) -> list[str]:
+        """The calls of supervisor, workers and broker that may wait for ever, of a daemon that watches them."""
+        return [line for line in self.said().splitlines() if MAY_WAIT in line]
+
     def leftovers(self) -> list[str]:
-        """What is there although no device should be, in words."""
+        """What is there although no device should be, in words, and the calls that no daemon may make."""
         found = [f"device {each.name}, {each.state}" for each in self.client.devices()]
+        found += self.forbidden()
         found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
         found += [f"{SHM_DIRECTORY}/{name}" for name in sorted(pools() - self.pools_before)]
         found += [str(path) for path in sorted((self.run_dir / "queues").iterdir())]
@@ -379,6 +386,7 @@ class Daemon:
     def remains(self) -> list[str]:
         """What is left after its end."""
         found = [str(self.run_dir)] if self.run_dir.exists() else []
+        found += self.forbidden()
         found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
         found += [f"{SHM_DIRECTORY}/{name}" for name in sorted(pools() - self.pools_before)]
         return found + [
