@@ -22,6 +22,8 @@ from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.workers import messages
 
 DETACH_PATIENCE_S = 10.0
+DEATH_PATIENCE_S = 10.0
+"""After KILL, for a backend that waits in the kernel."""
 HANGUP_PATIENCE_S = 5.0
 _log = logging.getLogger("ublkpool.device")
 
@@ -184,7 +186,15 @@ class Attachment:
         if self.session is not None:
             session = self.session
             reason = self._life.reason or "the device is being deleted"
-            await session.detach(reason, DETACH_PATIENCE_S, keep)
+            try:
+                await asyncio.wait_for(
+                    session.detach(reason, DETACH_PATIENCE_S, keep), DETACH_PATIENCE_S + DEATH_PATIENCE_S
+                )
+            except TimeoutError:
+                # It waits for its own storage, which no signal ends; the device's memory serves no other backend.
+                _log.error(
+                    "%s: process %d was killed and waits in the kernel", self._config.name, session.pid
+                )
             if self._farewell is not None:
                 self._farewell.cancel()
             self._drop(session)

@@ -8,29 +8,30 @@ import asyncio
 import errno
 import logging
 import os
-import shutil
-import stat
-import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ublkpool.bufpool import wire
+from ublkpool.daemon import disk_node, disk_use
 from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.control_process import LOOK_DEADLINE_S, ControlFailed, ControlRunner
+from ublkpool.daemon.disk_use import Users
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import Attribute, DeviceInfo, Feature, Parameters
 from ublkpool.ublk.errors import UblkError, UnsupportedError
 
 NODE_DEADLINE_S = 30.0
+OPEN_DEADLINE_S = 600.0
 DELETE_PATIENCE_S = 5.0
 IO_TIMEOUT_DEADLINE_S = 600.0
 DRAIN_DEADLINE_S = 86400.0
 _POLL_S = 0.02
+T = TypeVar("T")
 _RECOVERY_FLAGS = {
     "none": Feature(0),
     "abort": Feature.USER_RECOVERY,
@@ -138,6 +139,14 @@ def _write(setting: Path, value: str) -> None:
     setting.write_text(value)
 
 
+def _set(setting: Path, value: str) -> None:
+    """Runs in the disposable process.  The kernel waits for every request before it sets even the same value."""
+    with suppress(OSError):
+        if setting.read_text().strip() == value:
+            return
+    setting.write_text(value)
+
+
 def _delete(number: int) -> bool:
     """Runs in the disposable process; whether the number is free already."""
     control.delete_device_later(number)
@@ -199,7 +208,11 @@ class BlockDevice:
         return cls(runner, name, created)
 
     async def open_char(self) -> int:
-        """Open /dev/ublkcN, which udev may still be making or looking at.  Raises `DaemonError`."""
+        """Open /dev/ublkcN, which udev may still be making or looking at.  Raises `DaemonError`.
+
+        On the loop, because the driver wants the process that opened it to be the one that started it: the driver's
+        open waits for nothing (ublk_ch_open tests a bit), and /dev is kept in memory.
+        """
         path = f"/dev/ublkc{self.number}"
         deadline_s = asyncio.get_running_loop().time() + NODE_DEADLINE_S
         while True:
@@ -248,23 +261,38 @@ class BlockDevice:
         return self._runner.run_beside(f"{self._name}: START_DEV", command, type(None), deadline_s)
 
     async def wait_for_node(self) -> None:
-        """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`."""
-        deadline_s = asyncio.get_running_loop().time() + NODE_DEADLINE_S
-        while not self._opens():
-            if asyncio.get_running_loop().time() > deadline_s:
-                raise DaemonError(
-                    f"{self._name}: {self.node} did not become a block device that can be opened"
-                )
-            await asyncio.sleep(_POLL_S)
-        await _settle_udev()
+        """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`.
 
-    def in_use(self) -> bool:
-        """Whether somebody holds the disk exclusively: a mount, a volume manager, a RAID."""
-        try:
-            os.close(os.open(self.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            return error.errno == errno.EBUSY
-        return False
+        Linux 7.3 scans partitions after START_DEV and holds the disk's `open_mutex` meanwhile
+        (ublk_partition_scan_work): an open waits there for as long as the backend takes to serve the scan.
+        """
+        node = str(self.node)
+        if not await self._look(
+            f"opening {node}", lambda: disk_node.wait_until_open(node, NODE_DEADLINE_S), bool, OPEN_DEADLINE_S
+        ):
+            raise DaemonError(f"{self._name}: {node} did not become a block device that can be opened")
+
+    async def is_claimed(self, deadline_s: float = LOOK_DEADLINE_S) -> bool:
+        """Whether the disk or a partition has an exclusive user.  Raises `CallHung`, `ControlFailed`."""
+        node = str(self.node)
+        return await self._look(f"opening {node}", lambda: disk_use.is_claimed(node), bool, deadline_s)
+
+    async def users(self, deadline_s: float = LOOK_DEADLINE_S) -> Users:
+        """Who uses the disk, as far as /proc and /sys show it.  Raises `CallHung`, `ControlFailed`."""
+        name = self.node.name
+        return await self._look(
+            f"looking for users of {name}", lambda: disk_use.find_users(name), Users, deadline_s
+        )
+
+    async def mappers(self) -> Users:
+        """The processes that have the disk mapped.  Raises `CallHung`, `ControlFailed`."""
+        name = self.node.name
+        return await self._look(f"looking for users of {name}", lambda: disk_use.find_mappers(name), Users)
+
+    async def _look(
+        self, what: str, work: Callable[[], Any], result: type[T], deadline_s: float = LOOK_DEADLINE_S
+    ) -> T:
+        return await self._runner.look(self._name, f"{self._name}: {what}", work, result, deadline_s)
 
     async def set_io_timeout(self, timeout_ms: int) -> None:
         """How soon the driver looks whether a request's worker still lives; 30 s is the block layer's default.
@@ -272,12 +300,8 @@ class BlockDevice:
         A worker that dies while it holds every tag is noticed by nothing else; on a living one the timer only restarts.
         """
         setting, wanted = self._io_timeout_file, str(timeout_ms)
-        # The kernel waits for every request before it changes the setting, even to the same.
-        with suppress(OSError):
-            if setting.read_text().strip() == wanted:
-                return
         await self._runner.run_beside(
-            f"{self._name}: io_timeout", lambda: _write(setting, wanted), type(None), IO_TIMEOUT_DEADLINE_S
+            f"{self._name}: io_timeout", lambda: _set(setting, wanted), type(None), IO_TIMEOUT_DEADLINE_S
         )
 
     @property
@@ -384,6 +408,35 @@ class BlockDevice:
                     raise
             await asyncio.sleep(_POLL_S)
 
+    @property
+    def can_try_stop(self) -> bool:
+        """Whether the driver has `try_stop` (Linux 7.0)."""
+        return bool(self._features & Feature.SAFE_STOP_DEV)
+
+    async def try_stop(self, deadline_s: float) -> bool:
+        """TRY_STOP_DEV: STOP_DEV, unless the disk or a partition is open; whether it stopped.  Raises `ControlFailed`.
+
+        The driver counts openers under the disk's `open_mutex`, and lets nobody open it from there on
+        (ublk_ctrl_try_stop_dev): there is no moment between the look and the stop.
+        """
+        number = self.number
+        try:
+            await self._runner.run_beside(
+                f"{self._name}: TRY_STOP_DEV", lambda: control.try_stop_device(number), type(None), deadline_s
+            )
+        except ControlFailed as error:
+            if error.errno == errno.EBUSY:
+                return False
+            # Without a disk, which another program may have stopped, there is nothing to take away.
+            if error.errno != errno.ENODEV:
+                raise
+        return True
+
+    async def has_gone(self) -> bool:
+        """Whether the kernel has begun to remove the disk.  Raises `CallHung`, `ControlFailed`."""
+        name = self.node.name
+        return await self._look(f"looking for {name}", lambda: disk_node.has_gone(name), bool)
+
     async def stop(self, deadline_s: float) -> None:
         """STOP_DEV: the disk goes, then every fetched tag is cancelled.  Raises `ControlFailed`."""
         number = self.number
@@ -403,26 +456,3 @@ class BlockDevice:
                 self._name,
                 number,
             )
-
-    def _opens(self) -> bool:
-        try:
-            fd = os.open(self.node, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            return stat.S_ISBLK(os.fstat(fd).st_mode)
-        finally:
-            os.close(fd)
-
-
-async def _settle_udev() -> None:
-    udevadm = shutil.which("udevadm")
-    if udevadm is None or not Path("/run/udev/control").exists():
-        return
-    from ublkpool.daemon.children import Child
-
-    process = subprocess.Popen(
-        [udevadm, "settle", "--timeout=10"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    process.returncode = 0
-    await Child(process.pid, "udevadm settle").wait()

@@ -19,6 +19,7 @@ from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.open_files import FileId, file_id, holders_of
+from ublkpool.daemon.peer import peer_of
 
 
 class Ground(NamedTuple):
@@ -79,6 +80,10 @@ class Clients:
     def counts(self) -> tuple[int, int, int]:
         """Slices that are lent, resting and free."""
         return len(self._lent), len(self._resting), len(self._free)
+
+    def names(self) -> list[str]:
+        """The processes that have a slice, in words."""
+        return [f"client process {peer_of(sock).pid}" for sock in self._lent.values()]
 
     def lend(self, sock: socket.socket) -> int | None:
         """A slice for the client that this connection leads to, which is ours then; None if there is none now."""

@@ -1,11 +1,16 @@
-"""Control commands in a disposable process, one at a time, with a deadline.
+"""Whatever may wait in the kernel for ever, in a disposable process with a deadline.
 
-A ublk control command may block in the kernel, for ever if a reference leaked; and a command that blocks holds a lock
-that every other command on the host wants.  So each runs in a child of its own: the daemon never waits inside the
-kernel, and when a deadline passes it says what hangs and where to look.
+Two kinds of calls run here.  A ublk control command may block, for ever if a reference leaked; and a command that
+blocks holds a lock that every other command on the host wants, so most of them take turns.  A *look* is any other call
+that a disk or a file system answers: an open of a block device, sysfs, another process's /proc, an umount.  Each runs
+in a child of its own: the daemon never waits inside the kernel, and when a deadline passes it says what hangs.
+
+A child is forked for each call instead of kept in a pool: looks happen a few times in a device's life, a whole one
+takes about 4 ms, and a child that hangs needs no replacement.
 """
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -26,8 +31,13 @@ from ublkpool.workers.process import fork_child
 T = TypeVar("T")
 DEADLINE_S = 60.0
 KILL_PATIENCE_S = 5.0
+LOOK_DEADLINE_S = 20.0
+LOOK_TITLE = "ublkpool-look"
+LOOKS_MAX = 4
+"""Looks of one owner that have not ended, hung ones included."""
 _BEGUN = b"\n"
 """Before the answer, to which it makes no difference: JSON may begin with white space."""
+_log = logging.getLogger("ublkpool.control")
 
 
 class ControlFailed(DaemonError):
@@ -38,6 +48,13 @@ class ControlFailed(DaemonError):
         self.errno = code
 
 
+class CallHung(ControlFailed):
+    """A call that was not back at its deadline: its process was told to KILL and ends when the kernel lets it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
+
+
 class _Answer(msgspec.Struct):
     value: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""
@@ -45,10 +62,11 @@ class _Answer(msgspec.Struct):
 
 
 class ControlRunner:
-    """Runs control commands; `command` functions are those of `ublk.control`, or made of them."""
+    """Runs control commands (functions of `ublk.control`, or made of them) and looks."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
+        self._looks: dict[str, set[Child]] = {}
 
     async def run(
         self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
@@ -71,6 +89,36 @@ class ControlRunner:
         """
         return await self._run(what, command, result, deadline_s, begun)
 
+    async def look(
+        self,
+        owner: str,
+        what: str,
+        work: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = LOOK_DEADLINE_S,
+    ) -> T:
+        """The result of `work`, which a disk or a file system may keep waiting for ever; `what` is for the error.
+
+        `owner` is a device's name: at most `LOOKS_MAX` looks of one owner are under way, so that a device that answers
+        nothing costs a bounded number of processes, and another device's looks are not refused for it.  Raises
+        `CallHung` at the deadline, `ControlFailed` for an `OSError` of `work` and if too many looks are under way.
+        """
+        looks = self._unfinished(owner)
+        if len(looks) >= LOOKS_MAX:
+            pids = ", ".join(str(each.pid) for each in looks)
+            raise ControlFailed(f"{what}: not tried: {len(looks)} processes wait for this disk ({pids})", 0)
+        try:
+            return await self._run(what, work, result, deadline_s, title=LOOK_TITLE, looks=looks)
+        except CallHung as error:
+            _log.error("%s", error)
+            raise
+
+    def _unfinished(self, owner: str) -> set[Child]:
+        looks = self._looks.setdefault(owner, set())
+        looks -= {each for each in looks if each.exit_status is not None}
+        self._looks = {name: each for name, each in self._looks.items() if each or name == owner}
+        return looks
+
     async def _run(
         self,
         what: str,
@@ -78,11 +126,15 @@ class ControlRunner:
         result: type[T],
         deadline_s: float,
         begun: asyncio.Event | None = None,
+        title: str = "ublkpool-ctl",
+        looks: set[Child] | None = None,
     ) -> T:
         reader, writer = os.pipe()
         parent = os.getpid()
-        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer], "ublkpool-ctl"), what)
+        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer], title), what)
         os.close(writer)
+        if looks is not None:
+            looks.add(child)
         try:
             async with asyncio.timeout(deadline_s):
                 if begun is not None:
@@ -92,8 +144,8 @@ class ControlRunner:
         except TimeoutError:
             stack = _kernel_stack(child.pid)
             child.send(signal.SIGKILL)
-            raise ControlFailed(
-                f"{what} has hung for {deadline_s:.0f} s{stack}; {_kernel_says()}", 0
+            raise CallHung(
+                f"{what} has hung for {deadline_s:.0f} s in process {child.pid}{stack}; {_kernel_says()}"
             ) from None
         except asyncio.CancelledError:
             # Whoever gave up must know that the kernel will not carry it out later.

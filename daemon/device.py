@@ -27,6 +27,7 @@ from ublkpool.daemon.clients import Clients, Ground
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import alone, check_fits
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.in_use import check_unused, describe_use, stop_unused
 from ublkpool.daemon.lifecycle import Lifecycle
 from ublkpool.daemon.machinery import Machinery
 from ublkpool.daemon.managed_backend import ManagedBackend
@@ -126,10 +127,23 @@ class Device:
             read_only=config.read_only,
         )
 
-    def in_use(self) -> bool:
-        """Whether a mount or something else holds the disk."""
+    async def check_unused(self) -> None:
+        """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
         kernel = self._machinery.kernel
-        return kernel is not None and self.state == "live" and kernel.in_use()
+        if kernel is None or self.state == "failed":
+            return
+        await check_unused(self.config.name, kernel, may_open=self.state != "waiting")
+        # Asked last: a client that ended meanwhile has given its memory back by now.
+        if clients := self._clients.names():
+            raise DaemonError(
+                f"{self.config.name}: its client buffers are in use: {', '.join(clients)}: "
+                f"end these clients, or use --force"
+            )
+
+    async def describe_use(self) -> str:
+        """The users of the disk in words, empty if none is seen."""
+        kernel = self._machinery.kernel
+        return await describe_use(kernel) if kernel is not None and self.state == "live" else ""
 
     async def live(self) -> None:
         """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
@@ -391,21 +405,37 @@ class Device:
     async def delete(self, force: bool, keep: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
 
-        Raises `DaemonError` if it is in use and not forced.
+        Raises `DaemonError` if it is in use and not forced; then it goes on.
         """
-        if not force and self.in_use():
-            raise DaemonError(
-                f"{self.config.name}: its disk is in use (mounted?): unmount it, or use --force"
-            )
-        self._life.is_stopping = True
-        self._life.enter(self.state)
+        if force:
+            self._begin_to_end()
+        else:
+            await self.check_unused()
+        state, waits = self.state, self._life.turn.locked()
         async with self._life.turn:
+            if not force:
+                await self._stop_unused(look_again=waits or state != self.state)
+            self._begin_to_end()
             await self._tear_down(keep)
         # Its backend does this when it is told to go; there may have been none just now.
         if not keep:
             with suppress(OSError):
                 Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
         self._background.cancel()
+
+    def _begin_to_end(self) -> None:
+        self._life.is_stopping = True
+        self._life.enter(self.state)
+
+    async def _stop_unused(self, look_again: bool) -> None:
+        """For whoever has the turn.  Raises `DaemonError` that names the users; then nothing has changed."""
+        machinery = self._machinery
+        if look_again:
+            await self.check_unused()
+        if self.state == "live" and machinery.kernel is not None and machinery.kernel.can_try_stop:
+            await stop_unused(
+                self.config.name, machinery.kernel, lambda: machinery.try_stop(self._attachment.gone)
+            )
 
     async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""

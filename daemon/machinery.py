@@ -30,6 +30,7 @@ from ublkpool.workers import messages
 
 STOP_DEADLINE_S = 60.0
 WORKER_PATIENCE_S = 10.0
+GOING_POLL_S = 0.2
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -142,6 +143,26 @@ class Machinery:
             with logged(self._config.name):
                 await self.leases.refresh()
             self._save()
+
+    async def try_stop(self, backend_gone: Callable[[], Awaitable[None]]) -> bool:
+        """Stop the disk unless it is open; whether it stopped.  Raises `ControlFailed`, and then it may go later."""
+        team, kernel = self.team, self.kernel
+        assert team is not None and kernel is not None
+        watching = asyncio.ensure_future(self._give_up_once_going(team, kernel, backend_gone))
+        try:
+            return await kernel.try_stop(STOP_DEADLINE_S)
+        finally:
+            watching.cancel()
+
+    async def _give_up_once_going(
+        self, team: Team, kernel: BlockDevice, backend_gone: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Not before the kernel has decided: a disk that stays keeps its requests for the next backend."""
+        await backend_gone()
+        with logged(self._config.name):
+            while not await kernel.has_gone():
+                await asyncio.sleep(GOING_POLL_S)
+            await _give_up_without_backend(team, backend_gone)
 
     async def stop(self, backend_gone: Callable[[], Awaitable[None]]) -> None:
         """In the order that cannot wedge the host: the disk stops while workers and backend serve, then workers end."""

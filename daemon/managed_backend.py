@@ -5,6 +5,7 @@ Owns that it runs for as long as the device needs one, and is not started again 
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable
 
@@ -17,6 +18,9 @@ from ublkpool.daemon.succession import stderr_name
 from ublkpool.daemon.surroundings import Surroundings
 
 END_PATIENCE_S = 10.0
+DEATH_PATIENCE_S = 10.0
+"""After KILL, for a process that waits in the kernel."""
+_log = logging.getLogger("ublkpool.device")
 
 
 class ManagedBackend:
@@ -83,9 +87,16 @@ class ManagedBackend:
             self._keeper.cancel()
 
     async def end(self) -> None:
-        """Have the process end; it is killed if it does not in time."""
+        """Have the process end; it is killed if it does not in time, and left if it does not even die."""
         if self._is_started:
-            await self._process.child.end(END_PATIENCE_S)
+            child = self._process.child
+            try:
+                await asyncio.wait_for(child.end(END_PATIENCE_S), END_PATIENCE_S + DEATH_PATIENCE_S)
+            except TimeoutError:
+                # It waits for its own storage, which no signal ends.
+                _log.error(
+                    "%s: its backend, process %d, was killed and waits in the kernel", self._device, child.pid
+                )
 
     def _begin(self) -> None:
         self._process.start()

@@ -26,7 +26,6 @@ from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_for_own_view
-from ublkpool.daemon.patient_loop import PatientLoop
 from ublkpool.daemon.records import Records
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
@@ -80,10 +79,11 @@ class Supervisor:
         return device.status()
 
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
-        """Delete these devices, or all.  Raises `DaemonError` at the first that does not exist or is in use."""
+        """Delete these devices, or all.  Raises `DaemonError` if one does not exist or is in use; then all stay."""
         wanted = list(self._devices) if names is None else names
-        for name in wanted:
-            self._device(name)
+        devices = [self._device(name) for name in wanted]
+        if not force and len(devices) > 1:
+            await _check_all_unused(devices)
         for name in wanted:
             await self._device(name).delete(force)
             del self._devices[name]
@@ -148,9 +148,11 @@ class Supervisor:
 
     async def delete_all(self) -> None:
         """At the end: every device, in use or not; one that fails does not keep the others."""
-        for name, device in list(self._devices.items()):
-            if device.in_use():
-                _log.warning("%s is in use and goes all the same", name)
+        devices = list(self._devices.items())
+        uses = await asyncio.gather(*(device.describe_use() for _, device in devices))
+        for (name, device), use in zip(devices, uses, strict=True):
+            if use:
+                _log.warning("%s is in use and goes all the same: %s", name, use)
             try:
                 await device.delete(force=True)
             except DaemonError as error:
@@ -164,14 +166,24 @@ class Supervisor:
         return self._devices[name]
 
 
+async def _check_all_unused(devices: Sequence[Device]) -> None:
+    """Raise `DaemonError` that names the users of every one of these devices that is in use."""
+    found = await asyncio.gather(*(device.check_unused() for device in devices), return_exceptions=True)
+    refusals = [str(each) for each in found if isinstance(each, DaemonError)]
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, DaemonError):
+            raise each
+    if refusals:
+        raise DaemonError(f"nothing was deleted: {'; '.join(refusals)}")
+
+
 def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
     control.get_features()
     live_mounts = leave_for_own_view([config.run_dir])
     share_heap()
-    with asyncio.Runner(loop_factory=PatientLoop) as runner:
-        return runner.run(_serve(config, live_mounts))
+    return asyncio.run(_serve(config, live_mounts))
 
 
 async def _serve(config: ServeConfig, live_mounts: int) -> int:

@@ -100,6 +100,14 @@ def stop_device(device: int) -> None:
     _send(Control.STOP_DEV, device)
 
 
+def try_stop_device(device: int) -> None:
+    """TRY_STOP_DEV (Linux 7.0, `Feature.SAFE_STOP_DEV`): the same, or `UblkError` EBUSY if anybody has the disk open.
+
+    Openers are counted under the disk's `open_mutex`, which a partition scan holds as well: it may wait for that.
+    """
+    _send(Control.TRY_STOP_DEV, device)
+
+
 def start_recovery(device: int) -> None:
     """START_USER_RECOVERY: EBUSY until the device is QUIESCED."""
     _send(Control.START_USER_RECOVERY, device)

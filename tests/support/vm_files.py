@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -13,6 +14,14 @@ REAL_TREE = [Path(sysconfig.get_path("stdlib")) / name for name in ("asyncio", "
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 MAKE = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
 CHECK = {"ext4": ("e2fsck", "-f", "-n"), "xfs": ("xfs_repair", "-n")}
+_ENTRY_OFFSET = 446
+_LINUX_PARTITION = 0x83
+
+
+def partition_table(first_sector: int, sectors: int) -> bytes:
+    """A boot sector with one partition, in sectors of 512 bytes."""
+    entry = struct.pack("<B3sB3sII", 0, bytes(3), _LINUX_PARTITION, bytes(3), first_sector, sectors)
+    return (bytes(_ENTRY_OFFSET) + entry).ljust(510, b"\0") + b"\x55\xaa"
 
 
 def run(*command: str | Path) -> str:

@@ -16,22 +16,25 @@ class FakeRunner:
     """Notes what would run in a process of its own, and does not run it."""
 
     def __init__(self) -> None:
-        self.commands: list[str] = []
+        self.commands: list[Callable[[], None]] = []
 
-    async def run_beside(self, what: str, _command: Callable[[], None], *_: object) -> None:
-        self.commands.append(what)
+    async def run_beside(self, _what: str, command: Callable[[], None], *_: object) -> None:
+        self.commands.append(command)
 
 
-@pytest.mark.parametrize(("before", "commands"), [("30000\n", ["vol: io_timeout"]), ("1000\n", [])])
+@pytest.mark.parametrize(("before", "written"), [("30000\n", ["1000"]), ("1000\n", [])])
 def test_nothing_is_written_here_and_nothing_at_all_if_it_is_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, commands: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, written: list[str]
 ) -> None:
     setting = tmp_path / "io_timeout"
-    setting.write_text(before)
     monkeypatch.setattr(BlockDevice, "_io_timeout_file", setting)
     runner = FakeRunner()
     created = Created(DeviceInfo(queues=1, device_number=3), [[0]], Feature(0))
     kernel = BlockDevice(cast(ControlRunner, runner), "vol", created)
     asyncio.run(kernel.set_io_timeout(1000))
-    assert runner.commands == commands
-    assert setting.read_text() == before
+    (command,) = runner.commands
+    setting.write_text(before)
+    said: list[str] = []
+    monkeypatch.setattr(Path, "write_text", lambda _, text: said.append(text))
+    command()
+    assert said == written

@@ -2,26 +2,18 @@
 
 import fcntl
 import os
-import struct
 from pathlib import Path
 
 import pytest
 
 from support.vm_daemon import Daemon, eventually
+from support.vm_files import partition_table
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.control import get_features
 
 MIB = 1 << 20
 _BLKRRPART = 0x125F
-_ENTRY_OFFSET = 446
-_LINUX_PARTITION = 0x83
-
-
-def _table() -> bytes:
-    """A boot sector with one partition from 1 MiB on."""
-    entry = struct.pack("<B3sB3sII", 0, bytes(3), _LINUX_PARTITION, bytes(3), 2048, 2048)
-    return (bytes(_ENTRY_OFFSET) + entry).ljust(510, b"\0") + b"\x55\xaa"
 
 
 def _partition(path: str) -> Path:
@@ -39,7 +31,7 @@ def _reread(path: str) -> None:
 
 def test_a_partition_table_is_read_at_the_start_or_only_when_asked(daemon: Daemon) -> None:
     image = daemon.path("table.img")
-    image.write_bytes(_table().ljust(4 * MIB, b"\0"))
+    image.write_bytes(partition_table(2048, 2048).ljust(4 * MIB, b"\0"))
     with daemon.device("scanned", "file", options={"path": image}) as status:
         assert status.path is not None
         found = _partition(status.path)

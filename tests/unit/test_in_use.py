@@ -1,0 +1,161 @@
+"""A disk is taken away only if nobody is seen with it, and a refusal names the users."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from ublkpool.daemon import in_use
+from ublkpool.daemon.block_device import BlockDevice
+from ublkpool.daemon.control_process import CallHung, ControlFailed
+from ublkpool.daemon.disk_use import Users
+from ublkpool.daemon.errors import DaemonError
+
+READER = Users(openers=("process 7 (cat) has it open",))
+MOUNT = Users(lasting=("mounted at /srv",))
+MAPPER = Users(openers=("process 8 (db) maps it",))
+
+
+class Kernel:
+    """A disk whose answers a test sets; each list is used up, its last entry stays."""
+
+    node = Path("/dev/ublkb0")
+
+    def __init__(
+        self, users: Sequence[Users] = (Users(),), *, claimed: bool = False, newer: bool = True
+    ) -> None:
+        self._users = list(users)
+        self.claimed, self.can_try_stop = claimed, newer
+        self.mapped = Users()
+        self.hangs = ""
+        self.opens = 0
+
+    async def users(self, _deadline_s: float = 0) -> Users:
+        if self.hangs == "users":
+            raise CallHung("vol0: looking for users of ublkb0 has hung")
+        return self._users.pop(0) if len(self._users) > 1 else self._users[0]
+
+    async def is_claimed(self, _deadline_s: float = 0) -> bool:
+        self.opens += 1
+        if self.hangs == "open":
+            raise CallHung("vol0: opening /dev/ublkb0 has hung for 20 s in process 99")
+        return self.claimed
+
+    async def mappers(self) -> Users:
+        return self.mapped
+
+
+def check(kernel: Kernel, *, may_open: bool = True) -> None:
+    asyncio.run(in_use.check_unused("vol0", cast(BlockDevice, kernel), may_open=may_open))
+
+
+def refusal(kernel: Kernel) -> str:
+    with pytest.raises(DaemonError) as caught:
+        check(kernel)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_use, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(in_use, "_POLL_S", 0.0)
+
+
+def test_a_disk_that_nobody_has_may_go() -> None:
+    kernel = Kernel()
+    check(kernel)
+    assert kernel.opens == 1
+
+
+def test_each_kind_of_user_is_named_with_the_way_out() -> None:
+    assert refusal(Kernel([MOUNT])) == (
+        "vol0: its disk /dev/ublkb0 is in use: mounted at /srv: end that use, or use --force"
+    )
+    assert "process 7 (cat) has it open" in refusal(Kernel([READER]))
+
+
+def test_a_claim_without_a_name_is_a_use_all_the_same() -> None:
+    assert "somebody whom neither /proc nor /sys shows" in refusal(Kernel(claimed=True))
+
+
+def test_a_mapping_counts_where_the_kernel_does_not_count_openers() -> None:
+    kernel = Kernel(newer=False)
+    kernel.mapped = MAPPER
+    assert "process 8 (db) maps it" in refusal(kernel)
+
+
+def test_a_short_look_of_another_program_is_waited_for_and_a_mount_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(in_use, "PATIENCE_S", 600.0)
+    check(Kernel([READER, READER, Users()]))
+    assert "mounted" in refusal(Kernel([MOUNT, Users()]))
+
+
+def test_a_disk_that_answers_nothing_is_refused_with_the_call_that_hangs() -> None:
+    for call in ("open", "users"):
+        kernel = Kernel()
+        kernel.hangs = call
+        said = refusal(kernel)
+        assert (
+            said.startswith("vol0: it cannot be told whether its disk is in use: vol0: ")
+            and "has hung" in said
+        )
+        assert said.endswith("use --force")
+
+
+def test_a_user_who_is_seen_is_reason_enough_not_to_open_the_disk() -> None:
+    kernel = Kernel([READER])
+    kernel.hangs = "open"
+    assert "process 7 (cat)" in refusal(kernel) and kernel.opens == 0
+
+
+def test_before_the_disk_is_live_it_is_not_opened() -> None:
+    kernel = Kernel(claimed=True)
+    check(kernel, may_open=False)
+    assert kernel.opens == 0
+    with pytest.raises(DaemonError, match="cat"):
+        check(Kernel([READER]), may_open=False)
+
+
+def stop(kernel: Kernel, answers: list[bool]) -> None:
+    async def try_stop() -> bool:
+        return answers.pop(0)
+
+    asyncio.run(in_use.stop_unused("vol0", cast(BlockDevice, kernel), try_stop))
+
+
+def test_the_kernel_has_the_last_word_and_is_asked_again_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(DaemonError, match="in use: process 7"):
+        stop(Kernel([READER]), [False])
+    with pytest.raises(DaemonError, match="somebody whom neither"):
+        stop(Kernel(), [False])
+    monkeypatch.setattr(in_use, "PATIENCE_S", 600.0)
+    answers = [False, False, True]
+    stop(Kernel([READER]), answers)
+    assert answers == []
+
+
+def test_a_warning_names_the_users_and_what_cannot_be_told() -> None:
+    def words(kernel: Kernel) -> str:
+        return asyncio.run(in_use.describe_use(cast(BlockDevice, kernel)))
+
+    assert words(Kernel()) == ""
+    assert words(Kernel([MOUNT])) == "mounted at /srv"
+    assert words(Kernel(claimed=True)) == "somebody whom neither /proc nor /sys shows"
+    stuck = Kernel()
+    stuck.hangs = "open"
+    assert "answers nothing" in words(stuck)
+
+
+def test_a_look_that_fails_is_no_proof_that_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_kernel: Kernel, _deadline_s: float = 0) -> bool:
+        raise ControlFailed("vol0: opening /dev/ublkb0: not tried", 0)
+
+    monkeypatch.setattr(Kernel, "is_claimed", fail)
+    assert "it cannot be told" in refusal(Kernel())
