@@ -26,6 +26,7 @@ from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_for_own_view
+from ublkpool.daemon.patient_loop import PatientLoop
 from ublkpool.daemon.records import Records
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
@@ -183,7 +184,8 @@ def serve(config: ServeConfig) -> int:
     control.get_features()
     live_mounts = leave_for_own_view([config.run_dir])
     share_heap()
-    return asyncio.run(_serve(config, live_mounts))
+    with asyncio.Runner(loop_factory=PatientLoop) as runner:
+        return runner.run(_serve(config, live_mounts))
 
 
 async def _serve(config: ServeConfig, live_mounts: int) -> int:

@@ -1,10 +1,10 @@
-"""A memory cgroup (v2) that a test makes, fills and removes."""
+"""A memory cgroup (v2) that a test makes, fills, freezes and removes."""
 
 import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,27 @@ class MemoryGroup:
             yield
         finally:
             (self._root / "cgroup.procs").write_text(str(os.getpid()))
+
+    def leave(self) -> None:
+        """Its members go back to the root group."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                (self._root / "cgroup.procs").write_text(str(pid))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No member runs for the length of a block, but for this process."""
+        assert os.getpid() not in self.processes()
+        self._freeze(True)
+        try:
+            yield
+        finally:
+            self._freeze(False)
+
+    def _freeze(self, frozen: bool) -> None:
+        (self._path / "cgroup.freeze").write_text(str(int(frozen)))
+        wanted = f"frozen {int(frozen)}"
+        eventually(lambda: wanted in (self._path / "cgroup.events").read_text().splitlines(), wanted)
 
     def close(self) -> None:
         """Remove it, when its members have ended."""

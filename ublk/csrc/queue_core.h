@@ -191,7 +191,11 @@ void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 
-/* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away. */
+/* The clock, in milliseconds: what comes from now on is stamped with it, nothing is judged.  For right after a wait. */
+void uq_set_time(struct uq *q, uint64_t now_ms);
+/* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away.  What has come
+ * from the backend must have been given to the core before: an answer that is there is in time.  The owner sees to it
+ * that a pause of its own process does not count (queue_clock.h). */
 void uq_tick(struct uq *q, uint64_t now_ms);
 /* Requests fail with EIO instead of waiting for a backend, until the next is expected: the device is going. */
 void uq_give_up(struct uq *q);

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "io_command.h"
+#include "queue_clock.h"
 #include "spin.h"
 
 #define WATCH_DATA (1ull << 32)
@@ -40,6 +41,7 @@ struct uq_ring {
 	unsigned bells_untested;
 	/* What is waited for comes from others while something is in flight, from the kernel while nothing is. */
 	struct spin for_answers, for_requests;
+	struct uq_clock clock; /* what the core's deadlines are measured on */
 	struct __kernel_timespec timer;
 	uint64_t now_ms, timer_ms; /* when the timer ends that is armed, 0 for none */
 	struct uq_command commands[];
@@ -93,7 +95,7 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, str
 		free(r);
 		return e;
 	}
-	uq_tick(q, now_ms());
+	uq_tick(q, uq_clock_read(&r->clock, now_ms(), 0));
 	*out = r;
 	return 0;
 }
@@ -392,6 +394,9 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 		e = submit(r, wait_ms);
 	if (e < 0)
 		return e;
+	/* What has come during the wait is stamped with its end: the wait may have been long, or a pause. */
+	if (wait_ms)
+		uq_set_time(r->q, uq_clock_read(&r->clock, now_ms(), wait_ms));
 	taken(r);
 	uq_stats_of(r->q)->turns++;
 	harvest_all(r);
@@ -404,14 +409,16 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 	uint64_t deadline = now_ms() + timeout_ms;
 
 	for (;;) {
-		uint64_t now = now_ms();
+		uint64_t now = now_ms(), serving = uq_clock_read(&r->clock, now, 0);
 		unsigned attention, left = now < deadline ? (unsigned)(deadline - now) : 0;
 		bool waits;
 		int e;
 
 		r->now_ms = now;
-		uq_tick(r->q, now);
+		uq_set_time(r->q, serving);
+		/* First what the backend has said, then whether it is late. */
 		exchange(r);
+		uq_tick(r->q, serving);
 		write_commands(r);
 		arm_watches(r);
 		arm_bell(r);

@@ -65,6 +65,8 @@ static void watch_absence(struct uq *q)
 	}
 }
 
+void uq_set_time(struct uq *q, uint64_t now_ms) { q->now_ms = now_ms; }
+
 void uq_tick(struct uq *q, uint64_t now_ms)
 {
 	q->now_ms = now_ms;

@@ -9,7 +9,9 @@
  *     queue_link.c                      the backend's descriptors, judged; the link's states
  *     queue_time.c                      deadlines
  *     queue_core.c                      making and freeing a queue; its attention
- *     queue_port.c  queue_ring.c        transports and io_uring
+ *     queue_port.c                      the rings that a backend shares
+ *     queue_clock.c                     the time in which the worker runs
+ *     queue_ring.c                      io_uring
  *
  * tests/unit/test_queue_layers.py holds that from the undefined symbols of each object file.
  */

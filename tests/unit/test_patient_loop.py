@@ -1,0 +1,132 @@
+"""The supervisor's clock: a pause of the process costs nobody a deadline."""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from ublkpool.daemon.patient_loop import PAUSE_S, QUIET_S, PatientLoop, ServingClock
+
+
+class System:
+    """The machine's clock, in the test's hand."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_time_that_is_seen_to_pass_counts() -> None:
+    system = System()
+    clock = ServingClock(system)
+    begun_s = clock.read()
+    for _ in range(100):
+        system.now_s += 0.5
+        clock.read()
+    assert clock.read() - begun_s == pytest.approx(50) and clock.pauses == 0
+
+
+def test_a_long_wait_that_was_meant_is_no_pause() -> None:
+    system = System()
+    clock = ServingClock(system)
+    begun_s = clock.read()
+    system.now_s += 60
+    assert clock.read(waited_s=60) - begun_s == pytest.approx(60) and clock.pauses == 0
+
+
+@pytest.mark.parametrize("pause_s", [PAUSE_S + 0.1, 15, 86400])
+@pytest.mark.parametrize("waited_s", [0, 1])
+def test_a_pause_does_not_count_and_the_others_get_a_moment_to_run_again(
+    pause_s: float, waited_s: float
+) -> None:
+    system = System()
+    clock = ServingClock(system)
+    begun_s = clock.read()
+    system.now_s += pause_s + waited_s
+    assert clock.read(waited_s) == begun_s and clock.pauses == 1
+    system.now_s += QUIET_S / 2
+    assert clock.read() == begun_s
+    system.now_s += QUIET_S
+    assert clock.read() - begun_s == pytest.approx(QUIET_S / 2)
+
+
+def test_time_never_goes_back_however_pauses_follow_each_other() -> None:
+    system = System()
+    clock = ServingClock(system)
+    last_s = clock.read()
+    for step in (0.1, 3, 0.5, 4, 0.9, 0.2, 0.2, 100, 2, 0.3, 2.5, 2.5):
+        system.now_s += step
+        now_s = clock.read()
+        assert last_s <= now_s <= last_s + step
+        last_s = now_s
+
+
+def run(system: System, main: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=lambda: PatientLoop(system)) as runner:
+        runner.run(main)
+
+
+def test_an_answer_that_came_during_a_pause_is_heard_before_its_deadline_is_judged() -> None:
+    """The process is stopped for an hour in the middle of a wait of 30 s, and the answer lies in the socket."""
+    system = System()
+    reader, writer = os.pipe()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[bytes] = loop.create_future()
+        loop.add_reader(reader, lambda: answered.set_result(os.read(reader, 1)))
+
+        def stopped_and_continued() -> None:
+            system.now_s += 3600
+            os.write(writer, b"!")
+
+        loop.call_soon(stopped_and_continued)
+        async with asyncio.timeout(30):
+            assert await answered == b"!"
+        loop.remove_reader(reader)
+
+    run(system, main())
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("before_s", [0.0, 29.9])
+def test_one_who_was_paused_as_well_has_time_to_answer_afterwards(before_s: float) -> None:
+    system = System()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        answered = loop.create_future()
+        waiting = asyncio.ensure_future(asyncio.wait_for(answered, 30))
+        await asyncio.sleep(0)
+        for _ in range(int(before_s * 10)):
+            system.now_s += 0.1
+            await asyncio.sleep(0)
+        system.now_s += 3600
+        for _ in range(8):
+            system.now_s += QUIET_S / 10
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        answered.set_result(None)
+        await waiting
+
+    run(system, main())
+
+
+def test_one_who_stays_silent_is_judged_all_the_same() -> None:
+    system = System()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.ensure_future(asyncio.wait_for(loop.create_future(), 30))
+        system.now_s += 3600
+        for _ in range(400):
+            system.now_s += 0.1
+            await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(waiting, None)
+
+    run(system, main())

@@ -1,0 +1,71 @@
+"""Processes that do not run for longer than every deadline: no client sees an error, no healthy backend is ended."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from support.vm_cgroup import MemoryGroup
+from support.vm_daemon import Daemon, marked_processes, total
+from support.vm_recovery import Load
+from ublkpool.daemon.status import DeviceStatus
+
+IO_TIMEOUT_S = 2.0
+PAUSE_S = 3 * IO_TIMEOUT_S
+
+
+def _add(daemon: Daemon, name: str, rings: bool) -> DeviceStatus:
+    """A disk that fails what is late and kills its backend for it."""
+    return daemon.add(
+        name,
+        "memory",
+        {"size": "32M", "keep": "off"},
+        queues=2,
+        rings=rings,
+        io_timeout_s=IO_TIMEOUT_S,
+        on_timeout="fail",
+        absent_timeout_s=IO_TIMEOUT_S,
+        on_absent="fail",
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["rings", "frames"])
+def load(request: pytest.FixtureRequest, daemon: Daemon) -> Iterator[Load]:
+    """A disk that fio writes to and verifies; afterwards nothing has failed and its backend is the same."""
+    before = _add(daemon, "paused", request.param)
+    load = Load(daemon, before)
+    try:
+        load.goes_on()
+        yield load
+        load.goes_on()
+        load.end()
+    finally:
+        load.drop()
+    stats = daemon.rest("paused")
+    after = daemon.status("paused")
+    assert (after.backend, after.epoch, after.state) == (before.backend, before.epoch, "live")
+    counters = {name: total(stats, name) for name in ("errors", "timeouts", "violations", "replays")}
+    assert not any(counters.values()), counters
+    daemon.delete("paused")
+
+
+def test_a_worker_that_is_stopped_and_continued_costs_nothing(daemon: Daemon, load: Load) -> None:
+    for worker in daemon.status("paused").workers:
+        with daemon.stopped(worker.pid):
+            # The pause itself is the test.
+            time.sleep(PAUSE_S)
+        load.goes_on()
+
+
+def test_a_whole_service_that_is_frozen_and_thawed_costs_nothing(daemon: Daemon, load: Load) -> None:
+    group = MemoryGroup("ublkpool-frozen")
+    members = [daemon.pid, *marked_processes(str(daemon.run_dir))]
+    try:
+        for pid in members:
+            group.enter(pid)
+        with group.frozen():
+            time.sleep(PAUSE_S)
+        load.goes_on()
+    finally:
+        group.leave()
+        group.close()
