@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ublkpool.bufpool.client import OwnSegment
 
 _ADOPT = b"adopt"
-_DROP = b"drop"
+DROP = b"drop"
 _ANSWER_TIMEOUT_S = 10.0
 
 
@@ -72,7 +72,7 @@ class Keeper:
 
     def drop(self) -> None:
         """End the keeper, and with it what it kept."""
-        self._ask(_DROP)
+        self._ask(DROP)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -104,7 +104,7 @@ def _serve_one(listener: socket.socket, memory_file: int) -> bool:
         connection.settimeout(_ANSWER_TIMEOUT_S)
         try:
             question = connection.recv(16)
-            if question == _DROP:
+            if question == DROP:
                 return False
             socket.send_fds(connection, [question], [memory_file] if question == _ADOPT else [])
         except OSError:

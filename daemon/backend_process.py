@@ -6,18 +6,17 @@ Owns the child.  It is an ordinary `ublkpool backend`: it attaches like any othe
 import asyncio
 import logging
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ublkpool.daemon.backend_log import BackendLog
 from ublkpool.daemon.backoff import Backoff
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.config import BackendConfig
 from ublkpool.daemon.mounts import enter_live_view
+from ublkpool.workers.process import fork_child
 
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 5.0
@@ -66,31 +65,40 @@ class BackendProcess:
             *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind, "--log-format", "json"),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
+        keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
         try:
-            process = subprocess.Popen(
-                command,
-                **self._place(),
-                stdin=subprocess.DEVNULL,
-                stderr=writer,
-                # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
-                process_group=0,
-            )
+            # Not subprocess: it waits for the child's exec, and the child may hang in a directory on a dead mount.
+            pid = fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
         except BaseException:
             os.close(reader)
             raise
         finally:
             os.close(writer)
-        # `Child` reaps; Popen must not think that it should.
-        process.returncode = 0
         self._listen(reader)
-        return Child(process.pid, self._title)
+        return Child(pid, self._title)
 
-    def _place(self) -> dict[str, Any]:
+    def _become(self, command: list[str], stderr: int) -> int:
+        """Runs in the forked child: take the backend's place and exec; 1 if that fails."""
+        try:
+            # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
+            os.setpgid(0, 0)
+            for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            with Path(os.devnull).open() as nothing:
+                os.dup2(nothing.fileno(), 0)
+            os.dup2(stderr, 2)
+            self._enter_place()
+            os.execv(command[0], command)
+        except OSError as error:
+            os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
+        return 1
+
+    def _enter_place(self) -> None:
         """The working directory, by name: it is the live namespace's, where the daemon's own view ends."""
-        if self._live_mounts is None:
-            return {"cwd": self._config.cwd}
-        # Safe after a fork without exec: the supervisor has one thread.
-        return {"preexec_fn": partial(enter_live_view, self._live_mounts, self._config.cwd or "/")}
+        if self._live_mounts is not None:
+            enter_live_view(self._live_mounts, self._config.cwd or "/")
+        elif self._config.cwd is not None:
+            os.chdir(self._config.cwd)
 
     def _listen(self, reader: int) -> None:
         self._hold(reader)

@@ -14,12 +14,11 @@ import asyncio
 import logging
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.keeper import Keeper, keeper_path
+from ublkpool.bufpool.keeper import keeper_path
 from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
 from ublkpool.daemon.background import Background
@@ -28,6 +27,7 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import alone, check_fits
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.in_use import check_unused, describe_use, stop_unused
+from ublkpool.daemon.kept_memory import drop_kept
 from ublkpool.daemon.lifecycle import Lifecycle
 from ublkpool.daemon.machinery import Machinery
 from ublkpool.daemon.managed_backend import ManagedBackend
@@ -419,8 +419,7 @@ class Device:
             await self._tear_down(keep)
         # Its backend does this when it is told to go; there may have been none just now.
         if not keep:
-            with suppress(OSError):
-                Keeper(keeper_path(self._around.run_dir, self.config.name)).drop()
+            await drop_kept(keeper_path(self._around.run_dir, self.config.name))
         self._background.cancel()
 
     def _begin_to_end(self) -> None:

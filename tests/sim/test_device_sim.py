@@ -25,6 +25,7 @@ from support.sim_defects import (
     LEASE_FORGOTTEN,
     NO_FENCE,
     NO_REPLAY,
+    PAUSES_COUNT,
     REGION_NOT_WANTED,
 )
 from support.sim_kernel import Model
@@ -135,6 +136,16 @@ def test_writes_land_in_what_was_posted_while_whoever_dies() -> None:
     assert reached["posts_used"] > 20 and reached["rescues"] > 5 and reached["worker killed"] > 5, reached
 
 
+def test_a_pause_of_everything_costs_no_healthy_backend_its_life_and_no_client_an_error() -> None:
+    reached = Counter[str]()
+    for seed in range(2 * len(SHAPES)):
+        if not scenario(seed, random.Random(seed)).lies:
+            world = play(seed, pauses=True)
+            assert not world.counts["violations"], f"seed {seed}: a healthy backend is cut off"
+            reached.update(world.counts)
+    assert reached["pauses"] > 100 and reached["worker killed"] > 20 and reached["replays"] > 20, reached
+
+
 SHARED = "has two users|stale write|has not let go|the kernel reads for|not the data of a write"
 WRONG_DATA = "holds stamp|was left with stamp"
 FOUR_WORKERS: dict[str, Any] = {"kills": ("worker",) * 4}
@@ -171,6 +182,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         {"queues": 3, "model": "6.12", "kills": ("worker",) * 5},
         "a request goes to a command that was cancelled",
     ),
+    (PAUSES_COUNT, 0, {"pauses": True, "lies": False}, "a healthy backend is cut off|failed"),
     (BELL_NOT_RUNG, 72, {}, LOST),
     (DOZES_BLINDLY, 72, {}, LOST),
     (

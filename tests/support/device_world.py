@@ -16,10 +16,11 @@ from .fake_driver import SECTOR_BYTES, Request
 from .shadow_disk import ShadowDisk
 from .sim_daemon import patched
 from .sim_kernel import Holder, Task
-from .sim_processes import MAX_IO_BYTES, SECTORS, DeviceScenario, Processes, Victim
+from .sim_processes import IO_TIMEOUT_S, MAX_IO_BYTES, SECTORS, DeviceScenario, Processes, Victim
 
 TURNS_TO_END_MAX = 3000
 STEPS_TO_CHECK = 16
+PAUSES_S = (60.0, 2 * IO_TIMEOUT_S, 86400.0)
 LIVES_MAX = 5
 """Deaths of workers and brokers in one life of a supervisor: one more, and it may rightly give the device up."""
 
@@ -183,6 +184,11 @@ class DeviceWorld(Processes):
 
     def _tick(self) -> None:
         self.clock.now_s += self.rng.choice((0.001, 0.02, 0.1, 0.3, 1.0 if self.ending else 0.0))
+        if self.scenario.pauses and self.rng.random() < 0.05:
+            pause_s = self.rng.choice(PAUSES_S)
+            self.note(f"nobody runs for {pause_s} s")
+            self.counts["pauses"] += 1
+            self.clock.now_s += pause_s
 
     # Deaths
 
@@ -235,6 +241,8 @@ class DeviceWorld(Processes):
         """No fault of a worker's, nobody asleep on what has come, and one owner for every buffer, in its header."""
         if self.backend is not None:
             self.backend.check()
+            healthy = self.scenario.pauses and not self.scenario.lies
+            assert not (healthy and self.backend.was_cut_off), "a healthy backend is cut off"
         holder: dict[int, Task] = {}
         for worker in self.workers:
             task = worker.task

@@ -67,6 +67,7 @@ class SimSession(Session):
         self.backend.control.append(message)
 
     async def cut_off(self) -> None:
+        self.backend.was_cut_off = True
         self.backend.kill_now()
         await self.gone()
 
@@ -267,7 +268,7 @@ class SimBackend:
             self.app.make_cells(cells, attach.segment_bytes // cells)
         self.complaint: AssertionError | None = None
         self.link_events: deque[tuple[int, bool]] = deque()
-        self.ended = self.kill_pending = self.is_zombie = False
+        self.ended = self.kill_pending = self.is_zombie = self.was_cut_off = False
         self.is_held = False
         """Whether its connection outlives the supervisor."""
 

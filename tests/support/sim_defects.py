@@ -27,6 +27,7 @@ END_COMES_LATE = "END_USER_RECOVERY comes after the fetches"
 BELL_NOT_RUNG = "a worker does not ring for a backend that sleeps"
 REGION_NOT_WANTED = "a backend in which requests wait for a region is not told of one"
 DOZES_BLINDLY = "a worker sleeps without a last look at its ring"
+PAUSES_COUNT = "the time of a pause counts"
 END_IS_BLIND = "END_USER_RECOVERY waits for the fetches, and does not ask who has died since"
 
 Replaced = tuple[Any, str, Any]

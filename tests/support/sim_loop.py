@@ -6,6 +6,11 @@ Owns nothing but time: no descriptor is ever polled, and `kill` ends everything 
 import asyncio
 from typing import Any
 
+from ublkpool.daemon.patient_loop import ServingClock
+
+TURN_S = 10.0
+"""A process that takes no turn for longer than this was stopped: nothing else in a simulation takes so long."""
+
 
 class Clock:
     """Seconds since the run began; the only time there is."""
@@ -30,14 +35,14 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self._clock = clock
+        self._serving = ServingClock(clock)
         self._selector = _NothingToWatch()
         self.dead = False
         self.failures: list[str] = []
         self.set_exception_handler(self._note)
 
     def time(self) -> float:
-        return self._clock.now_s
+        return self._serving.read(TURN_S)
 
     def _process_events(self, _events: list[Any]) -> None:
         """There are none."""

@@ -33,6 +33,8 @@ from .sim_worker import SimChild, SimWorker
 
 SECTORS = 256
 MAX_IO_BYTES = 8192
+IO_TIMEOUT_S = 3600.0
+"""No run lasts that long without a pause."""
 KILLED = 137
 _NO_DIR = Path("/nonexistent/ublkpool/queues")
 TRACE_LINES = 40
@@ -69,6 +71,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Whether backends post regions ahead, where writes are placed in theirs."""
     scarce: bool = False
     """Whether a backend has fewer regions than there are tags, so that requests wait for one."""
+    pauses: bool = False
+    """Whether everything but time stops now and then, for longer than any deadline, and a late backend is cut off."""
     defect: str = ""
     blind: bool = False
     """Nobody watches who uses which memory, so that only wrong data shows."""
@@ -99,6 +103,8 @@ class Processes:
             need_get_data=scenario.need_get_data,
             placement="backend" if scenario.place_in_backend else "pool",
             rings=scenario.rings,
+            io_timeout_s=IO_TIMEOUT_S,
+            on_timeout="fail" if scenario.pauses else "wait",
         )
         self._queue_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-")) if scenario.rings else _NO_DIR
         self.store = Store(0, SECTORS * SECTOR_BYTES)

@@ -35,9 +35,9 @@ from ublkpool.workers.ring_link import RingLink
 
 from .queue_rig import new_area
 from .ring_peer import TO_BACKEND
-from .sim_defects import BUFFER_FREE_EARLY, COMPLETION_LOST
+from .sim_defects import BUFFER_FREE_EARLY, COMPLETION_LOST, PAUSES_COUNT
 from .sim_kernel import SimKernel, Task
-from .sim_loop import Clock
+from .sim_loop import TURN_S, Clock
 from .sim_rings import SimPort
 from .sim_wire import Context, Killed, Life, SimBackendLink
 
@@ -75,6 +75,7 @@ class SimRing:
         self._untaken: list[Command] = []
         self.port: SimPort | None = None
         self._sleeps_until_s = 0.0
+        self._clock = _ffi.new("struct uq_clock *")
 
     def watch(self, _index: int, _fd: int) -> None:
         """Whoever runs the loop knows when to."""
@@ -88,15 +89,25 @@ class SimRing:
 
     def run(self, timeout_ms: int) -> int:
         worker, port = self._worker, self.port
-        worker.queue.tick(int(worker.clock.now_s * 1000))
+        now_ms = self._now_ms()
+        core._lib.uq_set_time(worker.queue.raw, now_ms)
         if port is not None:
             port.exchange(worker.queue)
+        worker.queue.tick(now_ms)
         self._submit()
         if port is not None and timeout_ms and not worker.task.completions and not self._bits():
             port.grow_drowsy()
             self._sleeps_until_s = worker.clock.now_s + timeout_ms / 1000
         self._harvest()
         return self._bits()
+
+    def _now_ms(self) -> int:
+        """What the core's deadlines are measured on."""
+        # A clock that reads 0 has not been read yet.
+        system_ms = 1 + int(self._worker.clock.now_s * 1000)
+        if self._worker.defect == PAUSES_COUNT:
+            return system_ms
+        return int(core._lib.uq_clock_read(self._clock, system_ms, int(1000 * TURN_S)))
 
     def _bits(self) -> int:
         worker = self._worker

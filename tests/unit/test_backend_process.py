@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ublkpool.daemon import backend_log
+from ublkpool.daemon import backend_log, backend_process
 from ublkpool.daemon.backend_log import LINE_BYTES_MAX, BackendLog
 from ublkpool.daemon.backend_process import BackendProcess
 from ublkpool.daemon.backoff import STEADY_S, Backoff
@@ -136,6 +136,30 @@ async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) 
     process.child.send(signal.SIGKILL)
     await process.child.wait()
     assert process.obituary() == "backend nosuch ended: killed by SIGKILL"
+
+
+@in_a_loop
+async def test_a_backend_whose_directory_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mount's server is gone, say: the child hangs before its exec, the supervisor's loop does not."""
+    never, open_end = os.pipe()
+    monkeypatch.setattr(backend_process, "enter_live_view", lambda *_: os.read(never, 1))
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None, never)
+    process.start()
+    assert process.child.exit_status is None
+    assert await process.child.kill() == 128 + signal.SIGKILL
+    os.close(never)
+    os.close(open_end)
+
+
+@in_a_loop
+async def test_a_backend_whose_directory_is_gone_says_so_in_its_obituary(tmp_path: Path) -> None:
+    config = BackendConfig(kind="nosuch", cwd=str(tmp_path / "gone"))
+    process = BackendProcess("vol0", config, tmp_path, lambda fd: None)
+    process.start()
+    assert await process.child.wait() == 1
+    assert "cannot start it" in process.obituary() and str(tmp_path / "gone") in process.obituary()
 
 
 def test_what_ends_young_is_started_later_and_later_and_a_steady_life_begins_anew() -> None:
