@@ -180,7 +180,8 @@ class AttachServer:
                 is_client = self._lend(sock, message)
             else:
                 check_attach(message, files[0] if files else None)
-                session = Session(sock, peer, message, files.pop() if files else None)
+                session = Session(sock, peer, message, files[0] if files else None)
+                files.clear()
         except (PoolError, DaemonError, OSError, TimeoutError) as error:
             self._refuse(sock, str(error) or "no attach message came in time")
         finally:

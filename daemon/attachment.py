@@ -77,7 +77,8 @@ class Attachment:
             raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
         if life.is_stopping or life.state == "failed":
             raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
-        if self.session is not None and not self.session.is_gone:
+        # One that is leaving is waited for: see `_admit`.
+        if self.session is not None and not self.session.is_gone and not self.session.is_leaving:
             who = f"{self.session.attach.kind}, process {self.session.pid}"
             raise AttachRefused(f"device {name} has a backend already ({who})")
 
@@ -91,11 +92,10 @@ class Attachment:
         """Tell every worker whom to expect, then the backend where to go.  Raises `AttachRefused`, `DaemonError`."""
         await team.expect(session, fence=False)
         self.session = session
-        self._entrust(session, team)
         self._is_absent_logged = False
         self._life.save()
         self._farewell = self._background.spawn(self._until_gone(session))
-        session.say(team.attached(session), team.plan.descriptors())
+        session.entrust(team.attached(session), team.plan.descriptors())
         self._hold(session)
         if self._life.state == "live":
             self.say_live(team)
@@ -105,7 +105,6 @@ class Attachment:
     def adopt(self, session: Session, team: Team) -> None:
         """Go on with a backend that an earlier daemon introduced."""
         self._hold(session)
-        self._entrust(session, team)
         self._farewell = self._background.spawn(self._until_gone(session))
 
     def say_live(self, team: Team) -> None:
@@ -120,13 +119,6 @@ class Attachment:
         ):
             if fd is not None:
                 self._holder.hold(name, fd)
-
-    def _entrust(self, session: Session, team: Team) -> None:
-        session.entrust(team.plan.arena.data_fd, self._worker_pids)
-
-    def _worker_pids(self) -> list[int]:
-        team = self._team()
-        return [each.child.pid for each in team.workers] if team else []
 
     def hear(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         """What a worker says of the backend, or of there being none."""

@@ -4,6 +4,7 @@ Owns the checks of process, user and groups.  The socket's mode keeps most away;
 passed on, and a run directory can be opened up by mistake.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -42,17 +43,22 @@ def _more_groups(sock: socket.socket) -> tuple[int, ...]:
     return ()
 
 
-def peer_pidfd(sock: socket.socket, pid: int) -> int | None:
-    """A pidfd of the process that connected; None if it has ended.
+def peer_pidfd(sock: socket.socket) -> int:
+    """A pidfd of the process that connected.
 
-    From the socket where the kernel can (6.5): by its number one might get a later process that has the same.
+    Raises `ProcessLookupError` if that process has been reaped, `OSError` if no pidfd can be had.  Never opened by the
+    process's number (`pidfd_open`), which may be a later process's by now.  Since Linux 6.5; `sk_getsockopt`,
+    net/core/sock.c.
     """
-    with suppress(OSError):
+    try:
         packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
-        return int(struct.unpack("i", packed)[0])
-    with suppress(OSError):
-        return os.pidfd_open(pid)
-    return None
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ESRCH):
+            raise ProcessLookupError(errno.ESRCH, "the process that connected has ended") from error
+        if error.errno == errno.ENOPROTOOPT:
+            raise OSError(errno.ENOPROTOOPT, "this kernel lacks SO_PEERPIDFD (Linux 6.5)") from error
+        raise
+    return int(struct.unpack("i", packed)[0])
 
 
 def check_may_attach(peer: Peer, group: int | None) -> None:

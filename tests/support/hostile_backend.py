@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from ublkpool.bufpool.wire import Descriptor, Kind, Op
 BLOCK_BYTES = 512
 DEATH_STATUS = 7
 _ATTACH_DEADLINE_S = 60
+_POLL_S = 0.01
 
 
 class Victim(NamedTuple):
@@ -151,6 +153,26 @@ def hanging_up(desk: Desk, request: Descriptor) -> None:
     """A frame that is too large for the worker's transport, which ends the connection; then nothing, and no HELLO."""
     desk.send(request, bytes(wire.DESCRIPTOR_BYTES * (wire.DESCRIPTORS_PER_FRAME_MAX + 1)))
     signal.pause()
+
+
+def closing_the_door(desk: Desk, request: Descriptor) -> None:
+    """Closes the connection that it attached with, and lives on with its device's memory."""
+    desk.attachment._connection.close()
+    signal.pause()
+
+
+def leaving_a_child(desk: Desk, request: Descriptor) -> None:
+    """Ends, and leaves its connections and its device's memory to a child that lives on until `end_children`."""
+    if not os.fork():
+        while not desk.disk[-1]:
+            time.sleep(_POLL_S)
+        os._exit(0)
+    os._exit(DEATH_STATUS)
+
+
+def end_children(disk: mmap.mmap) -> None:
+    """End what `leaving_a_child` left; the disk's last byte is theirs to look at."""
+    disk[-1] = 1
 
 
 def cutting_the_pool(desk: Desk, request: Descriptor) -> None:

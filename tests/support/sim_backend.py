@@ -8,7 +8,7 @@ import asyncio
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -53,15 +53,17 @@ class SimSession(Session):
         self.token = backend.token
         self.backend = backend
         self._loop = asyncio.get_running_loop()
-        self._gone = self._loop.create_future()
-        self._hung_up = self._detaching = False
+        self._gone, self._left = self._loop.create_future(), self._loop.create_future()
+        self._has_memory = self._hung_up = self._detaching = False
+        self._leaving = self._cutting = None
 
     def fileno(self) -> int:
         """Stands for the backend when its connection is held."""
         return self.pid
 
-    def entrust(self, fd: int, others: Callable[[], Collection[int]]) -> None:
-        """What it holds goes with its process."""
+    def _is_dead(self) -> bool:
+        # What it is told then nobody hears.
+        return False
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
         self.backend.control.append(message)
@@ -75,13 +77,14 @@ class SimSession(Session):
         """Nothing is open."""
 
     def ended(self) -> None:
-        """The connection is closed; the supervisor sees it in a later turn."""
+        """The process is dead; the supervisor sees it in a later turn."""
         if not self._loop.is_closed():
             self._loop.call_soon(self._end)
 
     def _end(self) -> None:
-        if not self._gone.done():
-            self._gone.set_result(None)
+        for future in (self._gone, self._left):
+            if not future.done():
+                future.set_result(None)
 
 
 class SimLinks:

@@ -18,7 +18,6 @@ from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon import attach, session
 from ublkpool.daemon.attach import ADMITTED_AT_ONCE_MAX, UNHEARD_PER_USER_MAX
-from ublkpool.daemon.open_files import file_id, holders_of
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of, peer_pidfd
 from ublkpool.daemon.refusals import LINES_PER_PERIOD_MAX, PERIOD_S, REASON_LENGTH_MAX, Refusals, plain
 from ublkpool.daemon.session import Session
@@ -31,8 +30,7 @@ def test_the_kernel_says_who_has_connected() -> None:
     with ours, theirs:
         peer = peer_of(ours)
         assert peer == Peer(os.getpid(), os.getuid(), frozenset((os.getgid(), *os.getgroups())))
-        pidfd = peer_pidfd(ours, peer.pid)
-    assert pidfd is not None
+        pidfd = peer_pidfd(ours)
     signal.pidfd_send_signal(pidfd, signal.Signals(signal.SIGCONT))
     os.close(pidfd)
 
@@ -207,112 +205,267 @@ def test_a_strangers_words_stay_on_one_line() -> None:
 
 
 class Host:
-    """A process that is a session's backend."""
+    """A process that connects to a listener and is a session's backend: it does what `conduct` says."""
 
-    def __init__(self) -> None:
-        self.reader, self.writer = os.pipe()
-        self.process = Forked(lambda: len(os.read(self.reader, 1)))
+    def __init__(self, path: Path, conduct: Callable[[socket.socket], int]) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.process = Forked(lambda: conduct(self._connect(path)))
 
-    def session(self, sock: socket.socket) -> Session:
-        made = Session(sock, Peer(self.process.pid, os.getuid(), frozenset()), ATTACH, None)
-        own, made._pidfd = made._pidfd, os.pidfd_open(self.process.pid)
-        assert own is not None
-        os.close(own)
-        return made
+    @staticmethod
+    def _connect(path: Path) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(str(path))
+        return connection
+
+    def session(self) -> Session:
+        ours, _ = self._listener.accept()
+        ours.setblocking(False)
+        return Session(ours, peer_of(ours), ATTACH, None)
 
     def close(self) -> None:
-        os.close(self.reader)
-        os.close(self.writer)
+        self._listener.close()
+        if self.process.running:
+            self.process.kill()
 
 
-async def with_session(scene: Callable[[Session, socket.socket, Host], Coroutine[Any, Any, None]]) -> None:
-    host = Host()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    made = host.session(ours)
-    await scene(made, theirs, host)
-    made.close()
-    theirs.close()
-    host.close()
+def staying(connection: socket.socket) -> int:
+    """Keeps its connection, and lives."""
+    signal.pause()
+    return 0
 
 
-def test_a_backend_that_hung_up_and_stays_is_killed() -> None:
-    async def scene(made: Session, theirs: socket.socket, host: Host) -> None:
-        hanging = asyncio.ensure_future(made.hung_up(0.01))
-        await asyncio.to_thread(host.process.wait)
-        theirs.close()
-        await asyncio.wait_for(hanging, DEADLINE_S)
-        assert host.process.wait() == -signal.SIGKILL and made.is_gone
-
-    asyncio.run(with_session(scene))
+def closing(connection: socket.socket) -> int:
+    """Closes its connection, and lives on with the memory that it was handed."""
+    connection.recv(1)
+    connection.close()
+    signal.pause()
+    return 0
 
 
-def test_a_backend_that_hung_up_and_goes_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    async def scene(made: Session, theirs: socket.socket, host: Host) -> None:
-        hanging = asyncio.ensure_future(made.hung_up(DEADLINE_S))
-        await asyncio.sleep(0)
-        theirs.close()
-        await asyncio.wait_for(hanging, DEADLINE_S)
-        assert host.process.running
-        host.process.kill()
+def leaving(connection: socket.socket) -> int:
+    """Closes its connection and ends after that, as it should."""
+    connection.recv(1)
+    connection.close()
+    return 3
 
-    asyncio.run(with_session(scene))
+
+def daemonising(connection: socket.socket) -> int:
+    """Ends, with a child that keeps the connection."""
+    connection.recv(1)
+    if not os.fork():
+        connection.recv(1)
+        os._exit(0)
+    os._exit(0)
+
+
+def talking(connection: socket.socket) -> int:
+    """Says what is not asked for."""
+    connection.recv(1)
+    for _ in range(session.WORDS_MAX + 1):
+        connection.send(b"blah")
+    return staying(connection)
+
+
+MEMORY = wire.Live(path="stands for what comes with its device's memory")
+
+
+def with_session(
+    tmp_path: Path,
+    conduct: Callable[[socket.socket], int],
+    scene: Callable[[Session, Host], Coroutine[Any, Any, None]],
+) -> None:
+    async def play() -> None:
+        host = Host(tmp_path / "host.sock", conduct)
+        made = host.session()
+        try:
+            await scene(made, host)
+        finally:
+            made.close()
+            host.close()
+
+    asyncio.run(play())
+
+
+async def _gone(made: Session) -> None:
+    await asyncio.wait_for(made.gone(), DEADLINE_S)
+
+
+def test_a_backend_that_closes_its_connection_and_lives_on_is_killed_before_anybody_is_admitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "LEAVE_PATIENCE_S", 0.01)
+
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await until(lambda: made.is_leaving, "the end of the connection is seen")
+        await _gone(made)
+        assert host.process.wait() == -signal.SIGKILL
+        assert "has closed its connection and lives on" in caplog.text
+
+    with_session(tmp_path, closing, scene)
+
+
+def test_while_a_backend_is_leaving_neither_a_hang_up_nor_a_cut_ends_before_its_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await until(lambda: made.is_leaving, "the end of the connection is seen")
+        await asyncio.wait_for(made.hung_up(0.0), DEADLINE_S)
+        assert not made.is_gone and host.process.running, "it has its time to end by itself"
+        await asyncio.wait_for(made.cut_off(), DEADLINE_S)
+        assert made.is_gone and host.process.wait() == -signal.SIGKILL
+
+    with_session(tmp_path, closing, scene)
+
+
+def test_a_backend_that_closes_its_connection_and_ends_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await _gone(made)
+        assert host.process.wait() == 3
+
+    with_session(tmp_path, leaving, scene)
     assert not caplog.records
 
 
-def test_a_backend_that_talks_where_it_has_nothing_to_say_is_cut_off() -> None:
-    async def scene(made: Session, theirs: socket.socket, host: Host) -> None:
-        for _ in range(session.WORDS_MAX):
-            theirs.send(b"blah")
+def test_a_process_that_was_handed_nothing_may_close_its_connection_and_live(tmp_path: Path) -> None:
+    def hasty(connection: socket.socket) -> int:
+        connection.close()
+        signal.pause()
+        return 0
+
+    async def scene(made: Session, host: Host) -> None:
+        await _gone(made)
+        made.entrust(MEMORY, [])
+        await asyncio.wait_for(made.cut_off(), DEADLINE_S)
+        assert host.process.running
+
+    with_session(tmp_path, hasty, scene)
+
+
+def test_a_backend_whose_child_has_its_connection_is_gone_with_its_own_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await _gone(made)
+        assert "another has its connection" in caplog.text
+
+    with_session(tmp_path, daemonising, scene)
+
+
+def test_a_process_that_is_dead_before_it_is_admitted_is_handed_nothing(tmp_path: Path) -> None:
+    """Another may have its connection, and would be handed the memory in its place."""
+
+    def leaves_a_child(connection: socket.socket) -> int:
+        if not os.fork():
+            os._exit(len(connection.recv(1)))
+        os._exit(0)
+
+    async def scene(made: Session, host: Host) -> None:
+        # Its child has what `Forked.wait` waits for.
+        os.waitid(os.P_PID, host.process.pid, os.WEXITED | os.WNOWAIT)
+        made.entrust(MEMORY, [])
+        assert not made._has_memory
+        await _gone(made)
+
+    with_session(tmp_path, leaves_a_child, scene)
+
+
+def test_a_process_that_was_reaped_is_known_to_be_dead_and_one_without_a_pidfd_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 6.12 has no pidfd for one that was reaped, and says so; later ones have."""
+
+    def reaped(_sock: socket.socket) -> int:
+        raise ProcessLookupError
+
+    async def scene(made: Session, host: Host) -> None:
+        monkeypatch.setattr(session, "peer_pidfd", reaped)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            late = Session.adopt(ours, ATTACH, None, made.token, 0)
+            assert late.is_gone
+            await asyncio.wait_for(late.cut_off(), DEADLINE_S)
+            late.close()
+
+    with_session(tmp_path, staying, scene)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOPROTOOPT])
+def test_a_backend_of_which_no_pidfd_can_be_had_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def none_left(_sock: socket.socket) -> int:
+        raise OSError(code, os.strerror(code))
+
+    async def scene(door: Door) -> None:
+        monkeypatch.setattr(session, "peer_pidfd", none_left)
+        own = OwnSegment.create(PAGE)
+        message = wire.Attach(v=1, device=DEVICE, kind="k", segment_bytes=PAGE)
+        assert os.strerror(code) in await reason(door.say(message, own.descriptor))
+        own.close()
+        assert not door.sessions
+
+    at_the_door(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (errno.EINVAL, ProcessLookupError),
+        (errno.ESRCH, ProcessLookupError),
+        (errno.EMFILE, OSError),
+        (errno.ENOPROTOOPT, OSError),
+    ],
+)
+def test_only_what_the_kernel_says_of_a_reaped_process_is_taken_for_its_death(
+    code: int, expected: type[OSError]
+) -> None:
+    class Refusing:
+        def getsockopt(self, *_: int) -> bytes:
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError) as failure:
+        peer_pidfd(Refusing())  # type: ignore[arg-type]
+    assert type(failure.value) is expected
+
+
+def test_a_backend_that_hung_up_on_a_queue_and_stays_is_killed(tmp_path: Path) -> None:
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await asyncio.wait_for(made.hung_up(0.01), DEADLINE_S)
+        assert made.is_gone and host.process.wait() == -signal.SIGKILL
+
+    with_session(tmp_path, staying, scene)
+
+
+def test_a_backend_that_talks_where_it_has_nothing_to_say_is_cut_off(tmp_path: Path) -> None:
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await _gone(made)
+        assert host.process.wait() == -signal.SIGKILL
+
+    with_session(tmp_path, talking, scene)
+
+
+def test_at_the_end_of_its_device_the_end_of_its_connection_is_enough(tmp_path: Path) -> None:
+    """Its memory serves nobody else, and its process may have other things to do."""
+
+    async def scene(made: Session, host: Host) -> None:
+        made.entrust(MEMORY, [])
+        await asyncio.wait_for(made.detach("the end", DEADLINE_S, keep=False), DEADLINE_S)
+        made.close()
         await asyncio.sleep(0.01)
         assert host.process.running
-        theirs.send(b"blah")
-        assert await asyncio.to_thread(host.process.wait) == -signal.SIGKILL
-        theirs.close()
-        await asyncio.wait_for(made.gone(), DEADLINE_S)
 
-    asyncio.run(with_session(scene))
-
-
-def test_a_connection_that_outlives_its_process_does_not_keep_the_device_waiting(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(session, "CLOSE_PATIENCE_S", 0.01)
-
-    async def scene(made: Session, theirs: socket.socket, host: Host) -> None:
-        await asyncio.wait_for(made.cut_off(), DEADLINE_S)
-        assert made.is_gone and "outlives it" in caplog.text
-
-    asyncio.run(with_session(scene))
-
-
-def _wait_for_a_child() -> int:
-    """The number of the signal that ended it."""
-    pid = os.fork()
-    if not pid:
-        signal.pause()
-    return -os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_who_has_a_dead_backends_memory_is_ended_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "CLOSE_PATIENCE_S", 0.05)
-    pool = os.memfd_create("pool")
-    wanted = {file_id(os.fstat(pool))}
-    child = Forked(_wait_for_a_child)
-    holders: list[int] = []
-
-    async def scene(made: Session, theirs: socket.socket, host: Host) -> None:
-        nonlocal holders
-        made.entrust(pool, lambda: [child.pid])
-        await until(lambda: bool(holders_of(wanted, [child.pid, host.process.pid])), "somebody else has it")
-        holders = holders_of(wanted, [child.pid, host.process.pid])
-        await asyncio.wait_for(made.cut_off(), DEADLINE_S)
-        assert made.is_gone
-
-    asyncio.run(with_session(scene))
-    # The child, which has it too, was spared; its own child was not.
-    assert child.wait() == signal.SIGKILL and len(holders) == 1
-    os.close(pool)
+    with_session(tmp_path, closing, scene)
 
 
 @pytest.mark.parametrize("sent_before", [False, True])

@@ -59,6 +59,10 @@ class FakeSession:
     def is_gone(self) -> bool:
         return self._gone.done()
 
+    @property
+    def is_leaving(self) -> bool:
+        return False
+
     async def gone(self) -> None:
         await asyncio.shield(self._gone)
 

@@ -287,6 +287,35 @@ def test_a_backend_that_hangs_up_on_its_queue_and_lives_on_is_ended_long_before_
     assert successor.wait() == 0
 
 
+def test_a_backend_that_closes_its_attach_connection_and_lives_on_is_killed_before_the_next_one_serves(
+    daemon: Daemon,
+) -> None:
+    scenes = Scenes(daemon, "pool")
+    request, data = scenes.commit(Crime("closed door", hostile.closing_the_door, Op.WRITE, 0), 0)
+    assert request.running
+    successor = scenes.attach()
+    assert request.wait() == 0 and scenes.disk[:CHUNK] == data
+    assert "has closed its connection and lives on" in daemon.said()
+    daemon.delete("victim")
+    assert successor.wait() == 0
+
+
+def test_a_backend_that_leaves_everything_to_a_child_is_gone_with_its_own_process(daemon: Daemon) -> None:
+    scenes = Scenes(daemon, "pool")
+    backend = scenes.attach(hostile.leaving_a_child, Victim(0))
+    data = os.urandom(CHUNK)
+    request = scenes.request(Op.WRITE, 0, data)
+    # Its child has its memory, its connections and what `Forked.wait` waits for.
+    os.waitid(os.P_PID, backend.pid, os.WEXITED | os.WNOWAIT)
+    eventually(lambda: not daemon.status("victim").backend.attached, "the parent is gone")
+    successor = scenes.attach()
+    assert request.wait() == 0 and scenes.disk[:CHUNK] == data
+    assert "ended and another has its connection" in daemon.said()
+    hostile.end_children(scenes.disk)
+    daemon.delete("victim")
+    assert successor.wait() == 0
+
+
 def _cut_the_pool(daemon: Daemon, placement: str) -> None:
     scenes = Scenes(daemon, placement)
     vandal = scenes.attach(hostile.cutting_the_pool, Victim(0))
