@@ -1,0 +1,140 @@
+"""A disk that answers nothing holds up nobody but its own users: not the daemon, and no other device."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from support import gated_functions
+from support.vm_daemon import BackendProcess, Daemon, eventually, eventually_nothing
+from support.vm_files import run
+from support.vm_process import Forked, write_block
+from ublkpool.daemon.errors import DaemonError
+
+MIB = 1 << 20
+DISK_BYTES = 16 * MIB
+SUSPENDED = "ublkpool-suspended"
+
+
+def process_state(pid: int) -> str:
+    """The letter of /proc/PID/stat: D is a wait that no signal ends."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+def expect_everybody_else_served(daemon: Daemon) -> None:
+    """`list` answers, another device is made, recovered from its worker's death, and deleted."""
+    status = daemon.add("other", "null", {"size": DISK_BYTES})
+    os.kill(status.workers[0].pid, signal.SIGKILL)
+    eventually(lambda: daemon.status("other").epoch > status.epoch, "the other device is recovered")
+    daemon.wait_live("other")
+    daemon.delete("other")
+    assert process_state(daemon.pid) != "D"
+
+
+class Gate(NamedTuple):
+    """What a backend of `gated_functions` looks at."""
+
+    asked: Path
+    gate: Path
+
+    def backend(self, daemon: Daemon, device: str) -> BackendProcess:
+        kind = str(Path(gated_functions.__file__))
+        return daemon.backend(kind, device, size=DISK_BYTES, asked=self.asked, gate=self.gate)
+
+
+@pytest.fixture
+def gate(daemon: Daemon) -> Iterator[Gate]:
+    gate = Gate(daemon.path("asked"), daemon.path("gate"))
+    yield gate
+    for path in gate:
+        path.unlink(missing_ok=True)
+
+
+def test_a_backend_that_dies_in_the_partition_scan_is_succeeded_and_holds_up_nobody(
+    daemon: Daemon, gate: Gate
+) -> None:
+    daemon.add("slow", size_bytes=DISK_BYTES)
+    first = gate.backend(daemon, "slow")
+    eventually(gate.asked.exists, "the kernel reads the partition table")
+    expect_everybody_else_served(daemon)
+    assert daemon.status("slow").state == "waiting"
+    first.end(signal.SIGKILL)
+    expect_everybody_else_served(daemon)
+    gate.gate.touch()
+    second = gate.backend(daemon, "slow")
+    status = daemon.wait_live("slow")
+    assert status.path is not None and Path(status.path).is_block_device()
+    daemon.delete("slow")
+    assert second.wait() == 0
+
+
+@contextmanager
+def rereading(path: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`blockdev --rereadpt` of a disk that does not answer it."""
+    with subprocess.Popen(["blockdev", "--rereadpt", path], stderr=subprocess.DEVNULL) as reader:
+        eventually(lambda: process_state(reader.pid) == "D", "blockdev waits for the disk")
+        yield reader
+
+
+def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and_goes_on(
+    daemon: Daemon, gate: Gate
+) -> None:
+    gate.gate.touch()
+    daemon.add("stuck", size_bytes=DISK_BYTES)
+    first = gate.backend(daemon, "stuck")
+    path = daemon.wait_live("stuck").path
+    assert path is not None
+    first.end(signal.SIGKILL)
+    with rereading(path) as reader:
+        with pytest.raises(DaemonError, match=rf"process {reader.pid} \(blockdev\) has it open.*--force"):
+            daemon.client.delete(["stuck"])
+        expect_everybody_else_served(daemon)
+        gate.backend(daemon, "stuck")
+        assert reader.wait(60) == 0, "the successor answered it"
+    eventually(lambda: daemon.status("stuck").backend.attached, "the successor is attached")
+    daemon.backends[-1].end(signal.SIGKILL)
+    with rereading(path) as reader:
+        assert daemon.client.delete(["stuck"], force=True) == ["stuck"]
+        reader.wait(60)
+
+
+@contextmanager
+def suspended_file(lower: str) -> Iterator[str]:
+    """A device-mapper device on a disk, which takes requests and answers none until the end of the block."""
+    run("modprobe", "dm-mod")
+    run("dmsetup", "create", "--noudevsync", SUSPENDED, "--table", f"0 {DISK_BYTES // 512} linear {lower} 0")
+    try:
+        yield f"/dev/mapper/{SUSPENDED}"
+    finally:
+        run("dmsetup", "resume", "--noudevsync", SUSPENDED)
+        run("dmsetup", "remove", "--noudevsync", "--retry", SUSPENDED)
+
+
+def test_a_suspended_disk_under_a_device_stops_nobody_else_neither_del_nor_the_end() -> None:
+    lower = Daemon(name="lower")
+    upper = Daemon(module="support.hasty_daemon")
+    with lower.life():
+        below = lower.add("below", "memory", {"size": DISK_BYTES}).path
+        assert below is not None
+        with suspended_file(below) as backing, closing(upper):
+            upper.start()
+            path = upper.add("above", "file", {"path": backing, "direct": "on"}).path
+            assert path is not None
+            run("dmsetup", "suspend", "--noudevsync", "--nolockfs", "--noflush", SUSPENDED)
+            with Forked(lambda: write_block(path, 0, bytes(4096))) as writer:
+                eventually(lambda: upper.stats("above").queues[0].in_flight, "the write waits")
+                expect_everybody_else_served(upper)
+                with pytest.raises(DaemonError, match=f"process {writer.pid} "):
+                    upper.client.delete(["above"])
+                expect_everybody_else_served(upper)
+                # Not by name: the end of the daemon, which does the same, comes next.
+                assert upper.stop() == 0
+                run("dmsetup", "resume", "--noudevsync", SUSPENDED)
+                writer.wait()
+            eventually_nothing(upper.remains, "nothing is left of the daemon")
+        lower.client.delete(None)
