@@ -60,7 +60,7 @@ class Adoption:
         self._attachment.segments = record.segments
         wanted = record.config.recovery != "none" and not record.going
         if kernel is not None and wanted and kernel.was_started:
-            machinery.find_area(record, held)
+            await machinery.find_area(record, held)
             return True
         await machinery.discard()
         return False

@@ -5,7 +5,9 @@ driver once and for all, see `ublk/control.py`; who has which is `clients.py`'s.
 """
 
 import fcntl
+import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,10 +17,12 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon.config import CLIENT_SLICES
+from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.open_files import FileId, file_id, holders_of
 from ublkpool.ublk import queue as core
 
+_log = logging.getLogger("ublkpool.device")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -57,19 +61,26 @@ class ClientArea:
         return area
 
     @classmethod
-    def find(cls, record: AreaRecord, device: str, held: Mapping[str, int]) -> Self:
+    async def find(
+        cls, runner: ControlRunner, record: AreaRecord, device: str, held: Mapping[str, int]
+    ) -> Self:
         """An earlier daemon's: from the holder, or from whoever still has it.
 
         A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
         had under way there fails.
         """
         area = cls(record.slice_bytes, {})
+        missing: dict[int, FileId] = {}
         for number, wanted in enumerate(record.files):
             fd = held.get(slice_name(device, number))
             if fd is not None:
                 area.files[number] = os.dup(fd)
-            elif wanted is not None and (found := _find_open(wanted, record.slice_bytes)) is not None:
-                area.files[number] = found
+            elif wanted is not None:
+                missing[number] = wanted
+        if missing:
+            found = await _find_elsewhere(runner, device, missing, record.slice_bytes)
+            # `segments` and `descriptors` go by number.
+            area.files = dict(sorted({**area.files, **found}.items()))
         return area
 
     def record(self) -> AreaRecord:
@@ -113,9 +124,47 @@ class ClientArea:
         self.files = {}
 
 
-def _find_open(wanted: FileId, size_bytes: int) -> int | None:
+async def _find_elsewhere(
+    runner: ControlRunner, device: str, missing: Mapping[int, FileId], size_bytes: int
+) -> dict[int, int]:
+    """The slices that other processes have open; a helper process looks, for /proc may keep it waiting."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    spared = os.getpid()
+    with ours, theirs:
+        try:
+            count = await runner.look(
+                device,
+                f"{device}: looking for its client buffers",
+                lambda: _send_open(theirs, missing, size_bytes, spared),
+                int,
+                keep_fds=[theirs.fileno()],
+            )
+        except ControlFailed as error:
+            _log.error("%s", error)
+            return {}
+        return dict(_receive_slice(ours) for _ in range(count))
+
+
+def _receive_slice(ours: socket.socket) -> tuple[int, int]:
+    packet, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    return packet[0], fds[0]
+
+
+def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes: int, spared: int) -> int:
+    """Runs in the helper process; how many slices were found, each sent with its number."""
+    found = {
+        number: fd
+        for number, wanted in missing.items()
+        if (fd := _find_open(wanted, size_bytes, spared)) is not None
+    }
+    for number, fd in found.items():
+        socket.send_fds(theirs, [bytes([number])], [fd])
+    return len(found)
+
+
+def _find_open(wanted: FileId, size_bytes: int, spared: int) -> int | None:
     """The file among those that other processes have open; None if it is not there, or not what it was."""
-    for pid in holders_of({wanted}):
+    for pid in holders_of({wanted}, [spared]):
         with suppress(OSError):
             for path in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):

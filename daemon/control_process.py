@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,8 +96,11 @@ class ControlRunner:
         work: Callable[[], Any],
         result: type[T],
         deadline_s: float = LOOK_DEADLINE_S,
+        keep_fds: Sequence[int] = (),
     ) -> T:
         """The result of `work`, which a disk or a file system may keep waiting for ever; `what` is for the error.
+
+        `work` has the descriptors `keep_fds`, and no others of this process.
 
         `owner` is a device's name: at most `LOOKS_MAX` looks of one owner are under way, so that a device that answers
         nothing costs a bounded number of processes, and another device's looks are not refused for it.  Raises
@@ -108,7 +111,7 @@ class ControlRunner:
             pids = ", ".join(str(each.pid) for each in looks)
             raise ControlFailed(f"{what}: not tried: {len(looks)} processes wait for this disk ({pids})", 0)
         try:
-            return await self._run(what, work, result, deadline_s, title=LOOK_TITLE, looks=looks)
+            return await self._run(what, work, result, deadline_s, None, LOOK_TITLE, looks, keep_fds)
         except CallHung as error:
             _log.error("%s", error)
             raise
@@ -128,10 +131,11 @@ class ControlRunner:
         begun: asyncio.Event | None = None,
         title: str = "ublkpool-ctl",
         looks: set[Child] | None = None,
+        keep_fds: Sequence[int] = (),
     ) -> T:
         reader, writer = os.pipe()
         parent = os.getpid()
-        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer], title), what)
+        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer, *keep_fds], title), what)
         os.close(writer)
         if looks is not None:
             looks.add(child)

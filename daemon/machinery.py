@@ -79,7 +79,7 @@ class Machinery:
         record, kernel = heir.record, heir.kernel
         self.kernel, self.disk = kernel, record.disk
         self.arena = Arena.open(self._pool_name(kernel), self._config.huge_pages)
-        self.find_area(record, heir.held)
+        await self.find_area(record, heir.held)
         control_fd = self.arena.control_fd
         self.leases = Leases(self._around.broker, kernel.number, kernel.info.queues, control_fd, record.epoch)
         await self.leases.refresh()
@@ -97,10 +97,11 @@ class Machinery:
             raise DaemonError(f"{self._config.name}: the driver does not number registered buffers as we do")
         self._hold_area(area)
 
-    def find_area(self, record: Record, held: Mapping[str, int]) -> None:
+    async def find_area(self, record: Record, held: Mapping[str, int]) -> None:
         """The client area that an earlier daemon made, as far as somebody still has it."""
         if record.clients is not None:
-            self._hold_area(ClientArea.find(record.clients, record.config.name, held))
+            runner, name = self._around.runner, record.config.name
+            self._hold_area(await ClientArea.find(runner, record.clients, name, held))
 
     def _hold_area(self, area: ClientArea) -> None:
         self.area = area

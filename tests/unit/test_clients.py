@@ -21,7 +21,7 @@ from ublkpool.bufpool.errors import AttachRefused, WireError
 from ublkpool.daemon import clients as module
 from ublkpool.daemon.background import Background
 from ublkpool.daemon.block_device import BlockDevice, wanted_flags
-from ublkpool.daemon.client_area import ClientArea, slice_name
+from ublkpool.daemon.client_area import AreaRecord, ClientArea, slice_name
 from ublkpool.daemon.clients import Clients, Ground, client_name, unused
 from ublkpool.daemon.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
@@ -264,6 +264,10 @@ def test_a_slice_is_unused_if_only_those_have_it_who_have_the_pool(area: ClientA
     pool.close()
 
 
+def _find(record: AreaRecord, held: dict[str, int]) -> ClientArea:
+    return asyncio.run(ClientArea.find(ControlRunner(), record, "vol", held))
+
+
 def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody_has_is_lost(
     area: ClientArea,
 ) -> None:
@@ -274,7 +278,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(0)
     os.waitpid(client, os.WUNTRACED)
-    found = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
+    found = _find(record, {slice_name("vol", 1): area.files[1]})
     try:
         assert found.bits == (1 << CLIENT_SLICES) - 1 and found.record() == record
         assert os.pread(found.files[2], 1, 0) == b"x"
@@ -285,7 +289,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
         found.close()
         os.kill(client, signal.SIGKILL)
         os.waitpid(client, 0)
-    lost = ClientArea.find(record, "vol", {slice_name("vol", 1): area.files[1]})
+    lost = _find(record, {slice_name("vol", 1): area.files[1]})
     assert (lost.bits, len(lost.segments())) == (1 << 1, 1)
     assert lost.record().files[1] == record.files[1] and lost.record().files[0] is None
     lost.close()
