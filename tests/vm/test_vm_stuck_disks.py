@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from support import gated_functions
-from support.vm_daemon import BackendProcess, Daemon, eventually, eventually_nothing
+from support.vm_daemon import DEADLINE_S, BackendProcess, Daemon, eventually, eventually_nothing
 from support.vm_files import run
 from support.vm_process import Forked, write_block
 from ublkpool.daemon.errors import DaemonError
@@ -74,11 +74,18 @@ def test_a_backend_that_dies_in_the_partition_scan_is_succeeded_and_holds_up_nob
 
 
 @contextmanager
-def rereading(path: str) -> Iterator["subprocess.Popen[bytes]"]:
+def rereading(daemon: Daemon, path: str) -> Iterator["subprocess.Popen[bytes]"]:
     """`blockdev --rereadpt` of a disk that does not answer it."""
-    with subprocess.Popen(["blockdev", "--rereadpt", path], stderr=subprocess.DEVNULL) as reader:
+    reader = subprocess.Popen(["blockdev", "--rereadpt", path], stderr=subprocess.DEVNULL)
+    try:
         eventually(lambda: process_state(reader.pid) == "D", "blockdev waits for the disk")
         yield reader
+    except BaseException:
+        # Nothing else ends its wait, and the test could not end before it.
+        daemon.clean()
+        raise
+    finally:
+        reader.wait(DEADLINE_S)
 
 
 def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and_goes_on(
@@ -90,17 +97,17 @@ def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and
     path = daemon.wait_live("stuck").path
     assert path is not None
     first.end(signal.SIGKILL)
-    with rereading(path) as reader:
+    with rereading(daemon, path) as reader:
         with pytest.raises(DaemonError, match=rf"process {reader.pid} \(blockdev\) has it open.*--force"):
             daemon.client.delete(["stuck"])
         expect_everybody_else_served(daemon)
         gate.backend(daemon, "stuck")
-        assert reader.wait(60) == 0, "the successor answered it"
+        assert reader.wait(DEADLINE_S) == 0, "the successor answered it"
     eventually(lambda: daemon.status("stuck").backend.attached, "the successor is attached")
     daemon.backends[-1].end(signal.SIGKILL)
-    with rereading(path) as reader:
+    with rereading(daemon, path) as reader:
         assert daemon.client.delete(["stuck"], force=True) == ["stuck"]
-        reader.wait(60)
+        reader.wait(DEADLINE_S)
 
 
 @contextmanager

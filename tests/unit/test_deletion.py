@@ -1,0 +1,175 @@
+"""`del` of a device: what it asks, in which order, and that a refusal changes nothing."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ublkpool.daemon import device as module
+from ublkpool.daemon import in_use
+from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.device import Device
+from ublkpool.daemon.disk_use import Users
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.surroundings import Surroundings
+
+
+class Kernel:
+    """A disk with users that a test sets, and a driver that counts openers or does not."""
+
+    node = Path("/dev/ublkb0")
+
+    def __init__(self, log: list[str], newer: bool) -> None:
+        self._log, self.can_try_stop = log, newer
+        self.seen = Users()
+        self.openers = 0
+
+    async def users(self, _deadline_s: float = 0) -> Users:
+        await asyncio.sleep(0)
+        self._log.append("look")
+        return self.seen
+
+    async def is_claimed(self, _deadline_s: float = 0) -> bool:
+        self._log.append("open")
+        return False
+
+    async def mappers(self) -> Users:
+        return Users()
+
+
+class Scene:
+    """A device in some state, with everything below it made up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, newer: bool = True, state: str = "live") -> None:
+        monkeypatch.setattr(in_use, "PATIENCE_S", -1.0)
+        monkeypatch.setattr(module, "drop_kept", self._drop_kept)
+        self.log: list[str] = []
+        self.kernel = Kernel(self.log, newer)
+        around = SimpleNamespace(run_dir=Path("/nonexistent"), runner=None, holder=None, records=None)
+        self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(Surroundings, around))
+        self.device.save = lambda: None  # type: ignore[method-assign]
+        self.device._machinery.kernel = cast(Any, self.kernel)
+        self.device._life.state = cast(Any, state)
+        monkeypatch.setattr(self.device._machinery, "try_stop", self._try_stop)
+        monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
+
+    async def _try_stop(self, _gone: object) -> bool:
+        assert self.device._life.turn.locked() and not self.device._life.is_stopping
+        self.log.append("try")
+        return not self.kernel.openers
+
+    async def _tear_down(self, _keep: bool) -> None:
+        assert self.device._life.turn.locked() and self.device._life.is_stopping
+        self.log.append("tear down")
+
+    async def _drop_kept(self, _path: Path) -> None:
+        """There is nothing kept."""
+
+    async def refusal(self) -> str:
+        with pytest.raises(DaemonError) as caught:
+            await self.device.delete(force=False)
+        life = self.device._life
+        assert not life.is_stopping and not life.turn.locked() and "tear down" not in self.log
+        return str(caught.value)
+
+
+def play(test: Callable[[], Any]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 20))
+
+
+def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        await scene.device.delete(force=False)
+        assert scene.log == ["look", "open", "try", "tear down"]
+
+    play(run)
+
+
+def test_an_opener_whom_only_the_driver_sees_is_reason_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.kernel.openers = 1
+        assert "in use" in await scene.refusal()
+        scene.kernel.openers = 0
+        await scene.device.delete(force=False)
+
+    play(run)
+
+
+def test_a_user_who_is_seen_is_named_and_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.kernel.seen = Users(lasting=("mounted at /srv",))
+        assert "mounted at /srv" in await scene.refusal()
+        assert scene.log == ["look"]
+
+    play(run)
+
+
+def test_force_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.kernel.seen = Users(lasting=("mounted at /srv",))
+        await scene.device.delete(force=True)
+        assert scene.log == ["tear down"]
+
+    play(run)
+
+
+@pytest.mark.parametrize("state", ["recovering", "quiesced"])
+def test_a_disk_that_is_being_recovered_is_in_use_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch, state=state)
+        scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
+        assert "process 7" in await scene.refusal()
+
+    play(run)
+
+
+def test_a_disk_that_is_not_live_yet_is_not_opened_and_a_failed_one_has_no_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch, state="waiting")
+        await scene.device.delete(force=False)
+        assert scene.log == ["look", "tear down"]
+        scene = Scene(monkeypatch, state="failed")
+        await scene.device.delete(force=False)
+        assert scene.log == ["tear down"]
+
+    play(run)
+
+
+def test_without_the_drivers_count_a_disk_is_looked_at_again_after_whatever_changed_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recovery that takes its time has the turn meanwhile, and its disk may have got a user."""
+
+    async def run() -> None:
+        scene = Scene(monkeypatch, newer=False)
+        async with scene.device._life.turn:
+            deleting = asyncio.ensure_future(scene.refusal())
+            while "open" not in scene.log:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
+        assert "process 7" in await deleting
+
+    play(run)
+
+
+def test_a_device_whose_client_buffers_are_lent_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        monkeypatch.setattr(scene.device._clients, "names", lambda: ["client process 77"])
+        assert "client process 77" in await scene.refusal()
+
+    play(run)
