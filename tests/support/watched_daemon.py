@@ -1,5 +1,6 @@
 """The daemon, with its calls watched: `python -m support.watched_daemon`; see `watched_calls.py`."""
 
+import os
 import sys
 
 from support.watched_calls import is_own, print_with_stack, watch
@@ -7,11 +8,11 @@ from ublkpool.daemon.cli import main
 
 
 def watch_daemon() -> None:
-    """Report calls on what is not below the run directory of the command line, or the daemon's own anyway."""
-    run_dir = next(
-        (after for word, after in zip(sys.argv, sys.argv[1:], strict=False) if word == "--run-dir"), "/run"
-    )
-    watch(lambda path: is_own(path, (run_dir,)), print_with_stack)
+    """Report calls on what is not below the daemon's own directories, or its own anyway."""
+    options = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    named = (options.get("--run-dir"), options.get("--state-dir"), os.environ.get("UBLKPOOL_STATE_DIR"))
+    own = tuple(each for each in named if each)
+    watch(lambda path: is_own(path, own), print_with_stack)
 
 
 if __name__ == "__main__":
