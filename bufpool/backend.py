@@ -264,7 +264,7 @@ class Backend:
     def serve_batch(self, batch: "Batch") -> None:
         """The batch level: do these reads and writes, and say in `batch.result` which of them failed or fell short.
 
-        An exception fails all of them.  Needs the SDK's native part.  What has no data still goes to its method.
+        An exception fails all of them.  What has no data still goes to its method.
         """
         raise NotImplementedError
 

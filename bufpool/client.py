@@ -1,7 +1,7 @@
 """The SDK's lower half: attach to a device, map its memory, exchange frames with its queues.
 
 Owns the attach connection, the mappings and the links to the queues, over one of the transports.  Knows nothing of
-what a request means; `dispatch.py` and native engines do.  One thread uses an `Attachment`, in the backend's process;
+what a request means; engines do.  One thread uses an `Attachment`, in the backend's process;
 it must be opened after any fork, since neither a ZeroMQ context nor a loop survives one.
 """
 
@@ -22,9 +22,10 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.links import Links, LinkStatistics
+from ublkpool.bufpool.ring_links import RingLinks
 
 Transport = Literal["auto", "ring", "zeromq"]
-"""How descriptors travel; `auto`: through rings if the daemon has them and the native part is there."""
+"""How descriptors travel; `auto`: through rings if the daemon offers them."""
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
 _SEGMENTS_MAX = 32
@@ -207,14 +208,6 @@ def make_links(attached: wire.Attached, transport: Transport) -> Links:
         return _zeromq_links(attached)
     if not attached.rings:
         raise BackendError("transport=ring: this daemon offers no rings; transport=zeromq is always there")
-    try:
-        from ublkpool.bufpool.ring_links import RingLinks
-    except ImportError as error:
-        if transport == "auto":
-            return _zeromq_links(attached)
-        raise BackendError(
-            f"transport=ring needs the native part, transport=zeromq does not: {error}"
-        ) from error
     return RingLinks(attached)
 
 

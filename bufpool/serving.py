@@ -28,8 +28,8 @@ from ublkpool.bufpool.backend import (
     check_properties,
     log,
 )
+from ublkpool.bufpool.calls import CallEngine
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready, Transport, describe
-from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.links import nothing_to_serve
 
@@ -155,7 +155,7 @@ class Loop:
         try:
             self._backend.started(self.device)
             engine = self._backend.engine(self.device)
-            self._engine = engine or _request_engine(
+            self._engine = engine or CallEngine(
                 self._backend, self.device, self._outbox, self._post_max_bytes
             )
         except BaseException:
@@ -267,19 +267,6 @@ class Loop:
             engine=self._engine.statistics(),
             backend=dict(self._backend.statistics()),
         )
-
-
-def _request_engine(backend: Backend, device: Device, outbox: Outbox, post_max_bytes: int) -> FrameEngine:
-    """The engine for a backend that brings none.  Raises `BackendError` if it needs one that is not there."""
-    try:
-        from ublkpool.bufpool.calls import CallEngine
-    except ImportError as error:
-        if post_max_bytes or type(backend).serve_batch is not Backend.serve_batch:
-            raise BackendError(
-                f"batches and posted regions need the SDK's native part, methods do not: {error}"
-            ) from error
-        return RequestEngine(backend, device, outbox)
-    return CallEngine(backend, device, outbox, post_max_bytes)
 
 
 def _nothing() -> None:

@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator
 
 from ublkpool.bufpool.backend import Backend, Device, Outbox
-from ublkpool.bufpool.dispatch import Lent, Queue, RequestEngine, Stage
 from ublkpool.bufpool.wire import Descriptor, Kind, RawDescriptor
+
+from .request_engine import Lent, Queue, RequestEngine, Stage
 
 
 class PostingEngine(RequestEngine):

@@ -15,7 +15,6 @@ from typing import Any, Protocol, cast
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Request
 from ublkpool.bufpool.client import Attachment, OwnSegment, Ready
-from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.links import Handshakes, LinkStatistics, Polled, epoch_after, hello, nothing_to_serve
 from ublkpool.bufpool.serving import Loop
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
@@ -24,6 +23,7 @@ from ublkpool.daemon.session import Session
 from .fake_backend import Store
 from .posting_engine import PostingEngine
 from .queue_rig import DEVICE, POISON, new_area
+from .request_engine import RequestEngine
 from .sim_defects import CUT_OFF_LIVES
 from .sim_loop import Clock
 from .sim_rings import SimRingLinks

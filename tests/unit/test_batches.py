@@ -3,14 +3,13 @@
 import array
 import errno
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from support.fake_worker import BackendThread, FakeWorker, serving
+from support.fake_worker import FakeWorker, serving
 from support.plain_backend import Plain
 from ublkpool.bufpool.backend import Device, Properties, Request, check_properties
 from ublkpool.bufpool.batch import Batch
@@ -185,19 +184,6 @@ def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_nothing_worse(tmp_p
         assert worker.write(BLOCK, b"k" * BLOCK) == BLOCK
     assert backend.batch is not None
     assert backend.batch.offset.tolist() == [BLOCK]
-
-
-def test_without_the_native_part_batches_are_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ublkpool.bufpool.calls", None)
-    with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
-        assert worker.write(0, b"m" * BLOCK) == BLOCK
-    with FakeWorker(tmp_path) as worker:
-        thread = BackendThread(Batched(Batched.copy), tmp_path)
-        worker.answer_attach()
-        with pytest.raises(BackendError, match="batches and posted regions need the SDK's native part"):
-            thread.join()
 
 
 class Posting(Plain):

@@ -1,4 +1,4 @@
-"""Requests that become calls: the same answers as from the engine without a native part, and more."""
+"""Requests that become calls: the same answers as from the model in Python, and more."""
 
 import errno
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from support.plain_backend import SIZE_BYTES, Plain
+from support.request_engine import RequestEngine
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Device, Outbox, Request
 from ublkpool.bufpool.calls import CallEngine
-from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 BLOCK = 4096
@@ -91,7 +91,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("per_frame", [1, len(EVERYTHING)])
-def test_the_answers_are_those_of_the_engine_without_a_native_part(per_frame: int) -> None:
+def test_the_answers_are_those_of_the_model_in_python(per_frame: int) -> None:
     told = []
     for make in (CallEngine, RequestEngine):
         outbox, backend = Outbox(), Moody()

@@ -1,7 +1,6 @@
 """The SDK's links through shared memory: rings that are full, that end, and that make no sense."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,15 +232,6 @@ def test_rings_are_taken_if_they_are_offered_and_wanted(
 def test_rings_that_nobody_offers() -> None:
     with pytest.raises(BackendError, match="offers no rings; transport=zeromq"):
         make_links(_attached(()), "ring")
-
-
-def test_without_the_native_part_there_are_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ublkpool.bufpool.ring_links", None)
-    links = make_links(_attached(("r",)), "auto")
-    links.close()
-    assert isinstance(links, ZeroMQLinks)
-    with pytest.raises(BackendError, match="needs the native part"):
-        make_links(_attached(("r",)), "ring")
 
 
 def test_who_is_leaving_wants_no_rings_any_more(tmp_path: Path) -> None:

@@ -22,23 +22,14 @@ from support.fake_worker import (
     spawn,
 )
 from support.plain_backend import SIZE_BYTES, Held, Plain
+from support.request_engine import RequestEngine
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.backend import Device, Outbox, Properties
 from ublkpool.bufpool.client import Attachment, OwnSegment
-from ublkpool.bufpool.dispatch import RequestEngine
 from ublkpool.bufpool.errors import AttachRefused, BackendError
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
-pytestmark = pytest.mark.usefixtures("transport", "native")
-
-
-@pytest.fixture(params=[True, False], ids=["native", "portable"])
-def native(request: pytest.FixtureRequest, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no native part, there are frames and an engine in Python."""
-    if not request.param:
-        if transport == "ring":
-            pytest.skip("rings need the native part")
-        monkeypatch.setitem(sys.modules, "ublkpool.bufpool.calls", None)
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 def test_every_operation_reaches_its_method(tmp_path: Path) -> None:

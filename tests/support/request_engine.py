@@ -1,12 +1,14 @@
-"""The engine below methods and requests where there is no native part: frames become `Request`s, results frames.
+"""A model in Python of the SDK's engine: frames become `Request`s, results become frames.
+
+The device simulation runs its backends on it, because it can be killed between any two steps; `test_calls.py` compares
+its answers with those of the native engine.
 
 Owns, per queue, what runs, what waits for a region, and which regions are lent; so it also answers fences: a request
 of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  A region stays lent
 until RELEASE, whatever was answered: until then the worker may take the data from it.  Knows nothing of sockets.
 Runs on the loop's thread; only the `Outbox` is touched by others.
 
-Descriptors are tuples in the wire's order here, and answers their 64 bytes: this runs for every request.  `calls.py` is
-the fast way, and what this one does is what that one does.
+Descriptors are tuples in the wire's order here, and answers their 64 bytes: the simulation runs this for every request.
 """
 
 import enum
