@@ -38,7 +38,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit test-vm soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint format test test-unit package test-vm soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -81,11 +81,16 @@ format: setup ## let ruff rewrite the code's layout
 test: ## everything: lint, unit and sim tests here, vm tests with the driver
 	@$(MAKE) lint
 	@$(MAKE) test-unit
+	@$(MAKE) package
 	@$(MAKE) test-vm
 
 test-unit: setup ## unit and sim tests, no driver and no root needed
 	@echo "test: unit and sim"
 	@$(PY) -m pytest tests/unit tests/sim $(PYTEST_ARGS)
+
+package: setup ## build the source distribution and the wheel, install them where there is no compiler
+	@echo "test: package"
+	@$(PY) -m pytest tests/package $(PYTEST_ARGS)
 
 test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \

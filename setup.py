@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: the compiled modules.
+"""Only what pyproject.toml cannot say: the compiled modules, and that they serve every Python from 3.11 on.
 
 With UBLKPOOL_CHECKED=1 in the environment, as `make setup` sets it, also the queue core that asserts its invariants.
 """
@@ -14,4 +14,4 @@ _modules = [
 if os.environ.get("UBLKPOOL_CHECKED") == "1":
     _modules.append("src/ublkpool/ublk/_native_build.py:checked")
 
-setup(cffi_modules=_modules)
+setup(cffi_modules=_modules, options={"bdist_wheel": {"py_limited_api": "cp311"}})

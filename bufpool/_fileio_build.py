@@ -3,9 +3,9 @@
 Runs at build time only.  The headers are the one description of the interface: its declarations are read from them.
 """
 
-import os
 import re
 from pathlib import Path
+from runpy import run_path
 
 from cffi import FFI
 
@@ -47,8 +47,9 @@ ffibuilder.set_source(
     # Included rather than listed as a source: object files of sources outside the build folder land beside it.
     "".join(f'#include "{source}"\n' for source in _SOURCES),
     include_dirs=[str(_BUFPOOL / "csrc")],
-    depends=[os.path.relpath(each) for each in sorted((_BUFPOOL / "csrc").glob("*.[ch]"))],
-    libraries=["uring"],
+    # By the paths that the source distribution has as well.
+    depends=[f"src/ublkpool/bufpool/csrc/{each.name}" for each in sorted((_BUFPOOL / "csrc").glob("*.[ch]"))],
+    libraries=run_path(str(_BUFPOOL / "_liburing_build.py"))["LIBRARIES"],
     # Hidden: what nobody else calls can be inlined.
     extra_compile_args=[
         "-std=gnu11",

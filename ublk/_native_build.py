@@ -5,6 +5,7 @@ The declarations are the headers themselves, so that there is one place where a 
 
 import re
 from pathlib import Path
+from runpy import run_path
 
 from cffi import FFI
 
@@ -59,9 +60,10 @@ def _builder(module: str, *options: str) -> FFI:
     builder.set_source(
         f"ublkpool.ublk.{module}",
         "".join(f'#include "{name}"\n' for name in _HEADERS),
-        sources=[f"ublk/csrc/{name}" for name in _SOURCE_FILES],
-        include_dirs=["ublk/csrc", "bufpool/csrc"],
-        libraries=["uring"],
+        # By the paths that the source distribution has as well.
+        sources=[f"src/ublkpool/ublk/csrc/{name}" for name in _SOURCE_FILES],
+        include_dirs=["src/ublkpool/ublk/csrc", "src/ublkpool/bufpool/csrc"],
+        libraries=run_path(str(_SHARED.parent / "_liburing_build.py"))["LIBRARIES"],
         extra_compile_args=[
             *_WHOLE,
             *("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"),

@@ -1,0 +1,126 @@
+"""The source distribution builds, and what it builds runs where there is no compiler; `make package`.
+
+Everything is built from a copy, as from a fresh clone.  The packages that this one requires are lent by this
+environment, so that no index is needed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_NOT_CLONED = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "*.so",
+    "*.o",
+    "out",
+)
+_MODULES = ("ublkpool.ublk._native", "ublkpool.bufpool._fileio")
+_PROBE = f"""
+import {", ".join(_MODULES)}
+from ublkpool.daemon import supervisor
+from ublkpool.workers import process
+print(ublkpool.__file__)
+for line in open("/proc/self/maps"):
+    if "liburing" in line:
+        print(line)
+"""
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python -m build` makes of a clone: the source distribution, and from that the wheel."""
+    clone = tmp_path_factory.mktemp("package") / "clone"
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=_NOT_CLONED)
+    environment = {key: value for key, value in os.environ.items() if key != "UBLKPOOL_CHECKED"}
+    built = clone.parent / "dist"
+    # The tools are here already; an isolated build would fetch them each time.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(clone)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return built
+
+
+def _only(dist: Path, pattern: str) -> Path:
+    (found,) = dist.glob(pattern)
+    return found
+
+
+def _shipped() -> set[str]:
+    """Every file of the repository that belongs into a source distribution."""
+    wanted = [*ROOT.glob("config/*"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
+    names = {str(each.relative_to(ROOT)) for each in wanted}
+    for package in ("ublk", "bufpool", "workers", "daemon", "backends"):
+        kinds = ("*.py", "*.pyi", "csrc/*.c", "csrc/*.h")
+        sources = [each for kind in kinds for each in (ROOT / package).glob(kind)]
+        names |= {f"src/ublkpool/{each.relative_to(ROOT)}" for each in sources}
+    return names | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
+
+
+def test_the_source_distribution_has_all_sources_config_unit_rules_docs_and_the_licence(dist: Path) -> None:
+    with tarfile.open(_only(dist, "*.tar.gz")) as archive:
+        names = {each.name.partition("/")[2] for each in archive.getmembers()}
+    assert not _shipped() - names
+    assert not [each for each in names if each.endswith((".so", ".o"))]
+
+
+def test_the_wheel_serves_every_python_from_3_11_on(dist: Path) -> None:
+    wheel = _only(dist, "*.whl")
+    assert "-cp311-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = (archive.read(each).decode() for each in names if each.endswith("/METADATA"))
+    modules = [each for each in names if each.endswith(".so")]
+    assert sorted(modules) == [f"{each.replace('.', '/')}.abi3.so" for each in sorted(_MODULES)]
+    required = {
+        line.split()[1].partition(">")[0] for line in about.splitlines() if line.startswith("Requires-Dist")
+    }
+    assert {"cffi", "click", "msgspec", "pyzmq"} <= required
+
+
+def test_it_installs_and_runs_where_there_is_no_compiler(dist: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(prefix)], check=True)
+    python, bare = prefix / "bin" / "python", {"PATH": str(prefix / "bin"), "HOME": str(tmp_path)}
+    assert shutil.which("cc", path=bare["PATH"]) is None and shutil.which("gcc", path=bare["PATH"]) is None
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run(
+        [*pip, str(_only(dist, "*.whl"))], check=True, env={**bare, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    )
+    site = next(prefix.glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, env=bare, cwd=tmp_path
+        ).stdout
+
+    assert "Serve Linux block devices" in run(str(prefix / "bin" / "ublkpool"), "--help")
+    assert run(str(python), "-c", _PROBE).splitlines() == [str(site / "ublkpool" / "__init__.py")]
+    for name in ("ublkpool.service", "99-ublkpool.rules", "ublkpool.toml", "examples/demo_null.py"):
+        assert (prefix / "share" / "ublkpool" / name).is_file(), name
+    assert (prefix / "share" / "doc" / "ublkpool" / "OPERATIONS.md").is_file()
