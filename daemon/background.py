@@ -25,6 +25,12 @@ class Background:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run it beside everything else; a failure is logged."""
+        task = self.spawn_awaited(work)
+        task.add_done_callback(self._log_failure)
+        return task
+
+    def spawn_awaited(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """The same, for work whose failure its caller awaits: it is not logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -37,6 +43,11 @@ class Background:
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
+        # The caller may have gone: asyncio would complain that nobody asked for the exception.
+        if not task.cancelled():
+            task.exception()
+
+    def _log_failure(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s: %s", self._name, without_name(self._name, one_line(error)), exc_info=error)
 

@@ -75,6 +75,13 @@ class BrokerProcess:
             await self._readable()
             reply = broker_commands.receive_reply(self._socket)
 
+    async def forget(self, device: int | None) -> None:
+        """Have it drop this device if it knows it.  Raises `PoolError`."""
+        known = await self.command(broker_commands.GetStatistics())
+        assert isinstance(known, broker_commands.StatisticsReply)
+        if device in known.devices:
+            await self.command(broker_commands.RemoveDevice(device))
+
     async def forget_all_but(self, devices: Collection[int]) -> None:
         """Have an adopted one drop the devices that are not to go on.  Raises `PoolError`."""
         known = await self.command(broker_commands.GetStatistics())

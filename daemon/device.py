@@ -13,7 +13,7 @@ never in the data path.
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena
@@ -22,6 +22,7 @@ from ublkpool.bufpool.keeper import keeper_path
 from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
 from ublkpool.daemon.background import Background
+from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.clients import Clients, Ground
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import alone, check_fits
@@ -31,7 +32,7 @@ from ublkpool.daemon.kept_memory import drop_kept
 from ublkpool.daemon.lifecycle import Lifecycle
 from ublkpool.daemon.machinery import Machinery
 from ublkpool.daemon.managed_backend import ManagedBackend
-from ublkpool.daemon.records import FIRST_EPOCH, Record
+from ublkpool.daemon.records import FIRST_EPOCH, Record, end_left
 from ublkpool.daemon.recovery import RETRY_PAUSE_S, Strikes, retire
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import BackendStatus, ClientStats, DeviceStatus, State, WorkerStatus
@@ -62,6 +63,12 @@ class Device:
         )
         self._clients = Clients(config.name, around.runner, around.holder, self._background)
         self._strikes = Strikes(asyncio.get_running_loop().time)
+        self._left: Record | None = None
+        """What an earlier daemon left of it, until it is taken over or removed."""
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Have this called after every change of the state."""
+        self._life.on_change = call
 
     @property
     def state(self) -> State:
@@ -276,6 +283,17 @@ class Device:
         self._machinery.disk = None
         self._life.enter("waiting" if self.config.waits_for_backend else "failed")
 
+    def await_takeover(self, record: Record) -> None:
+        """Say in the list that an earlier daemon left it; `go_on` or `recover_left` comes next, or `delete`."""
+        self._left = record
+        if record.device_number is not None:
+            self._life.state = "recovering"
+
+    def note_failure(self, reason: str) -> None:
+        """It cannot be made or taken over, or not be removed: it stays in the list with the reason."""
+        self._life.reason = without_name(self.config.name, reason)
+        self._life.enter("failed")
+
     async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
         """Go on with what an earlier daemon left running; `held` are the descriptors of it, ours from now on.
 
@@ -293,11 +311,13 @@ class Device:
                 self._clients.resume(ground, held)
         if self._managed is not None:
             self._managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
+        self._left = None
         self.save()
         _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
 
     def abandon(self) -> None:
         """After a `go_on` that failed: forget everything, change nothing."""
+        self._life.give_up()
         self._background.cancel()
         self._clients.close()
         self._machinery.abandon()
@@ -310,12 +330,14 @@ class Device:
         done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
         if record.device_number is None:
+            self._left = None
             return self.config.waits_for_backend
         left = Adoption(record, self._machinery, self._attachment)
         async with self._life.turn:
             if not await left.find(self._around.runner, held):
                 self._around.records.forget(self.config.name)
                 return False
+            self._left = None
             self._life.enter("recovering")
             try:
                 team = await left.recover(self._strikes)
@@ -439,6 +461,8 @@ class Device:
     async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
         self._clients.close()
+        if self._left is not None:
+            await self._end_left(self._left)
         await self._machinery.stop(self._attachment.gone)
         if self._managed is not None:
             self._managed.let_end()
@@ -448,3 +472,13 @@ class Device:
         await self._machinery.remove()
         self._around.records.forget(self.config.name)
         self._around.holder.drop(self.config.name)
+
+    async def _end_left(self, left: Record) -> None:
+        """What an earlier daemon left and nobody has taken over: its processes end, then its kernel device goes."""
+        await end_left([left], [each for each in left.processes if each.role == "broker"])
+        if self._machinery.kernel is None and left.device_number is not None:
+            name, number = self.config.name, left.device_number
+            self._machinery.kernel = await BlockDevice.find(self._around.runner, name, number)
+        if self._machinery.team is None:
+            await self._machinery.discard()
+        self._left = None

@@ -24,12 +24,20 @@ class Lifecycle:
         # Attach, farewell, recovery and deletion each find a device that none of the others is changing.
         self.turn = asyncio.Lock()
         self.save = save
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after every change of the state."""
         self._changed = asyncio.Event()
 
     def enter(self, state: State) -> None:
         """The device is in this state now; it is on record before anybody is told."""
         self.state = state
         self.save()
+        self._changed.set()
+        self.on_change()
+
+    def give_up(self) -> None:
+        """Another `Device` takes the place of this one."""
+        self.is_stopping = True
         self._changed.set()
 
     async def live(self) -> None:

@@ -1,12 +1,45 @@
-"""Tells systemd that the service is ready or stopping (sd_notify(3)); does nothing where nobody asked."""
+"""Tells systemd that the service is ready or stopping (sd_notify(3)), and in a line which devices are not served.
 
+Does nothing where no service manager asked for it.
+"""
+
+import logging
 import os
 import socket
+from collections.abc import Iterable
+
+from ublkpool.daemon.status import State
+
+NAMES_MAX = 8
+_SAID: dict[State, str] = {"waiting": "waiting for", "failed": "failed"}
+_log = logging.getLogger("ublkpool.supervisor")
 
 
 def ready(status: str = "") -> None:
     """The service answers."""
     _send("READY=1", status)
+
+
+def status(text: str) -> None:
+    """What `systemctl status` shows."""
+    _send(f"STATUS={text}")
+
+
+def describe(devices: Iterable[tuple[str, State]]) -> str:
+    """The line: how many devices are live, and the names of the others by what they are: "waiting for vol0, vol1"."""
+    names: dict[str, list[str]] = {}
+    live = 0
+    for name, state in devices:
+        live += state == "live"
+        if state != "live":
+            names.setdefault(_SAID.get(state, "recovering"), []).append(name)
+    parts = [f"serving {live} device{'' if live == 1 else 's'}"]
+    return "; ".join(parts + [f"{what} {_listed(names[what])}" for what in sorted(names, reverse=True)])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES_MAX} more" if len(names) > NAMES_MAX else ""
+    return ", ".join(names[:NAMES_MAX]) + more
 
 
 def stopping() -> None:
@@ -21,5 +54,11 @@ def _send(state: str, status: str = "") -> None:
     if address.startswith("@"):
         address = f"\0{address[1:]}"
     message = f"{state}\nSTATUS={status}" if status else state
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(message.encode(), address)
+    try:
+        with socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        ) as sender:
+            sender.sendto(message.encode(), address)
+    except OSError as error:
+        # A service manager that does not listen must not end the service.
+        _log.warning("the service manager was not told %s: %s", state.partition("=")[0], error.strerror)

@@ -21,10 +21,12 @@ from ublkpool.bufpool import wire
 from ublkpool.daemon.client_area import AreaRecord
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
+from ublkpool.daemon.errors import DaemonError
 
 Role = Literal["worker", "backend", "broker"]
 _log = logging.getLogger("ublkpool.records")
 PATIENCE_S = 10.0
+KILL_PATIENCE_S = 60.0
 FIRST_EPOCH = 1
 _START_TIME_FIELD = 19
 """Of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5): field 22)."""
@@ -101,8 +103,12 @@ class Records:
         for path in sorted(self._directory.glob("*.json")):
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
-            except (msgspec.DecodeError, OSError) as error:
-                _log.error("%s: not a record: %s", path, error)
+            except OSError as error:
+                _log.error("%s: cannot be read: %s", path, error.strerror)
+            except msgspec.DecodeError as error:
+                _log.error("%s: not a record: %s; it is kept as *.unreadable", path, error)
+                with suppress(OSError):
+                    path.replace(path.with_suffix(".unreadable"))
         return found
 
     def _path(self, name: str) -> Path:
@@ -132,9 +138,18 @@ def is_alive(process: Process) -> bool:
 
 
 async def end_left(records: Sequence[Record], spare: Collection[Process] = ()) -> None:
-    """End every process that these records know: workers at once, the others with time to finish what they do."""
+    """End every process that these records know: workers at once, the others with time to finish what they do.
+
+    Raises `DaemonError` if one of them does not even end when it is killed: it may still use its buffers.
+    """
     processes = {each for record in records for each in record.processes} - set(spare)
     await asyncio.gather(*(_end(each) for each in processes))
+
+
+async def end_brokers(records: Sequence[Record], spare: Collection[Process]) -> None:
+    """End the pool brokers that these records know.  Raises `DaemonError` as `end_left` does."""
+    brokers = {each for record in records for each in record.processes if each.role == "broker"}
+    await asyncio.gather(*(_end(each) for each in brokers - set(spare)))
 
 
 async def _end(process: Process) -> None:
@@ -149,7 +164,11 @@ async def _end(process: Process) -> None:
                 if await _exits(fd, PATIENCE_S):
                     return
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-            await _exits(fd, None)
+            if not await _exits(fd, KILL_PATIENCE_S):
+                raise DaemonError(
+                    f"{process.role} process {process.pid} has not ended {KILL_PATIENCE_S:.0f} s after SIGKILL: "
+                    f"it waits in the kernel, see /proc/{process.pid}/stack"
+                )
         finally:
             os.close(fd)
 

@@ -49,7 +49,7 @@ _ENTRY = re.compile(
     r"(lock|queues|devices|(admin|attach|held|pool)\.sock|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
 )
 _QUEUE_SOCKET = re.compile(r"\d+\.\d+(\.ring)?\Z")
-_RECORD = re.compile(r".+\.(json|new)\Z")
+_UNFINISHED = re.compile(r".+\.(new|unreadable)\Z")
 
 
 class RunDirectory:
@@ -136,11 +136,14 @@ class RunDirectory:
             )
 
     def remove(self) -> None:
-        """Remove what the daemon made, while no other daemon can have begun here; then the next one may."""
+        """Remove what the daemon made, while no other daemon can have begun here; then the next one may.
+
+        A record of a device that could not be removed stays, for the next daemon.
+        """
         try:
             (self.path / "pool.sock").unlink(missing_ok=True)
             _remove_entries(self.queues, _QUEUE_SOCKET)
-            _remove_entries(self.devices, _RECORD)
+            _remove_entries(self.devices, _UNFINISHED)
             # The last entry: from here on another daemon claims the directory anew.
             (self.path / _LOCK).unlink(missing_ok=True)
             if self._made:

@@ -11,7 +11,9 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
@@ -22,12 +24,13 @@ from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device
-from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.device_table import DeviceTable
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_for_own_view
 from ublkpool.daemon.patient_loop import PatientLoop
-from ublkpool.daemon.records import Records
+from ublkpool.daemon.records import Record, Records
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -37,6 +40,8 @@ from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
+TAKEOVER_PATIENCE_S = 10.0
+"""How long READY waits for the devices of an earlier daemon, which mostly takes no second."""
 _log = logging.getLogger("ublkpool.supervisor")
 _Names = list[str]
 
@@ -46,125 +51,113 @@ class Supervisor:
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        self._devices: dict[str, Device] = {}
+        self._table = DeviceTable(lambda cfg: Device(cfg, around), self._tell_status)
         self.stopped = asyncio.Event()
         self.leaves = False
+        self._is_ready = False
+
+    def ready(self) -> None:
+        """Tell the service manager that the daemon serves, and from now on which devices are not there yet."""
+        self._is_ready = True
+        notify.ready(self._status())
+
+    def _tell_status(self) -> None:
+        if self._is_ready:
+            notify.status(self._status())
+
+    def _status(self) -> str:
+        return notify.describe([(each.config.name, each.state) for each in self._table.devices()])
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing.
 
         One that failed is made again, and its backend finds what its predecessor kept.
         """
-        if self.stopped.is_set():
-            raise DaemonError("the daemon is stopping")
-        failed = self._devices.get(cfg.name)
-        if failed is not None and failed.state != "failed":
-            raise DaemonError(f"device {cfg.name} exists already: choose another name, or delete it")
-        device = Device(cfg, self._around)
-        self._devices[cfg.name] = device
-        if failed is not None:
-            await failed.settled()
-        device.save()
-        if not cfg.waits_for_backend:
-            progress(
-                f"{cfg.name}: starting {f'backend {cfg.backend.kind}' if cfg.backend else 'its workers'}"
-            )
-            try:
-                await device.run()
-            except BaseException:
-                await device.delete(force=True, keep=failed is not None)
-                self._devices.pop(cfg.name, None)
-                if failed is not None:
-                    self._devices[cfg.name] = failed
-                raise
-        return device.status()
+        return (await self._table.add(cfg, progress)).status()
+
+    def add_configured(self, devices: Sequence[DeviceConfig]) -> None:
+        """Add the config's devices side by side, without waiting; one that fails is in the list with its reason."""
+        for cfg in devices:
+            if cfg.name not in self._table:
+                self._table.add_configured(cfg, _log.info)
+
+    def take_over(self, left: TakeOver) -> Sequence["asyncio.Task[None]"]:
+        """Take over every device of an earlier daemon's, side by side."""
+        return [self._table.take_over(record, partial(left.device, record)) for record in left.records]
 
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
         """Delete these devices, or all.  Raises `DaemonError` if one does not exist or is in use; then all stay."""
-        wanted = list(self._devices) if names is None else names
-        devices = [self._device(name) for name in wanted]
+        wanted = [each.config.name for each in self._table.devices()] if names is None else names
+        # A name may be there twice.
+        devices = {name: self._table.device(name) for name in wanted}
         if not force and len(devices) > 1:
-            await _check_all_unused(devices)
-        for name in wanted:
-            await self._device(name).delete(force)
-            del self._devices[name]
+            await _check_all_unused(list(devices.values()))
+        for name in devices:
+            # It may have been removed for another client meanwhile.
+            if name in self._table:
+                await self._table.delete(name, force)
         return wanted
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live.  Raises `DaemonError` if it fails, or is not in time."""
-        device = self._device(name)
         try:
-            await asyncio.wait_for(device.live(), timeout_s)
+            device = await asyncio.wait_for(self._table.live(name), timeout_s)
         except TimeoutError:
-            raise DaemonError(f"{name}: still {device.state} after {timeout_s:g} s") from None
+            state = self._table.device(name).state
+            raise DaemonError(f"{name}: still {state} after {timeout_s:g} s") from None
         return device.status()
 
     def list(self) -> Sequence[DeviceStatus]:
         """All devices."""
-        return [device.status() for device in self._devices.values()]
+        return [device.status() for device in self._table.devices()]
 
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         """The numbers of one device, or of all."""
-        devices = self._devices.values() if name is None else [self._device(name)]
+        devices = self._table.devices() if name is None else [self._table.device(name)]
         return [device_stats(device) for device in devices]
 
     async def stop(self, leave: bool) -> None:
         """End the daemon, and its devices unless it is to leave them."""
         self.leaves = self.leaves or leave
+        self.end()
+
+    def end(self) -> None:
+        """From now on nothing is added, and what is being added is undone."""
         self.stopped.set()
+        self._table.close()
 
     async def settled(self) -> None:
         """Return when no device changes."""
-        await asyncio.gather(*(device.settled() for device in self._devices.values()))
+        await self._table.settled()
 
     async def renew(self, names: _Names) -> None:
         """Have today's code serve what an earlier version of it serves: these devices, one after another."""
         await self._around.broker.renew()
         self._around.holder.renew()
         for name in names:
-            if name in self._devices:
-                await self._devices[name].renew()
-
-    def take(self, device: Device) -> None:
-        """A device that an earlier daemon left is ours now."""
-        self._devices[device.config.name] = device
-        device.save()
+            if name in self._table:
+                await self._table.device(name).renew()
 
     def describe(self, name: str) -> wire.Described:
         """What a backend may know before it attaches.  Raises `DaemonError` if there is no such device."""
-        return self._device(name).describe()
+        return self._table.device(name).describe()
 
     async def admit(self, session: Session) -> None:
         """Bring a backend to its device.  Raises `DaemonError` if there is none."""
-        await self._device(session.attach.device).attach(session)
+        await self._table.device(session.attach.device).attach(session)
 
     def lend_buffer(self, name: str, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
         """Memory for a client's I/O.  Raises `DaemonError` if there is no such disk."""
-        return self._device(name).lend_buffer(sock)
+        return self._table.device(name).lend_buffer(sock)
 
     async def broker_restarted(self) -> None:
         """Tell a new broker about every device."""
-        for device in list(self._devices.values()):
+        for device in self._table.devices():
             await device.broker_restarted()
 
     async def delete_all(self) -> None:
-        """At the end: every device, in use or not; one that fails does not keep the others."""
-        devices = list(self._devices.items())
-        uses = await asyncio.gather(*(device.describe_use() for _, device in devices))
-        for (name, device), use in zip(devices, uses, strict=True):
-            if use:
-                _log.warning("%s is in use and goes all the same: %s", name, use)
-            try:
-                await device.delete(force=True)
-            except DaemonError as error:
-                _log.error("%s: %s", name, without_name(name, one_line(error)))
-            self._devices.pop(name, None)
-
-    def _device(self, name: str) -> Device:
-        if name not in self._devices:
-            known = ", ".join(self._devices) or "none"
-            raise DaemonError(f"no device {name!r}; there is {known}")
-        return self._devices[name]
+        """At the end: every device, in use or not; what cannot be removed is left to the next daemon."""
+        await self._table.delete_all()
 
 
 async def _check_all_unused(devices: Sequence[Device]) -> None:
@@ -188,19 +181,18 @@ def serve(config: ServeConfig) -> int:
         return runner.run(_serve(config, live_mounts))
 
 
-async def _serve(config: ServeConfig, live_mounts: int) -> int:
+async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as ending, AsyncExitStack() as leaving:
-        supervisor = await _start(config, live_mounts, ending, leaving)
-        await _add_configured(supervisor, config, stop)
-        notify.ready(f"serving {len(config.devices)} devices")
+        supervisor = await _start(config, live_mounts, ending, leaving, stop)
+        supervisor.ready()
         _log.info("serving in %s", config.run_dir)
         await _first_of(stop, supervisor.stopped)
         notify.stopping()
-        supervisor.stopped.set()
+        supervisor.end()
         if supervisor.leaves or config.on_stop == "leave":
             await _leave(supervisor, ending)
         else:
@@ -220,30 +212,52 @@ async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
 
 
 async def _start(
-    config: ServeConfig, live_mounts: int, ending: AsyncExitStack, leaving: AsyncExitStack
+    config: ServeConfig,
+    live_mounts: int | None,
+    ending: AsyncExitStack,
+    leaving: AsyncExitStack,
+    stop: asyncio.Event,
 ) -> Supervisor:
     """Bring up the parts.
 
     `leaving` takes down, in the opposite order, what ends with this daemon; then `ending` what would outlive it.
     """
     run_dir = config.run_dir
-    group = grp.getgrnam(config.group).gr_gid if config.group else None
     if config.replace:
         directory = await RunDirectory.replace(run_dir, lambda: AdminClient(run_dir).stop(leave=True))
     else:
         directory = RunDirectory.claim(run_dir)
     ending.callback(directory.remove)
+    records = Records(directory.devices).load()
+    try:
+        return await _begin(config, directory, records, live_mounts, ending, leaving, stop)
+    except BaseException:
+        if records:
+            # What an earlier daemon left is served, and the next start may succeed.
+            ending.pop_all()
+        raise
+
+
+async def _begin(
+    config: ServeConfig,
+    directory: RunDirectory,
+    records: Sequence[Record],
+    live_mounts: int | None,
+    ending: AsyncExitStack,
+    leaving: AsyncExitStack,
+    stop: asyncio.Event,
+) -> Supervisor:
+    run_dir = config.run_dir
+    group = grp.getgrnam(config.group).gr_gid if config.group else None
     directory.prepare(group)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    records = Records(directory.devices).load()
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
     around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder, live_mounts)
-    configured = {device.name for device in config.devices}
-    left = TakeOver(around, records, held, configured)
+    left = TakeOver(around, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)
     supervisor = Supervisor(around)
@@ -253,40 +267,43 @@ async def _start(
     attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer)
     attach.start()
     leaving.callback(attach.close)
-    await left.devices(supervisor.take)
-    if left.outdated:
-        ending.callback(asyncio.ensure_future(supervisor.renew(left.outdated)).cancel)
+    taking = supervisor.take_over(left)
+    supervisor.add_configured(config.devices)
+    after = asyncio.ensure_future(_after_takeover(taking, left, supervisor, config))
+    ending.callback(after.cancel)
+    await _within_patience(taking, stop)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
     leaving.push_async_callback(admin.close)
     return supervisor
 
 
-async def _add_configured(supervisor: Supervisor, config: ServeConfig, stop: asyncio.Event) -> None:
-    """Add the config's devices side by side; one that fails is logged and does not keep the others from serving."""
-    adopted = {status.name for status in supervisor.list()}
-    adding = [
-        asyncio.ensure_future(_add_one(supervisor, device))
-        for device in config.devices
-        if device.name not in adopted
-    ]
-    if not adding:
+async def _within_patience(taking: Sequence["asyncio.Task[None]"], stop: asyncio.Event) -> None:
+    """Return when the earlier daemon's devices are taken over; one that hangs is not waited for.
+
+    What a client asks for right after the start then finds the devices as they are.
+    """
+    if not taking:
         return
     stopping = asyncio.ensure_future(stop.wait())
-    everything = asyncio.gather(*adding)
-    await asyncio.wait((everything, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not everything.done():
-        everything.cancel()
-        with suppress(asyncio.CancelledError):
-            await everything
+    everything = asyncio.ensure_future(asyncio.wait(taking, timeout=TAKEOVER_PATIENCE_S))
+    both: set[asyncio.Future[Any]] = {stopping, everything}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    for each in both:
+        each.cancel()
 
 
-async def _add_one(supervisor: Supervisor, device: DeviceConfig) -> None:
-    try:
-        await supervisor.add(device, _log.info)
-    except Exception as error:
-        _log.error("device %s of the config: %s", device.name, without_name(device.name, one_line(error)))
+async def _after_takeover(
+    taking: Sequence["asyncio.Task[None]"], left: TakeOver, supervisor: Supervisor, config: ServeConfig
+) -> None:
+    if taking:
+        await asyncio.wait(taking)
+    left.close()
+    # Devices of the config that the kernel did not have any more are made anew.
+    if not supervisor.stopped.is_set():
+        supervisor.add_configured(config.devices)
+    if left.outdated:
+        await supervisor.renew(left.outdated)
 
 
 async def _first_of(*events: asyncio.Event) -> None:

@@ -14,8 +14,8 @@ from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.broker_process import HELD
 from ublkpool.daemon.device import Device
-from ublkpool.daemon.errors import DaemonError, one_line, without_name
-from ublkpool.daemon.records import Process, Record, end_left, is_alive
+from ublkpool.daemon.errors import one_line
+from ublkpool.daemon.records import Process, Record, end_brokers, end_left, is_alive
 from ublkpool.daemon.succession import may_go_on
 from ublkpool.daemon.surroundings import Surroundings
 
@@ -35,83 +35,98 @@ class TakeOver:
         """`configured`: devices that the config names, which are added anew if the kernel does not have them."""
         self._around = around
         self._configured = configured
-        self._left = left
-        self._held = held
+        self.records = left
+        self._held = dict(held)
         self._going_on = [record for record in left if may_go_on(record, held)]
         self.outdated: list[str] = []
         """The devices that go on with workers of another version of the code."""
 
     async def clear(self) -> None:
-        """End what cannot go on, and have a broker.  Raises `PoolError`, `OSError`."""
+        """Remove what is no device's, and have a broker.  Raises `PoolError`, `OSError`."""
         around, brokers = self._around, self._brokers()
-        spare = {each for record in self._going_on for each in record.processes}
-        # Before a new broker listens where the old one did, and before pools go that old backends still look at.
-        await end_left(self._left, [each for each in spare if each.role != "broker"] + brokers)
-        numbers = [record.device_number for record in self._going_on if record.device_number is not None]
-        self._remove_sockets(numbers)
-        self._remove_pools(numbers)
+        # Before a new broker listens where the old one did.
+        await end_brokers(self.records, brokers)
+        numbers = [each.device_number for each in self.records if each.device_number is not None]
+        self._remove_sockets(lambda number: number not in numbers)
+        spared = {arena_prefix(around.instance, number) for number in numbers}
+        for prefix in list_orphans(around.instance):
+            if prefix not in spared:
+                self._remove_pool(prefix)
         for broker in brokers:
             if await around.broker.adopt(broker.pid, socket.socket(fileno=os.dup(self._held[HELD]))):
-                await around.broker.forget_all_but(numbers)
+                known = [each.device_number for each in self._going_on if each.device_number is not None]
+                await around.broker.forget_all_but(known)
                 return
         around.broker.start()
 
-    async def devices(self, add: Callable[[Device], None]) -> None:
-        """Every device of the earlier daemon's that is not cleared away goes to `add`."""
-        for record in self._left:
-            try:
-                if device := await self._device(record):
-                    add(device)
-            except (DaemonError, PoolError, OSError) as error:
-                name = record.config.name
-                _log.error("%s: left by an earlier daemon: %s", name, without_name(name, one_line(error)))
-        for fd in self._held.values():
-            os.close(fd)
+    async def device(self, record: Record, show: Callable[[Device], None]) -> bool:
+        """Take over one device, which `show` is told; whether there is one then.
 
-    async def _device(self, record: Record) -> Device | None:
+        Raises `DaemonError`, `PoolError`, `OSError` if that cannot be told now.
+        """
+        device = self._new_device(record, show)
         if record in self._going_on:
-            device = Device(record.config, self._around)
-            try:
-                await device.go_on(record, self._held)
-                if record.build != self._around.build:
-                    self.outdated.append(record.config.name)
-                return device
-            except (DaemonError, PoolError, OSError) as error:
-                _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
-                device.abandon()
-                await self._give_up(record)
+            if await self._goes_on(device, record):
+                return True
+            # Before anything else has a turn: whoever waits for the device goes on with this one.
+            device.abandon()
+            device = self._new_device(record, show)
+            # A broker that has just died knows none of them, and its successor is not told.
+            with suppress(PoolError):
+                await self._around.broker.forget(record.device_number)
+        await self._clear_away(record)
         # What led to the dead must not be taken for what leads to their successors.
         self._around.holder.drop(record.config.name)
         if record.device_number is None and record.config.name in self._configured:
-            return None
-        device = Device(record.config, self._around)
-        return device if await device.recover_left(record, self._held) else None
+            return False
+        if not await device.recover_left(record, self._held):
+            return False
+        device.save()
+        return True
 
-    async def _give_up(self, record: Record) -> None:
-        self._going_on.remove(record)
+    def close(self) -> None:
+        """Every device was taken over or given up: let go of what was held."""
+        for fd in self._held.values():
+            os.close(fd)
+        self._held.clear()
+
+    async def _goes_on(self, device: Device, record: Record) -> bool:
+        try:
+            await device.go_on(record, self._held)
+        except Exception as error:
+            # Also what a record that makes no sense leads to: recovery relies on less of it.
+            _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
+            return False
+        if record.build != self._around.build:
+            self.outdated.append(record.config.name)
+        return True
+
+    def _new_device(self, record: Record, show: Callable[[Device], None]) -> Device:
+        device = Device(record.config, self._around)
+        device.await_takeover(record)
+        show(device)
+        return device
+
+    async def _clear_away(self, record: Record) -> None:
+        """End the device's processes; then its pool goes, which they looked at.  Raises `DaemonError` if one stays."""
         await end_left([record], [each for each in record.processes if each.role == "broker"])
-        numbers = [each.device_number for each in self._going_on if each.device_number is not None]
-        self._remove_sockets(numbers)
-        self._remove_pools(numbers)
-        # One that has just died knows none of them, and its successor is not told.
-        with suppress(PoolError):
-            await self._around.broker.forget_all_but(numbers)
+        if record.device_number is not None:
+            self._remove_sockets(lambda number: number == record.device_number)
+            self._remove_pool(arena_prefix(self._around.instance, record.device_number))
 
     def _brokers(self) -> list[Process]:
         """The broker that those who go on know, if it lives and can be reached."""
         known = {each for record in self._going_on for each in record.processes if each.role == "broker"}
         return [each for each in known if is_alive(each)] if HELD in self._held and len(known) == 1 else []
 
-    def _remove_sockets(self, numbers: Sequence[int]) -> None:
+    def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
         for path in self._around.queue_dir.iterdir():
             number = path.name.partition(".")[0]
             # What has another name is not a worker's socket.
-            if number.isdecimal() and int(number) not in numbers:
+            if number.isdecimal() and is_gone(int(number)):
                 path.unlink()
 
-    def _remove_pools(self, numbers: Sequence[int]) -> None:
-        spared = {arena_prefix(self._around.instance, number) for number in numbers}
-        for prefix in list_orphans(self._around.instance):
-            if prefix not in spared:
-                _log.info("removing the pool %s that an earlier daemon left", prefix)
-                unlink_arena(prefix)
+    def _remove_pool(self, prefix: str) -> None:
+        if prefix in list_orphans(self._around.instance):
+            _log.warning("removing the pool %s that an earlier daemon left", prefix)
+            unlink_arena(prefix)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from ublkpool.daemon import logs, notify, render
-from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, QueueStats
+from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, QueueStats, State
 
 CONFIG = Path(__file__).parents[2] / "config"
 
@@ -61,9 +61,42 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstra
         systemd.settimeout(5)
         systemd.bind(address.replace("@", "\0"))
         notify.ready("2 devices")
+        notify.status("3 devices")
         notify.stopping()
         assert systemd.recv(100) == b"READY=1\nSTATUS=2 devices"
+        assert systemd.recv(100) == b"STATUS=3 devices"
         assert systemd.recv(100) == b"STOPPING=1"
+
+
+@pytest.mark.parametrize("fault", ["gone", "deaf"])
+def test_a_service_manager_that_does_not_listen_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        if fault == "deaf":
+            systemd.bind(str(tmp_path / "notify"))
+        for _ in range(1000 if fault == "deaf" else 1):
+            notify.status("serving")
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ([], "serving 0 devices"),
+        ([("a", "live")], "serving 1 device"),
+        (
+            [("a", "live"), ("b", "waiting"), ("c", "failed"), ("d", "recovering"), ("e", "waiting")],
+            "serving 1 device; waiting for b, e; recovering d; failed c",
+        ),
+        (
+            [(f"v{number}", "waiting") for number in range(10)],
+            "serving 0 devices; waiting for v0, v1, v2, v3, v4, v5, v6, v7 and 2 more",
+        ),
+    ],
+)
+def test_the_status_line_names_what_is_not_there(devices: list[tuple[str, State]], said: str) -> None:
+    assert notify.describe(devices) == said
 
 
 def test_nobody_is_told_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from ublkpool.daemon import managed_backend
 from ublkpool.daemon.background import Background
 from ublkpool.daemon.config import BackendConfig
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
@@ -120,5 +121,26 @@ def test_it_is_started_again_until_it_is_let_end() -> None:
         assert made._keeper is not None
         await asyncio.wait({made._keeper})
         assert process.starts == 2
+
+    in_loop(run)
+
+
+def test_one_that_does_not_even_end_when_it_is_killed_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(managed_backend, "END_PATIENCE_S", 0.0)
+    monkeypatch.setattr(managed_backend, "DEATH_PATIENCE_S", 0.01)
+
+    async def run() -> None:
+        backend, process = managed()
+        backend.start()
+
+        async def end(_patience_s: float) -> None:
+            await asyncio.Event().wait()
+
+        process.child.end = end  # type: ignore[method-assign]
+        await backend.end()
+        backend.let_end()
+        assert "process 77, was killed and waits in the kernel" in caplog.text
 
     in_loop(run)

@@ -43,9 +43,21 @@ def test_a_directory_that_is_not_there_is_made_and_removed_with_all_that_was_mad
     directory.prepare(None)
     assert (mode(path), mode(directory.queues), mode(directory.devices)) == (0o700, 0o700, 0o700)
     (directory.queues / "0.1.ring").touch()
-    (directory.devices / "vol0.json").touch()
+    (directory.devices / "vol0.new").touch()
     directory.remove()
     assert not path.exists()
+
+
+def test_the_record_of_a_device_that_could_not_be_removed_stays_for_the_next_daemon(tmp_path: Path) -> None:
+    first = RunDirectory.claim(tmp_path / "run")
+    first.prepare(None)
+    (first.devices / "vol0.json").touch()
+    first.remove()
+    assert names(first.devices) == {"vol0.json"}
+    (first.devices / "vol0.json").unlink()
+    second = RunDirectory.claim(tmp_path / "run")
+    second.prepare(None)
+    second.remove()
 
 
 @pytest.mark.parametrize("found", [0o700, 0o750, 0o755, 0o711])

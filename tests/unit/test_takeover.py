@@ -22,6 +22,12 @@ class FakeDevice:
     def __init__(self, *_: object) -> None:
         self.recovered = False
 
+    def await_takeover(self, _record: Record) -> None:
+        """Nothing is listed."""
+
+    def save(self) -> None:
+        """Nothing is written."""
+
     async def go_on(self, *_: object) -> None:
         raise DaemonError("a worker has ended")
 
@@ -41,7 +47,7 @@ def test_a_device_is_recovered_although_the_broker_dies_just_then(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     around = SimpleNamespace(
-        broker=SimpleNamespace(forget_all_but=_gone),
+        broker=SimpleNamespace(forget=_gone),
         holder=SimpleNamespace(drop=lambda _: None),
         queue_dir=tmp_path,
         instance="unit",
@@ -50,12 +56,12 @@ def test_a_device_is_recovered_although_the_broker_dies_just_then(
     monkeypatch.setattr(takeover, "Device", FakeDevice)
     record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
     found: list[Any] = []
-    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).devices(found.append))
-    assert [each.recovered for each in found] == [True]
+    assert asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, found.append))
+    assert [each.recovered for each in found] == [False, True]
 
 
 def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     steps: list[str] = []
 
@@ -64,8 +70,12 @@ def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
             steps.append(f"recover {record.config.name}")
             return True
 
-    around = SimpleNamespace(holder=SimpleNamespace(drop=lambda name: steps.append(f"drop {name}")))
+    around = SimpleNamespace(
+        holder=SimpleNamespace(drop=lambda name: steps.append(f"drop {name}")),
+        queue_dir=tmp_path,
+        instance="unit",
+    )
     monkeypatch.setattr(takeover, "Device", Recovered)
     record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
-    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).devices(lambda _: None))
+    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, lambda _: None))
     assert steps == ["drop vol", "recover vol"]

@@ -1,6 +1,11 @@
 """A daemon that finds its devices in a config file, and takes them along when it ends."""
 
 import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
 
 from support.vm_daemon import Daemon, eventually, eventually_nothing
 from support.vm_process import read_block, write_block
@@ -49,8 +54,9 @@ def test_devices_of_the_config_are_served_but_for_those_that_cannot_and_go_with_
         assert (daemon.status("paper").queues, daemon.status("paper").depth) == (2, 32)
         assert not daemon.status("smoke").need_get_data
         eventually(lambda: "device lost of the config" in daemon.said(), "the log says what is wrong")
-        assert "/nowhere/lost.img" in daemon.said()
-        assert {each.name for each in daemon.client.devices()} == {"paper", "smoke"}
+        lost = daemon.status("lost")
+        assert lost.state == "failed" and "/nowhere/lost.img" in lost.reason
+        assert {each.name for each in daemon.client.devices()} == {"paper", "smoke", "lost"}
         assert daemon.stop() == 0, daemon.said()
         eventually_nothing(daemon.remains, "nothing is left")
     finally:
@@ -62,3 +68,75 @@ def _check_that_it_stores(daemon: Daemon, name: str) -> None:
     assert path is not None
     assert write_block(path, MIB, data) == 0
     assert read_block(path, MIB, len(data)) == data
+
+
+STUCK = """
+[[device]]
+name = "stuck"
+size = "8M"
+[device.backend]
+kind = "{stuck}"
+
+[[device]]
+name = "alone"
+size = "8M"
+
+[[device]]
+name = "fine"
+size = "8M"
+[device.backend]
+kind = "memory"
+"""
+HANGS = """
+import signal, time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open() -> None:
+    time.sleep(3600)
+
+
+def get_size() -> int:
+    return 8 << 20
+
+
+def pread(buf, offset) -> None:
+    pass
+
+
+def pwrite(buf, offset) -> None:
+    pass
+"""
+
+
+def _told(systemd: socket.socket) -> list[str]:
+    said = []
+    with suppress(BlockingIOError):
+        while True:
+            said.append(systemd.recv(4096, socket.MSG_DONTWAIT).decode())
+    return said
+
+
+def test_a_backend_that_hangs_in_open_holds_up_neither_ready_nor_others_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(HANGS)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        with Daemon(STUCK.format(stuck=hangs), name="stuck").life() as daemon:
+            daemon.wait_live("fine")
+            eventually(
+                lambda: "STATUS=serving 1 device; waiting for stuck, alone" in _told(systemd),
+                "systemd is told what is not there",
+            )
+            assert {each.name: each.state for each in daemon.client.devices()} == {
+                "stuck": "waiting",
+                "alone": "waiting",
+                "fine": "live",
+            }
+            with daemon.device("later", "null", size_bytes=MIB):
+                pass
+            assert daemon.stop() == 0, daemon.said()
