@@ -7,10 +7,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ublkpool.daemon import supervisor
-from ublkpool.daemon.admin_client import AdminClient
+from ublkpool.daemon.admin_wire import (
+    AddRequest,
+    DeleteRequest,
+    ListRequest,
+    Request,
+    StopRequest,
+    admin_socket,
+    decode_reply,
+    encode_line,
+)
 from ublkpool.daemon.config import BackendConfig, DeviceConfig, ServeConfig
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
@@ -44,32 +54,51 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd
         yield Systemd(sock)
 
 
-def serving(config: ServeConfig, test: Callable[[AdminClient], Awaitable[None]]) -> None:
+class Client:
+    """Asks the daemon over its admin socket, without a thread: the daemon forks in this process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = admin_socket(run_dir)
+
+    async def ask(self, request: Request) -> Any:
+        """The result.  Raises `DaemonError` with the daemon's reason, `OSError` if it does not answer."""
+        reader, writer = await asyncio.open_unix_connection(self._path)
+        try:
+            writer.write(encode_line(request))
+            while (reply := decode_reply(await reader.readline())).ok is None:
+                pass
+        finally:
+            writer.close()
+        if not reply.ok:
+            raise DaemonError(reply.error)
+        return msgspec.json.decode(reply.result)
+
+    async def states(self) -> dict[str, str]:
+        return {each["name"]: each["state"] for each in await self.ask(ListRequest())}
+
+    async def answers(self) -> bool:
+        with suppress(OSError):
+            await self.states()
+            return True
+        return False
+
+
+def serving(config: ServeConfig, test: Callable[[Client], Awaitable[None]]) -> None:
     """Run the daemon, and the test beside it once the daemon answers; both must end."""
 
     async def run() -> None:
         daemon = asyncio.ensure_future(supervisor._serve(config, None))
-        client = AdminClient(config.run_dir)
-        while not await answers(client):
-            assert not daemon.done(), daemon.result()
-        try:
+        client = Client(config.run_dir)
+        async with asyncio.timeout(DEADLINE_S):
+            while not await client.answers():
+                assert not daemon.done(), daemon.result()
+                await asyncio.sleep(0.01)
             await test(client)
-        finally:
-            await asyncio.to_thread(client.stop)
+        async with asyncio.timeout(DEADLINE_S):
+            await client.ask(StopRequest())
             assert await daemon == 0
 
-    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
-
-
-async def answers(client: AdminClient) -> bool:
-    with suppress(DaemonError):
-        await asyncio.to_thread(client.devices)
-        return True
-    return False
-
-
-async def states(client: AdminClient) -> dict[str, str]:
-    return {each.name: each.state for each in await asyncio.to_thread(client.devices)}
+    asyncio.run(run())
 
 
 def device(name: str, kind: str | None = None) -> DeviceConfig:
@@ -84,11 +113,11 @@ def test_it_is_ready_though_a_device_is_not_there_and_leaves_nothing(
     hangs.write_text("import time\n\n\ndef open() -> None:\n    time.sleep(3600)\n")
     config = ServeConfig(run_dir=tmp_path / "run", devices=(device("stuck", str(hangs)), device("alone")))
 
-    async def test(client: AdminClient) -> None:
+    async def test(client: Client) -> None:
         assert "READY=1\nSTATUS=serving 0 devices; waiting for stuck, alone" in systemd.told()
-        assert await states(client) == {"stuck": "waiting", "alone": "waiting"}
-        await asyncio.to_thread(client.delete, ["alone", "alone"])
-        assert await states(client) == {"stuck": "waiting"}
+        assert await client.states() == {"stuck": "waiting", "alone": "waiting"}
+        await client.ask(DeleteRequest(names=["alone", "alone"]))
+        assert await client.states() == {"stuck": "waiting"}
 
     serving(config, test)
     assert systemd.told()[-1] == "STATUS=serving 0 devices"
@@ -100,13 +129,13 @@ def test_a_device_of_the_config_that_cannot_start_is_listed_with_its_reason(
 ) -> None:
     config = ServeConfig(run_dir=tmp_path / "run", devices=(device("lost", "/nowhere.py"),))
 
-    async def test(client: AdminClient) -> None:
-        while (await states(client))["lost"] != "failed":
+    async def test(client: Client) -> None:
+        while (await client.states())["lost"] != "failed":
             await asyncio.sleep(0.01)
-        (status,) = await asyncio.to_thread(client.devices)
-        assert "/nowhere.py" in status.reason
+        (status,) = await client.ask(ListRequest())
+        assert "/nowhere.py" in status["reason"]
         assert "STATUS=serving 0 devices; failed lost" in systemd.told()
-        assert await asyncio.to_thread(client.delete, None) == ["lost"]
+        assert await client.ask(DeleteRequest(names=None)) == ["lost"]
 
     serving(config, test)
 
@@ -128,8 +157,8 @@ def test_a_device_that_waited_is_there_again_and_a_broken_record_harms_nobody(
     (tmp_path / "run" / "devices" / "torn.json").write_text('{"config": {"name"')
     (tmp_path / "run" / "queues" / "notes").touch()
 
-    async def test(client: AdminClient) -> None:
-        assert await states(client) == {"alone": "waiting"}
+    async def test(client: Client) -> None:
+        assert await client.states() == {"alone": "waiting"}
 
     serving(ServeConfig(run_dir=tmp_path / "run"), test)
     assert not (tmp_path / "run" / "devices").exists()
@@ -147,10 +176,10 @@ def test_a_takeover_that_hangs_holds_up_neither_ready_nor_the_end(
     monkeypatch.setattr(TakeOver, "device", hang)
     left(tmp_path / "run", "alone")
 
-    async def test(client: AdminClient) -> None:
+    async def test(client: Client) -> None:
         assert "READY=1\nSTATUS=serving 0 devices; waiting for alone" in systemd.told()
         with pytest.raises(DaemonError, match="device alone exists already"):
-            await asyncio.to_thread(client.add, device("alone"))
+            await client.ask(AddRequest(device=device("alone")))
 
     serving(ServeConfig(run_dir=tmp_path / "run"), test)
 
