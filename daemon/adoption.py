@@ -55,7 +55,8 @@ class Adoption:
         """Whether the kernel has a device to be recovered; else what it has is removed.  Raises `DaemonError`."""
         record, machinery = self._record, self._machinery
         assert record.device_number is not None
-        kernel = await BlockDevice.find(runner, record.config.name, record.device_number)
+        name, number = record.config.name, record.device_number
+        kernel = await BlockDevice.find(runner, name, number, record.device_mark)
         machinery.kernel, machinery.disk = kernel, record.disk
         self._attachment.segments = record.segments
         wanted = record.config.recovery != "none" and not record.going

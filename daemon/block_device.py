@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ OPEN_DEADLINE_S = 600.0
 DELETE_PATIENCE_S = 5.0
 IO_TIMEOUT_DEADLINE_S = 600.0
 DRAIN_DEADLINE_S = 86400.0
+MARK_BITS = 63
 _POLL_S = 0.02
 T = TypeVar("T")
 _RECOVERY_FLAGS = {
@@ -104,6 +106,7 @@ def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
         device_number=abi.DEVICE_ANY if config.id is None else config.id,
         server_pid=server_pid,
         flags=flags,
+        server_flags=secrets.randbits(MARK_BITS),
     )
     info = control.add_device(asked)
     try:
@@ -147,13 +150,14 @@ def _set(setting: Path, value: str) -> None:
     setting.write_text(value)
 
 
-def _delete(number: int) -> bool:
-    """Runs in the disposable process; whether the number is free already."""
+def _delete(number: int, mark: int) -> bool:
+    """Runs in the disposable process; whether the kernel has rid itself of the device already."""
+    control.expect_mark(number, mark)
     control.delete_device_later(number)
     deadline_s = time.monotonic() + DELETE_PATIENCE_S
     while time.monotonic() < deadline_s:
         try:
-            control.device_info(number)
+            control.expect_mark(number, mark)
         except UblkError as error:
             if error.errno == errno.ENODEV:
                 return True
@@ -173,6 +177,21 @@ class BlockDevice:
         self.number = created.info.device_number
         self.node = Path(f"/dev/ublkb{self.number}")
         self._features = created.features
+
+    @property
+    def mark(self) -> int:
+        """What tells this device from a later one with the same number; see `control.expect_mark`."""
+        return self.info.server_flags
+
+    def _ours(self, command: Callable[[], T]) -> Callable[[], T]:
+        """The command, but not to a stranger's device: then ENODEV, as if the number were free."""
+        number, mark = self.number, self.mark
+
+        def marked() -> T:
+            control.expect_mark(number, mark)
+            return command()
+
+        return marked
 
     @classmethod
     async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
@@ -197,14 +216,17 @@ class BlockDevice:
         return device
 
     @classmethod
-    async def find(cls, runner: ControlRunner, name: str, number: int) -> "BlockDevice | None":
-        """The device with this number, if the kernel has one.  Raises `ControlFailed`."""
+    async def find(cls, runner: ControlRunner, name: str, number: int, mark: int) -> "BlockDevice | None":
+        """The device with this number, if the kernel has it and with this mark.  Raises `ControlFailed`."""
         try:
             created = await runner.run(f"{name}: GET_DEV_INFO", lambda: _find(number), Created)
         except ControlFailed as error:
             if error.errno == errno.ENODEV:
                 return None
             raise
+        if created.info.server_flags != mark:
+            _log.warning("%s: device %d is another server's now, and left alone", name, number)
+            return None
         return cls(runner, name, created)
 
     async def open_char(self) -> int:
@@ -231,7 +253,9 @@ class BlockDevice:
         with area.mapped() as memory:
             numbers = await self._runner.run(
                 f"{self._name}: REG_BUF",
-                lambda: [control.register_buffer(number, each, area.slice_bytes) for each in memory],
+                self._ours(
+                    lambda: [control.register_buffer(number, each, area.slice_bytes) for each in memory]
+                ),
                 list[int],
             )
         return numbers == list(range(len(numbers)))
@@ -258,7 +282,8 @@ class BlockDevice:
             check()
             return control.start_device(number, pid)
 
-        return self._runner.run_beside(f"{self._name}: START_DEV", command, type(None), deadline_s)
+        what = f"{self._name}: START_DEV"
+        return self._runner.run_beside(what, self._ours(command), type(None), deadline_s)
 
     async def wait_for_node(self) -> None:
         """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`.
@@ -321,7 +346,7 @@ class BlockDevice:
         number, timeout_ms = self.number, int(deadline_s * 1000)
         await self._runner.run_beside(
             f"{self._name}: QUIESCE_DEV",
-            lambda: control.quiesce_device(number, timeout_ms),
+            self._ours(lambda: control.quiesce_device(number, timeout_ms)),
             type(None),
             2 * deadline_s,
         )
@@ -335,6 +360,8 @@ class BlockDevice:
             info = await self._runner.run(
                 f"{self._name}: GET_DEV_INFO", lambda: control.device_info(number), DeviceInfo
             )
+            if info.server_flags != self.mark:
+                raise DaemonError(f"device {number} is another server's now, ours is gone")
             if info.state in (abi.DeviceState.QUIESCED, abi.DeviceState.FAIL_IO):
                 return
             if loop.time() > until_s:
@@ -360,11 +387,13 @@ class BlockDevice:
         if not self._features & Feature.QUIESCE:
             await self._retry_busy(
                 f"{self._name}: FETCH_REQ",
-                lambda: control.complete_fetch_round(number, info.queues, info.depth),
+                self._ours(lambda: control.complete_fetch_round(number, info.queues, info.depth)),
                 deadline_s,
             )
         await self._retry_busy(
-            f"{self._name}: START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s
+            f"{self._name}: START_USER_RECOVERY",
+            self._ours(lambda: control.start_recovery(number)),
+            deadline_s,
         )
 
     @property
@@ -389,7 +418,7 @@ class BlockDevice:
             check()
             return control.end_recovery(number, pid)
 
-        await self._retry_busy(f"{self._name}: END_USER_RECOVERY", command, deadline_s, begun)
+        await self._retry_busy(f"{self._name}: END_USER_RECOVERY", self._ours(command), deadline_s, begun)
 
     async def _retry_busy(
         self,
@@ -422,7 +451,10 @@ class BlockDevice:
         number = self.number
         try:
             await self._runner.run_beside(
-                f"{self._name}: TRY_STOP_DEV", lambda: control.try_stop_device(number), type(None), deadline_s
+                f"{self._name}: TRY_STOP_DEV",
+                self._ours(lambda: control.try_stop_device(number)),
+                type(None),
+                deadline_s,
             )
         except ControlFailed as error:
             if error.errno == errno.EBUSY:
@@ -441,7 +473,10 @@ class BlockDevice:
         """STOP_DEV: the disk goes, then every fetched tag is cancelled.  Raises `ControlFailed`."""
         number = self.number
         await self._runner.run_beside(
-            f"{self._name}: STOP_DEV", lambda: control.stop_device(number), type(None), deadline_s
+            f"{self._name}: STOP_DEV",
+            self._ours(lambda: control.stop_device(number)),
+            type(None),
+            deadline_s,
         )
 
     async def delete(self) -> None:
@@ -449,8 +484,8 @@ class BlockDevice:
 
         DEL_DEV would wait for whoever has the disk mounted or open, and everything else with it.
         """
-        number = self.number
-        if not await self._runner.run(f"{self._name}: DEL_DEV", lambda: _delete(number), bool):
+        number, mark = self.number, self.mark
+        if not await self._runner.run(f"{self._name}: DEL_DEV", lambda: _delete(number, mark), bool):
             _log.warning(
                 "%s: somebody still has its disk mounted or open; number %d is free when they let go",
                 self._name,

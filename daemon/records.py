@@ -60,6 +60,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     config: DeviceConfig
     device_number: int | None = None
+    device_mark: int = 0
+    """What tells the device from another server's with its number; 0 if an earlier version added it."""
     disk: Disk | None = None
     epoch: int = FIRST_EPOCH
     processes: tuple[Process, ...] = ()

@@ -65,6 +65,7 @@ def record_of(
     return Record(
         config=config,
         device_number=kernel.number if kernel else None,
+        device_mark=kernel.mark if kernel else 0,
         disk=disk,
         epoch=team.epoch if team else FIRST_EPOCH,
         processes=tuple(each.process for each in workers) + tuple(each for each in others if each),
@@ -103,7 +104,7 @@ class Heir(NamedTuple):
         """Raises `DaemonError` if the kernel does not have the device, or has it in another state."""
         assert record.device_number is not None
         name = record.config.name
-        kernel = await BlockDevice.find(runner, name, record.device_number)
+        kernel = await BlockDevice.find(runner, name, record.device_number, record.device_mark)
         if kernel is None or kernel.info.state != DeviceState.LIVE:
             raise DaemonError(f"{name}: the kernel has no such device that is live")
         if len(record.workers) != kernel.info.queues:

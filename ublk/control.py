@@ -5,6 +5,7 @@ does (START_DEV until every tag is fetched, STOP_DEV until requests drain, DEL_D
 daemon calls these in a disposable process (`daemon/control_process.py`).  Raises `UblkError` with the kernel's errno.
 """
 
+import errno
 import os
 from typing import Any
 
@@ -150,6 +151,20 @@ def device_info(device: int) -> DeviceInfo:
     buffer = bytearray(DEVICE_INFO_BYTES)
     _send(Control.GET_DEV_INFO, device, buffer)
     return DeviceInfo.unpack(bytes(buffer))
+
+
+def expect_mark(device: int, mark: int) -> None:
+    """Raises `UblkError` ENODEV unless the device with this number is the one that was added with this mark.
+
+    A number is free as soon as its device is deleted, by any program, and the next ADD_DEV of any program may take it:
+    a command sent by number alone would then hit a stranger's device.  The mark is `server_flags`, which the driver
+    keeps for the server and never looks at.  For right before a command, in the process that sends it.
+    """
+    info = device_info(device)
+    if info.server_flags != mark:
+        raise UblkError(
+            f"device {device} is another server's now (process {info.server_pid}), ours is gone", errno.ENODEV
+        )
 
 
 def queue_cpus(device: int, queue: int) -> list[int]:

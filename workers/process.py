@@ -1,6 +1,7 @@
 """Forking: what a child does first, and how a worker's process begins and ends.
 
-`fork_child` is the one place where this program forks without exec: workers, the pool broker and control commands.
+`fork_child` is the one place where the daemon forks: workers, the pool broker, control commands, and what becomes a
+backend by exec.
 The parent has one thread.  Before fork: sockets, memory and mappings that the child inherits.  After fork, in this
 order: signals back to their defaults, every descriptor but the named ones closed (a stray /dev/ublkcN would block
 recovery for as long as the child lives), then the child's own work.  It ends in `os._exit`: nothing of the parent's

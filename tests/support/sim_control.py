@@ -83,6 +83,9 @@ class SimControl:
             raise UblkError("GET_DEV_INFO", errno.ENODEV)
         return info_of(self._kernel)
 
+    def expect_mark(self, device: int, _mark: int) -> None:
+        self.device_info(device)
+
     def queue_cpus(self, _device: int, _queue: int) -> list[int]:
         return [0]
 

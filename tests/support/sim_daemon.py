@@ -135,6 +135,7 @@ class LeftBehind(NamedTuple):
 
     config: DeviceConfig
     device_number: int
+    device_mark: int
     disk: Disk
     epoch: int
     live: bool
@@ -162,7 +163,7 @@ class SimHeir:
 
     @classmethod
     async def of(cls, left: LeftBehind, _held: object, runner: ControlRunner) -> "SimHeir":
-        kernel = await SimBlockDevice.find(runner, left.config.name, left.device_number)
+        kernel = await SimBlockDevice.find(runner, left.config.name, left.device_number, left.device_mark)
         if kernel is None or kernel.info.state != DeviceState.LIVE:
             raise DaemonError("the kernel has no such device that is live")
         return cls(kernel, left)
@@ -292,7 +293,7 @@ class SimBlockDevice(BlockDevice):
         return cls._made(runner, config.name)
 
     @classmethod
-    async def find(cls, runner: ControlRunner, name: str, number: int) -> "BlockDevice | None":
+    async def find(cls, runner: ControlRunner, name: str, number: int, mark: int) -> "BlockDevice | None":
         return cls._made(runner, name)
 
     async def wait_for_node(self) -> None:
@@ -326,6 +327,7 @@ class SimDevice(Device):
             LeftBehind(
                 config=self.config,
                 device_number=DEVICE,
+                device_mark=0,
                 disk=disk,
                 epoch=team.epoch,
                 live=self.state == "live" and not self._life.is_stopping,

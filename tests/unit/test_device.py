@@ -227,6 +227,7 @@ class Adoption:
         record = SimpleNamespace(
             config=self.device.config,
             device_number=3,
+            device_mark=0,
             disk=None,
             epoch=7,
             segments=0,

@@ -341,6 +341,7 @@ def test_no_request_is_let_through_to_a_team_that_is_not_whole(
     is_start: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
+    monkeypatch.setattr(control, "expect_mark", lambda *_: None)
     monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
     monkeypatch.setattr(control, "end_recovery", lambda *_: sent.append("END_USER_RECOVERY"))
     info = DeviceInfo(queues=2, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
