@@ -478,7 +478,8 @@ class Device:
         await end_left([left], [each for each in left.processes if each.role == "broker"])
         if self._machinery.kernel is None and left.device_number is not None:
             name, number = self.config.name, left.device_number
-            self._machinery.kernel = await BlockDevice.find(self._around.runner, name, number)
+            found = await BlockDevice.find(self._around.runner, name, number, left.device_mark)
+            self._machinery.kernel = found
         if self._machinery.team is None:
             await self._machinery.discard()
         self._left = None
