@@ -1,8 +1,8 @@
 """A regular file or a block device, served by the native engine: straight between the pool's memory and the file.
 
-Owns the open file and its lock.  A write is answered when it is in the page cache or, with direct I/O, on the disk:
-either way outside this process.  The lock says when a predecessor's last I/O has ended, since the kernel keeps it for
-as long as something of a dead process still runs; so opening waits for it.
+Owns the open file and its lock (`bufpool/claim.py`).  A write is answered when it is in the page cache or, with direct
+I/O, on the disk: either way outside this process.  The lock says when a predecessor's last I/O has ended, since the
+kernel keeps it for as long as something of a dead process still runs; so opening waits for it.
 """
 
 import errno
@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties, log
+from ublkpool.bufpool.claim import lock, open_exclusively, refuse_own_disk
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.file_facts import block_device, direct_alignment
 from ublkpool.bufpool.native import FileStorage, NativeEngine, slot_bytes
@@ -27,7 +28,9 @@ _DISCARD_GRANULARITY_BYTES = 4096
 
 
 class FileOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` (default: the device's) makes a sparse file if there is none; `placement` auto is the device's.
+    """`size` (default: the device's) makes a sparse file if there is none, and is how much of a larger one is served.
+
+    `placement` auto is the device's.
 
     `direct` auto uses O_DIRECT where the file system can.
     """
@@ -63,6 +66,7 @@ class FileBackend(Backend):
     def open(self, hint: Hint) -> Properties:
         """Open, lock and measure the file."""
         options = self.options
+        refuse_own_disk(options.path, hint.node)
         if not options.size:
             options = msgspec.structs.replace(options, size=hint.size_bytes)
         self._opened = opened = open_file(options)
@@ -112,7 +116,7 @@ def open_file(options: FileOptions) -> Opened:
     except OSError as error:
         raise BackendError(f"path={options.path}: {error.strerror}") from error
     try:
-        _lock(file, options)
+        lock(file, options.path, shared=options.readonly)
         return _measure(file, direct, options)
     except OSError as error:
         os.close(file)
@@ -128,26 +132,17 @@ def _open_descriptor(options: FileOptions) -> tuple[int, bool]:
         flags |= _create_flags(options)
     if options.direct != "off":
         try:
-            return os.open(options.path, flags | os.O_DIRECT, 0o600), True
+            return open_exclusively(options.path, flags | os.O_DIRECT), True
         except OSError as error:
             if error.errno != errno.EINVAL or options.direct == "on":
                 raise
-    return os.open(options.path, flags, 0o600), False
+    return open_exclusively(options.path, flags), False
 
 
 def _create_flags(options: FileOptions) -> int:
     if not options.size or options.readonly:
         raise BackendError(f"path={options.path}: no such file; with size=SIZE it is created")
     return os.O_CREAT
-
-
-def _lock(file: int, options: FileOptions) -> None:
-    mode = fcntl.LOCK_SH if options.readonly else fcntl.LOCK_EX
-    try:
-        fcntl.flock(file, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("waiting for the process that has %s open", options.path)
-        fcntl.flock(file, mode)
 
 
 def _measure(file: int, direct: bool, options: FileOptions) -> Opened:
@@ -191,18 +186,27 @@ def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Open
 
 
 def _agreed_size(found_bytes: int, block_bytes: int, options: FileOptions) -> int:
-    if options.size and options.size != found_bytes:
+    """How much of a store is served: the size that was asked for, or all of it, in whole blocks."""
+    asked_bytes = options.size
+    if asked_bytes > found_bytes:
         raise BackendError(
-            f"path={options.path}: has {found_bytes} bytes, size={format_size(options.size)} is {options.size}"
+            f"path={options.path}: has {found_bytes} bytes, fewer than size={format_size(asked_bytes)} "
+            f"({asked_bytes}): make it as large again, or correct the path"
         )
-    whole_bytes = found_bytes // block_bytes * block_bytes
-    if whole_bytes == 0:
+    served_bytes = (asked_bytes or found_bytes) // block_bytes * block_bytes
+    if served_bytes == 0:
         raise BackendError(f"path={options.path}: has {found_bytes} bytes, not one block; give size=SIZE")
-    if whole_bytes != found_bytes:
-        log.warning(
-            "%s: the last %d bytes are not a block and not served", options.path, found_bytes - whole_bytes
-        )
-    return whole_bytes
+    if served_bytes < found_bytes:
+        _log_what_is_not_served(found_bytes, served_bytes, options)
+    return served_bytes
+
+
+def _log_what_is_not_served(found_bytes: int, served_bytes: int, options: FileOptions) -> None:
+    if options.size:
+        log.warning("%s: has %d bytes; the first %d are served", options.path, found_bytes, served_bytes)
+    else:
+        unserved_bytes = found_bytes - served_bytes
+        log.warning("%s: the last %d bytes are not a block and not served", options.path, unserved_bytes)
 
 
 def _direct_block_bytes(file: int, options: FileOptions) -> int:

@@ -24,7 +24,7 @@ _PAGE_BYTES = 4096
 
 
 class MemoryOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` 0 takes the size that the device was created with.
+    """`size` 0 takes the size that the device was created with; of a larger disk that is kept so much is served.
 
     `keep` off loses the content with the process: for measurements only.
     """
@@ -74,11 +74,12 @@ class MemoryBackend(Backend):
         if segment is None:
             segment = OwnSegment.create(size_bytes, f"disk-{hint.device}")
             self._keeper.keep(segment)
-        elif segment.size_bytes != size_bytes:
+        elif segment.size_bytes < size_bytes:
             held = format_size(segment.size_bytes)
             segment.close()
             raise BackendError(
-                f"memory: {self._keeper.path} keeps a disk of {held}, size={format_size(size_bytes)} was asked"
+                f"memory: {self._keeper.path} keeps a disk of {held}, fewer than size={format_size(size_bytes)}: "
+                f"ask for {held}, or delete the device first, and with it what is kept"
             )
         else:
             log.info("adopted the disk of %s that %s keeps", hint.device, self._keeper.path)

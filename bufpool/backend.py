@@ -62,6 +62,8 @@ class Hint(NamedTuple):
     max_io_bytes: int = 0
     placement: Literal["pool", "backend"] = "pool"
     read_only: bool = False
+    node: Path | None = None
+    """The disk itself, /dev/ublkbN, once there is one; nothing of what a backend stores may lie on it."""
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):
@@ -393,12 +395,19 @@ def _innermost(error: BaseException) -> tuple[str, int]:
 
 
 def check_properties(properties: Properties) -> Properties:
-    """Raises `BackendError` naming the first property that no device can have."""
+    """The properties, with a size in whole blocks: a store that was grown may end in the middle of one.
+
+    Raises `BackendError` naming the first property that no device can have.
+    """
     block = properties.logical_block_bytes
     if block & (block - 1) or not 512 <= block <= 4096:
         raise BackendError(f"a logical block of {block} bytes: it must be a power of two, 512 to 4096")
-    if properties.size_bytes < 0 or properties.size_bytes % block:
-        raise BackendError(f"a size of {properties.size_bytes} bytes is not a multiple of {block}")
+    rest_bytes = properties.size_bytes % block
+    if properties.size_bytes < 0 or rest_bytes == properties.size_bytes > 0:
+        raise BackendError(f"a size of {properties.size_bytes} bytes is not one block of {block}")
+    if rest_bytes:
+        log.warning("the last %d bytes are not a block and not served", rest_bytes)
+        properties = msgspec.structs.replace(properties, size_bytes=properties.size_bytes - rest_bytes)
     needs_segment = properties.placement == "backend" or properties.read_buffers == "own"
     if needs_segment and not (properties.segment_bytes or properties.segment):
         raise BackendError("placement backend and read buffers own need a segment (segment_bytes)")

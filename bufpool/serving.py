@@ -74,7 +74,15 @@ def serve(
 
 def _hint(run_dir: Path, device: str, wait_s: float) -> Hint:
     known = describe(run_dir, device, wait_s)
-    return Hint(device, run_dir, known.size_bytes, known.max_io_bytes, known.placement, known.read_only)
+    return Hint(
+        device,
+        run_dir,
+        known.size_bytes,
+        known.max_io_bytes,
+        known.placement,
+        known.read_only,
+        Path(known.path) if known.path else None,
+    )
 
 
 def attach_message(properties: Properties, device: str, kind: str) -> wire.Attach:

@@ -236,7 +236,10 @@ class Describe(
 
 
 class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, kw_only=True):
-    """The answer: what the device was created with; `size_bytes` 0 takes the backend's."""
+    """The answer: what the device was created with; `size_bytes` 0 takes the backend's.
+
+    `path` is its disk, /dev/ublkbN, if there is one.
+    """
 
     v: int
     device: str
@@ -245,6 +248,7 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     need_get_data: bool
     placement: Literal["pool", "backend"]
     read_only: bool
+    path: str = ""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

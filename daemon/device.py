@@ -123,7 +123,7 @@ class Device:
 
     def describe(self) -> wire.Described:
         """What a backend may know before it attaches."""
-        config, disk = self.config, self._machinery.disk
+        config, disk, kernel = self.config, self._machinery.disk, self._machinery.kernel
         return wire.Described(
             v=wire.PROTOCOL_VERSION,
             device=config.name,
@@ -132,6 +132,7 @@ class Device:
             need_get_data=config.need_get_data,
             placement=config.placement,
             read_only=config.read_only,
+            path=str(kernel.node) if kernel else "",
         )
 
     async def check_unused(self) -> None:

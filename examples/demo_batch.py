@@ -17,6 +17,7 @@ import msgspec
 
 from ublkpool.bufpool.backend import Backend, Hint, Properties
 from ublkpool.bufpool.batch import Batch
+from ublkpool.bufpool.claim import open_alone
 from ublkpool.bufpool.sizes import ByteSize
 
 
@@ -35,7 +36,8 @@ class DemoBatch(Backend):
 
     def open(self, hint: Hint) -> Properties:
         options = self.options
-        file = os.open(options.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # The lock that this takes lasts as long as the mapping.
+        file = open_alone(options.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         # A page that finds no room later would end the process.
         os.posix_fallocate(file, 0, options.size)
         self.map = mmap.mmap(file, options.size)

@@ -2,21 +2,25 @@
 
     ublkpool backend examples/file_functions.py --device demo path=/srv/disk.img
 
-A write is answered when `pwrite` returns: then it is in the page cache, where it survives this process.
+A write is answered when `pwrite` returns: then it is in the page cache, where it survives this process.  `open_alone`
+sees to it that no other server, mount or volume manager writes to the file or block device meanwhile.
 """
 
 import os
+from pathlib import Path
+
+from ublkpool.bufpool.claim import open_alone
 
 file = -1
 
 
 def open(path: str) -> None:
     global file
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    file = open_alone(Path(path), os.O_RDWR | os.O_CLOEXEC)
 
 
 def get_size() -> int:
-    return os.fstat(file).st_size // 4096 * 4096
+    return os.lseek(file, 0, os.SEEK_END)
 
 
 def pread(buf: memoryview, offset: int) -> int:

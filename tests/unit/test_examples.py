@@ -1,5 +1,6 @@
 """The examples run as they stand, as processes, and do what they say."""
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -62,5 +63,31 @@ def test_functions_serve_a_file(tmp_path: Path) -> None:
         assert disk.read_bytes() == b"d" * 4096 + b"f" * 4096
         assert worker.read(0, 8192) == b"d" * 4096 + b"f" * 4096
         assert worker.do(Op.FLUSH) == 0
+        worker.detach()
+        assert finish(process)[0] == 0
+
+
+def test_functions_go_on_with_a_file_that_was_grown_meanwhile_by_less_than_a_block(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"d" * 8192 + b"e" * 100)
+    with FakeWorker(tmp_path, size_bytes=8192) as worker:
+        process = spawn(tmp_path, EXAMPLES / "file_functions.py", {"path": str(disk)})
+        assert worker.accept().size_bytes == 8192
+        assert worker.read(0, 8192) == b"d" * 8192
+        worker.detach()
+        status, said = finish(process)
+    assert (status, "the last 100 bytes are not a block" in said) == (0, True)
+
+
+@pytest.mark.parametrize("example", ["file_functions.py", "demo_batch.py"])
+def test_an_example_has_its_file_alone(tmp_path: Path, example: str) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    with FakeWorker(tmp_path) as worker:
+        options = {"path": str(disk)} | ({"size": "1M"} if example == "demo_batch.py" else {})
+        process = spawn(tmp_path, EXAMPLES / example, options)
+        worker.accept()
+        with disk.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         worker.detach()
         assert finish(process)[0] == 0

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,10 +210,51 @@ def test_an_unusable_file_is_one_clear_line(options: FileOptions, line: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_that_contradicts_the_file_is_refused(disk: Path) -> None:
+def test_a_file_that_is_smaller_than_asked_is_refused(disk: Path) -> None:
     disk.write_bytes(bytes(8192))
-    with pytest.raises(BackendError, match="has 8192 bytes, size=4K is 4096"):
-        open_file(FileOptions(path=disk, size=4096))
+    with pytest.raises(BackendError, match=r"has 8192 bytes, fewer than size=16K \(16384\)") as caught:
+        open_file(FileOptions(path=disk, size=16384))
+    assert str(disk) in str(caught.value)
+
+
+@pytest.mark.parametrize("found_bytes", [16384, 16384 + 100])
+def test_of_a_larger_file_as_much_is_served_as_was_asked(disk: Path, found_bytes: int) -> None:
+    disk.write_bytes(bytes(found_bytes))
+    opened = open_file(FileOptions(path=disk, size=8192))
+    os.close(opened.file)
+    assert (opened.size_bytes, disk.stat().st_size) == (8192, found_bytes)
+
+
+@pytest.mark.parametrize("options", [{"size": "64M"}, {}])
+@pytest.mark.parametrize("grown_bytes", [128 << 20, (128 << 20) + 100])
+def test_a_successor_serves_a_file_that_was_grown_meanwhile(
+    tmp_path: Path, disk: Path, options: dict[str, str], grown_bytes: int
+) -> None:
+    with disk.open("wb") as file:
+        file.truncate(SIZE_BYTES)
+    with FakeWorker(tmp_path, size_bytes=SIZE_BYTES) as worker:
+        first = spawn(tmp_path, "file", {"path": str(disk), **options})
+        worker.accept()
+        assert worker.write(SIZE_BYTES - 4096, b"g" * 4096) == 4096
+        os.truncate(disk, grown_bytes)
+        first.kill()
+        finish(first)
+        second = spawn(tmp_path, "file", {"path": str(disk), **options})
+        assert worker.accept().size_bytes == SIZE_BYTES
+        assert worker.read(SIZE_BYTES - 4096, 4096) == b"g" * 4096
+        assert worker.write(0, b"h" * 4096) == 4096
+        worker.detach()
+        assert finish(second)[0] == 0
+
+
+def test_a_successor_refuses_a_file_that_was_cut_short_in_one_line(tmp_path: Path, disk: Path) -> None:
+    disk.write_bytes(bytes(1 << 20))
+    with FakeWorker(tmp_path, size_bytes=SIZE_BYTES) as worker:
+        process = spawn(tmp_path, "file", {"path": str(disk)})
+        worker.answer_question()
+        status, said = finish(process)
+    assert status != 0
+    assert f"path={disk}: has 1048576 bytes, fewer than size=64M" in said
 
 
 def test_a_tail_that_is_no_block_is_not_served(disk: Path) -> None:
@@ -222,23 +262,6 @@ def test_a_tail_that_is_no_block_is_not_served(disk: Path) -> None:
     opened = open_file(FileOptions(path=disk, direct="off"))
     os.close(opened.file)
     assert opened.size_bytes == 8192
-
-
-def test_opening_waits_until_a_predecessor_has_let_go(disk: Path) -> None:
-    first = open_file(FileOptions(path=disk, size=8192))
-    done = threading.Event()
-
-    def open_second() -> None:
-        os.close(open_file(FileOptions(path=disk)).file)
-        done.set()
-
-    thread = threading.Thread(target=open_second)
-    thread.start()
-    assert not done.wait(0.1)
-    fcntl.flock(first.file, fcntl.LOCK_UN)
-    assert done.wait(10)
-    thread.join()
-    os.close(first.file)
 
 
 def test_two_readers_share_a_file(disk: Path) -> None:

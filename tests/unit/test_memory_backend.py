@@ -105,7 +105,7 @@ def test_an_answered_write_survives_the_process(tmp_path: Path, placement: str, 
     assert not list(tmp_path.glob("*.keep")), "the daemon's detach ends the content and its keeper"
 
 
-def test_a_kept_disk_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_kept_disk_that_is_smaller_than_asked_is_refused(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker:
         first = spawn(tmp_path, "memory", {"size": "1M"})
         worker.accept()
@@ -116,7 +116,22 @@ def test_a_kept_disk_of_another_size_is_refused(tmp_path: Path) -> None:
         status, log = finish(second)
         Keeper(tmp_path / "memory-testdisk.keep").drop()
     assert status != 0
-    assert "keeps a disk of 1M, size=2M was asked" in log
+    assert "keeps a disk of 1M, fewer than size=2M" in log
+
+
+def test_of_a_larger_kept_disk_as_much_is_served_as_was_asked(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker:
+        first = spawn(tmp_path, "memory", {"size": "2M"})
+        worker.accept()
+        assert worker.write(4096, b"k" * 4096) == 4096
+        first.kill()
+        finish(first)
+        worker.size_bytes = 1 << 20
+        second = spawn(tmp_path, "memory", {"size": "1M"})
+        assert worker.accept().size_bytes == 1 << 20
+        assert worker.read(4096, 4096) == b"k" * 4096
+        worker.detach()
+        assert finish(second)[0] == 0
 
 
 def test_a_keeper_that_died_is_replaced(tmp_path: Path) -> None:

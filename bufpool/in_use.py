@@ -1,0 +1,291 @@
+"""Who uses a file or a block device, as far as /proc and /sys of this machine tell.
+
+Everything found here is evidence that a store is in use; that nothing is found proves nothing: a mount may be in a
+namespace that this process may not read, a lock on another host, a descriptor on its way between processes.  Nothing
+here opens a block device or touches a file of another file system, so nothing here waits for one.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+_PF_EXITING = 0x4
+_SIGKILL_BIT = 1 << 8
+_COMMAND_LENGTH_MAX = 100
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+_SYS_DEVICES = Path("/sys/dev/block")
+_SYS_BLOCK = Path("/sys/block")
+_PROC = Path("/proc")
+
+
+class _Mount(NamedTuple):
+    """A line of mountinfo; `device` is `major:minor`."""
+
+    number: str
+    device: str
+    path: str
+    source: str
+
+
+def lockers(path: Path) -> list[int]:
+    """The processes that took a lock (flock) on this file or node; one that is dead and whose I/O still runs is shown.
+
+    `locks_translate_pid` hides the dead, and processes of other containers, from all but the first pid namespace.
+    """
+    wanted = _lock_name(path)
+    found = []
+    with suppress(OSError):
+        for line in (_PROC / "locks").read_text().splitlines():
+            words = line.split()
+            # A line of a process that waits for the lock has an arrow in the second place.
+            if "->" not in words and len(words) >= 6 and words[1] == "FLOCK" and words[5] == wanted:
+                found.append(int(words[4]))
+    return [pid for pid in found if pid > 0]
+
+
+def _lock_name(path: Path) -> str:
+    """`major:minor:inode` as /proc/locks writes it: with the file system's own device number, not that of `stat`."""
+    about = path.stat()
+    mount = _mount_of(path)
+    # btrfs and overlay file systems give `stat` another device number than the one the kernel's lists show.
+    device = mount.device if mount else f"{os.major(about.st_dev)}:{os.minor(about.st_dev)}"
+    major, _, minor = device.partition(":")
+    return f"{int(major):02x}:{int(minor):02x}:{about.st_ino}"
+
+
+def _mount_of(path: Path) -> _Mount | None:
+    """The mount that a file lies in."""
+    file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with suppress(OSError, StopIteration):
+            facts = (_PROC / f"self/fdinfo/{file}").read_text().splitlines()
+            number = next(line.split()[1] for line in facts if line.startswith("mnt_id:"))
+            mounts = _mounts((_PROC / "self/mountinfo").read_text())
+            return next(each for each in mounts if each.number == number)
+    finally:
+        os.close(file)
+    return None
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process has ended, or is about to: what it still does in the kernel ends by itself."""
+    if not _exists(pid):
+        return True
+    try:
+        about = (_PROC / f"{pid}/stat").read_text().rpartition(") ")[2].split()
+        if about[0] in "ZXx" or int(about[6]) & _PF_EXITING:
+            return True
+        status = (_PROC / f"{pid}/status").read_text()
+    except OSError:
+        # It has ended meanwhile, or /proc is mounted with hidepid.
+        return not _exists(pid)
+    pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)", status, re.MULTILINE)
+    return any(int(each, 16) & _SIGKILL_BIT for each in pending)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def name_process(pid: int) -> str:
+    """`process 12 (ublkpool backend of vol0)`, or with the command that it runs."""
+    words = []
+    with suppress(OSError):
+        words = (_PROC / f"{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    command = _backend_of(words) or " ".join(words).strip()
+    plain = "".join(each if each.isprintable() else "?" for each in command[:_COMMAND_LENGTH_MAX])
+    return f"process {pid} ({plain})" if plain else f"process {pid}"
+
+
+def _backend_of(words: list[str]) -> str:
+    if "backend" not in words or "--device" not in words[:-1]:
+        return ""
+    return f"the ublkpool backend of {words[words.index('--device') + 1]}"
+
+
+def claimers(path: Path) -> list[str]:
+    """What has claimed a block device, a partition of it or the disk that it is a part of: mounts, swap, dm, md."""
+    number = path.stat().st_rdev
+    related = _related_devices(number)
+    names = {each: each.resolve().name for each in related}
+    numbers = {_number_of(each): name for each, name in names.items()}
+    found = [f"{names[each]} is held by {holder}" for each in related for holder in _holders(each)]
+    found += [f"{name} is mounted at {at}" for name, at in _mounts_on(numbers)]
+    return found + [f"{name} is used as swap" for name in _swaps_on(numbers)]
+
+
+def users_without_a_claim(path: Path) -> list[str]:
+    """What uses a file or a block device and does not keep others from opening it alone: loop devices, swap files."""
+    found = [f"/dev/{loop} is set up on it" for loop in _loops_on(path)]
+    found += ["it is used as swap" for each in _swap_paths() if os.path.realpath(path) == each]
+    return found + _lockers_of_backing_file(path)
+
+
+def openers(path: Path) -> list[int]:
+    """The processes that are seen to have this node or file open under its name."""
+    wanted, found = os.path.realpath(path), []
+    for process in _processes():
+        with suppress(OSError):
+            if any(_link(each) == wanted for each in (process / "fd").iterdir()):
+                found.append(int(process.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def disks_below(path: Path) -> set[str]:
+    """The kernel's names of all block devices that the data of a file or a block device lies on."""
+    about = path.stat()
+    if stat.S_ISBLK(about.st_mode):
+        number = f"{os.major(about.st_rdev)}:{os.minor(about.st_rdev)}"
+    else:
+        mount = _mount_of(path)
+        number = _number_of_mount(mount) if mount else f"{os.major(about.st_dev)}:{os.minor(about.st_dev)}"
+    return _below(_SYS_DEVICES / number, set())
+
+
+def _number_of_mount(mount: _Mount) -> str:
+    return _node_number(mount.source) or mount.device
+
+
+def _below(block: Path, seen: set[str]) -> set[str]:
+    if not block.exists() or block.resolve().name in seen:
+        return seen
+    place = block.resolve()
+    seen.add(place.name)
+    if (place / "partition").exists():
+        _below(place.parent, seen)
+    for part in (place / "slaves").glob("*"):
+        _below(part, seen)
+    with suppress(OSError):
+        backing = (place / "loop/backing_file").read_text().rstrip("\n")
+        seen |= disks_below(Path(backing)) if backing not in seen else set()
+    return seen
+
+
+def _related_devices(number: int) -> list[Path]:
+    """A device, and those that overlap it: a disk's partitions, or the disk of a partition."""
+    own = _SYS_DEVICES / f"{os.major(number)}:{os.minor(number)}"
+    if not own.exists():
+        return []
+    place = own.resolve()
+    if (place / "partition").exists():
+        return [place, place.parent]
+    return [place, *(each.parent for each in sorted(place.glob("*/partition")))]
+
+
+def _number_of(block: Path) -> str:
+    with suppress(OSError):
+        return (block / "dev").read_text().strip()
+    return ""
+
+
+def _holders(block: Path) -> list[str]:
+    return [f"/dev/{each.name}" for each in sorted((block / "holders").glob("*"))]
+
+
+def _mounts_on(numbers: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The devices of `numbers` (`major:minor` and name) that are mounted, and where, in any namespace."""
+    seen = set()
+    for mount in _all_mounts():
+        name = numbers.get(mount.device) or numbers.get(_node_number(mount.source))
+        if name is not None and (name, mount.path) not in seen:
+            seen.add((name, mount.path))
+            yield name, mount.path
+
+
+def _all_mounts() -> Iterator[_Mount]:
+    """The mounts of every mount namespace that can be read."""
+    namespaces = set()
+    for process in (_PROC / "self", *_processes()):
+        with suppress(OSError):
+            namespace = (process / "ns/mnt").readlink()
+            if namespace not in namespaces:
+                namespaces.add(namespace)
+                yield from _mounts((process / "mountinfo").read_text())
+
+
+def _mounts(text: str) -> Iterator[_Mount]:
+    for line in text.splitlines():
+        about, _, origin = line.partition(" - ")
+        fields, source = about.split(), origin.split()
+        yield _Mount(
+            fields[0], fields[2], _unescaped(fields[4]), _unescaped(source[1]) if len(source) > 1 else ""
+        )
+
+
+def _node_number(source: str) -> str:
+    """`major:minor` of a node in /dev: btrfs mounts have device numbers of their own."""
+    if source.startswith("/dev/"):
+        with suppress(OSError):
+            about = Path(source).stat()
+            if stat.S_ISBLK(about.st_mode):
+                return f"{os.major(about.st_rdev)}:{os.minor(about.st_rdev)}"
+    return ""
+
+
+def _swaps_on(numbers: dict[str, str]) -> Iterable[str]:
+    return [numbers[number] for each in _swap_paths() if (number := _node_number(each)) in numbers]
+
+
+def _swap_paths() -> list[str]:
+    with suppress(OSError):
+        return [_unescaped(line.split()[0]) for line in (_PROC / "swaps").read_text().splitlines()[1:]]
+    return []
+
+
+def _loops_on(path: Path) -> list[str]:
+    """The loop devices whose backing file this is; names are compared first, so that no other file is touched."""
+    ours = path.stat()
+    wanted = Path(os.path.realpath(path))
+
+    def is_ours(backing: Path) -> bool:
+        if backing == wanted:
+            return True
+        # The same file is seen under another path through another mount, under another name only with a hard link.
+        may_be = backing.name == wanted.name or ours.st_nlink > 1
+        with suppress(OSError):
+            return may_be and os.path.samestat(backing.stat(), ours)
+        return False
+
+    return [name for name, backing in _loops() if is_ours(Path(backing))]
+
+
+def _loops() -> Iterator[tuple[str, str]]:
+    for each in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
+        with suppress(OSError):
+            yield each.parent.parent.name, each.read_text().rstrip("\n")
+
+
+def _lockers_of_backing_file(path: Path) -> list[str]:
+    """A loop device whose file another process has locked, as our backends do."""
+    name = Path(os.path.realpath(path)).name
+    for loop, backing in _loops():
+        if loop == name:
+            with suppress(OSError):
+                return [
+                    f"its file {backing} is locked by {name_process(pid)}" for pid in lockers(Path(backing))
+                ]
+    return []
+
+
+def _processes() -> Iterator[Path]:
+    return (each for each in _PROC.iterdir() if each.name.isdigit())
+
+
+def _link(path: Path) -> str:
+    with suppress(OSError):
+        return str(path.readlink())
+    return ""
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda code: chr(int(code[1], 8)), text)

@@ -1,0 +1,325 @@
+"""A store is opened alone: who has it is named, the dead are waited for, and the living only for a while."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from ublkpool.bufpool import claim, in_use
+from ublkpool.bufpool.errors import BackendError
+
+MIB = 1 << 20
+DEADLINE_S = 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+class Time:
+    """A clock that moves when it is waited on."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.waits = 0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.waits += 1
+        self.now_s += seconds
+
+
+def _patience(path: Path, time: Time) -> claim.Patience:
+    return claim.Patience(path, time.clock, time.sleep)
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts Python code with arguments, which has done its work when it prints a line; ends it after the test."""
+    with ExitStack() as ends:
+
+        def start(code: str, *words: object) -> "subprocess.Popen[str]":
+            command = [sys.executable, "-c", code, *map(str, words)]
+            process = ends.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            ends.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def locked(image: Path, running: Callable[..., "subprocess.Popen[str]"]) -> "subprocess.Popen[str]":
+    """A backend, by its command line, that has the image locked."""
+    code = (
+        "import fcntl, os, sys, time; file = os.open(sys.argv[1], os.O_RDWR);"
+        "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+    )
+    return running(code, image, "backend", "file", "--device", "vol7")
+
+
+def test_what_a_living_process_has_locked_is_refused_with_its_device_and_its_number(
+    image: Path, locked: "subprocess.Popen[str]"
+) -> None:
+    time = Time()
+    patience = _patience(image, time)
+    with pytest.raises(BackendError) as refused:
+        while True:
+            patience.wait("locked")
+    assert str(refused.value).startswith(f"path={image}: locked by process {locked.pid} (")
+    assert "the ublkpool backend of vol7" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert claim.LIVE_PATIENCE_S <= time.now_s < claim.LIVE_PATIENCE_S + 1
+
+
+def test_opening_waits_until_a_predecessor_has_let_go(image: Path) -> None:
+    first = claim.open_alone(image, os.O_RDWR)
+    done = threading.Event()
+
+    def open_second() -> None:
+        os.close(claim.open_alone(image, os.O_RDWR))
+        done.set()
+
+    thread = threading.Thread(target=open_second)
+    thread.start()
+    assert not done.wait(0.1)
+    os.close(first)
+    assert done.wait(DEADLINE_S)
+    thread.join()
+
+
+@pytest.mark.skipif(
+    str(Path("/proc/self/ns/pid").readlink()) != "pid:[4026531836]",
+    reason="only the first pid namespace is shown the locks of the dead",
+)
+def test_the_io_of_a_dead_process_is_waited_for_as_long_as_it_takes(image: Path) -> None:
+    """A descriptor in flight between sockets outlives the process that locked it, as io_uring's references do."""
+    ours, theirs, holder = *_pair(), os.open(image, os.O_RDWR)
+    child = os.fork()
+    if child == 0:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        _send(theirs, holder)
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(holder)
+    time = Time()
+    patience = _patience(image, time)
+    while time.now_s < claim.UNSEEN_PATIENCE_S + claim.LIVE_PATIENCE_S:
+        patience.wait("locked")
+    os.close(ours)
+    os.close(theirs)
+    os.close(claim.open_alone(image, os.O_RDWR))
+
+
+def _pair() -> tuple[int, int]:
+    import socket
+
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+def _send(sock: int, file: int) -> None:
+    import socket
+
+    with socket.socket(fileno=os.dup(sock)) as connection:
+        socket.send_fds(connection, [b"x"], [file])
+
+
+def test_a_lock_of_a_process_that_is_not_seen_is_waited_for_but_not_for_ever(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_use, "lockers", lambda path: [])
+    monkeypatch.setattr(in_use, "openers", lambda path: [])
+    time = Time()
+    patience = _patience(image, time)
+    with pytest.raises(BackendError, match="locked by a process that cannot be seen from here"):
+        while True:
+            patience.wait("locked")
+    assert time.now_s >= claim.UNSEEN_PATIENCE_S
+
+
+def test_a_process_with_sigkill_pending_is_dying_and_one_that_runs_is_not() -> None:
+    assert not in_use.is_dying(os.getpid())
+    with subprocess.Popen(["sleep", "600"]) as process:
+        assert not in_use.is_dying(process.pid)
+        process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert in_use.is_dying(process.pid), "a zombie"
+    assert in_use.is_dying(process.pid), "nothing has this number"
+
+
+def test_readers_share_a_store_and_a_writer_has_it_alone(image: Path) -> None:
+    readers = [claim.open_alone(image, os.O_RDONLY) for _ in range(2)]
+    with image.open("rb+") as writer, pytest.raises(BlockingIOError):
+        fcntl.flock(writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for each in readers:
+        os.close(each)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def loop(image: Path) -> Iterator[Path]:
+    """A loop device on the image."""
+    if os.geteuid() or shutil.which("losetup") is None:
+        pytest.skip("needs root and losetup")
+    try:
+        name = _run("losetup", "--find", "--show", str(image))
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine has no loop devices")
+    yield Path(name)
+    with suppress(subprocess.CalledProcessError):
+        _run("losetup", "--detach", name)
+
+
+def test_a_block_device_to_be_written_is_claimed_and_one_to_be_read_is_not(loop: Path) -> None:
+    file = claim.open_alone(loop, os.O_RDWR)
+    with pytest.raises(OSError, match="busy") as busy:
+        os.open(loop, os.O_RDONLY | os.O_EXCL)
+    assert busy.value.errno == errno.EBUSY
+    os.close(file)
+    reader = claim.open_alone(loop, os.O_RDONLY)
+    os.close(os.open(loop, os.O_RDONLY | os.O_EXCL))
+    os.close(reader)
+
+
+def test_a_mounted_block_device_is_refused_with_its_mount_and_can_be_read(loop: Path, tmp_path: Path) -> None:
+    at = tmp_path / "with space"
+    at.mkdir()
+    _run("mkfs.ext4", "-q", str(loop))
+    _run("mount", str(loop), str(at))
+    try:
+        with pytest.raises(BackendError) as refused:
+            claim.open_alone(loop, os.O_RDWR)
+        os.close(claim.open_alone(loop, os.O_RDONLY))
+    finally:
+        _run("umount", str(at))
+    assert f"path={loop}: in use: {loop.name} is mounted at {at}" in str(refused.value)
+    os.close(claim.open_alone(loop, os.O_RDWR))
+
+
+@pytest.fixture
+def partition(image: Path) -> Iterator[Path]:
+    """The one partition of a loop device, by a table as fdisk writes it."""
+    if os.geteuid() or shutil.which("losetup") is None:
+        pytest.skip("needs root and losetup")
+    start, count = 2048, 2048
+    entry = struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), start, count)
+    image.write_bytes(bytes(446) + entry + bytes(48) + b"\x55\xaa" + bytes(4 * MIB - 512))
+    try:
+        disk = Path(_run("losetup", "--find", "--show", "--partscan", str(image)))
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine has no loop devices")
+    try:
+        part = Path(f"{disk}p1")
+        if not part.is_block_device():
+            pytest.skip("this machine makes no nodes for partitions")
+        yield part
+    finally:
+        _run("losetup", "--detach", str(disk))
+
+
+def test_a_disk_is_refused_while_a_partition_of_it_is_used_and_the_other_way_round(
+    partition: Path, tmp_path: Path
+) -> None:
+    disk = Path(str(partition).removesuffix("p1"))
+    _run("mkfs.ext4", "-q", str(partition))
+    _run("mount", str(partition), str(tmp_path))
+    try:
+        with pytest.raises(
+            BackendError, match=f"path={disk}: in use: {partition.name} is mounted at {tmp_path}"
+        ):
+            claim.open_alone(disk, os.O_RDWR)
+    finally:
+        _run("umount", str(tmp_path))
+    whole = claim.open_alone(disk, os.O_RDWR)
+    with pytest.raises(OSError, match="busy"):
+        os.open(partition, os.O_RDWR | os.O_EXCL)
+    os.close(whole)
+
+
+def test_a_block_device_that_swaps_is_refused(loop: Path) -> None:
+    _run("mkswap", str(loop))
+    try:
+        _run("swapon", str(loop))
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine does not swap")
+    try:
+        with pytest.raises(BackendError, match=f"{loop.name} is used as swap"):
+            claim.open_alone(loop, os.O_RDWR)
+    finally:
+        _run("swapoff", str(loop))
+
+
+def test_a_member_of_a_device_mapper_disk_is_refused_with_its_holder(loop: Path) -> None:
+    name = f"ublkpool-test-{os.getpid()}"
+    try:
+        _run("dmsetup", "create", name, "--table", f"0 {MIB // 512} linear {loop} 0")
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("this machine has no device mapper")
+    try:
+        with pytest.raises(BackendError, match=rf"{loop.name} is held by /dev/dm-\d+"):
+            claim.open_alone(loop, os.O_RDWR)
+    finally:
+        _run("dmsetup", "remove", name)
+
+
+def test_who_opened_a_block_device_alone_is_named(
+    loop: Path, monkeypatch: pytest.MonkeyPatch, running: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    monkeypatch.setattr(claim, "LIVE_PATIENCE_S", 0.1)
+    code = "import os, sys, time; os.open(sys.argv[1], os.O_RDWR | os.O_EXCL); print(flush=True); time.sleep(600)"
+    holder = running(code, loop)
+    with pytest.raises(BackendError, match=f"held exclusively by .*process {holder.pid}"):
+        claim.open_alone(loop, os.O_RDWR)
+
+
+def test_a_file_that_a_loop_device_uses_is_refused_under_any_of_its_names(image: Path, loop: Path) -> None:
+    other = image.with_name("hard-link")
+    other.hardlink_to(image)
+    for path in (image, other):
+        with pytest.raises(BackendError, match=f"{loop} is set up on it"):
+            claim.open_alone(path, os.O_RDWR)
+        os.close(claim.open_alone(path, os.O_RDONLY))
+
+
+def test_a_loop_device_whose_file_is_served_is_refused(
+    image: Path, loop: Path, locked: "subprocess.Popen[str]"
+) -> None:
+    with pytest.raises(BackendError, match=f"its file {image} is locked by process {locked.pid}"):
+        claim.open_alone(loop, os.O_RDWR)
+
+
+def test_what_lies_on_the_disk_itself_is_refused(loop: Path, tmp_path: Path) -> None:
+    at = tmp_path / "at"
+    at.mkdir()
+    _run("mkfs.ext4", "-q", str(loop))
+    _run("mount", str(loop), str(at))
+    try:
+        inside = at / "inside.img"
+        inside.write_bytes(bytes(4096))
+        for path in (loop, inside):
+            with pytest.raises(BackendError, match=f"path={path}: lies on {loop}, the disk"):
+                claim.refuse_own_disk(path, loop)
+            claim.refuse_own_disk(path, Path("/dev/ublkb99"))
+    finally:
+        _run("umount", str(at))
+    claim.refuse_own_disk(tmp_path / "none yet", loop)
