@@ -22,6 +22,7 @@ from ublkpool.daemon.admin_wire import (
     ListRequest,
     Progress,
     Request,
+    ShutdownRequest,
     StatsRequest,
     StopRequest,
     WaitRequest,
@@ -61,6 +62,9 @@ class DeviceService(Protocol):
 
     async def stop(self, leave: bool) -> None:
         """Ask the daemon to end, leaving its devices as they are or not; may return before it has."""
+
+    async def shut_down(self, final: bool) -> None:
+        """The machine goes down; with `final` end every device, and the daemon."""
 
 
 class AdminServer:
@@ -170,6 +174,9 @@ class AdminServer:
                 return self._service.stats(request.name)
             case StopRequest():
                 await self._service.stop(request.leave)
+                return None
+            case ShutdownRequest():
+                await self._service.shut_down(request.final)
                 return None
 
 

@@ -18,6 +18,7 @@ from ublkpool.daemon.admin_wire import (
     ListRequest,
     Reply,
     Request,
+    ShutdownRequest,
     StatsRequest,
     StopRequest,
     WaitRequest,
@@ -65,6 +66,10 @@ class AdminClient:
     def stop(self, leave: bool = False) -> None:
         """Ask the daemon to end; with `leave`, without touching its devices."""
         self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
+
+    def shut_down(self, final: bool) -> None:
+        """Tell the daemon that the machine goes down; `final` ends its devices, and then the daemon."""
+        self._call(ShutdownRequest(final=final), None, QUERY_TIMEOUT_S)
 
     def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
         reply = self._exchange(encode_line(request), timeout_s)

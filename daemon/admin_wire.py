@@ -64,7 +64,18 @@ class StopRequest(_Request, frozen=True, kw_only=True, tag="stop"):
     leave: bool = False
 
 
-Request = AddRequest | DeleteRequest | WaitRequest | ListRequest | StatsRequest | StopRequest
+class ShutdownRequest(_Request, frozen=True, kw_only=True, tag="shutdown"):
+    """The machine goes down: from now on requests fail where no backend is.
+
+    With `final` all devices are deleted, in use or not; the answer comes when they are, and then the daemon ends.
+    """
+
+    final: bool = False
+
+
+Request = (
+    AddRequest | DeleteRequest | WaitRequest | ListRequest | StatsRequest | StopRequest | ShutdownRequest
+)
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The command line, a contract: `ublkpool serve | add | del | list | stats | backend | features`.
+"""The command line, a contract: `ublkpool serve | add | del | list | stats | backend | shutdown | ...`.
 
 Owns options, exit statuses (0, 1 failed, 2 usage or config) and the one line on stderr.  Must not know how
 anything is done, and imports it only in the command that needs it: a client command has to start fast.
@@ -457,6 +457,27 @@ def backend(
 
     logs.configure("info", log_format)
     return run_backend(kind, pairs, device, run_dir, transport=transport)
+
+
+@cli.command()
+@click.option("--final", is_flag=True, help="All is stopped and unmounted: end the devices, and the daemon.")
+@_run_dir_option()
+def shutdown(final: bool, run_dir: Path) -> None:
+    """Tell the daemon that the machine goes down; for the units ublkpool-shutdown and ublkpool-shutdown-final.
+
+    From then on a device without a backend fails its requests after 5 s, so that no umount waits for ever.  With
+    --final what is still mounted on our disks is unmounted, every device is deleted, in use or not, and the daemon
+    ends.
+
+    \b
+    ublkpool shutdown
+    ublkpool shutdown --final
+    """
+    from ublkpool.daemon import logs
+    from ublkpool.daemon.shutdown import begin, finish
+
+    logs.configure("info", "auto")
+    (finish if final else begin)(run_dir)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -121,6 +121,21 @@ class Device:
         kind = self.config.backend.kind if self.config.backend else None
         return BackendStatus(kind=kind, pid=self._managed.pid if self._managed else None, attached=False)
 
+    @property
+    def name(self) -> str:
+        """The config's name of it."""
+        return self.config.name
+
+    @property
+    def lacks_backend(self) -> bool:
+        """Whether requests wait for a backend to attach."""
+        return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
+
+    def give_up(self) -> None:
+        """Fail what waits for a backend, and what comes, until one attaches."""
+        if self._machinery.team is not None:
+            self._machinery.team.give_up()
+
     def describe(self) -> wire.Described:
         """What a backend may know before it attaches."""
         config, disk, kernel = self.config, self._machinery.disk, self._machinery.kernel

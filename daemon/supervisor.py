@@ -26,6 +26,7 @@ from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.device import Device
 from ublkpool.daemon.device_table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.going_down import GoingDown
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_for_own_view
@@ -54,6 +55,9 @@ class Supervisor:
         self._table = DeviceTable(lambda cfg: Device(cfg, around), self._tell_status)
         self.stopped = asyncio.Event()
         self.leaves = False
+        self.ends = False
+        """Whether the devices end with the daemon, whatever `on_stop` says."""
+        self._going_down: asyncio.Task[None] | None = None
         self._is_ready = False
 
     def ready(self) -> None:
@@ -126,6 +130,17 @@ class Supervisor:
         self.stopped.set()
         self._table.close()
 
+    async def shut_down(self, final: bool) -> None:
+        """The machine goes down: no device waits for a backend any more; with `final` end them, and the daemon."""
+        if self._going_down is None:
+            _log.info("the machine goes down")
+            watch = GoingDown(self._table.devices, asyncio.get_running_loop().time)
+            self._going_down = asyncio.get_running_loop().create_task(watch.watch())
+        if final:
+            self.ends = True
+            await self.delete_all()
+            self.end()
+
     async def settled(self) -> None:
         """Return when no device changes."""
         await self._table.settled()
@@ -193,7 +208,7 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
         await _first_of(stop, supervisor.stopped)
         notify.stopping()
         supervisor.end()
-        if supervisor.leaves or config.on_stop == "leave":
+        if not supervisor.ends and (supervisor.leaves or config.on_stop == "leave"):
             await _leave(supervisor, ending)
         else:
             _log.info("stopping")

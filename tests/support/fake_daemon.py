@@ -25,6 +25,7 @@ from ublkpool.daemon.status import (
 
 _T = TypeVar("_T")
 _Names = list[str]
+_Bools = list[bool]
 
 
 class FakeService:
@@ -37,6 +38,7 @@ class FakeService:
         self.forced: set[bool] = set()
         self.waits_cancelled = 0
         self.stopped = False
+        self.shutdowns: _Bools = []
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         progress(f"creating {cfg.name}")
@@ -83,6 +85,9 @@ class FakeService:
 
     async def stop(self, leave: bool) -> None:
         self.stopped = True
+
+    async def shut_down(self, final: bool) -> None:
+        self.shutdowns.append(final)
 
     def _status(self, name: str) -> DeviceStatus:
         cfg, number = self.configs[name], tuple(self.configs).index(name)

@@ -412,7 +412,9 @@ def test_help_and_version() -> None:
 
 
 def test_the_commands_are_the_contract() -> None:
-    assert list(cli.commands) == ["serve", "add", "del", "list", "stats", "backend", "client", "features"]
+    assert list(cli.commands) == [
+        *("serve", "add", "del", "list", "stats", "backend", "shutdown", "client", "features")
+    ]
 
 
 PROBE = """

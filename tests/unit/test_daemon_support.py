@@ -142,11 +142,39 @@ def test_every_row_is_as_long_as_its_headers() -> None:
         assert all(len(row) == len(table.headers) for row in table.rows)
 
 
-def test_the_unit_can_reach_what_the_daemon_needs() -> None:
+def read_unit(name: str) -> configparser.ConfigParser:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(CONFIG / "ublkpool.service")
-    service = unit["Service"]
+    assert unit.read(CONFIG / name)
+    return unit
+
+
+@pytest.mark.parametrize("name", ["ublkpool.service", "ublkpool-backend@.service"])
+def test_one_process_s_death_neither_stops_the_unit_nor_ends_its_restarts(name: str) -> None:
+    unit = read_unit(name)
+    assert unit["Service"]["OOMPolicy"] == "continue"
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert {"RestartSec", "RestartSteps", "RestartMaxDelaySec"} <= set(unit["Service"])
+
+
+@pytest.mark.parametrize("name", ["ublkpool.service", "ublkpool-backend@.service"])
+def test_the_machine_s_shutdown_stops_nothing_that_serves_a_mounted_disk(name: str) -> None:
+    unit = read_unit(name)["Unit"]
+    assert unit["DefaultDependencies"] == "no"
+    assert "Conflicts" not in unit
+    assert not {"Requires", "BindsTo", "PartOf"} & set(unit)
+    assert unit["Before"] == unit["Wants"] == "remote-fs-pre.target"
+
+
+def test_the_devices_end_after_all_mounts() -> None:
+    unit = read_unit("ublkpool-shutdown-final.service")
+    assert unit["Unit"]["After"].split() == ["shutdown.target", "umount.target"]
+    assert unit["Install"]["WantedBy"] == unit["Unit"]["Before"] == "final.target"
+    assert read_unit("ublkpool-shutdown.service")["Install"]["WantedBy"] == "shutdown.target"
+
+
+def test_the_unit_can_reach_what_the_daemon_needs() -> None:
+    service = read_unit("ublkpool.service")["Service"]
     assert service["Type"] == "notify"
     assert service["LimitMEMLOCK"] == "infinity"
     breaking = {"PrivateDevices", "ProtectClock", "ProtectKernelTunables", "PrivateTmp", "PrivateIPC"}
