@@ -38,7 +38,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit package test-vm soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint format test test-unit package test-vm test-systemd soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -78,11 +78,12 @@ lint: setup ## ruff, mypy, import-linter
 format: setup ## let ruff rewrite the code's layout
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-test: ## everything: lint, unit and sim tests here, vm tests with the driver
+test: ## everything: lint, unit and sim tests here, vm tests with the driver, the units under systemd
 	@$(MAKE) lint
 	@$(MAKE) test-unit
 	@$(MAKE) package
 	@$(MAKE) test-vm
+	@$(MAKE) test-systemd
 
 test-unit: setup ## unit and sim tests, no driver and no root needed
 	@echo "test: unit and sim"
@@ -104,6 +105,15 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	            env $(SOAK) $(PY) -m pytest -p no:cacheprovider $(VM_TESTS) $(PYTEST_ARGS); \
 	    done; \
 	fi
+
+# Debian 13's systemd in a guest of its own, whatever driver there is here.
+test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests
+	@$(PY) -m support.guest fetch
+	@for kernel in $(KERNELS); do \
+	    echo "test: systemd, in a guest with Linux $$kernel"; \
+	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel PYTHONDONTWRITEBYTECODE=1 \
+	        $(PY) -m pytest -p no:cacheprovider tests/systemd $(PYTEST_ARGS); \
+	done
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS
 	@$(MAKE) test-vm VM_TESTS=tests/vm/test_vm_soak.py VM_TIMEOUT_S=$$(( 2 * $(DURATION) + 900 )) \

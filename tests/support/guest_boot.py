@@ -19,7 +19,15 @@ from pathlib import Path
 
 from support import guest_console
 from support.guest_cache import GuestCache
-from support.guest_qemu import Channel, Spec, kill_group, qemu_command, spawn
+from support.guest_qemu import (
+    Channel,
+    Spec,
+    kill_group,
+    qemu_command,
+    spawn,
+    start_virtiofsd,
+    wait_for_sockets,
+)
 
 STATUS_TIMEOUT = 124
 STATUS_CRASH = 125
@@ -120,8 +128,8 @@ class Machine:
         (self._dir / "env").write_text(self._env_file())
         shares = {"root": Path("/")} | {f"rw{i}": path for i, path in enumerate(self._spec.rw)}
         for tag, path in shares.items():
-            self._children.append(self._start_virtiofsd(tag, path))
-        self._wait_for_sockets(list(shares))
+            self._children.append(start_virtiofsd(self._emulator, self._dir, tag, path))
+        wait_for_sockets(self._dir, list(shares))
         fds = [channel.theirs.fileno() for channel in self._channels.values()]
         self._children.append(spawn(self._qemu_command(list(shares)), self._dir / "qemu.log", fds))
         for channel in self._channels.values():
@@ -142,32 +150,6 @@ class Machine:
             + bash_array("RW", [str(path) for path in spec.rw])
             + bash_array("MODULES", ["ublk_drv", *spec.modules])
         )
-
-    def _start_virtiofsd(self, tag: str, path: Path) -> subprocess.Popen[bytes]:
-        command = [str(self._emulator.virtiofsd), f"--socket-path={self._dir / tag}.sock"]
-        if self._emulator.virtiofsd_is_rust:
-            command += [f"--shared-dir={path}", "--cache=always", "--sandbox=chroot", "--log-level=error"]
-        else:
-            command += [
-                "-o",
-                f"source={path}",
-                "-o",
-                "cache=always",
-                "-o",
-                "sandbox=chroot",
-                "-o",
-                "log_level=err",
-            ]
-        return spawn(command, self._dir / f"virtiofsd-{tag}.log")
-
-    def _wait_for_sockets(self, tags: list[str]) -> None:
-        deadline = time.monotonic() + 10
-        for tag in tags:
-            while not (self._dir / f"{tag}.sock").exists():
-                if time.monotonic() > deadline:
-                    log = (self._dir / f"virtiofsd-{tag}.log").read_text(errors="replace")
-                    raise RuntimeError(f"virtiofsd for {tag} does not start:\n{log}")
-                time.sleep(0.02)
 
     def _qemu_command(self, tags: list[str]) -> list[str]:
         return qemu_command(self._spec, self._emulator, self._kernel.image, self._dir, tags, self._channels)

@@ -101,7 +101,7 @@ class GuestCache:
         if platform.machine() != "x86_64":
             raise CacheError(f"the test guest is x86_64 only, this machine is {platform.machine()}")
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with self.lock():
             for stale in self.root.glob("*.partial"):
                 shutil.rmtree(stale)
             if missing := self._missing():
@@ -158,7 +158,8 @@ class GuestCache:
         shutil.rmtree(scratch)
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
+        """Have the cache for oneself, to change it."""
         with (self.root / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,10 @@ from pathlib import Path
 from support.guest_cache import Emulator
 
 READ_BYTES = 1 << 16
+SOCKET_TIMEOUT_S = 10
+KERNEL_WORDS = (
+    "console=ttyS0 quiet panic=-1 oops=panic tsc=reliable no_timer_check root=root rootfstype=virtiofs"
+)
 
 
 @dataclass(frozen=True)
@@ -92,26 +97,58 @@ def qemu_command(
     """The whole of QEMU's command line."""
     # Without tsc=reliable a busy guest drops to a slow clock.
     # An oops is made a panic: what runs on after one proves nothing.
-    append = (
-        "console=ttyS0 quiet loglevel=5 panic=-1 oops=panic tsc=reliable no_timer_check "
-        f"root=root rootfstype=virtiofs ro init={run_dir}/init -- {run_dir}"
-    )
+    append = f"{KERNEL_WORDS} loglevel=5 ro init={run_dir}/init -- {run_dir}"
+    command = [*machine_command(spec, emulator, channels), "-kernel", str(image), "-append", append]
+    command += ["-device", "virtio-serial-pci"]
+    for name in ("output", "control"):
+        command += ["-device", f"virtserialport,chardev={name},name={name}"]
+    for tag in tags:
+        command += share(tag, run_dir)
+    return command
+
+
+def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]) -> list[str]:
+    """QEMU and the machine, its serial console and monitor at the channels of these names; no kernel and no disk."""
     command = [str(emulator.qemu), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     for directory in emulator.firmware_dirs:
         command += ["-L", str(directory)]
     command += ["-M", "q35", *accelerator(spec), "-smp", str(spec.cpus), "-m", str(spec.mem_mib)]
     command += ["-object", f"memory-backend-memfd,id=mem,size={spec.mem_mib}M,share=on"]
-    command += ["-numa", "node,memdev=mem", "-kernel", str(image), "-append", append]
+    command += ["-numa", "node,memdev=mem"]
     for name, channel in channels.items():
         command += channel.chardev(name)
-    command += ["-serial", "chardev:console", "-mon", "chardev=monitor,mode=readline"]
-    command += ["-device", "virtio-serial-pci"]
-    for name in ("output", "control"):
-        command += ["-device", f"virtserialport,chardev={name},name={name}"]
+    return [*command, "-serial", "chardev:console", "-mon", "chardev=monitor,mode=readline"]
+
+
+def share(tag: str, run_dir: Path) -> list[str]:
+    """QEMU's options for the directory that the virtiofsd behind TAG.sock serves."""
+    chardev = ["-chardev", f"socket,id=fs-{tag},path={run_dir / tag}.sock"]
+    return [*chardev, "-device", f"vhost-user-fs-pci,chardev=fs-{tag},tag={tag}"]
+
+
+def start_virtiofsd(
+    emulator: Emulator, run_dir: Path, tag: str, path: Path, *, xattr: bool = False
+) -> subprocess.Popen[bytes]:
+    """Serve a directory at TAG.sock in `run_dir`, extended attributes with it if asked."""
+    command = [str(emulator.virtiofsd), f"--socket-path={run_dir / tag}.sock"]
+    if emulator.virtiofsd_is_rust:
+        command += [f"--shared-dir={path}", "--cache=always", "--sandbox=chroot", "--log-level=error"]
+        command += ["--xattr"] if xattr else []
+    else:
+        options = (f"source={path}", "cache=always", "sandbox=chroot", "log_level=err", *(["xattr"] * xattr))
+        command += [word for option in options for word in ("-o", option)]
+    return spawn(command, run_dir / f"virtiofsd-{tag}.log")
+
+
+def wait_for_sockets(run_dir: Path, tags: Sequence[str]) -> None:
+    """Return when every virtiofsd listens.  Raises `RuntimeError` with its log if one does not."""
+    deadline = time.monotonic() + SOCKET_TIMEOUT_S
     for tag in tags:
-        command += ["-chardev", f"socket,id=fs-{tag},path={run_dir / tag}.sock"]
-        command += ["-device", f"vhost-user-fs-pci,chardev=fs-{tag},tag={tag}"]
-    return command
+        while not (run_dir / f"{tag}.sock").exists():
+            if time.monotonic() > deadline:
+                log = (run_dir / f"virtiofsd-{tag}.log").read_text(errors="replace")
+                raise RuntimeError(f"virtiofsd for {tag} does not start:\n{log}")
+            time.sleep(0.02)
 
 
 def accelerator(spec: Spec) -> list[str]:

@@ -10,8 +10,8 @@ packages=(
     gcc libc6-dev liburing-dev python3-dev python3-venv
     # what the tests call
     curl e2fsprogs fio iproute2 kmod procps util-linux xfsprogs
-    # what fetching and checking the guest needs
-    ca-certificates debian-archive-keyring gpgv xz-utils
+    # what fetching and checking the guests needs
+    ca-certificates debian-archive-keyring debootstrap gpgv xz-utils
 )
 # Debian 12's own QEMU is not fit for the guest; this is what the one from its backports links to.
 qemu_libraries=(

@@ -1,0 +1,65 @@
+"""Two boots of the systemd guest for each kernel in UBLKPOOL_KERNELS; without it these tests are left out."""
+
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.guest_cache import GuestCache
+from support.systemd_root import SystemdRoot
+from support.systemd_scene import Seen, prepare, run_boot
+
+KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test-systemd` sets the variable; a plain pytest boots nothing."""
+    ours = [item for item in items if HERE in item.path.parents]
+    if ours and not KERNELS:
+        config.hook.pytest_deselected(items=ours)
+        items[:] = [item for item in items if item not in ours]
+
+
+@pytest.fixture(scope="session", params=KERNELS or ["none"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The series of the guest's kernel."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root with the checkout installed and the scene set, thrown away at the end."""
+    path = tmp_path_factory.mktemp("systemd") / "root"
+    made = SystemdRoot(GuestCache())
+    made.fetch()
+    made.copy(path)
+    prepare(path)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def first(root: Path, kernel: str) -> Seen:
+    """The first boot: restarts, deaths, and a poweroff with dirty data."""
+    return run_boot(root, kernel, "first")
+
+
+@pytest.fixture(scope="session")
+def second(root: Path, kernel: str, first: Seen) -> Seen:
+    """The boot after it, and a poweroff with a backend that has gone."""
+    return run_boot(root, kernel, "second")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what the boot that it is about has logged."""
+    report = yield
+    for name, value in getattr(item, "funcargs", {}).items():
+        if isinstance(value, Seen) and report.failed:
+            report.sections.append((f"the {name} boot", value.report()))
+    return report

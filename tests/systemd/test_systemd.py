@@ -1,0 +1,112 @@
+"""The shipped units on a booted Debian 13: restarts, deaths, the journal, poweroff with dirty data, the next boot."""
+
+import re
+
+import pytest
+
+from support.systemd_checks import POWEROFF
+from support.systemd_guest import OFF
+from support.systemd_scene import Seen
+
+POWEROFF_S = 30.0
+TIMES = re.compile(r"\d\d:\d\d:\d\d|time=")
+
+
+def priorities(seen: Seen, text: str) -> set[int]:
+    """Of all lines in the journal that have this text."""
+    return {priority for _, priority, message in seen.fact("journal") if text in message}
+
+
+def test_every_step_of_the_boots_ran_through(first: Seen, second: Seen) -> None:
+    for seen in (first, second):
+        assert [f"{name}: {value}" for name, value in seen.facts.items() if name.startswith("broke ")] == []
+        assert seen.boot.complaints == []
+
+
+def test_units_users_and_the_fstab_mount_come_up_by_themselves(first: Seen, second: Seen) -> None:
+    for seen in (first, second):
+        active = {name: unit["ActiveState"] for name, unit in seen.fact("units").items()}
+        assert set(active.values()) == {"active"}, active
+        assert seen.fact("mounted")
+        assert seen.fact("states") == {"vol0": "live", "vol1": "live", "vol2": "live"}
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(first: Seen) -> None:
+    found = first.fact("verify")
+    assert found["said"] == ""
+    assert found["status"] == 0
+    assert len(found["units"]) == 4
+
+
+def test_a_restart_of_the_daemon_and_then_of_a_backend_costs_a_writer_no_error(first: Seen) -> None:
+    assert first.fact("daemon restart") == {"status": 0, "said": ""}
+    assert first.fact("daemon replaced")
+    assert first.fact("backend stayed")
+    assert first.fact("backend restart") == {"status": 0, "said": ""}
+    # Or the restarts were not under load.
+    assert first.fact("fio ran through")
+    assert first.fact("fio") == {"status": 0, "complaints": "", "errors": [0]}
+
+
+def test_after_a_restart_the_queues_are_the_group_s_still(first: Seen) -> None:
+    groups = first.fact("queue groups")
+    assert groups
+    assert set(groups.values()) == {"ublkpool"}
+
+
+def test_many_quick_restarts_meet_no_start_limit(first: Seen) -> None:
+    unit = first.fact("after quick restarts")
+    assert (unit["ActiveState"], unit["Result"]) == ("active", "success")
+    assert "repeated too quickly" not in first.log
+
+
+def test_the_kernel_s_killing_of_one_process_for_want_of_memory_leaves_the_daemon_alone(first: Seen) -> None:
+    found = first.fact("out of memory")
+    assert found["hog"] == -9
+    assert int(found["kills"]) >= 1
+    assert found["after"]["MainPID"] == found["before"]["MainPID"]
+    assert (found["after"]["ActiveState"], found["after"]["NRestarts"]) == (
+        "active",
+        found["before"]["NRestarts"],
+    )
+
+
+def test_lines_in_the_journal_have_their_priority(first: Seen) -> None:
+    assert priorities(first, "vol0: goes on, epoch") == {6}
+    assert priorities(first, "vol2: recovered, epoch") == {6}
+    assert priorities(first, "vol2: queue 0: its worker ended: killed by SIGKILL; recovering") == {3}
+    assert priorities(first, "vol2: backend file ended: killed by SIGKILL; starting it again") == {4}
+    # What a backend that the daemon runs has said keeps its level.
+    assert priorities(first, "vol2.img: direct I/O") | priorities(first, "vol2.img: buffered I/O") == {6}
+
+
+def test_no_line_in_the_journal_has_a_time_of_its_own(first: Seen) -> None:
+    ours = [message for command, _, message in first.fact("journal") if command != "systemd"]
+    assert len(ours) > 20
+    assert [message for message in ours if TIMES.search(message)] == []
+
+
+@pytest.mark.parametrize("where", ["/srv/vol0", "/mnt/hand"])
+def test_a_poweroff_with_dirty_data_is_short(first: Seen, where: str) -> None:
+    assert first.fact("hand mount") == {"status": 0, "said": ""}
+    assert first.fact(f"dirty KiB {where}") >= 8192
+    assert first.boot.is_off
+    assert first.boot.second_of(OFF) - first.boot.second_of(POWEROFF) < POWEROFF_S
+
+
+def test_the_next_boot_finds_clean_file_systems_with_all_of_the_data(second: Seen) -> None:
+    assert second.fact("fstab data")
+    assert second.fact("umount") == {"status": 0, "said": ""}
+    for name in ("fsck vol0", "fsck vol1"):
+        found = second.fact(name)
+        assert found["status"] == 0, found
+        assert "recover" not in found["said"]
+    assert second.fact("hand data")
+
+
+def test_a_poweroff_does_not_wait_for_a_backend_that_has_gone(second: Seen) -> None:
+    assert second.fact("backend stop") == {"status": 0, "said": ""}
+    assert second.fact("dirty KiB /mnt/hand") >= 8192
+    assert second.boot.is_off
+    assert second.boot.second_of(OFF) - second.boot.second_of(POWEROFF) < POWEROFF_S
+    assert "vol1: no backend, and the machine goes down: requests fail" in second.log
