@@ -1,8 +1,9 @@
 """The server half of the admin socket: lines in, calls on a `DeviceService`, lines out.
 
 Owns the socket file (mode 0600) and the connections; must not know what a device is.  Runs on the
-supervisor's asyncio loop.  An operation that changes something runs to its end even if its client vanishes;
-only a wait is given up then.
+supervisor's asyncio loop.  A wait, and the making of a device, are given up if the client vanishes: `add` may wait for
+a backend that waits itself, and a device that its user gave up must not appear later.  Any other operation runs to its
+end.
 """
 
 import asyncio
@@ -146,7 +147,7 @@ class AdminServer:
         except ConfigError as error:
             return _failed(error)
         operation = self._start(self._perform(request, writer))
-        if isinstance(request, WaitRequest):
+        if isinstance(request, WaitRequest | AddRequest):
             await _end_with_client(operation, writer)
         await asyncio.wait({operation})
         if operation.cancelled():

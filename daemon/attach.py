@@ -97,16 +97,19 @@ class AttachServer:
         describe: Callable[[str], wire.Described],
         admit: Callable[[Session], Awaitable[None]],
         lend_buffer: LendBuffer,
+        note_refusal: Callable[[str, str], None] = lambda device, reason: None,
     ) -> None:
         """`describe` knows a device by its name; `admit` takes the session over, `lend_buffer` a client's connection.
 
-        All raise `PoolError` or `DaemonError` with the reason to refuse.
+        All raise `PoolError` or `DaemonError` with the reason to refuse.  `note_refusal` is told a device's name and
+        why a backend for it was refused.
         """
         self._path = run_dir / "attach.sock"
         self._group = group
         self._describe = describe
         self._admit = admit
         self._lend_buffer = lend_buffer
+        self._note_refusal = note_refusal
         self._tasks: set[asyncio.Task[None]] = set()
         self._unheard: Counter[int] = Counter()
         self._admitting: Counter[str] = Counter()
@@ -179,7 +182,7 @@ class AttachServer:
             elif isinstance(message, wire.LeaseBuffer):
                 is_client = self._lend(sock, message)
             else:
-                check_attach(message, files[0] if files else None)
+                self._check(message, peer, files[0] if files else None)
                 session = Session(sock, peer, message, files[0] if files else None)
                 files.clear()
         except (PoolError, DaemonError, OSError, TimeoutError) as error:
@@ -191,6 +194,15 @@ class AttachServer:
                 sock.close()
         if session is not None:
             await self._bring(session)
+
+    def _check(self, attach: wire.Attach, peer: Peer, segment_fd: int | None) -> None:
+        try:
+            check_attach(attach, segment_fd)
+        except AttachRefused as error:
+            self._note_refusal(
+                attach.device, f"process {peer.pid} was refused as its backend: {plain(str(error))}"
+            )
+            raise
 
     def _lend(self, sock: socket.socket, message: wire.LeaseBuffer) -> bool:
         """Whether the client has memory now, and its connection is not ours any more."""
@@ -217,6 +229,8 @@ class AttachServer:
             await self._admit(session)
         except (PoolError, DaemonError, OSError) as error:
             reason = self._noted(str(error))
+            who = f"backend {plain(session.attach.kind)}, process {session.pid},"
+            self._note_refusal(device, f"{who} was refused: {reason}")
             session.say(wire.Refused(reason=reason))
             session.close()
         finally:

@@ -43,6 +43,8 @@ class Attachment:
         self.session: Session | None = None
         self.segments = wire.SEGMENT_POOL
         """How many segment numbers were given away."""
+        self.refusal = ""
+        """Why the last backend that came was not taken; empty once one was."""
         self._config = config
         self._life = life
         self._holder = holder
@@ -92,6 +94,7 @@ class Attachment:
         """Tell every worker whom to expect, then the backend where to go.  Raises `AttachRefused`, `DaemonError`."""
         await team.expect(session, fence=False)
         self.session = session
+        self.refusal = ""
         self._is_absent_logged = False
         self._life.save()
         self._farewell = self._background.spawn(self._until_gone(session))
@@ -101,6 +104,16 @@ class Attachment:
             self.say_live(team)
         name = self._config.name
         _log.info("%s: backend %s attached (process %d)", name, session.attach.kind, session.pid)
+
+    @property
+    def is_absent_too_long(self) -> bool:
+        """Whether requests fail for want of a backend."""
+        return self.session is None and self._is_absent_logged
+
+    def note_refusal(self, reason: str) -> None:
+        """A backend that came was not taken.  One that comes while another serves is nobody's trouble."""
+        if self.session is None:
+            self.refusal = reason
 
     def adopt(self, session: Session, team: Team) -> None:
         """Go on with a backend that an earlier daemon introduced."""

@@ -39,6 +39,8 @@ class BackendLog:
         self._reader: int | None = reader
         self.last_error = ""
         """The last line, if it was an error."""
+        self.last_warning = ""
+        """The last line, if it was a warning or an error."""
         os.set_blocking(reader, False)
         self._loop.add_reader(reader, self.hear)
 
@@ -69,6 +71,7 @@ class BackendLog:
         level, message, traceback = _read(line)
         message = without_name(self._device, message)
         self.last_error = message if level >= logging.ERROR else ""
+        self.last_warning = message if level >= logging.WARNING else ""
         fields = {"traceback": traceback} if traceback else {}
         _log.log(level, "%s: %s", self._device, message, extra={"fields": fields})
 

@@ -43,6 +43,7 @@ class BackendProcess:
         self._run_dir = run_dir
         self._hold = hold
         self._live_mounts = live_mounts
+        self._last_end = ""
         self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
     def start(self) -> None:
@@ -112,13 +113,28 @@ class BackendProcess:
         why = f": {self._words.last_error}" if self._words.last_error else ""
         return f"backend {self._config.kind} ended: {how}{why}"
 
+    @property
+    def trouble(self) -> str:
+        """Why it does not serve: what the process of today warns of, else how the one before it ended."""
+        warning = self._words.last_warning
+        return f"backend {self._config.kind}: {warning}" if warning and not self._is_over else self._last_end
+
+    @property
+    def _is_over(self) -> bool:
+        return self.child.exit_status is not None
+
+    def serves(self) -> None:
+        """It has attached: what kept its predecessors from that is over."""
+        self._last_end = ""
+
     async def keep_running(self) -> None:
         """Start it again whenever it ends, less and less often while it does not last; until cancelled."""
         while True:
             await self.child.wait()
             delay_s = self._backoff.ended()
+            self._last_end = self.obituary()
             # It ends with status 0 when it was asked to, as by an upgrade.
             level = logging.WARNING if self.child.exit_status else logging.INFO
-            _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self.obituary(), delay_s)
+            _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, delay_s)
             await asyncio.sleep(delay_s)
             self.child = self._start()

@@ -80,6 +80,28 @@ class Device:
         return self._life.reason
 
     @property
+    def trouble(self) -> str:
+        """Why requests are not served; empty if they are."""
+        life, state = self._life, self.state
+        if state == "failed":
+            return life.reason
+        parts = [life.trouble if state in ("recovering", "quiesced") else ""]
+        if self.session is None and self.config.answers == "backend":
+            parts.append(self._why_no_backend())
+        return "; ".join(filter(None, parts))
+
+    def _why_no_backend(self) -> str:
+        known = (self._managed.trouble if self._managed else "") or self._attachment.refusal
+        if self.state == "waiting":
+            return known or self.reason
+        then = "fail" if self._attachment.is_absent_too_long else "wait"
+        return f"no backend is attached, requests {then}" + (f": {known}" if known else "")
+
+    def note_refusal(self, reason: str) -> None:
+        """A backend that came was not taken."""
+        self._attachment.note_refusal(reason)
+
+    @property
     def session(self) -> Session | None:
         """The attached backend."""
         return self._attachment.session
@@ -111,7 +133,7 @@ class Device:
                 for each in (team.workers if team else ())
             ),
             backend=self._backend_status(),
-            reason=self.reason,
+            reason=self.trouble,
             epoch=team.epoch if team else FIRST_EPOCH,
         )
 
@@ -227,6 +249,8 @@ class Device:
             await self._start(session.attach, session)
         else:
             await self._attachment.introduce(self._machinery.team, session)
+        if self._managed is not None:
+            self._managed.serves()
 
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
         """Without a session the workers answer themselves."""
@@ -286,6 +310,7 @@ class Device:
 
     def _now_live(self, team: Team) -> None:
         self._strikes.live()
+        self._life.reason = self._life.trouble = ""
         self._life.enter("live")
         self._attachment.say_live(team)
 
@@ -390,6 +415,7 @@ class Device:
     async def _recover_while_worth_it(self, reason: str) -> None:
         while not self._strikes.died():
             _log.error("%s: %s; recovering", self.config.name, without_name(self.config.name, reason))
+            self._life.trouble = without_name(self.config.name, reason)
             self._life.enter("recovering")
             try:
                 await self._recover()

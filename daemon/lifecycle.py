@@ -19,7 +19,9 @@ class Lifecycle:
         self._name = name
         self.state: State = "waiting"
         self.reason = ""
-        """Why it failed."""
+        """Why it failed, or could not be started."""
+        self.trouble = ""
+        """Why it is being recovered."""
         self.is_stopping = False
         # Attach, farewell, recovery and deletion each find a device that none of the others is changing.
         self.turn = asyncio.Lock()

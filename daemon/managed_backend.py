@@ -47,6 +47,16 @@ class ManagedBackend:
         """None if none was started."""
         return self._process.child.pid if self._is_started else None
 
+    @property
+    def trouble(self) -> str:
+        """Why it does not serve; empty if nothing is known."""
+        return self._process.trouble if self._is_started else ""
+
+    def serves(self) -> None:
+        """It has attached: what kept its predecessors from that is over."""
+        if self._is_started:
+            self._process.serves()
+
     def start(self) -> None:
         """Start it, and again whenever it ends.  Raises `OSError`."""
         self._begin()

@@ -15,12 +15,16 @@ from ublkpool.ublk.queue import Statistics, read_statistics
 def device_stats(device: Device) -> DeviceStats:
     """The device's numbers now; none before it has started."""
     if device.arena is None:
-        return DeviceStats(name=device.config.name)
+        return DeviceStats(name=device.config.name, reason=device.trouble)
     arena = device.arena
     read = [read_statistics(arena.control.statistics_block(queue)) for queue in range(arena.queues)]
     queues = tuple(_queue_stats(queue, each) for queue, each in enumerate(read))
     return DeviceStats(
-        name=device.config.name, queues=queues, pool=_pool_stats(arena, read), clients=device.client_stats()
+        name=device.config.name,
+        reason=device.trouble,
+        queues=queues,
+        pool=_pool_stats(arena, read),
+        clients=device.client_stats(),
     )
 
 

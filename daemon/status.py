@@ -28,7 +28,7 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One device.  `id`, `path`, `size_bytes` are None until they are known; `reason` says why it failed."""
+    """One device.  `id`, `path`, `size_bytes` are None until they are known; `reason` says why it does not serve."""
 
     name: str
     id: int | None
@@ -108,9 +108,10 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One device's numbers."""
+    """One device's numbers; `reason` says why it does not serve, and is empty if it does."""
 
     name: str
+    reason: str = ""
     queues: tuple[QueueStats, ...] = ()
     pool: PoolStats = PoolStats()
     clients: ClientStats = ClientStats()

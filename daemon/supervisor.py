@@ -107,8 +107,9 @@ class Supervisor:
         try:
             device = await asyncio.wait_for(self._table.live(name), timeout_s)
         except TimeoutError:
-            state = self._table.device(name).state
-            raise DaemonError(f"{name}: still {state} after {timeout_s:g} s") from None
+            device = self._table.device(name)
+            why = f": {device.trouble}" if device.trouble else ""
+            raise DaemonError(f"{name}: still {device.state} after {timeout_s:g} s{why}") from None
         return device.status()
 
     def list(self) -> Sequence[DeviceStatus]:
@@ -160,6 +161,11 @@ class Supervisor:
     async def admit(self, session: Session) -> None:
         """Bring a backend to its device.  Raises `DaemonError` if there is none."""
         await self._table.device(session.attach.device).attach(session)
+
+    def note_refusal(self, name: str, reason: str) -> None:
+        """A backend for this device, if there is one, was not taken."""
+        if name in self._table:
+            self._table.device(name).note_refusal(reason)
 
     def lend_buffer(self, name: str, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
         """Memory for a client's I/O.  Raises `DaemonError` if there is no such disk."""
@@ -279,7 +285,9 @@ async def _begin(
     ending.push_async_callback(supervisor.delete_all)
     for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
         ending.callback(asyncio.ensure_future(keeper).cancel)
-    attach = AttachServer(run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer)
+    attach = AttachServer(
+        run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer, supervisor.note_refusal
+    )
     attach.start()
     leaving.callback(attach.close)
     taking = supervisor.take_over(left)

@@ -28,12 +28,18 @@ class Door:
     """A server that takes connections from the test, and the sessions that it admitted."""
 
     def __init__(self, run_dir: Path, group: int | None = None) -> None:
-        self.server = AttachServer(run_dir, group, self._describe, self._admit, self._lend_buffer)
+        self.server = AttachServer(
+            run_dir, group, self._describe, self._admit, self._lend_buffer, self._note_refusal
+        )
         self.sessions: list[Session] = []
         self.clients: list[socket.socket] = []
         self.buffer_fd: int | None = None
+        self.refusals: list[tuple[str, str]] = []
         self.opens = asyncio.Event()
         self.opens.set()
+
+    def _note_refusal(self, device: str, reason: str) -> None:
+        self.refusals.append((device, reason))
 
     def _describe(self, name: str) -> wire.Described:
         if name != DEVICE:

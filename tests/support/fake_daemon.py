@@ -35,6 +35,8 @@ class FakeService:
         self.configs: dict[str, DeviceConfig] = {}
         self.states: dict[str, State] = {}
         self.hold_adds: asyncio.Event | None = None
+        self.hold_deletes: asyncio.Event | None = None
+        self.adds_cancelled = 0
         self.forced: set[bool] = set()
         self.waits_cancelled = 0
         self.stopped = False
@@ -43,7 +45,11 @@ class FakeService:
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         progress(f"creating {cfg.name}")
         if self.hold_adds is not None:
-            await self.hold_adds.wait()
+            try:
+                await self.hold_adds.wait()
+            except asyncio.CancelledError:
+                self.adds_cancelled += 1
+                raise
         if cfg.name in self.configs:
             raise DaemonError(f"{cfg.name}: there is such a device already")
         if cfg.backend is not None and "bad" in cfg.backend.options:
@@ -55,6 +61,8 @@ class FakeService:
         return self._status(cfg.name)
 
     async def delete(self, names: _Names | None, force: bool) -> _Names:
+        if self.hold_deletes is not None:
+            await self.hold_deletes.wait()
         self.forced.add(force)
         names = _Names(self.configs) if names is None else names
         for name in names:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from support.fake_daemon import FakeDaemon, running_daemon
+from ublkpool.daemon import admin
 from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.admin_wire import REQUEST_BYTES_MAX
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
@@ -135,15 +136,25 @@ def test_an_endless_line_is_refused_and_hung_up_on(daemon: FakeDaemon) -> None:
     assert daemon.server.statistics()["failures"] == 1
 
 
-def test_a_client_that_vanishes_does_not_cancel_an_add(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_client_that_vanishes_has_its_add_undone(daemon: FakeDaemon, client: AdminClient) -> None:
     daemon.service.hold_adds = asyncio.Event()
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"add","device":{"name":"a"}}\n')
         until(lambda: daemon.server.statistics()["operations"] == 1)
-    assert client.devices() == []
-    daemon.loop.call_soon_threadsafe(daemon.service.hold_adds.set)
+    until(lambda: daemon.service.adds_cancelled == 1)
     until(lambda: daemon.server.statistics()["operations"] == 0)
-    assert [device.name for device in client.devices()] == ["a"]
+    assert client.devices() == []
+
+
+def test_a_client_that_vanishes_does_not_stop_a_deletion_halfway(daemon: FakeDaemon) -> None:
+    daemon.service.hold_deletes = asyncio.Event()
+    AdminClient(daemon.run_dir).add(DeviceConfig(name="a"))
+    with connect(daemon) as connection:
+        connection.sendall(b'{"v":1,"op":"del","names":["a"]}\n')
+        until(lambda: daemon.server.statistics()["operations"] == 1)
+    time.sleep(2 * admin.HANGUP_POLL_S)
+    daemon.loop.call_soon_threadsafe(daemon.service.hold_deletes.set)
+    until(lambda: not daemon.service.configs)
 
 
 def test_a_wait_ends_with_its_client(daemon: FakeDaemon, client: AdminClient) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.attach_door import ATTACH, DEADLINE_S, DEVICE, PAGE, Door, answer, at_the_door, reason, until
@@ -104,6 +105,20 @@ def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
         unknown = wire.Attach(v=1, device="x", kind="k", segment_bytes=PAGE)
         assert "no device" in await reason(door.say(unknown, own.descriptor))
         own.close()
+
+    at_the_door(tmp_path, scene)
+
+
+def test_a_device_is_told_why_a_backend_for_it_was_refused(tmp_path: Path) -> None:
+    async def scene(door: Door) -> None:
+        odd = msgspec.structs.replace(ATTACH, size_bytes=513)
+        said = await reason(door.say(odd))
+        await reason(door.say(msgspec.structs.replace(ATTACH, device="x")))
+        here = f"process {os.getpid()}"
+        assert door.refusals == [
+            (DEVICE, f"{here} was refused as its backend: {said}"),
+            ("x", f"backend test, {here}, was refused: no device 'x'"),
+        ]
 
     at_the_door(tmp_path, scene)
 

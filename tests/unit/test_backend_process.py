@@ -130,6 +130,32 @@ async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Pa
 
 
 @in_a_loop
+async def test_why_a_backend_does_not_last_is_known_until_one_serves(tmp_path: Path) -> None:
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
+    assert process.trouble == ""
+    keeping = asyncio.ensure_future(process.keep_running())
+    while "ended" not in process.trouble:
+        await asyncio.sleep(0.01)
+    assert process.trouble.startswith("backend nosuch ended: exit status 2: no backend is called 'nosuch'")
+    process.serves()
+    assert process.trouble == ""
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await process.child.wait()
+
+
+@in_a_loop
+async def test_what_a_starting_backend_waits_for_is_its_trouble(tmp_path: Path) -> None:
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
+    process._words._say(record("warning", "/x: locked by process 9; waiting up to 5 s"))
+    assert process.trouble == "backend nosuch: /x: locked by process 9; waiting up to 5 s"
+    await process.child.wait()
+    assert process.trouble == ""
+
+
+@in_a_loop
 async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()

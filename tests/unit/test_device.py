@@ -14,6 +14,7 @@ from ublkpool.daemon import adoption, machinery
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.device import Device
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.records import Record
 from ublkpool.daemon.recovery import STRIKES_MAX
 from ublkpool.daemon.session import Session
@@ -126,6 +127,74 @@ def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_succes
         await asyncio.gather(*tasks)
         assert team.heard == ["expect first", "lost", "expect second"]
         assert device.session is cast(Any, sessions[1])
+
+    in_loop(run)
+
+
+class FakeManaged:
+    """A backend that the daemon runs, with what it has to say."""
+
+    pid = 77
+    trouble = ""
+
+    def serves(self) -> None:
+        self.trouble = ""
+
+
+def test_a_device_without_its_backend_says_why_until_one_is_attached() -> None:
+    async def run() -> None:
+        device, team, managed = new_device(), FakeTeam(dies_at_once="nobody"), FakeManaged()
+        device._machinery.team, device._managed = cast(Any, team), cast(Any, managed)
+        device._life.enter("live")
+        assert device.status().reason == "no backend is attached, requests wait"
+        managed.trouble = "backend file ended: exit status 2: path=/x: has 4096 bytes"
+        assert device.status().reason == f"no backend is attached, requests wait: {managed.trouble}"
+        assert device_stats(device).reason == device.status().reason
+        first = FakeSession("file")
+        await device.attach(cast(Session, first))
+        assert (device.status().reason, device_stats(device).reason) == ("", "")
+        first.dies()
+        await first.gone()
+        while device.session is not None:
+            await asyncio.sleep(0)
+        assert device.status().reason == "no backend is attached, requests wait", "nothing old is said"
+
+    in_loop(run)
+
+
+def test_why_the_last_backend_was_refused_is_said_until_one_is_taken() -> None:
+    async def run() -> None:
+        device, team = new_device(), FakeTeam(dies_at_once="nobody")
+        device._machinery.team = cast(Any, team)
+        device.note_refusal("backend file, process 9, was refused: too small")
+        assert device.status().reason == "backend file, process 9, was refused: too small"
+        device._life.enter("live")
+        assert device.status().reason.endswith(
+            "requests wait: backend file, process 9, was refused: too small"
+        )
+        await device.attach(cast(Session, FakeSession("file")))
+        device.note_refusal("backend file, process 10, was refused: there is one already")
+        assert device.status().reason == ""
+
+    in_loop(run)
+
+
+def test_a_device_says_why_it_is_recovered_until_it_is_live() -> None:
+    async def run() -> None:
+        device, reasons = new_device(), []
+
+        async def recover() -> None:
+            reasons.append(device.status().reason)
+            if len(reasons) == 1:
+                raise DaemonError("the pool broker is gone")
+            device._now_live(cast(Any, FakeTeam(dies_at_once="nobody")))
+
+        device._recover = recover  # type: ignore[method-assign]
+        device._attachment.session = cast(Any, FakeSession("file"))
+        device._life.enter("live")
+        await device._recover_while_worth_it("vol: queue 0: its worker ended: killed by SIGKILL")
+        assert reasons == ["queue 0: its worker ended: killed by SIGKILL", "the pool broker is gone"]
+        assert device.status().reason == ""
 
     in_loop(run)
 
