@@ -1,8 +1,10 @@
 """A regular file or a block device, served by the native engine: straight between the pool's memory and the file.
 
-Owns the open file and its lock (`bufpool/claim.py`).  A write is answered when it is in the page cache or, with direct
-I/O, on the disk: either way outside this process.  The lock says when a predecessor's last I/O has ended, since the
-kernel keeps it for as long as something of a dead process still runs; so opening waits for it.
+Owns the open file and its lock (`bufpool/claim.py`).  It makes a sparse file, or gives an empty one its size, for a
+device that was never served; later a file that is missing or empty is an error, since a new one would read as zeros.  A
+write is answered when it is in the page cache or, with direct I/O, on the disk: either way outside this process.  The
+lock says when a predecessor's last I/O has ended, since the kernel keeps it for as long as something of a dead process
+still runs; so opening waits for it.
 """
 
 import errno
@@ -21,6 +23,8 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.file_facts import block_device, direct_alignment
 from ublkpool.bufpool.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.sizes import ByteSize, format_size
+from ublkpool.bufpool.store_identity import identify
+from ublkpool.bufpool.wire import Identity
 
 _BLOCK_BYTES_MIN = 512
 _BLOCK_BYTES_MAX = 4096
@@ -52,6 +56,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     physical_block_bytes: int
     is_block_device: bool
     direct: bool
+    identity: Identity
 
 
 class FileBackend(Backend):
@@ -69,7 +74,7 @@ class FileBackend(Backend):
         refuse_own_disk(options.path, hint.node)
         if not options.size:
             options = msgspec.structs.replace(options, size=hint.size_bytes)
-        self._opened = opened = open_file(options)
+        self._opened = opened = open_file(options, hint.may_create)
         placement = hint.placement if options.placement == "auto" else options.placement
         return Properties(
             size_bytes=opened.size_bytes,
@@ -82,6 +87,7 @@ class FileBackend(Backend):
             write_zeroes_max_bytes=0 if options.readonly else opened.size_bytes,
             placement=placement,
             segment_bytes=options.segment if placement != "pool" else 0,
+            identity=opened.identity,
         )
 
     def engine(self, device: Device) -> FrameEngine:
@@ -109,15 +115,18 @@ class FileBackend(Backend):
             self._opened = None
 
 
-def open_file(options: FileOptions) -> Opened:
-    """Open as the options say.  Raises `BackendError` naming the path and what is wrong."""
+def open_file(options: FileOptions, may_create: bool = True) -> Opened:
+    """Open as the options say; with `may_create` and a size, make the file if there is none.
+
+    Raises `BackendError` naming the path and what is wrong.
+    """
     try:
-        file, direct = _open_descriptor(options)
+        file, direct = _open_descriptor(options, may_create)
     except OSError as error:
         raise BackendError(f"path={options.path}: {error.strerror}") from error
     try:
         lock(file, options.path, shared=options.readonly)
-        return _measure(file, direct, options)
+        return _measure(file, direct, options, may_create)
     except OSError as error:
         os.close(file)
         raise BackendError(f"path={options.path}: {error.strerror}") from error
@@ -126,10 +135,10 @@ def open_file(options: FileOptions) -> Opened:
         raise
 
 
-def _open_descriptor(options: FileOptions) -> tuple[int, bool]:
+def _open_descriptor(options: FileOptions, may_create: bool) -> tuple[int, bool]:
     flags = (os.O_RDONLY if options.readonly else os.O_RDWR) | os.O_CLOEXEC
     if not options.path.exists():
-        flags |= _create_flags(options)
+        flags |= _create_flags(options, may_create)
     if options.direct != "off":
         try:
             return open_exclusively(options.path, flags | os.O_DIRECT), True
@@ -139,21 +148,31 @@ def _open_descriptor(options: FileOptions) -> tuple[int, bool]:
     return open_exclusively(options.path, flags), False
 
 
-def _create_flags(options: FileOptions) -> int:
+def _create_flags(options: FileOptions, may_create: bool) -> int:
+    if not may_create:
+        raise BackendError(
+            f"path={options.path}: no such file, and this device has been served before: no empty one is made; "
+            "bring the file back (ublkpool rebind accepts another in its place)"
+        )
     if not options.size or options.readonly:
         raise BackendError(f"path={options.path}: no such file; with size=SIZE it is created")
     return os.O_CREAT
 
 
-def _measure(file: int, direct: bool, options: FileOptions) -> Opened:
+def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) -> Opened:
     status = os.fstat(file)
     if stat.S_ISBLK(status.st_mode):
         return _measure_block_device(file, direct, options)
     if not stat.S_ISREG(status.st_mode):
         raise BackendError(f"path={options.path}: neither a regular file nor a block device")
     size_bytes = status.st_size
+    if size_bytes == 0 and not may_create:
+        raise BackendError(
+            f"path={options.path}: the file is empty, and this device has been served before: it is not grown; "
+            "bring the content back"
+        )
     if size_bytes == 0 and options.size and not options.readonly:
-        os.ftruncate(file, options.size)
+        _give_size(file, options)
         size_bytes = options.size
     block_bytes = _direct_block_bytes(file, options) if direct else _BLOCK_BYTES_MIN
     if block_bytes == 0:
@@ -166,7 +185,19 @@ def _measure(file: int, direct: bool, options: FileOptions) -> Opened:
         physical_block_bytes=max(4096, block_bytes),
         is_block_device=False,
         direct=direct,
+        identity=identify(file, options.path),
     )
+
+
+def _give_size(file: int, options: FileOptions) -> None:
+    """Make a new file the disk that it is to be; after a power failure it is there, or the device was never served."""
+    os.ftruncate(file, options.size)
+    os.fsync(file)
+    directory = os.open(options.path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Opened:
@@ -182,6 +213,7 @@ def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Open
         physical_block_bytes=max(found.physical_block_bytes, found.logical_block_bytes),
         is_block_device=True,
         direct=direct,
+        identity=identify(file, options.path),
     )
 
 

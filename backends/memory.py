@@ -19,6 +19,8 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.keeper import Keeper, keeper_path
 from ublkpool.bufpool.native import MemoryStorage, NativeEngine
 from ublkpool.bufpool.sizes import ByteSize, format_size
+from ublkpool.bufpool.store_identity import memory_identity
+from ublkpool.bufpool.wire import Identity
 
 _PAGE_BYTES = 4096
 
@@ -66,11 +68,23 @@ class MemoryBackend(Backend):
             placement=self.options.placement,
             read_buffers=self.options.reads,
             segment=segment,
+            identity=self._identity(hint, segment),
         )
+
+    def _identity(self, hint: Hint, segment: OwnSegment) -> Identity:
+        """Without a keeper every process has a disk of its own, which is what `keep=off` asks for."""
+        if self.options.keep:
+            return memory_identity(segment.descriptor, hint.device)
+        return Identity(value="memory:unkept", strength="weak", store="memory with keep=off")
 
     def _kept(self, hint: Hint, size_bytes: int) -> OwnSegment:
         self._keeper = Keeper(keeper_path(hint.run_dir, hint.device))
         segment = self._keeper.adopt()
+        if segment is None and not hint.may_create:
+            raise BackendError(
+                f"memory: the disk of {hint.device} ended with its keeper, and a new one would be empty; "
+                f"accept that with: ublkpool rebind {hint.device}"
+            )
         if segment is None:
             segment = OwnSegment.create(size_bytes, f"disk-{hint.device}")
             self._keeper.keep(segment)

@@ -11,6 +11,7 @@ import msgspec
 from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties
 from ublkpool.bufpool.native import NativeEngine, NullStorage
 from ublkpool.bufpool.sizes import ByteSize
+from ublkpool.bufpool.wire import Identity
 
 
 class NullOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +42,7 @@ class NullBackend(Backend):
             write_zeroes_max_bytes=everything,
             placement=placement,
             segment_bytes=options.segment if placement != "pool" else 0,
+            identity=Identity(value="null", store="nothing: null stores no data"),
         )
 
     def engine(self, device: Device) -> FrameEngine:

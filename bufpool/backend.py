@@ -31,7 +31,7 @@ import msgspec
 
 from ublkpool.bufpool.client import OwnSegment
 from ublkpool.bufpool.errors import BackendError, PoolError
-from ublkpool.bufpool.wire import Flag, Op
+from ublkpool.bufpool.wire import Flag, Identity, Op
 
 if TYPE_CHECKING:
     from ublkpool.bufpool.batch import Batch
@@ -54,7 +54,11 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hint(NamedTuple):
-    """What is known of the device before the attach; `size_bytes` 0 takes the backend's size."""
+    """What is known of the device before the attach; `size_bytes` 0 takes the backend's size.
+
+    `may_create`: the device was never served, so a backend that finds no store may make an empty one.  Otherwise a
+    store that is missing, empty or too short is a `BackendError`: what would be read from a new one is lost data.
+    """
 
     device: str
     run_dir: Path
@@ -64,6 +68,7 @@ class Hint(NamedTuple):
     read_only: bool = False
     node: Path | None = None
     """The disk itself, /dev/ublkbN, once there is one; nothing of what a backend stores may lie on it."""
+    may_create: bool = True
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +79,10 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     `post_max_bytes` writes land in slots of that segment which the SDK has posted ahead, and nobody is asked for a
     place.  Who overrides `place` as well is asked for those above so many bytes, or that find no slot, and has the
     segment from `Device.own_from` on.
+
+    `identity` says which store this is: the daemon refuses a successor with another one.  A string is a strong
+    identity; without one, the kind of the backend is all that a successor must have in common.  `generation_seen` is
+    the highest `Device.generation` that the store has on record; the daemon answers with a higher one.
     """
 
     size_bytes: int = 0
@@ -90,6 +99,8 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 0
     segment: OwnSegment | None = None
     post_max_bytes: int = 0
+    identity: Identity | str | None = None
+    generation_seen: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +128,9 @@ class Device:
     """Where the part of the own segment begins that is the author's, after the SDK's slots."""
     post_bytes: tuple[int, ...] = ()
     """In which sizes regions may be posted ahead; empty if not at all."""
+    generation: int = 0
+    """Of this attach, higher than that of every earlier one to a device of this name, for ever: a store that takes
+    orders from several machines or processes refuses what comes with a lower one.  0: the daemon is too old to say."""
     watch: Callable[[int, Callable[[], None]], None]
     """`watch(fd, callback)`: call `callback` on the loop's thread whenever `fd` is readable."""
     unwatch: Callable[[int], None]

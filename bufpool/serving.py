@@ -35,7 +35,7 @@ from ublkpool.bufpool.links import nothing_to_serve
 
 DEFAULT_RUN_DIR = Path("/run/ublkpool")
 _PAGE_BYTES = 4096
-_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes")
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
 
 
 def serve(
@@ -55,14 +55,18 @@ def serve(
     not up yet.  `transport`: see `client.Transport`.  `lock_memory`: keep this process in memory, as built-in backends
     do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot start.
     """
-    opened = backend.open(_hint(run_dir, device, wait_s))
+    known = describe(run_dir, device, wait_s)
+    opened = backend.open(_hint(run_dir, known))
     with ExitStack() as stack:
         stack.callback(backend.close)
         properties = check_properties(opened)
         segment = _segment(properties)
         if segment is not None:
             stack.callback(segment.close)
-        attach = attach_message(properties, device, kind or type(backend).__name__.lower())
+        # An older daemon does not know identities, and refuses what it does not know.
+        attach = attach_message(
+            properties, device, kind or type(backend).__name__.lower(), tells=known.may_create is not None
+        )
         attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
         stack.callback(attachment.close)
         _harden(lock_memory)
@@ -72,27 +76,40 @@ def serve(
         return loop.run()
 
 
-def _hint(run_dir: Path, device: str, wait_s: float) -> Hint:
-    known = describe(run_dir, device, wait_s)
+def _hint(run_dir: Path, known: wire.Described) -> Hint:
+    may_create = known.may_create is not False
     return Hint(
-        device,
+        known.device,
         run_dir,
         known.size_bytes,
         known.max_io_bytes,
         known.placement,
         known.read_only,
         Path(known.path) if known.path else None,
+        may_create,
     )
 
 
-def attach_message(properties: Properties, device: str, kind: str) -> wire.Attach:
-    """The attach message that says what `properties` say."""
+def attach_message(properties: Properties, device: str, kind: str, tells: bool = True) -> wire.Attach:
+    """The attach message that says what `properties` say; `tells`: also which store it is."""
     fields = {
         name: getattr(properties, name)
         for name in properties.__struct_fields__
         if name not in _PROPERTIES_NOT_SENT
     }
+    if tells:
+        fields["identity"] = _identity(properties, kind)
+        fields["generation_seen"] = properties.generation_seen
     return wire.Attach(v=wire.PROTOCOL_VERSION, device=device, kind=kind, **fields)
+
+
+def _identity(properties: Properties, kind: str) -> wire.Identity:
+    identity = properties.identity
+    if isinstance(identity, wire.Identity):
+        return identity
+    if identity:
+        return wire.Identity(value=identity, store=identity)
+    return wire.Identity(value=f"kind:{kind}", strength="weak", store=f"backend {kind}")
 
 
 def _segment(properties: Properties) -> OwnSegment | None:
@@ -312,6 +329,7 @@ def _device(attachment: Attachment, loop: Loop, own_from: int) -> Device:
         own_segment=attached.own_segment,
         own_from=own_from,
         post_bytes=attached.post_bytes,
+        generation=attached.generation,
         watch=loop.watch,
         unwatch=loop.unwatch,
         wake=loop.wake,

@@ -200,13 +200,38 @@ def unpack_slots(frame: bytes | memoryview) -> tuple[Descriptor, tuple[int, ...]
     return descriptor, struct.unpack_from(f"<{count}I", frame, DESCRIPTOR_BYTES)
 
 
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which store a backend serves a device from; a successor must bring the same.
+
+    `value` is compared as a whole.  It survives what leaves the data as it was (a rename, a reboot, growth) and changes
+    when another store takes its place.  `in_boot` is compared only until the machine boots again; a store with an
+    empty `value` and an `in_boot` ends with the boot.
+    """
+
+    value: str = ""
+    in_boot: str = ""
+    strength: Literal["strong", "weak"] = "strong"
+    """weak: another store may have the same identity, since there is nothing better to tell it by."""
+    store: str = ""
+    """What the store is, for people: a path, a serial number."""
+    ends_with_device: bool = False
+    """The store is given up when its device is deleted or the daemon stops: the device's next one is a new one."""
+
+
 class Attach(
-    msgspec.Struct, tag="attach", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+    msgspec.Struct,
+    tag="attach",
+    tag_field="type",
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
 ):
     """A backend's first message on the attach socket, with its own segment's descriptor if it brings one.
 
     All sizes are bytes.  `size_bytes` 0 means: whatever the device was created with.  `segment_bytes` is the size of
-    the sealed memfd that travels with the message, 0 for none; placement `backend` needs one.
+    the sealed memfd that travels with the message, 0 for none; placement `backend` needs one.  Defaults are not sent:
+    an older daemon refuses fields that it does not know.
     """
 
     v: int
@@ -224,6 +249,10 @@ class Attach(
     placement: Literal["pool", "backend", "any"] = "pool"
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
+    identity: Identity | None = None
+    """Only for a daemon whose `Described` has `may_create`; None: this backend's store cannot be told from others."""
+    generation_seen: int = 0
+    """The highest generation that the store knows of; the daemon answers with a higher one."""
 
 
 class Describe(
@@ -249,6 +278,8 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     placement: Literal["pool", "backend"]
     read_only: bool
     path: str = ""
+    may_create: bool | None = None
+    """Whether the device was never served, so that a backend may make an empty store for it; None: an older daemon."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -286,6 +317,8 @@ class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw
     """In which sizes regions of it may be posted, ascending; the last is for the largest write.  Empty: not at all."""
     spin_us: int = 0
     """How long to look into the rings before sleeping, in microseconds, as the workers do."""
+    generation: int = 0
+    """Of this attach: higher than that of every earlier attach to this device's name; 0: an older daemon."""
 
 
 class OpenRing(

@@ -22,6 +22,7 @@ from ublkpool.daemon.admin_wire import (
     Failed,
     ListRequest,
     Progress,
+    RebindRequest,
     Request,
     ShutdownRequest,
     StatsRequest,
@@ -54,6 +55,9 @@ class DeviceService(Protocol):
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live."""
+
+    async def rebind(self, name: str) -> None:
+        """Have the next store that attaches become this device's own."""
 
     def list(self) -> Sequence[DeviceStatus]:
         """All devices."""
@@ -169,6 +173,9 @@ class AdminServer:
                 return await self._service.delete(request.names, request.force)
             case WaitRequest():
                 return await self._service.wait_live(request.name, request.timeout_s)
+            case RebindRequest():
+                await self._service.rebind(request.name)
+                return None
             case ListRequest():
                 return self._service.list()
             case StatsRequest():

@@ -16,6 +16,7 @@ from ublkpool.daemon.admin_wire import (
     AddRequest,
     DeleteRequest,
     ListRequest,
+    RebindRequest,
     Reply,
     Request,
     ShutdownRequest,
@@ -54,6 +55,10 @@ class AdminClient:
     def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
         """Return when the device is live."""
         return self._call(WaitRequest(name=name, timeout_s=timeout_s), DeviceStatus)
+
+    def rebind(self, name: str) -> None:
+        """Have the next store that attaches become this device's own."""
+        self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
 
     def devices(self) -> list[DeviceStatus]:
         """All devices."""

@@ -48,6 +48,12 @@ class WaitRequest(_Request, frozen=True, kw_only=True, tag="wait"):
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
 
 
+class RebindRequest(_Request, frozen=True, kw_only=True, tag="rebind"):
+    """Have the next store that attaches become this device's own."""
+
+    name: str
+
+
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
     """The result is a list of DeviceStatus."""
 
@@ -74,7 +80,14 @@ class ShutdownRequest(_Request, frozen=True, kw_only=True, tag="shutdown"):
 
 
 Request = (
-    AddRequest | DeleteRequest | WaitRequest | ListRequest | StatsRequest | StopRequest | ShutdownRequest
+    AddRequest
+    | DeleteRequest
+    | WaitRequest
+    | RebindRequest
+    | ListRequest
+    | StatsRequest
+    | StopRequest
+    | ShutdownRequest
 )
 
 

@@ -33,6 +33,9 @@ ADMITTED_AT_ONCE_MAX = 16
 ACCEPT_PAUSE_S = 1.0
 UNREAD_MAX = 16
 _KIND_LENGTH_MAX = 255
+IDENTITY_LENGTH_MAX = 1024
+GENERATION_SEEN_MAX = 1 << 62
+"""However often a device is attached to after it, its generation stays in 64 bits."""
 _DESCRIPTORS_MAX = 4
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -60,6 +63,9 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
     for name, value in sizes.items():
         if not 0 <= value < 1 << 63:
             raise AttachRefused(f"{name} {value} is out of range")
+    if not 0 <= attach.generation_seen < GENERATION_SEEN_MAX:
+        raise AttachRefused(f"generation_seen {attach.generation_seen} is out of range")
+    _check_identity(attach.identity or wire.Identity())
     if attach.size_bytes % logical:
         raise AttachRefused(f"size_bytes {attach.size_bytes} is no multiple of {logical}")
     _check_segment(attach.segment_bytes, segment_fd)
@@ -67,6 +73,13 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
         raise AttachRefused(
             "placement backend and read_buffers own need a segment: segment_bytes and its descriptor"
         )
+
+
+def _check_identity(identity: wire.Identity) -> None:
+    texts = {"value": identity.value, "in_boot": identity.in_boot, "store": identity.store}
+    for name, text in texts.items():
+        if len(text) > IDENTITY_LENGTH_MAX or not (text.isprintable() or not text):
+            raise AttachRefused(f"identity.{name} must be at most {IDENTITY_LENGTH_MAX} printable characters")
 
 
 def _check_segment(segment_bytes: int, fd: int | None) -> None:

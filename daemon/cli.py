@@ -1,4 +1,4 @@
-"""The command line, a contract: `ublkpool serve | add | del | list | stats | backend | shutdown | ...`.
+"""The command line, a contract: `ublkpool serve | add | del | rebind | list | stats | backend | shutdown | ...`.
 
 Owns options, exit statuses (0, 1 failed, 2 usage or config) and the one line on stderr.  Must not know how
 anything is done, and imports it only in the command that needs it: a client command has to start fast.
@@ -148,8 +148,22 @@ def cli() -> None:
     is_flag=True,
     help="Take over from a daemon that runs in this run directory: its devices go on, with this version's code.",
 )
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    envvar="UBLKPOOL_STATE_DIR",
+    callback=_directory,
+    help="Where the daemon remembers, across reboots, from what each device is served; also in UBLKPOOL_STATE_DIR.  "
+    "[default: the config's, or /var/lib/ublkpool; below that for another run directory]",
+)
 @_run_dir_option(default=None)
-def serve(config_file: Path | None, on_stop: "OnStop | None", replace: bool, run_dir: Path | None) -> int:
+def serve(
+    config_file: Path | None,
+    on_stop: "OnStop | None",
+    replace: bool,
+    state_dir: Path | None,
+    run_dir: Path | None,
+) -> int:
     """Run the daemon in the foreground, until SIGTERM.
 
     It serves the devices of the config file, and those that `ublkpool add` asks for; it logs to stderr.  What an
@@ -164,6 +178,8 @@ def serve(config_file: Path | None, on_stop: "OnStop | None", replace: bool, run
     config = _serve_config(config_file, run_dir)._replace(replace=replace)
     if on_stop is not None:
         config = config._replace(on_stop=on_stop)
+    if state_dir is not None:
+        config = config._replace(state_dir=state_dir)
     from ublkpool.daemon import logs
     from ublkpool.daemon.supervisor import serve as serve_devices
 
@@ -372,6 +388,22 @@ def delete(names: tuple[str, ...], delete_all: bool, force: bool, run_dir: Path)
         raise click.UsageError("name the devices to delete, or say --all" + (", not both" if names else ""))
     for name in _client(run_dir).delete(None if delete_all else list(names), force):
         click.echo(name)
+
+
+@cli.command()
+@click.argument("name")
+@_run_dir_option()
+def rebind(name: str, run_dir: Path) -> None:
+    """Accept another store for the device NAME: the next one that attaches becomes its own.
+
+    A device is served from the file or disk that served it first; any other is refused, and requests wait.  Say this
+    after you replaced that store on purpose.  It holds for one attach.  No empty file is made in the place of a
+    missing one; a memory disk whose keeper is gone begins empty.
+
+    \b
+    ublkpool rebind vol0
+    """
+    _client(run_dir).rebind(name)
 
 
 @cli.command(name="list")

@@ -154,6 +154,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
     on_stop: OnStop = "delete"
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    state_dir: str | None = None
 
 
 class ServeConfig(NamedTuple):
@@ -166,6 +167,8 @@ class ServeConfig(NamedTuple):
     devices: tuple[DeviceConfig, ...] = ()
     on_stop: OnStop = "delete"
     replace: bool = False
+    state_dir: Path | None = None
+    """None: what `state.candidates` says."""
 
 
 class Problem(NamedTuple):

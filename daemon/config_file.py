@@ -46,6 +46,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         log_level=daemon.log_level,
         log_format=daemon.log_format,
         on_stop=daemon.on_stop,
+        state_dir=Path(daemon.state_dir) if daemon.state_dir else None,
         devices=tuple(devices),
     )
 
@@ -87,8 +88,9 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
         problems.append(Problem(("daemon",), "expected a table: write [daemon]"))
         return DaemonTable()
     daemon = DaemonTable(**check_fields(table, DaemonTable, ("daemon",), problems))
-    if daemon.run_dir is not None and not Path(daemon.run_dir).is_absolute():
-        problems.append(Problem(("daemon", "run_dir"), f"expected an absolute path, got {daemon.run_dir!r}"))
+    for key, value in (("run_dir", daemon.run_dir), ("state_dir", daemon.state_dir)):
+        if value is not None and not Path(value).is_absolute():
+            problems.append(Problem(("daemon", key), f"expected an absolute path, got {value!r}"))
     if daemon.group is not None and not _group_exists(daemon.group):
         problem = f"no such group: {daemon.group}; create it with: groupadd --system {daemon.group}"
         problems.append(Problem(("daemon", "group"), problem))

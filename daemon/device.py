@@ -22,10 +22,11 @@ from ublkpool.bufpool.keeper import keeper_path
 from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
 from ublkpool.daemon.background import Background
+from ublkpool.daemon.binding import Binding
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.clients import Clients, Ground
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.disk import alone, check_fits
+from ublkpool.daemon.disk import alone, check_fits, disk_of
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.in_use import check_unused, describe_use, stop_unused
 from ublkpool.daemon.kept_memory import drop_kept
@@ -62,6 +63,7 @@ class Device:
             ManagedBackend(config.name, config.backend, around, self._background) if config.backend else None
         )
         self._clients = Clients(config.name, around.runner, around.holder, self._background)
+        self._binding = Binding(config.name, around.states, around.boot_id)
         self._strikes = Strikes(asyncio.get_running_loop().time)
         self._left: Record | None = None
         """What an earlier daemon left of it, until it is taken over or removed."""
@@ -170,6 +172,7 @@ class Device:
             placement=config.placement,
             read_only=config.read_only,
             path=str(kernel.node) if kernel else "",
+            may_create=self._binding.may_create(),
         )
 
     async def check_unused(self) -> None:
@@ -233,7 +236,9 @@ class Device:
     async def _run_alone(self) -> None:
         try:
             async with self._life.turn:
-                await self._start(alone(self.config.name), None)
+                attach = alone(self.config.name)
+                await self._bind(attach)
+                await self._start(attach, None)
         except PoolError as error:
             raise DaemonError(f"{self.config.name}: {error}") from error
         await self._life.live()
@@ -244,6 +249,7 @@ class Device:
 
     async def _take(self, session: Session) -> None:
         check_fits(self.config, self._machinery.disk, session.attach)
+        session.generation = await self._bind(session.attach)
         self._attachment.number_segment(session)
         if self._machinery.team is None:
             await self._start(session.attach, session)
@@ -251,6 +257,21 @@ class Device:
             await self._attachment.introduce(self._machinery.team, session)
         if self._managed is not None:
             self._managed.serves()
+        if self.state == "live":
+            self._binding.served()
+
+    async def _bind(self, attach: wire.Attach) -> int:
+        """Take a store for this device, before anybody hears of it; the attach's generation.
+
+        Raises `AttachRefused` if it is another than before, `DaemonError` if that cannot be put on record.
+        """
+        disk = self._machinery.disk or disk_of(self.config, attach)
+        return await self._binding.bind(attach, disk.size_bytes)
+
+    async def rebind(self) -> None:
+        """Have the next store that attaches become this device's.  Raises `DaemonError`."""
+        async with self._life.turn:
+            await self._binding.rebind()
 
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
         """Without a session the workers answer themselves."""
@@ -311,6 +332,7 @@ class Device:
     def _now_live(self, team: Team) -> None:
         self._strikes.live()
         self._life.reason = self._life.trouble = ""
+        self._binding.served()
         self._life.enter("live")
         self._attachment.say_live(team)
 
@@ -320,6 +342,7 @@ class Device:
         _log.error("%s: %s", self.config.name, reason)
         self._life.reason = reason
         await self._tear_down(keep=True)
+        await self._binding.undo()
         self._life.is_stopping = False
         self._machinery.disk = None
         self._life.enter("waiting" if self.config.waits_for_backend else "failed")
@@ -348,6 +371,7 @@ class Device:
             self._strikes.live()
             self._life.enter("live")
             self._machinery.hold_workers(team)
+            await self._learn(record)
             if (ground := self._ground()) is not None:
                 self._clients.resume(ground, held)
         if self._managed is not None:
@@ -355,6 +379,17 @@ class Device:
         self._left = None
         self.save()
         _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
+
+    async def _learn(self, record: Record) -> None:
+        """What an earlier daemon served the device from, if that is not on record."""
+        served, backend = record.served, self.config.backend
+        size_bytes = record.disk.size_bytes if record.disk else 0
+        await self._binding.learn(
+            served.attach if served else None,
+            size_bytes,
+            backend.kind if backend else "",
+            served.generation if served else 0,
+        )
 
     def abandon(self) -> None:
         """After a `go_on` that failed: forget everything, change nothing."""
@@ -380,6 +415,7 @@ class Device:
                 return False
             self._left = None
             self._life.enter("recovering")
+            await self._learn(record)
             try:
                 team = await left.recover(self._strikes)
             except DaemonError as error:
@@ -466,10 +502,11 @@ class Device:
             await self._machinery.team.kill()
         await self._tear_down(keep=True)
 
-    async def delete(self, force: bool, keep: bool = False) -> None:
+    async def delete(self, force: bool, keep: bool = False, forget: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
 
-        Raises `DaemonError` if it is in use and not forced; then it goes on.
+        With `forget` the name may have another store from now on.  Raises `DaemonError` if it is in use and not forced;
+        then it goes on.
         """
         if force:
             self._begin_to_end()
@@ -481,6 +518,7 @@ class Device:
                 await self._stop_unused(look_again=waits or state != self.state)
             self._begin_to_end()
             await self._tear_down(keep)
+            await self._end_binding(keep, forget)
         # Its backend does this when it is told to go; there may have been none just now.
         if not keep:
             await drop_kept(keeper_path(self._around.run_dir, self.config.name))
@@ -499,6 +537,13 @@ class Device:
             await stop_unused(
                 self.config.name, machinery.kernel, lambda: machinery.try_stop(self._attachment.gone)
             )
+
+    async def _end_binding(self, keep: bool, forget: bool) -> None:
+        await self._binding.undo()
+        if forget:
+            await self._binding.forget()
+        elif not keep:
+            await self._binding.end()
 
     async def _tear_down(self, keep: bool) -> None:
         """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""

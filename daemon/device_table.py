@@ -31,6 +31,8 @@ class _Entry:
         """The failed device that this one replaces."""
         self.making: asyncio.Task[None] | None = None
         self.has_begun = self.is_undoing = self.is_taken_over = False
+        self.forgets = False
+        """Whether the name may have another store when the device is gone."""
         self.removing: asyncio.Task[None] | None = None
 
     @property
@@ -128,12 +130,14 @@ class DeviceTable:
         entry.making = self._background.spawn(self._take_over(entry, work))
         return entry.making
 
-    async def delete(self, name: str, force: bool) -> None:
+    async def delete(self, name: str, force: bool, forget: bool = False) -> None:
         """Remove the device; return when the name is free.  Raises `DaemonError` if it is in use and not forced.
 
-        What is being added is given up.  Several callers may ask for the same; all wait for the one removal.
+        With `forget` the name may have another store from now on.  What is being added is given up.  Several callers
+        may ask for the same; all wait for the one removal.
         """
         entry = self._entry(name)
+        entry.forgets |= forget
         while self._entries.get(name) is entry:
             if entry.making is not None and not entry.making.done():
                 entry.stop_making()
@@ -213,7 +217,8 @@ class DeviceTable:
     async def _undo(self, entry: _Entry, error: BaseException, keeps_failed: bool) -> None:
         name, before = entry.device.config.name, entry.before
         try:
-            await entry.device.delete(force=True, keep=before is not None or keeps_failed)
+            keep = before is not None or keeps_failed
+            await entry.device.delete(force=True, keep=keep, forget=entry.forgets)
         except Exception as leak:
             # What is left of it is named in the list, and `del` tries again.
             _log.error("%s: %s", name, without_name(name, one_line(leak)))
@@ -248,11 +253,19 @@ class DeviceTable:
     async def _remove(self, entry: _Entry, force: bool) -> None:
         device = entry.device
         try:
-            await device.delete(force)
+            await self._delete(entry, force)
             if self._entries.get(device.config.name) is entry:
                 del self._entries[device.config.name]
         finally:
             self._changed()
+
+    async def _delete(self, entry: _Entry, force: bool) -> None:
+        try:
+            await entry.device.delete(force, forget=entry.forgets)
+        except BaseException:
+            # It stays, and so does its store.
+            entry.forgets = False
+            raise
 
     async def _delete_at_end(self, name: str) -> bool:
         entry = self._entries.get(name)

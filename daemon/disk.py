@@ -31,6 +31,7 @@ def alone(device: str) -> wire.Attach:
         discard_granularity_bytes=_GRANULARITY_BYTES,
         discard_max_bytes=_AT_ONCE_BYTES_MAX,
         write_zeroes_max_bytes=_AT_ONCE_BYTES_MAX,
+        identity=wire.Identity(value="worker", store="nothing: its workers answer, and store no data"),
     )
 
 

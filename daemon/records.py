@@ -53,6 +53,7 @@ class Served(msgspec.Struct, frozen=True):
     attach: wire.Attach
     token: str
     segment: int
+    generation: int = 0
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

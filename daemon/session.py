@@ -29,6 +29,9 @@ _log = logging.getLogger("ublkpool.attach")
 class Session:
     """One attached backend: its connection, its process, its segment."""
 
+    generation = 0
+    """Of its attach; the device gives it."""
+
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
         """Takes over `sock` and `segment_fd`, unless it raises `OSError`: there is no pidfd of the process.
 
@@ -61,12 +64,18 @@ class Session:
 
     @classmethod
     def adopt(
-        cls, sock: socket.socket, attach: wire.Attach, segment_fd: int | None, token: bytes, segment: int
+        cls,
+        sock: socket.socket,
+        attach: wire.Attach,
+        segment_fd: int | None,
+        token: bytes,
+        segment: int,
+        generation: int = 0,
     ) -> Self:
         """Go on with the connection of a backend that an earlier daemon brought to its device.  Raises `OSError`."""
         sock.setblocking(False)
         session = cls(sock, peer_of(sock), attach, segment_fd)
-        session.token, session.segment = token, segment
+        session.token, session.segment, session.generation = token, segment, generation
         session._has_memory = True
         return session
 

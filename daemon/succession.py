@@ -72,7 +72,11 @@ def record_of(
         going=going,
         live=state == "live" and not going,
         workers=tuple(workers),
-        served=Served(session.attach, session.token.hex(), session.segment) if session else None,
+        served=(
+            Served(session.attach, session.token.hex(), session.segment, session.generation)
+            if session
+            else None
+        ),
         managed=own,
         segments=segments,
         clients=clients,
@@ -120,7 +124,9 @@ class Heir(NamedTuple):
             return None
         token = bytes.fromhex(served.token)
         own = None if segment is None else os.dup(segment)
-        return Session.adopt(_socket(connection), served.attach, own, token, served.segment)
+        return Session.adopt(
+            _socket(connection), served.attach, own, token, served.segment, served.generation
+        )
 
 
 def _socket(fd: int) -> socket.socket:

@@ -20,6 +20,7 @@ from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.attach import AttachServer
+from ublkpool.daemon.binding import Binding
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.control_process import ControlRunner
@@ -34,6 +35,7 @@ from ublkpool.daemon.patient_loop import PatientLoop
 from ublkpool.daemon.records import Record, Records
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
+from ublkpool.daemon.state import StateDirectory, candidates
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
@@ -92,15 +94,35 @@ class Supervisor:
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
         """Delete these devices, or all.  Raises `DaemonError` if one does not exist or is in use; then all stay."""
         wanted = [each.config.name for each in self._table.devices()] if names is None else names
+        for name in wanted:
+            self._check_known(name)
         # A name may be there twice.
-        devices = {name: self._table.device(name) for name in wanted}
+        devices = {name: self._table.device(name) for name in wanted if name in self._table}
         if not force and len(devices) > 1:
             await _check_all_unused(list(devices.values()))
-        for name in devices:
+        for name in dict.fromkeys(wanted):
             # It may have been removed for another client meanwhile.
             if name in self._table:
-                await self._table.delete(name, force)
+                await self._table.delete(name, force, forget=True)
+            elif name not in devices:
+                await self._binding(name).forget()
         return wanted
+
+    async def rebind(self, name: str) -> None:
+        """Have the next store that attaches become this name's.  Raises `DaemonError` if there is no such device."""
+        self._check_known(name)
+        if name in self._table:
+            await self._table.device(name).rebind()
+        else:
+            await self._binding(name).rebind()
+
+    def _check_known(self, name: str) -> None:
+        """A name may have a store without a device: one that could not be added because it has another store now."""
+        if not self._around.states.knows(name):
+            self._table.device(name)
+
+    def _binding(self, name: str) -> Binding:
+        return Binding(name, self._around.states, self._around.boot_id)
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live.  Raises `DaemonError` if it fails, or is not in time."""
@@ -196,7 +218,8 @@ def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
     control.get_features()
-    live_mounts = leave_for_own_view([config.run_dir])
+    state_dirs = candidates(config.run_dir, config.state_dir)
+    live_mounts = leave_for_own_view([config.run_dir, *state_dirs])
     share_heap()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
         return runner.run(_serve(config, live_mounts))
@@ -271,13 +294,16 @@ async def _begin(
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
     directory.prepare(group)
+    runner = ControlRunner()
+    states = await StateDirectory.open(candidates(run_dir, config.state_dir), runner)
+    ending.callback(states.close)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
-    around = Surroundings(run_dir, instance, group, ControlRunner(), broker, holder, live_mounts)
+    around = Surroundings(run_dir, instance, group, runner, broker, holder, states, live_mounts)
     left = TakeOver(around, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)

@@ -5,10 +5,12 @@ Made once by the supervisor; devices use it and never change it.
 
 from pathlib import Path
 
+from ublkpool.daemon.binding import boot_id
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.control_process import ControlRunner
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.records import Records, build_id
+from ublkpool.daemon.state import StateDirectory
 
 
 class Surroundings:
@@ -22,6 +24,7 @@ class Surroundings:
         runner: ControlRunner,
         pool_broker: BrokerProcess,
         holder: Holder,
+        states: StateDirectory,
         live_mounts: int | None = None,
     ) -> None:
         """`live_mounts`: a descriptor of the mount namespace that backends run in, see `daemon/mounts.py`."""
@@ -31,6 +34,8 @@ class Surroundings:
         self.runner = runner
         self.broker = pool_broker
         self.holder = holder
+        self.states = states
+        self.boot_id = boot_id()
         self.live_mounts = live_mounts
         self.build = build_id()
         self.records = Records(run_dir / "devices")

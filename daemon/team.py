@@ -159,6 +159,7 @@ class Team:
             own_segment=session.segment,
             post_bytes=self._post_bytes(),
             spin_us=spin_us(plan.config),
+            generation=session.generation,
         )
 
     def _post_bytes(self) -> tuple[int, ...]:

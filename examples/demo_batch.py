@@ -18,7 +18,9 @@ import msgspec
 from ublkpool.bufpool.backend import Backend, Hint, Properties
 from ublkpool.bufpool.batch import Batch
 from ublkpool.bufpool.claim import open_alone
+from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sizes import ByteSize
+from ublkpool.bufpool.store_identity import identify
 
 
 class DemoBatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,11 +38,16 @@ class DemoBatch(Backend):
 
     def open(self, hint: Hint) -> Properties:
         options = self.options
+        # Made for a device that was never served; later a file that is missing or short is lost data, and an error.
+        create = os.O_CREAT if hint.may_create else 0
         # The lock that this takes lasts as long as the mapping.
-        file = open_alone(options.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        file = open_alone(options.path, os.O_RDWR | create | os.O_CLOEXEC)
+        if not hint.may_create and os.fstat(file).st_size < options.size:
+            raise BackendError(f"{options.path} is shorter than it was")
         # A page that finds no room later would end the process.
         os.posix_fallocate(file, 0, options.size)
         self.map = mmap.mmap(file, options.size)
+        identity = identify(file, options.path)
         os.close(file)
         self.disk = memoryview(self.map)
         places = options.placement == "backend"
@@ -50,6 +57,7 @@ class DemoBatch(Backend):
             placement=options.placement,
             segment_bytes=options.segment if places else 0,
             post_max_bytes=hint.max_io_bytes if places else 0,
+            identity=identity,
         )
 
     def serve_batch(self, batch: Batch) -> None:

@@ -27,6 +27,7 @@ from support.sim_defects import (
     NO_REPLAY,
     PAUSES_COUNT,
     REGION_NOT_WANTED,
+    STATE_LOST,
 )
 from support.sim_kernel import Model
 from support.sim_processes import DeviceScenario, Victim
@@ -82,6 +83,7 @@ def scenario(seed: int, rng: random.Random) -> DeviceScenario:
         rings=seed // len(SHAPES) % 2 == 1,
         posts=road == "backend" and seed // len(SHAPES) % 3 == 1,
         scarce=seed // len(SHAPES) % 4 == 3,
+        slow_state=seed // len(SHAPES) % 5 == 2,
         steps=rng.choice((400, 800, 1600)),
         kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
     )
@@ -191,6 +193,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         {"rings": True, "place_in_backend": True, "need_get_data": True, "scarce": True},
         LOST,
     ),
+    (STATE_LOST, 5, {"kills": ("supervisor", "backend") * 3}, "generation 1 comes after"),
 )
 SEARCHED_MAX = 500
 

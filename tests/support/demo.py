@@ -122,7 +122,12 @@ class Stage:
         command = [sys.executable, "-m", "ublkpool.daemon", *arguments, "--run-dir", str(self.run_dir)]
         with (self.directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "UBLKPOOL_STATE_DIR": str(self.directory / "state")},
             )
         return self.own(process)
 

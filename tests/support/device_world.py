@@ -290,5 +290,6 @@ class DeviceWorld(Processes):
         for pool in self.witness.pools:
             pool.close()
             pool.arena.close()
+        shutil.rmtree(self.state_dir)
         if self.scenario.rings:
             shutil.rmtree(self._queue_dir)

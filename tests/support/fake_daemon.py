@@ -38,6 +38,7 @@ class FakeService:
         self.hold_deletes: asyncio.Event | None = None
         self.adds_cancelled = 0
         self.forced: set[bool] = set()
+        self.rebound: list[str] = []
         self.waits_cancelled = 0
         self.stopped = False
         self.shutdowns: _Bools = []
@@ -82,6 +83,11 @@ class FakeService:
             self.waits_cancelled += 1
             raise
         return self._status(name)
+
+    async def rebind(self, name: str) -> None:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        self.rebound.append(name)
 
     def list(self) -> Any:
         return [self._status(name) for name in self.configs]

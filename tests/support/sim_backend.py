@@ -36,6 +36,7 @@ LATE_S = (1.0, 2.0, 4.0, 8.0, 40.0)
 class Witness(Protocol):
     """Who is told what a backend does."""
 
+    def attached(self, generation: int) -> None: ...
     def backend_begins(self, descriptor: Descriptor) -> None: ...
     def backend_stores(self, descriptor: Descriptor, data: bytes) -> None: ...
     def backend_ends(self, descriptor: Descriptor) -> None: ...
@@ -353,6 +354,7 @@ class SimBackend:
                 return
 
     def _attached(self, attached: wire.Attached) -> None:
+        self.witness.attached(attached.generation)
         self.inbox = [deque() for _ in range(attached.queues)]
         self.outbox = [deque() for _ in range(attached.queues)]
         own = SimpleNamespace(view=memoryview(self.own.view).cast("B")) if attached.own_segment else None

@@ -31,15 +31,17 @@ from ublkpool.daemon.device import Device
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.state import StateDirectory
 from ublkpool.daemon.succession import session_names
 from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.team import Team
 from ublkpool.ublk.abi import DeviceState, Feature, Parameters
 
+from .fake_states import DirectRunner
 from .queue_rig import DEVICE
 from .sim_backend import SimBackend, SimSession
 from .sim_control import ControlJob, SimControl, SimRunner
-from .sim_defects import REPLACED_BY, Replaced
+from .sim_defects import REPLACED_BY, STATE_LOST, Replaced
 from .sim_kernel import SimKernel, Task
 from .sim_loop import Clock, SimLoop
 from .sim_wire import BrokerRouter, Killed, Life, PoolDealer
@@ -145,6 +147,7 @@ class LeftBehind(NamedTuple):
     segment: int
     going: bool = False
     clients: None = None
+    served: None = None
     processes: tuple[()] = ()
 
     @property
@@ -237,6 +240,8 @@ class Scenery(NamedTuple):
     jobs: list[ControlJob]
     defect: str
     queue_dir: Path
+    state_dir: Path
+    slow_state: bool
 
 
 class SimTeam(Team):
@@ -361,11 +366,17 @@ class Daemon:
             self.broker.start()
         else:
             self.broker.go_on_with(self._broker_life)
+        if scenery.defect == STATE_LOST:
+            for file in scenery.state_dir.iterdir():
+                file.unlink()
+        runner = SimRunner(scenery.rng, scenery.jobs, scenery.defect)
         self._around = SimpleNamespace(
             run_dir=_RUN_DIR,
             instance="sim",
             group=None,
-            runner=SimRunner(scenery.rng, scenery.jobs, scenery.defect),
+            runner=runner,
+            states=StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner()),
+            boot_id="this boot",
             broker=self.broker,
             holder=SimHolder(scenery.hold_backend),
             build="",

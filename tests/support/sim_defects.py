@@ -29,6 +29,7 @@ REGION_NOT_WANTED = "a backend in which requests wait for a region is not told o
 DOZES_BLINDLY = "a worker sleeps without a last look at its ring"
 PAUSES_COUNT = "the time of a pause counts"
 END_IS_BLIND = "END_USER_RECOVERY waits for the fetches, and does not ask who has died since"
+STATE_LOST = "a supervisor begins without the state of the one before it"
 
 Replaced = tuple[Any, str, Any]
 

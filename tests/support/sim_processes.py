@@ -73,6 +73,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a backend has fewer regions than there are tags, so that requests wait for one."""
     pauses: bool = False
     """Whether everything but time stops now and then, for longer than any deadline, and a late backend is cut off."""
+    slow_state: bool = False
+    """Whether writing a device's state takes a process of its own some steps, or none at all."""
     defect: str = ""
     blind: bool = False
     """Nobody watches who uses which memory, so that only wrong data shows."""
@@ -106,6 +108,8 @@ class Processes:
             io_timeout_s=IO_TIMEOUT_S,
             on_timeout="fail" if scenario.pauses else "wait",
         )
+        # In memory: a simulation has no power failures.
+        self.state_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-state-", dir="/dev/shm"))
         self._queue_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-")) if scenario.rings else _NO_DIR
         self.store = Store(0, SECTORS * SECTOR_BYTES)
         self.workers: list[SimWorker] = []
@@ -146,6 +150,8 @@ class Processes:
             self.jobs,
             scenario.defect,
             self._queue_dir,
+            self.state_dir,
+            scenario.slow_state,
         )
 
     def note(self, text: str) -> None:
@@ -323,6 +329,7 @@ class Processes:
             placement="any",
             read_buffers="own" if scenario.reads_own else "pool",
             segment_bytes=cells * MAX_IO_BYTES if own else 0,
+            identity=wire.Identity(value="the store of the simulation"),
         )
         backend = SimBackend(
             1 + len(self.backends),

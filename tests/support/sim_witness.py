@@ -30,6 +30,12 @@ class Witness(Memory):
         self._running: set[Key] = set()
         self._regions: dict[Key, tuple[int, int]] = {}
         self._answered: set[int] = set()
+        self._generation = 0
+
+    def attached(self, generation: int) -> None:
+        """A backend was told the generation of its attach."""
+        assert generation > self._generation, f"generation {generation} comes after {self._generation}"
+        self._generation = generation
 
     # What the kernel is told
 

@@ -114,6 +114,7 @@ class Daemon:
     def __init__(self, config: str = "", name: str = "run", module: str = "ublkpool.daemon") -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
         self.run_dir = self._scratch / name
+        self.state_dir = self._scratch / "state"
         self.log = self._scratch / "daemon.log"
         self.client = AdminClient(self.run_dir)
         self.backends: list[BackendProcess] = []
@@ -140,7 +141,12 @@ class Daemon:
         return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, MARK: str(self.run_dir), "PYTHONPATH": str(Path(__file__).parents[1])}
+        return {
+            **os.environ,
+            MARK: str(self.run_dir),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "UBLKPOOL_STATE_DIR": str(self.state_dir),
+        }
 
     def start(self) -> None:
         """Start it and wait until it answers."""

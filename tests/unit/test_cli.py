@@ -320,6 +320,26 @@ def test_serve_without_a_config_has_no_devices(served: list[ServeConfig], tmp_pa
     assert served == [ServeConfig(run_dir=tmp_path), ServeConfig(run_dir=Path("/run/ublkpool"))]
 
 
+def test_the_state_directory_is_the_option_s_then_the_environment_s_then_the_config_s(
+    served: list[ServeConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('[daemon]\nstate_dir = "/var/a"\n')
+    run("serve", "-c", str(file))
+    monkeypatch.setenv("UBLKPOOL_STATE_DIR", "/var/b")
+    run("serve", "-c", str(file))
+    run("serve", "-c", str(file), "--state-dir", "/var/c")
+    assert [str(config.state_dir) for config in served] == ["/var/a", "/var/b", "/var/c"]
+
+
+def test_rebind_asks_the_daemon_and_says_nothing(daemon: FakeDaemon, tmp_path: Path) -> None:
+    run("add", "vol0", run_dir=tmp_path)
+    result = run("rebind", "vol0", run_dir=tmp_path)
+    assert (result.exit_code, result.output) == (0, "")
+    assert daemon.service.rebound == ["vol0"]
+    assert complaint(run("rebind", "other", run_dir=tmp_path), 1) == "other: no such device"
+
+
 def test_serve_reads_the_config_and_the_run_dir_option_wins(
     served: list[ServeConfig], tmp_path: Path
 ) -> None:
@@ -413,7 +433,7 @@ def test_help_and_version() -> None:
 
 def test_the_commands_are_the_contract() -> None:
     assert list(cli.commands) == [
-        *("serve", "add", "del", "list", "stats", "backend", "shutdown", "client", "features")
+        *("serve", "add", "del", "rebind", "list", "stats", "backend", "shutdown", "client", "features")
     ]
 
 

@@ -178,7 +178,7 @@ def test_unknown_tables_are_named(tmp_path: Path) -> None:
     assert complaints(tmp_path, text) == [
         "1: demon: unknown table; known: [daemon], [[device]]",
         "4: daemon.log_levle: unknown key, did you mean log_level?; "
-        "known: run_dir, group, on_stop, log_level, log_format",
+        "known: run_dir, group, on_stop, log_level, log_format, state_dir",
     ]
 
 
@@ -233,11 +233,12 @@ def test_a_daemon_that_is_no_table(tmp_path: Path) -> None:
 
 
 def test_the_daemon_table_is_checked(tmp_path: Path) -> None:
-    text = '[daemon]\nrun_dir = "relative"\ngroup = "no-such-group"\nlog_format = "xml"\n'
+    text = '[daemon]\nrun_dir = "relative"\ngroup = "no-such-group"\nlog_format = "xml"\nstate_dir = "x"\n'
     assert complaints(tmp_path, text) == [
         "2: daemon.run_dir: expected an absolute path, got 'relative'",
         "3: daemon.group: no such group: no-such-group; create it with: groupadd --system no-such-group",
         '4: daemon.log_format: expected auto or human or logfmt or json, got "xml"',
+        "5: daemon.state_dir: expected an absolute path, got 'x'",
     ]
 
 

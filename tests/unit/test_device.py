@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.fake_states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.daemon import adoption, machinery
@@ -42,7 +43,14 @@ class FakeHolder:
 
 
 def new_device(**config: Any) -> Device:
-    around = SimpleNamespace(run_dir=Path("/nonexistent"), runner=None, holder=FakeHolder(), records=None)
+    around = SimpleNamespace(
+        run_dir=Path("/nonexistent"),
+        runner=None,
+        holder=FakeHolder(),
+        records=None,
+        states=FakeStates(),
+        boot_id="this boot",
+    )
     device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config), cast(Surroundings, around))
     device.save = lambda: None  # type: ignore[method-assign]
     return device
@@ -301,6 +309,7 @@ class Adoption:
             epoch=7,
             segments=0,
             clients=None,
+            served=None,
             going=False,
         )
         return await self.device.recover_left(cast(Record, record), {})

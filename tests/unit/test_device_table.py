@@ -102,7 +102,7 @@ class FakeDevice:
         await self._world.pause()
         return "mounted" if self._world.chance(self._world.in_use) else ""
 
-    async def delete(self, force: bool, keep: bool = False) -> None:
+    async def delete(self, force: bool, keep: bool = False, forget: bool = False) -> None:
         await self._world.pause()
         if not force and await self.describe_use():
             raise DaemonError("its disk is in use")
@@ -223,7 +223,7 @@ def test_the_name_is_held_while_its_device_is_removed() -> None:
         await world.table.add(managed("vol0"), nothing)
         going = asyncio.Event()
 
-        async def delete(force: bool, keep: bool = False) -> None:
+        async def delete(force: bool, keep: bool = False, forget: bool = False) -> None:
             await going.wait()
             world.kernel.clear()
 
@@ -304,7 +304,7 @@ def test_a_device_that_cannot_be_removed_at_the_end_keeps_no_other_and_is_report
         for name in NAMES:
             await world.table.add(managed(name), nothing)
 
-        async def hang(force: bool, keep: bool = False) -> None:
+        async def hang(force: bool, keep: bool = False, forget: bool = False) -> None:
             await asyncio.Event().wait()
 
         world.made[0].delete = hang  # type: ignore[method-assign]

@@ -1,0 +1,207 @@
+"""Which store may serve a device, and with which generation."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.fake_states import FakeStates
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.binding import Binding, boot_id
+from ublkpool.daemon.errors import DaemonError
+
+SIZE = 1 << 20
+A = wire.Identity(value="file:a", store="/x/a.img (inode 12)")
+B = wire.Identity(value="file:b", store="/x/a.img (inode 13)")
+MEMORY = wire.Identity(in_boot="memory:1", store="the memory disk of vol0", ends_with_device=True)
+PLUGGED = wire.Identity(value="disk:place:usb1", in_boot="disk:seq:7", strength="weak", store="sdb")
+
+
+class Name:
+    """One device's name over the lives of its daemons."""
+
+    def __init__(self) -> None:
+        self.states = FakeStates()
+        self.boot = "first boot"
+        self.restart()
+
+    def restart(self) -> None:
+        self.binding = Binding("vol0", self.states, self.boot)  # type: ignore[arg-type]
+
+    def reboot(self) -> None:
+        self.boot += "+"
+        self.restart()
+
+    def rebind(self) -> None:
+        self.do("rebind")
+
+    def attach(self, identity: wire.Identity | None, live: bool = True, **more: Any) -> int:
+        message = wire.Attach(v=1, device="vol0", kind="file", identity=identity, **more)
+        generation = asyncio.run(self.binding.bind(message, more.get("size_bytes") or SIZE))
+        if live:
+            self.binding.served()
+        return generation
+
+    def refusal(self, identity: wire.Identity | None, **more: Any) -> str:
+        before = self.states.get("vol0")
+        with pytest.raises(AttachRefused) as refused:
+            self.attach(identity, **more)
+        assert self.states.get("vol0") == before, "what is refused changes nothing"
+        return str(refused.value)
+
+    def do(self, what: str) -> None:
+        asyncio.run(getattr(self.binding, what)())
+
+
+@pytest.fixture
+def name() -> Name:
+    return Name()
+
+
+def test_the_generation_rises_at_every_attach_whatever_happens_in_between(name: Name) -> None:
+    seen = [name.attach(A)]
+    for event in ("restart", "reboot", "forget", "undo", "end", "rebind"):
+        getattr(name, event)() if event in ("restart", "reboot") else name.do(event)
+        seen.append(name.attach(A, live=False))
+    assert all(earlier < later for earlier, later in itertools.pairwise(seen)), seen
+
+
+def test_a_store_that_has_seen_a_higher_generation_is_given_one_above(name: Name) -> None:
+    assert name.attach(A, generation_seen=41) == 42
+    assert name.attach(A, generation_seen=7) == 43
+
+
+def test_what_was_accepted_is_kept_before_the_backend_hears_of_it(name: Name) -> None:
+    name.states.broken = "state directory /s: cannot write vol0.json: No space left on device"
+    with pytest.raises(DaemonError, match="No space left"):
+        name.attach(A)
+    name.states.broken = ""
+    assert name.attach(A) == 1
+
+
+def test_only_a_device_that_was_never_served_may_have_a_new_store(name: Name) -> None:
+    assert name.binding.may_create()
+    name.attach(A)
+    for event in (None, name.restart, name.reboot, name.rebind):
+        if event is not None:
+            event()
+        assert not name.binding.may_create()
+    name.do("forget")
+    assert name.binding.may_create()
+
+
+def test_another_store_is_refused_with_both_named_and_the_way_out(name: Name) -> None:
+    name.attach(A)
+    for event in (None, name.restart, name.reboot):
+        if event is not None:
+            event()
+        refusal = name.refusal(B)
+        assert "/x/a.img (inode 12)" in refusal and "/x/a.img (inode 13)" in refusal
+        assert refusal.endswith("ublkpool rebind vol0")
+        assert "without an identity" in name.refusal(None)
+    assert name.attach(A)
+
+
+def test_rebind_accepts_one_store_once(name: Name) -> None:
+    name.attach(A)
+    name.do("rebind")
+    name.attach(B)
+    name.restart()
+    assert "inode 12" in name.refusal(A)
+    name.attach(B)
+
+
+def test_rebind_that_was_not_needed_ends_with_the_next_attach(name: Name) -> None:
+    name.attach(A)
+    name.do("rebind")
+    name.attach(A)
+    name.refusal(B)
+
+
+def test_a_deleted_device_may_have_any_store(name: Name) -> None:
+    name.attach(A)
+    name.do("forget")
+    assert name.attach(B) == 2
+
+
+def test_a_device_that_ends_with_its_daemon_keeps_its_store(name: Name) -> None:
+    name.attach(A)
+    name.do("end")
+    name.restart()
+    name.refusal(B)
+
+
+def test_a_device_that_never_came_to_life_is_bound_to_nothing(name: Name) -> None:
+    name.attach(A, live=False)
+    name.do("undo")
+    assert name.attach(B) == 2
+    name.restart()
+    name.do("rebind")
+    name.attach(A, live=False)
+    name.do("undo")
+    name.attach(A), name.refusal(B)
+
+
+@pytest.mark.parametrize("size_bytes", [SIZE - 512, 512])
+def test_a_store_that_has_become_shorter_is_refused(name: Name, size_bytes: int) -> None:
+    name.attach(A, size_bytes=SIZE)
+    name.reboot()
+    refusal = name.refusal(A, size_bytes=size_bytes)
+    assert str(SIZE) in refusal and str(size_bytes) in refusal and "/x/a.img" in refusal
+    name.attach(A, size_bytes=2 * SIZE)
+
+
+def test_memory_is_another_in_the_same_boot_and_allowed_to_be_gone_in_the_next(name: Name) -> None:
+    name.attach(MEMORY)
+    other = msgspec.structs.replace(MEMORY, in_boot="memory:2")
+    assert not name.binding.may_create()
+    name.refusal(other)
+    name.restart()
+    name.refusal(other)
+    name.reboot()
+    assert name.binding.may_create()
+    name.attach(other)
+
+
+def test_memory_ends_with_its_device_and_may_be_replaced_on_purpose(name: Name) -> None:
+    other = msgspec.structs.replace(MEMORY, in_boot="memory:2")
+    name.attach(MEMORY)
+    name.do("rebind")
+    assert name.binding.may_create()
+    name.attach(other)
+    name.do("end")
+    assert name.binding.may_create()
+    name.attach(MEMORY)
+
+
+def test_a_disk_without_a_number_of_its_own_is_told_by_the_boot_s(name: Name) -> None:
+    name.attach(PLUGGED)
+    replugged = msgspec.structs.replace(PLUGGED, in_boot="disk:seq:8")
+    name.refusal(replugged)
+    name.reboot()
+    name.attach(replugged)
+    name.refusal(PLUGGED)
+    name.refusal(msgspec.structs.replace(replugged, value="disk:place:usb2"))
+
+
+def test_the_first_identity_of_a_store_that_had_none_is_learnt(name: Name) -> None:
+    name.attach(None)
+    assert not name.binding.may_create()
+    name.attach(A)
+    name.refusal(B)
+
+
+def test_what_an_earlier_daemon_served_is_learnt_if_nothing_is_known(name: Name) -> None:
+    served = wire.Attach(v=1, device="vol0", kind="file", identity=A)
+    asyncio.run(name.binding.learn(served, SIZE, "file", 9))
+    assert not name.binding.may_create()
+    asyncio.run(name.binding.learn(msgspec.structs.replace(served, identity=B), SIZE, "file", 5))
+    name.refusal(B)
+    assert name.attach(A) == 10
+
+
+def test_a_boot_has_an_id() -> None:
+    assert boot_id() == boot_id() and len(boot_id()) == 36
