@@ -8,7 +8,8 @@ from support.systemd_checks import POWEROFF
 from support.systemd_guest import OFF
 from support.systemd_scene import Seen
 
-POWEROFF_S = 30.0
+# 30 s on a machine; in the guest the commands of the shutdown, in Python, start 15 to 25 times slower.
+POWEROFF_S = 60.0
 TIMES = re.compile(r"\d\d:\d\d:\d\d|time=")
 
 
@@ -28,7 +29,17 @@ def test_units_users_and_the_fstab_mount_come_up_by_themselves(first: Seen, seco
         active = {name: unit["ActiveState"] for name, unit in seen.fact("units").items()}
         assert set(active.values()) == {"active"}, active
         assert seen.fact("mounted")
-        assert seen.fact("states") == {"vol0": "live", "vol1": "live", "vol2": "live"}
+        states = {name: state for name, state in seen.fact("states").items() if name != "stuck"}
+        assert states == {"vol0": "live", "vol1": "live", "vol2": "live"}
+
+
+def test_a_device_that_never_starts_is_named_and_keeps_nothing_else_waiting(first: Seen) -> None:
+    unit = first.fact("units")["ublkpool.service"]
+    assert (unit["ActiveState"], unit["NRestarts"]) == ("active", "0")
+    assert "stuck" in unit["StatusText"]
+    assert "vol0" not in unit["StatusText"]
+    assert first.fact("states")["stuck"] != "live"
+    assert first.fact("mounted")
 
 
 def test_systemd_finds_nothing_wrong_with_the_units(first: Seen) -> None:
@@ -74,8 +85,8 @@ def test_the_kernel_s_killing_of_one_process_for_want_of_memory_leaves_the_daemo
 def test_lines_in_the_journal_have_their_priority(first: Seen) -> None:
     assert priorities(first, "vol0: goes on, epoch") == {6}
     assert priorities(first, "vol2: recovered, epoch") == {6}
-    assert priorities(first, "vol2: queue 0: its worker ended: killed by SIGKILL; recovering") == {3}
-    assert priorities(first, "vol2: backend file ended: killed by SIGKILL; starting it again") == {4}
+    assert priorities(first, "vol2: queue 0: its worker ended: ") == {3}
+    assert priorities(first, "vol2: backend file ended: ") == {4}
     # What a backend that the daemon runs has said keeps its level.
     assert priorities(first, "vol2.img: direct I/O") | priorities(first, "vol2.img: buffered I/O") == {6}
 

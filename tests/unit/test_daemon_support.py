@@ -161,6 +161,9 @@ def test_one_process_s_death_neither_stops_the_unit_nor_ends_its_restarts(name: 
 def test_the_machine_s_shutdown_stops_nothing_that_serves_a_mounted_disk(name: str) -> None:
     unit = read_unit(name)["Unit"]
     assert unit["DefaultDependencies"] == "no"
+    # A template's own slice is stopped by the shutdown, with all that is in it.
+    assert read_unit(name)["Service"].get("Slice", "system.slice") == "system.slice"
+    assert "@" not in name or "Slice" in read_unit(name)["Service"]
     assert "Conflicts" not in unit
     assert not {"Requires", "BindsTo", "PartOf"} & set(unit)
     assert unit["Before"] == unit["Wants"] == "remote-fs-pre.target"
