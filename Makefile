@@ -38,7 +38,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit package test-vm test-systemd soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint format test test-unit package test-vm test-systemd test-power soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -84,6 +84,7 @@ test: ## everything: lint, unit and sim tests here, vm tests with the driver, th
 	@$(MAKE) package
 	@$(MAKE) test-vm
 	@$(MAKE) test-systemd
+	@$(MAKE) test-power
 
 test-unit: setup ## unit and sim tests, no driver and no root needed
 	@echo "test: unit and sim"
@@ -113,6 +114,14 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 	    echo "test: systemd, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel PYTHONDONTWRITEBYTECODE=1 \
 	        $(PY) -m pytest -p no:cacheprovider tests/systemd $(PYTEST_ARGS); \
+	done
+
+test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
+	@$(PY) -m support.guest fetch
+	@for kernel in $(KERNELS); do \
+	    echo "test: power failure, in a guest with Linux $$kernel"; \
+	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) \
+	        PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -p no:cacheprovider tests/power $(PYTEST_ARGS); \
 	done
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS

@@ -68,7 +68,10 @@ def parse_status(line: str) -> int | None:
 class Machine:
     """A booted guest. Use as a context manager; `wait` gives the status."""
 
-    def __init__(self, spec: Spec, cache: GuestCache) -> None:
+    def __init__(
+        self, spec: Spec, cache: GuestCache, on_output: Callable[[bytes], None] | None = None
+    ) -> None:
+        """What the command prints goes to stdout, or to `on_output`."""
         self._spec = spec
         self._kernel = cache.kernel(spec.kernel)
         self._emulator = cache.emulator()
@@ -79,6 +82,7 @@ class Machine:
         self._lines: list[str] = []
         self._channels = {name: Channel() for name in ("output", "control", "console", "monitor")}
         self._channels["output"].sink = self._on_output
+        self._take_output = on_output or self._print
         self._channels["control"].sink = self._on_control
         self._channels["console"].sink = self._on_console
         self._selector = selectors.DefaultSelector()
@@ -97,6 +101,20 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    def fail_power(self, moment: Callable[[], bool]) -> bool:
+        """Serve the guest until the moment has come, and kill it then; False if it ended before, or took too long."""
+        deadline = time.monotonic() + self._spec.timeout_s
+        while not moment():
+            if not self._pump(0.5) or time.monotonic() > deadline:
+                return False
+        kill_group(self._qemu)
+        return True
+
+    @property
+    def log(self) -> str:
+        """The console so far."""
+        return self._log
 
     def wait(self) -> int:
         """Serve the guest until it ends or must be ended; the status is the command's, or one of STATUS_*."""
@@ -175,6 +193,9 @@ class Machine:
 
     def _on_output(self, data: bytes) -> None:
         self._heard_at = time.monotonic()
+        self._take_output(data)
+
+    def _print(self, data: bytes) -> None:
         while data:
             data = data[os.write(self._output_fd, data) :]
 

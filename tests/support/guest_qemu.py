@@ -39,6 +39,8 @@ class Spec:
     kvm: bool = False
     exact: bool = False
     """Time is instructions: each takes 1 ns, so what is measured repeats."""
+    devices: Sequence[str] = ()
+    """Options of QEMU for more hardware."""
 
 
 class Channel:
@@ -104,7 +106,7 @@ def qemu_command(
         command += ["-device", f"virtserialport,chardev={name},name={name}"]
     for tag in tags:
         command += share(tag, run_dir)
-    return command
+    return [*command, *spec.devices]
 
 
 def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]) -> list[str]:

@@ -112,6 +112,7 @@ def queue_groups() -> dict[str, str]:
 
 def at_start() -> None:
     """What the boot brought up by itself."""
+    eventually(lambda: is_live("vol1") and is_live("vol2"), "all devices that can be live are")
     names = [
         "ublkpool.service",
         "ublkpool-backend@vol0.service",

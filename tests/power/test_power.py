@@ -1,0 +1,122 @@
+"""A guest that loses its power keeps what FLUSH and FUA promised, through `file` on a disk with a volatile cache."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.guest_boot import Machine
+from support.guest_cache import GuestCache
+from support.guest_qemu import Spec
+from support.power_blocks import broken_promises, parse_promises
+from support.volatile_disk import VolatileDisk
+
+KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
+DISK_BYTES = 64 << 20
+PROMISES = (150, 500)
+"""Between these, by the seed, the power fails: lines of promises, each of a FLUSH or a FUA write."""
+OUTCOMES = 6
+TIMEOUT_S = 300
+PROJECT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A guest that has lost its power: what it was promised, and the disks that may be found afterwards."""
+
+    promised: dict[str, dict[int, int]]
+    disk: VolatileDisk
+    images: list[Path]
+
+
+@pytest.fixture(scope="module", params=KERNELS or ["none"])
+def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failed]:
+    """One boot, and one power failure."""
+    seed = int(os.environ.get("UBLKPOOL_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"\nUBLKPOOL_SEED={seed}")
+    scratch = tmp_path_factory.mktemp("power")
+    disk = VolatileDisk(make_file_system(scratch / "empty"), seed)
+    said = fail_power(request.param, disk, scratch / "nbd", seed)
+    images = []
+    for number in range(OUTCOMES):
+        image = scratch / f"found-{number}"
+        # The first is the worst: nothing is there but what was promised.
+        image.write_bytes(disk.after_power_failure(seed + number if number else None))
+        images.append(image)
+    yield Failed(parse_promises(said.splitlines()), disk, images)
+    for image in images:
+        image.unlink()
+
+
+def make_file_system(path: Path) -> bytes:
+    """An empty ext4."""
+    path.write_bytes(b"")
+    os.truncate(path, DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-F", path], check=True)
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
+    """Have the guest write until its moment has come; what it had said by then."""
+    said = bytearray()
+    count = random.Random(seed).randint(*PROMISES)
+    blockdev = f"driver=nbd,node-name=power,server.type=unix,server.path={path},cache.direct=on"
+    command = [sys.executable, "-m", "support.power_writer", str(seed)]
+    spec = Spec(
+        kernel,
+        command,
+        cpus=2,
+        timeout_s=TIMEOUT_S,
+        modules=["virtio_blk"],
+        cwd=PROJECT,
+        devices=["-blockdev", blockdev, "-device", "virtio-blk-pci,drive=power,write-cache=on"],
+    )
+    with disk.served(path), Machine(spec, GuestCache(), said.extend) as machine:
+        failed = machine.fail_power(lambda: said.count(b"\nP ") >= count)
+        assert failed, (
+            f"the guest has not come so far:\n{said.decode(errors='replace')}\n{machine.log[-5000:]}"
+        )
+    return said.decode()
+
+
+def read_file(image: Path, name: str) -> bytes:
+    """A file of the file system in the image, after the replay of its journal, as a mount does it."""
+    checked = image.with_suffix(".checked")
+    checked.write_bytes(image.read_bytes())
+    replayed = subprocess.run(["e2fsck", "-fp", checked], capture_output=True, text=True)
+    # 1: something was corrected, the journal was replayed at least.
+    assert replayed.returncode <= 1, replayed.stdout + replayed.stderr
+    target = image.with_suffix(".file")
+    dumped = subprocess.run(
+        ["debugfs", "-R", f"dump /{name} {target}", checked], capture_output=True, text=True
+    )
+    assert target.exists(), dumped.stderr
+    content = target.read_bytes()
+    target.unlink()
+    checked.unlink()
+    return content
+
+
+@pytest.mark.parametrize("device", ["direct", "buffered"])
+def test_what_was_promised_is_there_after_a_power_failure(guest: Failed, device: str) -> None:
+    promised = guest.promised[device]
+    # Or nothing was at stake.
+    assert len(promised) > 20
+    assert guest.disk.flush_count > 20
+    for image in guest.images:
+        assert broken_promises(device, promised, read_file(image, device)) == []
+
+
+def test_a_backend_that_ignores_flush_is_caught(guest: Failed) -> None:
+    assert len(guest.promised["liar"]) > 20
+    broken = [
+        broken_promises("liar", guest.promised["liar"], read_file(image, "liar")) for image in guest.images
+    ]
+    assert broken[0]
