@@ -57,5 +57,5 @@ def logged(name: str) -> Iterator[None]:
     """Log a failure of a step that must not keep the next from being tried."""
     try:
         yield
-    except (DaemonError, PoolError) as error:
-        _log.error("%s: %s", name, without_name(name, str(error)))
+    except (DaemonError, PoolError, OSError) as error:
+        _log.error("%s: %s", name, without_name(name, one_line(error)))

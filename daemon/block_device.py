@@ -95,7 +95,12 @@ def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
     return flags
 
 
-def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
+def new_mark() -> int:
+    """For one ADD_DEV; on record before that, so that what it made is found whatever happens."""
+    return secrets.randbits(MARK_BITS)
+
+
+def _create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -> Created:
     """Runs in the disposable process."""
     offered = control.get_features()
     flags = wanted_flags(config, offered)
@@ -106,7 +111,7 @@ def _create(config: DeviceConfig, disk: Parameters, server_pid: int) -> Created:
         device_number=abi.DEVICE_ANY if config.id is None else config.id,
         server_pid=server_pid,
         flags=flags,
-        server_flags=secrets.randbits(MARK_BITS),
+        server_flags=mark,
     )
     info = control.add_device(asked)
     try:
@@ -124,6 +129,17 @@ def _find(number: int) -> Created:
     info = control.device_info(number)
     cpus = [control.queue_cpus(number, queue) for queue in range(info.queues)]
     return Created(info, cpus, Feature(control.get_features()))
+
+
+def _find_marked(mark: int) -> int:
+    """Runs in the disposable process; -1 if there is none."""
+    for path in Path("/dev").glob("ublkc*"):
+        number = path.name.removeprefix("ublkc")
+        # A number that another program frees just now is not ours.
+        with suppress(UblkError):
+            if number.isdecimal() and control.device_info(int(number)).server_flags == mark:
+                return int(number)
+    return -1
 
 
 def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
@@ -194,11 +210,19 @@ class BlockDevice:
         return marked
 
     @classmethod
-    async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
-        """ADD_DEV and SET_PARAMS; queues may be fewer than asked for.  Raises `DaemonError`."""
+    async def create(
+        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int | None = None
+    ) -> "BlockDevice":
+        """ADD_DEV and SET_PARAMS; queues may be fewer than asked for.
+
+        Raises `DaemonError`; then, or if it is cancelled, the kernel may have the device: `find_marked` tells.
+        """
         pid = os.getpid()
+        mark = new_mark() if mark is None else mark
         try:
-            created = await runner.run(f"{config.name}: ADD_DEV", lambda: _create(config, disk, pid), Created)
+            created = await runner.run(
+                f"{config.name}: ADD_DEV", lambda: _create(config, disk, pid, mark), Created
+            )
         except ControlFailed as error:
             if error.errno == errno.EEXIST and config.id is not None:
                 raise DaemonError(
@@ -228,6 +252,12 @@ class BlockDevice:
             _log.warning("%s: device %d is another server's now, and left alone", name, number)
             return None
         return cls(runner, name, created)
+
+    @classmethod
+    async def find_marked(cls, runner: ControlRunner, name: str, mark: int) -> "BlockDevice | None":
+        """The device that was added with this mark, if the kernel has it.  Raises `ControlFailed`."""
+        number = await runner.run(f"{name}: GET_DEV_INFO", lambda: _find_marked(mark), int)
+        return None if number < 0 else await cls.find(runner, name, number, mark)
 
     async def open_char(self) -> int:
         """Open /dev/ublkcN, which udev may still be making or looking at.  Raises `DaemonError`.

@@ -10,11 +10,13 @@ takes about 4 ms, and a child that hangs needs no replacement.
 """
 
 import asyncio
+import errno
 import logging
 import os
+import resource
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from ublkpool.daemon import kernel_log
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.readable import readable
+from ublkpool.daemon.reserve import Reserve, with_room_for_one
 from ublkpool.ublk import queue
 from ublkpool.ublk.errors import UblkError
 from ublkpool.workers.process import fork_child
@@ -31,6 +34,9 @@ from ublkpool.workers.process import fork_child
 T = TypeVar("T")
 DEADLINE_S = 60.0
 KILL_PATIENCE_S = 5.0
+START_PATIENCE_S = 20.0
+START_PAUSE_S = 0.25
+"""While there is no process to be had."""
 LOOK_DEADLINE_S = 20.0
 LOOK_TITLE = "ublkpool-look"
 LOOKS_MAX = 4
@@ -55,6 +61,13 @@ class CallHung(ControlFailed):
         super().__init__(message, 0)
 
 
+class CannotStart(ControlFailed):
+    """There was no descriptor, process or memory for the call: it was not made."""
+
+    def __init__(self, what: str, error: OSError) -> None:
+        super().__init__(f"{what}: no process for it: {error.strerror}{_limit(error)}", error.errno or 0)
+
+
 class _Answer(msgspec.Struct):
     value: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""
@@ -64,16 +77,18 @@ class _Answer(msgspec.Struct):
 class ControlRunner:
     """Runs control commands (functions of `ublk.control`, or made of them) and looks."""
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: Reserve | None = None) -> None:
+        """With a `reserve`, commands find descriptors although the daemon has none left."""
         self._turn = asyncio.Lock()
         self._looks: dict[str, set[Child]] = {}
+        self._reserve = reserve
 
     async def run(
         self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
     ) -> T:
         """The command's result, which must be of type `result`.  Raises `ControlFailed`."""
         async with self._turn:
-            return await self._run(what, command, result, deadline_s)
+            return await self._run_surely(what, command, result, deadline_s)
 
     async def run_beside(
         self,
@@ -87,7 +102,28 @@ class ControlRunner:
 
         `begun` is set when the process is about to send its command.
         """
-        return await self._run(what, command, result, deadline_s, begun)
+        return await self._run_surely(what, command, result, deadline_s, begun)
+
+    async def _run_surely(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float,
+        begun: asyncio.Event | None = None,
+    ) -> T:
+        """Tried again while there is no process, descriptor or memory for it: it may be the end of a failed start."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + START_PATIENCE_S
+        while True:
+            try:
+                with self._reserve.released() if self._reserve is not None else nullcontext():
+                    return await self._run(what, command, result, deadline_s, begun)
+            except CannotStart as error:
+                if loop.time() > until_s:
+                    raise
+                _log.warning("%s; trying again", error)
+            await asyncio.sleep(START_PAUSE_S)
 
     async def look(
         self,
@@ -133,10 +169,7 @@ class ControlRunner:
         looks: set[Child] | None = None,
         keep_fds: Sequence[int] = (),
     ) -> T:
-        reader, writer = os.pipe()
-        parent = os.getpid()
-        child = Child(fork_child(lambda: _execute(command, writer, parent), [writer, *keep_fds], title), what)
-        os.close(writer)
+        child, reader = _start(what, command, title, keep_fds)
         if looks is not None:
             looks.add(child)
         try:
@@ -161,6 +194,25 @@ class ControlRunner:
             # The pipe holds the whole answer, which is far smaller than a pipe, once the child has exited.
             raw = _drain(reader, child.exit_status is not None)
         return _decode(what, raw, result)
+
+
+def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence[int]) -> tuple[Child, int]:
+    """A process that executes the command, and where its answer comes from.  Raises `CannotStart`: nothing runs."""
+    parent = os.getpid()
+    try:
+        reader, writer = os.pipe()
+    except OSError as error:
+        raise CannotStart(what, error) from error
+    fork = with_room_for_one(
+        lambda: fork_child(lambda: _execute(command, writer, parent), [writer, *keep_fds], title)
+    )
+    try:
+        return Child(fork(), what), reader
+    except OSError as error:
+        os.close(reader)
+        raise CannotStart(what, error) from error
+    finally:
+        os.close(writer)
 
 
 def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
@@ -192,6 +244,17 @@ def _decode(what: str, raw: bytes, result: type[T]) -> T:
     if answer.error:
         raise ControlFailed(answer.error, answer.errno)
     return msgspec.json.decode(answer.value, type=result)
+
+
+def _limit(error: OSError) -> str:
+    """Which limit it was, and whose."""
+    match error.errno:
+        case errno.EMFILE:
+            return f" (the daemon's limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: LimitNOFILE=, ulimit -n)"
+        case errno.EAGAIN:
+            return " (the limit of processes: TasksMax=, ulimit -u)"
+        case _:
+            return ""
 
 
 def _kernel_says() -> str:

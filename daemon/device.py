@@ -21,7 +21,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.keeper import keeper_path
 from ublkpool.daemon.adoption import Adoption
 from ublkpool.daemon.attachment import Attachment
-from ublkpool.daemon.background import Background
+from ublkpool.daemon.background import Background, logged
 from ublkpool.daemon.binding import Binding
 from ublkpool.daemon.block_device import BlockDevice
 from ublkpool.daemon.clients import Clients, Ground
@@ -204,7 +204,8 @@ class Device:
     def save(self) -> None:
         """Write down what the next daemon must know if this one is killed."""
         machinery = self._machinery
-        if self.state == "failed" or (machinery.kernel is None and not self.config.waits_for_backend):
+        is_there = machinery.kernel is not None or machinery.mark != 0
+        if not is_there and (self.state == "failed" or not self.config.waits_for_backend):
             return
         self._around.records.save(
             record_of(
@@ -214,6 +215,7 @@ class Device:
                 machinery.team,
                 self.session,
                 self._managed.pid if self._managed else None,
+                mark=machinery.mark,
                 state=self.state,
                 going=self._life.is_stopping,
                 broker_pid=self._around.broker.child.pid,
@@ -279,8 +281,9 @@ class Device:
             team = await self._machinery.build(attach)
             if session is not None:
                 await self._attachment.introduce(team, session)
-        except (DaemonError, PoolError, OSError) as error:
-            await self._undo_start(one_line(error))
+        except BaseException as error:
+            # Also one that is given up: by a del, at the daemon's end, or since its client has gone.
+            await self._undo_start(one_line(error) if isinstance(error, Exception) else "given up")
             raise
         self._background.spawn(self._go_live(team))
 
@@ -341,11 +344,12 @@ class Device:
         reason = without_name(self.config.name, reason)
         _log.error("%s: %s", self.config.name, reason)
         self._life.reason = reason
-        await self._tear_down(keep=True)
-        await self._binding.undo()
+        is_gone = await self._tear_down_logged()
+        with logged(self.config.name):
+            await self._binding.undo()
         self._life.is_stopping = False
         self._machinery.disk = None
-        self._life.enter("waiting" if self.config.waits_for_backend else "failed")
+        self._life.enter("waiting" if self.config.waits_for_backend and is_gone else "failed")
 
     def await_takeover(self, record: Record) -> None:
         """Say in the list that an earlier daemon left it; `go_on` or `recover_left` comes next, or `delete`."""
@@ -406,7 +410,12 @@ class Device:
         done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
         if record.device_number is None:
+            # The daemon ended while it added the device, which nobody has seen yet.
+            self._machinery.mark = record.device_mark
+            await self._machinery.remove_kernel()
             self._left = None
+            if not self.config.waits_for_backend:
+                self._around.records.forget(self.config.name)
             return self.config.waits_for_backend
         left = Adoption(record, self._machinery, self._attachment)
         async with self._life.turn:
@@ -500,7 +509,7 @@ class Device:
         # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
         if self._machinery.team is not None:
             await self._machinery.team.kill()
-        await self._tear_down(keep=True)
+        await self._tear_down_logged()
 
     async def delete(self, force: bool, keep: bool = False, forget: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
@@ -517,8 +526,12 @@ class Device:
             if not force:
                 await self._stop_unused(look_again=waits or state != self.state)
             self._begin_to_end()
-            await self._tear_down(keep)
-            await self._end_binding(keep, forget)
+            try:
+                await self._tear_down(keep)
+                await self._end_binding(keep, forget)
+            except (DaemonError, OSError) as error:
+                self.note_failure(one_line(error))
+                raise
         # Its backend does this when it is told to go; there may have been none just now.
         if not keep:
             await drop_kept(keeper_path(self._around.run_dir, self.config.name))
@@ -545,20 +558,37 @@ class Device:
         elif not keep:
             await self._binding.end()
 
+    async def _tear_down_logged(self) -> bool:
+        """Tear down for a successor; whether the kernel has rid itself of the device, else the reason says why not."""
+        try:
+            await self._tear_down(keep=True)
+        except (DaemonError, OSError) as error:
+            left = without_name(self.config.name, one_line(error))
+            _log.error("%s: %s", self.config.name, left)
+            self._life.reason += f"; its device is still there, `del` tries again: {left}"
+            return False
+        return True
+
     async def _tear_down(self, keep: bool) -> None:
-        """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete."""
+        """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete.
+
+        Raises `DaemonError` if the kernel's device stays: then it stays on record, too, and it can be tried again.
+        """
+        name = self.config.name
         self._clients.close()
         if self._left is not None:
             await self._end_left(self._left)
-        await self._machinery.stop(self._attachment.gone)
+        with logged(name):
+            await self._machinery.stop(self._attachment.gone)
         if self._managed is not None:
             self._managed.let_end()
-        await self._attachment.end(keep)
+        with logged(name):
+            await self._attachment.end(keep)
         if self._managed is not None:
             await self._managed.end()
         await self._machinery.remove()
-        self._around.records.forget(self.config.name)
-        self._around.holder.drop(self.config.name)
+        self._around.records.forget(name)
+        self._around.holder.drop(name)
 
     async def _end_left(self, left: Record) -> None:
         """What an earlier daemon left and nobody has taken over: its processes end, then its kernel device goes."""
@@ -567,6 +597,8 @@ class Device:
             name, number = self.config.name, left.device_number
             found = await BlockDevice.find(self._around.runner, name, number, left.device_mark)
             self._machinery.kernel = found
+        elif self._machinery.kernel is None:
+            self._machinery.mark = left.device_mark
         if self._machinery.team is None:
             await self._machinery.discard()
         self._left = None

@@ -7,6 +7,7 @@ asyncio loop.
 import asyncio
 from collections.abc import Callable
 
+from ublkpool.daemon.background import logged
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import State
 
@@ -31,9 +32,13 @@ class Lifecycle:
         self._changed = asyncio.Event()
 
     def enter(self, state: State) -> None:
-        """The device is in this state now; it is on record before anybody is told."""
+        """The device is in this state now; it is on record before anybody is told.
+
+        Without room for the record the device goes on: the next daemon then recovers it, where it could have gone on.
+        """
         self.state = state
-        self.save()
+        with logged(self._name):
+            self.save()
         self._changed.set()
         self.on_change()
 

@@ -5,6 +5,7 @@ on the supervisor's asyncio loop.
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -12,10 +13,11 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.arena import Arena, arena_prefix
 from ublkpool.bufpool.limits import pool_geometry
 from ublkpool.daemon.background import logged
-from ublkpool.daemon.block_device import BlockDevice, parameters
+from ublkpool.daemon.block_device import BlockDevice, new_mark, parameters
 from ublkpool.daemon.broker_process import Leases
 from ublkpool.daemon.client_area import ClientArea, slice_name
 from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.control_process import ControlFailed
 from ublkpool.daemon.disk import Disk, disk_of
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import FIRST_EPOCH, Record
@@ -47,6 +49,8 @@ class Machinery:
     ) -> None:
         """`save` puts it on record; `watch` is told every new team, `hear` whatever its workers say."""
         self.kernel: BlockDevice | None = None
+        self.mark = 0
+        """Of the kernel's device, from before it is made; 0 if there is none for certain."""
         self.disk: Disk | None = None
         self.arena: Arena | None = None
         self.area: ClientArea | None = None
@@ -65,7 +69,12 @@ class Machinery:
         """
         self.disk = disk_of(self._config, attach)
         asked = parameters(self._config, self.disk.size_bytes, attach)
-        self.kernel = await BlockDevice.create(self._around.runner, self._config, asked)
+        # What could not be removed must not be forgotten.
+        await self.remove_kernel()
+        self.mark = new_mark()
+        # Before the kernel has it: then it is found whenever this daemon ends.
+        self._save()
+        self.kernel = await BlockDevice.create(self._around.runner, self._config, asked, self.mark)
         self._save()
         self.leases = self._make_pool(self.kernel)
         await self._make_area(self.kernel)
@@ -91,11 +100,10 @@ class Machinery:
         """Memory that clients share with the backend, where the driver can tell it; without it they are copied for."""
         if not self._config.client_buffers_bytes or not kernel.info.flags & Feature.SHMEM_ZC:
             return
-        area = ClientArea.create(self._config.client_buffers_bytes)
-        if not await kernel.register(area):
-            area.close()
+        self.area = ClientArea.create(self._config.client_buffers_bytes)
+        if not await kernel.register(self.area):
             raise DaemonError(f"{self._config.name}: the driver does not number registered buffers as we do")
-        self._hold_area(area)
+        self._hold_area(self.area)
 
     async def find_area(self, record: Record, held: Mapping[str, int]) -> None:
         """The client area that an earlier daemon made, as far as somebody still has it."""
@@ -143,7 +151,7 @@ class Machinery:
         if self.leases is not None:
             with logged(self._config.name):
                 await self.leases.refresh()
-            self._save()
+                self._save()
 
     async def try_stop(self, backend_gone: Callable[[], Awaitable[None]]) -> bool:
         """Stop the disk unless it is open; whether it stopped.  Raises `ControlFailed`, and then it may go later."""
@@ -182,28 +190,46 @@ class Machinery:
         watching.cancel()
 
     async def remove(self) -> None:
-        """After `stop`, when the backend is gone as well: leave nothing of it; a failure is logged."""
+        """After `stop`, when the backend is gone as well: leave nothing of it.
+
+        Raises `DaemonError` if the kernel's device stays; everything else has gone then, and it can be tried again.
+        """
+        try:
+            await self.remove_kernel()
+        finally:
+            if self.leases is not None:
+                with logged(self._config.name):
+                    await self.leases.close()
+                self.leases = None
+            if self.arena is not None:
+                with logged(self._config.name):
+                    self.arena.unlink()
+                self.arena.close()
+                self.arena = None
+            self._close_area()
+            self.team = None
+
+    async def remove_kernel(self) -> None:
+        """Have the kernel rid itself of the device, also of one that an ADD_DEV without an answer may have made.
+
+        Raises `DaemonError` if it does not.
+        """
+        if self.kernel is None and self.mark:
+            self.kernel = await BlockDevice.find_marked(self._around.runner, self._config.name, self.mark)
         if self.kernel is not None:
-            with logged(self._config.name):
+            try:
                 await self.kernel.delete()
-        if self.leases is not None:
-            with logged(self._config.name):
-                await self.leases.close()
-            self.leases = None
-        if self.arena is not None:
-            self.arena.unlink()
-            self.arena.close()
-            self.arena = None
-        self._close_area()
-        self.team = self.kernel = None
+            except ControlFailed as error:
+                if error.errno != errno.ENODEV:
+                    raise
+        self.kernel, self.mark = None, 0
 
     async def discard(self) -> None:
-        """Remove a kernel device that nobody serves; a failure is logged."""
+        """Remove a kernel device that nobody serves.  Raises `DaemonError` if it stays."""
         if self.kernel is not None:
             with logged(self._config.name):
                 await self.kernel.stop(STOP_DEADLINE_S)
-                await self.kernel.delete()
-        self.kernel = None
+        await self.remove_kernel()
 
     def abandon(self) -> None:
         """Forget everything, change nothing."""

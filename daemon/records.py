@@ -5,6 +5,7 @@ record is written before it is needed and replaced as a whole, so that a daemon 
 """
 
 import asyncio
+import ctypes
 import hashlib
 import logging
 import os
@@ -28,6 +29,11 @@ _log = logging.getLogger("ublkpool.records")
 PATIENCE_S = 10.0
 KILL_PATIENCE_S = 60.0
 FIRST_EPOCH = 1
+ROOM_BYTES = 16384
+"""A record takes a multiple of this, mostly one."""
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
 _START_TIME_FIELD = 19
 """Of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5): field 22)."""
 
@@ -89,16 +95,31 @@ class Records:
         self._directory = directory
 
     def save(self, record: Record) -> None:
-        """Write or replace the device's record."""
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        """Write or replace the device's record, which is as a whole the old or the new one.
+
+        Raises `DaemonError` if there is no room.  That is for a device's first record only: room for the next one is
+        taken with each, so that a full file system keeps no device from being recovered or removed.
+        """
         path = self._path(record.config.name)
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.encode(record))
-        fresh.replace(path)
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            fresh, spare = path.with_suffix(".new"), path.with_suffix(".old")
+            _write(fresh, msgspec.json.encode(record))
+            if path.exists():
+                _exchange(fresh, path)
+                return
+            _write(spare, b"")
+            fresh.replace(path)
+            spare.replace(fresh)
+        except OSError as error:
+            raise DaemonError(
+                f"{path}: cannot be written: {error.strerror}: make room in the run directory"
+            ) from error
 
     def forget(self, name: str) -> None:
         """The device is no more."""
-        self._path(name).unlink(missing_ok=True)
+        for suffix in (".json", ".new", ".old"):
+            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
 
     def load(self) -> list[Record]:
         """All records; one that cannot be read is logged and left out."""
@@ -116,6 +137,24 @@ class Records:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Fill the file with the data and spaces, which JSON allows.  Raises `OSError`."""
+    size = -(-max(len(data), ROOM_BYTES) // ROOM_BYTES) * ROOM_BYTES
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        os.pwrite(fd, data.ljust(size), 0)
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two files in one step; where the file system cannot, the first takes the second's place."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        one.replace(other)
 
 
 def build_id() -> str:

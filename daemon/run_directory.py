@@ -49,7 +49,7 @@ _ENTRY = re.compile(
     r"(lock|queues|devices|(admin|attach|held|pool)\.sock|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
 )
 _QUEUE_SOCKET = re.compile(r"\d+\.\d+(\.ring)?\Z")
-_UNFINISHED = re.compile(r".+\.(new|unreadable)\Z")
+_UNFINISHED = re.compile(r".+\.(new|old|unreadable)\Z")
 
 
 class RunDirectory:

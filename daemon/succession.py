@@ -52,6 +52,7 @@ def record_of(
     segments: int,
     clients: AreaRecord | None,
     build: str,
+    mark: int = 0,
 ) -> Record:
     """All that the next supervisor must know of a device."""
     workers = [
@@ -65,7 +66,7 @@ def record_of(
     return Record(
         config=config,
         device_number=kernel.number if kernel else None,
-        device_mark=kernel.mark if kernel else 0,
+        device_mark=kernel.mark if kernel else mark,
         disk=disk,
         epoch=team.epoch if team else FIRST_EPOCH,
         processes=tuple(each.process for each in workers) + tuple(each for each in others if each),

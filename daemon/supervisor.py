@@ -33,6 +33,7 @@ from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.mounts import leave_for_own_view
 from ublkpool.daemon.patient_loop import PatientLoop
 from ublkpool.daemon.records import Record, Records
+from ublkpool.daemon.reserve import Reserve
 from ublkpool.daemon.run_directory import RunDirectory
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.state import StateDirectory, candidates
@@ -294,7 +295,9 @@ async def _begin(
     run_dir = config.run_dir
     group = grp.getgrnam(config.group).gr_gid if config.group else None
     directory.prepare(group)
-    runner = ControlRunner()
+    reserve = Reserve()
+    ending.callback(reserve.close)
+    runner = ControlRunner(reserve)
     states = await StateDirectory.open(candidates(run_dir, config.state_dir), runner)
     ending.callback(states.close)
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]

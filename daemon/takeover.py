@@ -77,9 +77,9 @@ class TakeOver:
         await self._clear_away(record)
         # What led to the dead must not be taken for what leads to their successors.
         self._around.holder.drop(record.config.name)
-        if record.device_number is None and record.config.name in self._configured:
-            return False
         if not await device.recover_left(record, self._held):
+            return False
+        if record.device_number is None and record.config.name in self._configured:
             return False
         device.save()
         return True

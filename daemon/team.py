@@ -23,6 +23,7 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Worker
+from ublkpool.daemon.reserve import with_room_for_one
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk.errors import UblkError
@@ -235,12 +236,20 @@ class Team:
         cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
         spec = self._spec(queue, cpu)
         ours, theirs = messages.pair()
-        pid = fork_child(
-            lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
-            [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
-            f"ublkpool-{kernel.number}.{queue}",
+        fork = with_room_for_one(
+            lambda: fork_child(
+                lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
+                [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
+                f"ublkpool-{kernel.number}.{queue}",
+            )
         )
-        theirs.close()
+        try:
+            pid = fork()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         return WorkerProcess(queue, cpu, pid, ours, self._on_news)
 
     def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:

@@ -294,7 +294,9 @@ class SimBlockDevice(BlockDevice):
         return cls(runner, name, Created(**{name: found[name] for name in Created._fields}))
 
     @classmethod
-    async def create(cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters) -> "BlockDevice":
+    async def create(
+        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int | None = None
+    ) -> "BlockDevice":
         return cls._made(runner, config.name)
 
     @classmethod

@@ -1,17 +1,25 @@
 """Disposable processes for control commands."""
 
 import asyncio
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ublkpool.daemon import control_process
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
+from ublkpool.daemon.reserve import Reserve
+from ublkpool.workers.process import fork_child
 
 _SUPERVISOR = """
 import asyncio, signal, sys
@@ -40,6 +48,10 @@ def test_a_control_command_dies_with_the_supervisor_that_started_it(tmp_path: Pa
     finally:
         supervisor.kill()
         supervisor.wait()
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def _children() -> str:
@@ -100,3 +112,91 @@ def test_looks_that_hang_are_bounded_for_each_owner_and_named_and_nobody_waits_f
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         asyncio.run(asyncio.wait_for(run(monkeypatch), 60))
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """This process has as many descriptors as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_command_runs_out_of_the_reserve_when_no_descriptor_is_left() -> None:
+    async def run() -> None:
+        reserve = Reserve()
+        runner = ControlRunner(reserve)
+        with no_descriptors_left():
+            for _ in range(3):
+                assert await runner.run("answer", lambda: 42, int) == 42
+        reserve.close()
+
+    asyncio.run(run())
+
+
+def test_without_a_reserve_the_error_names_the_limit_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(control_process, "START_PATIENCE_S", 0.0)
+
+    async def run() -> None:
+        runner = ControlRunner()
+        before, children = _descriptors(), _children()
+        with (
+            no_descriptors_left(),
+            pytest.raises(ControlFailed, match=r"STOP_DEV: no process for it: .*limit is \d+: LimitNOFILE="),
+        ):
+            await runner.run("STOP_DEV", lambda: 42, int)
+        assert (_descriptors(), _children()) == (before, children)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("free", [1, 2])
+def test_a_process_is_not_started_without_a_descriptor_to_watch_it_by(
+    monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """One descriptor is too few for the pipe, two for the pipe and the process."""
+    monkeypatch.setattr(control_process, "START_PATIENCE_S", 0.0)
+
+    async def run() -> None:
+        spare = Reserve(free)
+        before, children = _descriptors() - free, _children()
+        with no_descriptors_left(), spare.released():
+            with pytest.raises(ControlFailed, match="no process for it"):
+                await ControlRunner().run("STOP_DEV", lambda: 42, int)
+            assert _children() == children
+        spare.close()
+        assert _descriptors() == before
+
+    asyncio.run(run())
+
+
+def test_a_command_waits_while_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_process, "START_PAUSE_S", 0.0)
+    failures = [errno.EAGAIN, errno.ENOMEM]
+    really = fork_child
+
+    def fork(*arguments: Any) -> int:
+        if failures:
+            code = failures.pop()
+            raise OSError(code, os.strerror(code))
+        return really(*arguments)
+
+    monkeypatch.setattr(control_process, "fork_child", fork)
+    before = _descriptors()
+
+    async def run() -> int:
+        return await ControlRunner().run("answer", lambda: 42, int)
+
+    assert asyncio.run(run()) == 42
+    assert _descriptors() == before

@@ -1,6 +1,7 @@
 """Records: what a killed daemon leaves, and which processes of it are still the same."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from ublkpool.daemon import records
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.records import Process, Record, Records, end_left, identify
 
 DISK = Disk(size_bytes=1 << 20, block_bytes=512, volatile_cache=False, read_only=False)
@@ -49,6 +52,38 @@ def test_a_record_comes_back_as_it_was_and_the_last_one_counts(tmp_path: Path) -
     store.save(record())
     store.save(record(Process("worker", 7, 8), epoch=2))
     assert store.load() == [record(Process("worker", 7, 8), epoch=2)]
+
+
+def test_a_full_file_system_keeps_no_record_from_being_replaced_and_names_the_first_that_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Records(tmp_path / "devices")
+    store.save(record())
+
+    def full(fd: int, offset: int, length: int) -> None:
+        if os.fstat(fd).st_size < offset + length:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for epoch in range(2, 6):
+        store.save(record(epoch=epoch))
+        assert store.load() == [record(epoch=epoch)]
+    with pytest.raises(DaemonError, match=r"vol1.json: cannot be written: No space left .* make room in the"):
+        store.save(record(name="vol1"))
+    assert store.load() == [record(epoch=5)]
+    for name in ("vol0", "vol1"):
+        store.forget(name)
+    assert list((tmp_path / "devices").iterdir()) == []
+
+
+def test_where_files_cannot_be_exchanged_a_record_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Records(tmp_path / "devices")
+    monkeypatch.setattr(records, "_libc", SimpleNamespace(renameat2=lambda *_: -1))
+    for epoch in range(1, 4):
+        store.save(record(epoch=epoch))
+        assert store.load() == [record(epoch=epoch)]
 
 
 def test_a_forgotten_device_has_no_record(tmp_path: Path) -> None:
