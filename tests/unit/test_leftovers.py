@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.fake_states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.daemon import machinery
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
@@ -212,6 +213,8 @@ def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
         group=None,
         build="",
         live_mounts=None,
+        states=FakeStates(),
+        boot_id="this boot",
         runner=None,
         broker=SimpleNamespace(endpoint="", child=SimpleNamespace(pid=0)),
         holder=SimpleNamespace(hold=hold, drop=drop),
