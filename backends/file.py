@@ -24,6 +24,7 @@ from ublkpool.bufpool.file_facts import block_device, direct_alignment
 from ublkpool.bufpool.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.sizes import ByteSize, format_size
 from ublkpool.bufpool.store_identity import identify
+from ublkpool.bufpool.way_out import explain
 from ublkpool.bufpool.wire import Identity
 
 _BLOCK_BYTES_MIN = 512
@@ -123,13 +124,13 @@ def open_file(options: FileOptions, may_create: bool = True) -> Opened:
     try:
         file, direct = _open_descriptor(options, may_create)
     except OSError as error:
-        raise BackendError(f"path={options.path}: {error.strerror}") from error
+        raise BackendError(f"path={options.path}: {explain(error)}") from error
     try:
         lock(file, options.path, shared=options.readonly)
         return _measure(file, direct, options, may_create)
     except OSError as error:
         os.close(file)
-        raise BackendError(f"path={options.path}: {error.strerror}") from error
+        raise BackendError(f"path={options.path}: {explain(error)}") from error
     except BaseException:
         os.close(file)
         raise

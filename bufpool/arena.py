@@ -438,7 +438,7 @@ def _no_space(name: str, size_bytes: int) -> PoolError:
     free = _mib(usage.f_bavail * usage.f_frsize)
     return PoolError(
         f"{name} needs {_mib(size_bytes)} of {SHM_DIRECTORY} where {free} are free: "
-        f"lower the device's queues, depth or pool_bytes, or mount {SHM_DIRECTORY} with a larger size"
+        f"lower the device's queues, depth or pool, or mount {SHM_DIRECTORY} with a larger size"
     )
 
 

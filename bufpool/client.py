@@ -23,6 +23,7 @@ from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, Wire
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.links import Links, LinkStatistics
 from ublkpool.bufpool.ring_links import RingLinks
+from ublkpool.bufpool.way_out import explain, too_long_for_sockets
 
 Transport = Literal["auto", "ring", "zeromq"]
 """How descriptors travel; `auto`: through rings if the daemon offers them."""
@@ -70,7 +71,7 @@ class OwnSegment:
             return cls(descriptor, size_bytes)
         except OSError as error:
             os.close(descriptor)
-            raise BackendError(f"no memory for a segment of {size_bytes} bytes: {error.strerror}") from error
+            raise BackendError(f"no memory for a segment of {size_bytes} bytes: {explain(error)}") from error
 
     @classmethod
     def adopt(cls, descriptor: int) -> Self:
@@ -88,6 +89,8 @@ class OwnSegment:
 
 def _connect(run_dir: Path, wait_s: float) -> socket.socket:
     path = run_dir / "attach.sock"
+    if reason := too_long_for_sockets(run_dir):
+        raise BackendError(f"run directory {reason}")
     deadline = time.monotonic() + wait_s
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -104,7 +107,7 @@ def _connect(run_dir: Path, wait_s: float) -> socket.socket:
 def _unreachable(path: Path, error: OSError) -> str:
     if error.errno in _ABSENT:
         return f"no daemon listens at {path}: is ublkpool running, and is this its run directory?"
-    return f"cannot reach the daemon at {path}: {error.strerror or error}"
+    return f"cannot reach the daemon at {path}: {explain(error)}"
 
 
 def connect_and_ask(

@@ -44,9 +44,13 @@ class Keeper:
             return descriptors
 
     def adopt(self) -> "OwnSegment | None":
-        """The segment that is kept, None if none is."""
+        """The segment that is kept, None if none is.  Raises `BackendError` for a path that no socket can have."""
         from ublkpool.bufpool.client import OwnSegment
+        from ublkpool.bufpool.errors import BackendError
+        from ublkpool.bufpool.way_out import too_long_for_socket
 
+        if reason := too_long_for_socket(self.path):
+            raise BackendError(f"cannot keep memory: {reason}; keep=off does without")
         descriptors = self._ask(_ADOPT)
         return OwnSegment.adopt(descriptors[0]) if descriptors else None
 
@@ -67,12 +71,18 @@ class Keeper:
                 )
         except (OSError, subprocess.SubprocessError) as error:
             raise BackendError(
-                f"cannot keep memory at {self.path}: {error}; keep=off does without"
+                f"cannot keep memory at {self.path}: {_reason(error)}; keep=off does without"
             ) from error
 
     def drop(self) -> None:
         """End the keeper, and with it what it kept."""
         self._ask(DROP)
+
+
+def _reason(error: Exception) -> str:
+    from ublkpool.bufpool.way_out import explain
+
+    return explain(error) if isinstance(error, OSError) else str(error)
 
 
 def _listen(path: Path) -> socket.socket:

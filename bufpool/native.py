@@ -13,6 +13,7 @@ import msgspec
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.backend import Device
 from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.way_out import why_no_ring
 from ublkpool.bufpool.wire import (
     CLIENT_SLICES_MAX,
     DESCRIPTOR_BYTES,
@@ -103,7 +104,7 @@ class NativeEngine:
         if self._engine == ffi.NULL:
             self._engine = None
             self._release_memory()
-            raise BackendError(f"no native engine, {os.strerror(-error[0])}: is there io_uring, and memory?")
+            raise BackendError(f"no native engine: {why_no_ring(-error[0])}")
 
     def _setup(self, device: Device, read_only: bool) -> Any:
         return ffi.new(

@@ -13,6 +13,7 @@ import msgspec
 from ublkpool.bufpool._fileio import ffi, lib
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.links import nothing_to_serve
+from ublkpool.bufpool.way_out import why_no_ring
 
 _WATCHED, _CALLS = int(lib.RING_LOOP_WATCHED), int(lib.RING_LOOP_CALLS)
 
@@ -47,7 +48,7 @@ class RingDriver:
         error = ffi.new("int *")
         self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
         if self._loop == ffi.NULL:
-            raise BackendError(f"no loop in C, {os.strerror(-error[0])}: is there io_uring, and memory?")
+            raise BackendError(f"no loop in C: {why_no_ring(-error[0])}")
 
     def spin(self, most_us: int) -> None:
         """Look into the rings for so many microseconds, at most, before sleeping."""

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
+from ublkpool.daemon.admin_patience import Listening, explain_missing
 from ublkpool.daemon.admin_wire import (
-    REPLY_BYTES_MAX,
     AddRequest,
     DeleteRequest,
     ListRequest,
@@ -32,7 +32,7 @@ from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 CONNECT_TIMEOUT_S = 10.0
-QUERY_TIMEOUT_S = 60.0
+QUERY_TIMEOUT_S = 30.0
 
 _T = TypeVar("_T")
 
@@ -40,9 +40,16 @@ _T = TypeVar("_T")
 class AdminClient:
     """Calls on the daemon of one run directory, one connection each; every method raises `DaemonError`."""
 
-    def __init__(self, run_dir: Path, on_progress: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        on_progress: Callable[[str], None] = lambda text: None,
+        on_wait: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`on_progress` is told what the daemon does, `on_wait` why nothing is heard of it."""
         self._run_dir = run_dir
         self._on_progress = on_progress
+        self._on_wait = on_wait
 
     def add(self, device: DeviceConfig) -> DeviceStatus:
         """Create a device; one whose backend the daemon runs is live on return, another may still wait."""
@@ -89,25 +96,14 @@ class AdminClient:
     def _exchange(self, line: bytes, timeout_s: float | None) -> Reply:
         path = admin_socket(self._run_dir)
         with _connect(path) as connection:
-            connection.settimeout(timeout_s)
+            listening = Listening(path, connection, timeout_s, self._on_wait)
             try:
                 connection.sendall(line)
-                return self._last_reply(connection)
-            except TimeoutError as error:
-                raise DaemonUnreachable(
-                    f"{path}: the daemon did not answer within {timeout_s:g} s"
-                ) from error
+                while (reply := decode_reply(listening.line())).ok is None:
+                    self._on_progress(reply.progress)
+                return reply
             except ConnectionError as error:
                 raise DaemonUnreachable(f"{path}: the daemon hung up: {error.strerror}") from error
-
-    def _last_reply(self, connection: socket.socket) -> Reply:
-        with connection.makefile("rb") as lines:
-            while line := lines.readline(REPLY_BYTES_MAX):
-                reply = decode_reply(line)
-                if reply.ok is not None:
-                    return reply
-                self._on_progress(reply.progress)
-        raise DaemonUnreachable("the daemon ended before it answered; its log says why")
 
 
 def _connect(path: Path) -> socket.socket:
@@ -125,12 +121,12 @@ def _why_unreachable(path: Path, error: OSError) -> str:
     start = "start it with: ublkpool serve --run-dir " + str(path.parent)
     match error:
         case FileNotFoundError():
-            return f"{path}: no such socket, the daemon is not running; {start}"
+            return explain_missing(path) or f"{path}: no such socket, the daemon is not running; {start}"
         case ConnectionRefusedError():
             return f"{path}: a daemon that was killed left this socket, none is running; {start}"
         case PermissionError():
             return f"{path}: permission denied; run this as the daemon's user, usually with sudo"
-        case TimeoutError():
+        case TimeoutError() | BlockingIOError():
             return f"{path}: the daemon does not accept connections; it may be hung"
         case _:
             return f"{path}: cannot reach the daemon: {error.strerror or error}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
@@ -156,7 +157,7 @@ class AttachServer:
             return
         except OSError as error:
             # Out of descriptors: whoever waits would wake us at once, again and again.
-            _log.error("no backend can attach: %s; trying again in %g s", error.strerror, ACCEPT_PAUSE_S)
+            _log.error("no backend can attach: %s; trying again in %g s", explain(error), ACCEPT_PAUSE_S)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             loop.call_later(ACCEPT_PAUSE_S, self._listen)

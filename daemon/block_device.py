@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon import disk_node, disk_use
 from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.config import DeviceConfig
@@ -271,8 +272,9 @@ class BlockDevice:
             try:
                 return os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
-                if asyncio.get_running_loop().time() > deadline_s:
-                    raise DaemonError(f"{self._name}: {path}: {error.strerror}") from error
+                is_late = asyncio.get_running_loop().time() > deadline_s
+                if is_late or error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise DaemonError(f"{self._name}: {path}: {explain(error)}") from error
             await asyncio.sleep(_POLL_S)
 
     async def register(self, area: ClientArea) -> bool:

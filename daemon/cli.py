@@ -92,7 +92,14 @@ def _directory(ctx: click.Context, param: click.Parameter, value: Path | None) -
     """Where a daemon runs.  The current directory, which '' names as well, is never meant."""
     if value == Path():
         raise click.BadParameter("names the current directory: name one of its own, such as /run/ublkpool")
-    return value.absolute() if value is not None else None
+    if value is None:
+        return None
+    # Here rather than at the top: a command that is only asked for help has no directory.
+    from ublkpool.bufpool.way_out import too_long_for_sockets
+
+    if reason := too_long_for_sockets(value.absolute()):
+        raise click.BadParameter(reason, ctx=ctx, param=param)
+    return value.absolute()
 
 
 _Command = Callable[..., Any]
@@ -266,7 +273,11 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
 @click.option(
     "--io-timeout", type=float, metavar="SECONDS", help="How long a backend may take.  [default: 30]"
 )
-@click.option("--on-timeout", metavar="wait|fail", help="What then: keep waiting, or fail.  [default: wait]")
+@click.option(
+    "--on-timeout",
+    metavar="wait|fail",
+    help="What then: keep waiting, or fail with ETIMEDOUT.  [default: wait]",
+)
 @click.option(
     "--on-absent",
     metavar="wait|fail",
@@ -367,9 +378,13 @@ def _show_added(status: "DeviceStatus") -> None:
 def _client(run_dir: Path) -> "AdminClient":
     from ublkpool.daemon.admin_client import AdminClient
 
-    if not sys.stderr.isatty():
-        return AdminClient(run_dir)
-    return AdminClient(run_dir, lambda text: click.echo(text, err=True))
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    def complain(text: str) -> None:
+        _complain([text])
+
+    return AdminClient(run_dir, say if sys.stderr.isatty() else lambda text: None, complain)
 
 
 @cli.command(name="del")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ublkpool.bufpool.way_out import too_long_for_sockets
 from ublkpool.daemon.config import (
     RUN_DIR_DEFAULT,
     DaemonTable,
@@ -91,6 +92,8 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
     for key, value in (("run_dir", daemon.run_dir), ("state_dir", daemon.state_dir)):
         if value is not None and not Path(value).is_absolute():
             problems.append(Problem(("daemon", key), f"expected an absolute path, got {value!r}"))
+    if daemon.run_dir is not None and (reason := too_long_for_sockets(Path(daemon.run_dir))):
+        problems.append(Problem(("daemon", "run_dir"), reason))
     if daemon.group is not None and not _group_exists(daemon.group):
         problem = f"no such group: {daemon.group}; create it with: groupadd --system {daemon.group}"
         problems.append(Problem(("daemon", "group"), problem))

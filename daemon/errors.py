@@ -5,6 +5,7 @@ work (a bad option, a bad config file, an unusable backend).  Must not know who 
 """
 
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.way_out import explain
 
 STATUS_FAILED = 1
 STATUS_USAGE = 2
@@ -50,7 +51,7 @@ def lines_of(error: BaseException) -> list[str]:
     if type(error).__module__.startswith("ublkpool."):
         return str(error).splitlines() or [type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
-        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
+        return [f"{error.filename}: {explain(error)}" if error.filename else explain(error)]
     summary = " ".join(str(error).split())
     return [f"internal error: {type(error).__name__}: {summary} (UBLKPOOL_DEBUG=1 shows where)"]
 

@@ -10,6 +10,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -27,7 +28,7 @@ def make_own_directory(path: Path, what: str, option: str, mode: int = 0o700) ->
         made = _make(path, mode)
         reason = "" if made else _why_not_ours(path)
     except OSError as error:
-        raise ConfigError([f"{what} {path}: {error.strerror}: choose another with {option}"]) from error
+        raise ConfigError([f"{what} {path}: {explain(error)}: choose another with {option}"]) from error
     if reason:
         raise ConfigError([f"{what} {path}: {reason}: choose another with {option}"])
     return made

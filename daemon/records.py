@@ -19,6 +19,7 @@ import msgspec
 
 import ublkpool
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.client_area import AreaRecord
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
@@ -112,9 +113,7 @@ class Records:
             fresh.replace(path)
             spare.replace(fresh)
         except OSError as error:
-            raise DaemonError(
-                f"{path}: cannot be written: {error.strerror}: make room in the run directory"
-            ) from error
+            raise DaemonError(f"{path}: cannot be written: {explain(error)}") from error
 
     def forget(self, name: str) -> None:
         """The device is no more."""

@@ -1,9 +1,11 @@
-"""Status for people: tables, with rich on a terminal, plain aligned text elsewhere.
+"""Status for people: aligned tables, of which nothing is ever cut.
 
-Owns columns and wording.  Must not import rich unless it writes to a terminal.
+Owns columns and wording.  On a terminal the columns that do not fit beside each other stand below their row.
 """
 
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
@@ -13,28 +15,77 @@ from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueSta
 OPS = OpCounts.__struct_fields__
 
 
+_GAP = "  "
+_INDENT = "    "
+_WIDTH_FALLBACK = 80
+
+
 class Table(NamedTuple):
-    """Headers and rows; every row is as long as the headers."""
+    """Headers and rows; every row is as long as the headers, and the first `keys` columns say what it is about."""
 
     headers: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    keys: int = 1
 
 
 def print_table(table: Table, out: TextIO | None = None) -> None:
     """Write the table to `out` (stdout)."""
     out = out if out is not None else sys.stdout
-    if out.isatty():
-        _print_rich(table, out)
-    else:
-        out.write(plain_text(table))
+    out.write(plain_text(table, _width(out) if out.isatty() else None))
 
 
-def plain_text(table: Table) -> str:
-    """The table as aligned lines, two spaces between columns."""
+def plain_text(table: Table, width: int | None = None) -> str:
+    """The table as aligned lines, two spaces between columns.
+
+    With a `width` the columns beyond it stand below each row, as `header: value`; the keys never do, and no word is
+    cut: one that is longer than a line stays whole.
+    """
     lines = [table.headers, *table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.headers))]
-    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "".join(f"{line}\n" for line in padded)
+    beside = len(widths) if width is None else _how_many_fit(widths, width, table.keys)
+    text = []
+    for line in lines:
+        text.append(_GAP.join(map(str.ljust, line[:beside], widths)).rstrip())
+        if width is not None and line is not table.headers:
+            text += _below(table.headers[beside:], line[beside:], width)
+    return "".join(f"{line}\n" for line in text)
+
+
+def _how_many_fit(widths: Sequence[int], width: int, at_least: int) -> int:
+    count = len(widths)
+    while count > at_least and sum(widths[:count]) + len(_GAP) * (count - 1) > width:
+        count -= 1
+    return count
+
+
+def _below(headers: Sequence[str], values: Sequence[str], width: int) -> list[str]:
+    """Several values a line, as far as they fit; a longer one has lines of its own."""
+    lines: list[str] = []
+    for header, value in zip(headers, values, strict=True):
+        text = f"{header.lower()}: {value}"
+        if value and lines and len(lines[-1]) + len(_GAP) + len(text) <= width:
+            lines[-1] += _GAP + text
+        elif value:
+            lines += textwrap.wrap(
+                text,
+                width,
+                initial_indent=_INDENT,
+                subsequent_indent=2 * _INDENT,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return lines
+
+
+def _width(out: TextIO) -> int:
+    """COLUMNS comes first, as for other commands."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return os.get_terminal_size(out.fileno()).columns or _WIDTH_FALLBACK
+    except OSError:
+        return _WIDTH_FALLBACK
 
 
 def device_table(devices: Sequence[DeviceStatus]) -> Table:
@@ -51,7 +102,7 @@ def device_table(devices: Sequence[DeviceStatus]) -> Table:
         "BACKEND",
         "REASON",
     )
-    return Table(headers, [_device_row(device) for device in devices])
+    return Table(headers, [_device_row(device) for device in devices], keys=3)
 
 
 def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
@@ -78,8 +129,9 @@ def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
         "WAITING",
         "LENT EVER",
         "RETURNED EVER",
+        "REASON",
     )
-    return [Table(headers, queues), Table(pool_headers, [_pool_row(device) for device in devices])]
+    return [Table(headers, queues, keys=2), Table(pool_headers, [_pool_row(device) for device in devices])]
 
 
 def _device_row(device: DeviceStatus) -> tuple[str, ...]:
@@ -129,18 +181,8 @@ def _pool_row(device: DeviceStats) -> tuple[str, ...]:
     pool = device.pool
     counts = (pool.buffer_count, pool.free_count, pool.lent_count, pool.waiting_count)
     sizes = (_size(pool.size_bytes), _size(pool.huge_bytes) if pool.huge_bytes else "-")
-    return (device.name, *sizes, *map(str, (*counts, pool.lent_total, pool.returned_total)))
+    return (device.name, *sizes, *map(str, (*counts, pool.lent_total, pool.returned_total)), device.reason)
 
 
 def _size(size_bytes: int | None) -> str:
     return "-" if size_bytes is None else format_size(size_bytes)
-
-
-def _print_rich(table: Table, out: TextIO) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    shown = RichTable(*table.headers, box=None, pad_edge=False, header_style="bold")
-    for row in table.rows:
-        shown.add_row(*row)
-    Console(file=out, markup=False, highlight=False).print(shown)

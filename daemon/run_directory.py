@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.own_directory import make_own_directory
 
@@ -116,7 +117,7 @@ class RunDirectory:
                 _restore_socket(each, group)
         except OSError as error:
             where = error.filename or self.path
-            raise ConfigError([f"{_WHAT} {self.path}: {where}: {error.strerror}: {WAY_OUT}"]) from error
+            raise ConfigError([f"{_WHAT} {self.path}: {where}: {explain(error)}: {WAY_OUT}"]) from error
 
     def _admit(self, group: int) -> None:
         """Have the group enter.  systemd names in RUNTIME_DIRECTORY what it made for us."""
@@ -182,7 +183,7 @@ def _open_lock(path: Path) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ConfigError([f"{_WHAT} {path}: {path / _LOCK}: {error.strerror}: {WAY_OUT}"]) from error
+        raise ConfigError([f"{_WHAT} {path}: {path / _LOCK}: {explain(error)}: {WAY_OUT}"]) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

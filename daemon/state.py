@@ -19,6 +19,7 @@ from typing import Literal, Protocol, Self
 import msgspec
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.config import RUN_DIR_DEFAULT
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line
 from ublkpool.daemon.own_directory import make_own_directory
@@ -190,7 +191,7 @@ async def _locked(directory: Path) -> int:
     try:
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise DaemonError(f"{_WHAT} {directory}: {error.strerror}: choose another with {_OPTION}") from error
+        raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
 
 
@@ -39,7 +40,7 @@ def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlo
         listener.listen(backlog)
     except OSError as error:
         listener.close()
-        raise DaemonError(f"{path}: cannot listen: {error.strerror or error}") from error
+        raise DaemonError(f"{path}: cannot listen: {explain(error)}") from error
     finally:
         os.umask(umask)
     return listener

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ublkpool.bufpool.arena import Arena
+from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import queue as core
 from ublkpool.workers.messages import Fault, send
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
@@ -65,6 +66,12 @@ def _begin(keep_fds: Sequence[int], title: str) -> None:
     core.set_process_name(title)
 
 
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename}: {explain(error)}" if error.filename else explain(error)
+
+
 def run_worker(
     spec: WorkerSpec, char_fd: int, descriptors: Sequence[object], arena: Arena, supervisor: socket.socket
 ) -> int:
@@ -74,7 +81,7 @@ def run_worker(
         core.lock_memory()
         loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)
     except Exception as error:
-        send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {error}"))
+        send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {_reason(error)}"))
         _log.debug("worker", exc_info=True)
         return EXIT_FAULT
     return loop.run()

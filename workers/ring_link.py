@@ -17,6 +17,7 @@ from typing import Protocol
 
 import msgspec
 
+from ublkpool.bufpool.way_out import naming
 from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
 from ublkpool.ublk.queue import Link, Port, Queue
 
@@ -106,7 +107,12 @@ class RingLink:
     def _listen(self, path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, _KIND)
-        listener.bind(str(path))
+        try:
+            with naming(path):
+                listener.bind(str(path))
+        except OSError:
+            listener.close()
+            raise
         path.chmod(self._mode)
         if self._group is not None:
             os.chown(path, -1, self._group)

@@ -112,6 +112,10 @@ class Command:
     def running(self) -> bool:
         return self._child.running
 
+    def kill(self) -> None:
+        """End it now."""
+        self._child.kill()
+
     def wait(self) -> Ran:
         """Its end."""
         return Ran(self._child.wait(), _text(self._out), _text(self._err))

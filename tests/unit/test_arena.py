@@ -170,7 +170,7 @@ def test_a_pool_too_large_for_dev_shm_is_refused_and_leaves_nothing(prefix: str)
         pytest.skip("/dev/shm has no limit here")
     count = usage.f_blocks * usage.f_frsize // (1 << 20) + 1
     before = open_fds()
-    with pytest.raises(PoolError, match=r"data needs [\d.]+ MiB .* [\d.]+ MiB are free: lower .*pool_bytes"):
+    with pytest.raises(PoolError, match=r"data needs [\d.]+ MiB .* [\d.]+ MiB are free: lower .*pool, or"):
         Arena.create(prefix, Geometry.build([(1 << 20, count)]), 1, 7, (1,))
     assert objects() == []
     assert open_fds() == before

@@ -130,6 +130,45 @@ def test_a_terminal_gets_the_same_words_as_a_file() -> None:
     assert "file (pid 5), not attached  [no such] file\n" in file.getvalue()
 
 
+LONG_NAME = "a-rather-long-name-of-a-device-1"
+WORDY = msgspec.structs.replace(
+    DEVICE,
+    name=LONG_NAME,
+    path="/dev/ublkb1048575",
+    reason=f"backend file ended: path=/srv/{'x' * 90}: is small",
+)
+
+
+@pytest.mark.parametrize("columns", ["80", "60", "200"])
+def test_on_a_narrow_terminal_nothing_is_cut(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    numbers = DeviceStats(name=LONG_NAME, reason=WORDY.reason, queues=(QueueStats(queue=0),))
+    for table in (render.device_table([DEVICE, WORDY]), *render.stats_tables([numbers])):
+        terminal = Terminal()
+        render.print_table(table, terminal)
+        lines = terminal.getvalue().splitlines()
+        words = [word for row in table.rows for value in row for word in value.split()]
+        assert not [word for word in words if word not in terminal.getvalue().split()]
+        # Only the one path that is longer than a line is.
+        assert all(len(line) <= int(columns) or "xxx" in line for line in lines)
+        for row in table.rows:
+            begins = [line for line in lines if line.startswith(row[0])]
+            assert begins and all(key in begins[0].split() for key in row[: table.keys] if key)
+
+
+def test_a_terminal_that_is_wide_enough_gets_the_table_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal, file = Terminal(), io.StringIO()
+    for out in (terminal, file):
+        render.print_table(render.device_table([DEVICE]), out)
+    assert terminal.getvalue() == file.getvalue()
+
+
+def test_stats_say_why_a_device_is_not_served() -> None:
+    _, pools = render.stats_tables([DeviceStats(name="vol0", reason="no backend is attached")])
+    assert "no backend is attached" in render.plain_text(pools)
+
+
 def test_workers_that_answer_stand_where_a_backend_would() -> None:
     alone = msgspec.structs.replace(DEVICE, answers="worker", backend=BackendStatus(), reason="")
     assert render.device_table([alone]).rows[0][-2:] == ("its workers", "")

@@ -246,6 +246,12 @@ static void get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
 	uq_command(q, t, UQ_CMD_GET_DATA, 0, address);
 }
 
+/* What a request fails with that was to fail before: the driver passes both on (errno_to_blk_status). */
+static int why_failed(const struct uq *q, const struct uq_tag *t)
+{
+	return q->config.fail_on_timeout && t->overdue ? -ETIMEDOUT : -EIO;
+}
+
 static void copied(struct uq *q, struct uq_tag *t)
 {
 	uint64_t length = (uint64_t)q->config.descriptors[uq_index(q, t)].sectors << 9;
@@ -258,7 +264,7 @@ static void copied(struct uq *q, struct uq_tag *t)
 	q->config.stats->kernel_write_bytes += t->in_place ? 0 : length;
 	t->copied = true;
 	if (t->must_fail) {
-		finish(q, t, -EIO);
+		finish(q, t, why_failed(q, t));
 	} else if (q->config.zeros) {
 		finish(q, t, (int)t->length);
 	} else if (t->own_segment && uq_region_orphaned(q, t)) {
@@ -273,7 +279,7 @@ static void copied(struct uq *q, struct uq_tag *t)
 static void ready(struct uq *q, struct uq_tag *t)
 {
 	if (t->must_fail || gives_up(q))
-		uq_request_fail(q, t, -EIO);
+		uq_request_fail(q, t, why_failed(q, t));
 	else if (has_link(q))
 		hand_over(q, t);
 }
@@ -383,7 +389,7 @@ void uq_request_fail(struct uq *q, struct uq_tag *t, int error)
 static void lose_serving(struct uq *q, struct uq_tag *t)
 {
 	if (t->must_fail) {
-		finish(q, t, -EIO);
+		finish(q, t, why_failed(q, t));
 	} else if (t->own_segment) {
 		if (uq_move(q, t, UQ_EV_RESCUE))
 			need_buffer(q, t);
@@ -401,7 +407,7 @@ void uq_request_lost(struct uq *q, struct uq_tag *t)
 			need_buffer(q, t);
 	} else if (t->state == UQ_PLACING) {
 		if (t->must_fail || q->giving_up)
-			uq_request_fail(q, t, -EIO);
+			uq_request_fail(q, t, why_failed(q, t));
 		else
 			uq_move(q, t, UQ_EV_LINK_LOST);
 	}

@@ -1,0 +1,88 @@
+"""A daemon that does not answer, and one whose socket is gone: what the client says, and when it gives up."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.fake_daemon import running_daemon
+from ublkpool.daemon import admin_client, admin_patience
+from ublkpool.daemon.admin_client import AdminClient
+from ublkpool.daemon.errors import DaemonUnreachable
+
+SILENT = (
+    "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]);"
+    "listener.listen(1); print(flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture
+def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A process that takes connections and says nothing."""
+    monkeypatch.setattr(admin_patience, "STOPPED_NOTICE_S", 0.05)
+    monkeypatch.setattr(admin_patience, "SILENT_NOTICE_S", 0.1)
+    monkeypatch.setattr(admin_client, "QUERY_TIMEOUT_S", 0.3)
+    command = [sys.executable, "-c", SILENT, str(tmp_path / "admin.sock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+def test_a_stopped_daemon_is_named_soon_and_given_up_in_the_end(silent: int, tmp_path: Path) -> None:
+    os.kill(silent, signal.SIGSTOP)
+    said: list[str] = []
+    client = AdminClient(tmp_path, on_wait=said.append)
+    for ask in (client.devices, client.stats):
+        with pytest.raises(DaemonUnreachable) as caught:
+            ask()
+        assert f"the daemon, process {silent}, did not answer within 0.3 s" in str(caught.value)
+        assert f"is stopped (SIGSTOP): let it go on with kill -CONT {silent}" in str(caught.value)
+    notice = (
+        f"the daemon, process {silent}, is stopped (SIGSTOP): let it go on with kill -CONT {silent}; waiting"
+    )
+    assert said == [notice] * 2
+
+
+def test_a_daemon_that_runs_and_says_nothing_is_named_too(silent: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(DaemonUnreachable, match=r"did not answer within 0\.3 s; it may be hung"):
+        AdminClient(tmp_path, on_wait=said.append).devices()
+    assert said == [f"the daemon, process {silent}, has not answered yet; waiting up to 0.3 s"]
+
+
+def test_a_change_waits_for_a_stopped_daemon_and_says_so(silent: int, tmp_path: Path) -> None:
+    os.kill(silent, signal.SIGSTOP)
+
+    class HeardError(Exception):
+        """The word that is waited for."""
+
+    def hear(text: str) -> None:
+        raise HeardError(text)
+
+    with pytest.raises(HeardError, match=f"kill -CONT {silent}; waiting"):
+        AdminClient(tmp_path, on_wait=hear).delete(["vol0"])
+
+
+def test_a_daemon_whose_run_directory_was_emptied_is_found_by_its_listening_socket(tmp_path: Path) -> None:
+    with running_daemon(tmp_path):
+        (tmp_path / "admin.sock").unlink()
+        with pytest.raises(DaemonUnreachable) as caught:
+            AdminClient(tmp_path).devices()
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/admin.sock: gone, but a daemon (process {os.getpid()}) listens there")
+    assert f"kill {os.getpid()}, then start the daemon again" in said
+
+
+def test_where_no_daemon_ever_listened_none_is_said_to(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other.sock"))
+        other.listen()
+        with pytest.raises(DaemonUnreachable, match="the daemon is not running"):
+            AdminClient(tmp_path).devices()
