@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ublkpool.bufpool import in_use
@@ -116,7 +117,11 @@ def lock(file: int, path: Path, *, shared: bool) -> None:
 
 def refuse_own_disk(path: Path, node: Path | None) -> None:
     """Raise `BackendError` if a device's data would lie on that device itself, whose node is `node`."""
-    if node is not None and path.exists() and node.name in in_use.disks_below(path):
+    below: set[str] = set()
+    # What cannot be looked at is not there yet, or is named when it is opened.
+    with suppress(OSError):
+        below = in_use.disks_below(path) if node is not None else below
+    if node is not None and node.name in below:
         raise BackendError(
             f"path={path}: lies on {node}, the disk that is to be served from it: "
             f"every request would wait for itself; name another file or block device"

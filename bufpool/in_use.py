@@ -2,18 +2,23 @@
 
 Everything found here is evidence that a store is in use; that nothing is found proves nothing: a mount may be in a
 namespace that this process may not read, a lock on another host, a descriptor on its way between processes.  Nothing
-here opens a block device or touches a file of another file system, so nothing here waits for one.
+here touches a file of another file system, or opens a block device but loop devices on a file of the same name, so
+nothing here waits for a store that it was not asked about.
 """
 
+import fcntl
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 _PF_EXITING = 0x4
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO_BYTES = 232
 _SIGKILL_BIT = 1 << 8
 _COMMAND_LENGTH_MAX = 100
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -247,16 +252,31 @@ def _loops_on(path: Path) -> list[str]:
     ours = path.stat()
     wanted = Path(os.path.realpath(path))
 
-    def is_ours(backing: Path) -> bool:
-        if backing == wanted:
-            return True
+    def is_ours(name: str, backing: Path) -> bool:
         # The same file is seen under another path through another mount, under another name only with a hard link.
-        may_be = backing.name == wanted.name or ours.st_nlink > 1
-        with suppress(OSError):
-            return may_be and os.path.samestat(backing.stat(), ours)
-        return False
+        if backing.name != wanted.name and ours.st_nlink == 1:
+            return False
+        found = _backing_inode(name)
+        if found is not None:
+            return found == (os.major(ours.st_dev), os.minor(ours.st_dev), ours.st_ino)
+        return backing == wanted
 
-    return [name for name, backing in _loops() if is_ours(Path(backing))]
+    return [name for name, backing in _loops() if is_ours(name, Path(backing))]
+
+
+def _backing_inode(loop: str) -> tuple[int, int, int] | None:
+    """Major and minor number and inode of a loop device's file: another container's may have the same path."""
+    about = bytearray(_LOOP_INFO_BYTES)
+    with suppress(OSError):
+        file = os.open(f"/dev/{loop}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(file, _LOOP_GET_STATUS64, about)
+        finally:
+            os.close(file)
+        device, inode = struct.unpack_from("=QQ", about)
+        # `huge_encode_dev`
+        return (device & 0xFFF00) >> 8, device & 0xFF | device >> 12 & 0xFFF00, inode
+    return None
 
 
 def _loops() -> Iterator[tuple[str, str]]:

@@ -301,6 +301,15 @@ def test_a_file_that_a_loop_device_uses_is_refused_under_any_of_its_names(image:
         os.close(claim.open_alone(path, os.O_RDONLY))
 
 
+def test_a_file_of_the_same_name_elsewhere_is_none_of_a_loop_device_s(
+    image: Path, loop: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / image.name
+    other.write_bytes(bytes(MIB))
+    os.close(claim.open_alone(other, os.O_RDWR))
+
+
 def test_a_loop_device_whose_file_is_served_is_refused(
     image: Path, loop: Path, locked: "subprocess.Popen[str]"
 ) -> None:
