@@ -120,6 +120,8 @@ def at_start() -> None:
         "srv-vol0.mount",
     ]
     say("units", units(*names))
+    required = shell("systemctl", "show", "--value", "-p", "Requires,BindsTo,PartOf,Requisite", *names[:3])
+    say("required", str(required["said"]).split())
     say("mounted", FSTAB_MOUNT.is_mount())
     say("states", {each.name: each.state for each in client.devices()})
 

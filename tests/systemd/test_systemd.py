@@ -42,6 +42,10 @@ def test_a_device_that_never_starts_is_named_and_keeps_nothing_else_waiting(firs
     assert first.fact("mounted")
 
 
+def test_nothing_that_the_shutdown_stops_takes_a_server_of_disks_with_it(first: Seen) -> None:
+    assert set(first.fact("required")) <= {"-.mount", "system.slice"}
+
+
 def test_systemd_finds_nothing_wrong_with_the_units(first: Seen) -> None:
     found = first.fact("verify")
     assert found["said"] == ""
