@@ -68,7 +68,8 @@ def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
     said = bytearray()
     count = random.Random(seed).randint(*PROMISES)
     blockdev = f"driver=nbd,node-name=power,server.type=unix,server.path={path},cache.direct=on"
-    command = [sys.executable, "-m", "support.power_writer", str(seed)]
+    python = ["env", f"PYTHONPATH={PROJECT / 'tests'}", sys.executable]
+    command = [*python, "-m", "support.power_writer", str(seed)]
     spec = Spec(
         kernel,
         command,

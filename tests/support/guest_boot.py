@@ -103,10 +103,10 @@ class Machine:
         self._close()
 
     def fail_power(self, moment: Callable[[], bool]) -> bool:
-        """Serve the guest until the moment has come, and kill it then; False if it ended before, or took too long."""
+        """Serve the guest until the moment has come, and kill it then; False if it or its command ended before."""
         deadline = time.monotonic() + self._spec.timeout_s
         while not moment():
-            if not self._pump(0.5) or time.monotonic() > deadline:
+            if not self._pump(0.5) or self._status is not None or time.monotonic() > deadline:
                 return False
         kill_group(self._qemu)
         return True
