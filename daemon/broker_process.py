@@ -110,7 +110,9 @@ class BrokerProcess:
             status = await self.child.wait()
             if self._stopping:
                 return
-            _log.error("the pool broker ended: %s; starting it again", describe_exit(status))
+            # It ends with status 0 when it was asked to, as by an upgrade.
+            level = logging.ERROR if status else logging.INFO
+            _log.log(level, "the pool broker ended: %s; starting it again", describe_exit(status))
             async with self._turn:
                 self._socket.close()
                 await asyncio.sleep(self._backoff.ended())

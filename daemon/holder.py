@@ -72,7 +72,7 @@ class Holder:
         self._held: dict[str, int] = {}
         self._socket: socket.socket | None = None
         self._child: Child | None = None
-        self._stopping = False
+        self._stopping = self._renewing = False
 
     @property
     def pid(self) -> int:
@@ -120,7 +120,9 @@ class Holder:
             # It says nothing unasked: what can be read is its end.
             if self._stopping:
                 return
-            _log.warning("the holder is gone; starting another")
+            level = logging.INFO if self._renewing else logging.WARNING
+            _log.log(level, "the holder is gone; starting another")
+            self._renewing = False
             self._socket.close()
             self._socket = None
             if self._child is not None:
@@ -149,6 +151,10 @@ class Holder:
 
     def renew(self) -> None:
         """Have another one, of today's code, hold everything."""
+        self._renewing = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -174,7 +180,7 @@ class Holder:
             socket.send_fds(self._socket, [_encoder.encode(message)], [] if fd is None else [fd])
         except OSError:
             # It has died or hangs: `keep_running` sees the end, and gives the next one everything.
-            self.renew()
+            self._hang_up()
 
 
 def _connect(path: Path) -> socket.socket | None:

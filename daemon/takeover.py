@@ -128,5 +128,5 @@ class TakeOver:
 
     def _remove_pool(self, prefix: str) -> None:
         if prefix in list_orphans(self._around.instance):
-            _log.warning("removing the pool %s that an earlier daemon left", prefix)
+            _log.info("removing the pool %s that an earlier daemon left", prefix)
             unlink_arena(prefix)

@@ -1,6 +1,7 @@
 """The holder: what it keeps open for the next supervisor, and what becomes of it when it dies."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -107,3 +108,34 @@ def test_one_that_dies_or_hangs_is_replaced_and_given_everything(tmp_path: Path,
         await second.stop()
 
     run(tmp_path)
+
+
+@pytest.mark.parametrize(("renewed", "level"), [(True, logging.INFO), (False, logging.WARNING)])
+def test_an_upgrade_s_end_of_it_is_no_warning_and_its_death_is(
+    tmp_path: Path,
+    renewed: bool,
+    level: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ublkpool"), "propagate", True)
+    caplog.set_level(logging.INFO, "ublkpool.holder")
+
+    @in_loop
+    async def run(run_dir: Path) -> None:
+        holder = Holder(run_dir)
+        holder.start()
+        keeper = asyncio.ensure_future(holder.keep_running())
+        before = holder._child
+        assert before is not None
+        if renewed:
+            holder.renew()
+        else:
+            before.send(signal.SIGKILL)
+        while holder._child is before:
+            await asyncio.sleep(0)
+        keeper.cancel()
+        await holder.stop()
+
+    run(tmp_path)
+    assert [each.levelno for each in caplog.records if "holder is gone" in each.getMessage()] == [level]
