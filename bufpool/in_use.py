@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,9 +114,11 @@ def name_process(pid: int) -> str:
 
 
 def _backend_of(words: list[str]) -> str:
-    if "backend" not in words or "--device" not in words[:-1]:
+    if "backend" not in words:
         return ""
-    return f"the ublkpool backend of {words[words.index('--device') + 1]}"
+    names = [after for word, after in pairwise(words) if word == "--device"]
+    names += [word.removeprefix("--device=") for word in words if word.startswith("--device=")]
+    return f"the ublkpool backend of {names[0]}" if names else ""
 
 
 def claimers(path: Path) -> list[str]:

@@ -88,6 +88,15 @@ def test_what_a_living_process_has_locked_is_refused_with_its_device_and_its_num
     assert claim.LIVE_PATIENCE_S <= time.now_s < claim.LIVE_PATIENCE_S + 1
 
 
+def test_a_process_is_named_by_its_device_or_its_command() -> None:
+    assert (
+        in_use._backend_of(["ublkpool", "backend", "file", "--device=vol9"]) == "the ublkpool backend of vol9"
+    )
+    assert in_use._backend_of(["ublkpool", "backend", "file", "--device"]) == ""
+    assert in_use.name_process(os.getpid()).startswith(f"process {os.getpid()} (")
+    assert in_use.name_process(1 << 30) == f"process {1 << 30}"
+
+
 def test_opening_waits_until_a_predecessor_has_let_go(image: Path) -> None:
     first = claim.open_alone(image, os.O_RDWR)
     done = threading.Event()

@@ -112,6 +112,21 @@ def test_features_are_what_the_driver_offers(daemon: Daemon) -> None:
     assert _succeeded(run_command(daemon, "features")).split() == list(feature_names(offered))
 
 
+def test_a_machine_that_forbids_io_uring_is_told_how_to_allow_it(daemon: Daemon) -> None:
+    setting = Path("/proc/sys/kernel/io_uring_disabled")
+    before = setting.read_text()
+    setting.write_text("2")
+    try:
+        ran = [
+            run_command(daemon, "features"),
+            run_command(daemon, "add", "x", "--size", "1M", "--answers", "worker"),
+        ]
+    finally:
+        setting.write_text(before)
+    for each in ran:
+        assert "kernel.io_uring_disabled = 2" in _complaint(each)
+
+
 def test_without_the_rights_a_command_says_what_is_missing(daemon: Daemon) -> None:
     denied = _complaint(run_command(daemon, "features", user=NOBODY))
     assert "/dev/ublk-control" in denied and "ermission denied" in denied
