@@ -50,6 +50,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.limits import CLASS_COUNT_MAX, PAGE_BYTES, QUEUE_COUNT_MAX, Geometry, SizeClass
+from ublkpool.bufpool.way_out import explain
 
 assert sys.byteorder == "little", "slot headers are single 32-bit stores in native byte order"
 
@@ -400,7 +401,7 @@ def _allocate(fd: int, name: str, size_bytes: int) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM):
             raise _no_space(name, size_bytes) from error
-        raise PoolError(f"{name} of {_mib(size_bytes)} cannot be allocated: {error.strerror}") from error
+        raise PoolError(f"{name} of {_mib(size_bytes)} cannot be allocated: {explain(error)}") from error
 
 
 def _make_huge(fd: int, name: str, size_bytes: int, huge: HugePages) -> None:

@@ -43,6 +43,7 @@ from ublkpool.bufpool.broker_commands import (
 from ublkpool.bufpool.device_leases import DeviceLeases, parse_routing_id, worker_routing_id
 from ublkpool.bufpool.errors import PoolError, WireError
 from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.way_out import explain
 from ublkpool.bufpool.wire import unpack_slots
 
 MESSAGES_PER_TURN_MAX = 256
@@ -281,7 +282,9 @@ def _bind(router: "zmq.Socket[bytes]", endpoint: str) -> None:
     try:
         router.bind(endpoint)
     except zmq.ZMQError as error:
-        raise PoolError(f"the pool broker cannot listen on {endpoint}: {error.strerror}") from error
+        raise PoolError(
+            f"the pool broker cannot listen on {endpoint}: {explain(OSError(error.errno, error.strerror))}"
+        ) from error
 
 
 def _remove_socket(endpoint: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
 from ublkpool.bufpool.way_out import explain
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
 from ublkpool.daemon.refusals import Refusals, plain
@@ -172,7 +172,7 @@ class AttachServer:
             check_may_attach(peer, self._group)
             self._check_room(peer)
         except (PoolError, OSError) as error:
-            self._refuse(sock, str(error))
+            self._refuse(sock, one_line(error))
             return
         self._unheard[peer.uid] += 1
         task = asyncio.get_running_loop().create_task(self._welcome(sock, peer))
@@ -200,7 +200,7 @@ class AttachServer:
                 session = Session(sock, peer, message, files[0] if files else None)
                 files.clear()
         except (PoolError, DaemonError, OSError, TimeoutError) as error:
-            self._refuse(sock, str(error) or "no attach message came in time")
+            self._refuse(sock, one_line(error) if str(error) else "no attach message came in time")
         finally:
             for fd in files:
                 os.close(fd)
@@ -242,7 +242,7 @@ class AttachServer:
                 raise AttachRefused(f"device {device} has {ADMITTED_AT_ONCE_MAX} backends attaching already")
             await self._admit(session)
         except (PoolError, DaemonError, OSError) as error:
-            reason = self._noted(str(error))
+            reason = self._noted(one_line(error))
             who = f"backend {plain(session.attach.kind)}, process {session.pid},"
             self._note_refusal(device, f"{who} was refused: {reason}")
             session.say(wire.Refused(reason=reason))
