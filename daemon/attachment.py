@@ -8,11 +8,13 @@ the daemon runs itself `managed_backend.py`'s.  Runs on the supervisor's asyncio
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.background import Background
 from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.lifecycle import Lifecycle
 from ublkpool.daemon.session import Session
@@ -52,6 +54,8 @@ class Attachment:
         self._team = team
         self._farewell: asyncio.Task[None] | None = None
         self._is_absent_logged = False
+        self._is_first_due = False
+        """No backend has served since a takeover."""
 
     async def admit(self, session: Session, take: Callable[[Session], Awaitable[None]]) -> None:
         """Have `take` bring it to the workers, when it is its turn.  Raises `AttachRefused` and what `take` raises."""
@@ -97,6 +101,7 @@ class Attachment:
         self.refusal = ""
         self._is_absent_logged = False
         self._life.save()
+        self.await_greetings(team)
         self._farewell = self._background.spawn(self._until_gone(session))
         session.entrust(team.attached(session), team.plan.descriptors())
         self._hold(session)
@@ -118,7 +123,41 @@ class Attachment:
     def adopt(self, session: Session, team: Team) -> None:
         """Go on with a backend that an earlier daemon introduced."""
         self._hold(session)
+        self.await_greetings(team)
         self._farewell = self._background.spawn(self._until_gone(session))
+
+    def await_first(self) -> None:
+        """At a takeover: the device is not served before a backend is there, an earlier daemon's or another."""
+        if self._config.answers == "backend":
+            self._is_first_due = True
+            self._life.serve(False)
+
+    def await_greetings(self, team: Team) -> None:
+        """The device is served from when its backend, if it has one, has greeted every queue of these workers."""
+        if self.session is not None and team.unlinked():
+            self._life.serve(False)
+            self._background.spawn(self._until_greeted(team, self.session))
+        elif self.session is not None:
+            self._served()
+
+    async def _until_greeted(self, team: Team, session: Session) -> None:
+        # A worker that ends has others follow, which are greeted anew.
+        with suppress(DaemonError):
+            await team.linked()
+            if self.session is session:
+                self._served()
+
+    def due_greetings(self) -> str:
+        """Which queues the attached backend has yet to greet before it serves; empty if none."""
+        team, session = self._team(), self.session
+        if self._life.is_served or session is None or team is None:
+            return ""
+        queues = ", ".join(map(str, team.unlinked()))
+        return f"backend {session.attach.kind} has attached and not said HELLO on queue {queues} yet"
+
+    def _served(self) -> None:
+        self._is_first_due = False
+        self._life.serve(True)
 
     def say_live(self, team: Team) -> None:
         """The disk is there: tell the backend, if there is one."""
@@ -209,6 +248,7 @@ class Attachment:
             self._holder.drop(name)
         session.close()
         self.session = self._farewell = None
+        self._life.serve(not self._is_first_due)
 
     def abandon(self) -> None:
         """Forget who is attached, change nothing."""

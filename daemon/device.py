@@ -77,6 +77,11 @@ class Device:
         return self._life.state
 
     @property
+    def shown(self) -> State:
+        """The state that users are told, see `Lifecycle.shown`."""
+        return self._life.shown
+
+    @property
     def reason(self) -> str:
         """Why it failed."""
         return self._life.reason
@@ -90,6 +95,7 @@ class Device:
         parts = [life.trouble if state in ("recovering", "quiesced") else ""]
         if self.session is None and self.config.answers == "backend":
             parts.append(self._why_no_backend())
+        parts.append(self._attachment.due_greetings())
         return "; ".join(filter(None, parts))
 
     def _why_no_backend(self) -> str:
@@ -121,7 +127,7 @@ class Device:
             name=self.config.name,
             id=info.device_number if info else self.config.id,
             path=str(kernel.node) if kernel and self.state != "waiting" else None,
-            state=self.state,
+            state=self._life.shown,
             size_bytes=disk.size_bytes if disk else self.config.size_bytes,
             queues=info.queues if info else self.config.queues,
             depth=self.config.depth,
@@ -290,6 +296,9 @@ class Device:
     async def _go_live(self, team: Team) -> None:
         kernel = team.plan.kernel
         try:
+            # A disk that no backend serves would hold up whoever looks at it.
+            if self.config.answers == "backend":
+                await team.linked()
             await kernel.start(START_DEADLINE_S, team.check_whole)
             await kernel.wait_for_node()
         except DaemonError as error:
@@ -337,6 +346,7 @@ class Device:
         self._life.reason = self._life.trouble = ""
         self._binding.served()
         self._life.enter("live")
+        self._attachment.await_greetings(team)
         self._attachment.say_live(team)
 
     async def _undo_start(self, reason: str) -> None:
@@ -367,6 +377,7 @@ class Device:
 
         Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
         """
+        self._attachment.await_first()
         async with self._life.turn:
             heir = await Heir.of(record, held, self._around.runner)
             team = await Adoption(record, self._machinery, self._attachment).go_on(heir)
@@ -423,6 +434,7 @@ class Device:
                 self._around.records.forget(self.config.name)
                 return False
             self._left = None
+            self._attachment.await_first()
             self._life.enter("recovering")
             await self._learn(record)
             try:

@@ -23,6 +23,8 @@ class Lifecycle:
         """Why it failed, or could not be started."""
         self.trouble = ""
         """Why it is being recovered."""
+        self.is_served = True
+        """False after a takeover until a backend serves, and while an attached one has not greeted every queue."""
         self.is_stopping = False
         # Attach, farewell, recovery and deletion each find a device that none of the others is changing.
         self.turn = asyncio.Lock()
@@ -47,9 +49,20 @@ class Lifecycle:
         self.is_stopping = True
         self._changed.set()
 
+    @property
+    def shown(self) -> State:
+        """The state that users are told: a device that the kernel has live, and no backend serves, is recovering."""
+        return "recovering" if self.state == "live" and not self.is_served else self.state
+
+    def serve(self, is_served: bool) -> None:
+        """See `is_served`."""
+        self.is_served = is_served
+        self._changed.set()
+        self.on_change()
+
     async def live(self) -> None:
-        """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
-        while self.state in ("waiting", "recovering", "quiesced") and not self.is_stopping:
+        """Return when the device is live and served.  Raises `DaemonError` with the reason if it fails first."""
+        while self.shown in ("waiting", "recovering", "quiesced") and not self.is_stopping:
             self._changed.clear()
             await self._changed.wait()
         if self.state != "live":

@@ -73,7 +73,7 @@ class Supervisor:
             notify.status(self._status())
 
     def _status(self) -> str:
-        return notify.describe([(each.config.name, each.state) for each in self._table.devices()])
+        return notify.describe([(each.config.name, each.shown) for each in self._table.devices()])
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing.
@@ -132,7 +132,7 @@ class Supervisor:
         except TimeoutError:
             device = self._table.device(name)
             why = f": {device.trouble}" if device.trouble else ""
-            raise DaemonError(f"{name}: still {device.state} after {timeout_s:g} s{why}") from None
+            raise DaemonError(f"{name}: still {device.shown} after {timeout_s:g} s{why}") from None
         return device.status()
 
     def list(self) -> Sequence[DeviceStatus]:

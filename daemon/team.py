@@ -168,6 +168,10 @@ class Team:
             return ()
         return tuple(each.buffer_bytes for each in self.plan.arena.geometry.classes)
 
+    def unlinked(self) -> list[int]:
+        """The queues that no backend has greeted."""
+        return [each.queue for each in self.workers if not each.is_linked]
+
     async def linked(self) -> None:
         """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""
         await asyncio.gather(*(each.linked() for each in self.workers))

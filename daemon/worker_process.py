@@ -45,8 +45,13 @@ class WorkerProcess:
         await self._or_end(self._ready)
 
     async def linked(self) -> None:
-        """Wait until its first backend is there, fenced if that was asked.  Raises `DaemonError` if it ends before."""
+        """Wait until its backend is there, fenced if that was asked.  Raises `DaemonError` if it ends before."""
         await self._or_end(self._linked)
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether its backend has greeted it, and it has not said since that this one is gone."""
+        return self._linked.done()
 
     async def report(self) -> messages.Standing:
         """Where an earlier supervisor's worker stands; once, before anything else.  Raises `DaemonError` if it ends."""
@@ -54,8 +59,6 @@ class WorkerProcess:
         standing = await self._or_end(self._standing)
         if standing.fetched:
             _resolve(self._ready)
-        if standing.token:
-            _resolve(self._linked)
         return standing
 
     async def ask(self, message: messages.ToWorker, fd: int | None = None) -> messages.FromWorker:
@@ -119,15 +122,26 @@ class WorkerProcess:
             case messages.Linked():
                 _resolve(self._linked)
             case messages.Expecting() | messages.LetGo():
+                self._unlink()
                 if self._answer is not None and not self._answer.done():
                     self._answer.set_result(message)
             case messages.Standing():
+                self._unlink()
+                if message.token and message.linked is not False:
+                    _resolve(self._linked)
                 if not self._standing.done():
                     self._standing.set_result(message)
             case messages.Fault(reason=reason):
                 self.fault = reason
             case _:
+                if isinstance(message, messages.Cut | messages.HungUp):
+                    self._unlink()
                 self._on_news(self, message)
+
+    def _unlink(self) -> None:
+        """What it says of a backend from here on is said of the next."""
+        if self._linked.done():
+            self._linked = self._loop.create_future()
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

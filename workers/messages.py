@@ -63,6 +63,8 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     fetched: bool
     token: str
     """Of the backend that it serves or expects, hexadecimal; empty if none."""
+    linked: bool | None = None
+    """Whether that backend is there, as of `Linked`; None: a worker of an earlier version, which does not say."""
 
 
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):

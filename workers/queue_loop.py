@@ -221,7 +221,8 @@ class QueueLoop:
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
-                self._tell(messages.Standing(self._fetched, self._backend.token.hex()))
+                is_linked = self._queue.link is Link.UP
+                self._tell(messages.Standing(self._fetched, self._backend.token.hex(), is_linked))
             case None:
                 _log.info(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue

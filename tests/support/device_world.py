@@ -195,10 +195,14 @@ class DeviceWorld(Processes):
     def _kill(self) -> None:
         if not self.kills or self.rng.random() > 0.3:
             return
+        changing = self.daemon is None or self.daemon.device.state != "live"
+        if changing and "backend" in self.kills and self.rng.random() < 0.5:
+            # A recovery is short: left to chance, few backends would die in one.
+            self.kills.remove("backend")
+            self.kills.append("backend")
         victim = self.kills[-1]
         if victim != "backend" and (self.daemon is None or self.strikes >= LIVES_MAX):
             return
-        changing = self.daemon is None or self.daemon.device.state != "live"
         if self._has_killed(victim):
             self.kills.pop()
             self.counts["kills"] += 1

@@ -120,6 +120,9 @@ class FakeTeam:
     def attached(self, _session: object) -> None:
         """What a backend is told does not matter here."""
 
+    def unlinked(self) -> list[int]:
+        return []
+
 
 def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_successors() -> None:
     """Both wait while the device is recovered: the second must not be introduced before the first is taken leave of."""

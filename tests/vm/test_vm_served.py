@@ -1,0 +1,121 @@
+"""`live` is said of a disk that a backend serves; a group's backends find their queues again after a service's restart.
+
+The backends are processes of a user who is only a member of the daemon's group.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from support.vm_daemon import Daemon, eventually
+from support.vm_process import Forked, write_block
+from ublkpool.backends.null import NullBackend, NullOptions
+from ublkpool.bufpool.client import Transport
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.serving import serve
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import DeviceStatus
+
+GROUP = "nogroup"
+NOBODY = 65534
+MIB = 1 << 20
+NONE_YET = "no backend is attached, requests wait"
+
+
+def _backend(daemon: Daemon, transport: Transport = "ring") -> Forked:
+    """Another user's, which says in a file of its own why it ended."""
+    said = daemon.path("said")
+    said.touch()
+    said.chmod(0o666)
+
+    def run() -> int:
+        # The other user cannot read where these lie.
+        import ublkpool.bufpool.native
+        import ublkpool.bufpool.ring_links
+        import ublkpool.bufpool.zeromq_links  # noqa: F401
+
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        try:
+            return serve(
+                NullBackend(NullOptions(size=MIB)), device="vol", run_dir=daemon.run_dir, transport=transport
+            )
+        except PoolError as error:
+            said.write_text(str(error))
+            return 1
+
+    return Forked(run)
+
+
+def _queues(daemon: Daemon) -> list[Path]:
+    return sorted((daemon.run_dir / "queues").iterdir())
+
+
+def _owner(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_uid, about.st_gid, about.st_mode & 0o777
+
+
+def _restarted_by_systemd(daemon: Daemon) -> None:
+    """What RuntimeDirectory= of a unit without User= does to all that lies there."""
+    daemon.client.stop(leave=True)
+    assert daemon.wait_end() == 0
+    for path in (daemon.run_dir, *daemon.run_dir.rglob("*")):
+        os.chown(path, 0, 0, follow_symlinks=False)
+    daemon.start()
+
+
+def _status(daemon: Daemon) -> DeviceStatus:
+    return daemon.status("vol")
+
+
+def test_a_groups_backends_are_served_again_after_a_restart_and_live_is_said_only_then() -> None:
+    daemon = Daemon(config=f'[daemon]\ngroup = "{GROUP}"\n', name="group")
+    daemon.run_dir.parent.chmod(0o755)
+    with daemon.life():
+        daemon.add("vol", size_bytes=MIB, queues=2, depth=8, max_io_bytes=65536, rings=True)
+        backend = _backend(daemon)
+        path = daemon.wait_live("vol").path
+        assert path is not None and write_block(path, 0, bytes(4096)) == 0
+        meant = {each: _owner(each) for each in _queues(daemon)}
+        assert set(meant.values()) == {(0, NOBODY, 0o660)}
+
+        _restarted_by_systemd(daemon)
+        assert {each: _owner(each) for each in _queues(daemon)} == meant
+        assert (_status(daemon).state, _status(daemon).reason) == ("live", "")
+        backend.kill()
+        for transport in ("ring", "zeromq"):
+            _check_that_it_is_served_when_a_backend_has_come(daemon, path, transport)
+        _check_that_a_backend_that_is_denied_says_so(daemon, path)
+        daemon.delete("vol")
+
+
+def _check_that_it_is_served_when_a_backend_has_come(daemon: Daemon, path: str, transport: Transport) -> None:
+    """The backend dies while there is no daemon."""
+    _restarted_by_systemd(daemon)
+    assert (_status(daemon).state, _status(daemon).reason) == ("recovering", NONE_YET)
+    with pytest.raises(DaemonError, match=rf"still recovering after 0\.5 s: {NONE_YET}"):
+        daemon.client.wait_live("vol", 0.5)
+    with _backend(daemon, transport):
+        daemon.wait_live("vol")
+        assert _status(daemon).backend.attached and not _status(daemon).reason
+        assert write_block(path, 0, bytes(4096)) == 0
+
+
+def _check_that_a_backend_that_is_denied_says_so(daemon: Daemon, path: str) -> None:
+    denied = next(each for each in _queues(daemon) if each.name.endswith(".1.ring"))
+    os.chown(denied, 0, 0)
+    eventually(lambda: not _status(daemon).backend.attached, "the last one is gone")
+    backend = _backend(daemon)
+    eventually(lambda: "HELLO on queue 1 yet" in _status(daemon).reason, "the queue is named")
+    assert _status(daemon).state == "recovering" and _status(daemon).backend.attached
+    assert backend.wait() == 1
+    said = daemon.path("said").read_text()
+    assert re.match(rf"queue 1: {denied}: Permission denied for 5 s: run this backend as root, or", said)
+    os.chown(denied, 0, NOBODY)
+    with _backend(daemon):
+        daemon.wait_live("vol")
+        assert write_block(path, 0, bytes(4096)) == 0
