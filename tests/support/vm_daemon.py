@@ -111,7 +111,7 @@ class BackendProcess:
 class Daemon:
     """One `ublkpool serve` in a run directory of its own."""
 
-    def __init__(self, config: str = "", name: str = "run", module: str = "ublkpool.daemon") -> None:
+    def __init__(self, config: str = "", name: str = "run", module: str = "support.watched_daemon") -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
         self.run_dir = self._scratch / name
         self.state_dir = self._scratch / "state"

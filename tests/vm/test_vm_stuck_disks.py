@@ -116,7 +116,8 @@ def suspended_file(lower: str) -> Iterator[str]:
     run("modprobe", "dm-mod")
     run("dmsetup", "create", "--noudevsync", SUSPENDED, "--table", f"0 {DISK_BYTES // 512} linear {lower} 0")
     try:
-        yield f"/dev/mapper/{SUSPENDED}"
+        minor = run("dmsetup", "info", "--columns", "--noheadings", "--options", "minor", SUSPENDED)
+        yield f"/dev/dm-{minor.strip()}"
     finally:
         run("dmsetup", "resume", "--noudevsync", SUSPENDED)
         run("dmsetup", "remove", "--noudevsync", "--retry", SUSPENDED)
