@@ -101,13 +101,23 @@ class Supervisor:
         devices = {name: self._table.device(name) for name in wanted if name in self._table}
         if not force and len(devices) > 1:
             await _check_all_unused(list(devices.values()))
+        gone: _Names = []
         for name in dict.fromkeys(wanted):
-            # It may have been removed for another client meanwhile.
-            if name in self._table:
-                await self._table.delete(name, force, forget=True)
-            elif name not in devices:
-                await self._binding(name).forget()
+            try:
+                await self._delete_one(name, force, is_known=name in devices)
+            except DaemonError as error:
+                if gone:
+                    raise DaemonError(f"{error} (deleted before that: {', '.join(gone)})") from error
+                raise
+            gone.append(name)
         return wanted
+
+    async def _delete_one(self, name: str, force: bool, is_known: bool) -> None:
+        # It may have been removed for another client meanwhile.
+        if name in self._table:
+            await self._table.delete(name, force, forget=True)
+        elif not is_known:
+            await self._binding(name).forget()
 
     async def rebind(self, name: str) -> None:
         """Have the next store that attaches become this name's.  Raises `DaemonError` if there is no such device."""

@@ -14,6 +14,7 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.device import Device
 from ublkpool.daemon.disk_use import Users
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.supervisor import Supervisor
 from ublkpool.daemon.surroundings import Surroundings
 
 
@@ -173,3 +174,54 @@ def test_a_device_whose_client_buffers_are_lent_is_not_deleted(monkeypatch: pyte
         assert "client process 77" in await scene.refusal()
 
     play(run)
+
+
+class Table:
+    """Devices that may have users: as a supervisor's, without anything below."""
+
+    def __init__(self, seen: dict[str, str], told: dict[str, str]) -> None:
+        self._seen, self._told = seen, told
+        self.names = ["first", "second", "third"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def devices(self) -> list[Any]:
+        return [self.device(name) for name in self.names]
+
+    def device(self, name: str) -> Any:
+        async def check_unused() -> None:
+            if name in self._seen:
+                raise DaemonError(f"{name}: in use: {self._seen[name]}")
+
+        return SimpleNamespace(config=SimpleNamespace(name=name), check_unused=check_unused)
+
+    async def delete(self, name: str, force: bool, forget: bool) -> None:
+        assert forget
+        if not force and name in self._told:
+            raise DaemonError(f"{name}: in use: {self._told[name]}")
+        self.names.remove(name)
+
+
+def all_deleted(table: Table, *, force: bool = False) -> list[str]:
+    supervisor = Supervisor.__new__(Supervisor)
+    supervisor._table = cast(Any, table)
+    supervisor._around = cast(Any, SimpleNamespace(states=SimpleNamespace(knows=lambda _: False)))
+    return list(asyncio.run(supervisor.delete(None, force)))
+
+
+def test_all_devices_are_asked_before_one_goes_and_every_refusal_is_told() -> None:
+    table = Table(seen={"second": "cat", "third": "a mount"}, told={})
+    with pytest.raises(DaemonError) as caught:
+        all_deleted(table)
+    assert str(caught.value) == "nothing was deleted: second: in use: cat; third: in use: a mount"
+    assert table.names == ["first", "second", "third"]
+    assert all_deleted(table, force=True) == ["first", "second", "third"]
+
+
+def test_what_went_before_another_was_refused_is_told() -> None:
+    table = Table(seen={}, told={"second": "somebody"})
+    with pytest.raises(DaemonError) as caught:
+        all_deleted(table)
+    assert str(caught.value) == "second: in use: somebody (deleted before that: first)"
+    assert table.names == ["second", "third"]
