@@ -395,6 +395,8 @@ def _client(run_dir: Path) -> "AdminClient":
 def delete(names: tuple[str, ...], delete_all: bool, force: bool, run_dir: Path) -> None:
     """Delete devices, and print their names.
 
+    One that is in use stays, and the error names who uses it; of several, all stay then.
+
     \b
     ublkpool del vol0 vol1
     ublkpool del --all

@@ -125,10 +125,11 @@ def suspended_file(lower: str) -> Iterator[str]:
 
 def test_a_suspended_disk_under_a_device_stops_nobody_else_neither_del_nor_the_end() -> None:
     lower = Daemon(name="lower")
-    upper = Daemon(module="support.hasty_daemon")
     with lower.life():
         below = lower.add("below", "memory", {"size": DISK_BYTES}).path
         assert below is not None
+        # What there is by now is not counted as left by it.
+        upper = Daemon(module="support.hasty_daemon")
         with suspended_file(below) as backing, closing(upper):
             upper.start()
             path = upper.add("above", "file", {"path": backing, "direct": "on"}).path
