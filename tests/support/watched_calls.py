@@ -40,8 +40,11 @@ def is_on_a_disk(path: str) -> bool:
 
 
 def is_own(path: str, own: tuple[str, ...]) -> bool:
-    """Whether the path is the daemon's own: below `own`, its code, or what the kernel answers by itself."""
-    return not is_on_a_disk(path) and (bool(_OWN.match(path)) or path.startswith((*own, *_code())))
+    """Whether the path is the daemon's own: below or above `own`, its code, or what the kernel answers by itself."""
+    if is_on_a_disk(path):
+        return False
+    leads_there = any(each.startswith(f"{path.rstrip('/')}/") for each in own)
+    return leads_there or bool(_OWN.match(path)) or path.startswith((*own, *_code()))
 
 
 def _code() -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def test_what_a_disk_may_keep_waiting_is_known(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/dev/ublkc0", "/dev/shm/x", "/run/ours/lock", "/proc/77/stat", "/etc/group", __file__]
+    "path", ["/dev/ublkc0", "/dev/shm/x", "/run/ours/lock", "/run", "/", "/proc/77/stat", __file__]
 )
 def test_what_is_the_daemons_own_is_allowed(path: str) -> None:
     assert is_own(path, ("/run/ours",))
