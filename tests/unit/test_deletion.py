@@ -49,13 +49,16 @@ class Scene:
         monkeypatch.setattr(module, "drop_kept", self._drop_kept)
         self.log: list[str] = []
         self.kernel = Kernel(self.log, newer)
-        around = SimpleNamespace(run_dir=Path("/nonexistent"), runner=None, holder=None, records=None)
+        around = SimpleNamespace(
+            run_dir=Path("/nonexistent"), runner=None, holder=None, records=None, states=None, boot_id=""
+        )
         self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(Surroundings, around))
         self.device.save = lambda: None  # type: ignore[method-assign]
         self.device._machinery.kernel = cast(Any, self.kernel)
         self.device._life.state = cast(Any, state)
         monkeypatch.setattr(self.device._machinery, "try_stop", self._try_stop)
         monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
+        monkeypatch.setattr(self.device, "_end_binding", self._end_binding)
 
     async def _try_stop(self, _gone: object) -> bool:
         assert self.device._life.turn.locked() and not self.device._life.is_stopping
@@ -65,6 +68,9 @@ class Scene:
     async def _tear_down(self, _keep: bool) -> None:
         assert self.device._life.turn.locked() and self.device._life.is_stopping
         self.log.append("tear down")
+
+    async def _end_binding(self, _keep: bool, _forget: bool) -> None:
+        """It has no store."""
 
     async def _drop_kept(self, _path: Path) -> None:
         """There is nothing kept."""
