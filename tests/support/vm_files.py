@@ -41,6 +41,12 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def load_module(name: str) -> None:
+    """Load a module of this kernel's; in the guest from where its modules lie."""
+    guests = Path("/run/guest/modprobe")
+    run(guests if guests.exists() else "modprobe", name)
+
+
 def make_file_system(kind: str, path: str) -> None:
     """An empty one; no discard beforehand, so that every byte it reads was written."""
     run(*MAKE[kind], path)

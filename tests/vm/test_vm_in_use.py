@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.vm_daemon import Daemon, eventually
-from support.vm_files import make_file_system, mounted, partition_table, run
+from support.vm_files import load_module, make_file_system, mounted, partition_table, run
 from ublkpool.daemon.errors import DaemonError
 
 MIB = 1 << 20
@@ -95,7 +95,7 @@ def _is_link_to(link: Path, path: str) -> bool:
 
 @contextmanager
 def under_a_loop_device(_daemon: Daemon, path: str) -> Iterator[str]:
-    run("modprobe", "loop")
+    load_module("loop")
     loop = run("losetup", "--find", "--show", path).strip()
     try:
         yield f"{Path(loop).name} is a loop device on it"
@@ -105,7 +105,7 @@ def under_a_loop_device(_daemon: Daemon, path: str) -> Iterator[str]:
 
 @contextmanager
 def under_device_mapper(_daemon: Daemon, path: str) -> Iterator[str]:
-    run("modprobe", "dm-mod")
+    load_module("dm-mod")
     name = "ublkpool-test"
     run("dmsetup", "create", "--noudevsync", name, "--table", f"0 2048 linear {path} 0")
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from support import gated_functions
 from support.vm_daemon import DEADLINE_S, BackendProcess, Daemon, eventually, eventually_nothing
-from support.vm_files import run
+from support.vm_files import load_module, run
 from support.vm_process import Forked, write_block
 from ublkpool.daemon.errors import DaemonError
 
@@ -113,7 +113,7 @@ def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and
 @contextmanager
 def suspended_file(lower: str) -> Iterator[str]:
     """A device-mapper device on a disk, which takes requests and answers none until the end of the block."""
-    run("modprobe", "dm-mod")
+    load_module("dm-mod")
     run("dmsetup", "create", "--noudevsync", SUSPENDED, "--table", f"0 {DISK_BYTES // 512} linear {lower} 0")
     try:
         minor = run("dmsetup", "info", "--columns", "--noheadings", "--options", "minor", SUSPENDED)
