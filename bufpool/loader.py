@@ -167,8 +167,9 @@ class FunctionBackend(Backend):
     """A module of functions as a backend.
 
     `get_size() -> int` and `pread(buf, offset)` must be there, `pwrite(buf, offset)` if it can be written.  Optional:
-    `open(option, ...)` called first, `flush()`, `trim(offset, length)`, `zero(offset, length)`, `close()`.  With
-    `flush` the device has a volatile cache, and a write with FUA is followed by a flush.
+    `open(option, ...)` called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
+    `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and a
+    write with FUA is followed by a flush.
     """
 
     def __init__(self, module: ModuleType, values: Mapping[str, Any]) -> None:
@@ -179,6 +180,7 @@ class FunctionBackend(Backend):
         self._get_size: Callable[[], int] = module.get_size
         self._pread: Callable[[memoryview, int], int | None] = module.pread
         self._pwrite = self._function(module, "pwrite")
+        self._identity = self._function(module, "identity")
         self._flush = self._function(module, "flush")
         self._trim = self._function(module, "trim")
         self._zero = self._function(module, "zero")
@@ -204,6 +206,7 @@ class FunctionBackend(Backend):
             volatile_cache=self._flush is not None,
             discard_max_bytes=size_bytes if self._trim else 0,
             write_zeroes_max_bytes=size_bytes if self._zero else 0,
+            identity=self._identity() if self._identity else None,
         )
 
     def pread(self, buf: memoryview, offset: int) -> int | None:

@@ -3,24 +3,33 @@
     ublkpool backend examples/file_functions.py --device demo path=/srv/disk.img
 
 A write is answered when `pwrite` returns: then it is in the page cache, where it survives this process.  `open_alone`
-sees to it that no other server, mount or volume manager writes to the file or block device meanwhile.
+sees to it that no other server, mount or volume manager writes to the file or block device meanwhile, `identity` that
+a successor that finds another file is refused.
 """
 
 import os
 from pathlib import Path
 
 from ublkpool.bufpool.claim import open_alone
+from ublkpool.bufpool.store_identity import identify
+from ublkpool.bufpool.wire import Identity
 
 file = -1
+store = Path()
 
 
 def open(path: str) -> None:
-    global file
-    file = open_alone(Path(path), os.O_RDWR | os.O_CLOEXEC)
+    global file, store
+    store = Path(path)
+    file = open_alone(store, os.O_RDWR | os.O_CLOEXEC)
 
 
 def get_size() -> int:
     return os.lseek(file, 0, os.SEEK_END)
+
+
+def identity() -> Identity:
+    return identify(file, store)
 
 
 def pread(buf: memoryview, offset: int) -> int:

@@ -57,6 +57,9 @@ class FakeWorker:
         self.placement, self.post_bytes = placement, post_bytes
         self.spin_us = spin_us
         self.epoch = 1
+        self.may_create: bool | None = True
+        """None: an older daemon, which knows neither identities nor generations."""
+        self.generation = 0
         self.attach: wire.Attach | None = None
         self.own: mmap.mmap | None = None
         self._sequence = itertools.count(1)
@@ -130,6 +133,7 @@ class FakeWorker:
             need_get_data=self.placement == "backend",
             placement="backend" if self.placement == "backend" else "pool",
             read_only=False,
+            may_create=self.may_create,
         )
         self.tell(described)
         self.hang_up()
@@ -173,6 +177,7 @@ class FakeWorker:
             own_segment=OWN_SEGMENT if self.own is not None else 0,
             spin_us=self.spin_us,
             post_bytes=self.post_bytes,
+            generation=self.generation,
         )
         socket.send_fds(self.connection, [wire.encode_message(attached)], [self._pool_descriptor])
         return attach
