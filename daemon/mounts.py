@@ -152,10 +152,11 @@ def own_paths() -> set[Path]:
 
 
 def _code() -> set[Path]:
-    """Not sys.path: that may name the directory in which the operator stood."""
+    """Where the loaded modules lie, and where those that are loaded later may."""
     files = [getattr(module, "__file__", None) for module in tuple(sys.modules.values())]
-    packages = {Path(each) for each in ublkpool.__path__}
-    return packages | {Path(each).parent for each in (sys.executable, *filter(None, files))}
+    # The first entry of sys.path may be the directory in which the operator stood (python -m).
+    places = {Path(each) for each in (*ublkpool.__path__, *sys.path[1:])}
+    return places | {Path(each).parent for each in (sys.executable, *filter(None, files))}
 
 
 def _libraries() -> set[Path]:

@@ -62,6 +62,16 @@ def test_a_symbolic_link_leads_over_the_mounts_of_both_ends(tmp_path: Path) -> N
     assert mounts.mounts_on_the_way(link) == both
 
 
+def test_code_is_where_modules_were_loaded_from_or_may_be_and_not_where_the_operator_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood, more = tmp_path / "stood", tmp_path / "more"
+    monkeypatch.setattr(sys, "path", [str(stood), str(more)])
+    found = mounts.own_paths()
+    assert more in found and stood not in found
+    assert Path(mounts.__file__).parent in found and Path(os.__file__).parent in found
+
+
 _DAEMON = """
 import os, subprocess, sys
 from pathlib import Path
