@@ -75,7 +75,9 @@ class MemoryBackend(Backend):
         """Without a keeper every process has a disk of its own, which is what `keep=off` asks for."""
         if self.options.keep:
             return memory_identity(segment.descriptor, hint.device)
-        return Identity(value="memory:unkept", strength="weak", store="memory with keep=off")
+        return Identity(
+            value="memory:unkept", strength="weak", store="memory with keep=off", ends_with_device=True
+        )
 
     def _kept(self, hint: Hint, size_bytes: int) -> OwnSegment:
         self._keeper = Keeper(keeper_path(hint.run_dir, hint.device))

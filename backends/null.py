@@ -42,7 +42,7 @@ class NullBackend(Backend):
             write_zeroes_max_bytes=everything,
             placement=placement,
             segment_bytes=options.segment if placement != "pool" else 0,
-            identity=Identity(value="null", store="nothing: null stores no data"),
+            identity=Identity(value="null", store="nothing: null stores no data", ends_with_device=True),
         )
 
     def engine(self, device: Device) -> FrameEngine:

@@ -7,6 +7,7 @@ was given the same inode number.  Where the kernel has nothing that promises bot
 
 import fcntl
 import os
+import re
 import stat
 import struct
 import time
@@ -28,6 +29,8 @@ _SYS = Path("/sys/dev/block")
 _SERIALS = ("wwid", "device/wwid", "serial", "device/cid", "device/serial", "backend")
 """In the order of trust: NVMe; SCSI and ATA; virtio-blk; MMC; others; nbd's (Documentation/ABI/stable/sysfs-block)."""
 _VOLATILE_DISKS = ("ram", "zram")
+_COUNTED = re.compile(r"(/host|/target|/virtio|/(?=\d+:\d+:\d+:\d+))\d+")
+"""Steps of a path in sysfs that count in the order in which drivers found things."""
 _PATH_LENGTH_MAX = 60
 
 
@@ -117,7 +120,17 @@ def _disk(disk: Path) -> Identity:
     for name in _SERIALS:
         if serial := _read(disk / name):
             return Identity(value=f"disk:{name}:{serial}", store=f"{Path(name).name} {serial}")
-    return _unnumbered_disk(disk)
+    return _usb_disk(disk) or _unnumbered_disk(disk)
+
+
+def _usb_disk(disk: Path) -> Identity | None:
+    """A USB disk has its number where it is plugged in; the last step of its SCSI address is the disk behind it."""
+    for above in disk.parents:
+        serial = _read(above / "serial")
+        if serial and (model := _read(above / "idVendor") + ":" + _read(above / "idProduct")) != ":":
+            unit = disk.parent.parent.name.rpartition(":")[2]
+            return Identity(value=f"disk:usb:{model}:{serial}:{unit}", store=f"usb {model} {serial}")
+    return None
 
 
 def _unnumbered_disk(disk: Path) -> Identity:
@@ -127,8 +140,8 @@ def _unnumbered_disk(disk: Path) -> Identity:
     store = f"{disk.name}, disk number {sequence or '?'} of this boot"
     if disk.name.rstrip("0123456789") in _VOLATILE_DISKS:
         return Identity(in_boot=in_boot or f"disk:{disk.name}", strength="weak", store=store)
-    place = _read(disk / "dm/name") or str(disk.parent.parent)
-    if disk.parent.parent.name in ("virtual", "block"):
+    place = _read(disk / "dm/name") or _COUNTED.sub(r"\1", str(disk.parent.parent))
+    if disk.parent.parent.name == "virtual":
         place = disk.name
     return Identity(value=f"disk:place:{place}", in_boot=in_boot, strength="weak", store=store)
 

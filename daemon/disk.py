@@ -31,7 +31,9 @@ def alone(device: str) -> wire.Attach:
         discard_granularity_bytes=_GRANULARITY_BYTES,
         discard_max_bytes=_AT_ONCE_BYTES_MAX,
         write_zeroes_max_bytes=_AT_ONCE_BYTES_MAX,
-        identity=wire.Identity(value="worker", store="nothing: its workers answer, and store no data"),
+        identity=wire.Identity(
+            value="worker", store="nothing: its workers answer, and store no data", ends_with_device=True
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 LINES_PER_PERIOD_MAX = 20
 PERIOD_S = 60.0
-REASON_LENGTH_MAX = 300
+REASON_LENGTH_MAX = 500
 _log = logging.getLogger("ublkpool.attach")
 
 

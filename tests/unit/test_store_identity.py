@@ -239,6 +239,33 @@ def test_a_disk_without_a_number_is_told_by_its_place_and_by_the_boot_s_number(t
     assert (again.value, again.in_boot) == (found.value, "disk:seq:9")
 
 
+def test_the_order_in_which_drivers_found_a_disk_is_not_its_place(tmp_path: Path) -> None:
+    sysfs = Sysfs(tmp_path)
+    for first, second in (
+        ("pci/ata1/host0/target0:0:1/0:0:1:2/block/sda", "pci/ata1/host3/target3:0:1/3:0:1:2/block/sdb"),
+        ("pci/0000:00:05.0/virtio2/block/vda", "pci/0000:00:05.0/virtio9/block/vdb"),
+    ):
+        places = [store_identity._disk(sysfs.disk(each, diskseq="7")).value for each in (first, second)]
+        assert places[0] == places[1]
+    others = [
+        store_identity._disk(sysfs.disk(f"pci/ata1/host0/target0:0:1/0:0:1:{unit}/block/sdx", diskseq="7"))
+        for unit in range(3)
+    ]
+    assert len({each.value for each in others}) == 3
+
+
+def test_a_usb_disk_is_told_by_the_serial_number_of_its_plug(tmp_path: Path) -> None:
+    def plugged(port: int) -> Identity:
+        sysfs = Sysfs(tmp_path)
+        sysfs.disk(f"pci/usb1/1-{port}", serial="S1", idVendor="0781", idProduct="5581")
+        return store_identity._disk(
+            sysfs.disk(f"pci/usb1/1-{port}/host0/target0:0:0/0:0:0:0/block/sda", diskseq=str(port))
+        )
+
+    assert plugged(1) == plugged(2)
+    assert (plugged(1).value, plugged(1).strength) == ("disk:usb:0781:5581:S1:0", "strong")
+
+
 @pytest.mark.parametrize("name", ["zram0", "ram3"])
 def test_a_disk_in_memory_ends_with_the_boot(tmp_path: Path, name: str) -> None:
     found = store_identity._disk(Sysfs(tmp_path).disk(f"virtual/block/{name}", diskseq="7"))
