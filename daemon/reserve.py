@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-DESCRIPTORS = 16
-"""A control command needs three; several devices may be cleaned up at once."""
+DESCRIPTORS = 4
+"""A control command needs three, and commands that find none wait for each other."""
 T = TypeVar("T")
 
 
