@@ -125,12 +125,17 @@ class Broker:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             return Failed("a command larger than a packet may be, or with more than one descriptor")
         try:
-            reply = self._execute(decode_command(packet), fds)
+            command = decode_command(packet)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return Failed(str(error))
+        reply: Reply
+        try:
+            reply = self._execute(command, fds)
             for device in self._devices.values():
                 self._flush(device)
-        except (PoolError, OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            return Failed(str(error))
-        return reply
+        except (PoolError, OSError) as error:
+            reply = Failed(str(error))
+        return msgspec.structs.replace(reply, id=command.id)
 
     def _execute(self, command: Command, fds: Sequence[int]) -> Reply:
         match command:

@@ -2,7 +2,8 @@
 
 Owns the commands, the replies, and how they travel; who executes them is `broker.py`.
 
-A SOCK_SEQPACKET socketpair; each packet is one `Command`, answered by one `Reply` in order.  `AddDevice` brings the
+A SOCK_SEQPACKET socketpair; each packet is one `Command`, answered by one `Reply` in order, which repeats the
+command's `id`.  An `id` of 0 is not sent: brokers and daemons of earlier versions know none.  `AddDevice` brings the
 control segment's descriptor.  After a restart of the broker: `AddDevice`, then `Reclaim` for workers that have died,
 then `Register` for every worker that lives.  `Reclaim` must come before the `Register` of the next epoch, and only when
 nobody uses the dead worker's buffers any more.
@@ -18,52 +19,99 @@ from ublkpool.bufpool.lease import LeaseStatistics
 COMMAND_BYTES_MAX = 65536
 
 
-class AddDevice(msgspec.Struct, tag="add_device", tag_field="type", frozen=True, forbid_unknown_fields=True):
+class _Packet(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
+    """A command or a reply."""
+
+
+class _Command(_Packet, frozen=True, forbid_unknown_fields=True):
+    """What a broker of another version cannot execute in full it refuses."""
+
+
+class AddDevice(
+    msgspec.Struct,
+    tag="add_device",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
     """Serve this device; its control segment's descriptor travels with the packet."""
 
     device_number: int
+    id: int = 0
 
 
 class RemoveDevice(
-    msgspec.Struct, tag="remove_device", tag_field="type", frozen=True, forbid_unknown_fields=True
+    msgspec.Struct,
+    tag="remove_device",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
 ):
     """Forget the device and unmap its control segment."""
 
     device_number: int
+    id: int = 0
 
 
-class Register(msgspec.Struct, tag="register", tag_field="type", frozen=True, forbid_unknown_fields=True):
+class Register(
+    msgspec.Struct,
+    tag="register",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
     """This worker is alive, or about to be."""
 
     device_number: int
     queue: int
     epoch: int
+    id: int = 0
 
 
-class Reclaim(msgspec.Struct, tag="reclaim", tag_field="type", frozen=True, forbid_unknown_fields=True):
+class Reclaim(
+    msgspec.Struct,
+    tag="reclaim",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
     """This worker is dead and its buffers are in nobody's hands."""
 
     device_number: int
     queue: int
     epoch: int
+    id: int = 0
 
 
 class GetStatistics(
-    msgspec.Struct, tag="statistics", tag_field="type", frozen=True, forbid_unknown_fields=True
+    msgspec.Struct,
+    tag="statistics",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
 ):
     """The broker's counters, and one device's leases if it is named."""
 
     device_number: int | None = None
+    id: int = 0
 
 
-class Ping(msgspec.Struct, tag="ping", tag_field="type", frozen=True, forbid_unknown_fields=True):
+class Ping(_Command, tag="ping", frozen=True):
     """Answer with this number: another daemon took over, and drops what its predecessor was answered before."""
 
     number: int
+    id: int = 0
 
 
-class Stop(msgspec.Struct, tag="stop", tag_field="type", frozen=True, forbid_unknown_fields=True):
+class Stop(_Command, tag="stop", frozen=True):
     """Answer, then end."""
+
+    id: int = 0
 
 
 Command = AddDevice | RemoveDevice | Register | Reclaim | GetStatistics | Ping | Stop
@@ -87,30 +135,34 @@ class BrokerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     replies_dropped: int = 0
 
 
-class Done(msgspec.Struct, tag="done", tag_field="type", frozen=True):
+class Done(_Packet, tag="done", frozen=True):
     """It is so.  `slots`: how many buffers a Reclaim took back."""
 
     slots: int = 0
+    id: int = 0
 
 
-class Failed(msgspec.Struct, tag="failed", tag_field="type", frozen=True):
+class Failed(_Packet, tag="failed", frozen=True):
     """It is not so, and nothing has changed."""
 
     reason: str
+    id: int = 0
 
 
-class StatisticsReply(msgspec.Struct, tag="statistics", tag_field="type", frozen=True):
+class StatisticsReply(_Packet, tag="statistics", frozen=True):
     """The answer to `GetStatistics`."""
 
     broker: BrokerStatistics
     devices: tuple[int, ...]
     leases: LeaseStatistics | None = None
+    id: int = 0
 
 
-class Pong(msgspec.Struct, tag="pong", tag_field="type", frozen=True):
+class Pong(_Packet, tag="pong", frozen=True):
     """The answer to `Ping`."""
 
     number: int
+    id: int = 0
 
 
 Reply = Done | Failed | StatisticsReply | Pong

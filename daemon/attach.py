@@ -18,6 +18,7 @@ from pathlib import Path
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
 from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.background import owned
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
@@ -124,7 +125,7 @@ class AttachServer:
         self._admit = admit
         self._lend_buffer = lend_buffer
         self._note_refusal = note_refusal
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
         self._unheard: Counter[int] = Counter()
         self._admitting: Counter[str] = Counter()
         self._listener: socket.socket | None = None
@@ -175,7 +176,7 @@ class AttachServer:
             self._refuse(sock, one_line(error))
             return
         self._unheard[peer.uid] += 1
-        task = asyncio.get_running_loop().create_task(self._welcome(sock, peer))
+        task = owned("attach", asyncio.get_running_loop().create_task(self._welcome(sock, peer)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

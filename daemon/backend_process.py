@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ublkpool.daemon.backend_log import BackendLog
-from ublkpool.daemon.backoff import Backoff
+from ublkpool.daemon.backoff import Backoff, start_surely
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.config import BackendConfig
 from ublkpool.daemon.mounts import enter_live_view
@@ -137,4 +137,8 @@ class BackendProcess:
             level = logging.WARNING if self.child.exit_status else logging.INFO
             _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, delay_s)
             await asyncio.sleep(delay_s)
-            self.child = self._start()
+            await self.start_surely()
+
+    async def start_surely(self) -> None:
+        """Start it; what there is not enough of for that is waited for."""
+        await start_surely(f"{self._device}: backend {self._config.kind}", self.start, self._backoff, _log)

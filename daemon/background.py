@@ -7,11 +7,12 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 
+T = TypeVar("T")
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -50,6 +51,17 @@ class Background:
     def _log_failure(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("%s: %s", self._name, without_name(self._name, one_line(error)), exc_info=error)
+
+
+def owned(what: str, task: "asyncio.Future[T]") -> "asyncio.Future[T]":
+    """The task, whose failure is logged as that of `what`: of one that nobody awaits asyncio tells late, if ever."""
+
+    def finished(ended: "asyncio.Future[T]") -> None:
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            _log.error("%s: %s", what, without_name(what, one_line(error)), exc_info=error)
+
+    task.add_done_callback(finished)
+    return task
 
 
 @contextmanager

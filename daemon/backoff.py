@@ -1,6 +1,14 @@
-"""How long to wait before something that ended is started again: longer each time, until it has lived steadily."""
+"""How long to wait before something that ended is started again: longer each time, until it has lived steadily.
 
+Owns that a start which fails, for want of a process, a descriptor or room for a socket, is tried again, and is said.
+"""
+
+import asyncio
+import logging
 from collections.abc import Callable
+
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon.errors import DaemonError, one_line
 
 STEADY_S = 10.0
 
@@ -25,3 +33,18 @@ class Backoff:
         delay_s = self._next_s
         self._next_s = min(2 * delay_s, self._most_s)
         return delay_s
+
+
+async def start_surely(what: str, start: Callable[[], None], delays: Backoff, log: logging.Logger) -> None:
+    """Call `start` until it succeeds; each reason why it does not is logged once."""
+    said = ""
+    while True:
+        try:
+            start()
+            return
+        except (DaemonError, PoolError, OSError) as error:
+            delay_s, reason = delays.ended(), one_line(error)
+            if reason != said:
+                log.error("%s cannot be started: %s; trying again every %.1f s or so", what, reason, delay_s)
+                said = reason
+        await asyncio.sleep(delay_s)

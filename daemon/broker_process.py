@@ -6,17 +6,23 @@ Owns the control socket to it.  Commands go one at a time; each is answered, or 
 import asyncio
 import logging
 import secrets
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
+import msgspec
+
 from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.broker import run_broker
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.daemon.backoff import Backoff
+from ublkpool.daemon.background import owned
+from ublkpool.daemon.backoff import Backoff, start_surely
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.questions import Questions
 from ublkpool.daemon.readable import readable
+from ublkpool.daemon.reserve import with_room_for_one
 from ublkpool.workers.process import fork_child
 
 HELD = "broker"
@@ -39,6 +45,8 @@ class BrokerProcess:
         """The generation that knows what an earlier daemon told it, 0 if there is none."""
         self._holder = holder
         self._turn = asyncio.Lock()
+        self._questions: Questions[broker_commands.Reply] = Questions()
+        self._repeats_ids = True
         self._stopping = False
         self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
@@ -74,6 +82,10 @@ class BrokerProcess:
         while reply != broker_commands.Pong(number):
             await self._readable()
             reply = broker_commands.receive_reply(self._socket)
+        # One of an earlier version refuses a command with a field that it does not know.
+        broker_commands.send_command(self._socket, broker_commands.Ping(number, id=1))
+        await self._readable()
+        self._repeats_ids = broker_commands.receive_reply(self._socket).id == 1
 
     async def forget(self, device: int | None) -> None:
         """Have it drop this device if it knows it.  Raises `PoolError`."""
@@ -93,12 +105,26 @@ class BrokerProcess:
         self._socket, theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
-        pid = fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
-        theirs.close()
-        self.child = Child(pid, "pool broker")
-        self._use(self._socket)
+        fork = with_room_for_one(
+            lambda: fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
+        )
+        try:
+            self.child = Child(fork(), "pool broker")
+        except OSError:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+        self._repeats_ids = True
+        try:
+            self._use(self._socket)
+        except OSError:
+            self.child.send(signal.SIGKILL)
+            self._socket.close()
+            raise
 
     def _use(self, sock: socket.socket) -> None:
+        self._questions = Questions()
         self._holder.hold(HELD, sock.fileno())
         self.generation += 1
         self._backoff.started()
@@ -116,21 +142,38 @@ class BrokerProcess:
             async with self._turn:
                 self._socket.close()
                 await asyncio.sleep(self._backoff.ended())
-                self._start()
+                is_started = self._starts()
+            if not is_started:
+                # Out of the turn: what asks for the broker meanwhile is told that there is none, and does not wait.
+                await start_surely("the pool broker", self._start, self._backoff, _log)
             # Not awaited: a device may have it wait, and this broker may die meanwhile.
-            told = asyncio.ensure_future(restarted())
+            told = owned("the pool broker", asyncio.ensure_future(restarted()))
             telling.add(told)
             told.add_done_callback(telling.discard)
+
+    def _starts(self) -> bool:
+        try:
+            self._start()
+        except OSError:
+            return False
+        return True
 
     async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
         async with self._turn:
+            number, answer = self._questions.ask()
+            numbered = msgspec.structs.replace(command, id=number if self._repeats_ids else 0)
             try:
-                broker_commands.send_command(self._socket, command, fd)
+                broker_commands.send_command(self._socket, numbered, fd)
             except OSError as error:
+                self._questions.unask(number)
                 raise PoolError("the pool broker is gone") from error
-            await self._readable()
-            reply = broker_commands.receive_reply(self._socket)
+            while not answer.done():
+                await self._readable()
+                # It may be late, and answer a command before this one.
+                come = broker_commands.receive_reply(self._socket)
+                self._questions.answer(come.id, come)
+            reply = answer.result()
         if isinstance(reply, broker_commands.Failed):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply

@@ -90,8 +90,9 @@ class Clients:
         if not self._free:
             self._settle()
             return None
-        number = self._free.pop(0)
+        number = self._free[0]
         self._watch(number, sock)
+        self._free.remove(number)
         return number
 
     def close(self) -> None:
@@ -102,8 +103,8 @@ class Clients:
         self._free, self._resting = [], set()
 
     def _watch(self, number: int, sock: socket.socket) -> None:
-        self._lent[number] = sock
         self._holder.hold(client_name(self._name, number), sock.fileno())
+        self._lent[number] = sock
         asyncio.get_running_loop().add_reader(sock, self._hear, number)
 
     def _unwatch(self, number: int) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import selectors
+import signal
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,13 +20,16 @@ from pathlib import Path
 
 import msgspec
 
+from ublkpool.daemon.backoff import Backoff, start_surely
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.readable import readable
+from ublkpool.daemon.reserve import with_room_for_one
 from ublkpool.daemon.unix_socket import listen
 from ublkpool.workers.process import fork_child
 
 PATH = "held.sock"
 RESTART_PAUSE_S = 0.1
+RESTART_MAX_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
 _PACKET_BYTES_MAX = 4096
 _log = logging.getLogger("ublkpool.holder")
@@ -101,10 +105,13 @@ class Holder:
         with listen(self._path, socket.SOCK_SEQPACKET) as listener:
             # The holder's own loop waits in accept and recv.
             listener.setblocking(True)
-            pid = fork_child(lambda: _serve(listener), [listener.fileno()], "ublkpool-hold")
-        self._child = Child(pid, "holder")
+            fork = with_room_for_one(
+                lambda: fork_child(lambda: _serve(listener), [listener.fileno()], "ublkpool-hold")
+            )
+            self._child = Child(fork(), "holder")
         sock = _connect(self._path)
         if sock is None:
+            self._child.send(signal.SIGKILL)
             raise OSError(f"{self._path}: the holder does not listen")
         self._adopt_connection(sock)
 
@@ -129,7 +136,8 @@ class Holder:
                 # Or it only hung.
                 await self._child.kill()
             await asyncio.sleep(RESTART_PAUSE_S)
-            self.start()
+            delays = Backoff(asyncio.get_running_loop().time, RESTART_PAUSE_S, RESTART_MAX_S)
+            await start_surely("the holder", self.start, delays, _log)
             for name, fd in self._held.items():
                 self._say(Hold(name), fd)
 
@@ -217,7 +225,9 @@ def _serve(listener: socket.socket) -> int:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is listener:
-                    selector.register(listener.accept()[0], selectors.EVENT_READ)
+                    # One that hangs up at once, or for which there is no descriptor, keeps nothing from being held.
+                    with suppress(OSError):
+                        selector.register(listener.accept()[0], selectors.EVENT_READ)
                     continue
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
@@ -241,7 +251,9 @@ def _hear(connection: socket.socket, held: dict[str, int]) -> type | None:
     match message:
         case Hold(name=name):
             _close(held, [name])
-            held[name] = fds[0]
+            # There is none if this process has as many as it may: then the next daemon recovers instead.
+            if fds:
+                held[name] = fds[0]
         case Drop(name=name):
             _close(held, _below(held, name))
         case Take():

@@ -58,9 +58,13 @@ class ManagedBackend:
             self._process.serves()
 
     def start(self) -> None:
-        """Start it, and again whenever it ends.  Raises `OSError`."""
-        self._begin()
-        self._keep()
+        """Start it, as soon as that can be, and again whenever it ends."""
+        try:
+            self._begin()
+        except OSError:
+            self._keeper = self._background.spawn(self._start_and_keep())
+        else:
+            self._keep()
 
     async def run(self, live: Callable[[], Awaitable[None]], reason: Callable[[], str]) -> None:
         """Start it, and again whenever it ends once the device was live; return when it is.
@@ -86,9 +90,10 @@ class ManagedBackend:
             if left is None or stderr is None or not is_alive(left):
                 raise ProcessLookupError
             self._process.adopt(left.pid, os.dup(stderr))
-            self._is_started = True
         except ProcessLookupError:
-            self._begin()
+            self.start()
+            return
+        self._is_started = True
         self._keep()
 
     def let_end(self) -> None:
@@ -111,6 +116,11 @@ class ManagedBackend:
     def _begin(self) -> None:
         self._process.start()
         self._is_started = True
+
+    async def _start_and_keep(self) -> None:
+        await self._process.start_surely()
+        self._is_started = True
+        await self._process.keep_running()
 
     def _keep(self) -> None:
         self._keeper = self._background.spawn(self._process.keep_running())

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Self
 
 from ublkpool.bufpool import wire
+from ublkpool.daemon.background import owned
 from ublkpool.daemon.peer import Peer, peer_of, peer_pidfd
 
 LEAVE_PATIENCE_S = 10.0
@@ -54,8 +55,8 @@ class Session:
         self._left: asyncio.Future[None] = self._loop.create_future()
         self._has_memory = self._hung_up = self._detaching = False
         self._words = 0
-        self._leaving: asyncio.Task[None] | None = None
-        self._cutting: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Future[None] | None = None
+        self._cutting: asyncio.Future[None] | None = None
         if self._pidfd is None:
             self._end()
             return
@@ -156,7 +157,7 @@ class Session:
 
     def _cut_off_soon(self) -> None:
         if self._cutting is None:
-            self._cutting = self._loop.create_task(self._cut_off())
+            self._cutting = owned(self.attach.device, self._loop.create_task(self._cut_off()))
 
     async def _cut_off(self) -> None:
         if self._pidfd is not None and not self.is_gone:
@@ -205,7 +206,7 @@ class Session:
             return
         _resolve(self._left)
         if not self.is_gone and self._cutting is None:
-            self._leaving = self._loop.create_task(self._see_it_end())
+            self._leaving = owned(self.attach.device, self._loop.create_task(self._see_it_end()))
 
     async def _see_it_end(self) -> None:
         with suppress(TimeoutError):

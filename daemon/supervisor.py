@@ -20,6 +20,7 @@ from ublkpool.daemon import notify
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.attach import AttachServer
+from ublkpool.daemon.background import owned
 from ublkpool.daemon.binding import Binding
 from ublkpool.daemon.broker_process import BrokerProcess
 from ublkpool.daemon.config import DeviceConfig, ServeConfig
@@ -323,7 +324,7 @@ async def _begin(
     supervisor = Supervisor(around)
     ending.push_async_callback(supervisor.delete_all)
     for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
-        ending.callback(asyncio.ensure_future(keeper).cancel)
+        ending.callback(owned("the daemon", asyncio.ensure_future(keeper)).cancel)
     attach = AttachServer(
         run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer, supervisor.note_refusal
     )
@@ -331,7 +332,7 @@ async def _begin(
     leaving.callback(attach.close)
     taking = supervisor.take_over(left)
     supervisor.add_configured(config.devices)
-    after = asyncio.ensure_future(_after_takeover(taking, left, supervisor, config))
+    after = owned("takeover", asyncio.ensure_future(_after_takeover(taking, left, supervisor, config)))
     ending.callback(after.cancel)
     await _within_patience(taking, stop)
     admin = AdminServer(supervisor, run_dir)

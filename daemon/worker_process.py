@@ -1,18 +1,24 @@
 """A worker, seen from the supervisor: its process, and what it says over its socketpair.
 
-Owns the conversation of `workers/messages.py`: one question at a time, news whenever.  Runs on the asyncio loop.
+Owns the conversation of `workers/messages.py`: questions, each with its own answer, and news whenever.  Runs on the
+asyncio loop.
 """
 
 import asyncio
+import signal
 import socket
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.questions import Questions
 from ublkpool.workers import messages
 
 T = TypeVar("T")
+ANSWER_DEADLINE_S = 120.0
 
 
 class WorkerProcess:
@@ -36,8 +42,7 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._linked: asyncio.Future[None] = self._loop.create_future()
-        self._answer: asyncio.Future[messages.FromWorker] | None = None
-        self._standing: asyncio.Future[messages.Standing] = self._loop.create_future()
+        self._questions: Questions[messages.Answer] = Questions()
         self._loop.add_reader(sock, self._hear)
 
     async def ready(self) -> None:
@@ -55,20 +60,25 @@ class WorkerProcess:
 
     async def report(self) -> messages.Standing:
         """Where an earlier supervisor's worker stands; once, before anything else.  Raises `DaemonError` if it ends."""
-        self.tell(messages.Report())
-        standing = await self._or_end(self._standing)
+        standing = await self.ask(messages.Report())
+        assert isinstance(standing, messages.Standing)
         if standing.fetched:
             _resolve(self._ready)
         return standing
 
-    async def ask(self, message: messages.ToWorker, fd: int | None = None) -> messages.FromWorker:
-        """Its answer to Expect or Lost.  Raises `DaemonError` if it ends before."""
-        self._answer = self._loop.create_future()
+    async def ask(self, question: messages.Question, fd: int | None = None) -> messages.Answer:
+        """Its answer.  Raises `DaemonError` if it ends before, or is not in time: then it is killed.
+
+        What it was asked to do may come to pass later, which nobody would know of.
+        """
+        number, answer = self._questions.ask(messages.ANSWERS[type(question)])
+        self.tell(msgspec.structs.replace(question, id=number), fd)
         try:
-            self.tell(message, fd)
-            return await self._or_end(self._answer)
-        finally:
-            self._answer = None
+            return await asyncio.wait_for(self._or_end(answer), ANSWER_DEADLINE_S)
+        except TimeoutError:
+            self.fault = f"queue {self.queue}: its worker has not answered after {ANSWER_DEADLINE_S:.0f} s"
+            self.child.send(signal.SIGKILL)
+            raise DaemonError(self.fault) from None
 
     def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
         """Say something that needs no answer.  Raises `DaemonError` if it has gone."""
@@ -123,14 +133,12 @@ class WorkerProcess:
                 _resolve(self._linked)
             case messages.Expecting() | messages.LetGo():
                 self._unlink()
-                if self._answer is not None and not self._answer.done():
-                    self._answer.set_result(message)
+                self._questions.answer(message.id, message)
             case messages.Standing():
                 self._unlink()
                 if message.token and message.linked is not False:
                     _resolve(self._linked)
-                if not self._standing.done():
-                    self._standing.set_result(message)
+                self._questions.answer(message.id, message)
             case messages.Fault(reason=reason):
                 self.fault = reason
             case _:

@@ -25,10 +25,14 @@ class Expect(msgspec.Struct, tag="expect", tag_field="type", frozen=True):
     """The user that may connect to the queue."""
     fence: bool = False
     """It served an earlier epoch: no request before it has confirmed that nothing of that is running."""
+    id: int = 0
+    """Of the question; the answer has it, too."""
 
 
 class Lost(msgspec.Struct, tag="lost", tag_field="type", frozen=True):
     """The backend is dead or has let go of every buffer: replay what it did not answer to the next."""
+
+    id: int = 0
 
 
 class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
@@ -37,6 +41,8 @@ class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
 
 class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
     """Another supervisor took over: say where you stand."""
+
+    id: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", tag_field="type", frozen=True):
@@ -47,6 +53,7 @@ class Expecting(msgspec.Struct, tag="expecting", tag_field="type", frozen=True):
     """The answer to Expect: it may come, or why not."""
 
     reason: str = ""
+    id: int = 0
 
 
 class Linked(msgspec.Struct, tag="linked", tag_field="type", frozen=True):
@@ -55,6 +62,8 @@ class Linked(msgspec.Struct, tag="linked", tag_field="type", frozen=True):
 
 class LetGo(msgspec.Struct, tag="let_go", tag_field="type", frozen=True):
     """The answer to Lost: nothing waits for the old backend any more."""
+
+    id: int = 0
 
 
 class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
@@ -65,6 +74,7 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """Of the backend that it serves or expects, hexadecimal; empty if none."""
     linked: bool | None = None
     """Whether that backend is there, as of `Linked`; None: a worker of an earlier version, which does not say."""
+    id: int = 0
 
 
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
@@ -93,6 +103,10 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
 
 ToWorker = Expect | Lost | GiveUp | Report
 FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | HungUp | Silent | Absent | Fault
+Question = Expect | Lost | Report
+Answer = Expecting | LetGo | Standing
+ANSWERS: dict[type[Question], type[Answer]] = {Expect: Expecting, Lost: LetGo, Report: Standing}
+"""What a worker answers; a worker of an earlier version repeats no `id`."""
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 _from_worker: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

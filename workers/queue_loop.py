@@ -217,12 +217,14 @@ class QueueLoop:
                 # Before the rescue, which writes to the pool.
                 self._look_at_pool(backend_lives=False)
                 self._queue.lost()
-                self._tell(messages.LetGo())
+                self._tell(messages.LetGo(message.id))
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
                 is_linked = self._queue.link is Link.UP
-                self._tell(messages.Standing(self._fetched, self._backend.token.hex(), is_linked))
+                self._tell(
+                    messages.Standing(self._fetched, self._backend.token.hex(), is_linked, message.id)
+                )
             case None:
                 _log.info(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
@@ -234,7 +236,7 @@ class QueueLoop:
         problem = self._expect_segment(message, fd)
         if not problem:
             self._listen_to(bytes.fromhex(message.token), message.user)
-        self._tell(messages.Expecting(problem))
+        self._tell(messages.Expecting(problem, message.id))
 
     def _expect_segment(self, message: messages.Expect, fd: int | None) -> str:
         """Why it cannot be, or nothing."""

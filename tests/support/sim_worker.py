@@ -15,6 +15,7 @@ import zmq
 from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
 from ublkpool.daemon.children import Child
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.questions import Questions
 from ublkpool.daemon.worker_process import WorkerProcess
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import (
@@ -207,9 +208,11 @@ class SimQueueLoop(QueueLoop):
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
             self._listen_to(bytes.fromhex(message.token), message.user)
-            self._tell(messages.Expecting())
+            self._tell(messages.Expecting(id=message.id))
             return
-        self._tell(messages.Expecting("the data of earlier backends has not found room in the pool yet"))
+        self._tell(
+            messages.Expecting("the data of earlier backends has not found room in the pool yet", message.id)
+        )
 
     def _tell(self, message: messages.FromWorker) -> None:
         self._worker.life.effect()
@@ -364,8 +367,7 @@ class SimWorkerProcess(WorkerProcess):
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._linked = self._loop.create_future()
-        self._standing = self._loop.create_future()
-        self._answer = None
+        self._questions = Questions()
 
     def fileno(self) -> int:
         return -1

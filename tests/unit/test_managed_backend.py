@@ -52,6 +52,11 @@ class FakeProcess:
         self.starts += 1
         self.child = FakeChild()
 
+    async def start_surely(self) -> None:
+        while self._fails:
+            await asyncio.sleep(0)
+        self.start()
+
     async def keep_running(self) -> None:
         while True:
             await self.child.wait()
@@ -142,5 +147,22 @@ def test_one_that_does_not_even_end_when_it_is_killed_holds_nobody_up(
         await backend.end()
         backend.let_end()
         assert "process 77, was killed and waits in the kernel" in caplog.text
+
+    in_loop(run)
+
+
+def test_one_that_cannot_be_started_yet_is_started_later_and_kept() -> None:
+    async def run() -> None:
+        backend, process = managed(fails=True)
+        backend.start()
+        assert backend.pid is None
+        process._fails = False
+        while not process.starts:
+            await asyncio.sleep(0)
+        process.child.exits(1)
+        while process.starts < 2:
+            await asyncio.sleep(0)
+        backend.let_end()
+        await backend.end()
 
     in_loop(run)

@@ -1,0 +1,48 @@
+"""Questions to another process and which answer belongs to which, over a connection that keeps their order.
+
+Owns the numbers of questions.  A question whose answer is late, or whose caller has gone, stays open until its answer
+comes, which then answers nobody else's question.  An answer without a number comes from a process of an earlier
+version, which answers each question once and in order: it belongs to the oldest open question of its kind.  Must not
+know what is asked, or how it travels.
+"""
+
+import asyncio
+import itertools
+import secrets
+from typing import Any, Generic, TypeVar
+
+A = TypeVar("A")
+FIRST_BITS = 48
+
+
+class Questions(Generic[A]):
+    """The open questions on one connection."""
+
+    def __init__(self) -> None:
+        # An earlier daemon's questions on the same connection had other numbers.
+        self._numbers = itertools.count(1 + secrets.randbits(FIRST_BITS))
+        self._open: dict[int, tuple[type[Any], asyncio.Future[A]]] = {}
+        self.late_count = 0
+        """Answers that nobody waited for any more."""
+
+    def ask(self, kind: type[Any] = object) -> tuple[int, "asyncio.Future[A]"]:
+        """The number of a new question, and its answer, which is of type `kind`."""
+        number = next(self._numbers)
+        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._open[number] = (kind, answer)
+        return number, answer
+
+    def unask(self, number: int) -> None:
+        """The question was not sent."""
+        self._open.pop(number, None)
+
+    def answer(self, number: int, message: A) -> None:
+        """An answer has come; `number` is 0 if it does not say to what."""
+        _, waiting = self._open.pop(number or self._oldest(message), (None, None))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
+        else:
+            self.late_count += 1
+
+    def _oldest(self, message: A) -> int:
+        return next((number for number, (kind, _) in self._open.items() if isinstance(message, kind)), 0)
