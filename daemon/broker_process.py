@@ -46,7 +46,7 @@ class BrokerProcess:
         self._holder = holder
         self._turn = asyncio.Lock()
         self._questions: Questions[broker_commands.Reply] = Questions()
-        self._repeats_ids = True
+        self._repeats_ids: bool | None = None
         self._stopping = False
         self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
 
@@ -82,9 +82,19 @@ class BrokerProcess:
         while reply != broker_commands.Pong(number):
             await self._readable()
             reply = broker_commands.receive_reply(self._socket)
-        # One of an earlier version refuses a command with a field that it does not know.
-        broker_commands.send_command(self._socket, broker_commands.Ping(number, id=1))
-        await self._readable()
+
+    async def _ask_for_ids(self) -> None:
+        """Whether an adopted one repeats ids: one of an earlier version refuses a field that it does not know."""
+        try:
+            broker_commands.send_command(self._socket, broker_commands.Ping(0, id=1))
+        except OSError as error:
+            raise PoolError("the pool broker is gone") from error
+        try:
+            await self._readable()
+        except PoolError:
+            # Its late answer could not be told from that of the next command.
+            self.child.send(signal.SIGKILL)
+            raise
         self._repeats_ids = broker_commands.receive_reply(self._socket).id == 1
 
     async def forget(self, device: int | None) -> None:
@@ -161,6 +171,8 @@ class BrokerProcess:
     async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
         """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
         async with self._turn:
+            if self._repeats_ids is None:
+                await self._ask_for_ids()
             number, answer = self._questions.ask()
             numbered = msgspec.structs.replace(command, id=number if self._repeats_ids else 0)
             try:

@@ -168,7 +168,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
     ),
     (
         COMMANDS_LIVE_ON,
-        146,
+        1129,
         {"model": "6.12", "kills": ("worker", "supervisor") * 3, "steps": 1600},
         "the driver has not given up the dead workers' requests",
     ),

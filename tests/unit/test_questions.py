@@ -211,17 +211,17 @@ def test_an_adopted_broker_is_asked_whether_it_repeats_ids(
 ) -> None:
     async def run() -> None:
         peer = Peer(monkeypatch)
-        draining = asyncio.ensure_future(peer.seen._drain())
-        first = await peer.hears()
-        assert isinstance(first, commands.Ping) and first.id == 0
-        peer.says(commands.Done(3))
-        peer.says(commands.Pong(first.number))
+        peer.seen._repeats_ids = None
+        asking = asyncio.ensure_future(peer.seen.command(commands.Register(3, 0, 1)))
         second = await peer.hears()
         assert isinstance(second, commands.Ping)
         peer.says(
             commands.Failed("unknown field `id`") if is_old else commands.Pong(second.number, id=second.id)
         )
-        await draining
+        register = await peer.hears()
+        assert (register.id == 0) == is_old
+        peer.says(commands.Done(id=register.id))
+        await asking
         assert peer.seen._repeats_ids == (not is_old)
         peer.close()
 
