@@ -222,9 +222,7 @@ class QueueLoop:
                 self._queue.give_up()
             case messages.Report():
                 is_linked = self._queue.link is Link.UP
-                self._tell(
-                    messages.Standing(self._fetched, self._backend.token.hex(), is_linked, message.id)
-                )
+                self._tell(messages.Standing(self._fetched, self._backend.token.hex(), is_linked, message.id))
             case None:
                 _log.info(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
