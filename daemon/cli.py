@@ -514,7 +514,7 @@ def backend(
 def shutdown(final: bool, run_dir: Path) -> None:
     """Tell the daemon that the machine goes down; for the units ublkpool-shutdown and ublkpool-shutdown-final.
 
-    From then on a device without a backend fails its requests after 5 s, so that no umount waits for ever.  With
+    From then on a device without a backend fails its requests after 3 s, so that no umount waits for ever.  With
     --final what is still mounted on our disks is unmounted, every device is deleted, in use or not, and the daemon
     ends.
 

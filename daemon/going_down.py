@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-PATIENCE_S = 5.0
+PATIENCE_S = 3.0
 """How long a device may lack its backend: one that is started again in the meantime goes on as ever."""
 LOOK_S = 0.5
 _log = logging.getLogger("ublkpool.supervisor")
