@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from support.fake_worker import FakeWorker, finish, spawn
 from ublkpool.bufpool import claim, in_use
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.wire import Kind, Op
 
 MIB = 1 << 20
 DEADLINE_S = 20
@@ -308,6 +310,26 @@ def test_a_file_that_a_loop_device_uses_is_refused_under_any_of_its_names(image:
         with pytest.raises(BackendError, match=f"{loop} is set up on it"):
             claim.open_alone(path, os.O_RDWR)
         os.close(claim.open_alone(path, os.O_RDONLY))
+
+
+def test_a_backend_of_a_block_device_that_is_killed_under_load_is_succeeded(
+    loop: Path, tmp_path: Path
+) -> None:
+    """The kernel keeps the claim until the last direct I/O of the dead has ended, and the successor waits for that."""
+    with FakeWorker(tmp_path, depth=8) as worker:
+        for turn in range(4):
+            backend = spawn(tmp_path, "file", {"path": str(loop), "direct": "on"})
+            worker.accept()
+            assert worker.read(0, 4096) == bytes([turn]) * 4096
+            assert worker.write(0, bytes([turn + 1]) * 4096) == 4096
+            writes = [
+                worker.describe(Kind.REQUEST, Op.WRITE, (1 + tag) * 65536, 65536, tag=tag) for tag in range(8)
+            ]
+            worker.send(0, writes)
+            backend.kill()
+            finish(backend)
+            worker.epoch += 1
+    os.close(claim.open_alone(loop, os.O_RDWR))
 
 
 def test_a_file_of_the_same_name_elsewhere_is_none_of_a_loop_device_s(

@@ -17,6 +17,7 @@ from support.vm_recovery import kill, loaded, wait_for_backend
 
 MIB = 1 << 20
 BLOCK = 4096
+EXT4_MAGIC_AT = 1024 + 0x38
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def test_a_block_device_in_use_is_refused_with_its_user_and_can_be_read(daemon: 
             assert f"path={loop}: in use: {Path(loop).name} is mounted at {daemon.path('mnt')}" in said
             with daemon.device("reader", "file", options={"path": loop, "readonly": "on"}) as reader:
                 assert reader.path is not None
-                assert write_block(reader.path, 0, bytes(BLOCK)) != 0
+                assert read_block(reader.path, 0, BLOCK)[EXT4_MAGIC_AT:][:2] == b"\x53\xef"
         with daemon.device("alone", "file", options={"path": loop}) as alone:
             with pytest.raises(OSError, match="busy"):
                 os.open(loop, os.O_RDWR | os.O_EXCL)
@@ -152,7 +153,9 @@ def test_what_another_device_serves_is_refused_in_time_and_an_add_that_is_given_
         said = refusal(daemon, f"path={image}")
         assert f"path={image}: locked by process {first.backend.pid} (" in said
         assert "the ublkpool backend of first" in said
-        given_up = Command(daemon, "add", "second", "--backend", "file", f"path={image}")
+        hangs = daemon.path("hangs.py")
+        hangs.write_text("import time\ntime.sleep(3600)\n")
+        given_up = Command(daemon, "add", "second", "--size", "1M", "--backend", str(hangs))
         eventually(lambda: _names(daemon) == ["first", "second"], "the second is being made")
         given_up.kill()
         eventually(lambda: _names(daemon) == ["first"], "and undone")
