@@ -66,6 +66,8 @@ class Binding:
         await self._states.save(bound)
         if self._before is None:
             self._before = state
+        if state.store is None and store.identity.strength == "weak":
+            _log.info("%s: served from %s; another store may look the same", self._name, _words(store))
         if state.takes_next and state.store is not None:
             _log.info("%s: from now on served from %s", self._name, _words(store))
         return generation
