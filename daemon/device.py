@@ -178,8 +178,13 @@ class Device:
             placement=config.placement,
             read_only=config.read_only,
             path=str(kernel.node) if kernel else "",
-            may_create=self._binding.may_create(),
+            may_create=self._may_create(),
         )
+
+    def _may_create(self) -> bool:
+        """Whether an empty store may be made; not for a disk that an earlier daemon served from an unknown one."""
+        has_disk = self.state not in ("waiting", "failed")
+        return self._binding.may_create() and not (has_disk and self._binding.store is None)
 
     async def check_unused(self) -> None:
         """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""

@@ -338,3 +338,16 @@ def test_an_adoption_that_never_succeeds_ends_with_its_reason(monkeypatch: pytes
         assert len(it.attempts) == STRIKES_MAX
 
     in_loop(run)
+
+
+def test_what_an_earlier_daemon_left_gets_no_new_store_before_it_is_known_which_it_had() -> None:
+    async def test() -> None:
+        device = new_device()
+        assert device.describe().may_create
+        device.await_takeover(Record(config=device.config, device_number=3))
+        assert device.describe().may_create is False
+        waiting = new_device()
+        waiting.await_takeover(Record(config=waiting.config))
+        assert waiting.describe().may_create
+
+    in_loop(test)
