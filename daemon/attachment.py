@@ -152,7 +152,9 @@ class Attachment:
         team, session = self._team(), self.session
         if self._life.is_served or session is None or team is None:
             return ""
-        queues = ", ".join(map(str, team.unlinked()))
+        # All of them may have been greeted since this loop last turned.
+        if not (queues := ", ".join(map(str, team.unlinked()))):
+            return ""
         return f"backend {session.attach.kind} has attached and not said HELLO on queue {queues} yet"
 
     def _served(self) -> None:

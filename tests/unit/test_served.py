@@ -142,6 +142,7 @@ async def test_an_attached_backend_serves_when_it_has_greeted_every_queue(world:
     assert world.told == ("recovering", "backend file has attached and not said HELLO on queue 0 yet")
     assert not waiting.done()
     world.team.greeted(0)
+    assert world.told == ("recovering", "")
     await waiting
     assert world.told == ("live", "")
 
