@@ -222,7 +222,7 @@ def test_data_longer_than_its_place_is_dropped(disk: NativeBench) -> None:
 
 
 def test_a_device_larger_than_the_disk_is_refused() -> None:
-    with pytest.raises(BackendError, match="no native engine, Invalid argument"):
+    with pytest.raises(BackendError, match="no native engine: Invalid argument"):
         bench(size_bytes=DISK_BYTES + 512)
 
 

@@ -358,7 +358,7 @@ def test_no_daemon_is_one_line_that_names_the_run_directory(tmp_path: Path) -> N
 def test_properties_that_no_device_can_have_are_refused(tmp_path: Path) -> None:
     for properties, line in (
         (Properties(size_bytes=4096, logical_block_bytes=520), "power of two"),
-        (Properties(size_bytes=1000), "not a multiple of 512"),
+        (Properties(size_bytes=500), "not one block of 512"),
         (Properties(size_bytes=4096, placement="backend"), "need a segment"),
         (Properties(size_bytes=4096, read_buffers="own"), "need a segment"),
     ):
