@@ -14,7 +14,7 @@ from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.broker_process import HELD
 from ublkpool.daemon.device import Device
-from ublkpool.daemon.errors import one_line
+from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.records import Process, Record, end_brokers, end_left, is_alive
 from ublkpool.daemon.succession import may_go_on
 from ublkpool.daemon.surroundings import Surroundings
@@ -108,8 +108,18 @@ class TakeOver:
         return device
 
     async def _clear_away(self, record: Record) -> None:
-        """End the device's processes; then its pool goes, which they looked at.  Raises `DaemonError` if one stays."""
-        await end_left([record], [each for each in record.processes if each.role == "broker"])
+        """End the device's processes, however long one waits in the kernel; then its pool goes, which they look at."""
+        spared = [each for each in record.processes if each.role == "broker"]
+        said = ""
+        while True:
+            try:
+                await end_left([record], spared)
+                break
+            except DaemonError as error:
+                # It may still write to the disk's store: a successor must not begin before its end.
+                if str(error) != said:
+                    said = str(error)
+                    _log.error("%s: %s; waiting for its end", record.config.name, said)
         if record.device_number is not None:
             self._remove_sockets(lambda number: number == record.device_number)
             self._remove_pool(arena_prefix(self._around.instance, record.device_number))

@@ -79,3 +79,29 @@ def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
     record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
     asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, lambda _: None))
     assert steps == ["drop vol", "recover vol"]
+
+
+def test_a_device_is_not_recovered_before_a_process_that_waits_in_the_kernel_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
+    steps: list[str] = []
+
+    async def end_left(*_: object) -> None:
+        steps.append("end")
+        if len(steps) < 4:
+            raise DaemonError("backend process 7 has not ended 60 s after SIGKILL")
+
+    class Recovered(FakeDevice):
+        async def recover_left(self, _record: Record, _held: object) -> bool:
+            steps.append("recover")
+            return True
+
+    around = SimpleNamespace(
+        holder=SimpleNamespace(drop=lambda _name: None), queue_dir=tmp_path, instance="unit"
+    )
+    monkeypatch.setattr(takeover, "Device", Recovered)
+    monkeypatch.setattr(takeover, "end_left", end_left)
+    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, lambda _: None))
+    assert steps == ["end"] * 4 + ["recover"]
+    assert caplog.text.count("process 7 has not ended") == 1
