@@ -1,13 +1,13 @@
-"""The pool's memory: two POSIX shared memory objects per device, and what the control one contains.
+"""The pool's memory: two segments per device, and what the control one contains.
 
-Owns names, allocation, sizes and the control segment's layout.  Must not know leases' rules, sockets or the
-kernel. The daemon creates and unlinks; workers and the broker map what they inherit or are sent.
+Owns names, sizes and the control segment's layout.  Must not know leases' rules, sockets or the kernel.  The daemon
+creates and unlinks; workers and the broker map what they inherit or are sent.
 
-The **data** object holds the buffers and nothing else, and its descriptor goes to the backend.  The
-**control** object goes to workers and the broker only.  Both are 0600, allocated in full and populated before
-anyone uses them: a page that is missing when the kernel copies would stall the device.  A size is checked
-against the header at open. Memory handed out this way is trusted not to be truncated: POSIX shared memory
-cannot be sealed.
+The **data** segment holds the buffers and nothing else, and a descriptor of it goes to the backend: a memfd whose size
+is sealed (`pool_memory.py`), without a name; the holder keeps it for the next daemon.  The **control** segment goes to
+workers and the broker only: a POSIX shared memory object, which is found by its name.  Both are 0600, allocated in
+full and populated before anyone uses them: a page that is missing when the kernel copies would stall the device.  An
+earlier version gave the data a name, too; a pool of that kind is used as it is until its data is replaced.
 
 The control segment, little-endian; blocks begin at multiples of 4096:
 
@@ -33,24 +33,22 @@ Python's `mmap` keeps a duplicate of the descriptor (close-on-exec, like the ori
 lives until `close`, whatever became of the descriptor.
 """
 
-import errno
 import mmap
 import os
 import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import msgspec
 import posix_ipc
 
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
+from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.limits import CLASS_COUNT_MAX, PAGE_BYTES, QUEUE_COUNT_MAX, Geometry, SizeClass
-from ublkpool.bufpool.way_out import explain
+from ublkpool.bufpool.pool_memory import SHM_DIRECTORY, huge_bytes, is_sealed, make_data, make_named
 
 assert sys.byteorder == "little", "slot headers are single 32-bit stores in native byte order"
 
@@ -58,13 +56,11 @@ CONTROL_MAGIC = b"UBLKPOOL"
 CONTROL_VERSION = 1
 CLASSES_OFFSET = 64
 SLOT_HEADER_BYTES = 16
-SHM_DIRECTORY = Path("/dev/shm")
 
 _HEADER = struct.Struct("<8sIIIIIIQ")
 _CLASS = struct.Struct("<QIIIIQ")
 _FIELDS = SLOT_HEADER_BYTES // 4
 _OWNER, _EPOCH, _TAG, _SEQUENCE = range(_FIELDS)
-_MADV_POPULATE_WRITE = 23
 assert _HEADER.size <= CLASSES_OFFSET
 assert _CLASS.size == 32
 assert CLASSES_OFFSET + CLASS_COUNT_MAX * _CLASS.size <= PAGE_BYTES
@@ -145,7 +141,7 @@ def control_bytes(queues: int, slot_count: int) -> int:
 
 
 def arena_prefix(instance: str, device_number: int) -> str:
-    """The name that both objects of a device begin with; `instance` tells daemons on one machine apart."""
+    """The name that the objects of a device begin with; `instance` tells daemons on one machine apart."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", instance):
         raise PoolError(f"instance {instance!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
     return f"/ublkpool-{instance}-{device_number}"
@@ -160,8 +156,8 @@ def list_orphans(instance: str) -> list[str]:
 
 
 def unlink_arena(name_prefix: str) -> None:
-    """Remove both names, whichever exist; whoever has the objects open keeps the memory."""
-    for name in _names(name_prefix):
+    """Remove the names of a pool, whichever exist; whoever has the objects open keeps the memory."""
+    for name in (_data_name(name_prefix), _control_name(name_prefix)):
         try:
             posix_ipc.unlink_shared_memory(name)
         except posix_ipc.ExistentialError:
@@ -246,7 +242,7 @@ class ArenaStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arena:
-    """A device's pool: both objects open, the control segment mapped."""
+    """A device's pool: both segments open, the control segment mapped."""
 
     def __init__(
         self, data_fd: int, control_fd: int, name_prefix: str | None = None, huge: HugePages = "off"
@@ -266,18 +262,21 @@ class Arena:
         header = self.control.header
         self.device_number, self.queues = header.device_number, header.queues
         self.geometry, self.reserve = header.geometry, header.reserve
-        size_bytes = os.fstat(data_fd).st_size
-        if size_bytes != self.geometry.total_bytes:
+        try:
+            self.huge_bytes = self._check_data(data_fd)
+            """Of the data; as it was when the pool was made or opened here, or its data replaced."""
+        except PoolError:
             self.close()
+            raise
+
+    def _check_data(self, fd: int) -> int:
+        """How much of it huge pages hold.  Raises `PoolError` if it has not the size that the header says."""
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes != self.geometry.total_bytes:
             raise PoolError(
                 f"data segment has {size_bytes} bytes and its header says {self.geometry.total_bytes}"
             )
-        try:
-            self.huge_bytes = _huge_bytes(data_fd, size_bytes)
-            """Of the data; as it was when the pool was made, opened or mended here."""
-        except OSError as error:
-            self.close()
-            raise PoolError(f"data segment cannot be mapped: {error}") from error
+        return huge_bytes(fd, size_bytes)
 
     @classmethod
     def create(
@@ -289,33 +288,35 @@ class Arena:
         reserve: Sequence[int],
         huge: HugePages = "off",
     ) -> Self:
-        """Make both objects, allocate and populate them.  Raises `PoolError` and leaves nothing behind."""
+        """Make both segments, allocate and populate them.  Raises `PoolError` and leaves nothing behind."""
         header = ControlHeader(device_number, queues, geometry, tuple(reserve))
         page = header.pack()
-        sizes_bytes = (geometry.total_bytes, control_bytes(queues, geometry.slot_count))
-        fds: list[int] = []
-        names = _names(name_prefix)
+        name = _control_name(name_prefix)
+        control_fd = make_named(name, control_bytes(queues, geometry.slot_count))
         try:
-            for name, size_bytes in zip(names, sizes_bytes, strict=True):
-                fds.append(_create_object(name))
-                _allocate(fds[-1], name, size_bytes)
-            os.pwrite(fds[1], page, 0)
-            _make_huge(fds[0], names[0], sizes_bytes[0], huge)
+            os.pwrite(control_fd, page, 0)
+            data_fd = make_data(_what(device_number), geometry.total_bytes, huge)
         except BaseException:
-            # Only names whose creation succeeded are ours to remove: the next one may be another pool's.
-            for fd, name in zip(fds, names, strict=False):
-                os.close(fd)
-                posix_ipc.unlink_shared_memory(name)
+            os.close(control_fd)
+            posix_ipc.unlink_shared_memory(name)
             raise
-        return cls(fds[0], fds[1], name_prefix, huge)
+        return cls(data_fd, control_fd, name_prefix, huge)
 
     @classmethod
-    def open(cls, name_prefix: str, huge: HugePages = "off") -> Self:
-        """Open a pool as it is; `huge` is for `mend`.  Raises `PoolError` if there is none, or no whole one."""
-        fds: list[int] = []
+    def open(cls, name_prefix: str, data_fd: int | None = None, huge: HugePages = "off") -> Self:
+        """Open a pool as it is: the control segment by its name, the data by a descriptor, which stays the caller's.
+
+        Without one the data has a name, too, as earlier versions gave it.  Raises `PoolError` if there is no such pool,
+        or no whole one.
+        """
+        fds = []
         try:
-            fds.extend(posix_ipc.SharedMemory(name).fd for name in _names(name_prefix))
-        except posix_ipc.Error as error:
+            if data_fd is None:
+                fds.append(posix_ipc.SharedMemory(_data_name(name_prefix)).fd)
+            else:
+                fds.append(os.dup(data_fd))
+            fds.append(posix_ipc.SharedMemory(_control_name(name_prefix)).fd)
+        except (posix_ipc.Error, OSError) as error:
             for fd in fds:
                 os.close(fd)
             raise PoolError(f"pool {name_prefix} cannot be opened: {error}") from error
@@ -326,20 +327,29 @@ class Arena:
         """Use descriptors that were inherited or received; they are the arena's from now on."""
         return cls(data_fd, control_fd)
 
-    def is_whole(self) -> bool:
-        """Whether the data has its size: whoever can write to it can change that, and no shared memory of a name can be
-        sealed."""
-        return os.fstat(self.data_fd).st_size == self.geometry.total_bytes
+    @property
+    def is_sealed(self) -> bool:
+        """Whether nobody can change the size of the data; not so if an earlier version made it."""
+        return is_sealed(self.data_fd)
 
-    def mend(self) -> None:
-        """Give the data its size again, allocated and populated; what was cut off is zeros.  Raises `PoolError`."""
-        size_bytes = self.geometry.total_bytes
-        os.ftruncate(self.data_fd, size_bytes)
-        name = f"the pool of device {self.device_number}"
-        _allocate(self.data_fd, name, size_bytes)
-        # Nobody would be helped by a device that ends now, so none are required any more.
-        _make_huge(self.data_fd, name, size_bytes, "off" if self.huge == "off" else "auto")
-        self.huge_bytes = _huge_bytes(self.data_fd, size_bytes)
+    def new_data(self) -> int:
+        """Other memory of this size, made like this one's.  Raises `PoolError`."""
+        # The device is there, and would be helped less by none than by small pages.
+        huge: HugePages = "off" if self.huge == "off" else "auto"
+        return make_data(_what(self.device_number), self.geometry.total_bytes, huge)
+
+    def replace_data(self, fd: int) -> None:
+        """Have this memory, whose descriptor is the arena's from now on, in the place of the old.
+
+        Raises `PoolError` if its size is another one; `fd` is closed then.
+        """
+        try:
+            self.huge_bytes = self._check_data(fd)
+        except PoolError:
+            os.close(fd)
+            raise
+        os.close(self.data_fd)
+        self.data_fd = fd
 
     def unlink(self) -> None:
         """Remove the names.  The memory lives until everybody has closed it."""
@@ -375,73 +385,25 @@ class Arena:
         self.data_fd = self.control_fd = -1
 
 
-def _names(name_prefix: str) -> tuple[str, str]:
-    return f"{name_prefix}-data", f"{name_prefix}-ctl"
-
-
-def _create_object(name: str) -> int:
+def open_control(name_prefix: str) -> Control:
+    """The control segment of a pool, found by its name.  Raises `PoolError` if there is none."""
     try:
-        fd: int = posix_ipc.SharedMemory(name, flags=posix_ipc.O_CREX, mode=0o600).fd
-    except posix_ipc.ExistentialError as error:
-        raise PoolError(
-            f"{name} exists already: another daemon's, or left by a killed one; unlink it"
-        ) from error
-    except (posix_ipc.Error, OSError) as error:
-        raise PoolError(f"{name} cannot be created: {error}") from error
-    os.set_inheritable(fd, False)
-    return fd
-
-
-def _allocate(fd: int, name: str, size_bytes: int) -> None:
-    """Allocate, then touch every page: the kernel's copy must never be the first to need one."""
+        fd = posix_ipc.SharedMemory(_control_name(name_prefix)).fd
+    except posix_ipc.Error as error:
+        raise PoolError(f"pool {name_prefix} cannot be opened: {error}") from error
     try:
-        os.posix_fallocate(fd, 0, size_bytes)
-        with mmap.mmap(fd, size_bytes) as mapping:
-            mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise _no_space(name, size_bytes) from error
-        raise PoolError(f"{name} of {_mib(size_bytes)} cannot be allocated: {explain(error)}") from error
+        return Control(fd)
+    finally:
+        os.close(fd)
 
 
-def _make_huge(fd: int, name: str, size_bytes: int, huge: HugePages) -> None:
-    if huge == "off":
-        return
-    with SharedMap(fd, size_bytes) as mapping:
-        mapping.collapse()
-        if huge == "require":
-            _check_huge(name, size_bytes, mapping.huge_bytes())
+def _what(device_number: int) -> str:
+    return f"the pool of device {device_number}"
 
 
-def _huge_bytes(fd: int, size_bytes: int) -> int:
-    if not whole_bytes(size_bytes):
-        return 0
-    with SharedMap(fd, size_bytes) as mapping:
-        return mapping.huge_bytes()
+def _data_name(name_prefix: str) -> str:
+    return f"{name_prefix}-data"
 
 
-def _check_huge(name: str, size_bytes: int, huge_bytes: int) -> None:
-    wanted_bytes = whole_bytes(size_bytes)
-    if not wanted_bytes:
-        raise PoolError(
-            f"{name} of {_mib(size_bytes)} is smaller than a huge page: use huge_pages auto or off"
-        )
-    if huge_bytes < wanted_bytes:
-        raise PoolError(
-            f"{name} has {_mib(huge_bytes)} of {_mib(wanted_bytes)} in huge pages, and huge_pages says require: "
-            "free memory, or echo 1 > /proc/sys/vm/compact_memory; "
-            "/sys/kernel/mm/transparent_hugepage/shmem_enabled must not be deny"
-        )
-
-
-def _no_space(name: str, size_bytes: int) -> PoolError:
-    usage = os.statvfs(SHM_DIRECTORY)
-    free = _mib(usage.f_bavail * usage.f_frsize)
-    return PoolError(
-        f"{name} needs {_mib(size_bytes)} of {SHM_DIRECTORY} where {free} are free: "
-        f"lower the device's queues, depth or pool, or mount {SHM_DIRECTORY} with a larger size"
-    )
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 20):.1f} MiB"
+def _control_name(name_prefix: str) -> str:
+    return f"{name_prefix}-ctl"

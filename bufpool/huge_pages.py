@@ -1,7 +1,7 @@
 """Huge pages for shared memory: making them, and mapping where they fit.
 
 Owns what is peculiar to them.  Nothing has to be reserved: memory that is there is moved into whole pages of 2 MiB
-(MADV_COLLAPSE, Linux 6.1), which works whatever /sys/kernel/mm/transparent_hugepage and the mount of /dev/shm say,
+(MADV_COLLAPSE, Linux 6.1), which works whatever /sys/kernel/mm/transparent_hugepage/enabled says,
 unless `shmem_enabled` says deny.  A page that is huge in the file is so in each mapping that begins at a multiple of
 its size, and the kernel chooses such an address only where the mount has huge pages: so it is chosen here.  Used by
 whoever makes a pool and by backends; works without the native part.

@@ -34,7 +34,9 @@ class Adoption:
         """The team of what was left running, with its backend.  Raises `DaemonError`, `PoolError`, `OSError`."""
         self._attachment.segments = self._record.segments
         team = await self._machinery.adopt(heir)
-        self._attachment.session = heir.session()
+        self._attachment.session = session = heir.session()
+        if session is not None:
+            self._machinery.pool.had_by(session.uid)
         await self._settle_backend(team)
         return team
 

@@ -95,15 +95,19 @@ class Attachment:
             session.segment = self.segments
 
     async def introduce(self, team: Team, session: Session) -> None:
-        """Tell every worker whom to expect, then the backend where to go.  Raises `AttachRefused`, `DaemonError`."""
-        await team.expect(session, fence=False)
-        self.session = session
-        self.refusal = ""
-        self._is_absent_logged = False
-        self._life.save()
-        self.await_greetings(team)
-        self._farewell = self._background.spawn(self._until_gone(session))
-        session.entrust(team.attached(session), team.plan.descriptors())
+        """Tell every worker whom to expect, then the backend where to go.
+
+        Raises `AttachRefused`, `DaemonError`, `OSError`; then it was handed nothing.
+        """
+        with team.plan.descriptors() as fds:
+            await team.expect(session, fence=False)
+            self.session = session
+            self.refusal = ""
+            self._is_absent_logged = False
+            self._life.save()
+            self.await_greetings(team)
+            self._farewell = self._background.spawn(self._until_gone(session))
+            session.entrust(team.attached(session), fds)
         self._hold(session)
         if self._life.state == "live":
             self.say_live(team)

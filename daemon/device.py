@@ -267,7 +267,7 @@ class Device:
         if self._machinery.team is None:
             await self._start(session.attach, session)
         else:
-            await self._attachment.introduce(self._machinery.team, session)
+            await self._introduce(self._machinery.team, session)
         if self._managed is not None:
             self._managed.serves()
         if self.state == "live":
@@ -286,12 +286,16 @@ class Device:
         async with self._life.turn:
             await self._binding.rebind()
 
+    async def _introduce(self, team: Team, session: Session) -> None:
+        await self._machinery.pool.prepare(team, session.uid)
+        await self._attachment.introduce(team, session)
+
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
         """Without a session the workers answer themselves."""
         try:
             team = await self._machinery.build(attach)
             if session is not None:
-                await self._attachment.introduce(team, session)
+                await self._introduce(team, session)
         except BaseException as error:
             # Also one that is given up: by a del, at the daemon's end, or since its client has gone.
             await self._undo_start(one_line(error) if isinstance(error, Exception) else "given up")

@@ -20,6 +20,7 @@ from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.control_process import ControlFailed
 from ublkpool.daemon.disk import Disk, disk_of
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.pool import Pool, pool_name
 from ublkpool.daemon.records import FIRST_EPOCH, Record
 from ublkpool.daemon.recovery import next_epoch, recover
 from ublkpool.daemon.session import Session
@@ -52,7 +53,7 @@ class Machinery:
         self.mark = 0
         """Of the kernel's device, from before it is made; 0 if there is none for certain."""
         self.disk: Disk | None = None
-        self.arena: Arena | None = None
+        self.pool = Pool(config.name, around.holder)
         self.area: ClientArea | None = None
         self.leases: Leases | None = None
         self.team: Team | None = None
@@ -61,6 +62,11 @@ class Machinery:
         self._save = save
         self._watch = watch
         self._hear = hear
+
+    @property
+    def arena(self) -> Arena | None:
+        """The pool's memory."""
+        return self.pool.arena
 
     async def build(self, attach: wire.Attach) -> Team:
         """Kernel device, pool and workers, of the disk that this backend makes; nobody sees the disk yet.
@@ -87,10 +93,13 @@ class Machinery:
         """Go on with an earlier daemon's workers and pool.  Raises `DaemonError`, `PoolError`, `OSError`."""
         record, kernel = heir.record, heir.kernel
         self.kernel, self.disk = kernel, record.disk
-        self.arena = Arena.open(self._pool_name(kernel), self._config.huge_pages)
+        data_fd = heir.held.get(pool_name(self._config.name))
+        arena = Arena.open(self._arena_prefix(kernel), data_fd, self._config.huge_pages)
+        self.pool.resume(arena)
         await self.find_area(record, heir.held)
-        control_fd = self.arena.control_fd
-        self.leases = Leases(self._around.broker, kernel.number, kernel.info.queues, control_fd, record.epoch)
+        self.leases = Leases(
+            self._around.broker, kernel.number, kernel.info.queues, arena.control_fd, record.epoch
+        )
         await self.leases.refresh()
         self.team = self._make_team(record.epoch)
         self.team.adopt(heir.workers)
@@ -134,16 +143,7 @@ class Machinery:
         Raises `DaemonError`, `PoolError`, `OSError`; then it can be tried again.
         """
         assert self.team is not None and self.leases is not None
-        if not self.team.plan.arena.is_whole():
-            await self._mend_pool(self.team.plan.arena, session)
         return await recover(self.team, self._fork, session, self.leases)
-
-    async def _mend_pool(self, arena: Arena, session: Session | None) -> None:
-        """The worker may have died of a pool that its backend cut short: the next would die of it as well."""
-        _log.error("%s: its pool has another size than it was given: its backend goes", self._config.name)
-        if session is not None:
-            await session.cut_off()
-        arena.mend()
 
     async def refresh_leases(self) -> None:
         """Tell a broker that was started since of this device's leases; a failure is logged."""
@@ -201,11 +201,8 @@ class Machinery:
                 with logged(self._config.name):
                     await self.leases.close()
                 self.leases = None
-            if self.arena is not None:
-                with logged(self._config.name):
-                    self.arena.unlink()
-                self.arena.close()
-                self.arena = None
+            with logged(self._config.name):
+                self.pool.remove()
             self._close_area()
             self.team = None
 
@@ -235,8 +232,7 @@ class Machinery:
         """Forget everything, change nothing."""
         if self.team is not None:
             self.team.let_go()
-        if self.arena is not None:
-            self.arena.close()
+        self.pool.close()
         self._close_area()
 
     def _close_area(self) -> None:
@@ -245,8 +241,9 @@ class Machinery:
             self.area = None
 
     def _make_pool(self, kernel: BlockDevice) -> Leases:
-        self.arena = self._make_arena(kernel)
-        return Leases(self._around.broker, kernel.number, kernel.info.queues, self.arena.control_fd)
+        arena = self._make_arena(kernel)
+        self.pool.begin(arena)
+        return Leases(self._around.broker, kernel.number, kernel.info.queues, arena.control_fd)
 
     def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self._config
@@ -258,10 +255,10 @@ class Machinery:
             config.placement,
             config.pool_bytes,
         )
-        name = self._pool_name(kernel)
+        name = self._arena_prefix(kernel)
         return Arena.create(name, geometry, info.queues, kernel.number, reserve, config.huge_pages)
 
-    def _pool_name(self, kernel: BlockDevice) -> str:
+    def _arena_prefix(self, kernel: BlockDevice) -> str:
         return arena_prefix(self._around.instance, kernel.number)
 
     async def _fork(self, epoch: int) -> Team:

@@ -8,8 +8,8 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ublkpool.daemon.client_area import ClientArea
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.open_files import reopened
 from ublkpool.daemon.records import Worker
 from ublkpool.daemon.reserve import with_room_for_one
 from ublkpool.daemon.session import Session
@@ -56,9 +57,18 @@ class Plan(NamedTuple):
         pool = wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.arena.geometry.total_bytes)
         return (pool, *(self.area.segments() if self.area else ()))
 
-    def descriptors(self) -> list[int]:
-        """In the order of `segments`."""
-        return [self.arena.data_fd, *(self.area.descriptors() if self.area else ())]
+    @contextmanager
+    def descriptors(self) -> Iterator[list[int]]:
+        """In the order of `segments`, to be sent to a backend.
+
+        The pool's is an open file of its own, so that it can be told whether the backend's are gone
+        (`open_files.is_open_elsewhere`).  Raises `OSError`.
+        """
+        pool = reopened(self.arena.data_fd)
+        try:
+            yield [pool, *(self.area.descriptors() if self.area else ())]
+        finally:
+            os.close(pool)
 
 
 class Team:
@@ -135,6 +145,19 @@ class Team:
         for answer in answers:
             if isinstance(answer, messages.Expecting) and answer.reason:
                 await self.lost()
+                raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
+
+    @property
+    def can_change_pool(self) -> bool:
+        """Whether all of its workers are of a version that can."""
+        return all(each.knows_new_pool for each in self.workers)
+
+    async def change_pool(self) -> None:
+        """Have every worker use the memory that the pool has now.  Raises `AttachRefused`, `DaemonError`."""
+        fd = self.plan.arena.data_fd
+        answers = await asyncio.gather(*(each.ask(messages.NewPool(), fd) for each in self.workers))
+        for answer in answers:
+            if isinstance(answer, messages.PoolChanged) and answer.reason:
                 raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
 
     def attached(self, session: Session) -> wire.Attached:

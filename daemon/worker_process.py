@@ -24,6 +24,9 @@ ANSWER_DEADLINE_S = 120.0
 class WorkerProcess:
     """One queue's worker.  `on_news` hears Cut, Silent and Absent; its end is `child.wait()`."""
 
+    knows_new_pool = True
+    """Whether it understands `messages.NewPool`: an earlier version's does not."""
+
     def __init__(
         self,
         queue: int,
@@ -62,6 +65,7 @@ class WorkerProcess:
         """Where an earlier supervisor's worker stands; once, before anything else.  Raises `DaemonError` if it ends."""
         standing = await self.ask(messages.Report())
         assert isinstance(standing, messages.Standing)
+        self.knows_new_pool = standing.knows_new_pool
         if standing.fetched:
             _resolve(self._ready)
         return standing
@@ -131,7 +135,7 @@ class WorkerProcess:
                 _resolve(self._ready)
             case messages.Linked():
                 _resolve(self._linked)
-            case messages.Expecting() | messages.LetGo():
+            case messages.Expecting() | messages.LetGo() | messages.PoolChanged():
                 self._unlink()
                 self._questions.answer(message.id, message)
             case messages.Standing():

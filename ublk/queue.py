@@ -62,7 +62,6 @@ VIOLATIONS = (
     "no answer within io_timeout_s",
     "too many answers to requests that are over",
     "no HELLO in time",
-    "its device's pool has another size than it was given",
     "an index in its ring that makes no sense",
     "its doorbell cannot be rung",
     "a region posted that no write can use: of no size that buffers have, too many, or placement is pool",
@@ -131,6 +130,10 @@ def read_statistics(block: bytes) -> Statistics:
     names = [name for name, _ in _ffi.typeof("struct uq_stats").fields]
     counters = {name: int(getattr(view, name)) for name in names if name not in ("requests", "bytes")}
     return Statistics(tuple(view.requests), tuple(view.bytes), counters)
+
+
+class PoolLost(OSError):
+    """The pool's old memory may be unmapped, and the new is not there."""
 
 
 class Command(NamedTuple):
@@ -230,18 +233,21 @@ class Queue:
         """The connection of a backend that served has ended: nothing more is said or heard until `lost`."""
         _lib.uq_link_hung_up(self.raw)
 
-    def pool_damaged(self) -> None:
-        """The pool had another size: fail the writes whose data may be gone, cut the link."""
-        _lib.uq_pool_damaged(self.raw)
+    def change_pool(self, fd: int, size_bytes: int) -> None:
+        """Have this memory in the pool's place and at its address; what requests have there comes along.
+
+        For a time without a backend and without a command under way.  Raises `OSError`: `PoolLost` if the queue has
+        no pool any more and must end.
+        """
+        fresh = map_segment(fd, size_bytes)
+        _lib.uq_pool_copy(self.raw, _ffi.cast("uint8_t *", fresh))
+        result = int(_lib.uq_map_over(self._memory.pool, fresh, size_bytes))
+        if result:
+            raise PoolLost(-result, os.strerror(-result))
 
     def count_strangers(self, count: int) -> None:
         """So many frames or connections were somebody's who is not the backend."""
         _lib.uq_stats_of(self.raw).strangers += count
-
-    @property
-    def requeues(self) -> int:
-        """Writes of which the kernel could copy nothing, since the queue's first worker."""
-        return int(_lib.uq_stats_of(self.raw).requeues)
 
     def lost(self) -> None:
         """The backend is dead or has let go: what it did not answer waits for the next."""

@@ -35,6 +35,12 @@ class Lost(msgspec.Struct, tag="lost", tag_field="type", frozen=True):
     id: int = 0
 
 
+class NewPool(msgspec.Struct, tag="new_pool", tag_field="type", frozen=True):
+    """There is no backend: use the memory whose descriptor travels with this as the pool, with what yours holds."""
+
+    id: int = 0
+
+
 class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
     """The device is going: fail what would wait for a backend."""
 
@@ -66,6 +72,13 @@ class LetGo(msgspec.Struct, tag="let_go", tag_field="type", frozen=True):
     id: int = 0
 
 
+class PoolChanged(msgspec.Struct, tag="pool_changed", tag_field="type", frozen=True):
+    """The answer to NewPool: it is in use, or why not."""
+
+    reason: str = ""
+    id: int = 0
+
+
 class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """The answer to Report; every message before it was meant for the earlier supervisor."""
 
@@ -75,6 +88,8 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     linked: bool | None = None
     """Whether that backend is there, as of `Linked`; None: a worker of an earlier version, which does not say."""
     id: int = 0
+    knows_new_pool: bool = False
+    """Whether it understands NewPool; not so a worker of an earlier version."""
 
 
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
@@ -101,11 +116,18 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     reason: str
 
 
-ToWorker = Expect | Lost | GiveUp | Report
-FromWorker = Ready | Expecting | Linked | LetGo | Standing | Cut | HungUp | Silent | Absent | Fault
-Question = Expect | Lost | Report
-Answer = Expecting | LetGo | Standing
-ANSWERS: dict[type[Question], type[Answer]] = {Expect: Expecting, Lost: LetGo, Report: Standing}
+ToWorker = Expect | Lost | NewPool | GiveUp | Report
+FromWorker = (
+    Ready | Expecting | Linked | LetGo | PoolChanged | Standing | Cut | HungUp | Silent | Absent | Fault
+)
+Question = Expect | Lost | NewPool | Report
+Answer = Expecting | LetGo | PoolChanged | Standing
+ANSWERS: dict[type[Question], type[Answer]] = {
+    Expect: Expecting,
+    Lost: LetGo,
+    NewPool: PoolChanged,
+    Report: Standing,
+}
 """What a worker answers; a worker of an earlier version repeats no `id`."""
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)

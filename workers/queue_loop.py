@@ -15,7 +15,6 @@ import msgspec
 import zmq
 
 from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
-from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.lease import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
@@ -86,7 +85,6 @@ class QueueLoop:
         _settle(self._context, spec.cpu)
         self._queue = _make_queue(spec.queue, descriptors, arena)
         self._arena = arena
-        self._requeues = self._queue.requeues
         self._look_at_s = 0.0
         self._broken = ""
         self._backend = BackendLink(
@@ -159,28 +157,10 @@ class QueueLoop:
         return all(len(self._queue.stock_held(n)) >= each.reserve for n, each in enumerate(classes))
 
     def _look_around(self) -> None:
-        """A write that the kernel could not copy, or that much time, is a reason to."""
-        now_s, requeues = time.monotonic(), self._queue.requeues
-        if now_s >= self._look_at_s or requeues != self._requeues:
-            self._look_at_s, self._requeues = now_s + LOOK_S, requeues
-            self._look_at_pool(backend_lives=self._queue.link is not Link.NONE)
+        now_s = time.monotonic()
+        if now_s >= self._look_at_s:
+            self._look_at_s = now_s + LOOK_S
             self._queue.unmap_idle_segments()
-
-    def _look_at_pool(self, backend_lives: bool) -> None:
-        """A pool that was cut short would have the driver try for ever, and kill us at our next own copy."""
-        if self._arena.is_whole():
-            return
-        self._queue.pool_damaged()
-        # Whoever did it would do it again: first it must be dead.
-        if backend_lives:
-            return
-        try:
-            self._arena.mend()
-            core.lock_memory()
-        except (PoolError, OSError) as error:
-            self._broken = (
-                f"queue {self._spec.queue.queue}: its pool was cut short and cannot be mended: {error}"
-            )
 
     def _report(self, attention: Attention) -> None:
         if attention & Attention.CUT:
@@ -214,21 +194,41 @@ class QueueLoop:
                 self._expect(message, fd)
             case messages.Lost():
                 self._listen_to(b"")
-                # Before the rescue, which writes to the pool.
-                self._look_at_pool(backend_lives=False)
                 self._queue.lost()
                 self._tell(messages.LetGo(message.id))
+            case messages.NewPool():
+                self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
                 is_linked = self._queue.link is Link.UP
-                self._tell(messages.Standing(self._fetched, self._backend.token.hex(), is_linked, message.id))
+                self._tell(
+                    messages.Standing(
+                        self._fetched, self._backend.token.hex(), is_linked, message.id, knows_new_pool=True
+                    )
+                )
             case None:
                 _log.info(
                     "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
                 )
                 self._ring.watch(_WATCH_SUPERVISOR, -1)
                 self._supervisor = None
+
+    def _change_pool(self, fd: int | None) -> str:
+        """Why it cannot be, or nothing."""
+        if fd is None or self._queue.link is not Link.NONE:
+            return "a new pool without a descriptor, or in the presence of a backend"
+        try:
+            self._queue.change_pool(fd, self._arena.geometry.total_bytes)
+        except OSError as error:
+            os.close(fd)
+            reason = f"queue {self._spec.queue.queue}: its new pool cannot be mapped: {error}"
+            if isinstance(error, core.PoolLost):
+                self._broken = reason
+            return reason
+        os.close(self._arena.data_fd)
+        self._arena.data_fd = fd
+        return ""
 
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
         problem = self._expect_segment(message, fd)

@@ -26,6 +26,7 @@ from support.sim_defects import (
     NO_FENCE,
     NO_REPLAY,
     PAUSES_COUNT,
+    POOL_HANDED_ON,
     REGION_NOT_WANTED,
     STATE_LOST,
 )
@@ -64,6 +65,7 @@ CORNERS = (
     "violations",
     "requeues",
     "buffers_waited",
+    "pools replaced",
 )
 
 
@@ -165,6 +167,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
     (BUFFER_FREE_EARLY, 13, {}, f"{SHARED}|{WRONG_DATA}"),
     (BUFFER_FREE_EARLY, 16, {"blind": True}, WRONG_DATA),
     (COMPLETION_LOST, 0, {}, "a request is never answered"),
+    (POOL_HANDED_ON, 2, POOL | {"kills": ("backend",) * 4}, f"{SHARED}|{WRONG_DATA}"),
     (NO_REPLAY, 2, {}, "a request is never answered"),
     (CUT_OFF_LIVES, 4, FOUR_WORKERS | {"lies": True}, SHARED),
     (

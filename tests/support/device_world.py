@@ -73,6 +73,7 @@ class DeviceWorld(Processes):
         self._until(self._is_settled, "the broker and the workers do not settle")
         self._check_buffers_at_rest()
         self.disk.check_stored(self.store.read)
+        self.counts["pools replaced"] = sum(each.changes for each in self.witness.pools)
         self._delete()
 
     def _do(self, action: Callable[[], None]) -> None:
@@ -289,11 +290,18 @@ class DeviceWorld(Processes):
                 backend.forget()
         if self.broker is not None:
             self.broker.end()
+        self._close_memory()
+        shutil.rmtree(self.state_dir)
+        if self.scenario.rings:
+            shutil.rmtree(self._queue_dir)
+
+    def _close_memory(self) -> None:
+        for stranger in self.strangers:
+            stranger.close()
+        for worker in self.all_workers:
+            worker.unmap()
         for arena in self.arenas:
             arena.close()
         for pool in self.witness.pools:
             pool.close()
             pool.arena.close()
-        shutil.rmtree(self.state_dir)
-        if self.scenario.rings:
-            shutil.rmtree(self._queue_dir)

@@ -4,12 +4,12 @@ Each serves a disk in memory that the test shares with them all, so that a succe
 off.  The request for its victim's offset it answers as its `Conduct` says.
 """
 
+import ctypes
 import mmap
 import os
 import random
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +25,6 @@ from ublkpool.bufpool.wire import Descriptor, Kind, Op
 BLOCK_BYTES = 512
 DEATH_STATUS = 7
 _ATTACH_DEADLINE_S = 60
-_POLL_S = 0.01
 
 
 class Victim(NamedTuple):
@@ -162,10 +161,12 @@ def closing_the_door(desk: Desk, request: Descriptor) -> None:
 
 
 def leaving_a_child(desk: Desk, request: Descriptor) -> None:
-    """Ends, and leaves its connections and its device's memory to a child that lives on until `end_children`."""
+    """Ends, and leaves its connections and its device's memory to a child that writes there until `end_children`."""
     if not os.fork():
+        pool = desk.attachment.segments[wire.SEGMENT_POOL]
+        nonsense = bytes([0xEE]) * len(pool)
         while not desk.disk[-1]:
-            time.sleep(_POLL_S)
+            pool[:] = nonsense
         os._exit(0)
     os._exit(DEATH_STATUS)
 
@@ -175,11 +176,32 @@ def end_children(disk: mmap.mmap) -> None:
     disk[-1] = 1
 
 
-def cutting_the_pool(desk: Desk, request: Descriptor) -> None:
-    """Takes the memory away that its device's requests lie in; then nothing."""
+def resizing_the_pool(desk: Desk, request: Descriptor) -> None:
+    """Tries to take the memory away that its device's requests lie in, then to add some; then it is honest."""
     assert desk.pool_descriptor is not None
-    os.ftruncate(desk.pool_descriptor, 0)
-    signal.pause()
+    size_bytes = os.fstat(desk.pool_descriptor).st_size
+    for wanted_bytes in (0, size_bytes // 2, 2 * size_bytes):
+        with suppress(PermissionError):
+            os.ftruncate(desk.pool_descriptor, wanted_bytes)
+            os._exit(DEATH_STATUS)
+    honest(desk, request)
+
+
+def punching_the_pool(desk: Desk, request: Descriptor) -> None:
+    """Takes every page out of the memory that its device's requests lie in, before it answers and after."""
+    assert desk.pool_descriptor is not None
+    size_bytes = os.fstat(desk.pool_descriptor).st_size
+    punch_hole(desk.pool_descriptor, size_bytes)
+    honest(desk, request)
+    punch_hole(desk.pool_descriptor, size_bytes)
+
+
+def punch_hole(fd: int, size_bytes: int) -> None:
+    """Take the first `size_bytes` out of a file.  Raises `OSError`."""
+    keep_size, punch = 1, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, keep_size | punch, ctypes.c_long(0), ctypes.c_long(size_bytes)):
+        raise OSError(ctypes.get_errno(), "fallocate")
 
 
 def flooding(desk: Desk, request: Descriptor) -> None:

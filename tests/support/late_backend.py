@@ -8,6 +8,7 @@ import mmap
 import multiprocessing
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -168,10 +169,11 @@ class LateScene:
 
     def owner_of(self, request: Descriptor) -> Owner | None:
         """Whose the pool buffer of a request is now."""
-        with self.daemon.arena(self.daemon.status(NAME)) as arena:
-            slots = range(arena.geometry.slot_count)
-            slot = next(each for each in slots if arena.geometry.slot_offset(each) == request.buffer)
-            return list(arena.control.slot_owners())[slot]
+        with closing(self.daemon.control(self.daemon.status(NAME))) as control:
+            geometry = control.header.geometry
+            slots = range(geometry.slot_count)
+            slot = next(each for each in slots if geometry.slot_offset(each) == request.buffer)
+            return list(control.slot_owners())[slot]
 
     def end(self) -> None:
         """Delete the device; its backend goes with it."""

@@ -4,6 +4,7 @@ Knows the core's memory and the real lease table, nothing of what drivers or bac
 to use a pool buffer, from the outside, so that a buffer with two users is found whatever the core believes.
 """
 
+import os
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ublkpool.bufpool.lease import Grant, LeaseTable, Owner, Recall, held_max
 from ublkpool.bufpool.limits import Geometry
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 from ublkpool.ublk import _native
+from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
 from ublkpool.workers.pool_link import Orders
 
@@ -94,6 +96,15 @@ class Area(NamedTuple):
 
 def new_area(number: int, size_bytes: int, queue: int | None = None) -> Area:
     return Area(number, _ffi.new("uint8_t[]", size_bytes), size_bytes, queue)
+
+
+def _mapped_area(number: int, size_bytes: int) -> Area:
+    fd = core.sealed_memory(size_bytes, "test-pool")
+    try:
+        base = _ffi.cast("uint8_t *", core.map_segment(fd, size_bytes))
+    finally:
+        os.close(fd)
+    return Area(number, _ffi.gc(base, lambda at: core.unmap_segment(at, size_bytes)), size_bytes)
 
 
 class Ledger:
@@ -199,7 +210,8 @@ class Rig:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.geometry = plan.geometry
-        self.pool = new_area(1, self.geometry.total_bytes)
+        # Pages of a file, as a real pool is: other memory can take their place.
+        self.pool = _mapped_area(1, self.geometry.total_bytes)
         self.headers = _ffi.new("struct uq_slot[]", self.geometry.slot_count)
         self.ledger = Ledger()
         self.table = LeaseTable(

@@ -20,6 +20,7 @@ from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.pool_memory import make_data
 from ublkpool.daemon import adoption, block_device, machinery
 from ublkpool.daemon import device as device_module
 from ublkpool.daemon.background import Background
@@ -68,20 +69,23 @@ class SimArena(Arena):
         huge: HugePages = "off",
     ) -> Self:
         size = control_bytes(queues, geometry.slot_count)
-        fds = [os.memfd_create("sim", os.MFD_CLOEXEC) for _ in range(2)]
-        os.truncate(fds[0], geometry.total_bytes)
-        os.truncate(fds[1], size)
-        os.pwrite(fds[1], ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
-        arena = cls(fds[0], fds[1])
+        control = os.memfd_create("sim", os.MFD_CLOEXEC)
+        os.truncate(control, size)
+        os.pwrite(control, ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
+        arena = cls(make_data("the pool", geometry.total_bytes, "off"), control)
         cls.scenery.pools.append(PoolMemory(arena, size))
         return arena
 
     @classmethod
-    def open(cls, prefix: str, huge: HugePages = "off") -> Self:
+    def open(cls, prefix: str, data_fd: int | None = None, huge: HugePages = "off") -> Self:
         last = cls.scenery.pools[-1].arena
         arena = cls(os.dup(last.data_fd), os.dup(last.control_fd))
         cls.scenery.arenas.append(arena)
         return arena
+
+    def replace_data(self, fd: int) -> None:
+        super().replace_data(fd)
+        self.scenery.pools[-1].changed(self)
 
     def unlink(self) -> None:
         """It has no name."""

@@ -10,7 +10,7 @@ from typing import Any
 from ublkpool.bufpool.arena import Control
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Flag, iter_frame, pack_frame
-from ublkpool.daemon import recovery
+from ublkpool.daemon import pool, recovery
 from ublkpool.daemon.session import Session
 from ublkpool.daemon.team import Team
 
@@ -30,6 +30,8 @@ DOZES_BLINDLY = "a worker sleeps without a last look at its ring"
 PAUSES_COUNT = "the time of a pause counts"
 END_IS_BLIND = "END_USER_RECOVERY waits for the fetches, and does not ask who has died since"
 STATE_LOST = "a supervisor begins without the state of the one before it"
+
+POOL_HANDED_ON = "a pool that a stranger has is handed to the next backend"
 
 Replaced = tuple[Any, str, Any]
 
@@ -71,5 +73,6 @@ REPLACED_BY: dict[str, list[Replaced]] = {
     NO_FENCE: [(recovery, "_fence", _no_fence)],
     LEASE_FORGOTTEN: [(Control, "slot_owners", _forgetful_owners)],
     END_IS_BLIND: [(recovery, "_end_after_fetches", recovery._end_before_fetches)],
+    POOL_HANDED_ON: [(pool, "is_open_elsewhere", lambda _fd: False)],
     NO_REPLAY: [(SimBackendLink, "_pass_on", _pass_on_without_replays)],
 }

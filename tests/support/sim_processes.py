@@ -4,6 +4,7 @@ Owns who lives, and the connections between them.  What clients and the driver d
 hold is `device_world.py`'s.
 """
 
+import os
 import random
 import tempfile
 from collections import Counter, deque
@@ -17,10 +18,12 @@ from ublkpool.bufpool.arena import Arena
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.open_files import reopened
 from ublkpool.daemon.team import Team
 
 from .fake_backend import Store
 from .fake_driver import SECTOR_BYTES
+from .queue_rig import POISON
 from .sim_backend import SimBackend, SimSession
 from .sim_control import ControlJob
 from .sim_daemon import BrokerLife, Daemon, LeftBehind, Scenery, SimTeam
@@ -29,7 +32,7 @@ from .sim_kernel import Model, SimKernel, Task
 from .sim_loop import Clock
 from .sim_wire import Killed, PoolDealer, lose_back, lose_front
 from .sim_witness import Witness
-from .sim_worker import SimChild, SimWorker
+from .sim_worker import PoolMemory, SimChild, SimWorker
 
 SECTORS = 256
 MAX_IO_BYTES = 8192
@@ -80,6 +83,22 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Nobody watches who uses which memory, so that only wrong data shows."""
 
 
+class Stranger:
+    """A process that was given a backend's memory, outlives it, and writes there once there is another backend."""
+
+    def __init__(self, pool: PoolMemory, backend: SimBackend) -> None:
+        self._memory, self._fd = pool.view, reopened(pool.arena.data_fd)
+        self.backend = backend
+
+    def scribble(self, rng: random.Random) -> None:
+        start = rng.randrange(len(self._memory))
+        part = self._memory[start : start + MAX_IO_BYTES]
+        part[:] = bytes([POISON]) * len(part)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class Processes:
     """All that can be killed, and the kernel that cannot; every choice comes from `rng`."""
 
@@ -113,6 +132,8 @@ class Processes:
         self._queue_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-")) if scenario.rings else _NO_DIR
         self.store = Store(0, SECTORS * SECTOR_BYTES)
         self.workers: list[SimWorker] = []
+        self.all_workers: list[SimWorker] = []
+        self.strangers: list[Stranger] = []
         self.dealers: list[PoolDealer] = []
         self.backend: SimBackend | None = None
         self.broker: BrokerLife | None = None
@@ -180,6 +201,8 @@ class Processes:
                 self.scenario.defect,
             )
             self.witness.scratch_of[task] = worker.scratch
+            self.witness.pool_at[task] = worker.pool_address
+            self.all_workers.append(worker)
             self.dealers.append(worker.context.pool)
             made.append(worker)
         self.workers.extend(made)
@@ -304,6 +327,7 @@ class Processes:
             self._end_backend()
 
     def _execute(self) -> None:
+        self._interfere()
         for each in self.zombies:
             each.execute()
         if self.backend is not None and self.backend.life.alive:
@@ -311,6 +335,19 @@ class Processes:
                 self.backend.execute()
             except Killed:
                 self._end_backend()
+
+    def _interfere(self) -> None:
+        """What is left of an earlier backend writes to the memory that it was given, or ends."""
+        served = self.backend is not None and self.backend.attachment is not None
+        for each in list(self.strangers):
+            if served and self.backend is not each.backend:
+                each.scribble(self.rng)
+            if self.rng.random() < 0.01:
+                self._end_stranger(each)
+
+    def _end_stranger(self, stranger: Stranger) -> None:
+        self.strangers.remove(stranger)
+        stranger.close()
 
     def _begin_backend(self) -> None:
         daemon = self.daemon
@@ -367,6 +404,8 @@ class Processes:
             return
         self.note(f"backend {backend.pid} ends")
         backend.life.alive = False
+        if backend.attachment is not None and self.rng.random() < 0.3:
+            self.strangers.append(Stranger(self.witness.pools[-1], backend))
         backend.forget()
         self._forget_backend(backend)
 

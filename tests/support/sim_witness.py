@@ -25,6 +25,8 @@ class Witness(Memory):
         self.pools: list[PoolMemory] = []
         self.segments: list[Area] = []
         self.scratch_of: dict[Task, Area] = {}
+        self.pool_at: dict[Task, int] = {}
+        """The address at which a worker has the pool's data."""
         self._users: dict[int, set[tuple[Key, str]]] = {}
         self._slot_of: dict[tuple[Key, str], int] = {}
         self._running: set[Key] = set()
@@ -41,10 +43,9 @@ class Witness(Memory):
 
     def accept(self, task: Task, tag: int, address: int, length: int, use: str) -> None:
         key = (task.epoch, task.queue, tag)
-        pool = self.pools[-1]
-        offset = address - pool.address
+        offset = address - self.pool_at[task]
         scratch = self.scratch_of[task]
-        if 0 <= offset < pool.arena.geometry.total_bytes:
+        if 0 <= offset < self.pools[-1].data_bytes:
             self._accept_slot(key, self._slot_at(offset, length), use)
         elif scratch.address <= address < scratch.address + scratch.size_bytes:
             assert use == "fill" and address + length <= scratch.address + scratch.size_bytes

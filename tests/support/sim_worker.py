@@ -4,6 +4,7 @@ Owns one process's life: `SimWorker` is the process, `SimWorkerProcess` the supe
 """
 
 import asyncio
+import os
 import random
 import signal
 from collections import deque
@@ -47,24 +48,42 @@ _SUPERVISOR, _POOL, _RINGS = (1 << core.WATCH_SHIFT + index for index in (0, 1, 
 
 
 class PoolMemory:
-    """A pool's two segments, mapped once for all simulated processes."""
+    """A pool's two segments, mapped for all that is no worker; a worker maps the data at an address of its own."""
 
     def __init__(self, arena: Arena, control_bytes: int) -> None:
         self.arena = arena
         self._sizes = (arena.geometry.total_bytes, control_bytes)
-        self.data = core.map_segment(arena.data_fd, self._sizes[0])
+        self._maps = [self.map_data()]
         self.control = core.map_segment(arena.control_fd, self._sizes[1])
 
+    def map_data(self) -> Any:
+        """The data of now, once more; stays mapped until the caller unmaps `data_bytes` of it."""
+        return core.map_segment(self.arena.data_fd, self.data_bytes)
+
     @property
-    def address(self) -> int:
-        return int(_ffi.cast("uintptr_t", self.data))
+    def data_bytes(self) -> int:
+        return self._sizes[0]
+
+    @property
+    def changes(self) -> int:
+        """How often its data was replaced."""
+        return len(self._maps) - 1
 
     @property
     def view(self) -> memoryview:
-        return memoryview(_ffi.buffer(self.data, self._sizes[0])).cast("B")
+        """The data of now; of what was replaced since it stays as it is."""
+        return memoryview(_ffi.buffer(self._maps[-1], self.data_bytes)).cast("B")
+
+    def changed(self, arena: Arena) -> None:
+        """The data was replaced, in this arena or another one of this pool."""
+        if arena is not self.arena:
+            os.close(self.arena.data_fd)
+            self.arena.data_fd = os.dup(arena.data_fd)
+        self._maps.append(self.map_data())
 
     def close(self) -> None:
-        core.unmap_segment(self.data, self._sizes[0])
+        for each in self._maps:
+            core.unmap_segment(each, self.data_bytes)
         core.unmap_segment(self.control, self._sizes[1])
 
 
@@ -173,12 +192,13 @@ class SimQueueLoop(QueueLoop):
         self._bits = 0
         self._broken = ""
 
-    def _look_at_pool(self, backend_lives: bool) -> None:
-        """Nobody changes the pool's size here."""
-
     def _look_around(self) -> None:
-        """There is no clock to look at the pool by."""
         self._queue.unmap_idle_segments()
+
+    def _change_pool(self, _fd: int | None) -> str:
+        pool = self._worker.pool
+        self._queue.change_pool(pool.arena.data_fd, pool.data_bytes)
+        return ""
 
     @property
     def backend_link(self) -> SimBackendLink:
@@ -256,6 +276,7 @@ class SimWorker:
         self.orphaned = False
         self.completions_to_lose = 1 if defect == COMPLETION_LOST else 0
         self.pool = pool
+        self._data = pool.map_data()
         self.scratch = new_area(0, config.max_io_bytes)
         self._classes = range(len(config.classes))
         memory = self._memory(config)
@@ -268,11 +289,20 @@ class SimWorker:
         pool, queues = self.pool, self.pool.arena.queues
         return Memory(
             descriptors=self.kernel.queues[config.queue].descriptors,
-            pool=pool.data,
+            pool=self._data,
             slots=core.offset(pool.control, slot_header_offset(queues, 0)),
             scratch=self.scratch.base,
             statistics=core.offset(pool.control, stats_offset(config.queue)),
         )
+
+    @property
+    def pool_address(self) -> int:
+        """Where it has the pool's data."""
+        return int(_ffi.cast("uintptr_t", self._data))
+
+    def unmap(self) -> None:
+        """At the end of the run: until then the kernel may still write there."""
+        core.unmap_segment(self._data, self.pool.data_bytes)
 
     def check(self) -> None:
         """Nothing of ours broke, and it sleeps on nothing."""

@@ -15,12 +15,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from support.watched_calls import MARK as MAY_WAIT
-from ublkpool.bufpool.arena import SHM_DIRECTORY, Arena, arena_prefix
+from ublkpool.bufpool.arena import Control, arena_prefix, open_control
+from ublkpool.bufpool.pool_memory import SHM_DIRECTORY
 from ublkpool.daemon.admin_client import AdminClient
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.errors import DaemonError
@@ -254,23 +255,23 @@ class Daemon:
             "leases not returned": total(stats, "lent_total") - total(stats, "returned_total") - kept,
         }
         if not any(counts.values()):
-            with self.arena(status) as arena:
-                headers = map(arena.control.slot_header, range(arena.geometry.slot_count))
+            with closing(self.control(status)) as control:
+                headers = map(control.slot_header, range(control.header.geometry.slot_count))
                 counts["slots with a tag"] = sum(1 for header in headers if header.tag) - kept
         return {what: count for what, count in counts.items() if count}
 
     def _books_agree(self, status: DeviceStatus) -> bool:
-        with self.arena(status) as arena:
-            owners = list(arena.control.slot_owners())
+        with closing(self.control(status)) as control:
+            owners = list(control.slot_owners())
         held = [queue.buffers_held for queue in self.stats(status.name).queues]
         return held == [
             sum(1 for owner in owners if owner and owner.queue == queue) for queue in range(status.queues)
         ]
 
-    def arena(self, status: DeviceStatus) -> Arena:
-        """A device's pool, to look into."""
+    def control(self, status: DeviceStatus) -> Control:
+        """The control segment of a device's pool, to look into."""
         assert status.id is not None
-        return Arena.open(arena_prefix(self._instance, status.id))
+        return open_control(arena_prefix(self._instance, status.id))
 
     @property
     def broker_pid(self) -> int:

@@ -28,6 +28,8 @@ class Scene:
             adopt=lambda *_: self.steps.append("adopt"),
             cut_off_soon=lambda: self.steps.append("cut off"),
         )
+        self.pool_users: list[int] = []
+        self.pool = SimpleNamespace(had_by=self.pool_users.append)
         monkeypatch.setattr(adoption, "end_left", self._end_left)
 
     async def _end_left(self, _records: object, spare: list[Process]) -> None:
@@ -49,7 +51,7 @@ class Scene:
         return self.steps
 
 
-ALIVE = SimpleNamespace(token=TOKEN)
+ALIVE = SimpleNamespace(token=TOKEN, uid=33)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,9 @@ ALIVE = SimpleNamespace(token=TOKEN)
 def test_workers_and_backend_are_brought_to_the_same(
     monkeypatch: pytest.MonkeyPatch, tokens: list[str], session: object | None, steps: list[str]
 ) -> None:
-    assert Scene(monkeypatch, tokens, session).play() == steps
+    scene = Scene(monkeypatch, tokens, session)
+    assert scene.play() == steps
+    assert scene.pool_users == ([33] if session else []), "who has the pool is known only of who is attached"
 
 
 def test_no_segments_number_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,16 @@ from ublkpool.bufpool.arena import (
     arena_prefix,
     control_bytes,
     list_orphans,
+    open_control,
     slot_header_offset,
     stats_offset,
     unlink_arena,
 )
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.lease import Owner
 from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.pool_memory import make_data
 
 INSTANCE = f"test-arena-{os.getpid()}"
 GEOMETRY = Geometry.build([(4096, 6), (65536, 3)])
@@ -99,7 +102,7 @@ def test_the_sequence_wraps(arena: Arena) -> None:
 
 def test_another_process_sees_who_holds_what(arena: Arena, prefix: str) -> None:
     arena.control.grant(0, Owner(0, 4))
-    with Arena.open(prefix) as other:
+    with Arena.open(prefix, arena.data_fd) as other:
         assert list(other.control.slot_owners()) == [Owner(0, 4)] + [None] * 8
         assert (other.geometry, other.reserve) == (GEOMETRY, RESERVE)
         assert (other.queues, other.device_number) == (2, 7)
@@ -125,11 +128,11 @@ def test_every_page_is_there_before_the_first_use(arena: Arena) -> None:
 
 
 def test_descriptors_are_private_and_close_on_exec(arena: Arena, prefix: str) -> None:
-    with Arena.open(prefix) as other:
+    with Arena.open(prefix, arena.data_fd) as other:
         for each in (arena, other):
             for fd in (each.data_fd, each.control_fd):
                 assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-                assert os.fstat(fd).st_mode & 0o777 == 0o600
+            assert os.fstat(each.control_fd).st_mode & 0o777 == 0o600
 
 
 def test_descriptors_that_were_handed_over_are_an_arena_without_names(arena: Arena) -> None:
@@ -149,9 +152,9 @@ def test_closing_leaves_no_descriptor_and_may_be_repeated(prefix: str) -> None:
 
 
 def test_a_second_pool_of_the_same_name_is_refused_and_the_first_one_stays(arena: Arena, prefix: str) -> None:
-    with pytest.raises(PoolError, match=r"7-data exists already"):
+    with pytest.raises(PoolError, match=r"7-ctl exists already"):
         Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
-    assert len(objects()) == 2
+    assert len(objects()) == 1
 
 
 def test_a_leftover_control_object_fails_the_creation_without_removing_it(prefix: str) -> None:
@@ -164,16 +167,77 @@ def test_a_leftover_control_object_fails_the_creation_without_removing_it(prefix
     unlink_arena(prefix)
 
 
-def test_a_pool_too_large_for_dev_shm_is_refused_and_leaves_nothing(prefix: str) -> None:
-    usage = os.statvfs("/dev/shm")
-    if usage.f_blocks == 0:
-        pytest.skip("/dev/shm has no limit here")
-    count = usage.f_blocks * usage.f_frsize // (1 << 20) + 1
+def test_a_pool_larger_than_what_is_available_is_refused_and_leaves_nothing(prefix: str) -> None:
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    count = int(meminfo["MemTotal"].split()[0]) // 1024 + 1
     before = open_fds()
-    with pytest.raises(PoolError, match=r"data needs [\d.]+ MiB .* [\d.]+ MiB are free: lower .*pool, or"):
+    with pytest.raises(
+        PoolError,
+        match=r"the pool of device 7 needs [\d.]+ MiB of memory and [\d.]+ MiB are available \(.*\): lower .*pool$",
+    ):
         Arena.create(prefix, Geometry.build([(1 << 20, count)]), 1, 7, (1,))
     assert objects() == []
     assert open_fds() == before
+
+
+@pytest.mark.parametrize("by_bytes", [-4096, 4096])
+def test_nobody_who_has_a_descriptor_can_change_the_size_of_a_pool(arena: Arena, by_bytes: int) -> None:
+    """A page that is missing when a worker or the kernel copies would be SIGBUS, or a request that never ends."""
+    theirs = os.open(f"/proc/self/fd/{arena.data_fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(theirs, GEOMETRY.total_bytes + by_bytes)
+        with pytest.raises(PermissionError):
+            os.posix_fallocate(theirs, GEOMETRY.total_bytes, 4096)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(theirs, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    finally:
+        os.close(theirs)
+    assert arena.is_sealed and os.fstat(arena.data_fd).st_size == GEOMETRY.total_bytes
+
+
+def test_a_hole_that_is_punched_into_a_pool_reads_as_zeros_and_takes_data_again(arena: Arena) -> None:
+    theirs = os.open(f"/proc/self/fd/{arena.data_fd}", os.O_RDWR | os.O_CLOEXEC)
+    with SharedMap(arena.data_fd, GEOMETRY.total_bytes) as ours:
+        ours.view[:4] = b"data"
+        _punch(theirs, GEOMETRY.total_bytes)
+        assert bytes(ours.view[:4]) == bytes(4)
+        ours.view[:4] = b"more"
+        assert os.pread(theirs, 4, 0) == b"more"
+    os.close(theirs)
+
+
+def _punch(fd: int, size_bytes: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_size, punch_hole = 1, 2
+    mode = keep_size | punch_hole
+    assert libc.fallocate(fd, mode, ctypes.c_long(0), ctypes.c_long(size_bytes)) == 0
+
+
+def test_other_memory_takes_the_place_of_the_old(arena: Arena) -> None:
+    os.pwrite(arena.data_fd, b"old", 0)
+    before = open_fds()
+    arena.replace_data(arena.new_data())
+    assert open_fds() == before
+    assert arena.is_sealed and os.pread(arena.data_fd, 3, 0) == bytes(3)
+    with pytest.raises(PoolError, match="has 4096 bytes"):
+        arena.replace_data(make_data("too small", 4096, "off"))
+    assert open_fds() == before
+
+
+def test_a_pool_of_an_earlier_version_has_a_name_for_its_data_and_is_used_as_it_is(
+    arena: Arena, prefix: str
+) -> None:
+    data = posix_ipc.SharedMemory(f"{prefix}-data", posix_ipc.O_CREX, mode=0o600).fd
+    os.ftruncate(data, GEOMETRY.total_bytes)
+    os.pwrite(data, b"what is in flight", 0)
+    os.close(data)
+    with Arena.open(prefix) as old:
+        assert not old.is_sealed and os.pread(old.data_fd, 17, 0) == b"what is in flight"
+        old.replace_data(old.new_data())
+        assert old.is_sealed
+        old.unlink()
+    assert objects() == []
 
 
 def test_space_that_runs_out_half_way_leaves_nothing(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,17 +257,27 @@ def test_space_that_runs_out_half_way_leaves_nothing(prefix: str, monkeypatch: p
 def test_a_pool_that_does_not_exist_cannot_be_opened(prefix: str) -> None:
     with pytest.raises(PoolError, match="cannot be opened"):
         Arena.open(prefix)
+    with pytest.raises(PoolError, match="cannot be opened"):
+        open_control(prefix)
 
 
-@pytest.mark.parametrize("which", ["data", "control"])
 @pytest.mark.parametrize("by_bytes", [-4096, 4096])
-def test_a_segment_of_another_size_is_refused(arena: Arena, prefix: str, which: str, by_bytes: int) -> None:
-    fd = arena.data_fd if which == "data" else arena.control_fd
-    os.ftruncate(fd, os.fstat(fd).st_size + by_bytes)
+def test_a_control_segment_of_another_size_is_refused(arena: Arena, prefix: str, by_bytes: int) -> None:
+    os.ftruncate(arena.control_fd, os.fstat(arena.control_fd).st_size + by_bytes)
     before = open_fds()
-    with pytest.raises(PoolError, match=f"{which} segment has .* bytes and its header says"):
-        Arena.open(prefix)
+    with pytest.raises(PoolError, match=r"control segment has .* bytes and its header says"):
+        Arena.open(prefix, arena.data_fd)
     assert open_fds() == before
+
+
+@pytest.mark.parametrize("size_bytes", [GEOMETRY.total_bytes - 4096, GEOMETRY.total_bytes + 4096])
+def test_data_of_another_size_is_refused(arena: Arena, prefix: str, size_bytes: int) -> None:
+    other = make_data("other", size_bytes, "off")
+    before = open_fds()
+    with pytest.raises(PoolError, match=r"data segment has .* bytes and its header says"):
+        Arena.open(prefix, other)
+    assert open_fds() == before
+    os.close(other)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -61,7 +62,7 @@ class FakeSession:
 
     def __init__(self, kind: str) -> None:
         self.attach = wire.Attach(v=1, device="vol", kind=kind)
-        self.pid, self.segment = 1, 0
+        self.pid, self.uid, self.segment = 1, 0, 0
         self._gone = asyncio.get_running_loop().create_future()
 
     @property
@@ -101,8 +102,7 @@ class FakeTeam:
         self.workers: list[Any] = []
         self.epoch = 1
         self.plan = SimpleNamespace(
-            arena=SimpleNamespace(data_fd=-1, is_whole=lambda: True),
-            descriptors=list,
+            descriptors=lambda: nullcontext([]),
             kernel=SimpleNamespace(node="/dev/null"),
         )
         self._dies_at_once = dies_at_once

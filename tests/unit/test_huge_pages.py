@@ -120,16 +120,12 @@ def test_a_process_that_locks_its_memory_has_every_page_before_the_first_use() -
 
 @pytest.mark.usefixtures("collapses")
 @pytest.mark.parametrize("huge", ["auto", "require"])
-def test_a_pool_is_in_huge_pages_and_so_again_when_it_was_cut_short(prefix: str, huge: str) -> None:
+def test_a_pool_is_in_huge_pages_and_so_is_what_takes_its_place(prefix: str, huge: str) -> None:
     with make(prefix, huge) as arena:
         assert arena.huge_bytes == HUGE_BYTES
-        os.ftruncate(arena.data_fd, MIB)
-        with SharedMap(arena.data_fd, MIB) as left:
-            left.view[:4] = b"kept"
-        arena.mend()
-        assert arena.is_whole() and arena.huge_bytes == HUGE_BYTES
-        with SharedMap(arena.data_fd, GEOMETRY.total_bytes) as mended:
-            assert bytes(mended.view[:8]) == b"kept\0\0\0\0"
+        old = os.fstat(arena.data_fd).st_ino
+        arena.replace_data(arena.new_data())
+        assert arena.huge_bytes == HUGE_BYTES and os.fstat(arena.data_fd).st_ino != old
         about = arena.statistics()
         assert about.allocated_bytes == about.data_bytes + about.control_bytes
 
@@ -137,13 +133,23 @@ def test_a_pool_is_in_huge_pages_and_so_again_when_it_was_cut_short(prefix: str,
 def test_off_is_off(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("nobody asked for it"))
     with make(prefix, "off") as arena:
-        arena.mend()
+        arena.replace_data(arena.new_data())
+
+
+def test_memory_in_the_place_of_the_old_need_not_be_huge(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is there: small pages serve it, and none would not."""
+    with make(prefix, "auto") as arena:
+        arena.huge = "require"
+        monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
+        arena.replace_data(arena.new_data())
 
 
 @pytest.mark.usefixtures("collapses")
 def test_the_next_daemon_sees_what_the_pool_is_in(prefix: str) -> None:
     made = Arena.create(prefix, GEOMETRY, 1, 7, (1, 1), "auto")
-    with made, Arena.open(prefix, "auto") as opened:
+    with made, Arena.open(prefix, made.data_fd, "auto") as opened:
         assert opened.huge_bytes == made.huge_bytes == HUGE_BYTES
         made.unlink()
 

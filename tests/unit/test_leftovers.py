@@ -30,6 +30,7 @@ STEPS = (
     "ADD_DEV after the kernel has made it",
     "record after ADD_DEV",
     "pool",
+    "holding the pool",
     "client area",
     "registering the area",
     "holding the area",
@@ -175,7 +176,8 @@ class FakeTeam:
 
 def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
     def hold(name: str, _fd: int) -> None:
-        machine.step("holding the area" if "slice" in name else "holding a worker")
+        what = {"pool": "the pool", "slice": "the area", "worker": "a worker"}[name.split("/")[1]]
+        machine.step(f"holding {what}")
         machine.held.add(name)
 
     def drop(name: str) -> None:

@@ -1,6 +1,6 @@
-"""What bounds a backend at the queue core: words that mean nothing, silence, a hang-up, a pool that it cut short."""
+"""What bounds a backend at the queue core: words that mean nothing, silence, a hang-up, a pool that it keeps."""
 
-import errno
+import os
 
 import pytest
 
@@ -9,6 +9,7 @@ from support.fake_liar import STALE
 from support.queue_desk import Desk
 from support.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
+from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import HELLO_TIMEOUT_MS, Attention, Link
 from ublkpool.workers.tag_state import State
 
@@ -101,45 +102,47 @@ def test_who_does_not_serve_cannot_hang_up() -> None:
     assert desk.queue.link is Link.EXPECTED and not desk.side.statistics.hangups
 
 
-def test_writes_whose_data_a_cut_pool_may_have_lost_fail_and_reads_go_on() -> None:
-    desk = Desk(spare=8)
-    requests = [desk.write(tag, 8 * tag, DATA) for tag in range(2)] + [desk.read(2, 32)]
+@pytest.mark.parametrize("need_get_data", [True, False])
+def test_what_requests_have_in_the_pool_comes_along_into_other_memory(need_get_data: bool) -> None:
+    """Who still has the old memory neither sees nor changes what the next backend is given."""
+    desk = Desk(spare=8, need_get_data=need_get_data, connected=False)
+    size_bytes = desk.rig.pool.size_bytes
+    old, fresh = (core.sealed_memory(size_bytes, name) for name in ("old", "fresh"))
+    desk.queue.change_pool(old, size_bytes)
+    desk.connect()
+    requests = [desk.write(tag, 8 * tag, DATA) for tag in range(3)]
     desk.rig.settle(0)
-    desk.copy(0)
+    for tag in range(2) if need_get_data else ():
+        desk.copy(tag)
     desk.send()
-    desk.queue.pool_damaged()
-    assert [desk.state(tag) for tag in range(3)] == [State.SERVING, State.COPYING, State.SERVING]
-    assert desk.queue.link is Link.CUT and "size" in desk.queue.violation()
     desk.kill()
-    desk.copy(1)
-    desk.driver.consume()
-    assert [each.result for each in requests] == [-errno.EIO, -errno.EIO, None]
+    desk.queue.change_pool(fresh, size_bytes)
+    os.pwrite(old, b"x" * size_bytes, 0)
+    if need_get_data:
+        # The driver was given its address before, and copies there.
+        desk.copy(2)
     desk.connect()
-    desk.serve(2)
-    assert requests[2].result == SECTOR_BYTES
+    for tag in range(3):
+        desk.serve(tag)
+    assert [each.result for each in requests] == [SECTOR_BYTES] * 3
+    assert [desk.store.read(8 * tag * SECTOR_BYTES, SECTOR_BYTES) for tag in range(3)] == [DATA] * 3
+    assert os.pread(old, size_bytes, 0) == b"x" * size_bytes
     desk.side.check()
+    for fd in (old, fresh):
+        os.close(fd)
 
 
-def test_a_damaged_pool_fails_writes_that_wait_for_a_backend() -> None:
-    desk = Desk(connected=False)
+def test_memory_that_cannot_be_mapped_leaves_the_pool_as_it_is() -> None:
+    desk = Desk()
+    empty = os.memfd_create("empty")
+    with pytest.raises(OSError) as failure:
+        desk.queue.change_pool(empty, desk.rig.pool.size_bytes)
+    os.close(empty)
+    assert not isinstance(failure.value, core.PoolLost)
     request = desk.write(0, 0, DATA)
     desk.copy(0)
-    assert desk.state(0) is State.WAIT_LINK
-    desk.queue.pool_damaged()
-    desk.driver.consume()
-    assert request.result == -errno.EIO and desk.queue.link is Link.NONE
-
-
-def test_data_in_the_backends_own_segment_survives_a_damaged_pool() -> None:
-    desk = Desk(place_in_backend=1)
-    request = desk.write(0, 0, DATA)
-    desk.place(0)
-    desk.copy(0)
-    desk.queue.pool_damaged()
-    desk.kill()
-    desk.connect()
     desk.serve(0)
-    assert request.result == SECTOR_BYTES and desk.store.read(0, SECTOR_BYTES) == DATA
+    assert request.result == SECTOR_BYTES
 
 
 def test_a_backend_that_answers_what_was_not_sent_to_it_is_cut_off_when_the_output_is_full() -> None:

@@ -194,13 +194,3 @@ def _in_a_region(scene: Scene) -> bytes:
 
 
 _: Lie = _in_a_region
-
-
-def test_a_pool_cut_short_is_no_matter_to_it() -> None:
-    desk = desk_of({"need_get_data": False})
-    request = write(desk, 0, 0, data(1, 4))
-    desk.queue.pool_damaged()
-    desk.kill()
-    desk.connect()
-    desk.serve(0)
-    assert request.result == len(request.data)

@@ -1,4 +1,4 @@
-"""A worker's loop with everything real but the kernel's ring: backends that come, hang up, or cut the pool short."""
+"""A worker's loop with everything real but the kernel's ring: backends that come and hang up, memory that changes."""
 
 import os
 from collections.abc import Iterator
@@ -35,17 +35,32 @@ def test_nonsense_is_told_as_such(bench: Bench) -> None:
     assert isinstance(said, messages.Cut) and "whole descriptors" in said.reason
 
 
-def test_a_pool_cut_short_is_noticed_while_nothing_happens_and_mended_when_its_backend_is_dead(
-    bench: Bench,
-) -> None:
+def test_a_worker_takes_other_memory_for_its_pool_between_two_backends(bench: Bench) -> None:
+    size_bytes = bench.arena.geometry.total_bytes
     bench.serve()
-    os.ftruncate(bench.arena.data_fd, 0)
-    said = bench.news()
-    assert isinstance(said, messages.Cut) and "another size" in said.reason
-    assert not bench.arena.is_whole()
     bench.lose()
-    assert bench.arena.is_whole()
+    fresh = core.sealed_memory(size_bytes, "fresh")
+    inode = os.fstat(fresh).st_ino
+    messages.send(bench.supervisor, messages.NewPool(), fresh)
+    os.close(fresh)
+    assert bench.news() == messages.PoolChanged()
+    assert (
+        f" {inode} " in Path("/proc/self/maps").read_text() and os.fstat(bench.arena.data_fd).st_ino == inode
+    )
     bench.serve()
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_worker_says_why_it_cannot_take_other_memory(bench: Bench, attached: bool) -> None:
+    if attached:
+        bench.serve()
+    empty = os.memfd_create("empty")
+    messages.send(bench.supervisor, messages.NewPool(), empty)
+    os.close(empty)
+    said = bench.news()
+    assert isinstance(said, messages.PoolChanged) and said.reason
+    if not attached:
+        bench.serve()
 
 
 def test_another_user_does_not_get_in(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,7 +29,9 @@ class FakeTeam:
         self._changed = asyncio.Event()
         self._has_ended = False
         kernel = SimpleNamespace(node="/dev/null")
-        self.plan = SimpleNamespace(arena=SimpleNamespace(data_fd=-1), descriptors=list, kernel=kernel)
+        self.plan = SimpleNamespace(
+            arena=SimpleNamespace(data_fd=-1), descriptors=lambda: nullcontext([]), kernel=kernel
+        )
 
     def unlinked(self) -> list[int]:
         return list(self.missing)

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 
 from support.queue_desk import Desk
 from ublkpool.bufpool import way_out
-from ublkpool.bufpool.arena import _no_space
 from ublkpool.bufpool.client import describe
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.keeper import Keeper, keeper_path
+from ublkpool.bufpool.pool_memory import _no_space
 from ublkpool.bufpool.way_out import RUN_DIR_BYTES_MAX, explain, why_no_ring
 from ublkpool.daemon import unix_socket
 from ublkpool.daemon.cli import cli

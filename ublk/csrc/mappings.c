@@ -78,6 +78,11 @@ void *uq_map_segment(int fd, uint64_t bytes)
 
 int uq_unmap_segment(void *address, uint64_t bytes) { return munmap(address, bytes); }
 
+int uq_map_over(void *at, void *fresh, uint64_t bytes)
+{
+	return mremap(fresh, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED ? -errno : 0;
+}
+
 void *uq_map_private(uint64_t bytes)
 {
 	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

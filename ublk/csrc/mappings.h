@@ -12,6 +12,9 @@ int uq_unmap_descriptors(void *address, unsigned depth);
 /* Maps `bytes` of a segment shared, writable, populated, at an address where its huge pages fit.  NULL: see errno. */
 void *uq_map_segment(int fd, uint64_t bytes);
 int uq_unmap_segment(void *address, uint64_t bytes);
+/* Moves the mapping `fresh` to `at`, in the place of what is mapped there; 0 or -errno, after which nothing may be left
+ * at `at`. */
+int uq_map_over(void *at, void *fresh, uint64_t bytes);
 /* Private zeroed memory, populated; NULL: see errno. */
 void *uq_map_private(uint64_t bytes);
 

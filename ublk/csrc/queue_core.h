@@ -73,7 +73,7 @@ enum uq_attention {
 
 enum uq_violation {
 	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
-	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_POOL, UQ_V_RING, UQ_V_DEAF,
+	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_RING, UQ_V_DEAF,
 	UQ_V_POST, UQ_VIOLATIONS,
 };
 
@@ -172,8 +172,10 @@ void uq_link_cut(struct uq *q, int violation);
 /* Its connection ended while it served: words may be lost, so nothing more is said or heard.  No violation: it may
  * just be dead. */
 void uq_link_hung_up(struct uq *q);
-/* The backend changed the pool's size: data that lay there may be gone, so those writes fail, and the link is cut. */
-void uq_pool_damaged(struct uq *q);
+/* Copy what the tags' buffers hold to other memory of the pool's layout, which then takes the pool's place at its
+ * address (uq_map_over): the driver has been given addresses there, and copies to and from them only in the
+ * io_uring_enter of this queue's task (IORING_SETUP_DEFER_TASKRUN). */
+void uq_pool_copy(const struct uq *q, uint8_t *to);
 /* The backend is dead or has let go of everything: its requests wait for the next one. */
 void uq_link_lost(struct uq *q);
 int uq_link_state(const struct uq *q);

@@ -275,17 +275,3 @@ int uq_violation(const struct uq *q, struct wire_descriptor *culprit)
 	*culprit = q->culprit;
 	return q->violation;
 }
-
-void uq_pool_damaged(struct uq *q)
-{
-	for (unsigned i = 0; i < q->config.depth; i++) {
-		struct uq_tag *t = &q->tags[i];
-		bool has_data = t->slot != UQ_BUFFER_NONE && t->op == WIRE_WRITE && !t->in_place;
-
-		if (has_data && t->state == UQ_WAIT_LINK)
-			uq_request_fail(q, t, -EIO);
-		else if (has_data && (t->state == UQ_SERVING || t->state == UQ_COPYING))
-			t->must_fail = true;
-	}
-	uq_link_cut(q, UQ_V_POOL);
-}

@@ -32,6 +32,19 @@ uint64_t uq_slot_offset(const struct uq *q, uint32_t slot)
 
 uint8_t *uq_slot_address(const struct uq *q, uint32_t slot) { return q->config.pool + uq_slot_offset(q, slot); }
 
+void uq_pool_copy(const struct uq *q, uint8_t *to)
+{
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		const struct uq_tag *t = &q->tags[i];
+		uint64_t bytes;
+
+		if (t->slot == UQ_BUFFER_NONE)
+			continue;
+		bytes = q->config.class[class_of(q, t->slot)].buffer_bytes;
+		memcpy(to + uq_slot_offset(q, t->slot), uq_slot_address(q, t->slot), t->length < bytes ? t->length : bytes);
+	}
+}
+
 bool uq_stock_allocate(struct uq *q)
 {
 	for (unsigned c = 0; c < q->config.classes; c++) {

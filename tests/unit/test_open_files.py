@@ -1,0 +1,93 @@
+"""Whether anybody still has a file that was handed out: the kernel's word, not what /proc shows."""
+
+import mmap
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from support.vm_process import Forked
+from ublkpool.daemon.open_files import file_id, holders_of, is_open_elsewhere, reopened
+from ublkpool.ublk.queue import sealed_memory
+
+SIZE_BYTES = 4096
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    fd = sealed_memory(SIZE_BYTES, "test")
+    yield fd
+    assert not is_open_elsewhere(fd), "nothing is left of the test"
+    os.close(fd)
+
+
+def test_our_own_descriptors_and_mappings_do_not_count(memory: int) -> None:
+    copy, mapped = os.dup(memory), mmap.mmap(memory, SIZE_BYTES)
+    ours, theirs = socket.socketpair()
+    socket.send_fds(ours, [b"x"], [memory])
+    assert not is_open_elsewhere(memory)
+    for each in (ours, theirs, mapped):
+        each.close()
+    os.close(copy)
+
+
+def test_one_that_was_handed_out_counts_until_it_is_closed(memory: int) -> None:
+    handed = reopened(memory)
+    assert is_open_elsewhere(memory)
+    copy = os.dup(handed)
+    os.close(handed)
+    assert is_open_elsewhere(memory)
+    os.close(copy)
+
+
+def test_one_that_is_mapped_and_closed_counts(memory: int) -> None:
+    handed = reopened(memory)
+    # Python's mapping would keep a duplicate of the descriptor.
+    with Forked(lambda: _map_and_close(handed)) as holder:
+        os.close(handed)
+        assert is_open_elsewhere(memory)
+        holder.kill()
+
+
+def _map_and_close(fd: int) -> int:
+    mapping = mmap.mmap(fd, SIZE_BYTES)
+    os.closerange(3, 64)
+    signal.pause()
+    return mapping[0]
+
+
+def test_one_in_flight_that_no_process_shows_counts(memory: int) -> None:
+    """The process that sent it has closed it: /proc has nothing, and yet it can be received again."""
+    handed = reopened(memory)
+    ours, theirs = socket.socketpair()
+    socket.send_fds(ours, [b"x"], [handed])
+    os.close(handed)
+    wanted, shown = {file_id(os.fstat(memory))}, os.dup(memory)
+    os.close(shown)
+    assert holders_of(wanted) == [] and is_open_elsewhere(memory)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
+def test_one_that_was_opened_through_proc_counts(memory: int, flags: int) -> None:
+    opened = os.open(f"/proc/{os.getpid()}/fd/{memory}", flags | os.O_CLOEXEC)
+    assert is_open_elsewhere(memory)
+    os.close(opened)
+
+
+def test_what_happens_to_the_lease_is_no_signal_for_the_daemon(memory: int) -> None:
+    before = signal.getsignal(signal.SIGIO)
+    assert not is_open_elsewhere(memory)
+    assert signal.getsignal(signal.SIGIO) is before
+
+
+def test_a_kernel_that_gives_no_lease_is_no_proof(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("fcntl.fcntl", refuse)
+        assert is_open_elsewhere(memory)

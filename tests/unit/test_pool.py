@@ -1,0 +1,171 @@
+"""Whose memory a pool is over the lives of its backends, and when the next one gets other memory."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import posix_ipc
+import pytest
+
+from ublkpool.bufpool.arena import Arena, arena_prefix, list_orphans, unlink_arena
+from ublkpool.bufpool.errors import AttachRefused, PoolError
+from ublkpool.bufpool.limits import Geometry
+from ublkpool.daemon import pool as module
+from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.open_files import reopened
+from ublkpool.daemon.pool import Pool, pool_name
+from ublkpool.daemon.team import Team
+
+INSTANCE = f"test-pool-{os.getpid()}"
+PREFIX = arena_prefix(INSTANCE, 7)
+GEOMETRY = Geometry.build([(4096, 4)])
+USER = 1000
+
+
+class Scene:
+    """A device's pool, its workers and what the holder has."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.changes = 0
+        self.refuses = False
+        self.can_change_pool = True
+        self.pool = Pool("vol", cast(Holder, SimpleNamespace(hold=self._hold)))
+        self.arena = Arena.create(PREFIX, GEOMETRY, 1, 7, (1,))
+
+    def _hold(self, name: str, fd: int) -> None:
+        self.held[name] = os.fstat(fd).st_ino
+
+    async def change_pool(self) -> None:
+        self.changes += 1
+        if self.refuses:
+            raise AttachRefused("a worker has no room")
+
+    def prepare(self, user: int = USER) -> int:
+        """The memory, by its inode, that a backend of this user gets."""
+        asyncio.run(self.pool.prepare(cast(Team, self), user))
+        return self.inode
+
+    @property
+    def inode(self) -> int:
+        arena = self.pool.arena
+        assert arena is not None
+        found = os.fstat(arena.data_fd).st_ino
+        assert self.held == {pool_name("vol"): found}
+        return found
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    made = Scene()
+    yield made
+    made.pool.remove()
+    assert list_orphans(INSTANCE) == []
+
+
+def test_a_backend_after_which_nobody_has_the_memory_leaves_it_to_the_next(scene: Scene) -> None:
+    scene.pool.begin(scene.arena)
+    first = scene.inode
+    for _ in range(3):
+        assert scene.prepare() == first
+    assert scene.changes == 0
+
+
+@pytest.mark.parametrize("how", ["stranger", "user"])
+def test_memory_that_may_be_a_strangers_is_replaced(
+    scene: Scene, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.pool.begin(scene.arena)
+    first = scene.prepare()
+    kept = reopened(scene.arena.data_fd) if how == "stranger" else None
+    second = scene.prepare(USER + (how == "user"))
+    assert second != first and scene.changes == 1 and "gets other memory" in caplog.text
+    # Whoever has the old memory has nothing of this one.
+    assert scene.prepare(USER + (how == "user")) == second
+    if kept is not None:
+        os.close(kept)
+
+
+def test_of_an_earlier_daemons_memory_only_what_an_attached_backend_has_is_known(scene: Scene) -> None:
+    scene.pool.resume(scene.arena)
+    scene.pool.had_by(USER)
+    first = scene.inode
+    assert scene.prepare() == first
+
+
+def test_an_earlier_daemons_memory_that_nobody_has_is_replaced(scene: Scene) -> None:
+    """It may have died between telling some of its workers of other memory and telling the rest."""
+    scene.pool.resume(scene.arena)
+    first = scene.inode
+    assert scene.prepare() != first and scene.changes == 1
+
+
+def test_memory_that_an_earlier_version_made_is_replaced_at_the_next_backend() -> None:
+    scene = Scene()
+    scene.arena.close()
+    data = posix_ipc.SharedMemory(f"{PREFIX}-data", posix_ipc.O_CREX, mode=0o600).fd
+    os.posix_fallocate(data, 0, GEOMETRY.total_bytes)
+    os.close(data)
+    scene.pool.resume(Arena.open(PREFIX))
+    scene.pool.had_by(USER)
+    first = scene.inode
+    assert scene.prepare() != first and scene.pool.arena is not None and scene.pool.arena.is_sealed
+    scene.pool.remove()
+    assert list_orphans(INSTANCE) == []
+
+
+def test_as_long_as_a_worker_has_not_changed_nobody_is_handed_anything(scene: Scene) -> None:
+    scene.pool.begin(scene.arena)
+    first = scene.prepare()
+    scene.refuses = True
+    with pytest.raises(AttachRefused):
+        scene.prepare(USER + 1)
+    # Also not the user who had the old memory: some workers have the new.
+    for user in (USER, USER + 1):
+        with pytest.raises(AttachRefused):
+            scene.prepare(user)
+    scene.refuses = False
+    assert scene.prepare() != first and scene.changes == 4
+
+
+def test_workers_of_an_earlier_version_are_not_asked_for_what_they_do_not_know(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.pool.resume(scene.arena)
+    scene.can_change_pool = False
+    first = scene.inode
+    assert scene.prepare() == first and scene.changes == 0 and "of an earlier version" in caplog.text
+
+
+def test_without_memory_for_it_the_next_backend_is_refused_and_the_pool_stays(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.pool.begin(scene.arena)
+    first = scene.prepare()
+
+    def no_room(*_: Any) -> int:
+        raise PoolError("the pool of device 7 needs 1.0 MiB of memory and 0.0 MiB are available")
+
+    with monkeypatch.context() as full:
+        full.setattr(Arena, "new_data", no_room)
+        with pytest.raises(PoolError, match="are available"):
+            scene.prepare(USER + 1)
+    assert scene.inode == first and scene.changes == 0
+    assert scene.prepare(USER + 1) != first
+
+
+def test_a_pool_that_was_never_handed_out_needs_no_look(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_open_elsewhere", lambda _: pytest.fail("nobody has it"))
+    scene.pool.begin(scene.arena)
+    scene.prepare()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    for each in list_orphans(INSTANCE):
+        unlink_arena(each)
