@@ -20,6 +20,7 @@ from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.background import owned
 from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.open_files import reopened
 from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
 from ublkpool.daemon.refusals import Refusals, plain
@@ -224,7 +225,10 @@ class AttachServer:
         leased, fd = self._lend_buffer(message.device, sock)
         # One that has gone meanwhile will be found out by whoever has its connection.
         with suppress(OSError):
-            socket.send_fds(sock, [wire.encode_message(leased)], [] if fd is None else [fd])
+            if fd is None:
+                sock.send(wire.encode_message(leased))
+            else:
+                _hand_out(sock, leased, fd)
         return fd is not None
 
     async def _first_message(self, sock: socket.socket, peer: Peer, files: list[int]) -> wire.BackendMessage:
@@ -264,6 +268,20 @@ class AttachServer:
         reason = plain(reason)
         self.refusals.note(reason)
         return reason
+
+
+def _hand_out(sock: socket.socket, leased: wire.BufferLeased, fd: int) -> None:
+    """Send a client its slice, as an open file of its own: see `open_files.is_open_elsewhere`.  Raises `OSError`."""
+    try:
+        handed = reopened(fd)
+    except OSError:
+        # Its lease ends with its connection, and it does not wait for an answer.
+        sock.shutdown(socket.SHUT_RDWR)
+        raise
+    try:
+        socket.send_fds(sock, [wire.encode_message(leased)], [handed])
+    finally:
+        os.close(handed)
 
 
 async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:

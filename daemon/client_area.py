@@ -16,6 +16,8 @@ from typing import Any, Self
 import msgspec
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.memory_room import check_room
 from ublkpool.daemon.config import CLIENT_SLICES
 from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
@@ -26,11 +28,17 @@ _log = logging.getLogger("ublkpool.device")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+NOBODY_KNOWS = -1
+"""In the place of a user: the slice is lent to nobody any more."""
+
+
 class AreaRecord(msgspec.Struct, frozen=True):
     """What the next daemon must know to find a client area again."""
 
     slice_bytes: int
     files: tuple[FileId | None, ...]
+    users: tuple[int | None, ...] = ()
+    """Who had each slice, None if nobody has; nothing in what an earlier version wrote."""
 
 
 def slice_name(device: str, number: int) -> str:
@@ -45,14 +53,19 @@ class ClientArea:
         """Takes the descriptors over."""
         self.slice_bytes = slice_bytes
         self.files = dict(files)
+        self.users: dict[int, int] = {}
+        """The user whose clients have had a slice; `NOBODY_KNOWS` if that is not sure."""
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
         """New ones, zeros, all there.  Raises `DaemonError` if there is not so much memory."""
         area = cls(size_bytes // CLIENT_SLICES, {})
         try:
+            check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
             for number in range(CLIENT_SLICES):
                 area.files[number] = core.sealed_memory(area.slice_bytes, "ublkpool-clients")
+        except PoolError as error:
+            raise DaemonError(str(error)) from error
         except OSError as error:
             area.close()
             raise DaemonError(
@@ -67,9 +80,13 @@ class ClientArea:
         """An earlier daemon's: from the holder, or from whoever still has it.
 
         A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
-        had under way there fails.
+        had under way there fails.  One that was found at a process stays that process's: what we have of it then is
+        an open file that the kernel counts, so it can never be told that nobody else has one
+        (`open_files.is_open_elsewhere`).
         """
         area = cls(record.slice_bytes, {})
+        known = record.users or (NOBODY_KNOWS,) * CLIENT_SLICES
+        area.users = {number: user for number, user in enumerate(known) if user is not None}
         missing: dict[int, FileId] = {}
         for number, wanted in enumerate(record.files):
             fd = held.get(slice_name(device, number))
@@ -81,11 +98,15 @@ class ClientArea:
             found = await _find_elsewhere(runner, device, missing, record.slice_bytes)
             # `segments` and `descriptors` go by number.
             area.files = dict(sorted({**area.files, **found}.items()))
+            area.users.update(dict.fromkeys(found, NOBODY_KNOWS))
         return area
 
     def record(self) -> AreaRecord:
         """To find it by."""
-        return AreaRecord(self.slice_bytes, tuple(map(self._id_of, range(CLIENT_SLICES))))
+        numbers = range(CLIENT_SLICES)
+        return AreaRecord(
+            self.slice_bytes, tuple(map(self._id_of, numbers)), tuple(map(self.users.get, numbers))
+        )
 
     def _id_of(self, number: int) -> FileId | None:
         return file_id(os.fstat(self.files[number])) if number in self.files else None

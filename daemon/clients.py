@@ -1,8 +1,10 @@
 """Who uses which slice of a device's client area as I/O buffers, and when a slice may be somebody else's.
 
-A client's connection is its lease.  When it ends the slice rests: as long as somebody still has that memory, and then
-until every request that the disk had at that moment is answered, for what a dead client had under way still reads or
-writes there.  Runs on the supervisor's asyncio loop; the driver is asked for nothing, see `ublk/control.py`.
+A client's connection is its lease.  When it ends the slice rests: as long as an open file of that memory is left
+somewhere, and then until every request that the disk had at that moment is answered, for what a dead client had under
+way still reads or writes there.  The next client must be the same user's: pages that were pinned before they were
+unmapped do not show, and a slice's memory cannot be replaced while there is a disk.  Runs on the supervisor's asyncio
+loop; the driver is asked for nothing, see `ublk/control.py`.
 """
 
 import asyncio
@@ -14,20 +16,18 @@ from typing import NamedTuple
 
 from ublkpool.daemon.background import Background, logged
 from ublkpool.daemon.block_device import BlockDevice
-from ublkpool.daemon.client_area import ClientArea
-from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.client_area import NOBODY_KNOWS, ClientArea
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.open_files import FileId, file_id, holders_of
+from ublkpool.daemon.open_files import is_open_elsewhere
 from ublkpool.daemon.peer import peer_of
 
 
 class Ground(NamedTuple):
-    """What slices lie in: the area, the kernel's device, and the pool, by which a backend is known."""
+    """What slices lie in: the area, and the kernel's device."""
 
     area: ClientArea
     kernel: BlockDevice
-    pool_fd: int
 
 
 def client_name(device: str, number: int) -> str:
@@ -35,22 +35,17 @@ def client_name(device: str, number: int) -> str:
     return f"{device}/client/{number}"
 
 
-def unused(slices: Mapping[int, FileId], pool: FileId, spared: Collection[int]) -> list[int]:
-    """The slices that nobody has open or mapped but those who have the device's pool too: its backend."""
-    serving = {*spared, *holders_of({pool})}
-    # Mostly nobody has any, and one look is enough.
-    if not set(holders_of(set(slices.values()))) - serving:
-        return list(slices)
-    return [number for number, each in slices.items() if not set(holders_of({each})) - serving]
+def rested(slices: Mapping[int, int]) -> list[int]:
+    """The slices, by number and descriptor, that no client has any more, wherever it might have put them."""
+    return [number for number, fd in slices.items() if not is_open_elsewhere(fd)]
 
 
 class Clients:
     """The slices of one device."""
 
-    def __init__(self, name: str, runner: ControlRunner, holder: Holder, background: Background) -> None:
+    def __init__(self, name: str, holder: Holder, background: Background) -> None:
         """`name` is the device's.  There is no slice before `begin` or `resume`."""
         self._name = name
-        self._runner = runner
         self._holder = holder
         self._background = background
         self._ground: Ground | None = None
@@ -86,13 +81,27 @@ class Clients:
         return [f"client process {peer_of(sock).pid}" for sock in self._lent.values()]
 
     def lend(self, sock: socket.socket) -> int | None:
-        """A slice for the client that this connection leads to, which is ours then; None if there is none now."""
-        if not self._free:
+        """A slice for the client that this connection leads to, which is ours then; None if there is none now.
+
+        Its user is in `ClientArea.users` then, which is to be put on record before the client has the slice.
+        """
+        number = self._choose(peer_of(sock).uid)
+        if number is None:
             self._settle()
             return None
-        number = self._free[0]
         self._watch(number, sock)
         self._free.remove(number)
+        return number
+
+    def _choose(self, user: int) -> int | None:
+        """A free slice that this user had, or else one that nobody has had."""
+        if self._ground is None:
+            return None
+        users = self._ground.area.users
+        fitting = [number for number in self._free if users.get(number, user) == user]
+        number = min(fitting, key=lambda each: (each not in users, each), default=None)
+        if number is not None:
+            users[number] = user
         return number
 
     def close(self) -> None:
@@ -133,11 +142,11 @@ class Clients:
             with logged(self._name):
                 while self._look_again and (ground := self._ground) is not None:
                     self._look_again = False
-                    rested = await self._unused(ground)
+                    numbers = rested(self._lendable(ground.area))
                     # Only now: whoever has the memory can still begin something in it.
-                    if rested:
+                    if numbers:
                         await self._pass_requests(ground)
-                    self._give_back(rested)
+                    self._give_back(numbers)
         finally:
             self._settling = False
 
@@ -149,16 +158,12 @@ class Clients:
             if self._ground is not None:
                 raise
 
-    async def _unused(self, ground: Ground) -> list[int]:
-        files, spared = ground.area.files, {os.getpid(), self._holder.pid}
-        slices = {number: file_id(os.fstat(files[number])) for number in self._resting}
-        pool = file_id(os.fstat(ground.pool_fd))
-        # Looking at every process of the machine takes its time.
-        return await self._runner.run_beside(
-            f"{self._name}: clients", lambda: unused(slices, pool, spared), list[int]
-        )
+    def _lendable(self, area: ClientArea) -> dict[int, int]:
+        """Those that rest and may be lent again at all."""
+        users = area.users
+        return {n: area.files[n] for n in self._resting if users.get(n) != NOBODY_KNOWS}
 
-    def _give_back(self, rested: Collection[int]) -> None:
-        back = self._resting.intersection(rested)
+    def _give_back(self, numbers: Collection[int]) -> None:
+        back = self._resting.intersection(numbers)
         self._resting -= back
         self._free = sorted({*self._free, *back})

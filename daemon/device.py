@@ -62,7 +62,7 @@ class Device:
         self._managed = (
             ManagedBackend(config.name, config.backend, around, self._background) if config.backend else None
         )
-        self._clients = Clients(config.name, around.runner, around.holder, self._background)
+        self._clients = Clients(config.name, around.holder, self._background)
         self._binding = Binding(config.name, around.states, around.boot_id)
         self._strikes = Strikes(asyncio.get_running_loop().time)
         self._left: Record | None = None
@@ -333,9 +333,9 @@ class Device:
 
     def _ground(self) -> Ground | None:
         machinery = self._machinery
-        if machinery.area is None or machinery.kernel is None or machinery.arena is None:
+        if machinery.area is None or machinery.kernel is None:
             return None
-        return Ground(machinery.area, machinery.kernel, machinery.arena.data_fd)
+        return Ground(machinery.area, machinery.kernel)
 
     def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
         """The answer to a client of the disk, and a slice of the client area, which is its own while it is connected.
@@ -348,6 +348,8 @@ class Device:
         number = self._clients.lend(sock)
         if area is None or number is None:
             return wire.BufferLeased(path=str(kernel.node), size_bytes=0), None
+        # Whose it is must be known to the next daemon before it is anybody's.
+        self.save()
         return wire.BufferLeased(path=str(kernel.node), size_bytes=area.slice_bytes), area.files[number]
 
     def _now_live(self, team: Team) -> None:
