@@ -35,7 +35,7 @@ from ublkpool.daemon.admin_wire import (
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
-from ublkpool.daemon.unix_socket import listen
+from ublkpool.daemon.unix_socket import ReservedListener, listen
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
@@ -86,7 +86,7 @@ class AdminServer:
 
     async def start(self) -> None:
         """Listen.  Raises `DaemonError` if another daemon already does, or the socket cannot be made."""
-        listener = _listen(self._path)
+        listener = ReservedListener(_listen(self._path))
         self._server = await asyncio.start_unix_server(
             self._serve_connection, sock=listener, limit=REQUEST_BYTES_MAX
         )

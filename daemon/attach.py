@@ -5,6 +5,7 @@ Owns the attach socket and the checks on what a backend says and brings.  Must n
 """
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -25,7 +26,7 @@ from ublkpool.daemon.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.readable import readable
 from ublkpool.daemon.refusals import Refusals, plain
 from ublkpool.daemon.session import Session
-from ublkpool.daemon.unix_socket import listen
+from ublkpool.daemon.unix_socket import ReservedListener, listen
 
 ATTACH_DEADLINE_S = 10.0
 UNHEARD_MAX = 256
@@ -129,12 +130,12 @@ class AttachServer:
         self._tasks: set[asyncio.Future[None]] = set()
         self._unheard: Counter[int] = Counter()
         self._admitting: Counter[str] = Counter()
-        self._listener: socket.socket | None = None
+        self._listener: ReservedListener | None = None
         self.refusals = Refusals(asyncio.get_running_loop().time)
 
     def start(self) -> None:
         """Listen.  Raises `DaemonError`."""
-        self._listener = listen(self._path, socket.SOCK_SEQPACKET, self._group)
+        self._listener = ReservedListener(listen(self._path, socket.SOCK_SEQPACKET, self._group))
         self._listen()
 
     def close(self) -> None:
@@ -165,6 +166,10 @@ class AttachServer:
             loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
         sock.setblocking(False)
+        if self._listener.was_short:
+            # It would be let in half: a descriptor short, its process could not be watched.
+            self._refuse(sock, one_line(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+            return
         self.receive(sock)
 
     def receive(self, sock: socket.socket) -> None:

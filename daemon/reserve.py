@@ -22,6 +22,11 @@ class Reserve:
         self._held: list[int] = []
         self._take()
 
+    def refill(self) -> None:
+        """Take what could not be taken after the last use."""
+        if not self._users:
+            self._take()
+
     def close(self) -> None:
         """Let go of all of them, for good."""
         self._count = 0

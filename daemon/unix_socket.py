@@ -4,6 +4,7 @@ Owns the rule that a socket takes the place of a socket that a killed daemon lef
 what is said over a socket.
 """
 
+import errno
 import os
 import socket
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.reserve import Reserve
 
 
 def remove_socket(path: Path) -> None:
@@ -44,3 +46,35 @@ def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlo
     finally:
         os.umask(umask)
     return listener
+
+
+class ReservedListener(socket.socket):
+    """A listening socket that accepts a connection even when no descriptor is left: it keeps one for that.
+
+    A daemon that has as many as it may can still be asked to delete a device, and can say what is wrong.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        """Takes the listener over."""
+        super().__init__(fileno=listener.detach())
+        self._reserve = Reserve(1)
+        self.was_short = False
+        """Whether the connection accepted last took the descriptor that was kept."""
+
+    def accept(self) -> "tuple[socket.socket, object]":
+        """As of `socket.socket`; raises `OSError` if that descriptor is in use."""
+        self._reserve.refill()
+        try:
+            self.was_short = False
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        self.was_short = True
+        with self._reserve.released():
+            return super().accept()
+
+    def close(self) -> None:
+        """And let go of the descriptor that was kept."""
+        self._reserve.close()
+        super().close()

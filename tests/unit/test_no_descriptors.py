@@ -1,0 +1,93 @@
+"""A daemon with no descriptor left: it answers commands all the same, and tells a backend why it cannot attach."""
+
+import asyncio
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from support.attach_door import Door, at_the_door
+from support.fake_daemon import FakeService
+from ublkpool.bufpool import wire
+from ublkpool.daemon.admin import AdminServer
+from ublkpool.daemon.admin_wire import ListRequest, admin_socket, encode_line
+from ublkpool.daemon.unix_socket import ReservedListener, listen
+
+DEADLINE_S = 20
+
+
+@contextmanager
+def none_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_listener_accepts_one_with_the_descriptor_that_it_keeps_and_keeps_another_later(
+    tmp_path: Path,
+) -> None:
+    listener = ReservedListener(listen(tmp_path / "door", socket.SOCK_STREAM))
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for client in clients:
+        client.connect(str(tmp_path / "door"))
+    with none_left():
+        first, _ = listener.accept()
+        assert listener.was_short
+        with suppress(OSError):
+            listener.accept()[0].close()
+            raise AssertionError("there is none left")
+        first.close()
+        second, _ = listener.accept()
+        second.close()
+    third, _ = listener.accept()
+    assert not listener.was_short
+    for each in (third, *clients):
+        each.close()
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    listener.close()
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before - 2
+
+
+def test_a_command_is_answered(tmp_path: Path) -> None:
+    async def run() -> None:
+        server = AdminServer(FakeService(), tmp_path)
+        await server.start()
+        for _ in range(2):
+            client = socket.socket(socket.AF_UNIX)
+            client.setblocking(False)
+            client.connect(str(admin_socket(tmp_path)))
+            with none_left():
+                client.send(encode_line(ListRequest()))
+                assert b'"ok":true' in await asyncio.get_running_loop().sock_recv(client, 65536)
+            client.close()
+            while server.statistics()["connections"]:
+                await asyncio.sleep(0)
+        await server.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_a_backend_is_told_why(tmp_path: Path) -> None:
+    async def scene(door: Door) -> None:
+        door.server.start()
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.setblocking(False)
+        client.connect(str(tmp_path / "attach.sock"))
+        with none_left():
+            packet = await asyncio.get_running_loop().sock_recv(client, 65536)
+        answer = wire.decode_daemon_message(packet)
+        assert isinstance(answer, wire.Refused) and "Too many open files" in answer.reason
+        client.close()
+
+    at_the_door(tmp_path, scene)
