@@ -54,6 +54,7 @@ class Patience:
             self._since_s = self._clock()
         else:
             self._wait_for_the_living(what, alive)
+        # Nothing tells when a claim of O_EXCL ends, and a blocking flock knows no deadline.
         self._sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
 
