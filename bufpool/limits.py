@@ -164,7 +164,7 @@ def _check_device(queues: int, depth: int, max_io_bytes: int, need_get_data: boo
     if not 1 <= depth <= DEPTH_MAX:
         raise PoolError(f"depth {depth}: a queue has 1 to {DEPTH_MAX} tags")
     if not 1 <= max_io_bytes <= IO_BYTES_MAX:
-        raise PoolError(f"max_io_bytes {max_io_bytes}: a request has 1 to {IO_BYTES_MAX} bytes")
+        raise PoolError(f"max_io of {max_io_bytes} bytes: a request has 1 to {IO_BYTES_MAX} bytes")
     if placement == "backend" and not need_get_data:
         raise PoolError(
             "placement backend needs need_get_data: without it writes land before anyone is asked"
@@ -208,7 +208,7 @@ def _counts(shares: Sequence[QueueShare], queues: int, depth: int, pool_bytes: i
     bytes_min = sum(share.buffer_bytes * count for share, count in zip(shares, reserved, strict=True))
     if pool_bytes < bytes_min:
         raise PoolError(
-            f"pool_bytes {pool_bytes} is too small: {_reserve_sum(shares, queues)} need {bytes_min}"
+            f"pool of {pool_bytes} bytes is too small: {_reserve_sum(shares, queues)} need {bytes_min}"
         )
     extra_bytes = sum(share.buffer_bytes * count for share, count in zip(shares, extra, strict=True))
     scaled = [count * (pool_bytes - bytes_min) // max(1, extra_bytes) for count in extra]

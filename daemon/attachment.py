@@ -190,7 +190,7 @@ class Attachment:
         elif isinstance(news, messages.Silent):
             timeout_s = self._config.io_timeout_s
             _log.warning(
-                "%s queue %d: a request has waited longer than io_timeout_s = %g",
+                "%s queue %d: a request has waited longer than io_timeout = %g s",
                 name,
                 worker.queue,
                 timeout_s,

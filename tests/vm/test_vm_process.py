@@ -143,7 +143,7 @@ def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> N
     with daemon.stopped(backend.pid):
         write = Forked(lambda: write_block(path, 0, bytes(4096)))
         eventually(lambda: total(daemon.stats("slow"), "timeouts") > before, "it is overdue")
-        eventually(lambda: "longer than io_timeout_s = 1" in daemon.said(), "the log says so")
+        eventually(lambda: "longer than io_timeout = 1 s" in daemon.said(), "the log says so")
         assert write.running
     assert write.wait() == 0
     assert daemon.status("slow").backend.attached
