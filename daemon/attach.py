@@ -295,6 +295,9 @@ async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:
         sock, wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
     )
     files.extend(received)
+    if flags & socket.MSG_CTRUNC and len(files) < _DESCRIPTORS_MAX:
+        # There was room in the message: this process has as many as it may.
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(files) > 1:
         raise WireError("attach: one packet of at most 64 KiB with at most one descriptor")
     return packet

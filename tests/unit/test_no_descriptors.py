@@ -91,3 +91,21 @@ def test_a_backend_is_told_why(tmp_path: Path) -> None:
         client.close()
 
     at_the_door(tmp_path, scene)
+
+
+def test_a_segment_that_there_is_no_descriptor_for_is_no_nonsense_of_the_backend_s(tmp_path: Path) -> None:
+    async def scene(door: Door) -> None:
+        door.server.start()
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.setblocking(False)
+        client.connect(str(tmp_path / "attach.sock"))
+        while not door.server._tasks:
+            await asyncio.sleep(0)
+        with none_left():
+            packet = wire.encode_message(wire.Attach(v=1, device="d", kind="k", segment_bytes=4096))
+            socket.send_fds(client, [packet], [0])
+            answer = wire.decode_daemon_message(await asyncio.get_running_loop().sock_recv(client, 65536))
+        assert isinstance(answer, wire.Refused) and "Too many open files" in answer.reason
+        client.close()
+
+    at_the_door(tmp_path, scene)
