@@ -39,6 +39,7 @@ import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 import msgspec
@@ -158,10 +159,12 @@ def list_orphans(instance: str) -> list[str]:
 def unlink_arena(name_prefix: str) -> None:
     """Remove the names of a pool, whichever exist; whoever has the objects open keeps the memory."""
     for name in (_data_name(name_prefix), _control_name(name_prefix)):
-        try:
-            posix_ipc.unlink_shared_memory(name)
-        except posix_ipc.ExistentialError:
-            continue
+        _unlink(name)
+
+
+def _unlink(name: str) -> None:
+    with suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(name)
 
 
 class Control:
@@ -350,6 +353,11 @@ class Arena:
             raise
         os.close(self.data_fd)
         self.data_fd = fd
+
+    def forget_old_data(self) -> None:
+        """Remove the name that an earlier version gave the data, which keeps its memory allocated."""
+        if self.name_prefix is not None:
+            _unlink(_data_name(self.name_prefix))
 
     def unlink(self) -> None:
         """Remove the names.  The memory lives until everybody has closed it."""

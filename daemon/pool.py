@@ -84,6 +84,7 @@ class Pool:
         arena.replace_data(arena.new_data())
         self._holder.hold(pool_name(self._device), arena.data_fd)
         await team.change_pool()
+        arena.forget_old_data()
 
     def remove(self) -> None:
         """Leave nothing of it.  Raises `PoolError` if a name stays."""

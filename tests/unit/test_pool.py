@@ -112,6 +112,9 @@ def test_memory_that_an_earlier_version_made_is_replaced_at_the_next_backend() -
     scene.pool.had_by(USER)
     first = scene.inode
     assert scene.prepare() != first and scene.pool.arena is not None and scene.pool.arena.is_sealed
+    # The old memory is nobody's now, so its name must not keep it.
+    with pytest.raises(posix_ipc.ExistentialError):
+        posix_ipc.SharedMemory(f"{PREFIX}-data")
     scene.pool.remove()
     assert list_orphans(INSTANCE) == []
 
