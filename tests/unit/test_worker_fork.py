@@ -46,14 +46,24 @@ def test_no_collection_looks_at_what_was_loaded_before_the_fork_on_either_side()
 def test_the_daemon_does_so_before_it_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
-    def run(serving: Coroutine[Any, Any, int]) -> int:
-        serving.close()
-        order.append("serves")
-        return 0
+    class Runner:
+        def __init__(self, **_: object) -> None:
+            """Runs nothing."""
+
+        def __enter__(self) -> "Runner":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing is left to be ended."""
+
+        def run(self, serving: Coroutine[Any, Any, int]) -> int:
+            serving.close()
+            order.append("serves")
+            return 0
 
     monkeypatch.setattr("ublkpool.ublk.control.get_features", lambda: 0)
     monkeypatch.setattr(supervisor, "leave_for_own_view", lambda used: -1)
     monkeypatch.setattr(supervisor, "share_heap", lambda: order.append("shared"))
-    monkeypatch.setattr(asyncio, "run", run)
+    monkeypatch.setattr(asyncio, "Runner", Runner)
     assert supervisor.serve(ServeConfig(run_dir=Path("/nowhere"))) == 0
     assert order == ["shared", "serves"]
