@@ -125,9 +125,17 @@ class Heir(NamedTuple):
             return None
         token = bytes.fromhex(served.token)
         own = None if segment is None else os.dup(segment)
-        return Session.adopt(
-            _socket(connection), served.attach, own, token, served.segment, served.generation
-        )
+        sock = None
+        try:
+            sock = _socket(connection)
+            return Session.adopt(sock, served.attach, own, token, served.segment, served.generation)
+        except OSError:
+            # No pidfd can be had: this daemon cannot go on with it.
+            if own is not None:
+                os.close(own)
+            if sock is not None:
+                sock.close()
+            raise
 
 
 def _socket(fd: int) -> socket.socket:

@@ -1,16 +1,23 @@
 """What a supervisor writes down for the next one, and when that is enough to go on with."""
 
+import errno
 import os
+import socket
+from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import pytest
 
+from ublkpool.bufpool import wire
 from ublkpool.daemon.client_area import AreaRecord, slice_name
 from ublkpool.daemon.clients import client_name
 from ublkpool.daemon.config import DeviceConfig
 from ublkpool.daemon.disk import Disk
-from ublkpool.daemon.records import Process, Record, Worker, identify
-from ublkpool.daemon.succession import may_go_on, record_of, session_names, worker_name
+from ublkpool.daemon.pool import pool_name
+from ublkpool.daemon.records import Process, Record, Served, Worker, identify
+from ublkpool.daemon.session import Session
+from ublkpool.daemon.succession import Heir, may_go_on, record_of, session_names, worker_name
 
 DISK = Disk(size_bytes=1 << 20, block_bytes=512, volatile_cache=False, read_only=False)
 
@@ -82,3 +89,36 @@ def test_no_two_held_names_meet() -> None:
     numbered = (worker_name, slice_name, client_name)
     names = [*session_names("a"), *(name("a", number) for name in numbered for number in range(3))]
     assert len(set(names)) == len(names)
+
+
+def test_a_backend_that_cannot_be_gone_on_with_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_pidfd(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Session, "adopt", no_pidfd)
+    attach = wire.Attach(v=1, device="vol0", kind="memory", segment_bytes=4096)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    segment = os.memfd_create("segment")
+    connection, own = session_names("vol0")
+    left = record(served=Served(attach, "01" * 16, 7))
+    heir = Heir(cast(Any, None), (), left, {connection: ours.fileno(), own: segment})
+    before = _open()
+    with pytest.raises(OSError, match="Too many"):
+        heir.session()
+    assert _open() == before
+    os.close(segment)
+    ours.close()
+    theirs.close()
+
+
+def _open() -> set[str]:
+    return {each.name for each in Path("/proc/self/fd").iterdir()}
+
+
+def test_a_record_of_an_earlier_version_says_nothing_of_who_had_a_slice() -> None:
+    packed = msgspec.json.encode({"slice_bytes": 4096, "files": [[1, 2], None]})
+    assert msgspec.json.decode(packed, type=AreaRecord) == AreaRecord(4096, ((1, 2), None), users=())
+
+
+def test_the_pools_name_at_the_holder_goes_with_its_device() -> None:
+    assert pool_name("a").startswith("a/") and pool_name("a") not in session_names("a")
