@@ -86,7 +86,6 @@ class Machine:
         self._channels["control"].sink = self._on_control
         self._channels["console"].sink = self._on_console
         self._selector = selectors.DefaultSelector()
-        self._output_fd = sys.stdout.fileno()
         self._heard_at = time.monotonic()
         self._up = False
         self._status: int | None = None
@@ -197,7 +196,7 @@ class Machine:
 
     def _print(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self._output_fd, data) :]
+            data = data[os.write(sys.stdout.fileno(), data) :]
 
     def _on_console(self, data: bytes) -> None:
         self._console += data
