@@ -364,7 +364,7 @@ async def _after_takeover(
     left.close()
     # Devices of the config that the kernel did not have any more are made anew.
     if not supervisor.stopped.is_set():
-        supervisor.add_configured(config.devices)
+        supervisor.add_configured([each for each in config.devices if each.name in left.gone])
     if left.outdated:
         await supervisor.renew(left.outdated)
 

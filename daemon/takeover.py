@@ -38,6 +38,8 @@ class TakeOver:
         self.records = left
         self._held = dict(held)
         self._going_on = [record for record in left if may_go_on(record, held)]
+        self.gone: list[str] = []
+        """The devices of which nothing was left."""
         self.outdated: list[str] = []
         """The devices that go on with workers of another version of the code."""
 
@@ -77,9 +79,9 @@ class TakeOver:
         await self._clear_away(record)
         # What led to the dead must not be taken for what leads to their successors.
         self._around.holder.drop(record.config.name)
-        if not await device.recover_left(record, self._held):
-            return False
-        if record.device_number is None and record.config.name in self._configured:
+        there = await device.recover_left(record, self._held)
+        if not there or (record.device_number is None and record.config.name in self._configured):
+            self.gone.append(record.config.name)
             return False
         device.save()
         return True

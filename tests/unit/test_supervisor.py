@@ -215,3 +215,35 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
         await holder.stop()
 
     asyncio.run(end())
+
+
+def test_a_device_of_the_config_that_is_deleted_during_a_takeover_stays_away_and_one_that_was_lost_comes_back(
+    tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "TAKEOVER_PATIENCE_S", 0.01)
+    go, over = asyncio.Event(), asyncio.Event()
+    really, really_close = TakeOver.device, TakeOver.close
+
+    async def late(self: TakeOver, record: Record, show: Any) -> bool:
+        await go.wait()
+        return await really(self, record, show)
+
+    def close(self: TakeOver) -> None:
+        really_close(self)
+        over.set()
+
+    monkeypatch.setattr(TakeOver, "device", late)
+    monkeypatch.setattr(TakeOver, "close", close)
+    left(tmp_path / "run", "lost")
+    config = ServeConfig(
+        run_dir=tmp_path / "run", state_dir=tmp_path / "state", devices=(device("lost"), device("unwanted"))
+    )
+
+    async def test(client: Client) -> None:
+        assert await client.states() == {"lost": "waiting", "unwanted": "waiting"}
+        await client.ask(DeleteRequest(names=["unwanted"]))
+        go.set()
+        await over.wait()
+        assert await client.states() == {"lost": "waiting"}
+
+    serving(config, test)
