@@ -64,14 +64,11 @@ class FakeSession:
         self.attach = wire.Attach(v=1, device="vol", kind=kind)
         self.pid, self.uid, self.segment = 1, 0, 0
         self._gone = asyncio.get_running_loop().create_future()
+        self.is_leaving = False
 
     @property
     def is_gone(self) -> bool:
         return self._gone.done()
-
-    @property
-    def is_leaving(self) -> bool:
-        return False
 
     async def gone(self) -> None:
         await asyncio.shield(self._gone)
@@ -206,6 +203,28 @@ def test_a_device_says_why_it_is_recovered_until_it_is_live() -> None:
         await device._recover_while_worth_it("vol: queue 0: its worker ended: killed by SIGKILL")
         assert reasons == ["queue 0: its worker ended: killed by SIGKILL", "the pool broker is gone"]
         assert device.status().reason == ""
+
+    in_loop(run)
+
+
+def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> None:
+    """It has closed its connection and may still touch what it was given."""
+
+    async def run() -> None:
+        device, team = new_device(), FakeTeam(dies_at_once="nobody")
+        device._machinery.team = cast(Any, team)
+        first, second = FakeSession("first"), FakeSession("second")
+        await device.attach(cast(Session, first))
+        with pytest.raises(AttachRefused, match=r"has a backend already \(first, process 1\)"):
+            await device.attach(cast(Session, second))
+        first.is_leaving = True
+        waiting = asyncio.ensure_future(device.attach(cast(Session, second)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waiting.done() and team.heard == ["expect first"]
+        first.dies()
+        await waiting
+        assert team.heard == ["expect first", "lost", "expect second"]
 
     in_loop(run)
 
