@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,23 @@ sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._n
 VM_TESTS = Path(__file__).parent / "vm"
 CONTROL_DEVICE = "/dev/ublk-control"
 KERNEL_LOG = Path("/dev/kmsg")
+_MAY_WAIT: list[str] = []
+
+
+def pytest_configure() -> None:
+    """From here on, in this process: calls that a disk may keep waiting are noted if an asyncio loop makes them."""
+    # Not before the checked core has its name.
+    from support.watched_calls import is_on_a_disk, watch
+
+    watch(lambda path: not is_on_a_disk(path), _MAY_WAIT.append)
+
+
+@pytest.fixture(autouse=True)
+def no_call_on_a_loop_may_wait_for_a_disk() -> Iterator[None]:
+    """A test fails whose loop made such a call."""
+    _MAY_WAIT.clear()
+    yield
+    assert _MAY_WAIT == []
 
 
 @pytest.hookimpl(tryfirst=True)
