@@ -93,6 +93,8 @@ class Pool:
                 self.arena.unlink()
         finally:
             self.close()
+            # Its memory goes now, even if the kernel's device should stay.
+            self._holder.drop(pool_name(self._device))
 
     def close(self) -> None:
         """Forget it, change nothing."""

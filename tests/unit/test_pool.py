@@ -32,11 +32,14 @@ class Scene:
         self.changes = 0
         self.refuses = False
         self.can_change_pool = True
-        self.pool = Pool("vol", cast(Holder, SimpleNamespace(hold=self._hold)))
+        self.pool = Pool("vol", cast(Holder, SimpleNamespace(hold=self._hold, drop=self._drop)))
         self.arena = Arena.create(PREFIX, GEOMETRY, 1, 7, (1,))
 
     def _hold(self, name: str, fd: int) -> None:
         self.held[name] = os.fstat(fd).st_ino
+
+    def _drop(self, name: str) -> None:
+        self.held.pop(name, None)
 
     async def change_pool(self) -> None:
         self.changes += 1
@@ -62,7 +65,7 @@ def scene() -> Iterator[Scene]:
     made = Scene()
     yield made
     made.pool.remove()
-    assert list_orphans(INSTANCE) == []
+    assert list_orphans(INSTANCE) == [] and made.held == {}
 
 
 def test_a_backend_after_which_nobody_has_the_memory_leaves_it_to_the_next(scene: Scene) -> None:
