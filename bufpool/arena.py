@@ -332,7 +332,7 @@ class Arena:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether nobody can change the size of the data; not so if an earlier version made it."""
+        """Whether the size of the data is sealed; not so if an earlier version made it."""
         return is_sealed(self.data_fd)
 
     def new_data(self) -> int:

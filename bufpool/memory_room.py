@@ -1,4 +1,4 @@
-"""How much memory can be had, so that a pool that is too large is refused instead of ending somebody.
+"""How much memory can be had, so that a pool that is too large is refused before the OOM killer ends a process.
 
 Owns the question.  A pool is allocated and locked as a whole: it must fit into what the machine has available and into
 every cgroup (v2) that this process is in, or the kernel's OOM killer chooses who ends.

@@ -1,7 +1,7 @@
 """Making the memory of a pool: sealed, allocated in full, populated, in huge pages.
 
-Owns how the two segments of `arena.py` come into being.  The data is a memfd: its seals keep everybody who has a
-descriptor, the backend above all, from changing its size, which named shared memory cannot be kept from.  A hole can
+Owns how the two segments of `arena.py` come into being.  The data is a memfd: its seals keep a process that has
+a descriptor, the backend above all, from changing its size; named shared memory cannot be sealed.  A hole can
 still be punched into it (FALLOC_FL_PUNCH_HOLE): what lay there is zeros, and the next access gets a new page; a page
 beyond the end of a file would be SIGBUS instead.
 """
@@ -26,7 +26,7 @@ _LOWER = "lower the device's queues, depth or pool"
 
 
 def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
-    """A memfd of zeros, all of it there, whose size nobody can change.  Raises `PoolError`."""
+    """A memfd of zeros, all of it there, whose size no process can change.  Raises `PoolError`."""
     check_room(what, size_bytes, _LOWER)
     try:
         fd = os.memfd_create("ublkpool-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -69,7 +69,7 @@ def make_named(name: str, size_bytes: int) -> int:
 
 
 def is_sealed(fd: int) -> bool:
-    """Whether nobody can change its size."""
+    """Whether its size is sealed."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
     except OSError:

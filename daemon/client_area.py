@@ -28,8 +28,8 @@ _log = logging.getLogger("ublkpool.device")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-NOBODY_KNOWS = -1
-"""In the place of a user: the slice is lent to nobody any more."""
+USER_UNKNOWN = -1
+"""In the place of a user: the slice is lent to no client any more."""
 
 
 class AreaRecord(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ class AreaRecord(msgspec.Struct, frozen=True):
     slice_bytes: int
     files: tuple[FileId | None, ...]
     users: tuple[int | None, ...] = ()
-    """Who had each slice, None if nobody has; nothing in what an earlier version wrote."""
+    """The user whose clients had each slice, None if no client had it; empty in what an earlier version wrote."""
 
 
 def slice_name(device: str, number: int) -> str:
@@ -54,7 +54,7 @@ class ClientArea:
         self.slice_bytes = slice_bytes
         self.files = dict(files)
         self.users: dict[int, int] = {}
-        """The user whose clients have had a slice; `NOBODY_KNOWS` if that is not sure."""
+        """The user whose clients have had a slice; `USER_UNKNOWN` if that is not sure."""
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
@@ -81,11 +81,11 @@ class ClientArea:
 
         A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
         had under way there fails.  One that was found at a process stays that process's: what we have of it then is
-        an open file that the kernel counts, so it can never be told that nobody else has one
+        an open file that the kernel counts, so the kernel's count cannot tell it from a client's
         (`open_files.is_open_elsewhere`).
         """
         area = cls(record.slice_bytes, {})
-        known = record.users or (NOBODY_KNOWS,) * CLIENT_SLICES
+        known = record.users or (USER_UNKNOWN,) * CLIENT_SLICES
         area.users = {number: user for number, user in enumerate(known) if user is not None}
         missing: dict[int, FileId] = {}
         for number, wanted in enumerate(record.files):
@@ -98,7 +98,7 @@ class ClientArea:
             found = await _find_elsewhere(runner, device, missing, record.slice_bytes)
             # `segments` and `descriptors` go by number.
             area.files = dict(sorted({**area.files, **found}.items()))
-            area.users.update(dict.fromkeys(found, NOBODY_KNOWS))
+            area.users.update(dict.fromkeys(found, USER_UNKNOWN))
         return area
 
     def record(self) -> AreaRecord:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ublkpool.daemon.background import Background, logged
 from ublkpool.daemon.block_device import BlockDevice
-from ublkpool.daemon.client_area import NOBODY_KNOWS, ClientArea
+from ublkpool.daemon.client_area import USER_UNKNOWN, ClientArea
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.holder import Holder
 from ublkpool.daemon.open_files import is_open_elsewhere
@@ -94,7 +94,7 @@ class Clients:
         return number
 
     def _choose(self, user: int) -> int | None:
-        """A free slice that this user had, or else one that nobody has had."""
+        """A free slice that this user's clients had, or else one that no client has had."""
         if self._ground is None:
             return None
         users = self._ground.area.users
@@ -161,7 +161,7 @@ class Clients:
     def _lendable(self, area: ClientArea) -> dict[int, int]:
         """Those that rest and may be lent again at all."""
         users = area.users
-        return {n: area.files[n] for n in self._resting if users.get(n) != NOBODY_KNOWS}
+        return {n: area.files[n] for n in self._resting if users.get(n) != USER_UNKNOWN}
 
     def _give_back(self, numbers: Collection[int]) -> None:
         back = self._resting.intersection(numbers)

@@ -1,8 +1,8 @@
-"""Which processes have a file open or mapped, whoever they are, and whether any has.
+"""Which processes have a file open or mapped, and whether any process has.
 
 Owns the search through /proc, which is slow (it looks at every process) and finds some of them, never all: descriptors
-in flight and in io_uring's tables do not show.  That nobody has a file the kernel's own counts tell
-(`is_open_elsewhere`), for those who were given it by `reopened`.
+in flight and in io_uring's tables do not show.  Whether a file has no
+other open file is the kernel's word (`is_open_elsewhere`), for files that were handed out by `reopened`.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ def reopened(fd: int) -> int:
 
 
 def is_open_elsewhere(fd: int) -> bool:
-    """Whether somebody has a memfd that came from `reopened` or was opened through /proc; a doubt is a yes.
+    """Whether a process has a memfd that came from `reopened` or was opened through /proc; a doubt is a yes.
 
     A write lease is granted only if the file has no other open file that the inode counts (`check_conflicting_open`,
     fs/locks.c), wherever that is: in a process, mapped and closed, in flight over a socket, in an io_uring's table.
@@ -35,7 +35,7 @@ def is_open_elsewhere(fd: int) -> bool:
     that were pinned (io_uring's registered buffers, vmsplice) before everything was closed are not seen either.
     """
     own = reopened(fd)
-    # Whoever opens the file in this moment breaks the lease, which is a SIGIO for its owner.
+    # A process that opens the file in this moment breaks the lease, which is a SIGIO for the owner of the lease.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_WRLCK)

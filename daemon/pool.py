@@ -1,9 +1,9 @@
 """A device's pool over the lives of its backends: whose memory it is, and when the next backend needs other memory.
 
-A pool's memory cannot be taken back from who has it.  So a backend gets that of its predecessor only if it is known
-that no process but ours has it any more, and if it is the same user's; otherwise the device gets other memory, into
-which the workers take what requests have in the old.  Owns that decision, the arena and its place in the holder.  Runs
-on the supervisor's asyncio loop.
+A pool's memory cannot be taken back from a process that has it.  So a backend gets the memory of its predecessor only
+if the kernel says that no process but ours has it any more, and if both run as the same user; otherwise the device gets
+other memory, into which the workers take what requests have in the old.  Owns that decision, the arena and its place in
+the holder.  Runs on the supervisor's asyncio loop.
 """
 
 import logging
@@ -33,13 +33,13 @@ class Pool:
         self._user: int | None = None
 
     def begin(self, arena: Arena) -> None:
-        """Nobody has ever had this memory."""
+        """The pool is new: no backend has had this memory."""
         self.arena = arena
         self._is_fresh, self._user = True, None
         self._holder.hold(pool_name(self._device), arena.data_fd)
 
     def resume(self, arena: Arena) -> None:
-        """Go on with an earlier daemon's.  Until `had_by` it is not known who had it."""
+        """Go on with an earlier daemon's.  Until `had_by` the user of its last backend is unknown."""
         self.arena = arena
         self._is_fresh, self._user = False, None
         self._holder.hold(pool_name(self._device), arena.data_fd)
@@ -73,13 +73,13 @@ class Pool:
         if not arena.is_sealed:
             return "an earlier version made it, and its size is not sealed"
         if self._user is None:
-            return "it is not known who had it"
+            return "the user of its last backend is not known"
         if self._user != user:
             return f"a backend of user {self._user} had it, and the next is user {user}'s"
         return "a process still has it from an earlier backend" if is_open_elsewhere(arena.data_fd) else ""
 
     async def _replace(self, arena: Arena, team: Team) -> None:
-        # Until every worker has changed, nobody may be handed either.
+        # Until every worker has changed, no backend may be handed the old memory or the new.
         self._is_fresh, self._user = False, None
         arena.replace_data(arena.new_data())
         self._holder.hold(pool_name(self._device), arena.data_fd)

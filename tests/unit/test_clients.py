@@ -22,7 +22,7 @@ from ublkpool.bufpool.errors import AttachRefused, WireError
 from ublkpool.daemon import clients as module
 from ublkpool.daemon.background import Background
 from ublkpool.daemon.block_device import BlockDevice, wanted_flags
-from ublkpool.daemon.client_area import NOBODY_KNOWS, AreaRecord, ClientArea, slice_name
+from ublkpool.daemon.client_area import USER_UNKNOWN, AreaRecord, ClientArea, slice_name
 from ublkpool.daemon.clients import Clients, Ground, client_name, rested
 from ublkpool.daemon.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.daemon.control_process import ControlRunner
@@ -259,7 +259,7 @@ def test_a_slice_whose_users_are_not_known_is_lent_to_nobody(
     found = _find(old, {slice_name("vol", number): fd for number, fd in area.files.items()})
 
     async def play(scene: Scene) -> None:
-        scene.user = NOBODY_KNOWS
+        scene.user = USER_UNKNOWN
         scene.clients.resume(scene.ground, {})
         await _until(lambda: not scene.clients._settling)
         assert scene.clients.counts() == (0, CLIENT_SLICES, 0) and scene.connect()[1] is None
@@ -309,7 +309,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
     try:
         assert found.bits == (1 << CLIENT_SLICES) - 1 and found.record().files == record.files
         # What was found at a process is never lent again.
-        assert found.users == {n: NOBODY_KNOWS for n in range(CLIENT_SLICES) if n != 1}
+        assert found.users == {n: USER_UNKNOWN for n in range(CLIENT_SLICES) if n != 1}
         assert os.pread(found.files[2], 1, 0) == b"x"
         assert [each.number for each in found.segments()] == [
             wire.SEGMENT_CLIENTS + number for number in range(CLIENT_SLICES)
