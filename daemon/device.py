@@ -555,10 +555,10 @@ class Device:
             except (DaemonError, OSError) as error:
                 self.note_failure(one_line(error))
                 raise
+        self._background.cancel()
         # Its backend does this when it is told to go; there may have been none just now.
         if not keep:
             await drop_kept(keeper_path(self._around.run_dir, self.config.name))
-        self._background.cancel()
 
     def _begin_to_end(self) -> None:
         self._life.is_stopping = True

@@ -5,6 +5,7 @@ time.  So the supervisor's loop never waits in a call of its socket.
 """
 
 import asyncio
+import errno
 import logging
 import socket
 from contextlib import suppress
@@ -20,16 +21,29 @@ _log = logging.getLogger("ublkpool.device")
 
 async def drop_kept(path: Path) -> None:
     """End the keeper that listens at `path`, if one does.  Logs one that does not answer, and leaves it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
+    if not path.is_socket():
+        return
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            with await _new_socket() as connection:
                 await _drop(connection, path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return
-        except TimeoutError:
-            _log.warning("%s: what keeps this memory does not answer; its process is left alone", path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return
+    except TimeoutError:
+        _log.warning("%s: what keeps this memory does not answer; its process is left alone", path)
+    except OSError as error:
+        _log.warning("%s: what keeps this memory cannot be told to end: %s", path, error)
+
+
+async def _new_socket() -> socket.socket:
+    """As soon as there is a descriptor for it: the device that goes may have had the last ones.  Raises `OSError`."""
+    while True:
+        try:
+            return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         except OSError as error:
-            _log.warning("%s: what keeps this memory cannot be told to end: %s", path, error)
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        await asyncio.sleep(_POLL_S)
 
 
 async def _drop(connection: socket.socket, path: Path) -> None:

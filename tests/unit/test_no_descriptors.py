@@ -11,8 +11,10 @@ from pathlib import Path
 from support.attach_door import Door, at_the_door
 from support.fake_daemon import FakeService
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.keeper import DROP
 from ublkpool.daemon.admin import AdminServer
 from ublkpool.daemon.admin_wire import ListRequest, admin_socket, encode_line
+from ublkpool.daemon.kept_memory import drop_kept
 from ublkpool.daemon.unix_socket import ReservedListener, listen
 
 DEADLINE_S = 20
@@ -109,3 +111,21 @@ def test_a_segment_that_there_is_no_descriptor_for_is_no_nonsense_of_the_backend
         client.close()
 
     at_the_door(tmp_path, scene)
+
+
+def test_what_keeps_a_memory_is_told_to_end_once_there_is_a_descriptor(tmp_path: Path) -> None:
+    async def run() -> None:
+        path = tmp_path / "memory-vol.keep"
+        with none_left():
+            await drop_kept(path)
+        keeper = listen(path, socket.SOCK_SEQPACKET)
+        with none_left():
+            dropping = asyncio.ensure_future(drop_kept(path))
+            await asyncio.sleep(0)
+        connection, _ = await asyncio.get_running_loop().sock_accept(keeper)
+        assert await asyncio.get_running_loop().sock_recv(connection, 16) == DROP
+        connection.close()
+        await dropping
+        keeper.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))

@@ -161,3 +161,22 @@ def test_a_failure_of_work_that_nobody_awaits_is_logged(caplog: pytest.LogCaptur
 
     in_loop(run)
     assert "vol0: internal error: AssertionError: a bug" in caplog.text
+
+
+def test_a_backend_that_cannot_be_listened_to_does_not_stay(tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    def hold(_fd: int) -> None:
+        raise error(errno.EMFILE)
+
+    async def run() -> None:
+        asyncio.get_running_loop()
+        before = descriptors()
+        backend = BackendProcess("vol", BackendConfig(kind="null", cwd="/"), tmp_path, hold)
+        with pytest.raises(OSError, match="Too many open files"):
+            backend.start()
+        while descriptors() != before:
+            await asyncio.sleep(0)
+
+    in_loop(run)
