@@ -16,6 +16,7 @@ from ublkpool.daemon.backoff import Backoff, start_surely
 from ublkpool.daemon.children import Child, describe_exit
 from ublkpool.daemon.config import BackendConfig
 from ublkpool.daemon.mounts import enter_live_view
+from ublkpool.daemon.reserve import with_room_for_one
 from ublkpool.workers.process import fork_child
 
 RESTART_MIN_S = 0.1
@@ -67,16 +68,24 @@ class BackendProcess:
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
+        # Not subprocess: it waits for the child's exec, and the child may hang in a directory on a dead mount.
+        fork = with_room_for_one(
+            lambda: fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
+        )
         try:
-            # Not subprocess: it waits for the child's exec, and the child may hang in a directory on a dead mount.
-            pid = fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
+            child = Child(fork(), self._title)
         except BaseException:
             os.close(reader)
             raise
         finally:
             os.close(writer)
-        self._listen(reader)
-        return Child(pid, self._title)
+        try:
+            self._listen(reader)
+        except OSError:
+            child.send(signal.SIGKILL)
+            os.close(reader)
+            raise
+        return child
 
     def _become(self, command: list[str], stderr: int) -> int:
         """Runs in the forked child: take the backend's place and exec; 1 if that fails."""
