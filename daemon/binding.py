@@ -15,6 +15,8 @@ from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.state import DeviceState, StateDirectory, Store
 
+_OLDER_KINDS = ("file", "memory", "unknown", "")
+"""Backends of older versions that told no identity; their successors of today must not make a store in its place."""
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -45,6 +47,7 @@ class Binding:
             state.store is None
             or self._has_ended(state.store)
             or (state.takes_next and _is_volatile(state.store))
+            or (_is_anonymous(state.store) and state.store.kind not in _OLDER_KINDS)
         )
 
     async def bind(self, attach: wire.Attach, size_bytes: int) -> int:
@@ -135,7 +138,7 @@ class Binding:
         return _is_volatile(store) and store.boot != self._boot
 
     def _check(self, bound: Store, attach: wire.Attach) -> None:
-        if not bound.identity.value and not bound.identity.in_boot:
+        if _is_anonymous(bound):
             # An older version's backend, or one in another language that tells none: there is nothing to compare.
             return
         brought = attach.identity or wire.Identity()
@@ -163,6 +166,11 @@ class Binding:
             await self._states.save(state)
         except DaemonError as error:
             _log.error("%s: %s", self._name, error)
+
+
+def _is_anonymous(store: Store) -> bool:
+    """Whether its backend told no identity, so that no other store can be told from it."""
+    return not store.identity.value and not store.identity.in_boot
 
 
 def _is_volatile(store: Store) -> bool:

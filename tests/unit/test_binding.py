@@ -194,6 +194,16 @@ def test_the_first_identity_of_a_store_that_had_none_is_learnt(name: Name) -> No
     name.refusal(B)
 
 
+def test_after_a_foreign_backend_without_an_identity_another_may_begin(name: Name) -> None:
+    """Nothing is known of its store; an older version's own backends are told by their kind."""
+    foreign = wire.Attach(v=1, device="vol0", kind="mycache")
+    asyncio.run(name.binding.bind(foreign, SIZE))
+    name.binding.served()
+    assert name.binding.may_create()
+    name.attach(MEMORY)
+    assert not name.binding.may_create()
+
+
 def test_what_an_earlier_daemon_served_is_learnt_if_nothing_is_known(name: Name) -> None:
     served = wire.Attach(v=1, device="vol0", kind="file", identity=A)
     asyncio.run(name.binding.learn(served, SIZE, "file", 9))
