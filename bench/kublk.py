@@ -10,11 +10,10 @@ from pathlib import Path
 
 from support.apt_archive import Archive
 from support.guest_cache import default_cache
+from support.kernel_selftests import unpack_selftests
 
-_SOURCE = "tools/testing/selftests/ublk"
-# The newest kernel's source and headers; a liburing that knows what kublk calls, linked statically.
+# Beside the newest kernel's source its headers; a liburing that knows what kublk calls, linked statically.
 _PACKAGES = (
-    ("trixie-backports", r"linux-source-\d+\.\d+"),
     ("trixie-backports", "linux-libc-dev"),
     ("trixie", "liburing-dev"),
 )
@@ -41,32 +40,30 @@ def build_kublk() -> Path:
     staging = path.parent.with_name("kublk.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    tree, versions = _unpacked(staging)
-    _compile(tree, staging / "kublk")
+    tree, source, versions = _unpacked(staging)
+    _compile(tree, source, staging / "kublk")
     shutil.rmtree(tree)
     (staging / "packages").write_text("\n".join(versions) + "\n")
     staging.rename(path.parent)
     return path
 
 
-def _unpacked(staging: Path) -> tuple[Path, list[str]]:
+def _unpacked(staging: Path) -> tuple[Path, Path, list[str]]:
     archive = Archive.of_this_host(staging)
     tree = staging / "tree"
     tree.mkdir()
-    versions = []
+    source, kernel = unpack_selftests(archive, tree)
+    versions = [f"{kernel.name} {kernel.version}"]
     for suite, pattern in _PACKAGES:
         package = archive.newest(suite, pattern)
         deb = archive.download(package)
         subprocess.run(["dpkg", "-x", deb, tree], check=True)
         deb.unlink()
         versions.append(f"{package.name} {package.version}")
-    packed = next((tree / "usr/src").glob("linux-source-*.tar.xz"))
-    subprocess.run(["tar", "-C", tree, "-xf", packed, "--wildcards", f"*/{_SOURCE}"], check=True)
-    return tree, versions
+    return tree, source, versions
 
 
-def _compile(tree: Path, target: Path) -> None:
-    source = next(tree.glob(f"linux-source-*/{_SOURCE}"))
+def _compile(tree: Path, source: Path, target: Path) -> None:
     files = sorted(each for each in source.glob("*.c") if each.name != _NOT_KUBLK)
     includes = [word for each in _INCLUDES for word in ("-isystem", str(tree / each))]
     command: list[str | Path] = [

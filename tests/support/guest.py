@@ -23,6 +23,7 @@ from support.apt_archive import ArchiveError
 from support.guest_boot import Machine, say
 from support.guest_cache import KERNELS, CacheError, GuestCache
 from support.guest_qemu import Spec
+from support.kernel_selftests import fetch_selftests
 
 KVM_PROBE_TIMEOUT_S = 20
 CPUS = 4
@@ -111,10 +112,11 @@ def main() -> None:
 
 @main.command()
 def fetch() -> None:
-    """Bring QEMU, virtiofsd and the kernels into the cache."""
+    """Bring QEMU, virtiofsd, the kernels and their selftests into the cache."""
     guests = GuestCache()
     with exiting_on_signals():
         guests.fetch()
+        fetch_selftests()
     print(f"guest: kernels {' and '.join(KERNELS)} are ready in {guests.root}")
 
 

@@ -9,7 +9,7 @@ packages=(
     # the C modules and the virtual environment
     gcc libc6-dev liburing-dev python3-dev python3-venv
     # what the tests call
-    curl dmsetup e2fsprogs fio iproute2 kmod procps util-linux xfsprogs
+    curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps util-linux xfsprogs
     # what fetching and checking the guests needs
     ca-certificates debian-archive-keyring debootstrap gpgv xz-utils
 )

@@ -1,0 +1,119 @@
+"""The kernel's own tests of ublk servers, on ublkpool: `support/kublk_shim.py` is what they take for their server."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import bpftrace_shim, kublk_shim
+from support.kernel_selftests import fetch_selftests
+from support.vm_daemon import Daemon
+from ublkpool.ublk.abi import Feature, feature_names
+from ublkpool.ublk.control import get_features
+
+TESTS = (
+    *("generic_02", "generic_06", "generic_07", "generic_13", "generic_16", "generic_17"),
+    *("null_01", "loop_01", "loop_02", "loop_05", "part_01", "part_02", "recover_01"),
+    *("stress_01", "stress_02", "stress_05"),
+)
+DEADLINE_S = 150.0
+SKIPPED = 4
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = {"part_01": "sfdisk"}
+"""What `make setup` installs, and a test would do without where it is missing."""
+FEATURES = {"generic_16": Feature.SAFE_STOP_DEV, "part_01": Feature.NO_AUTO_PART_SCAN}
+"""What a driver must offer for a test that says so itself."""
+SCANS_LATER = Feature.SAFE_STOP_DEV
+"""Linux 7.0 on, with which START_DEV no longer waits for the partition scan: in part_02 that never ends."""
+
+# The selftests' loads last for 20 or 40 s, on a machine that is some 20 times faster than the guest.
+FIO = """#!/bin/bash
+arguments=()
+for each in "$@"; do
+    case $each in
+        --runtime=*) each=--runtime=8 ;;
+        --size=256M | --size=512M) each=--size=24M ;;
+    esac
+    arguments+=("$each")
+done
+exec {fio} "${{arguments[@]}}"
+"""
+# No udevd runs in the guest.  A disk whose partitions are being read is busy to whoever would open it.
+UDEVADM = """#!/bin/sh
+for each in /dev/ublkb*; do
+    case $each in *p*p*|*'*') ;; *) timeout 20 blockdev --getsz "$each" > /dev/null 2>&1 ;; esac
+done
+exit 0
+"""
+
+
+def _program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The selftests, and beside them what they call."""
+    made = tmp_path_factory.mktemp("selftests")
+    shutil.copytree(fetch_selftests(), made / "ublk")
+    (made / "bin").mkdir()
+    (made / "state").mkdir()
+    (made / "tmp").mkdir()
+    python = f"#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S"
+    _program(made / "ublk" / "kublk", f'{python} {kublk_shim.__file__} "$@"\n')
+    _program(made / "bin" / "bpftrace", f'{python} {bpftrace_shim.__file__} "$@"\n')
+    _program(made / "bin" / "fio", FIO.format(fio=shutil.which("fio")))
+    _program(made / "bin" / "udevadm", UDEVADM)
+    names = feature_names(get_features())
+    (made / "state" / "features").write_text("\n".join(names))
+    (made / "state" / "DELAY").write_text(str(ROOT / "examples" / "demo_event.py"))
+    yield made
+    shutil.rmtree(made)
+
+
+def _run(directory: Path, name: str, daemon: Daemon) -> "subprocess.CompletedProcess[str]":
+    environment = {
+        **os.environ,
+        "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
+        "TMPDIR": str(directory / "tmp"),
+        "KUBLK_RUN_DIR": str(daemon.run_dir),
+        "KUBLK_STATE": str(directory / "state"),
+    }
+    return subprocess.run(
+        ["bash", directory / "ublk" / f"test_{name}.sh"],
+        cwd=directory / "ublk",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+def _why_not_here(name: str) -> str:
+    """Why this machine or its driver cannot run it, or nothing."""
+    features = Feature(get_features())
+    if name in TOOLS and shutil.which(TOOLS[name]) is None:
+        return f"{TOOLS[name]} is not installed"
+    if name in FEATURES and not features & FEATURES[name]:
+        return f"the driver does not offer {FEATURES[name].name}"
+    if name == "part_02" and not features & SCANS_LATER:
+        return "the driver's START_DEV waits for the partition scan"
+    return ""
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_the_kernels_selftest(daemon: Daemon, directory: Path, name: str) -> None:
+    if reason := _why_not_here(name):
+        pytest.skip(reason)
+    ran = _run(directory, name, daemon)
+    print(ran.stdout)
+    assert ran.returncode != SKIPPED, f"{name} skips itself, which is not expected"
+    assert ran.returncode == 0 and not re.search(r"\[FAIL\]|fail", ran.stdout), ran.stdout
