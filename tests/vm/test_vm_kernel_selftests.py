@@ -30,7 +30,7 @@ FEATURES = {"generic_16": Feature.SAFE_STOP_DEV, "part_01": Feature.NO_AUTO_PART
 """What a driver must offer for a test that says so itself."""
 DIFFERENT = {
     "part_02": "it wants a device that is still reading its partitions; our add answers when they are read, and leaves "
-    "nothing if its worker dies before: test_vm_partitions.py has that"
+    "nothing if its worker dies before: test_vm_stuck_disks.py has that"
 }
 """What a test takes for granted and ublkpool does otherwise, on purpose."""
 
