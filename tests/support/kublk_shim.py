@@ -226,7 +226,7 @@ def delete(options: Options, _files: list[str]) -> int:
 
 def features(_options: Options, _files: list[str]) -> int:
     for name in Path(STATE, "features").read_text().split():
-        if name not in NOT_OFFERED:
+        if not any(each in name for each in NOT_OFFERED):
             print(f"unknown {name}" if name.startswith("BIT_") else f"UBLK_F_{name}")
     return 0
 

@@ -74,7 +74,7 @@ class FakeAdmin:
 
 @pytest.fixture
 def admin(tmp_path: Path) -> Iterator[FakeAdmin]:
-    (tmp_path / "features").write_text("SAFE_STOP_DEV\nZERO_COPY\nBIT_63\n")
+    (tmp_path / "features").write_text("SAFE_STOP_DEV\nSUPPORT_ZERO_COPY\nBIT_63\n")
     (tmp_path / "DELAY").write_text("/delay.py")
     made = FakeAdmin(tmp_path)
     yield made
