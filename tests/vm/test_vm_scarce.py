@@ -1,5 +1,6 @@
 """What runs out while devices are added: descriptors, room in the run directory.  Nothing is left of what failed."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from support.vm_daemon import Daemon, eventually_nothing, nodes
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
-MIB = 1 << 20
+pytestmark = pytest.mark.skipif(
+    os.environ.get("UBLKPOOL_GUEST") == "6.12", reason="does not depend on the kernel: one is enough"
+)
 ADDS_MAX = 20
 
 
@@ -34,7 +37,7 @@ def _check_that_nothing_is_left_but(daemon: Daemon, added: list[DeviceStatus]) -
         assert daemon.status(each.name).state == "live"
 
 
-@pytest.mark.parametrize("descriptors", [40, 60])
+@pytest.mark.parametrize("descriptors", [40])
 def test_an_add_that_finds_no_descriptor_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, descriptors: int
 ) -> None:
