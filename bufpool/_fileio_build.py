@@ -56,6 +56,8 @@ ffibuilder.set_source(
         "-O2",
         "-fvisibility=hidden",
         "-Wall",
+        # An error for the compiler of Debian 13, so an error everywhere.
+        "-Werror=implicit-function-declaration",
         "-Wextra",
         "-Wno-unused-parameter",
     ],

@@ -67,6 +67,8 @@ def _builder(module: str, *options: str) -> FFI:
         extra_compile_args=[
             *_WHOLE,
             *("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+            # An error for the compiler of Debian 13, so an error everywhere.
+            "-Werror=implicit-function-declaration",
             *options,
         ],
         extra_link_args=_WHOLE,

@@ -2,6 +2,7 @@
 #include "queue_stock.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "queue_tag.h"
 
