@@ -62,7 +62,7 @@ class Adoption:
         machinery.kernel, machinery.disk = kernel, record.disk
         self._attachment.segments = record.segments
         wanted = record.config.recovery != "none" and not record.going
-        if kernel is not None and wanted and kernel.was_started:
+        if kernel is not None and wanted and kernel.is_started:
             await machinery.find_area(record, held)
             return True
         await machinery.discard()

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -194,6 +194,8 @@ class BlockDevice:
         self.number = created.info.device_number
         self.node = Path(f"/dev/ublkb{self.number}")
         self._features = created.features
+        self.is_started = created.info.state != abi.DeviceState.DEAD
+        """Whether the kernel has a disk for it, so that its workers can be recovered."""
 
     @property
     def mark(self) -> int:
@@ -303,8 +305,8 @@ class BlockDevice:
             f"{self._name}: drain", lambda: _write(setting, setting.read_text()), type(None), DRAIN_DEADLINE_S
         )
 
-    def start(self, deadline_s: float, check: Callable[[], None]) -> Awaitable[None]:
-        """START_DEV, if `check` has nothing against it: returns when the partition scan has been served.
+    async def start(self, deadline_s: float, check: Callable[[], None]) -> None:
+        """START_DEV, if `check` has nothing against it: the disk is there, before 7.x with its partitions scanned.
 
         An old driver takes a tag whose worker has died meanwhile for fetched, and crashes at the first request.
         """
@@ -315,7 +317,8 @@ class BlockDevice:
             return control.start_device(number, pid)
 
         what = f"{self._name}: START_DEV"
-        return self._runner.run_beside(what, self._ours(command), type(None), deadline_s)
+        await self._runner.run_beside(what, self._ours(command), type(None), deadline_s)
+        self.is_started = True
 
     async def wait_for_node(self) -> None:
         """Return when /dev/ublkbN is a block device that opens, and udev has settled.  Raises `DaemonError`.
@@ -402,11 +405,6 @@ class BlockDevice:
                     f"(state {info.state}): who else holds /dev/ublkc{number}?"
                 )
             await asyncio.sleep(_POLL_S)
-
-    @property
-    def was_started(self) -> bool:
-        """Whether it had a disk when it was found."""
-        return self.info.state != abi.DeviceState.DEAD
 
     async def start_recovery(self, deadline_s: float) -> None:
         """START_USER_RECOVERY, tried again while the driver says that somebody holds the device.

@@ -65,6 +65,8 @@ class Device:
         self._clients = Clients(config.name, around.holder, self._background)
         self._binding = Binding(config.name, around.states, around.boot_id)
         self._strikes = Strikes(asyncio.get_running_loop().time)
+        self._is_open = False
+        """Whether the disk has been opened once, after its partition scan."""
         self._left: Record | None = None
         """What an earlier daemon left of it, until it is taken over or removed."""
 
@@ -292,6 +294,7 @@ class Device:
 
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
         """Without a session the workers answer themselves."""
+        self._is_open = False
         try:
             team = await self._machinery.build(attach)
             if session is not None:
@@ -311,19 +314,27 @@ class Device:
             await kernel.start(START_DEADLINE_S, team.check_whole)
             await kernel.wait_for_node()
         except DaemonError as error:
-            if not self._life.is_stopping and self.state == "waiting":
-                async with self._life.turn:
-                    await self._fail(one_line(error))
-            return
-        if self._life.is_stopping or self.state != "waiting":
-            return
-        if self.config.recovery != "none":
-            # Not waited for: it waits for requests, and these may need us.
-            self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
-        self._now_live(team)
-        if (ground := self._ground()) is not None:
-            self._clients.begin(ground)
-        _log.info("%s: live as %s", self.config.name, kernel.node)
+            await self._end_start(one_line(error))
+        else:
+            await self._end_start("")
+
+    async def _end_start(self, trouble: str) -> None:
+        """The disk could be opened, or this was the trouble; in between its workers may have been recovered."""
+        async with self._life.turn:
+            team = self._machinery.team
+            if self._life.is_stopping or self.state != "waiting" or team is None:
+                return
+            if trouble:
+                await self._fail(trouble)
+                return
+            kernel = team.plan.kernel
+            if self.config.recovery != "none":
+                # Not waited for: it waits for requests, and these may need us.
+                self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
+            self._now_live(team)
+            if (ground := self._ground()) is not None:
+                self._clients.begin(ground)
+            _log.info("%s: live as %s", self.config.name, kernel.node)
 
     def client_stats(self) -> ClientStats:
         """Where the slices of the client area are."""
@@ -353,6 +364,7 @@ class Device:
         return wire.BufferLeased(path=str(kernel.node), size_bytes=area.slice_bytes), area.files[number]
 
     def _now_live(self, team: Team) -> None:
+        self._is_open = True
         self._strikes.live()
         self._life.reason = self._life.trouble = ""
         self._binding.served()
@@ -394,6 +406,7 @@ class Device:
             team = await Adoption(record, self._machinery, self._attachment).go_on(heir)
             self._watch(team)
             self._background.spawn(heir.kernel.set_io_timeout(IO_TIMEOUT_MS))
+            self._is_open = True
             self._strikes.live()
             self._life.enter("live")
             self._machinery.hold_workers(team)
@@ -475,7 +488,8 @@ class Device:
         async with self._life.turn:
             if self._life.is_stopping or self._machinery.team is not dead:
                 return
-            if self.state == "live" and self.config.recovery != "none":
+            has_disk = self.state == "live" or dead.plan.kernel.is_started
+            if has_disk and self.state != "failed" and self.config.recovery != "none":
                 await self._recover_while_worth_it(reason)
             else:
                 await self._fail(reason)
@@ -495,7 +509,11 @@ class Device:
 
     async def _recover(self) -> None:
         team = await self._machinery.recover(self.session)
-        self._now_live(team)
+        if self._is_open:
+            self._now_live(team)
+        else:
+            # The partition scan goes on with these workers, and the device's start with it.
+            self._life.enter("waiting")
         _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
 
     async def renew(self) -> None:

@@ -3,11 +3,14 @@
 Run by a bare interpreter, since a selftest calls it dozens of times and every import costs.  It says to the admin
 socket what `ublkpool add`, `del` and `list` say, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
 directory, KUBLK_STATE a directory of the shim's own: NUMBER is what it knows of the device with that number, `features`
-what `ublkpool features` says, DELAY the path of the backend that takes its time.
+what `ublkpool features` says, DELAY the path of the backend that takes its time, PYTHON the interpreter that has
+ublkpool.
 
-Two things are not the same and are made to look so.  kublk's device waits, QUIESCED, for `kublk recover`; ublkpool's is
+Three things differ and are made to look the same.  kublk's device waits, QUIESCED, for `kublk recover`; ublkpool's is
 recovered by itself: here it counts as QUIESCED from its next epoch on, until `recover` was called.  And kublk has a
-target that stripes over files: here that is memory of the same size.
+target that stripes over files: here that is memory of the same size.  And `kublk add` answers when the disk is there,
+ublkpool's when its partitions are read as well: for a disk that takes long to read the shim adds the device without a
+backend, starts the backend itself, and answers when the disk is there.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -33,6 +37,10 @@ NULL_BYTES = 250 << 30
 FAULT_BYTES = 64 << 20
 DEADLINE_S = 100.0
 NEW_WORKERS_PAUSE_S = 0.005
+DISK_PAUSE_S = 0.1
+SCAN_PATIENCE_MS = 10_000.0
+"""A disk that takes longer for a request is not waited for until its partitions are read."""
+SYS_BLOCK = Path("/sys/block")
 WITH_VALUE = {
     *(
         "-t",
@@ -141,11 +149,49 @@ def add(options: Options, files: list[str]) -> int:
     }
     if size is not None:
         device["size_bytes"] = size
-    status = ask("add", device=device)
+    if float(told.get("delay_ms", "0")) < SCAN_PATIENCE_MS:
+        status = ask("add", device=device)
+        server = None
+    else:
+        del device["backend"]
+        device["size_bytes"] = int(told["size"])
+        ask("add", device=device)
+        server = start_backend(kind, name, told)
+        status = await_disk(name)
     number = str(status["id"])
-    note(number, name=name, epoch=status["epoch"])
+    note(number, name=name, epoch=status["epoch"], server=server)
     show(number, status, "LIVE")
     return 0
+
+
+def start_backend(kind: str, name: str, options: Options) -> int:
+    """Its pid.  It outlives the shim, until the device goes."""
+    command = [Path(STATE, "PYTHON").read_text(), "-m", "ublkpool.daemon", "backend", kind]
+    told = [f"{key}={value}" for key, value in options.items()]
+    process = subprocess.Popen(
+        [*command, "--device", name, "--run-dir", RUN_DIR, "--", *told],
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return process.pid
+
+
+def await_disk(name: str) -> dict[str, Any]:
+    """The device's status when the kernel has its disk; raises `Refused` if that takes too long."""
+    until_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until_s:
+        status = status_of(name)
+        if status is not None and status["workers"] and has_disk(status):
+            return status
+        time.sleep(DISK_PAUSE_S)
+    raise Refused(f"{name}: no disk after {DEADLINE_S:.0f} s")
+
+
+def has_disk(status: dict[str, Any]) -> bool:
+    return status["id"] is not None and (SYS_BLOCK / f"ublkb{status['id']}").exists()
 
 
 def show(number: str, status: dict[str, Any] | None, state: str) -> None:
@@ -167,10 +213,14 @@ def list_one(options: Options, _files: list[str]) -> int:
 
 def state_of(device: dict[str, Any], status: dict[str, Any] | None) -> str:
     """In the words of kublk."""
-    if status is None or status["state"] in ("failed", "waiting"):
+    if (
+        status is None
+        or status["state"] == "failed"
+        or (status["state"] == "waiting" and not has_disk(status))
+    ):
         return "DEAD"
     is_new = status["epoch"] > device["epoch"]
-    return "LIVE" if status["state"] == "live" and not is_new else "QUIESCED"
+    return "LIVE" if status["state"] in ("live", "waiting") and not is_new else "QUIESCED"
 
 
 def recover(options: Options, _files: list[str]) -> int:
@@ -180,7 +230,7 @@ def recover(options: Options, _files: list[str]) -> int:
         die_in_a_recovery(device["name"])
         return 128 + signal.SIGKILL
     status = ask("wait", name=device["name"], timeout_s=DEADLINE_S)
-    note(number, name=device["name"], epoch=status["epoch"])
+    note(number, **{**device, "epoch": status["epoch"]})
     show(number, status, "LIVE")
     return 0
 
@@ -216,11 +266,14 @@ def stop(options: Options, _files: list[str]) -> int:
 
 def delete(options: Options, _files: list[str]) -> int:
     number = options["-n"]
-    name = known(number)["name"]
+    device = known(number)
     Path(STATE, number).unlink()
+    # A backend that still delays its answer would hold the disk's removal up for as long.
+    if device.get("server"):
+        kill({device["server"]})
     # One that was stopped is gone already.
-    if name:
-        ask("del", names=[name], force=True)
+    if device["name"]:
+        ask("del", names=[device["name"]], force=True)
     return 0
 
 

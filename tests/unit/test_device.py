@@ -100,9 +100,12 @@ class FakeTeam:
         self.epoch = 1
         self.plan = SimpleNamespace(
             descriptors=lambda: nullcontext([]),
-            kernel=SimpleNamespace(node="/dev/null"),
+            kernel=SimpleNamespace(node="/dev/null", set_io_timeout=self._set_io_timeout),
         )
         self._dies_at_once = dies_at_once
+
+    async def _set_io_timeout(self, _timeout_ms: int) -> None:
+        """There is no disk."""
 
     async def expect(self, session: FakeSession, fence: bool) -> None:
         await asyncio.sleep(0)
@@ -207,6 +210,36 @@ def test_a_device_says_why_it_is_recovered_until_it_is_live() -> None:
     in_loop(run)
 
 
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goes_on(
+    is_started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """START_DEV has returned and the disk has not been opened yet; before that there is nothing to recover."""
+
+    states: list[str] = []
+
+    async def run() -> None:
+        device, dead = new_device(), FakeTeam(dies_at_once="")
+        dead.plan.kernel.is_started = is_started
+        device._machinery.team = cast(Any, dead)
+        device.on_change(lambda: states.append(device.state))
+
+        async def recover(_session: object) -> Any:
+            device._machinery.team = cast(Any, FakeTeam(dies_at_once=""))
+            return device._machinery.team
+
+        async def no_fail(_reason: str) -> None:
+            device._life.enter("failed")
+
+        monkeypatch.setattr(device._machinery, "recover", recover)
+        monkeypatch.setattr(device, "_fail", no_fail)
+        await device._recover_or_fail(cast(Any, dead), "queue 0: its worker ended")
+        await device._end_start("")
+
+    in_loop(run)
+    assert states == (["recovering", "waiting", "live"] if is_started else ["failed"])
+
+
 def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> None:
     """It has closed its connection and may still touch what it was given."""
 
@@ -290,7 +323,7 @@ class Adoption:
         self.attempts: list[str] = []
         self._failures = failures
         self.device = new_device()
-        self.kernel = SimpleNamespace(was_started=True, number=3, set_io_timeout=lambda _: None)
+        self.kernel = SimpleNamespace(is_started=True, number=3, set_io_timeout=lambda _: None)
         self.team = FakeTeam(dies_at_once="nobody")
         monkeypatch.setattr(adoption, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(adoption, "BlockDevice", SimpleNamespace(find=self._find))

@@ -148,8 +148,9 @@ def test_a_device_that_was_recovered_is_quiesced_until_recover_is_called(
     recovered = kublk("recover -n 5 -t null -r 1")
     assert recovered.returncode == 0 and field(recovered.stdout, "id") == "5"
     assert field(kublk("list -n 5").stdout, "state") == "LIVE"
-    device["state"] = "failed"
-    assert field(kublk("list -n 5").stdout, "state") == "DEAD"
+    for dead in ("failed", "waiting"):
+        device["state"] = dead
+        assert field(kublk("list -n 5").stdout, "state") == "DEAD"
 
 
 def test_a_refusal_fails_with_its_reason(admin: FakeAdmin, kublk: Any) -> None:

@@ -28,13 +28,13 @@ SKIPPED = 4
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"part_01": "sfdisk"}
 """What `make setup` installs, and a test would do without where it is missing."""
-FEATURES = {"generic_16": Feature.SAFE_STOP_DEV, "part_01": Feature.NO_AUTO_PART_SCAN}
-"""What a driver must offer for a test that says so itself."""
-DIFFERENT = {
-    "part_02": "it wants a device that is still reading its partitions; our add answers when they are read, and leaves "
-    "nothing if its worker dies before: test_vm_stuck_disks.py has that"
+FEATURES = {
+    "generic_16": Feature.SAFE_STOP_DEV,
+    "part_01": Feature.NO_AUTO_PART_SCAN,
+    # Drivers without this flag scan partitions within START_DEV.
+    "part_02": Feature.NO_AUTO_PART_SCAN,
 }
-"""What a test takes for granted and ublkpool does otherwise, on purpose."""
+"""What a driver must offer for a test that says so itself."""
 
 # The selftests' loads last for 20 or 40 s, on a machine that is some 20 times faster than the guest.
 FIO = """#!/bin/bash
@@ -83,6 +83,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     names = feature_names(get_features())
     (made / "state" / "features").write_text("\n".join(names))
     (made / "state" / "DELAY").write_text(str(ROOT / "examples" / "demo_event.py"))
+    (made / "state" / "PYTHON").write_text(sys.executable)
     yield made
     shutil.rmtree(made)
 
@@ -117,8 +118,6 @@ def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
 def _why_not_here(name: str) -> str:
     """Why this machine or its driver cannot run it, or nothing."""
     features = Feature(get_features())
-    if name in DIFFERENT:
-        return DIFFERENT[name]
     if name in TOOLS and shutil.which(TOOLS[name]) is None:
         return f"{TOOLS[name]} is not installed"
     if name in FEATURES and not features & FEATURES[name]:

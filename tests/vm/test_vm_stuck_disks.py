@@ -15,6 +15,8 @@ from support.vm_daemon import DEADLINE_S, BackendProcess, Daemon, eventually, ev
 from support.vm_files import load_module, run
 from support.vm_process import Forked, write_block
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.ublk.abi import Feature
+from ublkpool.ublk.control import get_features
 
 MIB = 1 << 20
 DISK_BYTES = 16 * MIB
@@ -71,6 +73,23 @@ def test_a_backend_that_dies_in_the_partition_scan_is_succeeded_and_holds_up_nob
     assert status.path is not None and Path(status.path).is_block_device()
     daemon.delete("slow")
     assert second.wait() == 0
+
+
+def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_disk_goes_live(
+    daemon: Daemon, gate: Gate
+) -> None:
+    if not get_features() & Feature.NO_AUTO_PART_SCAN:
+        pytest.skip("this driver scans partitions within START_DEV, which a worker's death ends")
+    added = daemon.add("slow", size_bytes=DISK_BYTES)
+    gate.backend(daemon, "slow")
+    eventually(gate.asked.exists, "the kernel reads the partition table")
+    os.kill(daemon.status("slow").workers[0].pid, signal.SIGKILL)
+    eventually(lambda: daemon.status("slow").epoch > added.epoch, "the next epoch has begun")
+    assert daemon.status("slow").state in ("waiting", "recovering")
+    gate.gate.touch()
+    status = daemon.wait_live("slow")
+    assert status.path is not None and Path(status.path).is_block_device()
+    daemon.delete("slow")
 
 
 @contextmanager
