@@ -1,5 +1,8 @@
 """Fixtures that several unit tests share."""
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -9,6 +12,19 @@ from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
 # A busy machine is slow, and hypothesis would take a slow example for a failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """A test that sets logging up, as every command does, leaves nothing of that to the next test."""
+    kept = [
+        (each, each.handlers[:], each.propagate, each.level)
+        for each in map(logging.getLogger, ("ublkpool", "asyncio"))
+    ]
+    yield
+    for logger, handlers, propagate, level in kept:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=["zeromq", "ring"])

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,12 +17,8 @@ CONFIG = Path(__file__).parents[2] / "config"
 
 
 @pytest.fixture
-def logger() -> Iterator[logging.Logger]:
-    top = logging.getLogger("ublkpool")
-    before = (top.handlers[:], top.propagate, top.level)
-    yield logging.getLogger("ublkpool.test")
-    top.handlers[:], top.propagate = before[0], before[1]
-    top.setLevel(before[2])
+def logger() -> logging.Logger:
+    return logging.getLogger("ublkpool.test")
 
 
 class Terminal(io.StringIO):

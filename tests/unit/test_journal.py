@@ -17,18 +17,6 @@ from ublkpool.workers.process import fork_child
 
 
 @pytest.fixture
-def loggers() -> Iterator[None]:
-    kept = [
-        (each, each.handlers[:], each.propagate, each.level)
-        for each in map(logging.getLogger, ("ublkpool", "asyncio"))
-    ]
-    yield
-    for logger, handlers, propagate, level in kept:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
-@pytest.fixture
 def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TextIO]:
     """A file that JOURNAL_STREAM names, as systemd names the socket that leads to the journal."""
     with (tmp_path / "journal").open("w+") as file:
@@ -47,7 +35,6 @@ def said(stream: TextIO) -> list[str]:
     return stream.read().splitlines()
 
 
-@pytest.mark.usefixtures("loggers")
 @pytest.mark.parametrize(
     ("level", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3), ("critical", 2)]
 )
@@ -58,7 +45,6 @@ def test_each_level_has_its_syslog_priority_and_no_time(stream: TextIO, level: s
     assert said(stream) == [f"<{priority}>test: vol0: live path=/dev/ublkb0"]
 
 
-@pytest.mark.usefixtures("loggers")
 def test_every_line_of_a_traceback_has_the_priority(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
     logging.getLogger("ublkpool.test").error("it broke", exc_info=ValueError("two\nlines"))
@@ -67,14 +53,12 @@ def test_every_line_of_a_traceback_has_the_priority(stream: TextIO) -> None:
     assert all(line.startswith("<3>") for line in lines)
 
 
-@pytest.mark.usefixtures("loggers")
 def test_a_message_of_several_lines_has_the_priority_on_each(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
     logging.getLogger("ublkpool.test").warning("one\ntwo")
     assert said(stream) == ["<4>test: one", "<4>two"]
 
 
-@pytest.mark.usefixtures("loggers")
 def test_the_machine_formats_lose_their_time_there_too(stream: TextIO) -> None:
     logs.configure("info", "json", stream)
     logging.getLogger("ublkpool.test").warning("one\ntwo")
@@ -83,7 +67,6 @@ def test_the_machine_formats_lose_their_time_there_too(stream: TextIO) -> None:
     assert json.loads(line.removeprefix("<4>")) == {"logger": "test", "message": "one\ntwo"}
 
 
-@pytest.mark.usefixtures("loggers")
 @pytest.mark.parametrize("value", ["", "nonsense", "1:2:3", "8:99999999999"])
 def test_another_stream_than_the_journal_s_keeps_time_and_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
@@ -98,7 +81,6 @@ def test_another_stream_than_the_journal_s_keeps_time_and_level(
     assert "level=warning" in line
 
 
-@pytest.mark.usefixtures("loggers")
 def test_what_asyncio_says_of_a_forgotten_task_goes_the_same_way(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
 
@@ -109,7 +91,6 @@ def test_what_asyncio_says_of_a_forgotten_task_goes_the_same_way(stream: TextIO)
     assert said(stream) == ["<3>asyncio: never retrieved"]
 
 
-@pytest.mark.usefixtures("loggers")
 def test_a_child_that_breaks_says_so_with_its_priority(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
 
