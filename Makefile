@@ -113,7 +113,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 	@for kernel in $(KERNELS); do \
 	    echo "test: systemd, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel PYTHONDONTWRITEBYTECODE=1 \
-	        $(PY) -m pytest -p no:cacheprovider tests/systemd $(PYTEST_ARGS); \
+	        $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/systemd $(PYTEST_ARGS); \
 	done
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
@@ -121,7 +121,7 @@ test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA pr
 	@for kernel in $(KERNELS); do \
 	    echo "test: power failure, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) \
-	        PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -p no:cacheprovider tests/power $(PYTEST_ARGS); \
+	        PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS); \
 	done
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS

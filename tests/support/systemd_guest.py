@@ -64,7 +64,7 @@ def boot(
     spec = Spec(kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s)
     channels = {name: Channel() for name in ("console", "monitor")}
     emulator = cache.emulator()
-    append = f"{KERNEL_WORDS} loglevel=6 rw systemd.show_status=1 {' '.join(words)}"
+    append = f"{KERNEL_WORDS} loglevel=6 sysrq_always_enabled rw systemd.show_status=1 {' '.join(words)}"
     with _scratch() as (run_dir, children):
         children.append(start_virtiofsd(emulator, run_dir, "root", root, xattr=True))
         wait_for_sockets(run_dir, ["root"])

@@ -13,6 +13,7 @@ from support.systemd_scene import Seen, prepare, run_boot
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 HERE = Path(__file__).parent
+_shown: set[int] = set()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,9 +58,10 @@ def second(root: Path, kernel: str, first: Seen) -> Seen:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed test shows what the boot that it is about has logged."""
+    """The first failed test that is about a boot shows what that boot has logged."""
     report = yield
     for name, value in getattr(item, "funcargs", {}).items():
-        if isinstance(value, Seen) and report.failed:
+        if isinstance(value, Seen) and report.failed and id(value) not in _shown:
+            _shown.add(id(value))
             report.sections.append((f"the {name} boot", value.report()))
     return report
