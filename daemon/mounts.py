@@ -63,7 +63,7 @@ def leave_for_own_view(used: Iterable[Path]) -> int:
 
 def detach_all_but(used: Iterable[Path]) -> None:
     """Detach, in this namespace, every mount but those that these paths lead over.  A refused one is logged."""
-    ids = {found for path in used for found in mounts_on_the_way(path)}
+    ids = mounts_on_the_way(used)
     while idle := idle_mounts(_mounts(), ids):
         # The last that was mounted first: it may hide another.
         refusals = [_detach(each) for each in reversed(idle)]
@@ -123,9 +123,11 @@ def _belongs_to_the_kernel(mount: Mount) -> bool:
     return below and mount.device.startswith("0:")
 
 
-def mounts_on_the_way(path: Path) -> set[int]:
-    """The ids of the mounts that a look-up of this path crosses, as far as it exists."""
-    return {found for each in (path, *path.parents) if (found := _mount_of(each)) is not None}
+def mounts_on_the_way(paths: Iterable[Path]) -> set[int]:
+    """The ids of the mounts that a look-up of these paths crosses, as far as they exist."""
+    # Each directory once: they have most of their parents in common.
+    crossed = {each for path in paths for each in (path, *path.parents)}
+    return {found for each in crossed if (found := _mount_of(each)) is not None}
 
 
 def _mount_of(path: Path) -> int | None:

@@ -51,15 +51,15 @@ def test_the_root_is_never_idle() -> None:
 
 
 def test_a_path_that_does_not_exist_counts_as_its_nearest_parent(tmp_path: Path) -> None:
-    assert mounts.mounts_on_the_way(tmp_path / "not" / "yet") == mounts.mounts_on_the_way(tmp_path)
-    assert mounts.mounts_on_the_way(Path("/proc/self")) > mounts.mounts_on_the_way(Path("/"))
+    assert mounts.mounts_on_the_way([tmp_path / "not" / "yet"]) == mounts.mounts_on_the_way([tmp_path])
+    assert mounts.mounts_on_the_way([Path("/proc/self")]) > mounts.mounts_on_the_way([Path("/")])
 
 
 def test_a_symbolic_link_leads_over_the_mounts_of_both_ends(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/proc")
-    both = mounts.mounts_on_the_way(tmp_path) | mounts.mounts_on_the_way(Path("/proc"))
-    assert mounts.mounts_on_the_way(link) == both
+    both = mounts.mounts_on_the_way([tmp_path]) | mounts.mounts_on_the_way([Path("/proc")])
+    assert mounts.mounts_on_the_way([link]) == both
 
 
 def test_code_is_where_modules_were_loaded_from_or_may_be_and_not_where_the_operator_stood(

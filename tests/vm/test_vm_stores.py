@@ -82,7 +82,7 @@ def test_a_killed_backend_of_a_block_device_is_succeeded_under_load(daemon: Daem
 
 
 def test_a_disk_is_not_served_from_itself(daemon: Daemon) -> None:
-    image = daemon.path("image")
+    image = daemon.path("not-itself")
     image.write_bytes(bytes(4 * MIB))
     status = daemon.add("own", size_bytes=4 * MIB)
     first = daemon.backend("file", "own", path=image)
@@ -102,7 +102,7 @@ def test_a_disk_is_not_served_from_itself(daemon: Daemon) -> None:
 def test_a_store_that_grew_goes_on_and_one_that_shrank_is_named_until_it_is_whole_again(
     daemon: Daemon,
 ) -> None:
-    image = daemon.path("image")
+    image = daemon.path("grows")
     options = {"path": image, "size": "8M"}
     with daemon.device("grows", "file", options=options) as status:
         assert status.path is not None
