@@ -157,7 +157,7 @@ def list_orphans(instance: str) -> list[str]:
 
 
 def unlink_arena(name_prefix: str) -> None:
-    """Remove the names of a pool, whichever exist; whoever has the objects open keeps the memory."""
+    """Remove the names of a pool, as far as they exist; a process that has the objects open keeps the memory."""
     for name in (_data_name(name_prefix), _control_name(name_prefix)):
         _unlink(name)
 

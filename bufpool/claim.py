@@ -45,7 +45,10 @@ class Patience:
         self._pause_s = _PAUSE_MIN_S
 
     def wait(self, what: str) -> None:
-        """Sleep a moment.  Raises `BackendError` if whoever `what` says (`locked`, `held`) is alive and stays."""
+        """Sleep a moment.  Raises `BackendError` if the process that has it is alive and stays.
+
+        `what` says how it has it: `locked` or `held`.
+        """
         lockers = in_use.lockers(self._path)
         # The descriptor of a process that has ended may have been inherited by one that lives.
         alive = _living(lockers) or _living(in_use.openers(self._path))

@@ -114,7 +114,7 @@ def _target(link: Path) -> str:
 
 
 def _peer_pid(connection: socket.socket) -> int:
-    """Whoever began to listen (SO_PEERCRED)."""
+    """The pid of the process that began to listen (SO_PEERCRED)."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid

@@ -120,7 +120,7 @@ class Attachment:
         return self.session is None and self._is_absent_logged
 
     def note_refusal(self, reason: str) -> None:
-        """A backend that came was not taken.  One that comes while another serves is nobody's trouble."""
+        """A backend that came was not taken.  One that comes while another serves troubles no request."""
         if self.session is None:
             self.refusal = reason
 

@@ -44,7 +44,7 @@ class Background:
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        # The caller may have gone: asyncio would complain that nobody asked for the exception.
+        # The caller may have gone: asyncio would complain that the exception was never retrieved.
         if not task.cancelled():
             task.exception()
 
@@ -54,7 +54,7 @@ class Background:
 
 
 def owned(what: str, task: "asyncio.Future[T]") -> "asyncio.Future[T]":
-    """The task, whose failure is logged as that of `what`: of one that nobody awaits asyncio tells late, if ever."""
+    """The task, whose failure is logged as that of `what`: asyncio tells late of a task that is not awaited."""
 
     def finished(ended: "asyncio.Future[T]") -> None:
         if not ended.cancelled() and (error := ended.exception()) is not None:

@@ -475,7 +475,7 @@ class BlockDevice:
     async def try_stop(self, deadline_s: float) -> bool:
         """TRY_STOP_DEV: STOP_DEV, unless the disk or a partition is open; whether it stopped.  Raises `ControlFailed`.
 
-        The driver counts openers under the disk's `open_mutex`, and lets nobody open it from there on
+        The driver counts openers under the disk's `open_mutex`, and lets no process open it from there on
         (ublk_ctrl_try_stop_dev): there is no moment between the look and the stop.
         """
         number = self.number

@@ -308,7 +308,7 @@ class Device:
     async def _go_live(self, team: Team) -> None:
         kernel = team.plan.kernel
         try:
-            # A disk that no backend serves would hold up whoever looks at it.
+            # A disk that no backend serves would hold up every process that looks at it, such as udev.
             if self.config.answers == "backend":
                 await team.linked()
             await kernel.start(START_DEADLINE_S, team.check_whole)
@@ -445,7 +445,7 @@ class Device:
         done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
         if record.device_number is None:
-            # The daemon ended while it added the device, which nobody has seen yet.
+            # The daemon ended while it added the device, before any client had seen it.
             self._machinery.mark = record.device_mark
             await self._machinery.remove_kernel()
             self._left = None
@@ -583,7 +583,7 @@ class Device:
         self._life.enter(self.state)
 
     async def _stop_unused(self, look_again: bool) -> None:
-        """For whoever has the turn.  Raises `DaemonError` that names the users; then nothing has changed."""
+        """The caller has the turn.  Raises `DaemonError` that names the users; then nothing has changed."""
         machinery = self._machinery
         if look_again:
             await self.check_unused()
@@ -632,7 +632,7 @@ class Device:
         self._around.holder.drop(name)
 
     async def _end_left(self, left: Record) -> None:
-        """What an earlier daemon left and nobody has taken over: its processes end, then its kernel device goes."""
+        """End what an earlier daemon left and this one has not taken over: processes, then the kernel device."""
         await end_left([left], [each for each in left.processes if each.role == "broker"])
         if self._machinery.kernel is None and left.device_number is not None:
             name, number = self.config.name, left.device_number

@@ -41,7 +41,7 @@ class _Entry:
         return not any(task is not None and not task.done() for task in (self.making, self.removing))
 
     def begin(self) -> None:
-        """The first step.  Raises `CancelledError` if nobody wants it any more."""
+        """The first step.  Raises `CancelledError` if the add has been given up."""
         self.has_begun = True
         if self.is_undoing:
             raise asyncio.CancelledError

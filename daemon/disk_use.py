@@ -89,7 +89,7 @@ def _directories(disk: str, numbers: dict[str, str]) -> Iterator[Path]:
 
 
 def _made_of(disk: str, numbers: dict[str, str]) -> Iterator[str]:
-    """Device mapper, md, bcache: whoever has registered as a holder."""
+    """Device mapper, md, bcache: the block devices that have registered as holders."""
     for directory in _directories(disk, numbers):
         with suppress(OSError):
             for holder in sorted((directory / "holders").iterdir()):

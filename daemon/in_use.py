@@ -1,4 +1,4 @@
-"""Whether a disk may be taken away, and the stop of one that nobody has.
+"""Whether a disk may be taken away, and the stop of one without users.
 
 A refusal names the users.  Where the driver has TRY_STOP_DEV (Linux 7.0) the kernel decides, at the moment of the stop;
 before that an exclusive open and what /sys and /proc show decide, and what these do not show is not seen.  Runs on the
@@ -19,7 +19,7 @@ PATIENCE_S = 2.0
 WARNING_DEADLINE_S = 5.0
 _POLL_S = 0.1
 _WAY_OUT = "end that use, or use --force"
-_UNSEEN = "somebody whom neither /proc nor /sys shows"
+_UNSEEN = "a user that neither /proc nor /sys shows"
 
 
 async def check_unused(name: str, kernel: BlockDevice, *, may_open: bool) -> None:

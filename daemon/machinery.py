@@ -222,7 +222,7 @@ class Machinery:
         self.kernel, self.mark = None, 0
 
     async def discard(self) -> None:
-        """Remove a kernel device that nobody serves.  Raises `DaemonError` if it stays."""
+        """Remove a kernel device that no worker serves.  Raises `DaemonError` if it stays."""
         if self.kernel is not None:
             with logged(self._config.name):
                 await self.kernel.stop(STOP_DEADLINE_S)

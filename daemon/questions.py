@@ -1,7 +1,7 @@
 """Questions to another process and which answer belongs to which, over a connection that keeps their order.
 
 Owns the numbers of questions.  A question whose answer is late, or whose caller has gone, stays open until its answer
-comes, which then answers nobody else's question.  An answer without a number comes from a process of an earlier
+comes, which then answers no other question.  An answer without a number comes from a process of an earlier
 version, which answers each question once and in order: it belongs to the oldest open question of its kind.  Must not
 know what is asked, or how it travels.
 """
@@ -23,7 +23,7 @@ class Questions(Generic[A]):
         self._numbers = itertools.count(1 + secrets.randbits(FIRST_BITS))
         self._open: dict[int, tuple[type[Any], asyncio.Future[A]]] = {}
         self.late_count = 0
-        """Answers that nobody waited for any more."""
+        """Unsolicited answers: those that came after their deadline."""
 
     def ask(self, kind: type[Any] = object) -> tuple[int, "asyncio.Future[A]"]:
         """The number of a new question, and its answer, which is of type `kind`."""

@@ -70,7 +70,7 @@ class TakeOver:
         if record in self._going_on:
             if await self._goes_on(device, record):
                 return True
-            # Before anything else has a turn: whoever waits for the device goes on with this one.
+            # Before anything else has a turn: a caller that waits for the device goes on with this one.
             device.abandon()
             device = self._new_device(record, show)
             # A broker that has just died knows none of them, and its successor is not told.

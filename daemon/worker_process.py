@@ -73,7 +73,7 @@ class WorkerProcess:
     async def ask(self, question: messages.Question, fd: int | None = None) -> messages.Answer:
         """Its answer.  Raises `DaemonError` if it ends before, or is not in time: then it is killed.
 
-        What it was asked to do may come to pass later, which nobody would know of.
+        What it was asked to do may come to pass later, which the daemon would not know of.
         """
         number, answer = self._questions.ask(messages.ANSWERS[type(question)])
         self.tell(msgspec.structs.replace(question, id=number), fd)

@@ -78,7 +78,7 @@ def test_each_kind_of_user_is_named_with_the_way_out() -> None:
 
 
 def test_a_claim_without_a_name_is_a_use_all_the_same() -> None:
-    assert "somebody whom neither /proc nor /sys shows" in refusal(Kernel(claimed=True))
+    assert "a user that neither /proc nor /sys shows" in refusal(Kernel(claimed=True))
 
 
 def test_a_mapping_counts_where_the_kernel_does_not_count_openers() -> None:
@@ -133,7 +133,7 @@ def test_the_kernel_has_the_last_word_and_is_asked_again_for_a_moment(
 ) -> None:
     with pytest.raises(DaemonError, match="in use: process 7"):
         stop(Kernel([READER]), [False])
-    with pytest.raises(DaemonError, match="somebody whom neither"):
+    with pytest.raises(DaemonError, match="a user that neither"):
         stop(Kernel(), [False])
     monkeypatch.setattr(in_use, "PATIENCE_S", 600.0)
     answers = [False, False, True]
@@ -147,7 +147,7 @@ def test_a_warning_names_the_users_and_what_cannot_be_told() -> None:
 
     assert words(Kernel()) == ""
     assert words(Kernel([MOUNT])) == "mounted at /srv"
-    assert words(Kernel(claimed=True)) == "somebody whom neither /proc nor /sys shows"
+    assert words(Kernel(claimed=True)) == "a user that neither /proc nor /sys shows"
     stuck = Kernel()
     stuck.hangs = "open"
     assert "answers nothing" in words(stuck)

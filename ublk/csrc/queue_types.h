@@ -4,7 +4,7 @@
  *
  *     queue_tag.c                       a tag's transitions; commands and descriptors on their way out
  *     queue_check.c                     the invariants, asserted in the checked build
- *     queue_stock.c  queue_region.c     containers of pool buffers and of regions: they are asked and call nobody back
+ *     queue_stock.c  queue_region.c     containers of pool buffers and of regions: they are asked and call nothing back
  *     queue_request.c                   a request's road, from its arrival to the return of its buffer
  *     queue_link.c                      the backend's descriptors, judged; the link's states
  *     queue_time.c                      deadlines
