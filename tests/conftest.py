@@ -13,6 +13,7 @@ sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._n
 
 VM_TESTS = Path(__file__).parent / "vm"
 CONTROL_DEVICE = "/dev/ublk-control"
+NEWEST_GUEST = "7.3"
 KERNEL_LOG = Path("/dev/kmsg")
 _MAY_WAIT: list[str] = []
 
@@ -39,12 +40,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if VM_TESTS in item.path.parents:
             item.add_marker("vm")
-    if os.access(CONTROL_DEVICE, os.R_OK | os.W_OK):
-        return
-    without_driver = [item for item in items if item.get_closest_marker("vm")]
-    if without_driver:
-        config.hook.pytest_deselected(items=without_driver)
-        items[:] = [item for item in items if item not in without_driver]
+    if not os.access(CONTROL_DEVICE, os.R_OK | os.W_OK):
+        _leave_out("vm", config, items)
+    elif os.environ.get("UBLKPOOL_GUEST", NEWEST_GUEST) != NEWEST_GUEST:
+        _leave_out("one_kernel", config, items)
+
+
+def _leave_out(marker: str, config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if item.get_closest_marker(marker)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

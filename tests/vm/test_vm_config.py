@@ -10,6 +10,7 @@ import pytest
 from support.vm_daemon import Daemon, eventually, eventually_nothing
 from support.vm_process import read_block, write_block
 
+pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20
 CONFIG = """
 [daemon]

@@ -18,6 +18,7 @@ from support.vm_recovery import kill, wait_for_backend
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.state import DeviceState
 
+pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20
 SIZE = 64 * MIB
 PAGE = 4096

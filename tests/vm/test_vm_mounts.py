@@ -18,6 +18,7 @@ from support.vm_process import read_block, write_block
 from support.vm_recovery import wait_for_backend
 from ublkpool.daemon.config import BackendConfig, DeviceConfig
 
+pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20
 CHUNK = 4096
 SMALL: dict[str, Any] = {"depth": 8, "max_io_bytes": 65536}

@@ -1,6 +1,5 @@
 """What runs out while devices are added: descriptors, room in the run directory.  Nothing is left of what failed."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -10,9 +9,7 @@ from support.vm_daemon import Daemon, eventually_nothing, nodes
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("UBLKPOOL_GUEST") == "6.12", reason="does not depend on the kernel: one is enough"
-)
+pytestmark = pytest.mark.one_kernel
 ADDS_MAX = 20
 
 

@@ -18,6 +18,7 @@ from ublkpool.bufpool.serving import serve
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
+pytestmark = pytest.mark.one_kernel
 GROUP = "nogroup"
 NOBODY = 65534
 MIB = 1 << 20

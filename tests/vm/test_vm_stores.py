@@ -15,6 +15,7 @@ from support.vm_files import make_file_system, mounted, run
 from support.vm_process import Command, Forked, read_block, run_command, write_block
 from support.vm_recovery import kill, loaded, wait_for_backend
 
+pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20
 BLOCK = 4096
 EXT4_MAGIC_AT = 1024 + 0x38
