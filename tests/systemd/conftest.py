@@ -3,17 +3,21 @@
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from support.guest_cache import GuestCache
+from support.systemd_checks import POWEROFF
+from support.systemd_guest import OFF
 from support.systemd_root import SystemdRoot
 from support.systemd_scene import Seen, prepare, run_boot
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 HERE = Path(__file__).parent
 _shown: set[int] = set()
+_measured: list[str] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,13 +49,28 @@ def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 @pytest.fixture(scope="session")
 def first(root: Path, kernel: str) -> Seen:
     """The first boot: restarts, deaths, and a poweroff with dirty data."""
-    return run_boot(root, kernel, "first")
+    return measured(run_boot(root, kernel, "first"), f"Linux {kernel}, first boot")
 
 
 @pytest.fixture(scope="session")
 def second(root: Path, kernel: str, first: Seen) -> Seen:
     """The boot after it, and a poweroff with a backend that has gone."""
-    return run_boot(root, kernel, "second")
+    return measured(run_boot(root, kernel, "second"), f"Linux {kernel}, second boot")
+
+
+def measured(seen: Seen, title: str) -> Seen:
+    """Note how long the poweroff took, and how slow the guest was, for the run's summary."""
+    with suppress(LookupError):
+        took_s = seen.boot.second_of(OFF) - seen.boot.second_of(POWEROFF)
+        command_s = seen.fact("seconds of a command")
+        _measured.append(f"{title}: off {took_s:.1f} s after poweroff; a command of ours takes {command_s} s")
+    return seen
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was measured."""
+    for line in _measured:
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)
