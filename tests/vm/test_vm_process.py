@@ -56,9 +56,8 @@ def _check_that_everybody_maps_the_pool_in_huge_pages(daemon: Daemon) -> None:
     status, pool = daemon.status("p"), daemon.stats("p").pool
     assert pool.huge_bytes == pool.size_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES > 0
     assert status.backend.pid is not None
-    name = f"-{status.id}-data"
     for pid in (*(each.pid for each in status.workers), status.backend.pid):
-        assert mapped_huge_bytes(pid, name) == pool.huge_bytes
+        assert mapped_huge_bytes(pid, "/memfd:ublkpool-data (deleted)") == pool.huge_bytes
 
 
 def _check_that_each_worker_has_a_cpu_of_its_queue(status: DeviceStatus) -> None:
