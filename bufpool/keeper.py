@@ -37,10 +37,11 @@ class Keeper:
             connection.settimeout(_ANSWER_TIMEOUT_S)
             try:
                 connection.connect(str(self.path))
-            except (FileNotFoundError, ConnectionRefusedError):
+                connection.send(question)
+                _, descriptors, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
+            except (FileNotFoundError, ConnectionError):
+                # There is no keeper, or it has ended since.
                 return None
-            connection.send(question)
-            _, descriptors, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
             return descriptors
 
     def adopt(self) -> "OwnSegment | None":
@@ -103,23 +104,27 @@ def _main(listener_file: int, memory_file: int, path: str) -> None:
     os.setsid()
     os.chdir("/")
     with socket.socket(fileno=listener_file) as listener:
-        while _serve_one(listener, memory_file):
+        while (dropped_by := _serve_one(listener, memory_file)) is None:
             pass
         Path(path).unlink(missing_ok=True)
+    # The end of the connection says that the memory is gone, so it comes last.
+    dropped_by.close()
 
 
-def _serve_one(listener: socket.socket, memory_file: int) -> bool:
+def _serve_one(listener: socket.socket, memory_file: int) -> socket.socket | None:
+    """Answers one question; the connection, still open, if that was `drop`."""
     connection, _ = listener.accept()
-    with connection:
-        connection.settimeout(_ANSWER_TIMEOUT_S)
-        try:
-            question = connection.recv(16)
-            if question == DROP:
-                return False
-            socket.send_fds(connection, [question], [memory_file] if question == _ADOPT else [])
-        except OSError:
-            return True
-    return True
+    connection.settimeout(_ANSWER_TIMEOUT_S)
+    try:
+        question = connection.recv(16)
+        if question == DROP:
+            return connection
+        socket.send_fds(connection, [question], [memory_file] if question == _ADOPT else [])
+    except OSError:
+        # It asked and went away.
+        pass
+    connection.close()
+    return None
 
 
 if __name__ == "__main__":
