@@ -73,7 +73,7 @@ async def describe_use(kernel: BlockDevice) -> str:
             return users.words
         return _UNSEEN if await kernel.is_claimed(WARNING_DEADLINE_S) else ""
     except CallHung:
-        return "it cannot be told by whom, for its disk answers nothing"
+        return f"it cannot be told by whom: the look at its disk took longer than {WARNING_DEADLINE_S:.0f} s"
     except ControlFailed as error:
         return str(error)
 

@@ -63,7 +63,7 @@ class SimSession(Session):
         return self.pid
 
     def _is_dead(self) -> bool:
-        # What it is told then nobody hears.
+        # A message that it is sent then is lost.
         return False
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:

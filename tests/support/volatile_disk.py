@@ -77,7 +77,7 @@ class VolatileDisk:
             try:
                 yield
             finally:
-                # Wakes an accept that nobody has come to.
+                # Wakes an accept that still waits for a connection.
                 listener.shutdown(socket.SHUT_RDWR)
                 thread.join()
 

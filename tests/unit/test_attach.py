@@ -471,7 +471,7 @@ def test_a_backend_that_talks_where_it_has_nothing_to_say_is_cut_off(tmp_path: P
 
 
 def test_at_the_end_of_its_device_the_end_of_its_connection_is_enough(tmp_path: Path) -> None:
-    """Its memory serves nobody else, and its process may have other things to do."""
+    """Its memory serves no other backend, and its process may have other things to do."""
 
     async def scene(made: Session, host: Host) -> None:
         made.entrust(MEMORY, [])
