@@ -221,7 +221,7 @@ class Attachment:
     async def _until_gone(self, session: Session) -> None:
         """After a backend's end: let the workers take back what it held."""
         await session.gone()
-        if not self._life.is_stopping:
+        if not self._life.is_stopping and self._life.state != "failed":
             name, kind = self._config.name, session.attach.kind
             # The end of one that the daemon runs is logged with its exit status where it is started again.
             level = logging.INFO if self._config.backend else logging.WARNING

@@ -328,9 +328,8 @@ class Device:
                 await self._fail(trouble)
                 return
             kernel = team.plan.kernel
-            if self.config.recovery != "none":
-                # Not waited for: it waits for requests, and these may need us.
-                self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
+            # Not waited for: the write waits for the disk's requests, and these may need the supervisor.
+            self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
             self._now_live(team)
             if (ground := self._ground()) is not None:
                 self._clients.begin(ground)
@@ -550,6 +549,8 @@ class Device:
         # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
         if self._machinery.team is not None:
             await self._machinery.team.kill()
+            # Without workers the backend serves nothing, and STOP_DEV may wait for the block layer's timer.
+            await self._end_backend(keep=True)
         await self._tear_down_logged()
 
     async def delete(self, force: bool, keep: bool = False, forget: bool = False) -> None:
@@ -621,15 +622,19 @@ class Device:
             await self._end_left(self._left)
         with logged(name):
             await self._machinery.stop(self._attachment.gone)
-        if self._managed is not None:
-            self._managed.let_end()
-        with logged(name):
-            await self._attachment.end(keep)
-        if self._managed is not None:
-            await self._managed.end()
+        await self._end_backend(keep)
         await self._machinery.remove()
         self._around.records.forget(name)
         self._around.holder.drop(name)
+
+    async def _end_backend(self, keep: bool) -> None:
+        """The attached backend leaves, and the one that the daemon runs is not started again."""
+        if self._managed is not None:
+            self._managed.let_end()
+        with logged(self.config.name):
+            await self._attachment.end(keep)
+        if self._managed is not None:
+            await self._managed.end()
 
     async def _end_left(self, left: Record) -> None:
         """End what an earlier daemon left and this one has not taken over: processes, then the kernel device."""

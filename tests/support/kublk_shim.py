@@ -4,7 +4,7 @@ Run by a bare interpreter, since a selftest calls it dozens of times and every i
 socket what `ublkpool add`, `del` and `list` say, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
 directory, KUBLK_STATE a directory of the shim's own: NUMBER is what it knows of the device with that number, `features`
 what `ublkpool features` says, DELAY the path of the backend that takes its time, PYTHON the interpreter that has
-ublkpool.
+ublkpool.  KUBLK_SYS_BLOCK stands in for /sys/block in this program's own tests.
 
 Three things differ and are made to look the same.  kublk's device waits, QUIESCED, for `kublk recover`; ublkpool's is
 recovered by itself: here it counts as QUIESCED from its next epoch on, until `recover` was called.  And kublk has a
@@ -40,7 +40,9 @@ NEW_WORKERS_PAUSE_S = 0.005
 DISK_PAUSE_S = 0.1
 SCAN_PATIENCE_MS = 10_000.0
 """A disk that takes longer for a request is not waited for until its partitions are read."""
-SYS_BLOCK = Path("/sys/block")
+IO_TIMEOUT_MS = "1000"
+"""What the daemon sets, for a dead worker's requests to end soon."""
+SYS_BLOCK = Path(os.environ.get("KUBLK_SYS_BLOCK", "/sys/block"))
 WITH_VALUE = {
     *(
         "-t",
@@ -151,6 +153,7 @@ def add(options: Options, files: list[str]) -> int:
         device["size_bytes"] = size
     if float(told.get("delay_ms", "0")) < SCAN_PATIENCE_MS:
         status = ask("add", device=device)
+        await_timer(status["id"])
         server = None
     else:
         del device["backend"]
@@ -188,6 +191,19 @@ def await_disk(name: str) -> dict[str, Any]:
             return status
         time.sleep(DISK_PAUSE_S)
     raise Refused(f"{name}: no disk after {DEADLINE_S:.0f} s")
+
+
+def await_timer(number: int) -> None:
+    """Return when the daemon has set the block layer's timer; raises `Refused` if that takes too long.
+
+    The daemon does not wait for that write, and older drivers let it wait for every request of the disk.
+    """
+    setting = SYS_BLOCK / f"ublkb{number}" / "queue" / "io_timeout"
+    until_s = time.monotonic() + DEADLINE_S
+    while setting.read_text().strip() != IO_TIMEOUT_MS:
+        if time.monotonic() > until_s:
+            raise Refused(f"{setting} is not {IO_TIMEOUT_MS} after {DEADLINE_S:.0f} s")
+        time.sleep(DISK_PAUSE_S)
 
 
 def has_disk(status: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.daemon import adoption, machinery
 from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import Device
+from ublkpool.daemon.device import IO_TIMEOUT_MS, Device
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.measure import device_stats
 from ublkpool.daemon.records import Record
@@ -238,6 +238,59 @@ def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goe
 
     in_loop(run)
     assert states == (["recovering", "waiting", "live"] if is_started else ["failed"])
+
+
+def test_a_device_that_fails_ends_its_backend_before_it_waits_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """STOP_DEV may wait for a dead worker's requests: nothing is to serve or to be started meanwhile."""
+
+    async def run() -> None:
+        device, steps = new_device(), []
+
+        def note(step: str) -> Callable[..., Awaitable[None]]:
+            async def noted(*_: object) -> None:
+                steps.append(step)
+
+            return noted
+
+        device._machinery.team = cast(Any, SimpleNamespace(kill=note("workers killed")))
+        device._managed = cast(
+            Any, SimpleNamespace(let_end=lambda: steps.append("not started again"), end=note("backend ended"))
+        )
+        monkeypatch.setattr(device._attachment, "end", note("backend told to leave"))
+        monkeypatch.setattr(device, "_tear_down_logged", note("kernel"))
+        await device._fail("queue 0: its worker ended")
+        assert steps == [
+            "workers killed",
+            "not started again",
+            "backend told to leave",
+            "backend ended",
+            "kernel",
+        ]
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("recovery", ["reissue", "none"])
+def test_the_driver_is_to_notice_a_dead_worker_soon_whatever_the_recovery(recovery: str) -> None:
+    """Older drivers notice the end of a worker that holds all of its tags by the block layer's timer alone."""
+
+    async def run() -> None:
+        device, team = new_device(recovery=recovery), FakeTeam(dies_at_once="")
+        set_ms: list[int] = []
+
+        async def set_io_timeout(timeout_ms: int) -> None:
+            set_ms.append(timeout_ms)
+
+        team.plan.kernel.set_io_timeout = set_io_timeout
+        device._machinery.team = cast(Any, team)
+        await device._end_start("")
+        while not set_ms:
+            await asyncio.sleep(0)
+        assert set_ms == [IO_TIMEOUT_MS]
+
+    in_loop(run)
 
 
 def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> None:

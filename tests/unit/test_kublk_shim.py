@@ -76,6 +76,9 @@ class FakeAdmin:
 def admin(tmp_path: Path) -> Iterator[FakeAdmin]:
     (tmp_path / "features").write_text("SAFE_STOP_DEV\nSUPPORT_ZERO_COPY\nBIT_63\n")
     (tmp_path / "DELAY").write_text("/delay.py")
+    queue = tmp_path / "sys" / "ublkb5" / "queue"
+    queue.mkdir(parents=True)
+    (queue / "io_timeout").write_text(kublk_shim.IO_TIMEOUT_MS)
     made = FakeAdmin(tmp_path)
     yield made
     made.close()
@@ -86,7 +89,12 @@ def kublk(tmp_path: Path) -> Any:
     def call(words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-I", "-S", kublk_shim.__file__, *words.split()],
-            env={**os.environ, "KUBLK_RUN_DIR": str(tmp_path), "KUBLK_STATE": str(tmp_path)},
+            env={
+                **os.environ,
+                "KUBLK_RUN_DIR": str(tmp_path),
+                "KUBLK_STATE": str(tmp_path),
+                "KUBLK_SYS_BLOCK": str(tmp_path / "sys"),
+            },
             cwd=tmp_path,
             capture_output=True,
             text=True,
