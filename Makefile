@@ -27,13 +27,13 @@ SOAK ?=
 VM_TESTS ?= tests/vm
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
 PYTEST_ARGS ?=
-NATIVE_SOURCES := $(filter-out bench/%,$(wildcard */csrc/*.c */csrc/*.h */_*_build.py))
+NATIVE_SOURCES := $(filter-out bench/%,$(wildcard */csrc/*.[ch] */*/csrc/*.[ch] */_*_build.py */*/_*_build.py))
 export PYTHONPATH := $(CURDIR)/tests
 export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 
 # The guest shares this machine's root through virtiofsd, which needs root.
 AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
-GUEST = $(AS_ROOT) $(PY) -m support.guest
+GUEST = $(AS_ROOT) $(PY) -m support.guest.__main__
 # One step of the benchmark, where the driver is.
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
@@ -58,7 +58,7 @@ $(VENV)/.python: | host
 # first: one that was built under another file name may come before the new one in Python's search.
 $(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
 	@echo "setup: installing ublkpool and its tools into $(VENV), building the C modules"
-	@rm -rf build */_*.so
+	@rm -rf build */_*.so */*/_*.so
 	@$(PY) -m pip install -q --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
 	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
@@ -68,7 +68,7 @@ compiled: setup
 	@$(PY) -m compileall -q src/ublkpool/* tests
 
 guest: setup ## bring the test guest's QEMU and kernels into the cache
-	@$(PY) -m support.guest fetch
+	@$(PY) -m support.guest.__main__ fetch
 
 lint: setup ## ruff, mypy, import-linter
 	@echo "lint: ruff"; $(VENV)/bin/ruff check .; $(VENV)/bin/ruff format --check .
@@ -99,7 +99,7 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	    echo "test: vm, on this machine ($$(uname -r))"; \
 	    env $(SOAK) $(PY) -m pytest $(VM_TESTS) $(PYTEST_ARGS); \
 	else \
-	    $(PY) -m support.guest fetch; \
+	    $(PY) -m support.guest.__main__ fetch; \
 	    $(MAKE) -j$(words $(KERNELS)) $(addprefix vm-,$(KERNELS)); \
 	fi
 
@@ -111,7 +111,7 @@ vm-%:
 
 # Debian 13's systemd in a guest of its own, whatever driver there is here.
 test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests
-	@$(PY) -m support.guest fetch
+	@$(PY) -m support.guest.__main__ fetch
 	@for kernel in $(KERNELS); do \
 	    echo "test: systemd, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel PYTHONDONTWRITEBYTECODE=1 \
@@ -119,7 +119,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 	done
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
-	@$(PY) -m support.guest fetch
+	@$(PY) -m support.guest.__main__ fetch
 	@for kernel in $(KERNELS); do \
 	    echo "test: power failure, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) \
@@ -135,7 +135,7 @@ demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \
 	    $(PY) -m support.demo; \
 	else \
-	    $(PY) -m support.guest fetch; \
+	    $(PY) -m support.guest.__main__ fetch; \
 	    colour=0; if [ -t 1 ]; then colour=1; fi; \
 	    $(GUEST) run --kernel 7.3 --timeout $(DEMO_TIMEOUT_S) -- \
 	        env PYTHONPATH="$$PYTHONPATH" UBLKPOOL_COLOUR=$$colour $(PY) -m support.demo; \
@@ -161,7 +161,7 @@ bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=q
 	if [ $(MODE) != exact ] && $(HAS_DRIVER); then \
 	    for step in $(BENCH_STEPS); do $(call BENCH_STEP,$$step) || status=$$?; done; \
 	else \
-	    $(PY) -m support.guest fetch; \
+	    $(PY) -m support.guest.__main__ fetch; \
 	    for kernel in $(BENCH_KERNELS); do \
 	        for step in $(BENCH_STEPS); do \
 	            $(GUEST) run --kernel $$kernel $(BENCH_GUEST) --timeout $(BENCH_TIMEOUT_S) --rw $(BENCH_OUT) -- \
@@ -173,4 +173,4 @@ bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=q
 	exit $$status
 
 clean: ## remove what was built, keep the guest's cache
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */_*.o */_*.c
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */*/_*.so */_*.[oc] */*/_*.[oc]

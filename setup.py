@@ -9,7 +9,7 @@ from setuptools import setup
 
 _modules = [
     "src/ublkpool/ublk/_native_build.py:ffibuilder",
-    "src/ublkpool/bufpool/_fileio_build.py:ffibuilder",
+    "src/ublkpool/bufpool/engine/_engine_build.py:ffibuilder",
 ]
 if os.environ.get("UBLKPOOL_CHECKED") == "1":
     _modules.append("src/ublkpool/ublk/_native_build.py:checked")

@@ -1,6 +1,6 @@
 """A regular file or a block device, served by the native engine: straight between the pool's memory and the file.
 
-Owns the open file and its lock (`bufpool/claim.py`).  It makes a sparse file, or gives an empty one its size, for a
+Owns the open file and its lock (`bufpool/sdk/claim.py`).  It makes a sparse file, or gives an empty one its size, for a
 device that was never served; later a file that is missing or empty is an error, since a new one would read as zeros.  A
 write is answered when it is in the page cache or, with direct I/O, on the disk: either way outside this process.  The
 lock says when a predecessor's last I/O has ended, since the kernel keeps it for as long as something of a dead process
@@ -17,13 +17,13 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties, log
-from ublkpool.bufpool.claim import lock, open_exclusively, refuse_own_disk
+from ublkpool.bufpool.engine.file_facts import block_device, direct_alignment
+from ublkpool.bufpool.engine.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.file_facts import block_device, direct_alignment
-from ublkpool.bufpool.native import FileStorage, NativeEngine, slot_bytes
+from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
+from ublkpool.bufpool.sdk.claim import lock, open_exclusively, refuse_own_disk
+from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize, format_size
-from ublkpool.bufpool.store_identity import identify
 from ublkpool.bufpool.way_out import explain
 from ublkpool.bufpool.wire import Identity
 

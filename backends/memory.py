@@ -5,7 +5,7 @@ copied into it; with placement `backend` a write's place is its own block, so th
 reads are answered by naming the block.  No byte is lent twice at once: who overlaps waits.  The native engine does all
 of that; what is here is the disk's life.
 
-So that an answered write survives this process, a keeper (`bufpool/keeper.py`) holds the memfd too, and the next
+So that an answered write survives this process, a keeper (`bufpool/sdk/keeper.py`) holds the memfd too, and the next
 backend of the device adopts it.  Only the device's deletion ends the keeper and the content; `keep=off` does without.
 """
 
@@ -13,13 +13,13 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties, log
-from ublkpool.bufpool.client import OwnSegment
+from ublkpool.bufpool.engine.native import MemoryStorage, NativeEngine
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.keeper import Keeper, keeper_path
-from ublkpool.bufpool.native import MemoryStorage, NativeEngine
+from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
+from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
+from ublkpool.bufpool.sdk.store_identity import memory_identity
 from ublkpool.bufpool.sizes import ByteSize, format_size
-from ublkpool.bufpool.store_identity import memory_identity
 from ublkpool.bufpool.wire import Identity
 
 _PAGE_BYTES = 4096

@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Device, FrameEngine, Hint, Properties
-from ublkpool.bufpool.native import NativeEngine, NullStorage
+from ublkpool.bufpool.engine.native import NativeEngine, NullStorage
+from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties
 from ublkpool.bufpool.sizes import ByteSize
 from ublkpool.bufpool.wire import Identity
 

@@ -22,7 +22,7 @@ import msgspec
 from bench.doorbell import DoorbellError, build_doorbell
 from bench.instructions import CostError, InstructionCost, count_instructions
 from bench.kublk import KublkError, build_kublk
-from support.apt_archive import ArchiveError
+from support.guest.apt_archive import ArchiveError
 
 if TYPE_CHECKING:
     from bench.stage import Stage

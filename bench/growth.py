@@ -21,7 +21,7 @@ from bench.measure import FAILURES, syscalls_of
 from bench.stage import Disk, Stage
 from bench.syscalls import SyscallsError
 from bench.watched import run_fio
-from ublkpool.daemon.config import BackendConfig, DeviceConfig
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStatus
 
 DEPTHS = (1, 8, 32, 128, 1024, 4096)

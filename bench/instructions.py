@@ -29,7 +29,7 @@ _REQUESTS = 3200
 _ROUNDS_MAX = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
-_SHARED = _HERE.parent / "bufpool" / "csrc"
+_SHARED = _HERE.parent / "bufpool" / "wire" / "csrc"
 # All of the core but its way to the kernel.
 _NOT_COUNTED = "queue_ring.c"
 # As ublk/_native_build.py compiles them.

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from support.apt_archive import Archive
-from support.guest_cache import default_cache
-from support.kernel_selftests import unpack_selftests
+from support.guest.apt_archive import Archive
+from support.guest.cache import default_cache
+from support.guest.kernel_selftests import unpack_selftests
 
 # Beside the newest kernel's source its headers; a liburing that knows what kublk calls, linked statically.
 _PACKAGES = (

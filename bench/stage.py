@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from bench.cells import REGION_BYTES, Cell
-from support.vm_daemon import Daemon
+from support.vm.daemon import Daemon
 
 DEADLINE_S = 120.0
 _POLL_S = 0.02

@@ -1,1 +1,5 @@
-"""What a backend installs: the wire, the pool's memory, and the SDK.  Needs no root and imports nothing of ours."""
+"""What a backend installs: the wire, the pool's memory, the native engine and the SDK; it needs no root."""
+
+from ublkpool.bufpool.earlier_names import find_earlier_names
+
+find_earlier_names()

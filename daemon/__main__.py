@@ -1,6 +1,6 @@
 """`python -m ublkpool.daemon` is `ublkpool`."""
 
-from ublkpool.daemon.cli import main
+from ublkpool.daemon.cli.commands import main
 
 if __name__ == "__main__":
     main()

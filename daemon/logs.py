@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from ublkpool.daemon import journal
-from ublkpool.daemon.config import LogFormat, LogLevel
+from ublkpool.daemon.settings.config import LogFormat, LogLevel
 
 # asyncio reports a task that ended by an error which nothing awaited.
 _LOGGERS = ("ublkpool", "asyncio")

@@ -17,29 +17,29 @@ from typing import Any
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
-from ublkpool.daemon.admin import AdminServer
-from ublkpool.daemon.admin_client import AdminClient
-from ublkpool.daemon.attach import AttachServer
-from ublkpool.daemon.background import owned
-from ublkpool.daemon.binding import Binding
-from ublkpool.daemon.broker_process import BrokerProcess
-from ublkpool.daemon.config import DeviceConfig, ServeConfig
-from ublkpool.daemon.control_process import ControlRunner
-from ublkpool.daemon.device import Device
-from ublkpool.daemon.device_table import DeviceTable
+from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.measure import device_stats
+from ublkpool.daemon.admin.server import AdminServer
+from ublkpool.daemon.backends.attach import AttachServer
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.binding import Binding
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Record, Records
+from ublkpool.daemon.device.state import StateDirectory, candidates
+from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.going_down import GoingDown
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.measure import device_stats
-from ublkpool.daemon.mounts import leave_for_own_view
-from ublkpool.daemon.patient_loop import PatientLoop
-from ublkpool.daemon.records import Record, Records
-from ublkpool.daemon.reserve import Reserve
-from ublkpool.daemon.run_directory import RunDirectory
-from ublkpool.daemon.session import Session
-from ublkpool.daemon.state import StateDirectory, candidates
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.background import owned
+from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.mounts import leave_for_own_view
+from ublkpool.daemon.processes.patient_loop import PatientLoop
+from ublkpool.daemon.processes.reserve import Reserve
+from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
+from ublkpool.daemon.settings.run_directory import RunDirectory
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
-from ublkpool.daemon.surroundings import Surroundings
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
@@ -54,9 +54,9 @@ _Names = list[str]
 class Supervisor:
     """The devices of one daemon: what the admin socket can ask for, and where backends come to."""
 
-    def __init__(self, around: Surroundings) -> None:
-        self._around = around
-        self._table = DeviceTable(lambda cfg: Device(cfg, around), self._tell_status)
+    def __init__(self, context: DaemonContext) -> None:
+        self._context = context
+        self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status)
         self.stopped = asyncio.Event()
         self.leaves = False
         self.ends = False
@@ -130,11 +130,11 @@ class Supervisor:
 
     def _check_known(self, name: str) -> None:
         """A name may have a store without a device: one that could not be added because it has another store now."""
-        if not self._around.states.knows(name):
+        if not self._context.states.knows(name):
             self._table.device(name)
 
     def _binding(self, name: str) -> Binding:
-        return Binding(name, self._around.states, self._around.boot_id)
+        return Binding(name, self._context.states, self._context.boot_id)
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live.  Raises `DaemonError` if it fails, or is not in time."""
@@ -182,8 +182,8 @@ class Supervisor:
 
     async def renew(self, names: _Names) -> None:
         """Have today's code serve what an earlier version of it serves: these devices, one after another."""
-        await self._around.broker.renew()
-        self._around.holder.renew()
+        await self._context.broker.renew()
+        self._context.holder.renew()
         for name in names:
             if name in self._table:
                 await self._table.device(name).renew()
@@ -317,11 +317,11 @@ async def _begin(
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
-    around = Surroundings(run_dir, instance, group, runner, broker, holder, states, live_mounts)
-    left = TakeOver(around, records, held, {device.name for device in config.devices})
+    context = DaemonContext(run_dir, instance, group, runner, broker, holder, states, live_mounts)
+    left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)
-    supervisor = Supervisor(around)
+    supervisor = Supervisor(context)
     ending.push_async_callback(supervisor.delete_all)
     for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
         ending.callback(owned("the daemon", asyncio.ensure_future(keeper)).cancel)

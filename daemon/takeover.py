@@ -10,14 +10,15 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
-from ublkpool.bufpool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.daemon.broker_process import HELD
-from ublkpool.daemon.device import Device
+from ublkpool.bufpool.pool.arena import arena_prefix, list_orphans, unlink_arena
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Record, end_brokers, end_left
+from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, one_line
-from ublkpool.daemon.records import Process, Record, end_brokers, end_left, is_alive
-from ublkpool.daemon.succession import may_go_on
-from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.processes.broker_process import HELD
+from ublkpool.daemon.processes.left_behind import Process, is_alive
 
 _log = logging.getLogger("ublkpool.takeover")
 
@@ -27,13 +28,13 @@ class TakeOver:
 
     def __init__(
         self,
-        around: Surroundings,
+        context: DaemonContext,
         left: Sequence[Record],
         held: Mapping[str, int],
         configured: Collection[str],
     ) -> None:
         """`configured`: devices that the config names, which are added anew if the kernel does not have them."""
-        self._around = around
+        self._context = context
         self._configured = configured
         self.records = left
         self._held = dict(held)
@@ -45,21 +46,21 @@ class TakeOver:
 
     async def clear(self) -> None:
         """Remove what is no device's, and have a broker.  Raises `PoolError`, `OSError`."""
-        around, brokers = self._around, self._brokers()
+        context, brokers = self._context, self._brokers()
         # Before a new broker listens where the old one did.
         await end_brokers(self.records, brokers)
         numbers = [each.device_number for each in self.records if each.device_number is not None]
         self._remove_sockets(lambda number: number not in numbers)
-        spared = {arena_prefix(around.instance, number) for number in numbers}
-        for prefix in list_orphans(around.instance):
+        spared = {arena_prefix(context.instance, number) for number in numbers}
+        for prefix in list_orphans(context.instance):
             if prefix not in spared:
                 self._remove_pool(prefix)
         for broker in brokers:
-            if await around.broker.adopt(broker.pid, socket.socket(fileno=os.dup(self._held[HELD]))):
+            if await context.broker.adopt(broker.pid, socket.socket(fileno=os.dup(self._held[HELD]))):
                 known = [each.device_number for each in self._going_on if each.device_number is not None]
-                await around.broker.forget_all_but(known)
+                await context.broker.forget_all_but(known)
                 return
-        around.broker.start()
+        context.broker.start()
 
     async def device(self, record: Record, show: Callable[[Device], None]) -> bool:
         """Take over one device, which `show` is told; whether there is one then.
@@ -75,10 +76,10 @@ class TakeOver:
             device = self._new_device(record, show)
             # A broker that has just died knows none of them, and its successor is not told.
             with suppress(PoolError):
-                await self._around.broker.forget(record.device_number)
+                await self._context.broker.forget(record.device_number)
         await self._clear_away(record)
         # What led to the dead must not be taken for what leads to their successors.
-        self._around.holder.drop(record.config.name)
+        self._context.holder.drop(record.config.name)
         there = await device.recover_left(record, self._held)
         if not there or (record.device_number is None and record.config.name in self._configured):
             self.gone.append(record.config.name)
@@ -99,12 +100,12 @@ class TakeOver:
             # Also what a record that makes no sense leads to: recovery relies on less of it.
             _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
             return False
-        if record.build != self._around.build:
+        if record.build != self._context.build:
             self.outdated.append(record.config.name)
         return True
 
     def _new_device(self, record: Record, show: Callable[[Device], None]) -> Device:
-        device = Device(record.config, self._around)
+        device = Device(record.config, self._context)
         device.await_takeover(record)
         show(device)
         return device
@@ -124,7 +125,7 @@ class TakeOver:
                     _log.error("%s: %s; waiting for its end", record.config.name, said)
         if record.device_number is not None:
             self._remove_sockets(lambda number: number == record.device_number)
-            self._remove_pool(arena_prefix(self._around.instance, record.device_number))
+            self._remove_pool(arena_prefix(self._context.instance, record.device_number))
 
     def _brokers(self) -> list[Process]:
         """The broker that those who go on know, if it lives and can be reached."""
@@ -132,13 +133,13 @@ class TakeOver:
         return [each for each in known if is_alive(each)] if HELD in self._held and len(known) == 1 else []
 
     def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
-        for path in self._around.queue_dir.iterdir():
+        for path in self._context.queue_dir.iterdir():
             number = path.name.partition(".")[0]
             # What has another name is not a worker's socket.
             if number.isdecimal() and is_gone(int(number)):
                 path.unlink()
 
     def _remove_pool(self, prefix: str) -> None:
-        if prefix in list_orphans(self._around.instance):
+        if prefix in list_orphans(self._context.instance):
             _log.info("removing the pool %s that an earlier daemon left", prefix)
             unlink_arena(prefix)

@@ -15,12 +15,12 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Hint, Properties
-from ublkpool.bufpool.batch import Batch
-from ublkpool.bufpool.claim import open_alone
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Backend, Hint, Properties
+from ublkpool.bufpool.sdk.batch import Batch
+from ublkpool.bufpool.sdk.claim import open_alone
+from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize
-from ublkpool.bufpool.store_identity import identify
 
 
 class DemoBatchOptions(msgspec.Struct, frozen=True, kw_only=True):

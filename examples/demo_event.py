@@ -14,9 +14,9 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Device, Hint, Properties, Request, perform
+from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties, Request, perform
+from ublkpool.bufpool.sdk.slots import Slots
 from ublkpool.bufpool.sizes import ByteSize
-from ublkpool.bufpool.slots import Slots
 
 
 class DemoEventOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ a successor that finds another file is refused.
 import os
 from pathlib import Path
 
-from ublkpool.bufpool.claim import open_alone
-from ublkpool.bufpool.store_identity import identify
+from ublkpool.bufpool.sdk.claim import open_alone
+from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.wire import Identity
 
 file = -1

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from ublkpool.bufpool.client_buffers import ClientBuffer
+from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
 
 BLOCK = 65536
 

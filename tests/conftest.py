@@ -21,7 +21,7 @@ _MAY_WAIT: list[str] = []
 def pytest_configure() -> None:
     """From here on, in this process: calls that a disk may keep waiting are noted if an asyncio loop makes them."""
     # Not before the checked core has its name.
-    from support.watched_calls import is_on_a_disk, watch
+    from support.fakes.watched_calls import is_on_a_disk, watch
 
     watch(lambda path: not is_on_a_disk(path), _MAY_WAIT.append)
 

@@ -11,7 +11,8 @@ from cffi import FFI
 
 _SOURCES = Path(__file__).resolve().parent / "csrc"
 # bufpool's: what both ends of a link must agree on is written once.
-_SHARED = _SOURCES.parents[1] / "bufpool" / "csrc"
+_BUFPOOL = _SOURCES.parents[1] / "bufpool"
+_SHARED = _BUFPOOL / "wire" / "csrc"
 _HEADERS = (
     "wire.h",
     "queue_core.h",
@@ -62,8 +63,8 @@ def _builder(module: str, *options: str) -> FFI:
         "".join(f'#include "{name}"\n' for name in _HEADERS),
         # By the paths that the source distribution has as well.
         sources=[f"src/ublkpool/ublk/csrc/{name}" for name in _SOURCE_FILES],
-        include_dirs=["src/ublkpool/ublk/csrc", "src/ublkpool/bufpool/csrc"],
-        libraries=run_path(str(_SHARED.parent / "_liburing_build.py"))["LIBRARIES"],
+        include_dirs=["src/ublkpool/ublk/csrc", "src/ublkpool/bufpool/wire/csrc"],
+        libraries=run_path(str(_BUFPOOL / "_liburing_build.py"))["LIBRARIES"],
         extra_compile_args=[
             *_WHOLE,
             *("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"),

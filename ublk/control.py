@@ -2,7 +2,9 @@
 
 Each opens /dev/ublk-control, sends one command on a ring of its own and waits: it may block for as long as the driver
 does (START_DEV until every tag is fetched, STOP_DEV until requests drain, DEL_DEV until references are gone), so the
-daemon calls these in a disposable process (`daemon/control_process.py`).  Raises `UblkError` with the kernel's errno.
+daemon calls these in a disposable process (`daemon/kernel/control_process.py`).
+
+Raises `UblkError` with the kernel's errno.
 """
 
 import errno

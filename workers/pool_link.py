@@ -1,14 +1,14 @@
 """The worker's side of the pool broker: keeps the queue's stock between too little and too much.
 
-Owns the DEALER to the broker and its side of the conversation in `bufpool/device_leases.py`; the queue decides how many
-buffers it wants.  Used by the worker's one thread; never waits.
+Owns the DEALER to the broker and its side of the conversation in `bufpool/pool/device_leases.py`; the queue decides how
+many buffers it wants.  Used by the worker's one thread; never waits.
 """
 
 from collections import deque
 
 import zmq
 
-from ublkpool.bufpool.device_leases import OP_SYNC_ASKED, worker_routing_id
+from ublkpool.bufpool.pool.device_leases import OP_SYNC_ASKED, worker_routing_id
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots, unpack_slots
 from ublkpool.ublk.queue import Queue
 

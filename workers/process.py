@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from ublkpool.bufpool.arena import Arena
+from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import queue as core
 from ublkpool.workers.messages import Fault, send

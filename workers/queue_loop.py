@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ublkpool.bufpool.arena import Arena, slot_header_offset, stats_offset
-from ublkpool.bufpool.lease import held_max
+from ublkpool.bufpool.pool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.bufpool.pool.lease import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
 from ublkpool.workers import messages

@@ -5,8 +5,8 @@ What it stores ends with its process, which no backend for real use may do (docs
 
 import msgspec
 
-from ublkpool.bufpool.backend import Backend, Hint, Properties
-from ublkpool.bufpool.batch import Batch
+from ublkpool.bufpool.sdk.backend import Backend, Hint, Properties
+from ublkpool.bufpool.sdk.batch import Batch
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ _NOT_CLONED = shutil.ignore_patterns(
     "*.o",
     "out",
 )
-_MODULES = ("ublkpool.ublk._native", "ublkpool.bufpool._fileio")
+_MODULES = ("ublkpool.ublk._native", "ublkpool.bufpool.engine._engine")
 _PROBE = f"""
 import {", ".join(_MODULES)}
 from ublkpool.daemon import supervisor
@@ -65,7 +65,7 @@ def _shipped() -> set[str]:
     wanted = [*ROOT.glob("config/*"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
     names = {str(each.relative_to(ROOT)) for each in wanted}
     for package in ("ublk", "bufpool", "workers", "daemon", "backends"):
-        kinds = ("*.py", "*.pyi", "csrc/*.c", "csrc/*.h")
+        kinds = ("**/*.py", "**/*.pyi", "**/csrc/*.c", "**/csrc/*.h")
         sources = [each for kind in kinds for each in (ROOT / package).glob(kind)]
         names |= {f"src/ublkpool/{each.relative_to(ROOT)}" for each in sources}
     return names | {"LICENSE", "README.md", "pyproject.toml", "setup.py"}

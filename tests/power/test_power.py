@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from support.guest_boot import Machine
-from support.guest_cache import GuestCache
-from support.guest_qemu import Spec
-from support.power_blocks import broken_promises, parse_promises
-from support.volatile_disk import VolatileDisk
+from support.guest.boot import Machine
+from support.guest.cache import GuestCache
+from support.guest.qemu import Spec
+from support.power.blocks import broken_promises, parse_promises
+from support.vm.volatile_disk import VolatileDisk
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 DISK_BYTES = 64 << 20
@@ -69,7 +69,7 @@ def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
     count = random.Random(seed).randint(*PROMISES)
     blockdev = f"driver=nbd,node-name=power,server.type=unix,server.path={path},cache.direct=on"
     python = ["env", f"PYTHONPATH={PROJECT / 'tests'}", sys.executable]
-    command = [*python, "-m", "support.power_writer", str(seed)]
+    command = [*python, "-m", "support.power.writer", str(seed)]
     spec = Spec(
         kernel,
         command,

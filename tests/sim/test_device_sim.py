@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from support import sim_play
-from support.device_world import DeviceWorld
-from support.sim_defects import (
+from support.sim import play as sim_play
+from support.sim.defects import (
     BELL_NOT_RUNG,
     BUFFER_FREE_EARLY,
     COMMANDS_LIVE_ON,
@@ -30,9 +29,10 @@ from support.sim_defects import (
     REGION_NOT_WANTED,
     STATE_LOST,
 )
-from support.sim_kernel import Model
-from support.sim_processes import DeviceScenario, Victim
-from support.sim_rings import LOST
+from support.sim.device_world import DeviceWorld
+from support.sim.kernel import Model
+from support.sim.processes import DeviceScenario, Victim
+from support.sim.rings import LOST
 
 SEEDS = 1080
 MODELS: tuple[Model, ...] = ("6.12", "7.3")

@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 import zmq
 
-from support.attach_door import ATTACH, DEVICE, PAGE, Door, at_the_door
-from support.fuzz_broker import BrokerFuzz
-from support.fuzz_bytes import spoil
-from support.fuzz_core import CoreFuzz
-from support.fuzz_link import LinkFuzz
-from support.link_wire import Wire
-from support.queue_rig import Plan
-from ublkpool.bufpool import device_leases, wire
-from ublkpool.bufpool.arena import Arena, arena_prefix
+from support.fakes.attach_door import ATTACH, DEVICE, PAGE, Door, at_the_door
+from support.fakes.link_wire import Wire
+from support.fakes.queue_rig import Plan
+from support.fuzz.broker import BrokerFuzz
+from support.fuzz.bytes import spoil
+from support.fuzz.core import CoreFuzz
+from support.fuzz.link import LinkFuzz
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.pool import device_leases
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix
+from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.workers.queue_gate import user_of
 
 FACTOR = float(os.environ.get("UBLKPOOL_FUZZ_FACTOR", "1"))

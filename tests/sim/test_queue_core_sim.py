@@ -9,9 +9,9 @@ from itertools import product
 import msgspec
 import pytest
 
-from support import sim_play
-from support.queue_rig import Plan
-from support.queue_world import ENDS, Scenario, Temper, World
+from support.fakes.queue_rig import Plan
+from support.sim import play as sim_play
+from support.sim.queue_world import ENDS, Scenario, Temper, World
 
 SEEDS = 1440
 ROADS = ("off", "pool", "backend")

@@ -21,9 +21,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ublkpool.daemon.admin_client import AdminClient
-from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 WIDTH = 100
@@ -283,7 +283,7 @@ def _serve_from_memory(stage: Stage) -> Column:
 
 
 def _add_memory(stage: Stage) -> DeviceStatus:
-    from ublkpool.daemon.config import BackendConfig
+    from ublkpool.daemon.settings.config import BackendConfig
 
     backend = BackendConfig(kind="memory", options={"size": str(MEMORY_BYTES)}, cwd=str(stage.directory))
     queues = min(2, QUEUES)

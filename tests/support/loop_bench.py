@@ -9,16 +9,15 @@ from pathlib import Path
 
 import zmq
 
-from ublkpool.bufpool.arena import Arena, arena_prefix, stats_offset
-from ublkpool.bufpool.limits import Geometry
+from support.fakes.queue_rig import Plan
+from support.fakes.ring_peer import RingPeer
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix, stats_offset
+from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue, QueueConfig, read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
-
-from .queue_rig import Plan
-from .ring_peer import RingPeer
 
 DEVICE = 7
 TOKEN = b"T" * 16

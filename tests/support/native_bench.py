@@ -5,8 +5,8 @@ Owns the pool, the own segment and a slice of a client area, each between two gu
 
 from collections.abc import Iterable
 
-from ublkpool.bufpool.backend import Device
-from ublkpool.bufpool.native import NativeEngine, Storage
+from ublkpool.bufpool.engine.native import NativeEngine, Storage
+from ublkpool.bufpool.sdk.backend import Device
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS, Descriptor, iter_frame, pack_frame
 
 DEVICE_NUMBER = 7

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from support.guest_cache import GuestCache
-from support.systemd_checks import POWEROFF
-from support.systemd_guest import OFF
-from support.systemd_root import SystemdRoot
-from support.systemd_scene import Seen, prepare, run_boot
+from support.guest.cache import GuestCache
+from support.systemd.checks import POWEROFF
+from support.systemd.guest import OFF
+from support.systemd.root import SystemdRoot
+from support.systemd.scene import Seen, prepare, run_boot
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 HERE = Path(__file__).parent

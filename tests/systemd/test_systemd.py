@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from support.systemd_checks import POWEROFF
-from support.systemd_guest import OFF
-from support.systemd_scene import Seen
+from support.systemd.checks import POWEROFF
+from support.systemd.guest import OFF
+from support.systemd.scene import Seen
 
 # 30 s on a machine; in the guest the commands of the shutdown, in Python, start 15 to 25 times slower.
 POWEROFF_S = 60.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from support.fake_worker import FakeWorker
-from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
+from support.fakes.worker import FakeWorker
+from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
 
 # A busy machine is slow, and hypothesis would take a slow example for a failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from support.fake_daemon import FakeDaemon, running_daemon
-from ublkpool.daemon import admin
-from ublkpool.daemon.admin_client import AdminClient
-from ublkpool.daemon.admin_wire import REQUEST_BYTES_MAX
-from ublkpool.daemon.config import BackendConfig, DeviceConfig
+from support.fakes.daemon import FakeDaemon, running_daemon
+from ublkpool.daemon.admin import server as admin
+from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.wire import REQUEST_BYTES_MAX
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 
 @pytest.fixture

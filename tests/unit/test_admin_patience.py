@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_daemon import running_daemon
-from ublkpool.daemon import admin_client, admin_patience
-from ublkpool.daemon.admin_client import AdminClient
+from support.fakes.daemon import running_daemon
+from ublkpool.daemon.admin import client as admin_client
+from ublkpool.daemon.admin import patience as admin_patience
+from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonUnreachable
 
 SILENT = (

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon import adoption
-from ublkpool.daemon.adoption import Adoption
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.records import Process, Record
+from ublkpool.daemon.device import adoption
+from ublkpool.daemon.device.adoption import Adoption
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.processes.left_behind import Process
+from ublkpool.daemon.settings.config import DeviceConfig
 
 TOKEN = b"\x01token"
 BACKEND, BROKER = Process("backend", 11, 1), Process("broker", 12, 1)
@@ -45,9 +46,9 @@ class Scene:
         self.steps.append("lost")
 
     def play(self) -> list[str]:
-        heir = SimpleNamespace(session=lambda: self._session)
+        adopted = SimpleNamespace(session=lambda: self._session)
         made = Adoption(RECORD, cast(Any, self), cast(Any, self.attachment))
-        asyncio.run(made.go_on(cast(Any, heir)))
+        asyncio.run(made.go_on(cast(Any, adopted)))
         return self.steps
 
 

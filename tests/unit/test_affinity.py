@@ -2,7 +2,7 @@
 
 import pytest
 
-from ublkpool.daemon.affinity import cpu_for, parse_cpus
+from ublkpool.daemon.settings.affinity import cpu_for, parse_cpus
 
 ALL = range(8)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import posix_ipc
 import pytest
 
-from ublkpool.bufpool.arena import (
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import SharedMap
+from ublkpool.bufpool.pool.arena import (
     Arena,
     Control,
     ControlHeader,
@@ -24,11 +26,9 @@ from ublkpool.bufpool.arena import (
     stats_offset,
     unlink_arena,
 )
-from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.huge_pages import SharedMap
-from ublkpool.bufpool.lease import Owner
-from ublkpool.bufpool.limits import Geometry
-from ublkpool.bufpool.pool_memory import make_data
+from ublkpool.bufpool.pool.lease import Owner
+from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.memory import make_data
 
 INSTANCE = f"test-arena-{os.getpid()}"
 GEOMETRY = Geometry.build([(4096, 6), (65536, 3)])

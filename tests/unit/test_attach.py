@@ -12,16 +12,33 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.attach_door import ATTACH, DEADLINE_S, DEVICE, PAGE, Door, answer, at_the_door, reason, until
-from support.vm_process import Forked
-from ublkpool.bufpool import client, wire
-from ublkpool.bufpool.client import OwnSegment
+from support.fakes.attach_door import (
+    ATTACH,
+    DEADLINE_S,
+    DEVICE,
+    PAGE,
+    Door,
+    answer,
+    at_the_door,
+    reason,
+    until,
+)
+from support.vm.process import Forked
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon import attach, session
-from ublkpool.daemon.attach import ADMITTED_AT_ONCE_MAX, UNHEARD_PER_USER_MAX
-from ublkpool.daemon.peer import Peer, check_may_attach, peer_of, peer_pidfd
-from ublkpool.daemon.refusals import LINES_PER_PERIOD_MAX, PERIOD_S, REASON_LENGTH_MAX, Refusals, plain
-from ublkpool.daemon.session import Session
+from ublkpool.bufpool.sdk import client
+from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.daemon.backends import attach, session
+from ublkpool.daemon.backends.attach import ADMITTED_AT_ONCE_MAX, UNHEARD_PER_USER_MAX
+from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of, peer_pidfd
+from ublkpool.daemon.backends.refusals import (
+    LINES_PER_PERIOD_MAX,
+    PERIOD_S,
+    REASON_LENGTH_MAX,
+    Refusals,
+    plain,
+)
+from ublkpool.daemon.backends.session import Session
 
 STRANGER = Peer(4711, 12345, frozenset((12345, 100)))
 

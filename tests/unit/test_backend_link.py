@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from support.link_wire import HELLO, TOKEN, WAIT_MS, Wire
-from support.queue_rig import DEVICE
+from support.fakes.link_wire import HELLO, TOKEN, WAIT_MS, Wire
+from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk.queue import Link
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX

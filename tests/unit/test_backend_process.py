@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ublkpool.daemon import backend_log, backend_process
-from ublkpool.daemon.backend_log import LINE_BYTES_MAX, BackendLog
-from ublkpool.daemon.backend_process import BackendProcess
-from ublkpool.daemon.backoff import STEADY_S, Backoff
-from ublkpool.daemon.config import BackendConfig
+from ublkpool.daemon.backends import backend_log, backend_process
+from ublkpool.daemon.backends.backend_log import LINE_BYTES_MAX, BackendLog
+from ublkpool.daemon.backends.backend_process import BackendProcess
+from ublkpool.daemon.processes.backoff import STEADY_S, Backoff
+from ublkpool.daemon.settings.config import BackendConfig
 
 DEADLINE_S = 60
 

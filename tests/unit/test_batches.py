@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.fake_worker import FakeWorker, serving
-from support.plain_backend import Plain
-from ublkpool.bufpool.backend import Device, Properties, Request, check_properties
-from ublkpool.bufpool.batch import Batch
+from support.fakes.plain_backend import Plain
+from support.fakes.worker import FakeWorker, serving
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Device, Properties, Request, check_properties
+from ublkpool.bufpool.sdk.batch import Batch
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 BLOCK = 4096

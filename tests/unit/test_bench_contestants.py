@@ -17,7 +17,7 @@ from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError
 from bench.targets import TARGETS
 
-from support.vm_daemon import eventually
+from support.vm.daemon import eventually
 
 
 def test_names_are_unique_and_so_are_the_names_of_their_devices() -> None:

@@ -12,8 +12,8 @@ from bench.growth import BLOCKS, DEPTHS, SMALL_POOL_BYTES, grow
 from bench.growth_results import Growth
 from bench.stage import Disk, Stage
 
-from ublkpool.bufpool.limits import pool_geometry
-from ublkpool.daemon.config import DeviceConfig
+from ublkpool.bufpool.pool.limits import pool_geometry
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import (
     BackendStatus,
     DeviceStats,

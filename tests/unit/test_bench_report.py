@@ -18,7 +18,7 @@ from bench.syscalls import parse_histogram
 from bench.tables import cost_table, markdown_table, number, report
 from bench.targets import LARGE, QD1, WRITE, verdicts
 
-from support.vm_daemon import eventually
+from support.vm.daemon import eventually
 
 
 def _result(*samples: Sample, parties: Sequence[Party] = (), error: str = "") -> Result:

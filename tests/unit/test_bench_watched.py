@@ -14,7 +14,7 @@ from bench.cells import CELLS, FioError
 from bench.stage import Disk, StageError
 from bench.watched import check_served, end, run_fio, write_end
 
-from support.vm_daemon import eventually
+from support.vm.daemon import eventually
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.fake_states import FakeStates
+from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon.binding import Binding, boot_id
+from ublkpool.daemon.device.binding import Binding, boot_id
 from ublkpool.daemon.errors import DaemonError
 
 SIZE = 1 << 20

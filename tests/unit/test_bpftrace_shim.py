@@ -1,6 +1,6 @@
 """Whether requests ended in the order in which they began, as the kernel's tracing tells it."""
 
-from support.bpftrace_shim import out_of_order
+from support.vm.bpftrace_shim import out_of_order
 
 
 def begins(sector: int, kind: str = "W") -> str:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from support.plain_backend import SIZE_BYTES, Plain
-from support.request_engine import RequestEngine
+from support.fakes.plain_backend import SIZE_BYTES, Plain
+from support.fakes.request_engine import RequestEngine
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Device, Outbox, Request
-from ublkpool.bufpool.calls import CallEngine
+from ublkpool.bufpool.sdk.backend import Device, Outbox, Request
+from ublkpool.bufpool.sdk.calls import CallEngine
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 BLOCK = 4096

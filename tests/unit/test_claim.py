@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import FakeWorker, finish, spawn
-from ublkpool.bufpool import claim, in_use
+from support.fakes.worker import FakeWorker, finish, spawn
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk import claim
+from ublkpool.bufpool.sdk import store_users as in_use
 from ublkpool.bufpool.wire import Kind, Op
 
 MIB = 1 << 20

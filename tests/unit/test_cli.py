@@ -12,10 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from support.fake_daemon import FakeDaemon, running_daemon
+from support.fakes.daemon import FakeDaemon, running_daemon
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.daemon.cli import cli
-from ublkpool.daemon.config import BackendConfig, DeviceConfig, ServeConfig
+from ublkpool.daemon.cli.commands import cli
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_backend_runs_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path:
         calls.append((*args, transport))
         return 4
 
-    install(monkeypatch, "ublkpool.bufpool.loader", run_backend=run_backend)
+    install(monkeypatch, "ublkpool.bufpool.sdk.loader", run_backend=run_backend)
     result = run(*["backend", "file", "--device", "vol0", "path=x"], run_dir=tmp_path)
     assert result.exit_code == 4
     run(*["backend", "file", "--device", "vol0", "--transport", "ring"], run_dir=tmp_path)
@@ -383,7 +383,7 @@ def test_a_backend_that_cannot_be_used_is_status_2(monkeypatch: pytest.MonkeyPat
     def run_backend(*args: Any, transport: str) -> int:
         raise BackendError("file: path= is missing")
 
-    install(monkeypatch, "ublkpool.bufpool.loader", run_backend=run_backend)
+    install(monkeypatch, "ublkpool.bufpool.sdk.loader", run_backend=run_backend)
     assert complaint(run("backend", "file", "--device", "a"), 2) == "file: path= is missing"
 
 
@@ -439,7 +439,7 @@ def test_the_commands_are_the_contract() -> None:
 
 PROBE = """
 import sys
-from ublkpool.daemon.cli import cli
+from ublkpool.daemon.cli.commands import cli
 try:
     cli.main(sys.argv[1:], prog_name="ublkpool")
 except SystemExit as exit:

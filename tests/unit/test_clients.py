@@ -15,21 +15,22 @@ from typing import cast
 import msgspec
 import pytest
 
-from support.attach_door import DEVICE, PAGE, Door
+from support.fakes.attach_door import DEVICE, PAGE, Door
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.client_buffers import ClientBuffer
 from ublkpool.bufpool.errors import AttachRefused, WireError
-from ublkpool.daemon import clients as module
-from ublkpool.daemon.background import Background
-from ublkpool.daemon.block_device import BlockDevice, wanted_flags
-from ublkpool.daemon.client_area import USER_UNKNOWN, AreaRecord, ClientArea, slice_name
-from ublkpool.daemon.clients import Clients, Ground, client_name, rested
-from ublkpool.daemon.config import CLIENT_SLICES, DeviceConfig
-from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
+from ublkpool.daemon.backends.peer import Peer
+from ublkpool.daemon.device import clients as module
+from ublkpool.daemon.device.clients import ClientContext, Clients, rested
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.open_files import reopened
-from ublkpool.daemon.peer import Peer
+from ublkpool.daemon.kernel.block_device import BlockDevice, wanted_flags
+from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, AreaRecord, ClientArea
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.held_names import client_name, slice_name
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.open_files import reopened
+from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.ublk.abi import Feature
 
 AREA_BYTES = CLIENT_SLICES * PAGE
@@ -56,7 +57,7 @@ class Scene:
         self.drained.set()
         holder = SimpleNamespace(hold=self.held.__setitem__, drop=self.held.pop)
         self.clients = Clients("vol", cast(Holder, holder), Background("vol"))
-        self.ground = Ground(area, cast(BlockDevice, self))
+        self.client_context = ClientContext(area, cast(BlockDevice, self))
         monkeypatch.setattr(module, "rested", self._rested)
         monkeypatch.setattr(module, "peer_of", lambda _: Peer(1, self.user, frozenset()))
 
@@ -102,7 +103,7 @@ def test_each_client_gets_a_slice_of_its_own_until_there_is_none(
 ) -> None:
     async def play(scene: Scene) -> None:
         assert scene.connect()[1] is None
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         connections = [scene.connect() for _ in range(CLIENT_SLICES)]
         assert sorted(number for _, number in connections if number is not None) == list(range(CLIENT_SLICES))
         assert scene.connect()[1] is None
@@ -116,7 +117,7 @@ def test_a_slice_rests_until_the_requests_of_its_time_are_answered(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         scene.drained.clear()
         ours, number = scene.connect()
         ours.close()
@@ -135,7 +136,7 @@ def test_one_that_ends_during_a_drain_waits_for_the_next(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         first, second = scene.connect()[0], scene.connect()[0]
         scene.drained.clear()
         first.close()
@@ -162,7 +163,7 @@ def test_a_drain_that_fails_is_an_error_unless_the_device_has_gone(
             raise DaemonError("vol: no such file")
 
         monkeypatch.setattr(scene, "pass_requests", fail)
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         scene.connect()[0].close()
         await _until(scene.draining.is_set)
         await _until(lambda: not scene.clients._settling)
@@ -176,7 +177,7 @@ def test_who_still_has_a_slice_keeps_it_and_is_looked_for_when_there_is_no_other
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         ours, number = scene.connect()
         assert number is not None
         scene.used = {number}
@@ -195,7 +196,7 @@ def test_who_still_has_a_slice_keeps_it_and_is_looked_for_when_there_is_no_other
 
 def test_a_word_of_a_client_s_ends_its_lease(area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         ours, _ = scene.connect()
         ours.send(b"?")
         await _until(lambda: scene.clients.counts() == (0, 0, CLIENT_SLICES))
@@ -211,7 +212,7 @@ def test_the_next_daemon_goes_on_with_the_connections_that_were_held(
         ours, theirs = socket.socketpair()
         # Of slice 3 only its process is left, which has not noticed.
         scene.used = {3}
-        scene.clients.resume(scene.ground, {client_name("vol", 5): theirs.fileno()})
+        scene.clients.resume(scene.client_context, {client_name("vol", 5): theirs.fileno()})
         theirs.close()
         await _until(lambda: scene.clients.counts() == (1, 1, CLIENT_SLICES - 2))
         ours.close()
@@ -222,7 +223,7 @@ def test_the_next_daemon_goes_on_with_the_connections_that_were_held(
 
 def test_a_slice_is_lent_to_one_user_only(area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         ours, number = scene.connect()
         ours.close()
         await _until(lambda: scene.clients.counts() == (0, 0, CLIENT_SLICES))
@@ -239,7 +240,7 @@ def test_a_user_gets_what_it_had_before_what_is_new(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
-        scene.clients.begin(scene.ground)
+        scene.clients.begin(scene.client_context)
         for user in (USER, OTHER_USER):
             scene.user = user
             scene.connect()
@@ -260,7 +261,7 @@ def test_a_slice_whose_users_are_not_known_is_lent_to_nobody(
 
     async def play(scene: Scene) -> None:
         scene.user = USER_UNKNOWN
-        scene.clients.resume(scene.ground, {})
+        scene.clients.resume(scene.client_context, {})
         await _until(lambda: not scene.clients._settling)
         assert scene.clients.counts() == (0, CLIENT_SLICES, 0) and scene.connect()[1] is None
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ublkpool.daemon.config import BackendConfig, DeviceConfig, ServeConfig
-from ublkpool.daemon.config_file import load_config
 from ublkpool.daemon.errors import ConfigError
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
+from ublkpool.daemon.settings.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 

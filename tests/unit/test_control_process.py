@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from ublkpool.daemon import control_process
-from ublkpool.daemon.children import Child
-from ublkpool.daemon.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
-from ublkpool.daemon.reserve import Reserve
+from ublkpool.daemon.kernel import control_process
+from ublkpool.daemon.kernel.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
+from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.reserve import Reserve
 from ublkpool.workers.process import fork_child
 
 _SUPERVISOR = """
 import asyncio, signal, sys
-from ublkpool.daemon.children import Child
-from ublkpool.daemon.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
+from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.kernel.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
 
 def hang():
     fifo = open(sys.argv[1], "w")

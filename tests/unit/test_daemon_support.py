@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ublkpool.daemon import logs, notify, render
+from ublkpool.daemon import logs, notify
+from ublkpool.daemon.cli import render
 from ublkpool.daemon.status import BackendStatus, DeviceStats, DeviceStatus, QueueStats, State
 
 CONFIG = Path(__file__).parents[2] / "config"

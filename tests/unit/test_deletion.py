@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon import device as module
-from ublkpool.daemon import in_use
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import Device
-from ublkpool.daemon.disk_use import Users
+from ublkpool.daemon.device import device as module
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import disk_users as in_use
+from ublkpool.daemon.kernel.disk_use import Users
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.supervisor import Supervisor
-from ublkpool.daemon.surroundings import Surroundings
 
 
 class Kernel:
@@ -49,14 +49,14 @@ class Scene:
         monkeypatch.setattr(module, "drop_kept", self._drop_kept)
         self.log: list[str] = []
         self.kernel = Kernel(self.log, newer)
-        around = SimpleNamespace(
+        context = SimpleNamespace(
             run_dir=Path("/nonexistent"), runner=None, holder=None, records=None, states=None, boot_id=""
         )
-        self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(Surroundings, around))
+        self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(DaemonContext, context))
         self.device.save = lambda: None  # type: ignore[method-assign]
-        self.device._machinery.kernel = cast(Any, self.kernel)
+        self.device._resources.kernel = cast(Any, self.kernel)
         self.device._life.state = cast(Any, state)
-        monkeypatch.setattr(self.device._machinery, "try_stop", self._try_stop)
+        monkeypatch.setattr(self.device._resources, "try_stop", self._try_stop)
         monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
         monkeypatch.setattr(self.device, "_end_binding", self._end_binding)
 
@@ -212,7 +212,7 @@ class Table:
 def all_deleted(table: Table, *, force: bool = False) -> list[str]:
     supervisor = Supervisor.__new__(Supervisor)
     supervisor._table = cast(Any, table)
-    supervisor._around = cast(Any, SimpleNamespace(states=SimpleNamespace(knows=lambda _: False)))
+    supervisor._context = cast(Any, SimpleNamespace(states=SimpleNamespace(knows=lambda _: False)))
     return list(asyncio.run(supervisor.delete(None, force)))
 
 

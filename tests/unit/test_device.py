@@ -9,18 +9,19 @@ from typing import Any, cast
 
 import pytest
 
-from support.fake_states import FakeStates
+from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError
-from ublkpool.daemon import adoption, machinery
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.device import IO_TIMEOUT_MS, Device
+from ublkpool.daemon.admin.measure import device_stats
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device import adoption
+from ublkpool.daemon.device import resources as resources
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import IO_TIMEOUT_MS, Device
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.recovery import RESTARTS_MAX
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.measure import device_stats
-from ublkpool.daemon.records import Record
-from ublkpool.daemon.recovery import STRIKES_MAX
-from ublkpool.daemon.session import Session
-from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.settings.config import DeviceConfig
 
 DEADLINE_S = 20
 SIZE_BYTES = 1 << 20
@@ -44,7 +45,7 @@ class FakeHolder:
 
 
 def new_device(**config: Any) -> Device:
-    around = SimpleNamespace(
+    context = SimpleNamespace(
         run_dir=Path("/nonexistent"),
         runner=None,
         holder=FakeHolder(),
@@ -52,7 +53,7 @@ def new_device(**config: Any) -> Device:
         states=FakeStates(),
         boot_id="this boot",
     )
-    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config), cast(Surroundings, around))
+    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config), cast(DaemonContext, context))
     device.save = lambda: None  # type: ignore[method-assign]
     return device
 
@@ -129,7 +130,7 @@ def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_succes
 
     async def run() -> None:
         device, team = new_device(), FakeTeam(dies_at_once="first")
-        device._machinery.team = cast(Any, team)
+        device._resources.team = cast(Any, team)
         sessions = [FakeSession("first"), FakeSession("second")]
         async with device._life.turn:
             tasks = [asyncio.ensure_future(device.attach(cast(Session, each))) for each in sessions]
@@ -155,7 +156,7 @@ class FakeManaged:
 def test_a_device_without_its_backend_says_why_until_one_is_attached() -> None:
     async def run() -> None:
         device, team, managed = new_device(), FakeTeam(dies_at_once="nobody"), FakeManaged()
-        device._machinery.team, device._managed = cast(Any, team), cast(Any, managed)
+        device._resources.team, device._managed = cast(Any, team), cast(Any, managed)
         device._life.enter("live")
         assert device.status().reason == "no backend is attached, requests wait"
         managed.trouble = "backend file ended: exit status 2: path=/x: has 4096 bytes"
@@ -176,7 +177,7 @@ def test_a_device_without_its_backend_says_why_until_one_is_attached() -> None:
 def test_why_the_last_backend_was_refused_is_said_until_one_is_taken() -> None:
     async def run() -> None:
         device, team = new_device(), FakeTeam(dies_at_once="nobody")
-        device._machinery.team = cast(Any, team)
+        device._resources.team = cast(Any, team)
         device.note_refusal("backend file, process 9, was refused: too small")
         assert device.status().reason == "backend file, process 9, was refused: too small"
         device._life.enter("live")
@@ -221,17 +222,17 @@ def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goe
     async def run() -> None:
         device, dead = new_device(), FakeTeam(dies_at_once="")
         dead.plan.kernel.is_started = is_started
-        device._machinery.team = cast(Any, dead)
+        device._resources.team = cast(Any, dead)
         device.on_change(lambda: states.append(device.state))
 
         async def recover(_session: object) -> Any:
-            device._machinery.team = cast(Any, FakeTeam(dies_at_once=""))
-            return device._machinery.team
+            device._resources.team = cast(Any, FakeTeam(dies_at_once=""))
+            return device._resources.team
 
         async def no_fail(_reason: str) -> None:
             device._life.enter("failed")
 
-        monkeypatch.setattr(device._machinery, "recover", recover)
+        monkeypatch.setattr(device._resources, "recover", recover)
         monkeypatch.setattr(device, "_fail", no_fail)
         await device._recover_or_fail(cast(Any, dead), "queue 0: its worker ended")
         await device._end_start("")
@@ -254,7 +255,7 @@ def test_a_device_that_fails_ends_its_backend_before_it_waits_for_the_kernel(
 
             return noted
 
-        device._machinery.team = cast(Any, SimpleNamespace(kill=note("workers killed")))
+        device._resources.team = cast(Any, SimpleNamespace(kill=note("workers killed")))
         device._managed = cast(
             Any, SimpleNamespace(let_end=lambda: steps.append("not started again"), end=note("backend ended"))
         )
@@ -284,7 +285,7 @@ def test_the_driver_is_to_notice_a_dead_worker_soon_whatever_the_recovery(recove
             set_ms.append(timeout_ms)
 
         team.plan.kernel.set_io_timeout = set_io_timeout
-        device._machinery.team = cast(Any, team)
+        device._resources.team = cast(Any, team)
         await device._end_start("")
         while not set_ms:
             await asyncio.sleep(0)
@@ -298,7 +299,7 @@ def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> Non
 
     async def run() -> None:
         device, team = new_device(), FakeTeam(dies_at_once="nobody")
-        device._machinery.team = cast(Any, team)
+        device._resources.team = cast(Any, team)
         first, second = FakeSession("first"), FakeSession("second")
         await device.attach(cast(Session, first))
         with pytest.raises(AttachRefused, match=r"has a backend already \(first, process 1\)"):
@@ -340,7 +341,7 @@ def test_a_device_whose_workers_answer_goes_live_with_nobody_attached(
         async def go_live(_team: object) -> None:
             device._life.enter("live")
 
-        monkeypatch.setattr(device._machinery, "build", build)
+        monkeypatch.setattr(device._resources, "build", build)
         monkeypatch.setattr(device, "_go_live", go_live)
         await device.run()
         assert device.state == "live" and device.session is None
@@ -360,7 +361,7 @@ def test_workers_that_answer_and_cannot_start_say_why(monkeypatch: pytest.Monkey
         async def tear_down(keep: bool) -> None:
             assert keep
 
-        monkeypatch.setattr(device._machinery, "build", build)
+        monkeypatch.setattr(device._resources, "build", build)
         monkeypatch.setattr(device, "_tear_down", tear_down)
         with pytest.raises(DaemonError, match=r"^vol: /dev/shm is full$"):
             await device.run()
@@ -380,16 +381,16 @@ class Adoption:
         self.team = FakeTeam(dies_at_once="nobody")
         monkeypatch.setattr(adoption, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(adoption, "BlockDevice", SimpleNamespace(find=self._find))
-        monkeypatch.setattr(machinery, "next_epoch", self._next_epoch)
-        monkeypatch.setattr(machinery, "recover", self._recover)
-        monkeypatch.setattr(self.device._machinery, "_make_pool", lambda _: object())
+        monkeypatch.setattr(resources, "next_epoch", self._next_epoch)
+        monkeypatch.setattr(resources, "recover", self._recover)
+        monkeypatch.setattr(self.device._resources, "_make_pool", lambda _: object())
         monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
 
     async def _find(self, *_: object) -> Any:
         return self.kernel
 
     async def _next_epoch(self, *_: object) -> Any:
-        self.device._machinery.team = cast(Any, self.team)
+        self.device._resources.team = cast(Any, self.team)
         return self._attempt("next epoch")
 
     async def _recover(self, *_: object) -> Any:
@@ -402,7 +403,7 @@ class Adoption:
         return self.team
 
     async def _tear_down(self, keep: bool) -> None:
-        self.device._machinery.team = None
+        self.device._resources.team = None
 
     async def kill(self) -> None:
         """Of the team's."""
@@ -440,7 +441,7 @@ def test_an_adoption_that_never_succeeds_ends_with_its_reason(monkeypatch: pytes
         it = Adoption(monkeypatch, failures=100)
         assert await it.adopt()
         assert it.device.state == "failed" and "the pool broker is gone" in it.device.reason
-        assert len(it.attempts) == STRIKES_MAX
+        assert len(it.attempts) == RESTARTS_MAX
 
     in_loop(run)
 

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon import block_device
-from ublkpool.daemon.block_device import BlockDevice
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import block_device
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DEVICE_INFO_BYTES, Control, DeviceInfo, DeviceState, Feature, Parameters
 from ublkpool.ublk.errors import UblkError

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon import device_table
-from ublkpool.daemon.config import BackendConfig, DeviceConfig
-from ublkpool.daemon.device import Device
-from ublkpool.daemon.device_table import DeviceTable, Show
+from ublkpool.daemon.device import table as device_table
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.table import DeviceTable, Show
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.records import Record
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 DEADLINE_S = 20
 SEEDS = 400

@@ -5,8 +5,8 @@ import pytest
 
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.wire import Attach
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.disk import check_fits, disk_of
+from ublkpool.daemon.device.disk import check_fits, disk_of
+from ublkpool.daemon.settings.config import DeviceConfig
 
 MIB = 1 << 20
 POOL = DeviceConfig(name="vol0", size_bytes=MIB)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.daemon import disk_use
-from ublkpool.daemon.disk_use import Users, find_mappers, find_users
+from ublkpool.daemon.kernel import disk_use
+from ublkpool.daemon.kernel.disk_use import Users, find_mappers, find_users
 
 
 class Machine:

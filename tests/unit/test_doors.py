@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ublkpool.bufpool import doors, wire
-from ublkpool.bufpool.client import Transport, make_links
-from ublkpool.bufpool.doors import DENIED_PATIENCE_S, MISSING_PATIENCE_S, Door
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk import doors
+from ublkpool.bufpool.sdk.client import Transport, make_links
+from ublkpool.bufpool.sdk.doors import DENIED_PATIENCE_S, MISSING_PATIENCE_S, Door
 from ublkpool.ublk.queue import HELLO_TIMEOUT_MS
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool._fileio import ffi, lib
+from ublkpool.bufpool.engine._engine import ffi, lib
 
 
 @pytest.mark.parametrize("kind", ["REQUEST", "PLACE", "DATA", "RELEASE", "WELCOME", "FENCE"])

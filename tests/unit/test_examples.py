@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import FakeWorker, finish, spawn
+from support.fakes.worker import FakeWorker, finish, spawn
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import OWN_SEGMENT, FakeWorker, finish, serving, spawn
+from support.fakes.worker import OWN_SEGMENT, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions, open_file
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_daemon import running_daemon
-from ublkpool.daemon import shutdown
-from ublkpool.daemon.config import DeviceConfig
+from support.fakes.daemon import running_daemon
+from ublkpool.daemon.cli import shutdown
 from ublkpool.daemon.errors import DaemonUnreachable
 from ublkpool.daemon.going_down import PATIENCE_S, GoingDown
+from ublkpool.daemon.settings.config import DeviceConfig
 
 
 @dataclass

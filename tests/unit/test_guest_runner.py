@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from support import apt_archive, guest, guest_boot, guest_cache, guest_console
-from support.guest_cache import CacheError, Emulator
-from support.guest_qemu import Spec, qemu_command
+from support.guest import __main__ as guest
+from support.guest import apt_archive
+from support.guest import boot as guest_boot
+from support.guest import cache as guest_cache
+from support.guest import console as guest_console
+from support.guest.cache import CacheError, Emulator
+from support.guest.qemu import Spec, qemu_command
 
 DEB822 = """\
 # comment

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.processes.holder import Holder
 
 DEADLINE_S = 30
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.bufpool.arena import Arena, arena_prefix, list_orphans
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
-from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans
+from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.ublk import _native
 from ublkpool.ublk import queue as core
 

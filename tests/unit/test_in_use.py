@@ -7,11 +7,11 @@ from typing import cast
 
 import pytest
 
-from ublkpool.daemon import in_use
-from ublkpool.daemon.block_device import BlockDevice
-from ublkpool.daemon.control_process import CallHung, ControlFailed
-from ublkpool.daemon.disk_use import Users
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import disk_users as in_use
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.control_process import CallHung, ControlFailed
+from ublkpool.daemon.kernel.disk_use import Users
 
 READER = Users(openers=("process 7 (cat) has it open",))
 MOUNT = Users(lasting=("mounted at /srv",))

@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from ublkpool.daemon.block_device import BlockDevice, Created
-from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.ublk.abi import DeviceInfo, Feature
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ublkpool.bufpool.client import OwnSegment
-from ublkpool.bufpool.keeper import DROP, Keeper
-from ublkpool.daemon import kept_memory
-from ublkpool.daemon.kept_memory import drop_kept
+from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.bufpool.sdk.keeper import DROP, Keeper
+from ublkpool.daemon.device import kept_memory
+from ublkpool.daemon.device.kept_memory import drop_kept
 
 DEADLINE_S = 30
 

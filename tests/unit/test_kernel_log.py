@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.daemon import kernel_log
-from ublkpool.daemon.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.kernel import kernel_log
+from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 
 RECORDS = [
     b"6,1,1000000,-;ublk: loaded\n",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support import kublk_shim
+from support.vm import kublk_shim
 
 AWK = {"id": ("dev id", "[ :]", 3), "pid": ("pid", " +", 7), "state": ("state", " +", 11)}
 
@@ -145,7 +146,7 @@ def test_each_target_has_a_backend(
 
 
 def test_a_device_that_was_recovered_is_quiesced_until_recover_is_called(
-    admin: FakeAdmin, kublk: Any
+    admin: FakeAdmin, kublk: Any, tmp_path: Path
 ) -> None:
     kublk("add -t null -r 1")
     (device,) = admin.devices.values()
@@ -156,6 +157,7 @@ def test_a_device_that_was_recovered_is_quiesced_until_recover_is_called(
     recovered = kublk("recover -n 5 -t null -r 1")
     assert recovered.returncode == 0 and field(recovered.stdout, "id") == "5"
     assert field(kublk("list -n 5").stdout, "state") == "LIVE"
+    shutil.rmtree(tmp_path / "sys" / "ublkb5")
     for dead in ("failed", "waiting"):
         device["state"] = dead
         assert field(kublk("list -n 5").stdout, "state") == "DEAD"

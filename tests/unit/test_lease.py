@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ublkpool.bufpool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall, held_max
-from ublkpool.bufpool.limits import Geometry
+from ublkpool.bufpool.pool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall, held_max
+from ublkpool.bufpool.pool.limits import Geometry
 
 QUEUES = 3
 RESERVE = (2, 1)

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 import pytest
 
-from support.fake_states import FakeStates
+from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
-from ublkpool.daemon import machinery
-from ublkpool.daemon.config import BackendConfig, DeviceConfig
-from ublkpool.daemon.control_process import ControlFailed
-from ublkpool.daemon.device import Device
+from ublkpool.daemon.device import resources as resources
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.records import Records
-from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.kernel.control_process import ControlFailed
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.ublk.abi import Feature
 
 DEADLINE_S = 20
@@ -204,11 +204,11 @@ def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
         Records.save(machine.records, record)
 
     FakeKernel.machine = FakeTeam.machine = machine
-    monkeypatch.setattr(machinery, "BlockDevice", FakeKernel)
-    monkeypatch.setattr(machinery, "Team", FakeTeam)
-    monkeypatch.setattr(machinery, "ClientArea", SimpleNamespace(create=make("client area", "area")))
-    monkeypatch.setattr(machinery, "Leases", lambda *_: FakeLeases(machine, "leases"))
-    around = SimpleNamespace(
+    monkeypatch.setattr(resources, "BlockDevice", FakeKernel)
+    monkeypatch.setattr(resources, "Team", FakeTeam)
+    monkeypatch.setattr(resources, "ClientArea", SimpleNamespace(create=make("client area", "area")))
+    monkeypatch.setattr(resources, "Leases", lambda *_: FakeLeases(machine, "leases"))
+    context = SimpleNamespace(
         run_dir=Path("/nonexistent"),
         instance="unit",
         queue_dir=Path("/nonexistent"),
@@ -229,9 +229,9 @@ def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
             client_buffers_bytes=8 * 4096,
             backend=BackendConfig(kind="memory"),
         ),
-        cast(Surroundings, around),
+        cast(DaemonContext, context),
     )
-    monkeypatch.setattr(device._machinery, "_make_arena", make("pool", "pool"))
+    monkeypatch.setattr(device._resources, "_make_arena", make("pool", "pool"))
     return device
 
 
@@ -308,15 +308,15 @@ def test_what_a_daemon_that_was_killed_had_begun_to_add_is_found_by_its_mark(
         machine = Machine(tmp_path, "record after ADD_DEV")
         killed = a_device(machine, monkeypatch)
         with pytest.raises(OSError):
-            await killed._machinery.build(ATTACH)
+            await killed._resources.build(ATTACH)
         assert machine.kernel
         machine.kernel[7] = 12345
         (record,) = machine.records.load()
         assert record.device_number is None
         machine.failing = ""
-        heir = a_device(machine, monkeypatch)
-        heir.await_takeover(record)
-        assert not await heir.recover_left(record, {})
+        adopted = a_device(machine, monkeypatch)
+        adopted.await_takeover(record)
+        assert not await adopted.recover_left(record, {})
         assert machine.left() == ["kernel device 7"], "another server's device stays"
 
     in_loop(run)

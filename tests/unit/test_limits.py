@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.limits import Geometry, SizeClass, pool_geometry
+from ublkpool.bufpool.pool.limits import Geometry, SizeClass, pool_geometry
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -3,17 +3,16 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon import managed_backend
-from ublkpool.daemon.background import Background
-from ublkpool.daemon.config import BackendConfig
+from ublkpool.daemon.backends import managed_backend
+from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
-from ublkpool.daemon.managed_backend import ManagedBackend
-from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.settings.config import BackendConfig
 
 DEADLINE_S = 20
 
@@ -67,8 +66,10 @@ class FakeProcess:
 
 
 def managed(fails: bool = False) -> tuple[ManagedBackend, FakeProcess]:
-    around = cast(Surroundings, SimpleNamespace(run_dir=Path("/nonexistent"), holder=None, live_mounts=None))
-    made = ManagedBackend("vol", BackendConfig(kind="null"), around, Background("vol"))
+    holder = cast(Holder, None)
+    made = ManagedBackend(
+        "vol", BackendConfig(kind="null"), Path("/nonexistent"), holder, None, Background("vol")
+    )
     process = FakeProcess(fails)
     made._process = cast(Any, process)
     return made, process

@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
-from support.fake_worker import FakeWorker, finish, serving, spawn
+from support.fakes.worker import FakeWorker, finish, serving, spawn
 from ublkpool.backends.memory import MemoryBackend, MemoryOptions
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.keeper import Keeper
+from ublkpool.bufpool.sdk.keeper import Keeper
 from ublkpool.bufpool.wire import Kind, Op
 
 pytestmark = pytest.mark.usefixtures("transport")
@@ -145,7 +145,7 @@ def test_a_keeper_that_died_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_size_that_is_no_page_is_refused(tmp_path: Path) -> None:
-    from ublkpool.bufpool.backend import Hint
+    from ublkpool.bufpool.sdk.backend import Hint
 
     with pytest.raises(BackendError, match="size=1000 is not a multiple of 4096"):
         MemoryBackend(MemoryOptions(size=1000, keep=False)).open(Hint("x", tmp_path))

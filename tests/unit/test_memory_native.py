@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, SLICE_SEGMENT, NativeBench
+from ublkpool.bufpool.engine.native import MemoryStorage
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.native import MemoryStorage
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS, SEGMENT_POOL, Descriptor, Flag, Kind, Op
 
 BLOCK = 512

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.daemon import mounts
-from ublkpool.daemon.mounts import idle_mounts, parse_mounts
+from ublkpool.daemon.processes import mounts
+from ublkpool.daemon.processes.mounts import idle_mounts, parse_mounts
 
 MOUNTINFO = r"""
 21 1 8:1 / / rw - ext4 /dev/sda1 rw
@@ -75,8 +75,8 @@ def test_code_is_where_modules_were_loaded_from_or_may_be_and_not_where_the_oper
 _DAEMON = """
 import os, subprocess, sys
 from pathlib import Path
-from ublkpool.daemon import mounts
-from ublkpool.daemon.backend_process import BackendProcess
+from ublkpool.daemon.processes import mounts
+from ublkpool.daemon.backends.backend_process import BackendProcess
 
 def mount(where, *options):
     Path(where).mkdir(parents=True, exist_ok=True)

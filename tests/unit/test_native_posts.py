@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, NativeBench
-from ublkpool.bufpool.native import NullStorage
+from ublkpool.bufpool.engine.native import NullStorage
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 SMALL, LARGE = 4096, 65536

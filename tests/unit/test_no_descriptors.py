@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from support.attach_door import Door, at_the_door
-from support.fake_daemon import FakeService
+from support.fakes.attach_door import Door, at_the_door
+from support.fakes.daemon import FakeService
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.keeper import DROP
-from ublkpool.daemon.admin import AdminServer
-from ublkpool.daemon.admin_wire import ListRequest, admin_socket, encode_line
-from ublkpool.daemon.kept_memory import drop_kept
-from ublkpool.daemon.unix_socket import ReservedListener, listen
+from ublkpool.bufpool.sdk.keeper import DROP
+from ublkpool.daemon.admin.server import AdminServer
+from ublkpool.daemon.admin.wire import ListRequest, admin_socket, encode_line
+from ublkpool.daemon.device.kept_memory import drop_kept
+from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 
 DEADLINE_S = 20
 

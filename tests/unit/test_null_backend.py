@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import DEADLINE_S, FakeWorker, serving
+from support.fakes.worker import DEADLINE_S, FakeWorker, serving
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 

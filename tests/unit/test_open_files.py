@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.vm_process import Forked
-from ublkpool.daemon.open_files import file_id, holders_of, is_open_elsewhere, reopened
+from support.vm.process import Forked
+from ublkpool.daemon.processes.open_files import file_id, holders_of, is_open_elsewhere, reopened
 from ublkpool.ublk.queue import sealed_memory
 
 SIZE_BYTES = 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.own_directory import make_own_directory
+from ublkpool.daemon.settings.own_directory import make_own_directory
 
 
 def make(path: Path, mode: int = 0o700) -> bool:

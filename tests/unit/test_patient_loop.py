@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ublkpool.daemon.patient_loop import PAUSE_S, QUIET_S, PatientLoop, ServingClock
+from ublkpool.daemon.processes.patient_loop import PAUSE_S, QUIET_S, PatientLoop, ServingClock
 
 
 class System:

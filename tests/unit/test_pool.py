@@ -9,14 +9,15 @@ from typing import Any, cast
 import posix_ipc
 import pytest
 
-from ublkpool.bufpool.arena import Arena, arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.errors import AttachRefused, PoolError
-from ublkpool.bufpool.limits import Geometry
-from ublkpool.daemon import pool as module
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.open_files import reopened
-from ublkpool.daemon.pool import Pool, pool_name
-from ublkpool.daemon.team import Team
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
+from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.daemon.device import pool as module
+from ublkpool.daemon.device.pool import Pool
+from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.processes.held_names import pool_name
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.open_files import reopened
 
 INSTANCE = f"test-pool-{os.getpid()}"
 PREFIX = arena_prefix(INSTANCE, 7)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from support.queue_desk import Desk
-from support.queue_rig import DEVICE
-from ublkpool.bufpool.device_leases import OP_SYNC_ASKED
+from support.fakes.queue_desk import Desk
+from support.fakes.queue_rig import DEVICE
+from ublkpool.bufpool.pool.device_leases import OP_SYNC_ASKED
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots, unpack_slots
 from ublkpool.workers.pool_link import Orders, PoolLink
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.power_blocks import BLOCK_BYTES, block, broken_promises, parse_promises, sector
-from support.volatile_disk import VolatileDisk
+from support.power.blocks import BLOCK_BYTES, block, broken_promises, parse_promises, sector
+from support.vm.volatile_disk import VolatileDisk
 
 SIZE = 1 << 16
 READ, WRITE, DISCONNECT, FLUSH, TRIM = 0, 1, 2, 3, 4

@@ -7,15 +7,15 @@ from typing import Any, cast
 
 import pytest
 
-from ublkpool.bufpool import broker_commands as commands
-from ublkpool.bufpool.broker import Broker
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.daemon import broker_process, worker_process
-from ublkpool.daemon.broker_process import BrokerProcess
+from ublkpool.bufpool.pool import broker_commands as commands
+from ublkpool.bufpool.pool.broker import Broker
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.questions import Questions
-from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.daemon.processes import broker_process, worker_process
+from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.questions import Questions
+from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child
 
@@ -62,8 +62,8 @@ def test_answers_without_numbers_come_in_the_order_of_their_questions(how: str) 
 def test_an_earlier_daemon_s_question_has_another_number() -> None:
     async def run() -> None:
         earlier: Questions[str] = Questions()
-        heir: Questions[str] = Questions()
-        assert earlier.ask()[0] != heir.ask()[0]
+        adopted: Questions[str] = Questions()
+        assert earlier.ask()[0] != adopted.ask()[0]
 
     in_loop(run)
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES, Request
-from support.queue_desk import Desk, data
+from support.fakes.driver import SECTOR_BYTES, Request
+from support.fakes.queue_desk import Desk, data
 from ublkpool.bufpool.wire import Op
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Attention, map_zeros

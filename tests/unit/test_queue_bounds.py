@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES
-from support.fake_liar import STALE
-from support.queue_desk import Desk
-from support.queue_rig import DEVICE
+from support.fakes.driver import SECTOR_BYTES
+from support.fakes.liar import STALE
+from support.fakes.queue_desk import Desk
+from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import HELLO_TIMEOUT_MS, Attention, Link

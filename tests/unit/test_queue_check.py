@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.queue_desk import Desk, data
+from support.fakes.queue_desk import Desk, data
 from ublkpool.ublk.queue import Attention
 
 

@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
-from support.fake_driver import IOD_SHMEM_ZC, SECTOR_BYTES, Holder, Request
-from support.fake_liar import Lie, Scene
-from support.queue_desk import Desk, data
-from support.queue_rig import SEGMENT_SLICE, SLICE
+from support.fakes.driver import IOD_SHMEM_ZC, SECTOR_BYTES, Holder, Request
+from support.fakes.liar import Lie, Scene
+from support.fakes.queue_desk import Desk, data
+from support.fakes.queue_rig import SEGMENT_SLICE, SLICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 from ublkpool.ublk.queue import Link
 from ublkpool.workers.tag_state import State

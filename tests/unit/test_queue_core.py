@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from support.fake_driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
-from support.queue_desk import OWN, Desk, data, kinds
+from support.fakes.driver import IOD_FUA, IOD_NOUNMAP, SECTOR_BYTES, Holder, Request
+from support.fakes.queue_desk import OWN, Desk, data, kinds
 from ublkpool.bufpool.wire import Flag, Kind, Op
 from ublkpool.ublk import _native
 from ublkpool.ublk.queue import Attention

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES
-from support.queue_desk import Desk, data
+from support.fakes.driver import SECTOR_BYTES
+from support.fakes.queue_desk import Desk, data
 from ublkpool.ublk.queue import Attention, Link
 from ublkpool.workers.tag_state import State
 

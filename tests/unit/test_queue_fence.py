@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES
-from support.queue_desk import Desk
-from support.queue_rig import DEVICE
+from support.fakes.driver import SECTOR_BYTES
+from support.fakes.queue_desk import Desk
+from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 from ublkpool.ublk.queue import Attention, Link
 from ublkpool.workers.tag_state import State

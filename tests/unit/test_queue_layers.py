@@ -30,7 +30,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     compiled = {}
     for name in FROM_THE_GROUND_UP:
         compiled[name] = directory / f"{name}.o"
-        includes = ("-I", CSRC, "-I", ROOT / "bufpool" / "csrc")
+        includes = ("-I", CSRC, "-I", ROOT / "bufpool" / "wire" / "csrc")
         flags = ("-std=gnu11", "-D_GNU_SOURCE", "-DUQ_CHECKED", "-O1", "-c", *includes)
         subprocess.run(["gcc", *flags, "-o", compiled[name], CSRC / f"{name}.c"], check=True)
     return compiled

@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES
-from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
-from support.queue_desk import OWN, Desk, data, kinds
-from support.queue_rig import DEVICE
+from support.fakes.driver import SECTOR_BYTES
+from support.fakes.liar import CUT, REGIONS, REJECTS, RESULTS, STALE
+from support.fakes.queue_desk import OWN, Desk, data, kinds
+from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind
 from ublkpool.ublk.queue import NULL, Attention, Link
 from ublkpool.workers.tag_state import State

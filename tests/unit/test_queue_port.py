@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from support.queue_desk import Desk
-from support.queue_rig import DEVICE
-from support.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from support.fakes.queue_desk import Desk
+from support.fakes.queue_rig import DEVICE
+from support.fakes.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.bufpool.wire import Descriptor, Kind, Op, iter_frame
 from ublkpool.ublk import queue as queue_module
 from ublkpool.ublk.queue import Link, Port

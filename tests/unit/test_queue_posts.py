@@ -2,9 +2,9 @@
 
 import pytest
 
-from support.fake_driver import SECTOR_BYTES
-from support.fake_liar import posts_that_lie
-from support.queue_desk import Desk
+from support.fakes.driver import SECTOR_BYTES
+from support.fakes.liar import posts_that_lie
+from support.fakes.queue_desk import Desk
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk.queue import Link
 from ublkpool.workers.tag_state import State

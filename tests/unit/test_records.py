@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from ublkpool.daemon import records
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.disk import Disk
+import ublkpool
+from ublkpool.daemon.device import records
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.records import Record, Records, end_left
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.records import Process, Record, Records, end_left, identify
+from ublkpool.daemon.processes import left_behind
+from ublkpool.daemon.processes.left_behind import Process, Role, identify
+from ublkpool.daemon.settings.config import DeviceConfig
 
 DISK = Disk(size_bytes=1 << 20, block_bytes=512, volatile_cache=False, read_only=False)
 STUBBORN = (
@@ -41,7 +44,7 @@ def process(program: str) -> Iterator["subprocess.Popen[bytes]"]:
         running.kill()
 
 
-def known(role: records.Role, pid: int) -> Process:
+def known(role: Role, pid: int) -> Process:
     found = identify(role, pid)
     assert found is not None
     return found
@@ -120,7 +123,7 @@ def test_a_recorded_backend_may_finish_first() -> None:
 
 
 def test_a_backend_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(left_behind, "PATIENCE_S", 0.01)
     with process(STUBBORN) as backend:
         asyncio.run(end_left([record(known("backend", backend.pid))]))
         assert backend.wait() == -signal.SIGKILL
@@ -139,3 +142,24 @@ def test_a_process_that_is_gone_is_no_problem() -> None:
         asyncio.run(end_left([record(Process("worker", gone.pid, 1))]))
     assert identify("worker", gone.pid) is None
     assert identify("worker", os.getpid()) == identify("worker", os.getpid())
+
+
+def test_any_module_that_changes_makes_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an upgrade would keep the old workers."""
+    root = Path(ublkpool.__file__).parent
+    modules = [
+        each.relative_to(root)
+        for kind in ("py", "so")
+        for folder in (each for each in root.iterdir() if each.is_dir())
+        for each in folder.rglob(f"*.{kind}")
+    ]
+    assert {Path("daemon/device/device.py"), Path("bufpool/wire/descriptors.py")} < set(modules)
+    for each in modules:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text("")
+    monkeypatch.setattr(ublkpool, "__file__", str(tmp_path / "__init__.py"))
+    builds = {records.build_id()}
+    for each in modules:
+        (tmp_path / each).write_text("changed")
+        builds.add(records.build_id())
+    assert len(builds) == 1 + len(modules)

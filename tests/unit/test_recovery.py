@@ -11,17 +11,18 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ublkpool.bufpool import broker_commands
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.daemon import broker_process, recovery
-from ublkpool.daemon.block_device import BlockDevice, Created
-from ublkpool.daemon.broker_process import BrokerProcess, Leases
-from ublkpool.daemon.control_process import ControlFailed, ControlRunner
+from ublkpool.bufpool.pool import broker_commands
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device import recovery
+from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S, RestartLimit, recover, retire
+from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.recovery import STEADY_S, STRIKES_MAX, Strikes, recover, retire
-from ublkpool.daemon.session import Session
-from ublkpool.daemon.team import Team
+from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.processes import broker_process
+from ublkpool.daemon.processes.broker_process import BrokerProcess, Leases
+from ublkpool.daemon.processes.holder import Holder
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
 from ublkpool.ublk.errors import UblkError
@@ -44,34 +45,34 @@ class Clock:
 
 
 def test_workers_that_die_young_are_given_up_after_a_few_times() -> None:
-    strikes = Strikes(Clock())
-    strikes.live()
-    assert [strikes.died() for _ in range(STRIKES_MAX + 1)] == [False] * STRIKES_MAX + [True]
+    limit = RestartLimit(Clock())
+    limit.live()
+    assert [limit.died() for _ in range(RESTARTS_MAX + 1)] == [False] * RESTARTS_MAX + [True]
 
 
 def test_a_steady_life_wipes_the_slate() -> None:
     clock = Clock()
-    strikes = Strikes(clock)
-    for _ in range(3 * STRIKES_MAX):
-        assert not strikes.died()
-        strikes.live()
+    limit = RestartLimit(clock)
+    for _ in range(3 * RESTARTS_MAX):
+        assert not limit.died()
+        limit.live()
         clock.now_s += STEADY_S
-    for _ in range(STRIKES_MAX - 1):
-        strikes.live()
+    for _ in range(RESTARTS_MAX - 1):
+        limit.live()
         clock.now_s += STEADY_S / 2
-        assert not strikes.died()
-    strikes.live()
-    assert strikes.died()
+        assert not limit.died()
+    limit.live()
+    assert limit.died()
 
 
 def test_a_recovery_that_fails_is_a_strike_although_the_workers_had_lived_long() -> None:
     clock = Clock()
-    strikes = Strikes(clock)
-    strikes.live()
+    limit = RestartLimit(clock)
+    limit.live()
     clock.now_s += 100 * STEADY_S
-    assert not any(strikes.died() for _ in range(STRIKES_MAX))
+    assert not any(limit.died() for _ in range(RESTARTS_MAX))
     clock.now_s += 100 * STEADY_S
-    assert strikes.died()
+    assert limit.died()
 
 
 class Scene:

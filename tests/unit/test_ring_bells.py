@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from support.fake_links import sealed_memory
-from support.fake_worker import FakeWorker, serving
+from support.fakes.links import sealed_memory
+from support.fakes.queue_desk import Desk
+from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from support.fakes.worker import FakeWorker, serving
 from support.native_bench import DEVICE_NUMBER, EPOCH, NativeBench
-from support.queue_desk import Desk
-from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool._fileio import ffi, lib
-from ublkpool.bufpool.native import NullStorage
-from ublkpool.bufpool.ring_driver import RingDriver
+from ublkpool.bufpool.engine._engine import ffi, lib
+from ublkpool.bufpool.engine.native import NullStorage
+from ublkpool.bufpool.engine.ring_driver import RingDriver
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.ublk.queue import Port, Ring
 

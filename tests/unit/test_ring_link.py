@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.queue_desk import Desk
+from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
 from support.loop_bench import DEVICE, HELLO, TOKEN, WAIT_S, Bench, bench_in
-from support.queue_desk import Desk
-from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk.queue import Link, Port, Ring
 from ublkpool.workers import messages

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_links import SLEEPING, TO_BACKEND, TO_WORKER
-from support.fake_worker import DEADLINE_S, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
-from support.plain_backend import Plain
+from support.fakes.links import SLEEPING, TO_BACKEND, TO_WORKER
+from support.fakes.plain_backend import Plain
+from support.fakes.worker import DEADLINE_S, DEVICE_NUMBER, BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.memory import MemoryBackend, MemoryOptions
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool import ring_driver, ring_links
-from ublkpool.bufpool import serving as serving_module
-from ublkpool.bufpool.backend import Device
+from ublkpool.bufpool.engine import ring_driver
+from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.ring_driver import DriverStatistics, RingDriver
+from ublkpool.bufpool.sdk import ring_links
+from ublkpool.bufpool.sdk import serving as serving_module
+from ublkpool.bufpool.sdk.backend import Device
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 DEPTH = 8
@@ -165,7 +166,7 @@ def an_answer_for_a_request(worker: FakeWorker) -> None:
 
 
 def more_read_than_answered(worker: FakeWorker) -> None:
-    from support.fake_links import HEAD, TO_WORKER
+    from support.fakes.links import HEAD, TO_WORKER
 
     worker.rings().put(TO_WORKER + HEAD, 1000)
     worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH // 2)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.queue_desk import Desk
+from support.fakes.queue_desk import Desk
 from ublkpool.ublk.queue import WATCH_SHIFT, Ring
 
 LONG_MS = 600_000

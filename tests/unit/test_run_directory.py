@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ublkpool.daemon.errors import STATUS_USAGE, ConfigError, DaemonError
-from ublkpool.daemon.run_directory import DaemonRuns, RunDirectory
-from ublkpool.daemon.unix_socket import listen, remove_socket
+from ublkpool.daemon.processes.unix_socket import listen, remove_socket
+from ublkpool.daemon.settings.run_directory import DaemonRuns, RunDirectory
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")

@@ -5,15 +5,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.fake_worker import BackendThread, FakeWorker, finish, serving, spawn
-from support.plain_backend import Plain
+from support.fakes.plain_backend import Plain
+from support.fakes.worker import BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.backends.memory import MemoryBackend, MemoryOptions
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Backend, Device, Hint, Properties
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.keeper import Keeper, keeper_path
+from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties
+from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIB = 1 << 20

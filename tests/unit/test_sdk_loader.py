@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from ublkpool.backends.null import NullBackend
-from ublkpool.bufpool import loader
-from ublkpool.bufpool.backend import Backend, Hint
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.options import declared, parse_options
+from ublkpool.bufpool.sdk import loader
+from ublkpool.bufpool.sdk.backend import Backend, Hint
+from ublkpool.bufpool.sdk.options import declared, parse_options
 from ublkpool.bufpool.sizes import ByteSize
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -78,7 +78,7 @@ def test_a_backend_over_rings_loads_nothing_that_it_does_not_use() -> None:
     found = subprocess.check_output(
         [sys.executable, "-c", f"{loads}; print(*sys.modules)"], text=True
     ).split()
-    assert "ublkpool.bufpool.ring_links" in found and unused.isdisjoint(found)
+    assert "ublkpool.bufpool.sdk.ring_links" in found and unused.isdisjoint(found)
 
 
 def test_zeromq_alone_loads_no_event_loop() -> None:
@@ -108,7 +108,7 @@ def test_an_unknown_kind_names_those_there_are(kind: str) -> None:
         ("x = 1", r"needs one subclass of Backend \(it has 0"),
         ("def get_size(): return 1", "or the functions get_size and pread"),
         (
-            "from ublkpool.bufpool.backend import Backend\nclass A(Backend): pass\nclass B(Backend): pass",
+            "from ublkpool.bufpool.sdk.backend import Backend\nclass A(Backend): pass\nclass B(Backend): pass",
             "has 2",
         ),
         ("BACKEND = 3", "3 is not a subclass of Backend"),
@@ -132,7 +132,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
 def test_backend_chooses_among_classes(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "from ublkpool.bufpool.backend import Backend\n"
+        "from ublkpool.bufpool.sdk.backend import Backend\n"
         "class A(Backend): pass\nclass B(Backend): pass\nBACKEND = B\n"
     )
     assert type(loader.load(str(path), {})).__name__ == "B"

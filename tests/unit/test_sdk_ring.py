@@ -7,15 +7,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.fake_links import CONTROL_BYTES, HEAD, TAIL, TO_WORKER, FakeRings, say_opened, sealed_memory
-from support.fake_worker import DEADLINE_S, BackendThread, FakeWorker, serving
-from support.plain_backend import Held, Plain
-from ublkpool.bufpool import ring_links, wire
-from ublkpool.bufpool.client import Transport, make_links
+from support.fakes.links import CONTROL_BYTES, HEAD, TAIL, TO_WORKER, FakeRings, say_opened, sealed_memory
+from support.fakes.plain_backend import Held, Plain
+from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, serving
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.links import Links, unread_max
+from ublkpool.bufpool.sdk import ring_links
+from ublkpool.bufpool.sdk.client import Transport, make_links
+from ublkpool.bufpool.sdk.links import Links, unread_max
+from ublkpool.bufpool.sdk.zeromq_links import ZeroMQLinks
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
-from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
 DEPTH = 8
 

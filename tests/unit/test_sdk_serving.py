@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import (
+from support.fakes.plain_backend import SIZE_BYTES, Held, Plain
+from support.fakes.request_engine import RequestEngine
+from support.fakes.worker import (
     DEADLINE_S,
     DEVICE,
     DEVICE_NUMBER,
@@ -21,12 +23,10 @@ from support.fake_worker import (
     serving,
     spawn,
 )
-from support.plain_backend import SIZE_BYTES, Held, Plain
-from support.request_engine import RequestEngine
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.backend import Device, Outbox, Properties
-from ublkpool.bufpool.client import Attachment, OwnSegment
 from ublkpool.bufpool.errors import AttachRefused, BackendError
+from ublkpool.bufpool.sdk.backend import Device, Outbox, Properties
+from ublkpool.bufpool.sdk.client import Attachment, OwnSegment
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 pytestmark = pytest.mark.usefixtures("transport")
@@ -75,7 +75,7 @@ class Failing(Plain):
 def test_exceptions_become_errnos_and_the_loop_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ublkpool.bufpool.backend._logged", set())
+    monkeypatch.setattr("ublkpool.bufpool.sdk.backend._logged", set())
     with FakeWorker(tmp_path) as worker, serving(worker, Failing()):
         results = []
         for offset in (0, 4096, 4096):

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import zmq
 
-from support.fake_worker import BackendThread, FakeWorker, serving
-from support.plain_backend import Plain
+from support.fakes.plain_backend import Plain
+from support.fakes.worker import BackendThread, FakeWorker, serving
 from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.sdk.zeromq_links import ZeroMQLinks
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.bufpool.zeromq_links import ZeroMQLinks
 
 
 def test_a_first_connection_that_stands_at_once_is_not_missed(

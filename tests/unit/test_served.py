@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon.attachment import Attachment
-from ublkpool.daemon.background import Background
-from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.device.attachment import Attachment
+from ublkpool.daemon.device.lifecycle import Lifecycle
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.lifecycle import Lifecycle
-from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.workers import messages
 
 DEADLINE_S = 20
@@ -214,7 +214,7 @@ class FakeWorker:
                 await asyncio.Event().wait()
                 return 0
 
-        monkeypatch.setattr("ublkpool.daemon.worker_process.Child", Immortal)
+        monkeypatch.setattr("ublkpool.daemon.processes.worker_process.Child", Immortal)
         ours, self.sock = messages.pair()
         self.process = WorkerProcess(0, None, 1, ours, lambda *_: None)
 

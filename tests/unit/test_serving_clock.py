@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.queue_desk import Desk
-from support.ring_peer import RingMemory
+from support.fakes.queue_desk import Desk
+from support.fakes.ring_peer import RingMemory
 from ublkpool.bufpool.wire import Op
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Port, Ring

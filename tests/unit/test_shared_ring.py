@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.fake_links import sealed_memory
-from support.queue_desk import Desk
-from support.ring_peer import CONTROL_BYTES, ENTRY_BYTES, HEAD, TAIL, TO_BACKEND, TO_WORKER, RingMemory
-from ublkpool.bufpool._fileio import ffi, lib
+from support.fakes.links import sealed_memory
+from support.fakes.queue_desk import Desk
+from support.fakes.ring_peer import CONTROL_BYTES, ENTRY_BYTES, HEAD, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.ublk.queue import Link, Port
 
 ENTRIES = 64

@@ -4,7 +4,7 @@ import mmap
 import os
 import signal
 
-from support.shared_words import load_word, store_word
+from support.fakes.shared_words import load_word, store_word
 
 LOOKS = 200_000
 STOP = 64

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_worker import DEADLINE_S, FakeWorker, serving
-from support.queue_desk import Desk
-from support.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from support.fakes.queue_desk import Desk
+from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
+from support.fakes.worker import DEADLINE_S, FakeWorker, serving
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool.ring_driver import DriverStatistics
+from ublkpool.bufpool.engine.ring_driver import DriverStatistics
 from ublkpool.bufpool.wire import Kind, Op
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.team import SPIN_CPUS_MIN, SPIN_DEFAULT_US, spin_us
+from ublkpool.daemon.device.team import SPIN_CPUS_MIN, SPIN_DEFAULT_US, spin_us
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.queue import Attention, Link, Port, Ring
 
 MOST_NS = 16_000
 SKIPS = 64
 LONG_US = 1_000_000 * int(DEADLINE_S)
 REQUESTS = 50
-_CSRC = Path(__file__).resolve().parents[2] / "bufpool" / "csrc"
+_CSRC = Path(__file__).resolve().parents[2] / "bufpool" / "wire" / "csrc"
 _LIBRARY = """
 #include "spin.h"
 struct spin s;

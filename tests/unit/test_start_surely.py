@@ -11,13 +11,14 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.daemon import backend_process, broker_process, holder
-from ublkpool.daemon.backend_process import BackendProcess
-from ublkpool.daemon.background import owned
-from ublkpool.daemon.backoff import Backoff, start_surely
-from ublkpool.daemon.broker_process import BrokerProcess
-from ublkpool.daemon.config import BackendConfig
-from ublkpool.daemon.holder import Holder
+from ublkpool.daemon.backends import backend_process
+from ublkpool.daemon.backends.backend_process import BackendProcess
+from ublkpool.daemon.processes import broker_process, holder
+from ublkpool.daemon.processes.background import owned
+from ublkpool.daemon.processes.backoff import Backoff, start_surely
+from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.settings.config import BackendConfig
 from ublkpool.workers.process import fork_child
 
 DEADLINE_S = 30

@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.fake_states import DirectRunner
+from support.fakes.states import DirectRunner
 from ublkpool.bufpool import wire
-from ublkpool.daemon import state as module
-from ublkpool.daemon.control_process import ControlRunner
+from ublkpool.daemon.device import state as module
+from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store, Write, candidates
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.state import DeviceState, StateDirectory, Store, Write, candidates
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.workers.process import fork_child
 
 STORE = Store(kind="file", size_bytes=4096, identity=wire.Identity(value="file:1", store="/x/a.img"))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.bufpool import store_identity
-from ublkpool.bufpool.client import OwnSegment
-from ublkpool.bufpool.store_identity import identify, memory_identity
+from ublkpool.bufpool.sdk import store_identity
+from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.bufpool.sdk.store_identity import identify, memory_identity
 from ublkpool.bufpool.wire import Identity
 
 SIZE = 1 << 20
@@ -275,12 +275,12 @@ def test_a_disk_in_memory_ends_with_the_boot(tmp_path: Path, name: str) -> None:
 
 def test_memory_is_the_same_for_whoever_adopts_it_and_no_other_is() -> None:
     segment = OwnSegment.create(SIZE)
-    heir = OwnSegment.adopt(os.dup(segment.descriptor))
+    adopted = OwnSegment.adopt(os.dup(segment.descriptor))
     other = OwnSegment.create(SIZE)
     first = memory_identity(segment.descriptor, "vol0")
     segment.close()
-    assert memory_identity(heir.descriptor, "vol0") == first
+    assert memory_identity(adopted.descriptor, "vol0") == first
     assert memory_identity(other.descriptor, "vol0").in_boot != first.in_boot
     assert first.value == "" and first.ends_with_device
-    heir.close()
+    adopted.close()
     other.close()

@@ -10,14 +10,20 @@ import msgspec
 import pytest
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon.client_area import AreaRecord, slice_name
-from ublkpool.daemon.clients import client_name
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.disk import Disk
-from ublkpool.daemon.pool import pool_name
-from ublkpool.daemon.records import Process, Record, Served, Worker, identify
-from ublkpool.daemon.session import Session
-from ublkpool.daemon.succession import Heir, may_go_on, record_of, session_names, worker_name
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.records import Record, Served, Worker
+from ublkpool.daemon.device.succession import AdoptedDevice, may_go_on, record_of
+from ublkpool.daemon.kernel.client_area import AreaRecord
+from ublkpool.daemon.processes.held_names import (
+    client_name,
+    pool_name,
+    session_names,
+    slice_name,
+    worker_name,
+)
+from ublkpool.daemon.processes.left_behind import Process, identify
+from ublkpool.daemon.settings.config import DeviceConfig
 
 DISK = Disk(size_bytes=1 << 20, block_bytes=512, volatile_cache=False, read_only=False)
 
@@ -101,10 +107,10 @@ def test_a_backend_that_cannot_be_gone_on_with_leaves_no_descriptor(monkeypatch:
     segment = os.memfd_create("segment")
     connection, own = session_names("vol0")
     left = record(served=Served(attach, "01" * 16, 7))
-    heir = Heir(cast(Any, None), (), left, {connection: ours.fileno(), own: segment})
+    adopted = AdoptedDevice(cast(Any, None), (), left, {connection: ours.fileno(), own: segment})
     before = _open()
     with pytest.raises(OSError, match="Too many"):
-        heir.session()
+        adopted.session()
     assert _open() == before
     os.close(segment)
     ours.close()

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from ublkpool.daemon import supervisor
-from ublkpool.daemon.admin_wire import (
+from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
     ListRequest,
@@ -21,10 +21,10 @@ from ublkpool.daemon.admin_wire import (
     decode_reply,
     encode_line,
 )
-from ublkpool.daemon.config import BackendConfig, DeviceConfig, ServeConfig
+from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.holder import Holder
-from ublkpool.daemon.records import Record, Records
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
 from ublkpool.daemon.takeover import TakeOver
 
 DEADLINE_S = 60

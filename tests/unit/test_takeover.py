@@ -9,10 +9,10 @@ import pytest
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import takeover
-from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.records import Record
-from ublkpool.daemon.surroundings import Surroundings
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.takeover import TakeOver
 
 
@@ -46,7 +46,7 @@ async def _gone(_numbers: object) -> None:
 def test_a_device_is_recovered_although_the_broker_dies_just_then(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    around = SimpleNamespace(
+    context = SimpleNamespace(
         broker=SimpleNamespace(forget=_gone),
         holder=SimpleNamespace(drop=lambda _: None),
         queue_dir=tmp_path,
@@ -56,7 +56,7 @@ def test_a_device_is_recovered_although_the_broker_dies_just_then(
     monkeypatch.setattr(takeover, "Device", FakeDevice)
     record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
     found: list[Any] = []
-    assert asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, found.append))
+    assert asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, found.append))
     assert [each.recovered for each in found] == [False, True]
 
 
@@ -70,14 +70,14 @@ def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
             steps.append(f"recover {record.config.name}")
             return True
 
-    around = SimpleNamespace(
+    context = SimpleNamespace(
         holder=SimpleNamespace(drop=lambda name: steps.append(f"drop {name}")),
         queue_dir=tmp_path,
         instance="unit",
     )
     monkeypatch.setattr(takeover, "Device", Recovered)
     record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
-    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, lambda _: None))
+    asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, lambda _: None))
     assert steps == ["drop vol", "recover vol"]
 
 
@@ -97,11 +97,11 @@ def test_a_device_is_not_recovered_before_a_process_that_waits_in_the_kernel_has
             steps.append("recover")
             return True
 
-    around = SimpleNamespace(
+    context = SimpleNamespace(
         holder=SimpleNamespace(drop=lambda _name: None), queue_dir=tmp_path, instance="unit"
     )
     monkeypatch.setattr(takeover, "Device", Recovered)
     monkeypatch.setattr(takeover, "end_left", end_left)
-    asyncio.run(TakeOver(cast(Surroundings, around), [record], {}, []).device(record, lambda _: None))
+    asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, lambda _: None))
     assert steps == ["end"] * 4 + ["recover"]
     assert caplog.text.count("process 7 has not ended") == 1

@@ -10,9 +10,9 @@ from typing import cast
 
 import pytest
 
-from ublkpool.daemon.children import Child
-from ublkpool.daemon.team import Plan, Team
-from ublkpool.daemon.worker_process import WorkerProcess
+from ublkpool.daemon.device.team import Plan, Team
+from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.ublk import _native
 from ublkpool.ublk.errors import UblkError
 

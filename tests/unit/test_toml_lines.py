@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ublkpool.daemon.config import KeyPath
-from ublkpool.daemon.toml_lines import KeyLines
+from ublkpool.daemon.settings.config import KeyPath
+from ublkpool.daemon.settings.toml_lines import KeyLines
 
 EVERY_STYLE = '''# comment with [brackets] and key = 1
 top = 1

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ublkpool.daemon.block_device import wanted_flags
-from ublkpool.daemon.config import DeviceConfig
+from ublkpool.daemon.kernel.block_device import wanted_flags
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.errors import UnsupportedError
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from support.watched_calls import MARK, is_on_a_disk, is_own
+from support.fakes.watched_calls import MARK, is_on_a_disk, is_own
 
 _PROGRAM = """
 import asyncio, os, sys
 from pathlib import Path
-from support.watched_calls import is_own, print_with_stack, watch
-from ublkpool.daemon.control_process import ControlRunner
+from support.fakes.watched_calls import is_own, print_with_stack, watch
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.workers.process import fork_child
 
 def call(name, path):

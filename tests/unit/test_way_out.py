@@ -15,19 +15,19 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from support.queue_desk import Desk
+from support.fakes.queue_desk import Desk
 from ublkpool.bufpool import way_out
-from ublkpool.bufpool.client import describe
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.keeper import Keeper, keeper_path
-from ublkpool.bufpool.pool_memory import _no_space
+from ublkpool.bufpool.pool.memory import _no_space
+from ublkpool.bufpool.sdk.client import describe
+from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
 from ublkpool.bufpool.way_out import RUN_DIR_BYTES_MAX, explain, why_no_ring
-from ublkpool.daemon import unix_socket
-from ublkpool.daemon.cli import cli
-from ublkpool.daemon.config import DeviceConfig
-from ublkpool.daemon.config_file import load_config
+from ublkpool.daemon.cli.commands import cli
+from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line
-from ublkpool.daemon.records import Record, Records
+from ublkpool.daemon.processes import unix_socket
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.ublk import errors as ublk_errors
 from ublkpool.ublk.errors import UblkError
 from ublkpool.workers.ring_link import RingLink

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ublkpool.daemon import supervisor
-from ublkpool.daemon.config import ServeConfig
+from ublkpool.daemon.settings.config import ServeConfig
 
 _PARENT = """
 import gc, os, sys

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually_nothing
-from support.vm_health import KernelLog, expect_nobody_stuck
+from support.vm.daemon import Daemon, eventually_nothing
+from support.vm.health import KernelLog, expect_nobody_stuck
 from ublkpool.daemon.errors import DaemonError
 
 _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()

@@ -6,10 +6,10 @@ import os
 from functools import partial
 from typing import Any
 
-from support.hostile_backend import start_hostile
-from support.vm_daemon import Daemon, eventually, total
-from support.vm_process import Forked, read_block, write_block
-from support.vm_recovery import wait_for_backend
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.hostile_backend import start_hostile
+from support.vm.process import Forked, read_block, write_block
+from support.vm.recovery import wait_for_backend
 
 CHUNK = 4096
 DISK_BYTES = 4 << 20

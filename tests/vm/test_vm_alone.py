@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_process import read_block, write_block
+from support.vm.daemon import Daemon, eventually
+from support.vm.process import read_block, write_block
 from ublkpool.daemon.errors import DaemonError
 
 CHUNK = 4096

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from support import few_regions
-from support.vm_daemon import Daemon, eventually, total
+from support.fakes import few_regions
+from support.vm.daemon import Daemon, eventually, total
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 POOL_BYTES = 1 << 20
@@ -17,7 +17,7 @@ BURSTS = 4
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Daemon]:
     """A daemon whose workers look around only when something happens."""
-    with Daemon(name="patient", module="support.patient_daemon").life() as daemon:
+    with Daemon(name="patient", module="support.vm.patient_daemon").life() as daemon:
         yield daemon
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_files import make_file_system, mounted
-from support.vm_process import Command, Ran, run_command
+from support.vm.daemon import Daemon, eventually
+from support.vm.files import make_file_system, mounted
+from support.vm.process import Command, Ran, run_command
 from ublkpool.ublk.abi import feature_names
 from ublkpool.ublk.control import get_features
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, total
-from support.vm_fio import finish_fio, start_fio
-from support.vm_process import Forked
-from support.vm_recovery import kill, wait_for_backend, wait_for_epoch
-from ublkpool.bufpool.client_buffers import ClientBuffer
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.fio import finish_fio, start_fio
+from support.vm.process import Forked
+from support.vm.recovery import kill, wait_for_backend, wait_for_epoch
+from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, eventually_nothing
-from support.vm_process import read_block, write_block
+from support.vm.daemon import Daemon, eventually, eventually_nothing
+from support.vm.process import read_block, write_block
 
 pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20

@@ -5,9 +5,9 @@ import zlib
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from support.vm_daemon import DEADLINE_S, Daemon, total
-from support.vm_process import read_block, write_block
-from support.vm_recorder import Landed, start_recorder
+from support.vm.daemon import DEADLINE_S, Daemon, total
+from support.vm.process import read_block, write_block
+from support.vm.recorder import Landed, start_recorder
 
 MIB = 1 << 20
 SIZES = (512, 4096, 12288, 65536, 512 * 1024)

@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from support.vm_daemon import Daemon, total
-from support.vm_fio import run_fio
+from support.vm.daemon import Daemon, total
+from support.vm.fio import run_fio
 from ublkpool.daemon.status import DeviceStatus
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, total
-from support.vm_files import (
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.files import (
     check_file_system,
     checksums,
     copy_tree,

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from support import hostile_backend as hostile
-from support.fake_liar import CUT, REGIONS, REJECTS, RESULTS, STALE
-from support.hostile_backend import Conduct, Victim, attach_by_hand, start_hostile, telling
-from support.vm_daemon import Daemon, eventually, total
-from support.vm_fio import drop_fio, finish_fio, start_fio
-from support.vm_process import Forked, read_block, write_block
+from support.fakes.liar import CUT, REGIONS, REJECTS, RESULTS, STALE
+from support.vm import hostile_backend as hostile
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.fio import drop_fio, finish_fio, start_fio
+from support.vm.hostile_backend import Conduct, Victim, attach_by_hand, start_hostile, telling
+from support.vm.process import Forked, read_block, write_block
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.client import OwnSegment
+from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.wire import Op
 
 MIB = 1 << 20

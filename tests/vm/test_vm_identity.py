@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_files import checksums, copy_tree, forget_cached, make_file_system, mounted, run
-from support.vm_process import Forked, read_block, write_block
-from support.vm_recovery import kill, wait_for_backend
+from support.vm.daemon import Daemon, eventually
+from support.vm.files import checksums, copy_tree, forget_cached, make_file_system, mounted, run
+from support.vm.process import Forked, read_block, write_block
+from support.vm.recovery import kill, wait_for_backend
+from ublkpool.daemon.device.state import DeviceState
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.state import DeviceState
 
 pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20

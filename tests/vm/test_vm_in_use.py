@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_files import load_module, make_file_system, mounted, partition_table, run
+from support.vm.daemon import Daemon, eventually
+from support.vm.files import load_module, make_file_system, mounted, partition_table, run
 from ublkpool.daemon.errors import DaemonError
 
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""The kernel's own tests of ublk servers, on ublkpool: `support/kublk_shim.py` is what they take for their server."""
+"""The kernel's own tests of ublk servers, on ublkpool: `support/vm/kublk_shim.py` stands in for their server."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from support import bpftrace_shim, kublk_shim
-from support.kernel_selftests import fetch_selftests
-from support.vm_daemon import Daemon
+from support.guest.kernel_selftests import fetch_selftests
+from support.vm import bpftrace_shim, kublk_shim
+from support.vm.daemon import Daemon
 from ublkpool.ublk.abi import Feature, feature_names
 from ublkpool.ublk.control import get_features
 

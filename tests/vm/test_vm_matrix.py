@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from support.vm_daemon import Daemon, total
-from support.vm_fio import finish_all, queue_cpus, run_fio, start_fio
+from support.vm.daemon import Daemon, total
+from support.vm.fio import finish_all, queue_cpus, run_fio, start_fio
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 MIB = 1 << 20

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_cgroup import MemoryGroup
-from support.vm_daemon import Daemon, eventually, eventually_nothing
-from support.vm_files import check_file_system, forget_cached, make_file_system, mounted
-from support.vm_process import Forked, flusher_flags, process_flags, status_field
-from support.vm_recovery import loaded, wait_for_backend, wait_for_epoch
+from support.vm.cgroup import MemoryGroup
+from support.vm.daemon import Daemon, eventually, eventually_nothing
+from support.vm.files import check_file_system, forget_cached, make_file_system, mounted
+from support.vm.process import Forked, flusher_flags, process_flags, status_field
+from support.vm.recovery import loaded, wait_for_backend, wait_for_epoch
 
 MIB = 1 << 20
 ROOM_BYTES = 16 * MIB

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, eventually_nothing, marked_processes
-from support.vm_process import read_block, write_block
-from support.vm_recovery import wait_for_backend
-from ublkpool.daemon.config import BackendConfig, DeviceConfig
+from support.vm.daemon import Daemon, eventually, eventually_nothing, marked_processes
+from support.vm.process import read_block, write_block
+from support.vm.recovery import wait_for_backend
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_files import partition_table
+from support.vm.daemon import Daemon, eventually
+from support.vm.files import partition_table
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.control import get_features

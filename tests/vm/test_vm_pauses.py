@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.vm_cgroup import MemoryGroup
-from support.vm_daemon import Daemon, marked_processes, total
-from support.vm_recovery import Load
+from support.vm.cgroup import MemoryGroup
+from support.vm.daemon import Daemon, marked_processes, total
+from support.vm.recovery import Load
 from ublkpool.daemon.status import DeviceStatus
 
 IO_TIMEOUT_S = 2.0

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from support.hostile_backend import start_hostile
-from support.vm_daemon import Daemon, eventually, marked_processes, total
-from support.vm_fio import cpus_of_queue
-from support.vm_process import (
+from support.vm.daemon import Daemon, eventually, marked_processes, total
+from support.vm.fio import cpus_of_queue
+from support.vm.hostile_backend import start_hostile
+from support.vm.process import (
     Forked,
     flusher_flags,
     holders_of_device,
@@ -23,7 +23,7 @@ from support.vm_process import (
     status_field,
     write_block,
 )
-from support.vm_recovery import kill_broker, kill_worker, wait_for_epoch
+from support.vm.recovery import kill_broker, kill_worker, wait_for_epoch
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES
 from ublkpool.daemon.status import DeviceStatus
 

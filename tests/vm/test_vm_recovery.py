@@ -9,11 +9,11 @@ from random import Random
 
 import pytest
 
-from support.hostile_backend import Victim
-from support.late_backend import CHUNK, DEPTH, LateScene, Manners
-from support.vm_daemon import Daemon, eventually, total
-from support.vm_process import Forked, read_block, write_block
-from support.vm_recovery import (
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.hostile_backend import Victim
+from support.vm.late_backend import CHUNK, DEPTH, LateScene, Manners
+from support.vm.process import Forked, read_block, write_block
+from support.vm.recovery import (
     add_disk,
     kill,
     kill_broker,
@@ -24,7 +24,7 @@ from support.vm_recovery import (
     wait_for_epoch,
 )
 from ublkpool.bufpool.wire import Op
-from ublkpool.daemon.device import IO_TIMEOUT_MS
+from ublkpool.daemon.device.device import IO_TIMEOUT_MS
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 from ublkpool.ublk import control

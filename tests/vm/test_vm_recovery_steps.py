@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.killing_daemon import PLAN, STEPS, arm
-from support.vm_daemon import Daemon, eventually
-from support.vm_recovery import kill, loaded, wait_for_epoch
-from ublkpool.daemon.recovery import STEADY_S
+from support.vm.daemon import Daemon, eventually
+from support.vm.killing_daemon import PLAN, STEPS, arm
+from support.vm.recovery import kill, loaded, wait_for_epoch
+from ublkpool.daemon.device.recovery import STEADY_S
 
 QUEUES = 3
 """What one death does to the tags of a second queue shows when a third makes the device live."""
@@ -25,7 +25,7 @@ HURTS = EVERY if "UBLKPOOL_EVERY_STEP" in os.environ else SHORT
 
 @pytest.fixture
 def hurt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    daemon = Daemon(name="hurt", module="support.killing_daemon")
+    daemon = Daemon(name="hurt", module="support.vm.killing_daemon")
     monkeypatch.setenv(PLAN, str(daemon.path("plan")))
     with daemon.life():
         yield daemon

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually_nothing, nodes
+from support.vm.daemon import Daemon, eventually_nothing, nodes
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
@@ -39,7 +39,7 @@ def test_an_add_that_finds_no_descriptor_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, descriptors: int
 ) -> None:
     monkeypatch.setenv("UBLKPOOL_TEST_DESCRIPTORS", str(descriptors))
-    with Daemon(name="few", module="support.scarce_daemon").life() as daemon:
+    with Daemon(name="few", module="support.vm.scarce_daemon").life() as daemon:
         added, reason = _add_until_refused(daemon)
         assert "Too many open files" in reason or "descriptor" in reason, reason
         _check_that_nothing_is_left_but(daemon, added)

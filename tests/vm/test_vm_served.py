@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_process import Forked, write_block
+from support.vm.daemon import Daemon, eventually
+from support.vm.process import Forked, write_block
 from ublkpool.backends.null import NullBackend, NullOptions
-from ublkpool.bufpool.client import Transport
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.serving import serve
+from ublkpool.bufpool.sdk.client import Transport
+from ublkpool.bufpool.sdk.serving import serve
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
@@ -33,9 +33,9 @@ def _backend(daemon: Daemon, transport: Transport = "ring") -> Forked:
 
     def run() -> int:
         # The other user cannot read where these lie.
-        import ublkpool.bufpool.native
-        import ublkpool.bufpool.ring_links
-        import ublkpool.bufpool.zeromq_links  # noqa: F401
+        import ublkpool.bufpool.engine.native
+        import ublkpool.bufpool.sdk.ring_links
+        import ublkpool.bufpool.sdk.zeromq_links  # noqa: F401
 
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon
-from support.vm_files import (
+from support.vm.daemon import Daemon
+from support.vm.files import (
     REAL_TREE,
     check_file_system,
     checksums,
@@ -25,9 +25,9 @@ from support.vm_files import (
     make_file_system,
     mounted,
 )
-from support.vm_process import Forked
-from support.vm_recovery import add_disk, loaded, seeded, wait_for_backend
-from support.vm_soak import Death
+from support.vm.process import Forked
+from support.vm.recovery import add_disk, loaded, seeded, wait_for_backend
+from support.vm.soak import Death
 
 SOAK_S = float(os.environ.get("UBLKPOOL_SOAK_S", "20"))
 EXT4_KILLS = int(os.environ.get("UBLKPOOL_SOAK_KILLS", "4"))

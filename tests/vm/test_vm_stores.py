@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually, eventually_nothing
-from support.vm_files import make_file_system, mounted, run
-from support.vm_process import Command, Forked, read_block, run_command, write_block
-from support.vm_recovery import kill, loaded, wait_for_backend
+from support.vm.daemon import Daemon, eventually, eventually_nothing
+from support.vm.files import make_file_system, mounted, run
+from support.vm.process import Command, Forked, read_block, run_command, write_block
+from support.vm.recovery import kill, loaded, wait_for_backend
 
 pytestmark = pytest.mark.one_kernel
 MIB = 1 << 20

@@ -2,8 +2,8 @@
 
 import os
 
-from support.vm_daemon import Daemon, total
-from support.vm_fio import finish_fio, start_fio_jobs
+from support.vm.daemon import Daemon, total
+from support.vm.fio import finish_fio, start_fio_jobs
 
 MIB = 1 << 20
 SECONDS = int(os.environ.get("UBLKPOOL_STRESS_S", "40"))

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-from support import gated_functions
-from support.vm_daemon import DEADLINE_S, BackendProcess, Daemon, eventually, eventually_nothing
-from support.vm_files import load_module, run
-from support.vm_process import Forked, write_block
+from support.fakes import gated_functions
+from support.vm.daemon import DEADLINE_S, BackendProcess, Daemon, eventually, eventually_nothing
+from support.vm.files import load_module, run
+from support.vm.process import Forked, write_block
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.control import get_features
@@ -148,7 +148,7 @@ def test_a_suspended_disk_under_a_device_stops_nobody_else_neither_del_nor_the_e
         below = lower.add("below", "memory", {"size": DISK_BYTES}).path
         assert below is not None
         # What there is by now is not counted as left by it.
-        upper = Daemon(module="support.hasty_daemon")
+        upper = Daemon(module="support.vm.hasty_daemon")
         with suspended_file(below) as backing, closing(upper):
             upper.start()
             path = upper.add("above", "file", {"path": backing, "direct": "on"}).path

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from support.vm_daemon import Daemon, eventually
-from support.vm_recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
+from support.vm.daemon import Daemon, eventually
+from support.vm.recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
 
@@ -91,7 +91,7 @@ def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daem
     disk = Path(status.path).stat()
     with loaded(daemon, [status]) as (load,):
         broker = daemon.broker_pid
-        daemon.replace("support.newer_daemon")
+        daemon.replace("support.vm.newer_daemon")
         after = wait_for_epoch(daemon, "left", 2)
         wait_for_backend(daemon, "left", status.backend.pid)
         eventually(lambda: daemon.broker_pid not in (0, broker), "another broker")

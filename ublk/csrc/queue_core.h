@@ -95,7 +95,7 @@ struct uq_stats {
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 
-/* A slot's header in the control segment, see bufpool/arena.py. */
+/* A slot's header in the control segment, see bufpool/pool/arena.py. */
 struct uq_slot {
 	uint32_t owner, epoch, tag, sequence;
 };

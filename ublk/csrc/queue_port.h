@@ -2,7 +2,7 @@
  * The worker's end of the rings that it shares with a backend: descriptors in and out, without a system call.
  *
  * The memory is the owner's and outlives the port.  What lies in it is written by somebody who may be hostile, see
- * bufpool/csrc/shared_ring.h.
+ * bufpool/wire/csrc/shared_ring.h.
  */
 #ifndef UQ_QUEUE_PORT_H
 #define UQ_QUEUE_PORT_H

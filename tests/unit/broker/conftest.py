@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from support.broker_rig import (
+from support.fakes.broker_rig import (
     DEVICE,
     GEOMETRY,
     INSTANCE,
@@ -17,7 +17,7 @@ from support.broker_rig import (
     Worker,
     introduce,
 )
-from ublkpool.bufpool.arena import Arena, arena_prefix, list_orphans, unlink_arena
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import pytest
 import zmq
 
-from support.broker_rig import DEVICE, RESERVE, BrokerProcess, Connect, slots_of, wait_until
-from ublkpool.bufpool.arena import Arena
-from ublkpool.bufpool.broker_commands import (
+from support.fakes.broker_rig import DEVICE, RESERVE, BrokerProcess, Connect, slots_of, wait_until
+from ublkpool.bufpool.errors import WireError
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.broker_commands import (
     BrokerStatistics,
     Done,
     Failed,
@@ -15,9 +16,8 @@ from ublkpool.bufpool.broker_commands import (
     StatisticsReply,
     Stop,
 )
-from ublkpool.bufpool.device_leases import parse_routing_id, worker_routing_id
-from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.lease import Owner
+from ublkpool.bufpool.pool.device_leases import parse_routing_id, worker_routing_id
+from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind
 
 

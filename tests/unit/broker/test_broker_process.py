@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.broker_rig import (
+from support.fakes.broker_rig import (
     DEVICE,
     INSTANCE,
     BrokerProcess,
@@ -15,9 +15,10 @@ from support.broker_rig import (
     Start,
     introduce,
 )
-from ublkpool.bufpool.arena import Arena
-from ublkpool.bufpool.broker import run_broker
-from ublkpool.bufpool.broker_commands import (
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.broker import run_broker
+from ublkpool.bufpool.pool.broker_commands import (
     AddDevice,
     Command,
     Done,
@@ -28,7 +29,6 @@ from ublkpool.bufpool.broker_commands import (
     receive_reply,
     send_command,
 )
-from ublkpool.bufpool.errors import PoolError
 
 
 def test_commands_that_cannot_be_are_refused_with_a_reason(

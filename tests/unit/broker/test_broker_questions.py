@@ -2,10 +2,19 @@
 
 import time
 
-from support.broker_rig import DEVICE, RESERVE, BrokerProcess, Connect, Start, introduce, slots_of, wait_until
-from ublkpool.bufpool.arena import Arena, Control
-from ublkpool.bufpool.device_leases import DeviceLeases
-from ublkpool.bufpool.lease import Owner
+from support.fakes.broker_rig import (
+    DEVICE,
+    RESERVE,
+    BrokerProcess,
+    Connect,
+    Start,
+    introduce,
+    slots_of,
+    wait_until,
+)
+from ublkpool.bufpool.pool.arena import Arena, Control
+from ublkpool.bufpool.pool.device_leases import DeviceLeases
+from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, unpack_slots
 
 

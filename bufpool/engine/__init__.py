@@ -1,0 +1,1 @@
+"""The native engine: frames in, storage, frames out, in C; and the typed face of it."""

@@ -1,0 +1,192 @@
+"""The typed face of the native engine: a storage, from frames to io_uring or memory and back, without Python a request.
+
+Owns one native engine and the exports of the memory it works on.  Runs on the loop's thread: its io_uring takes
+submissions from the thread that made it.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from ublkpool.bufpool.engine._engine import ffi, lib
+from ublkpool.bufpool.engine.device import Device
+from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.way_out import why_no_ring
+from ublkpool.bufpool.wire import (
+    CLIENT_SLICES_MAX,
+    DESCRIPTOR_BYTES,
+    DESCRIPTORS_PER_FRAME_MAX,
+    SEGMENT_CLIENTS,
+)
+
+_SLOT_ALIGN_BYTES = 4096
+_SLICES = range(SEGMENT_CLIENTS, SEGMENT_CLIENTS + CLIENT_SLICES_MAX)
+
+
+class Storage(Protocol):
+    """What a native engine is opened on."""
+
+    def new(self, device: Device) -> Any:
+        """A native storage for this device, which the engine will own."""
+
+
+class FileStorage(NamedTuple):
+    """An open file; placed writes land in slots of the own segment."""
+
+    file: int
+    is_block_device: bool = False
+
+    def new(self, device: Device) -> Any:
+        """See `Storage`."""
+        return lib.storage_file_new(self.file, self.is_block_device, slot_bytes(device.max_io_bytes))
+
+
+class NullStorage(NamedTuple):
+    """Answers at once and stores nothing."""
+
+    def new(self, device: Device) -> Any:
+        """See `Storage`."""
+        return lib.storage_null_new(slot_bytes(device.max_io_bytes))
+
+
+class MemoryStorage(NamedTuple):
+    """A disk in the own segment, whose blocks are named as they are: for writes, and with `names_reads` for reads."""
+
+    names_reads: bool = False
+
+    def new(self, device: Device) -> Any:
+        """See `Storage`."""
+        return lib.storage_memory_new(self.names_reads)
+
+
+class NativeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a native engine."""
+
+    requests: int
+    answered: int
+    failed: int
+    replayed: int
+    dropped: int
+    fenced: int
+    continued: int
+    """Reads and writes that the kernel moved only in part and that went on."""
+    fallbacks: int
+    """Times the file system could not punch or zero and something else was done."""
+    bytes_read: int
+    bytes_written: int
+    running: int
+    waiting: int
+    """Writes and reads that wait for a region."""
+    waited: int
+    """How many ever had to."""
+    lent: int
+    """Regions of the own segment that a worker was named and that did not come back yet."""
+    posted: int
+    """Regions that were posted ahead."""
+    unasked: int
+    """Writes that came in one."""
+
+
+class NativeEngine:
+    """A `backend.FrameEngine` on a storage.  Raises `BackendError` if there is no io_uring or no memory."""
+
+    def __init__(self, device: Device, storage: Storage, *, read_only: bool = False) -> None:
+        self._queues = device.queues
+        self._pool = ffi.from_buffer("uint8_t[]", device.pool, require_writable=True)
+        self._own = _memory_of(device.own)
+        self._slices = [_memory_of(device.clients.get(number)) for number in _SLICES]
+        self._answers_at = ffi.new("struct wire_descriptor const **")
+        error = ffi.new("int *")
+        setup = self._setup(device, read_only or device.read_only)
+        self._engine: Any = lib.engine_open(setup, storage.new(device), error)
+        if self._engine == ffi.NULL:
+            self._engine = None
+            self._release_memory()
+            raise BackendError(f"no native engine: {why_no_ring(-error[0])}")
+
+    def _setup(self, device: Device, read_only: bool) -> Any:
+        return ffi.new(
+            "struct engine_setup *",
+            {
+                "device": device.number,
+                "epoch": device.epoch,
+                "queues": device.queues,
+                "depth": device.depth,
+                "read_only": read_only,
+                "size_bytes": device.size_bytes,
+                "pool": self._pool,
+                "pool_bytes": len(device.pool),
+                "slices": self._slices,
+                "slice_bytes": min(map(len, device.clients.values()), default=0),
+                "own": self._own,
+                "own_bytes": len(device.own),
+                "own_segment": device.own_segment,
+                "post_sizes": len(device.post_bytes),
+                "post_bytes": device.post_bytes,
+            },
+        )
+
+    @property
+    def raw(self) -> Any:
+        """The native engine, for a loop in C; see `csrc/engine.h`."""
+        return self._engine
+
+    def fileno(self) -> int:
+        """The engine's eventfd: readable when a completion waits."""
+        return lib.engine_file(self._engine)
+
+    def take(self, queue: int, frame: bytes) -> None:
+        """Start what a frame asks for; the next `answers` submits it."""
+        count, rest = divmod(len(frame), DESCRIPTOR_BYTES)
+        descriptors = ffi.from_buffer("struct wire_descriptor *", frame) if count else ffi.NULL
+        if rest or not count or lib.engine_take(self._engine, descriptors, count):
+            raise WireError(
+                f"a worker sent a frame of {len(frame)} bytes that makes no sense on queue {queue}"
+            )
+
+    def answers(self) -> Iterator[tuple[int, bytes]]:
+        """Submit what was taken, collect what is done, in frames."""
+        error = lib.engine_turn(self._engine)
+        if error:
+            raise OSError(-error, f"io_uring: {os.strerror(-error)}")
+        for queue in range(self._queues):
+            while count := lib.engine_answers(self._engine, queue, self._answers_at):
+                count = min(count, DESCRIPTORS_PER_FRAME_MAX)
+                frame = bytes(ffi.buffer(self._answers_at[0], count * DESCRIPTOR_BYTES))
+                lib.engine_answers_sent(self._engine, queue, count)
+                yield queue, frame
+
+    def running(self) -> int:
+        """Requests that the storage has not finished."""
+        return self.statistics().running
+
+    def statistics(self) -> NativeStatistics:
+        """Counters since the attach."""
+        counted = ffi.new("struct engine_statistics *")
+        lib.engine_count(self._engine, counted)
+        names = NativeStatistics.__struct_fields__
+        return NativeStatistics(**{name: int(getattr(counted, name)) for name in names})
+
+    def close(self) -> None:
+        """End the storage and let go of the memory."""
+        if self._engine is None:
+            return
+        lib.engine_close(self._engine)
+        self._engine = None
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        for memory in (self._pool, self._own, *self._slices):
+            if memory != ffi.NULL:
+                ffi.release(memory)
+
+
+def _memory_of(view: memoryview | None) -> Any:
+    return ffi.from_buffer("uint8_t[]", view) if view else ffi.NULL
+
+
+def slot_bytes(max_io_bytes: int) -> int:
+    """The room that one placed write needs in an own segment."""
+    return -(-max_io_bytes // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES

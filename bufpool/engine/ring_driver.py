@@ -1,0 +1,96 @@
+"""The typed face of the loop in C that turns a native engine over rings (`csrc/ring_loop.h`).
+
+Owns the native loop and its io_uring.  Runs on the thread that made it.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ublkpool.bufpool.engine._engine import ffi, lib
+from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.way_out import why_no_ring
+
+_WATCHED, _CALLS = int(lib.RING_LOOP_WATCHED), int(lib.RING_LOOP_CALLS)
+
+
+def nothing_to_serve() -> None:
+    """For engines that hand nothing out."""
+
+
+class DriverStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a loop in C."""
+
+    turns: int
+    calls: int
+    """Times that it entered the kernel."""
+    bells: int
+    """Doorbells rung for workers."""
+
+
+class RingDriver:
+    """Descriptors from rings into an engine and back, for as long as nothing needs Python."""
+
+    def __init__(
+        self,
+        ports: Any,
+        engine: Any,
+        queues: int,
+        depth: int,
+        watched: int,
+        serve: Callable[[], None] = nothing_to_serve,
+    ) -> None:
+        """`watched`: the file descriptor that needs Python; `serve` does what the engine hands out.
+
+        Raises `BackendError` without io_uring or memory.
+        """
+        self._serve = serve
+        error = ffi.new("int *")
+        self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
+        if self._loop == ffi.NULL:
+            raise BackendError(f"no loop in C: {why_no_ring(-error[0])}")
+
+    def spin(self, most_us: int) -> None:
+        """Look into the rings for so many microseconds, at most, before sleeping."""
+        lib.ring_loop_spin(self._loop, most_us)
+
+    def bells(self, queue: int, ours: int, workers: int) -> None:
+        """A queue's doorbells; -1 and -1 before they are closed."""
+        lib.ring_loop_bells(self._loop, queue, ours, workers)
+
+    def run(self, timeout_ms: int, hears: bool) -> bool:
+        """Serve until something else is due, `timeout_ms` at most (-1: for ever); whether `watched` is readable.
+
+        Returns early for a signal.  Without `hears` no request is taken, and it returns when none runs.  Raises
+        `WireError` if a worker's word makes no sense, `OSError` if there is no going on.
+        """
+        result = lib.ring_loop_run(self._loop, timeout_ms, hears)
+        while result >= _CALLS:
+            self._serve()
+            # The next run tells the answers.  A queue that is never idle keeps nobody from a deadline or a hearing.
+            if result != _CALLS or timeout_ms >= 0:
+                return bool(result & _WATCHED)
+            result = lib.ring_loop_run(self._loop, timeout_ms, hears)
+        if result == -errno.EPROTO:
+            raise WireError(f"queue {lib.ring_loop_wrong(self._loop)}: the worker's words make no sense")
+        if result < 0 and result != -errno.EINTR:
+            raise OSError(-result, f"io_uring: {os.strerror(-result)}")
+        return result > 0
+
+    def settle(self, timeout_ms: int) -> None:
+        """Send the answers for which a ring had no room.  A worker that makes none is left without them."""
+        lib.ring_loop_settle(self._loop, timeout_ms)
+
+    def statistics(self) -> DriverStatistics:
+        """Counters since it was made."""
+        counted = ffi.new("struct ring_loop_statistics *")
+        lib.ring_loop_count(self._loop, counted)
+        names = DriverStatistics.__struct_fields__
+        return DriverStatistics(**{name: int(getattr(counted, name)) for name in names})
+
+    def close(self) -> None:
+        """End it; the engine can be closed afterwards, not before."""
+        lib.ring_loop_free(self._loop)

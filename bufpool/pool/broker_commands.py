@@ -1,0 +1,207 @@
+"""What the daemon tells the broker, and what the broker answers.
+
+Owns the commands, the replies, and how they travel; who executes them is `broker.py`.
+
+A SOCK_SEQPACKET socketpair; each packet is one `Command`, answered by one `Reply` in order, which repeats the
+command's `id`.  An `id` of 0 is not sent: brokers and daemons of earlier versions know none.  `AddDevice` brings the
+control segment's descriptor.  After a restart of the broker: `AddDevice`, then `Reclaim` for workers that have died,
+then `Register` for every worker that lives.  `Reclaim` must come before the `Register` of the next epoch, and only when
+nobody uses the dead worker's buffers any more.
+"""
+
+import socket
+
+import msgspec
+
+from ublkpool.bufpool.errors import PoolError, WireError
+from ublkpool.bufpool.pool.lease import LeaseStatistics
+
+COMMAND_BYTES_MAX = 65536
+
+
+class _Packet(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True):
+    """A command or a reply."""
+
+
+class _Command(_Packet, frozen=True, forbid_unknown_fields=True):
+    """What a broker of another version cannot execute in full it refuses."""
+
+
+class AddDevice(
+    msgspec.Struct,
+    tag="add_device",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
+    """Serve this device; its control segment's descriptor travels with the packet."""
+
+    device_number: int
+    id: int = 0
+
+
+class RemoveDevice(
+    msgspec.Struct,
+    tag="remove_device",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
+    """Forget the device and unmap its control segment."""
+
+    device_number: int
+    id: int = 0
+
+
+class Register(
+    msgspec.Struct,
+    tag="register",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
+    """This worker is alive, or about to be."""
+
+    device_number: int
+    queue: int
+    epoch: int
+    id: int = 0
+
+
+class Reclaim(
+    msgspec.Struct,
+    tag="reclaim",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
+    """This worker is dead and its buffers are in nobody's hands."""
+
+    device_number: int
+    queue: int
+    epoch: int
+    id: int = 0
+
+
+class GetStatistics(
+    msgspec.Struct,
+    tag="statistics",
+    tag_field="type",
+    frozen=True,
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
+    """The broker's counters, and one device's leases if it is named."""
+
+    device_number: int | None = None
+    id: int = 0
+
+
+class Ping(_Command, tag="ping", frozen=True):
+    """Answer with this number: another daemon took over, and drops what its predecessor was answered before."""
+
+    number: int
+    id: int = 0
+
+
+class Stop(_Command, tag="stop", frozen=True):
+    """Answer, then end."""
+
+    id: int = 0
+
+
+Command = AddDevice | RemoveDevice | Register | Reclaim | GetStatistics | Ping | Stop
+
+
+class BrokerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the broker started: messages and frames, then what was wrong with some."""
+
+    messages: int = 0
+    frames: int = 0
+    malformed: int = 0
+    """Frames that the wire format does not allow, or of a kind no worker sends."""
+    mismatched: int = 0
+    """Frames whose device, queue or epoch are not the sender's."""
+    unknown_worker: int = 0
+    """Messages from nobody that was registered: a dead epoch, a removed device, garbage."""
+    out_of_sync: int = 0
+    """Frames dropped because a SYNC is due, or no longer due."""
+    asked: int = 0
+    undeliverable: int = 0
+    replies_dropped: int = 0
+
+
+class Done(_Packet, tag="done", frozen=True):
+    """It is so.  `slots`: how many buffers a Reclaim took back."""
+
+    slots: int = 0
+    id: int = 0
+
+
+class Failed(_Packet, tag="failed", frozen=True):
+    """It is not so, and nothing has changed."""
+
+    reason: str
+    id: int = 0
+
+
+class StatisticsReply(_Packet, tag="statistics", frozen=True):
+    """The answer to `GetStatistics`."""
+
+    broker: BrokerStatistics
+    devices: tuple[int, ...]
+    leases: LeaseStatistics | None = None
+    id: int = 0
+
+
+class Pong(_Packet, tag="pong", frozen=True):
+    """The answer to `Ping`."""
+
+    number: int
+    id: int = 0
+
+
+Reply = Done | Failed | StatisticsReply | Pong
+_encoder = msgspec.json.Encoder()
+_command_decoder: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
+_reply_decoder: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
+
+
+def encode(packet: Command | Reply) -> bytes:
+    """One packet.  What a descriptor is to go with is `send_command`'s."""
+    return _encoder.encode(packet)
+
+
+def decode_command(packet: bytes) -> Command:
+    """The broker's half.  Raises `msgspec.DecodeError`, `UnicodeDecodeError`, `RecursionError`."""
+    return _command_decoder.decode(packet)
+
+
+def send_command(control_sock: socket.socket, command: Command, fd: int | None = None) -> None:
+    """The daemon's half: one command; `fd` is the control segment's, for `AddDevice`, and stays open."""
+    packet = encode(command)
+    if fd is None:
+        control_sock.send(packet)
+    else:
+        socket.send_fds(control_sock, [packet], [fd])
+
+
+def receive_reply(control_sock: socket.socket) -> Reply:
+    """The daemon's half: the next reply, in the order of commands; waits as the socket's timeout says.
+
+    Raises `PoolError` if the broker has gone.
+    """
+    try:
+        packet = control_sock.recv(COMMAND_BYTES_MAX)
+    except ConnectionError as error:
+        raise PoolError("the pool broker is gone") from error
+    if not packet:
+        raise PoolError("the pool broker is gone")
+    try:
+        return _reply_decoder.decode(packet)
+    except msgspec.DecodeError as error:
+        raise WireError(f"broker: {error}") from error

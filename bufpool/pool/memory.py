@@ -1,0 +1,130 @@
+"""Making the memory of a pool: sealed, allocated in full, populated, in huge pages.
+
+Owns how the two segments of `arena.py` come into being.  The data is a memfd: its seals keep a process that has
+a descriptor, the backend above all, from changing its size; named shared memory cannot be sealed.  A hole can
+still be punched into it (FALLOC_FL_PUNCH_HOLE): what lay there is zeros, and the next access gets a new page; a page
+beyond the end of a file would be SIGBUS instead.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import posix_ipc
+
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
+from ublkpool.bufpool.pool.memory_room import check_room, mib
+from ublkpool.bufpool.way_out import explain
+
+SHM_DIRECTORY = Path("/dev/shm")
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MADV_POPULATE_WRITE = 23
+_LOWER = "lower the device's queues, depth or pool"
+
+
+def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
+    """A memfd of zeros, all of it there, whose size no process can change.  Raises `PoolError`."""
+    check_room(what, size_bytes, _LOWER)
+    try:
+        fd = os.memfd_create("ublkpool-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise PoolError(f"{what} cannot be created: {explain(error)}") from error
+    try:
+        _allocate(fd, size_bytes)
+        _make_huge(fd, what, size_bytes, huge)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise _not_allocated(what, size_bytes, error) from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_named(name: str, size_bytes: int) -> int:
+    """A POSIX shared memory object of this name, allocated in full.  Raises `PoolError` and leaves nothing."""
+    try:
+        fd: int = posix_ipc.SharedMemory(name, flags=posix_ipc.O_CREX, mode=0o600).fd
+    except posix_ipc.ExistentialError as error:
+        raise PoolError(
+            f"{name} exists already: another daemon's, or left by a killed one; unlink it"
+        ) from error
+    except (posix_ipc.Error, OSError) as error:
+        raise PoolError(f"{name} cannot be created: {error}") from error
+    try:
+        os.set_inheritable(fd, False)
+        _allocate(fd, size_bytes)
+    except BaseException as error:
+        os.close(fd)
+        posix_ipc.unlink_shared_memory(name)
+        if not isinstance(error, OSError):
+            raise
+        is_full = error.errno in (errno.ENOSPC, errno.ENOMEM)
+        raise (_no_space(name, size_bytes) if is_full else _not_allocated(name, size_bytes, error)) from error
+    return fd
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether its size is sealed."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:
+        return False
+
+
+def huge_bytes(fd: int, size_bytes: int) -> int:
+    """How much of it huge pages hold.  Raises `PoolError`."""
+    if not whole_bytes(size_bytes):
+        return 0
+    try:
+        with SharedMap(fd, size_bytes) as mapping:
+            return mapping.huge_bytes()
+    except OSError as error:
+        raise PoolError(f"data segment cannot be mapped: {error}") from error
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    """Allocate, then touch every page: the kernel's copy must never be the first to need one.  Raises `OSError`."""
+    os.posix_fallocate(fd, 0, size_bytes)
+    with mmap.mmap(fd, size_bytes) as mapping:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+
+
+def _not_allocated(what: str, size_bytes: int, error: OSError) -> PoolError:
+    return PoolError(f"{what} of {mib(size_bytes)} cannot be allocated: {explain(error)}: {_LOWER}")
+
+
+def _no_space(name: str, size_bytes: int) -> PoolError:
+    usage = os.statvfs(SHM_DIRECTORY)
+    free = mib(usage.f_bavail * usage.f_frsize)
+    return PoolError(
+        f"{name} needs {mib(size_bytes)} of {SHM_DIRECTORY} where {free} are free: "
+        f"{_LOWER}, or mount {SHM_DIRECTORY} with a larger size"
+    )
+
+
+def _make_huge(fd: int, what: str, size_bytes: int, huge: HugePages) -> None:
+    if huge == "off":
+        return
+    with SharedMap(fd, size_bytes) as mapping:
+        mapping.collapse()
+        if huge == "require":
+            _check_huge(what, size_bytes, mapping.huge_bytes())
+
+
+def _check_huge(what: str, size_bytes: int, found_bytes: int) -> None:
+    wanted_bytes = whole_bytes(size_bytes)
+    if not wanted_bytes:
+        raise PoolError(
+            f"{what} of {mib(size_bytes)} is smaller than a huge page: use huge_pages auto or off"
+        )
+    if found_bytes < wanted_bytes:
+        raise PoolError(
+            f"{what} has {mib(found_bytes)} of {mib(wanted_bytes)} in huge pages, and huge_pages says require: "
+            "free memory, or echo 1 > /proc/sys/vm/compact_memory; "
+            "/sys/kernel/mm/transparent_hugepage/shmem_enabled must not be deny"
+        )

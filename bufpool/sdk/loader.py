@@ -1,0 +1,243 @@
+"""From `KIND` or `FILE.py` and KEY=VALUE options to a running backend.
+
+Knows where backends are found: the modules of `ublkpool.backends`, the entry points of other packages, a Python file.
+They are found by name at run time, so the SDK imports none of them.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
+from ublkpool.bufpool.sdk.client import Transport
+from ublkpool.bufpool.sdk.options import REQUIRED, Option, declared, parse_options, parse_values
+from ublkpool.bufpool.sdk.serving import serve
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
+ENTRY_POINTS = "ublkpool.backends"
+_BUILT_IN = "ublkpool.backends"
+_FUNCTIONS_NEEDED = ("get_size", "pread")
+
+
+def entry_points(group: str, name: str | None = None) -> "EntryPoints":
+    """What other packages offer.  Imported when it is asked for: half of what a built-in backend would load."""
+    from importlib.metadata import entry_points as found
+
+    return found(group=group) if name is None else found(group=group, name=name)
+
+
+def kinds() -> list[str]:
+    """The names of every backend that is installed."""
+    package = importlib.import_module(_BUILT_IN)
+    built_in = {each.name for each in pkgutil.iter_modules(package.__path__) if not each.name.startswith("_")}
+    return sorted(built_in | {each.name for each in entry_points(group=ENTRY_POINTS)})
+
+
+def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
+    """The backend that is meant, with its options, not opened.  Raises `BackendError`."""
+    found = _find(kind_or_file)
+    name = backend_name(kind_or_file)
+    if isinstance(found, ModuleType):
+        return FunctionBackend(found, parse_values(name, _function_options(found), given))
+    return found(parse_options(name, found.Options, given))
+
+
+def options_of(kind_or_file: str) -> list[Option]:
+    """The options that a backend declares, for help texts."""
+    found = _find(kind_or_file)
+    return _function_options(found) if isinstance(found, ModuleType) else declared(found.Options)
+
+
+def summary_of(kind_or_file: str) -> str:
+    """The first line of a backend's documentation."""
+    return (inspect.getdoc(_find(kind_or_file)) or "").partition("\n")[0]
+
+
+def backend_name(kind_or_file: str) -> str:
+    """What a backend is called: the kind, or the file's name without its suffix."""
+    return Path(kind_or_file).stem if _is_file(kind_or_file) else kind_or_file
+
+
+def run_backend(
+    kind_or_file: str,
+    options: Mapping[str, str],
+    device: str,
+    run_dir: Path,
+    *,
+    wait_s: float = 0.0,
+    transport: Transport = "auto",
+) -> int:
+    """Load and serve until told to end; returns the exit status.  Raises `PoolError` if it cannot start."""
+    backend = load(kind_or_file, options)
+    built_in = type(backend).__module__.startswith(_BUILT_IN + ".")
+    name = backend_name(kind_or_file)
+    return serve(
+        backend,
+        device=device,
+        run_dir=run_dir,
+        kind=name,
+        wait_s=wait_s,
+        transport=transport,
+        lock_memory=built_in,
+    )
+
+
+def _is_file(kind_or_file: str) -> bool:
+    return kind_or_file.endswith(".py") or "/" in kind_or_file
+
+
+def _find(kind_or_file: str) -> type[Backend] | ModuleType:
+    if _is_file(kind_or_file):
+        return _in_module(_import_file(Path(kind_or_file)), kind_or_file)
+    built_in = f"{_BUILT_IN}.{kind_or_file}"
+    if kind_or_file.isidentifier() and importlib.util.find_spec(built_in) is not None:
+        return _in_module(importlib.import_module(built_in), kind_or_file)
+    for entry in entry_points(group=ENTRY_POINTS, name=kind_or_file):
+        loaded = entry.load()
+        return (
+            _in_module(loaded, kind_or_file)
+            if isinstance(loaded, ModuleType)
+            else _checked(loaded, kind_or_file)
+        )
+    raise BackendError(
+        f"no backend is called {kind_or_file!r}; there are {', '.join(kinds())}, or give a FILE.py"
+    )
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise BackendError(f"{path}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BackendError(f"{path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _in_module(module: ModuleType, where: str) -> type[Backend] | ModuleType:
+    if hasattr(module, "BACKEND"):
+        return _checked(module.BACKEND, where)
+    classes = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Backend) and each.__module__ == module.__name__
+    ]
+    if len(classes) == 1:
+        return classes[0]
+    if not classes and all(callable(getattr(module, each, None)) for each in _FUNCTIONS_NEEDED):
+        return module
+    raise BackendError(
+        f"{where}: needs one subclass of Backend (it has {len(classes)}; BACKEND = Class chooses), "
+        f"or the functions {' and '.join(_FUNCTIONS_NEEDED)}"
+    )
+
+
+def _checked(found: Any, where: str) -> type[Backend]:
+    if isinstance(found, type) and issubclass(found, Backend):
+        return found
+    raise BackendError(f"{where}: {found!r} is not a subclass of Backend")
+
+
+def _function_options(module: ModuleType) -> list[Option]:
+    opener = getattr(module, "open", None)
+    if opener is None:
+        return []
+    parameters = inspect.signature(opener, eval_str=True).parameters.values()
+    return [
+        Option(
+            each.name,
+            str if each.annotation is each.empty else each.annotation,
+            REQUIRED if each.default is each.empty else each.default,
+        )
+        for each in parameters
+    ]
+
+
+class FunctionBackend(Backend):
+    """A module of functions as a backend.
+
+    `get_size() -> int` and `pread(buf, offset)` must be there, `pwrite(buf, offset)` if it can be written.  Optional:
+    `open(option, ...)` called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
+    `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and a
+    write with FUA is followed by a flush.
+    """
+
+    def __init__(self, module: ModuleType, values: Mapping[str, Any]) -> None:
+        super().__init__(NoOptions())
+        self.module = module
+        self._values = values
+        self._opener = self._function(module, "open")
+        self._get_size: Callable[[], int] = module.get_size
+        self._pread: Callable[[memoryview, int], int | None] = module.pread
+        self._pwrite = self._function(module, "pwrite")
+        self._identity = self._function(module, "identity")
+        self._flush = self._function(module, "flush")
+        self._trim = self._function(module, "trim")
+        self._zero = self._function(module, "zero")
+        self._closer = self._function(module, "close")
+        self.plain_pread, self.plain_pwrite = self._pread, self._pwrite
+
+    @staticmethod
+    def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
+        found: Callable[..., Any] | None = getattr(module, name, None)
+        return found
+
+    def open(self, hint: Hint) -> Properties:
+        """Call the module's `open` with its options, then ask for the size."""
+        if self._opener is not None:
+            try:
+                self._opener(**self._values)
+            except OSError as error:
+                raise BackendError(f"cannot open: {error}") from error
+        size_bytes = self._get_size()
+        return Properties(
+            size_bytes=size_bytes,
+            read_only=self._pwrite is None,
+            volatile_cache=self._flush is not None,
+            discard_max_bytes=size_bytes if self._trim else 0,
+            write_zeroes_max_bytes=size_bytes if self._zero else 0,
+            identity=self._identity() if self._identity else None,
+        )
+
+    def pread(self, buf: memoryview, offset: int) -> int | None:
+        """The module's `pread`."""
+        return self._pread(buf, offset)
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> int | None:
+        """The module's `pwrite`, and its `flush` if the write must be on stable storage."""
+        if self._pwrite is None:
+            return super().pwrite(buf, offset, fua)
+        written: int | None = self._pwrite(buf, offset)
+        if fua:
+            self.flush()
+        return written
+
+    def flush(self) -> None:
+        """The module's `flush`."""
+        if self._flush is not None:
+            self._flush()
+
+    def trim(self, offset: int, length: int) -> None:
+        """The module's `trim`."""
+        if self._trim is not None:
+            self._trim(offset, length)
+
+    def zero(self, offset: int, length: int, may_unmap: bool) -> None:
+        """The module's `zero`."""
+        if self._zero is not None:
+            self._zero(offset, length)
+
+    def close(self) -> None:
+        """The module's `close`."""
+        if self._closer is not None:
+            self._closer()

@@ -1,0 +1,337 @@
+"""The process of a backend: attach, turn the loop, end cleanly.
+
+Owns the loop, the signals and the order of starting and ending.  Runs on the thread that calls `serve`, in the
+backend's process.  SIGTERM, SIGINT and the daemon's Detach end it: nothing new is taken, what runs is finished and
+answered, the backend is closed.  The end of the attach connection without Detach means that the daemon died: the
+backend serves on for as long as a worker is there, then ends with status 1.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.engine.ring_driver import nothing_to_serve
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk import process
+from ublkpool.bufpool.sdk.backend import (
+    Backend,
+    Device,
+    FrameEngine,
+    Hint,
+    Outbox,
+    Properties,
+    asks_for_places,
+    check_properties,
+    log,
+)
+from ublkpool.bufpool.sdk.calls import CallEngine
+from ublkpool.bufpool.sdk.client import Attachment, OwnSegment, Ready, Transport, describe
+
+DEFAULT_RUN_DIR = Path("/run/ublkpool")
+_PAGE_BYTES = 4096
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
+
+
+def serve(
+    backend: Backend,
+    *,
+    device: str,
+    run_dir: Path = DEFAULT_RUN_DIR,
+    kind: str = "",
+    wait_s: float = 0.0,
+    transport: Transport = "auto",
+    lock_memory: bool = False,
+    handle_signals: bool = True,
+) -> int:
+    """Serve `device` until told to end; returns the process's exit status.
+
+    `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how long to wait for a daemon that is
+    not up yet.  `transport`: see `client.Transport`.  `lock_memory`: keep this process in memory, as built-in backends
+    do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot start.
+    """
+    known = describe(run_dir, device, wait_s)
+    opened = backend.open(_hint(run_dir, known))
+    with ExitStack() as stack:
+        stack.callback(backend.close)
+        properties = check_properties(opened)
+        segment = _segment(properties)
+        if segment is not None:
+            stack.callback(segment.close)
+        # An older daemon does not know identities, and refuses what it does not know.
+        attach = attach_message(
+            properties, device, kind or type(backend).__name__.lower(), tells=known.may_create is not None
+        )
+        attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
+        stack.callback(attachment.close)
+        _harden(lock_memory)
+        loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes))
+        if handle_signals:
+            stack.enter_context(_signals(loop))
+        return loop.run()
+
+
+def _hint(run_dir: Path, known: wire.Described) -> Hint:
+    may_create = known.may_create is not False
+    return Hint(
+        known.device,
+        run_dir,
+        known.size_bytes,
+        known.max_io_bytes,
+        known.placement,
+        known.read_only,
+        Path(known.path) if known.path else None,
+        may_create,
+    )
+
+
+def attach_message(properties: Properties, device: str, kind: str, tells: bool = True) -> wire.Attach:
+    """The attach message that says what `properties` say; `tells`: also which store it is."""
+    fields = {
+        name: getattr(properties, name)
+        for name in properties.__struct_fields__
+        if name not in _PROPERTIES_NOT_SENT
+    }
+    if tells:
+        fields["identity"] = _identity(properties, kind)
+        fields["generation_seen"] = properties.generation_seen
+    return wire.Attach(v=wire.PROTOCOL_VERSION, device=device, kind=kind, **fields)
+
+
+def _identity(properties: Properties, kind: str) -> wire.Identity:
+    identity = properties.identity
+    if isinstance(identity, wire.Identity):
+        return identity
+    if identity:
+        return wire.Identity(value=identity, store=identity)
+    return wire.Identity(value=f"kind:{kind}", strength="weak", store=f"backend {kind}")
+
+
+def _segment(properties: Properties) -> OwnSegment | None:
+    if properties.segment is not None:
+        return properties.segment
+    return OwnSegment.create(properties.segment_bytes) if properties.segment_bytes else None
+
+
+def _harden(lock_memory: bool) -> None:
+    reasons = [process.set_io_flusher(), process.lock_memory() if lock_memory else None]
+    for reason in filter(None, reasons):
+        log.log(logging.WARNING if os.geteuid() == 0 else logging.INFO, "going on without %s", reason)
+
+
+@contextmanager
+def _signals(loop: "Loop") -> Iterator[None]:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        loop.stop(signal.Signals(number).name)
+
+    # A handler runs when Python does, which a native loop under load, or one about to sleep, may not for long.
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    loop.watch(readable, lambda: _discard(readable))
+    earlier_wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, each in previous.items():
+            signal.signal(number, each)
+        signal.set_wakeup_fd(earlier_wakeup)
+        loop.unwatch(readable)
+        os.close(readable)
+        os.close(writable)
+
+
+def _discard(file: int) -> None:
+    os.read(file, 4096)
+
+
+class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a whole backend process."""
+
+    attachment: msgspec.Struct
+    engine: msgspec.Struct
+    backend: dict[str, int]
+
+
+class Loop:
+    """Frames from the queues to the engine and back, until stopped and nothing runs."""
+
+    def __init__(self, backend: Backend, attachment: Attachment, post_max_bytes: int = 0) -> None:
+        """`post_max_bytes`: see `Properties`."""
+        self.device = _device(attachment, self, _slots_bytes(backend, attachment, post_max_bytes))
+        self._backend = backend
+        self._attachment = attachment
+        self._links = attachment.links
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._outbox = Outbox()
+        self._stopping = ""
+        self._status = 0
+        self._detached = self._orphaned = False
+        self._engine: FrameEngine | None = None
+        self._is_driven = False
+        self._collect = _nothing
+        self._post_max_bytes = post_max_bytes
+
+    def __enter__(self) -> "Loop":
+        try:
+            self._backend.started(self.device)
+            engine = self._backend.engine(self.device)
+            self._engine = engine or CallEngine(
+                self._backend, self.device, self._outbox, self._post_max_bytes
+            )
+        except BaseException:
+            self._outbox.close()
+            raise
+        for descriptor in {self._outbox.descriptor, self._engine.fileno()}:
+            self.watch(descriptor, _nothing)
+        native = getattr(self._engine, "raw", None)
+        serve = getattr(self._engine, "serve", nothing_to_serve)
+        self._collect = getattr(self._engine, "collect", _nothing)
+        self._is_driven = native is not None and self._links.drive(native, serve)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_driven:
+            self._links.drive(None)
+        if self._engine is not None:
+            self._engine.close()
+        self._outbox.close()
+
+    def stop(self, reason: str) -> None:
+        """Finish what runs, then end.  Safe to call from a signal handler and from any thread."""
+        self._stopping = self._stopping or reason
+        self._outbox.wake()
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """See `Device.watch`."""
+        self._links.watch(descriptor)
+        self._callbacks[descriptor] = callback
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `Device.unwatch`."""
+        self._links.unwatch(descriptor)
+        del self._callbacks[descriptor]
+
+    def wake(self) -> None:
+        """See `Device.wake`."""
+        self._outbox.wake()
+
+    def run(self) -> int:
+        """Serve; returns the exit status."""
+        engine = self._engine
+        assert engine is not None
+        log.info("serving %s, %d queues", self.device.name, self.device.queues)
+        while not self._stopping:
+            self.turn(self._attachment.poll())
+        self._links.stop_receiving()
+        while engine.running():
+            self.turn(self._attachment.poll())
+        self._send_answers(engine)
+        log.info("%s: ending after %s", self.device.name, self._stopping)
+        if self._detached:
+            self._backend.detached()
+        return self._status
+
+    def turn(self, ready: Ready) -> None:
+        """One turn: take what has come, send what is ready."""
+        engine = self._engine
+        assert engine is not None
+        if not self._stopping:
+            for queue in ready.queues:
+                for frame in self._links.frames(queue):
+                    engine.take(queue, frame)
+        for descriptor in ready.descriptors:
+            self._call(descriptor)
+        self._outbox.acknowledge()
+        self._send_answers(engine)
+        if ready.control:
+            self._hear()
+        if self._orphaned and not self._stopping and not self._links.linked:
+            self._status = 1
+            self.stop("the end of the daemon and its workers")
+
+    def _call(self, descriptor: int) -> None:
+        callback = self._callbacks.get(descriptor)
+        if callback is None:
+            return
+        try:
+            callback()
+        except Exception:
+            log.exception("the callback of a watched file descriptor failed; no longer watching it")
+            self.unwatch(descriptor)
+
+    def _send_answers(self, engine: FrameEngine) -> None:
+        if self._is_driven:
+            self._collect()
+            return
+        for queue, frame in engine.answers():
+            self._links.send_frame(queue, frame)
+
+    def _hear(self) -> None:
+        message = self._attachment.message()
+        if isinstance(message, wire.Live):
+            log.info("%s is live at %s", self.device.name, message.path)
+        elif isinstance(message, wire.Detach):
+            self._detached = not message.keep
+            self.stop(f"the daemon's detach: {message.reason}")
+        elif message is None:
+            self._attachment.forget_connection()
+            self._orphaned = True
+            if not self._stopping:
+                log.error("%s: the daemon is gone; serving on while there are workers", self.device.name)
+
+    def statistics(self) -> ServeStatistics:
+        """What the attachment, the engine and the backend counted."""
+        assert self._engine is not None
+        return ServeStatistics(
+            attachment=self._attachment.statistics(),
+            engine=self._engine.statistics(),
+            backend=dict(self._backend.statistics()),
+        )
+
+
+def _nothing() -> None:
+    """A wake-up is answered by turning the loop."""
+
+
+def _slots_bytes(backend: Backend, attachment: Attachment, post_max_bytes: int) -> int:
+    """How much of the own segment is for the SDK's slots: all of it, or half if the author names places too."""
+    own = attachment.own_segment
+    if own is None or not post_max_bytes:
+        return 0
+    return own.size_bytes // 2 & -_PAGE_BYTES if asks_for_places(backend) else own.size_bytes
+
+
+def _device(attachment: Attachment, loop: Loop, own_from: int) -> Device:
+    attached, own = attachment.attached, attachment.own_segment
+    pool = attachment.segments.get(wire.SEGMENT_POOL)
+    if pool is None:
+        raise BackendError("the daemon handed over no pool")
+    return Device(
+        name=attached.device,
+        number=attached.device_number,
+        epoch=attached.epoch,
+        size_bytes=attached.size_bytes,
+        logical_block_bytes=attached.logical_block_bytes,
+        queues=attached.queues,
+        depth=attached.depth,
+        max_io_bytes=attached.max_io_bytes,
+        need_get_data=attached.need_get_data,
+        placement=attached.placement,
+        read_only=attached.read_only,
+        pool=pool,
+        clients={n: each for n, each in attachment.segments.items() if n >= wire.SEGMENT_CLIENTS},
+        own=own.view if own else memoryview(b""),
+        own_segment=attached.own_segment,
+        own_from=own_from,
+        post_bytes=attached.post_bytes,
+        generation=attached.generation,
+        watch=loop.watch,
+        unwatch=loop.unwatch,
+        wake=loop.wake,
+    )

@@ -1,0 +1,199 @@
+"""Which file or block device an open file is: an identity that tells a store from one that took its place.
+
+Knows file systems and sysfs, nothing of the wire but `Identity`.  An identity survives what leaves the data as it was:
+a rename, chmod, a remount, a reboot, growth.  It changes when another file or disk has the same path, also if that file
+was given the same inode number.  Where the kernel has nothing that promises both, the identity says that it is weak.
+"""
+
+import fcntl
+import os
+import re
+import stat
+import struct
+import time
+from pathlib import Path
+
+from ublkpool.bufpool.engine.file_facts import file_birth_ns, file_handle, file_system_magic
+from ublkpool.bufpool.wire import Identity
+
+_FS_IOC_GETFSUUID = 0x80111500
+"""include/uapi/linux/fs.h, since Linux 6.9; answers with a length and 16 bytes."""
+_TMPFS, _RAMFS, _NFS = 0x01021994, 0x858458F6, 0x6969
+_EXT4, _XFS, _BTRFS, _F2FS, _BCACHEFS = 0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E
+_HANDLES_LAST = frozenset({_EXT4, _XFS, _BTRFS, _F2FS, _BCACHEFS, _NFS, _TMPFS})
+"""File systems whose handles name inode and generation for the file's whole life.  A FUSE handle, virtiofs included,
+holds a number that is given out anew at each lookup (`fuse_encode_fh`)."""
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
+_SYS = Path("/sys/dev/block")
+_SERIALS = ("wwid", "device/wwid", "serial", "device/cid", "device/serial", "backend")
+"""In the order of trust: NVMe; SCSI and ATA; virtio-blk; MMC; others; nbd's (Documentation/ABI/stable/sysfs-block)."""
+_VOLATILE_DISKS = ("ram", "zram")
+_COUNTED = re.compile(r"(/host|/target|/virtio|/(?=\d+:\d+:\d+:\d+))\d+")
+"""Steps of a path in sysfs that count in the order in which drivers found things."""
+_PATH_LENGTH_MAX = 60
+
+
+def identify(file: int, path: Path) -> Identity:
+    """The identity of an open regular file or block device; `path` is for people.  Raises `OSError`."""
+    status = os.fstat(file)
+    if stat.S_ISBLK(status.st_mode):
+        return _block_device(file, status.st_rdev, path)
+    return _regular_file(file, status, path)
+
+
+def _regular_file(file: int, status: os.stat_result, path: Path) -> Identity:
+    magic, born_ns, uuid = file_system_magic(file), file_birth_ns(file), _file_system_uuid(file)
+    store = _described(path, f"inode {status.st_ino}{_date(born_ns)}")
+    handle = file_handle(file) if magic in _HANDLES_LAST else ""
+    value = f"file:{magic:x}:{uuid}:{handle or f'{status.st_ino}:{born_ns}'}"
+    if magic in (_TMPFS, _RAMFS):
+        return Identity(in_boot=value, store=store)
+    is_strong = handle and (uuid or magic == _NFS)
+    return Identity(value=value, strength="strong" if is_strong else "weak", store=store)
+
+
+def memory_identity(file: int, device: str) -> Identity:
+    """The identity of a memfd that several processes hold one after the other.  Raises `OSError`."""
+    status = os.fstat(file)
+    name = file_handle(file) or f"{status.st_ino}:{file_birth_ns(file)}"
+    store = f"the memory disk of {device} (inode {status.st_ino})"
+    return Identity(in_boot=f"memory:{name}", store=store, ends_with_device=True)
+
+
+def _file_system_uuid(file: int) -> str:
+    try:
+        answer = fcntl.ioctl(file, _FS_IOC_GETFSUUID, bytes(17))
+    except OSError:
+        return ""
+    uuid = answer[1 : 1 + answer[0]]
+    return uuid.hex() if any(uuid) else ""
+
+
+def _date(born_ns: int) -> str:
+    if not born_ns:
+        return ""
+    return time.strftime(", made %Y-%m-%d %H:%M:%S", time.localtime(born_ns // 1_000_000_000))
+
+
+def _described(path: Path, facts: str) -> str:
+    text = str(path)
+    if len(text) > _PATH_LENGTH_MAX:
+        text = "..." + text[3 - _PATH_LENGTH_MAX :]
+    return f"{text} ({facts})"
+
+
+def _block_device(file: int, number: int, path: Path) -> Identity:
+    directory = (_SYS / f"{os.major(number)}:{os.minor(number)}").resolve()
+    start = _read(directory / "start") if (directory / "partition").exists() else ""
+    disk = directory.parent if start else directory
+    whole = _loop_device(file, disk) if (disk / "loop").exists() else _disk(disk)
+    if not start:
+        return _named(whole, path)
+    # The same bytes of the same disk: where a partition begins, not what the table calls it.
+    at = f":at:{start}"
+    return _named(
+        Identity(
+            value=whole.value and whole.value + at,
+            in_boot=whole.in_boot and whole.in_boot + at,
+            strength=whole.strength,
+            store=f"{whole.store}, from sector {start}",
+        ),
+        path,
+    )
+
+
+def _named(identity: Identity, path: Path) -> Identity:
+    return Identity(
+        value=identity.value,
+        in_boot=identity.in_boot,
+        strength=identity.strength,
+        store=_described(path, identity.store),
+    )
+
+
+def _disk(disk: Path) -> Identity:
+    if uuid := _read(disk / "dm/uuid"):
+        return Identity(value=f"disk:dm:{uuid}", store=f"dm {uuid}")
+    if uuid := _read(disk / "md/uuid"):
+        return Identity(value=f"disk:md:{uuid}", store=f"md {uuid}")
+    for name in _SERIALS:
+        if serial := _read(disk / name):
+            return Identity(value=f"disk:{name}:{serial}", store=f"{Path(name).name} {serial}")
+    return _usb_disk(disk) or _unnumbered_disk(disk)
+
+
+def _usb_disk(disk: Path) -> Identity | None:
+    """A USB disk has its number where it is plugged in; the last step of its SCSI address is the disk behind it."""
+    for above in disk.parents:
+        serial = _read(above / "serial")
+        if serial and (model := _read(above / "idVendor") + ":" + _read(above / "idProduct")) != ":":
+            unit = disk.parent.parent.name.rpartition(":")[2]
+            return Identity(value=f"disk:usb:{model}:{serial}:{unit}", store=f"usb {model} {serial}")
+    return None
+
+
+def _unnumbered_disk(disk: Path) -> Identity:
+    """Where it is plugged in, for ever; within a boot the number that the kernel gave to this very disk."""
+    sequence = _read(disk / "diskseq")
+    in_boot = f"disk:seq:{sequence}" if sequence else ""
+    store = f"{disk.name}, disk number {sequence or '?'} of this boot"
+    if disk.name.rstrip("0123456789") in _VOLATILE_DISKS:
+        return Identity(in_boot=in_boot or f"disk:{disk.name}", strength="weak", store=store)
+    place = _read(disk / "dm/name") or _COUNTED.sub(r"\1", str(disk.parent.parent))
+    if disk.parent.parent.name == "virtual":
+        place = disk.name
+    return Identity(value=f"disk:place:{place}", in_boot=in_boot, strength="weak", store=store)
+
+
+def _loop_device(file: int, disk: Path) -> Identity:
+    """The file behind it, whichever loop device that is attached to, and where in it the device begins."""
+    backing = Path(_read(disk / "loop/backing_file"))
+    offset = _read(disk / "loop/offset") or "0"
+    found = _backing_file(file, backing)
+    if found is not None:
+        return Identity(
+            value=found.value and f"loop:{offset}:{found.value}",
+            in_boot=found.in_boot and f"loop:{offset}:{found.in_boot}",
+            strength=found.strength,
+            store=f"on {found.store}",
+        )
+    # The file cannot be looked at from here: what the loop driver says of it.
+    _, inode = _loop_status(file)
+    sequence = _read(disk / "diskseq")
+    return Identity(
+        value=f"loop:{offset}:inode:{inode}",
+        in_boot=f"disk:seq:{sequence}",
+        strength="weak",
+        store=f"on {backing}, inode {inode}",
+    )
+
+
+def _backing_file(file: int, backing: Path) -> Identity | None:
+    """The identity of what `backing` names, if that is the file that the loop device has."""
+    try:
+        opened = os.open(backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(opened)
+        if (status.st_dev, status.st_ino) != _loop_status(file):
+            return None
+        return identify(opened, backing)
+    except OSError:
+        return None
+    finally:
+        os.close(opened)
+
+
+def _loop_status(file: int) -> tuple[int, int]:
+    """Device and inode of the file behind a loop device (`struct loop_info64`).  Raises `OSError`."""
+    fields = _LOOP_INFO64.unpack(fcntl.ioctl(file, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64.size)))
+    return fields[0], fields[1]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

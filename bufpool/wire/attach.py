@@ -1,0 +1,221 @@
+"""Attach messages: what a backend, a client of a disk and the daemon say to each other before and beside requests.
+
+Owns their fields and validation.  Each is one JSON packet on a SEQPACKET socket; `docs/PROTOCOL.md` is the same for
+readers in other languages.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from ublkpool.bufpool.errors import WireError
+
+PROTOCOL_VERSION = 1
+ATTACH_MESSAGE_BYTES_MAX = 65536
+TOKEN_BYTES = 16
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which store a backend serves a device from; a successor must bring the same.
+
+    `value` is compared as a whole.  It survives what leaves the data as it was (a rename, a reboot, growth) and changes
+    when another store takes its place.  `in_boot` is compared only until the machine boots again; a store with an
+    empty `value` and an `in_boot` ends with the boot.
+    """
+
+    value: str = ""
+    in_boot: str = ""
+    strength: Literal["strong", "weak"] = "strong"
+    """weak: another store may have the same identity, since there is nothing better to tell it by."""
+    store: str = ""
+    """What the store is, for people: a path, a serial number."""
+    ends_with_device: bool = False
+    """The store is given up when its device is deleted or the daemon stops: the device's next one is a new one."""
+
+
+class Attach(
+    msgspec.Struct,
+    tag="attach",
+    tag_field="type",
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+):
+    """A backend's first message on the attach socket, with its own segment's descriptor if it brings one.
+
+    All sizes are bytes.  `size_bytes` 0 means: whatever the device was created with.  `segment_bytes` is the size of
+    the sealed memfd that travels with the message, 0 for none; placement `backend` needs one.  Defaults are not sent:
+    an older daemon refuses fields that it does not know.
+    """
+
+    v: int
+    device: str
+    kind: str
+    size_bytes: int = 0
+    logical_block_bytes: int = 512
+    physical_block_bytes: int = 4096
+    volatile_cache: bool = False
+    read_only: bool = False
+    rotational: bool = False
+    discard_granularity_bytes: int = 0
+    discard_max_bytes: int = 0
+    write_zeroes_max_bytes: int = 0
+    placement: Literal["pool", "backend", "any"] = "pool"
+    read_buffers: Literal["pool", "own"] = "pool"
+    segment_bytes: int = 0
+    identity: Identity | None = None
+    """Only for a daemon whose `Described` has `may_create`; None: this backend's store cannot be told from others."""
+    generation_seen: int = 0
+    """The highest generation that the store knows of; the daemon answers with a higher one."""
+
+
+class Describe(
+    msgspec.Struct, tag="describe", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """Instead of an attach: what is this device?  The connection is closed after the answer."""
+
+    v: int
+    device: str
+
+
+class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, kw_only=True):
+    """The answer: what the device was created with; `size_bytes` 0 takes the backend's.
+
+    `path` is its disk, /dev/ublkbN, if there is one.
+    """
+
+    v: int
+    device: str
+    size_bytes: int
+    max_io_bytes: int
+    need_get_data: bool
+    placement: Literal["pool", "backend"]
+    read_only: bool
+    path: str = ""
+    may_create: bool | None = None
+    """Whether the device was never served, so that a backend may make an empty store for it; None: an older daemon."""
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """A segment that the daemon hands over; its descriptor travels with the message, in this order."""
+
+    number: int
+    size_bytes: int
+
+
+class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw_only=True):
+    """The daemon's answer: what the device is and where its queues listen."""
+
+    v: int
+    device: str
+    device_number: int
+    size_bytes: int
+    logical_block_bytes: int
+    queues: int
+    depth: int
+    max_io_bytes: int
+    need_get_data: bool
+    placement: Literal["pool", "backend"]
+    read_only: bool
+    epoch: int
+    token: str
+    """Hexadecimal; its 16 bytes are the ZeroMQ routing id that this backend must use on every queue."""
+    endpoints: tuple[str, ...]
+    """One ZeroMQ endpoint per queue, in order."""
+    rings: tuple[str, ...] = ()
+    """Where each queue hands out rings in shared memory: a unix socket's path, in order."""
+    segments: tuple[Segment, ...]
+    own_segment: int
+    """The number by which the backend names its own segment, 0 if it brought none."""
+    post_bytes: tuple[int, ...] = ()
+    """In which sizes regions of it may be posted, ascending; the last is for the largest write.  Empty: not at all."""
+    spin_us: int = 0
+    """How long to look into the rings before sleeping, in microseconds, as the workers do."""
+    generation: int = 0
+    """Of this attach: higher than that of every earlier attach to this device's name; 0: an older daemon."""
+
+
+class OpenRing(
+    msgspec.Struct, tag="ring", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a backend says first to a queue whose rings it wants; `token` as in `Attached`."""
+
+    v: int
+    token: str
+
+
+class RingOpened(msgspec.Struct, tag="ring_open", tag_field="type", frozen=True, kw_only=True):
+    """The worker's answer; with it come the memory, the backend's eventfd and the worker's, in this order."""
+
+    entries: int
+    """Descriptors in each direction, a power of two."""
+
+
+class Refused(msgspec.Struct, tag="refused", tag_field="type", frozen=True, kw_only=True):
+    """The daemon's other answer; the connection is closed after it."""
+
+    reason: str
+
+
+class Live(msgspec.Struct, tag="live", tag_field="type", frozen=True, kw_only=True):
+    """The device's node can be opened."""
+
+    path: str
+
+
+class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_only=True):
+    """The daemon no longer wants this backend: finish what is running, close, exit."""
+
+    reason: str
+    keep: bool = False
+    """The device failed and may be made again: what the backend keeps for a successor stays."""
+
+
+class LeaseBuffer(
+    msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What a client of a disk says first on the clients' socket.  The connection's end is the end of the lease."""
+
+    v: int
+    device: str
+
+
+class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, kw_only=True):
+    """The answer; with it comes the descriptor of a slice of the client area, if there is one to be had."""
+
+    path: str
+    """The disk."""
+    size_bytes: int
+    """Of the slice; 0: take memory of your own, what lies there is copied."""
+
+
+DaemonMessage = Attached | Described | Refused | Live | Detach | BufferLeased
+BackendMessage = Attach | Describe | LeaseBuffer
+_encoder = msgspec.json.Encoder()
+_backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)
+_daemon_decoder: msgspec.json.Decoder[DaemonMessage] = msgspec.json.Decoder(DaemonMessage)
+
+
+def encode_message(message: BackendMessage | DaemonMessage) -> bytes:
+    """One attach-socket packet (JSON, UTF-8)."""
+    return _encoder.encode(message)
+
+
+def decode_backend_message(packet: bytes) -> BackendMessage:
+    """A backend's first packet.  Raises `WireError` with a reason that names the field."""
+    try:
+        message = _backend_decoder.decode(packet)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"attach: {error}") from error
+    if message.v != PROTOCOL_VERSION:
+        raise WireError(f"attach: protocol version {message.v} is not {PROTOCOL_VERSION}")
+    return message
+
+
+def decode_daemon_message(packet: bytes) -> DaemonMessage:
+    """A packet of the daemon's.  Raises `WireError`."""
+    try:
+        return _daemon_decoder.decode(packet)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"daemon: {error}") from error

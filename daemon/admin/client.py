@@ -1,0 +1,132 @@
+"""The client half of the admin socket, on a plain blocking socket: commands must start fast.
+
+Owns what a user is told when the daemon cannot be reached.  Must not import asyncio, zmq or
+anything else that is slow.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from ublkpool.daemon.admin.patience import Listening, explain_missing
+from ublkpool.daemon.admin.wire import (
+    AddRequest,
+    DeleteRequest,
+    ListRequest,
+    RebindRequest,
+    Reply,
+    Request,
+    ShutdownRequest,
+    StatsRequest,
+    StopRequest,
+    WaitRequest,
+    admin_socket,
+    decode_reply,
+    encode_line,
+)
+from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import DeviceStats, DeviceStatus
+
+CONNECT_TIMEOUT_S = 10.0
+QUERY_TIMEOUT_S = 30.0
+
+_T = TypeVar("_T")
+
+
+class AdminClient:
+    """Calls on the daemon of one run directory, one connection each; every method raises `DaemonError`."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        on_progress: Callable[[str], None] = lambda text: None,
+        on_wait: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`on_progress` is told what the daemon does, `on_wait` why nothing is heard of it."""
+        self._run_dir = run_dir
+        self._on_progress = on_progress
+        self._on_wait = on_wait
+
+    def add(self, device: DeviceConfig) -> DeviceStatus:
+        """Create a device; one whose backend the daemon runs is live on return, another may still wait."""
+        return self._call(AddRequest(device=device), DeviceStatus)
+
+    def delete(self, names: list[str] | None, force: bool = False) -> list[str]:
+        """Delete these devices, or all of them; returns the names."""
+        return self._call(DeleteRequest(names=names, force=force), list[str])
+
+    def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
+        """Return when the device is live."""
+        return self._call(WaitRequest(name=name, timeout_s=timeout_s), DeviceStatus)
+
+    def rebind(self, name: str) -> None:
+        """Have the next store that attaches become this device's own."""
+        self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
+
+    def devices(self) -> list[DeviceStatus]:
+        """All devices."""
+        return self._call(ListRequest(), list[DeviceStatus], QUERY_TIMEOUT_S)
+
+    def stats(self, name: str | None = None) -> list[DeviceStats]:
+        """The numbers of one device, or of all."""
+        return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
+
+    def stop(self, leave: bool = False) -> None:
+        """Ask the daemon to end; with `leave`, without touching its devices."""
+        self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
+
+    def shut_down(self, final: bool) -> None:
+        """Tell the daemon that the machine goes down; `final` ends its devices, and then the daemon."""
+        self._call(ShutdownRequest(final=final), None, QUERY_TIMEOUT_S)
+
+    def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
+        reply = self._exchange(encode_line(request), timeout_s)
+        if not reply.ok:
+            raise RemoteError(reply.error, reply.status)
+        try:
+            answer: _T = msgspec.json.decode(reply.result, type=result)
+        except msgspec.DecodeError as error:
+            raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
+        return answer
+
+    def _exchange(self, line: bytes, timeout_s: float | None) -> Reply:
+        path = admin_socket(self._run_dir)
+        with _connect(path) as connection:
+            listening = Listening(path, connection, timeout_s, self._on_wait)
+            try:
+                connection.sendall(line)
+                while (reply := decode_reply(listening.line())).ok is None:
+                    self._on_progress(reply.progress)
+                return reply
+            except ConnectionError as error:
+                raise DaemonUnreachable(f"{path}: the daemon hung up: {error.strerror}") from error
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.settimeout(CONNECT_TIMEOUT_S)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise DaemonUnreachable(_why_unreachable(path, error)) from error
+    return connection
+
+
+def _why_unreachable(path: Path, error: OSError) -> str:
+    start = "start it with: ublkpool serve --run-dir " + str(path.parent)
+    match error:
+        case FileNotFoundError():
+            return explain_missing(path) or f"{path}: no such socket, the daemon is not running; {start}"
+        case ConnectionRefusedError():
+            return f"{path}: a daemon that was killed left this socket, none is running; {start}"
+        case PermissionError():
+            return f"{path}: permission denied; run this as the daemon's user, usually with sudo"
+        case TimeoutError() | BlockingIOError():
+            return f"{path}: the daemon does not accept connections; it may be hung"
+        case _:
+            return f"{path}: cannot reach the daemon: {error.strerror or error}"

@@ -1,0 +1,68 @@
+"""A device's numbers, read from the control segment that its workers write; asks nobody.
+
+Owns the mapping from the workers' counters to `stats --json`.
+"""
+
+from collections.abc import Sequence
+
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.wire import Op
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.status import CopyStats, DeviceStats, OpCounts, PoolStats, QueueStats
+from ublkpool.ublk.queue import Statistics, read_statistics
+
+
+def device_stats(device: Device) -> DeviceStats:
+    """The device's numbers now; none before it has started."""
+    if device.arena is None:
+        return DeviceStats(name=device.config.name, reason=device.trouble)
+    arena = device.arena
+    read = [read_statistics(arena.control.statistics_block(queue)) for queue in range(arena.queues)]
+    queues = tuple(_queue_stats(queue, each) for queue, each in enumerate(read))
+    return DeviceStats(
+        name=device.config.name,
+        reason=device.trouble,
+        queues=queues,
+        pool=_pool_stats(arena, read),
+        clients=device.client_stats(),
+    )
+
+
+def _queue_stats(queue: int, read: Statistics) -> QueueStats:
+    counters = read.counters
+    return QueueStats(
+        queue=queue,
+        requests=_by_op(read.requests),
+        bytes=_by_op(read.moved_bytes),
+        errors=counters["errors"],
+        in_flight=counters["in_flight"],
+        buffers_held=counters["buffers_held"],
+        buffers_waited=counters["buffers_waited"],
+        copies=CopyStats(
+            kernel_bytes=counters["kernel_write_bytes"] + counters["kernel_read_bytes"],
+            own_bytes=counters["own_copy_bytes"],
+            in_place_bytes=counters["zero_copy_bytes"],
+        ),
+        counters=counters,
+    )
+
+
+def _by_op(values: Sequence[int]) -> OpCounts:
+    return OpCounts(**{op.name.lower(): values[op] for op in Op})
+
+
+def _pool_stats(arena: Arena, read: Sequence[Statistics]) -> PoolStats:
+    def total(name: str) -> int:
+        return sum(each.counters[name] for each in read)
+
+    count = arena.geometry.slot_count
+    return PoolStats(
+        size_bytes=arena.geometry.total_bytes,
+        huge_bytes=arena.huge_bytes,
+        buffer_count=count,
+        free_count=count - total("buffers_held"),
+        lent_count=total("buffers_lent"),
+        waiting_count=total("buffers_waiting"),
+        lent_total=total("lent_total"),
+        returned_total=total("returned_total"),
+    )

@@ -1,0 +1,249 @@
+"""The server half of the admin socket: lines in, calls on a `DeviceService`, lines out.
+
+Owns the socket file (mode 0600) and the connections; must not know what a device is.  Runs on the
+supervisor's asyncio loop.  A wait, and the making of a device, are given up if the client vanishes: `add` may wait for
+a backend that waits itself, and a device that its user gave up must not appear later.  Any other operation runs to its
+end.
+"""
+
+import asyncio
+import logging
+import select
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ublkpool.daemon.admin.wire import (
+    REQUEST_BYTES_MAX,
+    AddRequest,
+    DeleteRequest,
+    Done,
+    Failed,
+    ListRequest,
+    Progress,
+    RebindRequest,
+    Request,
+    ShutdownRequest,
+    StatsRequest,
+    StopRequest,
+    WaitRequest,
+    admin_socket,
+    decode_request,
+    encode_line,
+)
+from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
+from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import DeviceStats, DeviceStatus
+
+HANGUP_POLL_S = 0.5
+DRAIN_S = 10.0
+
+_log = logging.getLogger("ublkpool.admin")
+_Names = list[str]
+
+
+class DeviceService(Protocol):
+    """What the supervisor offers; any exception becomes the request's error."""
+
+    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+        """Create a device; with a backend to run, return when it is live."""
+
+    async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
+        """Delete these devices, or all; return what was deleted."""
+
+    async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
+        """Return when the device is live."""
+
+    async def rebind(self, name: str) -> None:
+        """Have the next store that attaches become this device's own."""
+
+    def list(self) -> Sequence[DeviceStatus]:
+        """All devices."""
+
+    def stats(self, name: str | None) -> Sequence[DeviceStats]:
+        """The numbers of one device, or of all."""
+
+    async def stop(self, leave: bool) -> None:
+        """Ask the daemon to end, leaving its devices as they are or not; may return before it has."""
+
+    async def shut_down(self, final: bool) -> None:
+        """The machine goes down; with `final` end every device, and the daemon."""
+
+
+class AdminServer:
+    """Serves `service` on the run directory's admin socket between `start()` and `close()`."""
+
+    def __init__(self, service: DeviceService, run_dir: Path) -> None:
+        self._service = service
+        self._path = admin_socket(run_dir)
+        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
+        self._operations: set[asyncio.Task[object]] = set()
+        self._request_count = 0
+        self._failure_count = 0
+
+    async def start(self) -> None:
+        """Listen.  Raises `DaemonError` if another daemon already does, or the socket cannot be made."""
+        listener = ReservedListener(_listen(self._path))
+        self._server = await asyncio.start_unix_server(
+            self._serve_connection, sock=listener, limit=REQUEST_BYTES_MAX
+        )
+
+    async def close(self, drain_s: float = DRAIN_S) -> None:
+        """Stop listening, give running operations `drain_s` to answer, hang up and remove the socket."""
+        if self._server is None:
+            return
+        self._server.close()
+        self._server = None
+        self._path.unlink(missing_ok=True)
+        for reader, writer in self._connections.values():
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            reader.feed_eof()
+        await _end_within(list(self._operations), drain_s)
+        await _end_within(list(self._connections), drain_s)
+
+    def statistics(self) -> dict[str, int]:
+        """Connections and operations now, requests and failures since the start."""
+        return {
+            "connections": len(self._connections),
+            "operations": len(self._operations),
+            "requests": self._request_count,
+            "failures": self._failure_count,
+        }
+
+    async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = (reader, writer)
+        try:
+            while await self._serve_line(reader, writer):
+                pass
+        except (ConnectionError, asyncio.CancelledError):
+            writer.transport.abort()
+        finally:
+            del self._connections[task]
+            writer.close()
+
+    async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False when there is nothing more to read on this connection."""
+        try:
+            line = await reader.readline()
+        except ValueError:
+            error = f"bad request: longer than {REQUEST_BYTES_MAX} bytes"
+            await self._send(writer, Failed(error=error, status=STATUS_USAGE))
+            return False
+        if not line:
+            return False
+        self._request_count += 1
+        await self._send(writer, await self._answer(line, writer))
+        return True
+
+    async def _send(self, writer: asyncio.StreamWriter, message: Done | Failed) -> None:
+        self._failure_count += isinstance(message, Failed)
+        writer.write(encode_line(message))
+        await writer.drain()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> Done | Failed:
+        try:
+            request = decode_request(line)
+        except ConfigError as error:
+            return _failed(error)
+        operation = self._start(self._perform(request, writer))
+        if isinstance(request, WaitRequest | AddRequest):
+            await _end_with_client(operation, writer)
+        await asyncio.wait({operation})
+        if operation.cancelled():
+            return Failed(error="the daemon is stopping", status=STATUS_FAILED)
+        failure = operation.exception()
+        return Done(result=operation.result()) if failure is None else _failed(failure)
+
+    def _start(self, operation: Coroutine[object, object, object]) -> asyncio.Task[object]:
+        task = asyncio.create_task(operation)
+        self._operations.add(task)
+        task.add_done_callback(self._operations.discard)
+        return task
+
+    async def _perform(self, request: Request, writer: asyncio.StreamWriter) -> object:
+        match request:
+            case AddRequest():
+                return await self._service.add(request.device, _progress_to(writer))
+            case DeleteRequest():
+                return await self._service.delete(request.names, request.force)
+            case WaitRequest():
+                return await self._service.wait_live(request.name, request.timeout_s)
+            case RebindRequest():
+                await self._service.rebind(request.name)
+                return None
+            case ListRequest():
+                return self._service.list()
+            case StatsRequest():
+                return self._service.stats(request.name)
+            case StopRequest():
+                await self._service.stop(request.leave)
+                return None
+            case ShutdownRequest():
+                await self._service.shut_down(request.final)
+                return None
+
+
+def _failed(error: BaseException) -> Failed:
+    if not type(error).__module__.startswith("ublkpool."):
+        _log.error("a request failed unexpectedly", exc_info=error)
+    return Failed(error=one_line(error), status=status_of(error))
+
+
+def _progress_to(writer: asyncio.StreamWriter) -> Callable[[str], None]:
+    def progress(text: str) -> None:
+        if not writer.is_closing():
+            writer.write(encode_line(Progress(text)))
+
+    return progress
+
+
+async def _end_within(tasks: Sequence[asyncio.Task[Any]], seconds: float) -> None:
+    """Return when these tasks have ended; those that take longer are cancelled."""
+    if not tasks:
+        return
+    _, late = await asyncio.wait(tasks, timeout=seconds)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+
+
+async def _end_with_client(operation: asyncio.Task[object], writer: asyncio.StreamWriter) -> None:
+    """Return when the operation has ended; cancel it if its client hangs up before."""
+    while not operation.done():
+        await asyncio.wait({operation}, timeout=HANGUP_POLL_S)
+        if _has_hung_up(writer):
+            operation.cancel()
+            return
+
+
+def _has_hung_up(writer: asyncio.StreamWriter) -> bool:
+    """Whether the client is gone; one that only closed its sending side is not."""
+    if writer.is_closing():
+        return True
+    poll = select.poll()
+    poll.register(writer.get_extra_info("socket").fileno(), 0)
+    return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
+
+def _listen(path: Path) -> socket.socket:
+    """A listening socket at `path`, for its owner only; replaces one that nobody listens on any more."""
+    if _is_answered(path):
+        raise DaemonError(f"{path}: another daemon is running here (stop it, or choose another --run-dir)")
+    return listen(path, socket.SOCK_STREAM)
+
+
+def _is_answered(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,153 @@
+"""Backends that the daemon runs itself: start, listen to what they say, start again when they die.
+
+Owns the child.  It is an ordinary `ublkpool backend`: it attaches like any other.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ublkpool.daemon.backends.backend_log import BackendLog
+from ublkpool.daemon.processes.backoff import Backoff, start_surely
+from ublkpool.daemon.processes.children import Child, describe_exit
+from ublkpool.daemon.processes.mounts import enter_live_view
+from ublkpool.daemon.processes.reserve import with_room_for_one
+from ublkpool.daemon.settings.config import BackendConfig
+from ublkpool.workers.process import fork_child
+
+RESTART_MIN_S = 0.1
+RESTART_MAX_S = 5.0
+_log = logging.getLogger("ublkpool.backend")
+
+
+class BackendProcess:
+    """One device's backend child."""
+
+    def __init__(
+        self,
+        device: str,
+        config: BackendConfig,
+        run_dir: Path,
+        hold: Callable[[int], None],
+        live_mounts: int | None = None,
+    ) -> None:
+        """Nothing runs yet: `start` or `adopt`.  `hold` is told the descriptor behind which its stderr is read.
+
+        `live_mounts`: the mount namespace that it runs in (`daemon/processes/mounts.py`); None for the daemon's.
+        """
+        self._device = device
+        self._config = config
+        self._run_dir = run_dir
+        self._hold = hold
+        self._live_mounts = live_mounts
+        self._last_end = ""
+        self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
+
+    def start(self) -> None:
+        """Start it.  Raises `OSError`."""
+        self.child = self._start()
+
+    def adopt(self, pid: int, stderr: int) -> None:
+        """Go on with an earlier daemon's; `stderr` is ours now.  Raises `ProcessLookupError` if it has ended."""
+        self.child = Child(pid, self._title)
+        self._listen(stderr)
+
+    @property
+    def _title(self) -> str:
+        return f"backend {self._config.kind} of {self._device}"
+
+    def _start(self) -> Child:
+        reader, writer = os.pipe()
+        options = [f"{key}={value}" for key, value in self._config.options.items()]
+        command = [
+            *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind, "--log-format", "json"),
+            *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
+        ]
+        keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
+        # Not subprocess: it waits for the child's exec, and the child may hang in a directory on a dead mount.
+        fork = with_room_for_one(
+            lambda: fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
+        )
+        try:
+            child = Child(fork(), self._title)
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        try:
+            self._listen(reader)
+        except OSError:
+            child.send(signal.SIGKILL)
+            os.close(reader)
+            raise
+        return child
+
+    def _become(self, command: list[str], stderr: int) -> int:
+        """Runs in the forked child: take the backend's place and exec; 1 if that fails."""
+        try:
+            # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
+            os.setpgid(0, 0)
+            for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            with Path(os.devnull).open() as nothing:
+                os.dup2(nothing.fileno(), 0)
+            os.dup2(stderr, 2)
+            self._enter_place()
+            os.execv(command[0], command)
+        except OSError as error:
+            os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
+        return 1
+
+    def _enter_place(self) -> None:
+        """The working directory, by name: it is the live namespace's, where the daemon's own view ends."""
+        if self._live_mounts is not None:
+            enter_live_view(self._live_mounts, self._config.cwd or "/")
+        elif self._config.cwd is not None:
+            os.chdir(self._config.cwd)
+
+    def _listen(self, reader: int) -> None:
+        self._hold(reader)
+        self._words = BackendLog(self._device, reader)
+        self._backoff.started()
+
+    def obituary(self) -> str:
+        """How it ended, and why if that was the last that it said."""
+        self._words.hear()
+        how = describe_exit(self.child.exit_status or 0)
+        why = f": {self._words.last_error}" if self._words.last_error else ""
+        return f"backend {self._config.kind} ended: {how}{why}"
+
+    @property
+    def trouble(self) -> str:
+        """Why it does not serve: what the process of today warns of, else how the one before it ended."""
+        warning = self._words.last_warning
+        return f"backend {self._config.kind}: {warning}" if warning and not self._is_over else self._last_end
+
+    @property
+    def _is_over(self) -> bool:
+        return self.child.exit_status is not None
+
+    def serves(self) -> None:
+        """It has attached: what kept its predecessors from that is over."""
+        self._last_end = ""
+
+    async def keep_running(self) -> None:
+        """Start it again whenever it ends, less and less often while it does not last; until cancelled."""
+        while True:
+            await self.child.wait()
+            delay_s = self._backoff.ended()
+            self._last_end = self.obituary()
+            # It ends with status 0 when it was asked to, as by an upgrade.
+            level = logging.WARNING if self.child.exit_status else logging.INFO
+            _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, delay_s)
+            await asyncio.sleep(delay_s)
+            await self.start_surely()
+
+    async def start_surely(self) -> None:
+        """Start it; what there is not enough of for that is waited for."""
+        await start_surely(f"{self._device}: backend {self._config.kind}", self.start, self._backoff, _log)

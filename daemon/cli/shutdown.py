@@ -1,0 +1,76 @@
+"""What the shutdown units run (config/ublkpool-shutdown.service and ublkpool-shutdown-final.service).
+
+Owns the order of the end: mounts that are still there, then the devices, then the daemon.  Runs in a process of its
+own, in the machine's mount namespace, and waits for nothing without a limit.
+"""
+
+import logging
+import re
+import subprocess
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ublkpool.daemon.admin.client import AdminClient
+
+SYS_BLOCK = Path("/sys/dev/block")
+UNMOUNT_PATIENCE_S = 10.0
+_KILL_PATIENCE_S = 1.0
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+_log = logging.getLogger("ublkpool.shutdown")
+
+
+def begin(run_dir: Path) -> None:
+    """Tell the daemon that the machine goes down.  Raises `DaemonError`."""
+    AdminClient(run_dir).shut_down(final=False)
+
+
+def finish(run_dir: Path) -> None:
+    """Unmount what is left on the daemon's disks, then have it delete them and end.  Raises `DaemonError`."""
+    client = AdminClient(run_dir)
+    release([device.id for device in client.devices() if device.id is not None])
+    client.shut_down(final=True)
+
+
+def release(numbers: Collection[int], mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
+    """Unmount whatever lies on the disks with these device numbers; what is busy has its data written at least."""
+    for path in reversed(paths_on(numbers, mountinfo.read_text())):
+        _log.warning("%s is still mounted: unmounting it", path)
+        if not _succeeds(["umount", "--", path]):
+            _log.error("%s cannot be unmounted: writing its data back", path)
+            _succeeds(["sync", "--file-system", "--", path])
+
+
+def paths_on(numbers: Collection[int], mountinfo: str) -> list[str]:
+    """Where, in the order of /proc/PID/mountinfo, something of the disks with these device numbers is mounted."""
+    disks = {f"ublkb{number}" for number in numbers}
+    found = []
+    for line in mountinfo.splitlines():
+        about, _, origin = line.partition(" - ")
+        device, path, source = about.split()[2], about.split()[4], origin.split()[1]
+        # Some file systems have device numbers of their own, and the disk as their source.
+        if disks & {*_disks_below(SYS_BLOCK / device), source.removeprefix("/dev/")}:
+            found.append(_ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
+    return found
+
+
+def _disks_below(block: Path) -> set[str]:
+    """The names of a block device, of the disk that it is a part of, and of all that it is made of."""
+    if not block.exists():
+        return set()
+    found = set(block.resolve().parts)
+    for slave in (block / "slaves").glob("*"):
+        found |= _disks_below(slave)
+    return found
+
+
+def _succeeds(command: Sequence[str]) -> bool:
+    """Whether the command ends with status 0 in time.  One that does not end is left: it cannot be killed then."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        return process.wait(UNMOUNT_PATIENCE_S) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_PATIENCE_S)
+        return False

@@ -1,0 +1,42 @@
+"""What all devices of a daemon share: where it runs, who does its control commands, its broker, its holder.
+
+Made once by the supervisor; devices use it and never change it.
+"""
+
+from pathlib import Path
+
+from ublkpool.daemon.device.binding import boot_id
+from ublkpool.daemon.device.records import Records, build_id
+from ublkpool.daemon.device.state import StateDirectory
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.holder import Holder
+
+
+class DaemonContext:
+    """What all devices of a daemon share."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        instance: str,
+        group: int | None,
+        runner: ControlRunner,
+        pool_broker: BrokerProcess,
+        holder: Holder,
+        states: StateDirectory,
+        live_mounts: int | None = None,
+    ) -> None:
+        """`live_mounts`: a descriptor of the mount namespace that backends run in, see `daemon/processes/mounts.py`."""
+        self.run_dir = run_dir
+        self.instance = instance
+        self.group = group
+        self.runner = runner
+        self.broker = pool_broker
+        self.holder = holder
+        self.states = states
+        self.boot_id = boot_id()
+        self.live_mounts = live_mounts
+        self.build = build_id()
+        self.records = Records(run_dir / "devices")
+        self.queue_dir = run_dir / "queues"

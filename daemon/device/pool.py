@@ -1,0 +1,99 @@
+"""A device's pool over the lives of its backends: whose memory it is, and when the next backend needs other memory.
+
+A pool's memory cannot be taken back from a process that has it.  So a backend gets the memory of its predecessor only
+if the kernel says that no process but ours has it any more, and if both run as the same user; otherwise the device gets
+other memory, into which the workers take what requests have in the old.  Owns that decision, the arena and its place in
+the holder.  Runs on the supervisor's asyncio loop.
+"""
+
+import logging
+
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.processes.held_names import pool_name
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.open_files import is_open_elsewhere
+
+_log = logging.getLogger("ublkpool.device")
+
+
+class Pool:
+    """The pool of one device."""
+
+    def __init__(self, device: str, holder: Holder) -> None:
+        """There is none before `begin` or `resume`."""
+        self.arena: Arena | None = None
+        self._device = device
+        self._holder = holder
+        self._is_fresh = False
+        self._user: int | None = None
+
+    def begin(self, arena: Arena) -> None:
+        """The pool is new: no backend has had this memory."""
+        self.arena = arena
+        self._is_fresh, self._user = True, None
+        self._holder.hold(pool_name(self._device), arena.data_fd)
+
+    def resume(self, arena: Arena) -> None:
+        """Go on with an earlier daemon's.  Until `had_by` the user of its last backend is unknown."""
+        self.arena = arena
+        self._is_fresh, self._user = False, None
+        self._holder.hold(pool_name(self._device), arena.data_fd)
+
+    def had_by(self, user: int) -> None:
+        """The backend that has the memory is this user's."""
+        self._is_fresh, self._user = False, user
+
+    async def prepare(self, team: Team, user: int) -> None:
+        """See to it that no process but ours has the memory, and hand it to a backend of this user.
+
+        Raises `PoolError`, `AttachRefused`, `DaemonError`; then it can be tried again.
+        """
+        if self.arena is not None and (reason := self._unfit(self.arena, user)):
+            if team.can_change_pool:
+                _log.warning("%s: its pool gets other memory for the next backend: %s", self._device, reason)
+                await self._replace(self.arena, team)
+            else:
+                _log.warning(
+                    "%s: its workers are of an earlier version, and the next backend gets the memory of the last one "
+                    "though %s",
+                    self._device,
+                    reason,
+                )
+        self.had_by(user)
+
+    def _unfit(self, arena: Arena, user: int) -> str:
+        """Why the next backend cannot have this memory, or nothing."""
+        if self._is_fresh:
+            return ""
+        if not arena.is_sealed:
+            return "an earlier version made it, and its size is not sealed"
+        if self._user is None:
+            return "the user of its last backend is not known"
+        if self._user != user:
+            return f"a backend of user {self._user} had it, and the next is user {user}'s"
+        return "a process still has it from an earlier backend" if is_open_elsewhere(arena.data_fd) else ""
+
+    async def _replace(self, arena: Arena, team: Team) -> None:
+        # Until every worker has changed, no backend may be handed the old memory or the new.
+        self._is_fresh, self._user = False, None
+        arena.replace_data(arena.new_data())
+        self._holder.hold(pool_name(self._device), arena.data_fd)
+        await team.change_pool()
+        arena.forget_old_data()
+
+    def remove(self) -> None:
+        """Leave nothing of it.  Raises `PoolError` if a name stays."""
+        try:
+            if self.arena is not None:
+                self.arena.unlink()
+        finally:
+            self.close()
+            # Its memory goes now, even if the kernel's device should stay.
+            self._holder.drop(pool_name(self._device))
+
+    def close(self) -> None:
+        """Forget it, change nothing."""
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None

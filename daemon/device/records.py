@@ -1,0 +1,165 @@
+"""What a daemon leaves for the next one: a record per device in the run directory, and the processes it started.
+
+Owns the files `RUN_DIR/devices/NAME.json`.  A record is written before it is needed and replaced as a whole, so that a
+daemon killed at any moment leaves a true one.
+"""
+
+import asyncio
+import ctypes
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+import ublkpool
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.client_area import AreaRecord
+from ublkpool.daemon.processes.left_behind import Process, end_process
+from ublkpool.daemon.settings.config import DeviceConfig
+
+_log = logging.getLogger("ublkpool.records")
+FIRST_EPOCH = 1
+ROOM_BYTES = 16384
+"""A record takes a multiple of this, mostly one."""
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """A queue's worker; `cpu` is where it is pinned."""
+
+    process: Process
+    cpu: int | None
+
+
+class Served(msgspec.Struct, frozen=True):
+    """The backend that the workers know."""
+
+    attach: wire.Attach
+    token: str
+    segment: int
+    generation: int = 0
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A device, and whether it exists in the kernel (`device_number`)."""
+
+    config: DeviceConfig
+    device_number: int | None = None
+    device_mark: int = 0
+    """What tells the device from another server's with its number; 0 if an earlier version added it."""
+    disk: Disk | None = None
+    epoch: int = FIRST_EPOCH
+    processes: tuple[Process, ...] = ()
+    """All that may touch its buffers."""
+    going: bool = False
+    """It was being deleted."""
+    live: bool = False
+    """Whether `workers`, in the order of their queues, serve it: then it can go on as it is."""
+    workers: tuple[Worker, ...] = ()
+    served: Served | None = None
+    managed: Process | None = None
+    """The backend that the daemon runs itself."""
+    clients: AreaRecord | None = None
+    segments: int = 0
+    """How many segment numbers were given away."""
+    build: str = ""
+    """The code that the workers run."""
+
+
+class Records:
+    """The records of one run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def save(self, record: Record) -> None:
+        """Write or replace the device's record, which is as a whole the old or the new one.
+
+        Raises `DaemonError` if there is no room.  That is for a device's first record only: room for the next one is
+        taken with each, so that a full file system keeps no device from being recovered or removed.
+        """
+        path = self._path(record.config.name)
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            fresh, spare = path.with_suffix(".new"), path.with_suffix(".old")
+            _write(fresh, msgspec.json.encode(record))
+            if path.exists():
+                _exchange(fresh, path)
+                return
+            _write(spare, b"")
+            fresh.replace(path)
+            spare.replace(fresh)
+        except OSError as error:
+            raise DaemonError(f"{path}: cannot be written: {explain(error)}") from error
+
+    def forget(self, name: str) -> None:
+        """The device is no more."""
+        for suffix in (".json", ".new", ".old"):
+            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
+
+    def load(self) -> list[Record]:
+        """All records; one that cannot be read is logged and left out."""
+        found = []
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                found.append(msgspec.json.decode(path.read_bytes(), type=Record))
+            except OSError as error:
+                _log.error("%s: cannot be read: %s", path, error.strerror)
+            except msgspec.DecodeError as error:
+                _log.error("%s: not a record: %s; it is kept as *.unreadable", path, error)
+                with suppress(OSError):
+                    path.replace(path.with_suffix(".unreadable"))
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Fill the file with the data and spaces, which JSON allows.  Raises `OSError`."""
+    size = -(-max(len(data), ROOM_BYTES) // ROOM_BYTES) * ROOM_BYTES
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        os.pwrite(fd, data.ljust(size), 0)
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two files in one step; where the file system cannot, the first takes the second's place."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        one.replace(other)
+
+
+def build_id() -> str:
+    """What tells this version of the code from another: the installed files' names, sizes and times."""
+    root = Path(ublkpool.__file__).parent
+    files = sorted(path for kind in ("py", "so") for path in root.glob(f"*/**/*.{kind}"))
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+async def end_left(records: Sequence[Record], spare: Collection[Process] = ()) -> None:
+    """End every process that these records know: workers at once, the others with time to finish what they do.
+
+    Raises `DaemonError` if one of them does not even end when it is killed: it may still use its buffers.
+    """
+    processes = {each for record in records for each in record.processes} - set(spare)
+    await asyncio.gather(*(end_process(each) for each in processes))
+
+
+async def end_brokers(records: Sequence[Record], spare: Collection[Process]) -> None:
+    """End the pool brokers that these records know.  Raises `DaemonError` as `end_left` does."""
+    brokers = {each for record in records for each in record.processes if each.role == "broker"}
+    await asyncio.gather(*(end_process(each) for each in brokers - set(spare)))

@@ -1,0 +1,243 @@
+"""What must outlive the boot: of each device's name, the store that it was first served from, and its generation.
+
+Owns the files `STATE_DIR/NAME.json` and their durability.  A file is replaced as a whole and synced with its directory
+before `save` returns, so that a power failure leaves the earlier or the later one.  Files are written in a process of
+their own, since a file system may make its caller wait.  What an identity means is `binding.py`'s.
+"""
+
+import asyncio
+import errno
+import fcntl
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import msgspec
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.errors import ConfigError, DaemonError, one_line
+from ublkpool.daemon.settings.config import RUN_DIR_DEFAULT
+from ublkpool.daemon.settings.own_directory import make_own_directory
+
+STATE_DIR_DEFAULT = Path("/var/lib/ublkpool")
+SAVE_DEADLINE_S = 30.0
+LOCK_PATIENCE_S = 5.0
+_POLL_S = 0.05
+_WHAT, _OPTION = "state directory", "--state-dir"
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_log = logging.getLogger("ublkpool.state")
+_attempts = itertools.count()
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device is served from; `size_bytes` is the device's size then."""
+
+    kind: str
+    size_bytes: int
+    identity: wire.Identity = wire.Identity()
+    boot: str = ""
+    """In which boot `identity.in_boot` was seen."""
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """One device's name; it stays when the device is deleted, so that no generation comes twice."""
+
+    name: str
+    v: Literal[1] = 1
+    generation: int = 0
+    """Of the last attach."""
+    store: Store | None = None
+    """None: the device was never served, or it was deleted since."""
+    takes_next: bool = False
+    """The next store that attaches becomes the device's, whatever its identity."""
+
+
+class Runner(Protocol):
+    """Runs a function in a process of its own; see `ControlRunner`."""
+
+    async def run_beside(
+        self, what: str, command: "Write", result: type[None], deadline_s: float = SAVE_DEADLINE_S
+    ) -> None:
+        """Raises `DaemonError` if it fails or hangs."""
+
+
+class Write:
+    """Writes one file so that after a power failure it is the earlier or the later one, whole."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self._path, self._content = path, content
+        # An earlier attempt that hung may still write to its own.
+        self._fresh = path.with_name(f".{path.name}.{os.getpid()}-{next(_attempts)}.new")
+
+    def __call__(self) -> None:
+        """Raises `OSError`; then the file is what it was, or was replaced and may not survive a power failure."""
+        try:
+            self._write()
+            self._fresh.replace(self._path)
+        except BaseException:
+            self._fresh.unlink(missing_ok=True)
+            raise
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _write(self) -> None:
+        fd = os.open(self._fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            left = memoryview(self._content)
+            while left:
+                left = left[os.write(fd, left) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class StateDirectory:
+    """The states of one daemon's devices."""
+
+    def __init__(self, directory: Path, runner: Runner, lock: int | None = None) -> None:
+        """See `open`."""
+        self.directory = directory
+        self._runner = runner
+        self._lock = lock
+        self._states: dict[str, DeviceState] = {}
+        self._unreadable: dict[str, str] = {}
+        self._load()
+
+    @classmethod
+    async def open(cls, candidates: Sequence[Path], runner: Runner) -> Self:
+        """Take the first of these directories that is there or can be made, and hold it for this daemon's life.
+
+        Raises `DaemonError` if none can be made or written to, or if it is another user's or another daemon's.
+        """
+        directory = _made(candidates)
+        return cls(directory, runner, await _locked(directory))
+
+    def close(self) -> None:
+        """Let another daemon have the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def get(self, name: str) -> DeviceState:
+        """What is known of this name.  Raises `DaemonError` if its file cannot be read."""
+        if name in self._unreadable:
+            raise DaemonError(
+                f"{self._path(name)}: {self._unreadable[name]}: device {name} is not served, since its store cannot "
+                f"be checked: restore the file from a backup, or accept any store with: ublkpool rebind {name}"
+            )
+        return self._states.get(name) or DeviceState(name=name)
+
+    def generation(self, name: str) -> int:
+        """Of the last attach to this name, 0 if its file cannot be read."""
+        return self._states[name].generation if name in self._states else 0
+
+    def knows(self, name: str) -> bool:
+        """Whether a store, or a file that cannot be read, stands for this name."""
+        return name in self._unreadable or self.get(name).store is not None
+
+    async def save(self, state: DeviceState) -> None:
+        """Have this state on the disk.  Raises `DaemonError` naming the directory; then nothing has changed here."""
+        write = Write(self._path(state.name), msgspec.json.format(msgspec.json.encode(state)) + b"\n")
+        try:
+            await self._runner.run_beside(
+                f"writing the state of {state.name}", write, type(None), deadline_s=SAVE_DEADLINE_S
+            )
+        except DaemonError as error:
+            reason = _plain_reason(error)
+            raise DaemonError(
+                f"{_WHAT} {self.directory}: cannot write {state.name}.json: {reason}"
+            ) from error
+        self._states[state.name] = state
+        self._unreadable.pop(state.name, None)
+
+    def _load(self) -> None:
+        for left in self.directory.glob(".*.new"):
+            with suppress(OSError):
+                left.unlink()
+        for path in sorted(self.directory.glob("[!.]*.json")):
+            if not path.is_file():
+                continue
+            name = path.name.removesuffix(".json")
+            try:
+                state = msgspec.json.decode(path.read_bytes(), type=DeviceState)
+                if state.name != name:
+                    raise ValueError(f"it is the state of {state.name}")
+                self._states[name] = state
+            except (msgspec.DecodeError, ValueError, OSError) as error:
+                self._unreadable[name] = " ".join(one_line(error).split())
+                _log.error("%s: not a device's state: %s", path, error)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.json"
+
+
+def _plain_reason(error: DaemonError) -> str:
+    code = getattr(error, "errno", 0)
+    return os.strerror(code) if code else str(error)
+
+
+async def _locked(directory: Path) -> int:
+    """Hold the directory.  A daemon that is just ending may still do so: this one waits a moment for that."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + LOCK_PATIENCE_S
+    try:
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if loop.time() >= deadline_s:
+                os.close(fd)
+                raise DaemonError(
+                    f"{_WHAT} {directory}: another daemon uses it: choose another with {_OPTION}"
+                ) from None
+        await asyncio.sleep(_POLL_S)
+
+
+def _made(candidates: Sequence[Path]) -> Path:
+    *others, last = candidates
+    for directory in others:
+        try:
+            make_own_directory(directory, _WHAT, _OPTION)
+            return directory
+        except ConfigError as error:
+            # Only where nothing can have been kept: a directory that is there and refused is never passed over.
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNWRITABLE:
+                raise
+            _log.warning(
+                "%s: %s; its devices' state is in %s, which may end with the boot (%s)",
+                directory,
+                error.__cause__.strerror,
+                last,
+                _OPTION,
+            )
+    make_own_directory(last, _WHAT, _OPTION)
+    return last
+
+
+def candidates(run_dir: Path, given: Path | None) -> list[Path]:
+    """Where a daemon in this run directory may keep its state, the best first; no two daemons share a directory.
+
+    `given` is what the user chose.  A daemon with a run directory of its own, such as a test's, goes on beside that
+    directory where `/var/lib` cannot be written to.
+    """
+    if given is not None:
+        return [given]
+    run_dir = run_dir.resolve()
+    if run_dir == RUN_DIR_DEFAULT:
+        return [STATE_DIR_DEFAULT]
+    return [
+        STATE_DIR_DEFAULT / "at" / run_dir.relative_to("/"),
+        run_dir.with_name(f"{run_dir.name}.state"),
+    ]

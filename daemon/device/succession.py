@@ -1,0 +1,131 @@
+"""From one supervisor to the next: what is written down of a device, and what the heir of a record can go on with.
+
+A supervisor may be killed at any moment.  Its record says which processes served the device, the holder has the
+descriptors that led to them.  If all of that still fits together, the next supervisor goes on with the same workers,
+broker and backend, and no request notices; if not, it ends what is left and recovers the device in a new epoch.
+"""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.records import FIRST_EPOCH, Record, Served, Worker
+from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.client_area import AreaRecord
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.held_names import session_names, worker_name
+from ublkpool.daemon.processes.left_behind import identify, is_alive
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import State
+from ublkpool.ublk.abi import DeviceState
+
+
+def record_of(
+    config: DeviceConfig,
+    kernel: BlockDevice | None,
+    disk: Disk | None,
+    team: Team | None,
+    session: Session | None,
+    managed_pid: int | None,
+    *,
+    state: State,
+    going: bool,
+    broker_pid: int,
+    segments: int,
+    clients: AreaRecord | None,
+    build: str,
+    mark: int = 0,
+) -> Record:
+    """All that the next supervisor must know of a device."""
+    workers = [
+        Worker(process, each.cpu)
+        for each in (team.workers if team else ())
+        if (process := identify("worker", each.child.pid)) is not None
+    ]
+    backend = identify("backend", session.pid) if session else None
+    own = identify("backend", managed_pid) if managed_pid is not None else None
+    others = dict.fromkeys((identify("broker", broker_pid), backend, own))
+    return Record(
+        config=config,
+        device_number=kernel.number if kernel else None,
+        device_mark=kernel.mark if kernel else mark,
+        disk=disk,
+        epoch=team.epoch if team else FIRST_EPOCH,
+        processes=tuple(each.process for each in workers) + tuple(each for each in others if each),
+        going=going,
+        live=state == "live" and not going,
+        workers=tuple(workers),
+        served=(
+            Served(session.attach, session.token.hex(), session.segment, session.generation)
+            if session
+            else None
+        ),
+        managed=own,
+        segments=segments,
+        clients=clients,
+        build=build,
+    )
+
+
+def may_go_on(record: Record, held: Mapping[str, int]) -> bool:
+    """Whether the device was served when its supervisor died, and all of its workers can still be reached."""
+    names = [worker_name(record.config.name, queue) for queue in range(len(record.workers))]
+    return (
+        record.live
+        and bool(record.workers)
+        and all(is_alive(each.process) for each in record.workers)
+        and all(name in held for name in names)
+    )
+
+
+class AdoptedDevice(NamedTuple):
+    """What a device goes on with."""
+
+    kernel: BlockDevice
+    workers: Sequence[tuple[Worker, socket.socket]]
+    record: Record
+    held: Mapping[str, int]
+
+    @classmethod
+    async def of(cls, record: Record, held: Mapping[str, int], runner: ControlRunner) -> Self:
+        """Raises `DaemonError` if the kernel does not have the device, or has it in another state."""
+        assert record.device_number is not None
+        name = record.config.name
+        kernel = await BlockDevice.find(runner, name, record.device_number, record.device_mark)
+        if kernel is None or kernel.info.state != DeviceState.LIVE:
+            raise DaemonError(f"{name}: the kernel has no such device that is live")
+        if len(record.workers) != kernel.info.queues:
+            raise DaemonError(f"{name}: {len(record.workers)} workers for {kernel.info.queues} queues")
+        sockets = [_socket(held[worker_name(name, queue)]) for queue in range(kernel.info.queues)]
+        return cls(kernel, tuple(zip(record.workers, sockets, strict=True)), record, held)
+
+    def session(self) -> Session | None:
+        """The backend's session, if the workers were given one and it has its answer."""
+        connection, segment = (self.held.get(name) for name in session_names(self.record.config.name))
+        served = self.record.served
+        if served is None or connection is None or (segment is None) != (served.attach.segment_bytes == 0):
+            return None
+        token = bytes.fromhex(served.token)
+        own = None if segment is None else os.dup(segment)
+        sock = None
+        try:
+            sock = _socket(connection)
+            return Session.adopt(sock, served.attach, own, token, served.segment, served.generation)
+        except OSError:
+            # No pidfd can be had: this daemon cannot go on with it.
+            if own is not None:
+                os.close(own)
+            if sock is not None:
+                sock.close()
+            raise
+
+
+def _socket(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=os.dup(fd))
+    sock.setblocking(False)
+    return sock

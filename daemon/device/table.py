@@ -1,0 +1,287 @@
+"""The devices of one daemon by name, and whose turn it is to change which of them.
+
+Owns that a name has one owner at a time: what makes or takes over its device, what removes it, or the device itself.
+Requests for one name may come in any order and at once; each ends in a device that is served and listed, or in none.
+Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.settings.config import DeviceConfig
+
+DELETE_DEADLINE_S = 100.0
+"""Of one device at the daemon's end: a service manager kills the daemon after 120 s."""
+_log = logging.getLogger("ublkpool.supervisor")
+Show = Callable[[Device], None]
+"""This is the device of the name from now on."""
+
+
+class _Entry:
+    """A name: its device, and what changes it now."""
+
+    def __init__(self, device: Device, before: Device | None = None) -> None:
+        self.device = device
+        self.before = before
+        """The failed device that this one replaces."""
+        self.making: asyncio.Task[None] | None = None
+        self.has_begun = self.is_undoing = self.is_taken_over = False
+        self.forgets = False
+        """Whether the name may have another store when the device is gone."""
+        self.removing: asyncio.Task[None] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing makes or removes the device."""
+        return not any(task is not None and not task.done() for task in (self.making, self.removing))
+
+    def begin(self) -> None:
+        """The first step.  Raises `CancelledError` if the add has been given up."""
+        self.has_begun = True
+        if self.is_undoing:
+            raise asyncio.CancelledError
+
+    def stop_making(self) -> None:
+        """Have what makes the device give up and undo; once, for an undoing is not to be undone."""
+        if self.making is not None and not self.making.done() and not self.is_undoing:
+            self.is_undoing = True
+            # A task that is cancelled before its first step would undo nothing.
+            if self.has_begun:
+                self.making.cancel()
+
+
+class DeviceTable:
+    """The devices by name."""
+
+    def __init__(self, make: Callable[[DeviceConfig], Device], changed: Callable[[], None]) -> None:
+        """`make` makes a device that runs nothing yet; `changed` is called when a name comes, goes or changes state."""
+        self._make = make
+        self._changed = changed
+        self._entries: dict[str, _Entry] = {}
+        self._background = Background("device table")
+        self._closed = False
+
+    def devices(self) -> Sequence[Device]:
+        """All devices, those that are being made or removed included."""
+        return [entry.device for entry in self._entries.values()]
+
+    def device(self, name: str) -> Device:
+        """The device of this name.  Raises `DaemonError` if there is none."""
+        return self._entry(name).device
+
+    async def live(self, name: str) -> Device:
+        """The device of this name, when it is live.  Raises `DaemonError` with the reason if it fails first."""
+        while True:
+            device = self.device(name)
+            try:
+                await device.live()
+                return device
+            except DaemonError:
+                entry = self._entries.get(name)
+                # Only what takes over an earlier daemon's device begins again with another one.
+                if entry is None or entry.device is device or not entry.is_taken_over:
+                    raise
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def close(self) -> None:
+        """Nothing is added any more, and what is being added is undone."""
+        self._closed = True
+        for entry in self._entries.values():
+            if not entry.is_taken_over:
+                entry.stop_making()
+
+    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> Device:
+        """Make a device, with a backend of ours until it is live; one that failed is made again.
+
+        Raises `DaemonError`, and leaves the name as it was; also if it is deleted meanwhile.  A caller that is
+        cancelled has it undone.
+        """
+        entry = self._begin(cfg, progress, keeps_failed=False)
+        making = entry.making
+        assert making is not None
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            if making.cancelled():
+                raise DaemonError(f"{cfg.name}: deleted while it was being added") from None
+            entry.stop_making()
+            raise
+        return entry.device
+
+    def add_configured(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> None:
+        """The same without waiting; one that cannot start stays in the list, failed, with its reason."""
+        self._begin(cfg, progress, keeps_failed=True)
+
+    def take_over(self, left: Record, work: Callable[[Show], Awaitable[bool]]) -> "asyncio.Task[None]":
+        """Have `work` take over what an earlier daemon left of this device; it says whether there is a device then.
+
+        One that cannot be taken over stays in the list, failed, with its reason.
+        """
+        entry = self._enter(left.config, None)
+        entry.is_taken_over = True
+        entry.device.await_takeover(left)
+        entry.making = self._background.spawn(self._take_over(entry, work))
+        return entry.making
+
+    async def delete(self, name: str, force: bool, forget: bool = False) -> None:
+        """Remove the device; return when the name is free.  Raises `DaemonError` if it is in use and not forced.
+
+        With `forget` the name may have another store from now on.  What is being added is given up.  Several callers
+        may ask for the same; all wait for the one removal.
+        """
+        entry = self._entry(name)
+        entry.forgets |= forget
+        while self._entries.get(name) is entry:
+            if entry.making is not None and not entry.making.done():
+                entry.stop_making()
+                await asyncio.wait({entry.making})
+                continue
+            if entry.removing is not None and not entry.removing.done():
+                # Its own caller is told if it fails; this one tries again then, as it was asked to.
+                await asyncio.wait({entry.removing})
+                continue
+            entry.removing = self._background.spawn_awaited(self._remove(entry, force))
+            await asyncio.shield(entry.removing)
+
+    async def delete_all(self) -> bool:
+        """At the daemon's end: every device, in use or not, side by side; whether all have gone."""
+        self.close()
+        names = list(self._entries)
+        return all(await asyncio.gather(*(self._delete_at_end(name) for name in names)))
+
+    async def settled(self) -> None:
+        """Return when no device changes."""
+        while busy := [each for entry in self._entries.values() for each in _running(entry)]:
+            await asyncio.wait(busy)
+        await asyncio.gather(*(device.settled() for device in self.devices()))
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            known = ", ".join(self._entries) or "none"
+            raise DaemonError(f"no device {name!r}; there is {known}")
+        return self._entries[name]
+
+    def _begin(self, cfg: DeviceConfig, progress: Callable[[str], None], keeps_failed: bool) -> _Entry:
+        before = self._replaceable(cfg.name)
+        entry = self._enter(cfg, before)
+        entry.making = self._background.spawn_awaited(self._add(entry, cfg, progress, keeps_failed))
+        return entry
+
+    def _replaceable(self, name: str) -> Device | None:
+        """The failed device of this name, None if the name is free.  Raises `DaemonError` otherwise."""
+        if self._closed:
+            raise DaemonError("the daemon is stopping")
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        if entry.removing is not None and not entry.removing.done():
+            raise DaemonError(f"device {name} is being deleted: try again when it is gone")
+        if entry.device.state != "failed" or not entry.is_free:
+            raise DaemonError(f"device {name} exists already: choose another name, or delete it")
+        return entry.device
+
+    def _enter(self, cfg: DeviceConfig, before: Device | None) -> _Entry:
+        entry = self._entries[cfg.name] = _Entry(self._make(cfg), before)
+        entry.device.on_change(self._changed)
+        self._changed()
+        return entry
+
+    async def _add(
+        self, entry: _Entry, cfg: DeviceConfig, progress: Callable[[str], None], keeps_failed: bool
+    ) -> None:
+        try:
+            entry.begin()
+            if entry.before is not None:
+                await entry.before.settled()
+            entry.device.save()
+            if not cfg.waits_for_backend:
+                what = f"backend {cfg.backend.kind}" if cfg.backend else "its workers"
+                progress(f"{cfg.name}: starting {what}")
+                await entry.device.run()
+        except BaseException as error:
+            entry.is_undoing = True
+            await self._undo(entry, error, keeps_failed and isinstance(error, Exception))
+            if keeps_failed and isinstance(error, Exception):
+                return
+            raise
+        finally:
+            self._changed()
+
+    async def _undo(self, entry: _Entry, error: BaseException, keeps_failed: bool) -> None:
+        name, before = entry.device.config.name, entry.before
+        try:
+            keep = before is not None or keeps_failed
+            await entry.device.delete(force=True, keep=keep, forget=entry.forgets)
+        except Exception as leak:
+            # What is left of it is named in the list, and `del` tries again.
+            _log.error("%s: %s", name, without_name(name, one_line(leak)))
+            entry.device.note_failure(one_line(leak))
+            return
+        if keeps_failed:
+            _log.error("device %s of the config: %s", name, without_name(name, one_line(error)))
+            entry.device.note_failure(one_line(error))
+        elif before is not None:
+            entry.device = before
+        else:
+            self._entries.pop(name, None)
+
+    async def _take_over(self, entry: _Entry, work: Callable[[Show], Awaitable[bool]]) -> None:
+        name = entry.device.config.name
+
+        def show(device: Device) -> None:
+            device.on_change(self._changed)
+            entry.device = device
+
+        try:
+            entry.begin()
+            if not await work(show):
+                self._entries.pop(name, None)
+        except Exception as error:
+            reason = without_name(name, one_line(error))
+            _log.error("%s: left by an earlier daemon: %s", name, reason)
+            entry.device.note_failure(f"left by an earlier daemon: {reason}")
+        finally:
+            self._changed()
+
+    async def _remove(self, entry: _Entry, force: bool) -> None:
+        device = entry.device
+        try:
+            await self._delete(entry, force)
+            if self._entries.get(device.config.name) is entry:
+                del self._entries[device.config.name]
+        finally:
+            self._changed()
+
+    async def _delete(self, entry: _Entry, force: bool) -> None:
+        try:
+            await entry.device.delete(force, forget=entry.forgets)
+        except BaseException:
+            # It stays, and so does its store.
+            entry.forgets = False
+            raise
+
+    async def _delete_at_end(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        try:
+            async with asyncio.timeout(DELETE_DEADLINE_S):
+                if entry is not None and entry.is_free and (use := await entry.device.describe_use()):
+                    _log.warning("%s is in use and goes all the same: %s", name, use)
+                while name in self._entries:
+                    await self.delete(name, force=True)
+            return True
+        except TimeoutError:
+            _log.error("%s: not deleted after %.0f s: left to the next daemon", name, DELETE_DEADLINE_S)
+        except Exception as error:
+            _log.error("%s: %s", name, without_name(name, one_line(error)))
+        return False
+
+
+def _running(entry: _Entry) -> list["asyncio.Task[None]"]:
+    return [task for task in (entry.making, entry.removing) if task is not None and not task.done()]

@@ -1,0 +1,330 @@
+"""A device's workers of one epoch: forked together, told the same, ended together.
+
+Owns the window in which the supervisor holds /dev/ublkcN: it opens, maps, forks and closes without giving anybody
+else a turn, so that no stray child can hold the device.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.records import Worker
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.client_area import ClientArea
+from ublkpool.daemon.processes.open_files import reopened
+from ublkpool.daemon.processes.reserve import with_room_for_one
+from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.affinity import cpu_for
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.ublk.errors import UblkError
+from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
+from ublkpool.workers import messages
+from ublkpool.workers.process import fork_child, run_worker
+from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
+
+READY_DEADLINE_S = 120.0
+REPORT_DEADLINE_S = 10.0
+SPIN_DEFAULT_US = 20
+SPIN_CPUS_MIN = 16
+_POLL_S = 0.02
+
+
+class Plan(NamedTuple):
+    """What all workers of a device have in common."""
+
+    config: DeviceConfig
+    kernel: BlockDevice
+    arena: Arena
+    disk: Disk
+    pool_endpoint: str
+    queue_dir: Path
+    group: int | None
+    area: ClientArea | None = None
+
+    def segments(self) -> tuple[wire.Segment, ...]:
+        """What every backend is handed."""
+        pool = wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.arena.geometry.total_bytes)
+        return (pool, *(self.area.segments() if self.area else ()))
+
+    @contextmanager
+    def descriptors(self) -> Iterator[list[int]]:
+        """In the order of `segments`, to be sent to a backend.
+
+        The pool's is an open file of its own, so that it can be told whether the backend's are gone
+        (`open_files.is_open_elsewhere`).  Raises `OSError`.
+        """
+        pool = reopened(self.arena.data_fd)
+        try:
+            yield [pool, *(self.area.descriptors() if self.area else ())]
+        finally:
+            os.close(pool)
+
+
+class Team:
+    """The workers of one epoch."""
+
+    def __init__(
+        self, plan: Plan, epoch: int, on_news: Callable[[WorkerProcess, messages.FromWorker], None]
+    ) -> None:
+        self.plan = plan
+        self.epoch = epoch
+        self.workers: list[WorkerProcess] = []
+        self._on_news = on_news
+
+    def adopt(self, left: Sequence[tuple[Worker, socket.socket]]) -> None:
+        """Go on with an earlier daemon's workers and our ends of their sockets.  Raises `ProcessLookupError`."""
+        for queue, (worker, sock) in enumerate(left):
+            self.workers.append(WorkerProcess(queue, worker.cpu, worker.process.pid, sock, self._on_news))
+
+    async def report(self) -> list[messages.Standing]:
+        """Where the adopted workers stand.  Raises `DaemonError` if one has ended or does not say."""
+        try:
+            return await asyncio.wait_for(
+                asyncio.gather(*(each.report() for each in self.workers)), REPORT_DEADLINE_S
+            )
+        except TimeoutError:
+            raise DaemonError(f"a worker has not answered after {REPORT_DEADLINE_S:.0f} s") from None
+
+    def let_go(self) -> None:
+        """Forget them as they are."""
+        for worker in self.workers:
+            worker.close()
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where the backend finds each queue."""
+        return tuple(f"ipc://{self._socket(queue)}" for queue in range(self.plan.kernel.info.queues))
+
+    async def fork(self) -> None:
+        """Open the device and fork a worker per queue.  Raises `DaemonError`, `OSError`."""
+        kernel = self.plan.kernel
+        char_fd = await kernel.open_char()
+        # No await from here to the close: a child that somebody else forks now would hold the device for its life.
+        descriptors: list[object] = []
+        try:
+            for queue in range(kernel.info.queues):
+                descriptors.append(map_descriptors(char_fd, queue, kernel.info.depth))
+            for queue in range(kernel.info.queues):
+                self.workers.append(self._fork_worker(queue, char_fd, descriptors))
+        finally:
+            # Only the workers hold the device from here on, so that their end releases it.
+            for mapped in descriptors:
+                unmap_descriptors(mapped, kernel.info.depth)
+            os.close(char_fd)
+
+    async def ready(self) -> None:
+        """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first that ended."""
+        try:
+            await asyncio.wait_for(asyncio.gather(*(each.ready() for each in self.workers)), READY_DEADLINE_S)
+        except TimeoutError:
+            raise DaemonError(f"its workers were not ready after {READY_DEADLINE_S:.0f} s") from None
+
+    async def expect(self, session: Session, fence: bool) -> None:
+        """Have every worker expect this backend.  Raises `AttachRefused`, `DaemonError`."""
+        attach = session.attach
+        expect = messages.Expect(
+            session.token.hex(),
+            session.segment,
+            attach.segment_bytes,
+            attach.read_buffers == "own",
+            session.uid,
+            fence,
+        )
+        answers = await asyncio.gather(*(each.ask(expect, session.segment_fd) for each in self.workers))
+        for answer in answers:
+            if isinstance(answer, messages.Expecting) and answer.reason:
+                await self.lost()
+                raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
+
+    @property
+    def can_change_pool(self) -> bool:
+        """Whether all of its workers are of a version that can."""
+        return all(each.knows_new_pool for each in self.workers)
+
+    async def change_pool(self) -> None:
+        """Have every worker use the memory that the pool has now.  Raises `AttachRefused`, `DaemonError`."""
+        fd = self.plan.arena.data_fd
+        answers = await asyncio.gather(*(each.ask(messages.NewPool(), fd) for each in self.workers))
+        for answer in answers:
+            if isinstance(answer, messages.PoolChanged) and answer.reason:
+                raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
+
+    def attached(self, session: Session) -> wire.Attached:
+        """What a backend is told that these workers expect."""
+        plan, info = self.plan, self.plan.kernel.info
+        return wire.Attached(
+            v=wire.PROTOCOL_VERSION,
+            device=plan.config.name,
+            device_number=plan.kernel.number,
+            size_bytes=plan.disk.size_bytes,
+            logical_block_bytes=plan.disk.block_bytes,
+            queues=info.queues,
+            depth=info.depth,
+            max_io_bytes=info.max_io_bytes,
+            need_get_data=plan.config.need_get_data,
+            placement=plan.config.placement,
+            read_only=plan.disk.read_only,
+            epoch=self.epoch,
+            token=session.token.hex(),
+            endpoints=self.endpoints,
+            rings=tuple(str(self._ring_socket(queue)) for queue in range(info.queues) if plan.config.rings),
+            segments=plan.segments(),
+            own_segment=session.segment,
+            post_bytes=self._post_bytes(),
+            spin_us=spin_us(plan.config),
+            generation=session.generation,
+        )
+
+    def _post_bytes(self) -> tuple[int, ...]:
+        if self.plan.config.placement != "backend":
+            return ()
+        return tuple(each.buffer_bytes for each in self.plan.arena.geometry.classes)
+
+    def unlinked(self) -> list[int]:
+        """The queues that no backend has greeted."""
+        return [each.queue for each in self.workers if not each.is_linked]
+
+    async def linked(self) -> None:
+        """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""
+        await asyncio.gather(*(each.linked() for each in self.workers))
+
+    async def lost(self) -> None:
+        """The backend is gone: have every worker take back what it held."""
+        for worker in self.workers:
+            with suppress(DaemonError):
+                await worker.ask(messages.Lost())
+
+    def give_up(self) -> None:
+        """The device is going: fail what would wait for a backend."""
+        for worker in self.workers:
+            with suppress(DaemonError):
+                worker.tell(messages.GiveUp())
+
+    async def ended(self) -> WorkerProcess:
+        """The first worker that ends; of several that ended meanwhile, one that did not end by itself."""
+        waits = {asyncio.ensure_future(each.child.wait()): each for each in self.workers}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        # The siblings of a dead worker end as well, since the kernel leaves them nothing.
+        return waits[max(done, key=lambda wait: wait.result() != 0)]
+
+    def check_whole(self) -> None:
+        """Raise `UblkError` unless every worker lives and has all of its tags.
+
+        Asked in a control process, just before the command that lets requests come.
+        """
+        for worker in self.workers:
+            block = self.plan.arena.control.statistics_block(worker.queue)
+            if worker.child.has_ended() or read_statistics(block).counters["tags_gone"]:
+                raise UblkError(f"queue {worker.queue}: its worker or its tags have gone", errno.EOWNERDEAD)
+
+    async def drain(self, patience_s: float) -> None:
+        """Wait until the living ones hold no request, at most so long."""
+        deadline_s = asyncio.get_running_loop().time() + patience_s
+        while any(map(self._is_busy, self.workers)) and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(_POLL_S)
+
+    async def end(self, patience_s: float) -> None:
+        """Wait for workers whose device has stopped or is quiesced, kill those that stay; forget them."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(each.child.wait() for each in self.workers)), patience_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End all of them now and forget them."""
+        for worker in self.workers:
+            await worker.child.kill()
+        for worker in self.workers:
+            worker.close()
+            for path in (self._socket(worker.queue), self._ring_socket(worker.queue)):
+                path.unlink(missing_ok=True)
+
+    def _is_busy(self, worker: WorkerProcess) -> bool:
+        block = self.plan.arena.control.statistics_block(worker.queue)
+        return worker.child.exit_status is None and read_statistics(block).counters["in_flight"] > 0
+
+    def _fork_worker(self, queue: int, char_fd: int, descriptors: list[object]) -> WorkerProcess:
+        arena, kernel = self.plan.arena, self.plan.kernel
+        cpus = kernel.queue_cpus[queue]
+        cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
+        spec = self._spec(queue, cpu)
+        ours, theirs = messages.pair()
+        fork = with_room_for_one(
+            lambda: fork_child(
+                lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
+                [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
+                f"ublkpool-{kernel.number}.{queue}",
+            )
+        )
+        try:
+            pid = fork()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return WorkerProcess(queue, cpu, pid, ours, self._on_news)
+
+    def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:
+        plan, info = self.plan, self.plan.kernel.info
+        answers_itself = plan.config.answers == "worker"
+        offers_rings = plan.config.rings and not answers_itself
+        return WorkerSpec(
+            name=plan.config.name,
+            queue=QueueConfig(
+                device_number=plan.kernel.number,
+                queue=queue,
+                depth=info.depth,
+                epoch=self.epoch,
+                max_io_bytes=info.max_io_bytes,
+                answers_itself=answers_itself,
+                block_bytes=plan.disk.block_bytes,
+                need_get_data=plan.config.need_get_data,
+                place_in_backend=plan.config.placement == "backend",
+                timeout_ms=int(plan.config.io_timeout_s * 1000),
+                fail_on_timeout=plan.config.on_timeout == "fail",
+                absent_ms=_absent_ms(plan.config),
+                slice_bytes=plan.area.slice_bytes if plan.area else 0,
+                slices=plan.area.bits if plan.area else 0,
+                classes=buffer_classes(plan.arena),
+            ),
+            queue_socket=self._socket(queue),
+            ring_socket=self._ring_socket(queue) if offers_rings else None,
+            pool_endpoint=plan.pool_endpoint,
+            socket_mode=0o600 if plan.group is None else 0o660,
+            socket_group=plan.group,
+            cpu=cpu,
+            spin_us=spin_us(plan.config),
+        )
+
+    def _socket(self, queue: int) -> Path:
+        return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}"
+
+    def _ring_socket(self, queue: int) -> Path:
+        return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}.ring"
+
+
+def _absent_ms(config: DeviceConfig) -> int:
+    can_be_absent = config.answers == "backend" and config.on_absent == "fail"
+    return max(1, int(config.absent_timeout_s * 1000)) if can_be_absent else 0
+
+
+def spin_us(config: DeviceConfig) -> int:
+    """Of few CPUs none is to spare for one that looks for work."""
+    if config.spin_us is not None:
+        return config.spin_us
+    return SPIN_DEFAULT_US if len(os.sched_getaffinity(0)) >= SPIN_CPUS_MIN else 0

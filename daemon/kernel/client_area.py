@@ -1,0 +1,200 @@
+"""A device's client area: memory whose slices clients use as their I/O buffers, so that nothing is copied.
+
+Owns the slices' files: sealed memfds, one each, so that whoever has one sees no other.  They are registered with the
+driver once and for all, see `ublk/control.py`; who has which is `clients.py`'s.
+"""
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.pool.memory_room import check_room
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.processes.held_names import slice_name
+from ublkpool.daemon.processes.open_files import FileId, file_id, holders_of
+from ublkpool.daemon.settings.config import CLIENT_SLICES
+from ublkpool.ublk import queue as core
+
+_log = logging.getLogger("ublkpool.device")
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+USER_UNKNOWN = -1
+"""In the place of a user: the slice is lent to no client any more."""
+
+
+class AreaRecord(msgspec.Struct, frozen=True):
+    """What the next daemon must know to find a client area again."""
+
+    slice_bytes: int
+    files: tuple[FileId | None, ...]
+    users: tuple[int | None, ...] = ()
+    """The user whose clients had each slice, None if no client had it; empty in what an earlier version wrote."""
+
+
+class ClientArea:
+    """The slices that there are, by their numbers."""
+
+    def __init__(self, slice_bytes: int, files: Mapping[int, int]) -> None:
+        """Takes the descriptors over."""
+        self.slice_bytes = slice_bytes
+        self.files = dict(files)
+        self.users: dict[int, int] = {}
+        """The user whose clients have had a slice; `USER_UNKNOWN` if that is not sure."""
+
+    @classmethod
+    def create(cls, size_bytes: int) -> Self:
+        """New ones, zeros, all there.  Raises `DaemonError` if there is not so much memory."""
+        area = cls(size_bytes // CLIENT_SLICES, {})
+        try:
+            check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
+            for number in range(CLIENT_SLICES):
+                area.files[number] = core.sealed_memory(area.slice_bytes, "ublkpool-clients")
+        except PoolError as error:
+            raise DaemonError(str(error)) from error
+        except OSError as error:
+            area.close()
+            raise DaemonError(
+                f"no memory for client_buffers of {size_bytes} bytes ({error.strerror}): lower it, or set it to 0"
+            ) from error
+        return area
+
+    @classmethod
+    async def find(
+        cls, runner: ControlRunner, record: AreaRecord, device: str, held: Mapping[str, int]
+    ) -> Self:
+        """An earlier daemon's: from the holder, or from whoever still has it.
+
+        A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
+        had under way there fails.  One that was found at a process stays that process's: what we have of it then is
+        an open file that the kernel counts, so the kernel's count cannot tell it from a client's
+        (`open_files.is_open_elsewhere`).
+        """
+        area = cls(record.slice_bytes, {})
+        known = record.users or (USER_UNKNOWN,) * CLIENT_SLICES
+        area.users = {number: user for number, user in enumerate(known) if user is not None}
+        missing: dict[int, FileId] = {}
+        for number, wanted in enumerate(record.files):
+            fd = held.get(slice_name(device, number))
+            if fd is not None:
+                area.files[number] = os.dup(fd)
+            elif wanted is not None:
+                missing[number] = wanted
+        if missing:
+            found = await _find_elsewhere(runner, device, missing, record.slice_bytes)
+            # `segments` and `descriptors` go by number.
+            area.files = dict(sorted({**area.files, **found}.items()))
+            area.users.update(dict.fromkeys(found, USER_UNKNOWN))
+        return area
+
+    def record(self) -> AreaRecord:
+        """To find it by."""
+        numbers = range(CLIENT_SLICES)
+        return AreaRecord(
+            self.slice_bytes, tuple(map(self._id_of, numbers)), tuple(map(self.users.get, numbers))
+        )
+
+    def _id_of(self, number: int) -> FileId | None:
+        return file_id(os.fstat(self.files[number])) if number in self.files else None
+
+    @property
+    def bits(self) -> int:
+        """Which slices there are."""
+        return sum(1 << number for number in self.files)
+
+    def segments(self) -> tuple[wire.Segment, ...]:
+        """As a backend is told of them."""
+        return tuple(
+            wire.Segment(number=wire.SEGMENT_CLIENTS + number, size_bytes=self.slice_bytes)
+            for number in self.files
+        )
+
+    def descriptors(self) -> list[int]:
+        """In the order of `segments`."""
+        return list(self.files.values())
+
+    @contextmanager
+    def mapped(self) -> Iterator[Sequence[Any]]:
+        """All slices in this process's memory, and in that of a child that it forks."""
+        memory: list[Any] = []
+        try:
+            memory.extend(core.map_segment(fd, self.slice_bytes) for fd in self.files.values())
+            yield memory
+        finally:
+            for each in memory:
+                core.unmap_segment(each, self.slice_bytes)
+
+    def close(self) -> None:
+        """Let go of the slices."""
+        for fd in self.files.values():
+            os.close(fd)
+        self.files = {}
+
+
+async def _find_elsewhere(
+    runner: ControlRunner, device: str, missing: Mapping[int, FileId], size_bytes: int
+) -> dict[int, int]:
+    """The slices that other processes have open; a helper process looks, for /proc may keep it waiting."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    spared = os.getpid()
+    with ours, theirs:
+        try:
+            count = await runner.look(
+                device,
+                f"{device}: looking for its client buffers",
+                lambda: _send_open(theirs, missing, size_bytes, spared),
+                int,
+                keep_fds=[theirs.fileno()],
+            )
+        except ControlFailed as error:
+            _log.error("%s", error)
+            return {}
+        return dict(_receive_slice(ours) for _ in range(count))
+
+
+def _receive_slice(ours: socket.socket) -> tuple[int, int]:
+    packet, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    return packet[0], fds[0]
+
+
+def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes: int, spared: int) -> int:
+    """Runs in the helper process; how many slices were found, each sent with its number."""
+    found = {
+        number: fd
+        for number, wanted in missing.items()
+        if (fd := _find_open(wanted, size_bytes, spared)) is not None
+    }
+    for number, fd in found.items():
+        socket.send_fds(theirs, [bytes([number])], [fd])
+    return len(found)
+
+
+def _find_open(wanted: FileId, size_bytes: int, spared: int) -> int | None:
+    """The file among those that other processes have open; None if it is not there, or not what it was."""
+    for pid in holders_of({wanted}, [spared]):
+        with suppress(OSError):
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    if file_id(path.stat()) == wanted and (fd := _open_slice(path, size_bytes)) is not None:
+                        return fd
+    return None
+
+
+def _open_slice(path: Path, size_bytes: int) -> int | None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with suppress(OSError):
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        if sealed and os.fstat(fd).st_size == size_bytes:
+            return fd
+    os.close(fd)
+    return None

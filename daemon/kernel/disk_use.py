@@ -1,0 +1,205 @@
+"""Who uses a disk: mounts, devices made of it, swap, loop devices, processes that have it open or mapped.
+
+Owns what /sys and /proc show of that.  Every function runs in a helper process (`ControlRunner.look`), since any of
+these files may wait for a disk that answers nothing.  What is found is evidence; that nothing is found proves nothing:
+a descriptor may be in flight, in io_uring's table, or in another PID namespace.  Only the kernel knows
+(`BlockDevice.try_stop`).
+"""
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from ublkpool.daemon.kernel.control_process import LOOK_TITLE
+from ublkpool.daemon.processes.mounts import parse_mounts
+
+USERS_MAX = 20
+"""Of one kind, so that the words fit into an error, and the answer into a pipe."""
+_PROC = Path("/proc")
+_SYS_BLOCK = Path("/sys/block")
+_AT_FDCWD = -100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_BASIC = 0x7FF
+_STATX_BYTES = 256
+_STATX_MODE = struct.Struct("@28xH")
+_STATX_RDEV = struct.Struct("@128xII")
+
+
+class Users(msgspec.Struct, frozen=True):
+    """Who uses a disk, in words."""
+
+    lasting: tuple[str, ...] = ()
+    """Mounts, swap, devices made of the disk."""
+    openers: tuple[str, ...] = ()
+    """Processes that have it open: udev's and others' short looks are among them."""
+
+    @property
+    def words(self) -> str:
+        """All of them in a row, empty if there are none."""
+        return ", ".join((*self.lasting, *self.openers))
+
+
+def is_claimed(node: str) -> bool:
+    """Whether the kernel refuses an exclusive open: a mount, swap, a volume manager or RAID has the disk or a part."""
+    try:
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def find_users(disk: str) -> Users:
+    """The users of the disk with this name in /sys/block, and of its partitions."""
+    numbers = _numbers(disk)
+    lasting = [*_made_of(disk, numbers), *_swaps(numbers), *_loops(numbers), *_mounts(numbers)]
+    openers = list(_openers(numbers)) if numbers else []
+    return Users(_few(lasting), _few(openers))
+
+
+def find_mappers(disk: str) -> Users:
+    """The processes that map the disk and may have closed it; a look of its own, for /proc/PID/maps may wait longer."""
+    names = {f"/dev/{name}".encode() for name in _numbers(disk).values()}
+    return Users((), _few([f"{_process(pid)} maps it" for pid in _pids() if _maps(pid, names)]))
+
+
+def _few(users: list[str]) -> tuple[str, ...]:
+    distinct = list(dict.fromkeys(users))
+    more = len(distinct) - USERS_MAX
+    return (*distinct[:USERS_MAX], f"and {more} more") if more > 0 else tuple(distinct)
+
+
+def _numbers(disk: str) -> dict[str, str]:
+    """`major:minor` of the disk and of its partitions, with their names."""
+    found = {}
+    for directory in (_SYS_BLOCK / disk, *(_SYS_BLOCK / disk).glob(f"{disk}p*")):
+        with suppress(OSError):
+            found[(directory / "dev").read_text().strip()] = directory.name
+    return found
+
+
+def _directories(disk: str, numbers: dict[str, str]) -> Iterator[Path]:
+    for name in numbers.values():
+        yield _SYS_BLOCK / disk if name == disk else _SYS_BLOCK / disk / name
+
+
+def _made_of(disk: str, numbers: dict[str, str]) -> Iterator[str]:
+    """Device mapper, md, bcache: the block devices that have registered as holders."""
+    for directory in _directories(disk, numbers):
+        with suppress(OSError):
+            for holder in sorted((directory / "holders").iterdir()):
+                yield f"{directory.name} is a part of {_device(holder.name)}"
+
+
+def _device(name: str) -> str:
+    with suppress(OSError):
+        return f"{name} ({(_SYS_BLOCK / name / 'dm' / 'name').read_text().strip()})"
+    return name
+
+
+def _swaps(numbers: dict[str, str]) -> Iterator[str]:
+    names = {f"/dev/{name}" for name in numbers.values()}
+    with suppress(OSError):
+        for line in (_PROC / "swaps").read_text().splitlines()[1:]:
+            path = line.split()[0]
+            if path in names or _number_of(path) in numbers:
+                yield f"swap is on {path}"
+
+
+def _loops(numbers: dict[str, str]) -> Iterator[str]:
+    names = {f"/dev/{name}" for name in numbers.values()}
+    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            path = file.read_text().rstrip("\n")
+            if path in names or _number_of(path) in numbers:
+                yield f"{file.parts[-3]} is a loop device on it"
+
+
+def _mounts(numbers: dict[str, str]) -> Iterator[str]:
+    """In every mount namespace that a process is in."""
+    names = {f"/dev/{name}" for name in numbers.values()}
+    first = _namespace(1)
+    for namespace, pid in _namespaces().items():
+        with suppress(OSError):
+            for line in (_PROC / str(pid) / "mountinfo").read_text().splitlines():
+                (mount,), source = parse_mounts(line), line.partition(" - ")[2].split()[1]
+                # Some file systems have device numbers of their own: their source names the disk.
+                if mount.device in numbers or source in names:
+                    where = "" if namespace == first else f" for {_process(pid)}"
+                    yield f"mounted at {mount.path}{where}"
+
+
+def _namespaces() -> dict[str, int]:
+    """Each mount namespace, and a process in it: the lowest number, which is the first process's for its own."""
+    found: dict[str, int] = {}
+    for pid in _pids():
+        if namespace := _namespace(pid):
+            found.setdefault(namespace, pid)
+    return found
+
+
+def _namespace(pid: int) -> str:
+    with suppress(OSError):
+        return str((_PROC / str(pid) / "ns" / "mnt").readlink())
+    return ""
+
+
+def _openers(numbers: dict[str, str]) -> Iterator[str]:
+    names = {f"/dev/{name}" for name in numbers.values()}
+    for pid in _pids():
+        # The daemon's own looks open the disk for a moment.
+        if _comm(pid) != LOOK_TITLE and _has_open(pid, names, numbers):
+            yield f"{_process(pid)} has it open"
+
+
+def _has_open(pid: int, names: Collection[str], numbers: Collection[str]) -> bool:
+    with suppress(OSError):
+        for entry in (_PROC / str(pid) / "fd").iterdir():
+            with suppress(OSError):
+                target = str(entry.readlink())
+                # A node may have another name elsewhere; sockets, pipes and the like are none.
+                if target in names or (target.startswith("/") and _number_of(str(entry)) in numbers):
+                    return True
+    return False
+
+
+def _maps(pid: int, names: Collection[bytes]) -> bool:
+    with suppress(OSError):
+        for line in (_PROC / str(pid) / "maps").read_bytes().splitlines():
+            if line[line.find(b"/") :] in names and b"/" in line:
+                return True
+    return False
+
+
+def _number_of(path: str) -> str:
+    """`major:minor` of a block device node; empty for anything else.
+
+    Unlike stat(2), statx(2) with AT_STATX_DONT_SYNC asks no server of a network or user-space file system.
+    """
+    import ctypes
+
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    statx = ctypes.CDLL(None, use_errno=True).statx
+    if statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_BASIC, buffer) != 0:
+        return ""
+    (mode,), (major, minor) = _STATX_MODE.unpack_from(buffer), _STATX_RDEV.unpack_from(buffer)
+    return f"{major}:{minor}" if stat.S_ISBLK(mode) else ""
+
+
+def _pids() -> list[int]:
+    return sorted(int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
+
+
+def _comm(pid: int) -> str:
+    with suppress(OSError):
+        return (_PROC / str(pid) / "comm").read_text().strip()
+    return ""
+
+
+def _process(pid: int) -> str:
+    return f"process {pid} ({_comm(pid) or 'it has ended'})"

@@ -1,0 +1,1 @@
+"""Processes that the daemon starts and watches, and what they are asked over sockets."""

@@ -1,0 +1,1 @@
+"""What the daemon was told (configuration) and the directories that are its own."""

@@ -1,0 +1,319 @@
+"""What can be configured: the shapes, their limits, and the complaints about values that break them.
+
+Owns `DeviceConfig`, `BackendConfig` and `ServeConfig`, which the rest of the daemon works with, and the check
+that turns a table of user-written keys (from TOML or the command line) into them.  Must not know files, lines
+or options: a problem is a key path and a text.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import msgspec
+from msgspec import Meta
+
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.daemon.settings.affinity import parse_cpus
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: `("device", 0, "queues")`."""
+
+CLIENT_SLICES = 8
+"""Into how many parts a client area is cut, one a client."""
+
+KIB = 1024
+MIB = 1024 * KIB
+DEVICE_BYTES_MAX = 2**63 - 512
+RUN_DIR_DEFAULT = Path("/run/ublkpool")
+
+DeviceName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z",
+        extra={"expected": "1 to 64 letters, digits, '_', '.' or '-', not starting with '.' or '-'"},
+    ),
+]
+DeviceBytes = Annotated[int, Meta(ge=512, le=DEVICE_BYTES_MAX, multiple_of=512)]
+QueueCount = Annotated[int, Meta(ge=1, le=4096)]
+Depth = Annotated[int, Meta(ge=1, le=4096)]
+DeviceId = Annotated[int, Meta(ge=0, le=2**20 - 1)]
+IoBytes = Annotated[int, Meta(ge=4 * KIB, le=32 * MIB, multiple_of=4 * KIB)]
+ClientBytes = Annotated[int, Meta(ge=0, le=CLIENT_SLICES << 32, multiple_of=CLIENT_SLICES * 4 * KIB)]
+PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+SpinUs = Annotated[int, Meta(ge=0, le=1000)]
+Placement = Literal["pool", "backend"]
+Answers = Literal["backend", "worker"]
+Affinity = Annotated[
+    str,
+    Meta(
+        pattern=r"^(auto|off|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)\Z",
+        extra={"expected": "auto, off or CPUs as in '0-3,8'"},
+    ),
+]
+HugePages = Literal["auto", "off", "require"]
+Recovery = Literal["reissue", "abort", "fail", "none"]
+OnTimeout = Literal["wait", "fail"]
+OnStop = Literal["delete", "leave"]
+OnAbsent = Literal["wait", "fail"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "human", "logfmt", "json"]
+
+
+class Conflict(ValueError):
+    """Two settings that cannot go together; `key` is the one to complain about."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A backend that the daemon runs: a built-in kind or the absolute path of a .py file.
+
+    `cwd` is the directory in which the user wrote this: relative paths in options are meant from there.
+    """
+
+    kind: Annotated[str, Meta(min_length=1)]
+    options: dict[str, str] = {}
+    cwd: str | None = None
+
+
+class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device.  What is None is chosen by the kernel (`id`), the backend (`size_bytes`) or derived."""
+
+    name: DeviceName
+    size_bytes: DeviceBytes | None = None
+    queues: QueueCount = 1
+    depth: Depth = 128
+    id: DeviceId | None = None
+    max_io_bytes: IoBytes = 512 * KIB
+    need_get_data: bool = True
+    placement: Placement = "pool"
+    answers: Answers = "backend"
+    recovery: Recovery = "reissue"
+    read_only: bool = False
+    partitions: bool = True
+    rings: bool = True
+    spin_us: SpinUs | None = None
+    pool_bytes: PoolBytes | None = None
+    huge_pages: HugePages = "auto"
+    affinity: Affinity = "auto"
+    client_buffers_bytes: ClientBytes = 0
+    io_timeout_s: Seconds = 30.0
+    on_timeout: OnTimeout = "wait"
+    absent_timeout_s: Seconds = 60.0
+    on_absent: OnAbsent = "wait"
+    backend: BackendConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.placement == "backend" and not self.need_get_data:
+            raise Conflict(
+                "placement", "backend placement needs need_get_data: turn it on, or use placement pool"
+            )
+        if self.answers == "worker":
+            self._check_answers()
+        if self.affinity not in ("auto", "off"):
+            try:
+                parse_cpus(self.affinity)
+            except ValueError as error:
+                raise Conflict("affinity", str(error)) from error
+        if self.pool_bytes is not None and self.pool_bytes < self.max_io_bytes:
+            raise Conflict(
+                "pool", f"expected at least one request's {self.max_io_bytes} bytes, got {self.pool_bytes}"
+            )
+
+    @property
+    def waits_for_backend(self) -> bool:
+        """Whether somebody has to attach before there is a disk."""
+        return self.backend is None and self.answers == "backend"
+
+    def _check_answers(self) -> None:
+        """Without a backend nobody names a place, brings a size, or is lent a buffer before a write comes."""
+        if self.backend is not None:
+            raise Conflict("answers", "its workers answer, so nothing is left for a backend: leave one out")
+        if self.placement == "backend":
+            raise Conflict("answers", "its workers answer, so no backend places writes: use placement pool")
+        if not self.need_get_data:
+            raise Conflict("answers", "workers that answer need need_get_data: turn it on")
+        if self.size_bytes is None:
+            raise Conflict("answers", "its workers answer, so no backend has a size: give it size = N")
+        if self.client_buffers_bytes:
+            raise Conflict(
+                "answers",
+                "its workers answer, so nobody reads where clients want it: leave client_buffers out",
+            )
+
+
+class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The `[daemon]` table."""
+
+    run_dir: str | None = None
+    group: str | None = None
+    on_stop: OnStop = "delete"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    state_dir: str | None = None
+
+
+class ServeConfig(NamedTuple):
+    """All that `serve` needs."""
+
+    run_dir: Path = RUN_DIR_DEFAULT
+    group: str | None = None
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    devices: tuple[DeviceConfig, ...] = ()
+    on_stop: OnStop = "delete"
+    replace: bool = False
+    state_dir: Path | None = None
+    """None: what `state.candidates` says."""
+
+
+class Problem(NamedTuple):
+    """One mistake: the key, and what is wrong and what would be right, on one line."""
+
+    path: KeyPath
+    message: str
+
+
+USER_KEYS = {
+    "size_bytes": "size",
+    "max_io_bytes": "max_io",
+    "pool_bytes": "pool",
+    "client_buffers_bytes": "client_buffers",
+    "io_timeout_s": "io_timeout",
+    "absent_timeout_s": "absent_timeout",
+    "spin_us": "spin",
+}
+"""Users write these keys without their unit: `size = "1G"`."""
+
+
+def check_device(
+    table: Mapping[str, object], path: KeyPath, problems: list[Problem], cwd: Path
+) -> DeviceConfig | None:
+    """The device that this table of user keys describes, or None and at least one more problem."""
+    problem_count = len(problems)
+    values = check_fields(table, DeviceConfig, path, problems, apart=frozenset({"backend"}))
+    if table.get("backend") is not None:
+        values["backend"] = _check_backend(table["backend"], (*path, "backend"), problems, cwd)
+    if len(problems) > problem_count:
+        return None
+    try:
+        return DeviceConfig(**values)
+    except Conflict as conflict:
+        problems.append(Problem((*path, conflict.key), str(conflict)))
+        return None
+
+
+def check_fields(
+    table: Mapping[str, object],
+    shape: type[msgspec.Struct],
+    path: KeyPath,
+    problems: list[Problem],
+    apart: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The values of `table` that fit `shape`, by field name; keys in `apart` are known but left alone."""
+    fields = {USER_KEYS.get(field.name, field.name): field for field in msgspec.structs.fields(shape)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            problems.append(Problem((*path, key), _unknown_key(key, list(fields))))
+        elif key not in apart:
+            field = fields[key]
+            checked = _check_value(value, field.name, field.type)
+            if isinstance(checked, Problem):
+                problems.append(Problem((*path, key), checked.message))
+            else:
+                values[field.name] = checked
+    problems.extend(
+        Problem((*path, key), "is missing")
+        for key, field in fields.items()
+        if field.required and key not in table
+    )
+    return values
+
+
+def _check_value(value: object, field: str, wanted: Any) -> Any:
+    """The value as its field wants it, or a `Problem` without a path."""
+    try:
+        if field.endswith("_bytes") and isinstance(value, str):
+            value = _parse_size(value)
+        return msgspec.convert(value, wanted)
+    except msgspec.ValidationError as error:
+        return Problem((), _complaint(str(error), value, wanted))
+    except (ValueError, PoolError) as error:
+        return Problem((), str(error))
+
+
+def _parse_size(text: str) -> int:
+    from ublkpool.bufpool.sizes import parse_size
+
+    return parse_size(text)
+
+
+def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: Path) -> BackendConfig | None:
+    if not isinstance(table, Mapping):
+        problems.append(Problem(path, 'expected a table with kind = "...", ' + _got(table)))
+        return None
+    kind = table.get("kind")
+    if not isinstance(kind, str) or not kind:
+        problem = 'expected a built-in kind or FILE.py, as in kind = "file"'
+        problems.append(Problem((*path, "kind"), problem if kind is None else f"{problem}, {_got(kind)}"))
+        return None
+    options = {key: _option_text(value) for key, value in table.items() if key != "kind"}
+    problems.extend(
+        Problem((*path, key), f"expected a string, a number or a bool, {_got(table[key])}")
+        for key, text in options.items()
+        if text is None
+    )
+    texts = {key: text for key, text in options.items() if text is not None}
+    return _resolved_backend(kind, texts, path, problems, cwd)
+
+
+def _resolved_backend(
+    kind: str, options: dict[str, str], path: KeyPath, problems: list[Problem], cwd: Path
+) -> BackendConfig:
+    """A backend whose FILE.py, if it is one, has been found."""
+    if kind.endswith(".py") or "/" in kind:
+        file = Path(os.path.normpath(cwd / kind))
+        if not file.is_file():
+            problems.append(Problem((*path, "kind"), f"no such file: {file}"))
+        kind = str(file)
+    return BackendConfig(kind=kind, options=options, cwd=str(cwd))
+
+
+def _option_text(value: object) -> str | None:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    return f"unknown key{_nearest(key, known)}; known: {', '.join(known)}"
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _complaint(error: str, value: object, wanted: Any) -> str:
+    """msgspec's complaint, for somebody who does not know msgspec."""
+    choices = [str(choice) for choice in get_args(wanted) if isinstance(choice, str)]
+    if choices:
+        return f"expected {' or '.join(choices)}, {_got(value)}" + _nearest(str(value), choices)
+    if isinstance(value, str):
+        for meta in getattr(wanted, "__metadata__", ()):
+            if meta.extra is not None:
+                return f"expected {meta.extra['expected']}, {_got(value)}"
+    text = error.replace("`", "").replace(" | null", "").partition(", got ")[0]
+    return f"{text[0].lower()}{text[1:]}, {_got(value)}"
+
+
+def _got(value: object) -> str:
+    text = msgspec.json.encode(value).decode()
+    return f"got {text}" if len(text) <= 60 else f"got {text[:57]}..."

@@ -1,0 +1,245 @@
+"""The run directory of one daemon: claimed at its start, its entries made, and removed at a clean end.
+
+Owns the lock file, which the daemon holds for its life and which says whether a daemon made the directory, and the
+modes of what lies in the directory.  A directory that was found keeps its own mode; only entries of the daemon's are
+made and removed.
+"""
+
+import asyncio
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.errors import ConfigError, DaemonError
+from ublkpool.daemon.settings.own_directory import make_own_directory
+
+WAY_OUT = "choose another with --run-dir"
+REPLACE_DEADLINE_S = 90.0
+CLAIMS_MAX = 16
+_NAME_ONE = "name an empty directory, or one that does not exist yet, with --run-dir"
+_SYSTEM = frozenset(
+    [
+        *(
+            "/",
+            "/boot",
+            "/dev",
+            "/dev/shm",
+            "/etc",
+            "/home",
+            "/mnt",
+            "/opt",
+            "/proc",
+            "/root",
+            "/run",
+            "/run/lock",
+        ),
+        *("/srv", "/sys", "/tmp", "/usr", "/var", "/var/lib", "/var/run", "/var/tmp"),
+    ]
+)
+_POLL_S = 0.05
+_WHAT = "run directory"
+_LOCK = "lock"
+_MADE, _FOUND = b"made\n", b"found\n"
+_ENTRY = re.compile(
+    r"(lock|queues|devices|(admin|attach|held|pool)\.sock|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
+)
+_QUEUE_SOCKET = re.compile(r"\d+\.\d+(\.ring)?\Z")
+_UNFINISHED = re.compile(r".+\.(new|old|unreadable)\Z")
+
+
+class RunDirectory:
+    """A claimed run directory; no other daemon uses it until `remove`, or the end of this process."""
+
+    def __init__(self, path: Path, lock: int, made: bool) -> None:
+        """`claim` and `replace` make one."""
+        self.path = path
+        self._lock = lock
+        self._made = made
+
+    @property
+    def queues(self) -> Path:
+        """Where workers listen for backends."""
+        return self.path / "queues"
+
+    @property
+    def devices(self) -> Path:
+        """Where records lie."""
+        return self.path / "devices"
+
+    @classmethod
+    def claim(cls, path: Path) -> "RunDirectory":
+        """Make the directory or take a found one.  Raises `ConfigError`, or `DaemonError` if a daemon runs there."""
+        for _ in range(CLAIMS_MAX):
+            made = make_own_directory(path, _WHAT, "--run-dir")
+            try:
+                # A daemon of a version that wrote nothing into its lock file was killed here.
+                made = made or (_check_is_run_directory(path) and _is_empty_lock(path))
+                lock = _open_lock(path)
+            except FileNotFoundError:
+                # A daemon that was ending has removed the directory meanwhile.
+                continue
+            if _is_still_there(path, lock):
+                return cls(path, lock, _was_made(lock, made))
+            os.close(lock)
+        raise DaemonError(f"{path}: another daemon removes it again and again: {WAY_OUT}")
+
+    @classmethod
+    async def replace(cls, path: Path, ask_to_leave: Callable[[], None]) -> "RunDirectory":
+        """Claim it, after `ask_to_leave` if a daemon runs there.  Raises `DaemonError` if that daemon stays."""
+        with suppress(DaemonRuns):
+            return cls.claim(path)
+        ask_to_leave()
+        deadline_s = asyncio.get_running_loop().time() + REPLACE_DEADLINE_S
+        while asyncio.get_running_loop().time() < deadline_s:
+            with suppress(DaemonRuns):
+                return cls.claim(path)
+            await asyncio.sleep(_POLL_S)
+        raise DaemonError(f"{path}: the daemon that runs here has not left after {REPLACE_DEADLINE_S:.0f} s")
+
+    def prepare(self, group: int | None) -> None:
+        """Make what lies in the directory, so that members of `group` can reach the sockets that are theirs.
+
+        What an earlier daemon's workers still listen on gets its owner and mode back: systemd gives all that lies in a
+        RuntimeDirectory= to root at each start.  Raises `ConfigError` if a found directory keeps the group out.
+        """
+        try:
+            if group is not None:
+                self._admit(group)
+            _make_entry(self.queues, group)
+            _make_entry(self.devices, None)
+            for each in self.queues.iterdir():
+                _restore_socket(each, group)
+        except OSError as error:
+            where = error.filename or self.path
+            raise ConfigError([f"{_WHAT} {self.path}: {where}: {explain(error)}: {WAY_OUT}"]) from error
+
+    def _admit(self, group: int) -> None:
+        """Have the group enter.  systemd names in RUNTIME_DIRECTORY what it made for us."""
+        for_us = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
+        if self._made or str(self.path) in for_us:
+            _open_to(self.path, group)
+            return
+        about = self.path.stat()
+        by_group = about.st_gid == group and about.st_mode & stat.S_IXGRP
+        if not by_group and not about.st_mode & stat.S_IXOTH:
+            raise ConfigError(
+                [
+                    f"{_WHAT} {self.path}: group {group} of the config cannot enter it "
+                    f"(mode {stat.S_IMODE(about.st_mode):04o}, group {about.st_gid}): "
+                    f"chgrp {group} {self.path} && chmod 750 {self.path}, or {WAY_OUT}"
+                ]
+            )
+
+    def remove(self) -> None:
+        """Remove what the daemon made, while no other daemon can have begun here; then the next one may.
+
+        A record of a device that could not be removed stays, for the next daemon.
+        """
+        try:
+            (self.path / "pool.sock").unlink(missing_ok=True)
+            _remove_entries(self.queues, _QUEUE_SOCKET)
+            _remove_entries(self.devices, _UNFINISHED)
+            # The last entry: from here on another daemon claims the directory anew.
+            (self.path / _LOCK).unlink(missing_ok=True)
+            if self._made:
+                with suppress(OSError):
+                    self.path.rmdir()
+        finally:
+            os.close(self._lock)
+
+
+class DaemonRuns(DaemonError):
+    """Another daemon has the run directory."""
+
+
+def _check_is_run_directory(path: Path) -> bool:
+    """Whether a daemon was here.  Raises `ConfigError` for a directory with other things in it, as /run; `OSError`."""
+    if str(path.resolve()) in _SYSTEM:
+        raise ConfigError([f"{_WHAT} {path}: the system's own directory: {_NAME_ONE}"])
+    entries = {each.name for each in path.iterdir()}
+    # What else lies beside these three was put there while a daemon ran.
+    was_here = {_LOCK, "queues", "devices"} <= entries and (path / _LOCK).is_file()
+    foreign = sorted(each for each in entries if not _ENTRY.match(each))
+    if foreign and not was_here:
+        raise ConfigError([f"{_WHAT} {path}: not a daemon's: {foreign[0]} is in it: {_NAME_ONE}"])
+    return _LOCK in entries
+
+
+def _is_empty_lock(path: Path) -> bool:
+    about = (path / _LOCK).lstat()
+    return stat.S_ISREG(about.st_mode) and about.st_size == 0
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path / _LOCK, flags, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError([f"{_WHAT} {path}: {path / _LOCK}: {explain(error)}: {WAY_OUT}"]) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise DaemonRuns(
+            f"{path}: another daemon is running here: stop it, or choose another --run-dir"
+        ) from None
+    return fd
+
+
+def _is_still_there(path: Path, lock: int) -> bool:
+    """Whether the locked file is the one that the next daemon will try: an ending daemon removes it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock), (path / _LOCK).lstat())
+    return False
+
+
+def _was_made(lock: int, made_now: bool) -> bool:
+    """Whether a daemon made the directory: this one, or as the lock file says one that was killed."""
+    said = os.pread(lock, len(_FOUND), 0)
+    if said:
+        return said == _MADE
+    # A full file system keeps no daemon from starting; the next one finds a lock file that says nothing.
+    with suppress(OSError):
+        os.pwrite(lock, _MADE if made_now else _FOUND, 0)
+    return made_now
+
+
+def _make_entry(path: Path, group: int | None) -> None:
+    """A directory of ours in the run directory.  Raises `OSError`, also if something else has the name."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    about = path.lstat()
+    if not stat.S_ISDIR(about.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    _open_to(path, group)
+
+
+def _restore_socket(path: Path, group: int | None) -> None:
+    """What a worker gives a socket that it makes, see `Team`."""
+    # A worker that is ending removes its own.
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            os.chown(path, os.geteuid(), -1 if group is None else group)
+            path.chmod(0o600 if group is None else 0o660)
+
+
+def _open_to(path: Path, group: int | None) -> None:
+    if group is not None:
+        os.chown(path, -1, group)
+    path.chmod(0o700 if group is None else 0o750)
+
+
+def _remove_entries(directory: Path, pattern: "re.Pattern[str]") -> None:
+    with suppress(OSError):
+        for each in directory.iterdir():
+            if pattern.match(each.name):
+                each.unlink()
+        directory.rmdir()

@@ -1,0 +1,166 @@
+"""A device service of dictionaries behind the real admin server, on a real socket, in a thread of its own."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.daemon.admin.server import AdminServer
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import (
+    BackendStatus,
+    CopyStats,
+    DeviceStats,
+    DeviceStatus,
+    OpCounts,
+    PoolStats,
+    QueueStats,
+    State,
+    WorkerStatus,
+)
+
+_T = TypeVar("_T")
+_Names = list[str]
+_Bools = list[bool]
+
+
+class FakeService:
+    """Devices are live at once if they have a backend, else when `attach` is called."""
+
+    def __init__(self) -> None:
+        self.configs: dict[str, DeviceConfig] = {}
+        self.states: dict[str, State] = {}
+        self.hold_adds: asyncio.Event | None = None
+        self.hold_deletes: asyncio.Event | None = None
+        self.adds_cancelled = 0
+        self.forced: set[bool] = set()
+        self.rebound: list[str] = []
+        self.waits_cancelled = 0
+        self.stopped = False
+        self.shutdowns: _Bools = []
+
+    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+        progress(f"creating {cfg.name}")
+        if self.hold_adds is not None:
+            try:
+                await self.hold_adds.wait()
+            except asyncio.CancelledError:
+                self.adds_cancelled += 1
+                raise
+        if cfg.name in self.configs:
+            raise DaemonError(f"{cfg.name}: there is such a device already")
+        if cfg.backend is not None and "bad" in cfg.backend.options:
+            raise BackendError("memory: unknown option bad")
+        if cfg.name == "bug":
+            raise ZeroDivisionError("by\nzero")
+        self.configs[cfg.name] = cfg
+        self.states[cfg.name] = "live" if cfg.backend else "waiting"
+        return self._status(cfg.name)
+
+    async def delete(self, names: _Names | None, force: bool) -> _Names:
+        if self.hold_deletes is not None:
+            await self.hold_deletes.wait()
+        self.forced.add(force)
+        names = _Names(self.configs) if names is None else names
+        for name in names:
+            if name not in self.configs:
+                raise DaemonError(f"{name}: no such device")
+            del self.configs[name]
+        return names
+
+    async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.states[name] != "live":
+                    await asyncio.sleep(0.01)
+        except TimeoutError as error:
+            raise DaemonError(f"{name}: no backend attached within {timeout_s:g} s") from error
+        except asyncio.CancelledError:
+            self.waits_cancelled += 1
+            raise
+        return self._status(name)
+
+    async def rebind(self, name: str) -> None:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        self.rebound.append(name)
+
+    def list(self) -> Any:
+        return [self._status(name) for name in self.configs]
+
+    def stats(self, name: str | None) -> Any:
+        if name is not None and name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        return [_stats(each) for each in self.configs if name in (None, each)]
+
+    async def stop(self, leave: bool) -> None:
+        self.stopped = True
+
+    async def shut_down(self, final: bool) -> None:
+        self.shutdowns.append(final)
+
+    def _status(self, name: str) -> DeviceStatus:
+        cfg, number = self.configs[name], tuple(self.configs).index(name)
+        backend = cfg.backend
+        return DeviceStatus(
+            name=name,
+            id=number,
+            path=f"/dev/ublkb{number}",
+            state=self.states[name],
+            size_bytes=cfg.size_bytes,
+            queues=cfg.queues,
+            depth=cfg.depth,
+            need_get_data=cfg.need_get_data,
+            placement=cfg.placement,
+            recovery=cfg.recovery,
+            flags=("URING_CMD_COMP_IN_TASK",),
+            workers=tuple(WorkerStatus(queue=q, pid=100 + q, cpu=q) for q in range(cfg.queues)),
+            backend=BackendStatus(kind=backend.kind, pid=99, attached=True) if backend else BackendStatus(),
+        )
+
+
+def _stats(name: str) -> DeviceStats:
+    queue = QueueStats(
+        queue=0,
+        requests=OpCounts(read=3, write=2),
+        bytes=OpCounts(read=12288, write=8192),
+        copies=CopyStats(kernel_bytes=20480),
+        counters={"replayed": 1},
+    )
+    return DeviceStats(
+        name=name, queues=(queue,), pool=PoolStats(size_bytes=1 << 20, buffer_count=8, free_count=8)
+    )
+
+
+class FakeDaemon:
+    """The service, the server, and the loop they run on."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.service = FakeService()
+        self.server = AdminServer(self.service, run_dir)
+        self.loop = asyncio.new_event_loop()
+
+    def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run this on the daemon's loop, from a test."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=20)
+
+
+@contextmanager
+def running_daemon(run_dir: Path) -> Iterator[FakeDaemon]:
+    """A fake daemon that answers on `run_dir`."""
+    daemon = FakeDaemon(run_dir)
+    thread = threading.Thread(target=daemon.loop.run_forever)
+    thread.start()
+    try:
+        daemon.call(daemon.server.start())
+        yield daemon
+        daemon.call(daemon.server.close())
+    finally:
+        daemon.loop.call_soon_threadsafe(daemon.loop.stop)
+        thread.join()
+        daemon.loop.close()

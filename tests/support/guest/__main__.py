@@ -1,0 +1,165 @@
+"""The test guest: Debian's kernels under QEMU with this machine's root read-only, for hosts without a driver.
+
+    python -m support.guest fetch
+    python -m support.guest run --kernel 7.3 --rw DIR -- COMMAND ...
+
+The status is the command's; 124 when it took too long, 125 when the guest died or fell silent, 126 when the
+command succeeded but the kernel's log shows a fault. `run` needs root, for virtiofsd.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from support.guest.apt_archive import ArchiveError
+from support.guest.boot import Machine, say
+from support.guest.cache import KERNELS, CacheError, GuestCache
+from support.guest.kernel_selftests import fetch_selftests
+from support.guest.qemu import Spec
+
+KVM_PROBE_TIMEOUT_S = 20
+CPUS = 4
+
+
+@contextmanager
+def exiting_on_signals() -> Iterator[None]:
+    """Turn the signals that would end us at once into exits that clean up."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@cache
+def kvm_works(kernel: str) -> bool:
+    """Whether KVM was asked for and boots a guest here."""
+    if os.environ.get("UBLKPOOL_KVM") != "1":
+        return False
+    probe = Spec(kernel, ["true"], cpus=1, mem_mib=512, timeout_s=KVM_PROBE_TIMEOUT_S, kvm=True)
+    with Machine(probe, GuestCache()) as machine:
+        works = machine.wait() == 0
+    say("KVM works" if works else "KVM does not boot a guest here, going on without")
+    return works
+
+
+def exact_cpus(asked: int | None) -> int:
+    """How many CPUs an exact guest has.  Raises `CacheError` where it cannot be had as it was asked for."""
+    if os.environ.get("UBLKPOOL_KVM") == "1":
+        raise CacheError("an exact guest counts instructions, which KVM does not: unset UBLKPOOL_KVM")
+    if asked not in (None, 1):
+        raise CacheError(f"an exact guest has one CPU, not {asked}: leave --cpus out")
+    return 1
+
+
+class Guest:
+    """A kernel to run commands under, one boot a command."""
+
+    def __init__(
+        self,
+        kernel: str,
+        *,
+        cpus: int = CPUS,
+        mem_mib: int = 4096,
+        timeout_s: float = 900,
+        rw: Sequence[Path] = (),
+        modules: Sequence[str] = (),
+        allow_warnings: bool = False,
+        console_log: Path | None = None,
+        exact: bool = False,
+    ) -> None:
+        self._spec = Spec(
+            kernel,
+            (),
+            cpus,
+            mem_mib,
+            timeout_s,
+            [path.resolve() for path in rw],
+            modules,
+            allow_warnings=allow_warnings,
+            console_log=console_log,
+            exact=exact,
+        )
+
+    def run(self, command: Sequence[str], cwd: Path | None = None) -> int:
+        """Boot, run, power off. The output goes to our stdout as it comes."""
+        if os.geteuid() != 0:
+            raise CacheError("the guest shares the root through virtiofsd, which needs root: use sudo")
+        kvm = not self._spec.exact and kvm_works(self._spec.kernel)
+        spec = replace(self._spec, command=command, cwd=cwd or Path.cwd(), kvm=kvm)
+        with exiting_on_signals(), Machine(spec, GuestCache()) as machine:
+            return machine.wait()
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """The command line."""
+
+
+@main.command()
+def fetch() -> None:
+    """Bring QEMU, virtiofsd, the kernels and their selftests into the cache."""
+    guests = GuestCache()
+    with exiting_on_signals():
+        guests.fetch()
+        fetch_selftests()
+    print(f"guest: kernels {' and '.join(KERNELS)} are ready in {guests.root}")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--kernel", type=click.Choice(KERNELS), required=True)
+@click.option("--cpus", type=int, help=f"{CPUS}, of an exact guest 1")
+@click.option("--exact", is_flag=True, help="one CPU on which each instruction takes 1 ns: times repeat")
+@click.option("--mem", "mem_mib", default=4096, show_default=True, help="MiB")
+@click.option("--timeout", "timeout_s", default=900.0, show_default=True, help="seconds, the boot included")
+@click.option("--rw", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--module", "modules", multiple=True, help="loaded beside ublk_drv")
+@click.option("--allow-warnings", is_flag=True, help="the kernel's complaints do not fail the run")
+@click.option("--console-log", type=click.Path(dir_okay=False, path_type=Path), help="keep the console here")
+@click.argument("command", nargs=-1, required=True)
+def run(
+    kernel: str,
+    cpus: int | None,
+    exact: bool,
+    mem_mib: int,
+    timeout_s: float,
+    rw: tuple[Path, ...],
+    modules: tuple[str, ...],
+    allow_warnings: bool,
+    console_log: Path | None,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND as root in a fresh guest."""
+    guest = Guest(
+        kernel,
+        cpus=exact_cpus(cpus) if exact else cpus or CPUS,
+        mem_mib=mem_mib,
+        timeout_s=timeout_s,
+        rw=rw,
+        modules=modules,
+        allow_warnings=allow_warnings,
+        console_log=console_log,
+        exact=exact,
+    )
+    sys.exit(guest.run(command))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArchiveError, CacheError) as error:
+        sys.exit(f"guest: {error}")

@@ -1,0 +1,164 @@
+"""What a guest is made of: its description, QEMU's command line, its channels and its child processes.
+
+Starts and ends processes, decides nothing: guest_boot.py does.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.guest.cache import Emulator
+
+READ_BYTES = 1 << 16
+SOCKET_TIMEOUT_S = 10
+KERNEL_WORDS = (
+    "console=ttyS0 quiet panic=-1 oops=panic tsc=reliable no_timer_check root=root rootfstype=virtiofs"
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to boot and what to run in it."""
+
+    kernel: str
+    command: Sequence[str]
+    cpus: int = 4
+    mem_mib: int = 4096
+    timeout_s: float = 900
+    rw: Sequence[Path] = ()
+    modules: Sequence[str] = ()
+    cwd: Path = field(default_factory=Path.cwd)
+    allow_warnings: bool = False
+    console_log: Path | None = None
+    kvm: bool = False
+    exact: bool = False
+    """Time is instructions: each takes 1 ns, so what is measured repeats."""
+    devices: Sequence[str] = ()
+    """Options of QEMU for more hardware."""
+
+
+class Channel:
+    """Our end of a socket whose other end QEMU inherits."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.sink: Callable[[bytes], None] = lambda _: None
+
+    def send(self, text: str) -> None:
+        """Best effort: whoever is at the other end may be dead, which others notice."""
+        with contextlib.suppress(OSError):
+            self.ours.send(text.encode())
+
+    def chardev(self, name: str) -> list[str]:
+        """QEMU's option for its end."""
+        return ["-chardev", f"socket,id={name},fd={self.theirs.fileno()}"]
+
+    def pump(self) -> bool:
+        """Hand on what has come; False at the end of the stream."""
+        try:
+            data = self.ours.recv(READ_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if data:
+            self.sink(data)
+        return bool(data)
+
+
+def spawn(command: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own (Ctrl-C is ours to handle) that the kernel kills when we die."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child and what it forked."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def qemu_command(
+    spec: Spec, emulator: Emulator, image: Path, run_dir: Path, tags: list[str], channels: dict[str, Channel]
+) -> list[str]:
+    """The whole of QEMU's command line."""
+    # Without tsc=reliable a busy guest drops to a slow clock.
+    # An oops is made a panic: what runs on after one proves nothing.
+    append = f"{KERNEL_WORDS} loglevel=5 ro init={run_dir}/init -- {run_dir}"
+    command = [*machine_command(spec, emulator, channels), "-kernel", str(image), "-append", append]
+    command += ["-device", "virtio-serial-pci"]
+    for name in ("output", "control"):
+        command += ["-device", f"virtserialport,chardev={name},name={name}"]
+    for tag in tags:
+        command += share(tag, run_dir)
+    return [*command, *spec.devices]
+
+
+def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]) -> list[str]:
+    """QEMU and the machine, its serial console and monitor at the channels of these names; no kernel and no disk."""
+    command = [str(emulator.qemu), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    for directory in emulator.firmware_dirs:
+        command += ["-L", str(directory)]
+    command += ["-M", "q35", *accelerator(spec), "-smp", str(spec.cpus), "-m", str(spec.mem_mib)]
+    command += ["-object", f"memory-backend-memfd,id=mem,size={spec.mem_mib}M,share=on"]
+    command += ["-numa", "node,memdev=mem"]
+    for name, channel in channels.items():
+        command += channel.chardev(name)
+    return [*command, "-serial", "chardev:console", "-mon", "chardev=monitor,mode=readline"]
+
+
+def share(tag: str, run_dir: Path) -> list[str]:
+    """QEMU's options for the directory that the virtiofsd behind TAG.sock serves."""
+    chardev = ["-chardev", f"socket,id=fs-{tag},path={run_dir / tag}.sock"]
+    return [*chardev, "-device", f"vhost-user-fs-pci,chardev=fs-{tag},tag={tag}"]
+
+
+def start_virtiofsd(
+    emulator: Emulator, run_dir: Path, tag: str, path: Path, *, xattr: bool = False
+) -> subprocess.Popen[bytes]:
+    """Serve a directory at TAG.sock in `run_dir`, extended attributes with it if asked."""
+    command = [str(emulator.virtiofsd), f"--socket-path={run_dir / tag}.sock"]
+    if emulator.virtiofsd_is_rust:
+        command += [f"--shared-dir={path}", "--cache=always", "--sandbox=chroot", "--log-level=error"]
+        command += ["--xattr"] if xattr else []
+    else:
+        options = (f"source={path}", "cache=always", "sandbox=chroot", "log_level=err", *(["xattr"] * xattr))
+        command += [word for option in options for word in ("-o", option)]
+    return spawn(command, run_dir / f"virtiofsd-{tag}.log")
+
+
+def wait_for_sockets(run_dir: Path, tags: Sequence[str]) -> None:
+    """Return when every virtiofsd listens.  Raises `RuntimeError` with its log if one does not."""
+    deadline = time.monotonic() + SOCKET_TIMEOUT_S
+    for tag in tags:
+        while not (run_dir / f"{tag}.sock").exists():
+            if time.monotonic() > deadline:
+                log = (run_dir / f"virtiofsd-{tag}.log").read_text(errors="replace")
+                raise RuntimeError(f"virtiofsd for {tag} does not start:\n{log}")
+            time.sleep(0.02)
+
+
+def accelerator(spec: Spec) -> list[str]:
+    """TCG unless asked: /dev/kvm may exist, open, and the guest still hang."""
+    if spec.kvm:
+        return ["-accel", "kvm", "-cpu", "host"]
+    if spec.exact:
+        # Each byte of a `rep movsb` would count as an instruction, which it is on no CPU: without these two bits
+        # of its CPU the kernel copies by 8 bytes.
+        return ["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "max,-erms,-fsrm"]
+    return ["-accel", "tcg,thread=multi", "-cpu", "max"]

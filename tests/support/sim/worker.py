@@ -1,0 +1,419 @@
+"""A worker of the simulation: the real `QueueLoop`, core and links on a made-up ring, and how the supervisor sees it.
+
+Owns one process's life: `SimWorker` is the process, `SimWorkerProcess` the supervisor's side of it.
+"""
+
+import asyncio
+import os
+import random
+import signal
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import zmq
+
+from support.fakes.queue_rig import new_area
+from support.fakes.ring_peer import TO_BACKEND
+from support.sim.defects import BUFFER_FREE_EARLY, COMPLETION_LOST, PAUSES_COUNT
+from support.sim.kernel import SimKernel, Task
+from support.sim.loop import TURN_S, Clock
+from support.sim.rings import SimPort
+from support.sim.wire import Context, Killed, Life, SimBackendLink
+from ublkpool.bufpool.pool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.questions import Questions
+from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.ublk import queue as core
+from ublkpool.ublk.queue import (
+    Attention,
+    Command,
+    Link,
+    Memory,
+    Port,
+    Queue,
+    QueueConfig,
+    Ring,
+    read_statistics,
+)
+from ublkpool.workers import messages
+from ublkpool.workers.pool_link import PoolLink
+from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
+from ublkpool.workers.ring_link import RingLink
+
+_ffi = core._ffi
+_SUPERVISOR, _POOL, _RINGS = (1 << core.WATCH_SHIFT + index for index in (0, 1, 5))
+
+
+class PoolMemory:
+    """A pool's two segments, mapped for all that is no worker; a worker maps the data at an address of its own."""
+
+    def __init__(self, arena: Arena, control_bytes: int) -> None:
+        self.arena = arena
+        self._sizes = (arena.geometry.total_bytes, control_bytes)
+        self._maps = [self.map_data()]
+        self.control = core.map_segment(arena.control_fd, self._sizes[1])
+
+    def map_data(self) -> Any:
+        """The data of now, once more; stays mapped until the caller unmaps `data_bytes` of it."""
+        return core.map_segment(self.arena.data_fd, self.data_bytes)
+
+    @property
+    def data_bytes(self) -> int:
+        return self._sizes[0]
+
+    @property
+    def changes(self) -> int:
+        """How often its data was replaced."""
+        return len(self._maps) - 1
+
+    @property
+    def view(self) -> memoryview:
+        """The data of now; of what was replaced since it stays as it is."""
+        return memoryview(_ffi.buffer(self._maps[-1], self.data_bytes)).cast("B")
+
+    def changed(self, arena: Arena) -> None:
+        """The data was replaced, in this arena or another one of this pool."""
+        if arena is not self.arena:
+            os.close(self.arena.data_fd)
+            self.arena.data_fd = os.dup(arena.data_fd)
+        self._maps.append(self.map_data())
+
+    def close(self) -> None:
+        for each in self._maps:
+            core.unmap_segment(each, self.data_bytes)
+        core.unmap_segment(self.control, self._sizes[1])
+
+
+class SimRing:
+    """What `Ring.run` does in one pass, with a driver that is made up."""
+
+    def __init__(self, worker: "SimWorker") -> None:
+        self._worker = worker
+        self._untaken: list[Command] = []
+        self.port: SimPort | None = None
+        self._sleeps_until_s = 0.0
+        self._clock = _ffi.new("struct uq_clock *")
+
+    def watch(self, _index: int, _fd: int) -> None:
+        """Whoever runs the loop knows when to."""
+
+    def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
+        worker = self._worker
+        if self.port is not None:
+            self.port.close()
+        self.port = SimPort(port, bell_in, bell_out, worker.life, worker.defect) if port else None
+        worker.queue.hold_output(port is not None)
+
+    def run(self, timeout_ms: int) -> int:
+        worker, port = self._worker, self.port
+        now_ms = self._now_ms()
+        core._lib.uq_set_time(worker.queue.raw, now_ms)
+        if port is not None:
+            port.exchange(worker.queue)
+        worker.queue.tick(now_ms)
+        self._submit()
+        if port is not None and timeout_ms and not worker.task.completions and not self._bits():
+            port.grow_drowsy()
+            self._sleeps_until_s = worker.clock.now_s + timeout_ms / 1000
+        self._harvest()
+        return self._bits()
+
+    def _now_ms(self) -> int:
+        """What the core's deadlines are measured on."""
+        # A clock that reads 0 has not been read yet.
+        system_ms = 1 + int(self._worker.clock.now_s * 1000)
+        if self._worker.defect == PAUSES_COUNT:
+            return system_ms
+        return int(core._lib.uq_clock_read(self._clock, system_ms, int(1000 * TURN_S)))
+
+    def _bits(self) -> int:
+        worker = self._worker
+        asked = _SUPERVISOR if worker.inbox or worker.orphaned else 0
+        granted = _POOL if worker.context.pool.inbox else 0
+        called = _RINGS if worker.loop.hears_rings else 0
+        return worker.queue.attention_bits() | asked | granted | called
+
+    def is_awake(self) -> bool:
+        """Whether it may be turned: it does not sleep, or something that it waits for has come."""
+        worker, port = self._worker, self.port
+        if port is not None:
+            port.doze(worker.queue)
+        if port is None or not port.sleeps:
+            return True
+        is_over = worker.clock.now_s >= self._sleeps_until_s or port.is_rung()
+        if not (is_over or worker.task.completions or self._bits()):
+            return False
+        port.wake()
+        port.hear()
+        return True
+
+    def _submit(self) -> None:
+        worker = self._worker
+        if worker.defect == BUFFER_FREE_EARLY:
+            # The next turn's commands are noted as taken one turn before the driver has them.
+            commands, self._untaken = self._untaken, worker.queue.take_commands()
+            for each in commands:
+                worker.consume(each)
+            return
+        buffer = _ffi.new("struct uq_command[]", worker.queue.config.depth)
+        count = core._lib.uq_commands(worker.queue.raw, buffer, worker.queue.config.depth)
+        for c in buffer[0:count]:
+            worker.consume(Command(c.tag, c.op, c.result, c.address))
+        core._lib.uq_commands_taken(worker.queue.raw, count)
+
+    def _harvest(self) -> None:
+        worker = self._worker
+        while worker.task.completions:
+            tag, result = worker.task.completions.popleft()
+            if worker.loses_completion(result):
+                continue
+            worker.queue.complete(tag, result)
+
+
+class SimQueueLoop(QueueLoop):
+    """The real loop; its socket to the supervisor is a pair of deques, its ring is made up."""
+
+    def __init__(self, spec: WorkerSpec, worker: "SimWorker") -> None:
+        self._spec = spec
+        self._supervisor = cast(Any, worker)
+        self._worker = worker
+        self._queue = worker.queue
+        context = cast("zmq.Context[zmq.Socket[bytes]]", worker.context)
+        self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
+        self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
+        self.ring = SimRing(worker)
+        self._ring = cast(Ring, self.ring)
+        self._rings = RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None)
+        self._rings.serve_on(self.ring)
+        self._started = self._fetched = self._more = False
+        self._bits = 0
+        self._broken = ""
+
+    def _look_around(self) -> None:
+        self._queue.unmap_idle_segments()
+
+    def _change_pool(self, _fd: int | None) -> str:
+        pool = self._worker.pool
+        self._queue.change_pool(pool.arena.data_fd, pool.data_bytes)
+        return ""
+
+    @property
+    def backend_link(self) -> SimBackendLink:
+        return cast(SimBackendLink, self._backend)
+
+    @property
+    def hears_rings(self) -> bool:
+        """Whether somebody asks for rings, or who has them is gone."""
+        return bool(self._rings._epoll.poll(0))
+
+    def die(self) -> None:
+        """The process is gone, perhaps while it wrote an entry; the kernel closes its files."""
+        if self.ring.port is not None:
+            self.ring.port.memory.scribble(TO_BACKEND, self._worker.rng)
+        self._rings.close()
+
+    def _hear_supervisor(self) -> None:
+        while self._worker.inbox:
+            self._obey(self._worker.inbox.popleft(), None)
+        if self._worker.orphaned and self._supervisor is not None:
+            self._obey(None, None)
+
+    def _expect(self, message: messages.Expect, fd: int | None) -> None:
+        # As the real one, but every process has the segment mapped already.
+        base = self._worker.segment_base(message.token) if message.segment else core.NULL
+        if self._queue.link is Link.NONE and self._queue.expect(
+            message.segment, base, message.segment_bytes, message.reads_own, message.fence
+        ):
+            self._listen_to(bytes.fromhex(message.token), message.user)
+            self._tell(messages.Expecting(id=message.id))
+            return
+        self._tell(
+            messages.Expecting("the data of earlier backends has not found room in the pool yet", message.id)
+        )
+
+    def _tell(self, message: messages.FromWorker) -> None:
+        self._worker.life.effect()
+        if self._supervisor is not None:
+            self._worker.outbox.append(message)
+
+
+class SimQueue(Queue):
+    """The real core; segments stay mapped for the whole run."""
+
+    def unmap_idle_segments(self) -> int:
+        base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        count = 0
+        while core._lib.uq_segment_idle(self.raw, base, size):
+            count += 1
+        return count
+
+
+class SimWorker:
+    """One queue's process of one epoch."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        task: Task,
+        kernel: SimKernel,
+        pool: PoolMemory,
+        clock: Clock,
+        segment_base: Callable[[str], Any],
+        rng: random.Random,
+        defect: str,
+    ) -> None:
+        config = spec.queue
+        self.rng = rng
+        self.spec, self.kernel, self.clock, self.defect = spec, kernel, clock, defect
+        self.segment_base = segment_base
+        self.life = Life()
+        self.task = task
+        self.inbox: deque[messages.ToWorker] = deque()
+        self.outbox: deque[messages.FromWorker] = deque()
+        self.orphaned = False
+        self.completions_to_lose = 1 if defect == COMPLETION_LOST else 0
+        self.pool = pool
+        self._data = pool.map_data()
+        self.scratch = new_area(0, config.max_io_bytes)
+        self._classes = range(len(config.classes))
+        memory = self._memory(config)
+        self._headers = _ffi.cast("struct uq_slot *", memory.slots)
+        self.queue = SimQueue(config, memory)
+        self.context = Context(config.queue, config.epoch, self.life)
+        self.loop = SimQueueLoop(spec, self)
+
+    def _memory(self, config: QueueConfig) -> Memory:
+        pool, queues = self.pool, self.pool.arena.queues
+        return Memory(
+            descriptors=self.kernel.queues[config.queue].descriptors,
+            pool=self._data,
+            slots=core.offset(pool.control, slot_header_offset(queues, 0)),
+            scratch=self.scratch.base,
+            statistics=core.offset(pool.control, stats_offset(config.queue)),
+        )
+
+    @property
+    def pool_address(self) -> int:
+        """Where it has the pool's data."""
+        return int(_ffi.cast("uintptr_t", self._data))
+
+    def unmap(self) -> None:
+        """At the end of the run: until then the kernel may still write there."""
+        core.unmap_segment(self._data, self.pool.data_bytes)
+
+    def check(self) -> None:
+        """Nothing of ours broke, and it sleeps on nothing."""
+        assert not self.has_fault(), f"{self.task}: {self.queue.fault()}"
+        # Whoever dies before he rings is heard to have died.
+        if self.loop.ring.port is not None and not self.loop.hears_rings:
+            self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
+
+    def has_fault(self) -> bool:
+        return bool(core._lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
+
+    def held(self) -> list[int]:
+        """Every buffer that it has, in its stock or lent to a tag."""
+        return [slot for index in self._classes for slot in self.queue.stock_held(index)]
+
+    def named_owner(self, slot: int) -> tuple[int, int]:
+        """Queue and epoch that the slot's header names."""
+        header = self._headers[slot]
+        return (header.owner - 1, header.epoch)
+
+    def counter(self, name: str) -> int:
+        """One of the queue's counters, which go on over its workers' lives."""
+        return read_statistics(self.pool.arena.control.statistics_block(self.task.queue)).counters[name]
+
+    def turn(self) -> int | None:
+        """One turn of the loop, unless it sleeps; the exit status if it was the last."""
+        try:
+            if not self.loop.ring.is_awake():
+                return None
+            return self.loop.turn()
+        except Killed:
+            return 128 + signal.SIGKILL
+
+    def consume(self, command: Command) -> None:
+        self.life.effect()
+        self.kernel.consume(self.task, command)
+
+    def loses_completion(self, result: int) -> bool:
+        if result < 0 or not self.completions_to_lose:
+            return False
+        self.completions_to_lose -= 1
+        return True
+
+
+class SimChild(Child):
+    """A process that is a step of the simulation; `on_kill` ends it."""
+
+    _last_pid = 0
+
+    def __init__(self, title: str, on_kill: Callable[[], None]) -> None:
+        SimChild._last_pid += 1
+        self.pid = SimChild._last_pid
+        self.title = title
+        self._on_kill = on_kill
+        self._has_ended = False
+        self._loop = asyncio.get_running_loop()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
+
+    def has_ended(self) -> bool:
+        return self._has_ended
+
+    def send(self, number: signal.Signals) -> None:
+        if not self._exited.done():
+            self._on_kill()
+
+    def exited(self, status: int) -> None:
+        """It has ended; its parent learns of it in a later turn."""
+        self._has_ended = True
+        if not self._loop.is_closed():
+            self._loop.call_soon(self._resolve, status)
+
+    def _resolve(self, status: int) -> None:
+        if not self._exited.done():
+            self._exited.set_result(status)
+
+
+class SimWorkerProcess(WorkerProcess):
+    """The real supervisor's side, on deques."""
+
+    def __init__(
+        self,
+        worker: SimWorker,
+        on_kill: Callable[[SimWorker], None],
+        on_news: Callable[[WorkerProcess, messages.FromWorker], None],
+    ) -> None:
+        self.worker = worker
+        self.queue = worker.task.queue
+        self.cpu = None
+        self.child = SimChild(f"worker of queue {self.queue}", lambda: on_kill(worker))
+        self.fault = ""
+        self._on_news = on_news
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._linked = self._loop.create_future()
+        self._questions = Questions()
+
+    def fileno(self) -> int:
+        return -1
+
+    def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
+        if not self.worker.life.alive:
+            raise DaemonError(f"queue {self.queue}: its worker does not listen")
+        self.worker.inbox.append(message)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def hear(self) -> None:
+        """Its socket is readable."""
+        if self.worker.outbox:
+            self._loop.call_soon(self._hear)
+
+    def _hear(self) -> None:
+        while self.worker.outbox:
+            self._on_message(self.worker.outbox.popleft())

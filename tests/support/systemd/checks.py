@@ -1,0 +1,334 @@
+"""What runs in the systemd guest, once a boot: restarts, deaths, mounts, a poweroff, and a record of it all.
+
+Run by the root's own Python, with the installed ublkpool.  It judges nothing: each fact is a line of JSON in FACTS, and
+the tests on the host judge them.  A step that breaks leaves its traceback as its fact, and the next one runs.
+"""
+
+import grp
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import DeviceStatus
+
+HERE = Path("/root/check")
+FACTS = HERE / "facts"
+FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
+CGROUP = Path("/sys/fs/cgroup/system.slice/ublkpool.service")
+DEADLINE_S = 240.0
+DIRTY_BYTES = 8 << 20
+POWEROFF = "ublkpool-check: poweroff"
+SHOWN = "Id,ActiveState,SubState,Result,StatusText,NRestarts,MainPID,UnitFileState"
+FIO = (
+    *(
+        "fio",
+        "--name=check",
+        f"--directory={FSTAB_MOUNT}",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--rw=randwrite",
+    ),
+    # It writes until it is interrupted, no block twice before that, and reads back what it wrote as it goes.
+    *("--bs=4k", "--iodepth=8", "--size=32M", "--rate=200k", "--time_based", "--runtime=3600"),
+    *("--verify=crc32c", "--verify_backlog=16", "--output-format=json"),
+)
+
+client = AdminClient(Path("/run/ublkpool"))
+
+
+def say(fact: str, value: object) -> None:
+    """Write down a fact, so that it is there however this ends."""
+    with FACTS.open("a") as facts:
+        facts.write(json.dumps({"fact": fact, "value": value}) + "\n")
+        facts.flush()
+        os.fsync(facts.fileno())
+
+
+def shell(*command: str) -> dict[str, Any]:
+    """Run to the end: status and output."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return {"status": done.returncode, "said": done.stdout}
+
+
+def eventually(condition: Callable[[], bool], what: str) -> float:
+    """Wait for it; how many seconds it took.  Raises `TimeoutError`."""
+    began_s = time.monotonic()
+    while not condition():
+        if time.monotonic() - began_s > DEADLINE_S:
+            raise TimeoutError(f"{what}: not after {DEADLINE_S:g} s")
+        time.sleep(0.1)
+    return time.monotonic() - began_s
+
+
+def units(*names: str) -> dict[str, dict[str, str]]:
+    """What systemd says of these units."""
+    said = str(shell("systemctl", "show", "-p", SHOWN, *names)["said"])
+    found = [dict(line.split("=", 1) for line in each.splitlines()) for each in said.split("\n\n")]
+    return {each["Id"]: each for each in found}
+
+
+def device(name: str) -> DeviceStatus | None:
+    """What the daemon says of a device; None while it does not answer, or has none of that name."""
+    try:
+        return next((each for each in client.devices() if each.name == name), None)
+    except DaemonError:
+        return None
+
+
+def is_live(name: str, not_pid: int | None = None) -> bool:
+    """Whether it serves, with another backend than the one of this pid."""
+    found = device(name)
+    return (
+        found is not None
+        and found.state == "live"
+        and found.backend.attached
+        and found.backend.pid != not_pid
+    )
+
+
+def backend_pid(name: str) -> int:
+    """The process of its backend, 0 if there is none."""
+    found = device(name)
+    return (found.backend.pid or 0) if found else 0
+
+
+def queue_groups() -> dict[str, str]:
+    """Whose group each socket of a queue is."""
+    queues = Path("/run/ublkpool/queues")
+    return {each.name: grp.getgrgid(each.stat().st_gid).gr_name for each in sorted(queues.iterdir())}
+
+
+def at_start() -> None:
+    """What the boot brought up by itself."""
+    eventually(lambda: is_live("vol1") and is_live("vol2"), "all devices that can be live are")
+    names = [
+        "ublkpool.service",
+        "ublkpool-backend@vol0.service",
+        "ublkpool-backend@vol1.service",
+        "srv-vol0.mount",
+    ]
+    say("units", units(*names))
+    required = shell("systemctl", "show", "--value", "-p", "Requires,BindsTo,PartOf,Requisite", *names[:3])
+    say("required", str(required["said"]).split())
+    say("mounted", FSTAB_MOUNT.is_mount())
+    say("states", {each.name: each.state for each in client.devices()})
+
+
+def restarts_under_fio() -> None:
+    """The daemon is restarted while fio writes, then the backend of another user."""
+    with subprocess.Popen(FIO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fio:
+        try:
+            restart_both(fio)
+        finally:
+            fio.send_signal(signal.SIGINT)
+            said, complained = fio.communicate()
+    jobs = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["jobs"]
+    say(
+        "fio",
+        {
+            "status": fio.returncode,
+            "complaints": complained,
+            "errors": [each["error"] for each in jobs],
+            "verified": min(each["read"]["total_ios"] for each in jobs),
+        },
+    )
+
+
+def restart_both(fio: "subprocess.Popen[str]") -> None:
+    """Each restart begins while fio writes, and fio writes on after it."""
+    writes_go_on("fio has begun")
+    daemon, backend = units("ublkpool.service")["ublkpool.service"]["MainPID"], backend_pid("vol0")
+    say("daemon restart", shell("systemctl", "restart", "ublkpool"))
+    eventually(lambda: is_live("vol0"), "vol0 is live after the daemon's restart")
+    say("daemon replaced", units("ublkpool.service")["ublkpool.service"]["MainPID"] != daemon)
+    say("backend stayed", backend_pid("vol0") == backend)
+    writes_go_on("fio writes after the daemon's restart")
+    say("queue groups", queue_groups())
+    say("backend restart", shell("systemctl", "restart", "ublkpool-backend@vol0"))
+    eventually(lambda: is_live("vol0", not_pid=backend), "a successor of the backend serves vol0")
+    writes_go_on("fio writes after the backend's restart")
+    say("fio ran through", fio.poll() is None)
+
+
+def writes_go_on(what: str) -> None:
+    """Wait until vol0's disk has done more writes than can have been under way before."""
+    stat = Path("/sys/block/ublkb0/stat")
+
+    def writes() -> int:
+        return int(stat.read_text().split()[4])
+
+    enough = writes() + 16
+    eventually(lambda: writes() >= enough, what)
+
+
+def quick_restarts() -> None:
+    """More starts within 10 s than the default start limit lets pass."""
+    for _ in range(8):
+        # A daemon that is asked to end may take its time.
+        shell("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "ublkpool")
+        shell("systemctl", "restart", "--no-block", "ublkpool")
+        time.sleep(0.2)
+    eventually(lambda: is_live("vol0") and is_live("vol1"), "the devices serve after quick restarts")
+    say("after quick restarts", units("ublkpool.service")["ublkpool.service"])
+
+
+def out_of_memory() -> None:
+    """The kernel kills one process of the service's cgroup for want of memory."""
+    before = units("ublkpool.service")["ublkpool.service"]
+    limit = CGROUP / "memory.max"
+    limit.write_text(str(int((CGROUP / "memory.current").read_text()) + (32 << 20)))
+    try:
+        # 0 stands for the process that writes.
+        hog = f"echo 0 > {CGROUP}/cgroup.procs; echo 1000 > /proc/self/oom_score_adj; exec tail /dev/zero"
+        status = subprocess.run(["bash", "-c", hog], stderr=subprocess.DEVNULL).returncode
+    finally:
+        limit.write_text("max")
+    events = dict(line.split() for line in (CGROUP / "memory.events").read_text().splitlines())
+    # systemd hears of it through the same file; a question to it that comes later is answered after that.
+    time.sleep(2)
+    say(
+        "out of memory",
+        {
+            "hog": status,
+            "kills": events["oom_kill"],
+            "before": before,
+            "after": units("ublkpool.service")["ublkpool.service"],
+        },
+    )
+
+
+def deaths() -> None:
+    """What the journal shall have lines of, each with its priority."""
+    found = device("vol2")
+    assert found is not None and found.backend.pid
+    os.kill(found.workers[0].pid, signal.SIGKILL)
+    eventually(lambda: (device("vol2") or found).epoch > found.epoch and is_live("vol2"), "vol2 is recovered")
+    os.kill(found.backend.pid, signal.SIGKILL)
+    eventually(lambda: is_live("vol2", not_pid=found.backend.pid), "vol2 has another backend")
+
+
+def journal() -> None:
+    """All that the daemon and the backends have logged in this boot."""
+    said = shell(
+        "journalctl", "-b", "-o", "json", "--no-pager", "-u", "ublkpool", "-u", "ublkpool-backend@*"
+    )["said"]
+    entries = [json.loads(line) for line in str(said).splitlines() if line.startswith("{")]
+    say("journal", [(each.get("_COMM"), int(each["PRIORITY"]), each["MESSAGE"]) for each in entries])
+
+
+def verify() -> None:
+    """Whether systemd finds anything wrong with the units."""
+    shipped = [str(each) for each in sorted(Path("/etc/systemd/system").glob("ublkpool*.service"))]
+    named = [each.replace("@.service", "@vol0.service") for each in shipped]
+    say("verify", {"units": named, **shell("systemd-analyze", "verify", "--man=no", *named)})
+
+
+def write_dirty(where: Path, seed: int) -> None:
+    """A file whose content is known on both sides of the boot, left dirty in the page cache."""
+    content = random.Random(seed).randbytes(DIRTY_BYTES)
+    (where / f"dirty-{seed}").write_bytes(content)
+    dirty_kib = re.search(r"Dirty: *(\d+)", Path("/proc/meminfo").read_text())
+    say(f"dirty KiB {where}", int(dirty_kib[1]) if dirty_kib else 0)
+
+
+def is_right(where: Path, seed: int) -> bool:
+    """Whether the file is there as it was written."""
+    found = hashlib.sha256((where / f"dirty-{seed}").read_bytes()).digest()
+    return found == hashlib.sha256(random.Random(seed).randbytes(DIRTY_BYTES)).digest()
+
+
+def stop_writeback() -> None:
+    """What is dirty stays dirty until it is asked for."""
+    for name, value in {"writeback": 0, "expire": 60000}.items():
+        Path(f"/proc/sys/vm/dirty_{name}_centisecs").write_text(str(value))
+
+
+def time_a_command() -> None:
+    """How slow this guest is at what the shutdown runs: a command of ours that asks the daemon one thing."""
+    began_s = time.monotonic()
+    shell("ublkpool", "list")
+    say("seconds of a command", round(time.monotonic() - began_s, 1))
+
+
+def mount_by_hand() -> None:
+    """As an operator does, of whom no unit knows."""
+    HAND_MOUNT.mkdir(exist_ok=True)
+    say("hand mount", shell("mount", "/dev/ublkb1", str(HAND_MOUNT)))
+
+
+def leave_dirty() -> None:
+    """Both file systems are dirty when the machine goes down."""
+    mount_by_hand()
+    time_a_command()
+    stop_writeback()
+    write_dirty(FSTAB_MOUNT, 1)
+    write_dirty(HAND_MOUNT, 2)
+
+
+def after_poweroff() -> None:
+    """What the first boot left."""
+    say("fstab data", is_right(FSTAB_MOUNT, 1))
+    say("umount", shell("umount", str(FSTAB_MOUNT)))
+    say("fsck vol0", shell("e2fsck", "-fn", "/dev/ublkb0"))
+    say("fsck vol1", shell("e2fsck", "-fn", "/dev/ublkb1"))
+    mount_by_hand()
+    say("hand data", is_right(HAND_MOUNT, 2))
+
+
+def leave_without_backend() -> None:
+    """One of two dirty file systems has lost its backend when the machine goes down."""
+    say("mount again", shell("mount", str(FSTAB_MOUNT)))
+    time_a_command()
+    stop_writeback()
+    write_dirty(FSTAB_MOUNT, 3)
+    write_dirty(HAND_MOUNT, 4)
+    say("backend stop", shell("systemctl", "stop", "ublkpool-backend@vol1"))
+    eventually(lambda: not is_live("vol1"), "vol1 has lost its backend")
+
+
+STEPS: dict[str, tuple[Callable[[], None], ...]] = {
+    "first": (
+        at_start,
+        restarts_under_fio,
+        quick_restarts,
+        out_of_memory,
+        deaths,
+        journal,
+        verify,
+        leave_dirty,
+    ),
+    "second": (at_start, after_poweroff, leave_without_backend),
+}
+
+
+def main(boot: str) -> None:
+    """All steps of one boot, then the end of the machine."""
+    try:
+        for step in STEPS[boot]:
+            began_s = time.monotonic()
+            try:
+                step()
+            except Exception:
+                say(f"broke {step.__name__}", traceback.format_exc())
+            say(f"seconds {step.__name__}", round(time.monotonic() - began_s, 1))
+    finally:
+        # The unit of this script powers off when it ends.
+        Path("/dev/kmsg").write_text(f"{POWEROFF}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,175 @@
+"""The machine that the systemd tests boot: units, users, backing files, fstab, and the script that a boot runs.
+
+Owns what is in the root beside the product; `checks.py` is what happens in it.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.systemd.guest import Boot, boot
+from support.systemd.root import inside
+
+BOOT_TIMEOUT_S = 900
+REPORT_LINES = 400
+CHECK = "root/check"
+CHECKS = Path(__file__).with_name("checks.py")
+CONFIG = """\
+[daemon]
+group = "ublkpool"
+
+# Its backend is of another user, its file system is in fstab.
+[[device]]
+name = "vol0"
+id = 0
+
+# Its backend is root's, its file system is mounted by hand.
+[[device]]
+name = "vol1"
+id = 1
+
+[[device]]
+name = "vol2"
+id = 2
+
+[device.backend]
+kind = "file"
+path = "/var/lib/vol2.img"
+size = "64M"
+
+# Its backend never ends opening.
+[[device]]
+name = "stuck"
+id = 3
+size = "64M"
+
+[device.backend]
+kind = "/root/stuck.py"
+"""
+STUCK = """\
+import time
+
+
+def open() -> None:
+    time.sleep(100000)
+
+
+def get_size() -> int:
+    return 64 << 20
+
+
+def pread(buf: memoryview, offset: int) -> None:
+    raise OSError("it was never opened")
+"""
+# The patience counts from the beginning of the boot; the daemon takes minutes to start in a guest on a busy machine.
+FSTAB = "/dev/ublkb0 /srv/vol0 ext4 _netdev,x-systemd.device-timeout=600 0 0\n"
+# systemd says at each start which processes of ours it finds, and on the console what it waits for, again and again.
+_LEFT_OVER = re.compile(r"Found left-over process|This usually indicates unclean termination")
+_PROGRESS = re.compile(r"\] (?:\(\d+ of \d+\) )?Job \S+ running \(")
+CHECK_UNIT = """\
+[Unit]
+Description=The script of this boot
+After=multi-user.target
+
+[Service]
+Type=oneshot
+ExecStart=/opt/ublkpool/bin/python /root/check/checks.py {boot}
+ExecStopPost=/bin/systemctl --no-block poweroff
+TimeoutStartSec=infinity
+StandardOutput=journal+console
+StandardError=journal+console
+"""
+CHECK_TARGET = """\
+[Unit]
+Description=Everything, and then the script
+Requires=multi-user.target
+After=multi-user.target
+Wants=check.service
+AllowIsolate=yes
+"""
+
+
+def prepare(root: Path) -> None:
+    """Set the scene in a root that has the product installed.  Raises `CacheError`."""
+    write(root / "etc/ublkpool/ublkpool.toml", CONFIG)
+    write(root / "root/stuck.py", STUCK)
+    write(root / "etc/fstab", FSTAB)
+    for name in ("vol0", "vol1"):
+        write(
+            root / f"etc/ublkpool/backends/{name}.conf", f"KIND=file\nOPTIONS=path=/var/lib/{name}/disk.img\n"
+        )
+    user = "[Service]\nUser=vol0\nSupplementaryGroups=ublkpool\n"
+    write(root / "etc/systemd/system/ublkpool-backend@vol0.service.d/user.conf", user)
+    write(root / "etc/systemd/system/check.target", CHECK_TARGET)
+    inside(
+        root,
+        "useradd --system --groups ublkpool vol0",
+        "mkdir -p /srv/vol0 /var/lib/vol0 /var/lib/vol1",
+        "for each in vol0 vol1; do truncate -s 96M /var/lib/$each/disk.img; done",
+        # With lazy initialization the kernel writes to the disk on its own, and a count of writes tells nothing.
+        "for each in vol0 vol1; do mkfs.ext4 -q -E lazy_itable_init=0 /var/lib/$each/disk.img; done",
+        "chown -R vol0 /var/lib/vol0",
+        "systemctl --quiet enable ublkpool ublkpool-backend@vol0 ublkpool-backend@vol1 2>&1",
+        "ln -sf /etc/systemd/system/check.target /etc/systemd/system/default.target",
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """A file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One boot, from inside and outside."""
+
+    boot: Boot
+    facts: dict[str, Any]
+    log: str
+
+    def fact(self, name: str) -> Any:
+        """What the script wrote down.  Raises `LookupError` with all that is known if it did not."""
+        if name not in self.facts:
+            raise LookupError(f"nothing was seen of {name!r}:\n{self.report()}")
+        return self.facts[name]
+
+    def report(self) -> str:
+        """For a reader of a failed test."""
+        log = [line for line in self.log.splitlines() if not _LEFT_OVER.search(line)]
+        console = [line for line in self.boot.console.splitlines() if not _PROGRESS.search(line)]
+        facts = "\n".join(
+            f"{name}: {json.dumps(value)[:2000]}" for name, value in self.facts.items() if name != "journal"
+        )
+        shown = {"facts": [facts], "journal": log[-REPORT_LINES:], "console": console[-REPORT_LINES:]}
+        return "\n".join(line for title, lines in shown.items() for line in (f"--- {title}", *lines))
+
+
+def run_boot(root: Path, kernel: str, name: str) -> Seen:
+    """Boot it, have the script of that name run, and collect what was seen."""
+    check = root / CHECK
+    check.mkdir(exist_ok=True)
+    shutil.copy(CHECKS, check)
+    facts = check / "facts"
+    facts.unlink(missing_ok=True)
+    # Of one boot only: a journal of several has no current one when it is read from outside.
+    shutil.rmtree(root / "var/log/journal", ignore_errors=True)
+    (root / "var/log/journal").mkdir()
+    write(root / "etc/systemd/system/check.service", CHECK_UNIT.format(boot=name))
+    seen = boot(root, kernel, timeout_s=BOOT_TIMEOUT_S)
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    found = {each["fact"]: each["value"] for each in map(json.loads, lines)}
+    return Seen(seen, found, read_journal(root))
+
+
+def read_journal(root: Path) -> str:
+    """What the last boot's journal has of our units, and of all that is a warning or worse."""
+    log = root / CHECK / "log"
+    read = "journalctl --no-pager -o short-monotonic"
+    ours = "-u 'ublkpool*' -u check -u 'srv-*' -u 'mnt-*'"
+    inside(root, f"{{ {read} {ours}; {read} -p warning; }} > {shlex.quote('/' + CHECK)}/log 2>&1 || true")
+    return log.read_text(errors="replace")

@@ -1,0 +1,417 @@
+"""The real daemon for tests with a driver: started, asked through its admin socket, and searched for what it left.
+
+Every process below the daemon carries a mark in its environment, which fork and exec hand down: so a process that
+nobody waits for any more is found as well.  Conditions are awaited, with deadlines that only a hang reaches.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from support.fakes.watched_calls import MARK as MAY_WAIT
+from ublkpool.bufpool.pool.arena import Control, arena_prefix, open_control
+from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
+from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
+from ublkpool.daemon.status import DeviceStats, DeviceStatus
+
+DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "180"))
+"""A wait that takes this long is a hang, also where two guests share two CPUs."""
+MARK = "UBLKPOOL_TEST_MARK"
+_POLL_S = 0.02
+_T = TypeVar("_T")
+
+
+def eventually(check: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S) -> _T:
+    """What `check` returns, as soon as it is true.  Raises `AssertionError` naming `what` did not happen."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        if found := check():
+            return found
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
+        time.sleep(_POLL_S)
+
+
+def eventually_nothing(find: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Return as soon as `find` finds nothing.  Raises `AssertionError` naming what there still is."""
+    deadline = time.monotonic() + deadline_s
+    while found := find():
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
+        time.sleep(_POLL_S)
+
+
+def nodes() -> set[str]:
+    """Every ublk node of this machine."""
+    return {path.name for path in Path("/dev").glob("ublk[bc]*")}
+
+
+def pools() -> set[str]:
+    """Every pool of ublkpool's in shared memory, whoever made it."""
+    return {path.name for path in SHM_DIRECTORY.glob("ublkpool*")}
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The live processes that carry this mark, with their command lines."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in (directory / "environ").read_bytes().split(b"\0"):
+                words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(directory.name)] = words.decode(errors="replace").strip()
+    return found
+
+
+def total(stats: DeviceStats, counter: str) -> int:
+    """A counter, summed over the queues."""
+    return sum(queue.counters[counter] for queue in stats.queues)
+
+
+def has_rings(device: str) -> bool:
+    """Whether a device of this name has rings on this kernel, unless UBLKPOOL_RINGS (0, 1) says for all."""
+    wanted = os.environ.get("UBLKPOOL_RINGS")
+    major = int(os.uname().release.partition(".")[0])
+    return wanted == "1" if wanted else bool((zlib.crc32(device.encode()) + major) & 1)
+
+
+class BackendProcess:
+    """A `ublkpool backend` of its own, which the daemon does not know of until it attaches."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        return self.process.wait(deadline_s)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal it; its exit status, negative if the signal ended it."""
+        self.process.send_signal(number)
+        return self.wait()
+
+
+class Daemon:
+    """One `ublkpool serve` in a run directory of its own."""
+
+    def __init__(
+        self, config: str = "", name: str = "run", module: str = "support.vm.watched_daemon"
+    ) -> None:
+        self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
+        self.run_dir = self._scratch / name
+        self.state_dir = self._scratch / "state"
+        self.log = self._scratch / "daemon.log"
+        self.client = AdminClient(self.run_dir)
+        self.backends: list[BackendProcess] = []
+        self.nodes_before, self.pools_before = nodes(), pools()
+        self._config = config
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def path(self, name: str) -> Path:
+        """A place for a test's own file."""
+        return self._scratch / name
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line of ublkpool for this daemon."""
+        return [sys.executable, "-m", "ublkpool.daemon", *self.addressed(arguments)]
+
+    def addressed(self, arguments: Sequence[str]) -> list[str]:
+        """A command and its arguments, with the run directory in their midst."""
+        return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            MARK: str(self.run_dir),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "UBLKPOOL_STATE_DIR": str(self.state_dir),
+        }
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        arguments = []
+        if self._config:
+            self.path("config.toml").write_text(self._config)
+            arguments = ["-c", str(self.path("config.toml"))]
+        command = [sys.executable, "-m", self._module, *self.addressed(["serve", *arguments])]
+        self._process = self._spawn(command, self.log)
+        eventually(self._answers, "the daemon answers")
+
+    @contextmanager
+    def life(self) -> Iterator[Self]:
+        """From its start to a clean end, which leaves nothing; its log is printed for whoever fails."""
+        try:
+            self.start()
+            yield self
+            assert self.stop() == 0
+            eventually_nothing(self.remains, "nothing is left of the daemon")
+        finally:
+            print(self.said())
+            self.close()
+
+    def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.environment()
+            )
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the daemon ended:\n{self.said()}"
+        with suppress(DaemonError):
+            self.client.devices()
+            return True
+        return False
+
+    def said(self, since: int = 0) -> str:
+        """Its log, from a byte on."""
+        with suppress(FileNotFoundError):
+            return self.log.read_bytes()[since:].decode(errors="replace")
+        return ""
+
+    def add(
+        self,
+        name: str,
+        backend: str | None = None,
+        options: Mapping[str, object] | None = None,
+        **config: Any,
+    ) -> DeviceStatus:
+        """Create a device; with a backend, one that the daemon runs.  Raises `DaemonError`.
+
+        A device of one name has rings on one kernel and frames on the other, so that both serve every test.
+        """
+        config.setdefault("rings", has_rings(name))
+        texts = {key: str(value) for key, value in (options or {}).items()}
+        child = BackendConfig(kind=backend, options=texts, cwd="/") if backend else None
+        return self.client.add(DeviceConfig(name=name, backend=child, **config))
+
+    @contextmanager
+    def device(self, name: str, backend: str | None = None, **config: Any) -> Iterator[DeviceStatus]:
+        """A device for the length of a block; at its end nothing of it may be lent."""
+        yield self.add(name, backend, **config)
+        self.delete(name)
+
+    def status(self, name: str) -> DeviceStatus:
+        """What `list` says about a device."""
+        return next(each for each in self.client.devices() if each.name == name)
+
+    def stats(self, name: str) -> DeviceStats:
+        """A device's numbers."""
+        return self.client.stats(name)[0]
+
+    def wait_live(self, name: str) -> DeviceStatus:
+        """Return when the device is live."""
+        return self.client.wait_live(name, DEADLINE_S)
+
+    def delete(self, name: str) -> None:
+        """Delete a device at rest.  Raises `AssertionError` if it does not come to rest with everything returned."""
+        self.rest(name)
+        self.client.delete([name])
+
+    def rest(self, name: str) -> DeviceStats:
+        """Wait until nothing is in flight and every lease has come back; the numbers then."""
+        status = self.status(name)
+        # Its queues work while we look: what does not fit together is looked at again.
+        eventually_nothing(lambda: self._out(status), f"{name} comes to rest, with every lease back")
+        if self.stats(name).queues:
+            eventually(
+                lambda: self._books_agree(status), f"the slots of {name} have the owners that hold them"
+            )
+        return self.stats(name)
+
+    def _out(self, status: DeviceStatus) -> dict[str, int]:
+        """What a device at rest has too many of, or too few."""
+        stats = self.stats(status.name)
+        if not stats.queues:
+            return {}
+        # With need_get_data off every tag keeps the buffer that it was lent at its first fetch.
+        kept = 0 if status.need_get_data else status.queues * status.depth
+        counts = {
+            "requests in flight": total(stats, "in_flight"),
+            "buffers waited for": total(stats, "buffers_waiting"),
+            "buffers lent": total(stats, "buffers_lent") - kept,
+            "leases not returned": total(stats, "lent_total") - total(stats, "returned_total") - kept,
+        }
+        if not any(counts.values()):
+            with closing(self.control(status)) as control:
+                headers = map(control.slot_header, range(control.header.geometry.slot_count))
+                counts["slots with a tag"] = sum(1 for header in headers if header.tag) - kept
+        return {what: count for what, count in counts.items() if count}
+
+    def _books_agree(self, status: DeviceStatus) -> bool:
+        with closing(self.control(status)) as control:
+            owners = list(control.slot_owners())
+        held = [queue.buffers_held for queue in self.stats(status.name).queues]
+        return held == [
+            sum(1 for owner in owners if owner and owner.queue == queue) for queue in range(status.queues)
+        ]
+
+    def control(self, status: DeviceStatus) -> Control:
+        """The control segment of a device's pool, to look into."""
+        assert status.id is not None
+        return open_control(arena_prefix(self._instance, status.id))
+
+    @property
+    def broker_pid(self) -> int:
+        """The pool broker of the moment, 0 while there is none."""
+        marked = marked_processes(str(self.run_dir))
+        return next((pid for pid in marked if _name(pid) == "ublkpool-broker"), 0)
+
+    @property
+    def _instance(self) -> str:
+        return hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:8]
+
+    def backend(self, kind: str, device: str, **options: object) -> BackendProcess:
+        """Start a backend as a user would, in a process of its own."""
+        pairs = [f"{key}={value}" for key, value in options.items()]
+        command = self.command("backend", kind, "--device", device)
+        log = self.path(f"backend-{len(self.backends)}.log")
+        backend = BackendProcess(self._spawn([*command, "--", *pairs], log), log)
+        self.backends.append(backend)
+        return backend
+
+    @contextmanager
+    def stopped(self, pid: int) -> Iterator[None]:
+        """A process that neither runs nor ends for the length of a block."""
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def together(self, *calls: Callable[[], _T]) -> list[_T]:
+        """Do these at once: each may wait for a start of Python."""
+        with ThreadPoolExecutor(len(calls)) as threads:
+            return [each.result() for each in [threads.submit(call) for call in calls]]
+
+    def command_run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command as a user would, to its end."""
+        return subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=2 * DEADLINE_S,
+            env=self.environment(),
+            check=False,
+        )
+
+    def forbidden(self) -> list[str]:
+        """The calls of supervisor, workers and broker that may wait for ever, of a daemon that watches them."""
+        return [line for line in self.said().splitlines() if MAY_WAIT in line]
+
+    def leftovers(self) -> list[str]:
+        """What is there although no device should be, in words, and the calls that no daemon may make."""
+        found = [f"device {each.name}, {each.state}" for each in self.client.devices()]
+        found += self.forbidden()
+        found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
+        found += [f"{SHM_DIRECTORY}/{name}" for name in sorted(pools() - self.pools_before)]
+        found += [str(path) for path in sorted((self.run_dir / "queues").iterdir())]
+        found += [str(path) for path in sorted(self.run_dir.glob("*.keep"))]
+        return found + [f"process {pid}: {words}" for pid, words in self._strays().items()]
+
+    def _strays(self) -> dict[int, str]:
+        processes = marked_processes(str(self.run_dir))
+        # The daemon, and one each of the children that outlive devices.
+        processes.pop(self.pid, None)
+        for name in ("ublkpool-broker", "ublkpool-hold"):
+            if lasting := [pid for pid in processes if _name(pid) == name]:
+                del processes[lasting[0]]
+        return processes
+
+    def reap(self) -> list[int]:
+        """The exit statuses of all backends that were started here, which have ended."""
+        statuses = [backend.wait() for backend in self.backends]
+        self.backends.clear()
+        return statuses
+
+    def clean(self) -> None:
+        """After a test that failed: so that the next one does not fail for it."""
+        for backend in self.backends:
+            backend.process.kill()
+        self.reap()
+        with suppress(DaemonError):
+            self.client.delete(None, force=True)
+
+    def stop(self) -> int:
+        """End it as a service manager would; its exit status."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(DEADLINE_S)
+
+    def crash(self) -> None:
+        """Kill it; what it started stays as it is."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def replace(self, module: str) -> None:
+        """Start another that takes over from the one that runs, which ends."""
+        before = self._process
+        assert before is not None
+        self._process = self._spawn(
+            [sys.executable, "-m", module, *self.addressed(["serve", "--replace"])], self.log
+        )
+        assert before.wait(2 * DEADLINE_S) == 0, self.said()
+        eventually(self._answers, "the next daemon answers")
+
+    def wait_end(self) -> int:
+        """Its exit status, when something else ends it."""
+        assert self._process is not None
+        return self._process.wait(DEADLINE_S)
+
+    def crash_everything(self) -> None:
+        """Kill it and all that it or its backends started, but for what keeps a memory disk."""
+        self.crash()
+        for pid, words in marked_processes(str(self.run_dir)).items():
+            if "keeper.py" not in words:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def remains(self) -> list[str]:
+        """What is left after its end."""
+        found = [str(self.run_dir)] if self.run_dir.exists() else []
+        found += self.forbidden()
+        found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
+        found += [f"{SHM_DIRECTORY}/{name}" for name in sorted(pools() - self.pools_before)]
+        return found + [
+            f"process {pid}: {words}" for pid, words in marked_processes(str(self.run_dir)).items()
+        ]
+
+    def close(self) -> None:
+        """Whatever happened: no process, no directory."""
+        self.clean()
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""

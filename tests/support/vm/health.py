@@ -1,0 +1,63 @@
+"""What a test must not leave on the machine: a complaint in the kernel log, a task that no signal ends."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from support.guest.console import complaints
+from support.vm.daemon import eventually_nothing
+
+_RECORD_BYTES_MAX = 8192
+
+
+class KernelLog:
+    """The kernel log from now on; says nothing where it may not be read."""
+
+    def __init__(self) -> None:
+        self._kmsg: int | None = None
+        with suppress(OSError):
+            self._kmsg = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._kmsg, 0, os.SEEK_END)
+
+    def complaints(self) -> list[str]:
+        """The lines since the last call in which the kernel reports a fault of its own."""
+        return complaints("\n".join(self._new()))
+
+    def _new(self) -> list[str]:
+        lines: list[str] = []
+        while self._kmsg is not None:
+            try:
+                record = os.read(self._kmsg, _RECORD_BYTES_MAX)
+            except BlockingIOError:
+                break
+            except BrokenPipeError:
+                continue
+            lines.append(record.decode(errors="replace").partition(";")[2].partition("\n")[0])
+        return lines
+
+    def close(self) -> None:
+        if self._kmsg is not None:
+            os.close(self._kmsg)
+
+
+def uninterruptible() -> set[str]:
+    """Every task in D state, as `pid name`."""
+    found = set()
+    for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        with suppress(OSError):
+            name, _, rest = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
+            if rest.startswith("D"):
+                found.add(f"{task.name} {name}")
+    return found
+
+
+def expect_nobody_stuck() -> None:
+    """Return when every task that was in D state has been seen out of it.  Raises `AssertionError` naming the rest."""
+    stuck = uninterruptible()
+
+    def still_stuck() -> set[str]:
+        stuck.intersection_update(uninterruptible())
+        return stuck
+
+    if stuck:
+        eventually_nothing(still_stuck, "tasks leave D state")

@@ -1,0 +1,146 @@
+"""Killing the daemon's processes while fio writes and verifies.
+
+What is killed, and when, comes from a seed, which a failure names; UBLKPOOL_SEED plays it again.
+"""
+
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.fio import FioResult, drop_fio, finish_fio, start_fio
+from ublkpool.daemon.status import DeviceStatus
+
+LOAD_BYTES = 16 << 20
+IODEPTH = 16
+
+
+class Seeded(random.Random):
+    """Choices that can be made again, and the seed that makes them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.chosen = seed
+
+
+@contextmanager
+def seeded() -> Iterator[Seeded]:
+    """Choices that can be made again."""
+    seed = int(os.environ.get("UBLKPOOL_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+    try:
+        yield Seeded(seed)
+    except BaseException as error:
+        error.add_note(f"UBLKPOOL_SEED={seed} chooses the same again")
+        raise
+
+
+def kill(pid: int) -> bool:
+    """End a process now; whether there was one."""
+    if pid:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+class Load:
+    """fio writing to a device and verifying what it wrote, until it is told to end."""
+
+    def __init__(self, daemon: Daemon, status: DeviceStatus) -> None:
+        assert status.path is not None
+        self._daemon, self.name = daemon, status.name
+        self.result: FioResult | None = None
+        self._fio = start_fio(
+            status.path, size=LOAD_BYTES, iodepth=IODEPTH, time_based=1, runtime=3600, verify_backlog=32
+        )
+
+    def goes_on(self) -> None:
+        """Return when requests have been answered since the call.  Raises `AssertionError` if fio has ended."""
+        answered = self._answered()
+        eventually(lambda: self._answered() > answered or not self._runs(), f"I/O goes on on {self.name}")
+        assert self._runs(), finish_fio(self._fio, may_fail=True).text
+
+    def end(self) -> None:
+        """Raises `AssertionError` with what fio said if anything failed or differed."""
+        self._fio.send_signal(signal.SIGINT)
+        result = finish_fio(self._fio, may_fail=True)
+        self.result = result
+        assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
+
+    def drop(self) -> None:
+        """End it, however it fares."""
+        drop_fio(self._fio)
+
+    def _runs(self) -> bool:
+        return self._fio.poll() is None
+
+    def _answered(self) -> int:
+        return total(self._daemon.stats(self.name), "commits")
+
+
+def add_disk(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceStatus:
+    """A disk of this kind, which the daemon serves itself."""
+    name = f"{kind}-{placement}"
+    options = {"size": "32M", "placement": placement}
+    if kind == "file":
+        options |= {"path": str(daemon.path(f"{name}.img")), "segment": "16M"}
+    return daemon.add(name, kind, options, queues=queues, placement=placement)
+
+
+@contextmanager
+def loaded(daemon: Daemon, devices: Sequence[DeviceStatus]) -> Iterator[list[Load]]:
+    """These devices under load for the length of a block; no load may see an error, no device lose a buffer."""
+    loads = [Load(daemon, each) for each in devices]
+    try:
+        for load in loads:
+            load.goes_on()
+        yield loads
+        for load in loads:
+            load.goes_on()
+        for load in loads:
+            load.end()
+    finally:
+        for load in loads:
+            load.drop()
+    for each in devices:
+        assert total(daemon.rest(each.name), "errors") == 0
+        daemon.delete(each.name)
+
+
+def kill_worker(daemon: Daemon, name: str, rng: random.Random) -> DeviceStatus:
+    """End a worker of a device's; the device's status just before."""
+    status = daemon.status(name)
+    kill(rng.choice(status.workers).pid)
+    return status
+
+
+def wait_for_epoch(daemon: Daemon, name: str, epoch: int, deadline_s: float = 60.0) -> DeviceStatus:
+    """Return when the device is live in this epoch or a later one."""
+
+    def recovered() -> bool:
+        status = daemon.status(name)
+        assert status.state != "failed", status.reason
+        return status.state == "live" and status.epoch >= epoch
+
+    eventually(recovered, f"{name} is live in epoch {epoch}", deadline_s)
+    return daemon.status(name)
+
+
+def wait_for_backend(daemon: Daemon, name: str, other_than: int | None) -> None:
+    """Return when another backend serves the device."""
+
+    def attached() -> bool:
+        backend = daemon.status(name).backend
+        return backend.attached and backend.pid != other_than
+
+    eventually(attached, f"{name} has its next backend")
+
+
+def kill_broker(daemon: Daemon) -> None:
+    """End the pool broker and wait for the next."""
+    old = daemon.broker_pid
+    assert old
+    kill(old)
+    eventually(lambda: daemon.broker_pid not in (0, old), "another broker")

@@ -1,0 +1,20 @@
+"""The daemon, with its calls watched: `python -m support.vm.watched_daemon`; see `watched_calls.py`."""
+
+import os
+import sys
+
+from support.fakes.watched_calls import is_own, print_with_stack, watch
+from ublkpool.daemon.cli.commands import main
+
+
+def watch_daemon() -> None:
+    """Report calls on what is not below the daemon's own directories, or its own anyway."""
+    options = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    named = (options.get("--run-dir"), options.get("--state-dir"), os.environ.get("UBLKPOOL_STATE_DIR"))
+    own = tuple(each for each in named if each)
+    watch(lambda path: is_own(path, own), print_with_stack)
+
+
+if __name__ == "__main__":
+    watch_daemon()
+    main()
