@@ -162,8 +162,8 @@ class LeftBehind(NamedTuple):
         return self.live and bool(self.workers) and all(each.life.alive for each in self.workers)
 
 
-class SimHeir:
-    """What `succession.Heir` finds."""
+class SimAdoptedDevice:
+    """What `succession.AdoptedDevice` finds."""
 
     def __init__(self, kernel: BlockDevice, left: LeftBehind) -> None:
         self.kernel, self._left = kernel, left
@@ -171,7 +171,7 @@ class SimHeir:
         self.held: Mapping[str, int] = {}
 
     @classmethod
-    async def of(cls, left: LeftBehind, _held: object, runner: ControlRunner) -> "SimHeir":
+    async def of(cls, left: LeftBehind, _held: object, runner: ControlRunner) -> "SimAdoptedDevice":
         kernel = await SimBlockDevice.find(runner, left.config.name, left.device_number, left.device_mark)
         if kernel is None or kernel.info.state != DeviceState.LIVE:
             raise DaemonError("the kernel has no such device that is live")
@@ -455,7 +455,7 @@ def patched(scenery: Scenery) -> Iterator[None]:
     SimArena.scenery = SimTeam.scenery = SimBlockDevice.scenery = SimDevice.scenery = scenery
     replaced: list[Replaced] = [
         (device_module, "Background", SimBackground),
-        (device_module, "Heir", SimHeir),
+        (device_module, "AdoptedDevice", SimAdoptedDevice),
         (resources, "Arena", SimArena),
         (resources, "BlockDevice", SimBlockDevice),
         (resources, "Team", SimTeam),
