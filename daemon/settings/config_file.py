@@ -1,14 +1,17 @@
-"""The config file: from TOML text to `ServeConfig`, every mistake with its file, line and key.
+"""The config file: from TOML text to `ServeConfig`, each mistake reported with its file and key.
 
-Owns the file's outline (`[daemon]`, `[[device]]`) and what must be unique in it.  Relative paths in a config
-file are meant from the file's own directory.
+Owns the file's outline (`[daemon]`, `[[device]]`) and the check that names and ids are unique.  Relative paths in a
+config file start at the file's own directory.
 """
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ublkpool.bufpool.way_out import too_long_for_sockets
 from ublkpool.daemon.errors import ConfigError
@@ -16,31 +19,35 @@ from ublkpool.daemon.settings.config import (
     RUN_DIR_DEFAULT,
     DaemonTable,
     DeviceConfig,
+    DeviceName,
     KeyPath,
     Problem,
     ServeConfig,
     check_device,
     check_fields,
 )
-from ublkpool.daemon.settings.toml_lines import KeyLines
+
+
+class _Named(msgspec.Struct):
+    name: DeviceName
+
 
 _TOML_POSITION = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 
 
 def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
-    """The config in this file; `run_dir` wins over the file's.  Raises `ConfigError` with all mistakes."""
-    text = _read(file)
-    document = _parse(text, file)
-    problems: list[Problem] = []
-    daemon = _check_daemon(document.get("daemon", {}), problems)
-    devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
-    problems.extend(
+    """The config in this file; `run_dir` overrides the file's.  Raises `ConfigError` with one line per mistake."""
+    document = _parse(_read(file), file)
+    problems = [
         Problem((key,), "unknown table; known: [daemon], [[device]]")
         for key in document
         if key not in ("daemon", "device")
-    )
+    ]
+    daemon = _check_daemon(document.get("daemon", {}), problems)
+    devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
     if problems:
-        raise ConfigError(_located(problems, text, file))
+        titles = _device_titles(document.get("device"))
+        raise ConfigError([f"{file}: {_shown(path, titles)}: {message}" for path, message in problems])
     return ServeConfig(
         run_dir=(run_dir or Path(daemon.run_dir or RUN_DIR_DEFAULT)).absolute(),
         group=daemon.group,
@@ -52,16 +59,33 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
     )
 
 
-def render_path(path: KeyPath) -> str:
-    """`device[0].queues`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
+def _device_titles(tables: object) -> list[str]:
+    """How an error names each device: by its name, or by its index if the name is missing, wrong or given twice."""
+    if not isinstance(tables, list):
+        return []
+    names = [_valid_name(table) for table in tables]
+    count = Counter(names)
+    return [
+        f'device "{name}"' if name and count[name] == 1 else f"device[{index}]"
+        for index, name in enumerate(names)
+    ]
 
 
-def _located(problems: list[Problem], text: str, file: Path) -> list[str]:
-    lines = KeyLines(text)
-    placed = sorted((lines.line_of(path), render_path(path), message) for path, message in problems)
-    return [f"{file}:{line}: {key}: {message}" for line, key, message in placed]
+def _valid_name(table: object) -> str | None:
+    try:
+        return msgspec.convert(table, _Named).name
+    except msgspec.ValidationError:
+        return None
+
+
+def _shown(path: KeyPath, titles: list[str]) -> str:
+    """A key's path for the user: `device "vol0": backend.path`, `device[0].name`, `daemon.group`."""
+    match path:
+        case ("device", int(index), *keys):
+            title, rest = titles[index], ".".join(map(str, keys))
+            return f"{title}.{rest}" if title.endswith("]") else f"{title}: {rest}"
+        case _:
+            return ".".join(map(str, path))
 
 
 def _read(file: Path) -> str:
@@ -116,9 +140,9 @@ def _check_devices(tables: object, problems: list[Problem], cwd: Path) -> list[D
             Problem(("device",), "expected an array of tables: write [[device]], with two brackets")
         )
         return []
+    checked = [check_device(table, ("device", index), problems, cwd) for index, table in enumerate(tables)]
     for key in ("name", "id"):
         _check_unique(tables, key, problems)
-    checked = [check_device(table, ("device", index), problems, cwd) for index, table in enumerate(tables)]
     return [device for device in checked if device is not None]
 
 

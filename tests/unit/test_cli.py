@@ -357,8 +357,8 @@ def test_serve_reports_every_mistake_of_a_config(served: list[ServeConfig], tmp_
     result = run("serve", "-c", str(file))
     assert (result.exit_code, served) == (2, [])
     assert result.stderr.splitlines() == [
-        f"ublkpool: {file}:3: device[0].queues: expected int <= 4096, got 9999",
-        f"ublkpool: {file}:4: device[0].depth: expected int >= 1, got 0",
+        f'ublkpool: {file}: device "a": queues: expected int <= 4096, got 9999',
+        f'ublkpool: {file}: device "a": depth: expected int >= 1, got 0',
     ]
 
 

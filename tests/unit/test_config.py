@@ -1,4 +1,4 @@
-"""Every kind of mistake in a config is named with its file, line, key, value and way out."""
+"""Each mistake in a config file is one line: the file, the key's path, the value and the way out."""
 
 import grp
 import os
@@ -21,13 +21,13 @@ def write(directory: Path, text: str) -> Path:
 
 
 def complaints(directory: Path, text: str) -> list[str]:
-    """What is said about this text, without the file's name."""
+    """The error lines for this text, without the file's name."""
     file = write(directory, text)
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert caught.value.status == 2
     assert all(line.startswith(f"{file}:") for line in caught.value.lines)
-    return [line.removeprefix(f"{file}:") for line in caught.value.lines]
+    return [line.removeprefix(f"{file}:").removeprefix(" ") for line in caught.value.lines]
 
 
 def test_a_full_config_is_read(tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: 
         ),
     ],
 )
-def test_a_bad_value_is_named_with_its_line_and_key(tmp_path: Path, key: str, complaint: str) -> None:
+def test_a_bad_value_is_reported_with_its_device_and_key(tmp_path: Path, key: str, complaint: str) -> None:
     text = f'[daemon]\n\n[[device]]\nname = "a"\n[[device]]\nname = "b"\n{key}\n'
-    assert complaints(tmp_path, text) == [f"7: device[1].{complaint}"]
+    assert complaints(tmp_path, text) == [f'device "b": {complaint}']
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "a b", "é", "x" * 65, "new\nline", "end\n"])
 def test_a_bad_name_is_refused(tmp_path: Path, name: str) -> None:
     text = f"[[device]]\nname = {msgspec.json.encode(name).decode()}\n"
     [complaint] = complaints(tmp_path, text)
-    assert complaint.startswith("2: device[0].name: expected 1 to 64 letters, digits, '_', '.' or '-'")
+    assert complaint.startswith("device[0].name: expected 1 to 64 letters, digits, '_', '.' or '-'")
 
 
 @pytest.mark.parametrize("name", ["a", "0", "_", "vol-0.img_x", "x" * 64])
@@ -170,40 +170,52 @@ def test_a_good_name_is_taken(tmp_path: Path, name: str) -> None:
 
 def test_an_unknown_key_suggests_the_nearest(tmp_path: Path) -> None:
     [complaint] = complaints(tmp_path, '[[device]]\nname = "a"\nqueus = 4\n')
-    assert complaint.startswith("3: device[0].queus: unknown key, did you mean queues?; known: name, size,")
+    assert complaint.startswith('device "a": queus: unknown key, did you mean queues?; known: name, size,')
 
 
 def test_unknown_tables_are_named(tmp_path: Path) -> None:
     text = "[demon]\nlog_level = 'info'\n[daemon]\nlog_levle = 'info'\n"
     assert complaints(tmp_path, text) == [
-        "1: demon: unknown table; known: [daemon], [[device]]",
-        "4: daemon.log_levle: unknown key, did you mean log_level?; "
+        "demon: unknown table; known: [daemon], [[device]]",
+        "daemon.log_levle: unknown key, did you mean log_level?; "
         "known: run_dir, group, on_stop, log_level, log_format, state_dir",
     ]
 
 
-def test_every_mistake_is_reported_in_order(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_in_the_order_of_the_devices(tmp_path: Path) -> None:
     text = '[[device]]\nqueues = 0\ndepth = 0\n[[device]]\nname = "b"\nid = "x"\n'
-    assert [line.split(":")[:2] for line in complaints(tmp_path, text)] == [
-        ["1", " device[0].name"],
-        ["2", " device[0].queues"],
-        ["3", " device[0].depth"],
-        ["6", " device[1].id"],
+    assert complaints(tmp_path, text) == [
+        "device[0].queues: expected int >= 1, got 0",
+        "device[0].depth: expected int >= 1, got 0",
+        "device[0].name: is missing",
+        'device "b": id: expected int, got "x"',
     ]
+
+
+@pytest.mark.parametrize("name", ["5", "[1]", "{ a = 1 }"])
+def test_a_name_that_is_no_string_is_refused(tmp_path: Path, name: str) -> None:
+    [complaint] = complaints(tmp_path, f"[[device]]\nname = {name}\n")
+    assert complaint.startswith("device[0].name: expected str, got ")
+
+
+def test_a_device_whose_name_is_wrong_too_is_named_by_its_index(tmp_path: Path) -> None:
+    text = '[[device]]\nname = "a b"\nid = "x"\n'
+    name, number = complaints(tmp_path, text)
+    assert name.startswith("device[0].name: ") and number == 'device[0].id: expected int, got "x"'
 
 
 def test_duplicates_are_named(tmp_path: Path) -> None:
     text = '[[device]]\nname = "a"\nid = 1\n[[device]]\nname = "a"\nid = 1\n'
     assert complaints(tmp_path, text) == [
-        "5: device[1].name: 'a' is already taken by device[0]; choose another",
-        "6: device[1].id: 1 is already taken by device[0]; choose another",
+        "device[1].name: 'a' is already taken by device[0]; choose another",
+        "device[1].id: 1 is already taken by device[0]; choose another",
     ]
 
 
 def test_backend_placement_needs_need_get_data(tmp_path: Path) -> None:
     text = '[[device]]\nname = "a"\nneed_get_data = false\nplacement = "backend"\n'
     [complaint] = complaints(tmp_path, text)
-    assert complaint.startswith("4: device[0].placement: backend placement needs need_get_data")
+    assert complaint.startswith('device "a": placement: backend placement needs need_get_data')
 
 
 @pytest.mark.parametrize(
@@ -219,26 +231,26 @@ def test_workers_that_answer_have_no_backend_and_nothing_of_one(
     tmp_path: Path, lines: str, reason: str
 ) -> None:
     [complaint] = complaints(tmp_path, f'[[device]]\nname = "a"\nanswers = "worker"\n{lines}\n')
-    assert complaint.startswith("3: device[0].answers: ") and complaint.endswith(reason)
+    assert complaint.startswith('device "a": answers: ') and complaint.endswith(reason)
 
 
 def test_one_bracket_instead_of_two(tmp_path: Path) -> None:
     assert complaints(tmp_path, '\n[device]\nname = "a"\n') == [
-        "2: device: expected an array of tables: write [[device]], with two brackets"
+        "device: expected an array of tables: write [[device]], with two brackets"
     ]
 
 
 def test_a_daemon_that_is_no_table(tmp_path: Path) -> None:
-    assert complaints(tmp_path, "daemon = 5\n") == ["1: daemon: expected a table: write [daemon]"]
+    assert complaints(tmp_path, "daemon = 5\n") == ["daemon: expected a table: write [daemon]"]
 
 
 def test_the_daemon_table_is_checked(tmp_path: Path) -> None:
     text = '[daemon]\nrun_dir = "relative"\ngroup = "no-such-group"\nlog_format = "xml"\nstate_dir = "x"\n'
     assert complaints(tmp_path, text) == [
-        "2: daemon.run_dir: expected an absolute path, got 'relative'",
-        "3: daemon.group: no such group: no-such-group; create it with: groupadd --system no-such-group",
-        '4: daemon.log_format: expected auto or human or logfmt or json, got "xml"',
-        "5: daemon.state_dir: expected an absolute path, got 'x'",
+        'daemon.log_format: expected auto or human or logfmt or json, got "xml"',
+        "daemon.run_dir: expected an absolute path, got 'relative'",
+        "daemon.state_dir: expected an absolute path, got 'x'",
+        "daemon.group: no such group: no-such-group; create it with: groupadd --system no-such-group",
     ]
 
 
@@ -270,7 +282,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_backend_file_is_meant_from_the_configs_directory(tmp_path: Path) -> None:
     text = '[[device]]\nname = "a"\nbackend.kind = "sub/../mine.py"\n'
-    assert complaints(tmp_path, text) == [f"3: device[0].backend.kind: no such file: {tmp_path / 'mine.py'}"]
+    assert complaints(tmp_path, text) == [f'device "a": backend.kind: no such file: {tmp_path}/mine.py']
     (tmp_path / "mine.py").touch()
     [device] = load_config(write(tmp_path, text)).devices
     assert device.backend is not None
