@@ -19,16 +19,11 @@ static const struct kind {
 	const char *name;
 	uint8_t op, need_get_data, place_in_backend, reads_own, posts, alone;
 } kinds[] = {
-	{ "write-alone", WIRE_WRITE, 1, 0, 0, 0, 1 },
-	{ "read-alone", WIRE_READ, 1, 0, 0, 0, 1 },
-	{ "write-pool", WIRE_WRITE, 1, 0, 0, 0, 0 },
-	{ "write-backend", WIRE_WRITE, 1, 1, 0, 0, 0 },
-	{ "write-posted", WIRE_WRITE, 1, 1, 0, 1, 0 },
-	{ "write-lent", WIRE_WRITE, 0, 0, 0, 0, 0 },
-	{ "read-pool", WIRE_READ, 1, 0, 0, 0, 0 },
-	{ "read-own", WIRE_READ, 1, 0, 1, 0, 0 },
-	{ "flush", WIRE_FLUSH, 1, 0, 0, 0, 0 },
-	{ "discard", WIRE_DISCARD, 1, 0, 0, 0, 0 },
+	{ "write-alone", WIRE_WRITE, 1, 0, 0, 0, 1 },  { "read-alone", WIRE_READ, 1, 0, 0, 0, 1 },
+	{ "write-pool", WIRE_WRITE, 1, 0, 0, 0, 0 },   { "write-backend", WIRE_WRITE, 1, 1, 0, 0, 0 },
+	{ "write-posted", WIRE_WRITE, 1, 1, 0, 1, 0 }, { "write-lent", WIRE_WRITE, 0, 0, 0, 0, 0 },
+	{ "read-pool", WIRE_READ, 1, 0, 0, 0, 0 },     { "read-own", WIRE_READ, 1, 0, 1, 0, 0 },
+	{ "flush", WIRE_FLUSH, 1, 0, 0, 0, 0 },        { "discard", WIRE_DISCARD, 1, 0, 0, 0, 0 },
 };
 
 static struct uq_iod descriptors[DEPTH];
@@ -44,7 +39,7 @@ static struct wire_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
 /* A queue, and what leads to its backend: frames, or the two ends of rings. */
 struct link {
 	struct uq *q;
-	struct uq_port *port; /* NULL for frames */
+	struct uq_port *port;  /* NULL for frames */
 	struct sr_end in, out; /* the backend's */
 };
 
@@ -65,15 +60,20 @@ static unsigned take_commands(struct uq *q)
 static void arrive(struct uq *q, const struct kind *k, unsigned batch)
 {
 	for (unsigned tag = 0; tag < batch; tag++) {
-		descriptors[tag] = (struct uq_iod){ .op_flags = k->op, .sectors = SECTORS, .start_sector = tag * SECTORS };
+		descriptors[tag] =
+			(struct uq_iod){ .op_flags = k->op, .sectors = SECTORS, .start_sector = tag * SECTORS };
 		uq_complete(q, tag, k->op == WIRE_WRITE && k->need_get_data ? 1 : 0);
 	}
 }
 
 static struct wire_descriptor post(uint64_t buffer)
 {
-	return (struct wire_descriptor){ .kind = WIRE_POST, .device = DEVICE, .epoch = EPOCH, .segment = SEGMENT,
-				       .buffer = buffer, .length = IO_BYTES };
+	return (struct wire_descriptor){ .kind = WIRE_POST,
+					 .device = DEVICE,
+					 .epoch = EPOCH,
+					 .segment = SEGMENT,
+					 .buffer = buffer,
+					 .length = IO_BYTES };
 }
 
 static struct wire_descriptor answer(const struct kind *k, const struct wire_descriptor *d)
@@ -181,10 +181,20 @@ static void rounds(struct link *l, const struct kind *k, unsigned batch, unsigne
 static struct uq *make(const struct kind *k)
 {
 	struct uq_config config = {
-		.device = DEVICE, .epoch = EPOCH, .max_io_bytes = IO_BYTES, .block_bytes = 512, .depth = DEPTH,
-		.need_get_data = k->need_get_data, .place_in_backend = k->place_in_backend, .classes = 1,
+		.device = DEVICE,
+		.epoch = EPOCH,
+		.max_io_bytes = IO_BYTES,
+		.block_bytes = 512,
+		.depth = DEPTH,
+		.need_get_data = k->need_get_data,
+		.place_in_backend = k->place_in_backend,
+		.classes = 1,
 		.class = { { .buffer_bytes = IO_BYTES, .count = DEPTH, .reserve = 1, .batch = DEPTH, .most = DEPTH } },
-		.descriptors = descriptors, .pool = pool, .slots = slots, .scratch = scratch, .stats = &stats,
+		.descriptors = descriptors,
+		.pool = pool,
+		.slots = slots,
+		.scratch = scratch,
+		.stats = &stats,
 		.zeros = k->alone ? zeros : NULL,
 	};
 	uint32_t all[DEPTH];

@@ -40,10 +40,12 @@ static int run(struct io_uring *ring)
 	return e ? e : cqe->res;
 }
 
-int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes, uint64_t data)
+int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes,
+	       uint64_t data)
 {
-	struct control_command c = { .device = device, .queue = queue, .bytes = bytes,
-				     .buffer = (uintptr_t)buffer, .data = data };
+	struct control_command c = {
+		.device = device, .queue = queue, .bytes = bytes, .buffer = (uintptr_t)buffer, .data = data
+	};
 	struct io_uring_sqe *s;
 	struct io_uring ring;
 	int e = io_uring_queue_init(4, &ring, IORING_SETUP_SQE128);

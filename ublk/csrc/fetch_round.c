@@ -15,14 +15,14 @@ static int fetch_queue(struct io_uring *ring, int char_fd, uint16_t queue, unsig
 	int e;
 
 	for (unsigned tag = 0; tag < depth; tag++)
-		uq_prepare_io_command(io_uring_get_sqe(ring), char_fd, UQ_IO_FETCH,
-				      (struct uq_io_command){ .queue = queue, .tag = (uint16_t)tag,
-							      .address = (uintptr_t)nowhere });
+		uq_prepare_io_command(
+			io_uring_get_sqe(ring), char_fd, UQ_IO_FETCH,
+			(struct uq_io_command){ .queue = queue, .tag = (uint16_t)tag, .address = (uintptr_t)nowhere });
 	e = io_uring_submit(ring);
 	if (e != (int)depth)
 		return e < 0 ? e : -EIO;
 	io_uring_for_each_cqe(ring, head, cqe) {
-		taken += cqe->res == -EBUSY;   /* this tag was fetched */
+		taken += cqe->res == -EBUSY;    /* this tag was fetched */
 		foreign += cqe->res == -EINVAL; /* the whole queue was, by another task */
 		seen++;
 	}

@@ -58,7 +58,8 @@ static void *map_shared(void *room, int fd, uint64_t bytes)
 /* Room for `bytes` at a multiple of a huge page's size; only a mount that makes huge pages has the kernel see to it. */
 static uint8_t *aligned_room(uint64_t bytes)
 {
-	uint8_t *from = mmap(NULL, bytes + HUGE_PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint8_t *from =
+		mmap(NULL, bytes + HUGE_PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	uint64_t before = -(uintptr_t)from & (HUGE_PAGE_BYTES - 1);
 
 	if (from == MAP_FAILED)

@@ -7,9 +7,9 @@
 
 #include "queue_tag.h"
 
-#define HOLDS(condition) \
-	do { \
-		if (!(condition)) \
+#define HOLDS(condition)                                           \
+	do {                                                       \
+		if (!(condition))                                  \
 			broken(q, #condition, __func__, __LINE__); \
 	} while (0)
 

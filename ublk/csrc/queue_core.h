@@ -50,9 +50,25 @@ enum uq_state {
 };
 
 enum uq_event {
-	UQ_EV_NEEDS_BUFFER, UQ_EV_NEEDS_PLACE, UQ_EV_READY, UQ_EV_BUFFER_TO_COPY, UQ_EV_BUFFER_TO_SERVE, UQ_EV_ASK,
-	UQ_EV_PLACED, UQ_EV_FAIL_UNCOPIED, UQ_EV_COPIED, UQ_EV_RESCUE, UQ_EV_REQUEUED, UQ_EV_HAND_OVER, UQ_EV_LINK_LOST,
-	UQ_EV_FINISH, UQ_EV_TAKEN, UQ_EV_ABORTED, UQ_EV_POSTED, UQ_EV_THROW_AWAY, UQ_EV_IN_PLACE,
+	UQ_EV_NEEDS_BUFFER,
+	UQ_EV_NEEDS_PLACE,
+	UQ_EV_READY,
+	UQ_EV_BUFFER_TO_COPY,
+	UQ_EV_BUFFER_TO_SERVE,
+	UQ_EV_ASK,
+	UQ_EV_PLACED,
+	UQ_EV_FAIL_UNCOPIED,
+	UQ_EV_COPIED,
+	UQ_EV_RESCUE,
+	UQ_EV_REQUEUED,
+	UQ_EV_HAND_OVER,
+	UQ_EV_LINK_LOST,
+	UQ_EV_FINISH,
+	UQ_EV_TAKEN,
+	UQ_EV_ABORTED,
+	UQ_EV_POSTED,
+	UQ_EV_THROW_AWAY,
+	UQ_EV_IN_PLACE,
 	UQ_EVENTS,
 };
 #define UQ_ILLEGAL 0xff
@@ -61,20 +77,35 @@ enum uq_link { UQ_LINK_NONE, UQ_LINK_EXPECTED, UQ_LINK_UP, UQ_LINK_CUT, UQ_LINK_
 
 /* What uq_attention() asks of the owner, as bits. */
 enum uq_attention {
-	UQ_ATT_OUTPUT = 1,    /* descriptors wait to be sent */
-	UQ_ATT_STOCK = 2,     /* buffers should be leased or returned */
-	UQ_ATT_CUT = 4,       /* the backend broke the protocol: see uq_violation() */
-	UQ_ATT_GONE = 8,      /* every tag is gone: the device stopped */
-	UQ_ATT_FAULT = 16,    /* our own error: see uq_fault() */
-	UQ_ATT_SILENT = 32,   /* a request is past its deadline */
-	UQ_ATT_LINK = 64,     /* the link came up */
-	UQ_ATT_ABSENT = 128,  /* no backend for absent_ms: requests fail until the next is expected */
+	UQ_ATT_OUTPUT = 1,   /* descriptors wait to be sent */
+	UQ_ATT_STOCK = 2,    /* buffers should be leased or returned */
+	UQ_ATT_CUT = 4,      /* the backend broke the protocol: see uq_violation() */
+	UQ_ATT_GONE = 8,     /* every tag is gone: the device stopped */
+	UQ_ATT_FAULT = 16,   /* our own error: see uq_fault() */
+	UQ_ATT_SILENT = 32,  /* a request is past its deadline */
+	UQ_ATT_LINK = 64,    /* the link came up */
+	UQ_ATT_ABSENT = 128, /* no backend for absent_ms: requests fail until the next is expected */
 };
 
 enum uq_violation {
-	UQ_V_NONE, UQ_V_FRAME, UQ_V_KIND, UQ_V_IDENTITY, UQ_V_UNEXPECTED, UQ_V_RESULT, UQ_V_SEGMENT, UQ_V_RANGE,
-	UQ_V_ALIGNMENT, UQ_V_LENT, UQ_V_REGION, UQ_V_SILENT, UQ_V_FLOOD, UQ_V_MUTE, UQ_V_RING, UQ_V_DEAF,
-	UQ_V_POST, UQ_VIOLATIONS,
+	UQ_V_NONE,
+	UQ_V_FRAME,
+	UQ_V_KIND,
+	UQ_V_IDENTITY,
+	UQ_V_UNEXPECTED,
+	UQ_V_RESULT,
+	UQ_V_SEGMENT,
+	UQ_V_RANGE,
+	UQ_V_ALIGNMENT,
+	UQ_V_LENT,
+	UQ_V_REGION,
+	UQ_V_SILENT,
+	UQ_V_FLOOD,
+	UQ_V_MUTE,
+	UQ_V_RING,
+	UQ_V_DEAF,
+	UQ_V_POST,
+	UQ_VIOLATIONS,
 };
 
 enum uq_fault { UQ_F_NONE, UQ_F_TRANSITION, UQ_F_OVERFLOW, UQ_F_COMPLETION, UQ_F_GRANT, UQ_F_INVARIANT, UQ_FAULTS };
@@ -88,9 +119,9 @@ struct uq_stats {
 	uint64_t lent_total, returned_total; /* pool buffers, tag by tag */
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
 	uint64_t hangups, strangers;
-	uint64_t bells; /* rung for the backend */
-	uint64_t tags_gone; /* that the kernel took away from this worker */
-	uint64_t posts, posts_used; /* regions that backends posted, and writes that landed in one */
+	uint64_t bells;                        /* rung for the backend */
+	uint64_t tags_gone;                    /* that the kernel took away from this worker */
+	uint64_t posts, posts_used;            /* regions that backends posted, and writes that landed in one */
 	uint64_t zero_copies, zero_copy_bytes; /* reads and writes whose data lay in the client area all the time */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
@@ -119,9 +150,9 @@ struct uq_config {
 	uint32_t device, epoch, max_io_bytes, block_bytes;
 	uint16_t queue, depth;
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
-	uint32_t timeout_ms; /* 0: none */
+	uint32_t timeout_ms;       /* 0: none */
 	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
-	uint32_t absent_ms;  /* fail what waits when there has been no backend for so long; 0: let it wait */
+	uint32_t absent_ms;        /* fail what waits when there has been no backend for so long; 0: let it wait */
 	uint32_t classes;
 	struct uq_class class[UQ_CLASSES_MAX];
 	const struct uq_iod *descriptors;
@@ -130,8 +161,8 @@ struct uq_config {
 	uint8_t *scratch;      /* max_io_bytes, private */
 	/* max_io_bytes that stay zero: what is read of a queue that answers itself, with no backend; NULL if it does not. */
 	const uint8_t *zeros;
-	uint64_t slice_bytes;  /* of the client area, whose slices are registered with the driver by their numbers */
-	uint16_t slices;       /* which of them there are, as bits */
+	uint64_t slice_bytes; /* of the client area, whose slices are registered with the driver by their numbers */
+	uint16_t slices;      /* which of them there are, as bits */
 	struct uq_stats *stats;
 };
 

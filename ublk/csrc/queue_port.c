@@ -97,6 +97,9 @@ int uq_port_turn(struct uq_port *p, struct uq *q)
 int uq_port_has_news(const struct uq_port *p, const struct uq *q) { return uq_link_talks(q) && sr_has_news(&p->in); }
 
 /* While the link is down, ring contents must not keep the worker awake. */
-int uq_port_doze(struct uq_port *p, const struct uq *q) { return !uq_link_talks(q) || sr_doze(&p->in, SR_WAKE_FOR_ALL); }
+int uq_port_doze(struct uq_port *p, const struct uq *q)
+{
+	return !uq_link_talks(q) || sr_doze(&p->in, SR_WAKE_FOR_ALL);
+}
 
 void uq_port_wake(struct uq_port *p) { sr_wake(&p->in); }

@@ -80,10 +80,7 @@ uint8_t *uq_region_address(const struct uq *q, const struct uq_tag *t)
 	return find_segment(q, t->own_segment)->base + t->own_buffer;
 }
 
-bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t)
-{
-	return !find_segment(q, t->own_segment)->live;
-}
+bool uq_region_orphaned(const struct uq *q, const struct uq_tag *t) { return !find_segment(q, t->own_segment)->live; }
 
 void uq_region_return(struct uq *q, struct uq_tag *t)
 {

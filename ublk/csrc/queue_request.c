@@ -123,7 +123,8 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 
 static void route(struct uq *q, struct uq_tag *t, int res)
 {
-	bool needs_buffer = t->op == WIRE_READ && !t->in_place && q->config.need_get_data && has_link(q) && !q->reads_own;
+	bool needs_buffer =
+		t->op == WIRE_READ && !t->in_place && q->config.need_get_data && has_link(q) && !q->reads_own;
 
 	if (res == RES_NEED_GET_DATA) {
 		route_write(q, t);

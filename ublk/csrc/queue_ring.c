@@ -140,9 +140,9 @@ static uint32_t opcode(uint8_t op)
 
 static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struct uq_command *c)
 {
-	uq_prepare_io_command(s, CHAR_FILE, opcode(c->op),
-			      (struct uq_io_command){ .queue = r->queue, .tag = c->tag, .result = c->result,
-						      .address = c->address });
+	uq_prepare_io_command(
+		s, CHAR_FILE, opcode(c->op),
+		(struct uq_io_command){ .queue = r->queue, .tag = c->tag, .result = c->result, .address = c->address });
 	s->flags |= IOSQE_FIXED_FILE;
 }
 

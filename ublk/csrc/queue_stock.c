@@ -42,7 +42,8 @@ void uq_pool_copy(const struct uq *q, uint8_t *to)
 		if (t->slot == UQ_BUFFER_NONE)
 			continue;
 		bytes = q->config.class[class_of(q, t->slot)].buffer_bytes;
-		memcpy(to + uq_slot_offset(q, t->slot), uq_slot_address(q, t->slot), t->length < bytes ? t->length : bytes);
+		memcpy(to + uq_slot_offset(q, t->slot), uq_slot_address(q, t->slot),
+		       t->length < bytes ? t->length : bytes);
 	}
 }
 

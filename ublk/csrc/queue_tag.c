@@ -14,39 +14,47 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_IN_PLACE] = TO(UQ_COPYING),
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
-		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+		[UQ_EV_ABORTED] = TO(UQ_GONE),
+	},
 	[UQ_WAIT_BUFFER] = {
 		[UQ_EV_BUFFER_TO_COPY] = TO(UQ_COPYING),
 		[UQ_EV_BUFFER_TO_SERVE] = TO(UQ_WAIT_LINK),
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
-		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+	},
 	[UQ_WAIT_PLACE] = {
 		[UQ_EV_ASK] = TO(UQ_PLACING),
 		[UQ_EV_POSTED] = TO(UQ_COPYING),
-		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING) },
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
+	},
 	[UQ_PLACING] = {
 		[UQ_EV_PLACED] = TO(UQ_COPYING),
 		[UQ_EV_LINK_LOST] = TO(UQ_WAIT_PLACE),
-		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING) },
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
+	},
 	[UQ_COPYING] = {
 		[UQ_EV_COPIED] = TO(UQ_WAIT_LINK),
 		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
 		[UQ_EV_REQUEUED] = TO(UQ_KERNEL),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
-		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+		[UQ_EV_ABORTED] = TO(UQ_GONE),
+	},
 	[UQ_WAIT_LINK] = {
 		[UQ_EV_HAND_OVER] = TO(UQ_SERVING),
 		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
 		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
-		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+	},
 	[UQ_SERVING] = {
 		[UQ_EV_LINK_LOST] = TO(UQ_WAIT_LINK),
 		[UQ_EV_RESCUE] = TO(UQ_WAIT_BUFFER),
-		[UQ_EV_FINISH] = TO(UQ_COMMITTING) },
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+	},
 	[UQ_FAILING] = {
 		[UQ_EV_REQUEUED] = TO(UQ_KERNEL),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
-		[UQ_EV_ABORTED] = TO(UQ_GONE) },
+		[UQ_EV_ABORTED] = TO(UQ_GONE),
+	},
 	[UQ_COMMITTING] = { [UQ_EV_TAKEN] = TO(UQ_KERNEL) },
 	[UQ_GONE] = { 0 },
 };
@@ -90,7 +98,11 @@ void uq_command(struct uq *q, struct uq_tag *t, uint8_t op, int result, const ui
 	}
 	q->commands_count++;
 	q->commands[at] = (struct uq_command){
-		.tag = (uint16_t)uq_index(q, t), .op = op, .result = result, .address = (uintptr_t)address };
+		.tag = (uint16_t)uq_index(q, t),
+		.op = op,
+		.result = result,
+		.address = (uintptr_t)address,
+	};
 }
 
 bool uq_command_pop(struct uq *q, struct uq_command *out)
@@ -132,16 +144,25 @@ struct wire_descriptor *uq_put(struct uq *q, const struct uq_tag *t, uint8_t kin
 	struct wire_descriptor *d = next_output(q);
 
 	*d = (struct wire_descriptor){
-		.kind = kind, .op = t->op, .flags = t->flags, .device = q->config.device, .queue = q->config.queue,
-		.tag = (uint16_t)uq_index(q, t), .epoch = q->config.epoch, .sequence = t->sequence,
-		.offset = t->offset, .length = t->length };
+		.kind = kind,
+		.op = t->op,
+		.flags = t->flags,
+		.device = q->config.device,
+		.queue = q->config.queue,
+		.tag = (uint16_t)uq_index(q, t),
+		.epoch = q->config.epoch,
+		.sequence = t->sequence,
+		.offset = t->offset,
+		.length = t->length,
+	};
 	return d;
 }
 
 void uq_put_link(struct uq *q, uint8_t kind)
 {
 	*next_output(q) = (struct wire_descriptor){
-		.kind = kind, .device = q->config.device, .queue = q->config.queue, .epoch = q->config.epoch };
+		.kind = kind, .device = q->config.device, .queue = q->config.queue, .epoch = q->config.epoch
+	};
 }
 
 void uq_output_clear(struct uq *q)

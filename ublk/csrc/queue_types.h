@@ -33,22 +33,22 @@ struct uq_tag {
 	uint64_t own_bytes;     /* of the region, which may be longer than the request */
 	uint32_t own_segment;   /* the segment of the region that a backend named, 0 for none */
 	uint32_t slice;
-	uint32_t slot;          /* pool buffer, UQ_BUFFER_NONE for none */
+	uint32_t slot; /* pool buffer, UQ_BUFFER_NONE for none */
 	int32_t result;
 	uint16_t flags;
 	uint16_t next_waiter;
 	uint8_t state, op, class;
-	bool in_place;          /* the client's own buffer is the request's: the kernel copies nothing */
-	bool copied;            /* a write's data is in its buffer */
+	bool in_place; /* the client's own buffer is the request's: the kernel copies nothing */
+	bool copied;   /* a write's data is in its buffer */
 	bool sent_to_backend;
-	bool must_fail;         /* fails as soon as neither kernel nor backend touches its buffer */
+	bool must_fail; /* fails as soon as neither kernel nor backend touches its buffer */
 	bool overdue;
 };
 
 struct uq_stock {
 	uint32_t *slots;
 	unsigned count, held, pending, waiting;
-	unsigned recalled; /* buffers that the broker has asked back for other queues */
+	unsigned recalled;                      /* buffers that the broker has asked back for other queues */
 	unsigned low_water, previous_low_water; /* the fewest in `count` since the last look; between the two before */
 	uint16_t first_waiter, last_waiter;
 };
@@ -82,11 +82,11 @@ struct uq {
 	uint16_t *replay;       /* room to sort the tags that wait */
 	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
-	uint32_t own_segment;   /* the attached backend's, 0 for none */
+	uint32_t own_segment; /* the attached backend's, 0 for none */
 	uint8_t link;
-	unsigned stale;         /* answers of this backend that were dropped */
+	unsigned stale; /* answers of this backend that were dropped */
 	bool reads_own, fence, giving_up;
-	bool is_absent;         /* since absent_since_ms */
+	bool is_absent; /* since absent_since_ms */
 	bool output_held;
 	bool output_overflowed; /* a descriptor found no room: nothing more is sent, and the link is to be cut */
 	int violation, fault, fault_detail;

@@ -20,22 +20,22 @@ enum { CALLS_RUN_WAY, CALLS_RUN_FIRST, CALLS_RUN_END, CALLS_RUN };
 /* The caller's memory, columns for as many requests as there are tags.  Reads come first, then writes, then what has no
  * data, each as it came. */
 struct calls_batch {
-    uint32_t *head; /* CALLS_HEAD numbers; CALLS_OVERLONG: results that were larger than their request, ever */
-    uint32_t *run;  /* CALLS_RUN numbers for each run */
-    uint64_t *offset, *length;
-    uint64_t *start, *end; /* of the data, in the area that its run's way names */
-    uint32_t *index;       /* names it in calls_finish */
-    uint16_t *flags;
-    uint8_t *op;
-    int32_t *result; /* as if all went well, until somebody says otherwise */
-    uint8_t *later;  /* 1: not done yet, see calls_finish */
+	uint32_t *head; /* CALLS_HEAD numbers; CALLS_OVERLONG: results that were larger than their request, ever */
+	uint32_t *run;  /* CALLS_RUN numbers for each run */
+	uint64_t *offset, *length;
+	uint64_t *start, *end; /* of the data, in the area that its run's way names */
+	uint32_t *index;       /* names it in calls_finish */
+	uint16_t *flags;
+	uint8_t *op;
+	int32_t *result; /* as if all went well, until somebody says otherwise */
+	uint8_t *later;  /* 1: not done yet, see calls_finish */
 };
 
 struct calls_places {
-    uint64_t slots_bytes;    /* of the own segment, from its beginning, are slots for writes to land in; 0: none */
-    uint64_t slot_bytes;     /* of one, if nothing can be posted */
-    int asks;                /* who has no posted slot asks the handle (calls_place, calls_released), not for a slot */
-    uint64_t post_max_bytes; /* then slots are posted for writes of up to so many bytes */
+	uint64_t slots_bytes; /* of the own segment, from its beginning, are slots for writes to land in; 0: none */
+	uint64_t slot_bytes;  /* of one, if nothing can be posted */
+	int asks;             /* who has no posted slot asks the handle (calls_place, calls_released), not for a slot */
+	uint64_t post_max_bytes; /* then slots are posted for writes of up to so many bytes */
 };
 
 struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, const struct calls_places *places);

@@ -18,25 +18,25 @@
 #define ENGINE_POST_SIZES_MAX 8
 
 struct engine_setup {
-    uint32_t device, epoch, queues, depth, read_only;
-    uint64_t size_bytes;
-    uint8_t *pool;
-    uint64_t pool_bytes;
-    uint8_t *slices[16]; /* of the client area, NULL for one that is not there */
-    uint64_t slice_bytes;
-    uint8_t *own;
-    uint64_t own_bytes;
-    uint32_t own_segment;
-    /* Ascending, the last for the largest write: in which sizes buffers may be posted.  None: writes ask, all of them. */
-    uint32_t post_sizes;
-    uint64_t post_bytes[8];
+	uint32_t device, epoch, queues, depth, read_only;
+	uint64_t size_bytes;
+	uint8_t *pool;
+	uint64_t pool_bytes;
+	uint8_t *slices[16]; /* of the client area, NULL for one that is not there */
+	uint64_t slice_bytes;
+	uint8_t *own;
+	uint64_t own_bytes;
+	uint32_t own_segment;
+	/* Ascending, the last for the largest write: in which sizes buffers may be posted.  None: writes ask, all of them. */
+	uint32_t post_sizes;
+	uint64_t post_bytes[8];
 };
 
 struct engine_statistics {
-    uint64_t requests, answered, failed, replayed, dropped, fenced, continued, fallbacks;
-    uint64_t bytes_read, bytes_written;
-    uint64_t running, waiting, waited, lent;
-    uint64_t posted, unasked; /* regions posted ahead, and writes that came in one */
+	uint64_t requests, answered, failed, replayed, dropped, fenced, continued, fallbacks;
+	uint64_t bytes_read, bytes_written;
+	uint64_t running, waiting, waited, lent;
+	uint64_t posted, unasked; /* regions posted ahead, and writes that came in one */
 };
 
 struct engine;

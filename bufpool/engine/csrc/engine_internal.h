@@ -17,31 +17,32 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-en
 enum state { IDLE, WAITING, NAMED, RUNNING, ANSWERED };
 
 struct answers {
-    struct wire_descriptor *items;
-    uint32_t first, count, capacity;
+	struct wire_descriptor *items;
+	uint32_t first, count, capacity;
 };
 
 struct queue {
-    uint32_t epoch, running, running_old, worker_epoch;
-    bool fenced, is_welcome;
-    struct wire_descriptor fence;
-    struct answers answers;
+	uint32_t epoch, running, running_old, worker_epoch;
+	bool fenced, is_welcome;
+	struct wire_descriptor fence;
+	struct answers answers;
 };
 
 struct engine {
-    struct engine_setup setup;
-    struct storage *storage;
-    int event_file;
-    bool out_of_memory, came_back, posts_due;
-    struct queue *queues;
-    struct storage_request *requests;
-    struct fifo waiting;
-    struct engine_statistics count;
+	struct engine_setup setup;
+	struct storage *storage;
+	int event_file;
+	bool out_of_memory, came_back, posts_due;
+	struct queue *queues;
+	struct storage_request *requests;
+	struct fifo waiting;
+	struct engine_statistics count;
 };
 
 /* It names or wants a region and nothing of it is running. */
-static inline bool may_let_go(const struct storage_request *r) {
-    return r->state == NAMED || r->state == WAITING || r->state == ANSWERED;
+static inline bool may_let_go(const struct storage_request *r)
+{
+	return r->state == NAMED || r->state == WAITING || r->state == ANSWERED;
 }
 
 /* engine_answers.c */

@@ -7,8 +7,8 @@
 #include "storage.h"
 
 struct own_ring {
-    struct io_uring ring;
-    bool is_open;
+	struct io_uring ring;
+	bool is_open;
 };
 
 /* 0 or a negative errno. */

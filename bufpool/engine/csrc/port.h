@@ -9,9 +9,9 @@
 #include <stdint.h>
 
 struct ports_statistics {
-    uint64_t descriptors_in, descriptors_out;
-    uint64_t dropped;  /* answers for a queue without a worker */
-    uint64_t deferred; /* answers that found the ring full and waited */
+	uint64_t descriptors_in, descriptors_out;
+	uint64_t dropped;  /* answers for a queue without a worker */
+	uint64_t deferred; /* answers that found the ring full and waited */
 };
 
 struct ports;
@@ -40,7 +40,7 @@ uint64_t ports_deferred(const struct ports *ports);
  * Those files, but no doorbells of ours, and how many they are, or a negative errno; the queues on which something waits,
  * and in *waiting how many.  -EPROTO for an index that makes no sense, of queue queues[0].  Tries again what found no room. */
 int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
-                   uint32_t *waiting);
+		   uint32_t *waiting);
 /* Send what found no room, for `timeout_ms` at most. */
 void ports_settle(struct ports *ports, int timeout_ms);
 /* Nothing is taken any more, and nobody rings for it. */

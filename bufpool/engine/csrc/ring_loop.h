@@ -14,8 +14,8 @@
 #include "port.h"
 
 struct ring_loop_statistics {
-    uint64_t turns, calls; /* calls: io_uring_enter */
-    uint64_t bells;        /* rung for workers */
+	uint64_t turns, calls; /* calls: io_uring_enter */
+	uint64_t bells;        /* rung for workers */
 };
 
 struct ring_loop;
@@ -23,7 +23,7 @@ struct ring_loop;
 /* `watched`: the descriptor whose readiness ends a run.  NULL and *error (a negative errno) without io_uring or memory.
  * The engine does its I/O through this loop from now on. */
 struct ring_loop *ring_loop_new(struct ports *ports, struct engine *engine, uint32_t queues, uint32_t depth,
-                                int watched, int *error);
+				int watched, int *error);
 /* The engine can only be closed afterwards. */
 void ring_loop_free(struct ring_loop *loop);
 /* A queue's doorbells, ours and its worker's; -1 and -1 before they are closed. */

@@ -10,25 +10,25 @@
 #include "storage.h"
 
 struct slot_size {
-    uint64_t bytes, base; /* the first lies at `base` in the segment */
-    uint32_t first, count, posted_max; /* posted_max: to one queue */
-    uint32_t *free, count_free;
+	uint64_t bytes, base;              /* the first lies at `base` in the segment */
+	uint32_t first, count, posted_max; /* posted_max: to one queue */
+	uint32_t *free, count_free;
 };
 
 struct slot_post {
-    uint32_t epoch, queue;
-    bool is_posted;
+	uint32_t epoch, queue;
+	bool is_posted;
 };
 
 struct slots {
-    uint64_t slot_bytes; /* of the only size, if nothing can be posted */
-    uint32_t sizes, queues;
-    struct slot_size size[ENGINE_POST_SIZES_MAX];
-    struct slot_post *posts; /* by slot */
-    uint32_t *posted;        /* how many, by queue and size */
-    /* Who has places of his own beside the slots is asked by those that nothing was posted for, as storage_ops.name and
+	uint64_t slot_bytes; /* of the only size, if nothing can be posted */
+	uint32_t sizes, queues;
+	struct slot_size size[ENGINE_POST_SIZES_MAX];
+	struct slot_post *posts; /* by slot */
+	uint32_t *posted;        /* how many, by queue and size */
+	/* Who has places of his own beside the slots is asked by those that nothing was posted for, as storage_ops.name and
      * give_back; NULL: nobody. */
-    struct storage *asked;
+	struct storage *asked;
 };
 
 /* 0 or -ENOMEM. */
@@ -40,7 +40,7 @@ void slots_give_back(struct slots *slots, uint64_t region);
 /* What is to be posted to a queue now, of one size; how many regions of *bytes there are in `regions`, 0 if it has
  * enough.  Many at once, when half are used: the words about them travel together and wake nobody for each. */
 uint32_t slots_post(struct slots *slots, uint32_t queue, uint32_t epoch, uint64_t *bytes, uint64_t *regions,
-                    uint32_t most);
+		    uint32_t most);
 /* A region that is posted to this queue in this epoch is posted no longer, but not free: its bytes, or 0. */
 uint64_t slots_claim(struct slots *slots, uint32_t queue, uint32_t epoch, uint64_t region);
 /* What is posted to a queue in an epoch before this one is free. */

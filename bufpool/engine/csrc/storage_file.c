@@ -27,241 +27,271 @@ enum step { MOVE, PUNCH, ZERO_RANGE, ZERO_WRITE, SYNC };
 
 /* How far a request is, by its index. */
 struct work {
-    uint64_t moved;
-    uint8_t step;
+	uint64_t moved;
+	uint8_t step;
 };
 
 struct file_storage {
-    struct storage base;
-    struct slots slots;
-    struct own_ring own;
-    struct io_uring *ring;
-    struct work *work;
-    struct fifo runnable;
-    uint8_t *zeroes;
-    uint32_t requests;
-    int file;
-    bool is_block_device, is_memory, no_punch, no_zero_range;
+	struct storage base;
+	struct slots slots;
+	struct own_ring own;
+	struct io_uring *ring;
+	struct work *work;
+	struct fifo runnable;
+	uint8_t *zeroes;
+	uint32_t requests;
+	int file;
+	bool is_block_device, is_memory, no_punch, no_zero_range;
 };
 
 static struct file_storage *file_of(struct storage *s) { return (struct file_storage *)s; }
 
-static struct work *work_of(const struct file_storage *f, const struct storage_request *r) {
-    return &f->work[r->index];
+static struct work *work_of(const struct file_storage *f, const struct storage_request *r)
+{
+	return &f->work[r->index];
 }
 
-static void run(struct file_storage *f, const struct storage_request *r, uint8_t step) {
-    work_of(f, r)->step = step;
-    fifo_push(&f->runnable, r->index);
+static void run(struct file_storage *f, const struct storage_request *r, uint8_t step)
+{
+	work_of(f, r)->step = step;
+	fifo_push(&f->runnable, r->index);
 }
 
 static uint32_t piece(uint64_t left, uint32_t limit) { return left < limit ? (uint32_t)left : limit; }
 
-static void prepare_move(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe) {
-    uint64_t moved = work_of(f, r)->moved;
-    uint32_t bytes = (uint32_t)(r->d.length - moved);
-    if (r->d.op == WIRE_READ) {
-        io_uring_prep_read(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
-        return;
-    }
-    io_uring_prep_write(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
-    if (r->d.flags & WIRE_FUA)
-        sqe->rw_flags = RWF_DSYNC;
+static void prepare_move(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe)
+{
+	uint64_t moved = work_of(f, r)->moved;
+	uint32_t bytes = (uint32_t)(r->d.length - moved);
+	if (r->d.op == WIRE_READ) {
+		io_uring_prep_read(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
+		return;
+	}
+	io_uring_prep_write(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
+	if (r->d.flags & WIRE_FUA)
+		sqe->rw_flags = RWF_DSYNC;
 }
 
-static void prepare_one(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe) {
-    const struct wire_descriptor *d = &r->d;
-    const struct work *work = work_of(f, r);
-    switch (work->step) {
-    case MOVE: prepare_move(f, r, sqe); break;
-    case PUNCH:
-        io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
-                                (off_t)d->length);
-        break;
-    case ZERO_RANGE:
-        io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
-                                (off_t)d->length);
-        break;
-    case ZERO_WRITE:
-        io_uring_prep_write(sqe, f->file, f->zeroes, piece(d->length - work->moved, ZEROES_BYTES),
-                            d->offset + work->moved);
-        break;
-    case SYNC: io_uring_prep_fsync(sqe, f->file, IORING_FSYNC_DATASYNC); break;
-    }
-    io_uring_sqe_set_data64(sqe, ENGINE_USER_DATA | r->index);
+static void prepare_one(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe)
+{
+	const struct wire_descriptor *d = &r->d;
+	const struct work *work = work_of(f, r);
+	switch (work->step) {
+	case MOVE:
+		prepare_move(f, r, sqe);
+		break;
+	case PUNCH:
+		io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
+					(off_t)d->length);
+		break;
+	case ZERO_RANGE:
+		io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
+					(off_t)d->length);
+		break;
+	case ZERO_WRITE:
+		io_uring_prep_write(sqe, f->file, f->zeroes, piece(d->length - work->moved, ZEROES_BYTES),
+				    d->offset + work->moved);
+		break;
+	case SYNC:
+		io_uring_prep_fsync(sqe, f->file, IORING_FSYNC_DATASYNC);
+		break;
+	}
+	io_uring_sqe_set_data64(sqe, ENGINE_USER_DATA | r->index);
 }
 
-static uint32_t file_prepare(struct storage *s) {
-    struct file_storage *f = file_of(s);
-    while (f->runnable.count) {
-        struct io_uring_sqe *sqe = io_uring_get_sqe(f->ring);
-        if (!sqe)
-            break;
-        prepare_one(f, engine_request(s->engine, fifo_pop(&f->runnable)), sqe);
-    }
-    return f->runnable.count;
+static uint32_t file_prepare(struct storage *s)
+{
+	struct file_storage *f = file_of(s);
+	while (f->runnable.count) {
+		struct io_uring_sqe *sqe = io_uring_get_sqe(f->ring);
+		if (!sqe)
+			break;
+		prepare_one(f, engine_request(s->engine, fifo_pop(&f->runnable)), sqe);
+	}
+	return f->runnable.count;
 }
 
-static bool is_unsupported(int32_t result) {
-    return result == -EOPNOTSUPP || result == -ENOSYS || result == -ENODEV;
+static bool is_unsupported(int32_t result) { return result == -EOPNOTSUPP || result == -ENOSYS || result == -ENODEV; }
+
+static int32_t discard_block_device(const struct file_storage *f, const struct storage_request *r)
+{
+	uint64_t range[2] = { r->d.offset, r->d.length };
+	return ioctl(f->file, BLKDISCARD, range) ? -errno : 0;
 }
 
-static int32_t discard_block_device(const struct file_storage *f, const struct storage_request *r) {
-    uint64_t range[2] = {r->d.offset, r->d.length};
-    return ioctl(f->file, BLKDISCARD, range) ? -errno : 0;
+static void punch_unsupported(struct file_storage *f, struct storage_request *r)
+{
+	f->no_punch = true;
+	f->base.count->fallbacks++;
+	if (r->d.op == WIRE_WRITE_ZEROES)
+		run(f, r, f->no_zero_range ? ZERO_WRITE : ZERO_RANGE);
+	else
+		engine_finish(f->base.engine, r, f->is_block_device ? discard_block_device(f, r) : -EOPNOTSUPP);
 }
 
-static void punch_unsupported(struct file_storage *f, struct storage_request *r) {
-    f->no_punch = true;
-    f->base.count->fallbacks++;
-    if (r->d.op == WIRE_WRITE_ZEROES)
-        run(f, r, f->no_zero_range ? ZERO_WRITE : ZERO_RANGE);
-    else
-        engine_finish(f->base.engine, r, f->is_block_device ? discard_block_device(f, r) : -EOPNOTSUPP);
+static void zero_range_unsupported(struct file_storage *f, struct storage_request *r)
+{
+	f->no_zero_range = true;
+	f->base.count->fallbacks++;
+	run(f, r, ZERO_WRITE);
 }
 
-static void zero_range_unsupported(struct file_storage *f, struct storage_request *r) {
-    f->no_zero_range = true;
-    f->base.count->fallbacks++;
-    run(f, r, ZERO_WRITE);
-}
-
-static void failed(struct file_storage *f, struct storage_request *r, int32_t result) {
-    uint8_t step = work_of(f, r)->step;
-    if (result == -EINTR || result == -EAGAIN)
-        run(f, r, step);
-    else if (step == PUNCH && is_unsupported(result))
-        punch_unsupported(f, r);
-    else if (step == ZERO_RANGE && is_unsupported(result))
-        zero_range_unsupported(f, r);
-    else
-        engine_finish(f->base.engine, r, result);
+static void failed(struct file_storage *f, struct storage_request *r, int32_t result)
+{
+	uint8_t step = work_of(f, r)->step;
+	if (result == -EINTR || result == -EAGAIN)
+		run(f, r, step);
+	else if (step == PUNCH && is_unsupported(result))
+		punch_unsupported(f, r);
+	else if (step == ZERO_RANGE && is_unsupported(result))
+		zero_range_unsupported(f, r);
+	else
+		engine_finish(f->base.engine, r, result);
 }
 
 /* The end of the file: what lies behind it reads as zeros, like every hole. */
-static void read_ended(struct file_storage *f, struct storage_request *r) {
-    uint64_t moved = work_of(f, r)->moved;
-    memset(r->memory + moved, 0, r->d.length - moved);
-    engine_finish(f->base.engine, r, full_result(r));
+static void read_ended(struct file_storage *f, struct storage_request *r)
+{
+	uint64_t moved = work_of(f, r)->moved;
+	memset(r->memory + moved, 0, r->d.length - moved);
+	engine_finish(f->base.engine, r, full_result(r));
 }
 
-static void all_moved(struct file_storage *f, struct storage_request *r) {
-    if (r->d.op == WIRE_WRITE_ZEROES && r->d.flags & WIRE_FUA && work_of(f, r)->step != SYNC)
-        run(f, r, SYNC);
-    else
-        engine_finish(f->base.engine, r, full_result(r));
+static void all_moved(struct file_storage *f, struct storage_request *r)
+{
+	if (r->d.op == WIRE_WRITE_ZEROES && r->d.flags & WIRE_FUA && work_of(f, r)->step != SYNC)
+		run(f, r, SYNC);
+	else
+		engine_finish(f->base.engine, r, full_result(r));
 }
 
-static void moved(struct file_storage *f, struct storage_request *r, uint32_t bytes) {
-    struct work *work = work_of(f, r);
-    work->moved += bytes;
-    /* O_DIRECT stops at the end of a file at any byte and could not go on from there. */
-    if (r->d.op == WIRE_READ && (bytes == 0 || work->moved % SECTOR_BYTES))
-        read_ended(f, r);
-    else if (bytes == 0)
-        engine_finish(f->base.engine, r, -EIO);
-    else if (work->moved < r->d.length) {
-        f->base.count->continued++;
-        run(f, r, work->step);
-    } else
-        all_moved(f, r);
+static void moved(struct file_storage *f, struct storage_request *r, uint32_t bytes)
+{
+	struct work *work = work_of(f, r);
+	work->moved += bytes;
+	/* O_DIRECT stops at the end of a file at any byte and could not go on from there. */
+	if (r->d.op == WIRE_READ && (bytes == 0 || work->moved % SECTOR_BYTES))
+		read_ended(f, r);
+	else if (bytes == 0)
+		engine_finish(f->base.engine, r, -EIO);
+	else if (work->moved < r->d.length) {
+		f->base.count->continued++;
+		run(f, r, work->step);
+	} else
+		all_moved(f, r);
 }
 
-static void file_complete(struct storage *s, uint32_t index, int32_t result) {
-    struct file_storage *f = file_of(s);
-    struct storage_request *r = engine_request(s->engine, index);
-    uint8_t step = work_of(f, r)->step;
-    if (result < 0)
-        failed(f, r, result);
-    else if (step == MOVE || step == ZERO_WRITE)
-        moved(f, r, (uint32_t)result);
-    else
-        all_moved(f, r);
+static void file_complete(struct storage *s, uint32_t index, int32_t result)
+{
+	struct file_storage *f = file_of(s);
+	struct storage_request *r = engine_request(s->engine, index);
+	uint8_t step = work_of(f, r)->step;
+	if (result < 0)
+		failed(f, r, result);
+	else if (step == MOVE || step == ZERO_WRITE)
+		moved(f, r, (uint32_t)result);
+	else
+		all_moved(f, r);
 }
 
-static uint8_t first_step(const struct file_storage *f, const struct wire_descriptor *d) {
-    switch (d->op) {
-    case WIRE_FLUSH: return SYNC;
-    case WIRE_DISCARD: return PUNCH;
-    case WIRE_WRITE_ZEROES:
-        if (!(d->flags & WIRE_NOUNMAP) && !f->no_punch)
-            return PUNCH;
-        return f->no_zero_range ? ZERO_WRITE : ZERO_RANGE;
-    default: return MOVE;
-    }
+static uint8_t first_step(const struct file_storage *f, const struct wire_descriptor *d)
+{
+	switch (d->op) {
+	case WIRE_FLUSH:
+		return SYNC;
+	case WIRE_DISCARD:
+		return PUNCH;
+	case WIRE_WRITE_ZEROES:
+		if (!(d->flags & WIRE_NOUNMAP) && !f->no_punch)
+			return PUNCH;
+		return f->no_zero_range ? ZERO_WRITE : ZERO_RANGE;
+	default:
+		return MOVE;
+	}
 }
 
-static int32_t move_at_once(const struct file_storage *f, const struct storage_request *r) {
-    struct iovec data = {r->memory, r->d.length};
-    ssize_t moved = r->d.op == WIRE_READ
-                        ? preadv2(f->file, &data, 1, (off_t)r->d.offset, 0)
-                        : pwritev2(f->file, &data, 1, (off_t)r->d.offset, r->d.flags & WIRE_FUA ? RWF_DSYNC : 0);
-    return moved < 0 ? -errno : (int32_t)moved;
+static int32_t move_at_once(const struct file_storage *f, const struct storage_request *r)
+{
+	struct iovec data = { r->memory, r->d.length };
+	ssize_t moved = r->d.op == WIRE_READ ? preadv2(f->file, &data, 1, (off_t)r->d.offset, 0)
+					     : pwritev2(f->file, &data, 1, (off_t)r->d.offset,
+							r->d.flags & WIRE_FUA ? RWF_DSYNC : 0);
+	return moved < 0 ? -errno : (int32_t)moved;
 }
 
-static void file_start(struct storage *s, struct storage_request *r) {
-    struct file_storage *f = file_of(s);
-    struct work *work = work_of(f, r);
-    work->moved = 0;
-    work->step = first_step(f, &r->d);
-    if (f->is_memory && work->step == MOVE && r->d.length <= AT_ONCE_BYTES_MAX)
-        file_complete(s, r->index, move_at_once(f, r));
-    else
-        run(f, r, work->step);
+static void file_start(struct storage *s, struct storage_request *r)
+{
+	struct file_storage *f = file_of(s);
+	struct work *work = work_of(f, r);
+	work->moved = 0;
+	work->step = first_step(f, &r->d);
+	if (f->is_memory && work->step == MOVE && r->d.length <= AT_ONCE_BYTES_MAX)
+		file_complete(s, r->index, move_at_once(f, r));
+	else
+		run(f, r, work->step);
 }
 
 /* A file in memory never waits, and io_uring does not know: it would pass each request to a thread of its own, and two
  * switches of context cost more than the copy. */
-static bool is_in_memory(int file) {
-    struct statfs status;
-    return fstatfs(file, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
+static bool is_in_memory(int file)
+{
+	struct statfs status;
+	return fstatfs(file, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
 }
 
-static int file_use_ring(struct storage *s, struct io_uring *ring) {
-    struct file_storage *f = file_of(s);
-    own_ring_close(&f->own);
-    f->ring = ring ? ring : &f->own.ring;
-    return ring ? 0 : own_ring_open(&f->own, f->requests, s->event_file);
+static int file_use_ring(struct storage *s, struct io_uring *ring)
+{
+	struct file_storage *f = file_of(s);
+	own_ring_close(&f->own);
+	f->ring = ring ? ring : &f->own.ring;
+	return ring ? 0 : own_ring_open(&f->own, f->requests, s->event_file);
 }
 
 static int file_turn(struct storage *s) { return own_ring_turn(&file_of(s)->own, s); }
 
-static int file_open(struct storage *s, const struct engine_setup *setup) {
-    struct file_storage *f = file_of(s);
-    f->requests = setup->queues * setup->depth;
-    f->work = calloc(f->requests, sizeof *f->work);
-    f->zeroes = mmap(NULL, ZEROES_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (f->zeroes == MAP_FAILED)
-        f->zeroes = NULL;
-    return f->work && f->zeroes && fifo_open(&f->runnable, f->requests) ? slots_open(&f->slots, setup) : -ENOMEM;
+static int file_open(struct storage *s, const struct engine_setup *setup)
+{
+	struct file_storage *f = file_of(s);
+	f->requests = setup->queues * setup->depth;
+	f->work = calloc(f->requests, sizeof *f->work);
+	f->zeroes = mmap(NULL, ZEROES_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (f->zeroes == MAP_FAILED)
+		f->zeroes = NULL;
+	return f->work && f->zeroes && fifo_open(&f->runnable, f->requests) ? slots_open(&f->slots, setup) : -ENOMEM;
 }
 
-static void file_close(struct storage *s) {
-    struct file_storage *f = file_of(s);
-    own_ring_close(&f->own);
-    if (f->zeroes)
-        munmap(f->zeroes, ZEROES_BYTES);
-    slots_close(&f->slots);
-    free(f->runnable.items);
-    free(f->work);
-    free(f);
+static void file_close(struct storage *s)
+{
+	struct file_storage *f = file_of(s);
+	own_ring_close(&f->own);
+	if (f->zeroes)
+		munmap(f->zeroes, ZEROES_BYTES);
+	slots_close(&f->slots);
+	free(f->runnable.items);
+	free(f->work);
+	free(f);
 }
 
 static const struct storage_ops file_ops = {
-    .open = file_open, .start = file_start,
-    .use_ring = file_use_ring, .prepare = file_prepare, .complete = file_complete, .turn = file_turn,
-    .close = file_close,
+	.open = file_open,
+	.start = file_start,
+	.use_ring = file_use_ring,
+	.prepare = file_prepare,
+	.complete = file_complete,
+	.turn = file_turn,
+	.close = file_close,
 };
 
-struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_bytes) {
-    struct file_storage *f = calloc(1, sizeof *f);
-    if (!f)
-        return NULL;
-    f->base.ops = &file_ops;
-    f->base.slots = &f->slots;
-    f->slots.slot_bytes = slot_bytes;
-    f->file = file;
-    f->is_block_device = is_block_device;
-    f->is_memory = !is_block_device && is_in_memory(file);
-    return &f->base;
+struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_bytes)
+{
+	struct file_storage *f = calloc(1, sizeof *f);
+	if (!f)
+		return NULL;
+	f->base.ops = &file_ops;
+	f->base.slots = &f->slots;
+	f->slots.slot_bytes = slot_bytes;
+	f->file = file;
+	f->is_block_device = is_block_device;
+	f->is_memory = !is_block_device && is_in_memory(file);
+	return &f->base;
 }

@@ -38,17 +38,14 @@ _Static_assert(sizeof(struct sr_shared) <= SR_CONTROL_BYTES / 2, "control page")
 struct sr_end {
 	struct sr_shared *shared;
 	uint8_t *entries;
-	uint32_t size; /* entries, a power of two */
-	uint32_t mine; /* tail of the producer, head of the consumer */
+	uint32_t size;   /* entries, a power of two */
+	uint32_t mine;   /* tail of the producer, head of the consumer */
 	uint32_t theirs; /* the other index, as last read and found possible */
 	bool lied; /* the other index was impossible once: this end of the ring is over, whatever the index says later */
 };
 
 /* What both directions need: a control page, then the entries towards the backend, then those towards the worker. */
-static inline uint64_t sr_pair_bytes(uint32_t entries)
-{
-	return SR_CONTROL_BYTES + 2ull * entries * SR_ENTRY_BYTES;
-}
+static inline uint64_t sr_pair_bytes(uint32_t entries) { return SR_CONTROL_BYTES + 2ull * entries * SR_ENTRY_BYTES; }
 
 /* Where both ends begin: not at 0, so that indexes wrap around soon, in every test and not after four thousand million
  * descriptors.  Whoever makes the memory calls this before anybody else has it. */
@@ -119,7 +116,8 @@ static inline void sr_write(struct sr_end *e, const void *from, uint32_t count)
 	if (first > count)
 		first = count;
 	memcpy(sr_entry(e, e->mine), from, (size_t)first * SR_ENTRY_BYTES);
-	memcpy(e->entries, (const uint8_t *)from + (size_t)first * SR_ENTRY_BYTES, (size_t)(count - first) * SR_ENTRY_BYTES);
+	memcpy(e->entries, (const uint8_t *)from + (size_t)first * SR_ENTRY_BYTES,
+	       (size_t)(count - first) * SR_ENTRY_BYTES);
 	e->mine += count;
 }
 

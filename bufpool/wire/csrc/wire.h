@@ -6,8 +6,18 @@
 #include <stdint.h>
 
 enum {
-    WIRE_REQUEST = 1, WIRE_PLACE = 2, WIRE_DATA = 3, WIRE_RELEASE = 4, WIRE_WELCOME = 5, WIRE_FENCE = 6,
-    WIRE_PLACED = 16, WIRE_REJECT = 17, WIRE_DONE = 18, WIRE_HELLO = 19, WIRE_FENCED = 20, WIRE_POST = 21,
+	WIRE_REQUEST = 1,
+	WIRE_PLACE = 2,
+	WIRE_DATA = 3,
+	WIRE_RELEASE = 4,
+	WIRE_WELCOME = 5,
+	WIRE_FENCE = 6,
+	WIRE_PLACED = 16,
+	WIRE_REJECT = 17,
+	WIRE_DONE = 18,
+	WIRE_HELLO = 19,
+	WIRE_FENCED = 20,
+	WIRE_POST = 21,
 };
 enum { WIRE_READ = 0, WIRE_WRITE = 1, WIRE_FLUSH = 2, WIRE_DISCARD = 3, WIRE_WRITE_ZEROES = 5 };
 enum { WIRE_FUA = 1, WIRE_NOUNMAP = 2, WIRE_REGION = 4, WIRE_REPLAY = 8 };
@@ -16,15 +26,15 @@ enum { WIRE_SEGMENT_NONE = 0, WIRE_SEGMENT_POOL = 1 };
 #define WIRE_SEGMENT_CLIENTS 0xfffffff0u
 
 struct wire_descriptor {
-    uint8_t kind, op;
-    uint16_t flags;
-    uint32_t device;
-    uint16_t queue, tag;
-    uint32_t epoch;
-    uint64_t sequence, offset, length;
-    int32_t result;
-    uint32_t segment;
-    uint64_t buffer, reserved;
+	uint8_t kind, op;
+	uint16_t flags;
+	uint32_t device;
+	uint16_t queue, tag;
+	uint32_t epoch;
+	uint64_t sequence, offset, length;
+	int32_t result;
+	uint32_t segment;
+	uint64_t buffer, reserved;
 };
 
 #endif
