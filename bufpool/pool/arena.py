@@ -4,7 +4,7 @@ Owns names, sizes and the control segment's layout.  Must not know leases' rules
 creates and unlinks; workers and the broker map what they inherit or are sent.
 
 The **data** segment holds the buffers and nothing else, and a descriptor of it goes to the backend: a memfd whose size
-is sealed (`pool_memory.py`), without a name; the holder keeps it for the next daemon.  The **control** segment goes to
+is sealed (`memory.py`), without a name; the holder keeps it for the next daemon.  The **control** segment goes to
 workers and the broker only: a POSIX shared memory object, which is found by its name.  Both are 0600, allocated in
 full and populated before anyone uses them: a page that is missing when the kernel copies would stall the device.  An
 earlier version gave the data a name, too; a pool of that kind is used as it is until its data is replaced.

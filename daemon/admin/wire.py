@@ -1,4 +1,4 @@
-"""The admin protocol: what a client and the daemon say to each other on `RUN/admin.sock`.
+"""The admin protocol: what a client and the daemon say to each other on `RUN_DIR/admin.sock`.
 
 Owns the messages and their framing, for both halves.  JSON, one message a line:
 

@@ -1,6 +1,6 @@
 """Seeded runs of a whole device: real workers, broker, recovery and SDK on a made-up kernel and backend's store.
 
-One seed replays one run; `sim_play.py` says which are played.
+One seed replays one run; `tests/support/sim/play.py` says which are played.
 """
 
 import random
@@ -100,7 +100,7 @@ CORNER_SEEDS_MAX = 6 * len(SHAPES)
 
 
 def play(seed: int, **changes: Any) -> DeviceWorld:
-    """One run; see `sim_play.play`."""
+    """One run; see `play.play`."""
     world = sim_play.play(seed, scenario, DeviceWorld, **changes)
     if not changes:
         _counts[seed] = world.counts

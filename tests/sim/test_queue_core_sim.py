@@ -1,6 +1,6 @@
 """Seeded runs of the queue core between a fake driver and fake backends.
 
-One seed replays one run; `sim_play.py` says which are played.
+One seed replays one run; `tests/support/sim/play.py` says which are played.
 """
 
 import random
@@ -53,7 +53,7 @@ def scenario(seed: int, rng: random.Random) -> Scenario:
 
 
 def play(seed: int, **changes: bool) -> World:
-    """One run; see `sim_play.play`."""
+    """One run; see `play.play`."""
     return sim_play.play(seed, scenario, World, **changes)
 
 

@@ -2,7 +2,7 @@
 
 Owns what the process would: the requests it was given, its own segment.  Its `Store` outlives it.  It checks that the
 worker keeps to the protocol, scribbles over regions that are its own again and names them anew, and can lie
-(`fake_liar.py`).  It does not know whether anybody hears its answers.
+(`liar.py`).  It does not know whether anybody hears its answers.
 """
 
 import errno

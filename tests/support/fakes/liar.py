@@ -1,7 +1,7 @@
 """Everything a backend can say wrong, each with what the worker must make of it.
 
 A lie starts from a true answer to a request that is being served or placed.  `CUT` lies end the link, `STALE` ones are
-dropped and counted, and only those in `BLAMED` may cost their own request its success.
+dropped and counted, and only those of `lies_about` may cost their own request its success.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""One boot of the systemd guest: a root of `systemd_root.py`, read-write, until the guest has powered itself off.
+"""One boot of the systemd guest: a root of `root.py`, read-write, until the guest has powered itself off.
 
 Owns QEMU and virtiofsd for as long as `boot` runs.  The guest is told what to do by what lies in its root, and says
 what it found in files there; the console has what the kernel and systemd say.

@@ -1,6 +1,6 @@
 """Death at random: whom it takes, how many it took, and the rests in between.
 
-A device that dies more than `STRIKES_MAX` times in a row without a steady life is given up on purpose, so that after
+A device that dies more than `RESTARTS_MAX` times in a row without a steady life is given up on purpose, so that after
 some deaths everybody is given that time.
 """
 
