@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.sdk.client import connect_and_ask
 
-DEFAULT_RUN_DIR = Path("/run/ublkpool")
 DEFAULT_BYTES = 4 << 20
 
 
@@ -45,7 +45,7 @@ class ClientBuffer:
         """All of it.  A client that had it before may have left something."""
 
     @classmethod
-    def open(cls, device: str, size_bytes: int = DEFAULT_BYTES, *, run_dir: Path = DEFAULT_RUN_DIR) -> Self:
+    def open(cls, device: str, size_bytes: int = DEFAULT_BYTES, *, run_dir: Path = RUN_DIR_DEFAULT) -> Self:
         """A buffer for the device of this name.
 
         Shared memory comes in the size that the daemon has it, ordinary memory in `size_bytes`.  Raises `AttachRefused`

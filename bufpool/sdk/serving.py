@@ -16,6 +16,7 @@ from types import FrameType
 
 import msgspec
 
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine.ring_driver import nothing_to_serve
 from ublkpool.bufpool.errors import BackendError
@@ -34,7 +35,6 @@ from ublkpool.bufpool.sdk.backend import (
 from ublkpool.bufpool.sdk.calls import CallEngine
 from ublkpool.bufpool.sdk.client import Attachment, OwnSegment, Ready, Transport, describe
 
-DEFAULT_RUN_DIR = Path("/run/ublkpool")
 _PAGE_BYTES = 4096
 _PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
 
@@ -43,7 +43,7 @@ def serve(
     backend: Backend,
     *,
     device: str,
-    run_dir: Path = DEFAULT_RUN_DIR,
+    run_dir: Path = RUN_DIR_DEFAULT,
     kind: str = "",
     wait_s: float = 0.0,
     transport: Transport = "auto",

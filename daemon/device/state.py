@@ -18,10 +18,10 @@ from typing import Literal, Protocol, Self
 
 import msgspec
 
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line
-from ublkpool.daemon.settings.config import RUN_DIR_DEFAULT
 from ublkpool.daemon.settings.own_directory import make_own_directory
 
 STATE_DIR_DEFAULT = Path("/var/lib/ublkpool")

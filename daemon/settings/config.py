@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import msgspec
 from msgspec import Meta
 
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.settings.affinity import parse_cpus
 
@@ -25,7 +26,6 @@ CLIENT_SLICES = 8
 KIB = 1024
 MIB = 1024 * KIB
 DEVICE_BYTES_MAX = 2**63 - 512
-RUN_DIR_DEFAULT = Path("/run/ublkpool")
 
 DeviceName = Annotated[
     str,

@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool.way_out import too_long_for_sockets
 from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.settings.config import (
-    RUN_DIR_DEFAULT,
     DaemonTable,
     DeviceConfig,
     DeviceName,

@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from support.cli_commands import cli_commands
 from support.fakes.queue_desk import Desk
 from ublkpool.bufpool import way_out
 from ublkpool.bufpool.errors import BackendError
@@ -137,7 +138,7 @@ LONG = Path("/tmp") / ("x" * 105)
 
 def test_a_run_directory_whose_sockets_would_have_too_long_paths_is_refused_by_every_command() -> None:
     assert len(str(LONG)) == 110
-    for name, command in cli.commands.items():
+    for name, command in cli_commands().items():
         required = [
             word for each in command.params if isinstance(each, click.Argument) for word in _word(each)
         ]

@@ -1,0 +1,85 @@
+"""What several commands share: `--run-dir`, `--json`, KEY=VALUE arguments, and the connection to the daemon."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ublkpool import RUN_DIR_DEFAULT
+from ublkpool.daemon.cli.complaints import complain
+
+if TYPE_CHECKING:
+    from ublkpool.daemon.admin.client import AdminClient
+
+_Command = Callable[..., Any]
+
+
+def check_directory(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """An option's directory as an absolute path; the callback of `--run-dir` and `--state-dir`.
+
+    Raises `click.BadParameter` for the current directory (also named by '') and for a path too long for sockets.
+    """
+    if value == Path():
+        raise click.BadParameter("names the current directory: name one of its own, such as /run/ublkpool")
+    if value is None:
+        return None
+    # Imported here, because `--help` needs no directory.
+    from ublkpool.bufpool.way_out import too_long_for_sockets
+
+    if reason := too_long_for_sockets(value.absolute()):
+        raise click.BadParameter(reason, ctx=ctx, param=param)
+    return value.absolute()
+
+
+def run_dir_option(default: Path | None = RUN_DIR_DEFAULT) -> Callable[[_Command], _Command]:
+    """`--run-dir`; without a default, the config file's directory is used."""
+    shown = f"the config's, or {RUN_DIR_DEFAULT}" if default is None else str(default)
+    return click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        envvar="UBLKPOOL_RUN_DIR",
+        default=default,
+        callback=check_directory,
+        help=f"Directory of the daemon's sockets; also read from UBLKPOOL_RUN_DIR.  [default: {shown}]",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def parse_pairs(options: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE arguments as a dictionary.  Raises `click.UsageError`."""
+    pairs: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not key or not equals:
+            raise click.UsageError(f"expected KEY=VALUE, got {option!r}")
+        if key in pairs:
+            raise click.UsageError(f"{key}= is given twice")
+        if key == "kind":
+            raise click.UsageError("kind= is no option: it is the KIND")
+        pairs[key] = value
+    return pairs
+
+
+def admin_client(run_dir: Path) -> "AdminClient":
+    """A connection to the daemon in this run directory; it shows progress only on a terminal."""
+    from ublkpool.daemon.admin.client import AdminClient
+
+    def show_progress(text: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(text, err=True)
+
+    def warn(text: str) -> None:
+        complain([text])
+
+    return AdminClient(run_dir, show_progress, warn)
+
+
+def print_json(value: object) -> None:
+    """Print the value as indented JSON."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
