@@ -107,7 +107,7 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 vm-%:
 	@echo "test: vm, in a guest with Linux $*"
 	@$(GUEST) run --kernel $* --timeout $(VM_TIMEOUT_S) -- \
-	    env $(SOAK) $(PY) -m pytest -p no:cacheprovider $(VM_TESTS) $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
+	    env $(SOAK) UBLKPOOL_KERNELS="$(KERNELS)" $(PY) -m pytest -p no:cacheprovider $(VM_TESTS) $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
 
 # Debian 13's systemd in a guest of its own, whatever driver there is here.
 test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests

@@ -1,4 +1,4 @@
-"""Which tests can run here, with which build of the queue core, and which one the log of a guest is about."""
+"""Selects the tests that this machine can run, and the checked build of the queue core."""
 
 import importlib
 import os
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from support.guest.one_kernel import guest_for
+
 # Before a test imports the core: the checked build asserts the core's invariants after each call (csrc/queue_check.h).
 sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._native_checked")
 
 VM_TESTS = Path(__file__).parent / "vm"
 CONTROL_DEVICE = "/dev/ublk-control"
-NEWEST_GUEST = "7.3"
 KERNEL_LOG = Path("/dev/kmsg")
 _MAY_WAIT: list[str] = []
 
 
 def pytest_configure() -> None:
-    """From here on, in this process: calls that a disk may keep waiting are noted if an asyncio loop makes them."""
+    """From here on, record each call that a disk can block and that an asyncio loop makes in this process."""
     # Not before the checked core has its name.
     from support.fakes.watched_calls import is_on_a_disk, watch
 
@@ -28,7 +29,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def no_call_on_a_loop_may_wait_for_a_disk() -> Iterator[None]:
-    """A test fails whose loop made such a call."""
+    """Fail a test if its asyncio loop made a call that a disk can block."""
     _MAY_WAIT.clear()
     yield
     assert _MAY_WAIT == []
@@ -36,24 +37,32 @@ def no_call_on_a_loop_may_wait_for_a_disk() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests that need the driver to a machine with one; a skip would read as something amiss."""
+    """Deselect vm tests without the driver, and in a guest the tests that another guest of this run covers.
+
+    They are deselected rather than skipped, because a skip reads as a problem.
+    """
     for item in items:
         if VM_TESTS in item.path.parents:
             item.add_marker("vm")
     if not os.access(CONTROL_DEVICE, os.R_OK | os.W_OK):
-        _leave_out("vm", config, items)
-    elif os.environ.get("UBLKPOOL_GUEST", NEWEST_GUEST) != NEWEST_GUEST:
-        _leave_out("one_kernel", config, items)
+        _deselect([item for item in items if item.get_closest_marker("vm")], config, items)
+    elif here := os.environ.get("UBLKPOOL_GUEST"):
+        guests = os.environ.get("UBLKPOOL_KERNELS", here).split()
+        _deselect([item for item in items if not _runs_in(here, guests, item)], config, items)
 
 
-def _leave_out(marker: str, config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if item.get_closest_marker(marker)]
+def _runs_in(guest: str, guests: list[str], item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("one_kernel")
+    return marker is None or guest_for(marker.args[0], guests) == guest
+
+
+def _deselect(left_out: list[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A guest that dies leaves only its kernel's log behind."""
+    """Name the test in the guest's kernel log, the only log that remains of a guest that dies."""
     if "UBLKPOOL_GUEST" in os.environ:
         KERNEL_LOG.write_text(f"test: {nodeid}\n")

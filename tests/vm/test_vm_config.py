@@ -10,7 +10,7 @@ import pytest
 from support.vm.daemon import Daemon, eventually, eventually_nothing
 from support.vm.process import read_block, write_block
 
-pytestmark = pytest.mark.one_kernel
+pytestmark = pytest.mark.one_kernel("7.3")
 MIB = 1 << 20
 CONFIG = """
 [daemon]

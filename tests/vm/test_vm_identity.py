@@ -18,7 +18,7 @@ from support.vm.recovery import kill, wait_for_backend
 from ublkpool.daemon.device.state import DeviceState
 from ublkpool.daemon.errors import DaemonError
 
-pytestmark = pytest.mark.one_kernel
+pytestmark = pytest.mark.one_kernel("7.3")
 MIB = 1 << 20
 SIZE = 64 * MIB
 PAGE = 4096

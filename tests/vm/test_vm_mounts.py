@@ -18,7 +18,7 @@ from support.vm.process import read_block, write_block
 from support.vm.recovery import wait_for_backend
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
-pytestmark = pytest.mark.one_kernel
+pytestmark = pytest.mark.one_kernel("7.3")
 MIB = 1 << 20
 CHUNK = 4096
 SMALL: dict[str, Any] = {"depth": 8, "max_io_bytes": 65536}

@@ -18,7 +18,7 @@ from ublkpool.bufpool.sdk.serving import serve
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
-pytestmark = pytest.mark.one_kernel
+pytestmark = pytest.mark.one_kernel("7.3")
 GROUP = "nogroup"
 NOBODY = 65534
 MIB = 1 << 20
