@@ -1,7 +1,7 @@
-"""The daemon's errors, and how any error becomes one line and an exit status.
+"""The daemon's errors, and the text and exit status of every error.
 
-Owns the meaning of exit statuses: 1 is an operation that failed, 2 is something the user wrote that cannot
-work (a bad option, a bad config file, an unusable backend).  Must not know who prints the line.
+Owns the exit statuses: 1 for an operation that failed, 2 for user input that cannot work (a bad option, a bad config
+file, an unusable backend).  Must not know which module prints the text.
 """
 
 from ublkpool.bufpool.errors import BackendError
@@ -12,13 +12,13 @@ STATUS_USAGE = 2
 
 
 class DaemonError(Exception):
-    """A failure with a one-line reason that is fit to be shown to a user as it stands."""
+    """A failure; its text is one line for the user."""
 
     status = STATUS_FAILED
 
 
 class ConfigError(DaemonError):
-    """Something the user wrote that cannot work; one line per mistake."""
+    """User input that cannot work; `lines` has one line per mistake."""
 
     status = STATUS_USAGE
 
@@ -28,11 +28,11 @@ class ConfigError(DaemonError):
 
 
 class DaemonUnreachable(DaemonError):
-    """No daemon answers on the admin socket; the text says which one and what to do."""
+    """No daemon answers on the admin socket; the text names the socket and the way out."""
 
 
 class RemoteError(DaemonError):
-    """The daemon's own answer to a request, with the status that it chose."""
+    """The error that the daemon sent as its answer, with the exit status that it chose."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ def status_of(error: BaseException) -> int:
 
 
 def lines_of(error: BaseException) -> list[str]:
-    """What to tell a user: the error's own words if it is ours, else what broke and how to see more."""
+    """The lines for the user: the error's own text if its class is ours; for others the failure and how to see more."""
     if type(error).__module__.startswith("ublkpool."):
         return str(error).splitlines() or [type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
@@ -57,10 +57,10 @@ def lines_of(error: BaseException) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The same in one line, for a reply or a log record."""
+    """`lines_of` joined to one line, for a reply or a log record."""
     return "; ".join(lines_of(error))
 
 
 def without_name(name: str, text: str) -> str:
-    """A message about `name` that does not begin with it: whoever says it puts the name before it, once."""
+    """The message without the prefix `NAME: `, for a caller that puts the name before it."""
     return text.removeprefix(f"{name}: ")

@@ -1,7 +1,7 @@
-"""Whether stderr is systemd's journal, and how a line there carries its priority.
+"""Detects systemd's journal behind a stream, and gives a line its priority there.
 
-Knows `JOURNAL_STREAM` of systemd.exec(5) and the `<N>` prefixes of sd-daemon(3).  Imports nothing that is slow: the
-command line uses it for its one line of complaint.
+Uses `JOURNAL_STREAM` of systemd.exec(5) and the `<N>` prefixes of sd-daemon(3).  Imports no slow module, because every
+command uses it for its errors.
 """
 
 import os
@@ -11,15 +11,15 @@ ERROR = 3
 WARNING = 4
 INFO = 6
 DEBUG = 7
-# Levels of `logging`, the most severe first, and the syslog priority of each; a level between two has the lower one's.
+# Levels of `logging` and their syslog priorities, most severe first; a level in between has the lower one's priority.
 _PRIORITIES = ((50, 2), (40, ERROR), (30, WARNING), (20, INFO))
 
 
 def is_journal(stream: TextIO) -> bool:
-    """Whether what is written to `stream` goes to the journal.
+    """Whether `stream` is connected to the journal.
 
-    systemd names the device and inode of the stream that it connected.  They are compared, because the variable is
-    inherited by children whose stderr goes elsewhere.
+    JOURNAL_STREAM holds the device and inode of the stream that systemd connected.  They must match, because children
+    inherit the variable even if their stderr goes elsewhere.
     """
     try:
         device, inode = map(int, os.environ.get("JOURNAL_STREAM", "").split(":"))
@@ -30,10 +30,10 @@ def is_journal(stream: TextIO) -> bool:
 
 
 def priority_of(level: int) -> int:
-    """The syslog priority of a level of `logging`."""
-    return next((priority for least, priority in _PRIORITIES if level >= least), DEBUG)
+    """The syslog priority (0 to 7) of a level of `logging`."""
+    return next((priority for minimum, priority in _PRIORITIES if level >= minimum), DEBUG)
 
 
 def with_priority(text: str, priority: int) -> str:
-    """`text` with the prefix on every line, since the journal makes an entry of each line."""
+    """`text` with the prefix on each line, because the journal makes an entry of each line."""
     return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))

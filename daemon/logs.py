@@ -1,7 +1,7 @@
-"""How the daemon logs: to stderr, for people on a terminal or in the journal, as logfmt or JSON for machines.
+"""The daemon's log on stderr: `human` on a terminal or in the journal, `logfmt` or `json` for machines.
 
-Owns the formats; must not know what is logged.  Fields come in `extra={"fields": {...}}`.  In systemd's journal every
-line has its priority and no time, because the journal notes both itself.
+Owns the formats; must not know the messages.  Fields come in `extra={"fields": {...}}`.  In systemd's journal a line
+carries its priority as a prefix, and no time or level, because the journal records both.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import TextIO
 from ublkpool.daemon import journal
 from ublkpool.daemon.settings.config import LogFormat, LogLevel
 
-# asyncio reports a task that ended by an error which nothing awaited.
+# asyncio logs the exception of a task that was never awaited.
 _LOGGERS = ("ublkpool", "asyncio")
 
 
 def configure(level: LogLevel, log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Send what ublkpool and asyncio log to `stream` (stderr); replaces what an earlier call set up."""
+    """Send the logs of ublkpool and asyncio to `stream` (default stderr); replaces the handlers of an earlier call."""
     stream = stream if stream is not None else sys.stderr
     in_journal = journal.is_journal(stream)
     if log_format == "auto":
@@ -59,7 +59,7 @@ class _Formatter(logging.Formatter):
 
 
 class _JournalFormatter(_Formatter):
-    """The journal has the time, and takes the level from the prefix."""
+    """Omits the time, which the journal records, and turns the level into the line's prefix."""
 
     def format(self, record: logging.LogRecord) -> str:
         return journal.with_priority(super().format(record), journal.priority_of(record.levelno))

@@ -1,7 +1,6 @@
-"""What the daemon tells about its devices: the objects of `list --json` and `stats --json`.
+"""The objects of `list --json` and `stats --json`.
 
-Owns their shape, which scripts rely on: fields are added, never renamed.  Must not know how the numbers are
-gathered.
+Owns their fields, which scripts rely on: fields are added, never renamed.  Must not know where the values come from.
 """
 
 from typing import Literal
@@ -12,7 +11,7 @@ State = Literal["waiting", "live", "quiesced", "recovering", "failed"]
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The process of one hardware queue; `cpu` is None while it is not pinned."""
+    """The worker of one hardware queue; `cpu` is None if the worker is not pinned to a CPU."""
 
     queue: int
     pid: int
@@ -20,7 +19,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Who stores a device's data; `kind` and `pid` are None while nobody does."""
+    """The attached backend or, if none is attached, the one that the daemon runs; None where there is neither."""
 
     kind: str | None = None
     pid: int | None = None
@@ -28,7 +27,7 @@ class BackendStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One device.  `id`, `path`, `size_bytes` are None until they are known; `reason` says why it does not serve."""
+    """One device.  `id`, `path` and `size_bytes` are None until they are known; `reason`: why it does not serve."""
 
     name: str
     id: int | None
@@ -45,12 +44,12 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     backend: BackendStatus = BackendStatus()
     reason: str = ""
     epoch: int = 1
-    """Raised by every recovery from a worker's death."""
+    """Incremented by each recovery from a worker's death."""
     answers: Literal["backend", "worker"] = "backend"
 
 
 class OpCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """A number per operation."""
+    """A count or a number of bytes for each operation."""
 
     read: int = 0
     write: int = 0
@@ -60,7 +59,7 @@ class OpCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CopyStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes copied by the kernel (it must, once) and by us (we should not), and those that nobody had to copy."""
+    """Bytes copied by the kernel (one copy per request), by ublkpool (none is the aim), and bytes not copied."""
 
     kernel_bytes: int = 0
     own_bytes: int = 0
@@ -68,7 +67,7 @@ class CopyStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One queue since its worker started; `counters` holds whatever else the worker counts, by name."""
+    """One queue since its worker started; `counters` holds all of the worker's counters by name."""
 
     queue: int
     requests: OpCounts = OpCounts()
@@ -82,9 +81,9 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's pool: how large, how many buffers are where, and how many ever went out and came back.
+    """A device's pool: its size, its buffers by state, and the number of buffers lent and returned since the start.
 
-    `huge_bytes` of it are in huge pages.
+    `huge_bytes`: the part of the pool in huge pages.
     """
 
     size_bytes: int = 0
@@ -99,7 +98,8 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's client area: slices lent to clients, not to be lent yet after a client's end, and free."""
+    """A device's client area: slices lent to clients, free slices, and resting ones, which are not lent yet after a
+    client's end."""
 
     slice_bytes: int = 0
     lent_count: int = 0
@@ -108,7 +108,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One device's numbers; `reason` says why it does not serve, and is empty if it does."""
+    """One device's counters; `reason`: why it does not serve, empty if it does."""
 
     name: str
     reason: str = ""

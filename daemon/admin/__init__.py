@@ -1,1 +1,1 @@
-"""The admin socket: its requests and answers, both ends, and the numbers that it tells."""
+"""The admin socket: its messages, its server and client, and the counters of `stats`."""

@@ -1,7 +1,6 @@
-"""The client half of the admin socket, on a plain blocking socket: commands must start fast.
+"""The client of the admin socket, on a blocking socket, so that commands start fast.
 
-Owns what a user is told when the daemon cannot be reached.  Must not import asyncio, zmq or
-anything else that is slow.
+Owns the error texts for a daemon that cannot be reached.  Must not import asyncio, zmq or another slow module.
 """
 
 import socket
@@ -11,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ublkpool.daemon.admin.patience import Listening, explain_missing
+from ublkpool.daemon.admin.patience import DaemonLines, explain_missing
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
@@ -38,7 +37,10 @@ _T = TypeVar("_T")
 
 
 class AdminClient:
-    """Calls on the daemon of one run directory, one connection each; every method raises `DaemonError`."""
+    """Requests to the daemon of one run directory, each on a connection of its own; every method raises `DaemonError`.
+
+    Methods with QUERY_TIMEOUT_S give up after that many seconds without a line from the daemon; the others wait.
+    """
 
     def __init__(
         self,
@@ -46,41 +48,41 @@ class AdminClient:
         on_progress: Callable[[str], None] = lambda text: None,
         on_wait: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`on_progress` is told what the daemon does, `on_wait` why nothing is heard of it."""
+        """`on_progress` gets the daemon's progress texts, `on_wait` the reason why the daemon is silent."""
         self._run_dir = run_dir
         self._on_progress = on_progress
         self._on_wait = on_wait
 
     def add(self, device: DeviceConfig) -> DeviceStatus:
-        """Create a device; one whose backend the daemon runs is live on return, another may still wait."""
+        """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
         return self._call(AddRequest(device=device), DeviceStatus)
 
     def delete(self, names: list[str] | None, force: bool = False) -> list[str]:
-        """Delete these devices, or all of them; returns the names."""
+        """Delete these devices, or all if `names` is None; returns the names."""
         return self._call(DeleteRequest(names=names, force=force), list[str])
 
     def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
-        """Return when the device is live."""
+        """Return when the device is live; raises `DaemonError` after `timeout_s` seconds (None: no limit)."""
         return self._call(WaitRequest(name=name, timeout_s=timeout_s), DeviceStatus)
 
     def rebind(self, name: str) -> None:
-        """Have the next store that attaches become this device's own."""
+        """Let the next attach give this device another store."""
         self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
 
     def devices(self) -> list[DeviceStatus]:
-        """All devices."""
+        """The status of all devices."""
         return self._call(ListRequest(), list[DeviceStatus], QUERY_TIMEOUT_S)
 
     def stats(self, name: str | None = None) -> list[DeviceStats]:
-        """The numbers of one device, or of all."""
+        """The counters of one device, or of all."""
         return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
 
     def stop(self, leave: bool = False) -> None:
-        """Ask the daemon to end; with `leave`, without touching its devices."""
+        """Ask the daemon to end; with `leave` it leaves its devices for the next daemon, else it deletes them."""
         self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
 
     def shut_down(self, final: bool) -> None:
-        """Tell the daemon that the machine goes down; `final` ends its devices, and then the daemon."""
+        """Tell the daemon that the machine goes down; with `final` it deletes all devices and ends."""
         self._call(ShutdownRequest(final=final), None, QUERY_TIMEOUT_S)
 
     def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
@@ -96,10 +98,10 @@ class AdminClient:
     def _exchange(self, line: bytes, timeout_s: float | None) -> Reply:
         path = admin_socket(self._run_dir)
         with _connect(path) as connection:
-            listening = Listening(path, connection, timeout_s, self._on_wait)
+            lines = DaemonLines(path, connection, timeout_s, self._on_wait)
             try:
                 connection.sendall(line)
-                while (reply := decode_reply(listening.line())).ok is None:
+                while (reply := decode_reply(lines.next_line())).ok is None:
                     self._on_progress(reply.progress)
                 return reply
             except ConnectionError as error:

@@ -1,4 +1,4 @@
-"""A device's numbers, read from the control segment that its workers write; asks nobody.
+"""A device's counters, read from the control segment that its workers write, without a message to a process.
 
 Owns the mapping from the workers' counters to `stats --json`.
 """
@@ -13,7 +13,7 @@ from ublkpool.ublk.queue import Statistics, read_statistics
 
 
 def device_stats(device: Device) -> DeviceStats:
-    """The device's numbers now; none before it has started."""
+    """The device's counters now; without queues and pool before the device has started."""
     if device.arena is None:
         return DeviceStats(name=device.config.name, reason=device.trouble)
     arena = device.arena

@@ -1,6 +1,6 @@
-"""What a client makes of a daemon that does not answer, and of one whose socket is gone.
+"""A client's wait for a daemon that does not answer, and the search for a daemon whose socket is gone.
 
-Owns how long a silence is listened to and what is said meanwhile.  Must not import anything slow.
+Owns the time limits of the wait and the texts that the user sees meanwhile.  Must not import a slow module.
 """
 
 import os
@@ -15,18 +15,20 @@ from ublkpool.daemon.admin.wire import REPLY_BYTES_MAX
 from ublkpool.daemon.errors import DaemonUnreachable
 
 STOPPED_NOTICE_S = 1.0
+"""Seconds of silence after which the client looks whether the daemon is stopped (SIGSTOP)."""
 SILENT_NOTICE_S = 5.0
+"""Seconds of silence after which the client tells the user that it waits."""
 _RECEIVED_BYTES = 1 << 16
 _PROC = Path("/proc")
 
 
-class Listening:
-    """Lines of the daemon's, and what is said while none comes."""
+class DaemonLines:
+    """The lines that the daemon sends on one connection; tells the user while the daemon is silent."""
 
     def __init__(
         self, path: Path, connection: socket.socket, timeout_s: float | None, say: Callable[[str], None]
     ) -> None:
-        """`timeout_s` None: as long as it takes, for the daemon may have much to do."""
+        """`timeout_s`: longest silence before an error; None: no limit, because the operation may take long."""
         self._path = path
         self._connection = connection
         self._timeout_s = timeout_s
@@ -35,15 +37,15 @@ class Listening:
         self._buffer = bytearray()
         self._pid = _peer_pid(connection)
 
-    def line(self) -> bytes:
-        """The next one.  Raises `DaemonUnreachable` if the daemon ends, or is silent for too long."""
+    def next_line(self) -> bytes:
+        """The daemon's next line.  Raises `DaemonUnreachable` if the daemon ends or is silent for `timeout_s`."""
         since_s = time.monotonic()
         while b"\n" not in self._buffer and len(self._buffer) < REPLY_BYTES_MAX:
             self._connection.settimeout(STOPPED_NOTICE_S)
             try:
                 received = self._connection.recv(_RECEIVED_BYTES)
             except TimeoutError:
-                self._wait(time.monotonic() - since_s)
+                self._check_silence(time.monotonic() - since_s)
                 continue
             if not received:
                 raise DaemonUnreachable("the daemon ended before it answered; its log says why")
@@ -52,19 +54,20 @@ class Listening:
         self._buffer = rest
         return bytes(line)
 
-    def _wait(self, silent_s: float) -> None:
+    def _check_silence(self, silent_s: float) -> None:
+        """Raise at the time limit, else tell the user why the daemon does not answer."""
+        stopped = f"is stopped (SIGSTOP): let it go on with kill -CONT {self._pid}"
+        daemon = f"the daemon, process {self._pid},"
         is_stopped = _is_stopped(self._pid)
-        who = f"the daemon, process {self._pid}, "
-        why = f"is stopped (SIGSTOP): let it go on with kill -CONT {self._pid}" if is_stopped else ""
         if self._timeout_s is not None and silent_s >= self._timeout_s:
-            why = why or f"may be hung: see its log, and cat /proc/{self._pid}/stack"
+            reason = stopped if is_stopped else f"may be hung: see its log, and cat /proc/{self._pid}/stack"
             raise DaemonUnreachable(
-                f"{self._path}: {who}did not answer within {self._timeout_s:g} s; it {why}"
+                f"{self._path}: {daemon} did not answer within {self._timeout_s:g} s; it {reason}"
             )
-        if why:
-            self._say_once(f"{who}{why}; waiting")
+        if is_stopped:
+            self._say_once(f"{daemon} {stopped}; waiting")
         elif self._timeout_s is not None and silent_s >= SILENT_NOTICE_S:
-            self._say_once(f"{who}has not answered yet; waiting up to {self._timeout_s:g} s")
+            self._say_once(f"{daemon} has not answered yet; waiting up to {self._timeout_s:g} s")
 
     def _say_once(self, text: str) -> None:
         if text != self._said:
@@ -73,12 +76,12 @@ class Listening:
 
 
 def explain_missing(path: Path) -> str:
-    """Why there is no socket at `path` although a daemon listens there; empty if none is seen to."""
+    """The error for a removed socket that a daemon still listens on; empty if no daemon listens on this path."""
     inode = _listener(path)
     if not inode:
         return ""
     pid = _holder(inode)
-    who, how = (f"process {pid}", f"kill {pid}") if pid else ("whose process is not seen from here", "end it")
+    who, how = (f"process {pid}", f"kill {pid}") if pid else ("its process is not visible here", "end it")
     return (
         f"{path}: gone, but a daemon ({who}) listens there: its run directory was emptied or replaced; "
         f"{how}, then start the daemon again"
@@ -86,7 +89,10 @@ def explain_missing(path: Path) -> str:
 
 
 def _listener(path: Path) -> str:
-    """The inode of a socket that was bound to this path and listens; the kernel remembers the path of a removed one."""
+    """The inode of the listening socket bound to `path`, also if the file was removed; empty if there is none.
+
+    /proc/net/unix shows the path at bind(2) for as long as the socket exists.
+    """
     wanted = {str(path), os.path.realpath(path)}
     with suppress(OSError):
         for line in (_PROC / "net/unix").read_text().splitlines():
@@ -97,7 +103,7 @@ def _listener(path: Path) -> str:
 
 
 def _holder(inode: str) -> int:
-    """The process that has this socket open, 0 if none is seen."""
+    """The pid of a visible process with this socket open, else 0."""
     wanted = f"socket:[{inode}]"
     for process in _PROC.iterdir():
         if process.name.isdigit():
@@ -114,7 +120,7 @@ def _target(link: Path) -> str:
 
 
 def _peer_pid(connection: socket.socket) -> int:
-    """The pid of the process that began to listen (SO_PEERCRED)."""
+    """The pid of the process that called listen(2) (SO_PEERCRED)."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid

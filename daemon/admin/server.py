@@ -1,9 +1,8 @@
-"""The server half of the admin socket: lines in, calls on a `DeviceService`, lines out.
+"""The server of the admin socket: reads requests, calls a `DeviceService`, writes answers.
 
-Owns the socket file (mode 0600) and the connections; must not know what a device is.  Runs on the
-supervisor's asyncio loop.  A wait, and the making of a device, are given up if the client vanishes: `add` may wait for
-a backend that waits itself, and a device that its user gave up must not appear later.  Any other operation runs to its
-end.
+Owns the socket file (mode 0600), the connections and the tasks of running operations; must not know what a device is.
+Runs on the supervisor's asyncio loop.  If the client disconnects, `wait` and `add` are cancelled: `add` may wait for a
+backend without limit, and a device that its user gave up must not appear later.  Other operations run to their end.
 """
 
 import asyncio
@@ -45,31 +44,31 @@ _Names = list[str]
 
 
 class DeviceService(Protocol):
-    """What the supervisor offers; any exception becomes the request's error."""
+    """The supervisor's operations; an exception becomes the error of the request."""
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
-        """Create a device; with a backend to run, return when it is live."""
+        """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
 
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
-        """Delete these devices, or all; return what was deleted."""
+        """Delete these devices, or all if `names` is None; returns the names."""
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
-        """Return when the device is live."""
+        """Return when the device is live; raises `DaemonError` after `timeout_s` seconds (None: no limit)."""
 
     async def rebind(self, name: str) -> None:
-        """Have the next store that attaches become this device's own."""
+        """Let the next attach give this device another store."""
 
     def list(self) -> Sequence[DeviceStatus]:
-        """All devices."""
+        """The status of all devices."""
 
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
-        """The numbers of one device, or of all."""
+        """The counters of one device, or of all."""
 
     async def stop(self, leave: bool) -> None:
-        """Ask the daemon to end, leaving its devices as they are or not; may return before it has."""
+        """Ask the daemon to end, with its devices left for the next daemon or deleted; may return before it ends."""
 
     async def shut_down(self, final: bool) -> None:
-        """The machine goes down; with `final` end every device, and the daemon."""
+        """Prepare for the machine's shutdown; with `final` delete every device and end."""
 
 
 class AdminServer:
@@ -85,14 +84,14 @@ class AdminServer:
         self._failure_count = 0
 
     async def start(self) -> None:
-        """Listen.  Raises `DaemonError` if another daemon already does, or the socket cannot be made."""
+        """Listen.  Raises `DaemonError` if another daemon listens here or the socket cannot be made."""
         listener = ReservedListener(_listen(self._path))
         self._server = await asyncio.start_unix_server(
             self._serve_connection, sock=listener, limit=REQUEST_BYTES_MAX
         )
 
     async def close(self, drain_s: float = DRAIN_S) -> None:
-        """Stop listening, give running operations `drain_s` to answer, hang up and remove the socket."""
+        """Stop listening, remove the socket, give running operations `drain_s` seconds to answer, and disconnect."""
         if self._server is None:
             return
         self._server.close()
@@ -105,7 +104,7 @@ class AdminServer:
         await _end_within(list(self._connections), drain_s)
 
     def statistics(self) -> dict[str, int]:
-        """Connections and operations now, requests and failures since the start."""
+        """The number of connections and operations now, of requests and failures since the start."""
         return {
             "connections": len(self._connections),
             "operations": len(self._operations),
@@ -127,7 +126,7 @@ class AdminServer:
             writer.close()
 
     async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; False when there is nothing more to read on this connection."""
+        """Answer one request; False at the end of the connection."""
         try:
             line = await reader.readline()
         except ValueError:
@@ -203,7 +202,7 @@ def _progress_to(writer: asyncio.StreamWriter) -> Callable[[str], None]:
 
 
 async def _end_within(tasks: Sequence[asyncio.Task[Any]], seconds: float) -> None:
-    """Return when these tasks have ended; those that take longer are cancelled."""
+    """Wait for these tasks; cancel those that take longer than `seconds`."""
     if not tasks:
         return
     _, late = await asyncio.wait(tasks, timeout=seconds)
@@ -213,7 +212,7 @@ async def _end_within(tasks: Sequence[asyncio.Task[Any]], seconds: float) -> Non
 
 
 async def _end_with_client(operation: asyncio.Task[object], writer: asyncio.StreamWriter) -> None:
-    """Return when the operation has ended; cancel it if its client hangs up before."""
+    """Wait for the operation; cancel it if its client disconnects first."""
     while not operation.done():
         await asyncio.wait({operation}, timeout=HANGUP_POLL_S)
         if _has_hung_up(writer):
@@ -222,7 +221,7 @@ async def _end_with_client(operation: asyncio.Task[object], writer: asyncio.Stre
 
 
 def _has_hung_up(writer: asyncio.StreamWriter) -> bool:
-    """Whether the client is gone; one that only closed its sending side is not."""
+    """Whether the client has disconnected; shutdown(2) of its sending side alone does not count."""
     if writer.is_closing():
         return True
     poll = select.poll()
@@ -231,7 +230,7 @@ def _has_hung_up(writer: asyncio.StreamWriter) -> bool:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, for its owner only; replaces one that nobody listens on any more."""
+    """A listening socket at `path`, for its owner only; replaces the socket file of a daemon that is gone."""
     if _is_answered(path):
         raise DaemonError(f"{path}: another daemon is running here (stop it, or choose another --run-dir)")
     return listen(path, socket.SOCK_STREAM)

@@ -1,6 +1,6 @@
-"""The admin protocol: what a client and the daemon say to each other on `RUN_DIR/admin.sock`.
+"""The admin protocol on `RUN_DIR/admin.sock`.
 
-Owns the messages and their framing, for both halves.  JSON, one message a line:
+Owns the messages and their framing, for client and server.  JSON, one message per line:
 
     client:  {"v":1,"op":"add","device":{...}}
     daemon:  {"progress":"..."}                                 any number of times
@@ -35,45 +35,45 @@ class AddRequest(_Request, frozen=True, kw_only=True, tag="add"):
 
 
 class DeleteRequest(_Request, frozen=True, kw_only=True, tag="del"):
-    """Delete devices, all with `names` null; the result is the list of names deleted."""
+    """Delete these devices, or all if `names` is null; the result is the list of names deleted."""
 
     names: list[str] | None
     force: bool = False
 
 
 class WaitRequest(_Request, frozen=True, kw_only=True, tag="wait"):
-    """Answer when a device is live; the result is its DeviceStatus.  Given up when the client hangs up."""
+    """Answer when a device is live; the result is its DeviceStatus.  Cancelled when the client disconnects."""
 
     name: str
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
 
 
 class RebindRequest(_Request, frozen=True, kw_only=True, tag="rebind"):
-    """Have the next store that attaches become this device's own."""
+    """Let the next attach give this device another store."""
 
     name: str
 
 
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
-    """The result is a list of DeviceStatus."""
+    """Show all devices; the result is a list of DeviceStatus."""
 
 
 class StatsRequest(_Request, frozen=True, kw_only=True, tag="stats"):
-    """The result is a list of DeviceStats, of one device or all."""
+    """Show the counters of one device, or of all; the result is a list of DeviceStats."""
 
     name: str | None = None
 
 
 class StopRequest(_Request, frozen=True, kw_only=True, tag="stop"):
-    """Stop the daemon; with `leave` its devices stay, served, for the next one."""
+    """End the daemon; with `leave` its workers go on serving the devices until the next daemon takes them over."""
 
     leave: bool = False
 
 
 class ShutdownRequest(_Request, frozen=True, kw_only=True, tag="shutdown"):
-    """The machine goes down: from now on requests fail where no backend is.
+    """Announce the machine's shutdown: from now on the requests of a device without a backend fail after a few seconds.
 
-    With `final` all devices are deleted, in use or not; the answer comes when they are, and then the daemon ends.
+    With `final` the daemon deletes all devices, in use or not, then answers and ends.
     """
 
     final: bool = False
@@ -92,7 +92,7 @@ Request = (
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Something to show while the operation runs."""
+    """A text to show while the operation runs."""
 
     progress: str
 
@@ -113,7 +113,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """Any line of the daemon's, as a client reads it: `ok` is None in a progress line."""
+    """A daemon's line as the client decodes it: Progress (`ok` is None), Done or Failed."""
 
     ok: bool | None = None
     progress: str = ""
@@ -133,17 +133,17 @@ _reply_decoder = msgspec.json.Decoder(Reply)
 
 
 def admin_socket(run_dir: Path) -> Path:
-    """Where the daemon of this run directory listens."""
+    """The path of this run directory's admin socket."""
     return run_dir / "admin.sock"
 
 
 def encode_line(message: Request | Progress | Done | Failed) -> bytes:
-    """One line, its newline included."""
+    """The message as one line with its newline."""
     return _encoder.encode(message) + b"\n"
 
 
 def decode_request(line: bytes) -> Request:
-    """A client's line.  Raises `ConfigError` with a reason that names the field."""
+    """The request in a client's line.  Raises `ConfigError` with a reason that names the field."""
     try:
         version = _envelope_decoder.decode(line).v
         if version == ADMIN_VERSION:
@@ -154,7 +154,7 @@ def decode_request(line: bytes) -> Request:
 
 
 def decode_reply(line: bytes) -> Reply:
-    """A line of the daemon's.  Raises `DaemonError`."""
+    """The message in a daemon's line.  Raises `DaemonError`."""
     try:
         return _reply_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""The command line: each command of `ublkpool`, and how its answer is shown."""
+"""The command line: the commands of `ublkpool`, and the tables that they print."""

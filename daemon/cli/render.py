@@ -1,6 +1,6 @@
-"""Status for people: aligned tables, of which nothing is ever cut.
+"""The tables of `list` and `stats`: aligned columns, no value ever cut.
 
-Owns columns and wording.  On a terminal the columns that do not fit beside each other stand below their row.
+Owns the columns and their wording.  On a terminal, columns that do not fit on the line follow below their row.
 """
 
 import os
@@ -21,7 +21,7 @@ _WIDTH_FALLBACK = 80
 
 
 class Table(NamedTuple):
-    """Headers and rows; every row is as long as the headers, and the first `keys` columns say what it is about."""
+    """Headers and rows of equal length; the first `keys` columns identify a row."""
 
     headers: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -29,16 +29,16 @@ class Table(NamedTuple):
 
 
 def print_table(table: Table, out: TextIO | None = None) -> None:
-    """Write the table to `out` (stdout)."""
+    """Write the table to `out` (default stdout)."""
     out = out if out is not None else sys.stdout
     out.write(plain_text(table, _width(out) if out.isatty() else None))
 
 
 def plain_text(table: Table, width: int | None = None) -> str:
-    """The table as aligned lines, two spaces between columns.
+    """The table as aligned lines, with two spaces between columns.
 
-    With a `width` the columns beyond it stand below each row, as `header: value`; the keys never do, and no word is
-    cut: one that is longer than a line stays whole.
+    With a `width` in characters, columns beyond it follow below each row as `header: value`, except the keys.  A word
+    longer than a line stays whole.
     """
     lines = [table.headers, *table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.headers))]
@@ -59,7 +59,7 @@ def _how_many_fit(widths: Sequence[int], width: int, at_least: int) -> int:
 
 
 def _below(headers: Sequence[str], values: Sequence[str], width: int) -> list[str]:
-    """Several values a line, as far as they fit; a longer one has lines of its own."""
+    """The values as `header: value`, several on a line if they fit; a longer value has lines of its own."""
     lines: list[str] = []
     for header, value in zip(headers, values, strict=True):
         text = f"{header.lower()}: {value}"
@@ -78,10 +78,10 @@ def _below(headers: Sequence[str], values: Sequence[str], width: int) -> list[st
 
 
 def _width(out: TextIO) -> int:
-    """COLUMNS comes first, as for other commands."""
-    asked = os.environ.get("COLUMNS", "")
-    if asked.isdecimal() and int(asked):
-        return int(asked)
+    """The width in characters: COLUMNS, else the terminal's."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
     try:
         return os.get_terminal_size(out.fileno()).columns or _WIDTH_FALLBACK
     except OSError:
@@ -89,7 +89,7 @@ def _width(out: TextIO) -> int:
 
 
 def device_table(devices: Sequence[DeviceStatus]) -> Table:
-    """What `list` shows."""
+    """The table of `list`."""
     headers = (
         "NAME",
         "PATH",
@@ -106,7 +106,7 @@ def device_table(devices: Sequence[DeviceStatus]) -> Table:
 
 
 def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
-    """What `stats` shows: what the queues did, and where the buffers are."""
+    """The tables of `stats`: one row per queue, then one row per pool."""
     headers = (
         "NAME",
         "QUEUE",

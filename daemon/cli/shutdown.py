@@ -1,7 +1,7 @@
-"""What the shutdown units run (config/ublkpool-shutdown.service and ublkpool-shutdown-final.service).
+"""The work of `ublkpool shutdown`, which config/ublkpool-shutdown.service and ublkpool-shutdown-final.service run.
 
-Owns the order of the end: mounts that are still there, then the devices, then the daemon.  Runs in a process of its
-own, in the machine's mount namespace, and waits for nothing without a limit.
+Owns the order at poweroff: unmount, then delete the devices, then end the daemon.  Runs in a process of its own, in the
+machine's mount namespace; every wait has a limit.
 """
 
 import logging
@@ -26,14 +26,17 @@ def begin(run_dir: Path) -> None:
 
 
 def finish(run_dir: Path) -> None:
-    """Unmount what is left on the daemon's disks, then have it delete them and end.  Raises `DaemonError`."""
+    """Unmount what is still mounted on the daemon's disks, then let the daemon delete them and end.
+
+    Raises `DaemonError`.
+    """
     client = AdminClient(run_dir)
     release([device.id for device in client.devices() if device.id is not None])
     client.shut_down(final=True)
 
 
 def release(numbers: Collection[int], mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
-    """Unmount whatever lies on the disks with these device numbers; what is busy has its data written at least."""
+    """Unmount everything on the disks with these ublk device numbers; sync a file system that cannot be unmounted."""
     for path in reversed(paths_on(numbers, mountinfo.read_text())):
         _log.warning("%s is still mounted: unmounting it", path)
         if not _succeeds(["umount", "--", path]):
@@ -42,20 +45,20 @@ def release(numbers: Collection[int], mountinfo: Path = Path("/proc/self/mountin
 
 
 def paths_on(numbers: Collection[int], mountinfo: str) -> list[str]:
-    """Where, in the order of /proc/PID/mountinfo, something of the disks with these device numbers is mounted."""
+    """The mount points of the disks with these ublk device numbers, in the order of /proc/PID/mountinfo."""
     disks = {f"ublkb{number}" for number in numbers}
     found = []
     for line in mountinfo.splitlines():
         about, _, origin = line.partition(" - ")
         device, path, source = about.split()[2], about.split()[4], origin.split()[1]
-        # Some file systems have device numbers of their own, and the disk as their source.
+        # Some file systems (btrfs) have a device number of their own and name the disk as their source.
         if disks & {*_disks_below(SYS_BLOCK / device), source.removeprefix("/dev/")}:
             found.append(_ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
     return found
 
 
 def _disks_below(block: Path) -> set[str]:
-    """The names of a block device, of the disk that it is a part of, and of all that it is made of."""
+    """The names of a block device, of the disk that it is a partition of, and of the disks below it (slaves)."""
     if not block.exists():
         return set()
     found = set(block.resolve().parts)
@@ -65,7 +68,10 @@ def _disks_below(block: Path) -> set[str]:
 
 
 def _succeeds(command: Sequence[str]) -> bool:
-    """Whether the command ends with status 0 in time.  One that does not end is left: it cannot be killed then."""
+    """Whether the command ends with status 0 within UNMOUNT_PATIENCE_S seconds.
+
+    After that it is killed; a command that SIGKILL does not end within _KILL_PATIENCE_S seconds is left behind.
+    """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         return process.wait(UNMOUNT_PATIENCE_S) == 0

@@ -1,1 +1,1 @@
-"""What the daemon was told (configuration) and the directories that are its own."""
+"""The configuration, and the directories that the daemon makes for itself."""

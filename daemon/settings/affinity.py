@@ -1,13 +1,13 @@
-"""On which CPU a queue's worker runs.
+"""The CPU on which a queue's worker runs.
 
-Owns the choice, and the text in which users name CPUs: `auto`, `off`, or a list as the kernel writes it, `0-3,8`.
+Owns the choice and the syntax of the key `affinity`: `auto`, `off`, or a list in the kernel's format, `0-3,8`.
 """
 
 from collections.abc import Collection
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """The CPUs of a list such as `0-3,8`.  Raises `ValueError` if it is none."""
+    """The CPUs of a list such as `0-3,8`.  Raises `ValueError` if the text is no such list or names no CPU."""
     cpus: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
@@ -20,10 +20,11 @@ def parse_cpus(text: str) -> frozenset[int]:
 def cpu_for(
     affinity: str, device_number: int, queue: int, queue_cpus: Collection[int], allowed: Collection[int]
 ) -> int | None:
-    """One of the CPUs whose requests come to the queue, of those that we may use; None: wherever the scheduler likes.
+    """The CPU for the worker of a queue; None: the scheduler chooses.
 
-    With a list one of those that are on it, or, if none of them is the queue's, any on it.  Devices begin at different
-    ones: queues that share all their CPUs shall not share their workers'.
+    `queue_cpus`: CPUs whose requests come to this hardware queue; `allowed`: this process's CPU affinity.  `auto` takes
+    an allowed CPU of the queue.  A list takes a listed and allowed CPU of the queue or, without one, any listed and
+    allowed CPU.  Each device starts at another CPU, so that queues with the same CPUs get workers on different ones.
     """
     if affinity == "off":
         return None

@@ -1,8 +1,8 @@
-"""What can be configured: the shapes, their limits, and the complaints about values that break them.
+"""The configuration's types, their limits, and the errors for values that break them.
 
-Owns `DeviceConfig`, `BackendConfig` and `ServeConfig`, which the rest of the daemon works with, and the check
-that turns a table of user-written keys (from TOML or the command line) into them.  Must not know files, lines
-or options: a problem is a key path and a text.
+Owns `DeviceConfig`, `BackendConfig` and `ServeConfig`, which the rest of the daemon works with, and the check that
+turns a table of user-written keys (from TOML or the command line) into them.  Must not know files or options: a problem
+is a key path and a text.
 """
 
 import os
@@ -18,10 +18,10 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.settings.affinity import parse_cpus
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: `("device", 0, "queues")`."""
+"""Path of a key in the TOML document: `("device", 0, "queues")`."""
 
 CLIENT_SLICES = 8
-"""Into how many parts a client area is cut, one a client."""
+"""Number of slices of a client area; each client has one."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -62,7 +62,7 @@ LogFormat = Literal["auto", "human", "logfmt", "json"]
 
 
 class Conflict(ValueError):
-    """Two settings that cannot go together; `key` is the one to complain about."""
+    """Two settings that contradict each other; `key` is the one that the error names."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -72,7 +72,8 @@ class Conflict(ValueError):
 class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A backend that the daemon runs: a built-in kind or the absolute path of a .py file.
 
-    `cwd` is the directory in which the user wrote this: relative paths in options are meant from there.
+    `cwd` is the config file's directory, or the directory in which the user ran `ublkpool add`; relative paths in
+    options start there.
     """
 
     kind: Annotated[str, Meta(min_length=1)]
@@ -81,7 +82,7 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device.  What is None is chosen by the kernel (`id`), the backend (`size_bytes`) or derived."""
+    """One device.  If fields are None, the kernel chooses `id`, the backend gives the size, others are derived."""
 
     name: DeviceName
     size_bytes: DeviceBytes | None = None
@@ -126,23 +127,27 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def waits_for_backend(self) -> bool:
-        """Whether somebody has to attach before there is a disk."""
+        """Whether the disk appears only when a backend that the daemon does not run has attached."""
         return self.backend is None and self.answers == "backend"
 
     def _check_answers(self) -> None:
-        """Without a backend nobody names a place, brings a size, or is lent a buffer before a write comes."""
+        """Refuse settings that need a backend, on a device whose workers answer requests themselves."""
         if self.backend is not None:
-            raise Conflict("answers", "its workers answer, so nothing is left for a backend: leave one out")
+            raise Conflict(
+                "answers", "the workers answer requests, so a backend would get none: remove backend"
+            )
         if self.placement == "backend":
-            raise Conflict("answers", "its workers answer, so no backend places writes: use placement pool")
+            raise Conflict(
+                "answers", "the workers answer requests, so no backend places writes: use placement pool"
+            )
         if not self.need_get_data:
-            raise Conflict("answers", "workers that answer need need_get_data: turn it on")
+            raise Conflict("answers", "workers that answer requests need need_get_data: turn it on")
         if self.size_bytes is None:
-            raise Conflict("answers", "its workers answer, so no backend has a size: give it size = N")
+            raise Conflict("answers", "the workers answer requests, so no backend has a size: set size")
         if self.client_buffers_bytes:
             raise Conflict(
                 "answers",
-                "its workers answer, so nobody reads where clients want it: leave client_buffers out",
+                "the workers answer requests, so no backend can share client buffers: remove client_buffers",
             )
 
 
@@ -158,7 +163,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeConfig(NamedTuple):
-    """All that `serve` needs."""
+    """The configuration of `ublkpool serve`."""
 
     run_dir: Path = RUN_DIR_DEFAULT
     group: str | None = None
@@ -168,11 +173,11 @@ class ServeConfig(NamedTuple):
     on_stop: OnStop = "delete"
     replace: bool = False
     state_dir: Path | None = None
-    """None: what `state.candidates` says."""
+    """None: one of the directories of `device.state.candidates`."""
 
 
 class Problem(NamedTuple):
-    """One mistake: the key, and what is wrong and what would be right, on one line."""
+    """One mistake in the configuration: the key, and one line with the reason and the way out."""
 
     path: KeyPath
     message: str
@@ -187,13 +192,13 @@ USER_KEYS = {
     "absent_timeout_s": "absent_timeout",
     "spin_us": "spin",
 }
-"""Users write these keys without their unit: `size = "1G"`."""
+"""The user's keys for fields whose names end in a unit: `size = "1G"` sets `size_bytes`."""
 
 
 def check_device(
     table: Mapping[str, object], path: KeyPath, problems: list[Problem], cwd: Path
 ) -> DeviceConfig | None:
-    """The device that this table of user keys describes, or None and at least one more problem."""
+    """The device that this table of user keys describes; None after adding at least one problem."""
     problem_count = len(problems)
     values = check_fields(table, DeviceConfig, path, problems, apart=frozenset({"backend"}))
     if table.get("backend") is not None:
@@ -214,7 +219,7 @@ def check_fields(
     problems: list[Problem],
     apart: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The values of `table` that fit `shape`, by field name; keys in `apart` are known but left alone."""
+    """The valid values of `table`, by field name of `shape`; the caller checks the keys in `apart`."""
     fields = {USER_KEYS.get(field.name, field.name): field for field in msgspec.structs.fields(shape)}
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -236,7 +241,7 @@ def check_fields(
 
 
 def _check_value(value: object, field: str, wanted: Any) -> Any:
-    """The value as its field wants it, or a `Problem` without a path."""
+    """The value converted to its field's type, or a `Problem` without a path."""
     try:
         if field.endswith("_bytes") and isinstance(value, str):
             value = _parse_size(value)
@@ -275,7 +280,7 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
 def _resolved_backend(
     kind: str, options: dict[str, str], path: KeyPath, problems: list[Problem], cwd: Path
 ) -> BackendConfig:
-    """A backend whose FILE.py, if it is one, has been found."""
+    """The backend, with the absolute path of its FILE.py; adds a problem if there is no such file."""
     if kind.endswith(".py") or "/" in kind:
         file = Path(os.path.normpath(cwd / kind))
         if not file.is_file():
@@ -302,7 +307,7 @@ def _nearest(word: str, choices: list[str]) -> str:
 
 
 def _complaint(error: str, value: object, wanted: Any) -> str:
-    """msgspec's complaint, for somebody who does not know msgspec."""
+    """msgspec's error text in the terms of the config file, with the value."""
     choices = [str(choice) for choice in get_args(wanted) if isinstance(choice, str)]
     if choices:
         return f"expected {' or '.join(choices)}, {_got(value)}" + _nearest(str(value), choices)

@@ -60,7 +60,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
 
 
 def _device_titles(tables: object) -> list[str]:
-    """How an error names each device: by its name, or by its index if the name is missing, wrong or given twice."""
+    """Each device's name in errors: `device "vol0"`, or `device[0]` if the name is missing, invalid or not unique."""
     if not isinstance(tables, list):
         return []
     names = [_valid_name(table) for table in tables]

@@ -1,7 +1,7 @@
-"""A directory of the daemon's own: made with a mode, or accepted as it is; a mode or an owner is never changed.
+"""Makes the run directory and the state directory, or checks one that exists.
 
-The run directory and the state directory are both made here.  A directory that this process did not make keeps its
-mode.  One that another user owns, or may write to, is refused: that user could replace what the daemon trusts.
+A directory that this process did not make keeps its mode and owner.  A directory that another user owns or may write to
+is refused, because that user could replace files that the daemon trusts.
 """
 
 import os
@@ -17,11 +17,11 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make_own_directory(path: Path, what: str, option: str, mode: int = 0o700) -> bool:
-    """Make the directory, with its parents, if there is none; whether it was made.
+    """Make the directory, with its parents, if it does not exist; returns whether it was made.
 
     `what` and `option` are for the error: "run directory", "--run-dir".  Raises `ConfigError` if the directory cannot
-    be made, is none, belongs to another user than this process's or root, or may be written to by others, or if a
-    symbolic link of another user's leads there.
+    be made, if `path` is no directory, belongs to a user other than this process's and root, or may be written to by
+    others, or if `path` is a symbolic link of another user.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def _make(path: Path, mode: int) -> bool:
         path.mkdir(mode)
     except FileExistsError:
         return False
-    # mkdir is subject to the umask.
+    # The umask has reduced the mode of mkdir(2).
     path.chmod(mode)
     return True
 

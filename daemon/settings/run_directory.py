@@ -1,8 +1,8 @@
-"""The run directory of one daemon: claimed at its start, its entries made, and removed at a clean end.
+"""The run directory of one daemon: claimed at its start, filled with its entries, removed at its clean end.
 
-Owns the lock file, which the daemon holds for its life and which says whether a daemon made the directory, and the
-modes of what lies in the directory.  A directory that was found keeps its own mode; only entries of the daemon's are
-made and removed.
+Owns the lock file, which the daemon holds (flock(2)) for its life and which records whether a daemon made the
+directory, and the modes of the entries.  A directory that existed before keeps its mode; the daemon makes and removes
+only its own entries.
 """
 
 import asyncio
@@ -54,44 +54,47 @@ _UNFINISHED = re.compile(r".+\.(new|old|unreadable)\Z")
 
 
 class RunDirectory:
-    """A claimed run directory; no other daemon uses it until `remove`, or the end of this process."""
+    """A claimed run directory; no other daemon can claim it before `remove` or the end of this process."""
 
     def __init__(self, path: Path, lock: int, made: bool) -> None:
-        """`claim` and `replace` make one."""
+        """Called by `claim`; `lock`: descriptor of the locked file; `made`: a daemon made the directory."""
         self.path = path
         self._lock = lock
         self._made = made
 
     @property
     def queues(self) -> Path:
-        """Where workers listen for backends."""
+        """The directory of the sockets on which workers listen for backends."""
         return self.path / "queues"
 
     @property
     def devices(self) -> Path:
-        """Where records lie."""
+        """The directory of the devices' records."""
         return self.path / "devices"
 
     @classmethod
     def claim(cls, path: Path) -> "RunDirectory":
-        """Make the directory or take a found one.  Raises `ConfigError`, or `DaemonError` if a daemon runs there."""
+        """Make and lock the directory, or lock an existing one.  Raises `ConfigError`, `DaemonRuns`, `DaemonError`."""
         for _ in range(CLAIMS_MAX):
             made = make_own_directory(path, _WHAT, "--run-dir")
             try:
-                # A daemon of a version that wrote nothing into its lock file was killed here.
+                # Daemons of an older version left their lock files empty; count the directory as made by a daemon.
                 made = made or (_check_is_run_directory(path) and _is_empty_lock(path))
                 lock = _open_lock(path)
             except FileNotFoundError:
-                # A daemon that was ending has removed the directory meanwhile.
+                # A daemon that ended has just removed the directory.
                 continue
             if _is_still_there(path, lock):
                 return cls(path, lock, _was_made(lock, made))
             os.close(lock)
-        raise DaemonError(f"{path}: another daemon removes it again and again: {WAY_OUT}")
+        raise DaemonError(f"{path}: other daemons removed it {CLAIMS_MAX} times: {WAY_OUT}")
 
     @classmethod
     async def replace(cls, path: Path, ask_to_leave: Callable[[], None]) -> "RunDirectory":
-        """Claim it, after `ask_to_leave` if a daemon runs there.  Raises `DaemonError` if that daemon stays."""
+        """Claim the directory; if a daemon runs there, call `ask_to_leave` and wait up to REPLACE_DEADLINE_S seconds.
+
+        Raises `DaemonError` if that daemon does not end in time, and what `claim` raises.
+        """
         with suppress(DaemonRuns):
             return cls.claim(path)
         ask_to_leave()
@@ -103,10 +106,10 @@ class RunDirectory:
         raise DaemonError(f"{path}: the daemon that runs here has not left after {REPLACE_DEADLINE_S:.0f} s")
 
     def prepare(self, group: int | None) -> None:
-        """Make what lies in the directory, so that members of `group` can reach the sockets that are theirs.
+        """Make the subdirectories, with modes that let members of `group` reach the sockets for backends.
 
-        What an earlier daemon's workers still listen on gets its owner and mode back: systemd gives all that lies in a
-        RuntimeDirectory= to root at each start.  Raises `ConfigError` if a found directory keeps the group out.
+        Sockets of an earlier daemon's workers get their owner and mode back, because systemd gives every entry of a
+        RuntimeDirectory= to root at each start.  Raises `ConfigError` if the group cannot enter an existing directory.
         """
         try:
             if group is not None:
@@ -120,9 +123,12 @@ class RunDirectory:
             raise ConfigError([f"{_WHAT} {self.path}: {where}: {explain(error)}: {WAY_OUT}"]) from error
 
     def _admit(self, group: int) -> None:
-        """Have the group enter.  systemd names in RUNTIME_DIRECTORY what it made for us."""
-        for_us = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
-        if self._made or str(self.path) in for_us:
+        """Let the group enter a directory that a daemon made or systemd made for us (RUNTIME_DIRECTORY).
+
+        Raises `ConfigError` if the group cannot enter any other directory.
+        """
+        made_by_systemd = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
+        if self._made or str(self.path) in made_by_systemd:
             _open_to(self.path, group)
             return
         about = self.path.stat()
@@ -137,15 +143,15 @@ class RunDirectory:
             )
 
     def remove(self) -> None:
-        """Remove what the daemon made, while no other daemon can have begun here; then the next one may.
+        """Remove the daemon's entries and, if a daemon made it, the directory; then unlock it for the next daemon.
 
-        A record of a device that could not be removed stays, for the next daemon.
+        Records of devices that still exist stay for the next daemon, and the directory with them.
         """
         try:
             (self.path / "pool.sock").unlink(missing_ok=True)
             _remove_entries(self.queues, _QUEUE_SOCKET)
             _remove_entries(self.devices, _UNFINISHED)
-            # The last entry: from here on another daemon claims the directory anew.
+            # Last, because without this file another daemon can claim the directory.
             (self.path / _LOCK).unlink(missing_ok=True)
             if self._made:
                 with suppress(OSError):
@@ -155,19 +161,22 @@ class RunDirectory:
 
 
 class DaemonRuns(DaemonError):
-    """Another daemon has the run directory."""
+    """Another daemon holds the run directory's lock."""
 
 
 def _check_is_run_directory(path: Path) -> bool:
-    """Whether a daemon was here.  Raises `ConfigError` for a directory with other things in it, as /run; `OSError`."""
+    """Whether a daemon used this directory before.
+
+    Raises `ConfigError` for a directory of the system (as /run) or with entries that are not a daemon's, and `OSError`.
+    """
     if str(path.resolve()) in _SYSTEM:
-        raise ConfigError([f"{_WHAT} {path}: the system's own directory: {_NAME_ONE}"])
+        raise ConfigError([f"{_WHAT} {path}: a directory of the system: {_NAME_ONE}"])
     entries = {each.name for each in path.iterdir()}
-    # What else lies beside these three was put there while a daemon ran.
+    # With all three present a daemon used this directory, and later entries of other programs do no harm.
     was_here = {_LOCK, "queues", "devices"} <= entries and (path / _LOCK).is_file()
     foreign = sorted(each for each in entries if not _ENTRY.match(each))
     if foreign and not was_here:
-        raise ConfigError([f"{_WHAT} {path}: not a daemon's: {foreign[0]} is in it: {_NAME_ONE}"])
+        raise ConfigError([f"{_WHAT} {path}: not a daemon's: it contains {foreign[0]}: {_NAME_ONE}"])
     return _LOCK in entries
 
 
@@ -195,25 +204,25 @@ def _open_lock(path: Path) -> int:
 
 
 def _is_still_there(path: Path, lock: int) -> bool:
-    """Whether the locked file is the one that the next daemon will try: an ending daemon removes it."""
+    """Whether `path` still has the locked file; a daemon that ends removes it, and then the lock protects nothing."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(lock), (path / _LOCK).lstat())
     return False
 
 
 def _was_made(lock: int, made_now: bool) -> bool:
-    """Whether a daemon made the directory: this one, or as the lock file says one that was killed."""
-    said = os.pread(lock, len(_FOUND), 0)
-    if said:
-        return said == _MADE
-    # A full file system keeps no daemon from starting; the next one finds a lock file that says nothing.
+    """Whether a daemon made the directory: the one that the lock file recorded, else this one (`made_now`)."""
+    recorded = os.pread(lock, len(_FOUND), 0)
+    if recorded:
+        return recorded == _MADE
+    # A full file system must not keep the daemon from starting; then the lock file stays empty.
     with suppress(OSError):
         os.pwrite(lock, _MADE if made_now else _FOUND, 0)
     return made_now
 
 
 def _make_entry(path: Path, group: int | None) -> None:
-    """A directory of ours in the run directory.  Raises `OSError`, also if something else has the name."""
+    """Make a subdirectory, or accept an existing one.  Raises `OSError`, also if `path` is no directory."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     about = path.lstat()
@@ -223,8 +232,8 @@ def _make_entry(path: Path, group: int | None) -> None:
 
 
 def _restore_socket(path: Path, group: int | None) -> None:
-    """What a worker gives a socket that it makes, see `Team`."""
-    # A worker that is ending removes its own.
+    """Set owner and mode of a worker's socket, as the worker that made it did."""
+    # A worker that ends removes its socket.
     with suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             os.chown(path, os.geteuid(), -1 if group is None else group)

@@ -165,11 +165,11 @@ def test_add_waits_until_a_backend_attaches(
         ),
         (
             "add a --size 1M --answers worker --backend null",
-            "--answers: its workers answer, so nothing is left for a backend",
+            "--answers: the workers answer requests, so a backend would get none",
         ),
         (
             "add a --size 1M --answers worker --client-buffers 1M",
-            "--answers: its workers answer, so nobody reads where clients want it",
+            "--answers: the workers answer requests, so no backend can share client buffers",
         ),
         ("add ../a", "NAME: expected 1 to 64 letters"),
         ("add a path=x", "path=x is an option for a backend; name one with --backend"),

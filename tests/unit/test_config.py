@@ -221,10 +221,10 @@ def test_backend_placement_needs_need_get_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ('size = "1M"\nbackend.kind = "null"', "nothing is left for a backend: leave one out"),
+        ('size = "1M"\nbackend.kind = "null"', "a backend would get none: remove backend"),
         ('size = "1M"\nplacement = "backend"', "no backend places writes: use placement pool"),
         ('size = "1M"\nneed_get_data = false', "need need_get_data: turn it on"),
-        ("", "no backend has a size: give it size = N"),
+        ("", "no backend has a size: set size"),
     ],
 )
 def test_workers_that_answer_have_no_backend_and_nothing_of_one(

@@ -113,7 +113,7 @@ def test_the_system_s_own_directories_are_refused_and_nothing_is_left_there(syst
 def test_a_directory_with_a_life_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"not a daemon's: .* is in it: name an empty directory"):
+    with pytest.raises(ConfigError, match=r"not a daemon's: it contains .*: name an empty directory"):
         RunDirectory.claim(tmp_path)
     assert names(tmp_path) == {"a file", name}
 
