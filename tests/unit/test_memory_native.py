@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, SLICE_SEGMENT, NativeBench
+from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, SLICE_SEGMENT, NativeRig
 from ublkpool.bufpool.engine.native import MemoryStorage
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS, SEGMENT_POOL, Descriptor, Flag, Kind, Op
@@ -22,15 +22,13 @@ DEPTH = 6
 INVALID = -22
 
 
-def bench(size_bytes: int = DISK_BYTES, own_bytes: int = DISK_BYTES) -> NativeBench:
-    return NativeBench(
-        MemoryStorage(names_reads=True), size_bytes=size_bytes, own_bytes=own_bytes, depth=DEPTH
-    )
+def rig(size_bytes: int = DISK_BYTES, own_bytes: int = DISK_BYTES) -> NativeRig:
+    return NativeRig(MemoryStorage(names_reads=True), size_bytes=size_bytes, own_bytes=own_bytes, depth=DEPTH)
 
 
 @pytest.fixture
-def disk() -> Iterator[NativeBench]:
-    made = bench()
+def disk() -> Iterator[NativeRig]:
+    made = rig()
     yield made
     made.close()
 
@@ -87,7 +85,7 @@ class Model:
 class Play:
     """Steps at the engine and at the model; what is named must be the same."""
 
-    def __init__(self, disk: NativeBench) -> None:
+    def __init__(self, disk: NativeRig) -> None:
         self.disk, self.model = disk, Model()
         self.sequence = 0
         self.last: dict[int, Descriptor] = {}
@@ -150,14 +148,14 @@ STEPS = st.builds(
 
 @given(st.lists(STEPS, max_size=60))
 def test_no_byte_is_lent_twice_and_who_overlaps_waits_in_order(steps: list[Step]) -> None:
-    with closing(bench()) as disk:
+    with closing(rig()) as disk:
         play = Play(disk)
         for step in steps:
             play.step(step)
         play.end()
 
 
-def test_an_old_epochs_regions_and_waiters_are_gone_after_a_fence(disk: NativeBench) -> None:
+def test_an_old_epochs_regions_and_waiters_are_gone_after_a_fence(disk: NativeRig) -> None:
     first = asked(Kind.PLACE, Op.WRITE, 0, 0, 4096)
     waiting = asked(Kind.PLACE, Op.WRITE, 1, 0, 8192)
     assert [each.tag for each in disk.say([first, waiting])] == [0]
@@ -169,7 +167,7 @@ def test_an_old_epochs_regions_and_waiters_are_gone_after_a_fence(disk: NativeBe
     ]
 
 
-def test_a_pool_write_that_lies_outside_the_pool_moves_nothing(disk: NativeBench) -> None:
+def test_a_pool_write_that_lies_outside_the_pool_moves_nothing(disk: NativeRig) -> None:
     request = asked(Kind.REQUEST, Op.WRITE, 0, 0, 4096)._replace(segment=SEGMENT_POOL)
     inside = len(disk.pool.view) - 4096
     assert [each.result for each in disk.say([request._replace(buffer=inside)])] == [4096]
@@ -177,7 +175,7 @@ def test_a_pool_write_that_lies_outside_the_pool_moves_nothing(disk: NativeBench
         assert [each.result for each in disk.say([request._replace(buffer=buffer)])] == [-14]
 
 
-def test_a_clients_buffer_is_read_and_written_where_it_is_and_nowhere_else(disk: NativeBench) -> None:
+def test_a_clients_buffer_is_read_and_written_where_it_is_and_nowhere_else(disk: NativeRig) -> None:
     disk.slice.view[4096:8192] = b"z" * 4096
     write = asked(Kind.REQUEST, Op.WRITE, 0, 8192, 4096)._replace(segment=SLICE_SEGMENT)
     assert [each.result for each in disk.say([write._replace(buffer=4096)])] == [4096]
@@ -206,7 +204,7 @@ def test_a_clients_buffer_is_read_and_written_where_it_is_and_nowhere_else(disk:
     ],
 )
 def test_what_does_not_lie_on_the_disk_is_refused(
-    disk: NativeBench, kind: Kind, offset: int, length: int
+    disk: NativeRig, kind: Kind, offset: int, length: int
 ) -> None:
     op = Op.WRITE if kind == Kind.PLACE else Op.READ
     answers = disk.say([asked(kind, op, 0, offset, length)])
@@ -214,7 +212,7 @@ def test_what_does_not_lie_on_the_disk_is_refused(
     assert disk.engine.statistics().lent == 0
 
 
-def test_data_longer_than_its_place_is_dropped(disk: NativeBench) -> None:
+def test_data_longer_than_its_place_is_dropped(disk: NativeRig) -> None:
     request = asked(Kind.PLACE, Op.WRITE, 0, 0, 4096)
     assert len(disk.say([request])) == 1
     assert disk.say([request._replace(kind=Kind.DATA, length=4608)]) == []
@@ -223,7 +221,7 @@ def test_data_longer_than_its_place_is_dropped(disk: NativeBench) -> None:
 
 def test_a_device_larger_than_the_disk_is_refused() -> None:
     with pytest.raises(BackendError, match="no native engine: Invalid argument"):
-        bench(size_bytes=DISK_BYTES + 512)
+        rig(size_bytes=DISK_BYTES + 512)
 
 
 CORNERS = (
@@ -269,7 +267,7 @@ def noise(rng: random.Random) -> Descriptor:
 def test_nothing_that_a_worker_sends_is_written_beside_the_disk_or_the_pool(seed: int) -> None:
     """The own segment is larger than the device: what lies behind the device is as untouchable as what lies outside."""
     rng = random.Random(seed)
-    with closing(bench(size_bytes=DISK_BYTES // 2)) as disk:
+    with closing(rig(size_bytes=DISK_BYTES // 2)) as disk:
         disk.own.view[DISK_BYTES // 2 :] = behind = rng.randbytes(DISK_BYTES // 2)
         disk.pool.view[:] = rng.randbytes(len(disk.pool.view))
         for _ in range(3000):

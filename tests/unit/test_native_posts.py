@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from support.native_bench import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, NativeBench
+from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, OWN_SEGMENT, NativeRig
 from ublkpool.bufpool.engine.native import NullStorage
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
@@ -15,8 +15,8 @@ DEPTH = 4
 WELCOME = Descriptor(Kind.WELCOME, device=DEVICE_NUMBER, epoch=EPOCH)
 
 
-def bench(own_bytes: int = 1 << 20, queues: int = 1) -> NativeBench:
-    return NativeBench(
+def rig(own_bytes: int = 1 << 20, queues: int = 1) -> NativeRig:
+    return NativeRig(
         NullStorage(),
         size_bytes=SIZE_BYTES,
         own_bytes=own_bytes,
@@ -27,8 +27,8 @@ def bench(own_bytes: int = 1 << 20, queues: int = 1) -> NativeBench:
 
 
 @pytest.fixture
-def worker() -> Iterator[NativeBench]:
-    made = bench()
+def worker() -> Iterator[NativeRig]:
+    made = rig()
     yield made
     made.close()
 
@@ -51,7 +51,7 @@ def place(tag: int, length: int = SMALL) -> Descriptor:
     return Descriptor(Kind.PLACE, Op.WRITE, 0, DEVICE_NUMBER, 0, tag, EPOCH, 1, 0, length)
 
 
-def test_a_depth_of_each_size_is_posted_at_welcome_and_nothing_before(worker: NativeBench) -> None:
+def test_a_depth_of_each_size_is_posted_at_welcome_and_nothing_before(worker: NativeRig) -> None:
     assert worker.say([place(0)])[0].kind == Kind.PLACED
     posted = posts(worker.say([WELCOME]))
     assert [each.length for each in posted] == [SMALL] * DEPTH + [LARGE] * DEPTH
@@ -64,21 +64,21 @@ def test_a_depth_of_each_size_is_posted_at_welcome_and_nothing_before(worker: Na
 
 
 def test_without_sizes_nothing_is_posted() -> None:
-    plain = NativeBench(NullStorage(), size_bytes=SIZE_BYTES, own_bytes=1 << 20)
+    plain = NativeRig(NullStorage(), size_bytes=SIZE_BYTES, own_bytes=1 << 20)
     assert plain.say([WELCOME]) == []
     plain.close()
 
 
 @pytest.mark.parametrize("own_bytes", [LARGE, LARGE + SMALL, 2 * LARGE, 3 * LARGE, 5 * LARGE])
 def test_a_write_that_asks_finds_a_region_whatever_is_posted(own_bytes: int) -> None:
-    worker = bench(own_bytes)
+    worker = rig(own_bytes)
     worker.say([WELCOME])
     answers = worker.say([place(0, LARGE)])
     assert [each.kind for each in answers] == [Kind.PLACED]
     worker.close()
 
 
-def test_a_write_in_a_posted_region_is_stored_and_its_region_is_posted_again(worker: NativeBench) -> None:
+def test_a_write_in_a_posted_region_is_stored_and_its_region_is_posted_again(worker: NativeRig) -> None:
     posted = posts(worker.say([WELCOME]))
     small = posted[:DEPTH]
     writes = [data(each, tag) for tag, each in enumerate(small[:3])]
@@ -96,20 +96,20 @@ def test_a_write_in_a_posted_region_is_stored_and_its_region_is_posted_again(wor
     assert used & {each.buffer for each in later}
 
 
-def test_regions_are_posted_in_batches_when_half_are_used(worker: NativeBench) -> None:
+def test_regions_are_posted_in_batches_when_half_are_used(worker: NativeRig) -> None:
     posted = posts(worker.say([WELCOME]))
     assert posts(worker.say([data(posted[0])])) == []
     assert len(posts(worker.say([data(posted[1], tag=1)]))) == 2
 
 
-def test_a_region_that_comes_back_unused_is_nobodys(worker: NativeBench) -> None:
+def test_a_region_that_comes_back_unused_is_nobodys(worker: NativeRig) -> None:
     """A write of which nothing could be copied: RELEASE without DATA."""
     posted = posts(worker.say([WELCOME]))
     again = posts(worker.say([release(data(each, tag)) for tag, each in enumerate(posted[:DEPTH])]))
     assert len(again) == DEPTH and worker.engine.statistics().lent == 0
 
 
-def test_a_region_is_used_once_and_only_as_posted(worker: NativeBench) -> None:
+def test_a_region_is_used_once_and_only_as_posted(worker: NativeRig) -> None:
     posted = posts(worker.say([WELCOME]))
     first = data(posted[0])
     assert len(worker.say([first])) == 1
@@ -125,13 +125,13 @@ def test_a_region_is_used_once_and_only_as_posted(worker: NativeBench) -> None:
 
 
 @pytest.mark.parametrize(("length", "result"), [(0, -22), (SMALL + 512, -22), (1 << 63, -22)])
-def test_a_write_that_does_not_fit_its_region_fails(worker: NativeBench, length: int, result: int) -> None:
+def test_a_write_that_does_not_fit_its_region_fails(worker: NativeRig, length: int, result: int) -> None:
     posted = posts(worker.say([WELCOME]))
     (answer, *_) = worker.say([data(posted[0], length=length)])
     assert (answer.kind, answer.result) == (Kind.DONE, result)
 
 
-def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(worker: NativeBench) -> None:
+def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(worker: NativeRig) -> None:
     first = posts(worker.say([WELCOME]))
     used = data(first[0])
     assert worker.say([used])[0].kind == Kind.DONE
@@ -145,7 +145,7 @@ def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(worker: NativeBe
 
 
 def test_a_queue_keeps_what_was_posted_to_it_when_another_begins_anew() -> None:
-    worker = bench(own_bytes=4 << 20, queues=2)
+    worker = rig(own_bytes=4 << 20, queues=2)
     other = WELCOME._replace(queue=1)
     posted = posts(worker.say([WELCOME, other]))
     mine = [each for each in posted if each.queue == 0]
@@ -158,7 +158,7 @@ def test_a_queue_keeps_what_was_posted_to_it_when_another_begins_anew() -> None:
 
 
 def test_who_waits_for_a_region_goes_before_those_who_might_come() -> None:
-    worker = bench(own_bytes=3 * LARGE)
+    worker = rig(own_bytes=3 * LARGE)
     worker.say([WELCOME])
     placed = [each for tag in range(DEPTH) for each in worker.say([place(tag, LARGE)])]
     assert 0 < len(placed) < DEPTH

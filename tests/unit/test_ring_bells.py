@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from support.fakes.links import sealed_memory
+from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, NativeRig
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from support.fakes.worker import FakeWorker, serving
-from support.native_bench import DEVICE_NUMBER, EPOCH, NativeBench
 from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.engine.native import NullStorage
@@ -64,12 +64,12 @@ class Loop:
         made.callback(self.memory.memory.close)
         self._shared = ffi.from_buffer("uint8_t[]", self.memory.memory, require_writable=True)
         made.callback(ffi.release, self._shared)
-        bench = NativeBench(NullStorage(), size_bytes=1 << 20, own_bytes=0, depth=DEPTH)
-        made.callback(bench.close)
+        rig = NativeRig(NullStorage(), size_bytes=1 << 20, own_bytes=0, depth=DEPTH)
+        made.callback(rig.close)
         self._ports: Any = ffi.gc(lib.ports_new(1, EPOCH, ENTRIES), lib.ports_free)
         watched = _bell()
         made.callback(os.close, watched)
-        self.driver = RingDriver(self._ports, bench.engine.raw, 1, DEPTH, watched)
+        self.driver = RingDriver(self._ports, rig.engine.raw, 1, DEPTH, watched)
         made.callback(self.driver.close)
 
     def open(self, ours: int, workers: int) -> None:

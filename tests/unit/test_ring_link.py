@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, WAIT_S, LoopRig, loop_rig_in
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
-from support.loop_bench import DEVICE, HELLO, TOKEN, WAIT_S, Bench, bench_in
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk.queue import Link, Port, Ring
 from ublkpool.workers import messages
@@ -20,9 +20,9 @@ from ublkpool.workers.ring_link import ASKING_MAX, RingLink
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopRig]:
     monkeypatch.setattr("ublkpool.ublk.queue.lock_memory", lambda: None)
-    with bench_in(tmp_path) as made:
+    with loop_rig_in(tmp_path) as made:
         yield made
 
 
@@ -33,140 +33,140 @@ def _eventually(check: Callable[[], bool], what: str) -> None:
         time.sleep(0.001)
 
 
-def test_a_backend_says_hello_through_the_rings_and_its_death_is_a_hang_up(bench: Bench) -> None:
-    bench.serve_on_rings().close()
-    assert bench.news() == messages.HungUp()
-    bench.lose()
-    bench.serve_on_rings().close()
-    assert bench.news() == messages.HungUp()
-    assert bench.count("hangups") == 2 and bench.count("violations") == 0
+def test_a_backend_says_hello_through_the_rings_and_its_death_is_a_hang_up(rig: LoopRig) -> None:
+    rig.serve_on_rings().close()
+    assert rig.news() == messages.HungUp()
+    rig.lose()
+    rig.serve_on_rings().close()
+    assert rig.news() == messages.HungUp()
+    assert rig.count("hangups") == 2 and rig.count("violations") == 0
 
 
-def test_a_doorbell_rings_for_a_backend_that_sleeps_and_for_no_other(bench: Bench) -> None:
-    bench.expect()
-    with bench.ask() as peer:
+def test_a_doorbell_rings_for_a_backend_that_sleeps_and_for_no_other(rig: LoopRig) -> None:
+    rig.expect()
+    with rig.ask() as peer:
         peer.open()
         peer.rings.set_index(TO_BACKEND, SLEEPING, 1)
         peer.send(HELLO)
-        assert bench.news() == messages.Linked()
-        assert select.select([peer.bell], [], [], WAIT_S)[0] and bench.count("bells") == 1
+        assert rig.news() == messages.Linked()
+        assert select.select([peer.bell], [], [], WAIT_S)[0] and rig.count("bells") == 1
         assert not peer.rings.index(TO_BACKEND, SLEEPING) and peer.rings.take()[0] == Kind.WELCOME
-    assert bench.news() == messages.HungUp()
-    bench.lose()
-    bench.expect()
-    with bench.ask() as awake:
+    assert rig.news() == messages.HungUp()
+    rig.lose()
+    rig.expect()
+    with rig.ask() as awake:
         awake.open()
         awake.send(HELLO)
-        assert bench.news() == messages.Linked()
+        assert rig.news() == messages.Linked()
         _eventually(lambda: awake.rings.take()[:1] == bytes([Kind.WELCOME]), "WELCOME")
-    assert bench.count("bells") == 1
+    assert rig.count("bells") == 1
 
 
-def test_memory_that_a_backend_gets_cannot_change_its_size(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
+def test_memory_that_a_backend_gets_cannot_change_its_size(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
         for size_bytes in (0, 2 * peer.rings.size_bytes):
             with pytest.raises(PermissionError):
                 os.ftruncate(peer.memory_fd, size_bytes)
 
 
-def test_what_was_said_before_the_end_counts(bench: Bench) -> None:
-    bench.expect()
-    with bench.ask() as peer:
+def test_what_was_said_before_the_end_counts(rig: LoopRig) -> None:
+    rig.expect()
+    with rig.ask() as peer:
         peer.open()
         peer.rings.put(HELLO)
         # No doorbell: only the end of the connection makes the worker look.
-    assert {bench.news(), bench.news()} == {messages.HungUp(), messages.Linked()}
+    assert {rig.news(), rig.news()} == {messages.HungUp(), messages.Linked()}
 
 
-def test_rings_are_opened_again_until_there_was_a_hello(bench: Bench) -> None:
-    bench.expect()
+def test_rings_are_opened_again_until_there_was_a_hello(rig: LoopRig) -> None:
+    rig.expect()
     for _ in range(3):
-        with bench.ask() as peer:
+        with rig.ask() as peer:
             peer.open()
-    with bench.ask() as peer:
+    with rig.ask() as peer:
         peer.open()
         peer.send(HELLO)
-        assert bench.news() == messages.Linked()
-    assert bench.news() == messages.HungUp()
+        assert rig.news() == messages.Linked()
+    assert rig.news() == messages.HungUp()
 
 
-def test_an_index_that_makes_no_sense_cuts_its_backend_off(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
+def test_an_index_that_makes_no_sense_cuts_its_backend_off(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
         peer.rings.set_index(TO_WORKER, TAIL, peer.rings.index(TO_WORKER, TAIL) + peer.rings.entries + 1)
         peer.ring()
-        said = bench.news()
+        said = rig.news()
         assert isinstance(said, messages.Cut) and "index in its ring" in said.reason
         assert peer.hears_the_end()
-    assert bench.count("violations") == 1
-    bench.lose()
-    bench.serve_on_rings().close()
-    assert bench.news() == messages.HungUp()
+    assert rig.count("violations") == 1
+    rig.lose()
+    rig.serve_on_rings().close()
+    assert rig.news() == messages.HungUp()
 
 
-def test_nonsense_in_a_ring_cuts_its_backend_off(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
+def test_nonsense_in_a_ring_cuts_its_backend_off(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
         peer.send(b"\xff" * 64)
-        said = bench.news()
+        said = rig.news()
         assert isinstance(said, messages.Cut) and "not this queue's" in said.reason
 
 
-def test_a_stranger_gets_no_rings(bench: Bench) -> None:
-    bench.expect()
-    with bench.ask(b"S" * 16) as stranger:
+def test_a_stranger_gets_no_rings(rig: LoopRig) -> None:
+    rig.expect()
+    with rig.ask(b"S" * 16) as stranger:
         assert stranger.ask() == b""
-    with bench.ask() as other_version:
+    with rig.ask() as other_version:
         assert other_version.ask(v=2) == b""
-    with bench.ask() as vague:
+    with rig.ask() as vague:
         vague.connection.send(b"{}")
         assert vague.hears_the_end()
-    assert bench.count("strangers") == 2
+    assert rig.count("strangers") == 2
 
 
-def test_another_user_gets_no_rings(bench: Bench) -> None:
-    bench.expect(os.getuid() + 1)
-    with bench.ask() as peer:
+def test_another_user_gets_no_rings(rig: LoopRig) -> None:
+    rig.expect(os.getuid() + 1)
+    with rig.ask() as peer:
         assert peer.hears_the_end()
-    assert bench.count("strangers") == 1
+    assert rig.count("strangers") == 1
 
 
-def test_the_second_who_asks_gets_no_rings_whatever_the_first_talks_through(bench: Bench) -> None:
-    with bench.serve_on_rings(), bench.ask() as second:
+def test_the_second_who_asks_gets_no_rings_whatever_the_first_talks_through(rig: LoopRig) -> None:
+    with rig.serve_on_rings(), rig.ask() as second:
         assert second.ask() == b""
-    assert bench.news() == messages.HungUp()
-    bench.lose()
-    bench.serve()
-    with bench.ask() as late:
+    assert rig.news() == messages.HungUp()
+    rig.lose()
+    rig.serve()
+    with rig.ask() as late:
         assert late.ask() == b""
 
 
-def test_who_has_rings_is_not_heard_over_frames(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
-        bench.connect()
+def test_who_has_rings_is_not_heard_over_frames(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
+        rig.connect()
         # Were the second HELLO heard, it would be a violation; what comes next is this one's answer.
         peer.send(Descriptor(Kind.FENCED, device=DEVICE, epoch=0).pack())
-        _eventually(lambda: bench.count("stale_answers") == 1, "the worker reads the ring")
-        assert bench.count("violations") == 0
+        _eventually(lambda: rig.count("stale_answers") == 1, "the worker reads the ring")
+        assert rig.count("violations") == 0
 
 
-def test_of_many_that_say_nothing_the_oldest_goes(bench: Bench) -> None:
-    bench.expect()
-    silent = [bench.ask() for _ in range(ASKING_MAX + 1)]
+def test_of_many_that_say_nothing_the_oldest_goes(rig: LoopRig) -> None:
+    rig.expect()
+    silent = [rig.ask() for _ in range(ASKING_MAX + 1)]
     assert silent[0].hears_the_end()
     silent[-1].open()
     for each in silent:
         each.close()
 
 
-def test_a_backend_that_comes_before_it_is_expected_waits(bench: Bench) -> None:
-    bench.serve_on_rings().close()
-    assert bench.news() == messages.HungUp()
-    with bench.ask() as early:
+def test_a_backend_that_comes_before_it_is_expected_waits(rig: LoopRig) -> None:
+    rig.serve_on_rings().close()
+    assert rig.news() == messages.HungUp()
+    with rig.ask() as early:
         early.connection.settimeout(0)
         with pytest.raises(BlockingIOError):
             early.ask()
         early.connection.settimeout(WAIT_S)
-        bench.lose()
-        bench.expect()
+        rig.lose()
+        rig.expect()
         packet, fds, _, _ = socket.recv_fds(early.connection, 4096, 4)
         assert b"ring_open" in packet and len(fds) == 3
         for each in fds:
@@ -234,21 +234,21 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_a_worker_with_rings_sleeps(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
+def test_a_worker_with_rings_sleeps(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
         _eventually(lambda: bool(peer.rings.index(TO_WORKER, SLEEPING)), "it says that it sleeps")
-        turns, cpu_s = bench.count("turns"), _cpu_s()
+        turns, cpu_s = rig.count("turns"), _cpu_s()
         time.sleep(0.5)
-        assert bench.count("turns") - turns < 20 and _cpu_s() - cpu_s < 0.4
+        assert rig.count("turns") - turns < 20 and _cpu_s() - cpu_s < 0.4
 
 
-def test_a_flood_of_stale_words_ends_in_a_cut(bench: Bench) -> None:
-    with bench.serve_on_rings() as peer:
+def test_a_flood_of_stale_words_ends_in_a_cut(rig: LoopRig) -> None:
+    with rig.serve_on_rings() as peer:
         stale = Descriptor(Kind.HELLO, device=DEVICE, epoch=0).pack()
         for _ in range(3 * peer.rings.entries):
             _eventually(
-                lambda: peer.rings.unread() < peer.rings.entries or bool(bench.count("violations")), "room"
+                lambda: peer.rings.unread() < peer.rings.entries or bool(rig.count("violations")), "room"
             )
             peer.send(stale)
-        said = bench.news()
+        said = rig.news()
         assert isinstance(said, messages.Cut) and "too many answers" in said.reason

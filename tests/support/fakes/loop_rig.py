@@ -52,8 +52,8 @@ class NoRing:
         return sum(1 << WATCH_SHIFT + index for index, fd in self._watched.items() if fd in ready)
 
 
-class Bench:
-    """A loop in a thread, the supervisor's end of its socket, and backends."""
+class LoopRig:
+    """A `QueueLoop` in a thread, the supervisor's end of its socket, and backends."""
 
     def __init__(self, directory: Path, arena: Arena, cpu: int | None = None) -> None:
         self.arena = arena
@@ -85,7 +85,7 @@ class Bench:
             classes=buffer_classes(self.arena),
         )
         return WorkerSpec(
-            name="bench",
+            name="rig",
             queue=config,
             queue_socket=self._path,
             ring_socket=self._path.with_suffix(".ring"),
@@ -166,12 +166,12 @@ class Bench:
 
 
 @contextmanager
-def bench_in(directory: Path, cpu: int | None = None) -> Iterator[Bench]:
-    """A bench with a pool of its own, its worker on this CPU."""
+def loop_rig_in(directory: Path, cpu: int | None = None) -> Iterator[LoopRig]:
+    """A rig with a pool of its own, its worker on this CPU."""
     geometry = Geometry.build([(4096, 4), (Plan().max_io_bytes, 4)])
     prefix = arena_prefix(f"test-loop-{os.getpid()}", DEVICE)
     with Arena.create(prefix, geometry, queues=1, device_number=DEVICE, reserve=(1, 1)) as arena:
-        made = Bench(directory, arena, cpu)
+        made = LoopRig(directory, arena, cpu)
         try:
             yield made
         finally:

@@ -29,7 +29,7 @@ class Area:
         return self._all.startswith(_GUARD) and self._all.endswith(_GUARD)
 
 
-class NativeBench:
+class NativeRig:
     """One engine and what it works on; sizes are bytes.  The own segment may be larger than the device."""
 
     def __init__(
@@ -49,7 +49,7 @@ class NativeBench:
 
     def _device(self, size_bytes: int) -> Device:
         return Device(
-            name="bench",
+            name="rig",
             number=DEVICE_NUMBER,
             epoch=EPOCH,
             size_bytes=size_bytes,
