@@ -29,7 +29,9 @@ SYSTEM = (
 """Names of libraries, programs, systemd and processors."""
 PLACEHOLDERS = "FILE.py KIND RUN_DIR.state bench/out BIT_n memory.NAME ipc://... mycache speed-exact-7.3.json"
 """What stands for a name that the reader chooses, or that a run makes."""
-ALLOWED = frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS}".split())
+PEERS = "ublk_recover_disk kublk"
+"""Names of the programs that the README compares with."""
+ALLOWED = frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS} {PEERS}".split())
 CODE = ("bufpool", "backends", "daemon", "workers", "ublk", "examples", "tests")
 _VARIABLE = re.compile(
     r"\.\.\.|\bvol[01]\b|/[\w./-]+|\bublkpool-\S*|[\d.]+|\bN\b|\bSIGKILL\b|\bfile\b|[:;()]|\bbackends?\b"
