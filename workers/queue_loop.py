@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ublkpool.bufpool.pool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.lease import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring

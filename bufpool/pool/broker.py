@@ -21,7 +21,6 @@ import msgspec
 import zmq
 
 from ublkpool.bufpool.errors import PoolError, WireError
-from ublkpool.bufpool.pool.arena import Control
 from ublkpool.bufpool.pool.broker_commands import (
     COMMAND_BYTES_MAX,
     AddDevice,
@@ -41,6 +40,7 @@ from ublkpool.bufpool.pool.broker_commands import (
     decode_command,
     encode,
 )
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.device_leases import DeviceLeases, parse_routing_id, worker_routing_id
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.way_out import explain

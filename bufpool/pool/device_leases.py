@@ -50,7 +50,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 
 from ublkpool.bufpool.errors import WireError
-from ublkpool.bufpool.pool.arena import Control
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.lease import Grant, LeaseStatistics, LeaseTable, Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots
 

@@ -101,13 +101,6 @@ class Geometry(msgspec.Struct, frozen=True):
         last = self.classes[-1]
         return last.base_offset + last.buffer_bytes * last.count
 
-    def class_for(self, nbytes: int) -> int:
-        """The index of the smallest class whose buffers hold `nbytes`."""
-        for index, each in enumerate(self.classes):
-            if nbytes <= each.buffer_bytes:
-                return index
-        raise PoolError(f"{nbytes} bytes fit no buffer, the largest has {self.classes[-1].buffer_bytes}")
-
     def class_of(self, slot: int) -> int:
         """The index of the class that `slot` belongs to."""
         for index, each in enumerate(self.classes):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
 from ublkpool.bufpool.sdk.client import Transport
-from ublkpool.bufpool.sdk.options import REQUIRED, Option, declared, parse_options, parse_values
+from ublkpool.bufpool.sdk.options import REQUIRED, Option, parse_options, parse_values
 from ublkpool.bufpool.sdk.serving import serve
 
 if TYPE_CHECKING:
@@ -48,17 +48,6 @@ def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
     if isinstance(found, ModuleType):
         return FunctionBackend(found, parse_values(name, _function_options(found), given))
     return found(parse_options(name, found.Options, given))
-
-
-def options_of(kind_or_file: str) -> list[Option]:
-    """The options that a backend declares, for help texts."""
-    found = _find(kind_or_file)
-    return _function_options(found) if isinstance(found, ModuleType) else declared(found.Options)
-
-
-def summary_of(kind_or_file: str) -> str:
-    """The first line of a backend's documentation."""
-    return (inspect.getdoc(_find(kind_or_file)) or "").partition("\n")[0]
 
 
 def backend_name(kind_or_file: str) -> str:

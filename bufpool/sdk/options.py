@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import msgspec
 
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sizes import ByteSize, format_size, parse_size
+from ublkpool.bufpool.sizes import ByteSize, parse_size
 
 _TRUTH = {
     **dict.fromkeys(("on", "yes", "true", "1"), True),
@@ -40,15 +40,6 @@ class Option(NamedTuple):
         """`size=SIZE`, `direct=auto|on|off`, in brackets if it may be left out."""
         text = f"{self.name}={_type_name(self.type)}"
         return text if self.default is REQUIRED else f"[{text}]"
-
-    @property
-    def default_text(self) -> str:
-        """The default as one would write it, empty if there is none."""
-        if self.default is REQUIRED or self.default is None:
-            return ""
-        if isinstance(self.default, bool):
-            return "on" if self.default else "off"
-        return format_size(self.default) if self.type == ByteSize else str(self.default)
 
 
 def _plain(kind: Any) -> Any:

@@ -9,7 +9,6 @@ import ctypes
 import os
 
 _PR_SET_IO_FLUSHER = 57
-_PR_GET_IO_FLUSHER = 58
 _MCL_CURRENT = 1
 _MCL_ONFAULT = 4
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -18,11 +17,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def set_io_flusher() -> str | None:
     """Mark this process as one that writes blocks back.  Returns why not, or None."""
     return _reason("PR_SET_IO_FLUSHER", _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
-
-
-def is_io_flusher() -> bool:
-    """Whether the kernel knows this process as one that writes blocks back (needs CAP_SYS_RESOURCE to ask)."""
-    return bool(_libc.prctl(_PR_GET_IO_FLUSHER, 0, 0, 0, 0) == 1)
 
 
 def lock_memory() -> str | None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,29 @@ def _strings() -> list[str]:
     nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text())))
     native = [path.read_text() for path in (ROOT / "ublk" / "csrc").glob("*.c")]
     return [*(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)), *native]
+
+
+def test_the_way_of_a_write_names_functions_that_call_each_other() -> None:
+    guide = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    section = guide.partition("## A write, function by function\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|[^|]*\| `([\w/.]+)` \| ([^|]*) \|$", section, re.MULTILINE)
+    assert len(rows) > 25
+    chains = [(file, re.findall(r"`(\w+)`", chain)) for file, cell in rows for chain in cell.split(";")]
+    assert [missing for file, chain in chains for missing in _not_called(file, chain)] == []
+
+
+def _not_called(file: str, chain: list[str]) -> list[str]:
+    """The functions of a chain that the C file does not define, or that the one before does not name."""
+    text = (ROOT / file).read_text()
+    bodies = {name: _body(text, name) for name in chain}
+    undefined = [f"{file}: {name}" for name in chain[:-1] if not bodies[name]]
+    pairs = pairwise(chain)
+    return undefined + [f"{file}: {a} > {b}" for a, b in pairs if not re.search(rf"\b{b}\b", bodies[a])]
+
+
+def _body(text: str, name: str) -> str:
+    """What stands between the braces of this function's definition; empty if there is none."""
+    found = re.search(
+        rf"^\S[^;{{}}#]*\b{name}\([^;{{}}]*\)\s*{{([^\n]+}}$|.*?^}})", text, re.MULTILINE | re.DOTALL
+    )
+    return found[1] if found else ""

@@ -108,13 +108,6 @@ def test_buffers_are_page_aligned_and_never_overlap(steps: list[tuple[int, int]]
     assert end == geometry.total_bytes
 
 
-def test_the_smallest_class_that_fits_is_found() -> None:
-    geometry = Geometry.build([(4096, 1), (65536, 1)])
-    assert [geometry.class_for(nbytes) for nbytes in (1, 4096, 4097, 65536)] == [0, 0, 1, 1]
-    with pytest.raises(PoolError, match="65537 bytes fit no buffer"):
-        geometry.class_for(65537)
-
-
 @pytest.mark.parametrize("slot", [-1, 2])
 def test_a_slot_outside_the_pool_has_no_place(slot: int) -> None:
     geometry = Geometry.build([(4096, 1), (65536, 1)])

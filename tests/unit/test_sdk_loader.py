@@ -53,22 +53,14 @@ def test_a_bad_option_is_one_line_that_says_what_is_valid(given: dict[str, str],
     assert "\n" not in str(caught.value)
 
 
-def test_usage_and_defaults_can_be_shown() -> None:
-    shown = [(each.usage, each.default_text) for each in declared(Options)]
-    assert shown == [
-        ("path=PATH", ""),
-        ("[size=SIZE]", "4K"),
-        ("[count=NUMBER]", "1"),
-        ("[mode=a|b]", "a"),
-        ("[on=on|off]", "off"),
-    ]
+def test_the_usage_of_each_option_can_be_shown() -> None:
+    shown = [each.usage for each in declared(Options)]
+    assert shown == ["path=PATH", "[size=SIZE]", "[count=NUMBER]", "[mode=a|b]", "[on=on|off]"]
 
 
 def test_built_in_kinds_are_found_by_name() -> None:
     assert {"null", "memory", "file"} <= set(loader.kinds())
     assert isinstance(loader.load("null", {"size": "1G"}), NullBackend)
-    assert loader.summary_of("null") == "Answers at once and stores nothing."
-    assert loader.options_of("file")[0].usage == "path=PATH"
 
 
 def test_a_backend_over_rings_loads_nothing_that_it_does_not_use() -> None:

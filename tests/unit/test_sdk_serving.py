@@ -417,7 +417,10 @@ def test_it_waits_for_a_daemon_that_is_not_up_yet(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_SYS_RESOURCE to set the flag and to ask for it")
 def test_a_backend_is_an_io_flusher(tmp_path: Path) -> None:
-    code = "from ublkpool.bufpool import process; print(process.set_io_flusher(), process.is_io_flusher())"
+    code = (
+        "import ctypes; from ublkpool.bufpool.sdk import process; reason = process.set_io_flusher(); "
+        "print(reason, bool(ctypes.CDLL(None).prctl(58, 0, 0, 0, 0) == 1))  # PR_GET_IO_FLUSHER"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     reason, _, is_set = run.stdout.strip().rpartition(" ")
     if "Operation not permitted" in reason:

@@ -11,7 +11,8 @@ import zmq
 
 from support.fakes.queue_rig import Plan
 from support.fakes.ring_peer import RingPeer
-from ublkpool.bufpool.pool.arena import Arena, arena_prefix, stats_offset
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix
+from ublkpool.bufpool.pool.control import stats_offset
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import _native

@@ -26,8 +26,9 @@ from support.sim.worker import PoolMemory, SimChild, SimWorker, SimWorkerProcess
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.pool import broker_commands
-from ublkpool.bufpool.pool.arena import Arena, ControlHeader, control_bytes
+from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.broker import Broker
+from ublkpool.bufpool.pool.control import ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import make_data
 from ublkpool.bufpool.sdk import ring_links
@@ -74,14 +75,14 @@ class SimArena(Arena):
         control = os.memfd_create("sim", os.MFD_CLOEXEC)
         os.truncate(control, size)
         os.pwrite(control, ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
-        arena = cls(make_data("the pool", geometry.total_bytes, "off"), control)
+        arena = cls(make_data("the pool", geometry.total_bytes, "off"), control, prefix, "off")
         cls.scenery.pools.append(PoolMemory(arena, size))
         return arena
 
     @classmethod
     def open(cls, prefix: str, data_fd: int | None = None, huge: HugePages = "off") -> Self:
         last = cls.scenery.pools[-1].arena
-        arena = cls(os.dup(last.data_fd), os.dup(last.control_fd))
+        arena = cls(os.dup(last.data_fd), os.dup(last.control_fd), prefix, "off")
         cls.scenery.arenas.append(arena)
         return arena
 

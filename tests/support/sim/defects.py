@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from support.sim.wire import Part, QueueRouter, SimBackendLink
-from ublkpool.bufpool.pool.arena import Control
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Flag, iter_frame, pack_frame
 from ublkpool.daemon.backends.session import Session

@@ -20,7 +20,8 @@ from support.sim.kernel import SimKernel, Task
 from support.sim.loop import TURN_S, Clock
 from support.sim.rings import SimPort
 from support.sim.wire import Context, Killed, Life, SimBackendLink
-from ublkpool.bufpool.pool.arena import Arena, slot_header_offset, stats_offset
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.questions import Questions

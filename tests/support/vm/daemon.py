@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from support.fakes.watched_calls import MARK as MAY_WAIT
-from ublkpool.bufpool.pool.arena import Control, arena_prefix, open_control
+from ublkpool.bufpool.pool.arena import arena_prefix
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonError
@@ -273,7 +274,9 @@ class Daemon:
     def control(self, status: DeviceStatus) -> Control:
         """The control segment of a device's pool, to look into."""
         assert status.id is not None
-        return open_control(arena_prefix(self._instance, status.id))
+        name = arena_prefix(self._instance, status.id).removeprefix("/")
+        with (SHM_DIRECTORY / f"{name}-ctl").open("r+b") as file:
+            return Control(file.fileno())
 
     @property
     def broker_pid(self) -> int:

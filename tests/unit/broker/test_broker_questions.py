@@ -12,7 +12,8 @@ from support.fakes.broker_rig import (
     slots_of,
     wait_until,
 )
-from ublkpool.bufpool.pool.arena import Arena, Control
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.device_leases import DeviceLeases
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, unpack_slots
