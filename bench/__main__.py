@@ -42,7 +42,7 @@ def main() -> None:
 @main.command()
 @click.argument("out", type=_directory)
 def fetch(out: Path) -> None:
-    """Build the peers that are built, and put them where the guest finds them."""
+    """Build the peers that come as source, and put them where the guest finds them."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy2(build_kublk(), out / KUBLK)
     build_doorbell(out / DOORBELL)
@@ -111,7 +111,7 @@ def run_measure(
 @click.option("--host-load", default="", help="What else runs on the host, for the report.")
 @click.argument("out", type=_directory)
 def run_growth(devices_max: int, only: str, revision: str, host_load: str, out: Path) -> None:
-    """Measure what grows on this kernel; status 1 if something failed."""
+    """Measure the cost of requests as load and devices grow, on this kernel; status 1 if a measurement failed."""
     from bench.growth import grow
     from bench.growth_results import Growth
     from bench.results import write_result
@@ -136,7 +136,7 @@ def run_growth(devices_max: int, only: str, revision: str, host_load: str, out: 
 @click.option("--host-load", default="", hidden=True)
 @click.argument("out", type=_directory)
 def run_doorbell(revision: str, host_load: str, out: Path) -> None:
-    """Measure what waking another process costs on this kernel."""
+    """Measure the cost of waking another process on this kernel."""
     from bench.doorbell import Doorbells, ring_doorbells
     from bench.results import write_result
 
@@ -150,7 +150,7 @@ def run_doorbell(revision: str, host_load: str, out: Path) -> None:
 @click.option("--note", default="", help="What a reader must know; goes to the head of the report.")
 @click.argument("out", type=_directory)
 def report(into: Path | None, note: str, out: Path) -> None:
-    """Make the tables and charts of what was measured."""
+    """Make tables and charts of the measurements."""
     from bench.publish import publish
 
     print(publish(out, into or out, _instructions(out), note))
@@ -165,7 +165,7 @@ def _instructions(out: Path) -> list[InstructionCost]:
 def _stage(out: Path) -> Iterator["Stage"]:
     from bench.stage import Stage
 
-    # What starts the peers is not on every user's path.
+    # The peers' programs are not on every user's path.
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     scratch = tempfile.TemporaryDirectory(prefix="ublkpool-bench-", dir="/dev/shm")
     with scratch as directory, Stage(Path(directory), (out / KUBLK).absolute()) as stage:
@@ -190,7 +190,7 @@ def _is_exact() -> bool:
 
 
 def result_path(out: Path, what: str) -> Path:
-    """Where a run goes: what is exact stands beside what is not."""
+    """The path of a run's result; an exact run has a file of its own."""
     return out / f"{what}-{'exact-' if _is_exact() else ''}{_series()}.json"
 
 

@@ -1,4 +1,4 @@
-"""What the kernel has on the books: CPU time, requests of a disk, memory of a process."""
+"""What the kernel counts: CPU time, requests of a disk, memory of a process."""
 
 import os
 import time
@@ -24,27 +24,27 @@ class Cpu(NamedTuple):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """A process's memory in KiB: its share of what it shares, and what only it has."""
+    """A process's memory in KiB: proportional share (PSS), and pages of this process only (USS)."""
 
     pss_kib: int
     uss_kib: int
 
 
 class Books(NamedTuple):
-    """A moment: what the whole machine, groups of processes and a disk had done by then."""
+    """The counters of one moment: of the whole machine, of groups of processes and of a disk."""
 
     machine: Cpu
     parts: dict[str, Cpu]
     requests: int
     at_ns: int = 0
     ran_ns: int = 0
-    """How long tasks have run, by the scheduler: not in ticks, as the CPU times above are."""
+    """Run time of all tasks in ns, as the scheduler counts it; the CPU times above are counted in ticks."""
     parts_ran_ns: Mapping[str, int] = {}
 
 
 def take_books(node: str, parts: Mapping[str, Iterable[int]]) -> Books:
-    """The books of this moment; `parts` names groups of process ids."""
-    # These first: the scheduler has yet to book what runs now, which is us since we woke up.
+    """The counters of this moment; `parts` names groups of process ids."""
+    # Read first, because the scheduler has not yet counted the running task, which is this process since it woke up.
     at_ns, ran_ns = time.monotonic_ns(), machine_ran_ns()
     return Books(
         machine_cpu(),
@@ -57,7 +57,7 @@ def take_books(node: str, parts: Mapping[str, Iterable[int]]) -> Books:
 
 
 def busy_share(first: Books, second: Books, cpus: int) -> float:
-    """The share of the CPUs' time between two moments in which tasks ran."""
+    """The share (0 to 1) of the CPUs' time between two moments in which tasks ran."""
     return (second.ran_ns - first.ran_ns) / max(1, second.at_ns - first.at_ns) / cpus
 
 
@@ -70,7 +70,7 @@ def parts_shares(first: Books, second: Books, cpus: int) -> dict[str, float]:
 
 
 def machine_ran_ns() -> int:
-    """How long tasks have run on all CPUs, ns; 0 if this kernel does not say."""
+    """Run time of tasks on all CPUs in ns; 0 if this kernel does not count it."""
     with suppress(OSError):
         lines = Path("/proc/schedstat").read_text().splitlines()
         return sum(int(line.split()[7]) for line in lines if line.startswith("cpu"))
@@ -78,7 +78,7 @@ def machine_ran_ns() -> int:
 
 
 def ran_ns_of(pids: Iterable[int]) -> int:
-    """How long the threads of these processes have run, ns; one that has ended counts nothing."""
+    """Run time of these processes' threads in ns; a process that has ended counts 0."""
     ran_ns = 0
     for pid in pids:
         with suppress(OSError):
@@ -88,14 +88,14 @@ def ran_ns_of(pids: Iterable[int]) -> int:
 
 
 def machine_cpu() -> Cpu:
-    """What all CPUs have worked: interrupts count as the system's."""
+    """CPU time of all CPUs; time in interrupts counts as system time."""
     with Path("/proc/stat").open() as stat:
         user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, stat.readline().split()[1:])
     return Cpu((user + nice) / _TICKS_PER_S, (system + irq + softirq) / _TICKS_PER_S)
 
 
 def cpu_of(pids: Iterable[int]) -> Cpu:
-    """What these processes have worked, all threads together; one that has ended counts nothing."""
+    """CPU time of these processes, all threads together; a process that has ended counts 0."""
     user = system = 0
     for pid in pids:
         with suppress(OSError):
@@ -130,7 +130,7 @@ def _requests_done(node: str) -> int:
 
 
 def queue_cpus(nodes: str) -> list[list[int]]:
-    """For each hardware queue of a disk, of several the first, the CPUs whose requests come to it."""
+    """For each hardware queue of a disk (the first of several), the CPUs whose requests come to it."""
     directory = Path(f"/sys/block/{Path(nodes.partition(':')[0]).name}/mq")
     queues = sorted(directory.iterdir(), key=lambda each: int(each.name))
     return [[int(cpu) for cpu in (each / "cpu_list").read_text().split(",")] for each in queues]
@@ -152,7 +152,7 @@ def parse_smaps(text: str) -> Memory:
 
 
 def threads_named(prefix: str) -> list[int]:
-    """The kernel threads and processes whose name begins so."""
+    """The kernel threads and processes whose name begins with this text."""
     found = []
     for each in Path("/proc").glob("[0-9]*/comm"):
         with suppress(OSError):

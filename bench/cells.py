@@ -1,15 +1,15 @@
-"""The cells of the table: what fio is told for each, and what it answers.  Pure."""
+"""The cells of the table: fio's options for each, and its results.  Pure."""
 
 import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 REGION_BYTES = 64 << 20
-"""The part of every disk that is used; every disk that stores has it allocated before the first round."""
+"""The used part of every disk; a disk that stores data has it allocated before the first round."""
 
 
 class Cell(NamedTuple):
-    """One workload.  `unit` is what the table shows of it."""
+    """One workload.  `unit`: the unit that the table shows."""
 
     name: str
     rw: Literal["randwrite", "randread", "write"]
@@ -28,14 +28,14 @@ CELLS = (
 
 
 class FioNumbers(NamedTuple):
-    """What all jobs of a run did together."""
+    """The sums over all jobs of a run."""
 
     iops: float
     bytes_per_s: float
     latency_us: float
 
     def shown(self, cell: Cell) -> float:
-        """The number that the cell is about."""
+        """The number that the cell shows."""
         return self.iops if cell.unit == "IOPS" else self.bytes_per_s / 1e6
 
 
@@ -68,14 +68,14 @@ def fio_command(node: str, cell: Cell, cpus: Sequence[int], runtime_s: float) ->
 
 
 def job_cpus(queues: Sequence[Sequence[int]], jobs: int) -> list[int]:
-    """A CPU for each job: one queue after the other, of each its CPUs one after the other."""
+    """A CPU for each job: the queues in turn, and for each queue its CPUs in turn."""
     return [
         queues[job % len(queues)][job // len(queues) % len(queues[job % len(queues)])] for job in range(jobs)
     ]
 
 
 def parse_fio(output: str, status: int) -> FioNumbers:
-    """What fio's JSON says; where it has something to remark it does so before.  Raises `FioError`."""
+    """The numbers in fio's JSON, which may follow lines of warnings.  Raises `FioError`."""
     remark, brace, rest = output.partition("{")
     if not brace:
         raise FioError(f"fio ended with {status}: {_one_line(remark)}")

@@ -45,7 +45,7 @@ def _draw_cell(axes: Axes, result: Result, cell: Cell) -> None:
 
 
 def draw_cpu(result: Result, path: Path) -> None:
-    """CPU time of the whole machine for each request, split by who used it."""
+    """CPU time of the whole machine for each request, split by part."""
     height = 1.2 + _ROW_INCHES * len(result.parties)
     figure = Figure(figsize=(5 * len(CELLS), height))
     found = figure.subplots(1, len(CELLS), sharey=True)

@@ -1,6 +1,6 @@
-"""The table of contestants: what it is called, how it is started and, by leaving that again, stopped.
+"""The table of contestants: the name of each, and the context manager that starts and stops it.
 
-A contestant's start yields its `Disks`: the device node, and whose CPU time and memory count.
+A contestant's start yields its `Disks`: the device node, and the processes whose CPU time and memory count.
 """
 
 import re
@@ -13,7 +13,7 @@ from bench.results import Transport
 
 
 class Contestant(NamedTuple):
-    """`family` groups rows; `stores` says that its memory must be there before it is measured."""
+    """`family` groups rows; `stores`: its memory must be allocated before it is measured."""
 
     name: str
     start: Start
@@ -24,12 +24,12 @@ class Contestant(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is, whatever the transport."""
+        """The name without the transport."""
         return self.name.removesuffix(f", {self.transport}")
 
     @property
     def slug(self) -> str:
-        """Its name for devices and files."""
+        """The name for devices and files."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
@@ -55,7 +55,7 @@ ALONE = (Contestant("worker null", ours.alone, "ublkpool", "answers worker, NEED
 
 
 def ours_over(transport: Transport) -> tuple[Contestant, ...]:
-    """Ours over one transport; an empty one leaves the choice to `ublkpool backend`."""
+    """Ours over one transport; an empty transport leaves the choice to `ublkpool backend`."""
 
     def entry(name: str, start: Start, how: str, *, stores: bool = True) -> Contestant:
         full = f"{name}, {transport}" if transport else name
@@ -94,7 +94,7 @@ def contestants(transports: Sequence[Transport], only: str = "") -> list[Contest
 
 
 def quick(table: Sequence[Contestant]) -> list[Contestant]:
-    """Those that the targets are about: over ZeroMQ, where there are rings, only the two ends of the range."""
+    """The contestants of mode quick; over ZeroMQ only the fastest and the slowest kind if rings are available."""
     has_rings = any(each.transport == "ring" for each in table)
     return [
         each for each in table if each.kind not in _NOT_QUICK and not (has_rings and _is_slower_way(each))

@@ -1,7 +1,7 @@
-"""What waking the other side costs: an eventfd against a futex, each rung by io_uring and by a system call.
+"""The cost of waking the other process: an eventfd against a futex, each rung by io_uring and by a system call.
 
-`csrc/doorbell.c` is two processes that pass one descriptor to and fro.  Every way runs once in each round, so that what
-changes on the machine meanwhile meets all of them; ratios are made within a round, to what the rings use.
+`csrc/doorbell.c` is two processes that pass one descriptor back and forth.  Each way runs once per round, so that
+changes of the machine meanwhile affect all of them; ratios are made within a round, against the way that the rings use.
 """
 
 import os
@@ -29,11 +29,11 @@ _PATIENCE_S = 60.0
 
 
 class DoorbellError(Exception):
-    """It cannot be measured; the text is one line."""
+    """The measurement failed; the text is one line."""
 
 
 class Trip(msgspec.Struct, frozen=True, kw_only=True):
-    """One run: round trips a second, CPU time of both processes for each in microseconds."""
+    """One run: round trips per second, CPU time of both processes per round trip in microseconds."""
 
     way: str
     cpus: tuple[int, int]
@@ -73,7 +73,7 @@ def build_doorbell(target: Path) -> None:
 
 
 def ring_doorbells(program: Path, found: Doorbells, say: Callable[[str], None]) -> None:
-    """Every round into `found`: with a CPU for each process, and with one for both.  Raises `DoorbellError`."""
+    """Run all rounds into `found`, with a CPU for each process and with one for both.  Raises `DoorbellError`."""
     usable = sorted(os.sched_getaffinity(0))
     places = [(usable[0], usable[-1]), (usable[0], usable[0])]
     for each in range(ROUNDS):

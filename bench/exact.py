@@ -1,4 +1,4 @@
-"""The report of a run where each instruction takes 1 ns, on one CPU: what is counted there is work, not time.  Pure."""
+"""The report of a run on one CPU where each instruction takes 1 ns: it counts instructions, not time.  Pure."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from bench.tables import BASELINE, counter_table, failure_list, markdown_table, 
 from bench.targets import verdicts
 
 BUSY_MIN = 0.97
-"""With less, somebody waited, and there were fewer instructions than 1e9/IOPS says."""
+"""Below this share the CPU was idle at times, and a request took fewer instructions than 1e9/IOPS."""
 PREFACE = (
     "An exact guest: one CPU on which each instruction takes 1 ns, those of fio and the kernel included. So "
     "1e9/IOPS is the instructions of the whole machine for each request, and a ratio of IOPS is one of "
@@ -19,7 +19,7 @@ PREFACE = (
 
 
 def instructions(iops: float) -> float:
-    """Of the whole machine for each request, if it was busy all the time."""
+    """Instructions of the whole machine per request, if the CPU was busy all the time."""
     return 1e9 / iops if iops else 0.0
 
 
@@ -58,7 +58,7 @@ def _heading(result: Result) -> str:
 
 
 def work_table(result: Result) -> str:
-    """A row for each contestant; of each cell the instructions, and the ratio with its range over the rounds."""
+    """A row per contestant; for each cell the instructions, and the ratio with its range over the rounds."""
     head = ["contestant", "transport", *(text for cell in CELLS for text in (cell.name, "ratio"))]
     rows = [
         [party.kind, party.transport, *(text for cell in CELLS for text in _work(result, party, cell))]
@@ -76,7 +76,7 @@ def _work(result: Result, party: Party, cell: Cell) -> tuple[str, str]:
 
 
 def idle_note(result: Result) -> str:
-    """Who waited, so that time was not all instructions; empty if nobody did."""
+    """The contestants during whose runs the CPU was idle at times; empty if there are none."""
     waited = [
         f"{party.name}, {cell.name} ({busy:.0%} busy)"
         for party in result.parties
@@ -90,7 +90,7 @@ def idle_note(result: Result) -> str:
 
 
 def parts_table(result: Result) -> str:
-    """Instructions for each request, part by part, with what they called in the kernel."""
+    """Instructions per request of each part, with those in the kernel on its behalf."""
     rows = [
         [party.kind, party.transport, *(_parts(samples_of(result, party.name, cell.name)) for cell in CELLS)]
         for party in result.parties

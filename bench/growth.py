@@ -1,6 +1,6 @@
-"""What a request costs as everything grows: devices, depth, size, and a pool that is nearly empty.
+"""The cost of a request as devices, depth and size grow, and with a pool that is nearly empty.
 
-One backend for all of it, `null`, so that what grows is ours.  Cost is CPU time for each request that the driver saw;
+All runs use the backend `null`, so that any growth is ublkpool's.  Cost is CPU time per request that the driver saw;
 flat is good.
 """
 
@@ -32,7 +32,7 @@ SMALL_POOL_BYTES = 1 << 20
 _AT_A_TIME = 4
 _WARM_S = 1.0
 _EXACT_S, _EXACT_S_PER_DEVICE = 0.2, 0.05
-"""To read the books of 64 devices takes a tenth of a second of instructions."""
+"""Reading the counters of 64 devices takes a tenth of a second of instructions."""
 Say = Callable[[str], None]
 
 
@@ -44,7 +44,7 @@ def grow(
     devices_max: int,
     only: str = "",
 ) -> None:
-    """Every axis whose name matches `only`, a regular expression; one that fails takes nothing with it."""
+    """Run every axis whose name matches the regular expression `only`; a failure does not end the others."""
     axes: dict[str, Callable[[Stage, Growth, Say], None]] = {
         "depth": _depths,
         "bytes": _blocks,
@@ -80,12 +80,12 @@ def _blocks(stage: Stage, growth: Growth, say: Say) -> None:
 
 
 def _allow(node: str, request_bytes: int) -> None:
-    """Have the block layer send requests of this size whole."""
+    """Let the block layer send requests of this size without splitting them."""
     Path(f"/sys/block/{Path(node).name}/queue/max_sectors_kb").write_text(str(request_bytes >> 10))
 
 
 def _pools(stage: Stage, growth: Growth, say: Say) -> None:
-    """The pool that is derived, and one with a handful of buffers, at a depth far beyond that."""
+    """The default pool, and one with fewer buffers than requests in flight."""
     for name, pool_bytes in (("derived", None), ("small", SMALL_POOL_BYTES)):
         with _device(stage, f"pool-{name}", pool_bytes=pool_bytes) as disk:
             size_bytes = stage.daemon.stats(disk.device).pool.size_bytes
@@ -104,7 +104,7 @@ def _devices(stage: Stage, growth: Growth, say: Say, devices_max: int) -> None:
             growth.idle += _idle(stage, names)
             disks = [_disk(stage, status) for status in stage.daemon.client.devices() if status.name in names]
             _step(stage, growth, say, "devices, I/O on one", count, disks[0], _cell())
-            # As deep on each of them as on the one.
+            # Each has the depth of the single one.
             _step(stage, growth, say, "devices, I/O on all", count, _together(disks), _cell(depth=32 * count))
     finally:
         seconds = _timed(partial(stage.daemon.client.delete, names))
@@ -144,7 +144,7 @@ def _disk(stage: Stage, status: DeviceStatus) -> Disk:
 
 
 def _together(disks: list[Disk]) -> Disk:
-    """All of them as one to fio, which takes a list of nodes; the first one's name asks for its counters."""
+    """All disks as one for fio, which takes a list of nodes; counters are those of the first."""
     parts = {part: [pid for each in disks for pid in each.parts[part]] for part in ("worker", "backend")}
     return Disk(":".join(each.node for each in disks), parts, disks[0].device)
 
@@ -190,7 +190,7 @@ def _cpu_us(books: tuple[Books, Books], requests: int) -> dict[str, float]:
 
 
 def _syscalls(disk: Disk, cell: Cell) -> dict[str, float]:
-    """In a run of its own; of a kernel that cannot count nothing is known."""
+    """Counted in a run of its own; empty on a kernel that cannot count."""
     try:
         return syscalls_of(disk, cell, _WARM_S)
     except SyscallsError:

@@ -1,4 +1,4 @@
-"""What a growth run finds, and its tables.  Pure."""
+"""The results of a growth run, and their tables.  Pure."""
 
 import msgspec
 
@@ -7,7 +7,7 @@ from bench.tables import markdown_table, number
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One point of one series: `axis` grows, `at` says how far; CPU time in microseconds for each request."""
+    """One point of one series: `at` is the value on `axis`; CPU time in microseconds per request."""
 
     axis: str
     at: int
@@ -20,11 +20,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     enters: float = 0.0
     """`io_uring_enter` calls of the workers for each request, as they count them."""
     syscalls: dict[str, float] = {}
-    """All system calls for each request by part, as the kernel counts them; empty where it does not."""
+    """All system calls per request by part, as the kernel counts them; empty if it cannot."""
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory of processes that have nothing to do, KiB for each of them, with so many devices."""
+    """Memory of idle processes, KiB each, with this number of devices."""
 
     devices: int
     part: str
@@ -34,7 +34,7 @@ class Idle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """How long it took, seconds."""
+    """A duration in seconds."""
 
     what: str
     seconds: float
@@ -81,7 +81,7 @@ def growth_report(growth: Growth) -> str:
         sections.append(
             "### Memory while nothing happens\n\n" + _idle_table(growth.idle) + _next_device(growth.idle)
         )
-    # Time is two things in an exact guest: instructions while anybody works, real while nobody does.
+    # In an exact guest time counts instructions while a CPU is busy, and is real while all are idle.
     if growth.timings and not growth.exact:
         rows = [[each.what, f"{each.seconds:.1f}"] for each in growth.timings]
         sections.append("### Time\n\n" + markdown_table(["what", "s"], rows))
@@ -141,7 +141,7 @@ def _idle_table(idle: list[Idle]) -> str:
 
 
 def _next_device(idle: list[Idle]) -> str:
-    """What each device more takes, of all processes together: the most devices against the fewest."""
+    """The memory per additional device, all processes together: the most devices against the fewest."""
     totals = {each.devices: 0.0 for each in idle}
     for each in idle:
         totals[each.devices] += each.pss_kib * each.processes

@@ -1,7 +1,7 @@
-"""Instructions of the queue core for each request: counted by callgrind, the same to the instruction each time.
+"""Instructions of the queue core per request, counted by callgrind; the count is the same each time.
 
-A small C program (`csrc/queue_cost.c`) plays the ring and the backend.  Only what it calls in the core counts, with
-all that this calls in turn.  Two runs of different length are subtracted, so that starting costs nothing.
+A small C program (`csrc/queue_cost.c`) stands in for the ring and the backend.  Only its calls into the core
+count, with all further calls from there.  The difference of two runs of different length leaves out the start.
 """
 
 import re
@@ -30,7 +30,7 @@ _ROUNDS_MAX = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
 _SHARED = _HERE.parent / "bufpool" / "wire" / "csrc"
-# All of the core but its way to the kernel.
+# All of the core except its io_uring.
 _NOT_COUNTED = "queue_ring.c"
 # As ublk/_native_build.py compiles them.
 _FLAGS = ("-g", "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
@@ -43,7 +43,7 @@ class CostError(Exception):
 
 
 class InstructionCost(msgspec.Struct, frozen=True):
-    """Instructions for each request of a case, when so many come at a time."""
+    """Instructions per request of a case, with this number of requests at a time."""
 
     case: str
     transport: str

@@ -1,7 +1,7 @@
-"""kublk, built in the cache from Debian's packages: nothing of the kernel's source is in this repository.
+"""Builds kublk in the cache from Debian's packages, so that this repository contains no kernel source.
 
-The packages are fetched and checked as the test guest's are.  A part that exists is complete: it is made beside its
-place and renamed into it last.
+The packages are fetched and checked like the test guest's.  A part that exists is complete, because it is built under
+another name and renamed last.
 """
 
 import shutil
@@ -12,14 +12,14 @@ from support.guest.apt_archive import Archive
 from support.guest.cache import default_cache
 from support.guest.kernel_selftests import unpack_selftests
 
-# Beside the newest kernel's source its headers; a liburing that knows what kublk calls, linked statically.
+# The newest kernel's source and headers; a liburing with all functions that kublk calls, linked statically.
 _PACKAGES = (
     ("trixie-backports", "linux-libc-dev"),
     ("trixie", "liburing-dev"),
 )
 _LIBRARY = "usr/lib/x86_64-linux-gnu/liburing.a"
 _INCLUDES = ("usr/include", "usr/include/x86_64-linux-gnu")
-# A program of its own in the same folder.
+# Another program in the same folder.
 _NOT_KUBLK = "metadata_size.c"
 
 
@@ -28,12 +28,12 @@ class KublkError(Exception):
 
 
 def kublk_path() -> Path:
-    """Where kublk is, once it is built."""
+    """The path of kublk, which `build_kublk` makes."""
     return default_cache().with_name("ublkpool-bench") / "kublk" / "kublk"
 
 
 def build_kublk() -> Path:
-    """Fetch, build, and return where it is.  Raises `ArchiveError` or `KublkError`."""
+    """Fetch and build kublk; returns its path.  Raises `ArchiveError` or `KublkError`."""
     path = kublk_path()
     if path.exists():
         return path

@@ -1,7 +1,7 @@
-"""The rounds: every contestant is up, and each cell of each round goes through all of them, one after the other.
+"""The rounds: every contestant is up, and each cell of each round runs on all of them, one after the other.
 
-So whatever else changes on the machine meanwhile meets everybody.  Whoever is not measured is stopped (SIGSTOP).  One
-that fails is reported and left out of the rest; it takes nobody with it.
+So changes of the machine meanwhile affect all contestants.  Contestants that are not being measured are stopped
+(SIGSTOP).  One that fails is reported and left out of the rest; the others go on.
 """
 
 import os
@@ -39,7 +39,7 @@ class Entered:
 def measure(
     stage: Stage, table: Sequence[Contestant], result: Result, say: Say, keep: Callable[[Result], None]
 ) -> None:
-    """Run all rounds into `result`; `keep` is called after each round with what there is by then."""
+    """Run all rounds into `result`; calls `keep` after each round with the results so far."""
     entered = [each for each in (_enter(stage, one, result, say) for one in table) if each]
     result.idle_load = idle_load(_IDLE_S)
     say(f"everybody is up; idle, {result.idle_load:.1%} of the CPUs' time is used")
@@ -51,7 +51,7 @@ def measure(
                 ]
                 entered = [each for each in entered if each in [one for one in line if one]]
             keep(result)
-        # One CPU changes nothing about these: the ordinary modes have them.
+        # These do not depend on one CPU, so the ordinary modes measure them.
         if not result.exact:
             _count_syscalls(entered, result, say)
     finally:
@@ -61,14 +61,14 @@ def measure(
 
 
 def idle_load(seconds: float) -> float:
-    """The share of all CPUs' time that is used while nobody asks for anything: what the idle take from the others."""
+    """The share of all CPUs' time in use without any request: the idle contestants' share."""
     before = machine_cpu()
     time.sleep(seconds)
     return sum(machine_cpu() - before) / seconds / (os.cpu_count() or 1)
 
 
 def _rotated(entered: Sequence[Entered], number: int) -> list[Entered]:
-    """Nobody always follows the same one."""
+    """The order of a round, so that no contestant always follows the same one."""
     start = number * (len(entered) // 3 + 1) % max(1, len(entered))
     return [*entered[start:], *entered[:start]]
 
@@ -81,7 +81,7 @@ def _enter(stage: Stage, contestant: Contestant, result: Result, say: Say) -> En
         for disk in disks.all() if contestant.stores else []:
             write_end(disk)
         memory = _memory(disks.all()[0])
-        # Before anything that the stack holds is stopped, and whoever sleeps then could not end.
+        # Before the stack stops contestants, because a process stopped by SIGSTOP could not end.
         stack.callback(wake_up, disks)
         put_to_sleep(disks)
     except FAILURES as error:
@@ -116,7 +116,7 @@ def _memory(disk: Disk) -> dict[str, tuple[int, int]]:
 
 
 def _count_syscalls(entered: Sequence[Entered], result: Result, say: Say) -> None:
-    """In runs of their own, for counting costs time; a kernel that cannot count leaves the table empty."""
+    """Count in separate runs, because counting costs time; no table on a kernel that cannot count."""
     for each in entered:
         for cell in (CELLS[0], CELLS[1]):
             disk = each.disks.disk_for(cell)
@@ -195,7 +195,7 @@ def _spoken(sample: Sample, shown: float, cell: Cell) -> str:
 def make_sample(
     run: tuple[str, Cell, int], numbers: FioNumbers, books: tuple[Books, Books], counters: dict[str, float]
 ) -> Sample:
-    """The numbers of one run (whose, which cell, which round), CPU time for each request."""
+    """The numbers of one run (contestant, cell, round), with CPU time per request."""
     name, cell, number = run
     first, second = books
     requests = max(1, second.requests - first.requests)
@@ -223,7 +223,7 @@ def _stats(stage: Stage, disk: Disk) -> DeviceStats | None:
 
 
 def _per_request(before: DeviceStats | None, after: DeviceStats | None) -> dict[str, float]:
-    """What the workers counted between two moments, for each request; bytes copied for each byte moved."""
+    """The workers' counters between two moments, per request; bytes copied per byte moved."""
     if before is None or after is None:
         return {}
     old, new = _sums(before), _sums(after)

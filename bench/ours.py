@@ -1,4 +1,4 @@
-"""How ublkpool's own contestants are started: a device of the one daemon, and a backend process of its own."""
+"""Starts ublkpool's own contestants: a device of the one daemon, and a backend process for each."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -38,7 +38,7 @@ def backend(
             "--",
             *(f"{key}={value}" for key, value in given.items()),
         ]
-        # Tests divide their devices among the transports; here each backend says which it wants.
+        # Unlike in the tests, each backend names its transport.
         daemon.add(name, **{"rings": True, "queues": QUEUES, "placement": placement, **config})
         log = stage.directory / f"{name}.log"
         try:
@@ -53,7 +53,7 @@ def backend(
 
 @contextmanager
 def alone(stage: Stage, name: str) -> Iterator[Disks]:
-    """A device whose workers answer themselves."""
+    """A device whose workers answer requests without a backend."""
     daemon = stage.daemon
     daemon.add(name, answers="worker", queues=QUEUES, size_bytes=REGION_BYTES)
     yield Disks(_disk(stage, name, []))
@@ -70,5 +70,5 @@ def _disk(stage: Stage, name: str, backends: list[int], log: Path | None = None)
 
 
 def transports(run_help: str) -> list[Transport]:
-    """What `ublkpool backend --help` offers: nothing to choose from while there is one transport."""
+    """The transports that `ublkpool backend --help` offers; empty for a version without the option."""
     return ["zeromq", "ring"] if "--transport" in run_help else [""]

@@ -1,4 +1,4 @@
-"""How the peers are started, each at its best setting: null_blk, loop, kublk, nbdkit over nbd.ko."""
+"""Starts the peers, each at its best setting: null_blk, loop, kublk, nbdkit over nbd.ko."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def load_module(name: str) -> None:
 
 @contextmanager
 def null_blk(stage: Stage, name: str) -> Iterator[Disks]:
-    """The kernel's own null disk: what the block layer and fio cost by themselves."""
+    """The kernel's null disk: the cost of the block layer and fio alone."""
     load_module("configfs")
     if not _CONFIGFS.is_mount():
         run("mount", "-t", "configfs", "configfs", str(_CONFIGFS))
@@ -52,7 +52,7 @@ def _null_blk_node(directory: Path, name: str) -> str:
 
 @contextmanager
 def loop(stage: Stage, name: str) -> Iterator[Disks]:
-    """The kernel's loop on a file on tmpfs, past the page cache as everybody else."""
+    """The kernel's loop on a file on tmpfs, with direct I/O like the other contestants."""
     load_module("loop")
     image = stage.make_file(f"{name}.img")
     before = set(threads_named("loop"))
@@ -113,7 +113,7 @@ class Nbdkit(NamedTuple):
 
     @contextmanager
     def start(self, stage: Stage, name: str) -> Iterator[Disks]:
-        """Two of it: at depth 1 a single thread is faster."""
+        """nbdkit twice: at depth 1 a single thread is faster."""
         load_module("nbd")
         with self._disk(stage, name) as disk, self._disk(stage, f"{name}-t1", "-t", "1") as at_depth_1:
             yield Disks(disk, at_depth_1)

@@ -21,7 +21,7 @@ _PREFACE = (
 
 
 def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note: str = "") -> str:
-    """Write all there is in `out` as a report into `into`; returns its text."""
+    """Write the results in `out` as a report into `into`; returns its text."""
     into.mkdir(parents=True, exist_ok=True)
     sections = [_PREFACE, f"**{note}**\n"] if note else [_PREFACE]
     for path in sorted(out.glob("speed-[0-9]*.json"), reverse=True):

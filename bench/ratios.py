@@ -12,7 +12,7 @@ from bench.results import Result, Sample
 
 
 class Spread(NamedTuple):
-    """A median with what it lies between."""
+    """A median with its range."""
 
     median: float
     low: float
@@ -30,7 +30,7 @@ def cell_named(name: str) -> Cell:
 
 
 def shown(sample: Sample) -> float:
-    """The number that a sample's cell is about."""
+    """The number of a sample that its cell shows."""
     return sample.iops if cell_named(sample.cell).unit == "IOPS" else sample.bytes_per_s / 1e6
 
 
@@ -49,7 +49,7 @@ def value_spread(result: Result, contestant: str, cell: str) -> Spread | None:
 
 
 def ratio_spread(result: Result, contestant: str, baseline: str, cell: str) -> Spread | None:
-    """How many times as much as the baseline, round by round; None if no round has both."""
+    """The ratio to the baseline over the rounds; None if no round has both."""
     base = {each.round: shown(each) for each in samples_of(result, baseline, cell)}
     return spread(
         [
@@ -61,5 +61,5 @@ def ratio_spread(result: Result, contestant: str, baseline: str, cell: str) -> S
 
 
 def middle_of(values: Sequence[float]) -> float:
-    """Their median, 0 for nothing: one round that was disturbed does not show."""
+    """Their median, so that one disturbed round does not show; 0 for no values."""
     return median(values) if values else 0.0

@@ -1,4 +1,4 @@
-"""What a run finds, as it is written to JSON; the tables and charts are made of this and nothing else."""
+"""The results of a run, as stored in JSON; tables and charts are made of these alone."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,11 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     latency_us: float = 0.0
     machine_us: float = 0.0
     parts_us: dict[str, tuple[float, float]] = {}
-    """By part of the contestant, such as worker and backend: in user space, in the kernel."""
+    """CPU time by part of the contestant, such as worker and backend: (user, system)."""
     busy: float = 0.0
     """The share of the CPUs' time in which tasks ran."""
     shares: dict[str, float] = {}
-    """Of each part in the CPUs' time, by the scheduler and not in ticks."""
+    """The share of each part in the CPUs' time, counted by the scheduler and not in ticks."""
     counters: dict[str, float] = {}
     error: str = ""
 
@@ -62,17 +62,17 @@ class Result(msgspec.Struct, kw_only=True):
     rounds: int
     runtime_s: float
     idle_load: float = 0.0
-    """The share of the CPUs' time that is used while everybody is up and idle."""
+    """The share of the CPUs' time in use while all contestants are up and idle."""
     revision: str = ""
     host_load: str = ""
-    """What else ran on the host: its load average over the minute before."""
+    """The host's load average over the minute before the run."""
     parties: list[Party] = []
     samples: list[Sample] = []
     syscalls: list[Syscalls] = []
 
     @property
     def rounds_done(self) -> int:
-        """How many there are numbers of: a run that was ended keeps what it had."""
+        """The number of rounds with results; an interrupted run keeps its complete rounds."""
         return len({each.round for each in self.samples})
 
     @property
@@ -82,12 +82,12 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 def write_result(result: msgspec.Struct, path: Path) -> None:
-    """Write it so that it is there whole or not at all."""
+    """Write the file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
     partial.rename(path)
 
 
 def read_result(path: Path) -> Result:
-    """Raises `msgspec.DecodeError` if the file is something else."""
+    """Read a result.  Raises `msgspec.DecodeError` if the file is no result."""
     return msgspec.json.decode(path.read_bytes(), type=Result)

@@ -1,4 +1,4 @@
-"""What contestants stand on: a scratch directory in memory, the daemon of ours, and their disks."""
+"""What contestants share: a scratch directory on tmpfs, our daemon, and device numbers."""
 
 import os
 import signal
@@ -26,24 +26,24 @@ class Disk:
         self.node = node
         self.parts = parts
         self.device = device
-        """The name of ours; empty for peers."""
+        """The device's name if it is ours; empty for peers."""
         self.log = log
-        """Where its server says why it died, if it says."""
+        """The file with the server's last words, if it has one."""
 
 
 class Disks:
-    """A contestant that is up; some peers are set differently for depth 1."""
+    """A contestant's disks; some peers have another setting for depth 1."""
 
     def __init__(self, disk: Disk, at_depth_1: Disk | None = None) -> None:
         self._disk = disk
         self._at_depth_1 = at_depth_1 or disk
 
     def disk_for(self, cell: Cell) -> Disk:
-        """The one to run this cell on."""
+        """The disk to run this cell on."""
         return self._at_depth_1 if cell.depth == 1 else self._disk
 
     def all(self) -> list[Disk]:
-        """Each once."""
+        """Each disk once."""
         return list(dict.fromkeys((self._disk, self._at_depth_1)))
 
 
@@ -52,12 +52,12 @@ _OTHERS = ("daemon", "kernel")
 
 
 def put_to_sleep(disks: Disks) -> None:
-    """Stop a contestant's processes, so that their idling takes nothing from whoever is measured."""
+    """Stop a contestant's processes (SIGSTOP), so that they take no CPU time from the one that is measured."""
     _signal(disks, signal.SIGSTOP)
 
 
 def wake_up(disks: Disks) -> None:
-    """Let them go on."""
+    """Continue them (SIGCONT)."""
     _signal(disks, signal.SIGCONT)
 
 
@@ -75,7 +75,7 @@ class StageError(Exception):
 
 
 class Stage:
-    """Leaving it stops the daemon."""
+    """The context; its end stops the daemon."""
 
     def __init__(self, directory: Path, kublk: Path) -> None:
         self.directory = directory
@@ -92,7 +92,7 @@ class Stage:
 
     @property
     def daemon(self) -> Daemon:
-        """The daemon of ours, started when it is first asked for."""
+        """Our daemon, started at the first use."""
         if self._daemon is None:
             daemon = Daemon(name="bench")
             self._cleanup.callback(daemon.close)
@@ -101,11 +101,11 @@ class Stage:
         return self._daemon
 
     def next_number(self) -> int:
-        """A device number that nobody uses."""
+        """A free device number."""
         return next(each for each in self._numbers if not Path(f"/dev/ublkc{each}").exists())
 
     def make_file(self, name: str) -> Path:
-        """A file of REGION_BYTES whose every block has been written, on the scratch directory's tmpfs."""
+        """A file of REGION_BYTES on the scratch directory's tmpfs, with every block written."""
         path = self.directory / name
         with path.open("wb") as file:
             for _ in range(0, REGION_BYTES, _PIECE_BYTES):
@@ -114,7 +114,7 @@ class Stage:
 
 
 def run(*command: str | Path) -> str:
-    """Run a command to its end; what it printed.  Raises `StageError` with its last words."""
+    """Run a command; returns its output.  Raises `StageError` with the end of its output."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL
     )
@@ -126,7 +126,7 @@ def run(*command: str | Path) -> str:
 
 @contextmanager
 def process(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None) -> Iterator[int]:
-    """A process for the length of a block; SIGTERM ends it, and if that does not, SIGKILL."""
+    """Run a process for the length of a block; ends it with SIGTERM, then with SIGKILL."""
     with log.open("wb") as out:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env)
     try:
@@ -141,7 +141,7 @@ def process(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | N
 
 
 def wait_for(check: Callable[[], bool], what: str) -> None:
-    """Return when it is so.  Raises `StageError` naming what did not come."""
+    """Wait until the condition holds.  Raises `StageError` with `what` after the deadline."""
     deadline = time.monotonic() + DEADLINE_S
     while not check():
         if time.monotonic() > deadline:
@@ -150,6 +150,6 @@ def wait_for(check: Callable[[], bool], what: str) -> None:
 
 
 def last_words(log: Path | None) -> str:
-    """The end of what a process said."""
+    """The end of a process's output."""
     said = log.read_text(errors="replace").split("\n") if log and log.exists() else []
     return " ".join([each for each in said if each][-2:]) or "it said nothing"

@@ -1,7 +1,7 @@
-"""System calls of processes, counted by the kernel's own tracing: nobody is stopped for it, as strace would.
+"""System calls of processes, counted by the kernel's tracing, which unlike strace stops no process.
 
-A histogram on the event `raw_syscalls:sys_enter`, by thread.  It costs every system call a little, so what is counted
-here is not timed.
+Uses a histogram on the event `raw_syscalls:sys_enter`, by thread.  It makes each system call a little slower, so these
+runs are not timed.
 """
 
 import re
@@ -16,12 +16,12 @@ _LINE = re.compile(r"\{ common_pid:\s*(\d+)[^}]*\} hitcount:\s*(\d+)")
 
 
 class SyscallsError(Exception):
-    """This kernel does not count; the text is one line."""
+    """This kernel cannot count system calls; the text is one line."""
 
 
 @contextmanager
 def counting() -> Iterator[Path]:
-    """Count for the length of a block; yields what `counted` reads.  Raises `SyscallsError`."""
+    """Count for the length of a block; yields the histogram for `counted`.  Raises `SyscallsError`."""
     event = _TRACING / _EVENT
     try:
         (event / "trigger").write_text(_HISTOGRAM)
@@ -48,5 +48,5 @@ def parse_histogram(text: str) -> dict[int, int]:
 
 
 def threads_of(pid: int) -> list[int]:
-    """The threads of a process, none if it has ended."""
+    """The threads of a process; empty if it has ended."""
     return [int(each.name) for each in Path(f"/proc/{pid}/task").glob("[0-9]*")]

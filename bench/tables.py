@@ -1,4 +1,4 @@
-"""The report in Markdown, from a result and nothing else.  Pure."""
+"""The report in Markdown, made of a result alone.  Pure."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ BASELINE = "kublk null -g"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """A Markdown table, with the first column aligned left and the others right."""
     lines = [_line(head), _line([":---", *("---:" for _ in head[1:])])]
     return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
 
@@ -41,7 +41,7 @@ def report(result: Result, instructions: Sequence[InstructionCost] = ()) -> str:
 
 
 def heading(result: Result) -> str:
-    """What was measured, where and when."""
+    """The versions, the machine and the time of the run."""
     where = (
         "a guest under TCG, which emulates every instruction" if result.emulated else "this machine itself"
     )
@@ -57,7 +57,7 @@ def heading(result: Result) -> str:
 
 
 def rounds_text(result: Result) -> str:
-    """How many rounds there are numbers of."""
+    """The number of rounds with results."""
     done = f"{result.rounds_done} round{'' if result.rounds_done == 1 else 's'}"
     return done if result.rounds_done == result.rounds else f"{done}, of {result.rounds} that were wanted,"
 
@@ -73,7 +73,7 @@ def speed_table(result: Result) -> str:
 
 
 def _who(party: Party) -> list[str]:
-    """The first two columns; a peer has no transport of ours."""
+    """The first two columns; peers have no transport."""
     return [party.kind, party.transport]
 
 
@@ -114,7 +114,7 @@ def _cell_row(result: Result, party: Party, cell: Cell) -> list[str]:
 
 
 def target_table(found: Sequence[Verdict]) -> str:
-    """Every target: what was wanted, what was found."""
+    """Every target with its goal and the result."""
     head = ["ours", "cell", "against", "wanted over", "measured over", "goal", "ratio", "range", "state"]
     return markdown_table(head, [_target_row(each) for each in found])
 
@@ -165,7 +165,7 @@ def _parts(samples: Sequence[Sample]) -> str:
 
 
 def counter_table(result: Result) -> str:
-    """What the workers of ours counted: system calls and turns for each request, bytes copied for each byte moved."""
+    """Our workers' counters: system calls and loop turns per request, bytes copied per byte moved."""
     names = list(dict.fromkeys(name for each in result.samples for name in each.counters))
     rows = []
     for party in result.parties:
@@ -193,7 +193,7 @@ _COUNTER_HEADS = {
 
 
 def syscall_table(result: Result) -> str:
-    """Of each part, counted by the kernel."""
+    """System calls of each part, counted by the kernel."""
     rows = [
         [*_who(party), each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
         for party in result.parties
@@ -204,7 +204,7 @@ def syscall_table(result: Result) -> str:
 
 
 def memory_table(result: Result) -> str:
-    """What each part takes, idle, before the first round."""
+    """The memory of each idle part before the first round."""
     rows = [
         [*_who(party), part, f"{pss:,}", f"{uss:,}"]
         for party in result.parties
@@ -227,14 +227,14 @@ def cost_table(instructions: Sequence[InstructionCost]) -> str:
 
 
 def failure_list(result: Result) -> str:
-    """Who failed, and how."""
+    """The failures."""
     lines = [f"- {each.name}: {each.error}" for each in result.parties if each.error]
     lines += [f"- {each.contestant}, {each.cell}: {each.error}" for each in result.samples if each.error]
     return "\n".join(lines) + "\n"
 
 
 def number(value: float) -> str:
-    """As many digits as mean something."""
+    """The number with no, one or two decimals: 123, 12.3, 0.12."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What the project set out to reach, as ratios within one run, and how far it is.  Pure: nothing is asserted here."""
+"""The project's performance targets, as ratios within one run, and the results against them.  Pure; asserts nothing."""
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -21,7 +21,7 @@ class Target(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One kind in one cell; `over` is the transport that it was measured over."""
+    """The result of one kind in one cell; `over`: the transport of the measured contestant."""
 
     kind: str
     cell: str
@@ -68,9 +68,9 @@ def _of(result: Result, target: Target) -> Iterator[Verdict]:
 
 
 def _measured(result: Result, kind: str, transport: Transport) -> tuple[str, str]:
-    """Who stands for a kind over a transport; where there was no choice of one, whoever there is, over ZeroMQ.
+    """The contestant of a kind over a transport; without such a one, the contestant without a choice, over ZeroMQ.
 
-    Where the worker answers there is nobody to talk to, and no transport.
+    A device whose workers answer has no transport.
     """
     parties = {each.transport: each.name for each in result.parties if each.kind == kind}
     if not transport:

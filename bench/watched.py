@@ -1,7 +1,7 @@
-"""fio on a disk whose server may die meanwhile: then its requests wait, and whoever waits for them would for ever.
+"""Runs fio on a disk whose server may die: its requests would then wait, and fio with them, for ever.
 
-So who serves is looked after while a run waits, a death is one line, and nobody waits for a process that no signal
-ends: it ends when the disk goes, which is the next thing to happen.
+So a run watches the server's processes, reports a death in one line, and does not wait for a process that no signal
+ends; that process ends when the disk is removed, which is the next step.
 """
 
 import os
@@ -26,7 +26,7 @@ _READ_BYTES = 1 << 16
 
 
 def check_served(disk: Disk) -> None:
-    """Raise `StageError` with its last words if a process that serves the disk has ended."""
+    """Raise `StageError` with the server's last words if a process that serves the disk has ended."""
     for part, pid in _servers(disk):
         if has_ended(pid):
             raise _death(disk, part, pid)
@@ -42,7 +42,7 @@ def _death(disk: Disk, part: str, pid: int) -> StageError:
 
 @contextmanager
 def _deaths_of_servers(disk: Disk) -> Iterator[DefaultSelector]:
-    """A selector that wakes up, with its part and id as data, when a process that serves the disk ends."""
+    """A selector that wakes up when a process that serves the disk ends; its data is the part and the pid."""
     with ExitStack() as stack:
         selector = stack.enter_context(DefaultSelector())
         for part, pid in _servers(disk):
@@ -56,9 +56,9 @@ def _deaths_of_servers(disk: Disk) -> Iterator[DefaultSelector]:
 
 
 def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple[Books, Books]]:
-    """Run one cell on a disk; the books are of a time within it, when fio neither starts nor ends.
+    """Run one cell on a disk; the counters cover a time within the run, in which fio neither starts nor ends.
 
-    Raises `FioError`, or `StageError` if who serves the disk dies.
+    Raises `FioError`, or `StageError` if a server of the disk dies.
     """
     check_served(disk)
     cpus = job_cpus(queue_cpus(disk.node), cell.jobs)
@@ -79,9 +79,9 @@ def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple
 
 
 def write_end(disk: Disk) -> None:
-    """Write the region's last block: some allocate all that comes before it then, and not during a measurement.
+    """Write the region's last block, at which some servers allocate all blocks before it.
 
-    Raises `StageError`, also if who serves the disk dies.
+    Raises `StageError`, also if a server of the disk dies.
     """
     last = REGION_BYTES // _BLOCK_BYTES - 1
     dd = _start(["dd", "if=/dev/zero", f"of={disk.node}", f"bs={_BLOCK_BYTES}", f"seek={last}", *_DIRECT])
@@ -103,11 +103,11 @@ def _start(command: list[str]) -> "subprocess.Popen[str]":
 
 
 def _output(child: "subprocess.Popen[str]", disk: Disk) -> str:
-    """What it says, to its end.  Raises `StageError` if it does not end, or who serves the disk does."""
+    """The output of fio.  Raises `StageError` if it does not end, or if a server of the disk ends."""
     assert child.stdout is not None
     deadline_s = time.monotonic() + _PATIENCE_S
     said = b""
-    # Nobody looks after the servers by looking again and again: in a guest that costs some percent of what is measured.
+    # Polling the servers would cost some percent of the measured time in a guest; the selector waits for their pidfds.
     with _deaths_of_servers(disk) as selector:
         selector.register(child.stdout, EVENT_READ)
         while ready := selector.select(max(0.0, deadline_s - time.monotonic())):
@@ -122,7 +122,7 @@ def _output(child: "subprocess.Popen[str]", disk: Disk) -> str:
 
 
 def end(child: "subprocess.Popen[str]") -> None:
-    """Kill it, and wait a moment: one whose requests wait ends when its disk does, which cannot be waited for here."""
+    """Kill fio and wait briefly; if its requests wait, it ends only when its disk is removed."""
     child.kill()
     if child.stdout:
         child.stdout.close()

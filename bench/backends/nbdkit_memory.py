@@ -1,4 +1,4 @@
-"""The memory disk that nbdkit's Python plugin serves: the same few lines as ours, in its terms."""
+"""The memory disk that nbdkit's Python plugin serves: the same few lines as ours, for its API."""
 
 API_VERSION = 2
 

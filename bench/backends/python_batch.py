@@ -1,6 +1,6 @@
-"""A Python backend that is entered once for a batch, in memory of its own: for measuring only.
+"""A Python backend that is called once per batch and stores in its own memory: for measuring only.
 
-What it stores ends with its process, which no backend for real use may do (docs/BACKENDS.md).
+Its data is lost when its process ends, which no backend for real use may do (docs/BACKENDS.md).
 """
 
 import msgspec
@@ -29,5 +29,5 @@ class BatchBackend(Backend):
         return Properties(size_bytes=self.options.size)
 
     def serve_batch(self, batch: Batch) -> None:
-        """All that came in one turn."""
+        """Answer all requests of one turn."""
         batch.copy(self._disk)

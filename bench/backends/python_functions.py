@@ -1,6 +1,6 @@
 """The simplest Python backend, a function for each request, in memory of its own: for measuring only.
 
-What it stores ends with its process, which no backend for real use may do (docs/BACKENDS.md).
+Its data is lost when its process ends, which no backend for real use may do (docs/BACKENDS.md).
 """
 
 disk = memoryview(b"")
