@@ -1,7 +1,8 @@
-"""One device, from `add` to `del`: waits for a backend, starts, serves, stops, leaves nothing behind.
+"""One device's life in order: start, attach, live, recovery, renewal, failure, deletion; and its takeover.
 
-Owns the order in which kernel device, pool, workers and backend come and go.  Runs on the supervisor's asyncio loop,
-never in the data path.
+Owns the decision what comes next.  Its parts (`parts.py`) and the steps made of them (`build.py`, `introduction.py`,
+`recovery.py`, `teardown.py`, `adoption.py`) are called from here and call nothing here.  Runs on the supervisor's
+asyncio loop, never in the data path.
 
     waiting --attach--> (starting) --START_DEV--> live --del--> gone
                              |                    |  ^
@@ -13,557 +14,274 @@ never in the data path.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.sdk.keeper import keeper_path
-from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.backends.session import Session
-from ublkpool.daemon.device.adoption import Adoption
-from ublkpool.daemon.device.attachment import Attachment
-from ublkpool.daemon.device.binding import Binding
-from ublkpool.daemon.device.clients import ClientContext, Clients
+from ublkpool.daemon.device import adoption, client_buffers, teardown
+from ublkpool.daemon.device.build import build
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import alone, check_fits, disk_of
+from ublkpool.daemon.device.introduction import introduce, watch_backend
 from ublkpool.daemon.device.kept_memory import drop_kept
-from ublkpool.daemon.device.lifecycle import Lifecycle
-from ublkpool.daemon.device.records import FIRST_EPOCH, Record, end_left
-from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RestartLimit, retire
-from ublkpool.daemon.device.resources import DeviceResources
-from ublkpool.daemon.device.succession import AdoptedDevice, record_of
+from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RestartLimit, next_epoch, retire
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
-from ublkpool.daemon.kernel.block_device import BlockDevice
-from ublkpool.daemon.kernel.disk_users import check_unused, describe_use, stop_unused
-from ublkpool.daemon.processes.background import Background, logged
+from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.held_names import stderr_name
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import BackendStatus, ClientStats, DeviceStatus, State, WorkerStatus
-from ublkpool.ublk import abi
 
 START_DEADLINE_S = 600.0
 IO_TIMEOUT_MS = 1000
+_LEFT_AND_LOST = "left by an earlier daemon, and not to be recovered: "
 _log = logging.getLogger("ublkpool.device")
 
 
-class Device:
+class Device(DeviceView):
     """A device of the daemon's."""
 
     def __init__(self, config: DeviceConfig, context: DaemonContext) -> None:
-        self.config = config
-        self._context = context
-        self._background = Background(config.name)
-        self._life = Lifecycle(config.name, lambda: self.save())
-        self._attachment = Attachment(
-            config, self._life, context.holder, self._background, lambda: self._resources.team
-        )
-        self._resources = DeviceResources(
-            config, context, self._life.save, self._watch, self._attachment.hear
-        )
-        self._managed = (
-            ManagedBackend(
-                config.name,
-                config.backend,
-                context.run_dir,
-                context.holder,
-                context.live_mounts,
-                self._background,
-            )
-            if config.backend
-            else None
-        )
-        self._clients = Clients(config.name, context.holder, self._background)
-        self._binding = Binding(config.name, context.states, context.boot_id)
+        super().__init__(DeviceParts(config, context))
         self._restart_limit = RestartLimit(asyncio.get_running_loop().time)
         self._is_open = False
         """Whether the disk has been opened once, after its partition scan."""
-        self._left: Record | None = None
-        """What an earlier daemon left of it, until it is taken over or removed."""
 
-    def on_change(self, call: Callable[[], None]) -> None:
-        """Have this called after every change of the state."""
-        self._life.on_change = call
-
-    @property
-    def state(self) -> State:
-        return self._life.state
-
-    @property
-    def shown(self) -> State:
-        """The state that users are told, see `Lifecycle.shown`."""
-        return self._life.shown
-
-    @property
-    def reason(self) -> str:
-        """Why it failed."""
-        return self._life.reason
-
-    @property
-    def trouble(self) -> str:
-        """Why requests are not served; empty if they are."""
-        life, state = self._life, self.state
-        if state == "failed":
-            return life.reason
-        parts = [life.trouble if state in ("recovering", "quiesced") else ""]
-        if self.session is None and self.config.answers == "backend":
-            parts.append(self._why_no_backend())
-        parts.append(self._attachment.due_greetings())
-        return "; ".join(filter(None, parts))
-
-    def _why_no_backend(self) -> str:
-        known = (self._managed.trouble if self._managed else "") or self._attachment.refusal
-        if self.state == "waiting":
-            return known or self.reason
-        then = "fail" if self._attachment.is_absent_too_long else "wait"
-        return f"no backend is attached, requests {then}" + (f": {known}" if known else "")
-
-    def note_refusal(self, reason: str) -> None:
-        """A backend that came was not taken."""
-        self._attachment.note_refusal(reason)
-
-    @property
-    def session(self) -> Session | None:
-        """The attached backend."""
-        return self._attachment.session
-
-    @property
-    def arena(self) -> Arena | None:
-        """The pool."""
-        return self._resources.arena
-
-    def status(self) -> DeviceStatus:
-        """What `list` shows."""
-        kernel, disk, team = self._resources.kernel, self._resources.disk, self._resources.team
-        info = kernel.info if kernel else None
-        return DeviceStatus(
-            name=self.config.name,
-            id=info.device_number if info else self.config.id,
-            path=str(kernel.node) if kernel and self.state != "waiting" else None,
-            state=self._life.shown,
-            size_bytes=disk.size_bytes if disk else self.config.size_bytes,
-            queues=info.queues if info else self.config.queues,
-            depth=self.config.depth,
-            need_get_data=self.config.need_get_data,
-            placement=self.config.placement,
-            answers=self.config.answers,
-            recovery=self.config.recovery,
-            flags=tuple(abi.feature_names(info.flags)) if info else (),
-            workers=tuple(
-                WorkerStatus(queue=each.queue, pid=each.child.pid, cpu=each.cpu)
-                for each in (team.workers if team else ())
-            ),
-            backend=self._backend_status(),
-            reason=self.trouble,
-            epoch=team.epoch if team else FIRST_EPOCH,
-        )
-
-    def _backend_status(self) -> BackendStatus:
-        if self.session:
-            return BackendStatus(kind=self.session.attach.kind, pid=self.session.pid, attached=True)
-        kind = self.config.backend.kind if self.config.backend else None
-        return BackendStatus(kind=kind, pid=self._managed.pid if self._managed else None, attached=False)
-
-    @property
-    def name(self) -> str:
-        """The config's name of it."""
-        return self.config.name
-
-    @property
-    def lacks_backend(self) -> bool:
-        """Whether requests wait for a backend to attach."""
-        return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
-
-    def give_up(self) -> None:
-        """Fail what waits for a backend, and what comes, until one attaches."""
-        if self._resources.team is not None:
-            self._resources.team.give_up()
-
-    def describe(self) -> wire.Described:
-        """What a backend may know before it attaches."""
-        config, disk, kernel = self.config, self._resources.disk, self._resources.kernel
-        return wire.Described(
-            v=wire.PROTOCOL_VERSION,
-            device=config.name,
-            size_bytes=disk.size_bytes if disk else config.size_bytes or 0,
-            max_io_bytes=config.max_io_bytes,
-            need_get_data=config.need_get_data,
-            placement=config.placement,
-            read_only=config.read_only,
-            path=str(kernel.node) if kernel else "",
-            may_create=self._may_create(),
-        )
-
-    def _may_create(self) -> bool:
-        """Whether an empty store may be made; not for a disk that an earlier daemon served from an unknown one."""
-        has_disk = self.state not in ("waiting", "failed")
-        return self._binding.may_create() and not (has_disk and self._binding.store is None)
-
-    async def check_unused(self) -> None:
-        """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
-        kernel = self._resources.kernel
-        if kernel is None or self.state == "failed":
-            return
-        await check_unused(self.config.name, kernel, may_open=self.state != "waiting")
-        # Asked last: a client that ended meanwhile has given its memory back by now.
-        if clients := self._clients.names():
-            raise DaemonError(
-                f"{self.config.name}: its client buffers are in use: {', '.join(clients)}: "
-                f"end these clients, or use --force"
-            )
-
-    async def describe_use(self) -> str:
-        """The users of the disk in words, empty if none is seen."""
-        kernel = self._resources.kernel
-        return await describe_use(kernel) if kernel is not None and self.state == "live" else ""
-
-    async def live(self) -> None:
-        """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
-        await self._life.live()
-
-    async def settled(self) -> None:
-        """Return when nothing changes this device."""
-        await self._life.settled()
-
-    def save(self) -> None:
-        """Write down what the next daemon must know if this one is killed."""
-        resources = self._resources
-        is_there = resources.kernel is not None or resources.mark != 0
-        if not is_there and (self.state == "failed" or not self.config.waits_for_backend):
-            return
-        self._context.records.save(
-            record_of(
-                self.config,
-                resources.kernel,
-                resources.disk,
-                resources.team,
-                self.session,
-                self._managed.pid if self._managed else None,
-                mark=resources.mark,
-                state=self.state,
-                going=self._life.is_stopping,
-                broker_pid=self._context.broker.child.pid,
-                segments=self._attachment.segments,
-                clients=resources.area.record() if resources.area else None,
-                build=self._context.build,
-            )
-        )
+    # Start
 
     async def run(self) -> None:
-        """Start what needs nobody else, the backend of the config or workers that answer; wait until it is live.
+        """Start the config's backend, or workers that answer themselves; return when the device is live.
 
         Raises `DaemonError`, `OSError` if it ends first.
         """
-        if self._managed is not None:
-            await self._managed.run(self._life.live, lambda: self.reason)
-        else:
-            await self._run_alone()
-
-    async def _run_alone(self) -> None:
+        if self.parts.managed is not None:
+            await self.parts.managed.run(self.live, lambda: self.reason)
+            return
         try:
-            async with self._life.turn:
+            async with self.parts.life.turn:
                 attach = alone(self.config.name)
                 await self._bind(attach)
                 await self._start(attach, None)
         except PoolError as error:
             raise DaemonError(f"{self.config.name}: {error}") from error
-        await self._life.live()
-
-    async def attach(self, session: Session) -> None:
-        """Take a backend.  Raises `AttachRefused` or another error with the reason if it cannot serve this device."""
-        await self._attachment.admit(session, self._take)
-
-    async def _take(self, session: Session) -> None:
-        check_fits(self.config, self._resources.disk, session.attach)
-        session.generation = await self._bind(session.attach)
-        self._attachment.number_segment(session)
-        if self._resources.team is None:
-            await self._start(session.attach, session)
-        else:
-            await self._introduce(self._resources.team, session)
-        if self._managed is not None:
-            self._managed.serves()
-        if self.state == "live":
-            self._binding.served()
+        await self.live()
 
     async def _bind(self, attach: wire.Attach) -> int:
-        """Take a store for this device, before anybody hears of it; the attach's generation.
+        """Take a store for this device, on record before the backend hears of it; the attach's generation.
 
         Raises `AttachRefused` if it is another than before, `DaemonError` if that cannot be put on record.
         """
-        disk = self._resources.disk or disk_of(self.config, attach)
-        return await self._binding.bind(attach, disk.size_bytes)
-
-    async def rebind(self) -> None:
-        """Have the next store that attaches become this device's.  Raises `DaemonError`."""
-        async with self._life.turn:
-            await self._binding.rebind()
-
-    async def _introduce(self, team: Team, session: Session) -> None:
-        await self._resources.pool.prepare(team, session.uid)
-        await self._attachment.introduce(team, session)
+        disk = self.parts.resources.disk or disk_of(self.config, attach)
+        return await self.parts.binding.bind(attach, disk.size_bytes)
 
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
-        """Without a session the workers answer themselves."""
+        """Build the device and introduce its backend; without a session the workers answer requests themselves."""
         self._is_open = False
         try:
-            team = await self._resources.build(attach)
+            team = await build(self.parts, attach)
             if session is not None:
-                await self._introduce(team, session)
+                await introduce(self.parts, team, session)
         except BaseException as error:
-            # Also one that is given up: by a del, at the daemon's end, or since its client has gone.
+            # Cancellation too: by a deletion, by the daemon's end, or because the client has gone.
             await self._undo_start(one_line(error) if isinstance(error, Exception) else "given up")
             raise
-        self._background.spawn(self._go_live(team))
+        self._watch(team)
+        self.parts.background.spawn(self._go_live(team))
+
+    async def _undo_start(self, reason: str) -> None:
+        parts = self.parts
+        parts.life.is_stopping = True
+        self._log_failure(reason)
+        is_gone = await teardown.tear_down_failed(parts)
+        with logged(self.config.name):
+            await parts.binding.undo()
+        parts.life.is_stopping = False
+        parts.resources.disk = None
+        parts.enter("waiting" if self.config.waits_for_backend and is_gone else "failed")
+
+    # Attach
+
+    async def attach(self, session: Session) -> None:
+        """Take a backend, after the farewell of the one before it.
+
+        Raises `AttachRefused` or another error with the reason if it cannot serve this device.
+        """
+        backend, turn = self.parts.backend, self.parts.life.turn
+        while True:
+            backend.check_free()
+            if backend.farewell is not None:
+                await asyncio.shield(backend.farewell)
+                continue
+            async with turn:
+                # Another backend may have attached and died while this one waited for the turn: its farewell comes
+                # first, for the workers' LOST would cut whichever link they have then.
+                if backend.farewell is None:
+                    backend.check_free()
+                    await self._take(session)
+                    return
+
+    async def _take(self, session: Session) -> None:
+        parts, resources = self.parts, self.parts.resources
+        check_fits(self.config, resources.disk, session.attach)
+        session.generation = await self._bind(session.attach)
+        parts.backend.number_segment(session)
+        if resources.team is None:
+            await self._start(session.attach, session)
+        else:
+            await introduce(parts, resources.team, session)
+        if parts.managed is not None:
+            parts.managed.serves()
+        if self.state == "live":
+            parts.binding.served()
+
+    async def rebind(self) -> None:
+        """Make the next store that attaches this device's.  Raises `DaemonError`."""
+        async with self.parts.life.turn:
+            await self.parts.binding.rebind()
+
+    # Live
 
     async def _go_live(self, team: Team) -> None:
-        kernel = team.plan.kernel
+        """START_DEV, beside everything else: its partition scan reads through the workers."""
         try:
-            # A disk that no backend serves would hold up every process that looks at it, such as udev.
+            # A disk that no backend serves would block every process that looks at it, such as udev.
             if self.config.answers == "backend":
                 await team.linked()
-            await kernel.start(START_DEADLINE_S, team.check_whole)
-            await kernel.wait_for_node()
+            await team.plan.kernel.start(START_DEADLINE_S, team.check_whole)
+            await team.plan.kernel.wait_for_node()
         except DaemonError as error:
             await self._end_start(one_line(error))
         else:
             await self._end_start("")
 
     async def _end_start(self, trouble: str) -> None:
-        """The disk could be opened, or this was the trouble; in between its workers may have been recovered."""
-        async with self._life.turn:
-            team = self._resources.team
-            if self._life.is_stopping or self.state != "waiting" or team is None:
+        """The disk could be opened, unless there was trouble; its workers may have been recovered meanwhile."""
+        parts = self.parts
+        async with parts.life.turn:
+            team = parts.resources.team
+            if parts.life.is_stopping or self.state != "waiting" or team is None:
                 return
             if trouble:
                 await self._fail(trouble)
                 return
-            kernel = team.plan.kernel
-            # Not waited for: the write waits for the disk's requests, and these may need the supervisor.
-            self._background.spawn(kernel.set_io_timeout(IO_TIMEOUT_MS))
+            self._set_io_timeout(team)
             self._now_live(team)
-            if (client_context := self._client_context()) is not None:
-                self._clients.begin(client_context)
-            _log.info("%s: live as %s", self.config.name, kernel.node)
+            client_buffers.begin(parts)
+            _log.info("%s: live as %s", self.config.name, team.plan.kernel.node)
 
-    def client_stats(self) -> ClientStats:
-        """Where the slices of the client area are."""
-        area, (lent, resting, free) = self._resources.area, self._clients.counts()
-        size_bytes = area.slice_bytes if area else 0
-        return ClientStats(slice_bytes=size_bytes, lent_count=lent, resting_count=resting, free_count=free)
-
-    def _client_context(self) -> ClientContext | None:
-        resources = self._resources
-        if resources.area is None or resources.kernel is None:
-            return None
-        return ClientContext(resources.area, resources.kernel)
-
-    def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
-        """The answer to a client of the disk, and a slice of the client area, which is its own while it is connected.
-
-        Raises `DaemonError` if there is no disk.
-        """
-        kernel, area = self._resources.kernel, self._resources.area
-        if kernel is None or self.state in ("waiting", "failed") or self._life.is_stopping:
-            raise DaemonError(f"{self.config.name} is {self.state}: it has no disk to use buffers with")
-        number = self._clients.lend(sock)
-        if area is None or number is None:
-            return wire.BufferLeased(path=str(kernel.node), size_bytes=0), None
-        # Whose it is must be known to the next daemon before it is anybody's.
-        self.save()
-        return wire.BufferLeased(path=str(kernel.node), size_bytes=area.slice_bytes), area.files[number]
+    def _set_io_timeout(self, team: Team) -> None:
+        # Not awaited: the write to sysfs waits for the disk's requests, and these may need the supervisor.
+        self.parts.background.spawn(team.plan.kernel.set_io_timeout(IO_TIMEOUT_MS))
 
     def _now_live(self, team: Team) -> None:
+        parts = self.parts
         self._is_open = True
         self._restart_limit.live()
-        self._life.reason = self._life.trouble = ""
-        self._binding.served()
-        self._life.enter("live")
-        self._attachment.await_greetings(team)
-        self._attachment.say_live(team)
-
-    async def _undo_start(self, reason: str) -> None:
-        self._life.is_stopping = True
-        reason = without_name(self.config.name, reason)
-        _log.error("%s: %s", self.config.name, reason)
-        self._life.reason = reason
-        is_gone = await self._tear_down_logged()
-        with logged(self.config.name):
-            await self._binding.undo()
-        self._life.is_stopping = False
-        self._resources.disk = None
-        self._life.enter("waiting" if self.config.waits_for_backend and is_gone else "failed")
-
-    def await_takeover(self, record: Record) -> None:
-        """Say in the list that an earlier daemon left it; `go_on` or `recover_left` comes next, or `delete`."""
-        self._left = record
-        if record.device_number is not None:
-            self._life.state = "recovering"
-
-    def note_failure(self, reason: str) -> None:
-        """It cannot be made or taken over, or not be removed: it stays in the list with the reason."""
-        self._life.reason = without_name(self.config.name, reason)
-        self._life.enter("failed")
-
-    async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
-        """Go on with what an earlier daemon left running; `held` are the descriptors of it, ours from now on.
-
-        Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
-        """
-        self._attachment.await_first()
-        async with self._life.turn:
-            adopted = await AdoptedDevice.of(record, held, self._context.runner)
-            team = await Adoption(record, self._resources, self._attachment).go_on(adopted)
-            self._watch(team)
-            self._background.spawn(adopted.kernel.set_io_timeout(IO_TIMEOUT_MS))
-            self._is_open = True
-            self._restart_limit.live()
-            self._life.enter("live")
-            self._resources.hold_workers(team)
-            await self._learn(record)
-            if (client_context := self._client_context()) is not None:
-                self._clients.resume(client_context, held)
-        if self._managed is not None:
-            self._managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
-        self._left = None
-        self.save()
-        _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
-
-    async def _learn(self, record: Record) -> None:
-        """What an earlier daemon served the device from, if that is not on record."""
-        served, backend = record.served, self.config.backend
-        size_bytes = record.disk.size_bytes if record.disk else 0
-        await self._binding.learn(
-            served.attach if served else None,
-            size_bytes,
-            backend.kind if backend else "",
-            served.generation if served else 0,
-        )
-
-    def abandon(self) -> None:
-        """After a `go_on` that failed: forget everything, change nothing."""
-        self._life.give_up()
-        self._background.cancel()
-        self._clients.close()
-        self._resources.abandon()
-        self._attachment.abandon()
-
-    async def recover_left(self, record: Record, held: Mapping[str, int]) -> bool:
-        """Take over what an earlier daemon left of the device; False if there was nothing worth it.
-
-        Its processes have ended (`records.end_left`): what they were doing comes again from the kernel, and must not be
-        done twice.  Raises `DaemonError`, `PoolError`, `OSError`.
-        """
-        if record.device_number is None:
-            # The daemon ended while it added the device, before any client had seen it.
-            self._resources.mark = record.device_mark
-            await self._resources.remove_kernel()
-            self._left = None
-            if not self.config.waits_for_backend:
-                self._context.records.forget(self.config.name)
-            return self.config.waits_for_backend
-        left = Adoption(record, self._resources, self._attachment)
-        async with self._life.turn:
-            if not await left.find(self._context.runner, held):
-                self._context.records.forget(self.config.name)
-                return False
-            self._left = None
-            self._attachment.await_first()
-            self._life.enter("recovering")
-            await self._learn(record)
-            try:
-                team = await left.recover(self._restart_limit)
-            except DaemonError as error:
-                await self._fail(str(error))
-                return True
-            self._now_live(team)
-            if (client_context := self._client_context()) is not None:
-                self._clients.resume(client_context, held)
-            _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
-        if self._managed is not None:
-            self._managed.start()
-        return True
+        parts.life.reason = parts.life.trouble = ""
+        parts.binding.served()
+        parts.enter("live")
+        parts.backend.await_greetings(team)
+        parts.backend.say_live(team)
 
     def _watch(self, team: Team) -> None:
-        self._background.spawn(self._until_ended(team))
+        self.parts.background.spawn(self._until_worker_dies(team))
 
-    async def _until_ended(self, team: Team) -> None:
-        """A worker's end is the whole device's: the driver gives up all of its queues."""
-        worker = await team.ended()
+    async def _until_worker_dies(self, team: Team) -> None:
         # A worker that the kernel left without tags has not failed; its siblings will follow.
-        if not self._life.is_stopping and self._resources.team is team and self.state != "failed":
-            await self._recover_or_fail(team, worker.obituary())
+        worker = await team.ended()
+        await self._recover_or_fail(team, worker.obituary())
+
+    # Recovery
 
     async def _recover_or_fail(self, dead: Team, reason: str) -> None:
-        async with self._life.turn:
-            if self._life.is_stopping or self._resources.team is not dead:
+        """One worker's end is the whole team's: the driver gives up all of the device's queues."""
+        parts = self.parts
+        async with parts.life.turn:
+            if parts.life.is_stopping or parts.resources.team is not dead or self.state == "failed":
                 return
             has_disk = self.state == "live" or dead.plan.kernel.is_started
-            if has_disk and self.state != "failed" and self.config.recovery != "none":
-                await self._recover_while_worth_it(reason)
+            if has_disk and self.config.recovery != "none":
+                await self._recover(reason)
             else:
                 await self._fail(reason)
 
-    async def _recover_while_worth_it(self, reason: str) -> None:
-        while not self._restart_limit.died():
-            _log.error("%s: %s; recovering", self.config.name, without_name(self.config.name, reason))
-            self._life.trouble = without_name(self.config.name, reason)
-            self._life.enter("recovering")
-            try:
-                await self._recover()
-                return
-            except (DaemonError, PoolError, OSError) as error:
-                reason = one_line(error)
-                await asyncio.sleep(RETRY_PAUSE_S)
-        await self._fail(reason)
+    async def _recover(self, reason: str, given_up: str = "") -> None:
+        """Try until the next epoch serves, or fail with the last reason, after `given_up`; the caller has the turn.
 
-    async def _recover(self) -> None:
-        team = await self._resources.recover(self.session)
+        `reason` is empty if an earlier daemon left the device.
+        """
+        reason = without_name(self.config.name, reason)
+        while not self._restart_limit.died():
+            if reason:
+                _log.error("%s: %s; recovering", self.config.name, reason)
+                self.parts.life.trouble = reason
+            self.parts.enter("recovering")
+            if not (reason := await self._try_next_epoch()):
+                return
+            await asyncio.sleep(RETRY_PAUSE_S)
+        await self._fail(given_up + reason)
+
+    async def _try_next_epoch(self) -> str:
+        """Have the next epoch serve; why it does not, or nothing."""
+        try:
+            team = await next_epoch(self.parts)
+        except (DaemonError, PoolError, OSError) as error:
+            return without_name(self.config.name, one_line(error))
+        self._watch(team)
         if self._is_open:
             self._now_live(team)
         else:
-            # The partition scan goes on with these workers, and the device's start with it.
-            self._life.enter("waiting")
+            # The partition scan, and with it the device's start, goes on with these workers.
+            self.parts.enter("waiting")
         _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
+        return ""
+
+    # Renewal
 
     async def renew(self) -> None:
-        """Have the code of today serve: other workers, and another backend if we run it.  I/O pauses, nothing fails."""
-        async with self._life.turn:
-            team = self._resources.team
-            if (
-                self._life.is_stopping
-                or self.state != "live"
-                or self.config.recovery == "none"
-                or team is None
-            ):
+        """Replace workers, and the daemon's own backend, by ones of today's code.  I/O pauses, no request fails."""
+        parts = self.parts
+        async with parts.life.turn:
+            team = parts.resources.team
+            is_live = self.state == "live" and not parts.life.is_stopping
+            if not is_live or self.config.recovery == "none" or team is None:
                 return
             _log.info("%s: its workers are of another version; replacing them", self.config.name)
-            self._life.enter("quiesced")
+            parts.enter("quiesced")
             await retire(team, self.config.name)
-            try:
-                await self._recover()
-            except (DaemonError, PoolError, OSError) as error:
-                await self._recover_while_worth_it(one_line(error))
-        if self._managed is not None:
-            await self._managed.end()
+            if reason := await self._try_next_epoch():
+                await self._recover(reason)
+        if parts.managed is not None:
+            await parts.managed.end()
 
-    async def broker_restarted(self) -> None:
-        """Bring the new broker up to date about this device."""
-        await self._resources.refresh_leases()
+    # Failure
 
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
-        reason = without_name(self.config.name, reason)
-        _log.error("%s: %s", self.config.name, reason)
-        self._life.reason = reason
-        self._life.enter("failed")
-        # STOP_DEV waits for what a dead worker held, and its siblings keep the device from giving it up.
-        if self._resources.team is not None:
-            await self._resources.team.kill()
+        parts = self.parts
+        self._log_failure(reason)
+        parts.enter("failed")
+        # STOP_DEV waits for a dead worker's requests, which the driver gives up only without its siblings.
+        if parts.resources.team is not None:
+            await parts.resources.team.kill()
             # Without workers the backend serves nothing, and STOP_DEV may wait for the block layer's timer.
-            await self._end_backend(keep=True)
-        await self._tear_down_logged()
+            await teardown.end_backend(parts, keep=True)
+        await teardown.tear_down_failed(parts)
+
+    def _log_failure(self, reason: str) -> None:
+        self.parts.life.reason = without_name(self.config.name, reason)
+        _log.error("%s: %s", self.config.name, self.parts.life.reason)
+
+    def note_failure(self, reason: str) -> None:
+        """The device cannot be made, taken over or removed: it stays in the list with the reason."""
+        self.parts.life.reason = without_name(self.config.name, reason)
+        self.parts.enter("failed")
+
+    # Deletion
 
     async def delete(self, force: bool, keep: bool = False, forget: bool = False) -> None:
         """Stop the device and leave nothing of it, but with `keep` what its backend keeps for a successor.
@@ -571,92 +289,135 @@ class Device:
         With `forget` the name may have another store from now on.  Raises `DaemonError` if it is in use and not forced;
         then it goes on.
         """
+        parts, life = self.parts, self.parts.life
         if force:
             self._begin_to_end()
         else:
             await self.check_unused()
-        state, waits = self.state, self._life.turn.locked()
-        async with self._life.turn:
+        state, waits = life.state, life.turn.locked()
+        async with life.turn:
             if not force:
-                await self._stop_unused(look_again=waits or state != self.state)
+                await teardown.stop_unused(parts, look_again=waits or state != life.state)
             self._begin_to_end()
             try:
-                await self._tear_down(keep)
-                await self._end_binding(keep, forget)
+                await teardown.tear_down(parts, keep)
+                await teardown.end_binding(parts, keep, forget)
             except (DaemonError, OSError) as error:
                 self.note_failure(one_line(error))
                 raise
-        self._background.cancel()
-        # Its backend does this when it is told to go; there may have been none just now.
+        parts.background.cancel()
+        # A backend does this itself when it is told to leave, but none may have been attached.
         if not keep:
-            await drop_kept(keeper_path(self._context.run_dir, self.config.name))
+            await drop_kept(keeper_path(parts.context.run_dir, self.config.name))
 
     def _begin_to_end(self) -> None:
-        self._life.is_stopping = True
-        self._life.enter(self.state)
+        self.parts.life.is_stopping = True
+        self.parts.enter(self.state)
 
-    async def _stop_unused(self, look_again: bool) -> None:
-        """The caller has the turn.  Raises `DaemonError` that names the users; then nothing has changed."""
-        resources = self._resources
-        if look_again:
-            await self.check_unused()
-        if self.state == "live" and resources.kernel is not None and resources.kernel.can_try_stop:
-            await stop_unused(
-                self.config.name, resources.kernel, lambda: resources.try_stop(self._attachment.gone)
-            )
+    # Takeover of what an earlier daemon left: `go_on`, and if that fails `abandon` and another device's `recover_left`
 
-    async def _end_binding(self, keep: bool, forget: bool) -> None:
-        await self._binding.undo()
-        if forget:
-            await self._binding.forget()
-        elif not keep:
-            await self._binding.end()
+    def await_takeover(self, record: Record) -> None:
+        """List the device that an earlier daemon left; `go_on`, `recover_left` or `delete` comes next."""
+        self.parts.left = record
+        if record.device_number is not None:
+            self.parts.life.state = "recovering"
 
-    async def _tear_down_logged(self) -> bool:
-        """Tear down for a successor; whether the kernel has rid itself of the device, else the reason says why not."""
-        try:
-            await self._tear_down(keep=True)
-        except (DaemonError, OSError) as error:
-            left = without_name(self.config.name, one_line(error))
-            _log.error("%s: %s", self.config.name, left)
-            self._life.reason += f"; its device is still there, `del` tries again: {left}"
-            return False
+    async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
+        """Go on with what an earlier daemon left running; `held` are the descriptors that the holder had of it.
+
+        Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
+        """
+        parts = self.parts
+        parts.backend.await_first()
+        async with parts.life.turn:
+            team = await adoption.go_on(parts, record, held)
+            self._watch(team)
+            if parts.backend.session is not None:
+                watch_backend(parts, parts.backend.session)
+            self._set_io_timeout(team)
+            self._is_open = True
+            self._restart_limit.live()
+            parts.enter("live")
+            parts.resources.hold_workers(team)
+            await adoption.learn(parts, record)
+            client_buffers.resume(parts, held)
+        if parts.managed is not None:
+            parts.managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
+        parts.left = None
+        parts.save()
+        _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
+
+    def abandon(self) -> None:
+        """After a `go_on` that failed: close everything here; processes and kernel device stay as they are."""
+        parts = self.parts
+        parts.life.give_up()
+        parts.background.cancel()
+        parts.clients.close()
+        parts.resources.abandon()
+        parts.backend.abandon()
+
+    async def recover_left(self, record: Record, held: Mapping[str, int]) -> bool:
+        """Recover what an earlier daemon left of the device; False if the kernel has nothing to recover.
+
+        Its processes have ended (`records.end_left`): the kernel sends their requests again, and no request may be
+        executed twice.  Raises `DaemonError`, `PoolError`, `OSError`.
+        """
+        parts, records = self.parts, self.parts.context.records
+        if record.device_number is None:
+            # The daemon ended while it added the device, before any client had seen it.
+            parts.resources.mark = record.device_mark
+            await parts.resources.remove_kernel()
+            parts.left = None
+            if not self.config.waits_for_backend:
+                records.forget(self.config.name)
+            return self.config.waits_for_backend
+        async with parts.life.turn:
+            if not await adoption.find(parts, record, held):
+                records.forget(self.config.name)
+                return False
+            parts.left = None
+            parts.backend.await_first()
+            await adoption.learn(parts, record)
+            self._is_open = True
+            await self._recover("", given_up=_LEFT_AND_LOST)
+            if self.state == "failed":
+                return True
+            client_buffers.resume(parts, held)
+        if parts.managed is not None:
+            parts.managed.start()
         return True
 
-    async def _tear_down(self, keep: bool) -> None:
-        """In the order that cannot wedge the host: stop while workers serve, workers end, backend goes, delete.
+    # What others do to it in any state
 
-        Raises `DaemonError` if the kernel's device stays: then it stays on record, too, and it can be tried again.
-        """
-        name = self.config.name
-        self._clients.close()
-        if self._left is not None:
-            await self._end_left(self._left)
-        with logged(name):
-            await self._resources.stop(self._attachment.gone)
-        await self._end_backend(keep)
-        await self._resources.remove()
-        self._context.records.forget(name)
-        self._context.holder.drop(name)
+    def save(self) -> None:
+        """See `DeviceParts.save`."""
+        self.parts.save()
 
-    async def _end_backend(self, keep: bool) -> None:
-        """The attached backend leaves, and the one that the daemon runs is not started again."""
-        if self._managed is not None:
-            self._managed.let_end()
-        with logged(self.config.name):
-            await self._attachment.end(keep)
-        if self._managed is not None:
-            await self._managed.end()
+    async def check_unused(self) -> None:
+        """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
+        await teardown.check_unused(self.parts)
 
-    async def _end_left(self, left: Record) -> None:
-        """End what an earlier daemon left and this one has not taken over: processes, then the kernel device."""
-        await end_left([left], [each for each in left.processes if each.role == "broker"])
-        if self._resources.kernel is None and left.device_number is not None:
-            name, number = self.config.name, left.device_number
-            found = await BlockDevice.find(self._context.runner, name, number, left.device_mark)
-            self._resources.kernel = found
-        elif self._resources.kernel is None:
-            self._resources.mark = left.device_mark
-        if self._resources.team is None:
-            await self._resources.discard()
-        self._left = None
+    async def describe_use(self) -> str:
+        """The users of the disk in words, empty if none is seen."""
+        return await teardown.describe_use(self.parts)
+
+    def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
+        """See `client_buffers.lend`."""
+        return client_buffers.lend(self.parts, sock)
+
+    def note_refusal(self, reason: str) -> None:
+        """A backend that came was refused."""
+        self.parts.backend.note_refusal(reason)
+
+    def give_up(self) -> None:
+        """Fail the requests that wait for a backend, and new ones, until one attaches."""
+        if self.parts.resources.team is not None:
+            self.parts.resources.team.give_up()
+
+    async def broker_restarted(self) -> None:
+        """Tell the new broker of this device's leases; a failure is logged."""
+        # Without the turn: the task that has it may be waiting for buffers that the new broker does not know of yet.
+        if (leases := self.parts.resources.leases) is not None:
+            with logged(self.config.name):
+                await leases.refresh()
+                self.parts.save()

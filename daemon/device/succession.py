@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
-from ublkpool.daemon.device.records import FIRST_EPOCH, Record, Served, Worker
+from ublkpool.daemon.device.records import Record, Served, Worker
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
@@ -39,6 +39,7 @@ def record_of(
     segments: int,
     clients: AreaRecord | None,
     build: str,
+    epoch: int,
     mark: int = 0,
 ) -> Record:
     """All that the next supervisor must know of a device."""
@@ -55,7 +56,7 @@ def record_of(
         device_number=kernel.number if kernel else None,
         device_mark=kernel.mark if kernel else mark,
         disk=disk,
-        epoch=team.epoch if team else FIRST_EPOCH,
+        epoch=epoch,
         processes=tuple(each.process for each in workers) + tuple(each for each in others if each),
         going=going,
         live=state == "live" and not going,

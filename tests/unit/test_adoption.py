@@ -1,79 +1,98 @@
-"""Going on with what an earlier daemon left of a device: workers and backend are brought to the same."""
+"""Going on with what an earlier daemon left of a device: workers and backend are made to agree."""
 
 import asyncio
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Sequence
 
 import pytest
 
+from support.fakes.device_parts import FakeKernel, FakeParts, FakeSession, FakeTeam, fake_context
+from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device import adoption
-from ublkpool.daemon.device.adoption import Adoption
 from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.resources import DeviceResources
+from ublkpool.daemon.device.succession import AdoptedDevice
+from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.workers.messages import Standing
 
 TOKEN = b"\x01token"
 BACKEND, BROKER = Process("backend", 11, 1), Process("broker", 12, 1)
 RECORD = Record(config=DeviceConfig(name="vol"), device_number=3, segments=5, processes=(BACKEND, BROKER))
 
 
+class LeftTeam(FakeTeam):
+    """Workers that know these tokens."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    async def report(self) -> list[Standing]:
+        return [Standing(True, token) for token in self._tokens]
+
+
 class Scene:
-    """A team whose workers know these tokens, and a backend's session if there is one."""
+    """What became of a backend that these workers know by these tokens; `is_held` if its connection was held."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: list[str], session: object | None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: Sequence[str], is_held: bool) -> None:
+        self._monkeypatch, self._tokens, self._is_held = monkeypatch, tokens, is_held
         self.steps: list[str] = []
-        self._tokens, self._session = tokens, session
-        self.attachment = SimpleNamespace(
-            session=None,
-            segments=1,
-            adopt=lambda *_: self.steps.append("adopt"),
-            cut_off_soon=lambda: self.steps.append("cut off"),
-        )
         self.pool_users: list[int] = []
-        self.pool = SimpleNamespace(had_by=self.pool_users.append)
         monkeypatch.setattr(adoption, "end_left", self._end_left)
+        monkeypatch.setattr(adoption, "AdoptedDevice", self)
+        monkeypatch.setattr(DeviceResources, "adopt", self._adopt)
 
-    async def _end_left(self, _records: object, spare: list[Process]) -> None:
+    async def of(self, record: Record, *_: object) -> AdoptedDevice:
+        """Takes the place of `AdoptedDevice.of`."""
+        session = FakeSession(token=TOKEN) if self._is_held else None
+
+        class Adopted(AdoptedDevice):
+            def session(self) -> Session | None:
+                return session
+
+        return Adopted(FakeKernel(), (), record, {})
+
+    async def _adopt(self, _adopted: object) -> Team:
+        self.team = LeftTeam(self._tokens)
+        return self.team
+
+    async def _end_left(self, _records: object, spare: Sequence[Process]) -> None:
         self.steps.append(f"end all but {[each.role for each in spare]}")
 
-    async def adopt(self, _heir: object) -> Any:
-        return self
-
-    async def report(self) -> list[Any]:
-        return [SimpleNamespace(token=token) for token in self._tokens]
-
-    async def lost(self) -> None:
-        self.steps.append("lost")
-
-    def play(self) -> list[str]:
-        adopted = SimpleNamespace(session=lambda: self._session)
-        made = Adoption(RECORD, cast(Any, self), cast(Any, self.attachment))
-        asyncio.run(made.go_on(cast(Any, adopted)))
-        return self.steps
-
-
-ALIVE = SimpleNamespace(token=TOKEN, uid=33)
+    async def play(self) -> FakeParts:
+        parts = FakeParts(RECORD.config, fake_context())
+        self._monkeypatch.setattr(parts.resources.pool, "had_by", self.pool_users.append)
+        await adoption.go_on(parts, RECORD, {})
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.steps += self.team.heard
+        if isinstance(session := parts.backend.session, FakeSession) and session.was_cut_off:
+            self.steps.append("cut off")
+        return parts
 
 
 @pytest.mark.parametrize(
-    ("tokens", "session", "steps"),
+    ("tokens", "is_held", "steps"),
     [
-        ([TOKEN.hex()] * 2, ALIVE, ["adopt"]),
-        ([TOKEN.hex(), ""], ALIVE, ["adopt", "cut off"]),
-        (["", ""], None, []),
-        ([TOKEN.hex(), ""], None, ["end all but ['broker']", "lost"]),
+        ([TOKEN.hex()] * 2, True, []),
+        ([TOKEN.hex(), ""], True, ["cut off"]),
+        (["", ""], False, []),
+        ([TOKEN.hex(), ""], False, ["end all but ['broker']", "lost"]),
     ],
-    ids=["all know it", "one does not", "nobody is there", "one knows somebody who is not there"],
+    ids=["all workers know it", "one does not", "no backend", "one knows a backend that was not held"],
 )
-def test_workers_and_backend_are_brought_to_the_same(
-    monkeypatch: pytest.MonkeyPatch, tokens: list[str], session: object | None, steps: list[str]
+def test_workers_and_backend_are_made_to_agree(
+    monkeypatch: pytest.MonkeyPatch, tokens: Sequence[str], is_held: bool, steps: list[str]
 ) -> None:
-    scene = Scene(monkeypatch, tokens, session)
-    assert scene.play() == steps
-    assert scene.pool_users == ([33] if session else []), "who has the pool is known only of who is attached"
+    scene = Scene(monkeypatch, tokens, is_held)
+    asyncio.run(scene.play())
+    assert scene.steps == steps
+    assert scene.pool_users == ([33] if is_held else []), (
+        "the pool's user is known only of an attached backend"
+    )
 
 
-def test_no_segments_number_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(monkeypatch, [""], None)
-    scene.play()
-    assert scene.attachment.segments == RECORD.segments
+def test_no_segment_number_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = asyncio.run(Scene(monkeypatch, [""], False).play())
+    assert parts.backend.segments == RECORD.segments

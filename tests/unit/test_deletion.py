@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.daemon.device import device as module
+from ublkpool.daemon.device import teardown
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.errors import DaemonError
@@ -53,23 +54,23 @@ class Scene:
             run_dir=Path("/nonexistent"), runner=None, holder=None, records=None, states=None, boot_id=""
         )
         self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(DaemonContext, context))
-        self.device.save = lambda: None  # type: ignore[method-assign]
-        self.device._resources.kernel = cast(Any, self.kernel)
-        self.device._life.state = cast(Any, state)
-        monkeypatch.setattr(self.device._resources, "try_stop", self._try_stop)
-        monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
-        monkeypatch.setattr(self.device, "_end_binding", self._end_binding)
+        self.device.parts.save = lambda: None  # type: ignore[method-assign]
+        self.device.parts.resources.kernel = cast(Any, self.kernel)
+        self.device.parts.life.state = cast(Any, state)
+        monkeypatch.setattr(self.device.parts.resources, "try_stop", self._try_stop)
+        monkeypatch.setattr(teardown, "tear_down", self._tear_down)
+        monkeypatch.setattr(teardown, "end_binding", self._end_binding)
 
-    async def _try_stop(self, _gone: object) -> bool:
-        assert self.device._life.turn.locked() and not self.device._life.is_stopping
+    async def _try_stop(self) -> bool:
+        assert self.device.parts.life.turn.locked() and not self.device.parts.life.is_stopping
         self.log.append("try")
         return not self.kernel.openers
 
-    async def _tear_down(self, _keep: bool) -> None:
-        assert self.device._life.turn.locked() and self.device._life.is_stopping
+    async def _tear_down(self, _parts: object, _keep: bool) -> None:
+        assert self.device.parts.life.turn.locked() and self.device.parts.life.is_stopping
         self.log.append("tear down")
 
-    async def _end_binding(self, _keep: bool, _forget: bool) -> None:
+    async def _end_binding(self, _parts: object, _keep: bool, _forget: bool) -> None:
         """It has no store."""
 
     async def _drop_kept(self, _path: Path) -> None:
@@ -78,7 +79,7 @@ class Scene:
     async def refusal(self) -> str:
         with pytest.raises(DaemonError) as caught:
             await self.device.delete(force=False)
-        life = self.device._life
+        life = self.device.parts.life
         assert not life.is_stopping and not life.turn.locked() and "tear down" not in self.log
         return str(caught.value)
 
@@ -162,7 +163,7 @@ def test_without_the_drivers_count_a_disk_is_looked_at_again_after_whatever_chan
 
     async def run() -> None:
         scene = Scene(monkeypatch, newer=False)
-        async with scene.device._life.turn:
+        async with scene.device.parts.life.turn:
             deleting = asyncio.ensure_future(scene.refusal())
             while "open" not in scene.log:
                 await asyncio.sleep(0)
@@ -176,7 +177,7 @@ def test_without_the_drivers_count_a_disk_is_looked_at_again_after_whatever_chan
 def test_a_device_whose_client_buffers_are_lent_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
-        monkeypatch.setattr(scene.device._clients, "names", lambda: ["client process 77"])
+        monkeypatch.setattr(scene.device.parts.clients, "names", lambda: ["client process 77"])
         assert "client process 77" in await scene.refusal()
 
     play(run)

@@ -1,30 +1,27 @@
-"""A device's order of attach, farewell and adoption, with its workers, backends and kernel made up."""
+"""A device's life in order: attach, farewell, recovery, failure, start and takeover, on made-up parts."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from support.fakes.states import FakeStates
+from support.fakes.device_parts import DISK, SIZE_BYTES, FakeKernel, FakeSession, FakeTeam, fake_device, turn
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.daemon.admin.measure import device_stats
-from ublkpool.daemon.backends.session import Session
-from ublkpool.daemon.device import adoption
-from ublkpool.daemon.device import resources as resources
-from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.backends.managed_backend import ManagedBackend
+from ublkpool.daemon.device import adoption, teardown
+from ublkpool.daemon.device import device as module
 from ublkpool.daemon.device.device import IO_TIMEOUT_MS, Device
+from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RESTARTS_MAX
+from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.settings.config import DeviceConfig
 
 DEADLINE_S = 20
-SIZE_BYTES = 1 << 20
 
 
 def in_loop(test: Callable[[], Awaitable[None]]) -> None:
@@ -34,280 +31,47 @@ def in_loop(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-class FakeHolder:
-    """Keeps nothing."""
-
-    def hold(self, _name: str, _fd: int) -> None:
-        """See the class."""
-
-    def drop(self, _name: str) -> None:
-        """See the class."""
-
-
-def new_device(**config: Any) -> Device:
-    context = SimpleNamespace(
-        run_dir=Path("/nonexistent"),
-        runner=None,
-        holder=FakeHolder(),
-        records=None,
-        states=FakeStates(),
-        boot_id="this boot",
-    )
-    device = Device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config), cast(DaemonContext, context))
-    device.save = lambda: None  # type: ignore[method-assign]
+def with_team(team: FakeTeam, **config: object) -> Device:
+    """A device that these workers serve."""
+    device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, **config))  # type: ignore[arg-type]
+    device.parts.resources.team = team
     return device
 
 
-class FakeSession:
-    """An attached backend that goes when it is told to."""
-
-    def __init__(self, kind: str) -> None:
-        self.attach = wire.Attach(v=1, device="vol", kind=kind)
-        self.pid, self.uid, self.segment = 1, 0, 0
-        self._gone = asyncio.get_running_loop().create_future()
-        self.is_leaving = False
-
-    @property
-    def is_gone(self) -> bool:
-        return self._gone.done()
-
-    async def gone(self) -> None:
-        await asyncio.shield(self._gone)
-
-    def dies(self) -> None:
-        self._gone.set_result(None)
-
-    def say(self, *_: object) -> None:
-        """Nobody listens."""
-
-    def entrust(self, *_: object) -> None:
-        """It is given nothing."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def fileno(self) -> int:
-        return -1
-
-    segment_fd = None
+# Attach
 
 
-class FakeTeam:
-    """Workers that note whom they are told to expect, and who is gone."""
-
-    def __init__(self, dies_at_once: str) -> None:
-        self.heard: list[str] = []
-        self.workers: list[Any] = []
-        self.epoch = 1
-        self.plan = SimpleNamespace(
-            descriptors=lambda: nullcontext([]),
-            kernel=SimpleNamespace(node="/dev/null", set_io_timeout=self._set_io_timeout),
-        )
-        self._dies_at_once = dies_at_once
-
-    async def _set_io_timeout(self, _timeout_ms: int) -> None:
-        """There is no disk."""
-
-    async def expect(self, session: FakeSession, fence: bool) -> None:
-        await asyncio.sleep(0)
-        self.heard.append(f"expect {session.attach.kind}")
-        if session.attach.kind == self._dies_at_once:
-            session.dies()
-
-    async def lost(self) -> None:
-        await asyncio.sleep(0)
-        self.heard.append("lost")
-
-    def attached(self, _session: object) -> None:
-        """What a backend is told does not matter here."""
-
-    def unlinked(self) -> list[int]:
-        return []
-
-
-def test_the_farewell_of_a_backend_that_died_at_once_is_not_taken_for_its_successors() -> None:
-    """Both wait while the device is recovered: the second must not be introduced before the first is taken leave of."""
+def test_a_backend_that_dies_at_once_is_taken_leave_of_before_its_successor_is_introduced() -> None:
+    """Both wait for the turn while the device is recovered; LOST after the second EXPECT would cut the second."""
 
     async def run() -> None:
-        device, team = new_device(), FakeTeam(dies_at_once="first")
-        device._resources.team = cast(Any, team)
+        team = FakeTeam()
+        team.kills_at_once = "first"
+        device = with_team(team)
         sessions = [FakeSession("first"), FakeSession("second")]
-        async with device._life.turn:
-            tasks = [asyncio.ensure_future(device.attach(cast(Session, each))) for each in sessions]
-            for _ in range(5):
-                await asyncio.sleep(0)
-        await asyncio.gather(*tasks)
+        async with asyncio.TaskGroup() as attaching, device.parts.life.turn:
+            for session in sessions:
+                attaching.create_task(device.attach(session))
+            await turn()
         assert team.heard == ["expect first", "lost", "expect second"]
-        assert device.session is cast(Any, sessions[1])
-
-    in_loop(run)
-
-
-class FakeManaged:
-    """A backend that the daemon runs, with what it has to say."""
-
-    pid = 77
-    trouble = ""
-
-    def serves(self) -> None:
-        self.trouble = ""
-
-
-def test_a_device_without_its_backend_says_why_until_one_is_attached() -> None:
-    async def run() -> None:
-        device, team, managed = new_device(), FakeTeam(dies_at_once="nobody"), FakeManaged()
-        device._resources.team, device._managed = cast(Any, team), cast(Any, managed)
-        device._life.enter("live")
-        assert device.status().reason == "no backend is attached, requests wait"
-        managed.trouble = "backend file ended: exit status 2: path=/x: has 4096 bytes"
-        assert device.status().reason == f"no backend is attached, requests wait: {managed.trouble}"
-        assert device_stats(device).reason == device.status().reason
-        first = FakeSession("file")
-        await device.attach(cast(Session, first))
-        assert (device.status().reason, device_stats(device).reason) == ("", "")
-        first.dies()
-        await first.gone()
-        while device.session is not None:
-            await asyncio.sleep(0)
-        assert device.status().reason == "no backend is attached, requests wait", "nothing old is said"
-
-    in_loop(run)
-
-
-def test_why_the_last_backend_was_refused_is_said_until_one_is_taken() -> None:
-    async def run() -> None:
-        device, team = new_device(), FakeTeam(dies_at_once="nobody")
-        device._resources.team = cast(Any, team)
-        device.note_refusal("backend file, process 9, was refused: too small")
-        assert device.status().reason == "backend file, process 9, was refused: too small"
-        device._life.enter("live")
-        assert device.status().reason.endswith(
-            "requests wait: backend file, process 9, was refused: too small"
-        )
-        await device.attach(cast(Session, FakeSession("file")))
-        device.note_refusal("backend file, process 10, was refused: there is one already")
-        assert device.status().reason == ""
-
-    in_loop(run)
-
-
-def test_a_device_says_why_it_is_recovered_until_it_is_live() -> None:
-    async def run() -> None:
-        device, reasons = new_device(), []
-
-        async def recover() -> None:
-            reasons.append(device.status().reason)
-            if len(reasons) == 1:
-                raise DaemonError("the pool broker is gone")
-            device._now_live(cast(Any, FakeTeam(dies_at_once="nobody")))
-
-        device._recover = recover  # type: ignore[method-assign]
-        device._attachment.session = cast(Any, FakeSession("file"))
-        device._life.enter("live")
-        await device._recover_while_worth_it("vol: queue 0: its worker ended: killed by SIGKILL")
-        assert reasons == ["queue 0: its worker ended: killed by SIGKILL", "the pool broker is gone"]
-        assert device.status().reason == ""
-
-    in_loop(run)
-
-
-@pytest.mark.parametrize("is_started", [False, True])
-def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goes_on(
-    is_started: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """START_DEV has returned and the disk has not been opened yet; before that there is nothing to recover."""
-
-    states: list[str] = []
-
-    async def run() -> None:
-        device, dead = new_device(), FakeTeam(dies_at_once="")
-        dead.plan.kernel.is_started = is_started
-        device._resources.team = cast(Any, dead)
-        device.on_change(lambda: states.append(device.state))
-
-        async def recover(_session: object) -> Any:
-            device._resources.team = cast(Any, FakeTeam(dies_at_once=""))
-            return device._resources.team
-
-        async def no_fail(_reason: str) -> None:
-            device._life.enter("failed")
-
-        monkeypatch.setattr(device._resources, "recover", recover)
-        monkeypatch.setattr(device, "_fail", no_fail)
-        await device._recover_or_fail(cast(Any, dead), "queue 0: its worker ended")
-        await device._end_start("")
-
-    in_loop(run)
-    assert states == (["recovering", "waiting", "live"] if is_started else ["failed"])
-
-
-def test_a_device_that_fails_ends_its_backend_before_it_waits_for_the_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """STOP_DEV may wait for a dead worker's requests: nothing is to serve or to be started meanwhile."""
-
-    async def run() -> None:
-        device, steps = new_device(), []
-
-        def note(step: str) -> Callable[..., Awaitable[None]]:
-            async def noted(*_: object) -> None:
-                steps.append(step)
-
-            return noted
-
-        device._resources.team = cast(Any, SimpleNamespace(kill=note("workers killed")))
-        device._managed = cast(
-            Any, SimpleNamespace(let_end=lambda: steps.append("not started again"), end=note("backend ended"))
-        )
-        monkeypatch.setattr(device._attachment, "end", note("backend told to leave"))
-        monkeypatch.setattr(device, "_tear_down_logged", note("kernel"))
-        await device._fail("queue 0: its worker ended")
-        assert steps == [
-            "workers killed",
-            "not started again",
-            "backend told to leave",
-            "backend ended",
-            "kernel",
-        ]
-
-    in_loop(run)
-
-
-@pytest.mark.parametrize("recovery", ["reissue", "none"])
-def test_the_driver_is_to_notice_a_dead_worker_soon_whatever_the_recovery(recovery: str) -> None:
-    """Older drivers notice the end of a worker that holds all of its tags by the block layer's timer alone."""
-
-    async def run() -> None:
-        device, team = new_device(recovery=recovery), FakeTeam(dies_at_once="")
-        set_ms: list[int] = []
-
-        async def set_io_timeout(timeout_ms: int) -> None:
-            set_ms.append(timeout_ms)
-
-        team.plan.kernel.set_io_timeout = set_io_timeout
-        device._resources.team = cast(Any, team)
-        await device._end_start("")
-        while not set_ms:
-            await asyncio.sleep(0)
-        assert set_ms == [IO_TIMEOUT_MS]
+        assert device.session is sessions[1]
 
     in_loop(run)
 
 
 def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> None:
-    """It has closed its connection and may still touch what it was given."""
+    """A backend that has closed its connection may still touch the memory that it was given."""
 
     async def run() -> None:
-        device, team = new_device(), FakeTeam(dies_at_once="nobody")
-        device._resources.team = cast(Any, team)
+        team = FakeTeam()
+        device = with_team(team)
         first, second = FakeSession("first"), FakeSession("second")
-        await device.attach(cast(Session, first))
+        await device.attach(first)
         with pytest.raises(AttachRefused, match=r"has a backend already \(first, process 1\)"):
-            await device.attach(cast(Session, second))
-        first.is_leaving = True
-        waiting = asyncio.ensure_future(device.attach(cast(Session, second)))
-        for _ in range(20):
-            await asyncio.sleep(0)
+            await device.attach(second)
+        first.leaving = True
+        waiting = asyncio.ensure_future(device.attach(second))
+        await turn()
         assert not waiting.done() and team.heard == ["expect first"]
         first.dies()
         await waiting
@@ -318,31 +82,236 @@ def test_the_successor_of_a_backend_that_is_leaving_waits_for_its_death() -> Non
 
 def test_workers_that_answer_take_no_backend() -> None:
     async def run() -> None:
-        device = new_device(answers="worker")
+        device = with_team(FakeTeam(), answers="worker")
         with pytest.raises(AttachRefused, match=r"^device vol: its workers answer: add it without --answers"):
-            await device.attach(cast(Session, FakeSession("null")))
+            await device.attach(FakeSession("null"))
 
     in_loop(run)
 
 
-def test_a_device_whose_workers_answer_goes_live_with_nobody_attached(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It promises the kernel the disk that was configured, and what costs nothing to be refused."""
-    built: list[wire.Attach] = []
+# What clients are told
 
-    async def build(attach: wire.Attach) -> object:
-        built.append(attach)
-        return object()
+
+class FakeManaged(ManagedBackend):
+    """The daemon's own backend, process 77, and why it does not serve."""
+
+    pid = 77
+
+    def __init__(self, steps: list[str]) -> None:
+        self.said = ""
+        self._steps = steps
+
+    @property
+    def trouble(self) -> str:
+        return self.said
+
+    def serves(self) -> None:
+        self.said = ""
+
+    def let_end(self) -> None:
+        self._steps.append("not started again")
+
+    async def end(self) -> None:
+        self._steps.append("backend ended")
+
+
+def test_a_device_without_its_backend_says_why_until_one_is_attached() -> None:
+    async def run() -> None:
+        device, managed = with_team(FakeTeam()), FakeManaged([])
+        device.parts.managed = managed
+        device.parts.enter("live")
+        assert device.status().reason == "no backend is attached, requests wait"
+        managed.said = "backend file ended: exit status 2: path=/x: has 4096 bytes"
+        assert device.status().reason == f"no backend is attached, requests wait: {managed.said}"
+        assert device_stats(device).reason == device.status().reason
+        first = FakeSession("file")
+        await device.attach(first)
+        assert (device.status().reason, device_stats(device).reason) == ("", "")
+        first.dies()
+        while device.session is not None:
+            await asyncio.sleep(0)
+        assert device.status().reason == "no backend is attached, requests wait", "an old reason is shown"
+
+    in_loop(run)
+
+
+def test_why_the_last_backend_was_refused_is_shown_until_one_is_taken() -> None:
+    async def run() -> None:
+        device = with_team(FakeTeam())
+        device.note_refusal("backend file, process 9, was refused: too small")
+        assert device.status().reason == "backend file, process 9, was refused: too small"
+        device.parts.enter("live")
+        assert device.status().reason.endswith(
+            "requests wait: backend file, process 9, was refused: too small"
+        )
+        await device.attach(FakeSession("file"))
+        device.note_refusal("backend file, process 10, was refused: the device has a backend")
+        assert device.status().reason == ""
+
+    in_loop(run)
+
+
+# Recovery and failure
+
+
+class Recoveries:
+    """Takes the place of `next_epoch`: the first `failures` attempts fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: Device, failures: int = 0) -> None:
+        self.reasons: list[str] = []
+        """What `list` showed at each attempt."""
+        self._device, self._failures = device, failures
+        monkeypatch.setattr(module, "next_epoch", self._next_epoch)
+        monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.0)
+
+    async def _next_epoch(self, parts: DeviceParts) -> Team:
+        self.reasons.append(self._device.status().reason)
+        if len(self.reasons) <= self._failures:
+            raise DaemonError("the pool broker is gone")
+        parts.resources.team = FakeTeam(epoch=parts.resources.epoch + 1)
+        return parts.resources.team
+
+
+def test_a_device_shows_why_it_is_recovered_until_it_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        dead = FakeTeam()
+        device = with_team(dead)
+        device.parts.backend.session = FakeSession("file")
+        await device._end_start("")
+        recoveries = Recoveries(monkeypatch, device, failures=1)
+        await device._recover_or_fail(dead, "vol: queue 0: its worker ended: killed by SIGKILL")
+        assert recoveries.reasons == [
+            "queue 0: its worker ended: killed by SIGKILL",
+            "the pool broker is gone",
+        ]
+        assert device.status().reason == ""
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goes_on(
+    is_started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """START_DEV has returned and the disk has not been opened yet; before START_DEV the device fails."""
+
+    states: list[str] = []
 
     async def run() -> None:
-        device = new_device(answers="worker")
+        kernel = FakeKernel()
+        kernel.is_started = is_started
+        dead = FakeTeam(kernel)
+        device = with_team(dead)
+        device.parts.resources.kernel = kernel
+        device.on_change(lambda: states.append(device.state))
+        Recoveries(monkeypatch, device)
+        monkeypatch.setattr(teardown, "tear_down", no_tear_down)
+        await device._recover_or_fail(dead, "queue 0: its worker ended")
+        await device._end_start("")
 
-        async def go_live(_team: object) -> None:
-            device._life.enter("live")
+    in_loop(run)
+    assert list(dict.fromkeys(states)) == (["recovering", "waiting", "live"] if is_started else ["failed"])
 
-        monkeypatch.setattr(device._resources, "build", build)
-        monkeypatch.setattr(device, "_go_live", go_live)
+
+async def no_tear_down(_parts: DeviceParts, keep: bool) -> None:
+    assert keep
+
+
+def test_a_device_that_fails_ends_its_backend_before_it_waits_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """STOP_DEV may wait for a dead worker's requests: no process is to serve or to be started meanwhile."""
+
+    steps: list[str] = []
+
+    class Dying(FakeTeam):
+        async def kill(self) -> None:
+            steps.append("workers killed")
+
+    class Leaving(FakeSession):
+        async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
+            assert keep
+            steps.append("backend told to leave")
+
+    async def tear_down(_parts: DeviceParts, keep: bool) -> None:
+        steps.append("kernel")
+
+    async def run() -> None:
+        device = with_team(Dying())
+        device.parts.managed = FakeManaged(steps)
+        device.parts.backend.session = Leaving()
+        monkeypatch.setattr(teardown, "tear_down", tear_down)
+        await device._fail("queue 0: its worker ended")
+
+    in_loop(run)
+    assert steps == [
+        "workers killed",
+        "not started again",
+        "backend told to leave",
+        "backend ended",
+        "kernel",
+    ]
+
+
+def test_a_device_that_fails_is_on_record_as_failed_before_its_end_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A daemon that dies meanwhile must not leave a record by which the next one goes on with killed workers."""
+
+    recorded: list[str] = []
+
+    class Dying(FakeTeam):
+        async def kill(self) -> None:
+            recorded.append("workers killed")
+
+    async def run() -> None:
+        device = with_team(Dying())
+        device.parts.enter("live")
+        device.parts.save = lambda: recorded.append(device.state)  # type: ignore[method-assign]
+        monkeypatch.setattr(teardown, "tear_down", no_tear_down)
+        await device._fail("queue 0: its worker ended")
+
+    in_loop(run)
+    assert recorded == ["failed", "workers killed"]
+
+
+@pytest.mark.parametrize("recovery", ["reissue", "none"])
+def test_the_driver_is_to_notice_a_dead_worker_soon_whatever_the_recovery(recovery: str) -> None:
+    """Older drivers notice the end of a worker that holds all of its tags by the block layer's timer alone."""
+
+    async def run() -> None:
+        kernel = FakeKernel()
+        device = with_team(FakeTeam(kernel), recovery=recovery)
+        await device._end_start("")
+        while not kernel.io_timeouts_ms:
+            await asyncio.sleep(0)
+        assert kernel.io_timeouts_ms == [IO_TIMEOUT_MS]
+
+    in_loop(run)
+
+
+# Start without a backend
+
+
+def test_a_device_whose_workers_answer_goes_live_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It promises the kernel the disk that was configured, and every operation that costs it nothing."""
+    built: list[wire.Attach] = []
+
+    class Started(FakeKernel):
+        async def start(self, deadline_s: float, check: Callable[[], None]) -> None:
+            """START_DEV succeeds."""
+
+        async def wait_for_node(self) -> None:
+            """The node exists."""
+
+    async def build(parts: DeviceParts, attach: wire.Attach) -> Team:
+        built.append(attach)
+        parts.resources.team = FakeTeam(Started())
+        return parts.resources.team
+
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, answers="worker"))
+        monkeypatch.setattr(module, "build", build)
         await device.run()
         assert device.state == "live" and device.session is None
         assert device.status().answers == "worker"
@@ -352,17 +321,13 @@ def test_a_device_whose_workers_answer_goes_live_with_nobody_attached(
 
 
 def test_workers_that_answer_and_cannot_start_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def build(_attach: wire.Attach) -> object:
+    async def build(*_: object) -> Team:
         raise PoolError("/dev/shm is full")
 
     async def run() -> None:
-        device = new_device(answers="worker")
-
-        async def tear_down(keep: bool) -> None:
-            assert keep
-
-        monkeypatch.setattr(device._resources, "build", build)
-        monkeypatch.setattr(device, "_tear_down", tear_down)
+        device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, answers="worker"))
+        monkeypatch.setattr(module, "build", build)
+        monkeypatch.setattr(teardown, "tear_down", no_tear_down)
         with pytest.raises(DaemonError, match=r"^vol: /dev/shm is full$"):
             await device.run()
         assert device.state == "failed"
@@ -370,90 +335,54 @@ def test_workers_that_answer_and_cannot_start_say_why(monkeypatch: pytest.Monkey
     in_loop(run)
 
 
-class Adoption:
-    """A device that an earlier daemon left, and takers-over that fail so many times."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-        self.attempts: list[str] = []
-        self._failures = failures
-        self.device = new_device()
-        self.kernel = SimpleNamespace(is_started=True, number=3, set_io_timeout=lambda _: None)
-        self.team = FakeTeam(dies_at_once="nobody")
-        monkeypatch.setattr(adoption, "RETRY_PAUSE_S", 0.0)
-        monkeypatch.setattr(adoption, "BlockDevice", SimpleNamespace(find=self._find))
-        monkeypatch.setattr(resources, "next_epoch", self._next_epoch)
-        monkeypatch.setattr(resources, "recover", self._recover)
-        monkeypatch.setattr(self.device._resources, "_make_pool", lambda _: object())
-        monkeypatch.setattr(self.device, "_tear_down", self._tear_down)
-
-    async def _find(self, *_: object) -> Any:
-        return self.kernel
-
-    async def _next_epoch(self, *_: object) -> Any:
-        self.device._resources.team = cast(Any, self.team)
-        return self._attempt("next epoch")
-
-    async def _recover(self, *_: object) -> Any:
-        return self._attempt("recover")
-
-    def _attempt(self, how: str) -> Any:
-        self.attempts.append(how)
-        if len(self.attempts) <= self._failures:
-            raise DaemonError("the pool broker is gone")
-        return self.team
-
-    async def _tear_down(self, keep: bool) -> None:
-        self.device._resources.team = None
-
-    async def kill(self) -> None:
-        """Of the team's."""
-
-    async def adopt(self) -> bool:
-        self.team.kill = self.kill  # type: ignore[attr-defined]
-        record = SimpleNamespace(
-            config=self.device.config,
-            device_number=3,
-            device_mark=0,
-            disk=None,
-            epoch=7,
-            segments=0,
-            clients=None,
-            served=None,
-            going=False,
-        )
-        return await self.device.recover_left(cast(Record, record), {})
+# Takeover
 
 
-def test_an_adoption_in_which_somebody_dies_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def recover_left(device: Device, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Recover device 3, which an earlier daemon left in epoch 7."""
+
+    class Found(BlockDevice):
+        @classmethod
+        async def find(cls, *_: object) -> BlockDevice:
+            return FakeKernel()
+
+    monkeypatch.setattr(adoption, "BlockDevice", Found)
+    monkeypatch.setattr(teardown, "tear_down", no_tear_down)
+    return await device.recover_left(Record(config=device.config, device_number=3, disk=DISK, epoch=7), {})
+
+
+def test_a_left_device_whose_recovery_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        it = Adoption(monkeypatch, failures=2)
-        assert await it.adopt()
-        assert it.device.state == "live"
-        assert it.attempts == ["next epoch", "recover", "recover"], (
-            "the workers of a failed attempt are ended first"
+        device = fake_device()
+        recoveries = Recoveries(monkeypatch, device, failures=2)
+        assert await recover_left(device, monkeypatch)
+        assert device.state == "live" and len(recoveries.reasons) == 3
+        assert device.parts.resources.team is not None and device.parts.resources.team.epoch == 8
+
+    in_loop(run)
+
+
+def test_a_left_device_that_is_never_recovered_fails_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        device = fake_device()
+        recoveries = Recoveries(monkeypatch, device, failures=100)
+        assert await recover_left(device, monkeypatch)
+        assert device.state == "failed" and len(recoveries.reasons) == RESTARTS_MAX
+        assert device.reason == (
+            "left by an earlier daemon, and not to be recovered: the pool broker is gone"
         )
 
     in_loop(run)
 
 
-def test_an_adoption_that_never_succeeds_ends_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_left_device_gets_no_new_store_before_its_store_is_known() -> None:
     async def run() -> None:
-        it = Adoption(monkeypatch, failures=100)
-        assert await it.adopt()
-        assert it.device.state == "failed" and "the pool broker is gone" in it.device.reason
-        assert len(it.attempts) == RESTARTS_MAX
-
-    in_loop(run)
-
-
-def test_what_an_earlier_daemon_left_gets_no_new_store_before_it_is_known_which_it_had() -> None:
-    async def test() -> None:
-        device = new_device()
+        device = fake_device()
         assert device.describe().may_create
         device.await_takeover(Record(config=device.config, device_number=3))
         assert device.describe().may_create is False
-        waiting = new_device()
+        waiting = fake_device()
         waiting.await_takeover(Record(config=waiting.config))
         assert waiting.describe().may_create
 
-    in_loop(test)
+    in_loop(run)

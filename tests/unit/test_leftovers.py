@@ -13,6 +13,7 @@ import pytest
 from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device import resources as resources
+from ublkpool.daemon.device.build import build
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Records
@@ -231,13 +232,13 @@ def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
         ),
         cast(DaemonContext, context),
     )
-    monkeypatch.setattr(device._resources, "_make_arena", make("pool", "pool"))
+    monkeypatch.setattr(device.parts.resources, "_make_arena", make("pool", "pool"))
     return device
 
 
 async def start(device: Device) -> None:
     """What a backend that attaches brings about, up to its introduction to the workers."""
-    async with device._life.turn:
+    async with device.parts.life.turn:
         await device._start(ATTACH, None)
 
 
@@ -269,7 +270,7 @@ def test_every_step_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         device = a_device(machine, monkeypatch)
 
         async def go_live(_team: object) -> None:
-            device._life.enter("live")
+            device.parts.enter("live")
 
         monkeypatch.setattr(device, "_go_live", go_live)
         await start(device)
@@ -308,7 +309,7 @@ def test_what_a_daemon_that_was_killed_had_begun_to_add_is_found_by_its_mark(
         machine = Machine(tmp_path, "record after ADD_DEV")
         killed = a_device(machine, monkeypatch)
         with pytest.raises(OSError):
-            await killed._resources.build(ATTACH)
+            await build(killed.parts, ATTACH)
         assert machine.kernel
         machine.kernel[7] = 12345
         (record,) = machine.records.load()

@@ -4,18 +4,26 @@ import asyncio
 import errno
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from support.fakes.device_parts import (
+    FakeKernel,
+    FakeParts,
+    FakeSession,
+    FakeTeam,
+    fake_context,
+    turn,
+)
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool import broker_commands
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device import recovery
-from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S, RestartLimit, recover, retire
+from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S, RestartLimit, next_epoch, retire
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice, Created
@@ -23,6 +31,8 @@ from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes import broker_process
 from ublkpool.daemon.processes.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
 from ublkpool.ublk.errors import UblkError
@@ -78,110 +88,152 @@ def test_a_recovery_that_fails_is_a_strike_although_the_workers_had_lived_long()
 class Scene:
     """A device in recovery; `steps` is what was done, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: "SceneParts") -> None:
+        self.parts = parts
         self.steps: list[str] = []
-        self.fenced = self._future()
-        self.worker_ended = self._future()
-        self.backend_gone = self._future()
-        self.ended_recovery = self._future()
+        self.fenced, self.backend_gone = self._future(), self._future()
+        self.worker_ended, self.ended_recovery = self._future(), self._future()
         self.ended_recovery.set_result(None)
-        self.kernel = SimpleNamespace(
-            tears_siblings=False,
-            wait_quiesced=self._step("quiesced"),
-            start_recovery=self._step("start recovery"),
-            end_recovery=self._end_recovery,
-        )
-        self.leases = SimpleNamespace(reclaim=self._step("reclaim"), register=self._register)
-        self.dead = self._team(EPOCH)
-        self.session: Any = SimpleNamespace(
-            attach=SimpleNamespace(kind="fake"), cut_off=self._cut_off, gone=lambda: self._gone()
-        )
-        self.session.is_gone = False
+        self.kernel = SceneKernel(self)
+        self.session = SceneSession(self)
+        parts.resources.kernel, parts.resources.leases = self.kernel, SceneLeases(self)
+        parts.resources.team, parts.resources.epoch = SceneTeam(self, EPOCH), EPOCH
 
     @staticmethod
     def _future() -> "asyncio.Future[None]":
         return asyncio.get_running_loop().create_future()
 
-    def _step(
-        self, name: str, until: Callable[[], Awaitable[None]] | None = None
-    ) -> Callable[..., Coroutine[Any, Any, None]]:
-        async def step(*_: object) -> None:
-            self.steps.append(name)
-            await asyncio.sleep(0)
-            if until is not None:
-                await until()
+    async def step(self, name: str) -> None:
+        self.steps.append(name)
+        await asyncio.sleep(0)
 
-        return step
+    def recover(self, backend: bool = True) -> "asyncio.Task[Team]":
+        self.parts.backend.session = self.session if backend else None
+        return asyncio.get_running_loop().create_task(next_epoch(self.parts))
 
-    def _team(self, epoch: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            epoch=epoch,
-            plan=SimpleNamespace(kernel=self.kernel),
-            drain=self._step("drain"),
-            kill=self._step("kill"),
-            ready=self._step("ready"),
-            expect=self._expect,
-            linked=self._linked,
-            ended=self._ended,
-            check_whole=self._check_whole,
-        )
 
-    def _check_whole(self) -> None:
-        self.steps.append("check")
+class SceneKernel(FakeKernel):
+    """A kernel device that is QUIESCED, and ends its recovery when the test says so."""
 
-    async def _end_recovery(
-        self, _deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self.tears = False
+        self._scene = scene
+
+    @property
+    def tears_siblings(self) -> bool:
+        return self.tears
+
+    async def wait_quiesced(self, deadline_s: float) -> None:
+        await self._scene.step("quiesced")
+
+    async def start_recovery(self, deadline_s: float) -> None:
+        await self._scene.step("start recovery")
+
+    async def end_recovery(
+        self, deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
     ) -> None:
         await asyncio.sleep(0)
         check()
-        self.steps.append("end recovery")
+        self._scene.steps.append("end recovery")
         begun.set()
         try:
-            await self.ended_recovery
+            await self._scene.ended_recovery
         finally:
             # Its process needs a moment to end.
-            await everybody_waits()
-            self.steps.append("recovery command over")
+            await turn()
+            self._scene.steps.append("recovery command over")
 
-    async def _register(self, epoch: int) -> None:
-        self.steps.append(f"register {epoch}")
 
-    async def _expect(self, session: object, fence: bool) -> None:
-        assert session is self.session and fence
-        self.steps.append("expect")
+class SceneTeam(FakeTeam):
+    """Workers whose steps are noted."""
 
-    async def _linked(self) -> None:
-        await asyncio.wait({self.fenced, self.worker_ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not self.fenced.done():
+    def __init__(self, scene: Scene, epoch: int) -> None:
+        super().__init__(scene.kernel, epoch)
+        self._scene = scene
+
+    async def drain(self, patience_s: float) -> None:
+        await self._scene.step("drain")
+
+    async def kill(self) -> None:
+        await self._scene.step("kill")
+
+    async def ready(self) -> None:
+        await self._scene.step("ready")
+
+    async def expect(self, session: Session, fence: bool) -> None:
+        assert session is self._scene.session and fence
+        self._scene.steps.append("expect")
+
+    async def linked(self) -> None:
+        scene = self._scene
+        await asyncio.wait({scene.fenced, scene.worker_ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not scene.fenced.done():
             raise DaemonError("a worker ended in the fence")
 
-    async def _ended(self) -> SimpleNamespace:
-        await asyncio.shield(self.worker_ended)
-        return SimpleNamespace(obituary=lambda: "queue 1: its worker ended")
+    async def ended(self) -> WorkerProcess:
+        await asyncio.shield(self._scene.worker_ended)
+        return DeadWorker()
 
-    async def _gone(self) -> None:
-        await asyncio.shield(self.backend_gone)
+    def check_whole(self) -> None:
+        self._scene.steps.append("check")
 
-    async def _cut_off(self) -> None:
-        self.steps.append("cut off")
-        self.backend_gone.set_result(None)
+
+class DeadWorker(WorkerProcess):
+    """A worker that has ended."""
+
+    def __init__(self) -> None:
+        self.fault = "queue 1: its worker ended"
+        self.child = SimpleNamespace(exit_status=0)  # type: ignore[assignment]
+
+
+class SceneSession(FakeSession):
+    """A backend that is gone when the scene says so."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__("fake")
+        self._scene = scene
+        self._gone = scene.backend_gone
+
+    async def cut_off(self) -> None:
+        self._scene.steps.append("cut off")
+        self.dies()
+
+
+class SceneLeases(Leases):
+    """Leases whose steps are noted."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    async def reclaim(self) -> None:
+        await self._scene.step("reclaim")
+
+    async def register(self, epoch: int) -> None:
+        self._scene.steps.append(f"register {epoch}")
+
+
+class SceneParts(FakeParts):
+    """Parts whose fork is noted."""
+
+    scene: Scene
 
     async def fork(self, epoch: int) -> Team:
-        self.steps.append("fork")
-        return cast(Team, self._team(epoch))
+        self.scene.steps.append("fork")
+        return SceneTeam(self.scene, epoch)
 
-    def recover(self, backend: bool = True) -> "asyncio.Task[Team]":
-        session = cast(Session, self.session) if backend else None
-        return asyncio.ensure_future(
-            recover(cast(Team, self.dead), self.fork, session, cast(Leases, self.leases))
-        )
+
+def a_scene() -> Scene:
+    parts = SceneParts(DeviceConfig(name="vol"), fake_context())
+    parts.scene = Scene(parts)
+    return parts.scene
 
 
 def scene(test: Callable[[Scene], Awaitable[None]]) -> Callable[[], None]:
     """Run a test in a loop of its own."""
 
     async def run() -> None:
-        await asyncio.wait_for(test(Scene()), DEADLINE_S)
+        await asyncio.wait_for(test(a_scene()), DEADLINE_S)
 
     def plain() -> None:
         asyncio.run(run())
@@ -190,18 +242,12 @@ def scene(test: Callable[[Scene], Awaitable[None]]) -> Callable[[], None]:
     return plain
 
 
-async def everybody_waits() -> None:
-    """Turn the loop until nothing moves by itself any more."""
-    for _ in range(50):
-        await asyncio.sleep(0)
-
-
 @scene
 async def test_nothing_of_the_dead_is_given_away_before_the_backend_has_confirmed_the_fence(
     it: Scene,
 ) -> None:
     recovering = it.recover()
-    await everybody_waits()
+    await turn()
     assert it.steps == [*BEFORE_THE_FENCE, "expect"] and not recovering.done()
     it.fenced.set_result(None)
     team = await recovering
@@ -217,7 +263,7 @@ async def test_without_a_backend_there_is_nothing_to_fence(it: Scene) -> None:
 
 @scene
 async def test_a_backend_that_is_gone_already_is_not_fenced(it: Scene) -> None:
-    it.session.is_gone = True
+    it.session.dies()
     await it.recover()
     assert it.steps == BEFORE_THE_FENCE + AFTER_THE_FENCE
 
@@ -225,7 +271,7 @@ async def test_a_backend_that_is_gone_already_is_not_fenced(it: Scene) -> None:
 @scene
 async def test_a_backend_that_dies_in_the_fence_is_as_good_as_one_that_confirms_it(it: Scene) -> None:
     recovering = it.recover()
-    await everybody_waits()
+    await turn()
     it.backend_gone.set_result(None)
     await recovering
     assert it.steps == [*BEFORE_THE_FENCE, "expect", *AFTER_THE_FENCE]
@@ -234,7 +280,7 @@ async def test_a_backend_that_dies_in_the_fence_is_as_good_as_one_that_confirms_
 @scene
 async def test_a_worker_that_dies_in_the_fence_ends_the_attempt(it: Scene) -> None:
     recovering = it.recover()
-    await everybody_waits()
+    await turn()
     it.worker_ended.set_result(None)
     with pytest.raises(DaemonError, match="ended in the fence"):
         await recovering
@@ -243,10 +289,10 @@ async def test_a_worker_that_dies_in_the_fence_ends_the_attempt(it: Scene) -> No
 
 @scene
 async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt(it: Scene) -> None:
-    it.ended_recovery = it._future()
+    it.ended_recovery = asyncio.get_running_loop().create_future()
     it.fenced.set_result(None)
     recovering = it.recover()
-    await everybody_waits()
+    await turn()
     assert it.steps[-1] == "ready"
     it.worker_ended.set_result(None)
     with pytest.raises(DaemonError, match="its worker ended"):
@@ -260,7 +306,7 @@ async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt
 async def test_where_one_death_tears_the_siblings_tags_recovery_ends_only_with_all_of_them_there(
     it: Scene,
 ) -> None:
-    it.kernel.tears_siblings = True
+    it.kernel.tears = True
     it.fenced.set_result(None)
     await it.recover()
     fetched = ["reclaim", f"register {EPOCH + 1}", "ready"]
@@ -289,16 +335,20 @@ def test_workers_end_by_themselves_where_the_driver_has_quiesced_the_device_and_
 ) -> None:
     steps: list[str] = []
 
-    async def quiesce(_deadline_s: float) -> bool:
-        if isinstance(offered, ControlFailed):
-            raise offered
-        return offered
+    class Kernel(FakeKernel):
+        async def quiesce(self, deadline_s: float) -> bool:
+            if isinstance(offered, ControlFailed):
+                raise offered
+            return offered
 
-    async def end(_patience_s: float) -> None:
-        steps.append("end")
+    class Retired(FakeTeam):
+        async def end(self, patience_s: float) -> None:
+            steps.append("end")
 
-    team = SimpleNamespace(plan=SimpleNamespace(kernel=SimpleNamespace(quiesce=quiesce)), end=end)
-    asyncio.run(retire(cast(Team, team), "vol"))
+    async def run() -> None:
+        await retire(Retired(Kernel()), "vol")
+
+    asyncio.run(run())
     assert steps == ended
 
 
@@ -445,7 +495,7 @@ def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> Non
         process = BrokerProcess("ipc://nowhere", cast(Holder, holder))
         with subprocess.Popen(["/bin/sleep", "600"]) as running:
             adopting = asyncio.ensure_future(process.adopt(running.pid, ours))
-            await everybody_waits()
+            await turn()
             question = msgspec.json.decode(theirs.recv(4096), type=broker_commands.Ping)
             theirs.send(msgspec.json.encode(broker_commands.Pong(question.number)))
             assert await adopting and held == ["broker"]
@@ -478,7 +528,7 @@ def test_a_device_that_is_gone_is_not_told_of_again() -> None:
         await device.register(1)
         fake.turn.clear()
         closing = asyncio.ensure_future(device.close())
-        await everybody_waits()
+        await turn()
         fake.generation += 1
         telling = asyncio.ensure_future(device.refresh())
         fake.turn.set()

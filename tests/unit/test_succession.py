@@ -83,6 +83,7 @@ def test_a_device_that_changes_is_not_written_down_as_served(state: str, going: 
         state=state,  # type: ignore[arg-type]
         going=going,
         broker_pid=os.getpid(),
+        epoch=3,
         segments=1,
         clients=AreaRecord(4096, ((1, 2), None)),
         build="x",

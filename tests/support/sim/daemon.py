@@ -32,12 +32,13 @@ from ublkpool.bufpool.pool.control import ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import make_data
 from ublkpool.bufpool.sdk import ring_links
-from ublkpool.daemon.device import adoption
+from ublkpool.daemon.device import adoption, resources
 from ublkpool.daemon.device import device as device_module
-from ublkpool.daemon.device import resources as resources
+from ublkpool.daemon.device import parts as parts_module
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -327,16 +328,16 @@ class SimBackground(Background):
             cast(SimLoop, task.get_loop()).failures.append(repr(error))
 
 
-class SimDevice(Device):
-    """The real one, whose records are no files."""
+class SimDeviceParts(DeviceParts):
+    """The real ones, whose records are no files."""
 
     scenery: Scenery
 
     def save(self) -> None:
-        team, disk = self.team, self._resources.disk
-        if team is None or disk is None or self.state == "failed":
+        team, disk, life = self.team, self.resources.disk, self.life
+        if team is None or disk is None or life.state == "failed":
             return
-        session = cast(SimSession | None, self.session)
+        session = cast(SimSession | None, self.backend.session)
         self.scenery.save(
             LeftBehind(
                 config=self.config,
@@ -344,18 +345,26 @@ class SimDevice(Device):
                 device_mark=0,
                 disk=disk,
                 epoch=team.epoch,
-                live=self.state == "live" and not self._life.is_stopping,
-                segments=self._attachment.segments,
+                live=life.state == "live" and not life.is_stopping,
+                segments=self.backend.segments,
                 workers=[cast(SimWorkerProcess, each).worker for each in team.workers],
                 backend=session.backend if session else None,
                 segment=session.segment if session else 0,
-                going=self._life.is_stopping,
+                going=life.is_stopping,
             )
         )
 
     @property
     def team(self) -> SimTeam | None:
-        return cast(SimTeam | None, self._resources.team)
+        return cast(SimTeam | None, self.resources.team)
+
+
+class SimDevice(Device):
+    """The real one, as the simulation looks at it."""
+
+    @property
+    def team(self) -> SimTeam | None:
+        return cast(SimDeviceParts, self.parts).team
 
 
 class Daemon:
@@ -453,13 +462,14 @@ def _ender(scenery: Scenery) -> Callable[..., Any]:
 @contextmanager
 def patched(scenery: Scenery) -> Iterator[None]:
     """The daemon's modules, with what they stand on made up."""
-    SimArena.scenery = SimTeam.scenery = SimBlockDevice.scenery = SimDevice.scenery = scenery
+    SimArena.scenery = SimTeam.scenery = SimBlockDevice.scenery = SimDeviceParts.scenery = scenery
     replaced: list[Replaced] = [
-        (device_module, "Background", SimBackground),
-        (device_module, "AdoptedDevice", SimAdoptedDevice),
+        (device_module, "DeviceParts", SimDeviceParts),
+        (parts_module, "Background", SimBackground),
         (resources, "Arena", SimArena),
         (resources, "BlockDevice", SimBlockDevice),
         (resources, "Team", SimTeam),
+        (adoption, "AdoptedDevice", SimAdoptedDevice),
         (adoption, "BlockDevice", SimBlockDevice),
         (adoption, "end_left", _ender(scenery)),
         (block_device, "control", SimControl(scenery.kernel)),

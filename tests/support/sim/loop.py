@@ -60,7 +60,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def bury(self) -> None:
         """End the tasks of a loop that will never turn again, so that nothing complains about them."""
         self.dead = True
-        for _ in range(8):
+        for _ in range(64):
             tasks = asyncio.all_tasks(self)
             if not tasks:
                 break

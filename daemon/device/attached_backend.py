@@ -1,0 +1,202 @@
+"""The one backend that is attached to a device, or none.
+
+Owns the session, the numbers of the backends' segments, what the workers report of the backend, and its farewell.  The
+order in which backends follow each other is `device.py`'s; the end of one connection and process is `session.py`'s, the
+process of a backend that the daemon runs itself `managed_backend.py`'s.  Runs on the supervisor's asyncio loop.
+"""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.lifecycle import Lifecycle
+from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.held_names import session_names
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.workers import messages
+
+DETACH_PATIENCE_S = 10.0
+DEATH_PATIENCE_S = 10.0
+"""After SIGKILL, for a backend that waits in the kernel."""
+HANGUP_PATIENCE_S = 5.0
+_log = logging.getLogger("ublkpool.device")
+
+
+class AttachedBackend:
+    """A device's attached backend; `session` is None while no backend is attached."""
+
+    def __init__(self, config: DeviceConfig, life: Lifecycle, holder: Holder, background: Background) -> None:
+        self.session: Session | None = None
+        self.segments = wire.SEGMENT_POOL
+        """The highest segment number that a backend was given."""
+        self.refusal = ""
+        """Why the last backend that came was refused; empty once one was taken."""
+        self.farewell: asyncio.Task[None] | None = None
+        """Ends when the workers have taken back what the attached backend held; None if no backend is attached."""
+        self._config = config
+        self._life = life
+        self._holder = holder
+        self._background = background
+        self._is_absence_logged = False
+        self._is_first_due = False
+        """No backend has served since a takeover."""
+
+    def check_free(self) -> None:
+        """Raise `AttachRefused` unless a backend may attach, now or after the attached one's farewell."""
+        name, life, session = self._config.name, self._life, self.session
+        if self._config.answers == "worker":
+            raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
+        if life.is_stopping or life.state == "failed":
+            raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
+        if session is not None and not session.is_gone and not session.is_leaving:
+            raise AttachRefused(
+                f"device {name} has a backend already ({session.attach.kind}, process {session.pid})"
+            )
+
+    def number_segment(self, session: Session) -> None:
+        """Give the backend's own segment, if it has one, a number that no earlier backend had."""
+        if session.attach.segment_bytes:
+            self.segments += 1
+            session.segment = self.segments
+
+    def begin(self, session: Session) -> None:
+        """The workers expect this backend."""
+        self.session = session
+        self.refusal = ""
+        self._is_absence_logged = False
+
+    def hold(self, session: Session) -> None:
+        """Have the holder keep the connection, once the backend has its answer: else the next daemon owes it one."""
+        for name, fd in zip(
+            session_names(self._config.name), (session.fileno(), session.segment_fd), strict=True
+        ):
+            if fd is not None:
+                self._holder.hold(name, fd)
+
+    @property
+    def is_absent_too_long(self) -> bool:
+        """Whether requests fail for want of a backend."""
+        return self.session is None and self._is_absence_logged
+
+    def note_refusal(self, reason: str) -> None:
+        """A backend was refused.  While another is attached this troubles no request."""
+        if self.session is None:
+            self.refusal = reason
+
+    def await_first(self) -> None:
+        """At a takeover: the device counts as served once a backend, the earlier daemon's or a new one, serves it."""
+        if self._config.answers == "backend":
+            self._is_first_due = True
+            self._life.serve(False)
+
+    def await_greetings(self, team: Team) -> None:
+        """The device counts as served once the attached backend has greeted every queue of these workers."""
+        if self.session is not None and team.unlinked():
+            self._life.serve(False)
+            self._background.spawn(self._until_greeted(team, self.session))
+        elif self.session is not None:
+            self._served()
+
+    async def _until_greeted(self, team: Team, session: Session) -> None:
+        # If a worker ends, the next epoch's team is greeted anew.
+        with suppress(DaemonError):
+            await team.linked()
+            if self.session is session:
+                self._served()
+
+    def due_greetings(self, team: Team | None) -> str:
+        """The queues that the attached backend has yet to greet before it serves, in words; empty if none."""
+        session = self.session
+        if self._life.is_served or session is None or team is None:
+            return ""
+        # The last greeting may have come since the loop last turned.
+        if not (queues := ", ".join(map(str, team.unlinked()))):
+            return ""
+        return f"backend {session.attach.kind} has attached and not said HELLO on queue {queues} yet"
+
+    def _served(self) -> None:
+        self._is_first_due = False
+        self._life.serve(True)
+
+    def say_live(self, team: Team) -> None:
+        """Tell the backend, if one is attached, that the disk exists."""
+        if self.session is not None:
+            self.session.say(wire.Live(path=str(team.plan.kernel.node)))
+
+    def hear(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
+        """A worker reports something of the backend, or that none is attached."""
+        name = self._config.name
+        if isinstance(news, messages.Cut):
+            _log.error("%s queue %d: backend cut off: %s", name, worker.queue, news.reason)
+            self.cut_off_soon()
+        elif isinstance(news, messages.HungUp):
+            if self.session is not None:
+                self._background.spawn(self.session.hung_up(HANGUP_PATIENCE_S))
+        elif isinstance(news, messages.Silent):
+            timeout_s = self._config.io_timeout_s
+            _log.warning(
+                "%s queue %d: a request has waited longer than io_timeout = %g s",
+                name,
+                worker.queue,
+                timeout_s,
+            )
+        elif isinstance(news, messages.Absent):
+            self._note_absence()
+
+    def _note_absence(self) -> None:
+        """Every worker reports the absence, perhaps after the next backend has come; it is logged once."""
+        if self.session is None and not self._life.is_stopping and not self._is_absence_logged:
+            self._is_absence_logged = True
+            _log.error(
+                "%s: no backend for %g s: requests fail until one attaches",
+                self._config.name,
+                self._config.absent_timeout_s,
+            )
+
+    def cut_off_soon(self) -> None:
+        """Have the backend killed, without waiting for its death."""
+        if self.session is not None:
+            self._background.spawn(self.session.cut_off())
+
+    async def gone(self) -> None:
+        """Return when the attached backend is gone; at once if none is attached."""
+        if self.session is not None:
+            await self.session.gone()
+
+    async def end(self, keep: bool) -> None:
+        """Have the backend go, with or without what it keeps for a successor; one that stays is killed."""
+        if self.session is not None:
+            session = self.session
+            reason = self._life.reason or "the device is being deleted"
+            try:
+                await asyncio.wait_for(
+                    session.detach(reason, DETACH_PATIENCE_S, keep), DETACH_PATIENCE_S + DEATH_PATIENCE_S
+                )
+            except TimeoutError:
+                # It waits for its own storage, which no signal ends; the device's memory serves no other backend.
+                _log.error(
+                    "%s: process %d was killed and waits in the kernel", self._config.name, session.pid
+                )
+            if self.farewell is not None:
+                self.farewell.cancel()
+            self.drop(session)
+
+    def drop(self, session: Session) -> None:
+        """The workers have taken back what this backend held, or end with it: the next one may attach."""
+        for name in session_names(self._config.name):
+            self._holder.drop(name)
+        session.close()
+        self.session = self.farewell = None
+        self._life.serve(not self._is_first_due)
+
+    def abandon(self) -> None:
+        """Close the connection here; the backend and the holder's copy of it stay as they are."""
+        if self.session is not None:
+            self.session.close()

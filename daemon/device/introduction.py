@@ -1,0 +1,52 @@
+"""Bringing a backend to a device's workers, and taking leave of it.
+
+Owns the order of who is told what: the workers, the record, the backend; and that the workers take back what a dead
+backend held before the next one is introduced.  Runs on the supervisor's asyncio loop.
+"""
+
+import logging
+
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.team import Team
+
+_log = logging.getLogger("ublkpool.device")
+
+
+async def introduce(parts: DeviceParts, team: Team, session: Session) -> None:
+    """Tell every worker which backend to expect, then tell the backend where to connect; the caller has the turn.
+
+    Raises `AttachRefused`, `PoolError`, `DaemonError`, `OSError`; then the backend was handed nothing.
+    """
+    backend, name = parts.backend, parts.config.name
+    await parts.resources.pool.prepare(team, session.uid)
+    with team.plan.descriptors() as fds:
+        await team.expect(session, fence=False)
+        backend.begin(session)
+        parts.save()
+        backend.await_greetings(team)
+        watch_backend(parts, session)
+        session.entrust(team.attached(session), fds)
+    backend.hold(session)
+    if parts.life.state == "live":
+        backend.say_live(team)
+    _log.info("%s: backend %s attached (process %d)", name, session.attach.kind, session.pid)
+
+
+def watch_backend(parts: DeviceParts, session: Session) -> None:
+    """Take leave of the backend when its process has ended."""
+    parts.backend.farewell = parts.background.spawn(_take_leave(parts, session))
+
+
+async def _take_leave(parts: DeviceParts, session: Session) -> None:
+    await session.gone()
+    life = parts.life
+    if not life.is_stopping and life.state != "failed":
+        # The end of the daemon's own backend is logged with its exit status when it is started again.
+        level = logging.INFO if parts.config.backend else logging.WARNING
+        name, kind = parts.config.name, session.attach.kind
+        _log.log(level, "%s: backend %s is gone; requests wait for the next", name, kind)
+    async with life.turn:
+        if parts.resources.team is not None:
+            await parts.resources.team.lost()
+        parts.backend.drop(session)

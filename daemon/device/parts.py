@@ -1,0 +1,90 @@
+"""The parts of one device, and the record of them that the next daemon reads.
+
+Owns that each part is made once, and refers only to parts made before it, and that the record is written before the
+step that it must outlive.  No part knows this module or `device.py`.  Runs on the supervisor's asyncio loop.
+"""
+
+from ublkpool.daemon.backends.managed_backend import ManagedBackend
+from ublkpool.daemon.device.attached_backend import AttachedBackend
+from ublkpool.daemon.device.binding import Binding
+from ublkpool.daemon.device.clients import Clients
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.lifecycle import Lifecycle
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.resources import DeviceResources
+from ublkpool.daemon.device.succession import record_of
+from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.processes.background import Background, logged
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import State
+
+
+class DeviceParts:
+    """What one device consists of."""
+
+    def __init__(self, config: DeviceConfig, context: DaemonContext) -> None:
+        """Nothing runs yet."""
+        self.config = config
+        self.context = context
+        self.background = Background(config.name)
+        self.life = Lifecycle(config.name)
+        self.backend = AttachedBackend(config, self.life, context.holder, self.background)
+        self.resources = DeviceResources(config, context, self.backend)
+        self.managed = _managed(config, context, self.background)
+        self.clients = Clients(config.name, context.holder, self.background)
+        self.binding = Binding(config.name, context.states, context.boot_id)
+        self.left: Record | None = None
+        """What an earlier daemon left of the device, until it is taken over or removed."""
+
+    def enter(self, state: State) -> None:
+        """The device is in this state: first on record, then to clients.
+
+        Without room for the record the device goes on; the next daemon then recovers it instead of going on with it.
+        """
+        self.life.state = state
+        with logged(self.config.name):
+            self.save()
+        self.life.changed()
+
+    def save(self) -> None:
+        """Write down what the next daemon must know if this one is killed.  Raises `DaemonError`."""
+        resources, life = self.resources, self.life
+        has_kernel = resources.kernel is not None or resources.mark != 0
+        if not has_kernel and (life.state == "failed" or not self.config.waits_for_backend):
+            return
+        self.context.records.save(
+            record_of(
+                self.config,
+                resources.kernel,
+                resources.disk,
+                resources.team,
+                self.backend.session,
+                self.managed.pid if self.managed else None,
+                mark=resources.mark,
+                epoch=resources.epoch,
+                state=life.state,
+                going=life.is_stopping,
+                broker_pid=self.context.broker.child.pid,
+                segments=self.backend.segments,
+                clients=resources.area.record() if resources.area else None,
+                build=self.context.build,
+            )
+        )
+
+    async def fork(self, epoch: int) -> Team:
+        """The workers of this epoch.  Raises `DaemonError`, `OSError`."""
+        team = self.resources.new_team(epoch)
+        # An epoch that has begun is never begun again, whichever process dies now.
+        self.save()
+        await team.fork()
+        self.save()
+        self.resources.hold_workers(team)
+        return team
+
+
+def _managed(config: DeviceConfig, context: DaemonContext, background: Background) -> ManagedBackend | None:
+    if config.backend is None:
+        return None
+    return ManagedBackend(
+        config.name, config.backend, context.run_dir, context.holder, context.live_mounts, background
+    )

@@ -1,0 +1,110 @@
+"""The end of one device: refused while the disk is in use, else in the order that cannot wedge the host.
+
+Owns that order: the disk stops while workers serve, workers end, the backend leaves, the kernel's device is deleted.
+The caller has the device's turn, but for `check_unused` and `describe_use`.  Runs on the supervisor's asyncio loop.
+"""
+
+import logging
+
+from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.records import Record, end_left
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.kernel import disk_users
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.processes.background import logged
+
+_log = logging.getLogger("ublkpool.device")
+
+
+async def check_unused(parts: DeviceParts) -> None:
+    """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
+    name, kernel, state = parts.config.name, parts.resources.kernel, parts.life.state
+    if kernel is None or state == "failed":
+        return
+    await disk_users.check_unused(name, kernel, may_open=state != "waiting")
+    # Clients are asked last: one that ended meanwhile has given its slice back by now.
+    if clients := parts.clients.names():
+        raise DaemonError(
+            f"{name}: its client buffers are in use: {', '.join(clients)}: end these clients, or use --force"
+        )
+
+
+async def describe_use(parts: DeviceParts) -> str:
+    """The users of the disk in words, empty if none is seen."""
+    kernel = parts.resources.kernel
+    return await disk_users.describe_use(kernel) if kernel is not None and parts.life.state == "live" else ""
+
+
+async def stop_unused(parts: DeviceParts, look_again: bool) -> None:
+    """Stop a live disk where the driver can refuse that to openers; `look_again` if it changed since `check_unused`.
+
+    Raises `DaemonError` that names the users; then nothing has changed.
+    """
+    resources = parts.resources
+    if look_again:
+        await check_unused(parts)
+    if parts.life.state == "live" and resources.kernel is not None and resources.kernel.can_try_stop:
+        await disk_users.stop_unused(parts.config.name, resources.kernel, resources.try_stop)
+
+
+async def tear_down(parts: DeviceParts, keep: bool) -> None:
+    """End and remove everything of the device; with `keep` the backend leaves what it keeps to its successor.
+
+    Raises `DaemonError` if the kernel's device stays: then it stays on record, too, and a retry may succeed.
+    """
+    name = parts.config.name
+    parts.clients.close()
+    if parts.left is not None:
+        await _end_left(parts, parts.left)
+    with logged(name):
+        await parts.resources.stop()
+    await end_backend(parts, keep)
+    await parts.resources.remove()
+    parts.context.records.forget(name)
+    parts.context.holder.drop(name)
+
+
+async def end_binding(parts: DeviceParts, keep: bool, forget: bool) -> None:
+    """Forget a store that never served the device; also one that did, with `forget` or if it ends with the device."""
+    await parts.binding.undo()
+    if forget:
+        await parts.binding.forget()
+    elif not keep:
+        await parts.binding.end()
+
+
+async def tear_down_failed(parts: DeviceParts) -> bool:
+    """Tear down a device that failed; whether the kernel's device is gone, else the reason says why it is not."""
+    try:
+        await tear_down(parts, keep=True)
+    except (DaemonError, OSError) as error:
+        stays = without_name(parts.config.name, one_line(error))
+        _log.error("%s: %s", parts.config.name, stays)
+        parts.life.reason += f"; its device is still there, `del` tries again: {stays}"
+        return False
+    return True
+
+
+async def end_backend(parts: DeviceParts, keep: bool) -> None:
+    """Have the attached backend leave, and start the daemon's own no more."""
+    if parts.managed is not None:
+        parts.managed.let_end()
+    with logged(parts.config.name):
+        await parts.backend.end(keep)
+    if parts.managed is not None:
+        await parts.managed.end()
+
+
+async def _end_left(parts: DeviceParts, left: Record) -> None:
+    """End the processes that an earlier daemon left, then the kernel's device if no team of this daemon serves it."""
+    resources = parts.resources
+    await end_left([left], [each for each in left.processes if each.role == "broker"])
+    if resources.kernel is None and left.device_number is not None:
+        resources.kernel = await BlockDevice.find(
+            parts.context.runner, parts.config.name, left.device_number, left.device_mark
+        )
+    elif resources.kernel is None:
+        resources.mark = left.device_mark
+    if resources.team is None:
+        await resources.discard()
+    parts.left = None

@@ -1,0 +1,149 @@
+"""What others may ask of a device: its state, its status, its trouble, its disk.
+
+Owns the wording; reads the parts and changes none.
+"""
+
+from collections.abc import Callable
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.status import BackendStatus, ClientStats, DeviceStatus, State, WorkerStatus
+from ublkpool.ublk import abi
+
+
+class DeviceView:
+    """A device, as far as it only tells."""
+
+    def __init__(self, parts: DeviceParts) -> None:
+        self.config = parts.config
+        self.parts = parts
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Have `call` called after every change of the state; the last one given counts."""
+        self.parts.life.on_change = call
+
+    @property
+    def name(self) -> str:
+        """The config's name of it."""
+        return self.config.name
+
+    @property
+    def state(self) -> State:
+        """The state that decides what comes next."""
+        return self.parts.life.state
+
+    @property
+    def shown(self) -> State:
+        """The state that users are told, see `Lifecycle.shown`."""
+        return self.parts.life.shown
+
+    @property
+    def reason(self) -> str:
+        """Why the device failed; empty if it did not."""
+        return self.parts.life.reason
+
+    @property
+    def trouble(self) -> str:
+        """Why requests are not served; empty if they are."""
+        life, backend = self.parts.life, self.parts.backend
+        if life.state == "failed":
+            return life.reason
+        reasons = [life.trouble if life.state in ("recovering", "quiesced") else ""]
+        if backend.session is None and self.config.answers == "backend":
+            reasons.append(_why_no_backend(self.parts))
+        reasons.append(backend.due_greetings(self.parts.resources.team))
+        return "; ".join(filter(None, reasons))
+
+    @property
+    def session(self) -> Session | None:
+        """The attached backend."""
+        return self.parts.backend.session
+
+    @property
+    def lacks_backend(self) -> bool:
+        """Whether requests wait for a backend to attach."""
+        return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
+
+    @property
+    def arena(self) -> Arena | None:
+        """The pool."""
+        return self.parts.resources.arena
+
+    def status(self) -> DeviceStatus:
+        """What `list` shows."""
+        config, resources = self.config, self.parts.resources
+        kernel, disk, team = resources.kernel, resources.disk, resources.team
+        info = kernel.info if kernel else None
+        return DeviceStatus(
+            name=config.name,
+            id=info.device_number if info else config.id,
+            path=str(kernel.node) if kernel and self.state != "waiting" else None,
+            state=self.shown,
+            size_bytes=disk.size_bytes if disk else config.size_bytes,
+            queues=info.queues if info else config.queues,
+            depth=config.depth,
+            need_get_data=config.need_get_data,
+            placement=config.placement,
+            answers=config.answers,
+            recovery=config.recovery,
+            flags=tuple(abi.feature_names(info.flags)) if info else (),
+            workers=tuple(
+                WorkerStatus(queue=each.queue, pid=each.child.pid, cpu=each.cpu)
+                for each in (team.workers if team else ())
+            ),
+            backend=_backend_status(self.parts),
+            reason=self.trouble,
+            epoch=resources.epoch,
+        )
+
+    def client_stats(self) -> ClientStats:
+        """How many slices of the client area are lent, resting and free."""
+        area, (lent, resting, free) = self.parts.resources.area, self.parts.clients.counts()
+        size_bytes = area.slice_bytes if area else 0
+        return ClientStats(slice_bytes=size_bytes, lent_count=lent, resting_count=resting, free_count=free)
+
+    def describe(self) -> wire.Described:
+        """What a backend may know before it attaches."""
+        config, disk, kernel = self.config, self.parts.resources.disk, self.parts.resources.kernel
+        return wire.Described(
+            v=wire.PROTOCOL_VERSION,
+            device=config.name,
+            size_bytes=disk.size_bytes if disk else config.size_bytes or 0,
+            max_io_bytes=config.max_io_bytes,
+            need_get_data=config.need_get_data,
+            placement=config.placement,
+            read_only=config.read_only,
+            path=str(kernel.node) if kernel else "",
+            may_create=_may_create(self.parts),
+        )
+
+    async def live(self) -> None:
+        """Return when the device is live.  Raises `DaemonError` with the reason if it fails first."""
+        await self.parts.life.live()
+
+    async def settled(self) -> None:
+        """Return when no task changes this device."""
+        await self.parts.life.settled()
+
+
+def _backend_status(parts: DeviceParts) -> BackendStatus:
+    if session := parts.backend.session:
+        return BackendStatus(kind=session.attach.kind, pid=session.pid, attached=True)
+    kind = parts.config.backend.kind if parts.config.backend else None
+    return BackendStatus(kind=kind, pid=parts.managed.pid if parts.managed else None, attached=False)
+
+
+def _why_no_backend(parts: DeviceParts) -> str:
+    known = (parts.managed.trouble if parts.managed else "") or parts.backend.refusal
+    if parts.life.state == "waiting":
+        return known or parts.life.reason
+    then = "fail" if parts.backend.is_absent_too_long else "wait"
+    return f"no backend is attached, requests {then}" + (f": {known}" if known else "")
+
+
+def _may_create(parts: DeviceParts) -> bool:
+    """Whether an empty store may be made; not for a disk that an earlier daemon served from an unknown store."""
+    has_disk = parts.life.state not in ("waiting", "failed")
+    return parts.binding.may_create() and not (has_disk and parts.binding.store is None)
