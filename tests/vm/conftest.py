@@ -1,4 +1,4 @@
-"""One daemon for all tests of a session, and after every test the search for what it left behind."""
+"""One daemon for all tests of a session, and a check after every test that it left nothing behind."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _LOG_START: pytest.StashKey[int] = pytest.StashKey()
 
 @pytest.fixture(scope="session")
 def session_daemon() -> Iterator[Daemon]:
-    """Started once; at the end it must go without a trace."""
+    """The daemon of the session; its end must leave nothing behind."""
     daemon = Daemon()
     try:
         daemon.start()
@@ -29,7 +29,7 @@ def session_daemon() -> Iterator[Daemon]:
 
 @pytest.fixture
 def lend(request: pytest.FixtureRequest) -> Callable[[Daemon], AbstractContextManager[Daemon]]:
-    """Gives a test a daemon that it shares with others, which has no device before and after it."""
+    """Lends a shared daemon to a test; the daemon has no device before and after the test."""
 
     @contextmanager
     def lent(daemon: Daemon) -> Iterator[Daemon]:
@@ -57,7 +57,7 @@ def daemon(
 
 @pytest.fixture(autouse=True)
 def healthy_machine() -> Iterator[None]:
-    """No test may leave a task that nothing ends, or make the kernel complain."""
+    """Fail a test that leaves a task in an unkillable wait or that makes the kernel log a warning."""
     log = KernelLog()
     yield
     try:
@@ -69,7 +69,7 @@ def healthy_machine() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A failure is shown with what the daemon and the backends said meanwhile."""
+    """Show a failure with the output of the daemon and the backends during the test."""
     report = yield
     daemon = item.stash.get(_DAEMON, None)
     if daemon is not None and report.failed:  # type: ignore[attr-defined]

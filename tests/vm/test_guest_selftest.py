@@ -1,4 +1,4 @@
-"""The guest is what its other tests take it for."""
+"""The guest has the properties that the other tests rely on."""
 
 import os
 import subprocess

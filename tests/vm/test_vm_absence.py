@@ -1,4 +1,4 @@
-"""A device whose backend stays away: by its policy its requests fail after a while, and are served by the next one."""
+"""A device without a backend: requests fail after `absent_timeout`, and the next backend serves later ones."""
 
 import errno
 import mmap
@@ -20,7 +20,7 @@ PATIENCE_S = 1.5
 
 
 def _start(daemon: Daemon, placement: str, disk: mmap.mmap) -> Forked:
-    """A backend as good as any, which costs no start of Python; its successor finds the same disk."""
+    """A backend in a fork, which saves the start of Python; the next one serves the same bytes."""
     segment_bytes = DEPTH * MAX_IO_BYTES if placement == "backend" else 0
     return start_hostile(daemon.run_dir, placement, disk, segment_bytes=segment_bytes)
 
@@ -29,7 +29,7 @@ def _is_busy(daemon: Daemon, name: str) -> bool:
     return total(daemon.stats(name), "in_flight") > 0
 
 
-def test_without_a_backend_requests_fail_after_their_patience_until_the_next_one_comes(
+def test_without_a_backend_requests_fail_after_absent_timeout_until_the_next_one_attaches(
     daemon: Daemon,
 ) -> None:
     small: dict[str, Any] = {"size_bytes": DISK_BYTES, "depth": DEPTH, "max_io_bytes": MAX_IO_BYTES}

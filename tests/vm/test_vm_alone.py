@@ -1,4 +1,4 @@
-"""Workers that answer themselves: zeros are read, whoever dies, and no backend is taken."""
+"""A device whose workers answer: reads return zeros through every death, and no backend may attach."""
 
 import os
 from functools import partial
@@ -18,7 +18,7 @@ def _serves(path: str) -> None:
     assert read_block(path, 0, 2 * CHUNK) == bytes(2 * CHUNK)
 
 
-def test_workers_answer_alone_from_add_to_del_over_a_recovery_and_a_new_daemon(daemon: Daemon) -> None:
+def test_workers_answer_without_a_backend_through_a_recovery_and_a_new_daemon(daemon: Daemon) -> None:
     status = daemon.add("alone", answers="worker", size_bytes=DISK_BYTES, queues=2, depth=8)
     path = status.path or ""
     assert (status.state, status.answers, status.backend.kind) == ("live", "worker", None)

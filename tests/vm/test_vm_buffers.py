@@ -1,4 +1,4 @@
-"""A pool far smaller than what is asked of it: requests wait for one another, and for nothing else."""
+"""A pool far smaller than the demand: requests wait only until others return their buffers."""
 
 import subprocess
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ BURSTS = 4
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Daemon]:
-    """A daemon whose workers look around only when something happens."""
+    """A daemon whose workers have no periodic tick: they act only on events."""
     with Daemon(name="patient", module="support.vm.patient_daemon").life() as daemon:
         yield daemon
 
 
 def _bursts(node: str, rw: str) -> list[str]:
-    """Each is sent at once, and the next only when all of it is done."""
+    """fio's command for bursts: all requests of a burst are sent at once, the next burst after the last answer."""
     whole = ("iodepth", "iodepth_batch_submit", "iodepth_batch_complete_min")
     settings = {
         "name": "burst",
@@ -39,8 +39,8 @@ def _bursts(node: str, rw: str) -> list[str]:
 
 
 def _run_bursts(daemon: Daemon, status: DeviceStatus, rw: str) -> DeviceStats:
-    """Through to the end; what was counted.  The device is gone afterwards: that its last commits were taken, a worker
-    without a clock does not notice."""
+    """Run all bursts; returns the counters.  Deletes the device, because a worker without a tick does not notice that
+    the kernel has taken its last commits."""
     assert status.path is not None
     fio = subprocess.Popen(_bursts(status.path, rw), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -51,11 +51,11 @@ def _run_bursts(daemon: Daemon, status: DeviceStatus, rw: str) -> DeviceStats:
         fio.wait()
 
 
-def test_a_buffer_that_comes_back_goes_to_who_waits_though_nothing_else_happens(patient: Daemon) -> None:
+def test_a_returned_buffer_goes_to_a_waiting_request_without_any_other_event(patient: Daemon) -> None:
     status = patient.add("short", "null", {"size": "64M"}, pool_bytes=POOL_BYTES, rings=True)
     assert total(_run_bursts(patient, status, "randwrite"), "buffers_waited") >= BURSTS * BURST // 2
 
 
-def test_a_region_that_comes_back_goes_to_the_backend_though_nothing_else_happens(patient: Daemon) -> None:
+def test_a_released_region_goes_to_the_backend_without_any_other_event(patient: Daemon) -> None:
     status = patient.add("few", few_regions.__file__, rings=True, max_io_bytes=few_regions.REGION_BYTES)
     _run_bursts(patient, status, "randread")

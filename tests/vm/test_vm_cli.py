@@ -1,7 +1,7 @@
-"""The command line's contract, once through on a real driver.
+"""The command line's contract on a real driver.
 
-Commands run in forks of this process, which are the same but for the start of Python; one of each kind that a user
-types first runs as a real process.
+Commands run in forks of this process, which saves the start of Python; the commands that a user types first also run as
+real processes.
 """
 
 import json
@@ -53,7 +53,7 @@ def _succeeded(ran: Ran) -> str:
 
 
 def _complaint(ran: Ran, status: int = 1) -> str:
-    """The one line of a command that failed."""
+    """The one line on stderr of a command that failed."""
     assert ran.status == status and ran.out == "", ran
     assert ran.err.startswith("ublkpool: ") and ran.err.count("\n") == 1, ran.err
     return ran.err.removeprefix("ublkpool: ").strip()
@@ -68,7 +68,7 @@ def test_a_device_from_add_to_del(daemon: Daemon) -> None:
     added = daemon.command_run("add", "--queues", "2", "--backend", "memory", "vol", "--", "size=8M")
     assert (added.returncode, added.stderr) == (0, "")
     path = added.stdout.removesuffix("\n")
-    # Whoever reads the path may use it at once.
+    # The printed path can be used at once.
     assert Path(path).is_block_device()
     assert _listed_device(daemon) == {"name": "vol", "path": path}
     _check_stats(daemon)
@@ -228,7 +228,9 @@ def test_a_mounted_device_is_deleted_only_by_force(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("command", [("serve",), ("backend", "null", "--device", "nobody")])
-def test_a_command_that_has_no_place_here_says_why(daemon: Daemon, command: tuple[str, ...]) -> None:
+def test_a_second_daemon_and_a_backend_without_a_device_say_why_they_end(
+    daemon: Daemon, command: tuple[str, ...]
+) -> None:
     reason = _complaint(run_command(daemon, *command))
     assert "another daemon is running here" in reason if command == ("serve",) else "nobody" in reason
     assert daemon.client.devices() == []

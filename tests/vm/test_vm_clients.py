@@ -1,4 +1,4 @@
-"""Clients whose buffers the backend shares: nothing is copied where the driver can tell, everything elsewhere."""
+"""Clients with buffers that the backend shares: nothing is copied if the driver has SHMEM_ZC, else everything is."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ def free_slices(daemon: Daemon, name: str) -> int:
 
 
 def _fio_in_a_buffer(daemon: Daemon, name: str) -> "subprocess.Popen[bytes]":
-    """It reads, and can be killed while it waits: its requests outlive it."""
+    """fio that reads through a client buffer; its io_uring requests outlive it if it is killed."""
     fio = (
         "exec fio --name=a --filename=$UBLKPOOL_DISK --direct=1 --thread=1 --ioengine=io_uring --rw=randread --bs=4k "
         "--iodepth=4 --size=1M --time_based=1 --runtime=3600 --iomem=mmapshared:$UBLKPOOL_BUFFER"
@@ -117,13 +117,15 @@ def _fio_in_a_buffer(daemon: Daemon, name: str) -> "subprocess.Popen[bytes]":
     )  # fmt: skip
 
 
-def test_a_dead_client_s_slice_rests_until_nothing_of_it_is_under_way(daemon: Daemon, shared: str) -> None:
+def test_a_dead_clients_slice_is_not_lent_while_its_requests_are_in_flight(
+    daemon: Daemon, shared: str
+) -> None:
     backend = daemon.status(shared).backend.pid or 0
     with _fio_in_a_buffer(daemon, shared) as client:
         eventually(lambda: in_place(daemon, shared) > MIB, "fio reads")
         assert free_slices(daemon, shared) == SLICES - 1
         with daemon.stopped(backend):
-            # What it has been asked for it will answer into the dead client's memory.
+            # The backend will answer these reads into the dead client's memory.
             eventually(lambda: _under_way(daemon, shared) == 4, "reads are under way")
             client.kill()
             eventually(lambda: not is_lent(daemon, shared), "the end of the lease is noticed")
@@ -134,7 +136,7 @@ def test_a_dead_client_s_slice_rests_until_nothing_of_it_is_under_way(daemon: Da
 
 
 def _under_way(daemon: Daemon, name: str) -> int:
-    """Reads, by the kernel's count: a worker's still has what it committed just before it fell asleep."""
+    """The number of reads in flight by the kernel's count; the worker's may still include its last commits."""
     node = Path(daemon.status(name).path or "")
     return int(Path(f"/sys/block/{node.name}/inflight").read_text().split()[0])
 
@@ -143,7 +145,7 @@ def is_lent(daemon: Daemon, name: str) -> bool:
     return daemon.stats(name).clients.lent_count > 0
 
 
-def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: str) -> None:
+def test_a_slice_that_a_process_still_maps_is_not_lent_again(daemon: Daemon, shared: str) -> None:
     buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
     keeper = Forked(lambda: _keep(buffer))
     buffer.close()
@@ -151,7 +153,7 @@ def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: st
     others = [ClientBuffer.open(shared, run_dir=daemon.run_dir) for _ in range(SLICES)]
     assert [each.is_shared for each in others] == [True] * (SLICES - 1) + [False]
     keeper.kill()
-    # It is looked for when somebody wants what there is not.
+    # The daemon looks for such processes only when a client asks and no slice is free.
     eventually(lambda: _gets_one(daemon, shared), "the last can be had again")
     for each in others:
         each.close()
@@ -159,7 +161,7 @@ def test_who_still_has_a_slice_keeps_it_from_the_next(daemon: Daemon, shared: st
 
 
 def _keep(buffer: ClientBuffer) -> int:
-    """A process that was forked from a client, and has its memory without its lease."""
+    """A process forked from a client: it has the client's memory but not its lease."""
     assert buffer._lease is not None
     buffer._lease.close()
     signal.pause()
@@ -174,7 +176,7 @@ def _gets_one(daemon: Daemon, name: str) -> bool:
 def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_killed(
     daemon: Daemon, shared: str
 ) -> None:
-    """The buffer of a job holds all of its depth; what is verified is read through it as well."""
+    """The buffer has room for all requests of the job; verification reads through it, too."""
     status = daemon.status(shared)
     buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
     before = copied(daemon, shared)
@@ -202,7 +204,9 @@ def line_of_daemons() -> Iterator[Daemon]:
         yield daemon
 
 
-def test_a_client_goes_on_through_the_daemon_s_death_and_everybody_s(line_of_daemons: Daemon) -> None:
+def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
+    line_of_daemons: Daemon,
+) -> None:
     if not is_offered():
         pytest.skip("this kernel's driver lacks SHMEM_ZC")
     daemon, name = line_of_daemons, "heir"
@@ -227,11 +231,11 @@ def test_a_client_goes_on_through_the_daemon_s_death_and_everybody_s(line_of_dae
     disk.write(0, b"4" * 65536)
     assert disk.read(0, 65536) == b"4" * 65536
     assert (copied(daemon, name), in_place(daemon, name)) == (before, moved + 5 * 65536)
-    # Of the others the memory is lost, and of the client's nobody knows but the client.
+    # The memory of the free slices is lost, and only the client knows its own.
     clients = daemon.stats(name).clients
     assert (clients.lent_count, clients.resting_count, clients.free_count) == (0, 1, 0)
     disk.close()
-    # It could not be told whether nobody has it any more, so it is lent to nobody.
+    # The daemon cannot tell whether a process still maps the slice, so it does not lend it again.
     late = Disk(ClientBuffer.open(name, MIB, run_dir=daemon.run_dir))
     assert not late.buffer.is_shared
     late.write(MIB, b"5" * 4096)
@@ -240,7 +244,7 @@ def test_a_client_goes_on_through_the_daemon_s_death_and_everybody_s(line_of_dae
     daemon.delete(name)
 
 
-def test_the_example_and_fio_under_the_command_use_a_buffer_in_place_or_are_copied_for(
+def test_the_example_and_fio_under_client_use_the_shared_buffer_or_are_copied(
     daemon: Daemon,
 ) -> None:
     fio = (

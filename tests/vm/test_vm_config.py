@@ -1,4 +1,4 @@
-"""A daemon that finds its devices in a config file, and takes them along when it ends."""
+"""A daemon that adds the devices of a config file and deletes them when it ends."""
 
 import os
 import socket
@@ -44,13 +44,13 @@ path = "/nowhere/lost.img"
 """
 
 
-def test_devices_of_the_config_are_served_but_for_those_that_cannot_and_go_with_the_daemon() -> None:
+def test_the_configs_devices_are_served_except_broken_ones_and_deleted_with_the_daemon() -> None:
     daemon = Daemon(CONFIG)
     try:
         daemon.start()
         for name in ("paper", "smoke"):
             _check_that_it_stores(daemon, name)
-        # A relative path in a config is meant from the config's directory.
+        # A relative path in a config file starts at the file's directory.
         assert daemon.path("paper.img").stat().st_size == 16 * MIB
         assert (daemon.status("paper").queues, daemon.status("paper").depth) == (2, 32)
         assert not daemon.status("smoke").need_get_data
@@ -119,7 +119,7 @@ def _told(systemd: socket.socket) -> list[str]:
     return said
 
 
-def test_a_backend_that_hangs_in_open_holds_up_neither_ready_nor_others_nor_the_end(
+def test_a_backend_that_hangs_in_open_delays_neither_readiness_nor_other_devices_nor_the_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs = tmp_path / "hangs.py"

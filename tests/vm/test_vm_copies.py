@@ -1,4 +1,4 @@
-"""A write is copied once, by the kernel, to the very bytes that its backend named."""
+"""The kernel copies a write once, to the address that the backend named."""
 
 import os
 import zlib

@@ -1,4 +1,4 @@
-"""The examples, as their users would run them, under fio, with NEED_GET_DATA and without."""
+"""The examples under fio, run as a user would, with NEED_GET_DATA and without."""
 
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ def _both_ways(daemon: Daemon, example: str) -> list[DeviceStatus]:
 
 
 def _run(daemon: Daemon, status: DeviceStatus, verify: str | None) -> int:
-    """Returns how many writes landed in what the backend had posted."""
+    """Returns the number of writes that landed in regions that the backend had posted."""
     assert status.path is not None
     result = run_fio(status.path, size=2 * MIB, iodepth=32, verify=verify)
     stats = daemon.rest(status.name)

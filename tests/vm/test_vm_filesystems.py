@@ -1,4 +1,4 @@
-"""File systems on a device: a real tree survives, discards free blocks, flushes arrive."""
+"""File systems on a device: a directory tree survives, discards free blocks, flushes reach the backend."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 class Disk(NamedTuple):
-    """A file system and the device it is tried on; xfs wants 300 MB at least."""
+    """A file system and its device; xfs needs at least 300 MB."""
 
     file_system: str
     placement: str
@@ -77,6 +77,6 @@ def _trim_frees_blocks(daemon: Daemon, root: Path) -> None:
     os.sync()
     trims = _requests(daemon, "discard")
     run("fstrim", root)
-    # xfs does not wait for the last of them.
+    # xfs does not wait for its last discards.
     eventually(lambda: _requests(daemon, "discard") > trims, "fstrim discards")
     eventually(lambda: _allocated_bytes(daemon.path("fs.img")) <= filled - 8 * MIB, "trimmed blocks are free")

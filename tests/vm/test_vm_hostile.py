@@ -1,4 +1,4 @@
-"""Backends that break the protocol: their request fails or waits, they are cut off, nobody else notices."""
+"""Backends that break the protocol are cut off: their request fails or waits, and other devices do not notice."""
 
 import errno
 import mmap
@@ -32,8 +32,8 @@ FLOOD = 30
 UNSEALED_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
 
 
-class Crime(NamedTuple):
-    """What a backend does to one request, and what the client then gets: an error, or the successor's answer."""
+class Breach(NamedTuple):
+    """One breach of the protocol, and the client's result: an error, or the answer of the next backend."""
 
     name: str
     conduct: Conduct
@@ -42,30 +42,30 @@ class Crime(NamedTuple):
     end: int = KILLED
 
 
-def _crimes_with_pool() -> list[Crime]:
-    crimes = [Crime(name, telling(lie), Op.WRITE, 0) for name, lie in CUT.items()]
-    crimes += [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in RESULTS.items()]
-    crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in RESULTS.items()]
-    crimes.append(Crime("posts where the pool is the place", hostile.posting(""), Op.WRITE, 0))
-    crimes.append(Crime("two answers", hostile.answering_twice, Op.WRITE, 0))
-    crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
-    return crimes
+def _breaches_with_pool() -> list[Breach]:
+    breaches = [Breach(name, telling(lie), Op.WRITE, 0) for name, lie in CUT.items()]
+    breaches += [Breach(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in RESULTS.items()]
+    breaches += [Breach(name, telling(lie), Op.READ, errno.EIO) for name, lie in RESULTS.items()]
+    breaches.append(Breach("posts where the pool is the place", hostile.posting(""), Op.WRITE, 0))
+    breaches.append(Breach("two answers", hostile.answering_twice, Op.WRITE, 0))
+    breaches.append(Breach("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
+    return breaches
 
 
-def _crimes_with_own_segment() -> list[Crime]:
+def _breaches_with_own_segment() -> list[Breach]:
     lies = {**REGIONS, **REJECTS}
-    crimes = [Crime(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in lies.items()]
-    crimes += [Crime(name, telling(lie), Op.READ, errno.EIO) for name, lie in REGIONS.items()]
-    crimes += [Crime(name, telling(CUT[name]), Op.WRITE, 0) for name in ("other kind", "no such tag")]
+    breaches = [Breach(name, telling(lie), Op.WRITE, errno.EIO) for name, lie in lies.items()]
+    breaches += [Breach(name, telling(lie), Op.READ, errno.EIO) for name, lie in REGIONS.items()]
+    breaches += [Breach(name, telling(CUT[name]), Op.WRITE, 0) for name in ("other kind", "no such tag")]
     posts = ("half past the end", "no size that buffers have")
-    crimes += [Crime(f"posts {name}", hostile.posting(name), Op.WRITE, 0) for name in posts]
-    crimes.append(Crime("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
-    crimes.append(Crime("late death", hostile.dying_with_the_data, Op.WRITE, 0, hostile.DEATH_STATUS))
-    return crimes
+    breaches += [Breach(f"posts {name}", hostile.posting(name), Op.WRITE, 0) for name in posts]
+    breaches.append(Breach("death", hostile.dying, Op.WRITE, 0, hostile.DEATH_STATUS))
+    breaches.append(Breach("late death", hostile.dying_with_the_data, Op.WRITE, 0, hostile.DEATH_STATUS))
+    return breaches
 
 
 class Scenes:
-    """A device without a backend of its own, and the disk that its many backends share."""
+    """A device to which the tests attach one backend after another; all share one disk."""
 
     def __init__(self, daemon: Daemon, placement: str) -> None:
         self.daemon = daemon
@@ -89,24 +89,24 @@ class Scenes:
         return backend
 
     def request(self, op: Op, offset: int, data: bytes) -> Forked:
-        """A client's request, in a process that ends with its errno."""
+        """A client's request, in a process whose exit status is the errno."""
         path = self.path
         if op == Op.WRITE:
             return Forked(lambda: write_block(path, offset, data))
         return Forked(lambda: _read_error(path, offset, len(data)))
 
-    def commit(self, crime: Crime, index: int) -> tuple[Forked, bytes]:
-        """A backend commits its crime and ends; the request, which may still wait, and what it would write."""
+    def commit(self, breach: Breach, index: int) -> tuple[Forked, bytes]:
+        """Let a backend break the protocol and end; returns the request, which may still wait, and its data."""
         offset, data = index * CHUNK, os.urandom(CHUNK)
-        backend = self.attach(crime.conduct, Victim(offset, crime.op))
-        request = self.request(crime.op, offset, data)
-        assert backend.wait() == crime.end, crime.name
-        if crime.error:
-            assert request.wait() == crime.error, crime.name
+        backend = self.attach(breach.conduct, Victim(offset, breach.op))
+        request = self.request(breach.op, offset, data)
+        assert backend.wait() == breach.end, breach.name
+        if breach.error:
+            assert request.wait() == breach.error, breach.name
         return request, data
 
     def workers(self) -> set[int]:
-        """The processes of its queues."""
+        """The pids of the device's workers."""
         return {each.pid for each in self.daemon.status("victim").workers}
 
     def count(self, counter: str) -> int:
@@ -127,10 +127,10 @@ def _reads(daemon: Daemon, name: str) -> int:
 
 @contextmanager
 def _bystander(daemon: Daemon) -> Iterator[None]:
-    """A device of the same daemon under verified I/O from before the block until after it."""
+    """Another device of the same daemon, under verified I/O for the length of the block."""
     with daemon.device("bystander", "memory", options={"size": "16M"}) as status:
         assert status.path is not None
-        # Its pace leaves the CPUs to the others: what counts is that it goes on.
+        # Paced, so that the tests have the CPUs; it only has to go on.
         pace: dict[str, Any] = {"time_based": 1, "runtime": 900, "rate_iops": 200}
         before = _reads(daemon, "bystander")
         fio = start_fio(status.path, size="16M", iodepth=8, verify_backlog=32, **pace)
@@ -148,32 +148,32 @@ def _bystander(daemon: Daemon) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("placement", ["pool", "backend"])
-def test_every_crime_ends_its_backend_and_harms_at_most_its_own_request(
+def test_every_breach_cuts_its_backend_off_and_harms_at_most_its_own_request(
     daemon: Daemon, placement: str
 ) -> None:
-    crimes = _crimes_with_own_segment() if placement == "backend" else _crimes_with_pool()
+    breaches = _breaches_with_own_segment() if placement == "backend" else _breaches_with_pool()
     with _bystander(daemon):
         said = len(daemon.said())
         scenes = Scenes(daemon, placement)
-        done = [(crime, *scenes.commit(crime, index)) for index, crime in enumerate(crimes)]
+        done = [(breach, *scenes.commit(breach, index)) for index, breach in enumerate(breaches)]
         last = scenes.attach()
-        for index, (crime, request, data) in enumerate(done):
-            if not crime.error:
-                assert request.wait() == 0, crime.name
-                assert crime.op == Op.READ or scenes.disk[index * CHUNK :][:CHUNK] == data, crime.name
-        cuts = sum(crime.end == KILLED for crime in crimes)
-        # A frame that is too large ends the connection before it can be a violation, as a death does.
+        for index, (breach, request, data) in enumerate(done):
+            if not breach.error:
+                assert request.wait() == 0, breach.name
+                assert breach.op == Op.READ or scenes.disk[index * CHUNK :][:CHUNK] == data, breach.name
+        cuts = sum(breach.end == KILLED for breach in breaches)
+        # ZeroMQ ends the connection of a frame that is too large, so the worker sees a hang-up and no violation.
         assert cuts - 1 <= scenes.count("violations") <= cuts
-        assert cuts <= scenes.count("violations") + scenes.count("hangups") <= len(crimes)
+        assert cuts <= scenes.count("violations") + scenes.count("hangups") <= len(breaches)
         assert daemon.said()[said:].count("backend cut off") == cuts
-        assert scenes.count("errors") == sum(crime.error != 0 for crime in crimes)
-        # Who is dead has no memory any more, and its successor gets the same.
+        assert scenes.count("errors") == sum(breach.error != 0 for breach in breaches)
+        # A dead backend has no mappings any more, so the next one gets the same memory.
         assert daemon.said()[said:].count("gets other memory") < cuts / 2
         daemon.delete("victim")
         assert last.wait() == 0
 
 
-def test_an_answer_of_the_past_is_dropped_and_its_backend_stays(daemon: Daemon) -> None:
+def test_a_stale_answer_is_dropped_and_its_backend_stays(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "pool")
     for index, lie in enumerate(STALE.values()):
         backend = scenes.attach(hostile.telling_then_honest(lie), Victim(index * CHUNK))
@@ -189,7 +189,7 @@ def test_an_answer_of_the_past_is_dropped_and_its_backend_stays(daemon: Daemon) 
 def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon, placement: str) -> None:
     scenes = Scenes(daemon, placement)
     half_hearted = scenes.attach(hostile.answering_half, Victim(0), Victim(CHUNK, Op.READ))
-    # 7.x would tell the client that the whole of it was written.
+    # 7.x would report the whole write as done.
     assert write_block(scenes.path, 0, os.urandom(CHUNK)) == errno.EIO
     scenes.disk[CHUNK : 2 * CHUNK] = data = os.urandom(CHUNK)
     assert read_block(scenes.path, CHUNK, CHUNK) == data
@@ -198,7 +198,7 @@ def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon
     assert half_hearted.wait() == 0
 
 
-def test_a_region_named_twice_fails_the_second_write_and_rescues_the_first(daemon: Daemon) -> None:
+def test_a_region_named_twice_fails_the_second_write_and_saves_the_first(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "backend")
     thief = scenes.attach(hostile.placing_at_zero, Victim(0), Victim(CHUNK))
     first_data = os.urandom(CHUNK)
@@ -216,9 +216,9 @@ def test_a_region_named_twice_fails_the_second_write_and_rescues_the_first(daemo
     assert successor.wait() == 0
 
 
-def test_after_a_criminal_a_real_backend_serves(daemon: Daemon) -> None:
+def test_after_a_hostile_backend_a_correct_one_serves(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "pool")
-    request, data = scenes.commit(Crime("kind", telling(CUT["unknown kind"]), Op.WRITE, 0), 1)
+    request, data = scenes.commit(Breach("kind", telling(CUT["unknown kind"]), Op.WRITE, 0), 1)
     daemon.backend("memory", "victim", size=DISK_BYTES)
     assert request.wait() == 0
     assert read_block(scenes.path, CHUNK, CHUNK) == data
@@ -279,7 +279,7 @@ def test_a_backend_that_hangs_up_on_its_queue_and_lives_on_is_ended_long_before_
     daemon: Daemon,
 ) -> None:
     scenes = Scenes(daemon, "pool")
-    request, data = scenes.commit(Crime("hang-up", hostile.hanging_up, Op.WRITE, 0), 0)
+    request, data = scenes.commit(Breach("hang-up", hostile.hanging_up, Op.WRITE, 0), 0)
     assert request.running
     successor = scenes.attach()
     assert request.wait() == 0 and scenes.disk[:CHUNK] == data
@@ -293,7 +293,7 @@ def test_a_backend_that_closes_its_attach_connection_and_lives_on_is_killed_befo
     daemon: Daemon,
 ) -> None:
     scenes = Scenes(daemon, "pool")
-    request, data = scenes.commit(Crime("closed door", hostile.closing_the_door, Op.WRITE, 0), 0)
+    request, data = scenes.commit(Breach("closed door", hostile.closing_the_door, Op.WRITE, 0), 0)
     assert request.running
     successor = scenes.attach()
     assert request.wait() == 0 and scenes.disk[:CHUNK] == data
@@ -306,11 +306,11 @@ def test_a_child_that_keeps_a_dead_backends_memory_neither_changes_nor_wedges_wh
     daemon: Daemon,
 ) -> None:
     scenes, said = Scenes(daemon, "pool"), len(daemon.said())
-    # Where no search for partitions reads.
+    # At an offset that the partition scan does not read.
     half = DISK_BYTES // 2
     backend = scenes.attach(hostile.leaving_a_child, Victim(half, Op.READ))
     workers, waiting = scenes.workers(), scenes.request(Op.READ, half, bytes(CHUNK))
-    # Its child has its memory, its connections and what `Forked.wait` waits for.
+    # The child inherits the memory, the connections and the pipe that `Forked.wait` reads.
     os.waitid(os.P_PID, backend.pid, os.WEXITED | os.WNOWAIT)
     successor = scenes.attach()
     for n in range(4 * DEPTH):
@@ -335,7 +335,7 @@ def _resize_the_pool(daemon: Daemon) -> None:
 
 
 def _punch_the_pool(daemon: Daemon) -> None:
-    """What it punches away is lost to its own device, whose backend could have written anything there as well."""
+    """Punching holes harms only the backend's own device, whose data the backend could have changed anyway."""
     scenes = Scenes(daemon, "pool")
     victims = [Victim(n * CHUNK, op) for n in range(DEPTH) for op in (Op.WRITE, Op.READ)]
     vandal = scenes.attach(hostile.punching_the_pool, *victims)
@@ -355,15 +355,15 @@ def _punch_the_pool(daemon: Daemon) -> None:
 
 def _flood(daemon: Daemon) -> None:
     scenes, said = Scenes(daemon, "pool"), len(daemon.said())
-    request, _ = scenes.commit(Crime("flood", hostile.flooding, Op.WRITE, 0), 0)
+    request, _ = scenes.commit(Breach("flood", hostile.flooding, Op.WRITE, 0), 0)
     files = Path(f"/proc/{daemon.pid}/fd")
     eventually(lambda: not daemon.status("victim").backend.attached, "the flooder is gone")
     before = len(list(files.iterdir()))
     for _ in range(FLOOD):
         _refused(daemon, b"{}", [os.memfd_create("flood")])
-    # What was the flooder's may still have been open before.
+    # Descriptors of the flooding backend may still have been open before.
     eventually(lambda: len(list(files.iterdir())) <= before, "no descriptor of a refused caller is kept")
-    # Once a minute, and a guest may take longer.
+    # The daemon logs this once per minute, and a guest may need more than one.
     refused = daemon.said()[said:].count("backend refused: attach: Object missing required field")
     assert 1 <= refused < FLOOD / 2
     successor = scenes.attach()
@@ -372,7 +372,7 @@ def _flood(daemon: Daemon) -> None:
     assert successor.wait() == 0
 
 
-def test_neither_a_pool_full_of_holes_nor_a_flood_is_noticed_by_anybody_else(daemon: Daemon) -> None:
+def test_neither_holes_in_the_pool_nor_a_flood_disturb_another_device(daemon: Daemon) -> None:
     with _bystander(daemon):
         _resize_the_pool(daemon)
         _punch_the_pool(daemon)
@@ -387,7 +387,7 @@ def _ask_as_nobody(run_dir: Path) -> int:
     return 0 if isinstance(answer, wire.Refused) and "may not attach" in answer.reason else 1
 
 
-def test_an_open_door_lets_no_stranger_in(daemon: Daemon) -> None:
+def test_a_run_directory_open_to_all_lets_no_other_user_attach(daemon: Daemon) -> None:
     opened = [daemon.run_dir.parent, daemon.run_dir, daemon.run_dir / "attach.sock"]
     modes = [each.stat().st_mode for each in opened]
     try:

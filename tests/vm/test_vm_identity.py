@@ -1,4 +1,4 @@
-"""A store that is gone, emptied or replaced: its device waits, nothing is made in its place or read as zeros."""
+"""A store that is missing, emptied or replaced: the device waits; no new store is made, no zeros are read."""
 
 import os
 import signal
@@ -25,12 +25,12 @@ PAGE = 4096
 
 
 def state(daemon: Daemon, name: str) -> DeviceState:
-    """What the daemon remembers of a device's name."""
+    """The daemon's state file of a device."""
     return msgspec.json.decode((daemon.state_dir / f"{name}.json").read_bytes(), type=DeviceState)
 
 
 def refused(daemon: Daemon, name: str, *words: str) -> str:
-    """Wait until `list` gives these words as the reason why the device has no backend."""
+    """Wait until `list` shows this text in the reason why the device has no backend."""
 
     def reason() -> str:
         text = next((each.reason for each in daemon.client.devices() if each.name == name), "")
@@ -40,7 +40,7 @@ def refused(daemon: Daemon, name: str, *words: str) -> str:
 
 
 def end_backend(daemon: Daemon, name: str) -> int:
-    """Kill the backend as the kernel would; its process."""
+    """Kill the backend with SIGKILL; returns its pid."""
     pid = daemon.status(name).backend.pid
     assert pid is not None and kill(pid)
     return pid
@@ -54,13 +54,13 @@ def test_a_renamed_file_is_not_made_anew_and_its_device_goes_on_when_it_is_back(
     with mounted(disk, tree):
         copy_tree(tree)
         before, first = checksums(tree), state(daemon, "g").generation
-        # Now: without a backend nothing that is dirty could be written.
+        # Before the backend dies, because without it dirty pages could not be written.
         forget_cached()
         image.rename(away)
         pid = end_backend(daemon, "g")
         refused(daemon, "g", "no such file", str(image))
         reading = Forked(partial(_reads_as, tree, before))
-        # The successors come every few seconds: two of them.
+        # The daemon starts a new backend every few seconds: wait for two.
         said = daemon.said()
         eventually(lambda: daemon.said() != said, "the next backend has tried")
         assert reading.running and not image.exists()
@@ -79,7 +79,7 @@ def _reads_as(tree: Path, expected: dict[str, str]) -> int:
 
 @contextmanager
 def served_file(daemon: Daemon, name: str, directory: Path) -> Iterator[tuple[Path, str, bytes]]:
-    """A device on a file, with a block in it."""
+    """A device on a file that holds one written block."""
     image, data = directory / f"{name}.img", os.urandom(PAGE)
     disk = daemon.add(name, "file", {"path": image, "size": "16M"}).path or ""
     assert write_block(disk, 0, data) == 0
@@ -136,7 +136,7 @@ def _ext4(directory: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(48 * MIB)
     run("modprobe", "loop")
-    # With a journal, without which ext4 lets the number of a removed file rest for some seconds.
+    # With a journal, because without one ext4 does not reuse the inode number of a removed file for some seconds.
     run("mkfs.ext4", "-q", str(image))
     path.mkdir(exist_ok=True)
     run("mount", "-o", "loop", str(image), str(path))
@@ -147,14 +147,14 @@ def _ext4(directory: Path) -> Iterator[Path]:
         image.unlink()
 
 
-def test_a_new_file_with_the_number_of_a_removed_one_is_another(daemon: Daemon) -> None:
+def test_a_new_file_with_the_inode_number_of_a_removed_one_is_refused(daemon: Daemon) -> None:
     with _ext4(daemon.path("")) as directory, served_file(daemon, "reused", directory) as (image, _, _):
         bound = state(daemon, "reused").store
         assert bound is not None
         assert (bound.identity.strength, bound.identity.in_boot) == ("strong", "") and bound.identity.value
         inode = image.stat().st_ino
         image.unlink()
-        # The number is free when the backend, which has the file open, is gone.
+        # The inode number is free only after the backend, which has the file open, has ended.
         end_backend(daemon, "reused")
         refused(daemon, "reused", "no such file")
         image.write_bytes(bytes(16 * MIB))
@@ -181,7 +181,7 @@ def _live(daemon: Daemon, name: str) -> str:
 
 
 def test_what_was_first_served_is_remembered_when_everything_begins_anew() -> None:
-    """After a stop, and after the end of everything with the run directory, as a reboot leaves it."""
+    """After a stop, and after all processes and the run directory are gone, as after a reboot."""
     daemon = Daemon()
     image, away, data = daemon.path("l.img"), daemon.path("away.img"), os.urandom(PAGE)
     daemon._config = CONFIG.format(image=image)

@@ -1,4 +1,4 @@
-"""`del` without `--force` takes no disk that is in use, and names the users."""
+"""`del` without `--force` deletes no disk that is in use, and names its users."""
 
 import mmap
 import os
@@ -26,7 +26,7 @@ def refusal(daemon: Daemon, names: list[str] | None) -> str:
 
 
 def deleted(daemon: Daemon, name: str) -> bool:
-    """Whether it went; a user that has just ended may be seen for a moment."""
+    """Whether the device was deleted; a process that has just ended may still count as a user for a moment."""
     try:
         daemon.client.delete([name])
     except DaemonError as error:
@@ -74,7 +74,7 @@ def opened_by_another_name(daemon: Daemon, path: str) -> Iterator[str]:
 def mapped(_daemon: Daemon, path: str) -> Iterator[str]:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     memory = mmap.mmap(fd, mmap.PAGESIZE)
-    # `mmap` keeps a duplicate of the descriptor: it is closed behind its back.
+    # Python's `mmap` keeps a duplicate of the descriptor, which is closed here without its knowledge.
     os.close(fd)
     duplicate = next(each for each in Path("/proc/self/fd").iterdir() if _is_link_to(each, path))
     kept = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -173,7 +173,7 @@ USES: list[Use] = [
 ]
 
 
-def test_a_disk_in_use_stays_and_its_users_are_named_whoever_they_are(daemon: Daemon) -> None:
+def test_a_disk_in_use_is_not_deleted_and_the_error_names_its_users(daemon: Daemon) -> None:
     path = daemon.add("busy", "memory", {"size": DISK_BYTES}).path
     assert path is not None
     for use in USES:
@@ -182,7 +182,7 @@ def test_a_disk_in_use_stays_and_its_users_are_named_whoever_they_are(daemon: Da
             assert "its disk" in said and "in use" in said and "--force" in said, use
             assert words in said, use
             assert daemon.status("busy").state == "live", use
-    # It served all the while, and goes when nobody has it.
+    # The device served meanwhile, and is deleted once it has no users.
     eventually(lambda: deleted(daemon, "busy"), "the disk goes when it is not used any more")
 
 

@@ -1,4 +1,4 @@
-"""The kernel's own tests of ublk servers, on ublkpool: `support/vm/kublk_shim.py` stands in for their server."""
+"""The kernel's ublk selftests against ublkpool; `support/vm/kublk_shim.py` replaces their server kublk."""
 
 import os
 import re
@@ -26,11 +26,11 @@ TESTS = (
     pytest.param("stress_05", marks=pytest.mark.one_kernel("6.12")),
 )
 DEADLINE_S = 900.0
-"""Only what hangs takes so long."""
+"""Seconds; only a test that hangs takes this long."""
 SKIPPED = 4
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"part_01": "sfdisk"}
-"""What `make setup` installs, and a test would do without where it is missing."""
+"""Tools that `make setup` installs, and without which a selftest would test less."""
 FEATURES = {
     "generic_16": Feature.SAFE_STOP_DEV,
     "part_01": Feature.NO_AUTO_PART_SCAN,
@@ -39,7 +39,7 @@ FEATURES = {
 }
 """Features without which a selftest skips itself."""
 
-# The selftests' loads last for 20 or 40 s, on a machine that is some 20 times faster than the guest.
+# The selftests run their loads for 20 or 40 s on machines some 20 times faster than the guest.
 FIO = """#!/bin/bash
 arguments=()
 for each in "$@"; do
@@ -53,7 +53,7 @@ for each in "$@"; do
 done
 exec {fio} "${{arguments[@]}}"
 """
-# No udevd runs in the guest.  A disk whose partitions are being read is busy to whoever would open it.
+# The guest has no udevd.  Opening a disk during its partition scan fails with EBUSY, so wait for the scan.
 UDEVADM = """#!/bin/sh
 for each in /dev/ublkb*; do
     [ ! -b "$each" ] || timeout 20 blockdev --getsz "$each" > /dev/null 2>&1
@@ -69,11 +69,11 @@ def _program(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The selftests, and beside them what they call."""
+    """The directory of the selftests and of the programs that they call."""
     made = tmp_path_factory.mktemp("selftests")
     shutil.copytree(fetch_selftests(), made / "ublk")
-    # It kills the server while a request takes 2 s, and tells an error that comes at once from one after the block
-    # layer's 30 s.  In the guest a process takes seconds to start.
+    # generic_06 kills the server during a request of 2 s, and distinguishes an immediate error from one after the block
+    # layer's timeout of 30 s.  In the guest a process takes seconds to start.
     script = made / "ublk" / "test_generic_06.sh"
     text = script.read_text()
     for limit, here in (("--delay_us 2000000", "--delay_us 8000000"), ("-ge 5 ", "-ge 25 ")):
@@ -97,7 +97,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
-    """Its exit status and what it said; at the deadline it and all that it started are killed."""
+    """Run a selftest; returns its exit status and output.  At the deadline kills it with all its children."""
     environment = {
         **os.environ,
         "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
@@ -124,7 +124,7 @@ def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
 
 
 def _why_not_here(name: str) -> str:
-    """Why this machine or its driver cannot run it, or nothing."""
+    """Why this machine or its driver cannot run the selftest; empty if it can."""
     features = Feature(get_features())
     if name in TOOLS and shutil.which(TOOLS[name]) is None:
         return f"{TOOLS[name]} is not installed"

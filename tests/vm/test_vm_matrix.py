@@ -1,4 +1,4 @@
-"""Every way a write can come, on every number of queues, verified byte by byte on the real driver."""
+"""Every placement and transport, on one, two and four queues, verified byte by byte on the real driver."""
 
 import subprocess
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ TROUBLE = (
 
 
 class Way(NamedTuple):
-    """How a write comes to the backend."""
+    """How a write reaches the backend."""
 
     need_get_data: bool
     placement: str

@@ -1,6 +1,6 @@
-"""Memory runs short around the daemon: it goes on; and what the kernel kills for it comes back.
+"""The daemon goes on when memory is short, and replaces processes that the kernel's OOM killer ends.
 
-The whole daemon lives in a memory cgroup whose limit the tests pull tight.
+All processes of the daemon run in a memory cgroup, whose limit the tests lower.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from support.vm.recovery import loaded, wait_for_backend, wait_for_epoch
 
 MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
-"""What the group may use above what it has."""
+"""Memory that the group may use beyond its present use."""
 WRITTEN_BYTES = 40 * MIB
 WRITER_DEADLINE_S = 300
 CHUNK = 65536
@@ -35,7 +35,7 @@ def group() -> Iterator[MemoryGroup]:
 
 @pytest.fixture(scope="module")
 def squeezed(group: MemoryGroup) -> Iterator[Daemon]:
-    """A daemon in the group, for all tests here."""
+    """The daemon in the group, shared by the tests of this file."""
     daemon = Daemon(name="squeezed")
     try:
         with group.entered():
@@ -52,7 +52,7 @@ def _pattern(number: int) -> bytes:
 
 
 def _write_from_inside(group: MemoryGroup, target: Path) -> int:
-    """Dirty far more pages than the group may have."""
+    """Dirty far more pages than the group's limit."""
     group.enter()
     with target.open("wb") as file:
         for number in range(WRITTEN_BYTES // CHUNK):
@@ -98,7 +98,7 @@ def test_a_writer_that_fills_the_daemons_own_group_with_dirty_pages_of_its_disk_
 
 
 def _eat(group: MemoryGroup) -> int:
-    """Take more memory than the group may have.  The kernel spares us, and lets us wait when nobody else is left."""
+    """Use more memory than the group's limit, exempt from the OOM killer; blocks while the kernel can kill no other."""
     Path("/proc/self/oom_score_adj").write_text("-1000")
     group.enter()
     meal = mmap.mmap(-1, 2 * ROOM_BYTES)
@@ -107,8 +107,8 @@ def _eat(group: MemoryGroup) -> int:
     return 0
 
 
-def _let_somebody_die(group: MemoryGroup, dies: Callable[[], bool]) -> None:
-    """Fill the group until the kernel has killed whoever must die."""
+def _let_the_kernel_kill(group: MemoryGroup, dies: Callable[[], bool]) -> None:
+    """Fill the group until the kernel has killed a process and `dies` is true."""
     killed = group.events()["oom_kill"]
     eater = Forked(partial(_eat, group))
     try:
@@ -120,15 +120,15 @@ def _let_somebody_die(group: MemoryGroup, dies: Callable[[], bool]) -> None:
 
 
 def _run_out_of_memory(victim: int) -> None:
-    """Have the kernel kill this process for want of memory, in a group of its own.
+    """Let the OOM killer kill this process, in a group of its own.
 
-    Where many share the group it would take one after another: locked memory comes back only when they have ended.
+    In a shared group the OOM killer would kill several, because locked memory is freed only when a process has ended.
     """
     group = MemoryGroup("ublkpool-victim")
     try:
         group.enter(victim)
         group.set("max", ROOM_BYTES)
-        _let_somebody_die(group, lambda: victim not in group.processes())
+        _let_the_kernel_kill(group, lambda: victim not in group.processes())
     finally:
         group.close()
 
@@ -156,7 +156,7 @@ def test_a_group_that_is_killed_as_a_whole_for_want_of_memory_is_taken_over_by_t
         assert victims >= {squeezed.pid, squeezed.broker_pid, *(each.pid for each in status.workers)}
         group.set("oom.group", 1)
         group.set("max", group.used_bytes + ROOM_BYTES)
-        _let_somebody_die(group, lambda: not victims & set(group.processes()))
+        _let_the_kernel_kill(group, lambda: not victims & set(group.processes()))
         group.set("oom.group", 0)
         group.set("max", "max")
         squeezed.crash()

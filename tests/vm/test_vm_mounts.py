@@ -39,7 +39,7 @@ def _umount(where: Path) -> None:
 
 
 def _who_has(where: Path) -> list[str]:
-    """Every process of the machine in whose namespace something is mounted there."""
+    """All processes of the machine in whose mount namespace this path is a mount point."""
     found = []
     for table in Path("/proc").glob("[0-9]*/mountinfo"):
         try:
@@ -87,7 +87,7 @@ def test_backends_see_the_mounts_of_now_and_the_daemon_pins_none(propagation: st
 
 
 def _check_relative_paths(daemon: Daemon, late: Path) -> None:
-    """They are meant from the directory of the one who asked, which may be a mount that the daemon does not have."""
+    """A relative path starts at the directory of the user's command, even on a mount that the daemon does not have."""
     options = {"path": "relative.img", "size": "1M"}
     backend = BackendConfig(kind="file", options=options, cwd=str(late))
     daemon.client.add(DeviceConfig(name="relative", backend=backend, **SMALL))
@@ -108,7 +108,7 @@ def _check_that_an_earlier_mount_goes(daemon: Daemon, where: Path) -> None:
 
 
 def _check_a_restarted_backend(daemon: Daemon, path: str, late: Path, block: bytes) -> None:
-    """Its predecessor's mount is replaced by another of the same file system before it is started."""
+    """A new backend serves although the old one's mount was replaced by another mount of the same file system."""
     before, aside = daemon.status("vol").backend.pid, daemon.path("aside")
     assert before is not None
     with daemon.stopped(daemon.pid):

@@ -1,4 +1,4 @@
-"""A partition table on a device: found at the start, or left alone until somebody asks."""
+"""A partition table on a device: the kernel scans it at the start, or only on request."""
 
 import fcntl
 import os

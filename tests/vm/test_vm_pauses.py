@@ -1,4 +1,4 @@
-"""Processes that do not run for longer than every deadline: no client sees an error, no healthy backend is ended."""
+"""Processes stopped for longer than every deadline: no client sees an error, no healthy backend is ended."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ PAUSE_S = 3 * IO_TIMEOUT_S
 
 
 def _add(daemon: Daemon, name: str, rings: bool) -> DeviceStatus:
-    """A disk that fails what is late and kills its backend for it."""
+    """A disk that fails an overdue request and kills its backend."""
     return daemon.add(
         name,
         "memory",
@@ -31,7 +31,7 @@ def _add(daemon: Daemon, name: str, rings: bool) -> DeviceStatus:
 
 @pytest.fixture(params=[True, False], ids=["rings", "frames"])
 def load(request: pytest.FixtureRequest, daemon: Daemon) -> Iterator[Load]:
-    """A disk that fio writes to and verifies; afterwards nothing has failed and its backend is the same."""
+    """fio's verified writes to a disk; afterwards no request has failed and the backend is the same."""
     before = _add(daemon, "paused", request.param)
     load = Load(daemon, before)
     try:

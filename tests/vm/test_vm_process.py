@@ -1,4 +1,4 @@
-"""What the daemon's processes do to themselves, so that serving a disk cannot hang on that disk."""
+"""The daemon's processes are set up so that they cannot wait for the disk that they serve."""
 
 import errno
 import mmap
@@ -75,7 +75,7 @@ def _check_that_only_workers_hold_the_device(daemon: Daemon, status: DeviceStatu
 
 
 class Watch:
-    """Looks again and again who holds a device, while others come, die and go; `others` are all that ever did."""
+    """Polls which processes hold a device while others start and end; `others`: all pids that ever held one."""
 
     def __init__(self, status: DeviceStatus) -> None:
         self.looks = 0
@@ -100,7 +100,7 @@ class Watch:
 
 
 def test_no_process_ever_holds_a_device_that_it_does_not_serve(daemon: Daemon) -> None:
-    # Control commands, udev, a broker, a backend and two generations of workers are forked meanwhile.
+    # Meanwhile control commands, udev, a broker, a backend and two generations of workers are forked.
     small, last_cpu = {"size": "4M"}, max(os.sched_getaffinity(0))
     with (
         daemon.device("held", "memory", options=small, queues=2, affinity="off") as held,
@@ -122,7 +122,7 @@ def _check_that_mounts_stay_apart(daemon: Daemon, status: DeviceStatus) -> None:
     namespaces = {_mount_namespace(pid) for pid in (daemon.pid, status.workers[0].pid)}
     assert len(namespaces) == 1
     assert _mount_namespace(os.getpid()) not in namespaces
-    # Nothing of theirs comes to us either: no mount point is shared.
+    # Their mounts do not reach this namespace either: no mount point is shared.
     assert "shared:" not in Path(f"/proc/{daemon.pid}/mountinfo").read_text()
 
 
@@ -137,7 +137,7 @@ def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> N
     daemon.add("slow", size_bytes=MIB, io_timeout_s=1, max_io_bytes=65536, depth=8)
     backend = _attach(daemon, "pool")
     path = str(daemon.status("slow").path)
-    # A slow machine may have been overdue with the partition scan.
+    # On a slow machine the partition scan may have been overdue before.
     before = total(daemon.stats("slow"), "timeouts")
     with daemon.stopped(backend.pid):
         write = Forked(lambda: write_block(path, 0, bytes(4096)))

@@ -1,4 +1,4 @@
-"""Workers, backends and the broker killed under I/O: no error, no stale byte, no buffer lost, nothing left behind."""
+"""Workers, backends and the broker are killed under I/O: no error, no stale byte, no lost buffer, nothing left."""
 
 import errno
 import os
@@ -56,7 +56,7 @@ def test_killed_workers_and_then_killed_backends_cost_the_client_nothing(daemon:
 
 
 def _check_that_workers_are_replaced(daemon: Daemon, names: Sequence[str], rng: Random) -> None:
-    """Kill one of each device's; all of them go, the backend stays."""
+    """Kill one worker of each device; the daemon replaces all its workers, and the backend stays."""
     for before in [kill_worker(daemon, name, rng) for name in names]:
         after = wait_for_epoch(daemon, before.name, before.epoch + 1)
         assert after.epoch == before.epoch + 1
@@ -64,11 +64,11 @@ def _check_that_workers_are_replaced(daemon: Daemon, names: Sequence[str], rng: 
         assert after.backend == before.backend
 
 
-def test_a_worker_that_dies_with_every_tag_in_its_hands_is_missed_within_seconds(daemon: Daemon) -> None:
+def test_the_death_of_a_worker_that_holds_every_tag_is_noticed_within_seconds(daemon: Daemon) -> None:
     status = daemon.add("full", "memory", {"size": "4M"}, depth=DEPTH)
     assert status.path is not None and status.backend.pid is not None
     timeout = Path("/sys/block") / Path(status.path).name / "queue/io_timeout"
-    # By its own timer the kernel would miss it after 29 s: what is set says how long it takes, and no clock of ours.
+    # The kernel's default timer notices the death after 29 s.  Check the timer that is set rather than measure time.
     eventually(lambda: int(timeout.read_text()) == IO_TIMEOUT_MS, "the timer is set")
     data = [os.urandom(CHUNK) for _ in range(DEPTH + 2)]
     with daemon.stopped(status.backend.pid):
@@ -108,7 +108,7 @@ def test_no_request_comes_through_while_the_backend_still_executes_one_of_a_dead
     scene.end()
 
 
-def test_a_backend_that_dies_in_the_fence_holds_nothing_up(daemon: Daemon) -> None:
+def test_a_backend_that_dies_during_the_fence_does_not_block_the_recovery(daemon: Daemon) -> None:
     scene = LateScene(daemon, "backend", Manners([Victim(VICTIM, Op.WRITE)]))
     data = os.urandom(CHUNK)
     first = scene.write(VICTIM, data)
@@ -180,7 +180,7 @@ def test_a_backend_that_lies_about_the_fence_fills_a_buffer_that_another_write_h
     scene.end()
 
 
-def test_a_broker_that_dies_twice_while_a_device_recovers_holds_nothing_up(daemon: Daemon) -> None:
+def test_a_broker_that_dies_twice_during_a_recovery_does_not_block_it(daemon: Daemon) -> None:
     scene = LateScene(daemon, "pool", Manners([Victim(VICTIM, Op.WRITE)]))
     data = os.urandom(CHUNK)
     first = scene.write(VICTIM, data)
@@ -210,7 +210,7 @@ def test_a_killed_broker_is_replaced_while_io_goes_on(daemon: Daemon) -> None:
 
 
 def _kill_backend_with_a_read(daemon: Daemon, name: str) -> tuple[int, Forked]:
-    """End a device's backend while it has a read before it; its process, and the client of that read."""
+    """Kill a device's backend while a read waits for it; returns the backend's pid and the reading process."""
     status = daemon.status(name)
     path, pid = status.path, status.backend.pid
     assert path is not None and pid is not None
@@ -240,7 +240,7 @@ def test_without_recovery_a_device_fails_with_its_reason_and_keeps_its_content_f
 
 
 def _handed_over(daemon: Daemon, status: DeviceStatus) -> tuple[int, int]:
-    """Reads and writes that wait for the backend, once all that the kernel has sent is with the workers."""
+    """The number of reads and writes that wait for the backend; (0, 0) until the workers have all requests."""
     reads, writes = _inflight(status)
     stats = daemon.stats(status.name)
     is_all = total(stats, "in_flight") == reads + writes and not total(stats, "buffers_waiting")
@@ -248,7 +248,7 @@ def _handed_over(daemon: Daemon, status: DeviceStatus) -> tuple[int, int]:
 
 
 def _inflight(status: DeviceStatus) -> tuple[int, int]:
-    """Reads and writes that the kernel waits for."""
+    """The number of reads and writes in flight, by the kernel's count."""
     assert status.path is not None
     text = (Path("/sys/block") / Path(status.path).name / "inflight").read_text()
     reads, writes = map(int, text.split())

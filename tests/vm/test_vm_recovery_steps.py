@@ -1,4 +1,4 @@
-"""A recovery hurt at each of its steps: a worker of the new epoch dies, or all do, or the daemon does."""
+"""A death at each step of a recovery: one worker of the new epoch, all of them, or the daemon."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from support.vm.recovery import kill, loaded, wait_for_epoch
 from ublkpool.daemon.device.recovery import STEADY_S
 
 QUEUES = 3
-"""What one death does to the tags of a second queue shows when a third makes the device live."""
+"""A death's effect on the tags of a second queue shows when a third queue makes the device live."""
 EVERY = [(step, victim) for step in STEPS[1:] for victim in ("worker", "workers")]
 EVERY += [(step, "daemon") for step in STEPS]
 SHORT = [
@@ -20,7 +20,7 @@ SHORT = [
     *(("started", "daemon"), ("forked", "daemon"), ("first ready", "daemon")),
 ]
 HURTS = EVERY if "UBLKPOOL_EVERY_STEP" in os.environ else SHORT
-"""Each takes some seconds in a guest; UBLKPOOL_EVERY_STEP=1 does them all."""
+"""Each takes some seconds in a guest; UBLKPOOL_EVERY_STEP=1 runs all of EVERY."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def hurt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
         yield daemon
 
 
-def test_a_recovery_may_be_hurt_at_any_step(hurt: Daemon) -> None:
+def test_a_recovery_survives_a_death_at_any_step(hurt: Daemon) -> None:
     status = hurt.add("vol", "memory", {"size": "64M"}, queues=QUEUES)
     with loaded(hurt, [status]) as (load,):
         for step, victim in HURTS:
@@ -43,10 +43,10 @@ def test_a_recovery_may_be_hurt_at_any_step(hurt: Daemon) -> None:
             if victim == "daemon":
                 hurt.wait_end()
                 hurt.start()
-            # A daemon that dies before the fork has not begun the next epoch.
+            # A daemon that dies before the fork has not raised the epoch yet.
             begun = before.epoch + (0 if step == "started" else 1)
             after = wait_for_epoch(hurt, "vol", begun + 1)
             assert after.path == status.path
             load.goes_on()
-            # Workers that die sooner are taken for ones that cannot live.
+            # Deaths in quicker succession count against the restart limit.
             time.sleep(STEADY_S)

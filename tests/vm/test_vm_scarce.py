@@ -1,4 +1,4 @@
-"""What runs out while devices are added: descriptors, room in the run directory.  Nothing is left of what failed."""
+"""Descriptors or space in the run directory run out while devices are added: a failed add leaves nothing behind."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ ADDS_MAX = 20
 
 
 def _add_until_refused(daemon: Daemon) -> tuple[list[DeviceStatus], str]:
-    """The devices that came to life, and why the next did not."""
+    """The devices that became live, and the error of the next one."""
     added: list[DeviceStatus] = []
     for number in range(ADDS_MAX):
         try:

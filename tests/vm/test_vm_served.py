@@ -26,13 +26,13 @@ NONE_YET = "no backend is attached, requests wait"
 
 
 def _backend(daemon: Daemon, transport: Transport = "ring") -> Forked:
-    """Another user's, which says in a file of its own why it ended."""
+    """A backend of another user, whose output goes to a file."""
     said = daemon.path("said")
     said.touch()
     said.chmod(0o666)
 
     def run() -> int:
-        # The other user cannot read where these lie.
+        # Imported here, because the other user cannot read these files.
         import ublkpool.bufpool.engine.native
         import ublkpool.bufpool.sdk.ring_links
         import ublkpool.bufpool.sdk.zeromq_links  # noqa: F401
@@ -61,7 +61,7 @@ def _owner(path: Path) -> tuple[int, int, int]:
 
 
 def _restarted_by_systemd(daemon: Daemon) -> None:
-    """What RuntimeDirectory= of a unit without User= does to all that lies there."""
+    """Do what systemd does to the entries of a RuntimeDirectory= of a unit without User=."""
     daemon.client.stop(leave=True)
     assert daemon.wait_end() == 0
     for path in (daemon.run_dir, *daemon.run_dir.rglob("*")):
@@ -73,7 +73,7 @@ def _status(daemon: Daemon) -> DeviceStatus:
     return daemon.status("vol")
 
 
-def test_a_groups_backends_are_served_again_after_a_restart_and_live_is_said_only_then() -> None:
+def test_a_groups_backends_serve_again_after_a_restart_and_the_device_is_live_only_then() -> None:
     daemon = Daemon(config=f'[daemon]\ngroup = "{GROUP}"\n', name="group")
     daemon.run_dir.parent.chmod(0o755)
     with daemon.life():

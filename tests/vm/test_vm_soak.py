@@ -1,7 +1,7 @@
-"""Workers, backends, broker, supervisor and everything killed at random, under fio that verifies and under ext4 in use.
+"""Workers, backends, broker, supervisor or all of them are killed at random, under verified fio and under ext4 in use.
 
-`make soak` runs it for long: UBLKPOOL_SOAK_S seconds of fio, UBLKPOOL_SOAK_KILLS deaths for ext4, UBLKPOOL_SEED to play
-a run again.
+`make soak` runs it longer: UBLKPOOL_SOAK_S seconds of fio, UBLKPOOL_SOAK_KILLS deaths for ext4; UBLKPOOL_SEED repeats a
+run.
 """
 
 import os
@@ -36,7 +36,7 @@ COPY_DEADLINE_S = 300.0
 
 @pytest.fixture(scope="module")
 def line_of_mortals() -> Iterator[Daemon]:
-    """A daemon that may be killed, and its successors, for all tests here."""
+    """A daemon that the tests of this file may kill, and the daemons that follow it."""
     with Daemon(name="mortal").life() as daemon:
         yield daemon
 
@@ -74,7 +74,7 @@ def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
     )
 
 
-def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ext4_in_use_survives_every_death(mortal: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"path": mortal.path("fs.img"), "size": "160M"}
     path = mortal.add("fs", "file", options, queues=2).path
     enough = mortal.path("enough")
@@ -90,7 +90,7 @@ def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.
         death.take("worker")
         death.take("backend")
         wait_for_backend(mortal, "fs", backend)
-        # The next daemon is born with the mount in its namespace, and must not keep it.
+        # The next daemon starts with the mount in its namespace, and must not pin it.
         death.take("supervisor")
         while death.total < EXT4_KILLS:
             death.strike()
@@ -110,7 +110,7 @@ def test_ext4_in_use_notices_nothing_of_who_dies(mortal: Daemon, capsys: pytest.
 
 
 def _copy_until(enough: Path, root: Path) -> int:
-    """Copy a real tree to the disk, over the last but one, until the file is there."""
+    """Copy a directory tree to the disk, over the last but one, until the file exists."""
     turn = 0
     while not enough.exists() or turn < 2:
         target = root / str(turn % 2)

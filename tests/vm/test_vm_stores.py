@@ -1,4 +1,4 @@
-"""What a file backend stores on: it has its store alone, goes on with a larger one, and says what keeps it away."""
+"""The store of a file backend: held exclusively, may grow, and an unusable one is named in the reason."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def looped(path: Path, size_bytes: int) -> Iterator[str]:
 
 
 def refusal(daemon: Daemon, *words: str) -> str:
-    """The line of an `add` that is refused for its options."""
+    """The error line of an `add` that is refused for its options."""
     ran = run_command(daemon, "add", "refused", "--backend", "file", *words)
     assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1), ran
     return ran.err
@@ -170,7 +170,7 @@ def _names(daemon: Daemon) -> list[Any]:
     return [each.name for each in daemon.client.devices()]
 
 
-def test_why_a_backend_of_its_own_was_refused_is_told_while_requests_wait(daemon: Daemon) -> None:
+def test_list_says_why_a_backend_was_refused_while_requests_wait(daemon: Daemon) -> None:
     small = daemon.path("small")
     small.write_bytes(bytes(MIB))
     daemon.add("waits", size_bytes=4 * MIB)

@@ -1,4 +1,4 @@
-"""A disk that answers nothing holds up nobody but its own users: not the daemon, and no other device."""
+"""A disk that answers no request blocks only its own users: not the daemon, and no other device."""
 
 import os
 import signal
@@ -24,12 +24,12 @@ SUSPENDED = "ublkpool-suspended"
 
 
 def process_state(pid: int) -> str:
-    """The letter of /proc/PID/stat: D is a wait that no signal ends."""
+    """The state letter in /proc/PID/stat; D is a wait that no signal ends."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def expect_everybody_else_served(daemon: Daemon) -> None:
-    """`list` answers, another device is made, recovered from its worker's death, and deleted."""
+    """Check that `list` answers, and that another device is added, recovered from its worker's death, and deleted."""
     status = daemon.add("other", "null", {"size": DISK_BYTES})
     os.kill(status.workers[0].pid, signal.SIGKILL)
     eventually(lambda: daemon.status("other").epoch > status.epoch, "the other device is recovered")
@@ -39,7 +39,7 @@ def expect_everybody_else_served(daemon: Daemon) -> None:
 
 
 class Gate(NamedTuple):
-    """What a backend of `gated_functions` looks at."""
+    """The files that a backend of `gated_functions` polls."""
 
     asked: Path
     gate: Path
@@ -57,7 +57,7 @@ def gate(daemon: Daemon) -> Iterator[Gate]:
         path.unlink(missing_ok=True)
 
 
-def test_a_backend_that_dies_in_the_partition_scan_is_succeeded_and_holds_up_nobody(
+def test_a_backend_that_dies_in_the_partition_scan_is_replaced_and_blocks_no_other_device(
     daemon: Daemon, gate: Gate
 ) -> None:
     daemon.add("slow", size_bytes=DISK_BYTES)
@@ -94,13 +94,13 @@ def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_disk_goes
 
 @contextmanager
 def rereading(daemon: Daemon, path: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`blockdev --rereadpt` of a disk that does not answer it."""
+    """`blockdev --rereadpt` of a disk that does not answer."""
     reader = subprocess.Popen(["blockdev", "--rereadpt", path], stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: process_state(reader.pid) == "D", "blockdev waits for the disk")
         yield reader
     except BaseException:
-        # Nothing else ends its wait, and the test could not end before it.
+        # Only this ends its wait, without which the test could not end.
         daemon.clean()
         raise
     finally:
@@ -131,7 +131,7 @@ def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and
 
 @contextmanager
 def suspended_file(lower: str) -> Iterator[str]:
-    """A device-mapper device on a disk, which takes requests and answers none until the end of the block."""
+    """A suspended device-mapper device on a disk: it accepts requests and answers none until the end of the block."""
     load_module("dm-mod")
     run("dmsetup", "create", "--noudevsync", SUSPENDED, "--table", f"0 {DISK_BYTES // 512} linear {lower} 0")
     try:
@@ -142,12 +142,12 @@ def suspended_file(lower: str) -> Iterator[str]:
         run("dmsetup", "remove", "--noudevsync", "--retry", SUSPENDED)
 
 
-def test_a_suspended_disk_under_a_device_stops_nobody_else_neither_del_nor_the_end() -> None:
+def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_stop() -> None:
     lower = Daemon(name="lower")
     with lower.life():
         below = lower.add("below", "memory", {"size": DISK_BYTES}).path
         assert below is not None
-        # What there is by now is not counted as left by it.
+        # Existing processes do not count as left behind by the daemon.
         upper = Daemon(module="support.vm.hasty_daemon")
         with suspended_file(below) as backing, closing(upper):
             upper.start()
@@ -160,7 +160,7 @@ def test_a_suspended_disk_under_a_device_stops_nobody_else_neither_del_nor_the_e
                 with pytest.raises(DaemonError, match=f"process {writer.pid} "):
                     upper.client.delete(["above"])
                 expect_everybody_else_served(upper)
-                # Not by name: the end of the daemon, which does the same, comes next.
+                # Not with `del`, because the end of the daemon, which deletes it too, comes next.
                 assert upper.stop() == 0
                 run("dmsetup", "resume", "--noudevsync", SUSPENDED)
                 writer.wait()

@@ -1,4 +1,4 @@
-"""The daemon killed, and everything killed, under I/O: the next daemon in the run directory takes the devices over."""
+"""The daemon or all its processes are killed under I/O; the next daemon in the run directory takes over."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,12 +14,12 @@ from ublkpool.ublk.abi import Feature
 MIB = 1 << 20
 QUEUES = 2
 _SECTORS_WRITTEN = 6
-"""The place of the count in /sys/block/NAME/stat (Documentation/block/stat.rst)."""
+"""The field's index in /sys/block/NAME/stat (Documentation/block/stat.rst)."""
 
 
 @pytest.fixture(scope="module")
 def line_of_daemons() -> Iterator[Daemon]:
-    """One after another in the same run directory, for all tests here."""
+    """Daemons that follow each other in one run directory, shared by the tests of this file."""
     with Daemon(name="takeover").life() as daemon:
         yield daemon
 
@@ -46,14 +46,14 @@ def _leave(daemon: Daemon) -> None:
     assert daemon.wait_end() == 0
 
 
-def test_a_daemon_that_was_killed_or_left_is_succeeded_without_a_pause_and_a_killed_everything_is_recovered(
+def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_killed(
     own_daemon: Daemon,
 ) -> None:
     daemon = own_daemon
     status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
     assert daemon.add("waits").state == "waiting"
     with loaded(daemon, [status]) as (load,):
-        # The second one ends what it has itself taken over.
+        # The second daemon deletes devices that it has taken over.
         for end in (Daemon.crash, _leave):
             assert status.path is not None
             broker = daemon.broker_pid
