@@ -1,7 +1,7 @@
-"""While the machine goes down: a device without a backend does not wait for the next one, for none will come.
+"""While the machine goes down: a device without a backend fails its requests, since no backend will come.
 
-Owns that decision only.  A file system whose data cannot be written any more would otherwise keep its umount, and with
-it the whole shutdown, waiting for ever.  Runs on the supervisor's asyncio loop.
+Owns that decision.  Otherwise the umount of a file system on such a device, and with it the shutdown, would wait for
+ever.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 PATIENCE_S = 3.0
-"""How long a device may lack its backend: one that is started again in the meantime goes on as ever."""
+"""How long a device may lack its backend, so that one which is just restarted loses no request."""
 LOOK_S = 0.5
 _log = logging.getLogger("ublkpool.supervisor")
 
 
 class Absentable(Protocol):
-    """A device, as far as it matters here."""
+    """A device that may lack its backend."""
 
     @property
     def name(self) -> str:
@@ -27,14 +27,14 @@ class Absentable(Protocol):
         """Whether requests wait for a backend to attach."""
 
     def give_up(self) -> None:
-        """Fail what waits for a backend, and what comes, until one attaches."""
+        """Fail the requests that wait for a backend, and new ones, until one attaches."""
 
 
 class GoingDown:
-    """The watch over all devices, from the moment that the machine's shutdown is known."""
+    """The watch over all devices from the announcement of the shutdown on."""
 
     def __init__(self, devices: Callable[[], Collection[Absentable]], clock: Callable[[], float]) -> None:
-        """`devices` are those of the moment; `clock` is in seconds."""
+        """`devices` gives the daemon's present devices; `clock` is in seconds."""
         self._devices = devices
         self._clock = clock
         self._absent_since_s: dict[str, float] = {}
@@ -50,7 +50,7 @@ class GoingDown:
             since_s = self._absent_since_s.setdefault(device.name, self._clock())
             if self._clock() - since_s >= PATIENCE_S:
                 self._say_once(device.name)
-                # Each time: the workers may be others than those that were told before.
+                # At each look: a recovery may have replaced the workers that were told.
                 device.give_up()
 
     def _say_once(self, name: str) -> None:
@@ -59,7 +59,7 @@ class GoingDown:
             _log.error("%s: no backend, and the machine goes down: requests fail", name)
 
     async def watch(self) -> None:
-        """Look again and again, until cancelled."""
+        """Look every `LOOK_S`, until cancelled."""
         while True:
             self.look()
             await asyncio.sleep(LOOK_S)

@@ -1,6 +1,6 @@
-"""Tells systemd that the service is ready or stopping (sd_notify(3)), and in a line which devices are not served.
+"""Tells systemd that the service is ready or stopping (sd_notify(3)), and in one line which devices are not served.
 
-Does nothing where no service manager asked for it.
+Without NOTIFY_SOCKET in the environment it does nothing.
 """
 
 import logging
@@ -16,7 +16,7 @@ _log = logging.getLogger("ublkpool.supervisor")
 
 
 def ready(status: str = "") -> None:
-    """The service answers."""
+    """The service answers requests."""
     _send("READY=1", status)
 
 
@@ -26,7 +26,7 @@ def status(text: str) -> None:
 
 
 def describe(devices: Iterable[tuple[str, State]]) -> str:
-    """The line: how many devices are live, and the names of the others by what they are: "waiting for vol0, vol1"."""
+    """The number of live devices and the names of the others by state, as in "waiting for vol0, vol1"."""
     names: dict[str, list[str]] = {}
     live = 0
     for name, state in devices:
@@ -43,7 +43,7 @@ def _listed(names: list[str]) -> str:
 
 
 def stopping() -> None:
-    """The service is on its way out."""
+    """The service has begun to stop."""
     _send("STOPPING=1")
 
 
@@ -60,5 +60,5 @@ def _send(state: str, status: str = "") -> None:
         ) as sender:
             sender.sendto(message.encode(), address)
     except OSError as error:
-        # A service manager that does not listen must not end the service.
+        # The service goes on without its manager.
         _log.warning("the service manager was not told %s: %s", state.partition("=")[0], error.strerror)

@@ -1,7 +1,7 @@
 """The daemon: all devices, the broker, the sockets, from start to a clean end.
 
-Owns the run directory and the order in which its parts start and stop.  One process, one thread, one asyncio loop;
-never in the data path.  Signal handlers only set an event.
+Owns the run directory and the order in which the daemon's parts start and stop.  One process, one thread, one asyncio
+loop; never in the data path.  Signal handlers only set an event.
 """
 
 import asyncio
@@ -13,7 +13,6 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
@@ -31,7 +30,8 @@ from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.going_down import GoingDown
 from ublkpool.daemon.kernel.control_process import ControlRunner
-from ublkpool.daemon.processes.background import owned
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.mounts import leave_for_own_view
@@ -46,26 +46,28 @@ from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
 TAKEOVER_PATIENCE_S = 10.0
-"""How long READY waits for the devices of an earlier daemon, which mostly takes no second."""
+"""How long READY waits for the takeover of an earlier daemon's devices, which rarely takes a second."""
 _log = logging.getLogger("ublkpool.supervisor")
 _Names = list[str]
 
 
 class Supervisor:
-    """The devices of one daemon: what the admin socket can ask for, and where backends come to."""
+    """The devices of one daemon: what the admin socket asks for, and where backends attach."""
 
-    def __init__(self, context: DaemonContext) -> None:
+    def __init__(self, context: DaemonContext, background: Background) -> None:
+        """`background` ends with the daemon."""
         self._context = context
+        self._background = background
         self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status)
         self.stopped = asyncio.Event()
         self.leaves = False
         self.ends = False
         """Whether the devices end with the daemon, whatever `on_stop` says."""
-        self._going_down: asyncio.Task[None] | None = None
+        self._is_going_down = False
         self._is_ready = False
 
     def ready(self) -> None:
-        """Tell the service manager that the daemon serves, and from now on which devices are not there yet."""
+        """Tell the service manager that the daemon serves, and from now on which devices do not."""
         self._is_ready = True
         notify.ready(self._status())
 
@@ -77,20 +79,21 @@ class Supervisor:
         return notify.describe([(each.config.name, each.shown) for each in self._table.devices()])
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
-        """Create a device; with a backend to run, return when it is live.  Raises `DaemonError` and leaves nothing.
+        """Create a device; one with a backend of the daemon's is live at the return.
 
-        One that failed is made again, and its backend finds what its predecessor kept.
+        A failed device of that name is made again, and its backend finds what the one before kept.  Raises
+        `DaemonError`, and leaves nothing then.
         """
         return (await self._table.add(cfg, progress)).status()
 
     def add_configured(self, devices: Sequence[DeviceConfig]) -> None:
-        """Add the config's devices side by side, without waiting; one that fails is in the list with its reason."""
+        """Add the config's devices side by side, without waiting; a failed one stays in the list with its reason."""
         for cfg in devices:
             if cfg.name not in self._table:
                 self._table.add_configured(cfg, _log.info)
 
     def take_over(self, left: TakeOver) -> Sequence["asyncio.Task[None]"]:
-        """Take over every device of an earlier daemon's, side by side."""
+        """Take over every device of an earlier daemon, side by side."""
         return [self._table.take_over(record, partial(left.device, record)) for record in left.records]
 
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
@@ -98,7 +101,7 @@ class Supervisor:
         wanted = [each.config.name for each in self._table.devices()] if names is None else names
         for name in wanted:
             self._check_known(name)
-        # A name may be there twice.
+        # A client may name a device twice.
         devices = {name: self._table.device(name) for name in wanted if name in self._table}
         if not force and len(devices) > 1:
             await _check_all_unused(list(devices.values()))
@@ -114,14 +117,14 @@ class Supervisor:
         return wanted
 
     async def _delete_one(self, name: str, force: bool, is_known: bool) -> None:
-        # It may have been removed for another client meanwhile.
+        # Another client may have removed the device meanwhile.
         if name in self._table:
             await self._table.delete(name, force, forget=True)
         elif not is_known:
             await self._binding(name).forget()
 
     async def rebind(self, name: str) -> None:
-        """Have the next store that attaches become this name's.  Raises `DaemonError` if there is no such device."""
+        """Make the next store that attaches this name's.  Raises `DaemonError` for a name without device and store."""
         self._check_known(name)
         if name in self._table:
             await self._table.device(name).rebind()
@@ -129,7 +132,7 @@ class Supervisor:
             await self._binding(name).rebind()
 
     def _check_known(self, name: str) -> None:
-        """A name may have a store without a device: one that could not be added because it has another store now."""
+        """Raise `DaemonError` for an unknown name.  After a refused add a name has a store and no device."""
         if not self._context.states.knows(name):
             self._table.device(name)
 
@@ -137,7 +140,7 @@ class Supervisor:
         return Binding(name, self._context.states, self._context.boot_id)
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
-        """Return when the device is live.  Raises `DaemonError` if it fails, or is not in time."""
+        """Return when the device is live.  Raises `DaemonError` if it fails, or is not live after `timeout_s`."""
         try:
             device = await asyncio.wait_for(self._table.live(name), timeout_s)
         except TimeoutError:
@@ -161,27 +164,28 @@ class Supervisor:
         self.end()
 
     def end(self) -> None:
-        """From now on nothing is added, and what is being added is undone."""
+        """Refuse every add from now on, and undo those that are under way."""
         self.stopped.set()
         self._table.close()
 
     async def shut_down(self, final: bool) -> None:
-        """The machine goes down: no device waits for a backend any more; with `final` end them, and the daemon."""
-        if self._going_down is None:
+        """The machine goes down: no device waits for a backend any more; with `final` devices and daemon end."""
+        if not self._is_going_down:
+            self._is_going_down = True
             _log.info("the machine goes down")
             watch = GoingDown(self._table.devices, asyncio.get_running_loop().time)
-            self._going_down = asyncio.get_running_loop().create_task(watch.watch())
+            self._background.spawn(watch.watch())
         if final:
             self.ends = True
             await self.delete_all()
             self.end()
 
     async def settled(self) -> None:
-        """Return when no device changes."""
+        """Return when no task changes a device."""
         await self._table.settled()
 
     async def renew(self, names: _Names) -> None:
-        """Have today's code serve what an earlier version of it serves: these devices, one after another."""
+        """Replace the processes that run an earlier version: broker, holder, then these devices' workers in turn."""
         await self._context.broker.renew()
         self._context.holder.renew()
         for name in names:
@@ -189,20 +193,20 @@ class Supervisor:
                 await self._table.device(name).renew()
 
     def describe(self, name: str) -> wire.Described:
-        """What a backend may know before it attaches.  Raises `DaemonError` if there is no such device."""
+        """What a backend may know before it attaches.  Raises `DaemonError` for an unknown device."""
         return self._table.device(name).describe()
 
     async def admit(self, session: Session) -> None:
-        """Bring a backend to its device.  Raises `DaemonError` if there is none."""
+        """Bring a backend to its device.  Raises `DaemonError` for an unknown device, else see `Device.attach`."""
         await self._table.device(session.attach.device).attach(session)
 
     def note_refusal(self, name: str, reason: str) -> None:
-        """A backend for this device, if there is one, was not taken."""
+        """A backend for this device was refused; harmless for an unknown device."""
         if name in self._table:
             self._table.device(name).note_refusal(reason)
 
     def lend_buffer(self, name: str, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
-        """Memory for a client's I/O.  Raises `DaemonError` if there is no such disk."""
+        """Memory for a client's I/O.  Raises `DaemonError` if the device is unknown or has no disk."""
         return self._table.device(name).lend_buffer(sock)
 
     async def broker_restarted(self) -> None:
@@ -211,7 +215,7 @@ class Supervisor:
             await device.broker_restarted()
 
     async def delete_all(self) -> None:
-        """At the end: every device, in use or not; what cannot be removed is left to the next daemon."""
+        """At the daemon's end: remove every device, in use or not; one that stays is left to the next daemon."""
         await self._table.delete_all()
 
 
@@ -228,7 +232,7 @@ async def _check_all_unused(devices: Sequence[Device]) -> None:
 
 def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
-    # Without the driver or the rights nothing else is worth trying, and the reason is the best there is.
+    # Fails without the driver or the rights, with a better reason than any later step would give.
     control.get_features()
     state_dirs = candidates(config.run_dir, config.state_dir)
     live_mounts = leave_for_own_view([config.run_dir, *state_dirs])
@@ -257,12 +261,12 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
 
 
 async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
-    """Let everything go on without us."""
+    """End the daemon; workers, broker and backends serve on until the next daemon."""
     _log.info("leaving the devices to the next daemon")
     try:
         await asyncio.wait_for(supervisor.settled(), SETTLE_DEADLINE_S)
     except TimeoutError:
-        # The next daemon sorts it out, as after a crash.
+        # The next daemon recovers the device, as after a crash.
         _log.warning("a device is still changing after %.0f s; leaving it so", SETTLE_DEADLINE_S)
     ending.pop_all()
 
@@ -274,10 +278,7 @@ async def _start(
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
-    """Bring up the parts.
-
-    `leaving` takes down, in the opposite order, what ends with this daemon; then `ending` what would outlive it.
-    """
+    """Start the parts; first `leaving` stops what ends with this daemon, then `ending` what could outlive it."""
     run_dir = config.run_dir
     if config.replace:
         directory = await RunDirectory.replace(run_dir, lambda: AdminClient(run_dir).stop(leave=True))
@@ -289,7 +290,7 @@ async def _start(
         return await _begin(config, directory, records, live_mounts, ending, leaving, stop)
     except BaseException:
         if records:
-            # What an earlier daemon left is served, and the next start may succeed.
+            # The earlier daemon's processes serve on, and the next start may succeed.
             ending.pop_all()
         raise
 
@@ -321,10 +322,12 @@ async def _begin(
     left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)
-    supervisor = Supervisor(context)
+    background = Background("the daemon")
+    supervisor = Supervisor(context, background)
     ending.push_async_callback(supervisor.delete_all)
-    for keeper in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
-        ending.callback(owned("the daemon", asyncio.ensure_future(keeper)).cancel)
+    ending.callback(background.cancel)
+    for restarting in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
+        background.spawn(restarting)
     attach = AttachServer(
         run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer, supervisor.note_refusal
     )
@@ -332,8 +335,7 @@ async def _begin(
     leaving.callback(attach.close)
     taking = supervisor.take_over(left)
     supervisor.add_configured(config.devices)
-    after = owned("takeover", asyncio.ensure_future(_after_takeover(taking, left, supervisor, config)))
-    ending.callback(after.cancel)
+    background.spawn(_after_takeover(taking, left, supervisor, config))
     await _within_patience(taking, stop)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
@@ -342,18 +344,17 @@ async def _begin(
 
 
 async def _within_patience(taking: Sequence["asyncio.Task[None]"], stop: asyncio.Event) -> None:
-    """Return when the earlier daemon's devices are taken over; one that hangs is not waited for.
+    """Return when the earlier daemon's devices are taken over, after `TAKEOVER_PATIENCE_S`, or at the daemon's end.
 
-    What a client asks for right after the start then finds the devices as they are.
+    A client that asks right after the start then finds the devices as they are.
     """
     if not taking:
         return
-    stopping = asyncio.ensure_future(stop.wait())
-    everything = asyncio.ensure_future(asyncio.wait(taking, timeout=TAKEOVER_PATIENCE_S))
-    both: set[asyncio.Future[Any]] = {stopping, everything}
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    for each in both:
-        each.cancel()
+    async with (
+        beside(stop.wait()) as stopping,
+        beside(asyncio.wait(taking, timeout=TAKEOVER_PATIENCE_S)) as all_taken,
+    ):
+        await asyncio.wait({stopping, all_taken}, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _after_takeover(
@@ -362,15 +363,13 @@ async def _after_takeover(
     if taking:
         await asyncio.wait(taking)
     left.close()
-    # Devices of the config that the kernel did not have any more are made anew.
+    # Devices of the config that the kernel no longer has are made anew.
     if not supervisor.stopped.is_set():
         supervisor.add_configured([each for each in config.devices if each.name in left.gone])
     if left.outdated:
         await supervisor.renew(left.outdated)
 
 
-async def _first_of(*events: asyncio.Event) -> None:
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+async def _first_of(one: asyncio.Event, other: asyncio.Event) -> None:
+    async with beside(one.wait()) as first, beside(other.wait()) as second:
+        await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)

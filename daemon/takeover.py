@@ -1,7 +1,7 @@
-"""Taking over, at the start of a daemon, what an earlier one in this run directory left.
+"""Taking over, at a daemon's start, what an earlier daemon left in its run directory.
 
-Decides by the records which processes go on and ends the others, before anything new listens where they did.  Runs
-once, on the supervisor's asyncio loop.
+Owns the choice, by the records, of the processes that go on; the others end before a new process listens where they
+did.  Runs once, on the supervisor's asyncio loop.
 """
 
 import logging
@@ -24,7 +24,7 @@ _log = logging.getLogger("ublkpool.takeover")
 
 
 class TakeOver:
-    """What was left, and what becomes of it."""
+    """What an earlier daemon left."""
 
     def __init__(
         self,
@@ -33,21 +33,21 @@ class TakeOver:
         held: Mapping[str, int],
         configured: Collection[str],
     ) -> None:
-        """`configured`: devices that the config names, which are added anew if the kernel does not have them."""
+        """`held` are the holder's descriptors; devices in `configured` are added anew if the kernel has lost them."""
         self._context = context
         self._configured = configured
         self.records = left
         self._held = dict(held)
         self._going_on = [record for record in left if may_go_on(record, held)]
         self.gone: list[str] = []
-        """The devices of which nothing was left."""
+        """The devices that are not taken over, since the kernel has lost them or the config adds them anew."""
         self.outdated: list[str] = []
         """The devices that go on with workers of another version of the code."""
 
     async def clear(self) -> None:
-        """Remove what is no device's, and have a broker.  Raises `PoolError`, `OSError`."""
+        """Remove what belongs to no recorded device, and adopt or start a broker.  Raises `PoolError`, `OSError`."""
         context, brokers = self._context, self._brokers()
-        # Before a new broker listens where the old one did.
+        # A new broker will listen where the old one does.
         await end_brokers(self.records, brokers)
         numbers = [each.device_number for each in self.records if each.device_number is not None]
         self._remove_sockets(lambda number: number not in numbers)
@@ -63,22 +63,22 @@ class TakeOver:
         context.broker.start()
 
     async def device(self, record: Record, show: Callable[[Device], None]) -> bool:
-        """Take over one device, which `show` is told; whether there is one then.
+        """Take over one device; whether it exists then.  `show` is told each `Device` that stands for it.
 
-        Raises `DaemonError`, `PoolError`, `OSError` if that cannot be told now.
+        Raises `DaemonError`, `PoolError`, `OSError`; then the kernel may or may not have it.
         """
         device = self._new_device(record, show)
         if record in self._going_on:
             if await self._goes_on(device, record):
                 return True
-            # Before anything else has a turn: a caller that waits for the device goes on with this one.
+            # Replaced without an await, so that a caller that waits for the device goes on waiting for the new one.
             device.abandon()
             device = self._new_device(record, show)
-            # A broker that has just died knows none of them, and its successor is not told.
+            # If the broker has just died its successor never knew the device.
             with suppress(PoolError):
                 await self._context.broker.forget(record.device_number)
         await self._clear_away(record)
-        # What led to the dead must not be taken for what leads to their successors.
+        # The next daemon must not take a dead process's socket for its successor's.
         self._context.holder.drop(record.config.name)
         there = await device.recover_left(record, self._held)
         if not there or (record.device_number is None and record.config.name in self._configured):
@@ -88,7 +88,7 @@ class TakeOver:
         return True
 
     def close(self) -> None:
-        """Every device was taken over or given up: let go of what was held."""
+        """Close the descriptors of the earlier daemon, once every device was taken over or given up."""
         for fd in self._held.values():
             os.close(fd)
         self._held.clear()
@@ -97,7 +97,7 @@ class TakeOver:
         try:
             await device.go_on(record, self._held)
         except Exception as error:
-            # Also what a record that makes no sense leads to: recovery relies on less of it.
+            # Every exception: a nonsensical record may raise any, and recovery relies on less of the record.
             _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
             return False
         if record.build != self._context.build:
@@ -111,7 +111,7 @@ class TakeOver:
         return device
 
     async def _clear_away(self, record: Record) -> None:
-        """End the device's processes, however long one waits in the kernel; then its pool goes, which they look at."""
+        """End the device's processes, however long one waits in the kernel; then remove the pool that they map."""
         spared = [each for each in record.processes if each.role == "broker"]
         said = ""
         while True:
@@ -119,7 +119,7 @@ class TakeOver:
                 await end_left([record], spared)
                 break
             except DaemonError as error:
-                # It may still write to the disk's store: a successor must not begin before its end.
+                # The process may still write to the store: its successor must not start before its end.
                 if str(error) != said:
                     said = str(error)
                     _log.error("%s: %s; waiting for its end", record.config.name, said)
@@ -128,14 +128,14 @@ class TakeOver:
             self._remove_pool(arena_prefix(self._context.instance, record.device_number))
 
     def _brokers(self) -> list[Process]:
-        """The broker that those who go on know, if it lives and can be reached."""
+        """The broker of the devices that go on, if it is one, lives and can be reached."""
         known = {each for record in self._going_on for each in record.processes if each.role == "broker"}
         return [each for each in known if is_alive(each)] if HELD in self._held and len(known) == 1 else []
 
     def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
         for path in self._context.queue_dir.iterdir():
             number = path.name.partition(".")[0]
-            # What has another name is not a worker's socket.
+            # A worker's socket is named NUMBER.QUEUE; other files stay.
             if number.isdecimal() and is_gone(int(number)):
                 path.unlink()
 

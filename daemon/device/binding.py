@@ -1,8 +1,8 @@
-"""Which store a device belongs to: remembered from its first attach, compared at every later one.
+"""The store that a device is bound to: remembered from the first attach, compared at every later one.
 
-Owns the rules of identity and of generations for one device's name; the files are `state.py`'s.  A store is accepted if
-the device was never served, if it is the one that served the device before, or if the operator said `rebind`.  What was
-accepted is on the disk before the backend hears of it.  Runs on the supervisor's asyncio loop, in the device's turn.
+Owns the rules of identity and of generations for one device name; the files are `state.py`'s.  A store is accepted if
+the device was never served, if the same store served it before, or if the operator said `rebind`.  The state is durable
+before the backend hears of the acceptance.  Runs on the supervisor's asyncio loop, in the device's turn.
 """
 
 import logging
@@ -16,12 +16,12 @@ from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store
 from ublkpool.daemon.errors import DaemonError
 
 _OLDER_KINDS = ("file", "memory", "unknown", "")
-"""Backends of older versions that told no identity; their successors of today must not make a store in its place."""
+"""Kinds that told no identity in older versions; today's backend of that kind must not make an empty store instead."""
 _log = logging.getLogger("ublkpool.device")
 
 
 def boot_id() -> str:
-    """What tells this boot of the machine from every other."""
+    """Identifies this boot of the machine.  Raises `OSError`."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -37,11 +37,11 @@ class Binding:
 
     @property
     def generation(self) -> int:
-        """Of the last attach; 0 if there was none."""
+        """The generation of the last attach; 0 if there was none."""
         return self._states.generation(self._name)
 
     def may_create(self) -> bool:
-        """Whether an empty store may be made: nothing is lost then.  Raises `DaemonError` if that is not known."""
+        """Whether an empty store loses no data.  Raises `DaemonError` if the name's state cannot be read."""
         state = self._states.get(self._name)
         return (
             state.store is None
@@ -51,9 +51,9 @@ class Binding:
         )
 
     async def bind(self, attach: wire.Attach, size_bytes: int) -> int:
-        """Take this store for the device, which has `size_bytes`; the attach's generation.
+        """Bind this store to the device, which has `size_bytes`; the attach's generation.
 
-        Raises `AttachRefused` if it is another than the device's, `DaemonError` if the state cannot be kept.
+        Raises `AttachRefused` if the device is bound to another store, `DaemonError` if the state cannot be written.
         """
         state = self._states.get(self._name)
         if state.store is not None and not state.takes_next and not self._has_ended(state.store):
@@ -76,19 +76,19 @@ class Binding:
         return generation
 
     def served(self) -> None:
-        """The device is live: its store has what clients wrote, and stays the device's."""
+        """The device is live: clients may have written to the store, so it stays bound."""
         self._before = None
 
     async def undo(self) -> None:
-        """The device did not come to life: forget a store that was taken for it; a failure is logged."""
+        """The device did not become live: unbind a store that was bound since; a failure is logged."""
         before, self._before = self._before, None
         if before is not None:
             await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
 
     async def learn(self, served: wire.Attach | None, size_bytes: int, kind: str, generation: int) -> None:
-        """What an earlier daemon served the device from, if nothing is known of it; a failure is logged.
+        """Bind the store that an earlier daemon served the device from, if no store is bound; a failure is logged.
 
-        Its state directory may be lost, or that daemon kept none.
+        The state directory may have been lost, or that daemon kept none.
         """
         try:
             state = self._states.get(self._name)
@@ -106,7 +106,7 @@ class Binding:
             await self._try_to_save(learnt)
 
     async def rebind(self) -> None:
-        """Have the next store that attaches become the device's.  Raises `DaemonError` if that cannot be kept."""
+        """Bind the next store that attaches, whatever its identity.  Raises `DaemonError` if that cannot be written."""
         try:
             state = self._states.get(self._name)
         except DaemonError:
@@ -116,19 +116,19 @@ class Binding:
             _log.warning("%s: the next store that attaches becomes its own", self._name)
 
     async def forget(self) -> None:
-        """The device was deleted on purpose; its name keeps the generation.  A failure is logged."""
+        """Unbind the store of a device deleted on purpose; the name keeps its generation.  A failure is logged."""
         if self._states.knows(self._name):
             await self._try_to_save(DeviceState(name=self._name, generation=self.generation))
 
     async def end(self) -> None:
-        """The device ends with its daemon, and some stores do so with their device.  A failure is logged."""
+        """The device ends with its daemon: unbind a store that ends with its device.  A failure is logged."""
         store = self.store
         if store is not None and store.identity.ends_with_device:
             await self.forget()
 
     @property
     def store(self) -> Store | None:
-        """What the device is bound to, as far as that can be read."""
+        """The bound store; None if there is none or the state cannot be read."""
         try:
             return self._states.get(self._name).store
         except DaemonError:
@@ -139,7 +139,7 @@ class Binding:
 
     def _check(self, bound: Store, attach: wire.Attach) -> None:
         if _is_anonymous(bound):
-            # An older version's backend, or one in another language that tells none: there is nothing to compare.
+            # A backend of an older version, or in another language, that told no identity to compare with.
             return
         brought = attach.identity or wire.Identity()
         if not self._is_same(bound, brought):
@@ -169,12 +169,12 @@ class Binding:
 
 
 def _is_anonymous(store: Store) -> bool:
-    """Whether its backend told no identity, so that no other store can be told from it."""
+    """Whether its backend told no identity, so that it cannot be compared with another store."""
     return not store.identity.value and not store.identity.in_boot
 
 
 def _is_volatile(store: Store) -> bool:
-    """Whether it ends with the boot: it has an identity only until then."""
+    """Whether the store ends with the boot: its identity holds for one boot only."""
     return not store.identity.value and bool(store.identity.in_boot)
 
 

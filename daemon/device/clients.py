@@ -1,10 +1,10 @@
-"""Who uses which slice of a device's client area as I/O buffers, and when a slice may be somebody else's.
+"""The clients that use slices of a device's client area as I/O buffers, and when a slice may be lent again.
 
-A client's connection is its lease.  When it ends the slice rests: as long as an open file of that memory is left
-somewhere, and then until every request that the disk had at that moment is answered, for what a dead client had under
-way still reads or writes there.  The next client must be the same user's: pages that were pinned before they were
-unmapped do not show, and a slice's memory cannot be replaced while there is a disk.  Runs on the supervisor's asyncio
-loop; the driver is asked for nothing, see `ublk/control.py`.
+A client's connection is its lease.  After the connection's end the slice rests: while any process has an open file of
+that memory, and then until every request that the disk had at that moment is answered, since a dead client's requests
+still read or write there.  The next client must run as the same user: pages that were pinned before they were unmapped
+do not show, and a slice's memory cannot be replaced while the disk exists.  Runs on the supervisor's asyncio loop, and
+asks the driver for nothing, see `ublk/control.py`.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from ublkpool.daemon.processes.open_files import is_open_elsewhere
 
 
 class ClientContext(NamedTuple):
-    """What slices lie in: the area, and the kernel's device."""
+    """The area that the slices lie in, and the kernel's device that has it registered."""
 
     area: ClientArea
     kernel: BlockDevice
 
 
 def rested(slices: Mapping[int, int]) -> list[int]:
-    """The slices, by number and descriptor, that no client has any more, wherever it might have put them."""
+    """The numbers of those slices, given with their descriptors, whose memory is open nowhere else."""
     return [number for number, fd in slices.items() if not is_open_elsewhere(fd)]
 
 
@@ -40,7 +40,7 @@ class Clients:
     """The slices of one device."""
 
     def __init__(self, name: str, holder: Holder, background: Background) -> None:
-        """`name` is the device's.  There is no slice before `begin` or `resume`."""
+        """`name` is the device's.  Without slices until `begin` or `resume`."""
         self._name = name
         self._holder = holder
         self._background = background
@@ -51,12 +51,12 @@ class Clients:
         self._settling = self._look_again = False
 
     def begin(self, client_context: ClientContext) -> None:
-        """Nobody has ever had one of these slices."""
+        """The slices are new: no client has had one."""
         self._client_context = client_context
         self._free = sorted(client_context.area.files)
 
     def resume(self, client_context: ClientContext, held: Mapping[str, int]) -> None:
-        """Go on with an earlier daemon's; whose connection was not held may have a client all the same."""
+        """Go on with an earlier daemon's slices; one without a held connection rests, since it may have a client."""
         self._client_context = client_context
         for number in client_context.area.files:
             fd = held.get(client_name(self._name, number))
@@ -77,9 +77,9 @@ class Clients:
         return [f"client process {peer_of(sock).pid}" for sock in self._lent.values()]
 
     def lend(self, sock: socket.socket) -> int | None:
-        """A slice for the client that this connection leads to, which is ours then; None if there is none now.
+        """The number of a slice for the client at this connection, whose socket is taken over; None if none is free.
 
-        Its user is in `ClientArea.users` then, which is to be put on record before the client has the slice.
+        The caller puts `ClientArea.users`, which has the slice's user then, on record before the client has the slice.
         """
         number = self._choose(peer_of(sock).uid)
         if number is None:
@@ -90,7 +90,7 @@ class Clients:
         return number
 
     def _choose(self, user: int) -> int | None:
-        """A free slice that this user's clients had, or else one that no client has had."""
+        """A free slice that clients of this user had, else one that no client has had."""
         if self._client_context is None:
             return None
         users = self._client_context.area.users
@@ -101,7 +101,7 @@ class Clients:
         return number
 
     def close(self) -> None:
-        """The device goes, and its clients' memory stays theirs."""
+        """The device ends; clients keep the memory that they have mapped."""
         for number in list(self._lent):
             self._unwatch(number)
         self._client_context = None
@@ -119,7 +119,7 @@ class Clients:
         sock.close()
 
     def _hear(self, number: int) -> None:
-        """A client has nothing to say: its first word, too, ends the lease."""
+        """The connection has ended, or the client sent something, which ends the lease as well."""
         with suppress(BlockingIOError, ConnectionError):
             self._lent[number].recv(1)
         self._unwatch(number)
@@ -127,7 +127,7 @@ class Clients:
         self._settle()
 
     def _settle(self) -> None:
-        # Whoever comes while others are looked at was not among them.
+        # A slice that comes to rest during a scan was not covered by it: scan again.
         self._look_again = bool(self._resting)
         if self._look_again and not self._settling:
             self._settling = True
@@ -139,7 +139,7 @@ class Clients:
                 while self._look_again and (client_context := self._client_context) is not None:
                     self._look_again = False
                     numbers = rested(self._lendable(client_context.area))
-                    # Only now: whoever has the memory can still begin something in it.
+                    # Not earlier: a process that has the memory open can still begin requests in it.
                     if numbers:
                         await self._pass_requests(client_context)
                     self._give_back(numbers)
@@ -150,12 +150,12 @@ class Clients:
         try:
             await client_context.kernel.pass_requests()
         except DaemonError:
-            # A device that has gone meanwhile has no request left.
+            # A device that was removed meanwhile has no request left.
             if self._client_context is not None:
                 raise
 
     def _lendable(self, area: ClientArea) -> dict[int, int]:
-        """Those that rest and may be lent again at all."""
+        """The resting slices whose user is known: only these may be lent again."""
         users = area.users
         return {n: area.files[n] for n in self._resting if users.get(n) != USER_UNKNOWN}
 

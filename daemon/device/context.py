@@ -1,6 +1,6 @@
-"""What all devices of a daemon share: where it runs, who does its control commands, its broker, its holder.
+"""What all devices of a daemon share: directories, the runner of control commands, the broker, the holder.
 
-Made once by the supervisor; devices use it and never change it.
+The supervisor makes it once; devices use it and never change it.
 """
 
 from pathlib import Path

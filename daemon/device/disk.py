@@ -1,6 +1,6 @@
-"""The disk that a device's first backend made, and whether another backend can stand in for it.
+"""The disk as the first backend defined it, and whether another backend can serve it.
 
-Pure: what was promised to the kernel once (size, blocks, a cache that is flushed) holds for every later backend.
+Pure.  Owns that every later backend keeps what the kernel was told: size, block size, whether a cache is flushed.
 """
 
 import msgspec
@@ -23,7 +23,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def alone(device: str) -> wire.Attach:
-    """What a backend would say of the disk that workers answer for themselves."""
+    """The attach message of a disk whose workers answer requests themselves."""
     return wire.Attach(
         v=wire.PROTOCOL_VERSION,
         device=device,
@@ -38,7 +38,7 @@ def alone(device: str) -> wire.Attach:
 
 
 def disk_of(config: DeviceConfig, attach: wire.Attach) -> Disk:
-    """The disk that this backend makes of the device."""
+    """The disk that this config and this backend define."""
     return Disk(
         size_bytes=config.size_bytes or attach.size_bytes,
         block_bytes=attach.logical_block_bytes,

@@ -1,7 +1,7 @@
-"""Ends what keeps a memory backend's memory, when its device is deleted and no backend is there to do it.
+"""Ends the keeper of a memory backend's memory, when its device is deleted while no backend is attached.
 
-The keeper (`bufpool/sdk/keeper.py`) is a process of the backend's: it may hang, and others may tell it
-something at the same time.  So the supervisor's loop never waits in a call of its socket.
+The keeper (`bufpool/sdk/keeper.py`) is a process that a backend started: it may hang, and other processes may connect
+at the same time.  So the supervisor's loop never blocks in a call on its socket.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ async def drop_kept(path: Path) -> None:
 
 
 async def _new_socket() -> socket.socket:
-    """As soon as there is a descriptor for it: the device that goes may have had the last ones.  Raises `OSError`."""
+    """A socket, once a descriptor is free: the device being deleted may have used the last.  Raises `OSError`."""
     while True:
         try:
             return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -47,7 +47,7 @@ async def _new_socket() -> socket.socket:
 
 
 async def _drop(connection: socket.socket, path: Path) -> None:
-    """Return when it has ended.  Raises `OSError`."""
+    """Return when the keeper has ended.  Raises `OSError`."""
     while not _is_connected(connection, path):
         await asyncio.sleep(_POLL_S)
     with suppress(ConnectionError):
@@ -57,7 +57,7 @@ async def _drop(connection: socket.socket, path: Path) -> None:
 
 
 def _is_connected(connection: socket.socket, path: Path) -> bool:
-    """Whether it is; not yet if too many others wait for its attention (connect(2): EAGAIN of a unix socket)."""
+    """Whether it is; not yet while the listener's backlog is full (connect(2): EAGAIN of a unix socket)."""
     try:
         connection.connect(str(path))
     except BlockingIOError:

@@ -1,9 +1,9 @@
-"""A device's pool over the lives of its backends: whose memory it is, and when the next backend needs other memory.
+"""A device's pool over the lives of its backends, and when the next backend needs other memory.
 
-A pool's memory cannot be taken back from a process that has it.  So a backend gets the memory of its predecessor only
-if the kernel says that no process but ours has it any more, and if both run as the same user; otherwise the device gets
-other memory, into which the workers take what requests have in the old.  Owns that decision, the arena and its place in
-the holder.  Runs on the supervisor's asyncio loop.
+A pool's memory cannot be taken back from a process that has it.  So a backend gets its predecessor's memory only if the
+kernel says that no process outside the daemon has it open, and if both backends run as the same user.  Otherwise the
+pool gets other memory, and the workers copy there what requests have in the old.  Owns that decision, the arena and its
+descriptor in the holder.  Runs on the supervisor's asyncio loop.
 """
 
 import logging
@@ -21,7 +21,7 @@ class Pool:
     """The pool of one device."""
 
     def __init__(self, device: str, holder: Holder) -> None:
-        """There is none before `begin` or `resume`."""
+        """Without memory until `begin` or `resume`."""
         self.arena: Arena | None = None
         self._device = device
         self._holder = holder
@@ -35,19 +35,19 @@ class Pool:
         self._holder.hold(pool_name(self._device), arena.data_fd)
 
     def resume(self, arena: Arena) -> None:
-        """Go on with an earlier daemon's.  Until `had_by` the user of its last backend is unknown."""
+        """Go on with an earlier daemon's pool; the user of its last backend is unknown until `had_by`."""
         self.arena = arena
         self._is_fresh, self._user = False, None
         self._holder.hold(pool_name(self._device), arena.data_fd)
 
     def had_by(self, user: int) -> None:
-        """The backend that has the memory is this user's."""
+        """A backend of this user has the memory."""
         self._is_fresh, self._user = False, user
 
     async def prepare(self, team: Team, user: int) -> None:
-        """See to it that no process but ours has the memory, and hand it to a backend of this user.
+        """Make the memory fit for the next backend, which runs as this user: replace it if another process may have it.
 
-        Raises `PoolError`, `AttachRefused`, `DaemonError`; then it can be tried again.
+        Raises `PoolError`, `AttachRefused`, `DaemonError`; then a retry may succeed.
         """
         if self.arena is not None and (reason := self._unfit(self.arena, user)):
             if team.can_change_pool:
@@ -63,7 +63,7 @@ class Pool:
         self.had_by(user)
 
     def _unfit(self, arena: Arena, user: int) -> str:
-        """Why the next backend cannot have this memory, or nothing."""
+        """Why the next backend cannot have this memory; empty if it can."""
         if self._is_fresh:
             return ""
         if not arena.is_sealed:
@@ -75,7 +75,7 @@ class Pool:
         return "a process still has it from an earlier backend" if is_open_elsewhere(arena.data_fd) else ""
 
     async def _replace(self, arena: Arena, team: Team) -> None:
-        # Until every worker has changed, no backend may be handed the old memory or the new.
+        # If a worker fails to change, the next attempt must replace the memory again.
         self._is_fresh, self._user = False, None
         arena.replace_data(arena.new_data())
         self._holder.hold(pool_name(self._device), arena.data_fd)
@@ -83,17 +83,17 @@ class Pool:
         arena.forget_old_data()
 
     def remove(self) -> None:
-        """Leave nothing of it.  Raises `PoolError` if a name stays."""
+        """Remove the pool.  Raises `PoolError` if the control segment's name stays."""
         try:
             if self.arena is not None:
                 self.arena.unlink()
         finally:
             self.close()
-            # Its memory goes now, even if the kernel's device should stay.
+            # The memory goes now, even if the kernel's device stays.
             self._holder.drop(pool_name(self._device))
 
     def close(self) -> None:
-        """Forget it, change nothing."""
+        """Unmap it here; the holder and the workers still have it."""
         if self.arena is not None:
             self.arena.close()
             self.arena = None

@@ -1,7 +1,7 @@
-"""What a daemon leaves for the next one: a record per device in the run directory, and the processes it started.
+"""What a daemon leaves for the next one: a record of each device in the run directory, and the processes on record.
 
-Owns the files `RUN_DIR/devices/NAME.json`.  A record is written before it is needed and replaced as a whole, so that a
-daemon killed at any moment leaves a true one.
+Owns the files `RUN_DIR/devices/NAME.json`.  A record is written before the step that it describes and replaced as a
+whole, so that a daemon killed at any moment leaves a true one.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ from ublkpool.daemon.settings.config import DeviceConfig
 _log = logging.getLogger("ublkpool.records")
 FIRST_EPOCH = 1
 ROOM_BYTES = 16384
-"""A record takes a multiple of this, mostly one."""
+"""A record's file is padded to a multiple of this, mostly one."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Worker(msgspec.Struct, frozen=True):
-    """A queue's worker; `cpu` is where it is pinned."""
+    """A queue's worker; `cpu` is the CPU that it is pinned to."""
 
     process: Process
     cpu: int | None
@@ -55,22 +55,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     config: DeviceConfig
     device_number: int | None = None
     device_mark: int = 0
-    """What tells the device from another server's with its number; 0 if an earlier version added it."""
+    """Tells the device from another server's with the same number; 0 if an earlier version added it."""
     disk: Disk | None = None
     epoch: int = FIRST_EPOCH
     processes: tuple[Process, ...] = ()
-    """All that may touch its buffers."""
+    """All processes that may touch the device's buffers."""
     going: bool = False
-    """It was being deleted."""
+    """The device was being deleted."""
     live: bool = False
-    """Whether `workers`, in the order of their queues, serve it: then it can go on as it is."""
+    """Whether `workers`, in the order of their queues, serve the device, so that it can go on as it is."""
     workers: tuple[Worker, ...] = ()
     served: Served | None = None
     managed: Process | None = None
     """The backend that the daemon runs itself."""
     clients: AreaRecord | None = None
     segments: int = 0
-    """How many segment numbers were given away."""
+    """The highest segment number that a backend was given."""
     build: str = ""
     """The code that the workers run."""
 
@@ -84,8 +84,8 @@ class Records:
     def save(self, record: Record) -> None:
         """Write or replace the device's record, which is as a whole the old or the new one.
 
-        Raises `DaemonError` if there is no room.  That is for a device's first record only: room for the next one is
-        taken with each, so that a full file system keeps no device from being recovered or removed.
+        Raises `DaemonError` without room, but only for a device's first record: each record reserves the room of the
+        next one, so that a device on a full file system can still be recovered and removed.
         """
         path = self._path(record.config.name)
         try:
@@ -102,7 +102,7 @@ class Records:
             raise DaemonError(f"{path}: cannot be written: {explain(error)}") from error
 
     def forget(self, name: str) -> None:
-        """The device is no more."""
+        """Remove the record of a device that is gone."""
         for suffix in (".json", ".new", ".old"):
             self._path(name).with_suffix(suffix).unlink(missing_ok=True)
 
@@ -143,7 +143,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def build_id() -> str:
-    """What tells this version of the code from another: the installed files' names, sizes and times."""
+    """Tells this version of the code from another: a hash of the installed files' names, sizes and times."""
     root = Path(ublkpool.__file__).parent
     files = sorted(path for kind in ("py", "so") for path in root.glob(f"*/**/*.{kind}"))
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -151,15 +151,15 @@ def build_id() -> str:
 
 
 async def end_left(records: Sequence[Record], spare: Collection[Process] = ()) -> None:
-    """End every process that these records know: workers at once, the others with time to finish what they do.
+    """End every process on these records but `spare`: workers at once, the others with time to finish what they do.
 
-    Raises `DaemonError` if one of them does not even end when it is killed: it may still use its buffers.
+    Raises `DaemonError` if one does not end when it is killed: it may still use its buffers.
     """
     processes = {each for record in records for each in record.processes} - set(spare)
     await asyncio.gather(*(end_process(each) for each in processes))
 
 
 async def end_brokers(records: Sequence[Record], spare: Collection[Process]) -> None:
-    """End the pool brokers that these records know.  Raises `DaemonError` as `end_left` does."""
+    """End the pool brokers on these records but `spare`.  Raises `DaemonError` as `end_left` does."""
     brokers = {each for record in records for each in record.processes if each.role == "broker"}
     await asyncio.gather(*(end_process(each) for each in brokers - set(spare)))

@@ -1,8 +1,8 @@
-"""What must outlive the boot: of each device's name, the store that it was first served from, and its generation.
+"""What must outlive the boot: for each device name the store that first served it, and its generation.
 
 Owns the files `STATE_DIR/NAME.json` and their durability.  A file is replaced as a whole and synced with its directory
-before `save` returns, so that a power failure leaves the earlier or the later one.  Files are written in a process of
-their own, since a file system may make its caller wait.  What an identity means is `binding.py`'s.
+before `save` returns, so that a power failure leaves the earlier or the later one.  A separate process writes each
+file, since a file system may block its caller.  What an identity means is `binding.py`'s.
 """
 
 import asyncio
@@ -35,17 +35,17 @@ _attempts = itertools.count()
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device is served from; `size_bytes` is the device's size then."""
+    """The store that a device is bound to; `size_bytes` is the device's size at that attach."""
 
     kind: str
     size_bytes: int
     identity: wire.Identity = wire.Identity()
     boot: str = ""
-    """In which boot `identity.in_boot` was seen."""
+    """The boot in which `identity.in_boot` was seen."""
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
-    """One device's name; it stays when the device is deleted, so that no generation comes twice."""
+    """The state of a device name; it outlives the device, so that no generation is used twice."""
 
     name: str
     v: Literal[1] = 1
@@ -54,28 +54,28 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     store: Store | None = None
     """None: the device was never served, or it was deleted since."""
     takes_next: bool = False
-    """The next store that attaches becomes the device's, whatever its identity."""
+    """Whether the next store that attaches becomes the device's, whatever its identity."""
 
 
 class Runner(Protocol):
-    """Runs a function in a process of its own; see `ControlRunner`."""
+    """Runs a function in a separate process; see `ControlRunner`."""
 
     async def run_beside(
         self, what: str, command: "Write", result: type[None], deadline_s: float = SAVE_DEADLINE_S
     ) -> None:
-        """Raises `DaemonError` if it fails or hangs."""
+        """Raises `DaemonError` if the function fails, or takes longer than `deadline_s`."""
 
 
 class Write:
-    """Writes one file so that after a power failure it is the earlier or the later one, whole."""
+    """Replaces one file so that a power failure leaves the earlier or the later content, whole."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self._path, self._content = path, content
-        # An earlier attempt that hung may still write to its own.
+        # A name of its own: an earlier attempt that hung may still write to its file.
         self._fresh = path.with_name(f".{path.name}.{os.getpid()}-{next(_attempts)}.new")
 
     def __call__(self) -> None:
-        """Raises `OSError`; then the file is what it was, or was replaced and may not survive a power failure."""
+        """Raises `OSError`; then the file is unchanged, or replaced in a way that may not survive a power failure."""
         try:
             self._write()
             self._fresh.replace(self._path)
@@ -100,10 +100,10 @@ class Write:
 
 
 class StateDirectory:
-    """The states of one daemon's devices."""
+    """The states of one daemon's device names."""
 
     def __init__(self, directory: Path, runner: Runner, lock: int | None = None) -> None:
-        """See `open`."""
+        """Read the directory; `lock` is a descriptor of its lock file, see `open`."""
         self.directory = directory
         self._runner = runner
         self._lock = lock
@@ -113,21 +113,21 @@ class StateDirectory:
 
     @classmethod
     async def open(cls, candidates: Sequence[Path], runner: Runner) -> Self:
-        """Take the first of these directories that is there or can be made, and hold it for this daemon's life.
+        """Take the first of these directories that exists or can be made, and lock it for this daemon's life.
 
-        Raises `DaemonError` if none can be made or written to, or if it is another user's or another daemon's.
+        Raises `DaemonError` if none can be made or written to, or if another user owns it or another daemon uses it.
         """
         directory = _made(candidates)
         return cls(directory, runner, await _locked(directory))
 
     def close(self) -> None:
-        """Let another daemon have the directory."""
+        """Unlock the directory."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def get(self, name: str) -> DeviceState:
-        """What is known of this name.  Raises `DaemonError` if its file cannot be read."""
+        """The state of this name, empty for an unknown one.  Raises `DaemonError` if its file cannot be read."""
         if name in self._unreadable:
             raise DaemonError(
                 f"{self._path(name)}: {self._unreadable[name]}: device {name} is not served, since its store cannot "
@@ -136,15 +136,15 @@ class StateDirectory:
         return self._states.get(name) or DeviceState(name=name)
 
     def generation(self, name: str) -> int:
-        """Of the last attach to this name, 0 if its file cannot be read."""
+        """The generation of the last attach to this name; 0 if there was none or its file cannot be read."""
         return self._states[name].generation if name in self._states else 0
 
     def knows(self, name: str) -> bool:
-        """Whether a store, or a file that cannot be read, stands for this name."""
+        """Whether this name has a store, or a file that cannot be read."""
         return name in self._unreadable or self.get(name).store is not None
 
     async def save(self, state: DeviceState) -> None:
-        """Have this state on the disk.  Raises `DaemonError` naming the directory; then nothing has changed here."""
+        """Make this state durable.  Raises `DaemonError` that names the directory; then `get` is unchanged."""
         write = Write(self._path(state.name), msgspec.json.format(msgspec.json.encode(state)) + b"\n")
         try:
             await self._runner.run_beside(
@@ -185,7 +185,7 @@ def _plain_reason(error: DaemonError) -> str:
 
 
 async def _locked(directory: Path) -> int:
-    """Hold the directory.  A daemon that is just ending may still do so: this one waits a moment for that."""
+    """Lock the directory, waiting `LOCK_PATIENCE_S` for a daemon that is just ending.  Raises `DaemonError`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + LOCK_PATIENCE_S
     try:
@@ -212,7 +212,7 @@ def _made(candidates: Sequence[Path]) -> Path:
             make_own_directory(directory, _WHAT, _OPTION)
             return directory
         except ConfigError as error:
-            # Only where nothing can have been kept: a directory that is there and refused is never passed over.
+            # Passed over only where no state can be kept; an existing directory that is refused may have some.
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNWRITABLE:
                 raise
             _log.warning(
@@ -227,10 +227,10 @@ def _made(candidates: Sequence[Path]) -> Path:
 
 
 def candidates(run_dir: Path, given: Path | None) -> list[Path]:
-    """Where a daemon in this run directory may keep its state, the best first; no two daemons share a directory.
+    """The directories for the state of a daemon in this run directory, in order; no two daemons share one.
 
-    `given` is what the user chose.  A daemon with a run directory of its own, such as a test's, goes on beside that
-    directory where `/var/lib` cannot be written to.
+    `given` is the user's choice.  For a run directory other than the default, such as a test's, the second one lies
+    beside it, for machines on which `/var/lib` cannot be written to.
     """
     if given is not None:
         return [given]

@@ -1,8 +1,9 @@
-"""From one supervisor to the next: what is written down of a device, and what the heir of a record can go on with.
+"""From one supervisor to the next: the record of a device, and what the next supervisor can go on with.
 
-A supervisor may be killed at any moment.  Its record says which processes served the device, the holder has the
-descriptors that led to them.  If all of that still fits together, the next supervisor goes on with the same workers,
-broker and backend, and no request notices; if not, it ends what is left and recovers the device in a new epoch.
+A supervisor may be killed at any moment.  Its record names the processes that served the device; the holder has the
+descriptors that lead to them.  If record, processes and descriptors fit together, the next supervisor goes on with the
+same workers, broker and backend, and no request notices; else it ends these processes and recovers the device in a new
+epoch.
 """
 
 import os
@@ -42,7 +43,7 @@ def record_of(
     epoch: int,
     mark: int = 0,
 ) -> Record:
-    """All that the next supervisor must know of a device."""
+    """The record of a device, for the next supervisor."""
     workers = [
         Worker(process, each.cpu)
         for each in (team.workers if team else ())
@@ -74,7 +75,7 @@ def record_of(
 
 
 def may_go_on(record: Record, held: Mapping[str, int]) -> bool:
-    """Whether the device was served when its supervisor died, and all of its workers can still be reached."""
+    """Whether the device was live when its supervisor died, and all of its workers live and can be reached."""
     names = [worker_name(record.config.name, queue) for queue in range(len(record.workers))]
     return (
         record.live
@@ -85,7 +86,7 @@ def may_go_on(record: Record, held: Mapping[str, int]) -> bool:
 
 
 class AdoptedDevice(NamedTuple):
-    """What a device goes on with."""
+    """What a device goes on with: kernel device, workers with their sockets, record, the holder's descriptors."""
 
     kernel: BlockDevice
     workers: Sequence[tuple[Worker, socket.socket]]
@@ -94,7 +95,7 @@ class AdoptedDevice(NamedTuple):
 
     @classmethod
     async def of(cls, record: Record, held: Mapping[str, int], runner: ControlRunner) -> Self:
-        """Raises `DaemonError` if the kernel does not have the device, or has it in another state."""
+        """Raises `DaemonError` unless the kernel has the device, live, with a queue for each worker on record."""
         assert record.device_number is not None
         name = record.config.name
         kernel = await BlockDevice.find(runner, name, record.device_number, record.device_mark)
@@ -106,7 +107,7 @@ class AdoptedDevice(NamedTuple):
         return cls(kernel, tuple(zip(record.workers, sockets, strict=True)), record, held)
 
     def session(self) -> Session | None:
-        """The backend's session, if the workers were given one and it has its answer."""
+        """The backend's session; None if none was on record, or its connection was not held.  Raises `OSError`."""
         connection, segment = (self.held.get(name) for name in session_names(self.record.config.name))
         served = self.record.served
         if served is None or connection is None or (segment is None) != (served.attach.segment_bytes == 0):
@@ -118,7 +119,7 @@ class AdoptedDevice(NamedTuple):
             sock = _socket(connection)
             return Session.adopt(sock, served.attach, own, token, served.segment, served.generation)
         except OSError:
-            # No pidfd can be had: this daemon cannot go on with it.
+            # Without a pidfd this daemon could not see the backend's death.
             if own is not None:
                 os.close(own)
             if sock is not None:

@@ -1,8 +1,7 @@
-"""The devices of one daemon by name, and whose turn it is to change which of them.
+"""The devices of one daemon by name, and the task that changes each.
 
-Owns that a name has one owner at a time: what makes or takes over its device, what removes it, or the device itself.
-Requests for one name may come in any order and at once; each ends in a device that is served and listed, or in none.
-Runs on the supervisor's asyncio loop.
+Owns that one task at a time makes, takes over or removes the device of a name.  Requests for one name may come in any
+order and at once; each ends with a listed device or with a free name.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -16,14 +15,14 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
 
 DELETE_DEADLINE_S = 100.0
-"""Of one device at the daemon's end: a service manager kills the daemon after 120 s."""
+"""For one device at the daemon's end: a service manager kills the daemon after 120 s."""
 _log = logging.getLogger("ublkpool.supervisor")
 Show = Callable[[Device], None]
-"""This is the device of the name from now on."""
+"""Takes the device that stands for the name from now on."""
 
 
 class _Entry:
-    """A name: its device, and what changes it now."""
+    """A name: its device, and the tasks that make and remove it."""
 
     def __init__(self, device: Device, before: Device | None = None) -> None:
         self.device = device
@@ -37,20 +36,20 @@ class _Entry:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing makes or removes the device."""
+        """Whether no task makes or removes the device."""
         return not any(task is not None and not task.done() for task in (self.making, self.removing))
 
     def begin(self) -> None:
-        """The first step.  Raises `CancelledError` if the add has been given up."""
+        """The making task's first step.  Raises `CancelledError` if the add has been given up."""
         self.has_begun = True
         if self.is_undoing:
             raise asyncio.CancelledError
 
     def stop_making(self) -> None:
-        """Have what makes the device give up and undo; once, for an undoing is not to be undone."""
+        """Have the making task give up and undo, once: a second cancellation would interrupt the undoing."""
         if self.making is not None and not self.making.done() and not self.is_undoing:
             self.is_undoing = True
-            # A task that is cancelled before its first step would undo nothing.
+            # A task that is cancelled before its first step runs none of its code, so it would undo nothing.
             if self.has_begun:
                 self.making.cancel()
 
@@ -59,7 +58,7 @@ class DeviceTable:
     """The devices by name."""
 
     def __init__(self, make: Callable[[DeviceConfig], Device], changed: Callable[[], None]) -> None:
-        """`make` makes a device that runs nothing yet; `changed` is called when a name comes, goes or changes state."""
+        """`make` makes a device that runs nothing yet; `changed` is called at each new, removed or changed device."""
         self._make = make
         self._changed = changed
         self._entries: dict[str, _Entry] = {}
@@ -67,11 +66,11 @@ class DeviceTable:
         self._closed = False
 
     def devices(self) -> Sequence[Device]:
-        """All devices, those that are being made or removed included."""
+        """All devices, including those that are being made or removed."""
         return [entry.device for entry in self._entries.values()]
 
     def device(self, name: str) -> Device:
-        """The device of this name.  Raises `DaemonError` if there is none."""
+        """The device of this name.  Raises `DaemonError` for an unknown name."""
         return self._entry(name).device
 
     async def live(self, name: str) -> Device:
@@ -83,7 +82,7 @@ class DeviceTable:
                 return device
             except DaemonError:
                 entry = self._entries.get(name)
-                # Only what takes over an earlier daemon's device begins again with another one.
+                # Only a takeover replaces the `Device` of a name, and then the wait goes on.
                 if entry is None or entry.device is device or not entry.is_taken_over:
                     raise
 
@@ -91,17 +90,17 @@ class DeviceTable:
         return name in self._entries
 
     def close(self) -> None:
-        """Nothing is added any more, and what is being added is undone."""
+        """Refuse every add from now on, and undo those that are under way."""
         self._closed = True
         for entry in self._entries.values():
             if not entry.is_taken_over:
                 entry.stop_making()
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> Device:
-        """Make a device, with a backend of ours until it is live; one that failed is made again.
+        """Make a device; one with a backend of the daemon's is live at the return.  A failed device is made again.
 
-        Raises `DaemonError`, and leaves the name as it was; also if it is deleted meanwhile.  A caller that is
-        cancelled has it undone.
+        Raises `DaemonError` and leaves the name as it was, also if the device is deleted meanwhile.  If the caller is
+        cancelled, the add is undone.
         """
         entry = self._begin(cfg, progress, keeps_failed=False)
         making = entry.making
@@ -116,13 +115,13 @@ class DeviceTable:
         return entry.device
 
     def add_configured(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> None:
-        """The same without waiting; one that cannot start stays in the list, failed, with its reason."""
+        """The same without waiting; a device that cannot start stays in the list, failed, with its reason."""
         self._begin(cfg, progress, keeps_failed=True)
 
     def take_over(self, left: Record, work: Callable[[Show], Awaitable[bool]]) -> "asyncio.Task[None]":
-        """Have `work` take over what an earlier daemon left of this device; it says whether there is a device then.
+        """Have `work` take over what an earlier daemon left of this device; its result says whether a device is left.
 
-        One that cannot be taken over stays in the list, failed, with its reason.
+        A device that cannot be taken over stays in the list, failed, with its reason.
         """
         entry = self._enter(left.config, None)
         entry.is_taken_over = True
@@ -133,8 +132,8 @@ class DeviceTable:
     async def delete(self, name: str, force: bool, forget: bool = False) -> None:
         """Remove the device; return when the name is free.  Raises `DaemonError` if it is in use and not forced.
 
-        With `forget` the name may have another store from now on.  What is being added is given up.  Several callers
-        may ask for the same; all wait for the one removal.
+        With `forget` the name may have another store from now on.  An add that is under way is given up.  Several
+        callers wait for the same removal.
         """
         entry = self._entry(name)
         entry.forgets |= forget
@@ -144,20 +143,20 @@ class DeviceTable:
                 await asyncio.wait({entry.making})
                 continue
             if entry.removing is not None and not entry.removing.done():
-                # Its own caller is told if it fails; this one tries again then, as it was asked to.
+                # A failure is raised to the removal's own caller; this caller then tries again.
                 await asyncio.wait({entry.removing})
                 continue
             entry.removing = self._background.spawn_awaited(self._remove(entry, force))
             await asyncio.shield(entry.removing)
 
     async def delete_all(self) -> bool:
-        """At the daemon's end: every device, in use or not, side by side; whether all have gone."""
+        """At the daemon's end: remove every device, in use or not, side by side; whether all have gone."""
         self.close()
         names = list(self._entries)
         return all(await asyncio.gather(*(self._delete_at_end(name) for name in names)))
 
     async def settled(self) -> None:
-        """Return when no device changes."""
+        """Return when no task changes a device."""
         while busy := [each for entry in self._entries.values() for each in _running(entry)]:
             await asyncio.wait(busy)
         await asyncio.gather(*(device.settled() for device in self.devices()))
@@ -220,7 +219,7 @@ class DeviceTable:
             keep = before is not None or keeps_failed
             await entry.device.delete(force=True, keep=keep, forget=entry.forgets)
         except Exception as leak:
-            # What is left of it is named in the list, and `del` tries again.
+            # The list shows the device with what is left of it, and `del` tries again.
             _log.error("%s: %s", name, without_name(name, one_line(leak)))
             entry.device.note_failure(one_line(leak))
             return
@@ -263,7 +262,7 @@ class DeviceTable:
         try:
             await entry.device.delete(force, forget=entry.forgets)
         except BaseException:
-            # It stays, and so does its store.
+            # The device stays, and so does its store.
             entry.forgets = False
             raise
 

@@ -1,7 +1,7 @@
 """A device's workers of one epoch: forked together, told the same, ended together.
 
-Owns the window in which the supervisor holds /dev/ublkcN: it opens, maps, forks and closes without giving anybody
-else a turn, so that no stray child can hold the device.  Runs on the supervisor's asyncio loop.
+Owns the window in which the supervisor holds /dev/ublkcN: it opens, maps, forks and closes without an await, so that
+no child forked elsewhere inherits the device.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ublkpool.daemon.device.records import Worker
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import ClientArea
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.worker_process import WorkerProcess
@@ -53,16 +54,15 @@ class Plan(NamedTuple):
     area: ClientArea | None = None
 
     def segments(self) -> tuple[wire.Segment, ...]:
-        """What every backend is handed."""
+        """The memory that every backend is handed."""
         pool = wire.Segment(number=wire.SEGMENT_POOL, size_bytes=self.arena.geometry.total_bytes)
         return (pool, *(self.area.segments() if self.area else ()))
 
     @contextmanager
     def descriptors(self) -> Iterator[list[int]]:
-        """In the order of `segments`, to be sent to a backend.
+        """The descriptors of `segments`, in that order, to be sent to a backend.  Raises `OSError`.
 
-        The pool's is an open file of its own, so that it can be told whether the backend's are gone
-        (`open_files.is_open_elsewhere`).  Raises `OSError`.
+        The pool's is a separate open file, so that `open_files.is_open_elsewhere` sees whether a backend still has it.
         """
         pool = reopened(self.arena.data_fd)
         try:
@@ -83,12 +83,12 @@ class Team:
         self._on_news = on_news
 
     def adopt(self, left: Sequence[tuple[Worker, socket.socket]]) -> None:
-        """Go on with an earlier daemon's workers and our ends of their sockets.  Raises `ProcessLookupError`."""
+        """Go on with an earlier daemon's workers and its ends of their sockets.  Raises `ProcessLookupError`."""
         for queue, (worker, sock) in enumerate(left):
             self.workers.append(WorkerProcess(queue, worker.cpu, worker.process.pid, sock, self._on_news))
 
     async def report(self) -> list[messages.Standing]:
-        """Where the adopted workers stand.  Raises `DaemonError` if one has ended or does not say."""
+        """The state of the adopted workers.  Raises `DaemonError` if one has ended or does not answer."""
         try:
             return await asyncio.wait_for(
                 asyncio.gather(*(each.report() for each in self.workers)), REPORT_DEADLINE_S
@@ -97,20 +97,20 @@ class Team:
             raise DaemonError(f"a worker has not answered after {REPORT_DEADLINE_S:.0f} s") from None
 
     def let_go(self) -> None:
-        """Forget them as they are."""
+        """Close the sockets here; the workers go on."""
         for worker in self.workers:
             worker.close()
 
     @property
     def endpoints(self) -> tuple[str, ...]:
-        """Where the backend finds each queue."""
+        """The ZeroMQ endpoint of each queue."""
         return tuple(f"ipc://{self._socket(queue)}" for queue in range(self.plan.kernel.info.queues))
 
     async def fork(self) -> None:
         """Open the device and fork a worker per queue.  Raises `DaemonError`, `OSError`."""
         kernel = self.plan.kernel
         char_fd = await kernel.open_char()
-        # No await from here to the close: a child that somebody else forks now would hold the device for its life.
+        # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
         descriptors: list[object] = []
         try:
             for queue in range(kernel.info.queues):
@@ -118,13 +118,13 @@ class Team:
             for queue in range(kernel.info.queues):
                 self.workers.append(self._fork_worker(queue, char_fd, descriptors))
         finally:
-            # Only the workers hold the device from here on, so that their end releases it.
+            # From here on only the workers hold the device, so that their end releases it.
             for mapped in descriptors:
                 unmap_descriptors(mapped, kernel.info.depth)
             os.close(char_fd)
 
     async def ready(self) -> None:
-        """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first that ended."""
+        """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first worker that ended."""
         try:
             await asyncio.wait_for(asyncio.gather(*(each.ready() for each in self.workers)), READY_DEADLINE_S)
         except TimeoutError:
@@ -149,11 +149,11 @@ class Team:
 
     @property
     def can_change_pool(self) -> bool:
-        """Whether all of its workers are of a version that can."""
+        """Whether all workers are of a version that can change the pool."""
         return all(each.knows_new_pool for each in self.workers)
 
     async def change_pool(self) -> None:
-        """Have every worker use the memory that the pool has now.  Raises `AttachRefused`, `DaemonError`."""
+        """Have every worker use the pool's present memory.  Raises `AttachRefused`, `DaemonError`."""
         fd = self.plan.arena.data_fd
         answers = await asyncio.gather(*(each.ask(messages.NewPool(), fd) for each in self.workers))
         for answer in answers:
@@ -161,7 +161,7 @@ class Team:
                 raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
 
     def attached(self, session: Session) -> wire.Attached:
-        """What a backend is told that these workers expect."""
+        """What the backend that these workers expect is told."""
         plan, info = self.plan, self.plan.kernel.info
         return wire.Attached(
             v=wire.PROTOCOL_VERSION,
@@ -192,40 +192,39 @@ class Team:
         return tuple(each.buffer_bytes for each in self.plan.arena.geometry.classes)
 
     def unlinked(self) -> list[int]:
-        """The queues that no backend has greeted."""
+        """The queues that the backend has not greeted."""
         return [each.queue for each in self.workers if not each.is_linked]
 
     async def linked(self) -> None:
-        """Wait until the backend is there on every queue, and fenced.  Raises `DaemonError` if a worker ends."""
+        """Wait until the backend has greeted every queue, and is fenced.  Raises `DaemonError` if a worker ends."""
         await asyncio.gather(*(each.linked() for each in self.workers))
 
     async def lost(self) -> None:
-        """The backend is gone: have every worker take back what it held."""
+        """The backend is gone: have every worker take back the buffers that the backend held."""
         for worker in self.workers:
             with suppress(DaemonError):
                 await worker.ask(messages.Lost())
 
     def give_up(self) -> None:
-        """The device is going: fail what would wait for a backend."""
+        """Have every worker fail the requests that wait for a backend, and new ones."""
         for worker in self.workers:
             with suppress(DaemonError):
                 worker.tell(messages.GiveUp())
 
     async def ended(self) -> WorkerProcess:
-        """The first worker that ends; of several that ended meanwhile, one that did not end by itself."""
-        waits = {asyncio.ensure_future(each.child.wait()): each for each in self.workers}
-        try:
+        """The first worker that ends; of several that ended meanwhile, one whose exit status is not 0."""
+        async with AsyncExitStack() as stack:
+            waits = {
+                await stack.enter_async_context(beside(each.child.wait())): each for each in self.workers
+            }
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        # The siblings of a dead worker end as well, since the kernel leaves them nothing.
+        # A dead worker's siblings exit with 0, since the kernel takes their tags away.
         return waits[max(done, key=lambda wait: wait.result() != 0)]
 
     def check_whole(self) -> None:
         """Raise `UblkError` unless every worker lives and has all of its tags.
 
-        Asked in a control process, just before the command that lets requests come.
+        A control process calls this just before the command that lets requests come.
         """
         for worker in self.workers:
             block = self.plan.arena.control.statistics_block(worker.queue)
@@ -233,19 +232,19 @@ class Team:
                 raise UblkError(f"queue {worker.queue}: its worker or its tags have gone", errno.EOWNERDEAD)
 
     async def drain(self, patience_s: float) -> None:
-        """Wait until the living ones hold no request, at most so long."""
+        """Wait until the living workers hold no request, at most `patience_s`."""
         deadline_s = asyncio.get_running_loop().time() + patience_s
         while any(map(self._is_busy, self.workers)) and asyncio.get_running_loop().time() < deadline_s:
             await asyncio.sleep(_POLL_S)
 
     async def end(self, patience_s: float) -> None:
-        """Wait for workers whose device has stopped or is quiesced, kill those that stay; forget them."""
+        """Wait for the workers of a stopped or quiesced device, kill those that stay, remove their sockets."""
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(each.child.wait() for each in self.workers)), patience_s)
         await self.kill()
 
     async def kill(self) -> None:
-        """End all of them now and forget them."""
+        """Kill all workers, remove their sockets."""
         for worker in self.workers:
             await worker.child.kill()
         for worker in self.workers:
@@ -324,7 +323,7 @@ def _absent_ms(config: DeviceConfig) -> int:
 
 
 def spin_us(config: DeviceConfig) -> int:
-    """Of few CPUs none is to spare for one that looks for work."""
+    """Busy-poll time in microseconds: the config's, else 20 from 16 CPUs on, else 0."""
     if config.spin_us is not None:
         return config.spin_us
     return SPIN_DEFAULT_US if len(os.sched_getaffinity(0)) >= SPIN_CPUS_MIN else 0
