@@ -1,4 +1,4 @@
-"""The attached device, as a backend's author and the native engine know it."""
+"""The attached device, as a backend's author and the native engine see it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What an attached backend knows of its device, and its way to the loop that serves it."""
+    """The device that a backend is attached to, and the loop that serves it; sizes are bytes.
+
+    Tags of a queue run from 0 to `depth` - 1; no read or write is longer than `max_io_bytes`.
+    """
 
     name: str
     number: int
@@ -22,19 +25,20 @@ class Device:
     read_only: bool
     pool: memoryview
     own: memoryview
-    """The own segment; empty if there is none."""
+    """The own segment; empty without one."""
     own_segment: int
     clients: Mapping[int, memoryview] = field(default_factory=dict)
-    """The slices of the client area by their segment numbers.  What lies there may change at any time."""
+    """The slices of the client area by segment number.  A client may change their content at any time."""
     own_from: int = 0
-    """Where the part of the own segment begins that is the author's, after the SDK's slots."""
+    """Byte offset in the own segment where the author's part begins, after the SDK's slots."""
     post_bytes: tuple[int, ...] = ()
-    """In which sizes regions may be posted ahead; empty if not at all."""
+    """The sizes, in bytes, in which regions may be posted ahead; empty if they may not."""
     generation: int = 0
-    """Of this attach, higher than that of every earlier one to a device of this name, for ever: a store that takes
-    orders from several machines or processes refuses what comes with a lower one.  0: the daemon is too old to say."""
+    """Number of this attach, higher than that of every earlier attach to a device of this name, over all restarts.  A
+    store that several processes or machines can reach refuses writers with a lower one.  0: the daemon is too old."""
     watch: Callable[[int, Callable[[], None]], None]
     """`watch(fd, callback)`: call `callback` on the loop's thread whenever `fd` is readable."""
     unwatch: Callable[[int], None]
+    """`unwatch(fd)`: undo `watch`, before `fd` is closed."""
     wake: Callable[[], None]
-    """Thread-safe: turn the loop once, asking again for every place and every read that had to wait."""
+    """Thread-safe: `place` and `read_in_place` are called again for every request that was answered "not now"."""

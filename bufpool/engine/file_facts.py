@@ -8,7 +8,7 @@ from ublkpool.bufpool.engine._engine import ffi, lib
 
 
 def direct_alignment(file: int) -> int:
-    """The logical block that O_DIRECT on this file demands, 0 if the file system does not say or cannot."""
+    """The logical block, in bytes, that O_DIRECT on this file needs; 0 if the file system does not say or has none."""
     memory, offset = ffi.new("uint32_t *"), ffi.new("uint32_t *")
     if lib.file_direct_alignment(file, memory, offset):
         return 0
@@ -24,7 +24,7 @@ class BlockDevice(msgspec.Struct, frozen=True):
 
 
 def block_device(file: int) -> BlockDevice:
-    """Ask a block device for its sizes."""
+    """Ask an open block device for its sizes.  Raises `OSError`."""
     size, logical, physical = ffi.new("uint64_t *"), ffi.new("uint32_t *"), ffi.new("uint32_t *")
     error = lib.file_block_device(file, size, logical, physical)
     if error:
@@ -38,8 +38,8 @@ _HANDLE_BYTES_MAX = 128
 def file_handle(file: int) -> str:
     """The file's handle in hexadecimal, with its type; empty if its file system has none.
 
-    It names the inode and, on most file systems, its generation: a file that is made where another was removed has
-    another handle, even with the same inode number (name_to_handle_at(2), `i_generation`).
+    It names the inode and, on most file systems, its generation: a new file that gets the inode number of a removed one
+    has another handle (name_to_handle_at(2), `i_generation`).
     """
     memory, size, kind = (
         ffi.new("uint8_t[]", _HANDLE_BYTES_MAX),

@@ -1,7 +1,7 @@
-"""The typed face of the native engine: a storage, from frames to io_uring or memory and back, without Python a request.
+"""The Python side of the native engine, which executes frames of requests on a storage without Python for each request.
 
-Owns one native engine and the exports of the memory it works on.  Runs on the loop's thread: its io_uring takes
-submissions from the thread that made it.
+Owns one native engine and the exports of the memory that it works on.  Runs on the loop's thread: its io_uring accepts
+submissions only from the thread that made it.
 """
 
 import os
@@ -52,7 +52,7 @@ class NullStorage(NamedTuple):
 
 
 class MemoryStorage(NamedTuple):
-    """A disk in the own segment, whose blocks are named as they are: for writes, and with `names_reads` for reads."""
+    """A disk in the own segment: a write lands in its own block; with `names_reads` reads name theirs."""
 
     names_reads: bool = False
 
@@ -71,22 +71,22 @@ class NativeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
     fenced: int
     continued: int
-    """Reads and writes that the kernel moved only in part and that went on."""
+    """Reads and writes that the kernel moved only in part and that were continued."""
     fallbacks: int
-    """Times the file system could not punch or zero and something else was done."""
+    """Times that the file system could not punch or zero a range and the engine did it another way."""
     bytes_read: int
     bytes_written: int
     running: int
     waiting: int
     """Writes and reads that wait for a region."""
     waited: int
-    """How many ever had to."""
+    """How many ever waited for one."""
     lent: int
-    """Regions of the own segment that a worker was named and that did not come back yet."""
+    """Regions of the own segment that are lent to a worker now."""
     posted: int
     """Regions that were posted ahead."""
     unasked: int
-    """Writes that came in one."""
+    """Writes that landed in a posted region."""
 
 
 class NativeEngine:
@@ -138,16 +138,19 @@ class NativeEngine:
         return lib.engine_file(self._engine)
 
     def take(self, queue: int, frame: bytes) -> None:
-        """Start what a frame asks for; the next `answers` submits it."""
+        """Start the requests of a frame; the next `answers` submits their I/O.  Raises `WireError`."""
         count, rest = divmod(len(frame), DESCRIPTOR_BYTES)
         descriptors = ffi.from_buffer("struct wire_descriptor *", frame) if count else ffi.NULL
         if rest or not count or lib.engine_take(self._engine, descriptors, count):
             raise WireError(
-                f"a worker sent a frame of {len(frame)} bytes that makes no sense on queue {queue}"
+                f"queue {queue}: a worker sent a frame of {len(frame)} bytes that the protocol does not allow"
             )
 
     def answers(self) -> Iterator[tuple[int, bytes]]:
-        """Submit what was taken, collect what is done, in frames."""
+        """Submit the I/O that was started, and return finished requests as frames.
+
+        Raises `OSError` if io_uring fails.
+        """
         error = lib.engine_turn(self._engine)
         if error:
             raise OSError(-error, f"io_uring: {os.strerror(-error)}")
@@ -188,5 +191,5 @@ def _memory_of(view: memoryview | None) -> Any:
 
 
 def slot_bytes(max_io_bytes: int) -> int:
-    """The room that one placed write needs in an own segment."""
+    """The bytes that one placed write needs in an own segment: `max_io_bytes` in whole pages."""
     return -(-max_io_bytes // _SLOT_ALIGN_BYTES) * _SLOT_ALIGN_BYTES

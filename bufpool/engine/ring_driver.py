@@ -1,4 +1,4 @@
-"""The typed face of the loop in C that turns a native engine over rings (`csrc/ring_loop.h`).
+"""The Python side of the C loop that drives a native engine over rings (`csrc/ring_loop.h`).
 
 Owns the native loop and its io_uring.  Runs on the thread that made it.
 """
@@ -18,21 +18,21 @@ _WATCHED, _CALLS = int(lib.RING_LOOP_WATCHED), int(lib.RING_LOOP_CALLS)
 
 
 def nothing_to_serve() -> None:
-    """For engines that hand nothing out."""
+    """For engines that hand out no batches."""
 
 
 class DriverStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of a loop in C."""
+    """Counters of the C loop."""
 
     turns: int
     calls: int
-    """Times that it entered the kernel."""
+    """System calls that it made."""
     bells: int
     """Doorbells rung for workers."""
 
 
 class RingDriver:
-    """Descriptors from rings into an engine and back, for as long as nothing needs Python."""
+    """Moves descriptors between rings and an engine, until something needs Python."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RingDriver:
         watched: int,
         serve: Callable[[], None] = nothing_to_serve,
     ) -> None:
-        """`watched`: the file descriptor that needs Python; `serve` does what the engine hands out.
+        """`watched`: the file descriptor whose events need Python; `serve` executes a batch that the engine hands out.
 
         Raises `BackendError` without io_uring or memory.
         """
@@ -51,37 +51,39 @@ class RingDriver:
         error = ffi.new("int *")
         self._loop = lib.ring_loop_new(ports, engine, queues, depth, watched, error)
         if self._loop == ffi.NULL:
-            raise BackendError(f"no loop in C: {why_no_ring(-error[0])}")
+            raise BackendError(f"no ring loop: {why_no_ring(-error[0])}")
 
     def spin(self, most_us: int) -> None:
-        """Look into the rings for so many microseconds, at most, before sleeping."""
+        """Poll the rings for at most this many microseconds before sleeping."""
         lib.ring_loop_spin(self._loop, most_us)
 
     def bells(self, queue: int, ours: int, workers: int) -> None:
-        """A queue's doorbells; -1 and -1 before they are closed."""
+        """Set a queue's doorbells; set -1 and -1 before they are closed."""
         lib.ring_loop_bells(self._loop, queue, ours, workers)
 
     def run(self, timeout_ms: int, hears: bool) -> bool:
-        """Serve until something else is due, `timeout_ms` at most (-1: for ever); whether `watched` is readable.
+        """Serve for at most `timeout_ms` (-1: for ever) or until `watched` is readable; returns whether it is.
 
-        Returns early for a signal.  Without `hears` no request is taken, and it returns when none runs.  Raises
-        `WireError` if a worker's word makes no sense, `OSError` if there is no going on.
+        Returns early for a signal.  Without `hears` no request is taken, and it returns when none is executing.  Raises
+        `WireError` if a worker sends what the protocol does not allow, `OSError` if io_uring fails.
         """
         result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         while result >= _CALLS:
             self._serve()
-            # The next run tells the answers.  A queue that is never idle keeps nobody from a deadline or a hearing.
+            # The next run sends the answers.  Return here, so that a queue that is never idle delays no deadline.
             if result != _CALLS or timeout_ms >= 0:
                 return bool(result & _WATCHED)
             result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         if result == -errno.EPROTO:
-            raise WireError(f"queue {lib.ring_loop_wrong(self._loop)}: the worker's words make no sense")
+            raise WireError(
+                f"queue {lib.ring_loop_wrong(self._loop)}: the worker sent what the protocol does not allow"
+            )
         if result < 0 and result != -errno.EINTR:
             raise OSError(-result, f"io_uring: {os.strerror(-result)}")
         return result > 0
 
     def settle(self, timeout_ms: int) -> None:
-        """Send the answers for which a ring had no room.  A worker that makes none is left without them."""
+        """Send the answers for which a ring had no room, for at most `timeout_ms`; the rest is dropped."""
         lib.ring_loop_settle(self._loop, timeout_ms)
 
     def statistics(self) -> DriverStatistics:

@@ -1,7 +1,7 @@
-"""A batch of reads and writes as columns: what `Backend.serve_batch` is given.
+"""A batch of reads and writes as columns: the argument of `Backend.serve_batch`.
 
-Owns nothing: the columns are the native part's memory, the data lies where the kernel put it or will take it from.  All
-of it is there until `serve_batch` returns.  Used by the loop's thread.
+The data lies where the kernel put it or will take it from.  Columns and data are valid until `serve_batch` returns.
+Used on the loop's thread.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from ublkpool.bufpool.sdk.backend import Request
 
 
 class Columns:
-    """The memory of a native batch (`csrc/calls.h`), for as many requests as a batch can have.
+    """The memory of a native batch (`csrc/calls.h`), for the most requests that a batch can have.
 
-    It is Python's, so that a view which somebody keeps too long shows old numbers and nothing worse.
+    Python allocates it, so that a view that is kept too long shows old numbers and does no harm.
     """
 
     def __init__(self, most: int) -> None:
@@ -41,12 +41,12 @@ _TYPES = {"Q": "uint64_t", "I": "uint32_t", "i": "int32_t", "H": "uint16_t", "B"
 
 
 class Batch:
-    """Reads and writes that came together, reads first, each kind in order of arrival.
+    """Reads and writes that arrived together, reads first, each kind in order of arrival.
 
-    The columns are memoryviews of `len(batch)` integers: `op` (B), `flags` (H, `wire.Flag` bits), `offset` and `length`
-    (Q, bytes on the device) and `result` (i, to be written).  `numpy.frombuffer(batch.offset, numpy.uint64)` is one
-    without a copy.  `result[i]` stands at all bytes moved; set it to a negative errno or to fewer bytes where that is
-    not so.
+    The columns are memoryviews of `len(batch)` integers: `op` (B), `flags` (H, `wire.Flag` bits), `offset` and
+    `length` (Q, bytes on the device) and `result` (i, to be written); `numpy.frombuffer(batch.offset, numpy.uint64)`
+    is an array on the same memory.  `result[i]` starts as the request's length: set it to a negative errno where the
+    request failed, or to the bytes moved where a read was short.
     """
 
     __slots__ = ("_columns", "_count", "_native", "_request", "_view")
@@ -63,7 +63,7 @@ class Batch:
         self._count = 0
 
     def begin(self, count: int) -> None:
-        """The SDK's: there is a new one."""
+        """Called by the SDK for each new batch."""
         self._count = count
 
     def __len__(self) -> int:
@@ -91,23 +91,24 @@ class Batch:
 
     @property
     def result(self) -> memoryview:
-        """What each is answered with when `serve_batch` returns."""
+        """Bytes moved or a negative errno: the answer to each when `serve_batch` returns."""
         return self._columns.result[: self._count]
 
     def buffer(self, i: int) -> memoryview:
-        """The memory of one: a read's to fill, a write's to store.  Yours until it is answered.
+        """The memory of request `i`: to fill for a read, to store for a write.  Use it until the request is answered.
 
-        Raises `IndexError` if there is no such request.
+        Raises `IndexError` if the batch has no request `i`.
         """
         if not 0 <= i < self._count:
             raise IndexError(f"request {i} of a batch of {self._count}")
         return self._view(i)
 
     def copy(self, memory: memoryview, at: memoryview | None = None) -> None:
-        """Move all data at once: of writes into `memory`, of reads out of it, each at its offset on the device.
+        """Copy the data of all writes into `memory` and fill all reads from it, each at its offset on the device.
 
-        `at`: where else, byte offsets in `memory`, a column of 8 byte integers.  Those with an error in `result` and
-        those of `later` are left out.  Raises `ValueError`, and nothing was copied, if one lies outside of `memory`.
+        `at`: other places, a column of byte offsets in `memory` of 8 bytes each.  Requests with an error in `result`
+        and requests of `later` are left out.  Raises `ValueError`, having copied nothing, if one lies outside
+        `memory`.
         """
         with ffi.from_buffer("uint8_t[]", memory, require_writable=True) as target:
             if at is None:
@@ -120,13 +121,13 @@ class Batch:
             raise ValueError(f"request {outside - 1} lies outside of {len(target)} bytes")
 
     def later(self, i: int) -> Request:
-        """One that is answered later, from any thread, as at the level of requests."""
+        """Request `i` as a `Request`, to be answered later, from any thread.  Raises `IndexError`."""
         if not 0 <= i < self._count or self._columns.later[i]:
             raise IndexError(f"request {i} of a batch of {self._count} is none or is answered later already")
         self._columns.later[i] = 1
         return self._request(i)
 
     def fail(self, result: int) -> None:
-        """Answer all with this negative errno, but those that are answered later."""
+        """Answer all requests with this negative errno, except those of `later`."""
         for i in range(self._count):
             self._columns.result[i] = result

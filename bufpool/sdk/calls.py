@@ -1,8 +1,8 @@
-"""The engine below methods, requests and batches: a native engine whose work is the author's functions.
+"""The engine below methods, batches and requests: a native engine that hands batches to the author's functions.
 
-Owns the native engine and the views of its batch.  Frames, fences, regions and answers are native (`csrc/calls.h`);
-Python is entered once for a batch, and does for each request little more than call its function.  Runs on the loop's
-thread; only the `Outbox` is touched by others.
+Owns the native engine and the views of its batch.  Native code does frames, fences, regions and answers
+(`csrc/calls.h`); Python is entered once for a batch and then little more than calls one function for each request.
+Runs on the loop's thread; other threads use only the `Outbox`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +38,7 @@ class CallEngine:
     """A `FrameEngine` that calls a backend's methods.  Raises `BackendError` if there is no memory."""
 
     def __init__(self, backend: Backend, device: Device, outbox: Outbox, post_max_bytes: int = 0) -> None:
-        """`post_max_bytes`: see `Properties`; what `device.own_from` leaves before it are the slots."""
+        """`post_max_bytes`: see `Properties`; the slots are the own segment before `device.own_from`."""
         self._backend, self._device, self._outbox = backend, device, outbox
         self._handle = ffi.new_handle(self)
         self._columns = Columns(device.queues * device.depth)
@@ -103,7 +103,7 @@ class CallEngine:
         self._native.close()
 
     def collect(self) -> None:
-        """Take what was answered late, and ask again for the regions that are waited for."""
+        """Pass on the answers from the outbox, and ask again for regions that requests wait for."""
         self._collect()
         lib.engine_ask_again(self.raw)
 
@@ -117,7 +117,7 @@ class CallEngine:
                 lib.calls_finish(self._storage, request.key, errno_of(error, repr(request)))
 
     def serve(self) -> None:
-        """Do the batch that was handed out; what it leaves in `result` is collected by who calls."""
+        """Execute the batch that was handed out; the caller collects what it leaves in `result`."""
         self._serve()
         if self._outbox.results:
             self._collect()
@@ -125,7 +125,7 @@ class CallEngine:
             self._overlong = True
             log.error("a result was larger than its request: answered EIO (said once)")
 
-    # What is called for each run of a batch, by what its calls have in common.
+    # A batch is cut into runs of requests that call the same function on the same memory; a way is such a call.
 
     def _make_ways(self) -> dict[int, _Way]:
         ways: dict[int, _Way] = {_NO_DATA: self._without_data}
@@ -134,7 +134,7 @@ class CallEngine:
         return ways
 
     def _ways_in(self, area: int, memory: memoryview) -> dict[int, _Way]:
-        """Of reads and writes whose data lies there."""
+        """The calls for reads and writes whose data lies in this memory."""
         backend, write = self._backend, self._backend.plain_pwrite
         read = self._two(backend.plain_pread or backend.pread, memory)
         if area == _OWN and type(backend).store_placed is not Backend.store_placed:
@@ -152,12 +152,12 @@ class CallEngine:
             ways[way](first, end)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
-        """What is the same call, and from where to where."""
+        """The way of each run, its first request and the end of it."""
         numbers = self._run[: _RUN * self._head[_RUNS]].tolist()
         return zip(numbers[::_RUN], numbers[1::_RUN], numbers[2::_RUN], strict=True)
 
     def _columns_of(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
-        """Where the data begins and ends, and its offset on the device."""
+        """For each request, where its data begins and ends in the memory, and its offset on the device."""
         c = self._columns
         if end - first == 1:
             return ((c.start[first], c.end[first], c.offset[first]),)
@@ -165,7 +165,7 @@ class CallEngine:
             c.start[first:end].tolist(), c.end[first:end].tolist(), c.offset[first:end].tolist(), strict=True
         )
 
-    # Three of a kind: this runs for every request, and each knows how its function is called.
+    # Three nearly equal functions: they run for every request, so each contains its own call.
 
     def _two(self, function: Callable[[memoryview, int], int | None], memory: memoryview) -> _Way:
         result_of, columns_of = self._columns.result, self._columns_of
@@ -237,7 +237,7 @@ class CallEngine:
     # Requests and batches.
 
     def _view(self, at: int) -> memoryview:
-        """A read's or a write's data."""
+        """The memory of a read or a write."""
         memory = self._memories[self._area_of(at)]
         return memory[self._columns.start[at] : self._columns.end[at]]
 
@@ -251,7 +251,7 @@ class CallEngine:
         return Request(op, flags, offset, length, self._view(at), region, self._outbox, key)
 
     def _requests(self) -> list[Request]:
-        """All of the batch, each to be answered by itself."""
+        """The whole batch as `Request` objects, each to be answered by itself."""
         c, requests = self._columns, []
         for way, first, end in self._runs():
             memory, is_own = self._memories[way >> _AREA], way >> _AREA == _OWN
@@ -289,10 +289,10 @@ class CallEngine:
         if moves < count:
             self._without_data(moves, count)
 
-    # Asked by the native part, in the middle of a turn.
+    # Called by the native part, within a turn.
 
     def place(self, is_write: bool, offset: int, length: int, flags: int) -> int:
-        """The region for a write or a read, -1 for not now, or one less than a negative errno."""
+        """The byte offset of the region for a write or a read, -1 for "not now", or a negative errno minus 1."""
         try:
             if is_write:
                 region = self._backend.place(offset, length, flags)
@@ -311,7 +311,7 @@ class CallEngine:
             raise BackendError(f"region {region} for {length} bytes is not a place in the own segment")
 
     def released(self, region: int) -> None:
-        """A region is the author's again."""
+        """Tell the backend that a region came back."""
         try:
             self._backend.released(region)
         except Exception as error:

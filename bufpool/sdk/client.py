@@ -1,8 +1,8 @@
 """The SDK's lower half: attach to a device, map its memory, exchange frames with its queues.
 
-Owns the attach connection, the mappings and the links to the queues, over one of the transports.  Knows nothing of
-what a request means; engines do.  One thread uses an `Attachment`, in the backend's process;
-it must be opened after any fork, since neither a ZeroMQ context nor a loop survives one.
+Owns the attach connection, the mappings and the links to the queues, over one of the transports.  Does not interpret
+requests: engines do.  One thread uses a `DeviceConnection`, in the backend's process; open it after any fork, since
+neither a ZeroMQ context nor a loop survives one.
 """
 
 import errno
@@ -26,7 +26,7 @@ from ublkpool.bufpool.sdk.ring_links import RingLinks
 from ublkpool.bufpool.way_out import explain, too_long_for_sockets
 
 Transport = Literal["auto", "ring", "zeromq"]
-"""How descriptors travel; `auto`: through rings if the daemon offers them."""
+"""How descriptors travel: `auto` uses rings if the daemon offers them, otherwise ZeroMQ."""
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
 _SEGMENTS_MAX = 32
@@ -34,8 +34,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
 
 
-class Ready(NamedTuple):
-    """What a `poll` found."""
+class PollResult(NamedTuple):
+    """What a `poll` found: queues with frames, readable watched descriptors, a message on the attach connection."""
 
     queues: list[int]
     descriptors: list[int]
@@ -43,7 +43,7 @@ class Ready(NamedTuple):
 
 
 def map_segment(descriptor: int, size_bytes: int) -> SharedMap:
-    """The segment behind a file descriptor, shared and with every page present."""
+    """Map a segment, shared, writable, every page present.  Raises `BackendError` if its file is shorter, `OSError`."""
     actual_bytes = os.fstat(descriptor).st_size
     if actual_bytes < size_bytes:
         raise BackendError(f"a segment of {size_bytes} bytes was announced, its file has {actual_bytes}")
@@ -51,7 +51,7 @@ def map_segment(descriptor: int, size_bytes: int) -> SharedMap:
 
 
 class OwnSegment:
-    """Memory that the backend brings: a sealed memfd, fully allocated, mapped here and handed to the daemon."""
+    """Memory that the backend brings: a sealed memfd, fully allocated, mapped here; the daemon gets its descriptor."""
 
     def __init__(self, descriptor: int, size_bytes: int) -> None:
         """Takes over `descriptor`; see `create` and `adopt`."""
@@ -62,7 +62,7 @@ class OwnSegment:
 
     @classmethod
     def create(cls, size_bytes: int, name: str = "ublkpool-backend") -> Self:
-        """A new segment of zeros, its size rounded up to whole pages."""
+        """A new segment of zeros, its size rounded up to whole pages.  Raises `BackendError` without enough memory."""
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -75,14 +75,17 @@ class OwnSegment:
 
     @classmethod
     def adopt(cls, descriptor: int) -> Self:
-        """A segment that `create` made in an earlier process; takes over the descriptor."""
+        """A segment that `create` made in an earlier process; takes over the descriptor.
+
+        Raises `BackendError`, having closed it, if it is not a sealed memfd.
+        """
         if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             os.close(descriptor)
             raise BackendError("a segment to adopt must be a sealed memfd")
         return cls(descriptor, os.fstat(descriptor).st_size)
 
     def close(self) -> None:
-        """Let go of the memory; views that are still in use keep their mapping alive."""
+        """Close and unmap; a view that is still in use keeps its mapping alive."""
         os.close(self.descriptor)
         self._map.close()
 
@@ -113,9 +116,10 @@ def _unreachable(path: Path, error: OSError) -> str:
 def connect_and_ask(
     run_dir: Path, question: wire.BackendMessage, wait_s: float = 0.0
 ) -> tuple[socket.socket, wire.DaemonMessage, list[int]]:
-    """The connection, the daemon's answer, which is no refusal, and the files that came with it.
+    """Connect to the attach socket, ask, and return the connection, the answer and the descriptors that came with it.
 
-    Raises `AttachRefused`, `BackendError`, `WireError`.
+    Waits up to `wait_s` seconds for a daemon that does not listen yet.  Raises `AttachRefused` with the daemon's
+    reason, `BackendError` without a daemon, `WireError` for an answer that is not valid.
     """
     connection = _connect(run_dir, wait_s)
     descriptors: list[int] = []
@@ -129,7 +133,7 @@ def connect_and_ask(
 
 
 def describe(run_dir: Path, device: str, wait_s: float = 0.0) -> wire.Described:
-    """What the daemon knows of `device` before anybody attaches; errors as in `Attachment.open`."""
+    """What the daemon says of `device` before an attach; raises as `connect_and_ask`."""
     question = wire.Describe(v=wire.PROTOCOL_VERSION, device=device)
     connection, answer, _ = connect_and_ask(run_dir, question, wait_s)
     connection.close()
@@ -141,10 +145,10 @@ def describe(run_dir: Path, device: str, wait_s: float = 0.0) -> wire.Described:
 def _ask(
     connection: socket.socket, message: wire.BackendMessage, descriptors: list[int]
 ) -> tuple[bytes, list[int]]:
-    """The daemon's first packet, and the descriptors that came with it."""
+    """The daemon's first packet, and the descriptors that came with it.  Raises `BackendError`."""
     connection.settimeout(ATTACH_ANSWER_TIMEOUT_S)
     try:
-        # A daemon that does not want to hear it has said why already.
+        # A daemon that refuses before it has read the question closes the connection; its answer is still there.
         with suppress(ConnectionError):
             socket.send_fds(connection, [wire.encode_message(message)], descriptors)
         return _receive(connection)
@@ -158,7 +162,7 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     try:
         return _receive_once(connection)
     except ConnectionResetError:
-        # That the daemon has not read us comes first, then what it said.
+        # The kernel reports first that the daemon left our packet unread; the daemon's answer comes after that.
         return _receive_once(connection)
 
 
@@ -206,7 +210,7 @@ def _close_all(descriptors: Iterable[int]) -> None:
 
 
 def make_links(attached: wire.Attached, transport: Transport) -> Links:
-    """Links over the transport that is wanted.  Raises `BackendError` if there are none."""
+    """Links over the wanted transport.  Raises `BackendError` for `ring` if the daemon offers no rings."""
     if transport == "zeromq" or (transport == "auto" and not attached.rings):
         return _zeromq_links(attached)
     if not attached.rings:
@@ -215,13 +219,13 @@ def make_links(attached: wire.Attached, transport: Transport) -> Links:
 
 
 def _zeromq_links(attached: wire.Attached) -> Links:
-    # Imported by those who need it: ZeroMQ takes a backend with rings more time to load than all of the SDK.
+    # Imported here: loading ZeroMQ takes longer than the whole SDK, and a backend over rings does not need it.
     from ublkpool.bufpool.sdk.zeromq_links import ZeroMQLinks
 
     return ZeroMQLinks(attached)
 
 
-class Attachment:
+class DeviceConnection:
     """A backend's connection to one device."""
 
     def __init__(
@@ -252,11 +256,10 @@ class Attachment:
         wait_s: float = 0.0,
         transport: Transport = "auto",
     ) -> Self:
-        """Attach to `device`, map its segments, say HELLO on every queue.
+        """Attach to `device`, map its segments, send HELLO on every queue.
 
-        `wait_s`: how long to wait for a daemon that does not listen yet.  Raises `AttachRefused` with the daemon's
-        reason, `BackendError` if there is no daemon or not this transport, `WireError` for an answer that makes no
-        sense.
+        Waits up to `wait_s` seconds for a daemon that does not listen yet.  Raises `AttachRefused` with the daemon's
+        reason, `BackendError` without a daemon or without this transport, `WireError` for an answer that is not valid.
         """
         attach = msgspec.structs.replace(
             attach, device=device, segment_bytes=own_segment.size_bytes if own_segment else 0
@@ -277,16 +280,19 @@ class Attachment:
             connection.close()
             raise
 
-    def poll(self, timeout_ms: int | None = None) -> Ready:
-        """Wait until something can be done, for ever if `timeout_ms` is None."""
+    def poll(self, timeout_ms: int | None = None) -> PollResult:
+        """Wait for frames, watched descriptors or the daemon; for ever if `timeout_ms` is None.
+
+        Raises as `Links.poll`.
+        """
         queues, descriptors = self.links.poll(timeout_ms)
         control = self._connection.fileno() if descriptors else -1
         if control not in descriptors:
-            return Ready(queues, descriptors, False)
-        return Ready(queues, [each for each in descriptors if each != control], True)
+            return PollResult(queues, descriptors, False)
+        return PollResult(queues, [each for each in descriptors if each != control], True)
 
     def receive(self, queue: int) -> list[wire.Descriptor]:
-        """The descriptors that have arrived on a queue.  Raises `WireError` for a frame that is none."""
+        """The descriptors that have arrived on a queue.  Raises `WireError` for a frame that is not valid."""
         return [each for frame in self.links.frames(queue) for each in wire.iter_frame(frame)]
 
     def send(self, queue: int, descriptors: Sequence[wire.Descriptor]) -> None:
@@ -304,15 +310,15 @@ class Attachment:
         return wire.decode_daemon_message(packet) if packet else None
 
     def forget_connection(self) -> None:
-        """Stop polling the attach connection: its end was seen and would be reported for ever."""
+        """Stop polling the attach connection: after its end, every `poll` would report it."""
         self.links.unwatch(self._connection.fileno())
 
     def statistics(self) -> LinkStatistics:
-        """What went over the queues."""
+        """Counters of the links."""
         return self.links.statistics()
 
     def close(self) -> None:
-        """Send what is queued, then leave: links, mappings and the attach connection, in this order."""
+        """Send what is queued, then close the links, the mappings and the attach connection, in this order."""
         self.links.close()
         for mapping in self._maps.values():
             mapping.close()

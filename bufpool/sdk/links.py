@@ -1,7 +1,7 @@
 """What both transports have in common: a backend's links to the queues of its device.
 
-Owns the protocol that `zeromq_links.py` and `ring_links.py` follow.  A link is a queue's: frames come and go on it, its
-end says that the worker has gone, and a HELLO opens it, also to the worker's successor.  One thread uses them.
+Owns the protocol that `zeromq_links.py` and `ring_links.py` implement.  Each queue has one link: frames travel on it, a
+HELLO opens it, also to a worker's successor, and its end says that the worker has ended.  One thread uses the links.
 """
 
 import select
@@ -23,7 +23,7 @@ class Polled(NamedTuple):
 
 
 class LinkStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of the links since they were made; frames of a ring are what was taken or sent at once."""
+    """Counters of the links since they were made; over rings a frame is what was read or written at once."""
 
     frames_received: int
     frames_sent: int
@@ -42,18 +42,17 @@ class Links(Protocol):
         """Undo `watch`."""
 
     def poll(self, timeout_ms: int | None = None) -> Polled:
-        """Wait until something can be done, for ever if `timeout_ms` is None; may return early with nothing.
+        """Wait for frames or watched descriptors, for ever if `timeout_ms` is None; may return early with nothing.
 
-        Greets the successor of a worker that has gone.  Raises `WireError` if a worker's word makes no sense, and
-        `BackendError` if a queue's socket stays out of reach (`doors.py`).
+        Sends HELLO to the successor of a worker that has ended.  Raises `WireError` if a worker sends what the protocol
+        does not allow, and `BackendError` if a queue's socket stays out of reach (`doors.py`).
         """
 
     def drive(self, engine: Any, serve: Callable[[], None] = ...) -> bool:
-        """Turn this native engine (`csrc/engine.h`) inside `poll` until it is None.
+        """Let `poll` drive this native engine (`csrc/engine.h`) in C, until `drive(None)`.
 
-        `serve` is called for what it hands out; for nothing else is there Python.
-
-        False: these links cannot.  With None: answers that found no room are sent, within a bound.
+        `serve` is called for each batch that the engine hands out; the rest needs no Python.  Returns False if these
+        links cannot drive an engine.  With None, answers that found no room in a ring are sent first, within a bound.
         """
 
     @property
@@ -61,30 +60,30 @@ class Links(Protocol):
         """How many queues have a worker at the other end."""
 
     def frames(self, queue: int) -> Iterator[bytes]:
-        """The frames that have arrived on a queue, up to a bound that leaves the others their turn."""
+        """The frames that have arrived on a queue, up to a bound, so that the other queues get their turn."""
 
     def send_frame(self, queue: int, frame: bytes) -> None:
         """Send a frame as it stands.  Never waits, and drops nothing while the worker lives."""
 
     def stop_receiving(self) -> None:
-        """Hear no queue any more, connect to none; what is still sent to them is the successor's."""
+        """Read no more frames and make no more connections; unread requests go to the successor."""
 
     def statistics(self) -> LinkStatistics:
-        """What went over the links."""
+        """Counters since the links were made."""
 
     def close(self) -> None:
         """Send what is queued, within a bound, then end every link."""
 
 
 class Handshakes:
-    """Which queues have a worker, where the transport connects by itself and keeps the first HELLO until it has."""
+    """Which queues have a worker, for a transport that connects by itself and keeps the first HELLO until then."""
 
     def __init__(self, queues: int) -> None:
         self._counts = [0] * queues
         self._linked: set[int] = set()
 
     def changed(self, queue: int, up: bool) -> bool:
-        """A connection stands, or ended: whether it is a new worker's, who has to be greeted."""
+        """Note that a connection was made or ended; returns whether a new worker must be sent a HELLO."""
         if not up:
             self._linked.discard(queue)
             return False
@@ -122,13 +121,13 @@ def epoch_after(frame: bytes, epoch: int) -> int:
 
 
 def unread_max(attached: wire.Attached) -> int:
-    """How many descriptors of ours a queue's worker may have left unread: more cannot be due.
+    """The most descriptors of an honest backend that a queue's worker can have left unread.
 
-    An answer for each tag, a POST for each tag and size, HELLO and FENCED.
+    They are an answer for each tag, a POST for each tag and size, HELLO and FENCED.
     """
     return attached.depth * (1 + len(attached.post_bytes)) + 2
 
 
 def unread(queue: int, attached: wire.Attached) -> str:
-    """Why a link with more unread than that ends."""
+    """The reason of the error that ends a link with more than `unread_max` descriptors unread."""
     return f"queue {queue}: more than {unread_max(attached)} answers wait: its worker reads nothing"

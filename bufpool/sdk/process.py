@@ -1,8 +1,8 @@
-"""What a process that stores blocks does to itself, so that storing never waits for itself.
+"""Settings of a process that stores blocks, so that it never waits for the device that it serves.
 
-A backend that allocates while the kernel reclaims memory could wait for a write to the very device it serves:
-`PR_SET_IO_FLUSHER` makes its allocations not recurse into I/O, locked memory keeps its pages from being swapped
-there.  Both are best effort: without CAP_SYS_RESOURCE or a memlock limit the backend works and says so once.
+A backend that allocates memory under memory pressure could wait for a write to its own device: `PR_SET_IO_FLUSHER`
+keeps its allocations from starting I/O, and locked memory is not swapped out to that device.  Both are best effort:
+without CAP_SYS_RESOURCE or a sufficient memlock limit the backend works all the same and logs it once.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def set_io_flusher() -> str | None:
-    """Mark this process as one that writes blocks back.  Returns why not, or None."""
+    """Set PR_SET_IO_FLUSHER for this process.  Returns the reason if that fails, else None."""
     return _reason("PR_SET_IO_FLUSHER", _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 
 
 def lock_memory() -> str | None:
-    """Keep what is mapped now in memory once it was touched.  Returns why not, or None."""
+    """Lock each currently mapped page once it is touched.  Returns the reason if that fails, else None."""
     return _reason("mlockall", _libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT))
 
 

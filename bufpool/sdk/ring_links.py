@@ -1,8 +1,8 @@
 """A backend's links through rings in shared memory, the fast transport.
 
-Owns, for each queue, the connection to its worker, the mapping and both doorbells; the indices are the native part's
-(`csrc/port.h`).  A connection's end is the link's: it is made again, at growing intervals, until a worker listens.
-Nothing here waits but `poll`, so that the other queues are served meanwhile.
+Owns, for each queue, the connection to its worker, the mapping and both doorbells; the native part owns the indices
+(`csrc/port.h`).  A link ends with its connection, which is then made again, at growing intervals, until a worker
+listens.  Only `poll` waits, so that the other queues are served meanwhile.
 """
 
 import errno
@@ -39,11 +39,11 @@ _KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _EDGE = select.EPOLLIN | select.EPOLLET
 
 
-class Ring:
-    """One queue's memory and doorbells."""
+class QueueRings:
+    """The rings of one queue: their memory and both doorbells."""
 
     def __init__(self, queue: int, packet: bytes, files: list[int]) -> None:
-        """Takes over the files of a worker's answer.  Raises `WireError`."""
+        """Takes over the descriptors of a worker's answer.  Raises `WireError`, having closed them."""
         self._files = files
         if len(files) != _FILES:
             self.close_files()
@@ -82,14 +82,14 @@ def _map(queue: int, file: int, needed_bytes: int) -> mmap.mmap:
         is_sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     except OSError as error:
         raise WireError(f"queue {queue}: the rings' file is no memory: {error.strerror}") from error
-    # What could shrink under us would end this process at its next access.
+    # If the file could shrink, the next access beyond its end would kill this process (SIGBUS).
     if not is_sealed or os.fstat(file).st_size < needed_bytes:
         raise WireError(f"queue {queue}: the rings' memory is less than {needed_bytes} sealed bytes")
     return mmap.mmap(file, needed_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
-class Link:
-    """One queue's way to its worker: nothing, a connection that has asked, or rings."""
+class RingConnection:
+    """One queue's connection to its worker: absent, asked for rings, or with rings."""
 
     __slots__ = ("connection", "delay_s", "door", "due_s", "path", "queue", "ring")
 
@@ -97,12 +97,12 @@ class Link:
         self.queue, self.path = queue, path
         self.door = Door(queue, path)
         self.connection: socket.socket | None = None
-        self.ring: Ring | None = None
+        self.ring: QueueRings | None = None
         self.delay_s = RETRY_S
         self.due_s = 0.0
 
     def put_off(self) -> None:
-        """Nobody was there: later, and the next time later still."""
+        """No worker listened: try again after a pause that doubles each time, up to `RETRY_MAX_S`."""
         self.due_s = time.monotonic() + self.delay_s
         self.delay_s = min(2 * self.delay_s, RETRY_MAX_S)
 
@@ -119,8 +119,8 @@ class RingLinks:
         self._ports: Any = ffi.gc(ports, lib.ports_free)
         self._epoll = select.epoll()
         self._epoll_file = self._epoll.fileno()
-        self._links = [Link(queue, path) for queue, path in enumerate(attached.rings)]
-        self._link_of: dict[int, Link] = {}
+        self._links = [RingConnection(queue, path) for queue, path in enumerate(attached.rings)]
+        self._link_of: dict[int, RingConnection] = {}
         self._bells: set[int] = set()
         self._driver: RingDriver | None = None
         self._absent = set(self._links)
@@ -154,14 +154,15 @@ class RingLinks:
         return Polled(ffi.unpack(self._waiting, count) if count else [], descriptors)
 
     def _look(self, wait_ms: int) -> list[int]:
-        """Wait, hear what is ours of what is ready; the rest.  Leaves the queues with something in `_waiting`."""
+        """Wait, handle ready connections of the links, and return the other ready descriptors.
+
+        The queues with frames are left in `_waiting`.
+        """
         count = lib.ports_poll(
             self._ports, self._epoll_file, wait_ms, self._ready, _READY_MAX, self._waiting, self._count
         )
         if count == -errno.EPROTO:
-            raise WireError(
-                f"queue {self._waiting[0]}: the worker's words make no sense: an index in its ring"
-            )
+            raise WireError(f"queue {self._waiting[0]}: the worker stored an impossible index in its ring")
         if count < 0:
             raise OSError(-count, f"waiting for rings: {os.strerror(-count)}")
         return [file for file in ffi.unpack(self._ready, count) if not self._is_own(file)] if count else []
@@ -190,7 +191,7 @@ class RingLinks:
         try:
             self._driver = RingDriver(self._ports, engine, attached.queues, attached.depth, watched, serve)
         except BackendError as error:
-            log.warning("going on with more of Python: %s", error)
+            log.warning("native ring loop unavailable (%s): using the slower Python loop", error)
             return False
         self._driver.spin(attached.spin_us)
         for link in self._links:
@@ -205,14 +206,14 @@ class RingLinks:
             if link in self._absent and link.due_s <= now_s:
                 self._connect(link)
 
-    def _connect(self, link: Link) -> None:
+    def _connect(self, link: RingConnection) -> None:
         connection = socket.socket(socket.AF_UNIX, _KIND)
         question = wire.OpenRing(v=wire.PROTOCOL_VERSION, token=self._attached.token)
         try:
             connection.connect(link.path)
             connection.send(msgspec.json.encode(question))
         except OSError as error:
-            # Nobody listens, too many ask, or who listened has just died.
+            # No worker listens, its backlog is full, or it has just died.
             connection.close()
             link.put_off()
             link.door.failed(error.errno or 0)
@@ -223,10 +224,10 @@ class RingLinks:
         self._link_of[connection.fileno()] = link
         self._epoll.register(connection, select.EPOLLIN)
 
-    def _heard(self, link: Link) -> None:
+    def _heard(self, link: RingConnection) -> None:
         assert link.connection is not None
         if link.ring is not None or not self._hears:
-            # Its end, or a word where none is due; or rings that nobody would listen to any more.
+            # The connection ended, the worker sent something unasked, or the rings come after `stop_receiving`.
             self._end(link)
             return
         try:
@@ -239,11 +240,11 @@ class RingLinks:
             self._end(link)
             return
         if packet:
-            self._open(link, Ring(link.queue, packet, files))
+            self._open(link, QueueRings(link.queue, packet, files))
         else:
             self._end(link)
 
-    def _open(self, link: Link, ring: Ring) -> None:
+    def _open(self, link: RingConnection, ring: QueueRings) -> None:
         link.ring = ring
         link.delay_s = RETRY_S
         self._opened += 1
@@ -255,7 +256,7 @@ class RingLinks:
             self._epoll.register(ring.bell, _EDGE)
         self.send_frame(link.queue, hello(self._attached, link.queue, lib.ports_epoch(self._ports)))
 
-    def _end(self, link: Link) -> None:
+    def _end(self, link: RingConnection) -> None:
         assert link.connection is not None
         self._epoll.unregister(link.connection)
         del self._link_of[link.connection.fileno()]
@@ -272,8 +273,8 @@ class RingLinks:
             link.put_off()
             self._absent.add(link)
 
-    def _forget_bell(self, ring: Ring) -> None:
-        # The worker has this eventfd too: closing ours alone would leave it registered, under a number used again.
+    def _forget_bell(self, ring: QueueRings) -> None:
+        # The worker has this eventfd too: after closing only ours, epoll would keep it under a number that is reused.
         if ring.bell in self._bells:
             self._bells.remove(ring.bell)
             self._epoll.unregister(ring.bell)
@@ -287,13 +288,13 @@ class RingLinks:
         """See `Links`; one frame at most."""
         count = lib.ports_take(self._ports, queue, self._frame, wire.DESCRIPTORS_PER_FRAME_MAX)
         if count < 0:
-            raise WireError(f"queue {queue}: the worker's index in its ring makes no sense")
+            raise WireError(f"queue {queue}: the worker stored an impossible index in its ring")
         if count:
             self._frames_received += 1
             yield bytes(ffi.buffer(self._frame, count * wire.DESCRIPTOR_BYTES))
 
     def send_frame(self, queue: int, frame: bytes) -> None:
-        """See `Links`.  What is for a queue without a worker is over."""
+        """See `Links`.  A frame for a queue without a worker is dropped: it answers a dead worker."""
         self._frames_sent += 1
         error = lib.ports_send(self._ports, queue, frame, len(frame) // wire.DESCRIPTOR_BYTES)
         if error == -errno.ENOBUFS:

@@ -1,9 +1,9 @@
-"""The process of a backend: attach, turn the loop, end cleanly.
+"""The process of a backend: attach, run the loop, end cleanly.
 
 Owns the loop, the signals and the order of starting and ending.  Runs on the thread that calls `serve`, in the
-backend's process.  SIGTERM, SIGINT and the daemon's Detach end it: nothing new is taken, what runs is finished and
-answered, the backend is closed.  The end of the attach connection without Detach means that the daemon died: the
-backend serves on for as long as a worker is there, then ends with status 1.
+backend's process.  SIGTERM, SIGINT and the daemon's Detach end it: it takes no more requests, finishes and answers
+those that are executing, and closes the backend.  If the attach connection ends without Detach, the daemon has died:
+the backend serves as long as a worker is connected, then ends with status 1.
 """
 
 import logging
@@ -33,7 +33,7 @@ from ublkpool.bufpool.sdk.backend import (
     log,
 )
 from ublkpool.bufpool.sdk.calls import CallEngine
-from ublkpool.bufpool.sdk.client import Attachment, OwnSegment, Ready, Transport, describe
+from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment, PollResult, Transport, describe
 
 _PAGE_BYTES = 4096
 _PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
@@ -52,9 +52,10 @@ def serve(
 ) -> int:
     """Serve `device` until told to end; returns the process's exit status.
 
-    `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how long to wait for a daemon that is
-    not up yet.  `transport`: see `client.Transport`.  `lock_memory`: keep this process in memory, as built-in backends
-    do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot start.
+    `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how many seconds to wait for a daemon
+    that does not listen yet.  `transport`: see `client.Transport`.  `lock_memory`: lock this process's memory, as
+    built-in backends do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot
+    start: `AttachRefused` with the daemon's reason, `BackendError` for a store, option or daemon that cannot be used.
     """
     known = describe(run_dir, device, wait_s)
     opened = backend.open(_hint(run_dir, known))
@@ -64,11 +65,13 @@ def serve(
         segment = _segment(properties)
         if segment is not None:
             stack.callback(segment.close)
-        # An older daemon does not know identities, and refuses what it does not know.
+        # An older daemon does not know identities and refuses unknown fields.
         attach = attach_message(
             properties, device, kind or type(backend).__name__.lower(), tells=known.may_create is not None
         )
-        attachment = Attachment.open(run_dir, device, attach, segment, wait_s=wait_s, transport=transport)
+        attachment = DeviceConnection.open(
+            run_dir, device, attach, segment, wait_s=wait_s, transport=transport
+        )
         stack.callback(attachment.close)
         _harden(lock_memory)
         loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes))
@@ -92,7 +95,7 @@ def _hint(run_dir: Path, known: wire.Described) -> Hint:
 
 
 def attach_message(properties: Properties, device: str, kind: str, tells: bool = True) -> wire.Attach:
-    """The attach message that says what `properties` say; `tells`: also which store it is."""
+    """The attach message for `properties`; `tells`: with identity and generation."""
     fields = {
         name: getattr(properties, name)
         for name in properties.__struct_fields__
@@ -130,7 +133,7 @@ def _signals(loop: "Loop") -> Iterator[None]:
     def handler(number: int, _frame: FrameType | None) -> None:
         loop.stop(signal.Signals(number).name)
 
-    # A handler runs when Python does, which a native loop under load, or one about to sleep, may not for long.
+    # A Python handler runs only between bytecodes; a busy or sleeping native loop may run none for long.
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     loop.watch(readable, lambda: _discard(readable))
     earlier_wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
@@ -159,9 +162,9 @@ class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loop:
-    """Frames from the queues to the engine and back, until stopped and nothing runs."""
+    """Moves frames between the queues and the engine, until it is stopped and no request is executing."""
 
-    def __init__(self, backend: Backend, attachment: Attachment, post_max_bytes: int = 0) -> None:
+    def __init__(self, backend: Backend, attachment: DeviceConnection, post_max_bytes: int = 0) -> None:
         """`post_max_bytes`: see `Properties`."""
         self.device = _device(attachment, self, _slots_bytes(backend, attachment, post_max_bytes))
         self._backend = backend
@@ -203,7 +206,7 @@ class Loop:
         self._outbox.close()
 
     def stop(self, reason: str) -> None:
-        """Finish what runs, then end.  Safe to call from a signal handler and from any thread."""
+        """Finish the executing requests, then end.  Safe to call from a signal handler and from any thread."""
         self._stopping = self._stopping or reason
         self._outbox.wake()
 
@@ -222,7 +225,10 @@ class Loop:
         self._outbox.wake()
 
     def run(self) -> int:
-        """Serve; returns the exit status."""
+        """Serve until stopped; returns the exit status.
+
+        Raises `PoolError` or `OSError` if the links or io_uring fail.
+        """
         engine = self._engine
         assert engine is not None
         log.info("serving %s, %d queues", self.device.name, self.device.queues)
@@ -237,8 +243,8 @@ class Loop:
             self._backend.detached()
         return self._status
 
-    def turn(self, ready: Ready) -> None:
-        """One turn: take what has come, send what is ready."""
+    def turn(self, ready: PollResult) -> None:
+        """One turn: take the frames that have arrived, call callbacks, send the answers that are ready."""
         engine = self._engine
         assert engine is not None
         if not self._stopping:
@@ -286,7 +292,7 @@ class Loop:
                 log.error("%s: the daemon is gone; serving on while there are workers", self.device.name)
 
     def statistics(self) -> ServeStatistics:
-        """What the attachment, the engine and the backend counted."""
+        """Counters of the links, the engine and the backend."""
         assert self._engine is not None
         return ServeStatistics(
             attachment=self._attachment.statistics(),
@@ -296,18 +302,18 @@ class Loop:
 
 
 def _nothing() -> None:
-    """A wake-up is answered by turning the loop."""
+    """For a descriptor that only wakes the loop: the turn itself does the work."""
 
 
-def _slots_bytes(backend: Backend, attachment: Attachment, post_max_bytes: int) -> int:
-    """How much of the own segment is for the SDK's slots: all of it, or half if the author names places too."""
+def _slots_bytes(backend: Backend, attachment: DeviceConnection, post_max_bytes: int) -> int:
+    """The bytes of the own segment for the SDK's slots: all, or half if the backend overrides `place` as well."""
     own = attachment.own_segment
     if own is None or not post_max_bytes:
         return 0
     return own.size_bytes // 2 & -_PAGE_BYTES if asks_for_places(backend) else own.size_bytes
 
 
-def _device(attachment: Attachment, loop: Loop, own_from: int) -> Device:
+def _device(attachment: DeviceConnection, loop: Loop, own_from: int) -> Device:
     attached, own = attachment.attached, attachment.own_segment
     pool = attachment.segments.get(wire.SEGMENT_POOL)
     if pool is None:

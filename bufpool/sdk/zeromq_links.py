@@ -1,6 +1,6 @@
-"""A backend's links over ZeroMQ, the transport that is always there: one DEALER a queue.
+"""A backend's links over ZeroMQ, the transport that every daemon offers: one DEALER for each queue.
 
-Owns the ZeroMQ context, the sockets and their monitors.  Made after any fork: a context does not survive one.
+Owns the ZeroMQ context, the sockets and their monitors.  Make it after any fork: a context does not survive one.
 """
 
 import select
@@ -35,7 +35,7 @@ class ZeroMQLinks:
     """`Links` over ZeroMQ."""
 
     def __init__(self, attached: wire.Attached) -> None:
-        """Connects to every queue and says HELLO; ZeroMQ keeps that until somebody listens."""
+        """Connects to every queue and sends HELLO, which ZeroMQ keeps until a worker listens."""
         self._attached = attached
         self._epoch = attached.epoch
         self._frames_received = self._frames_sent = 0
@@ -48,7 +48,7 @@ class ZeroMQLinks:
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._queues = [self._make_queue() for _ in attached.endpoints]
-        # Before anything connects: a first connection that nobody saw would make the next one look like the first.
+        # Before anything connects: `Handshakes` must see the first connection to know the second as a new worker's.
         self._monitors = [self._watch_connection(queue) for queue in self._queues]
         for queue, endpoint in zip(self._queues, attached.endpoints, strict=True):
             queue.connect(endpoint)
@@ -61,9 +61,9 @@ class ZeroMQLinks:
         queue = self._context.socket(zmq.DEALER)
         queue.setsockopt(zmq.ROUTING_ID, bytes.fromhex(self._attached.token))
         queue.setsockopt(zmq.LINGER, _LINGER_MS)
-        # ZeroMQ may call it full at a tenth of what it is told, and a frame may be one descriptor.
+        # ZeroMQ may treat a pipe as full at a tenth of its limit, and a frame may hold one descriptor.
         queue.setsockopt(zmq.SNDHWM, 10 * unread_max(self._attached))
-        # The queue's depth bounds what is in flight; a limit here could only lose it.
+        # The queue's depth bounds the frames in flight; at a limit here ZeroMQ would drop some.
         queue.setsockopt(zmq.RCVHWM, 0)
         queue.setsockopt(zmq.RECONNECT_IVL, 10)
         queue.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
@@ -104,7 +104,7 @@ class ZeroMQLinks:
         return found
 
     def _look_at_doors(self) -> None:
-        """ZeroMQ tries to connect for ever and does not say what it is refused."""
+        """Check the sockets of unconnected queues: ZeroMQ retries for ever and reports no error."""
         if not self._hears or (now_s := time.monotonic()) < self._look_at_s:
             return
         self._look_at_s = now_s + LOOK_S
@@ -115,7 +115,7 @@ class ZeroMQLinks:
                 door.look()
 
     def drive(self, engine: Any, serve: Callable[[], None] = nothing_to_serve) -> bool:
-        """See `Links`: its frames need Python."""
+        """See `Links`: frames of ZeroMQ need Python."""
         return False
 
     @property
@@ -176,8 +176,8 @@ class ZeroMQLinks:
 
 
 def _event(message: Sequence[bytes]) -> int:
-    """What a monitor says has happened: the first 16 bits (zmq_socket_monitor(3)).
+    """The event of a monitor's message: its first 16 bits (zmq_socket_monitor(3)).
 
-    pyzmq's own parser brings asyncio and with it TLS, some megabytes in each backend.
+    pyzmq's own parser imports asyncio and with it TLS, some megabytes in each backend.
     """
     return int.from_bytes(message[0][:2], sys.byteorder)

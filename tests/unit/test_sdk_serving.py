@@ -26,7 +26,7 @@ from support.fakes.worker import (
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError
 from ublkpool.bufpool.sdk.backend import Device, Outbox, Properties
-from ublkpool.bufpool.sdk.client import Attachment, OwnSegment
+from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
 pytestmark = pytest.mark.usefixtures("transport")
@@ -75,7 +75,7 @@ class Failing(Plain):
 def test_exceptions_become_errnos_and_the_loop_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ublkpool.bufpool.sdk.backend._logged", set())
+    monkeypatch.setattr("ublkpool.bufpool.sdk.requests._logged", set())
     with FakeWorker(tmp_path) as worker, serving(worker, Failing()):
         results = []
         for offset in (0, 4096, 4096):
@@ -351,7 +351,7 @@ def test_a_daemon_that_hangs_up_is_said_in_one_line(tmp_path: Path) -> None:
 def test_no_daemon_is_one_line_that_names_the_run_directory(tmp_path: Path) -> None:
     attach = wire.Attach(v=1, device=DEVICE, kind="x")
     with pytest.raises(BackendError, match=f"no daemon listens at {tmp_path}/attach.sock") as caught:
-        Attachment.open(tmp_path, DEVICE, attach)
+        DeviceConnection.open(tmp_path, DEVICE, attach)
     assert "\n" not in str(caught.value)
 
 

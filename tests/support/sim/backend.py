@@ -23,7 +23,7 @@ from support.sim.wire import Killed, Life
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine.ring_driver import nothing_to_serve
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Request
-from ublkpool.bufpool.sdk.client import Attachment, OwnSegment, Ready
+from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment, PollResult
 from ublkpool.bufpool.sdk.links import (
     Handshakes,
     LinkStatistics,
@@ -152,7 +152,7 @@ class SimLinks:
         """Nothing is open."""
 
 
-class SimAttachment(Attachment):
+class SimAttachment(DeviceConnection):
     """The SDK's real lower half, without sockets."""
 
     def __init__(self, backend: "SimBackend", attached: wire.Attached, own: OwnSegment | None) -> None:
@@ -326,7 +326,7 @@ class SimBackend:
         assert self.loop is not None
         while self.link_events:
             links.link_changed(*self.link_events.popleft())
-        ready = Ready([], [], bool(self.control))
+        ready = PollResult([], [], bool(self.control))
         if links.receiving:
             ready.queues.extend(number for number, inbox in enumerate(self.inbox) if inbox)
         self.loop.turn(ready)
@@ -335,7 +335,7 @@ class SimBackend:
         assert self.loop is not None
         links.doze()
         if links.is_awake():
-            self.loop.turn(Ready(*links.look(), bool(self.control)))
+            self.loop.turn(PollResult(*links.look(), bool(self.control)))
 
     def has_work(self) -> bool:
         """Something for its loop that comes neither through a link nor through a file descriptor."""

@@ -16,7 +16,7 @@ from support.sim.wire import Killed, Life
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.sdk.links import Polled
-from ublkpool.bufpool.sdk.ring_links import Link, Ring, RingLinks
+from ublkpool.bufpool.sdk.ring_links import QueueRings, RingConnection, RingLinks
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Port, Queue
 
@@ -66,7 +66,11 @@ class SimPort:
 
     def assert_no_wakeup_lost(self, name: str, queue: Queue) -> None:
         """Raises `AssertionError` if it sleeps on something that it listens to."""
-        listens = queue.link in (core.Link.EXPECTED, core.Link.UP, core.Link.FENCING)
+        listens = queue.link in (
+            core.Link.EXPECTED,
+            core.Link.UP,
+            core.Link.FENCING,
+        )
         lost = self.sleeps and listens and self.memory.waiting(TO_WORKER) and not self.is_rung()
         assert not lost, f"{LOST}: {name} sleeps on {self.memory.waiting(TO_WORKER)} entries"
 
@@ -96,11 +100,11 @@ class SimRingLinks(RingLinks):
         self._memory: dict[int, RingMemory] = {}
         super().__init__(attached)
 
-    def _open(self, link: Link, ring: Ring) -> None:
+    def _open(self, link: RingConnection, ring: QueueRings) -> None:
         self._memory[link.queue] = RingMemory(ring._files[0], ring.entries)
         super()._open(link, ring)
 
-    def _end(self, link: Link) -> None:
+    def _end(self, link: RingConnection) -> None:
         if link.ring is not None:
             self._memory.pop(link.queue).memory.close()
         super()._end(link)

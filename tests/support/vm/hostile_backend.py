@@ -20,7 +20,7 @@ from support.vm.process import Forked
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.sdk import client
-from ublkpool.bufpool.sdk.client import Attachment, OwnSegment
+from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 BLOCK_BYTES = 512
@@ -38,7 +38,7 @@ class Victim(NamedTuple):
 class Desk:
     """What a backend has before it: its connection, its memory, the disk."""
 
-    def __init__(self, attachment: Attachment, disk: mmap.mmap) -> None:
+    def __init__(self, attachment: DeviceConnection, disk: mmap.mmap) -> None:
         self.attachment = attachment
         self.disk = disk
         self.rng = random.Random(1)
@@ -264,7 +264,7 @@ def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -
     kept: list[int] = []
     with _keeping_descriptors(kept):
         transport: client.Transport = "auto" if own else "zeromq"
-        desk = Desk(Attachment.open(run_dir, device, attach, own, transport=transport), disk)
+        desk = Desk(DeviceConnection.open(run_dir, device, attach, own, transport=transport), disk)
     desk.pool_descriptor = kept[0]
     return desk
 

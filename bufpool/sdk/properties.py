@@ -1,0 +1,90 @@
+"""What the daemon tells a backend before the attach, and what the backend tells the daemon in it.  Pure."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.bufpool.sdk.requests import log
+from ublkpool.bufpool.wire import Identity
+
+
+class Hint(NamedTuple):
+    """What is known of the device before the attach.
+
+    `size_bytes` is 0 for a device that takes the backend's size.  `max_io_bytes` is the largest read or write.
+    `may_create` says that the device was never served, so a backend that finds no store may make an empty one.  If it
+    is False, a backend whose store is missing, empty or too short raises `BackendError`: a new store would read as
+    zeros where the device had data.
+    """
+
+    device: str
+    run_dir: Path
+    size_bytes: int = 0
+    max_io_bytes: int = 0
+    placement: Literal["pool", "backend"] = "pool"
+    read_only: bool = False
+    node: Path | None = None
+    """The disk, /dev/ublkbN, if it exists already; nothing of the backend's store may lie on it."""
+    may_create: bool = True
+
+
+class Properties(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backend tells the daemon about itself; sizes are bytes.
+
+    `size_bytes` 0 takes the size that the device was created with.  `volatile_cache` says that an answered write may be
+    lost in a power failure until `flush`; without it the device gets no FLUSH.  DISCARD and WRITE_ZEROES are offered if
+    their maximum is not 0.
+
+    `segment_bytes` makes the SDK create an own segment of that size, `segment` brings one; placement `backend` and read
+    buffers `own` need one.  With `post_max_bytes` the SDK posts slots of the segment ahead: writes up to that size land
+    in one, and `place` is not called.  A backend that overrides `place` as well is asked for larger writes and for
+    writes that find no posted slot; its part of the segment begins at `Device.own_from`.
+
+    `identity` names the store: the daemon refuses a successor with another identity.  A string is a strong identity;
+    without one the successor must only be of the same kind.  `generation_seen` is the highest `Device.generation` that
+    the store has on record; the daemon answers with a higher one.
+    """
+
+    size_bytes: int = 0
+    logical_block_bytes: int = 512
+    physical_block_bytes: int = 4096
+    volatile_cache: bool = False
+    read_only: bool = False
+    rotational: bool = False
+    discard_granularity_bytes: int = 0
+    discard_max_bytes: int = 0
+    write_zeroes_max_bytes: int = 0
+    placement: Literal["pool", "backend", "any"] = "pool"
+    read_buffers: Literal["pool", "own"] = "pool"
+    segment_bytes: int = 0
+    segment: OwnSegment | None = None
+    post_max_bytes: int = 0
+    identity: Identity | str | None = None
+    generation_seen: int = 0
+
+
+def check_properties(properties: Properties) -> Properties:
+    """The properties, with the size cut to whole logical blocks: a grown store may end inside one.
+
+    Raises `BackendError`, which names the first property that no device can have.
+    """
+    block = properties.logical_block_bytes
+    if block & (block - 1) or not 512 <= block <= 4096:
+        raise BackendError(f"a logical block of {block} bytes: it must be a power of two, 512 to 4096")
+    rest_bytes = properties.size_bytes % block
+    if properties.size_bytes < 0 or rest_bytes == properties.size_bytes > 0:
+        raise BackendError(f"a size of {properties.size_bytes} bytes is not one block of {block}")
+    if rest_bytes:
+        log.warning("the last %d bytes are not a block and not served", rest_bytes)
+        properties = msgspec.structs.replace(properties, size_bytes=properties.size_bytes - rest_bytes)
+    needs_segment = properties.placement == "backend" or properties.read_buffers == "own"
+    if needs_segment and not (properties.segment_bytes or properties.segment):
+        raise BackendError("placement backend and read buffers own need a segment (segment_bytes)")
+    if properties.post_max_bytes and (properties.placement == "pool" or properties.read_buffers == "own"):
+        raise BackendError(
+            "post_max_bytes is for placement backend or any, with reads into buffers of the pool"
+        )
+    return properties
