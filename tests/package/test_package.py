@@ -1,7 +1,7 @@
-"""The source distribution builds, and what it builds runs where there is no compiler; `make package`.
+"""The source distribution builds a wheel, which runs on a machine without a compiler; `make package`.
 
-Everything is built from a copy, as from a fresh clone.  The packages that this one requires are lent by this
-environment, so that no index is needed.
+The build uses a copy, like a fresh clone.  Required packages come from this environment, so that no package index is
+needed.
 """
 
 import os
@@ -43,12 +43,12 @@ for line in open("/proc/self/maps"):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `python -m build` makes of a clone: the source distribution, and from that the wheel."""
+    """The source distribution and the wheel that `python -m build` makes of a clone."""
     clone = tmp_path_factory.mktemp("package") / "clone"
     shutil.copytree(ROOT, clone, symlinks=True, ignore=_NOT_CLONED)
     environment = {key: value for key, value in os.environ.items() if key != "UBLKPOOL_CHECKED"}
     built = clone.parent / "dist"
-    # The tools are here already; an isolated build would fetch them each time.
+    # The build tools are installed; an isolated build would fetch them each time.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(clone)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -61,7 +61,7 @@ def _only(dist: Path, pattern: str) -> Path:
 
 
 def _shipped() -> set[str]:
-    """Every file of the repository that belongs into a source distribution."""
+    """The files of the repository that belong in a source distribution."""
     wanted = [*ROOT.glob("config/*"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
     names = {str(each.relative_to(ROOT)) for each in wanted}
     for package in ("ublk", "bufpool", "workers", "daemon", "backends"):

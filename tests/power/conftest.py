@@ -1,4 +1,4 @@
-"""One guest that loses its power for each kernel in UBLKPOOL_KERNELS; without it the boots are left out."""
+"""One guest that loses its power for each kernel in UBLKPOOL_KERNELS; without the variable no guest boots."""
 
 import os
 

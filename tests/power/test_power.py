@@ -19,7 +19,7 @@ from support.vm.volatile_disk import VolatileDisk
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 DISK_BYTES = 64 << 20
 PROMISES = (150, 500)
-"""Between these, by the seed, the power fails: lines of promises, each of a FLUSH or a FUA write."""
+"""The range of lines of promises (one per FLUSH or FUA write) after which the power fails; the seed picks."""
 OUTCOMES = 6
 TIMEOUT_S = 300
 PROJECT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Failed:
-    """A guest that has lost its power: what it was promised, and the disks that may be found afterwards."""
+    """A guest that has lost its power: the promises that it printed, and its possible disks afterwards."""
 
     promised: dict[str, dict[int, int]]
     disk: VolatileDisk
@@ -45,7 +45,7 @@ def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     images = []
     for number in range(OUTCOMES):
         image = scratch / f"found-{number}"
-        # The first is the worst: nothing is there but what was promised.
+        # The first is the worst case: only durable writes are there.
         image.write_bytes(disk.after_power_failure(seed + number if number else None))
         images.append(image)
     yield Failed(parse_promises(said.splitlines()), disk, images)
@@ -54,7 +54,7 @@ def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def make_file_system(path: Path) -> bytes:
-    """An empty ext4."""
+    """An empty ext4 image."""
     path.write_bytes(b"")
     os.truncate(path, DISK_BYTES)
     subprocess.run(["mkfs.ext4", "-q", "-F", path], check=True)
@@ -64,7 +64,7 @@ def make_file_system(path: Path) -> bytes:
 
 
 def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
-    """Have the guest write until its moment has come; what it had said by then."""
+    """Let the guest write until the chosen moment; returns its output."""
     said = bytearray()
     count = random.Random(seed).randint(*PROMISES)
     blockdev = f"driver=nbd,node-name=power,server.type=unix,server.path={path},cache.direct=on"
@@ -89,11 +89,11 @@ def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
 
 
 def read_file(image: Path, name: str) -> bytes:
-    """A file of the file system in the image, after the replay of its journal, as a mount does it."""
+    """A file in the image, read after the journal's replay that a mount would do."""
     checked = image.with_suffix(".checked")
     checked.write_bytes(image.read_bytes())
     replayed = subprocess.run(["e2fsck", "-fp", checked], capture_output=True, text=True)
-    # 1: something was corrected, the journal was replayed at least.
+    # Status 1: e2fsck made corrections, at least the journal's replay.
     assert replayed.returncode <= 1, replayed.stdout + replayed.stderr
     target = image.with_suffix(".file")
     dumped = subprocess.run(
@@ -109,7 +109,7 @@ def read_file(image: Path, name: str) -> bytes:
 @pytest.mark.parametrize("device", ["direct", "buffered"])
 def test_what_was_promised_is_there_after_a_power_failure(guest: Failed, device: str) -> None:
     promised = guest.promised[device]
-    # Or nothing was at stake.
+    # Otherwise the power failure could lose nothing.
     assert len(promised) > 20
     assert guest.disk.flush_count > 20
     for image in guest.images:

@@ -1,4 +1,4 @@
-"""Two boots of the systemd guest for each kernel in UBLKPOOL_KERNELS; without it these tests are left out."""
+"""Two boots of the systemd guest for each kernel in UBLKPOOL_KERNELS; without the variable no test is collected."""
 
 import os
 import shutil
@@ -54,12 +54,12 @@ def first(root: Path, kernel: str) -> Seen:
 
 @pytest.fixture(scope="session")
 def second(root: Path, kernel: str, first: Seen) -> Seen:
-    """The boot after it, and a poweroff with a backend that has gone."""
+    """The next boot, and a poweroff after a backend has ended."""
     return measured(run_boot(root, kernel, "second"), f"Linux {kernel}, second boot")
 
 
 def measured(seen: Seen, title: str) -> Seen:
-    """Note how long the poweroff took, and how slow the guest was, for the run's summary."""
+    """Record for the summary how long the poweroff took and how slow the guest was."""
     with suppress(LookupError):
         took_s = seen.boot.second_of(OFF) - seen.boot.second_of(POWEROFF)
         command_s = seen.fact("seconds of a command")
@@ -68,7 +68,7 @@ def measured(seen: Seen, title: str) -> Seen:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was measured."""
+    """Print the measurements."""
     for line in _measured:
         terminalreporter.write_line(line)
 
@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """The first failed test that is about a boot shows what that boot has logged."""
+    """Add a boot's log to the first failed test about that boot."""
     report = yield
     for name, value in getattr(item, "funcargs", {}).items():
         if isinstance(value, Seen) and report.failed and id(value) not in _shown:

@@ -8,20 +8,20 @@ from support.systemd.checks import POWEROFF
 from support.systemd.guest import OFF
 from support.systemd.scene import Seen
 
-# 30 s on a machine; in the guest the commands of the shutdown, in Python, start 15 to 25 times slower.
+# 30 s on real hardware; in the guest the shutdown's Python commands start 15 to 25 times slower.
 POWEROFF_S = 60.0
-# Of 8 MiB that were written: each CPU counts up to 125 pages before /proc/meminfo has them.
+# Of 8 MiB written: each CPU keeps up to 125 pages before /proc/meminfo counts them.
 DIRTY_MIN_KIB = 6144
 TIMES = re.compile(r"\d\d:\d\d:\d\d|time=")
 
 
 def priorities(seen: Seen, text: str) -> set[int]:
-    """Of all lines in the journal that have this text."""
+    """The priorities of all journal lines with this text."""
     return {priority for _, priority, message in seen.fact("journal") if text in message}
 
 
 def dirtied_kib(seen: Seen) -> dict[str, int]:
-    """How much data each of the two writes before the poweroff has left dirty."""
+    """The dirty data that each of the two writes before the poweroff left."""
     fstab, both = seen.fact("dirty KiB /srv/vol0"), seen.fact("dirty KiB /mnt/hand")
     return {"/srv/vol0": fstab, "/mnt/hand": both - fstab}
 
@@ -66,10 +66,10 @@ def test_a_restart_of_the_daemon_and_then_of_a_backend_costs_a_writer_no_error(f
     assert first.fact("daemon replaced")
     assert first.fact("backend stayed")
     assert first.fact("backend restart") == {"status": 0, "said": ""}
-    # Or the restarts were not under load.
+    # Otherwise the restarts were not under load.
     assert first.fact("fio ran through")
     fio = first.fact("fio")
-    # 128: it was interrupted, after both restarts.
+    # 128: fio was interrupted, after both restarts.
     assert (fio["status"], fio["complaints"], fio["errors"]) == (128, "", [0])
     assert fio["verified"] > 0
 
@@ -102,7 +102,7 @@ def test_lines_in_the_journal_have_their_priority(first: Seen) -> None:
     assert priorities(first, "vol2: recovered, epoch") == {6}
     assert priorities(first, "vol2: queue 0: its worker ended: ") == {3}
     assert priorities(first, "vol2: backend file ended: ") == {4}
-    # What a backend that the daemon runs has said keeps its level.
+    # Lines of a backend that the daemon runs keep their level.
     assert priorities(first, "vol2.img: direct I/O") | priorities(first, "vol2.img: buffered I/O") == {6}
 
 

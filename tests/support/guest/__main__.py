@@ -3,8 +3,8 @@
     python -m support.guest fetch
     python -m support.guest run --kernel 7.3 --rw DIR -- COMMAND ...
 
-The status is the command's; 124 when it took too long, 125 when the guest died or fell silent, 126 when the
-command succeeded but the kernel's log shows a fault. `run` needs root, for virtiofsd.
+The exit status is the command's; 124 after the timeout, 125 when the guest died or fell silent, 126 when the command
+succeeded but the kernel's log shows a fault. `run` needs root, for virtiofsd.
 """
 
 import os
@@ -31,7 +31,7 @@ CPUS = 4
 
 @contextmanager
 def exiting_on_signals() -> Iterator[None]:
-    """Turn the signals that would end us at once into exits that clean up."""
+    """Turn the signals that would end this process at once into exits that clean up."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -58,7 +58,7 @@ def kvm_works(kernel: str) -> bool:
 
 
 def exact_cpus(asked: int | None) -> int:
-    """How many CPUs an exact guest has.  Raises `CacheError` where it cannot be had as it was asked for."""
+    """The number of CPUs of an exact guest.  Raises `CacheError` if the request cannot be met."""
     if os.environ.get("UBLKPOOL_KVM") == "1":
         raise CacheError("an exact guest counts instructions, which KVM does not: unset UBLKPOOL_KVM")
     if asked not in (None, 1):
@@ -67,7 +67,7 @@ def exact_cpus(asked: int | None) -> int:
 
 
 class Guest:
-    """A kernel to run commands under, one boot a command."""
+    """Runs commands under a kernel, one boot per command."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Guest:
         )
 
     def run(self, command: Sequence[str], cwd: Path | None = None) -> int:
-        """Boot, run, power off. The output goes to our stdout as it comes."""
+        """Boot, run the command, power off; its output goes to stdout."""
         if os.geteuid() != 0:
             raise CacheError("the guest shares the root through virtiofsd, which needs root: use sudo")
         kvm = not self._spec.exact and kvm_works(self._spec.kernel)
@@ -112,7 +112,7 @@ def main() -> None:
 
 @main.command()
 def fetch() -> None:
-    """Bring QEMU, virtiofsd, the kernels and their selftests into the cache."""
+    """Fetch QEMU, virtiofsd, the kernels and their selftests into the cache."""
     guests = GuestCache()
     with exiting_on_signals():
         guests.fetch()

@@ -1,4 +1,4 @@
-"""A Debian archive: found through apt's own configuration, believed only as far as its signatures reach.
+"""A Debian archive, found through apt's configuration; only signed content is trusted.
 
 Owns the chain of trust InRelease (gpgv, the Debian keyring) -> Packages.xz (SHA256) -> .deb (SHA256).
 Knows nothing of guests or kernels. Nothing here needs root, and nothing is installed on the host.
@@ -27,7 +27,7 @@ RELEASE_CLASSES = frozenset({"stable", "oldstable", "oldoldstable", "testing", "
 
 
 class ArchiveError(Exception):
-    """The archive cannot be found, or does not say what its signature promised."""
+    """The archive cannot be found, or its content does not match its signature."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def parse_one_line(text: str) -> list[Source]:
 
 
 def read_sources(etc: Path = APT_ETC) -> list[Source]:
-    """Every source apt on this machine is told of."""
+    """Every source in apt's configuration on this machine."""
     parts = etc / "sources.list.d"
     found = []
     for path in [etc / "sources.list", *sorted(parts.glob("*.list"))]:
@@ -129,7 +129,7 @@ def expand_mirror(uri: str) -> list[str]:
 
 
 def candidate_mirrors(sources: Iterable[Source], codename: str) -> list[str]:
-    """Addresses that carry this machine's own release, each once; whether one is Debian gpgv decides."""
+    """Addresses that carry this machine's release, each once; gpgv decides whether one is Debian."""
     mirrors: dict[str, None] = {}
     for source in sources:
         if "main" in source.components and {codename, *RELEASE_CLASSES} & set(source.suites):
@@ -157,7 +157,7 @@ def parse_packages(text: str, wanted: re.Pattern[str]) -> Iterator[Package]:
 
 
 def apt_proxies() -> dict[str, str]:
-    """The proxies apt was given; the environment's own win, as they do for apt."""
+    """The proxies of apt's configuration; those of the environment take precedence, as in apt."""
     try:
         dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -232,7 +232,7 @@ class Archive:
         signed.unlink()
         if gpgv.returncode != 0:
             raise ArchiveError(f"{base}/InRelease: bad signature:\n{gpgv.stderr.decode()}")
-        # Only what gpgv hands back is signed; the file may carry more text around it.
+        # Only gpgv's output is signed; the file may contain more text around it.
         return gpgv.stdout.decode()
 
     def _get(self, url: str, target: Path, sha256: str | None) -> None:

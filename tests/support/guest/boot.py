@@ -1,8 +1,8 @@
 """One run of the test guest: its processes, its channels and the verdict.
 
 Owns QEMU and the virtiofsd processes from start to end: they die with this process (PR_SET_PDEATHSIG), are
-killed on every way out of `Machine`, and nothing else is ever killed. The guest talks over four sockets that
-are made here and inherited by QEMU: the command's output, a control line protocol (init.sh), the
+killed on every way out of `Machine`, and no other process is killed. The guest communicates over four sockets that
+this module makes and QEMU inherits: the command's output, a control line protocol (init.sh), the
 kernel's console and QEMU's monitor. One selector loop in the calling thread serves all of them.
 """
 
@@ -33,7 +33,7 @@ STATUS_TIMEOUT = 124
 STATUS_CRASH = 125
 STATUS_COMPLAINT = 126
 BOOT_TIMEOUT_S = 180
-# The guest's agent beats every 5 s; a loaded host may starve it for long, a dead one never beats again.
+# The guest's agent sends a heartbeat every 5 s; on a loaded host one may come late, from a dead guest none comes.
 SILENCE_TIMEOUT_S = 120
 DUMP_TIMEOUT_S = 20
 LAST_WORDS_S = 5
@@ -42,7 +42,7 @@ PASSED_VARIABLES = ("PATH", "HOME", "TERM", "CI", "LANG", "PYTEST_ADDOPTS")
 
 
 def guest_environment(kernel: str, module_root: Path, exact: bool = False) -> dict[str, str]:
-    """What of our environment the command sees, and what it needs to live on a read-only root."""
+    """The command's environment: parts of ours, and variables for a read-only root."""
     passed = {k: v for k, v in os.environ.items() if k in PASSED_VARIABLES or k.startswith("UBLKPOOL_")}
     return passed | {
         "UBLKPOOL_GUEST": kernel,
@@ -55,12 +55,12 @@ def guest_environment(kernel: str, module_root: Path, exact: bool = False) -> di
 
 
 def bash_array(name: str, words: Sequence[str]) -> str:
-    """An assignment that bash reads back word for word."""
+    """A bash array assignment with these words quoted."""
     return f"{name}=({' '.join(shlex.quote(word) for word in words)})\n"
 
 
 def parse_status(line: str) -> int | None:
-    """The command's status, if that is what a line of the control port says."""
+    """The command's exit status if this line of the control port has it, else None."""
     verb, _, rest = line.partition(" ")
     return int(rest) if verb == "exit" and rest.isdigit() else None
 
@@ -71,7 +71,7 @@ class Machine:
     def __init__(
         self, spec: Spec, cache: GuestCache, on_output: Callable[[bytes], None] | None = None
     ) -> None:
-        """What the command prints goes to stdout, or to `on_output`."""
+        """The command's output goes to stdout, or to `on_output`."""
         self._spec = spec
         self._kernel = cache.kernel(spec.kernel)
         self._emulator = cache.emulator()
@@ -102,7 +102,7 @@ class Machine:
         self._close()
 
     def fail_power(self, moment: Callable[[], bool]) -> bool:
-        """Serve the guest until the moment has come, and kill it then; False if it or its command ended before."""
+        """Serve the guest until `moment` is true, then kill it; False if it or its command ended before."""
         deadline = time.monotonic() + self._spec.timeout_s
         while not moment():
             if not self._pump(0.5) or self._status is not None or time.monotonic() > deadline:
@@ -116,7 +116,7 @@ class Machine:
         return self._log
 
     def wait(self) -> int:
-        """Serve the guest until it ends or must be ended; the status is the command's, or one of STATUS_*."""
+        """Serve the guest until it ends or its time is over; returns the command's status, or one of STATUS_*."""
         deadline = time.monotonic() + self._spec.timeout_s
         while self._status is None and self._pump(0.5):
             now = time.monotonic()
@@ -156,7 +156,7 @@ class Machine:
     def _env_file(self) -> str:
         spec = self._spec
         environ = guest_environment(spec.kernel, self._kernel.module_root, spec.exact)
-        # Paths that the guest's tmpfs would hide if they lie in /tmp.
+        # The guest's tmpfs hides these paths if they lie in /tmp.
         kept = [spec.cwd, self._kernel.module_root, Path(sys.prefix)]
         return (
             f"CWD={shlex.quote(str(spec.cwd))}\n"
@@ -176,7 +176,7 @@ class Machine:
         return self._children[-1]
 
     def _pump(self, timeout_s: float) -> bool:
-        """Serve the channels once; False when QEMU has ended and everything it sent is read."""
+        """Serve the channels once; False when QEMU has ended and all of its output is read."""
         ended = self._qemu.poll() is not None
         ready = self._selector.select(0 if ended else timeout_s)
         for key, _ in ready:
@@ -219,7 +219,7 @@ class Machine:
             self._status = status
 
     def _give_up(self, status: int, why: str) -> int:
-        """Have the guest say what it hangs on, if anything in it still answers, and report."""
+        """Report why the guest hangs, with a dump of its tasks if it still answers."""
         say(f"{why}; asking the guest what it waits for")
         before = len(self._console)
         self._channels["control"].send("dump\n")
@@ -268,5 +268,5 @@ class Machine:
 
 
 def say(text: str) -> None:
-    """A line of the runner's own, apart from the command's output."""
+    """Print a line of the runner, separate from the command's output."""
     print(f"guest: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The guest's parts on this machine: QEMU, virtiofsd and kernels, fetched once into a cache directory.
 
-Owns the cache's layout. Each part is unpacked beside its place and renamed into it last, so a part that
-exists is complete, and an interrupted fetch leaves only `*.partial` behind, which the next one removes.
+Owns the cache's layout. Each part is unpacked under a temporary name and renamed last, so a part that exists is
+complete; an interrupted fetch leaves only `*.partial` behind, which the next fetch removes.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from pathlib import Path
 from support.guest.apt_archive import OS_RELEASE, Archive, Package
 
 KERNELS = ("6.12", "7.3")
-# The first Debian whose own QEMU is fit to use: 12's miscomputes cmpxchg16b under TCG and 6.12 guests die.
+# The first Debian whose QEMU works here: that of Debian 12 miscomputes cmpxchg16b under TCG, and 6.12 guests die.
 DEBIAN_WITH_GOOD_QEMU = 13
 
 
@@ -47,12 +47,12 @@ PARTS: dict[str, tuple[Wanted, ...]] = {
 
 
 class CacheError(Exception):
-    """A part is missing, or this machine cannot have it."""
+    """A part is missing, or this machine cannot use it."""
 
 
 @dataclass(frozen=True)
 class Emulator:
-    """Where QEMU and virtiofsd are."""
+    """The paths of QEMU and virtiofsd."""
 
     qemu: Path
     firmware_dirs: tuple[Path, ...]
@@ -76,7 +76,7 @@ def default_cache() -> Path:
 
 
 def debian_version(os_release: str) -> int:
-    """The Debian release an os-release text describes; testing, which has no number, counts as new."""
+    """The Debian release in an os-release text; testing, which has no number, counts as the newest."""
     if not re.search(r"^ID=debian$", os_release, re.MULTILINE):
         return 0
     match = re.search(r'^VERSION_ID="?(\d+)', os_release, re.MULTILINE)
@@ -84,7 +84,7 @@ def debian_version(os_release: str) -> int:
 
 
 def uses_host_qemu() -> bool:
-    """Whether the distribution's own QEMU and virtiofsd serve."""
+    """Whether the distribution's QEMU and virtiofsd are good enough."""
     return debian_version(OS_RELEASE.read_text()) >= DEBIAN_WITH_GOOD_QEMU
 
 
@@ -95,7 +95,7 @@ class GuestCache:
         self.root = root or default_cache()
 
     def fetch(self) -> None:
-        """Bring in every part that is missing. Safe to interrupt, and to run twice at the same time."""
+        """Fetch every missing part. Safe to interrupt, and to run twice at the same time."""
         if not self._missing():
             return
         if platform.machine() != "x86_64":
@@ -115,7 +115,7 @@ class GuestCache:
         return Kernel(next(path for path in images if path.exists()), root, release)
 
     def emulator(self) -> Emulator:
-        """The QEMU to run: the distribution's where it is good enough, ours otherwise."""
+        """The QEMU to run: the distribution's if it is good enough, else the cached one."""
         if uses_host_qemu():
             return Emulator(
                 Path("/usr/bin/qemu-system-x86_64"),
@@ -159,7 +159,7 @@ class GuestCache:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Have the cache for oneself, to change it."""
+        """Lock the cache for changes."""
         with (self.root / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,9 +179,9 @@ def unpack(packages: list[Package], into: Path, download: Callable[[Package], Pa
 
 
 def index_modules(root: Path) -> None:
-    """Write modules.dep and its kind, which a package leaves to its maintainer script."""
+    """Write modules.dep and the other indexes, which a package leaves to its maintainer script."""
     release = next((root / "lib/modules").iterdir()).name
-    # A modules package without the kernel's own modules.builtin is complained of, and works.
+    # depmod warns about a modules package without the kernel's modules.builtin; the result works.
     depmod = subprocess.run(["depmod", "-b", root, release], capture_output=True, text=True)
     if depmod.returncode != 0:
         raise CacheError(f"depmod failed: {depmod.stderr}")

@@ -1,9 +1,9 @@
-"""What a guest's kernel said: cleaning the console's bytes, finding in them what must fail a run. Pure."""
+"""The console output of a guest: cleans its bytes, finds the lines that must fail a run. Pure."""
 
 import re
 
 TAIL_LINES = 60
-# How the kernel's own complaints begin; a line of plain text with "bug" in it is none.
+# The beginnings of the kernel's fault reports; ordinary lines that contain "bug" do not match.
 COMPLAINTS = re.compile(
     r"\bWARNING: "
     r"|\bBUG: "
@@ -27,15 +27,15 @@ def clean(raw: bytes) -> str:
 
 
 def complaints(log: str) -> list[str]:
-    """The lines in which the kernel reports a fault of its own."""
+    """The lines in which the kernel reports a fault."""
     return [line for line in log.splitlines() if COMPLAINTS.search(line)]
 
 
 def panicked(log: str) -> bool:
-    """Whether the kernel gave up."""
+    """Whether the kernel panicked."""
     return "Kernel panic - " in log
 
 
 def tail(log: str, lines: int = TAIL_LINES) -> str:
-    """The last lines that say something."""
+    """The last lines that are not empty."""
     return "\n".join([line for line in log.splitlines() if line.strip()][-lines:])

@@ -1,7 +1,7 @@
-"""The kernel's own tests of ublk, brought into the cache from Debian's linux-source; none is in this repository.
+"""Fetches the kernel's ublk selftests into the cache from Debian's linux-source; this repository contains none.
 
-The package is fetched and checked as the test guest's are.  What is in its place is complete: it is made beside it and
-renamed into it last.
+The package is fetched and checked like the test guest's.  The cached directory is complete, because it is made under a
+temporary name and renamed last.
 """
 
 import os
@@ -18,12 +18,12 @@ IN_THE_SOURCE = "tools/testing/selftests/ublk"
 
 
 def selftests_path() -> Path:
-    """Where they are, once they are fetched."""
+    """The directory of the selftests after a fetch."""
     return default_cache() / "selftests"
 
 
 def unpack_selftests(archive: Archive, tree: Path) -> tuple[Path, Package]:
-    """Put the newest kernel's into an empty directory; where in it they are, and what they are from."""
+    """Unpack the newest kernel's selftests into an empty directory; returns their path in it and their package."""
     package = archive.newest(SUITE, PATTERN)
     deb = archive.download(package)
     subprocess.run(["dpkg", "-x", deb, tree], check=True)
@@ -35,7 +35,7 @@ def unpack_selftests(archive: Archive, tree: Path) -> tuple[Path, Package]:
 
 
 def fetch_selftests() -> Path:
-    """Bring them into the cache if they are not there; where they are.  Raises `ArchiveError`."""
+    """Fetch the selftests unless the cache has them; returns their directory.  Raises `ArchiveError`."""
     path = selftests_path()
     if path.is_dir():
         return path
@@ -45,7 +45,7 @@ def fetch_selftests() -> Path:
         (staging / "tree").mkdir()
         source, package = unpack_selftests(Archive.of_this_host(staging), staging / "tree")
         (source / "package").write_text(f"{package.name} {package.version}\n")
-        # Another fetch may have been first.
+        # Another fetch may have finished first.
         if not path.is_dir():
             source.rename(path)
     finally:

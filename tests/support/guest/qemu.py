@@ -1,6 +1,6 @@
-"""What a guest is made of: its description, QEMU's command line, its channels and its child processes.
+"""The parts of a guest: its description, QEMU's command line, its channels and its child processes.
 
-Starts and ends processes, decides nothing: guest_boot.py does.
+Starts and ends processes; `boot.py` decides when.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ KERNEL_WORDS = (
 
 @dataclass(frozen=True)
 class Spec:
-    """What to boot and what to run in it."""
+    """The kernel to boot and the command to run in it."""
 
     kernel: str
     command: Sequence[str]
@@ -38,9 +38,9 @@ class Spec:
     console_log: Path | None = None
     kvm: bool = False
     exact: bool = False
-    """Time is instructions: each takes 1 ns, so what is measured repeats."""
+    """Each instruction takes 1 ns of guest time, so that measurements repeat."""
     devices: Sequence[str] = ()
-    """Options of QEMU for more hardware."""
+    """QEMU options for more hardware."""
 
 
 class Channel:
@@ -52,16 +52,16 @@ class Channel:
         self.sink: Callable[[bytes], None] = lambda _: None
 
     def send(self, text: str) -> None:
-        """Best effort: whoever is at the other end may be dead, which others notice."""
+        """Send if possible: QEMU may be dead, which `Machine` notices elsewhere."""
         with contextlib.suppress(OSError):
             self.ours.send(text.encode())
 
     def chardev(self, name: str) -> list[str]:
-        """QEMU's option for its end."""
+        """QEMU's option for its end of the socket."""
         return ["-chardev", f"socket,id={name},fd={self.theirs.fileno()}"]
 
     def pump(self) -> bool:
-        """Hand on what has come; False at the end of the stream."""
+        """Pass received bytes on; False at the end of the stream."""
         try:
             data = self.ours.recv(READ_BYTES)
         except BlockingIOError:
@@ -74,7 +74,7 @@ class Channel:
 
 
 def spawn(command: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own (Ctrl-C is ours to handle) that the kernel kills when we die."""
+    """Start a child in its own session (this process handles Ctrl-C); the kernel kills it when this process dies."""
     with log.open("wb") as out:
         return subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
@@ -87,7 +87,7 @@ def spawn(command: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> su
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and what it forked."""
+    """Kill a child and its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -96,9 +96,9 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 def qemu_command(
     spec: Spec, emulator: Emulator, image: Path, run_dir: Path, tags: list[str], channels: dict[str, Channel]
 ) -> list[str]:
-    """The whole of QEMU's command line."""
+    """QEMU's command line."""
     # Without tsc=reliable a busy guest drops to a slow clock.
-    # An oops is made a panic: what runs on after one proves nothing.
+    # Turn an oops into a panic, because results after an oops prove nothing.
     append = f"{KERNEL_WORDS} loglevel=5 ro init={run_dir}/init -- {run_dir}"
     command = [*machine_command(spec, emulator, channels), "-kernel", str(image), "-append", append]
     command += ["-device", "virtio-serial-pci"]
@@ -110,7 +110,7 @@ def qemu_command(
 
 
 def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]) -> list[str]:
-    """QEMU and the machine, its serial console and monitor at the channels of these names; no kernel and no disk."""
+    """QEMU with a machine, serial console and monitor on the channels of these names; no kernel, no disk."""
     command = [str(emulator.qemu), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     for directory in emulator.firmware_dirs:
         command += ["-L", str(directory)]
@@ -123,7 +123,7 @@ def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]
 
 
 def share(tag: str, run_dir: Path) -> list[str]:
-    """QEMU's options for the directory that the virtiofsd behind TAG.sock serves."""
+    """QEMU's options for a directory served by the virtiofsd at TAG.sock."""
     chardev = ["-chardev", f"socket,id=fs-{tag},path={run_dir / tag}.sock"]
     return [*chardev, "-device", f"vhost-user-fs-pci,chardev=fs-{tag},tag={tag}"]
 
@@ -131,7 +131,7 @@ def share(tag: str, run_dir: Path) -> list[str]:
 def start_virtiofsd(
     emulator: Emulator, run_dir: Path, tag: str, path: Path, *, xattr: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Serve a directory at TAG.sock in `run_dir`, extended attributes with it if asked."""
+    """Serve a directory at TAG.sock in `run_dir`, optionally with extended attributes."""
     command = [str(emulator.virtiofsd), f"--socket-path={run_dir / tag}.sock"]
     if emulator.virtiofsd_is_rust:
         command += [f"--shared-dir={path}", "--cache=always", "--sandbox=chroot", "--log-level=error"]
@@ -143,7 +143,7 @@ def start_virtiofsd(
 
 
 def wait_for_sockets(run_dir: Path, tags: Sequence[str]) -> None:
-    """Return when every virtiofsd listens.  Raises `RuntimeError` with its log if one does not."""
+    """Wait until every virtiofsd listens.  Raises `RuntimeError` with the log of one that does not."""
     deadline = time.monotonic() + SOCKET_TIMEOUT_S
     for tag in tags:
         while not (run_dir / f"{tag}.sock").exists():
@@ -154,11 +154,11 @@ def wait_for_sockets(run_dir: Path, tags: Sequence[str]) -> None:
 
 
 def accelerator(spec: Spec) -> list[str]:
-    """TCG unless asked: /dev/kvm may exist, open, and the guest still hang."""
+    """TCG unless KVM was asked for, because a guest can hang even if /dev/kvm opens."""
     if spec.kvm:
         return ["-accel", "kvm", "-cpu", "host"]
     if spec.exact:
-        # Each byte of a `rep movsb` would count as an instruction, which it is on no CPU: without these two bits
-        # of its CPU the kernel copies by 8 bytes.
+        # QEMU would count each byte of a `rep movsb` as an instruction, as no real CPU does: without these two
+        # CPU features the kernel copies 8 bytes at a time.
         return ["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "max,-erms,-fsrm"]
     return ["-accel", "tcg,thread=multi", "-cpu", "max"]

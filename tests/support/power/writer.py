@@ -1,8 +1,8 @@
-"""Runs in the guest that loses its power: devices through `file` on the disk /dev/vda, and a writer that says what it
-was promised.
+"""Runs in the guest that loses its power: devices through `file` on the disk /dev/vda, and a writer that prints each
+promise.
 
-Each line `P DEVICE BLOCK:VERSION ...` is printed when a FLUSH or a FUA write has been answered, so all of these are to
-be there after the power failure.  Never ends: the host ends the guest.
+It prints a line `P DEVICE BLOCK:VERSION ...` when a FLUSH or FUA write has been answered; these blocks must be there
+after the power failure.  Never ends: the host ends the guest.
 """
 
 import os
@@ -45,7 +45,7 @@ def flush() -> None:
 
 
 class Writer:
-    """Writes to one device and says what it was promised."""
+    """Writes to one device and prints each promise."""
 
     def __init__(self, name: str, path: str, seed: str) -> None:
         self._name = name
@@ -65,7 +65,7 @@ class Writer:
     def _write(self, flags: int) -> str:
         self._version += 1
         number = self._random.randrange(BLOCKS)
-        # Direct I/O wants memory that is aligned, as a mapping is.
+        # Direct I/O needs aligned memory, which a mapping is.
         with block(self._name, number, self._version) as memory:
             os.pwritev(self._file, [memory], number * BLOCK_BYTES, flags)
         return f"{number}:{self._version}"

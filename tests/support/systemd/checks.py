@@ -1,7 +1,7 @@
-"""What runs in the systemd guest, once a boot: restarts, deaths, mounts, a poweroff, and a record of it all.
+"""Runs in the systemd guest, once per boot: restarts, deaths, mounts, a poweroff, and a record of each.
 
-Run by the root's own Python, with the installed ublkpool.  It judges nothing: each fact is a line of JSON in FACTS, and
-the tests on the host judge them.  A step that breaks leaves its traceback as its fact, and the next one runs.
+Run by the Python in the guest's root, with the installed ublkpool.  It writes facts as lines of JSON to FACTS; the
+tests on the host check them.  A step that fails leaves its traceback as its fact, and the next step runs.
 """
 
 import grp
@@ -40,7 +40,7 @@ FIO = (
         "--direct=1",
         "--rw=randwrite",
     ),
-    # It writes until it is interrupted, no block twice before that, and reads back what it wrote as it goes.
+    # fio writes until it is interrupted, each block once, and verifies along the way.
     *("--bs=4k", "--iodepth=8", "--size=32M", "--rate=200k", "--time_based", "--runtime=3600"),
     *("--verify=crc32c", "--verify_backlog=16", "--output-format=json"),
 )
@@ -49,7 +49,7 @@ client = AdminClient(Path("/run/ublkpool"))
 
 
 def say(fact: str, value: object) -> None:
-    """Write down a fact, so that it is there however this ends."""
+    """Write a fact and sync it, so that it survives a crash."""
     with FACTS.open("a") as facts:
         facts.write(json.dumps({"fact": fact, "value": value}) + "\n")
         facts.flush()
@@ -57,7 +57,7 @@ def say(fact: str, value: object) -> None:
 
 
 def shell(*command: str) -> dict[str, Any]:
-    """Run to the end: status and output."""
+    """Run a command; returns its status and output."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -65,7 +65,7 @@ def shell(*command: str) -> dict[str, Any]:
 
 
 def eventually(condition: Callable[[], bool], what: str) -> float:
-    """Wait for it; how many seconds it took.  Raises `TimeoutError`."""
+    """Wait until the condition holds; returns the seconds it took.  Raises `TimeoutError`."""
     began_s = time.monotonic()
     while not condition():
         if time.monotonic() - began_s > DEADLINE_S:
@@ -75,14 +75,14 @@ def eventually(condition: Callable[[], bool], what: str) -> float:
 
 
 def units(*names: str) -> dict[str, dict[str, str]]:
-    """What systemd says of these units."""
+    """The properties of these units."""
     said = str(shell("systemctl", "show", "-p", SHOWN, *names)["said"])
     found = [dict(line.split("=", 1) for line in each.splitlines()) for each in said.split("\n\n")]
     return {each["Id"]: each for each in found}
 
 
 def device(name: str) -> DeviceStatus | None:
-    """What the daemon says of a device; None while it does not answer, or has none of that name."""
+    """A device's status; None while the daemon does not answer or has no device of that name."""
     try:
         return next((each for each in client.devices() if each.name == name), None)
     except DaemonError:
@@ -90,7 +90,7 @@ def device(name: str) -> DeviceStatus | None:
 
 
 def is_live(name: str, not_pid: int | None = None) -> bool:
-    """Whether it serves, with another backend than the one of this pid."""
+    """Whether the device is live, with a backend other than this pid."""
     found = device(name)
     return (
         found is not None
@@ -101,19 +101,19 @@ def is_live(name: str, not_pid: int | None = None) -> bool:
 
 
 def backend_pid(name: str) -> int:
-    """The process of its backend, 0 if there is none."""
+    """The pid of its backend, 0 without a backend."""
     found = device(name)
     return (found.backend.pid or 0) if found else 0
 
 
 def queue_groups() -> dict[str, str]:
-    """Whose group each socket of a queue is."""
+    """The group of each queue's socket."""
     queues = Path("/run/ublkpool/queues")
     return {each.name: grp.getgrgid(each.stat().st_gid).gr_name for each in sorted(queues.iterdir())}
 
 
 def at_start() -> None:
-    """What the boot brought up by itself."""
+    """The state after the boot."""
     eventually(lambda: is_live("vol1") and is_live("vol2"), "all devices that can be live are")
     names = [
         "ublkpool.service",
@@ -129,7 +129,7 @@ def at_start() -> None:
 
 
 def restarts_under_fio() -> None:
-    """The daemon is restarted while fio writes, then the backend of another user."""
+    """Restart the daemon while fio writes, then the backend of another user."""
     with subprocess.Popen(FIO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fio:
         try:
             restart_both(fio)
@@ -149,7 +149,7 @@ def restarts_under_fio() -> None:
 
 
 def restart_both(fio: "subprocess.Popen[str]") -> None:
-    """Each restart begins while fio writes, and fio writes on after it."""
+    """Begin each restart while fio writes, and wait until fio writes again."""
     writes_go_on("fio has begun")
     daemon, backend = units("ublkpool.service")["ublkpool.service"]["MainPID"], backend_pid("vol0")
     say("daemon restart", shell("systemctl", "restart", "ublkpool"))
@@ -165,7 +165,7 @@ def restart_both(fio: "subprocess.Popen[str]") -> None:
 
 
 def writes_go_on(what: str) -> None:
-    """Wait until vol0's disk has done more writes than can have been under way before."""
+    """Wait until vol0's disk has done more writes than can have been in flight before."""
     stat = Path("/sys/block/ublkb0/stat")
 
     def writes() -> int:
@@ -176,9 +176,9 @@ def writes_go_on(what: str) -> None:
 
 
 def quick_restarts() -> None:
-    """More starts within 10 s than the default start limit lets pass."""
+    """Restart more often within 10 s than systemd's default start limit allows."""
     for _ in range(8):
-        # A daemon that is asked to end may take its time.
+        # SIGKILL, because a daemon that ends cleanly may take longer.
         shell("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "ublkpool")
         shell("systemctl", "restart", "--no-block", "ublkpool")
         time.sleep(0.2)
@@ -187,12 +187,12 @@ def quick_restarts() -> None:
 
 
 def out_of_memory() -> None:
-    """The kernel kills one process of the service's cgroup for want of memory."""
+    """Let the OOM killer kill one process in the service's cgroup."""
     before = units("ublkpool.service")["ublkpool.service"]
     limit = CGROUP / "memory.max"
     limit.write_text(str(int((CGROUP / "memory.current").read_text()) + (32 << 20)))
     try:
-        # 0 stands for the process that writes.
+        # Writing 0 moves the writing process.
         hog = f"echo 0 > {CGROUP}/cgroup.procs; echo 1000 > /proc/self/oom_score_adj; exec tail /dev/zero"
         status = subprocess.run(["bash", "-c", hog], stderr=subprocess.DEVNULL).returncode
     finally:
@@ -212,7 +212,7 @@ def out_of_memory() -> None:
 
 
 def deaths() -> None:
-    """What the journal shall have lines of, each with its priority."""
+    """Kill processes, so that the journal gets lines of each priority."""
     found = device("vol2")
     assert found is not None and found.backend.pid
     os.kill(found.workers[0].pid, signal.SIGKILL)
@@ -222,7 +222,7 @@ def deaths() -> None:
 
 
 def journal() -> None:
-    """All that the daemon and the backends have logged in this boot."""
+    """All log lines of the daemon and the backends in this boot."""
     said = shell(
         "journalctl", "-b", "-o", "json", "--no-pager", "-u", "ublkpool", "-u", "ublkpool-backend@*"
     )["said"]
@@ -231,7 +231,7 @@ def journal() -> None:
 
 
 def verify() -> None:
-    """Whether systemd finds anything wrong with the units."""
+    """Check the units with `systemd-analyze verify`."""
     shipped = [str(each) for each in sorted(Path("/etc/systemd/system").glob("ublkpool*.service"))]
     named = [each.replace("@.service", "@vol0.service") for each in shipped]
     say("verify", {"units": named, **shell("systemd-analyze", "verify", "--man=no", *named)})
@@ -246,32 +246,32 @@ def write_dirty(where: Path, seed: int) -> None:
 
 
 def is_right(where: Path, seed: int) -> bool:
-    """Whether the file is there as it was written."""
+    """Whether the file has the content that was written."""
     found = hashlib.sha256((where / f"dirty-{seed}").read_bytes()).digest()
     return found == hashlib.sha256(random.Random(seed).randbytes(DIRTY_BYTES)).digest()
 
 
 def stop_writeback() -> None:
-    """What is dirty stays dirty until it is asked for."""
+    """Keep dirty pages from being written back until a sync."""
     for name, value in {"writeback": 0, "expire": 60000}.items():
         Path(f"/proc/sys/vm/dirty_{name}_centisecs").write_text(str(value))
 
 
 def time_a_command() -> None:
-    """How slow this guest is at what the shutdown runs: a command of ours that asks the daemon one thing."""
+    """Measure how long one command of ours takes in this guest, as the shutdown runs them."""
     began_s = time.monotonic()
     shell("ublkpool", "list")
     say("seconds of a command", round(time.monotonic() - began_s, 1))
 
 
 def mount_by_hand() -> None:
-    """As an operator does, of whom no unit knows."""
+    """Mount as an operator does, without a unit."""
     HAND_MOUNT.mkdir(exist_ok=True)
     say("hand mount", shell("mount", "/dev/ublkb1", str(HAND_MOUNT)))
 
 
 def leave_dirty() -> None:
-    """Both file systems are dirty when the machine goes down."""
+    """Leave both file systems dirty for the poweroff."""
     mount_by_hand()
     time_a_command()
     stop_writeback()
@@ -280,7 +280,7 @@ def leave_dirty() -> None:
 
 
 def after_poweroff() -> None:
-    """What the first boot left."""
+    """Check what the first boot left."""
     say("fstab data", is_right(FSTAB_MOUNT, 1))
     say("umount", shell("umount", str(FSTAB_MOUNT)))
     say("fsck vol0", shell("e2fsck", "-fn", "/dev/ublkb0"))
@@ -290,7 +290,7 @@ def after_poweroff() -> None:
 
 
 def leave_without_backend() -> None:
-    """One of two dirty file systems has lost its backend when the machine goes down."""
+    """Leave both file systems dirty, and one without its backend, for the poweroff."""
     say("mount again", shell("mount", str(FSTAB_MOUNT)))
     time_a_command()
     stop_writeback()
@@ -316,7 +316,7 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
 
 
 def main(boot: str) -> None:
-    """All steps of one boot, then the end of the machine."""
+    """Run all steps of one boot."""
     try:
         for step in STEPS[boot]:
             began_s = time.monotonic()
@@ -326,7 +326,7 @@ def main(boot: str) -> None:
                 say(f"broke {step.__name__}", traceback.format_exc())
             say(f"seconds {step.__name__}", round(time.monotonic() - began_s, 1))
     finally:
-        # The unit of this script powers off when it ends.
+        # The unit of this script powers off when the script ends.
         Path("/dev/kmsg").write_text(f"{POWEROFF}\n")
 
 

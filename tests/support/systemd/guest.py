@@ -1,7 +1,7 @@
 """One boot of the systemd guest: a root of `root.py`, read-write, until the guest has powered itself off.
 
-Owns QEMU and virtiofsd for as long as `boot` runs.  The guest is told what to do by what lies in its root, and says
-what it found in files there; the console has what the kernel and systemd say.
+Owns QEMU and virtiofsd while `boot` runs.  Files in the root tell the guest what to do, and the guest leaves results
+there; the console has the messages of the kernel and systemd.
 """
 
 import re
@@ -37,14 +37,14 @@ _HANG_KEYS = "wlm"
 
 @dataclass(frozen=True)
 class Boot:
-    """What the outside saw of one boot."""
+    """One boot, as seen from the host."""
 
     console: str
     is_off: bool
     """Whether the guest powered itself off before its time was over."""
 
     def second_of(self, text: str) -> float:
-        """When the kernel's log had a line with this text, in the guest's own seconds.  Raises `LookupError`."""
+        """The time in guest seconds of the kernel log line with this text.  Raises `LookupError`."""
         for second, line in _STAMPED.findall(self.console):
             if text in line:
                 return float(second)
@@ -52,14 +52,14 @@ class Boot:
 
     @property
     def complaints(self) -> list[str]:
-        """What the kernel complained of."""
+        """The kernel's fault reports."""
         return guest_console.complaints(self.console)
 
 
 def boot(
     root: Path, kernel: str, *, timeout_s: float, words: Sequence[str] = (), disks: Sequence[str] = ()
 ) -> Boot:
-    """Boot the root under the kernel, with these kernel parameters and QEMU options more."""
+    """Boot the root under the kernel, with additional kernel parameters and QEMU options."""
     cache = GuestCache()
     spec = Spec(kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s)
     channels = {name: Channel() for name in ("console", "monitor")}
@@ -82,7 +82,7 @@ def boot(
 
 @contextmanager
 def _scratch() -> Iterator[tuple[Path, list["subprocess.Popen[bytes]"]]]:
-    """A directory for sockets and logs, and a list of the processes that end with it."""
+    """A directory for sockets and logs, and a list of processes that are killed at the end."""
     run_dir = Path(tempfile.mkdtemp(prefix="ublkpool-systemd-"))
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -94,7 +94,7 @@ def _scratch() -> Iterator[tuple[Path, list["subprocess.Popen[bytes]"]]]:
 
 
 class _Console:
-    """The serial line, and the monitor to ask a guest that hangs what it waits for."""
+    """The serial line, and the monitor, which shows what a hanging guest waits for."""
 
     def __init__(self, serial: Channel, monitor: Channel) -> None:
         self.text = ""
@@ -106,7 +106,7 @@ class _Console:
             self._selector.register(channel.ours, selectors.EVENT_READ, channel)
 
     def follow(self, qemu: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
-        """Read until QEMU ends; False if it has not in time, and then what it hangs on is in the text."""
+        """Read until QEMU ends; False after the deadline, and then the text shows what the guest waits for."""
         ended = self._read(qemu, timeout_s)
         if not ended:
             for key in _HANG_KEYS:

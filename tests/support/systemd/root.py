@@ -1,8 +1,8 @@
-"""A bootable Debian 13 for the systemd guest: made once into the cache, copied for each run, the checkout in it.
+"""A bootable Debian 13 for the systemd guest: made once in the cache, copied for each run, with the checkout installed.
 
 Owns the root's content.  The base comes from the mirror of this host's apt, checked by debootstrap against Debian's
-keyring; Python packages come through this host's pip.  Whatever is mounted on the way is mounted in a mount namespace
-of its own, so the host keeps nothing of it.  Needs root.
+keyring; Python packages come through this host's pip.  All mounts are made in a mount namespace of their own, so that
+the host keeps none.  Needs root.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ PACKAGES = (
     *("python3", "python3-venv", "python3-dev", "gcc", "libc6-dev", "liburing-dev", "pkg-config"),
 )
 BUILD_PACKAGES = ("setuptools>=77", "cffi>=1.17")
-# pip takes a wheel for any of them.
+# pip accepts a wheel for any of these.
 PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in (5, 17, 26, 28)))
-# What the guest has no use for and what would only slow its boot down: network, timers, consoles.
+# Units that the guest does not need and that would slow its boot: network, timers, consoles.
 MASKED = (
     *("systemd-networkd.service", "systemd-timesyncd.service", "systemd-pstore.service", "ldconfig.service"),
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer"),
@@ -49,7 +49,7 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src", "config"
 PARTS = ("backends", "bufpool", "daemon", "ublk", "workers")
 WHEELS = "root/wheels"
 _LAYOUT = 1
-"""To be raised when what is built here changes otherwise than by the lists above."""
+"""Increase this when the build changes other than by the lists above."""
 
 
 class SystemdRoot:
@@ -60,7 +60,7 @@ class SystemdRoot:
 
     @property
     def path(self) -> Path:
-        """Where the cached root is, made or not."""
+        """The path of the cached root, which may not exist yet."""
         made_of = [_LAYOUT, SUITE, PACKAGES, MASKED, BUILD_PACKAGES, dependencies()]
         made_of += [self._cache.kernel(kernel).release for kernel in KERNELS]
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
@@ -91,13 +91,13 @@ class SystemdRoot:
 
 
 def dependencies() -> list[str]:
-    """What the project's packages need, as pyproject.toml names it."""
+    """The requirements in pyproject.toml."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     return [str(each) for each in project["dependencies"]]
 
 
 def bootstrap(root: Path) -> None:
-    """Debian's own files.  Raises `CacheError`."""
+    """Install Debian's files with debootstrap.  Raises `CacheError`."""
     mirrors = candidate_mirrors(read_sources(), release_codename(OS_RELEASE.read_text()))
     proxies = {f"{scheme}_proxy": proxy for scheme, proxy in apt_proxies().items()}
     problems = []
@@ -118,13 +118,13 @@ def bootstrap(root: Path) -> None:
 
 
 def add_modules(root: Path, module_root: Path) -> None:
-    """One kernel's modules, which the cache has indexed."""
+    """Copy one kernel's modules, which the cache has indexed."""
     (modules,) = (module_root / "lib/modules").iterdir()
     shutil.copytree(modules, root / "usr/lib/modules" / modules.name, symlinks=True)
 
 
 def make_machine(root: Path) -> None:
-    """What makes a machine of the files: a name, an empty fstab, a journal that survives the boot."""
+    """Configure the machine: a host name, an empty fstab, a persistent journal."""
     (root / "etc/hostname").write_text("ublkpool-guest\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost ublkpool-guest\n")
     (root / "etc/fstab").write_text("")
@@ -139,7 +139,7 @@ def make_machine(root: Path) -> None:
 
 
 def add_python_packages(root: Path) -> None:
-    """A virtual environment with all that the project needs, so that installing it fetches nothing."""
+    """Make a virtual environment with all requirements, so that installing the project fetches nothing."""
     wheels = root / WHEELS
     wheels.mkdir()
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
@@ -155,7 +155,7 @@ def add_python_packages(root: Path) -> None:
 
 
 def install(root: Path) -> None:
-    """The checkout, by the lines of README and OPERATIONS; only that nothing is fetched.  Raises `CacheError`."""
+    """Install the checkout as README and OPERATIONS say, but without fetching.  Raises `CacheError`."""
     source = root / "root/ublkpool"
     source.mkdir()
     for name in (*SOURCES, *PARTS):
@@ -172,7 +172,7 @@ def install(root: Path) -> None:
 
 
 def copy_source(source: Path, target: Path) -> None:
-    """A file, or a folder without what a build left in it."""
+    """Copy a file, or a folder without build results."""
     if source.is_dir():
         built = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "_*_native.c", "*.egg-info")
         shutil.copytree(source, target, symlinks=True, ignore=built)
@@ -186,7 +186,7 @@ def offline_pip() -> str:
 
 
 def inside(root: Path, *lines: str) -> None:
-    """Run shell lines in the root, with the kernel's file systems.  Raises `CacheError` at the first that fails."""
+    """Run shell lines in the root, with /proc and /dev mounted.  Raises `CacheError` if one fails."""
     chroot = shlex.join(["chroot", str(root), "/bin/bash", "-euc", "\n".join(lines)])
     mounts = [
         f"mount -t proc proc {shlex.quote(str(root / 'proc'))}",
@@ -197,12 +197,12 @@ def inside(root: Path, *lines: str) -> None:
 
 
 def privately(command: Sequence[str], environ: dict[str, str]) -> None:
-    """Run with mounts that end with the command.  Raises `CacheError`."""
+    """Run a command in a mount namespace of its own.  Raises `CacheError`."""
     run(["unshare", "--mount", "--propagation", "private", *command], environ)
 
 
 def run(command: Sequence[str], environ: dict[str, str] | None = None) -> None:
-    """Run to the end, quietly.  Raises `CacheError` with what it said if it fails."""
+    """Run a command without showing its output.  Raises `CacheError` with the output if it fails."""
     with suppress(FileNotFoundError):
         done = subprocess.run(
             command,

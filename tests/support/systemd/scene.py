@@ -1,6 +1,6 @@
 """The machine that the systemd tests boot: units, users, backing files, fstab, and the script that a boot runs.
 
-Owns what is in the root beside the product; `checks.py` is what happens in it.
+Owns the root's content besides the product; `checks.py` runs in it.
 """
 
 import json
@@ -65,9 +65,9 @@ def get_size() -> int:
 def pread(buf: memoryview, offset: int) -> None:
     raise OSError("it was never opened")
 """
-# The patience counts from the beginning of the boot; the daemon takes minutes to start in a guest on a busy machine.
+# The timeout counts from the beginning of the boot; in a guest on a busy machine the daemon takes minutes to start.
 FSTAB = "/dev/ublkb0 /srv/vol0 ext4 _netdev,x-systemd.device-timeout=600 0 0\n"
-# systemd says at each start which processes of ours it finds, and on the console what it waits for, again and again.
+# At each start systemd logs which of our processes it finds, and on the console repeatedly what it waits for.
 _LEFT_OVER = re.compile(r"Found left-over process|This usually indicates unclean termination")
 _PROGRESS = re.compile(r"\] (?:\(\d+ of \d+\) )?Job \S+ running \(")
 CHECK_UNIT = """\
@@ -94,7 +94,7 @@ AllowIsolate=yes
 
 
 def prepare(root: Path) -> None:
-    """Set the scene in a root that has the product installed.  Raises `CacheError`."""
+    """Install units, users and files into a root that has the product.  Raises `CacheError`."""
     write(root / "etc/ublkpool/ublkpool.toml", CONFIG)
     write(root / "root/stuck.py", STUCK)
     write(root / "etc/fstab", FSTAB)
@@ -110,7 +110,7 @@ def prepare(root: Path) -> None:
         "useradd --system --groups ublkpool vol0",
         "mkdir -p /srv/vol0 /var/lib/vol0 /var/lib/vol1",
         "for each in vol0 vol1; do truncate -s 96M /var/lib/$each/disk.img; done",
-        # With lazy initialization the kernel writes to the disk on its own, and a count of writes tells nothing.
+        # With lazy initialization the kernel writes to the disk on its own, which would spoil the count of writes.
         "for each in vol0 vol1; do mkfs.ext4 -q -E lazy_itable_init=0 /var/lib/$each/disk.img; done",
         "chown -R vol0 /var/lib/vol0",
         "systemctl --quiet enable ublkpool ublkpool-backend@vol0 ublkpool-backend@vol1 2>&1",
@@ -119,21 +119,21 @@ def prepare(root: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """A file, with the folders above it."""
+    """Write a file and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One boot, from inside and outside."""
+    """One boot, as seen from the guest and from the host."""
 
     boot: Boot
     facts: dict[str, Any]
     log: str
 
     def fact(self, name: str) -> Any:
-        """What the script wrote down.  Raises `LookupError` with all that is known if it did not."""
+        """A fact that the script wrote.  Raises `LookupError` with all known facts if it is missing."""
         if name not in self.facts:
             raise LookupError(f"nothing was seen of {name!r}:\n{self.report()}")
         return self.facts[name]
@@ -150,13 +150,13 @@ class Seen:
 
 
 def run_boot(root: Path, kernel: str, name: str) -> Seen:
-    """Boot it, have the script of that name run, and collect what was seen."""
+    """Boot the root, run the script of that name, and collect the facts."""
     check = root / CHECK
     check.mkdir(exist_ok=True)
     shutil.copy(CHECKS, check)
     facts = check / "facts"
     facts.unlink(missing_ok=True)
-    # Of one boot only: a journal of several has no current one when it is read from outside.
+    # One boot only, because a journal of several has no current boot when it is read from the host.
     shutil.rmtree(root / "var/log/journal", ignore_errors=True)
     (root / "var/log/journal").mkdir()
     write(root / "etc/systemd/system/check.service", CHECK_UNIT.format(boot=name))
@@ -167,7 +167,7 @@ def run_boot(root: Path, kernel: str, name: str) -> Seen:
 
 
 def read_journal(root: Path) -> str:
-    """What the last boot's journal has of our units, and of all that is a warning or worse."""
+    """The lines of our units in the last boot's journal, and all lines of priority warning or worse."""
     log = root / CHECK / "log"
     read = "journalctl --no-pager -o short-monotonic"
     ours = "-u 'ublkpool*' -u check -u 'srv-*' -u 'mnt-*'"

@@ -1,4 +1,4 @@
-"""A selftest calls this `bpftrace trace/seq_io.bt DEV RWBS LENGTH`: the same question, for the kernel's own tracing.
+"""Replaces `bpftrace trace/seq_io.bt DEV RWBS LENGTH` of a selftest by the kernel's own tracing.
 
 Debian 12's bpftrace does not understand that script, and the guest has no other.  Between its start and SIGTERM the
 kernel notes when a request of the device begins (block_io_start) and ends (block_rq_complete); a request that ends
@@ -24,9 +24,9 @@ _EVENT = re.compile(rf"({BEGINS}|{ENDS}): \d+,\d+ (\S+) .*?\) (\d+) \+ \d+")
 
 
 def out_of_order(lines: Iterable[str], kind: str) -> Iterator[str]:
-    """The requests of this kind that ended out of order, in the script's words; also said of none at all.
+    """The requests of this kind that ended out of order, in the script's words, which exist for none as well.
 
-    A request that was not seen to begin is left out.
+    A request whose beginning was not traced is left out.
     """
     begun: dict[str, int] = {}
     count, ended = 0, 0

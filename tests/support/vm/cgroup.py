@@ -25,15 +25,15 @@ def _hierarchy() -> Path:
 
 
 class MemoryGroup:
-    """One group below the root; who is started in it stays in it."""
+    """One group below the root group; processes started in it stay in it."""
 
     def __init__(self, name: str) -> None:
-        """Skips the test where the kernel offers no memory controller in cgroup v2."""
+        """Skip the test if the kernel has no memory controller in cgroup v2."""
         root = _hierarchy()
         offered = (root / "cgroup.controllers").read_text().split()
         if "memory" not in offered:
             pytest.skip("no memory controller in cgroup v2 here")
-        # Both, so that who dirties pages is slowed down for the group's own limits (cgroup writeback).
+        # Both controllers, so that the group's own limits throttle a process that dirties pages (cgroup writeback).
         wanted = [f"+{each}" for each in ("memory", "io") if each in offered]
         (root / "cgroup.subtree_control").write_text(" ".join(wanted))
         self._root, self._path = root, root / name
@@ -48,7 +48,7 @@ class MemoryGroup:
         return int((self._path / "memory.current").read_text())
 
     def events(self) -> dict[str, int]:
-        """How often a limit was hit (`high`, `max`) and a process killed for it (`oom_kill`)."""
+        """The counts of hit limits (`high`, `max`) and of processes killed for it (`oom_kill`)."""
         lines = (self._path / "memory.events").read_text().splitlines()
         return {name: int(count) for name, count in (line.split() for line in lines)}
 
@@ -56,12 +56,12 @@ class MemoryGroup:
         return [int(each) for each in (self._path / "cgroup.procs").read_text().split()]
 
     def enter(self, pid: int | None = None) -> None:
-        """This process, or another, goes in."""
+        """Move this process, or another, into the group."""
         (self._path / "cgroup.procs").write_text(str(pid or os.getpid()))
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Whoever is started in this block is a member; we are one only for its length."""
+        """Processes started in this block are members; this process is one for the length of the block."""
         self.enter()
         try:
             yield
@@ -69,14 +69,14 @@ class MemoryGroup:
             (self._root / "cgroup.procs").write_text(str(os.getpid()))
 
     def leave(self) -> None:
-        """Its members go back to the root group."""
+        """Move the members back to the root group."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 (self._root / "cgroup.procs").write_text(str(pid))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """No member runs for the length of a block, but for this process."""
+        """Freeze all members except this process for the length of a block."""
         assert os.getpid() not in self.processes()
         self._freeze(True)
         try:
@@ -90,11 +90,11 @@ class MemoryGroup:
         eventually(lambda: wanted in (self._path / "cgroup.events").read_text().splitlines(), wanted)
 
     def close(self) -> None:
-        """Remove it, when its members have ended."""
+        """Remove the group after its members have ended."""
         eventually(self._is_removed, "the group's processes end")
 
     def _is_removed(self) -> bool:
-        # It is busy for a moment after the last process has left its list.
+        # rmdir(2) fails with EBUSY for a moment after the last process has left the list.
         try:
             self._path.rmdir()
         except OSError as error:

@@ -1,7 +1,7 @@
-"""The real daemon for tests with a driver: started, asked through its admin socket, and searched for what it left.
+"""The real daemon for tests with a driver: started, used through its admin socket, and checked for what it left behind.
 
-Every process below the daemon carries a mark in its environment, which fork and exec hand down: so a process that
-nobody waits for any more is found as well.  Conditions are awaited, with deadlines that only a hang reaches.
+Every process below the daemon has a mark in its environment, which fork and exec pass on, so that the tests find
+orphaned processes, too.  Conditions are awaited, with deadlines that only a hang reaches.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "180"))
-"""A wait that takes this long is a hang, also where two guests share two CPUs."""
+"""Seconds; a longer wait is a hang, even with two guests on two CPUs."""
 MARK = "UBLKPOOL_TEST_MARK"
 _POLL_S = 0.02
 _T = TypeVar("_T")
 
 
 def eventually(check: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S) -> _T:
-    """What `check` returns, as soon as it is true.  Raises `AssertionError` naming `what` did not happen."""
+    """Wait until `check` is true, and return its value.  Raises `AssertionError` with `what` after the deadline."""
     deadline = time.monotonic() + deadline_s
     while True:
         if found := check():
@@ -46,7 +46,7 @@ def eventually(check: Callable[[], _T], what: str, deadline_s: float = DEADLINE_
 
 
 def eventually_nothing(find: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Return as soon as `find` finds nothing.  Raises `AssertionError` naming what there still is."""
+    """Wait until `find` returns nothing.  Raises `AssertionError` with what it still finds after the deadline."""
     deadline = time.monotonic() + deadline_s
     while found := find():
         assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
@@ -59,7 +59,7 @@ def nodes() -> set[str]:
 
 
 def pools() -> set[str]:
-    """Every pool of ublkpool's in shared memory, whoever made it."""
+    """Every pool of any ublkpool daemon in shared memory."""
     return {path.name for path in SHM_DIRECTORY.glob("ublkpool*")}
 
 
@@ -76,19 +76,19 @@ def marked_processes(mark: str) -> dict[int, str]:
 
 
 def total(stats: DeviceStats, counter: str) -> int:
-    """A counter, summed over the queues."""
+    """The sum of a counter over the queues."""
     return sum(queue.counters[counter] for queue in stats.queues)
 
 
 def has_rings(device: str) -> bool:
-    """Whether a device of this name has rings on this kernel, unless UBLKPOOL_RINGS (0, 1) says for all."""
+    """Whether a device of this name has rings on this kernel; UBLKPOOL_RINGS (0, 1) decides for all."""
     wanted = os.environ.get("UBLKPOOL_RINGS")
     major = int(os.uname().release.partition(".")[0])
     return wanted == "1" if wanted else bool((zlib.crc32(device.encode()) + major) & 1)
 
 
 class BackendProcess:
-    """A `ublkpool backend` of its own, which the daemon does not know of until it attaches."""
+    """A `ublkpool backend` process that the test starts itself."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self.process = process
@@ -105,7 +105,7 @@ class BackendProcess:
         return self.process.wait(deadline_s)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Signal it; its exit status, negative if the signal ended it."""
+        """Send a signal and wait; returns the exit status, negative if a signal ended the process."""
         self.process.send_signal(number)
         return self.wait()
 
@@ -133,7 +133,7 @@ class Daemon:
         return self._process.pid
 
     def path(self, name: str) -> Path:
-        """A place for a test's own file."""
+        """A path for a file of the test."""
         return self._scratch / name
 
     def command(self, *arguments: str) -> list[str]:
@@ -141,7 +141,7 @@ class Daemon:
         return [sys.executable, "-m", "ublkpool.daemon", *self.addressed(arguments)]
 
     def addressed(self, arguments: Sequence[str]) -> list[str]:
-        """A command and its arguments, with the run directory in their midst."""
+        """A command and its arguments, with `--run-dir` between them."""
         return [arguments[0], "--run-dir", str(self.run_dir), *arguments[1:]]
 
     def environment(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class Daemon:
 
     @contextmanager
     def life(self) -> Iterator[Self]:
-        """From its start to a clean end, which leaves nothing; its log is printed for whoever fails."""
+        """Run the daemon for a block, and check that its end leaves nothing; prints its log on failure."""
         try:
             self.start()
             yield self
@@ -189,7 +189,7 @@ class Daemon:
         return False
 
     def said(self, since: int = 0) -> str:
-        """Its log, from a byte on."""
+        """The daemon's log from this byte on."""
         with suppress(FileNotFoundError):
             return self.log.read_bytes()[since:].decode(errors="replace")
         return ""
@@ -203,7 +203,7 @@ class Daemon:
     ) -> DeviceStatus:
         """Create a device; with a backend, one that the daemon runs.  Raises `DaemonError`.
 
-        A device of one name has rings on one kernel and frames on the other, so that both serve every test.
+        A device of the same name has rings on one kernel and frames on the other, so that every test runs with both.
         """
         config.setdefault("rings", has_rings(name))
         texts = {key: str(value) for key, value in (options or {}).items()}
@@ -212,31 +212,31 @@ class Daemon:
 
     @contextmanager
     def device(self, name: str, backend: str | None = None, **config: Any) -> Iterator[DeviceStatus]:
-        """A device for the length of a block; at its end nothing of it may be lent."""
+        """A device for the length of a block; at the end none of its buffers may be lent."""
         yield self.add(name, backend, **config)
         self.delete(name)
 
     def status(self, name: str) -> DeviceStatus:
-        """What `list` says about a device."""
+        """A device's status as `list` shows it."""
         return next(each for each in self.client.devices() if each.name == name)
 
     def stats(self, name: str) -> DeviceStats:
-        """A device's numbers."""
+        """A device's counters."""
         return self.client.stats(name)[0]
 
     def wait_live(self, name: str) -> DeviceStatus:
-        """Return when the device is live."""
+        """Wait until the device is live."""
         return self.client.wait_live(name, DEADLINE_S)
 
     def delete(self, name: str) -> None:
-        """Delete a device at rest.  Raises `AssertionError` if it does not come to rest with everything returned."""
+        """Wait until a device is at rest, then delete it.  Raises `AssertionError` if a lease does not come back."""
         self.rest(name)
         self.client.delete([name])
 
     def rest(self, name: str) -> DeviceStats:
-        """Wait until nothing is in flight and every lease has come back; the numbers then."""
+        """Wait until no request is in flight and every lease has come back; returns the counters."""
         status = self.status(name)
-        # Its queues work while we look: what does not fit together is looked at again.
+        # The queues work meanwhile, so counters that do not match are read again.
         eventually_nothing(lambda: self._out(status), f"{name} comes to rest, with every lease back")
         if self.stats(name).queues:
             eventually(
@@ -245,11 +245,11 @@ class Daemon:
         return self.stats(name)
 
     def _out(self, status: DeviceStatus) -> dict[str, int]:
-        """What a device at rest has too many of, or too few."""
+        """The counts that must be 0 for a device at rest and are not, by description."""
         stats = self.stats(status.name)
         if not stats.queues:
             return {}
-        # With need_get_data off every tag keeps the buffer that it was lent at its first fetch.
+        # With need_get_data off every tag keeps the buffer that it got at its first fetch.
         kept = 0 if status.need_get_data else status.queues * status.depth
         counts = {
             "requests in flight": total(stats, "in_flight"),
@@ -272,7 +272,7 @@ class Daemon:
         ]
 
     def control(self, status: DeviceStatus) -> Control:
-        """The control segment of a device's pool, to look into."""
+        """The control segment of a device's pool, for reading."""
         assert status.id is not None
         name = arena_prefix(self._instance, status.id).removeprefix("/")
         with (SHM_DIRECTORY / f"{name}-ctl").open("r+b") as file:
@@ -280,7 +280,7 @@ class Daemon:
 
     @property
     def broker_pid(self) -> int:
-        """The pool broker of the moment, 0 while there is none."""
+        """The pid of the pool broker, 0 while none runs."""
         marked = marked_processes(str(self.run_dir))
         return next((pid for pid in marked if _name(pid) == "ublkpool-broker"), 0)
 
@@ -289,7 +289,7 @@ class Daemon:
         return hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:8]
 
     def backend(self, kind: str, device: str, **options: object) -> BackendProcess:
-        """Start a backend as a user would, in a process of its own."""
+        """Start a backend with `ublkpool backend`."""
         pairs = [f"{key}={value}" for key, value in options.items()]
         command = self.command("backend", kind, "--device", device)
         log = self.path(f"backend-{len(self.backends)}.log")
@@ -299,7 +299,7 @@ class Daemon:
 
     @contextmanager
     def stopped(self, pid: int) -> Iterator[None]:
-        """A process that neither runs nor ends for the length of a block."""
+        """Stop a process (SIGSTOP) for the length of a block."""
         os.kill(pid, signal.SIGSTOP)
         try:
             yield
@@ -308,12 +308,12 @@ class Daemon:
                 os.kill(pid, signal.SIGCONT)
 
     def together(self, *calls: Callable[[], _T]) -> list[_T]:
-        """Do these at once: each may wait for a start of Python."""
+        """Run these at the same time, because each may wait for a start of Python."""
         with ThreadPoolExecutor(len(calls)) as threads:
             return [each.result() for each in [threads.submit(call) for call in calls]]
 
     def command_run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run a command as a user would, to its end."""
+        """Run a command of ublkpool to its end."""
         return subprocess.run(
             self.command(*arguments),
             capture_output=True,
@@ -324,11 +324,11 @@ class Daemon:
         )
 
     def forbidden(self) -> list[str]:
-        """The calls of supervisor, workers and broker that may wait for ever, of a daemon that watches them."""
+        """The calls of supervisor, workers and broker that a disk can block, as a watched daemon logged them."""
         return [line for line in self.said().splitlines() if MAY_WAIT in line]
 
     def leftovers(self) -> list[str]:
-        """What is there although no device should be, in words, and the calls that no daemon may make."""
+        """Descriptions of what is left although no device exists, and the forbidden calls that the daemon made."""
         found = [f"device {each.name}, {each.state}" for each in self.client.devices()]
         found += self.forbidden()
         found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
@@ -339,7 +339,7 @@ class Daemon:
 
     def _strays(self) -> dict[int, str]:
         processes = marked_processes(str(self.run_dir))
-        # The daemon, and one each of the children that outlive devices.
+        # The daemon, and one of each child that outlives devices.
         processes.pop(self.pid, None)
         for name in ("ublkpool-broker", "ublkpool-hold"):
             if lasting := [pid for pid in processes if _name(pid) == name]:
@@ -347,13 +347,13 @@ class Daemon:
         return processes
 
     def reap(self) -> list[int]:
-        """The exit statuses of all backends that were started here, which have ended."""
+        """The exit statuses of all backends started here; all must have ended."""
         statuses = [backend.wait() for backend in self.backends]
         self.backends.clear()
         return statuses
 
     def clean(self) -> None:
-        """After a test that failed: so that the next one does not fail for it."""
+        """Clean up after a failed test, so that the next one does not fail because of it."""
         for backend in self.backends:
             backend.process.kill()
         self.reap()
@@ -361,19 +361,19 @@ class Daemon:
             self.client.delete(None, force=True)
 
     def stop(self) -> int:
-        """End it as a service manager would; its exit status."""
+        """End the daemon with SIGTERM; returns its exit status."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(DEADLINE_S)
 
     def crash(self) -> None:
-        """Kill it; what it started stays as it is."""
+        """Kill the daemon process alone."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def replace(self, module: str) -> None:
-        """Start another that takes over from the one that runs, which ends."""
+        """Start another daemon with `--replace`, which takes over from the running one."""
         before = self._process
         assert before is not None
         self._process = self._spawn(
@@ -383,12 +383,12 @@ class Daemon:
         eventually(self._answers, "the next daemon answers")
 
     def wait_end(self) -> int:
-        """Its exit status, when something else ends it."""
+        """Wait for the daemon's end; returns its exit status."""
         assert self._process is not None
         return self._process.wait(DEADLINE_S)
 
     def crash_everything(self) -> None:
-        """Kill it and all that it or its backends started, but for what keeps a memory disk."""
+        """Kill the daemon and all processes below it, except the keepers of memory disks."""
         self.crash()
         for pid, words in marked_processes(str(self.run_dir)).items():
             if "keeper.py" not in words:
@@ -396,7 +396,7 @@ class Daemon:
                     os.kill(pid, signal.SIGKILL)
 
     def remains(self) -> list[str]:
-        """What is left after its end."""
+        """Descriptions of what is left after the daemon's end."""
         found = [str(self.run_dir)] if self.run_dir.exists() else []
         found += self.forbidden()
         found += [f"/dev/{name}" for name in sorted(nodes() - self.nodes_before)]
@@ -406,7 +406,7 @@ class Daemon:
         ]
 
     def close(self) -> None:
-        """Whatever happened: no process, no directory."""
+        """Remove all processes and the directory, whatever the state."""
         self.clean()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()

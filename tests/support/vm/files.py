@@ -25,7 +25,7 @@ def partition_table(first_sector: int, sectors: int) -> bytes:
 
 
 def run(*command: str | Path) -> str:
-    """Run a tool of the system; what it said.  Raises `AssertionError` with that if it failed."""
+    """Run a tool; returns its output.  Raises `AssertionError` with the output if it fails."""
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     done = subprocess.run(
         [str(word) for word in command],
@@ -42,18 +42,18 @@ def run(*command: str | Path) -> str:
 
 
 def load_module(name: str) -> None:
-    """Load a module of this kernel's; in the guest from where its modules lie."""
+    """Load a module of this kernel; in the guest from the directory in MODPROBE_OPTIONS."""
     guests = Path("/run/guest/modprobe")
     run(guests if guests.exists() else "modprobe", name)
 
 
 def make_file_system(kind: str, path: str) -> None:
-    """An empty one; no discard beforehand, so that every byte it reads was written."""
+    """Make an empty file system without a discard first, so that it reads only bytes that were written."""
     run(*MAKE[kind], path)
 
 
 def check_file_system(kind: str, path: str) -> None:
-    """Raises `AssertionError` with what is wrong with it."""
+    """Check the file system.  Raises `AssertionError` with the check's output."""
     run(*CHECK[kind], path)
 
 
@@ -69,18 +69,18 @@ def mounted(path: str, directory: Path, options: str = "defaults") -> Iterator[P
 
 
 def copy_tree(into: Path) -> None:
-    """Real files into a file system."""
+    """Copy a directory tree into a file system."""
     for source in REAL_TREE:
         shutil.copytree(source, into / source.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def checksums(root: Path) -> dict[str, str]:
-    """The content of every file."""
+    """The content of every file by path."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def forget_cached() -> None:
-    """What is read from now on comes from the disk."""
+    """Drop the page cache, so that later reads come from the disk."""
     os.sync()
     DROP_CACHES.write_text("3")

@@ -1,4 +1,4 @@
-"""fio on a block device, with what it wrote and whether every byte came back."""
+"""Runs fio on a block device, with verification of every byte."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ _KILL_PATIENCE_S = 10
 
 
 class FioResult(NamedTuple):
-    """What all jobs of a run did together; bytes."""
+    """The sums over all jobs of a run; sizes in bytes."""
 
     written_bytes: int
     read_bytes: int
@@ -30,7 +30,7 @@ def cpus_of_queue(path: str, queue: int) -> list[int]:
 
 
 def queue_cpus(path: str, queues: int) -> list[int]:
-    """For each hardware queue of a disk one CPU whose requests come to it."""
+    """One CPU for each hardware queue of a disk, whose requests come to that queue."""
     return [cpus_of_queue(path, queue)[0] for queue in range(queues)]
 
 
@@ -46,7 +46,7 @@ def run_fio(path: str, jobs: int = 1, cpus: Sequence[int] = (), **options: objec
 def start_fio(
     path: str, jobs: int = 1, cpus: Sequence[int] = (), **options: object
 ) -> "subprocess.Popen[str]":
-    """The same without waiting; `finish_fio` does."""
+    """Start fio like `run_fio`; `finish_fio` waits for it."""
     return _spawn(path, _arguments({**_DEFAULTS, **_placing(jobs, cpus, options), **options}))
 
 
@@ -63,7 +63,7 @@ def _spawn(path: str, arguments: list[str]) -> "subprocess.Popen[str]":
 def start_fio_jobs(
     path: str, jobs: Mapping[str, Mapping[str, object]], size_bytes: int, **shared: object
 ) -> "subprocess.Popen[str]":
-    """Different jobs at once, each in a part of its own of `size_bytes`, with what they have in common in `shared`."""
+    """Run different jobs at once, each in its own part of `size_bytes`; `shared`: the options of all."""
     plain = {**_DEFAULTS, "verify": None, "verify_fatal": None, "verify_state_save": None, "name": None}
     words = _arguments({**plain, "size": size_bytes, **shared})
     for index, (name, options) in enumerate(jobs.items()):
@@ -102,9 +102,9 @@ def _arguments(settings: Mapping[str, object]) -> list[str]:
 
 
 def drop_fio(process: "subprocess.Popen[str]") -> None:
-    """End it, however it fares.  Left to itself, its warnings would be the failure of a later test."""
+    """End fio, whatever its state; otherwise its warnings would fail a later test."""
     process.kill()
-    # One that waits for a disk without a server does not die.
+    # A fio that waits for a disk without a server cannot be killed.
     with suppress(subprocess.TimeoutExpired):
         process.wait(_KILL_PATIENCE_S)
     if process.stdout is not None:
@@ -112,7 +112,7 @@ def drop_fio(process: "subprocess.Popen[str]") -> None:
 
 
 def finish_all(processes: Sequence["subprocess.Popen[str]"]) -> list[FioResult]:
-    """Wait for all; see `run_fio`.  None of them outlives the failure of another."""
+    """Wait for all; see `run_fio`.  If one fails, the others are ended."""
     try:
         return [finish_fio(each) for each in processes]
     finally:
@@ -121,7 +121,7 @@ def finish_all(processes: Sequence["subprocess.Popen[str]"]) -> list[FioResult]:
 
 
 def finish_fio(process: "subprocess.Popen[str]", may_fail: bool = False) -> FioResult:
-    """Wait for it; see `run_fio`."""
+    """Wait for fio; see `run_fio`."""
     try:
         output, _ = process.communicate(timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A daemon that waits only seconds for what hangs: `python -m support.vm.hasty_daemon`."""
+"""A daemon with deadlines of two seconds for processes that hang: `python -m support.vm.hasty_daemon`."""
 
 from support.vm.watched_daemon import watch_daemon
 from ublkpool.daemon.backends import managed_backend

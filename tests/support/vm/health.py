@@ -1,4 +1,4 @@
-"""What a test must not leave on the machine: a complaint in the kernel log, a task that no signal ends."""
+"""Checks that a test leaves no warning in the kernel log and no task in an unkillable wait."""
 
 import os
 from contextlib import suppress
@@ -11,7 +11,7 @@ _RECORD_BYTES_MAX = 8192
 
 
 class KernelLog:
-    """The kernel log from now on; says nothing where it may not be read."""
+    """The kernel log from now on; empty if this process may not read it."""
 
     def __init__(self) -> None:
         self._kmsg: int | None = None
@@ -20,7 +20,7 @@ class KernelLog:
             os.lseek(self._kmsg, 0, os.SEEK_END)
 
     def complaints(self) -> list[str]:
-        """The lines since the last call in which the kernel reports a fault of its own."""
+        """The lines since the last call in which the kernel reports a fault."""
         return complaints("\n".join(self._new()))
 
     def _new(self) -> list[str]:
@@ -52,7 +52,7 @@ def uninterruptible() -> set[str]:
 
 
 def expect_nobody_stuck() -> None:
-    """Return when every task that was in D state has been seen out of it.  Raises `AssertionError` naming the rest."""
+    """Wait until every task that is in D state now has left it.  Raises `AssertionError` naming the rest."""
     stuck = uninterruptible()
 
     def still_stuck() -> set[str]:

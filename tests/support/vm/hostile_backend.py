@@ -1,7 +1,7 @@
-"""Backends that mean harm: processes of their own that speak the wire by hand, truthfully until their victim comes.
+"""Hostile backends: processes that speak the wire protocol by hand, and correctly except for their victim requests.
 
-Each serves a disk in memory that the test shares with them all, so that a successor goes on where the last one was cut
-off.  The request for its victim's offset it answers as its `Conduct` says.
+All serve one disk in memory that they share with the test, so that each goes on with the data of the one before.  A
+backend answers a victim request as its `Conduct` says.
 """
 
 import ctypes
@@ -29,14 +29,14 @@ _ATTACH_DEADLINE_S = 60
 
 
 class Victim(NamedTuple):
-    """The request that is answered with a lie: the first of this kind for this byte of the disk."""
+    """The request that is answered wrongly: the first of this kind at this offset of the disk."""
 
     offset: int
     op: Op = Op.WRITE
 
 
 class Desk:
-    """What a backend has before it: its connection, its memory, the disk."""
+    """A backend's connection, its memory, and the disk."""
 
     def __init__(self, attachment: DeviceConnection, disk: mmap.mmap) -> None:
         self.attachment = attachment
@@ -55,7 +55,7 @@ class Desk:
         return Scene(request, attached.own_segment, segment_bytes, BLOCK_BYTES, attached.depth, self.rng)
 
     def truth(self, request: Descriptor) -> Descriptor | None:
-        """Do what is asked, and the answer to it."""
+        """Execute a request correctly; returns the answer."""
         match request.kind:
             case Kind.PLACE:
                 region = request.tag * self.attachment.attached.max_io_bytes
@@ -77,7 +77,7 @@ class Desk:
         return request.length
 
     def buffer(self, request: Descriptor) -> memoryview:
-        """Where the data of a read or write lies, or is to lie."""
+        """The memory of a read's or write's data."""
         memory = self._own if request.kind == Kind.DATA else self.attachment.segments[wire.SEGMENT_POOL]
         return memory[request.buffer : request.buffer + request.length]
 
@@ -86,19 +86,19 @@ Conduct = Callable[[Desk, Descriptor], None]
 
 
 def honest(desk: Desk, request: Descriptor) -> None:
-    """As it should be."""
+    """Answer correctly."""
     answer = desk.truth(request)
     if answer is not None:
         desk.send(request, answer.pack())
 
 
 def telling(lie: Lie) -> Conduct:
-    """Answers its victim with a lie, and nothing else."""
+    """Answer the victim with a wrong answer only."""
     return lambda desk, request: desk.send(request, lie(desk.scene(request)))
 
 
 def telling_then_honest(lie: Lie) -> Conduct:
-    """Answers its victim with a lie and then with the truth."""
+    """Answer the victim with a wrong answer and then with the correct one."""
 
     def tell(desk: Desk, request: Descriptor) -> None:
         desk.send(request, lie(desk.scene(request)))
@@ -108,36 +108,36 @@ def telling_then_honest(lie: Lie) -> Conduct:
 
 
 def answering_twice(desk: Desk, request: Descriptor) -> None:
-    """The truth, two times in one frame."""
+    """Send the correct answer twice in one frame."""
     answer = desk.truth(request)
     assert answer is not None
     desk.send(request, answer.pack() * 2)
 
 
 def silent(desk: Desk, request: Descriptor) -> None:
-    """Never answers."""
+    """Never answer the victim."""
 
 
 def dying(desk: Desk, request: Descriptor) -> None:
-    """Gone before it has answered."""
+    """Exit before the answer."""
     os._exit(DEATH_STATUS)
 
 
 def dying_with_the_data(desk: Desk, request: Descriptor) -> None:
-    """Names a place for a write, and is gone when its data lies there."""
+    """Name a region for a write, and exit when the data is there."""
     if request.kind == Kind.DATA:
         os._exit(DEATH_STATUS)
     honest(desk, request)
 
 
 def placing_at_zero(desk: Desk, request: Descriptor) -> None:
-    """Names the first bytes of its segment, whoever has them, and then keeps silent."""
+    """Name the first bytes of the segment, even if another request has them, and then send nothing."""
     if request.kind == Kind.PLACE:
         desk.send(request, desk.scene(request).placed(0).pack())
 
 
 def posting(name: str) -> Conduct:
-    """Posts what must not be, as `posts_that_lie` has it, instead of an answer; "" is a post that has nothing wrong."""
+    """Send an invalid post of `posts_that_lie` instead of an answer; "" is a valid post."""
 
     def tell(desk: Desk, request: Descriptor) -> None:
         scene = desk.scene(request)
@@ -150,19 +150,19 @@ def posting(name: str) -> Conduct:
 
 
 def hanging_up(desk: Desk, request: Descriptor) -> None:
-    """A frame that is too large for the worker's transport, which ends the connection; then nothing, and no HELLO."""
+    """Send a frame that is too large, so that the worker's transport disconnects; then send nothing, not even HELLO."""
     desk.send(request, bytes(wire.DESCRIPTOR_BYTES * (wire.DESCRIPTORS_PER_FRAME_MAX + 1)))
     signal.pause()
 
 
 def closing_the_door(desk: Desk, request: Descriptor) -> None:
-    """Closes the connection that it attached with, and lives on with its device's memory."""
+    """Close the attach connection, and live on with the device's memory mapped."""
     desk.attachment._connection.close()
     signal.pause()
 
 
 def leaving_a_child(desk: Desk, request: Descriptor) -> None:
-    """Ends, and leaves its connections and its device's memory to a child that writes there until `end_children`."""
+    """Exit, and leave connections and memory to a child that writes there until `end_children`."""
     if not os.fork():
         pool = desk.attachment.segments[wire.SEGMENT_POOL]
         nonsense = bytes([0xEE]) * len(pool)
@@ -173,12 +173,12 @@ def leaving_a_child(desk: Desk, request: Descriptor) -> None:
 
 
 def end_children(disk: mmap.mmap) -> None:
-    """End what `leaving_a_child` left; the disk's last byte is theirs to look at."""
+    """End the children of `leaving_a_child`, which poll the disk's last byte."""
     disk[-1] = 1
 
 
 def resizing_the_pool(desk: Desk, request: Descriptor) -> None:
-    """Tries to take the memory away that its device's requests lie in, then to add some; then it is honest."""
+    """Try to shrink the pool's memory, then to grow it; then answer correctly."""
     assert desk.pool_descriptor is not None
     size_bytes = os.fstat(desk.pool_descriptor).st_size
     for wanted_bytes in (0, size_bytes // 2, 2 * size_bytes):
@@ -189,7 +189,7 @@ def resizing_the_pool(desk: Desk, request: Descriptor) -> None:
 
 
 def punching_the_pool(desk: Desk, request: Descriptor) -> None:
-    """Takes every page out of the memory that its device's requests lie in, before it answers and after."""
+    """Punch every page out of the pool's memory, before the answer and after."""
     assert desk.pool_descriptor is not None
     size_bytes = os.fstat(desk.pool_descriptor).st_size
     punch_hole(desk.pool_descriptor, size_bytes)
@@ -198,7 +198,7 @@ def punching_the_pool(desk: Desk, request: Descriptor) -> None:
 
 
 def punch_hole(fd: int, size_bytes: int) -> None:
-    """Take the first `size_bytes` out of a file.  Raises `OSError`."""
+    """Punch a hole into the first `size_bytes` of a file.  Raises `OSError`."""
     keep_size, punch = 1, 2
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(fd, keep_size | punch, ctypes.c_long(0), ctypes.c_long(size_bytes)):
@@ -206,15 +206,15 @@ def punch_hole(fd: int, size_bytes: int) -> None:
 
 
 def flooding(desk: Desk, request: Descriptor) -> None:
-    """Answers to a life that never was, without end."""
+    """Send answers of an epoch that never existed, without end."""
     stale = request.answer(Kind.DONE)._replace(epoch=0).pack() * wire.DESCRIPTORS_PER_FRAME_MAX
     while True:
         desk.send(request, stale)
 
 
 def answering_half(desk: Desk, request: Descriptor) -> None:
-    """Does half of what it is asked for, and says so: not a lie."""
-    # A place is asked for, and named, as a whole.
+    """Execute half of the request, and report that in the result; this breaks no rule."""
+    # A placement request is answered in full.
     share = 1 if request.kind == Kind.PLACE else 2
     answer = desk.truth(request._replace(length=request.length // share))
     assert answer is not None
@@ -229,7 +229,7 @@ def start_hostile(
     conduct: Conduct = honest,
     segment_bytes: int = 0,
 ) -> Forked:
-    """Attach a backend that treats its victims as `conduct` says and everybody else well."""
+    """Attach a backend that treats its victims as `conduct` says and other requests correctly."""
     return Forked(lambda: _serve(run_dir, device, disk, victims, conduct, segment_bytes))
 
 
@@ -255,7 +255,7 @@ def _serve(
 def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -> Desk:
     """Attach, with a segment or for pool placement.
 
-    Without a segment over frames: some of what is done then can be done with frames only.
+    Without a segment it uses frames, because some breaches are possible only with frames.
     """
     own = OwnSegment.create(segment_bytes) if segment_bytes else None
     attach = wire.Attach(
@@ -271,7 +271,7 @@ def open_desk(run_dir: Path, device: str, disk: mmap.mmap, segment_bytes: int) -
 
 @contextmanager
 def _keeping_descriptors(kept: list[int]) -> Iterator[None]:
-    """The SDK closes what it has mapped; somebody who means harm does not."""
+    """Unlike the SDK, a hostile backend keeps the received descriptors open."""
     honest_map = client.map_segment
 
     def keeping(descriptor: int, size_bytes: int) -> SharedMap:
@@ -288,12 +288,12 @@ def _keeping_descriptors(kept: list[int]) -> Iterator[None]:
 def attach_by_hand(
     run_dir: Path, message: wire.BackendMessage | bytes, files: Sequence[int] = ()
 ) -> wire.DaemonMessage:
-    """Send one packet to the attach socket; the daemon's answer, after which the connection is closed."""
+    """Send one packet to the attach socket; returns the daemon's answer and closes the connection."""
     packet = message if isinstance(message, bytes) else wire.encode_message(message)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(_ATTACH_DEADLINE_S)
         connection.connect(str(run_dir / "attach.sock"))
-        # Refused at the door, it is told so before it has spoken.
+        # The daemon may refuse a connection before it reads from it.
         with suppress(BrokenPipeError):
             socket.send_fds(connection, [packet], list(files))
         return wire.decode_daemon_message(connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))

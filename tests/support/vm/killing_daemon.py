@@ -1,6 +1,6 @@
 """A daemon that kills a worker of its own, or itself, at a named step of a recovery.
 
-What is to be killed next stands in the run directory, in a file of the test's (`arm`); it is done once.
+A file in the run directory, which the test writes (`arm`), names the next victim; it is used once.
 """
 
 import os
@@ -23,7 +23,7 @@ STEPS = ("started", "forked", "fenced", "first ready", "all ready", "ended")
 
 
 def arm(plan: Path, step: str, victim: str) -> None:
-    """Have the next recovery be hurt: `victim` is worker, workers or daemon."""
+    """Kill `victim` (worker, workers or daemon) at this step of the next recovery."""
     plan.write_text(f"{step}:{victim}")
 
 
@@ -42,7 +42,7 @@ def _strike(step: str, workers: list[WorkerProcess]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     for each in workers[: {"worker": 1, "workers": len(workers)}.get(victim, 0)]:
         os.kill(each.child.pid, signal.SIGKILL)
-        # Dead before the next step: it is a zombie until the loop reaps it.
+        # The worker is dead before the next step; it is a zombie until the loop reaps it.
         os.waitid(os.P_PID, each.child.pid, os.WEXITED | os.WNOWAIT)
 
 

@@ -1,16 +1,16 @@
-"""What the kernel's selftests call `kublk`, on a running ublkpool: each of its commands is one of ours.
+"""Replaces the program `kublk` of the kernel's selftests: maps its commands to requests to a running ublkpool.
 
-Run by a bare interpreter, since a selftest calls it dozens of times and every import costs.  It says to the admin
-socket what `ublkpool add`, `del` and `list` say, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
-directory, KUBLK_STATE a directory of the shim's own: NUMBER is what it knows of the device with that number, `features`
-what `ublkpool features` says, DELAY the path of the backend that takes its time, PYTHON the interpreter that has
+Runs in a bare interpreter, because a selftest calls it dozens of times and each import costs.  It sends the admin
+requests of `ublkpool add`, `del` and `list`, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
+directory, KUBLK_STATE a directory of the shim: file NUMBER is its record of the device with that number, `features` the
+output of `ublkpool features`, DELAY the path of the backend that delays answers, PYTHON the interpreter that has
 ublkpool.  KUBLK_SYS_BLOCK stands in for /sys/block in this program's own tests.
 
-Three things differ and are made to look the same.  kublk's device waits, QUIESCED, for `kublk recover`; ublkpool's is
-recovered by itself: here it counts as QUIESCED from its next epoch on, until `recover` was called.  And kublk has a
-target that stripes over files: here that is memory of the same size.  And `kublk add` answers when the disk is there,
-ublkpool's when its partitions are read as well: for a disk that takes long to read the shim adds the device without a
-backend, starts the backend itself, and answers when the disk is there.
+The shim hides three differences.  A device of kublk waits QUIESCED for `kublk recover`, while ublkpool recovers by
+itself: the shim reports QUIESCED from the next epoch on, until `recover` is called.  kublk has a target that stripes
+over files: the shim uses memory of the same size.  `kublk add` returns when the disk exists, `ublkpool add` after the
+partition scan: for a slow disk the shim adds the device without a backend, starts the backend itself, and returns when
+the disk exists.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ DEADLINE_S = 100.0
 NEW_WORKERS_PAUSE_S = 0.005
 DISK_PAUSE_S = 0.1
 SCAN_PATIENCE_MS = 10_000.0
-"""A disk that takes longer for a request is not waited for until its partitions are read."""
+"""For a disk with a longer delay per request, the shim does not wait for the partition scan."""
 IO_TIMEOUT_MS = "1000"
-"""What the daemon sets, for a dead worker's requests to end soon."""
+"""The request timeout that the daemon sets, so that a dead worker's requests end soon."""
 SYS_BLOCK = Path(os.environ.get("KUBLK_SYS_BLOCK", "/sys/block"))
 WITH_VALUE = {
     *(
@@ -59,12 +59,12 @@ WITH_VALUE = {
         "--size",
     ),
 }
-# How a server fetches and whether it copies is its own business: no client can tell.
+# Options on how a server fetches and copies have no effect that a client can see.
 NOT_OFFERED = ("ZERO_COPY", "AUTO_BUF_REG", "PER_IO_DAEMON")
 
 
 class Refused(Exception):
-    """The daemon's one line."""
+    """The daemon's error line."""
 
 
 def ask(op: str, **fields: Any) -> Any:
@@ -84,7 +84,7 @@ def ask(op: str, **fields: Any) -> Any:
 
 
 def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options and what is none."""
+    """The options, and the other arguments."""
     options: Options = {}
     files = []
     left = iter(words)
@@ -97,7 +97,7 @@ def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def known(number: str) -> dict[str, Any]:
-    """What the shim has noted of a device; raises `Refused`."""
+    """The shim's record of a device; raises `Refused`."""
     try:
         found: dict[str, Any] = json.loads(Path(STATE, number).read_text())
         return found
@@ -110,12 +110,12 @@ def note(number: str, **fields: Any) -> None:
 
 
 def status_of(name: str) -> dict[str, Any] | None:
-    """What `list` says of a device, None if it is not there."""
+    """The device's status, None if it does not exist."""
     return next((each for each in ask("list") if each["name"] == name), None)
 
 
 def backend(options: Options, files: Sequence[str]) -> tuple[str, Options, int | None]:
-    """Which of our backends does what this target does, its options, and the disk's size where it is the disk's own."""
+    """The backend that matches this target, its options, and the disk's size if the backend has none."""
     kind = options.get("-t", "null")
     if kind == "null":
         return "null", {}, NULL_BYTES
@@ -168,7 +168,7 @@ def add(options: Options, files: list[str]) -> int:
 
 
 def start_backend(kind: str, name: str, options: Options) -> int:
-    """Its pid.  It outlives the shim, until the device goes."""
+    """Start the backend; returns its pid.  It lives until the device is deleted."""
     command = [Path(STATE, "PYTHON").read_text(), "-m", "ublkpool.daemon", "backend", kind]
     told = [f"{key}={value}" for key, value in options.items()]
     process = subprocess.Popen(
@@ -194,9 +194,9 @@ def await_disk(name: str) -> dict[str, Any]:
 
 
 def await_timer(number: int) -> None:
-    """Return when the daemon has set the block layer's timer; raises `Refused` if that takes too long.
+    """Wait until the daemon has set the block layer's timer; raises `Refused` after the deadline.
 
-    The daemon does not wait for that write, and older drivers let it wait for every request of the disk.
+    The daemon sets it without waiting, and in older drivers the write blocks until every request of the disk is done.
     """
     setting = SYS_BLOCK / f"ublkb{number}" / "queue" / "io_timeout"
     until_s = time.monotonic() + DEADLINE_S
@@ -228,7 +228,7 @@ def list_one(options: Options, _files: list[str]) -> int:
 
 
 def state_of(device: dict[str, Any], status: dict[str, Any] | None) -> str:
-    """In the words of kublk."""
+    """The device's state in kublk's words."""
     if (
         status is None
         or status["state"] == "failed"
@@ -252,7 +252,7 @@ def recover(options: Options, _files: list[str]) -> int:
 
 
 def die_in_a_recovery(name: str) -> None:
-    """Have the device recover, and kill the workers that come for it as soon as they are there."""
+    """Let the device recover, and kill its new workers as soon as they exist."""
     before = pids(ask("wait", name=name, timeout_s=DEADLINE_S))
     kill(before)
     until_s = time.monotonic() + DEADLINE_S
@@ -284,10 +284,10 @@ def delete(options: Options, _files: list[str]) -> int:
     number = options["-n"]
     device = known(number)
     Path(STATE, number).unlink()
-    # A backend that still delays its answer would hold the disk's removal up for as long.
+    # A backend that delays its answers would delay the disk's removal.
     if device.get("server"):
         kill({device["server"]})
-    # One that was stopped is gone already.
+    # A stopped device no longer exists.
     if device["name"]:
         ask("del", names=[device["name"]], force=True)
     return 0

@@ -1,7 +1,7 @@
-"""A backend that keeps its victims until it is told to go on, also past the death of the worker that sent them.
+"""A backend that delays its victim requests until the test lets it go on, even past the death of their worker.
 
-It is honest about that, and confirms a fence when the last of the old epoch is done, or it confirms at once and does
-the rest later: the one thing that a worker cannot check.
+An honest one confirms a fence when the last request of the old epoch is done; another confirms at once and executes
+the rest later, which a worker cannot detect.
 """
 
 import mmap
@@ -28,16 +28,16 @@ NAME = "late"
 
 
 class Said(NamedTuple):
-    """What the backend reports: it keeps a request, was asked for a fence, or was given something before its answer."""
+    """The backend's report: a delayed request, a FENCE, or a request that came before it confirmed the fence."""
 
     what: Literal["kept", "fence", "early"]
     request: Descriptor
 
 
 class Manners(NamedTuple):
-    """What it keeps, each once; whether it is honest about the fence; whether it keeps a write with its data.
+    """The requests to delay, each once; whether it confirms fences honestly; whether it delays a write with its data.
 
-    A buffer of the pool is another request's soon after the fence, so that data that was not taken is lost.
+    Soon after the fence a pool buffer belongs to another request, so data that was not copied is lost.
     """
 
     victims: Sequence[Victim]
@@ -46,7 +46,7 @@ class Manners(NamedTuple):
 
 
 class _Late:
-    """The process's own state."""
+    """The state of the backend's process."""
 
     def __init__(self, desk: Desk, manners: Manners, report: Connection) -> None:
         self._desk, self._victims, self._manners, self._report = desk, list(manners.victims), manners, report
@@ -68,7 +68,7 @@ class _Late:
             honest(self._desk, request)
 
     def go_on(self) -> None:
-        """Do what was kept, in the order in which it came, and only then say so."""
+        """Execute the delayed requests in their order, then answer them."""
         kept, self._kept = self._kept, []
         for request, data in kept:
             if data:
@@ -135,30 +135,30 @@ class LateScene:
         return Forked(lambda: _serve(run_dir, disk, manners, segment_bytes, self._report, self._gate))
 
     def said(self, what: str) -> Descriptor:
-        """The request that the backend's next report is about, which must say this."""
+        """The request of the backend's next report, which must be of this kind."""
         assert self._reports.poll(DEADLINE_S), f"the backend does not say {what!r}"
         said: Said = self._reports.recv()
         assert said.what == what, said
         return said.request
 
     def says_nothing(self) -> bool:
-        """Whether everything that it reported was asked for."""
+        """Whether the backend has sent no further report."""
         return not self._reports.poll()
 
     def go_on(self) -> None:
-        """The backend does what it kept."""
+        """Let the backend execute the delayed requests."""
         os.eventfd_write(self._gate, 1)
 
     def write(self, offset: int, data: bytes) -> Forked:
-        """A client's write, in a process that ends with its errno."""
+        """A client's write, in a process whose exit status is the errno."""
         return Forked(lambda: write_block(self.path, offset, data))
 
     def read(self, offset: int, expected: bytes) -> Forked:
-        """A client's read, in a process that ends with 0 if it found this."""
+        """A client's read, in a process whose exit status is 0 if it read the expected data."""
         return Forked(lambda: int(read_block(self.path, offset, len(expected)) != expected))
 
     def succeed(self) -> None:
-        """The backend dies, and an honest one comes."""
+        """Kill the backend and attach an honest one."""
         kill(self.backend.pid)
         self.backend.wait()
         eventually(lambda: not self.daemon.status(NAME).backend.attached, "the backend is gone")
@@ -168,7 +168,7 @@ class LateScene:
         kill(self.daemon.status(NAME).workers[0].pid)
 
     def owner_of(self, request: Descriptor) -> Owner | None:
-        """Whose the pool buffer of a request is now."""
+        """The present owner of the pool buffer of a request."""
         with closing(self.daemon.control(self.daemon.status(NAME))) as control:
             geometry = control.header.geometry
             slots = range(geometry.slot_count)
@@ -176,7 +176,7 @@ class LateScene:
             return list(control.slot_owners())[slot]
 
     def end(self) -> None:
-        """Delete the device; its backend goes with it."""
+        """Delete the device; its backend ends with it."""
         self.daemon.delete(NAME)
         assert self.backend.wait() == 0
         os.close(self._gate)

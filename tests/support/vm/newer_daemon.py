@@ -1,6 +1,6 @@
-"""A daemon that takes itself for a newer version than the one before it: `python -m support.vm.newer_daemon`.
+"""A daemon with another build id, as a newer version has: `python -m support.vm.newer_daemon`.
 
-It is patient with QUIESCE_DEV, which takes longer where everything does.
+Its deadline for QUIESCE_DEV is longer, because the guest is slow.
 """
 
 import uuid

@@ -1,6 +1,6 @@
-"""A daemon whose workers wait for what happens and look around at no other time: `python -m support.vm.patient_daemon`.
+"""A daemon whose workers have no periodic tick: `python -m support.vm.patient_daemon`.
 
-What a worker overlooks then stays overlooked.
+So an event that a worker misses stays missed, and a test sees it.
 """
 
 from ublkpool.daemon.cli.commands import main

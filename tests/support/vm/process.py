@@ -1,4 +1,4 @@
-"""Children of the tests that cost no start of Python, direct I/O on a disk, and what /proc says of processes."""
+"""Child processes without a start of Python, direct I/O on a disk, and facts about processes from /proc."""
 
 import mmap
 import multiprocessing
@@ -15,11 +15,11 @@ from ublkpool.bufpool.sdk import process
 
 _FORK = multiprocessing.get_context("fork")
 _STAT_FLAGS = 8
-"""The place of `flags` in /proc/PID/stat, counted from 0."""
+"""The index of `flags` in /proc/PID/stat, counted from 0."""
 
 
 class Forked:
-    """A function in a process of its own; its result is the exit status."""
+    """A function in a forked process; its result is the exit status."""
 
     def __init__(self, main: Callable[[], int]) -> None:
         self._process = _FORK.Process(target=lambda: sys.exit(main()), daemon=True)
@@ -29,7 +29,7 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nobody waits for it any more: whatever it holds, such as a mount, is let go."""
+        """Kill the process if it still runs, so that it releases what it holds, such as a mount."""
         if self.running:
             self.kill()
 
@@ -43,7 +43,7 @@ class Forked:
         return self._process.is_alive()
 
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
-        """Its exit status, negative if a signal ended it."""
+        """Wait for the process; returns its exit status, negative if a signal ended it."""
         self._process.join(deadline_s)
         status = self._process.exitcode
         assert status is not None, f"process {self.pid} has not ended after {deadline_s:g} s"
@@ -56,7 +56,7 @@ class Forked:
 
 
 def write_block(path: str, offset: int, data: bytes, flags: int = 0) -> int:
-    """One direct write; 0, or the errno."""
+    """One direct write; returns 0 or the errno."""
     return _direct(path, os.O_RDWR, len(data), lambda fd, page: _put(fd, page, data, offset, flags))
 
 
@@ -93,7 +93,7 @@ def _direct(path: str, mode: int, length: int, work: Callable[[int, mmap.mmap], 
 
 
 class Ran(NamedTuple):
-    """What a command left: its exit status and what it printed."""
+    """A command's exit status and output."""
 
     status: int
     out: str
@@ -117,12 +117,12 @@ class Command:
         self._child.kill()
 
     def wait(self) -> Ran:
-        """Its end."""
+        """Wait for the command."""
         return Ran(self._child.wait(), _text(self._out), _text(self._err))
 
 
 def run_command(daemon: Daemon, *arguments: str, user: int = 0) -> Ran:
-    """A command to its end."""
+    """Run a command to its end."""
     return Command(daemon, *arguments, user=user).wait()
 
 
@@ -149,7 +149,7 @@ def _text(file: int) -> str:
 
 
 def mapped_huge_bytes(pid: int, name_end: str) -> int:
-    """How much a process maps in huge pages of the shared memory whose name ends so."""
+    """The bytes that a process maps in huge pages of the shared memory whose name ends with this text."""
     total_bytes, is_it = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         key, _, value = line.partition(" ")
@@ -191,13 +191,13 @@ def status_field(pid: int, name: str) -> str:
 
 
 def holders_of_device(name: str) -> set[int]:
-    """Every process of the machine that has a node of /dev open or mapped."""
+    """All processes of the machine that have a node of /dev open or mapped."""
     numbers = (int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit())
     return {pid for pid in numbers if holds_device(pid, name)}
 
 
 def holds_device(pid: int, name: str) -> bool:
-    """Whether a process has a node of /dev open or mapped; one that has ended holds nothing."""
+    """Whether a process has a node of /dev open or mapped; false if it has ended."""
     wanted = f"/dev/{name}"
     with suppress(FileNotFoundError, ProcessLookupError):
         maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -207,7 +207,7 @@ def holds_device(pid: int, name: str) -> bool:
 
 
 def _target(link: Path) -> str:
-    """What a link leads to, nothing if it was closed meanwhile."""
+    """The target of a link; empty if it was closed meanwhile."""
     with suppress(FileNotFoundError):
         return str(link.readlink())
     return ""

@@ -1,7 +1,7 @@
-"""A backend that records where its writes landed, in a process of its own, through the SDK.
+"""A backend, in a process of its own, that records through the SDK where its writes landed.
 
-For each write it says, over a pipe, which region it named and what it found there, at the moment when the SDK told it
-that the data was there: nothing of the backend's has touched these bytes since `place` saw them empty.
+For each write it reports over a pipe the region that it named and the data there when the SDK called it for the write;
+the backend has not touched these bytes since `place` found them empty.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from ublkpool.bufpool.sdk.serving import serve
 
 
 class Landed(NamedTuple):
-    """One write: the region it was given, where its data was shown, and what lay there before and then."""
+    """One write: its region, the addresses named and shown, whether it was zero before, the data's checksum."""
 
     offset: int
     length: int
@@ -28,7 +28,7 @@ class Landed(NamedTuple):
 
 
 class Recorder(Backend):
-    """A disk in its own segment: a block's place is the block, counted from the end so that both differ."""
+    """A disk in the backend's own segment; blocks are stored in reverse order, so that offset and address differ."""
 
     def __init__(self, size_bytes: int, report: "Connection[Landed, None]") -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Killing the daemon's processes while fio writes and verifies.
+"""Kills the daemon's processes while fio writes and verifies.
 
-What is killed, and when, comes from a seed, which a failure names; UBLKPOOL_SEED plays it again.
+A seed, which a failure names, decides what is killed and when; UBLKPOOL_SEED repeats it.
 """
 
 import os
@@ -18,7 +18,7 @@ IODEPTH = 16
 
 
 class Seeded(random.Random):
-    """Choices that can be made again, and the seed that makes them."""
+    """A random generator and its seed, to repeat a run."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -27,7 +27,7 @@ class Seeded(random.Random):
 
 @contextmanager
 def seeded() -> Iterator[Seeded]:
-    """Choices that can be made again."""
+    """A random generator with a printed seed, to repeat a run."""
     seed = int(os.environ.get("UBLKPOOL_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
     try:
         yield Seeded(seed)
@@ -37,7 +37,7 @@ def seeded() -> Iterator[Seeded]:
 
 
 def kill(pid: int) -> bool:
-    """End a process now; whether there was one."""
+    """Kill a process; returns whether it existed."""
     if pid:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -57,20 +57,20 @@ class Load:
         )
 
     def goes_on(self) -> None:
-        """Return when requests have been answered since the call.  Raises `AssertionError` if fio has ended."""
+        """Wait until further requests have been answered.  Raises `AssertionError` if fio has ended."""
         answered = self._answered()
         eventually(lambda: self._answered() > answered or not self._runs(), f"I/O goes on on {self.name}")
         assert self._runs(), finish_fio(self._fio, may_fail=True).text
 
     def end(self) -> None:
-        """Raises `AssertionError` with what fio said if anything failed or differed."""
+        """End fio and check its result.  Raises `AssertionError` if a request failed or data differed."""
         self._fio.send_signal(signal.SIGINT)
         result = finish_fio(self._fio, may_fail=True)
         self.result = result
         assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
 
     def drop(self) -> None:
-        """End it, however it fares."""
+        """End fio, whatever its state."""
         drop_fio(self._fio)
 
     def _runs(self) -> bool:
@@ -81,7 +81,7 @@ class Load:
 
 
 def add_disk(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceStatus:
-    """A disk of this kind, which the daemon serves itself."""
+    """A disk with a backend of this kind, which the daemon runs."""
     name = f"{kind}-{placement}"
     options = {"size": "32M", "placement": placement}
     if kind == "file":
@@ -91,7 +91,7 @@ def add_disk(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceSt
 
 @contextmanager
 def loaded(daemon: Daemon, devices: Sequence[DeviceStatus]) -> Iterator[list[Load]]:
-    """These devices under load for the length of a block; no load may see an error, no device lose a buffer."""
+    """Load these devices for the length of a block; no load may see an error, no device may lose a buffer."""
     loads = [Load(daemon, each) for each in devices]
     try:
         for load in loads:
@@ -110,14 +110,14 @@ def loaded(daemon: Daemon, devices: Sequence[DeviceStatus]) -> Iterator[list[Loa
 
 
 def kill_worker(daemon: Daemon, name: str, rng: random.Random) -> DeviceStatus:
-    """End a worker of a device's; the device's status just before."""
+    """Kill a worker of a device; returns the device's status just before."""
     status = daemon.status(name)
     kill(rng.choice(status.workers).pid)
     return status
 
 
 def wait_for_epoch(daemon: Daemon, name: str, epoch: int, deadline_s: float = 60.0) -> DeviceStatus:
-    """Return when the device is live in this epoch or a later one."""
+    """Wait until the device is live in this epoch or a later one."""
 
     def recovered() -> bool:
         status = daemon.status(name)
@@ -129,7 +129,7 @@ def wait_for_epoch(daemon: Daemon, name: str, epoch: int, deadline_s: float = 60
 
 
 def wait_for_backend(daemon: Daemon, name: str, other_than: int | None) -> None:
-    """Return when another backend serves the device."""
+    """Wait until another backend serves the device."""
 
     def attached() -> bool:
         backend = daemon.status(name).backend
@@ -139,7 +139,7 @@ def wait_for_backend(daemon: Daemon, name: str, other_than: int | None) -> None:
 
 
 def kill_broker(daemon: Daemon) -> None:
-    """End the pool broker and wait for the next."""
+    """Kill the pool broker and wait for the next one."""
     old = daemon.broker_pid
     assert old
     kill(old)

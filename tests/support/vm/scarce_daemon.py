@@ -1,4 +1,4 @@
-"""A daemon that may have few descriptors: as many as UBLKPOOL_TEST_DESCRIPTORS says."""
+"""A daemon with a limit of UBLKPOOL_TEST_DESCRIPTORS open files."""
 
 import os
 import resource

@@ -1,8 +1,8 @@
-"""A client that knows what the disk may hold: every write carries a stamp, every read is compared sector by sector.
+"""A client with a model of the disk: every write carries a stamp, every read is compared sector by sector.
 
-Owns the model.  Writers never overlap each other (a file system sees to that as well); a read may return any write
-that it overlapped in time, else exactly the last acknowledged one.  A write that failed may be there or not, until the
-next acknowledged one.
+Owns the model.  Writes in flight never overlap (as in a file system); a read may return any write that was in flight at
+the same time, else exactly the last acknowledged one.  A failed write may be there or not until the next acknowledged
+one.
 """
 
 import random
@@ -20,12 +20,12 @@ _WRITERS = (Op.WRITE, Op.DISCARD, Op.WRITE_ZEROES)
 
 
 def sector_bytes(stamp: int, sector: int) -> bytes:
-    """What a sector holds after the write with this stamp; 0 is a sector of zeroes."""
+    """A sector's content after the write with this stamp; 0 is a sector of zeroes."""
     return _STAMP.pack(stamp, sector) * _REPEAT if stamp else bytes(SECTOR_BYTES)
 
 
 def stamped(stamp: int, sector: int, nbytes: int) -> bytes:
-    """What a write with this stamp carries from `sector` on."""
+    """The data of a write with this stamp from `sector` on."""
     return b"".join(sector_bytes(stamp, sector + each) for each in range(nbytes // SECTOR_BYTES))
 
 
@@ -36,7 +36,7 @@ def stamp_of(data: bytes) -> int:
 
 
 class ShadowDisk:
-    """`sectors` sectors from `first_sector` on, all zero at first."""
+    """The model of `sectors` sectors from `first_sector` on, all zero at first."""
 
     def __init__(
         self, rng: random.Random, first_sector: int, sectors: int, max_sectors: int, block: int
@@ -51,11 +51,11 @@ class ShadowDisk:
         self._last_stamp = 0
 
     def whole_blocks(self, sectors: int) -> int:
-        """At least so many sectors, in whole blocks."""
+        """At least this many sectors, in whole blocks."""
         return -(-sectors // self._block) * self._block
 
     def request(self) -> Request | None:
-        """A random request, or None if it would overlap a writer's."""
+        """A random request, or None if it would overlap a write in flight."""
         op = self._rng.choices((Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES, UNSUPPORTED_OP),
                                (40, 40, 4, 3, 3, 2))[0]  # fmt: skip
         count = self._rng.randint(1, self._max_blocks) * self._block
@@ -96,7 +96,7 @@ class ShadowDisk:
                 may_be[each - start].add(stamp)
 
     def end(self, request: Request) -> None:
-        """The request is answered: check what it read, note what it wrote."""
+        """Take an answered request: check what it read, or record what it wrote."""
         assert request.result is not None
         ok = request.result >= 0
         if request.op == Op.READ:
@@ -109,7 +109,7 @@ class ShadowDisk:
                 self._may_be[each] = {stamp}
 
     def check_stored(self, read: Callable[[int, int], bytes]) -> None:
-        """Nothing is under way: what is stored (`read(offset, length)`, bytes) is what was acknowledged last."""
+        """Check with no request in flight that `read(offset, length)`, bytes, returns the last acknowledged writes."""
         for index, may_be in enumerate(self._may_be):
             sector = self._first + index
             found = read(sector * SECTOR_BYTES, SECTOR_BYTES)

@@ -1,7 +1,7 @@
-"""Death at random: whom it takes, how many it took, and the rests in between.
+"""Kills random processes of the daemon, counts them, and waits for recovery in between.
 
-A device that dies more than `RESTARTS_MAX` times in a row without a steady life is given up on purpose, so that after
-some deaths everybody is given that time.
+The daemon gives up a device after RESTARTS_MAX deaths in a row without a steady life, so after some deaths the test
+lets all devices run steadily.
 """
 
 import random
@@ -15,7 +15,7 @@ from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S
 from ublkpool.daemon.status import DeviceStatus
 
 VICTIMS = {"worker": 8, "backend": 4, "broker": 2, "supervisor": 1, "everything": 1}
-"""Who dies, and how often compared with the others."""
+"""The victims, with their relative frequency."""
 PAUSE_MAX_S = 1.5
 
 
@@ -33,14 +33,14 @@ class Death:
         return self.took.total()
 
     def strike(self) -> None:
-        """Somebody dies, at a moment that the seed chooses."""
-        # There is no condition to wait for: the moment is what is tested.
+        """Kill a victim, at a moment that the seed chooses."""
+        # No condition to await: the random moment is the test.
         time.sleep(self._rng.uniform(0, PAUSE_MAX_S))
         (what,) = self._rng.choices(list(VICTIMS), list(VICTIMS.values()))
         self.take(what)
 
     def take(self, what: str) -> None:
-        """One of these dies, and a daemon that died is started again."""
+        """Kill a victim of this kind; start the daemon again if it was killed."""
         status = self._daemon.status(self._rng.choice(self._names))
         if what == "supervisor":
             self._take_supervisor(status)
@@ -55,9 +55,9 @@ class Death:
             self.rest()
 
     def rest(self) -> None:
-        """Wait until every device has recovered from whatever it suffered, is served, and has lived steadily.
+        """Wait until every device has recovered, has a backend, and has run steadily for STEADY_S seconds.
 
-        On a slow machine no backend would ever attach between two deaths, and the client would wait for minutes.
+        Otherwise on a slow machine no backend would attach between two deaths, and the client would wait for minutes.
         """
         for name in self._names:
             wait_for_epoch(self._daemon, name, self._epoch_due[name])
@@ -66,7 +66,7 @@ class Death:
         self._since_rest = 0
 
     def summary(self) -> str:
-        """How many died, of which kind."""
+        """The number of deaths by kind."""
         return f"{self.total} killed ({', '.join(f'{what} {count}' for what, count in sorted(self.took.items()))})"
 
     def _take_one(self, what: str, status: DeviceStatus) -> None:
@@ -75,11 +75,11 @@ class Death:
             "backend": [status.backend.pid or 0],
             "broker": [self._daemon.broker_pid],
         }[what]
-        # There may be none just now.
+        # At this moment none may run.
         if kill(self._rng.choice(pids or [0])):
             self.took[what] += 1
             if what == "worker":
-                # Live in the epoch that it died in, the device has not noticed yet.
+                # A device that is live in the epoch of the death has not noticed it yet.
                 self._epoch_due[status.name] = status.epoch + 1
 
     def _take_supervisor(self, status: DeviceStatus) -> None:
@@ -91,5 +91,5 @@ class Death:
 
     def _start(self) -> None:
         self._daemon.start()
-        # What dies while a daemon is still taking over is a matter of its own.
+        # Deaths during a takeover are the subject of another test.
         self.rest()

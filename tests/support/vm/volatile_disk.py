@@ -1,9 +1,8 @@
-"""A virtual disk with a volatile cache, as an NBD export: what a power failure keeps of it is known exactly.
+"""A virtual disk with a volatile cache, as an NBD export; its model knows exactly what survives a power failure.
 
 Owns the model.  A write is durable once it was sent with FUA and answered, or once a FLUSH was answered that arrived
-when the write had been answered already; that is all that NBD, virtio and real disks promise.  Answers to writes come
-out of order and late, so that a FLUSH which overtakes a write is seen.  At a power failure each other write is there or
-not.
+after the write's answer; NBD, virtio and real disks promise no more.  Answers to writes come late and out of order, so
+that a FLUSH that overtakes a write is noticed.  At a power failure each other write is kept or lost.
 The protocol is fixed newstyle with simple replies (the NetworkBlockDevice project's proto.md).
 """
 
@@ -42,7 +41,7 @@ class Write:
 
 
 class VolatileDisk:
-    """The disk, and the one connection that it serves."""
+    """The disk, which serves one connection."""
 
     def __init__(self, content: bytes, seed: int) -> None:
         self.flush_count = 0
@@ -53,7 +52,7 @@ class VolatileDisk:
         self._random = random.Random(seed)
 
     def after_power_failure(self, seed: int | None) -> bytes:
-        """The disk as it may be found: of what was not durable nothing is there (None), or what the seed says."""
+        """The disk after a power failure: of the other writes it has none (None), or those that the seed picks."""
         choice = random.Random(seed)
         image = bytearray(self._durable)
         for write in self._writes:
@@ -63,12 +62,12 @@ class VolatileDisk:
 
     @property
     def volatile_count(self) -> int:
-        """How many writes may be lost by now."""
+        """The number of writes that a power failure now may lose."""
         return sum(1 for write in self._writes if not write.is_durable)
 
     @contextmanager
     def served(self, path: Path) -> Iterator[None]:
-        """Serve one client at this socket, in a thread, until it hangs up or the block ends."""
+        """Serve one client at this socket, in a thread, until it disconnects or the block ends."""
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
@@ -77,7 +76,7 @@ class VolatileDisk:
             try:
                 yield
             finally:
-                # Wakes an accept that still waits for a connection.
+                # Wakes an accept(2) that still waits for a connection.
                 listener.shutdown(socket.SHUT_RDWR)
                 thread.join()
 
@@ -131,7 +130,7 @@ class VolatileDisk:
         _answer(connection, cookie)
 
     def _settle(self) -> None:
-        """What is durable from the first write on needs no record of its own any more."""
+        """Merge the leading durable writes into the base image."""
         count = next((i for i, write in enumerate(self._writes) if not write.is_durable), len(self._writes))
         for write in self._writes[:count]:
             self._durable[write.offset : write.offset + len(write.data)] = write.data

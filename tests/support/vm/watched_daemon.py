@@ -1,4 +1,4 @@
-"""The daemon, with its calls watched: `python -m support.vm.watched_daemon`; see `watched_calls.py`."""
+"""A daemon that logs calls which a disk can block: `python -m support.vm.watched_daemon`; see `watched_calls.py`."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from ublkpool.daemon.cli.commands import main
 
 
 def watch_daemon() -> None:
-    """Report calls on what is not below the daemon's own directories, or its own anyway."""
+    """Report calls on paths outside the daemon's own directories and files."""
     options = dict(zip(sys.argv, sys.argv[1:], strict=False))
     named = (options.get("--run-dir"), options.get("--state-dir"), os.environ.get("UBLKPOOL_STATE_DIR"))
     own = tuple(each for each in named if each)
