@@ -124,7 +124,7 @@ class QueueLoop:
         bits = self._bits = self._ring.run(0 if self._more or fetching else TICK_MS)
         if fetching:
             self._fetched = True
-            self._tell(messages.Ready())
+            self._tell(messages.Fetched())
         attention = self._queue.attention_bits()
         if attention & _FAULT:
             return self._fail(self._queue.fault())

@@ -9,11 +9,9 @@ then `Register` for every worker that lives.  `Reclaim` must come before the `Re
 nobody uses the dead worker's buffers any more.
 """
 
-import socket
-
 import msgspec
 
-from ublkpool.bufpool.errors import PoolError, WireError
+from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.pool.lease import LeaseStatistics
 
 COMMAND_BYTES_MAX = 65536
@@ -172,7 +170,7 @@ _reply_decoder: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
 def encode(packet: Command | Reply) -> bytes:
-    """One packet.  What a descriptor is to go with is `send_command`'s."""
+    """One packet; the control segment's descriptor travels beside it."""
     return _encoder.encode(packet)
 
 
@@ -181,26 +179,8 @@ def decode_command(packet: bytes) -> Command:
     return _command_decoder.decode(packet)
 
 
-def send_command(control_sock: socket.socket, command: Command, fd: int | None = None) -> None:
-    """The daemon's half: one command; `fd` is the control segment's, for `AddDevice`, and stays open."""
-    packet = encode(command)
-    if fd is None:
-        control_sock.send(packet)
-    else:
-        socket.send_fds(control_sock, [packet], [fd])
-
-
-def receive_reply(control_sock: socket.socket) -> Reply:
-    """The daemon's half: the next reply, in the order of commands; waits as the socket's timeout says.
-
-    Raises `PoolError` if the broker has gone.
-    """
-    try:
-        packet = control_sock.recv(COMMAND_BYTES_MAX)
-    except ConnectionError as error:
-        raise PoolError("the pool broker is gone") from error
-    if not packet:
-        raise PoolError("the pool broker is gone")
+def decode_reply(packet: bytes) -> Reply:
+    """The daemon's half.  Raises `WireError`."""
     try:
         return _reply_decoder.decode(packet)
     except msgspec.DecodeError as error:

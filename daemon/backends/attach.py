@@ -1,7 +1,7 @@
-"""Attaching: who may serve a device, what of theirs is believed, and how much of the daemon's time it costs.
+"""The attach socket: which process may serve a device, the checks on its first message, and the limits on its cost.
 
-Owns the attach socket and the checks on what a backend says and brings.  Must not know queues or the kernel: a
-`Device` decides whether it wants the backend.  Runs on the supervisor's asyncio loop.
+Owns `RUN_DIR/attach.sock` and the checks on what a backend sends and brings.  Must not know queues or the kernel: the
+`Device` decides whether it takes the backend.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -23,33 +23,33 @@ from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.backends.refusals import Refusals, plain
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.errors import DaemonError, one_line
-from ublkpool.daemon.processes.background import owned
+from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.processes.readable import readable
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 
 ATTACH_DEADLINE_S = 10.0
 UNHEARD_MAX = 256
-"""Connections that have not said yet what they want."""
+"""Connections that have not sent their first message."""
 UNHEARD_PER_USER_MAX = 64
 ADMITTED_AT_ONCE_MAX = 16
-"""Backends that wait for one device's answer."""
+"""Backends that wait for one device to answer."""
 ACCEPT_PAUSE_S = 1.0
 UNREAD_MAX = 16
 _KIND_LENGTH_MAX = 255
 IDENTITY_LENGTH_MAX = 1024
 GENERATION_SEEN_MAX = 1 << 62
-"""However often a device is attached to after it, its generation stays in 64 bits."""
+"""Leaves room in 64 bits for every generation that a device can reach after it."""
 _DESCRIPTORS_MAX = 4
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 LendBuffer = Callable[[str, socket.socket], tuple[wire.BufferLeased, int | None]]
-"""The answer to a client of this device, and memory for it, which is its own until the connection ends."""
+"""The answer to a client of this device, and memory that is the client's until its connection ends."""
 _log = logging.getLogger("ublkpool.attach")
 
 
 def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
-    """Raise `AttachRefused` for sizes that no disk has, and for a segment that could go away under us."""
+    """Raise `AttachRefused` for sizes that no disk has, and for a segment that the backend could shrink or not fill."""
     if not 1 <= len(attach.kind) <= _KIND_LENGTH_MAX or not attach.kind.isprintable():
         raise AttachRefused(f"kind must be 1 to {_KIND_LENGTH_MAX} printable characters")
     logical, physical = attach.logical_block_bytes, attach.physical_block_bytes
@@ -116,10 +116,10 @@ class AttachServer:
         lend_buffer: LendBuffer,
         note_refusal: Callable[[str, str], None] = lambda device, reason: None,
     ) -> None:
-        """`describe` knows a device by its name; `admit` takes the session over, `lend_buffer` a client's connection.
+        """`describe` returns a device by name; `admit` takes a session over, `lend_buffer` a client's connection.
 
-        All raise `PoolError` or `DaemonError` with the reason to refuse.  `note_refusal` is told a device's name and
-        why a backend for it was refused.
+        All raise `PoolError` or `DaemonError` with the reason to refuse.  `note_refusal` is called with a device's name
+        and why a backend for it was refused.
         """
         self._path = run_dir / "attach.sock"
         self._group = group
@@ -127,7 +127,7 @@ class AttachServer:
         self._admit = admit
         self._lend_buffer = lend_buffer
         self._note_refusal = note_refusal
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._background = Background("attach")
         self._unheard: Counter[int] = Counter()
         self._admitting: Counter[str] = Counter()
         self._listener: ReservedListener | None = None
@@ -145,8 +145,7 @@ class AttachServer:
             self._listener.close()
             self._listener = None
             self._path.unlink(missing_ok=True)
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
 
     def _listen(self) -> None:
         if self._listener is not None:
@@ -159,7 +158,7 @@ class AttachServer:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            # Out of descriptors: whoever waits would wake us at once, again and again.
+            # Out of descriptors: a waiting connection would make the listener readable again at once.
             _log.error("no backend can attach: %s; trying again in %g s", explain(error), ACCEPT_PAUSE_S)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
@@ -167,13 +166,13 @@ class AttachServer:
             return
         sock.setblocking(False)
         if self._listener.was_short:
-            # It would be let in half: a descriptor short, its process could not be watched.
+            # No descriptor would be left to watch its process by.
             self._refuse(sock, one_line(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
             return
         self.receive(sock)
 
     def receive(self, sock: socket.socket) -> None:
-        """Take a connection over: hear what it wants, and answer."""
+        """Take a connection over: receive its first message, and answer."""
         try:
             peer = peer_of(sock)
             check_may_attach(peer, self._group)
@@ -182,12 +181,10 @@ class AttachServer:
             self._refuse(sock, one_line(error))
             return
         self._unheard[peer.uid] += 1
-        task = owned("attach", asyncio.get_running_loop().create_task(self._welcome(sock, peer)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.spawn(self._welcome(sock, peer))
 
     def _check_room(self, peer: Peer) -> None:
-        # A user's own flood leaves room for the others.
+        # One user's connections must leave room for other users'.
         if self._unheard[peer.uid] >= UNHEARD_PER_USER_MAX or self._unheard.total() >= UNHEARD_MAX:
             raise AttachRefused(
                 f"user {peer.uid} has {self._unheard[peer.uid]} connections that have said nothing: try later"
@@ -226,9 +223,9 @@ class AttachServer:
             raise
 
     def _lend(self, sock: socket.socket, message: wire.LeaseBuffer) -> bool:
-        """Whether the client has memory now, and its connection is not ours any more."""
+        """Whether the client was lent memory; then `lend_buffer` has taken its connection over."""
         leased, fd = self._lend_buffer(message.device, sock)
-        # One that has gone meanwhile will be found out by whoever has its connection.
+        # A client that is gone by now is noticed by the connection's new owner.
         with suppress(OSError):
             if fd is None:
                 sock.send(wire.encode_message(leased))
@@ -264,7 +261,7 @@ class AttachServer:
     def _refuse(self, sock: socket.socket, reason: str) -> None:
         with suppress(OSError):
             sock.send(wire.encode_message(wire.Refused(reason=self._noted(reason))))
-            # Closed with something unread, the connection would give its other end an error before the reason.
+            # A socket closed with unread packets resets the connection, and the peer would not receive the reason.
             for _ in range(UNREAD_MAX):
                 sock.recv(1)
         sock.close()
@@ -276,11 +273,11 @@ class AttachServer:
 
 
 def _hand_out(sock: socket.socket, leased: wire.BufferLeased, fd: int) -> None:
-    """Send a client its slice, as an open file of its own: see `open_files.is_open_elsewhere`.  Raises `OSError`."""
+    """Send a client its slice as a separate open file (see `open_files.is_open_elsewhere`).  Raises `OSError`."""
     try:
         handed = reopened(fd)
     except OSError:
-        # Its lease ends with its connection, and it does not wait for an answer.
+        # Its lease ends with its connection; an answer never comes, so it must not wait for one.
         sock.shutdown(socket.SHUT_RDWR)
         raise
     try:
@@ -296,7 +293,7 @@ async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:
     )
     files.extend(received)
     if flags & socket.MSG_CTRUNC and len(files) < _DESCRIPTORS_MAX:
-        # There was room in the message: this process has as many as it may.
+        # The buffer had room for more: this process has reached its limit of descriptors.
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(files) > 1:
         raise WireError("attach: one packet of at most 64 KiB with at most one descriptor")

@@ -1,9 +1,8 @@
-"""Backends that the daemon runs itself: start, listen to what they say, start again when they die.
+"""A backend that the daemon runs itself: its process and its stderr.
 
-Owns the child.  It is an ordinary `ublkpool backend`: it attaches like any other.
+Owns the child, an ordinary `ublkpool backend`: it attaches like any other.
 """
 
-import asyncio
 import logging
 import os
 import signal
@@ -12,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ublkpool.daemon.backends.backend_log import BackendLog
-from ublkpool.daemon.processes.backoff import Backoff, start_surely
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.mounts import enter_live_view
 from ublkpool.daemon.processes.reserve import with_room_for_one
+from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.daemon.settings.config import BackendConfig
 from ublkpool.workers.process import fork_child
 
@@ -24,8 +23,8 @@ RESTART_MAX_S = 5.0
 _log = logging.getLogger("ublkpool.backend")
 
 
-class BackendProcess:
-    """One device's backend child."""
+class BackendProcess(SupervisedProcess):
+    """One device's backend process."""
 
     def __init__(
         self,
@@ -35,32 +34,27 @@ class BackendProcess:
         hold: Callable[[int], None],
         live_mounts: int | None = None,
     ) -> None:
-        """Nothing runs yet: `start` or `adopt`.  `hold` is told the descriptor behind which its stderr is read.
+        """Nothing runs yet: `start` or `adopt`.  `hold` is called with the descriptor from which its stderr is read.
 
         `live_mounts`: the mount namespace that it runs in (`daemon/processes/mounts.py`); None for the daemon's.
         """
+        super().__init__(f"{device}: backend {config.kind}", _log, RESTART_MIN_S, RESTART_MAX_S)
         self._device = device
         self._config = config
         self._run_dir = run_dir
         self._hold = hold
         self._live_mounts = live_mounts
         self._last_end = ""
-        self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
-
-    def start(self) -> None:
-        """Start it.  Raises `OSError`."""
-        self.child = self._start()
 
     def adopt(self, pid: int, stderr: int) -> None:
-        """Go on with an earlier daemon's; `stderr` is ours now.  Raises `ProcessLookupError` if it has ended."""
-        self.child = Child(pid, self._title)
-        self._listen(stderr)
+        """Go on with an earlier daemon's process, whose stderr is read from a duplicate of `stderr`.
 
-    @property
-    def _title(self) -> str:
-        return f"backend {self._config.kind} of {self._device}"
+        Raises `ProcessLookupError` if the process has ended, `OSError`.
+        """
+        self._adopt(pid)
+        self._listen(os.dup(stderr))
 
-    def _start(self) -> Child:
+    def _start(self) -> None:
         reader, writer = os.pipe()
         options = [f"{key}={value}" for key, value in self._config.options.items()]
         command = [
@@ -68,12 +62,12 @@ class BackendProcess:
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
-        # Not subprocess: it waits for the child's exec, and the child may hang in a directory on a dead mount.
+        # subprocess would wait for the child's exec, and the child may hang in a directory on a dead mount.
         fork = with_room_for_one(
             lambda: fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
         )
         try:
-            child = Child(fork(), self._title)
+            child = Child(fork(), self.title)
         except BaseException:
             os.close(reader)
             raise
@@ -85,10 +79,10 @@ class BackendProcess:
             child.send(signal.SIGKILL)
             os.close(reader)
             raise
-        return child
+        self.child = child
 
     def _become(self, command: list[str], stderr: int) -> int:
-        """Runs in the forked child: take the backend's place and exec; 1 if that fails."""
+        """Runs in the forked child: become the backend by exec; 1 if that fails."""
         try:
             # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
             os.setpgid(0, 0)
@@ -104,7 +98,7 @@ class BackendProcess:
         return 1
 
     def _enter_place(self) -> None:
-        """The working directory, by name: it is the live namespace's, where the daemon's own view ends."""
+        """Enter the mount namespace and the working directory, whose path is looked up in that namespace."""
         if self._live_mounts is not None:
             enter_live_view(self._live_mounts, self._config.cwd or "/")
         elif self._config.cwd is not None:
@@ -113,10 +107,9 @@ class BackendProcess:
     def _listen(self, reader: int) -> None:
         self._hold(reader)
         self._words = BackendLog(self._device, reader)
-        self._backoff.started()
 
     def obituary(self) -> str:
-        """How it ended, and why if that was the last that it said."""
+        """How it ended, and the error that it logged last, if nothing followed that."""
         self._words.hear()
         how = describe_exit(self.child.exit_status or 0)
         why = f": {self._words.last_error}" if self._words.last_error else ""
@@ -124,7 +117,7 @@ class BackendProcess:
 
     @property
     def trouble(self) -> str:
-        """Why it does not serve: what the process of today warns of, else how the one before it ended."""
+        """Why it does not serve: the last warning of the running process, else how the one before it ended."""
         warning = self._words.last_warning
         return f"backend {self._config.kind}: {warning}" if warning and not self._is_over else self._last_end
 
@@ -133,21 +126,11 @@ class BackendProcess:
         return self.child.exit_status is not None
 
     def serves(self) -> None:
-        """It has attached: what kept its predecessors from that is over."""
+        """It has attached: how its predecessor ended is no trouble any more."""
         self._last_end = ""
 
-    async def keep_running(self) -> None:
-        """Start it again whenever it ends, less and less often while it does not last; until cancelled."""
-        while True:
-            await self.child.wait()
-            delay_s = self._backoff.ended()
-            self._last_end = self.obituary()
-            # It ends with status 0 when it was asked to, as by an upgrade.
-            level = logging.WARNING if self.child.exit_status else logging.INFO
-            _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, delay_s)
-            await asyncio.sleep(delay_s)
-            await self.start_surely()
-
-    async def start_surely(self) -> None:
-        """Start it; what there is not enough of for that is waited for."""
-        await start_surely(f"{self._device}: backend {self._config.kind}", self.start, self._backoff, _log)
+    async def _clear_away(self, pause_s: float) -> None:
+        self._last_end = self.obituary()
+        # Status 0: it was told to end, as by an upgrade.
+        level = logging.WARNING if self.child.exit_status else logging.INFO
+        _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, pause_s)

@@ -1,18 +1,18 @@
 """The backend that the daemon runs itself for a device: from its first start to the device's end.
 
-Owns that it runs for as long as the device needs one, and is not started again after that.  The child is
+Owns that it runs for as long as the device needs one, and is not started again after that.  The process is
 `backend_process.py`'s; it attaches like any other.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
 import logging
-import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
-from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.background import Background, alongside
 from ublkpool.daemon.processes.held_names import stderr_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.left_behind import Process, is_alive
@@ -20,7 +20,7 @@ from ublkpool.daemon.settings.config import BackendConfig
 
 END_PATIENCE_S = 10.0
 DEATH_PATIENCE_S = 10.0
-"""After KILL, for a process that waits in the kernel."""
+"""After SIGKILL, for a process that waits in the kernel."""
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -49,71 +49,66 @@ class ManagedBackend:
             lambda fd: holder.hold(stderr_name(device), fd),
             live_mounts,
         )
-        self._is_started = False
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervision: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """None if none was started."""
-        return self._process.child.pid if self._is_started else None
+        """None if no process was started."""
+        return self._process.child.pid if self._process.is_started else None
 
     @property
     def trouble(self) -> str:
-        """Why it does not serve; empty if nothing is known."""
-        return self._process.trouble if self._is_started else ""
+        """Why it does not serve; empty if no reason is known."""
+        return self._process.trouble if self._process.is_started else ""
 
     def serves(self) -> None:
-        """It has attached: what kept its predecessors from that is over."""
-        if self._is_started:
-            self._process.serves()
+        """It has attached: how its predecessor ended is no trouble any more."""
+        self._process.serves()
 
     def start(self) -> None:
-        """Start it, as soon as that can be, and again whenever it ends."""
+        """Start it as soon as there is room for a process, and again whenever it ends."""
         try:
-            self._begin()
+            self._process.start()
         except OSError:
-            self._keeper = self._background.spawn(self._start_and_keep())
+            self._supervise(self._start_and_keep())
         else:
-            self._keep()
+            self._supervise(self._process.keep_running())
 
-    async def run(self, live: Callable[[], Awaitable[None]], reason: Callable[[], str]) -> None:
-        """Start it, and again whenever it ends once the device was live; return when it is.
+    async def run(self, live: Callable[[], Coroutine[Any, Any, None]], reason: Callable[[], str]) -> None:
+        """Start it and return when the device is live; from then on it is started again whenever it ends.
 
-        Raises `DaemonError` if it ends before, with the device's `reason` if there is one; `OSError`.
+        Raises `DaemonError` if it ends before, with the device's `reason` unless that is empty; `OSError`.
         """
-        self._begin()
-        ended = asyncio.ensure_future(self._process.child.wait())
-        becomes_live = asyncio.ensure_future(live())
-        try:
+        self._process.start()
+        async with alongside(self._process.child.wait(), live()) as (ended, becomes_live):
             await asyncio.wait((ended, becomes_live), return_when=asyncio.FIRST_COMPLETED)
             if not becomes_live.done():
                 raise self._failed(reason())
             becomes_live.result()
-        finally:
-            ended.cancel()
-            becomes_live.cancel()
-        self._keep()
+        self._supervise(self._process.keep_running())
 
     def go_on(self, left: Process | None, stderr: int | None) -> None:
-        """Go on with an earlier daemon's, whose stderr is read from a copy of `stderr`; start one if it has ended."""
+        """Go on with an earlier daemon's process, whose stderr can be read from `stderr`.
+
+        If that process has ended, another is started.
+        """
         try:
             if left is None or stderr is None or not is_alive(left):
                 raise ProcessLookupError
-            self._process.adopt(left.pid, os.dup(stderr))
+            self._process.adopt(left.pid, stderr)
         except ProcessLookupError:
             self.start()
-            return
-        self._is_started = True
-        self._keep()
+        else:
+            self._supervise(self._process.keep_running())
 
     def let_end(self) -> None:
         """From now on it is not started again."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._supervision is not None:
+            self._supervision.cancel()
 
     async def end(self) -> None:
-        """Have the process end; it is killed if it does not in time, and left if it does not even die."""
-        if self._is_started:
+        """End the process: SIGTERM, then SIGKILL; a process that does not even die of that is left."""
+        if self._process.is_started:
             child = self._process.child
             try:
                 await asyncio.wait_for(child.end(END_PATIENCE_S), END_PATIENCE_S + DEATH_PATIENCE_S)
@@ -123,17 +118,12 @@ class ManagedBackend:
                     "%s: its backend, process %d, was killed and waits in the kernel", self._device, child.pid
                 )
 
-    def _begin(self) -> None:
-        self._process.start()
-        self._is_started = True
+    def _supervise(self, work: Coroutine[Any, Any, None]) -> None:
+        self._supervision = self._background.spawn(work)
 
     async def _start_and_keep(self) -> None:
         await self._process.start_surely()
-        self._is_started = True
         await self._process.keep_running()
-
-    def _keep(self) -> None:
-        self._keeper = self._background.spawn(self._process.keep_running())
 
     def _failed(self, reason: str) -> DaemonError:
         # If the device could not start, its backend ended because of that, not the other way round.

@@ -1,8 +1,8 @@
-"""One attached backend, as the supervisor sees it: its connection, its process, its segment, and its end.
+"""One attached backend as the supervisor sees it: its connection, its process, its segment, and its end.
 
-Owns noticing that a backend is gone, and seeing to it.  A backend that was handed its device's memory is gone when its
-process is dead, which a pidfd tells; the end of its connection is only the reason to expect that.  Runs on the
-supervisor's asyncio loop.
+Owns the rule for when a backend is gone, and enforces it.  A backend that was handed its device's memory is gone when
+its process is dead, which a pidfd tells; the end of its connection only announces that.  Runs on the supervisor's
+asyncio loop.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from typing import Self
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon.backends.peer import Peer, peer_of, peer_pidfd
-from ublkpool.daemon.processes.background import owned
+from ublkpool.daemon.processes.background import Background
 
 LEAVE_PATIENCE_S = 10.0
-"""How long a backend that has closed its connection may take to end by itself."""
-WORDS_MAX = 16
-"""Packets after the first one, where none is due."""
+"""A backend that has closed its connection is killed if it has not ended after this time."""
+UNDUE_PACKETS_MAX = 16
+"""A backend has nothing to send after its attach message; one that sends more packets than this is cut off."""
 _log = logging.getLogger("ublkpool.attach")
 
 
@@ -31,12 +31,12 @@ class Session:
     """One attached backend: its connection, its process, its segment."""
 
     generation = 0
-    """Of its attach; the device gives it."""
+    """The generation of its attach; the device sets it."""
 
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
-        """Takes over `sock` and `segment_fd`, unless it raises `OSError`: there is no pidfd of the process.
+        """Takes over `sock` and `segment_fd`, unless no pidfd of the process can be opened: then `OSError`.
 
-        A process that has been reaped already makes a session that is gone.
+        If the process has been reaped already, the session is gone from the start.
         """
         try:
             self._pidfd: int | None = peer_pidfd(sock)
@@ -45,18 +45,18 @@ class Session:
         self.attach = attach
         self.segment_fd = segment_fd
         self.segment = wire.SEGMENT_NONE
-        """The number by which it names its own segment; the device gives it."""
+        """The number by which it names its own segment; the device sets it."""
         self.pid, self.uid = peer.pid, peer.uid
-        # ZeroMQ keeps routing ids that begin with 0 for itself.
+        # Routing ids that begin with 0 are reserved to ZeroMQ.
         self.token = b"\x01" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._left: asyncio.Future[None] = self._loop.create_future()
         self._has_memory = self._hung_up = self._detaching = False
-        self._words = 0
-        self._leaving: asyncio.Future[None] | None = None
-        self._cutting: asyncio.Future[None] | None = None
+        self._is_cut_off = False
+        self._undue_packets = 0
+        self._background = Background(attach.device)
         if self._pidfd is None:
             self._end()
             return
@@ -73,7 +73,7 @@ class Session:
         segment: int,
         generation: int = 0,
     ) -> Self:
-        """Go on with the connection of a backend that an earlier daemon brought to its device.  Raises `OSError`."""
+        """Go on with the connection of a backend that an earlier daemon attached.  Raises `OSError`."""
         sock.setblocking(False)
         session = cls(sock, peer_of(sock), attach, segment_fd)
         session.token, session.segment, session.generation = token, segment, generation
@@ -82,35 +82,35 @@ class Session:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it cannot touch a buffer any more: its process is dead, or it left before it was handed any."""
+        """Whether it can touch no buffer any more: its process is dead, or it left before it was handed memory."""
         return self._gone.done()
 
     @property
     def is_leaving(self) -> bool:
         """Whether it has closed its connection or is being killed; its successor waits for its death."""
-        return self._left.done() or self._cutting is not None
+        return self._left.done() or self._is_cut_off
 
     def fileno(self) -> int:
         """The connection."""
         return self._sock.fileno()
 
     def entrust(self, message: wire.DaemonMessage, fds: Sequence[int]) -> None:
-        """Hand it the memory of its device, with this message.  From now on only its death ends the session."""
+        """Hand over its device's memory with this message; from now on only the backend's death ends the session."""
         if self.is_gone or self._left.done() or self._is_dead():
             return
         self._has_memory = True
         self.say(message, list(fds))
 
     def _is_dead(self) -> bool:
-        """Whether its process is dead by now, though the loop may not have heard of it."""
+        """Whether its process is dead, even if the loop has not run the callback for that yet."""
         return self._pidfd is None or _shows(self._pidfd, select.POLLIN)
 
     async def gone(self) -> None:
-        """Wait until it is gone: it touches no buffer any more."""
+        """Wait until it can touch no buffer any more."""
         await asyncio.shield(self._gone)
 
     def say(self, message: wire.DaemonMessage, fds: list[int] | None = None) -> None:
-        """Send it a packet; a backend that does not listen will be noticed as gone."""
+        """Send it a packet.  A failure is ignored: the end of the connection is noticed by itself."""
         with suppress(OSError):
             if fds:
                 socket.send_fds(self._sock, [wire.encode_message(message)], fds)
@@ -118,9 +118,9 @@ class Session:
                 self._sock.send(wire.encode_message(message))
 
     async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
-        """Ask it to go, with or without what it keeps for a successor; kill it if it has not left in time.
+        """Ask it to end, and to `keep` or drop what it holds for a successor; kill it if it has not left in time.
 
-        The end of its connection is enough here: the device ends, and its memory serves no other backend.
+        The end of its connection is enough here: the device ends, and no other backend uses its memory.
         """
         self._detaching = True
         self.say(wire.Detach(reason=reason, keep=keep))
@@ -128,7 +128,7 @@ class Session:
             await self.cut_off()
 
     async def hung_up(self, patience_s: float) -> None:
-        """A queue's connection of its has ended: if it is not about to go, it is cut off."""
+        """Its connection to a queue has ended: cut it off, unless it leaves within `patience_s`."""
         if self._hung_up or self._detaching:
             return
         self._hung_up = True
@@ -140,38 +140,35 @@ class Session:
         await self.cut_off()
 
     async def _leaves(self, patience_s: float) -> bool:
-        """Whether it closes its connection, or dies, in this time."""
+        """Whether it closes its connection or dies within `patience_s`."""
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._left), patience_s)
             return True
         return False
 
     async def cut_off(self) -> None:
-        """Make sure that it touches no buffer any more: shared memory cannot be taken back, so its process ends.
+        """Kill its process, since shared memory cannot be taken back from it.
 
-        Returns when the process is dead, however long that takes: what it does in the kernel may still read its
-        buffers.
+        Returns when the process is dead, however long that takes: its system calls may still read the buffers.
         """
         self._cut_off_soon()
         await self.gone()
 
     def _cut_off_soon(self) -> None:
-        if self._cutting is None:
-            self._cutting = owned(self.attach.device, self._loop.create_task(self._cut_off()))
+        if not self._is_cut_off:
+            self._is_cut_off = True
+            self._kill()
 
-    async def _cut_off(self) -> None:
+    def _kill(self) -> None:
         if self._pidfd is not None and not self.is_gone:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        await self.gone()
 
     def close(self) -> None:
-        """Forget it.  Harmless twice."""
+        """Let go of the connection and of all descriptors.  Harmless twice."""
         if self._sock.fileno() < 0:
             return
-        for task in (self._leaving, self._cutting):
-            if task is not None:
-                task.cancel()
+        self._background.cancel()
         self._stop_listening()
         self._sock.close()
         for fd in (self.segment_fd, self._pidfd):
@@ -189,9 +186,8 @@ class Session:
         if not packet:
             self._on_close()
             return
-        # After its first packet a backend has nothing to say here but that it is gone.
-        self._words += 1
-        if self._words > WORDS_MAX and not self.is_leaving:
+        self._undue_packets += 1
+        if self._undue_packets > UNDUE_PACKETS_MAX and not self.is_leaving:
             _log.error("%s: backend cut off: it talks on its attach connection", self.attach.device)
             if self._has_memory:
                 self._cut_off_soon()
@@ -199,16 +195,16 @@ class Session:
                 self._on_close()
 
     def _on_close(self) -> None:
-        """Its connection has ended: it may be about to end as well, or it was never handed anything."""
+        """Its connection has ended: a backend without memory is gone; one with memory must end soon."""
         self._loop.remove_reader(self._sock)
         if not self._has_memory:
             self._end()
             return
         _resolve(self._left)
-        if not self.is_gone and self._cutting is None:
-            self._leaving = owned(self.attach.device, self._loop.create_task(self._see_it_end()))
+        if not self.is_gone and not self._is_cut_off:
+            self._background.spawn(self._end_or_kill())
 
-    async def _see_it_end(self) -> None:
+    async def _end_or_kill(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.gone(), LEAVE_PATIENCE_S)
             return

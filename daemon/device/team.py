@@ -126,7 +126,9 @@ class Team:
     async def ready(self) -> None:
         """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first worker that ended."""
         try:
-            await asyncio.wait_for(asyncio.gather(*(each.ready() for each in self.workers)), READY_DEADLINE_S)
+            await asyncio.wait_for(
+                asyncio.gather(*(each.fetched() for each in self.workers)), READY_DEADLINE_S
+            )
         except TimeoutError:
             raise DaemonError(f"its workers were not ready after {READY_DEADLINE_S:.0f} s") from None
 

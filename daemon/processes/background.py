@@ -1,12 +1,13 @@
-"""What a device does without anybody waiting for it: tasks, and steps that may fail.
+"""Owners of tasks and of steps that may fail: no failure goes unlogged.
 
-Owns that no failure of theirs goes unsaid.  Runs on the supervisor's asyncio loop.
+The daemon makes every task here or in an `asyncio.TaskGroup`; `tests/unit/test_task_owners.py` holds that.  Runs on the
+supervisor's asyncio loop.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from ublkpool.bufpool.errors import PoolError
@@ -17,21 +18,19 @@ _log = logging.getLogger("ublkpool.device")
 
 
 class Background:
-    """The tasks of one device."""
+    """The tasks of one object, such as a device or a backend's connection."""
 
     def __init__(self, name: str) -> None:
-        """`name` is the device's, for the log."""
+        """Every logged line begins with `name`; for a device's tasks it is the device's name."""
         self._name = name
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run it beside everything else; a failure is logged."""
-        task = self.spawn_awaited(work)
-        task.add_done_callback(self._log_failure)
-        return task
+    def spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Run `work` in a task; a failure is logged."""
+        return owned(self._name, self.spawn_awaited(work))
 
-    def spawn_awaited(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """The same, for work whose failure its caller awaits: it is not logged."""
+    def spawn_awaited(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Run `work` in a task whose failure the caller awaits: it is not logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -42,21 +41,36 @@ class Background:
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
-    def _finished(self, task: "asyncio.Task[None]") -> None:
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
-        # The caller may have gone: asyncio would complain that the exception was never retrieved.
-        if not task.cancelled():
-            task.exception()
-
-    def _log_failure(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s: %s", self._name, without_name(self._name, one_line(error)), exc_info=error)
+        _retrieve(task)
 
 
-def owned(what: str, task: "asyncio.Future[T]") -> "asyncio.Future[T]":
-    """The task, whose failure is logged as that of `what`: asyncio tells late of a task that is not awaited."""
+@asynccontextmanager
+async def alongside(*work: Coroutine[Any, Any, Any]) -> AsyncIterator["tuple[asyncio.Task[Any], ...]"]:
+    """Tasks that run for as long as the block does and are cancelled at its end, in the order of `work`.
 
-    def finished(ended: "asyncio.Future[T]") -> None:
+    For a block that waits for the first of several events.  Unlike `asyncio.TaskGroup`, a failed task does not end the
+    block: the block reads the results that it needs.
+    """
+    loop = asyncio.get_running_loop()
+    tasks = tuple(loop.create_task(each) for each in work)
+    for task in tasks:
+        task.add_done_callback(_retrieve)
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def owned(what: str, task: "asyncio.Task[T]") -> "asyncio.Task[T]":
+    """The task; a failure is logged as that of `what`.
+
+    asyncio itself reports the failure of a task that is not awaited only when the task is collected.
+    """
+
+    def finished(ended: "asyncio.Task[T]") -> None:
         if not ended.cancelled() and (error := ended.exception()) is not None:
             _log.error("%s: %s", what, without_name(what, one_line(error)), exc_info=error)
 
@@ -64,9 +78,15 @@ def owned(what: str, task: "asyncio.Future[T]") -> "asyncio.Future[T]":
     return task
 
 
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Mark the exception as seen: the awaiting caller may have gone, and asyncio would log it as never retrieved."""
+    if not task.cancelled():
+        task.exception()
+
+
 @contextmanager
 def logged(name: str) -> Iterator[None]:
-    """Log a failure of a step that must not keep the next from being tried."""
+    """Log the failure of a step instead of raising it, so that the next step is tried; `name` begins the line."""
     try:
         yield
     except (DaemonError, PoolError, OSError) as error:

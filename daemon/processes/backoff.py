@@ -1,20 +1,27 @@
-"""How long to wait before something that ended is started again: longer each time, until it has lived steadily.
+"""Pauses before a process that ended is started again, and starts that are tried again.
 
-Owns that a start which fails, for want of a process, a descriptor or room for a socket, is tried again, and is said.
+A start fails for want of a process, a descriptor or room for a socket: it is tried until it succeeds, and each reason
+is logged once.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.errors import DaemonError, one_line
 
+T = TypeVar("T")
 STEADY_S = 10.0
 
 
 class Backoff:
-    """Delays from `first_s` to `most_s`; a life of `STEADY_S` begins anew.  `clock` is in seconds."""
+    """Pauses in seconds, doubled from `first_s` up to `most_s`.
+
+    A process that has run for `STEADY_S` is followed by a pause of `first_s`.  `clock` returns seconds.
+    """
 
     def __init__(self, clock: Callable[[], float], first_s: float, most_s: float) -> None:
         self._clock = clock
@@ -23,11 +30,11 @@ class Backoff:
         self._started_s = clock()
 
     def started(self) -> None:
-        """It runs."""
+        """The process has been started."""
         self._started_s = self._clock()
 
     def ended(self) -> float:
-        """It has ended; the delay in seconds before it may start again."""
+        """The process has ended, or a start has failed: the pause in seconds before the next start."""
         if self._clock() - self._started_s >= STEADY_S:
             self._next_s = self._first_s
         delay_s = self._next_s
@@ -35,16 +42,28 @@ class Backoff:
         return delay_s
 
 
-async def start_surely(what: str, start: Callable[[], None], delays: Backoff, log: logging.Logger) -> None:
-    """Call `start` until it succeeds; each reason why it does not is logged once."""
-    said = ""
+async def start_surely(
+    what: str,
+    start: Callable[[], T],
+    delays: Backoff,
+    log: logging.Logger,
+    patience_s: float = math.inf,
+) -> T:
+    """Call `start` until it succeeds, and return its result; each reason of a failure is logged once.
+
+    After `patience_s` the last failure is raised: `DaemonError`, `PoolError` or `OSError`.
+    """
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + patience_s
+    logged_reason = ""
     while True:
         try:
-            start()
-            return
+            return start()
         except (DaemonError, PoolError, OSError) as error:
+            if loop.time() > until_s:
+                raise
             delay_s, reason = delays.ended(), one_line(error)
-            if reason != said:
+            if reason != logged_reason:
                 log.error("%s cannot be started: %s; trying again every %.1f s or so", what, reason, delay_s)
-                said = reason
+                logged_reason = reason
         await asyncio.sleep(delay_s)

@@ -1,6 +1,6 @@
-"""The pool broker's process, seen from the supervisor: start it, command it, end it.
+"""The pool broker as the supervisor sees it: its process, the commands to it, and each device's leases there.
 
-Owns the control socket to it.  Commands go one at a time; each is answered, or the broker is gone.
+Owns the control socket to the broker.  Commands go one at a time; each is answered, or raises `PoolError`.
 """
 
 import asyncio
@@ -8,207 +8,205 @@ import logging
 import secrets
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool import broker_commands
 from ublkpool.bufpool.pool.broker import run_broker
-from ublkpool.daemon.processes.background import owned
-from ublkpool.daemon.processes.backoff import Backoff, start_surely
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.holder import Holder
-from ublkpool.daemon.processes.questions import Questions
-from ublkpool.daemon.processes.readable import readable
 from ublkpool.daemon.processes.reserve import with_room_for_one
+from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.workers.process import fork_child
 
 HELD = "broker"
+"""The name under which the holder has the control socket."""
 REPLY_DEADLINE_S = 20.0
 RESTART_MIN_S = 0.05
 RESTART_MAX_S = 5.0
 _STOP_PATIENCE_S = 5.0
+_TITLE = "the pool broker"
 _log = logging.getLogger("ublkpool.broker")
+_Channel = Channel[broker_commands.Command, broker_commands.Reply]
 
 
-class BrokerProcess:
+class BrokerProcess(SupervisedProcess):
     """The broker of this daemon."""
 
+    _channel: _Channel
+
     def __init__(self, endpoint: str, holder: Holder) -> None:
-        """Nothing runs yet: `adopt` or `start`.  It listens on `endpoint` (`ipc://...`)."""
+        """Nothing runs yet: `adopt` or `start`.  The broker listens on `endpoint` (`ipc://...`)."""
+        super().__init__(_TITLE, _log, RESTART_MIN_S, RESTART_MAX_S)
         self.endpoint = endpoint
         self.generation = 0
-        """Raised at every start; a broker knows only the devices that it was told itself."""
+        """Raised at every start; a broker knows only the devices that were added since its own."""
         self.adopted_generation = 0
-        """The generation that knows what an earlier daemon told it, 0 if there is none."""
+        """The generation of a broker that an earlier daemon started and told of its devices, 0 if there is none."""
         self._holder = holder
         self._turn = asyncio.Lock()
-        self._questions: Questions[broker_commands.Reply] = Questions()
         self._repeats_ids: bool | None = None
-        self._stopping = False
-        self._backoff = Backoff(asyncio.get_running_loop().time, RESTART_MIN_S, RESTART_MAX_S)
-
-    def start(self) -> None:
-        """Fork it; it listens soon after."""
-        self._start()
+        """Whether the broker repeats a command's `id`; None while that is unknown."""
+        self._restarted: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._telling = Background(_TITLE)
 
     async def adopt(self, pid: int, sock: socket.socket) -> bool:
-        """Go on with an earlier daemon's; `sock` is ours now.  Whether it answers."""
+        """Go on with an earlier daemon's broker, and take over `sock`; whether the broker answers."""
         sock.setblocking(False)
-        self._socket = sock
+        channel = _channel(sock)
         try:
-            self.child = Child(pid, "pool broker")
+            self._adopt(pid)
         except ProcessLookupError:
-            sock.close()
+            channel.close()
             return False
         try:
-            await self._drain()
+            await self._drain(channel)
         except (PoolError, OSError) as error:
-            _log.warning("an earlier daemon's pool broker is of no use: %s", error)
+            _log.warning("an earlier daemon's pool broker is replaced: %s", error)
             await self.child.kill()
-            sock.close()
+            channel.close()
             return False
-        self._use(sock)
+        self._use(channel)
         self.adopted_generation = self.generation
         return True
 
-    async def _drain(self) -> None:
-        """Drop what it answered to an earlier daemon.  Raises `PoolError`, `OSError`."""
+    async def _drain(self, channel: _Channel) -> None:
+        """Drop replies that an earlier daemon did not read.  Raises `PoolError`, `OSError`."""
         number = secrets.randbits(31)
-        broker_commands.send_command(self._socket, broker_commands.Ping(number))
-        reply: broker_commands.Reply = broker_commands.Done()
-        while reply != broker_commands.Pong(number):
-            await self._readable()
-            reply = broker_commands.receive_reply(self._socket)
+        channel.send(broker_commands.Ping(number))
+        while await self._next_reply(channel) != broker_commands.Pong(number):
+            pass
 
     async def _ask_for_ids(self) -> None:
-        """Whether an adopted one repeats ids: one of an earlier version refuses a field that it does not know."""
+        """Learn whether an adopted broker repeats ids: an earlier version refuses a field that it does not know."""
         try:
-            broker_commands.send_command(self._socket, broker_commands.Ping(0, id=1))
+            self._channel.send(broker_commands.Ping(0, id=1))
         except OSError as error:
             raise PoolError("the pool broker is gone") from error
         try:
-            await self._readable()
+            reply = await self._next_reply(self._channel)
         except PoolError:
-            # Its late answer could not be told from that of the next command.
+            # A late answer could not be told from that of the next command.
             self.child.send(signal.SIGKILL)
             raise
-        self._repeats_ids = broker_commands.receive_reply(self._socket).id == 1
+        self._repeats_ids = reply.id == 1
 
     async def forget(self, device: int | None) -> None:
-        """Have it drop this device if it knows it.  Raises `PoolError`."""
-        known = await self.command(broker_commands.GetStatistics())
-        assert isinstance(known, broker_commands.StatisticsReply)
-        if device in known.devices:
+        """Have the broker remove this device if it knows it.  Raises `PoolError`."""
+        if device in await self._known_devices():
+            assert device is not None
             await self.command(broker_commands.RemoveDevice(device))
 
     async def forget_all_but(self, devices: Collection[int]) -> None:
-        """Have an adopted one drop the devices that are not to go on.  Raises `PoolError`."""
-        known = await self.command(broker_commands.GetStatistics())
-        assert isinstance(known, broker_commands.StatisticsReply)
-        for number in set(known.devices) - set(devices):
+        """Have an adopted broker remove every device but these, which go on.  Raises `PoolError`."""
+        for number in await self._known_devices() - set(devices):
             await self.command(broker_commands.RemoveDevice(number))
 
+    async def _known_devices(self) -> set[int]:
+        known = await self.command(broker_commands.GetStatistics())
+        assert isinstance(known, broker_commands.StatisticsReply)
+        return set(known.devices)
+
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair(
+        ours, theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
         fork = with_room_for_one(
             lambda: fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
         )
         try:
-            self.child = Child(fork(), "pool broker")
+            child = Child(fork(), self.title)
         except OSError:
-            self._socket.close()
+            ours.close()
             raise
         finally:
             theirs.close()
-        self._repeats_ids = True
         try:
-            self._use(self._socket)
+            self._use(_channel(ours))
         except OSError:
-            self.child.send(signal.SIGKILL)
-            self._socket.close()
+            child.send(signal.SIGKILL)
+            ours.close()
             raise
+        self.child = child
+        self._repeats_ids = True
 
-    def _use(self, sock: socket.socket) -> None:
-        self._questions = Questions()
-        self._holder.hold(HELD, sock.fileno())
+    def _use(self, channel: _Channel) -> None:
+        self._holder.hold(HELD, channel.fileno())
+        self._channel = channel
         self.generation += 1
-        self._backoff.started()
 
-    async def keep_running(self, restarted: Callable[[], Awaitable[None]]) -> None:
-        """Start it again whenever it dies, and have `restarted` tell it the devices; until it is stopped."""
-        telling: set[asyncio.Future[None]] = set()
-        while True:
-            status = await self.child.wait()
-            if self._stopping:
-                return
-            # It ends with status 0 when it was asked to, as by an upgrade.
-            level = logging.ERROR if status else logging.INFO
-            _log.log(level, "the pool broker ended: %s; starting it again", describe_exit(status))
-            async with self._turn:
-                self._socket.close()
-                await asyncio.sleep(self._backoff.ended())
-                is_started = self._starts()
-            if not is_started:
-                # Out of the turn: what asks for the broker meanwhile is told that there is none, and does not wait.
-                await start_surely("the pool broker", self._start, self._backoff, _log)
-            # Not awaited: a device may have it wait, and this broker may die meanwhile.
-            told = owned("the pool broker", asyncio.ensure_future(restarted()))
-            telling.add(told)
-            told.add_done_callback(telling.discard)
+    async def keep_running(self, restarted: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Start the broker again whenever it ends, and have `restarted` tell it the devices; until it is stopped."""
+        self._restarted = restarted
+        await super().keep_running()
 
-    def _starts(self) -> bool:
-        try:
-            self._start()
-        except OSError:
-            return False
-        return True
+    def _interval(self) -> AbstractAsyncContextManager[object]:
+        """A command waits for the first attempt; if that fails, commands fail at once until one succeeds."""
+        return self._turn
+
+    async def _clear_away(self, pause_s: float) -> None:
+        status = self.child.exit_status or 0
+        # Status 0: it was told to end, as by an upgrade.
+        level = logging.ERROR if status else logging.INFO
+        _log.log(level, "the pool broker ended: %s; starting it again", describe_exit(status))
+        self._channel.close()
+
+    def _on_restart(self) -> None:
+        # Not awaited: a device may keep it waiting, and this broker may end meanwhile.
+        if self._restarted is not None:
+            self._telling.spawn(self._restarted())
 
     async def command(self, command: broker_commands.Command, fd: int | None = None) -> broker_commands.Reply:
-        """Have the broker do this.  Raises `PoolError` with its reason, or if it has gone or hangs."""
+        """Have the broker execute this.  Raises `PoolError` with its reason, or if it is gone or hangs."""
         async with self._turn:
             if self._repeats_ids is None:
                 await self._ask_for_ids()
-            number, answer = self._questions.ask()
-            numbered = msgspec.structs.replace(command, id=number if self._repeats_ids else 0)
             try:
-                broker_commands.send_command(self._socket, numbered, fd)
+                answer = self._channel.ask(command, fd=fd, repeats_ids=bool(self._repeats_ids))
             except OSError as error:
-                self._questions.unask(number)
                 raise PoolError("the pool broker is gone") from error
             while not answer.done():
-                await self._readable()
-                # It may be late, and answer a command before this one.
-                come = broker_commands.receive_reply(self._socket)
-                self._questions.answer(come.id, come)
+                # The next reply may be late, and answer an earlier command.
+                reply = await self._next_reply(self._channel)
+                self._channel.answer(reply.id, reply)
             reply = answer.result()
         if isinstance(reply, broker_commands.Failed):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
     async def renew(self) -> None:
-        """Have another one, of today's code, go on."""
+        """Have a process of today's code take the place of this one."""
         await self.child.end(_STOP_PATIENCE_S)
 
     async def stop(self) -> None:
         """End it; leases stay in the slot headers."""
-        self._stopping = True
+        self.let_end()
         await self.child.end(_STOP_PATIENCE_S)
+        self._telling.cancel()
         self._holder.drop(HELD)
-        self._socket.close()
+        self._channel.close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
-    async def _readable(self) -> None:
+    async def _next_reply(self, channel: _Channel) -> broker_commands.Reply:
         try:
-            await asyncio.wait_for(readable(self._socket), REPLY_DEADLINE_S)
+            await asyncio.wait_for(channel.readable(), REPLY_DEADLINE_S)
         except TimeoutError:
             state = self.child.exit_status
             how = "does not answer" if state is None else f"ended: {describe_exit(state)}"
             raise PoolError(f"the pool broker {how}") from None
+        reply = channel.receive()
+        if reply is None:
+            raise PoolError("the pool broker is gone")
+        return reply
+
+
+def _channel(sock: socket.socket) -> _Channel:
+    return Channel(sock, broker_commands.decode_reply)
 
 
 class Leases:
@@ -222,9 +220,9 @@ class Leases:
         control_fd: int,
         known: int | None = None,
     ) -> None:
-        """`control_fd` is the device's control segment; it stays the caller's, and open for as long as this is used.
+        """`control_fd` is the device's control segment; it stays the caller's, and open as long as this is used.
 
-        `known`: the epoch whose workers live already, from an earlier daemon.
+        `known`: the epoch of workers that an earlier daemon registered.
         """
         self._broker = pool_broker
         self._number = device_number
@@ -233,11 +231,11 @@ class Leases:
         self._epochs: list[int] = [] if known is None else [known]
         self._generation = 0 if known is None else pool_broker.adopted_generation
         self._closed = False
-        # A new broker is told at once, also while the device waits for buffers: so what follows can overlap.
+        # A restarted broker is told at once, even while the device waits for it: so calls can overlap.
         self._turn = asyncio.Lock()
 
     async def refresh(self) -> None:
-        """Tell a broker that was started since what its predecessor knew; the slot headers tell it the rest."""
+        """Tell a broker that was restarted of the device and its workers; it reads leases from the slot headers."""
         async with self._turn:
             if not self._closed:
                 await self._refresh()
@@ -250,13 +248,13 @@ class Leases:
             await self._register(epoch)
 
     async def reclaim(self) -> None:
-        """Take back everything: all workers so far are dead, and nobody uses their buffers."""
+        """Take back every buffer: all registered workers are dead, and no process uses their buffers."""
         async with self._turn:
             await self._refresh()
             await self._reclaim()
 
     async def close(self) -> None:
-        """Reclaim, and have the broker forget the device."""
+        """Reclaim, and have the broker remove the device."""
         async with self._turn:
             self._closed = True
             await self._refresh()
@@ -283,6 +281,6 @@ class Leases:
 
 
 def _serve(endpoint: str, control_sock: socket.socket) -> int:
-    # I/O goes on while the supervisor is dead; the next one ends this broker.
+    # I/O goes on while no supervisor runs, and the next one adopts or ends this broker.
     run_broker(endpoint, control_sock, exit_on_eof=False)
     return 0

@@ -1,9 +1,9 @@
-"""Questions to another process and which answer belongs to which, over a connection that keeps their order.
+"""Questions to another process, and which answer belongs to which, over a connection that keeps their order.
 
-Owns the numbers of questions.  A question whose answer is late, or whose caller has gone, stays open until its answer
-comes, which then answers no other question.  An answer without a number comes from a process of an earlier
-version, which answers each question once and in order: it belongs to the oldest open question of its kind.  Must not
-know what is asked, or how it travels.
+Owns the numbers of questions.  A question stays open until its answer comes, even if its deadline has passed or its
+caller was cancelled; so a late answer never answers another question.  A process of an earlier version does not repeat
+the number, but answers each question once and in order: such an answer belongs to the oldest open question of its kind.
+Must not know what is asked, or how it travels.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ class Questions(Generic[A]):
     """The open questions on one connection."""
 
     def __init__(self) -> None:
-        # An earlier daemon's questions on the same connection had other numbers.
+        # Random, because an earlier daemon's questions on the same connection may still be answered.
         self._numbers = itertools.count(1 + secrets.randbits(FIRST_BITS))
         self._open: dict[int, tuple[type[Any], asyncio.Future[A]]] = {}
         self.late_count = 0
@@ -37,7 +37,7 @@ class Questions(Generic[A]):
         self._open.pop(number, None)
 
     def answer(self, number: int, message: A) -> None:
-        """An answer has come; `number` is 0 if it does not say to what."""
+        """An answer has come; `number` is 0 if it names no question."""
         _, waiting = self._open.pop(number or self._oldest(message), (None, None))
         if waiting is not None and not waiting.done():
             waiting.set_result(message)

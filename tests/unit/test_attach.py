@@ -295,7 +295,7 @@ def daemonising(connection: socket.socket) -> int:
 def talking(connection: socket.socket) -> int:
     """Says what is not asked for."""
     connection.recv(1)
-    for _ in range(session.WORDS_MAX + 1):
+    for _ in range(session.UNDUE_PACKETS_MAX + 1):
         connection.send(b"blah")
     return staying(connection)
 

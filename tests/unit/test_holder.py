@@ -31,8 +31,8 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def die(holder: Holder) -> None:
     """What the death of a supervisor does to its end."""
-    assert holder._socket is not None
-    holder._socket.close()
+    assert holder._channel is not None
+    holder._channel.close()
 
 
 async def successor(run_dir: Path) -> tuple[Holder, dict[str, int]]:
@@ -91,10 +91,9 @@ def test_one_that_dies_or_hangs_is_replaced_and_given_everything(tmp_path: Path,
         keeper = asyncio.ensure_future(holder.keep_running())
         ours, theirs = pair()
         holder.hold("vol0/session", ours.fileno())
-        assert holder._child is not None
-        before = holder._child
+        before = holder.child
         os.kill(before.pid, how)
-        while holder._child is before:
+        while holder.child is before:
             # One that hangs is noticed when it takes nothing more.
             holder.drop("nothing")
             await asyncio.sleep(0)
@@ -126,13 +125,12 @@ def test_an_upgrade_s_end_of_it_is_no_warning_and_its_death_is(
         holder = Holder(run_dir)
         holder.start()
         keeper = asyncio.ensure_future(holder.keep_running())
-        before = holder._child
-        assert before is not None
+        before = holder.child
         if renewed:
             holder.renew()
         else:
             before.send(signal.SIGKILL)
-        while holder._child is before:
+        while holder.child is before:
             await asyncio.sleep(0)
         keeper.cancel()
         await holder.stop()

@@ -43,12 +43,14 @@ class FakeProcess:
 
     def __init__(self, fails: bool) -> None:
         self.starts = 0
+        self.is_started = False
         self._fails = fails
 
     def start(self) -> None:
         if self._fails:
             raise FileNotFoundError(2, "No such file or directory", "/gone")
         self.starts += 1
+        self.is_started = True
         self.child = FakeChild()
 
     async def start_surely(self) -> None:
@@ -124,8 +126,8 @@ def test_it_is_started_again_until_it_is_let_end() -> None:
             await asyncio.sleep(0)
         made.let_end()
         await made.end()
-        assert made._keeper is not None
-        await asyncio.wait({made._keeper})
+        assert made._supervision is not None
+        await asyncio.wait({made._supervision})
         assert process.starts == 2
 
     in_loop(run)

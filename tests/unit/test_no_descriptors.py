@@ -101,7 +101,7 @@ def test_a_segment_that_there_is_no_descriptor_for_is_no_nonsense_of_the_backend
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         client.setblocking(False)
         client.connect(str(tmp_path / "attach.sock"))
-        while not door.server._tasks:
+        while not door.server._background._tasks:
             await asyncio.sleep(0)
         with none_left():
             packet = wire.encode_message(wire.Attach(v=1, device="d", kind="k", segment_bytes=4096))

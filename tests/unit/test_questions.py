@@ -150,8 +150,7 @@ class Peer:
         ours, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         holder = cast(Holder, type("H", (), {"hold": lambda *_: None, "drop": lambda *_: None})())
         self.seen = BrokerProcess("ipc:///nonexistent", holder)
-        self.seen._socket = ours
-        self.seen._use(ours)
+        self.seen._use(broker_process._channel(ours))
         self.seen._repeats_ids = not is_old
         self.seen.child = cast(Any, type("C", (), {"exit_status": None})())
 
@@ -167,7 +166,7 @@ class Peer:
 
     def close(self) -> None:
         self.sock.close()
-        self.seen._socket.close()
+        self.seen._channel.close()
 
 
 @pytest.mark.parametrize("is_old", [True, False])

@@ -549,15 +549,19 @@ def test_a_broker_that_dies_while_its_predecessors_devices_are_told_is_started_a
 
         def start(process: BrokerProcess) -> None:
             life = asyncio.get_running_loop().create_future()
-            process._socket = cast(Any, SimpleNamespace(close=lambda: None))
-            process.child = cast(Any, SimpleNamespace(wait=lambda: life))
+            process._channel = cast(Any, SimpleNamespace(close=lambda: None))
+            process.child = cast(Any, SimpleNamespace(wait=lambda: life, exit_status=137))
             process.generation += 1
             lives.put_nowait(life)
 
         monkeypatch.setattr(BrokerProcess, "_start", start)
         process = BrokerProcess("ipc://nowhere", cast(Holder, None))
         process.start()
-        keeper = asyncio.ensure_future(process.keep_running(lambda: never))
+
+        async def tell() -> None:
+            await never
+
+        keeper = asyncio.ensure_future(process.keep_running(tell))
         for _ in range(3):
             (await lives.get()).set_result(137)
         await lives.get()

@@ -114,15 +114,14 @@ def test_the_holder_is_replaced_once_it_can_be(tmp_path: Path, monkeypatch: pyte
         reader, writer = os.pipe()
         first.hold("vol0/stderr", reader)
         keeper = asyncio.ensure_future(first.keep_running())
-        before = first._child
-        assert before is not None
+        before = first.child
         monkeypatch.setattr(holder, "fork_child", fork)
         await before.kill()
-        while first._child is before or first._socket is None:
+        while first.child is before or first._channel is None:
             await asyncio.sleep(0)
         assert fork.failures == len(CODES) and not keeper.done()
         keeper.cancel()
-        first._socket.close()
+        first._channel.close()
         second = Holder(tmp_path)
         found = second.take_over()
         assert list(found) == ["vol0/stderr"]

@@ -205,8 +205,8 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
     # What the end of the process does.
-    assert holders[0]._socket is not None
-    holders[0]._socket.close()
+    assert holders[0]._channel is not None
+    holders[0]._channel.close()
 
     async def end() -> None:
         holder = Holder(tmp_path / "run")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import zmq
 
+from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.broker_commands import (
+    COMMAND_BYTES_MAX,
     AddDevice,
     Command,
     Done,
@@ -19,8 +21,8 @@ from ublkpool.bufpool.pool.broker_commands import (
     Register,
     Reply,
     StatisticsReply,
-    receive_reply,
-    send_command,
+    decode_reply,
+    encode,
 )
 from ublkpool.bufpool.pool.device_leases import OP_SYNC_ASKED, worker_routing_id
 from ublkpool.bufpool.pool.lease import Owner
@@ -39,6 +41,19 @@ import socket, sys
 from ublkpool.bufpool.pool.broker import run_broker
 run_broker(sys.argv[1], socket.socket(fileno=int(sys.argv[2])), exit_on_eof=sys.argv[3] == "True")
 """
+
+
+def send_command(control: socket.socket, command: Command, fd: int | None = None) -> None:
+    """The daemon's half; `fd` is the control segment's, for `AddDevice`, and stays open."""
+    socket.send_fds(control, [encode(command)], [] if fd is None else [fd])
+
+
+def receive_reply(control: socket.socket) -> Reply:
+    """The daemon's half: the next reply; waits as the socket's timeout says."""
+    packet = control.recv(COMMAND_BYTES_MAX)
+    if not packet:
+        raise PoolError("the pool broker is gone")
+    return decode_reply(packet)
 
 
 class BrokerProcess:

@@ -104,9 +104,8 @@ class LoopRig:
 
     def news(self) -> messages.FromWorker:
         """The worker's next message."""
-        said = messages.receive_in_supervisor(self.supervisor)
-        assert said is not None
-        return said
+        packet = self.supervisor.recv(messages.MESSAGE_BYTES_MAX)
+        return messages.decode_from_worker(packet)
 
     def expect(self, user: int | None = None) -> None:
         """Tell the worker of a backend, and hear that it may come."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 import msgspec
 import zmq
 
+from support.fakes.broker_rig import receive_reply, send_command
 from support.fuzz.bytes import spoil
 from ublkpool.bufpool.pool import broker_commands
 from ublkpool.bufpool.pool.arena import Arena
@@ -49,12 +50,12 @@ class BrokerFuzz:
         self.daemon.setblocking(False)
         self.broker = Broker(cast(Any, self.post), theirs, exit_on_eof=False, clock=lambda: 0.0)
         number = arena.device_number
-        broker_commands.send_command(self.daemon, AddDevice(number), arena.control_fd)
+        send_command(self.daemon, AddDevice(number), arena.control_fd)
         for owner in (MAD, SANE):
-            broker_commands.send_command(self.daemon, Register(number, *owner))
+            send_command(self.daemon, Register(number, *owner))
         for _ in range(3):
             self.broker._on_control()
-            assert isinstance(broker_commands.receive_reply(self.daemon), broker_commands.Done)
+            assert isinstance(receive_reply(self.daemon), broker_commands.Done)
         self._say(SANE, [self._head(SANE, Kind.SYNC, op, 0) for op in range(len(arena.geometry.classes))])
         self.kept = self._slots_of(SANE)
         assert len(self.kept) == sum(arena.reserve)
@@ -85,7 +86,7 @@ class BrokerFuzz:
             files = [self.daemon.fileno()] * self.rng.choice((0, 0, 0, 1, 2))
             socket.send_fds(self.daemon, [packet], files)
             self.broker._on_control()
-            assert broker_commands.receive_reply(self.daemon)
+            assert receive_reply(self.daemon)
         self._check()
 
     def _message(self) -> list[bytes]:
@@ -131,9 +132,9 @@ class BrokerFuzz:
 
     def _check(self) -> None:
         assert self._slots_of(SANE) == self.kept
-        broker_commands.send_command(self.daemon, broker_commands.GetStatistics(self.arena.device_number))
+        send_command(self.daemon, broker_commands.GetStatistics(self.arena.device_number))
         self.broker._on_control()
-        reply = broker_commands.receive_reply(self.daemon)
+        reply = receive_reply(self.daemon)
         assert isinstance(reply, broker_commands.StatisticsReply) and reply.leases is not None
         owners = list(self.arena.control.slot_owners())
         assert sum(each.free for each in reply.leases.classes) == owners.count(None)

@@ -62,7 +62,7 @@ class SimSession(Session):
         self._loop = asyncio.get_running_loop()
         self._gone, self._left = self._loop.create_future(), self._loop.create_future()
         self._has_memory = self._hung_up = self._detaching = False
-        self._leaving = self._cutting = None
+        self._is_cut_off = False
 
     def fileno(self) -> int:
         """Stands for the backend when its connection is held."""

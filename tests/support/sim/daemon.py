@@ -212,7 +212,7 @@ class SimBrokerProcess(BrokerProcess):
         self.adopted_generation = self.generation
 
     def _be(self, life: BrokerLife | None) -> None:
-        self._socket = cast(Any, SimpleNamespace(close=lambda: None))
+        self._channel = cast(Any, SimpleNamespace(close=lambda: None))
         self.child = SimChild("pool broker", self._end)
         self.process = self._begin(self.child, life)
         self.generation += 1

@@ -4,6 +4,7 @@ Owns one process's life: `SimWorker` is the process, `SimWorkerProcess` the supe
 """
 
 import asyncio
+import errno
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from support.sim.rings import SimPort
 from support.sim.wire import Context, Killed, Life, SimBackendLink
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.questions import Questions
 from ublkpool.daemon.processes.worker_process import WorkerProcess
@@ -379,8 +380,29 @@ class SimChild(Child):
             self._exited.set_result(status)
 
 
+class SimChannel(Channel[messages.ToWorker, messages.FromWorker]):
+    """The supervisor's end of a worker's socketpair, on deques."""
+
+    def __init__(self, worker: SimWorker) -> None:
+        self._worker = worker
+        self._questions = Questions()
+
+    def fileno(self) -> int:
+        return 0
+
+    def send(self, message: messages.ToWorker, fd: int | None = None) -> None:
+        if not self._worker.life.alive:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self._worker.inbox.append(message)
+
+    def receive(self) -> messages.FromWorker | None:
+        if not self._worker.outbox:
+            raise BlockingIOError
+        return self._worker.outbox.popleft()
+
+
 class SimWorkerProcess(WorkerProcess):
-    """The real supervisor's side, on deques."""
+    """The real supervisor's side, on a `SimChannel`."""
 
     def __init__(
         self,
@@ -395,26 +417,14 @@ class SimWorkerProcess(WorkerProcess):
         self.fault = ""
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()
-        self._ready = self._loop.create_future()
+        self._fetched = self._loop.create_future()
         self._linked = self._loop.create_future()
-        self._questions = Questions()
-
-    def fileno(self) -> int:
-        return -1
-
-    def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
-        if not self.worker.life.alive:
-            raise DaemonError(f"queue {self.queue}: its worker does not listen")
-        self.worker.inbox.append(message)
+        self._channel = SimChannel(worker)
 
     def close(self) -> None:
         """Nothing is open."""
 
     def hear(self) -> None:
-        """Its socket is readable."""
+        """The socket is readable."""
         if self.worker.outbox:
             self._loop.call_soon(self._hear)
-
-    def _hear(self) -> None:
-        while self.worker.outbox:
-            self._on_message(self.worker.outbox.popleft())

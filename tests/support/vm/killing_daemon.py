@@ -71,7 +71,7 @@ async def _remembered_fork(team: Team) -> None:
 
 def _heard(worker: WorkerProcess, message: messages.FromWorker) -> None:
     _on_message(worker, message)
-    if isinstance(message, messages.Ready):
+    if isinstance(message, messages.Fetched):
         _strike("first ready", [worker])
 
 

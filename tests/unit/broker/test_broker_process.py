@@ -14,6 +14,8 @@ from support.fakes.broker_rig import (
     Connect,
     Start,
     introduce,
+    receive_reply,
+    send_command,
 )
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import Arena
@@ -26,8 +28,6 @@ from ublkpool.bufpool.pool.broker_commands import (
     GetStatistics,
     Register,
     RemoveDevice,
-    receive_reply,
-    send_command,
 )
 
 
