@@ -10,7 +10,6 @@ import array
 import os
 import select
 import socket
-import struct
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +19,13 @@ import msgspec
 from ublkpool.bufpool.way_out import naming
 from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
 from ublkpool.ublk.queue import Link, Port, Queue
+from ublkpool.workers.credentials import credentials_of
 
 ASKING_MAX = 8
 """Connections that have not asked yet; one more ends the oldest."""
 _ACCEPTS_PER_TURN_MAX = 64
 _BACKLOG = 16
 _QUESTION_BYTES_MAX = 256
-_PEER = struct.Struct("3i")
 _KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
@@ -140,7 +139,7 @@ class RingLink:
             except OSError:
                 return
             connection.setblocking(False)
-            if _user_of(connection) != self._peer_uid:
+            if credentials_of(connection).uid != self._peer_uid:
                 self._queue.count_strangers(1)
                 connection.close()
                 continue
@@ -213,9 +212,3 @@ class RingLink:
 
 def _bell() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-def _user_of(connection: socket.socket) -> int:
-    """The user at the other end, by the kernel's word."""
-    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    return int(_PEER.unpack(peer)[1])

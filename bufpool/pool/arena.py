@@ -26,7 +26,8 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.pool.control import Control, ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
-from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, huge_bytes, is_sealed, make_data, make_named
+from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, huge_bytes, make_data, make_named
+from ublkpool.bufpool.seals import is_sealed
 
 
 def arena_prefix(instance: str, device_number: int) -> str:

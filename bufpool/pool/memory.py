@@ -7,7 +7,6 @@ beyond the end of a file would be SIGBUS instead.
 """
 
 import errno
-import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -17,10 +16,10 @@ import posix_ipc
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
 from ublkpool.bufpool.pool.memory_room import check_room, mib
+from ublkpool.bufpool.seals import seal
 from ublkpool.bufpool.way_out import explain
 
 SHM_DIRECTORY = Path("/dev/shm")
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_POPULATE_WRITE = 23
 _LOWER = "lower the device's queues, depth or pool"
 
@@ -35,7 +34,7 @@ def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
     try:
         _allocate(fd, size_bytes)
         _make_huge(fd, what, size_bytes, huge)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        seal(fd)
     except OSError as error:
         os.close(fd)
         raise _not_allocated(what, size_bytes, error) from error
@@ -66,14 +65,6 @@ def make_named(name: str, size_bytes: int) -> int:
         is_full = error.errno in (errno.ENOSPC, errno.ENOMEM)
         raise (_no_space(name, size_bytes) if is_full else _not_allocated(name, size_bytes, error)) from error
     return fd
-
-
-def is_sealed(fd: int) -> bool:
-    """Whether its size is sealed."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
-    except OSError:
-        return False
 
 
 def huge_bytes(fd: int, size_bytes: int) -> int:

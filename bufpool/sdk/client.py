@@ -6,7 +6,6 @@ neither a ZeroMQ context nor a loop survives one.
 """
 
 import errno
-import fcntl
 import mmap
 import os
 import socket
@@ -23,6 +22,7 @@ from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, Wire
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.sdk.links import Links, LinkStatistics
 from ublkpool.bufpool.sdk.ring_links import RingLinks
+from ublkpool.bufpool.seals import is_sealed, seal
 from ublkpool.bufpool.way_out import explain, too_long_for_sockets
 
 Transport = Literal["auto", "ring", "zeromq"]
@@ -30,7 +30,6 @@ Transport = Literal["auto", "ring", "zeromq"]
 ATTACH_ANSWER_TIMEOUT_S = 60.0
 _RETRY_INTERVAL_S = 0.05
 _SEGMENTS_MAX = 32
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
 
 
@@ -67,7 +66,7 @@ class OwnSegment:
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(descriptor, 0, size_bytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            seal(descriptor)
             return cls(descriptor, size_bytes)
         except OSError as error:
             os.close(descriptor)
@@ -79,7 +78,7 @@ class OwnSegment:
 
         Raises `BackendError`, having closed it, if it is not a sealed memfd.
         """
-        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        if not is_sealed(descriptor):
             os.close(descriptor)
             raise BackendError("a segment to adopt must be a sealed memfd")
         return cls(descriptor, os.fstat(descriptor).st_size)

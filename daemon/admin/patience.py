@@ -5,7 +5,6 @@ Owns the time limits of the wait and the texts that the user sees meanwhile.  Mu
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ublkpool.daemon.admin.wire import REPLY_BYTES_MAX
 from ublkpool.daemon.errors import DaemonUnreachable
+from ublkpool.workers.credentials import credentials_of
 
 STOPPED_NOTICE_S = 1.0
 """Seconds of silence after which the client looks whether the daemon is stopped (SIGSTOP)."""
@@ -35,7 +35,7 @@ class DaemonLines:
         self._say = say
         self._said = ""
         self._buffer = bytearray()
-        self._pid = _peer_pid(connection)
+        self._pid = credentials_of(connection).pid
 
     def next_line(self) -> bytes:
         """The daemon's next line.  Raises `DaemonUnreachable` if the daemon ends or is silent for `timeout_s`."""
@@ -117,13 +117,6 @@ def _target(link: Path) -> str:
     with suppress(OSError):
         return str(link.readlink())
     return ""
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    """The pid of the process that called listen(2) (SO_PEERCRED)."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid: int = struct.unpack("3i", credentials)[0]
-    return pid
 
 
 def _is_stopped(pid: int) -> bool:

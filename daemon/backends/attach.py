@@ -6,7 +6,6 @@ Owns `RUN_DIR/attach.sock` and the checks on what a backend sends and brings.  M
 
 import asyncio
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
+from ublkpool.bufpool.seals import is_sealed
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.backends.refusals import Refusals, plain
@@ -42,7 +42,6 @@ GENERATION_SEEN_MAX = 1 << 62
 """Leaves room in 64 bits for every generation that a device can reach after it."""
 _DESCRIPTORS_MAX = 4
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 LendBuffer = Callable[[str, socket.socket], tuple[wire.BufferLeased, int | None]]
 """The answer to a client of this device, and memory that is the client's until its connection ends."""
 _log = logging.getLogger("ublkpool.attach")
@@ -94,11 +93,7 @@ def _check_segment(segment_bytes: int, fd: int | None) -> None:
     about = os.fstat(fd)
     if not stat.S_ISREG(about.st_mode) or about.st_size < segment_bytes:
         raise AttachRefused(f"its segment has {about.st_size} bytes, not the {segment_bytes} it says")
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if seals & _SEALS != _SEALS:
+    if not is_sealed(fd):
         raise AttachRefused("its segment must be a memfd with F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL")
     if about.st_blocks * 512 < segment_bytes:
         raise AttachRefused("its segment is not allocated in full: posix_fallocate it")

@@ -1,7 +1,7 @@
-"""Who is at the other end of a unix socket: what the kernel noted when it connected, and whether that one may attach.
+"""The process at the other end of an attach connection, as the kernel recorded it, and whether it may attach.
 
-Owns the checks of process, user and groups.  The socket's mode keeps most away; but a descriptor can be inherited or
-passed on, and a run directory can be opened up by mistake.
+Owns the checks of process, user and groups.  The socket's mode keeps most users away; but a descriptor can be inherited
+or passed on, and the run directory's mode can be changed by mistake.
 """
 
 import errno
@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.workers.credentials import credentials_of
 
-_CREDENTIALS = struct.Struct("3i")
 # include/uapi/asm-generic/socket.h; Python does not name them.
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
@@ -29,14 +29,13 @@ class Peer(NamedTuple):
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """Who connected.  Raises `OSError`."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, gid = _CREDENTIALS.unpack(credentials)
-    return Peer(pid, uid, frozenset((gid, *_more_groups(sock))))
+    """The process that connected.  Raises `OSError`."""
+    pid, uid, gid = credentials_of(sock)
+    return Peer(pid, uid, frozenset((gid, *_supplementary_groups(sock))))
 
 
-def _more_groups(sock: socket.socket) -> tuple[int, ...]:
-    # Python reads no longer option than this: of a user with more groups only the first one counts.
+def _supplementary_groups(sock: socket.socket) -> tuple[int, ...]:
+    # Python reads no longer option than this: a user with more groups is checked by the first group only.
     with suppress(OSError):
         packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
         return struct.unpack(f"{len(packed) // 4}I", packed)
@@ -46,9 +45,8 @@ def _more_groups(sock: socket.socket) -> tuple[int, ...]:
 def peer_pidfd(sock: socket.socket) -> int:
     """A pidfd of the process that connected.
 
-    Raises `ProcessLookupError` if that process has been reaped, `OSError` if no pidfd can be had.  Never opened by the
-    process's number (`pidfd_open`), which may be a later process's by now.  Since Linux 6.5; `sk_getsockopt`,
-    net/core/sock.c.
+    Raises `ProcessLookupError` if that process has been reaped, `OSError` if no pidfd can be opened.  `pidfd_open` would
+    not do: the process number may be a later process's by now.  Since Linux 6.5; `sk_getsockopt`, net/core/sock.c.
     """
     try:
         packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
@@ -62,7 +60,7 @@ def peer_pidfd(sock: socket.socket) -> int:
 
 
 def check_may_attach(peer: Peer, group: int | None) -> None:
-    """Raise `AttachRefused` unless it is root, the daemon's own user or a member of the config's group."""
+    """Raise `AttachRefused` unless the peer is root, the daemon's user or a member of the config's group."""
     if peer.uid in (0, os.geteuid()) or group in peer.groups:
         return
     who = "root and the daemon's user" if group is None else f"root, the daemon's user and group {group}"

@@ -4,7 +4,6 @@ Owns the slices' files: sealed memfds, one each, so that whoever has one sees no
 driver once and for all, see `ublk/control.py`; who has which is `clients.py`'s.
 """
 
-import fcntl
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ import msgspec
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.memory_room import check_room
+from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import slice_name
@@ -26,7 +26,6 @@ from ublkpool.daemon.settings.config import CLIENT_SLICES
 from ublkpool.ublk import queue as core
 
 _log = logging.getLogger("ublkpool.device")
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 USER_UNKNOWN = -1
@@ -193,8 +192,7 @@ def _find_open(wanted: FileId, size_bytes: int, spared: int) -> int | None:
 def _open_slice(path: Path, size_bytes: int) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     with suppress(OSError):
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-        if sealed and os.fstat(fd).st_size == size_bytes:
+        if is_sealed(fd) and os.fstat(fd).st_size == size_bytes:
             return fd
     os.close(fd)
     return None
