@@ -12,7 +12,8 @@ from typing import Any
 
 from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
-from ublkpool.daemon.processes.background import Background, alongside
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.held_names import stderr_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.left_behind import Process, is_alive
@@ -80,7 +81,7 @@ class ManagedBackend:
         Raises `DaemonError` if it ends before, with the device's `reason` unless that is empty; `OSError`.
         """
         self._process.start()
-        async with alongside(self._process.child.wait(), live()) as (ended, becomes_live):
+        async with beside(self._process.child.wait()) as ended, beside(live()) as becomes_live:
             await asyncio.wait((ended, becomes_live), return_when=asyncio.FIRST_COMPLETED)
             if not becomes_live.done():
                 raise self._failed(reason())

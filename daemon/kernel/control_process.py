@@ -213,8 +213,8 @@ def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence
 
 def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
     try:
-        # An END_USER_RECOVERY that outlived the supervisor would complete when the next supervisor's workers fetch their
-        # tags, before that supervisor has begun its own recovery: the device would be live without workers.
+        # An END_USER_RECOVERY that outlived the supervisor would complete when the next one's workers fetch their tags,
+        # before that supervisor has begun its own recovery: the device would be live without workers.
         queue.die_with_parent(parent_pid)
         os.write(writer, _BEGUN)
         answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))

@@ -1,13 +1,13 @@
 """Owners of tasks and of steps that may fail: no failure goes unlogged.
 
-The daemon makes every task here or in an `asyncio.TaskGroup`; `tests/unit/test_task_owners.py` holds that.  Runs on the
-supervisor's asyncio loop.
+A `Background` owns the tasks of an object; `beside.py` owns a task for the length of a block.  The daemon makes tasks
+nowhere else.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ublkpool.bufpool.errors import PoolError
@@ -44,24 +44,6 @@ class Background:
     def _finished(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         _retrieve(task)
-
-
-@asynccontextmanager
-async def alongside(*work: Coroutine[Any, Any, Any]) -> AsyncIterator["tuple[asyncio.Task[Any], ...]"]:
-    """Tasks that run for as long as the block does and are cancelled at its end, in the order of `work`.
-
-    For a block that waits for the first of several events.  Unlike `asyncio.TaskGroup`, a failed task does not end the
-    block: the block reads the results that it needs.
-    """
-    loop = asyncio.get_running_loop()
-    tasks = tuple(loop.create_task(each) for each in work)
-    for task in tasks:
-        task.add_done_callback(_retrieve)
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def owned(what: str, task: "asyncio.Task[T]") -> "asyncio.Task[T]":

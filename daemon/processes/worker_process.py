@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.processes.background import alongside
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.workers import messages
@@ -118,7 +118,7 @@ class WorkerProcess:
         return self.fault or f"queue {self.queue}: its worker ended: {describe_exit(status or 0)}"
 
     async def _or_end(self, wanted: "asyncio.Future[T]") -> T:
-        async with alongside(self.child.wait()) as (end,):
+        async with beside(self.child.wait()) as end:
             await asyncio.wait((wanted, end), return_when=asyncio.FIRST_COMPLETED)
         # Its last messages may still lie in the socket.
         self._hear()
