@@ -9,7 +9,7 @@ import asyncio
 import logging
 import select
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from ublkpool.daemon.admin.wire import (
     encode_line,
 )
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
+from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -79,7 +80,7 @@ class AdminServer:
         self._path = admin_socket(run_dir)
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
-        self._operations: set[asyncio.Task[object]] = set()
+        self._operations = Background("admin")
         self._request_count = 0
         self._failure_count = 0
 
@@ -100,14 +101,14 @@ class AdminServer:
         for reader, writer in self._connections.values():
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             reader.feed_eof()
-        await _end_within(list(self._operations), drain_s)
+        await _end_within(list(self._operations.tasks), drain_s)
         await _end_within(list(self._connections), drain_s)
 
     def statistics(self) -> dict[str, int]:
         """The number of connections and operations now, of requests and failures since the start."""
         return {
             "connections": len(self._connections),
-            "operations": len(self._operations),
+            "operations": len(self._operations.tasks),
             "requests": self._request_count,
             "failures": self._failure_count,
         }
@@ -149,7 +150,7 @@ class AdminServer:
             request = decode_request(line)
         except ConfigError as error:
             return _failed(error)
-        operation = self._start(self._perform(request, writer))
+        operation = self._operations.spawn_awaited(self._perform(request, writer))
         if isinstance(request, WaitRequest | AddRequest):
             await _end_with_client(operation, writer)
         await asyncio.wait({operation})
@@ -157,12 +158,6 @@ class AdminServer:
             return Failed(error="the daemon is stopping", status=STATUS_FAILED)
         failure = operation.exception()
         return Done(result=operation.result()) if failure is None else _failed(failure)
-
-    def _start(self, operation: Coroutine[object, object, object]) -> asyncio.Task[object]:
-        task = asyncio.create_task(operation)
-        self._operations.add(task)
-        task.add_done_callback(self._operations.discard)
-        return task
 
     async def _perform(self, request: Request, writer: asyncio.StreamWriter) -> object:
         match request:

@@ -46,7 +46,8 @@ def peer_pidfd(sock: socket.socket) -> int:
     """A pidfd of the process that connected.
 
     Raises `ProcessLookupError` if that process has been reaped, `OSError` if no pidfd can be opened.  `pidfd_open`
-    would not do: the process number may be a later process's by now.  Since Linux 6.5; `sk_getsockopt`, net/core/sock.c.
+    would not do: the process number may be a later process's by now.
+    Since Linux 6.5 (`sk_getsockopt`, net/core/sock.c).
     """
     try:
         packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)

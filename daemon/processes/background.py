@@ -36,6 +36,11 @@ class Background:
         task.add_done_callback(self._finished)
         return task
 
+    @property
+    def tasks(self) -> "frozenset[asyncio.Task[Any]]":
+        """The tasks that have not ended."""
+        return frozenset(self._tasks)
+
     def cancel(self) -> None:
         """Cancel all tasks but the one that calls this."""
         for task in self._tasks - {asyncio.current_task()}:

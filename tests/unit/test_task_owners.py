@@ -22,7 +22,9 @@ def tasks_without_owner(source: str) -> list[int]:
     groups = set(_groups(tree))
     owned = {id(task) for call in _calls(tree, ("owned",)) for task in call.args}
     return [
-        call.lineno for call in _calls(tree, MAKERS) if id(call) not in owned and _receiver(call) not in groups
+        call.lineno
+        for call in _calls(tree, MAKERS)
+        if id(call) not in owned and _receiver(call) not in groups
     ]
 
 
@@ -45,9 +47,8 @@ def _groups(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.withitem) and isinstance(node.optional_vars, ast.Name):
             if "TaskGroup" in ast.unparse(node.context_expr):
                 yield node.optional_vars.id
-        elif isinstance(node, ast.arg) and node.annotation is not None:
-            if "TaskGroup" in ast.unparse(node.annotation):
-                yield node.arg
+        elif isinstance(node, ast.arg) and node.annotation and "TaskGroup" in ast.unparse(node.annotation):
+            yield node.arg
 
 
 @pytest.mark.parametrize(
