@@ -1,9 +1,9 @@
-"""The tour that `make demo` gives: devices served end to end on a real driver, in a minute, and what came of it.
+"""The tour of `make demo`: serves devices end to end on a real driver for a minute, and shows the results.
 
     python -m support.demo
 
-Needs root and the driver: the Makefile runs it in a guest where the host lacks them.  Everything it makes lies in one
-temporary directory and is gone afterwards; anything that is off ends it with status 1, the reason and the logs.
+Needs root and the driver; without them on the host the Makefile runs it in a guest.  All its files are in one temporary
+directory and are removed at the end; a failure ends it with status 1, the reason and the logs.
 """
 
 import json
@@ -33,13 +33,13 @@ FILE_BYTES = 512 * MIB
 MEMORY_BYTES = 64 * MIB
 FIO_JOB_BYTES = 16 * MIB
 MAX_IO_BYTES = 512 << 10
-# A block at a place of its own, for finding it again in the backend's memory.
+# A distinct block, to find it again in the backend's memory.
 MARK_OFFSET = 48 * MIB  # 768 * 64K
 MARK_BYTES = 64 << 10
 START_DEADLINE_S = 120.0
 COMMAND_DEADLINE_S = 240.0
 LOG_LINES = 40
-# Large, or of no interest: what is left of the standard library is some 8 MB in some 400 files.
+# Left out of the copied standard library, which then has some 8 MB in some 400 files.
 NOT_COPIED = (
     *("__pycache__", "*-packages", "test", "tests", "lib-dynload", "config-*", "ensurepip", "encodings"),
     *("idlelib", "lib2to3", "pydoc_data", "tkinter", "turtledemo", "distutils"),
@@ -47,7 +47,7 @@ NOT_COPIED = (
 
 
 class Failure(Exception):
-    """Something is not as it must be."""
+    """A check of the tour failed."""
 
 
 class Column(NamedTuple):
@@ -61,7 +61,7 @@ class Column(NamedTuple):
 
 
 def main() -> None:
-    """Run the tour; the exit status says whether all was well."""
+    """Run the tour; returns the exit status, 0 if every check passed."""
     signal.signal(signal.SIGTERM, _interrupted)
     started_s = time.monotonic()
     try:
@@ -100,7 +100,7 @@ def _tour(directory: Path) -> None:
 
 
 class Stage:
-    """The daemon, the backends and the mounts of one tour; leaving it ends all of them."""
+    """The daemon, the backends and the mounts of one tour; the end of the context ends all of them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -118,7 +118,7 @@ class Stage:
         self._cleanup.close()
 
     def start(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Start an `ublkpool` command beside us; it ends with the stage at the latest."""
+        """Start an `ublkpool` command in the background; it ends with the stage at the latest."""
         command = [sys.executable, "-m", "ublkpool.daemon", *arguments, "--run-dir", str(self.run_dir)]
         with (self.directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -134,13 +134,13 @@ class Stage:
     def own(
         self, process: "subprocess.Popen[bytes]", patience_s: float = START_DEADLINE_S
     ) -> "subprocess.Popen[bytes]":
-        """Have this process end with the stage."""
+        """End this process with the stage."""
         self._cleanup.callback(_end, process, patience_s)
         return process
 
     @contextmanager
     def mounted(self, node: str) -> Iterator[Path]:
-        """The device's file system, for a while."""
+        """Mount the device's file system for the length of a block."""
         _run("mount", node, str(self.mount_point))
         try:
             yield self.mount_point
@@ -148,15 +148,15 @@ class Stage:
             _run("umount", str(self.mount_point))
 
     def status(self, name: str) -> DeviceStatus:
-        """What `ublkpool list` says of a device."""
+        """A device's status from `ublkpool list`."""
         return next(each for each in self.client.devices() if each.name == name)
 
     def stats(self, name: str) -> DeviceStats:
-        """What `ublkpool stats` says of a device."""
+        """A device's counters from `ublkpool stats`."""
         return self.client.stats(name)[0]
 
     def show_logs(self) -> None:
-        """What the daemon and the backends said, for the one who has to find out."""
+        """The logs of the daemon and the backends."""
         for log in sorted(self.directory.glob("*.log")):
             lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             print(f"\n--- {log.name}", *(lines or ["(empty)"]), sep="\n", file=sys.stderr)
@@ -222,7 +222,7 @@ def _copy_a_tree(stage: Stage, node: str) -> str:
 
 
 def _copied(source: Path, target: Path) -> tuple[dict[str, bytes], int]:
-    """Copy a tree; the digest that each file must have from now on, and how many bytes they are."""
+    """Copy a tree; returns the digest of each file and the total bytes."""
     expected = {}
     tree_bytes = 0
 
@@ -321,12 +321,12 @@ def _stop(stage: Stage) -> None:
 
 
 def _start_fio(stage: Stage, name: str, node: str, jobs: Sequence[int]) -> "subprocess.Popen[bytes]":
-    """A job for each queue, on a CPU whose requests come to that queue, in a part of the disk that is its own."""
+    """A fio job per queue, on a CPU whose requests come to that queue, in its own part of the disk."""
     block_bytes = int(Path(f"/sys/block/{Path(node).name}/queue/logical_block_size").read_text())
     settings = [
         *("[global]", f"filename={node}", "ioengine=libaio", "direct=1", "iodepth=32", "thread=1"),
         *("rw=randwrite", f"bsrange={block_bytes}-{MAX_IO_BYTES}", f"blockalign={block_bytes}"),
-        # Slow enough for a backend to be killed on the way.
+        # Slow enough that a backend can be killed meanwhile.
         "rate=,8m",
         *("verify=crc32c", "verify_fatal=1", "do_verify=1", "randrepeat=1", f"size={FIO_JOB_BYTES}"),
     ]
@@ -339,19 +339,19 @@ def _start_fio(stage: Stage, name: str, node: str, jobs: Sequence[int]) -> "subp
     command = ["fio", "--output-format=json", f"--output={name}.json", f"{name}.fio"]
     with (stage.directory / f"fio-{name}.log").open("wb") as log:
         fio = subprocess.Popen(command, cwd=stage.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    # While its requests wait for a backend it cannot end; when the daemon ends they fail.
+    # fio cannot end while its requests wait for a backend; they fail when the daemon ends.
     return stage.own(fio, patience_s=1.0)
 
 
 def _fio_result(stage: Stage, name: str, fio: "subprocess.Popen[bytes]") -> int:
-    """How many bytes it wrote and verified."""
+    """Wait for fio; returns the bytes that it wrote and verified."""
     try:
         status = fio.wait(COMMAND_DEADLINE_S)
     except subprocess.TimeoutExpired:
         raise Failure(f"fio has not ended after {COMMAND_DEADLINE_S:.0f} s") from None
     if status:
         raise Failure(f"fio ended with status {status}")
-    # Where fio has something to remark it does so before the JSON.
+    # fio prints warnings before the JSON.
     text = (stage.directory / f"{name}.json").read_text()
     jobs = json.loads(text[text.index("{") :])["jobs"]
     written, read = (sum(each[way]["io_bytes"] for each in jobs) for way in ("write", "read"))
@@ -361,9 +361,9 @@ def _fio_result(stage: Stage, name: str, fio: "subprocess.Popen[bytes]") -> int:
 
 
 def _settled(stage: Stage, name: str) -> DeviceStats:
-    """The numbers of a device that has nothing to do any more.  Raises `Failure` if they are not what they must be."""
+    """The counters of a device at rest.  Raises `Failure` if one is wrong."""
     assert stage.daemon is not None
-    # A client has its answer a moment before its worker has counted it.
+    # A client gets its answer a moment before the worker counts it.
     _wait_for(stage.daemon, lambda: not _in_flight(stage, name))
     stats = stage.stats(name)
     _check_stats(stats)
@@ -462,7 +462,7 @@ def _answers(client: AdminClient) -> bool:
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", condition: Callable[[], bool]) -> None:
-    """Wait until it holds, unless the process that is to bring it about ends, or takes too long."""
+    """Wait until the condition holds.  Raises `Failure` if the process ends first, or after the deadline."""
     deadline_s = time.monotonic() + START_DEADLINE_S
     while not condition():
         if process.poll() is not None:
@@ -505,7 +505,7 @@ def _files(tree: Path) -> list[Path]:
 
 
 def _traces() -> set[str]:
-    """Everything of ours that a machine could be left with."""
+    """All files, devices and processes of ours that could be left on the machine."""
     patterns = (("/dev", "ublk[bc]*"), ("/dev/shm", "ublkpool-*"))
     return {str(path) for directory, pattern in patterns for path in Path(directory).glob(pattern)}
 
@@ -520,7 +520,7 @@ def _title(text: str) -> None:
 
 @contextmanager
 def _step(command: str) -> Iterator[Callable[[str], None]]:
-    """Show a command as one would type it, then what came of it and how long it took."""
+    """Show a command as a user would type it, then its result and how long it took."""
     said: list[str] = []
     started_s = time.monotonic()
     print(f"  $ {command}", flush=True)
@@ -538,7 +538,7 @@ def _dim(text: str) -> str:
 
 
 def _in_colour() -> bool:
-    # In a guest our output is a pipe; the Makefile knows whether a terminal is behind it.
+    # In a guest the output is a pipe; the Makefile passes whether it goes to a terminal.
     return os.environ.get("UBLKPOOL_COLOUR") == "1" or sys.stdout.isatty()
 
 

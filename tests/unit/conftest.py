@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, settings
 from support.fakes.worker import FakeWorker
 from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
 
-# A busy machine is slow, and hypothesis would take a slow example for a failure.
+# On a busy machine hypothesis would report a slow example as a failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
 def loggers() -> Iterator[None]:
-    """A test that sets logging up, as every command does, leaves nothing of that to the next test."""
+    """Restore the logging configuration after a test that changes it, as every command does."""
     kept = [
         (each, each.handlers[:], each.propagate, each.level)
         for each in map(logging.getLogger, ("ublkpool", "asyncio"))
@@ -29,14 +29,14 @@ def loggers() -> Iterator[None]:
 
 @pytest.fixture(params=["zeromq", "ring"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What fake workers offer to backends: a test that asks for it runs over both."""
+    """The transport that fake workers offer to backends; a test with this fixture runs once over each."""
     monkeypatch.setattr(FakeWorker, "transport", request.param)
     return str(request.param)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[DriverStatistics]:
-    """What every loop has counted when it ends."""
+    """The counters of every loop at its end."""
     counted: list[DriverStatistics] = []
     close = RingDriver.close
 

@@ -1,4 +1,4 @@
-"""The attach server with connections from a test and a device that takes whoever comes."""
+"""The attach server, with connections from a test and a device that accepts every backend."""
 
 import asyncio
 import socket
@@ -19,13 +19,13 @@ ATTACH = wire.Attach(v=1, device=DEVICE, kind="test")
 
 
 def open_files() -> list[str]:
-    """What this process has open, but for what a look at it opens."""
+    """The open descriptors of this process, without those that reading the list opens."""
     targets = [str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
     return sorted(each for each in targets if not each.startswith("/proc/"))
 
 
 class Door:
-    """A server that takes connections from the test, and the sessions that it admitted."""
+    """An attach server with connections from the test, and the sessions that it accepted."""
 
     def __init__(self, run_dir: Path, group: int | None = None) -> None:
         self.server = AttachServer(
@@ -67,7 +67,7 @@ class Door:
         return wire.BufferLeased(path="/dev/ublkb7", size_bytes=size_bytes), self.buffer_fd
 
     def connect(self) -> socket.socket:
-        """A new connection; the caller's end."""
+        """A new connection; returns the test's end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         theirs.setblocking(False)
         ours.setblocking(False)
@@ -75,7 +75,7 @@ class Door:
         return ours
 
     async def say(self, packet: bytes | wire.BackendMessage, *files: int) -> wire.DaemonMessage | None:
-        """What a new connection is answered; None if it is closed without a word."""
+        """The answer to a new connection; None if the server closes it without one."""
         with self.connect() as connection:
             data = packet if isinstance(packet, bytes) else wire.encode_message(packet)
             with suppress(BrokenPipeError):
@@ -116,7 +116,7 @@ async def until(check: Callable[[], bool], what: str) -> None:
 
 
 def at_the_door(run_dir: Path, scene: Callable[[Door], Coroutine[Any, Any, None]]) -> None:
-    """Play a scene; at its end no descriptor may be left."""
+    """Run a scene, and check that it leaves no descriptor open."""
     before = open_files()
 
     async def play() -> None:

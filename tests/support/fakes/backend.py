@@ -1,8 +1,8 @@
-"""A backend on the wire's descriptors, without a socket: one object is one life of a backend process.
+"""A backend on the level of wire descriptors, without a socket: one object is one life of a backend process.
 
-Owns what the process would: the requests it was given, its own segment.  Its `Store` outlives it.  It checks that the
-worker keeps to the protocol, scribbles over regions that are its own again and names them anew, and can lie
-(`liar.py`).  It does not know whether anybody hears its answers.
+Owns the state of such a process: its requests and its own segment.  Its `Store` outlives it.  It checks that the
+worker keeps to the protocol, overwrites released regions and names them again, and can send wrong answers
+(`liar.py`).  It does not know whether its answers arrive.
 """
 
 import errno
@@ -17,7 +17,7 @@ Key = tuple[int, int]
 
 
 class Store:
-    """What survives a backend's death; offsets are the device's."""
+    """The data that survives a backend's death, by offset of the device."""
 
     def __init__(self, base_offset: int, size_bytes: int) -> None:
         self._base = base_offset
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class FakeBackend:
-    """One life: from HELLO on every queue until it is killed."""
+    """One life of a backend: from HELLO on every queue until it is killed."""
 
     def __init__(
         self, rig: Rig, drivers: list[FakeDriver], store: Store, segment: int, rng: random.Random
@@ -55,25 +55,25 @@ class FakeBackend:
         rig.areas[segment] = self.segment
         self._free = [index * plan.max_io_bytes for index in range(cells)]
         self.named: dict[Key, int] = {}
-        """The region of its segment that a tag has, from PLACED or a read's DONE on until RELEASE."""
+        """The region of the segment lent to each tag, from PLACED or a read's DONE until RELEASE."""
         self.posted: dict[tuple[int, int], int] = {}
-        """How many bytes are posted to a queue at an offset of the segment, until a write comes there."""
+        """The bytes posted to each queue at each offset of the segment, until a write uses them."""
         self.placing: dict[Key, Descriptor] = {}
         self.given: dict[Key, Descriptor] = {}
         self.executed: dict[Key, Answer] = {}
         self.welcomed: set[int] = set()
         self.seen: list[Descriptor] = []
-        """Every descriptor received, for tests to look at."""
+        """All received descriptors, for tests."""
         self.error_rate = 0.0
-        """How often a request fails on purpose."""
+        """The probability that a request fails."""
         self.reuses_answered = False
-        """Against the protocol: a write's region is its own again from DONE on."""
+        """A breach of the protocol: the backend reuses a write's region from DONE on, before RELEASE."""
 
     def hello(self, queue: int) -> bytes:
         return Descriptor(Kind.HELLO, device=DEVICE, queue=queue, epoch=self._rig.plan.epoch).pack()
 
     def receive(self, queue: int, frame: bytes) -> None:
-        """Descriptors of one queue's worker."""
+        """Take descriptors from one queue's worker."""
         for each in iter_frame(frame):
             assert (each.device, each.queue, each.reserved) == (DEVICE, queue, 0)
             assert each.epoch == self._rig.plan.epoch
@@ -106,7 +106,7 @@ class FakeBackend:
             self._accept_request(key, each)
 
     def _use_post(self, key: Key, each: Descriptor) -> None:
-        """A write lies where it was not asked for, or will not come after all."""
+        """Handle the end of a posted region: a write used it, or it comes back unused."""
         room = self.posted.pop((key[0], each.buffer), 0) if each.segment == self.segment.number else 0
         assert room >= each.length or self.reuses_answered, f"{each}: nothing is posted there"
         if room:
@@ -131,7 +131,7 @@ class FakeBackend:
         self._free.append(cell)
 
     def _take_cell(self, length: int) -> int | None:
-        """Room for a request, not always at the beginning of a cell."""
+        """A free region for a request, not always at the beginning of a cell."""
         if not self._free:
             return None
         block = self._rig.plan.block_bytes
@@ -139,7 +139,7 @@ class FakeBackend:
         return self._free.pop() + self._rng.randint(0, room) * block
 
     def post(self, queue: int) -> bytes | None:
-        """A region for whichever write comes; None when enough are out, so that PLACE has what it needs."""
+        """A region to post for any write; None if enough are posted, so that PLACE finds regions."""
         plan = self._rig.plan
         size = self._rng.choice([each.buffer_bytes for each in plan.geometry.classes])
         same = [at for (of, at), posted in self.posted.items() if (of, posted) == (queue, size)]
@@ -152,12 +152,12 @@ class FakeBackend:
         return self.post_at(queue, cell, size).pack()
 
     def post_at(self, queue: int, buffer: int, size: int) -> Descriptor:
-        """A POST, whether or not it is right."""
+        """A POST, valid or not."""
         return Descriptor(Kind.POST, 0, 0, DEVICE, queue, 0, self._rig.plan.epoch, 0, 0, size, 0, self.segment.number,
                           buffer)  # fmt: skip
 
     def place(self, key: Key) -> bytes | None:
-        """Answer a PLACE; None while there is no room."""
+        """Answer a PLACE; None while no region is free."""
         each = self.placing[key]
         cell = self._take_cell(each.length)
         if cell is None:
@@ -173,7 +173,7 @@ class FakeBackend:
         return self.placing.pop(key).answer(Kind.REJECT, result).pack()
 
     def execute(self, key: Key, blocks: int | None = None) -> bool:
-        """Do what a request says, all or so many blocks of it, without answering; False while there is no room."""
+        """Execute a request, or `blocks` of it, without answering; False while no region is free."""
         each = self.given[key]
         length = each.length if blocks is None else min(each.length, blocks * self._rig.plan.block_bytes)
         result, cell = length, None
@@ -186,7 +186,7 @@ class FakeBackend:
                 if cell is None:
                     return False
             self._fill(each, cell, length)
-            # 7.x tells the client that all of it was read.
+            # 7.x reports to the client that everything was read.
             self._drivers[key[0]].request_at(key[1]).may_fail |= (
                 each.segment == SEGMENT_SLICE and length < each.length
             )
@@ -194,7 +194,7 @@ class FakeBackend:
             self._change(each, length)
             result = length if each.op == Op.WRITE else 0
             if result < each.length and each.op == Op.WRITE:
-                # A write that is stored in part fails: 7.x would tell the client that all of it was written.
+                # A write that was stored in part fails, because 7.x would report it as complete.
                 self._drivers[key[0]].request_at(key[1]).may_fail = True
         del self.given[key]
         self.executed[key] = Answer(self._answer(each, result, cell), cell, each)
@@ -234,7 +234,7 @@ class FakeBackend:
         return answer.descriptor.pack()
 
     def scribble(self, queue: int) -> None:
-        """A backend that nobody listens to may still write into every read buffer that it was lent."""
+        """After its link is cut, a backend may still write into every read buffer that it was lent."""
         for key, answer in self.executed.items():
             each = answer.request
             if each.queue == queue and each.op == Op.READ and each.segment == SEGMENT_POOL:
@@ -243,7 +243,7 @@ class FakeBackend:
                 self._rig.pool.view[each.buffer : each.buffer + each.length] = bytes([POISON]) * each.length
 
     def forget(self, key: Key) -> None:
-        """A wrong answer has ended an executed request; the region that a read did not name was never lent."""
+        """Forget an executed request that a wrong answer ended; a region that a read did not name was never lent."""
         answer = self.executed.pop(key)
         if answer.cell is not None:
             self._own_again(answer.cell)

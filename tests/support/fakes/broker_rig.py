@@ -1,4 +1,4 @@
-"""A broker that really runs, and workers' ends of its protocol: for tests, which are a daemon and workers to it."""
+"""A real broker process, for tests that play the daemon and the workers."""
 
 import os
 import socket
@@ -57,7 +57,7 @@ def receive_reply(control: socket.socket) -> Reply:
 
 
 class BrokerProcess:
-    """A broker that really runs, and the daemon's end of its control socket."""
+    """A real broker process, and the daemon's end of its control socket."""
 
     def __init__(self, endpoint: str, exit_on_eof: bool = True) -> None:
         self.control, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -80,7 +80,7 @@ class BrokerProcess:
         return reply
 
     def wait(self) -> tuple[int, str]:
-        """Exit status and what was logged."""
+        """Wait for the broker; returns its exit status and log."""
         _, logged = self.process.communicate(timeout=WAIT_MS / 1000)
         return self.process.returncode, logged
 
@@ -142,7 +142,7 @@ class Worker:
         self.socket.send(self.frame(Kind.RETURN, op, slots))
 
     def receive(self) -> list[Descriptor]:
-        """The next message, its grants taken."""
+        """The next message, after taking its grants."""
         assert self.socket.poll(WAIT_MS), "the broker says nothing"
         descriptors = []
         for frame in self.socket.recv_multipart():
@@ -153,7 +153,7 @@ class Worker:
         return descriptors
 
     def take(self) -> list[Descriptor]:
-        """The next message that is not a question; questions are answered on the way."""
+        """The next message that is not a question; answers questions before it."""
         while True:
             received = self.receive()
             rest = [each for each in received if each.op != OP_SYNC_ASKED]

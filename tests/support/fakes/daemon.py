@@ -1,4 +1,4 @@
-"""A device service of dictionaries behind the real admin server, on a real socket, in a thread of its own."""
+"""A device service made of dictionaries, behind the real admin server on a real socket, in a thread of its own."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ _Bools = list[bool]
 
 
 class FakeService:
-    """Devices are live at once if they have a backend, else when `attach` is called."""
+    """A `DeviceService`: a device with a backend is live at once, another when the test sets its state."""
 
     def __init__(self) -> None:
         self.configs: dict[str, DeviceConfig] = {}
@@ -137,7 +137,7 @@ def _stats(name: str) -> DeviceStats:
 
 
 class FakeDaemon:
-    """The service, the server, and the loop they run on."""
+    """The service, the server, and their loop."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -146,7 +146,7 @@ class FakeDaemon:
         self.loop = asyncio.new_event_loop()
 
     def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run this on the daemon's loop, from a test."""
+        """Run a coroutine on the daemon's loop, from the test's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=20)
 
 

@@ -1,7 +1,7 @@
-"""The driver's half of a queue, after drivers/block/ublk_drv.c: it fails the test at any command it would refuse.
+"""The driver's side of a queue, modelled on drivers/block/ublk_drv.c: it fails the test at a command that would fail.
 
-Owns who has a tag and moves the bytes between requests and the addresses that the core names.  When something happens
-is the test's choice: `deliver`, `copy`, `consume` and `stop` are one event each.
+Owns the state of each tag, and copies data between requests and the addresses that the core names.  The test decides
+when an event happens: `deliver`, `copy`, `consume` and `stop` are one event each.
 """
 
 import enum
@@ -24,7 +24,7 @@ ERRNO_MAX = 4095
 
 
 class Holder(enum.Enum):
-    """Who is to speak next about a tag."""
+    """The side whose turn it is on a tag."""
 
     NOBODY = "not fetched"
     DRIVER = "a command is outstanding and no request"
@@ -42,12 +42,12 @@ class Request:
         self.data = data
         self.received = bytearray(sectors * SECTOR_BYTES if op == Op.READ else 0)
         self.done = 0
-        """Sectors that earlier commits have moved."""
+        """Sectors that earlier commits completed."""
         self.result: int | None = None
-        """Bytes, 0 or a negative errno once it is answered."""
+        """The result once answered: bytes, 0 or a negative errno."""
         self.may_fail = False
         self.client_buffer: int | None = None
-        """Where its data lies in the client area, if the client took its buffer from there."""
+        """The offset of its data in the client area, if the client's buffer is from there."""
 
     @property
     def left(self) -> int:
@@ -62,7 +62,7 @@ class Request:
 
 
 class FakeDriver:
-    """One hardware queue as the kernel sees it."""
+    """One hardware queue on the kernel's side."""
 
     def __init__(self, side: Side) -> None:
         self.side = side
@@ -73,11 +73,11 @@ class FakeDriver:
         self.named: dict[int, tuple[int, int]] = {}
         """The (segment, offset) that the backend named for a tag's write."""
         self.posted: set[tuple[int, int]] = set()
-        """The same, posted for whichever write comes."""
+        """The (segment, offset) of each region posted for any write."""
         self.again: deque[Request] = deque()
-        """Requests, or what is left of them, that the block layer sends again."""
+        """Requests, or their remaining parts, that the block layer will send again."""
         self.sent_back: set[int] = set()
-        """Tags whose data could not be copied: the server learns of it only from the next request."""
+        """Tags whose data could not be copied; the server notices only at the next request."""
         self.finished: list[Request] = []
         self.stopping = False
         self.copied_bytes = 0
@@ -87,7 +87,7 @@ class FakeDriver:
 
     @property
     def outstanding(self) -> int:
-        """Requests that were delivered or are to be sent again, and have no answer."""
+        """Requests without an answer: delivered, or to be sent again."""
         return sum(each is not None for each in self.requests) + len(self.again)
 
     def request_at(self, tag: int) -> Request:
@@ -96,7 +96,7 @@ class FakeDriver:
         return found
 
     def deliver(self, tag: int, request: Request, copied: int | None = None) -> None:
-        """The request arrives at a fetched tag; `copied` limits the sectors copied at once, without need_get_data."""
+        """Deliver a request to a fetched tag; without need_get_data `copied` limits the sectors copied at once."""
         assert self.holders[tag] is Holder.DRIVER and request.result is None
         self.requests[tag] = request
         self._describe(tag, request.left)
@@ -108,7 +108,7 @@ class FakeDriver:
         self._complete(tag, Holder.SERVER, 0)
 
     def copy(self, tag: int, sectors: int | None = None) -> None:
-        """Copy a write's data, all or so many sectors of it; 0 puts it back to be sent again."""
+        """Copy a write's data, or `sectors` of it; 0 requeues the request."""
         assert self.holders[tag] is Holder.COPYING
         if sectors == 0:
             self.again.appendleft(self.request_at(tag))
@@ -120,7 +120,7 @@ class FakeDriver:
         self._complete(tag, Holder.SERVER, 0)
 
     def consume(self, most: int | None = None) -> int:
-        """io_uring_enter takes commands; how many."""
+        """io_uring_enter(2) takes commands; returns their number."""
         commands = self.side.commands(most)
         for command in commands:
             self._consume(command)
@@ -130,7 +130,7 @@ class FakeDriver:
         return len(commands)
 
     def stop(self) -> None:
-        """The device goes: what is outstanding is aborted, now and at every later command."""
+        """Stop the device: abort what is outstanding now, and at every later command."""
         self.stopping = True
         while self.again:
             self._answer(self.again.popleft(), -errno.EIO)
@@ -152,7 +152,7 @@ class FakeDriver:
     def _copy_in(self, tag: int, sectors: int | None) -> None:
         request = self.request_at(tag)
         if request.is_in_place:
-            # What the server sees from here on is its own address (ublk_get_data), or still where the data lies.
+            # From here on the server sees its own address (ublk_get_data), or still that of the data.
             if self.side.rig.plan.need_get_data:
                 self.side.descriptors[tag].address = self.addresses[tag]
             return
@@ -179,7 +179,7 @@ class FakeDriver:
         self.holders[tag] = Holder.DRIVER
 
     def _accept(self, command: Command, length: int) -> None:
-        """Note where a write's data goes, which must be the place that was agreed on."""
+        """Record the address of a write's data, which must be the agreed one."""
         if command.op == GET_DATA and self.request_at(command.tag).is_in_place:
             assert command.address, f"{command}: no address"
             self.addresses[command.tag] = command.address
@@ -244,7 +244,7 @@ class FakeDriver:
         self.finished.append(request)
 
     def _release(self, tag: int) -> None:
-        """Nobody uses the tag's buffer from here on; what was in it must not matter."""
+        """Overwrite the tag's buffer, which no side may use from here on."""
         self.requests[tag] = None
         self.named.pop(tag, None)
         slot = self.side.rig.ledger.stop((self.side.number, tag))

@@ -1,4 +1,4 @@
-"""A backend whose reads come out of four regions: most of a burst waits for one that comes back."""
+"""A backend with four regions for reads, so that most requests of a burst wait for a released region."""
 
 from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
 

@@ -1,6 +1,6 @@
-"""A backend in functions whose reads wait until a file is there: zeros, as large as `size` says.
+"""A backend of functions whose reads wait until a file exists; it reads zeros and has `size` bytes.
 
-`asked=PATH` is made when the first read has come; reads are answered while `gate=PATH` exists.  Writes are thrown away.
+Creates `asked=PATH` at the first read; answers reads while `gate=PATH` exists; discards writes.
 """
 
 import time

@@ -1,7 +1,7 @@
-"""Everything a backend can say wrong, each with what the worker must make of it.
+"""Every wrong answer that a backend can send, with the worker's required reaction.
 
-A lie starts from a true answer to a request that is being served or placed.  `CUT` lies end the link, `STALE` ones are
-dropped and counted, and only those of `lies_about` may cost their own request its success.
+A wrong answer is a change to the correct answer of a request that is being served or placed.  `CUT` ones end the link,
+`STALE` ones are dropped and counted, and only those of `lies_about` may make their own request fail.
 """
 
 import random
@@ -12,7 +12,7 @@ from ublkpool.bufpool.wire import DESCRIPTORS_PER_FRAME_MAX, Descriptor, Flag, K
 
 
 class Scene(NamedTuple):
-    """What a liar knows: a request it was given, its segment, and the device."""
+    """The facts for a wrong answer: a request, the backend's segment, and the device."""
 
     request: Descriptor
     segment: int
@@ -29,11 +29,11 @@ class Scene(NamedTuple):
         return answer._replace(segment=self.segment, buffer=buffer)
 
     def answer(self) -> Descriptor:
-        """An answer of the kind that is waited for."""
+        """A correct answer to the request."""
         return self.placed() if self.request.kind == Kind.PLACE else self.done()
 
     def region(self, buffer: int, segment: int | None = None) -> Descriptor:
-        """A region named for this request: PLACED for a write, a read's DONE."""
+        """An answer that names a region for this request: PLACED for a write, DONE for a read."""
         named = self.placed() if self.request.kind == Kind.PLACE else self.done(self.block_bytes)
         return named._replace(
             flags=Flag.REGION if named.kind == Kind.DONE else 0,
@@ -99,7 +99,7 @@ REJECTS: dict[str, Lie] = {
 
 
 def posts_that_lie(true: Descriptor, segment_bytes: int, block_bytes: int) -> dict[str, Descriptor]:
-    """What must not be posted, whatever lies in the segment."""
+    """Posts that are invalid whatever the segment contains."""
     return {
         "past the end": true._replace(buffer=segment_bytes),
         "half past the end": true._replace(buffer=segment_bytes - true.length + block_bytes),
@@ -117,7 +117,7 @@ def posts_that_lie(true: Descriptor, segment_bytes: int, block_bytes: int) -> di
 
 
 def lies_about(request: Descriptor) -> dict[str, Lie]:
-    """Lies that cut the link and may cost the request its success."""
+    """Wrong answers that cut the link and may make the request fail."""
     if request.kind == Kind.PLACE:
         return REGIONS | REJECTS
     if request.op == Op.READ:

@@ -1,4 +1,4 @@
-"""A queue's link over a real socket, with a queue core behind it and backends' sockets that the test speaks through."""
+"""A queue's link over a real socket, with a queue core behind it, and backends' sockets for the test."""
 
 import os
 import time
@@ -19,10 +19,10 @@ HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=3).pack()
 
 
 class Wire:
-    """A queue's link over a real socket, and a backend's socket that the test reads or does not."""
+    """A queue's link over a real socket, and a backend's socket that the test may read."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", path: Path) -> None:
-        # The gate answers for all sockets of the worker's context, and the backend has its own process.
+        # The ZAP handler serves all sockets of the worker's context; a real backend has a process of its own.
         self._theirs: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sockets: list[zmq.Socket[bytes]] = []
         self.desk = Desk(need_get_data=False, depth=1, connected=False)
@@ -31,7 +31,7 @@ class Wire:
         self.link = BackendLink(context, path, self.desk.queue, 0o600, None)
 
     def expect(self, user: int | None = None) -> None:
-        """The backend may come, as this user or ours."""
+        """Expect a backend of this user (default: this process's)."""
         self.desk.expect()
         self.link.expect(TOKEN, os.getuid() if user is None else user)
 
@@ -41,21 +41,21 @@ class Wire:
         socket.setsockopt(zmq.ROUTING_ID, token)
         socket.setsockopt(zmq.RCVHWM, 1)
         socket.setsockopt(zmq.LINGER, 0)
-        # A connection that is refused or ends is tried again at once.
+        # ZeroMQ reconnects at once after a refused or ended connection.
         socket.setsockopt(zmq.RECONNECT_IVL, 1)
         socket.connect(f"ipc://{self.path}")
         self._sockets.append(socket)
         return socket
 
     def serve(self) -> None:
-        """A backend comes and says HELLO."""
+        """Connect a backend, which sends HELLO."""
         self.expect()
         self.backend = self.connect()
         self.backend.send(HELLO)
         self.until(lambda: self.desk.queue.link is Link.UP, "the link is up")
 
     def until(self, check: Callable[[], bool], what: str) -> None:
-        """Turn the link until this is so."""
+        """Run the link until the condition holds."""
         deadline_s = time.monotonic() + WAIT_MS / 1000
         while not check():
             assert time.monotonic() < deadline_s, f"not in time: {what}"
@@ -63,7 +63,7 @@ class Wire:
             time.sleep(0.001)
 
     def gate_until(self, check: Callable[[], bool]) -> bool:
-        """Only let connections in, until this is so; whether it came in time."""
+        """Only accept connections until the condition holds; returns whether it held in time."""
         deadline_s = time.monotonic() + WAIT_MS / 1000
         while not check() and time.monotonic() < deadline_s:
             self.link._gate.turn()
@@ -76,7 +76,7 @@ class Wire:
         self._theirs.term()
 
     def guess(self, sequence: int) -> None:
-        """A request comes; the backend answers it without having read it."""
+        """Deliver a request; the backend answers without having read it."""
         self.desk.read(0, 0)
         self.link.turn()
         done = Descriptor(Kind.DONE, device=DEVICE, epoch=3, sequence=sequence, result=512)

@@ -1,7 +1,6 @@
 """The worker's end of a queue's link, over frames and through rings, for tests.
 
-The rings are written here after docs/PROTOCOL.md and not after the code that both real ends share, so that the two
-check each other.
+The rings here follow docs/PROTOCOL.md and use none of the code that both real ends share, so each checks the other.
 """
 
 import array
@@ -29,7 +28,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class FakeLink(Protocol):
-    """What a fake worker does with one queue's link."""
+    """One queue's link of a fake worker."""
 
     def expect(self, token: bytes) -> None: ...
     def send_frame(self, frame: bytes) -> None: ...
@@ -51,7 +50,7 @@ class FakeFrames:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        # A socket of ours: ZeroMQ's thread would remove the file of its own late, and with it a successor's.
+        # A socket made here, because ZeroMQ's thread would remove its file late, and then the file of the next socket.
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(self._path))
@@ -85,7 +84,7 @@ class FakeFrames:
 
 
 def sealed_memory(size_bytes: int, seals: int = _SEALS) -> int:
-    """A memfd that nobody can make smaller or larger."""
+    """A memfd sealed against shrinking and growing."""
     file = os.memfd_create("test-rings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(file, size_bytes)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
@@ -93,13 +92,13 @@ def sealed_memory(size_bytes: int, seals: int = _SEALS) -> int:
 
 
 def say_opened(connection: socket.socket, entries: int, files: list[int]) -> None:
-    """The worker's answer: these are the rings."""
+    """The worker's answer with the rings."""
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
     connection.sendmsg([msgspec.json.encode(wire.RingOpened(entries=entries))], [rights])
 
 
 class FakeRings:
-    """A listener, and the rings of whoever has asked last."""
+    """A listener, and the rings of the last backend that asked."""
 
     def __init__(self, path: Path, entries: int = ENTRIES) -> None:
         self.token = b""
@@ -119,7 +118,7 @@ class FakeRings:
         return listener
 
     def expect(self, token: bytes) -> None:
-        """The next one is the backend with this token; the last one has its rings no more."""
+        """Expect the backend with this token; forget the rings of the last one."""
         self.hang_up()
         self.token = token
 
@@ -144,7 +143,7 @@ class FakeRings:
         os.close(file)
 
     def _begin(self) -> None:
-        # So that indexes wrap around in every test.
+        # Just below the wrap-around, so that indexes wrap in every test.
         self._written = self._read = self.begun = -self.entries & 0xFFFFFFFF
         for at in (TAIL, HEAD):
             self.put(TO_BACKEND + at, self.begun)
@@ -152,7 +151,7 @@ class FakeRings:
 
     @property
     def bell_rang(self) -> bool:
-        """Whether the backend has rung since it was last heard."""
+        """Whether the backend has rung the doorbell and this end has not read it yet."""
         return bool(select.select([self._bell_in], [], [], 0)[0])
 
     def get(self, at: int) -> int:
@@ -180,7 +179,7 @@ class FakeRings:
     def publish(self, tail: int) -> None:
         """Let the backend see entries up to `tail`."""
         self.put(TO_BACKEND + TAIL, tail)
-        # A system call that takes a lock in the kernel, and with it a full barrier, which Python has no other way to.
+        # A system call with a lock in the kernel is a full barrier; Python has no other.
         os.sched_yield()
         if self.get(TO_BACKEND + SLEEPING):
             self.put(TO_BACKEND + SLEEPING, 0)
@@ -205,7 +204,7 @@ class FakeRings:
             left_s = 0 if self._waits() else max(0.0, deadline_s - time.monotonic())
             heard, _, _ = select.select([self._bell_in], [], [], left_s)
             self.put(TO_WORKER + SLEEPING, 0)
-            # A bell may be a late one, for what was read already.
+            # A doorbell may come late, for entries that were read already.
             if heard:
                 os.eventfd_read(self._bell_in)
             elif not self._waits():

@@ -1,4 +1,4 @@
-"""A worker's loop in a thread, between a supervisor's socket and backends that the test plays."""
+"""A worker's loop in a thread; the test plays the supervisor and the backends."""
 
 import os
 import select
@@ -27,7 +27,7 @@ HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=1).pack()
 
 
 class NoRing:
-    """Polls what is watched, as the ring does, and has no commands."""
+    """A ring without commands: polls the watched descriptors."""
 
     def __init__(self, queue: Queue, _char_fd: int, spin_us: int = 0) -> None:
         self._queue = queue
@@ -39,10 +39,10 @@ class NoRing:
             del self._watched[index]
 
     def use_port(self, port: object, bell_in: int = -1, bell_out: int = -1) -> None:
-        """Nobody asks for one."""
+        """Not used without io_uring."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def run(self, timeout_ms: int) -> int:
         poller = select.poll()
@@ -67,7 +67,7 @@ class LoopRig:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._descriptors = _native.ffi.new("struct uq_iod[]", 4)
         self._worker = worker
-        # An io_uring belongs to the thread that made it.
+        # The loop is made in its thread, because an io_uring belongs to the thread that made it.
         self._thread = threading.Thread(target=self._run, args=(directory,))
         self._thread.start()
 
@@ -108,7 +108,7 @@ class LoopRig:
         return messages.decode_from_worker(packet)
 
     def expect(self, user: int | None = None) -> None:
-        """Tell the worker of a backend, and hear that it may come."""
+        """Tell the worker to expect a backend, and wait for its confirmation."""
         uid = os.getuid() if user is None else user
         messages.send(self.supervisor, messages.Expect(TOKEN.hex(), 0, 0, False, uid))
         assert self.news() == messages.Expecting()
@@ -146,7 +146,7 @@ class LoopRig:
         return peer
 
     def lose(self) -> None:
-        """The backend is dead."""
+        """Tell the worker that the backend is dead, and wait for its confirmation."""
         messages.send(self.supervisor, messages.Lost())
         assert self.news() == messages.LetGo()
 
@@ -155,7 +155,7 @@ class LoopRig:
         return read_statistics(block).counters[name]
 
     def close(self) -> None:
-        # Without a supervisor a loop that has not fetched ends.
+        # A loop without fetched tags ends when the supervisor's socket closes.
         self.supervisor.close()
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()

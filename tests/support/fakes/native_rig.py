@@ -1,6 +1,6 @@
-"""A native engine on plain memory: frames in, answers out, and no worker.
+"""A native engine on plain memory, without a worker: frames in, answers out.
 
-Owns the pool, the own segment and a slice of a client area, each between two guards: memory that no request may touch.
+Owns the pool, the own segment and a slice of a client area, each between two guard areas that no request may touch.
 """
 
 from collections.abc import Iterable
@@ -18,19 +18,19 @@ _GUARD = b"\xa5" * GUARD_BYTES
 
 
 class Area:
-    """Memory between two guards."""
+    """Memory between two guard areas."""
 
     def __init__(self, size_bytes: int) -> None:
         self._all = bytearray(_GUARD + bytes(size_bytes) + _GUARD)
         self.view = memoryview(self._all)[GUARD_BYTES : GUARD_BYTES + size_bytes]
 
     def is_intact(self) -> bool:
-        """Whether nobody has written beside it."""
+        """Whether the guard areas are unchanged."""
         return self._all.startswith(_GUARD) and self._all.endswith(_GUARD)
 
 
 class NativeRig:
-    """One engine and what it works on; sizes are bytes.  The own segment may be larger than the device."""
+    """One engine and its memory; sizes in bytes.  The own segment may be larger than the device."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class NativeRig:
         )
 
     def say(self, descriptors: Iterable[Descriptor]) -> list[Descriptor]:
-        """One frame; every answer that comes of it."""
+        """Send one frame; returns all answers."""
         self.engine.take(0, pack_frame(descriptors))
         return [each for _, frame in self.engine.answers() for each in iter_frame(frame)]
 

@@ -1,4 +1,4 @@
-"""Backends of a test: a disk in a bytearray, and one whose answers the test gives."""
+"""Backends for tests: a disk in a bytearray, and a backend whose requests the test answers."""
 
 import threading
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ SIZE_BYTES = 1 << 20
 
 
 class Plain(Backend):
-    """A disk in a bytearray, with the methods' level."""
+    """A disk in a bytearray, as a backend with methods."""
 
     properties = Properties(size_bytes=SIZE_BYTES, volatile_cache=True)
 
@@ -44,7 +44,7 @@ class Plain(Backend):
 
 
 class Held(Plain):
-    """Answers nothing by itself; the test does, from its own thread."""
+    """Collects requests; the test answers them from its own thread."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The request engine with posted regions: what a backend in another language may do and Python's `place` does not.
+"""The request engine with posted regions, which a backend in another language may use and Python's `place` does not.
 
-Owns which regions are posted to which queue and epoch; asks the backend's `place` for them ahead of need.
+Owns the regions posted to each queue and epoch; asks the backend's `place` for them ahead of need.
 """
 
 import random
@@ -12,7 +12,7 @@ from ublkpool.bufpool.wire import Descriptor, Kind, RawDescriptor
 
 
 class PostingEngine(RequestEngine):
-    """Posts while fewer than `most` regions are out, so that PLACE has the others."""
+    """Posts while fewer than `most` regions are lent, so that PLACE has the others."""
 
     def __init__(
         self, backend: Backend, device: Device, outbox: Outbox, most: int, rng: random.Random
@@ -31,7 +31,7 @@ class PostingEngine(RequestEngine):
                 self._backend.released(post.buffer)
 
     def _claim(self, queue: Queue, raw: RawDescriptor) -> None:
-        """DATA, or RELEASE without it, for a region that was posted: as if it had been placed."""
+        """Handle DATA, or RELEASE without DATA, for a posted region like for a placed one."""
         key = (queue.number, raw[12])
         post = self._posted.get(key)
         if post is None or post.epoch != raw[6] or raw[11] != post.segment or (raw[5], raw[7]) in queue.lent:
@@ -50,7 +50,7 @@ class PostingEngine(RequestEngine):
         super()._release(queue, raw)
 
     def answers(self) -> Iterator[tuple[int, bytes]]:
-        """Now and then with a POST in front."""
+        """The answers, at times with a POST before them."""
         for queue in self._queues:
             if queue.number in self._epochs and self._rng.random() < 0.5:
                 self._post(queue)

@@ -1,4 +1,4 @@
-"""One queue core with its driver and its backend on a desk, for scenarios that are told step by step."""
+"""One queue core with its driver and its backend, for step-by-step scenarios."""
 
 import random
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from ublkpool.bufpool.wire import Descriptor, Op, iter_frame
 from ublkpool.workers.tag_state import State
 
 OWN = {"place_in_backend": True, "reads_own": True}
-"""A plan in which all data lies in the backend's memory."""
+"""A plan with backend placement."""
 
 
 def data(number: int, sectors: int = 1) -> bytes:
-    """What a request writes, told from others by its number."""
+    """A request's data, distinct for each number."""
     return bytes([number]) * (sectors * SECTOR_BYTES)
 
 
@@ -24,7 +24,7 @@ def kinds(descriptors: Sequence[Descriptor]) -> list[int]:
 
 
 class Desk:
-    """One queue with its driver, and the backend of the moment."""
+    """One queue with its driver, and the present backend."""
 
     def __init__(self, first_sector: int = 0, connected: bool = True, **plan: int | tuple[int, ...]) -> None:
         self.rig = Rig(Plan(**plan))  # type: ignore[arg-type]
@@ -38,14 +38,14 @@ class Desk:
         self.backend = self.connect() if connected else None
 
     def connect(self, fence: bool = False) -> FakeBackend:
-        """The next backend, through WELCOME; with `fence` it served an earlier epoch."""
+        """Attach the next backend, up to WELCOME; with `fence` it served an earlier epoch."""
         made = self.expect(fence)
         self.queue.input(made.hello(0))
         self.send()
         return made
 
     def expect(self, fence: bool = False) -> FakeBackend:
-        """The next backend, which has not said HELLO yet."""
+        """Attach the next backend, which has not sent HELLO yet."""
         self.segment += 1
         made = FakeBackend(self.rig, [self.driver], self.store, self.segment, random.Random(1))
         plan = self.rig.plan
@@ -55,7 +55,7 @@ class Desk:
         return made
 
     def send(self) -> list[Descriptor]:
-        """What the core has to say reaches the backend, if there is one."""
+        """Deliver the core's descriptors to the backend, if one is attached."""
         output = self.queue.output()
         if not output:
             return []
@@ -80,7 +80,7 @@ class Desk:
         return request
 
     def place(self, tag: int) -> None:
-        """The backend names a region, the driver is told."""
+        """Let the backend name a region, and pass it to the driver."""
         self.send()
         assert self.backend is not None
         frame = self.backend.place((0, tag))
@@ -93,7 +93,7 @@ class Desk:
         self.driver.copy(tag, sectors)
 
     def serve(self, tag: int) -> None:
-        """The backend does it and answers, the driver takes the commit."""
+        """Let the backend execute and answer, and the driver take the commit."""
         self.send()
         assert self.backend is not None
         assert self.backend.execute((0, tag))
@@ -106,7 +106,7 @@ class Desk:
         self.queue.lost()
 
     def lie(self, tag: int, lie: Lie) -> None:
-        """The backend says something wrong about the request that it was given last on this tag."""
+        """Let the backend send a wrong answer to the last request on this tag."""
         assert self.backend is not None
         request = [each for each in self.backend.seen if each.tag == tag][-1]
         plan, segment = self.rig.plan, self.backend.segment

@@ -1,7 +1,7 @@
 """Queue cores on plain memory: pool, slot headers, descriptor arrays and statistics that a test owns.
 
-Knows the core's memory and the real lease table, nothing of what drivers or backends do.  `Ledger` notes who was seen
-to use a pool buffer, from the outside, so that a buffer with two users is found whatever the core believes.
+Knows the core's memory and the real lease table, but not drivers or backends.  `Ledger` records the users of each pool
+buffer from the outside, so that a buffer with two users is found whatever the core believes.
 """
 
 import os
@@ -28,7 +28,7 @@ MESSAGES_TO_SETTLE_MAX = 1000
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device under test is; sizes in bytes, counts in buffers."""
+    """The parameters of a device under test; sizes in bytes, counts in buffers."""
 
     queues: int = 1
     depth: int = 4
@@ -39,15 +39,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     place_in_backend: bool = False
     reads_own: bool = False
     posts: bool = False
-    """Whether backends post regions ahead."""
+    """Whether backends post regions ahead of need."""
     sizes: tuple[int, ...] = (4096,)
-    """Of buffers smaller than the largest."""
+    """The sizes of buffers smaller than the largest."""
     timeout_ms: int = 0
     fail_on_timeout: bool = False
     absent_ms: int = 0
     answers_itself: bool = False
     slice_bytes: int = 0
-    """Of the client area's one slice; 0: there is none."""
+    """The size of the client area's one slice; 0: no client area."""
     spare: int = 2
     """Buffers of each size above the queues' reserves."""
 
@@ -78,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Area(NamedTuple):
-    """Memory that the core may name: the number is a segment's, 0 for scratch, ZEROS for what is only read."""
+    """Memory that the core may name; its number is a segment's, 0 for scratch, ZEROS for read-only zeros."""
 
     number: int
     base: Any
@@ -108,7 +108,7 @@ def _mapped_area(number: int, size_bytes: int) -> Area:
 
 
 class Ledger:
-    """Which (queue, tag) was seen to use a pool buffer and has not been seen to stop."""
+    """The (queue, tag) that uses each pool buffer, as observed from outside."""
 
     def __init__(self) -> None:
         self.user_of: dict[int, tuple[int, int]] = {}
@@ -159,12 +159,12 @@ class Side:
         self.queue = Queue(config, memory._replace(zeros=self.zeros.base) if plan.answers_itself else memory)
 
     def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int, address: int = 0) -> None:
-        """Fill the tag's descriptor as the kernel does; `flags` are already in place in `op_flags`."""
+        """Fill the tag's descriptor as the kernel does; `flags` are shifted for `op_flags`."""
         each = self.descriptors[tag]
         each.op_flags, each.start_sector, each.sectors, each.address = op | flags, sector, sectors, address
 
     def commands(self, most: int | None = None) -> list[Command]:
-        """The commands that are written and not consumed."""
+        """The commands that are written but not consumed."""
         buffer = _ffi.new("struct uq_command[]", self.queue.config.depth)
         limit = self.queue.config.depth if most is None else most
         count = _lib.uq_commands(self.queue.raw, buffer, limit)
@@ -174,7 +174,7 @@ class Side:
         _lib.uq_commands_taken(self.queue.raw, count)
 
     def idle_segments(self) -> list[int]:
-        """Numbers of the dead backends' segments that the core has let go."""
+        """The numbers of dead backends' segments that the core has released."""
         base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
         found = []
         while number := _lib.uq_segment_idle(self.queue.raw, base, size):
@@ -182,7 +182,7 @@ class Side:
         return found
 
     def check(self) -> None:
-        """No fault, one owner for every buffer, and gauges that say what is."""
+        """Check: no fault, one owner for every buffer, and gauges that match."""
         queue, rig = self.queue, self.rig
         assert not queue.attention() & Attention.FAULT, f"queue {self.number}: {queue.fault()}"
         wants = list(queue.stock_wants())
@@ -197,7 +197,7 @@ class Side:
 
 
 class Granted(NamedTuple):
-    """A GRANT on its way."""
+    """A GRANT in transit."""
 
     grant: Grant
     sequence: int
@@ -210,7 +210,7 @@ class Rig:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.geometry = plan.geometry
-        # Pages of a file, as a real pool is: other memory can take their place.
+        # A file mapping, as a real pool is, so that other memory can replace its pages.
         self.pool = _mapped_area(1, self.geometry.total_bytes)
         self.headers = _ffi.new("struct uq_slot[]", self.geometry.slot_count)
         self.ledger = Ledger()
@@ -223,7 +223,7 @@ class Rig:
             self.areas[SEGMENT_SLICE] = new_area(SEGMENT_SLICE, plan.slice_bytes)
         self.mail: list[deque[Granted | Recall]] = [deque() for _ in self.sides]
         self.wishes: list[deque[tuple[int, int, int]]] = [deque() for _ in self.sides]
-        """LEASEs on their way: class, sequence, count."""
+        """LEASEs in transit: class, sequence, count."""
         self.orders = [[Orders() for _ in self.geometry.classes] for _ in self.sides]
         self._seen = [[0 for _ in self.geometry.classes] for _ in self.sides]
         for side in self.sides:
@@ -251,7 +251,7 @@ class Rig:
         raise AssertionError(f"{address:#x} with {length} bytes is in no memory of queue {queue}")
 
     def poison(self, slot: int) -> None:
-        """Nobody may rely on this buffer any more."""
+        """Overwrite a buffer that no side may use any more."""
         offset = self.geometry.slot_offset(slot)
         size = self.geometry.classes[self.geometry.class_of(slot)].buffer_bytes
         _ffi.memmove(self.pool.base + offset, bytes([POISON]) * size, size)
@@ -266,7 +266,7 @@ class Rig:
                 self.mail[queue].append(each)
 
     def ask(self, number: int) -> None:
-        """What a worker does about its stock: leases go to `wishes`, returns arrive at once."""
+        """Do a worker's stock-keeping: leases go to `wishes`, returns arrive at once."""
         side = self.sides[number]
         for size_class, want in list(side.queue.stock_wants()):
             if want > 0:
@@ -278,7 +278,7 @@ class Rig:
         self._post(self.table.recalls())
 
     def hear_wishes(self, number: int) -> None:
-        """The queue's LEASEs reach the broker; the answers go to `mail`."""
+        """Deliver the queue's LEASEs to the broker; the answers go to `mail`."""
         owner = self.sides[number].owner
         while self.wishes[number]:
             size_class, sequence, want = self.wishes[number].popleft()
@@ -287,7 +287,7 @@ class Rig:
         self._post(self.table.recalls())
 
     def settle(self, number: int) -> None:
-        """The queue and the broker talk until neither has anything to say."""
+        """Deliver messages between queue and broker until none is left."""
         for _ in range(MESSAGES_TO_SETTLE_MAX):
             self.ask(number)
             self.hear_wishes(number)
@@ -315,7 +315,7 @@ class Rig:
                 self._give_back(side, size_class, self.geometry.slot_count)
 
     def deliver_mail(self, number: int) -> bool:
-        """One message of the broker's reaches the queue; whether there was one."""
+        """Deliver one message of the broker to the queue; returns whether one was waiting."""
         if not self.mail[number]:
             return False
         message, queue = self.mail[number].popleft(), self.sides[number].queue

@@ -1,14 +1,14 @@
-"""A model in Python of the SDK's engine: frames become `Request`s, results become frames.
+"""A model in Python of the SDK's native engine: frames become `Request`s, results become frames.
 
 The device simulation runs its backends on it, because it can be killed between any two steps; `test_calls.py` compares
 its answers with those of the native engine.
 
-Owns, per queue, what runs, what waits for a region, and which regions are lent; so it also answers fences: a request
-of an old epoch that waits is dropped, one that runs is waited for, regions it named come back.  A region stays lent
-until RELEASE, whatever was answered: until then the worker may take the data from it.  Knows nothing of sockets.
-Runs on the loop's thread; only the `Outbox` is touched by others.
+Owns, per queue, the running requests, those that wait for a region, and the lent regions; so it also answers fences: it
+drops waiting requests of an old epoch, waits for running ones, and takes back the regions that they named.  A region
+stays lent until RELEASE, whatever the answer, because until then the worker may read from it.  Does not know sockets.
+Runs on the loop's thread; other threads use only the `Outbox`.
 
-Descriptors are tuples in the wire's order here, and answers their 64 bytes: the simulation runs this for every request.
+For speed in the simulation, descriptors are tuples in wire order here, and answers are their 64 bytes.
 """
 
 import enum
@@ -45,7 +45,7 @@ class DispatchStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stage(enum.Enum):
-    """How far the request is that a region was named for."""
+    """The state of the request of a named region."""
 
     NAMED = enum.auto()
     RUNNING = enum.auto()
@@ -56,7 +56,7 @@ _NAMED, _RUNNING, _ANSWERED = Stage
 
 
 class Lent(NamedTuple):
-    """A region that the backend named, until it comes back."""
+    """A region that the backend named, until RELEASE."""
 
     raw: RawDescriptor
     region: int
@@ -246,7 +246,7 @@ class RequestEngine:
         queue.fence = raw
 
     def answers(self) -> Iterator[tuple[int, bytes]]:
-        """Everything that is ready, one frame a queue."""
+        """All ready answers, one frame per queue."""
         if self._outbox.results:
             self._collect()
         if self._waiting:
@@ -306,7 +306,7 @@ class RequestEngine:
                 self._waiting.append((queue, raw))
 
     def running(self) -> int:
-        """Requests that the backend has not answered; those that wait for a region run nowhere."""
+        """The number of requests that the backend has and has not answered, without those that wait for a region."""
         return sum(queue.running for queue in self._queues)
 
     def statistics(self) -> DispatchStatistics:
@@ -324,4 +324,4 @@ class RequestEngine:
         )
 
     def close(self) -> None:
-        """Nothing of its own to free."""
+        """Nothing to free."""

@@ -1,4 +1,4 @@
-"""A backend's end of a queue's rings, in plain Python: it also does what no honest backend would.
+"""A backend's end of a queue's rings, in plain Python; it can also break the protocol.
 
 Owns the connection, the memory and both doorbells.
 """
@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 class RingMemory:
-    """The shared memory, and where this end stands in it."""
+    """The shared memory, and this end's indexes."""
 
     def __init__(self, memory_fd: int, entries: int) -> None:
         self.entries = entries
@@ -42,11 +42,11 @@ class RingMemory:
         return start + index % self.entries * ENTRY_BYTES
 
     def put(self, frame: bytes) -> None:
-        """Write entries for the worker and let them be seen, without a doorbell."""
+        """Write and publish entries for the worker, without ringing the doorbell."""
         self._written = self.put_at(TO_WORKER, self._written, frame)
 
     def put_at(self, ring: int, tail: int, frame: bytes) -> int:
-        """Write entries where `tail` stands and let them be seen; where it stands then."""
+        """Write and publish entries at `tail`; returns the new tail."""
         for start in range(0, len(frame), ENTRY_BYTES):
             at = self._slot(ring, tail)
             self.memory[at : at + ENTRY_BYTES] = frame[start : start + ENTRY_BYTES]
@@ -55,31 +55,31 @@ class RingMemory:
         return tail
 
     def waiting(self, ring: int) -> int:
-        """Entries that were published and not yet read."""
+        """The number of published entries that are not yet read."""
         return (self.index(ring, TAIL) - self.index(ring, HEAD)) & _MASK
 
     def kinds(self, ring: int) -> list[int]:
-        """What was published and not yet read, by its kind."""
+        """The kinds of the published entries that are not yet read."""
         head = self.index(ring, HEAD)
         return [self.memory[self._slot(ring, head + n)] for n in range(self.waiting(ring))]
 
     def scribble(self, ring: int, rng: random.Random) -> None:
-        """Leave what a writer leaves who dies before he publishes: something in slots that are free."""
+        """Write into free slots without publishing, as a writer that dies before it publishes does."""
         tail = self.index(ring, TAIL)
         for index in range(tail, tail + min(2, self.entries - self.waiting(ring))):
             at = self._slot(ring, index & _MASK)
             self.memory[at : at + ENTRY_BYTES] = rng.randbytes(ENTRY_BYTES)
 
     def lie_ahead(self) -> None:
-        """More entries for the worker than a ring holds."""
+        """Publish more entries for the worker than a ring holds."""
         self.set_index(TO_WORKER, TAIL, self.index(TO_WORKER, HEAD) + self.entries + 1)
 
     def unread(self) -> int:
-        """Entries that the worker has not read."""
+        """The number of entries that the worker has not read."""
         return (self._written - self.index(TO_WORKER, HEAD)) & _MASK
 
     def take(self, count: int = _MASK, *, tell: bool = True) -> bytes:
-        """The entries that are there, at most so many; the worker does not learn that they are free without `tell`."""
+        """Read at most `count` published entries; only with `tell` does the worker learn that their slots are free."""
         frame = b""
         while self._read & _MASK != self.index(TO_BACKEND, TAIL) and count:
             at = self._slot(TO_BACKEND, self._read)
@@ -112,7 +112,7 @@ class RingPeer:
         self.close()
 
     def ask(self, **fields: object) -> bytes:
-        """What the worker answers, b"" if it hangs up."""
+        """The worker's answer; b"" if it disconnects."""
         question = {"type": "ring", "v": 1, "token": self._token.hex(), **fields}
         self.connection.send(json.dumps(question).encode())
         try:
@@ -122,7 +122,7 @@ class RingPeer:
         return packet
 
     def open(self) -> None:
-        """Ask, and map what comes."""
+        """Ask for rings, and map them."""
         answer = json.loads(self.ask())
         assert answer["type"] == "ring_open"
         self.memory_fd, self.bell, self.worker_bell = self._fds
@@ -139,7 +139,7 @@ class RingPeer:
         os.eventfd_write(self.worker_bell, 1)
 
     def receive(self) -> bytes:
-        """Sleep until something comes."""
+        """Sleep until an entry comes."""
         while True:
             self.rings.set_index(TO_BACKEND, SLEEPING, 1)
             if frame := self.rings.take():
@@ -149,7 +149,7 @@ class RingPeer:
             os.eventfd_read(self.bell)
 
     def hears_the_end(self) -> bool:
-        """Wait for the worker's hang-up."""
+        """Wait until the worker disconnects."""
         try:
             return self.connection.recv(1) == b""
         except ConnectionResetError:

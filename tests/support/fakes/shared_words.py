@@ -1,7 +1,7 @@
-"""A 32-bit number in memory that another process or thread reads at the same time: one load and one store.
+"""Loads and stores 32-bit numbers in shared memory atomically.
 
-`struct` with a byte order in its format moves a number byte by byte, so a reader beside it sees half of one.  A view
-of native 32-bit numbers copies four bytes at once, which is one instruction where the address is a multiple of four.
+`struct` with a byte order in its format moves a number byte by byte, so that another process or thread may see half of
+one.  A view of native 32-bit numbers copies four bytes at once: one instruction if the address is a multiple of four.
 """
 
 import mmap
@@ -16,6 +16,6 @@ def load_word(memory: mmap.mmap, at: int) -> int:
 
 
 def store_word(memory: mmap.mmap, at: int, value: int) -> None:
-    """Put the number, modulo 2^32, at byte `at`, a multiple of four."""
+    """Store the number, modulo 2^32, at byte `at`, a multiple of four."""
     with memoryview(memory) as view, view.cast("I") as words:
         words[at // 4] = value & _MASK

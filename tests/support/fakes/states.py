@@ -1,4 +1,4 @@
-"""A state directory in memory, and a runner that does at once what the daemon has a process of its own do."""
+"""A state directory in memory, and a runner that runs commands in this process instead of a child."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ class DirectRunner:
 
 
 class FakeStates:
-    """What `StateDirectory` is to a device; with `broken` set nothing can be written."""
+    """A `StateDirectory` for a device; with `broken` set every write fails."""
 
     def __init__(self) -> None:
         self.states: dict[str, DeviceState] = {}

@@ -1,7 +1,7 @@
-"""Which calls of the supervisor's loop, of a worker or of the broker may wait for ever, and a watch that finds them.
+"""Finds calls of the supervisor's loop, of a worker or of the broker that a disk can block for ever.
 
-Such a call is one on a block device's node, on sysfs of one, on another process's descriptors, memory or mounts, or on
-a path that is none of the daemon's own.  Helper processes (`ControlRunner`) may make all of them.
+These are calls on a block device's node, on its sysfs directory, on another process's descriptors, memory or mounts, or
+on a path that does not belong to the daemon.  Helper processes (`ControlRunner`) may make all of them.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ _role = ""
 
 
 def is_on_a_disk(path: str) -> bool:
-    """Whether a disk, or a process that waits for one, may keep a call on this path waiting."""
+    """Whether a disk, or a process that waits for one, can block a call on this path."""
     return bool(_DISK.match(path)) and not path.startswith(("/proc/self/", f"/proc/{os.getpid()}/"))
 
 
 def is_own(path: str, own: tuple[str, ...]) -> bool:
-    """Whether the path is the daemon's own: below or above `own`, its code, or what the kernel answers by itself."""
+    """Whether the path belongs to the daemon: below or above `own`, its code, or answered by the kernel alone."""
     if is_on_a_disk(path):
         return False
     leads_there = any(each.startswith(f"{path.rstrip('/')}/") for each in own)
@@ -53,14 +53,14 @@ def _code() -> tuple[str, ...]:
 
 
 def is_on_the_loop() -> bool:
-    """Whether this process is a worker or the broker, or runs an asyncio loop now; a helper is none of these."""
+    """Whether this process is a worker or the broker, or runs an asyncio loop now; helpers do not."""
     if _role:
         return _role not in HELPERS
     return asyncio._get_running_loop() is not None
 
 
 def watch(is_allowed: Callable[[str], bool], report: Callable[[str], None]) -> None:
-    """From now on `report` every call on the loop whose path is not allowed; for the life of this process."""
+    """From now on `report` every call on the loop with a path that is not allowed; cannot be undone."""
     busy = False
 
     def look(call: str, path: object) -> None:
@@ -108,7 +108,7 @@ def _follow_forks() -> None:
 
 
 def print_with_stack(line: str) -> None:
-    """For a daemon: into its log, with who called."""
+    """Write the call and its caller into the daemon's log."""
     stack = " < ".join(
         f"{each.name} ({Path(each.filename).name})" for each in reversed(traceback.extract_stack()[-9:-3])
     )

@@ -1,8 +1,8 @@
-"""A daemon and its workers without a kernel: drives a real backend over the real wire.
+"""A fake daemon with workers, without a kernel: drives a real backend over the real wire.
 
-Owns an attach socket, a pool, and a link per queue, all on the test's own thread; the backend runs in another thread
-or process.  Checks what a worker would check: that an answer repeats its request's identity and that a region lies in
-the backend's segment.  Every wait has a deadline.
+Owns an attach socket, a pool, and a link per queue, all on the test's thread; the backend runs in another thread or
+process.  Checks like a worker that an answer repeats its request's identity and that a region lies in the backend's
+segment.  Every wait has a deadline.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class FakeWorker:
     """One device's daemon and workers; a context manager."""
 
     transport: ClassVar[Literal["zeromq", "ring"]] = "zeromq"
-    """What it offers; the fixture `transport` sets it."""
+    """The transport that it offers; the fixture `transport` sets it."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class FakeWorker:
         self.spin_us = spin_us
         self.epoch = 1
         self.may_create: bool | None = True
-        """None: an older daemon, which knows neither identities nor generations."""
+        """None: as an older daemon, which has no identities and generations."""
         self.generation = 0
         self.attach: wire.Attach | None = None
         self.own: mmap.mmap | None = None
@@ -79,7 +79,7 @@ class FakeWorker:
         return FakeRings(path) if self.transport == "ring" else FakeFrames(self._context, path)
 
     def rings(self, queue: int = 0) -> FakeRings:
-        """A queue's link, which are rings."""
+        """A queue's link, which must be rings."""
         link = self.links[queue]
         assert isinstance(link, FakeRings)
         return link
@@ -99,7 +99,7 @@ class FakeWorker:
         os.close(self._pool_descriptor)
 
     def receive_attach(self) -> wire.Attach:
-        """Wait for a backend and read what it says."""
+        """Wait for a backend and read its first message."""
         while True:
             message, descriptors = self._first_message()
             if isinstance(message, wire.Attach):
@@ -112,7 +112,7 @@ class FakeWorker:
         return self.attach
 
     def answer_question(self) -> None:
-        """Wait for a backend that asks what the device is, and tell it."""
+        """Wait for a backend that asks for the device's description, and answer."""
         message, _ = self._first_message()
         assert isinstance(message, wire.Describe)
         self._describe(message.device)
@@ -183,12 +183,12 @@ class FakeWorker:
         return attach
 
     def tell(self, message: wire.DaemonMessage) -> None:
-        """Say something on the attach connection."""
+        """Send a message on the attach connection."""
         if self.connection is not None:
             self.connection.send(wire.encode_message(message))
 
     def detach(self) -> None:
-        """Ask the backend to go for good."""
+        """Send Detach to the backend."""
         self.tell(wire.Detach(reason="test"))
 
     def hang_up(self) -> None:
@@ -201,20 +201,20 @@ class FakeWorker:
             self.own = None
 
     def end_workers(self) -> None:
-        """All workers are gone."""
+        """End all workers' links."""
         for link in self.links:
             link.end()
 
     def restart_worker(self, queue: int) -> None:
-        """A new worker on a queue: the old socket is gone, a new one listens at the same place."""
+        """Replace a queue's worker: the old socket is removed, a new one listens at the same path."""
         self.links[queue].restart()
 
     def send(self, queue: int, descriptors: Iterable[Descriptor]) -> None:
-        """One frame to the backend."""
+        """Send one frame to the backend."""
         self.send_frame(queue, wire.pack_frame(descriptors))
 
     def send_frame(self, queue: int, frame: bytes) -> None:
-        """One frame as it stands."""
+        """Send raw bytes as one frame."""
         self.links[queue].send_frame(frame)
 
     def receive(self, queue: int = 0, deadline_s: float = DEADLINE_S) -> Descriptor:
@@ -225,7 +225,7 @@ class FakeWorker:
         return inbox.popleft()
 
     def is_silent(self, queue: int = 0, for_s: float = 0.15) -> bool:
-        """Whether nothing comes for a while."""
+        """Whether the backend sends nothing for a while."""
         return not self._inbox[queue] and self.links[queue].is_silent(for_s)
 
     def buffer_of(self, tag: int, queue: int = 0) -> int:
@@ -288,13 +288,13 @@ class FakeWorker:
         return self.region(answer, length), request
 
     def region(self, answer: Descriptor, length: int) -> bytes:
-        """What lies where an answer says."""
+        """The data in the region that an answer names."""
         assert self.own is not None and answer.segment == OWN_SEGMENT
         assert answer.buffer + length <= len(self.own)
         return self.own[answer.buffer : answer.buffer + length]
 
     def release(self, request: Descriptor) -> None:
-        """Say that the region named for `request` is free again."""
+        """Release the region named for `request`."""
         self.send(request.queue, [request._replace(kind=Kind.RELEASE)])
 
     def write(self, offset: int, data: bytes, *, tag: int = 0, queue: int = 0, flags: int = 0) -> int:
@@ -311,13 +311,13 @@ class FakeWorker:
     def place(
         self, offset: int, length: int, *, tag: int = 0, queue: int = 0, flags: int = 0
     ) -> tuple[Descriptor, Descriptor]:
-        """PLACE; returns the answer and the request."""
+        """Send PLACE; returns the answer and the request."""
         request = self.describe(Kind.PLACE, Op.WRITE, offset, length, tag=tag, queue=queue, flags=flags)
         self.send(queue, [request])
         return self.answer_of(request), request
 
     def fill(self, placed: Descriptor, request: Descriptor, data: bytes, release: bool = True) -> int:
-        """What the kernel and the worker do after PLACED; returns the write's result."""
+        """Do the kernel's and the worker's part after PLACED; returns the write's result."""
         self.region(placed, len(data))
         assert self.own is not None
         self.own[placed.buffer : placed.buffer + len(data)] = data
@@ -343,7 +343,7 @@ class FakeWorker:
 
 
 def identity_of(descriptor: Descriptor) -> tuple[int, ...]:
-    """What names a request."""
+    """The identity of a request."""
     return (
         descriptor.device,
         descriptor.queue,
@@ -354,7 +354,7 @@ def identity_of(descriptor: Descriptor) -> tuple[int, ...]:
 
 
 class BackendThread:
-    """A backend served in a thread of the test."""
+    """A backend that serves in a thread of the test."""
 
     def __init__(self, backend: Backend, run_dir: Path) -> None:
         self.status: int | None = None
@@ -372,7 +372,7 @@ class BackendThread:
             self.error = error
 
     def join(self) -> int | None:
-        """Wait for its end; its exit status, or the error that it ended with is raised."""
+        """Wait for its end; returns its exit status, or raises the error that ended it."""
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive(), "the backend did not end"
         if self.error is not None:
@@ -414,6 +414,6 @@ def spawn(
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Wait for a spawned backend; its status and what it logged."""
+    """Wait for a spawned backend; returns its status and log."""
     _, log = process.communicate(timeout=DEADLINE_S)
     return process.returncode, log
