@@ -1,10 +1,9 @@
 """Huge pages for shared memory: making them, and mapping where they fit.
 
-Owns what is peculiar to them.  Nothing has to be reserved: memory that is there is moved into whole pages of 2 MiB
-(MADV_COLLAPSE, Linux 6.1), which works whatever /sys/kernel/mm/transparent_hugepage/enabled says,
-unless `shmem_enabled` says deny.  A page that is huge in the file is so in each mapping that begins at a multiple of
-its size, and the kernel chooses such an address only where the mount has huge pages: so it is chosen here.  Used by
-whoever makes a pool and by backends; works without the native part.
+No huge pages have to be reserved: allocated memory is moved into whole pages of 2 MiB (MADV_COLLAPSE, Linux 6.1), which
+works with any setting of /sys/kernel/mm/transparent_hugepage/enabled, unless `shmem_enabled` is deny.  A huge page of a
+file is mapped as one only at a multiple of its size.  The kernel chooses such an address only for files of a mount with
+huge pages, so this module chooses it.  Used by the daemon and by backends; works without the native part.
 """
 
 import ctypes
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 HugePages = Literal["auto", "off", "require"]
-"""Whether a pool gets them: as far as they can be had, never, or all that there is room for, or no pool."""
+"""auto: as many as are available; off: none; require: the whole pool in huge pages, or an error."""
 HUGE_PAGE_BYTES = 2 << 20
-"""Where the processor's are larger, MADV_COLLAPSE refuses, and all stay small."""
+"""On processors with larger huge pages MADV_COLLAPSE fails, and all pages stay small."""
 _MADV_POPULATE_READ = 22
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
@@ -33,27 +32,27 @@ _libc.mmap.argtypes = (
 
 
 class SharedMap:
-    """A file's beginning, shared, writable, every page present, at an address where its huge pages fit."""
+    """A mapping of a file's first bytes: shared, writable, every page present, at a multiple of 2 MiB."""
 
     def __init__(self, fd: int, size_bytes: int) -> None:
-        """Maps `fd`, which stays the caller's.  Raises `OSError`, `ValueError` if the file is shorter."""
+        """Maps `fd`, which stays the caller's.  Raises `OSError`, or `ValueError` if the file is shorter."""
         if size_bytes < HUGE_PAGE_BYTES:
             self._room, self._first = mmap.mmap(fd, size_bytes), 0
         else:
             self._room, self._first = _map_aligned(fd, size_bytes)
-        # Not MAP_POPULATE: in a process that locks its memory when it is touched, that does nothing.
+        # Not MAP_POPULATE: it does nothing in a process that locks pages as they are touched.
         self._room.madvise(_MADV_POPULATE_READ, self._first, size_bytes)
         self.address = _address(self._room) + self._first
         self.view = memoryview(self._room)[self._first : self._first + size_bytes]
 
     def collapse(self) -> None:
-        """Make huge what fills whole pages; what is in use just now, or finds no room in one piece, stays small."""
+        """Move whole 2 MiB pieces into huge pages; a piece in use, or without a free huge page, stays as it is."""
         for start in range(0, whole_bytes(len(self.view)), HUGE_PAGE_BYTES):
             with suppress(OSError):
                 self._room.madvise(_MADV_COLLAPSE, self._first + start, HUGE_PAGE_BYTES)
 
     def huge_bytes(self) -> int:
-        """How much of it huge pages hold, by the kernel's word; 0 where it does not say."""
+        """How many bytes are in huge pages, from /proc/self/smaps; 0 if that does not say."""
         is_ours = False
         with suppress(OSError):
             for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -65,7 +64,7 @@ class SharedMap:
         return 0
 
     def close(self) -> None:
-        """Unmap; a view of it that is still in use keeps it mapped until that view goes."""
+        """Unmap; a view that is still in use keeps the memory mapped until it is released."""
         self.view.release()
         with suppress(BufferError):
             self._room.close()
@@ -78,15 +77,15 @@ class SharedMap:
 
 
 def whole_bytes(size_bytes: int) -> int:
-    """How much of so many bytes fills whole huge pages."""
+    """`size_bytes` rounded down to whole huge pages."""
     return size_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
 
 
 def _map_aligned(fd: int, size_bytes: int) -> tuple[mmap.mmap, int]:
-    """A mapping that is larger than the file, and where in it the file begins."""
+    """A mapping larger than the file, and the byte offset in it at which the file begins."""
     if os.fstat(fd).st_size < size_bytes:
         raise ValueError("mmap length is greater than file size")
-    # Memory that nobody touches is none.  Its owner unmaps all of it, whatever lies there then.
+    # The untouched rest takes no memory.  Closing the mapping unmaps all of it, with the file in it.
     room = mmap.mmap(
         -1, size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     )

@@ -1,6 +1,6 @@
-"""From an errno to what a user can do about it: the name of what ran out, of what, and how to have more.
+"""Error texts that name the way out: which resource is exhausted, its limit, and how to raise it.
 
-Pure but for looks at this process's limits and the kernel's settings.
+Pure except for reading this process's limits and the kernel's settings.
 """
 
 import errno
@@ -21,7 +21,7 @@ _IO_URING_GROUP = Path("/proc/sys/kernel/io_uring_group")
 
 
 def explain(error: OSError) -> str:
-    """What failed, and the way out where the errno alone says what is missing."""
+    """The error's text, with the way out where the errno alone determines it."""
     text = error.strerror or str(error)
     hint = _hint(error.errno)
     return f"{text}: {hint}" if hint else text
@@ -47,7 +47,7 @@ def _hint(number: int | None) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An `OSError` from within says which path it is about: a full file system's does not, nor does a socket's."""
+    """Add the path to an `OSError` from within that has none, as those of full file systems and sockets."""
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def _setting(path: Path) -> str:
 
 
 def too_long_for_sockets(run_dir: Path) -> str:
-    """Why a run directory's path is too long for the sockets that lie in it; empty if it is not."""
+    """Why a run directory's path is too long for the sockets in it; empty if it is not."""
     size_bytes = len(os.fsencode(run_dir))
     if size_bytes <= RUN_DIR_BYTES_MAX:
         return ""

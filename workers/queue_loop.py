@@ -16,7 +16,7 @@ import zmq
 
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
-from ublkpool.bufpool.pool.lease import held_max
+from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
 from ublkpool.workers import messages

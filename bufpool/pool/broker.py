@@ -1,10 +1,9 @@
 """The pool broker: serves `LeaseTable`s to workers over ZeroMQ, as a process of its own.
 
-Owns the ROUTER socket and the daemon's control socket.  What workers and broker say to each other is
-`device_leases.py`'s, what the daemon says is `broker_commands.py`'s.  `run_broker` runs in a process forked for it (or
-started for a test) and makes its ZeroMQ context there.  One thread; SIGTERM, SIGINT, `Stop` or, by default, the end of
-the control socket end it.  It leaves every lease as it is: workers keep what they hold, and the next broker takes it
-from the slot headers.
+Owns the ROUTER socket and the daemon's control socket.  `device_leases.py` owns the protocol with the workers,
+`broker_commands.py` the daemon's commands.  `run_broker` runs in a process of its own and makes its ZeroMQ context
+there. One thread; SIGTERM, SIGINT, `Stop` or, by default, the end of the control socket end it.  It leaves every lease
+as it is: workers keep their buffers, and the next broker reads the leases from the slot headers.
 """
 
 import contextlib
@@ -115,7 +114,7 @@ class Broker:
         for fd in fds:
             os.close(fd)
         if reply is None:
-            # Without a daemon there will be no device either.
+            # Without a daemon no device will be added.
             self._stopping = self._exit_on_eof or not self._devices
             return False
         self._reply(reply)
@@ -183,7 +182,7 @@ class Broker:
         try:
             self._control_sock.send(encode(reply), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
-            # A daemon that does not read, or has died, must not stop the leases.
+            # The leases must go on although the daemon does not read or has died.
             self._count("replies_dropped")
             self._log_once("replies_dropped", b"", f"a reply was dropped: {error.strerror}")
 
@@ -207,7 +206,7 @@ class Broker:
         device = self._devices.get(device_number)
         if device is None or not device.knows(owner):
             self._count("unknown_worker")
-            # A dead worker's successor speaks before it is registered; it will be asked then.
+            # A dead worker's successor may send frames before it is registered; it is asked for a SYNC then.
             if device is None or not device.is_due(owner):
                 self._log_once(
                     "unknown_worker", routing_id, f"device {device_number}: {owner} is not registered"
@@ -239,7 +238,7 @@ class Broker:
                 self._count("asked" if self._deliver(device, owner, [frame]) else "undeliverable")
 
     def _deliver(self, device: DeviceLeases, owner: Owner, frames: Sequence[bytes]) -> bool:
-        """Send, or say that the worker is not connected or does not read."""
+        """Send; returns False if the worker is not connected or does not read."""
         try:
             routing_id = worker_routing_id(device.device_number, *owner)
             self._router.send_multipart([routing_id, *frames], zmq.NOBLOCK)
@@ -259,9 +258,9 @@ class Broker:
 
 
 def run_broker(endpoint: str, control_sock: socket.socket, exit_on_eof: bool = True) -> None:
-    """Be the broker until told to stop: binds `endpoint` (ipc), takes commands from `control_sock`.
+    """Run the broker until it is told to stop: bind `endpoint` (ipc), take commands from `control_sock`.
 
-    For a process of its own: sets its signal handlers and its umask.  Raises `PoolError` if it cannot bind.
+    Sets the process's signal handlers and umask.  Raises `PoolError` if it cannot bind.
     """
     os.umask(0o077)
     with contextlib.ExitStack() as stack:
@@ -277,9 +276,9 @@ def run_broker(endpoint: str, control_sock: socket.socket, exit_on_eof: bool = T
 
 
 def _bind(router: "zmq.Socket[bytes]", endpoint: str) -> None:
-    # Undeliverable must be an error, not a silent drop: a lost GRANT is a buffer that nobody uses.
+    # An undeliverable message must be an error, not dropped in silence: a lost GRANT would be an unused buffer.
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    # A worker that reconnects before its old connection's end was seen is the same worker.
+    # A worker may reconnect before the end of its old connection was seen.
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     router.setsockopt(zmq.SNDHWM, _SEND_QUEUE_MESSAGES_MAX)
     router.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_BYTES_MAX)

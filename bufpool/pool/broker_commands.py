@@ -1,12 +1,12 @@
-"""What the daemon tells the broker, and what the broker answers.
+"""The daemon's commands to the broker, and the broker's replies.
 
-Owns the commands, the replies, and how they travel; who executes them is `broker.py`.
+Owns both and their encoding; `broker.py` executes the commands.
 
 A SOCK_SEQPACKET socketpair; each packet is one `Command`, answered by one `Reply` in order, which repeats the
 command's `id`.  An `id` of 0 is not sent: brokers and daemons of earlier versions know none.  `AddDevice` brings the
 control segment's descriptor.  After a restart of the broker: `AddDevice`, then `Reclaim` for workers that have died,
 then `Register` for every worker that lives.  `Reclaim` must come before the `Register` of the next epoch, and only when
-nobody uses the dead worker's buffers any more.
+no process uses the dead worker's buffers any more.
 """
 
 import msgspec
@@ -22,7 +22,7 @@ class _Packet(msgspec.Struct, tag_field="type", frozen=True, omit_defaults=True)
 
 
 class _Command(_Packet, frozen=True, forbid_unknown_fields=True):
-    """What a broker of another version cannot execute in full it refuses."""
+    """A command; a broker of another version refuses one with fields that it does not know."""
 
 
 class AddDevice(
@@ -61,7 +61,7 @@ class Register(
     omit_defaults=True,
     forbid_unknown_fields=True,
 ):
-    """This worker is alive, or about to be."""
+    """This worker is alive, or about to start."""
 
     device_number: int
     queue: int
@@ -77,7 +77,7 @@ class Reclaim(
     omit_defaults=True,
     forbid_unknown_fields=True,
 ):
-    """This worker is dead and its buffers are in nobody's hands."""
+    """This worker is dead, and no process uses its buffers."""
 
     device_number: int
     queue: int
@@ -100,7 +100,7 @@ class GetStatistics(
 
 
 class Ping(_Command, tag="ping", frozen=True):
-    """Answer with this number: another daemon took over, and drops what its predecessor was answered before."""
+    """Answer with this number: a new daemon drops all replies before it, which its predecessor had asked for."""
 
     number: int
     id: int = 0
@@ -116,16 +116,16 @@ Command = AddDevice | RemoveDevice | Register | Reclaim | GetStatistics | Ping |
 
 
 class BrokerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since the broker started: messages and frames, then what was wrong with some."""
+    """Counters since the broker started: messages and frames, then those that were not valid."""
 
     messages: int = 0
     frames: int = 0
     malformed: int = 0
-    """Frames that the wire format does not allow, or of a kind no worker sends."""
+    """Frames that the wire format does not allow, or of a kind that no worker sends."""
     mismatched: int = 0
     """Frames whose device, queue or epoch are not the sender's."""
     unknown_worker: int = 0
-    """Messages from nobody that was registered: a dead epoch, a removed device, garbage."""
+    """Messages of unregistered senders: a dead epoch, a removed device, garbage."""
     out_of_sync: int = 0
     """Frames dropped because a SYNC is due, or no longer due."""
     asked: int = 0
@@ -134,14 +134,14 @@ class BrokerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(_Packet, tag="done", frozen=True):
-    """It is so.  `slots`: how many buffers a Reclaim took back."""
+    """The command was executed.  `slots`: how many buffers a Reclaim took back."""
 
     slots: int = 0
     id: int = 0
 
 
 class Failed(_Packet, tag="failed", frozen=True):
-    """It is not so, and nothing has changed."""
+    """The command failed, and nothing has changed."""
 
     reason: str
     id: int = 0
@@ -175,12 +175,12 @@ def encode(packet: Command | Reply) -> bytes:
 
 
 def decode_command(packet: bytes) -> Command:
-    """The broker's half.  Raises `msgspec.DecodeError`, `UnicodeDecodeError`, `RecursionError`."""
+    """Decode at the broker.  Raises `msgspec.DecodeError`, `UnicodeDecodeError`, `RecursionError`."""
     return _command_decoder.decode(packet)
 
 
 def decode_reply(packet: bytes) -> Reply:
-    """The daemon's half.  Raises `WireError`."""
+    """Decode at the daemon.  Raises `WireError`."""
     try:
         return _reply_decoder.decode(packet)
     except msgspec.DecodeError as error:

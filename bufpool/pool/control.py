@@ -68,7 +68,7 @@ class ControlHeader(NamedTuple):
     reserve: tuple[int, ...]
 
     def pack(self) -> bytes:
-        """The first 4096 bytes."""
+        """The header as the first 4096 bytes of the segment."""
         classes, slot_count = self.geometry.classes, self.geometry.slot_count
         total_bytes = self.geometry.total_bytes
         head = (CONTROL_MAGIC, CONTROL_VERSION, self.device_number, self.queues, len(classes), slot_count, 0)
@@ -81,7 +81,7 @@ class ControlHeader(NamedTuple):
 
     @classmethod
     def unpack(cls, page: bytes) -> Self:
-        """Raises `PoolError` for anything that `pack` would not have written."""
+        """Decode the first 4096 bytes.  Raises `PoolError` for anything that `pack` would not write."""
         magic, version, device_number, queues, class_count, slot_count, _, data_bytes = _HEADER.unpack_from(
             page
         )
@@ -110,28 +110,28 @@ class ControlHeader(NamedTuple):
 
 
 def stats_offset(queue: int) -> int:
-    """Where the queue's block of statistics begins in the control segment."""
+    """The byte offset of the queue's statistics in the control segment."""
     return PAGE_BYTES * (1 + queue)
 
 
 def slot_header_offset(queues: int, slot: int) -> int:
-    """Where the slot's header begins in the control segment of a device with so many queues."""
+    """The byte offset of the slot's header in the control segment of a device with `queues` queues."""
     return PAGE_BYTES * (1 + queues) + SLOT_HEADER_BYTES * slot
 
 
 def control_bytes(queues: int, slot_count: int) -> int:
-    """The control segment's size, in whole pages."""
+    """The control segment's size in bytes, whole pages."""
     return -(-slot_header_offset(queues, slot_count) // PAGE_BYTES) * PAGE_BYTES
 
 
 class Control:
-    """A mapped control segment: all that the broker needs.
+    """A mapped control segment.
 
-    Fields of a slot's header are written only by the side that the module's drawing names.
+    Only the process that the module's drawing names writes a field of a slot header.
     """
 
     def __init__(self, fd: int) -> None:
-        """Map the segment behind `fd`, which stays the caller's.  Raises `PoolError` if it is not whole."""
+        """Map the segment of `fd`, which stays the caller's.  Raises `PoolError` if it is not whole."""
         size_bytes = os.fstat(fd).st_size
         if size_bytes < PAGE_BYTES:
             raise PoolError(f"control segment of {size_bytes} bytes has no header")
@@ -155,13 +155,13 @@ class Control:
         return SlotHeader(*self._words[first : first + _FIELDS])
 
     def slot_owners(self) -> Iterator[Owner | None]:
-        """Who holds each slot, in order, as the headers say; what `LeaseTable.rebuild` takes."""
+        """The owner of each slot, in order, as the headers say; the argument of `LeaseTable.rebuild`."""
         for slot in range(self.header.geometry.slot_count):
             header = self.slot_header(slot)
             yield Owner(header.owner - 1, header.epoch) if header.owner else None
 
     def grant(self, slot: int, owner: Owner) -> None:
-        """Write that the slot is the owner's; before the GRANT is sent."""
+        """Write the owner into the slot's header; before the GRANT is sent."""
         first = self._word(slot)
         self._words[first + _SEQUENCE] = (self._words[first + _SEQUENCE] + 1) & 0xFFFFFFFF
         self._words[first + _TAG] = 0
@@ -169,13 +169,13 @@ class Control:
         self._words[first + _OWNER] = owner.queue + 1
 
     def release(self, slot: int) -> None:
-        """Write that the slot is free; before it can be granted again."""
+        """Write into the header that the slot is free; before it can be granted again."""
         first = self._word(slot)
         self._words[first + _OWNER] = 0
         self._words[first + _TAG] = 0
 
     def statistics_block(self, queue: int) -> bytes:
-        """A copy of what the queue's worker last wrote there; its layout is the worker's."""
+        """A copy of the queue's statistics, whose layout is the worker's.  Raises `PoolError` for an unknown queue."""
         if not 0 <= queue < self.header.queues:
             raise PoolError(f"queue {queue} is none of the {self.header.queues} of this device")
         return self._map[stats_offset(queue) : stats_offset(queue) + PAGE_BYTES]

@@ -1,8 +1,8 @@
-"""One device's workers at the broker: who holds what, and the conversation with each of them.
+"""One device's workers at the broker: their leases, and the protocol between them and the broker.
 
-Owns the protocol between workers and broker, and the leases' columns of the slot headers.  Knows no sockets: frames
-come in with the name of their sender, and go out by worker (`broker.py` carries them).  Must not touch the data
-segment, which the broker never sees.
+Owns that protocol, and the broker's fields of the slot headers.  Knows no sockets: `broker.py` brings frames with the
+name of their sender and sends the frames of `take_outbox`.  Must not touch the data segment, which the broker never
+maps.
 
 A worker is a DEALER whose routing id is `worker_routing_id(device, queue, epoch)`; a
 message is one or more parts, each a frame of `wire.pack_slots`; device, queue and epoch of every frame are
@@ -15,14 +15,14 @@ those of the routing id.  `op` is the size class, or `OP_SYNC_ASKED`.
       |            GRANT op=0 [slots]         |   its reserve
       |            GRANT op=1 [slots]         |
       |<--------------------------------------|
-      | LEASE op=0 length=32 sequence=1       |   what is free comes at once, 20 more later; a wish for
-      |-------------------------------------->|   what the queue could never hold is cut
+      | LEASE op=0 length=32 sequence=1       |   free buffers are granted at once, 20 more are on order;
+      |-------------------------------------->|   what the queue could never hold is not
       |   GRANT op=0 sequence=1 offset=20 [slots]
       |<--------------------------------------|
       |   GRANT op=0 sequence=1 offset=17 [3 slots]
       |<--------------------------------------|
-      |            RECALL op=0 length=5       |   others wait: it owes 5 in all (not 5 more), paid from
-      |<--------------------------------------|   the stock, then as tags finish; the reserve is its own
+      |            RECALL op=0 length=5       |   another queue waits: return 5 in all (not 5 more), from
+      |<--------------------------------------|   the stock, then as tags finish; the worker keeps its reserve
       | RETURN op=0 [slots]                   |
       |-------------------------------------->|
       |                                       X   broker restarted, or a GRANT could not be delivered
@@ -33,15 +33,16 @@ those of the routing id.  `op` is the size class, or `OP_SYNC_ASKED`.
       | LEASE op=0 length=9 sequence=2        |
       |-------------------------------------->|
 
-What is on order.  Every LEASE in sync is answered by a GRANT, if need be of no slots, and every GRANT says how many are
-still on order for its class (`offset`) after the worker's LEASE `sequence`.  The worker believes that and adds what it
-has asked for in later ones: else it would wait for ever for what the broker has cut off.
+On order.  The broker answers every LEASE of a class in sync with a GRANT, if need be of no slots.  Every GRANT says
+how many buffers of its class are still on order (`offset`) after the worker's LEASE number `sequence`.  The worker
+takes that number and adds what it asked for in later LEASEs: otherwise it would wait for ever for buffers that the
+broker did not put on order.
 
-Why N: a GRANT may be on its way while a SYNC is.  A worker answers the question when it has read it, so after
-every GRANT sent before it, and no GRANT is sent between question and answer.  An answer to any other question
-is dropped.  A worker may send SYNC with sequence 0 again after it made a new socket: it is asked, too.  Until
-a class is in sync its LEASE and RETURN are dropped (the SYNC says it all).  The question is repeated, less
-and less often.
+Why N: GRANT and SYNC may cross.  A worker answers the question after it has read every GRANT that was sent before it,
+and the broker sends no GRANT between question and answer.  The broker drops answers to any other question.  A worker
+may send SYNC with sequence 0 again after it made a new socket: the broker asks it, too.  Until a class is in sync, the
+broker drops its LEASE and RETURN, since the SYNC says what they would say.  The broker repeats the question at growing
+intervals.
 """
 
 import logging
@@ -55,7 +56,7 @@ from ublkpool.bufpool.pool.lease import Grant, LeaseStatistics, LeaseTable, Owne
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots
 
 OP_SYNC_ASKED = 255
-"""In a RECALL's `op`, where a class would be: send SYNC for every class, with this frame's sequence."""
+"""The `op` of a RECALL that asks for a SYNC of every class, with this frame's sequence."""
 ASK_INTERVAL_MIN_S = 0.1
 ASK_INTERVAL_MAX_S = 2.0
 _ROUTING_ID = struct.Struct("<IHI")
@@ -69,7 +70,7 @@ def worker_routing_id(device: int, queue: int, epoch: int) -> bytes:
 
 
 def parse_routing_id(routing_id: bytes) -> tuple[int, Owner]:
-    """Device and owner that `worker_routing_id` was made of.  Raises `WireError` for any other bytes."""
+    """The device and owner of a worker's routing id.  Raises `WireError` for any other bytes."""
     if len(routing_id) != 1 + _ROUTING_ID.size or routing_id[:1] != b"w":
         raise WireError(f"routing id {routing_id.hex()} is no worker's")
     device, queue, epoch = _ROUTING_ID.unpack_from(routing_id, 1)
@@ -77,7 +78,7 @@ def parse_routing_id(routing_id: bytes) -> tuple[int, Owner]:
 
 
 class _Session:
-    """What the broker knows of a worker beside its leases: which classes are in sync, the open question."""
+    """A worker's state beside its leases: which classes are in sync, and the open question."""
 
     def __init__(self, owner: Owner, class_count: int, nonce: int, fresh: bool) -> None:
         self.owner = owner
@@ -87,7 +88,7 @@ class _Session:
         self.ask(nonce)
 
     def ask(self, nonce: int) -> None:
-        """Put a new question, to be sent at once."""
+        """Make a new question, due at once."""
         self.nonce = nonce
         self.unsynced = set(range(self.class_count))
         self.ask_at_s = 0.0
@@ -98,12 +99,12 @@ class _Session:
         self.ask_interval_s = min(2 * self.ask_interval_s, ASK_INTERVAL_MAX_S)
 
     def accepts(self, sequence: int) -> bool:
-        """Whether a SYNC answers the question, or is the first word of a worker that never had a GRANT."""
+        """Whether a SYNC answers the open question, or is the first one of a worker that never had a GRANT."""
         return sequence == self.nonce or (sequence == 0 and self.fresh)
 
 
 class DeviceLeases:
-    """One device: its table, its workers' sessions, and the frames it owes them.  No sockets."""
+    """One device: its table, its workers' sessions, and the frames to send to them.  No sockets."""
 
     def __init__(self, control: Control, count: Callable[[str], None]) -> None:
         """Rebuild from the slot headers; `count` notes an event of `BrokerStatistics` by name."""
@@ -112,7 +113,7 @@ class DeviceLeases:
         self._control = control
         self._count = count
         self._table = LeaseTable(header.geometry, header.reserve, header.queues)
-        # Random, so that an answer to a question of the broker before this one is not taken for one of ours.
+        # Random, so that an answer to a question of the previous broker fits no question of this one.
         self._nonce = int.from_bytes(os.urandom(6), "little")
         self._outbox: list[tuple[Owner, bytes]] = []
         self._sessions: dict[Owner, _Session] = {}
@@ -124,18 +125,18 @@ class DeviceLeases:
         return owner in self._sessions
 
     def is_due(self, owner: Owner) -> bool:
-        """Whether no later epoch of this queue is known: it may be registered next."""
+        """Whether this is a later epoch than all known ones of its queue, which may be registered soon."""
         return all(owner.epoch > each.epoch for each in self._sessions if each.queue == owner.queue)
 
     def register(self, owner: Owner) -> None:
-        """Expect this worker; its reserve is set aside now and sent when it has said SYNC."""
+        """Register a worker; its reserve is taken now and sent after its SYNC.  Raises `LeaseError`."""
         if self.knows(owner):
             return
         self._table.register(owner)
         self._sessions[owner] = self._new_session(owner, fresh=True)
 
     def reclaim(self, owner: Owner) -> int:
-        """Take everything from a dead worker; returns how many buffers that were."""
+        """Take all buffers from a dead worker; returns how many."""
         slots = self._table.held_count(owner)
         self._sessions.pop(owner, None)
         self._grant(self._table.reclaim(owner))
@@ -163,12 +164,12 @@ class DeviceLeases:
             self._count("malformed")
 
     def unreachable(self, owner: Owner) -> None:
-        """A frame to this worker was lost: find out what it holds when it is back."""
+        """A frame to this worker was lost: ask for a SYNC when it is connected again."""
         if session := self._sessions.get(owner):
             self._ask_again(session)
 
     def take_outbox(self) -> list[tuple[Owner, list[bytes]]]:
-        """Bring the slot headers up to date, then hand out what is to be sent, by worker."""
+        """Write the changes of ownership to the slot headers, then return the frames to send, by worker."""
         for recall in self._table.recalls():
             self._send(
                 recall.owner, self._head(recall.owner, Kind.RECALL, recall.size_class, length=recall.owed)
@@ -186,7 +187,7 @@ class DeviceLeases:
         return list(by_owner.items())
 
     def questions(self, now_s: float) -> list[tuple[Owner, bytes]]:
-        """The questions that are due."""
+        """The questions that are due at `now_s`, in seconds."""
         due = [each for each in self._sessions.values() if each.unsynced and each.ask_at_s <= now_s]
         for session in due:
             session.asked(now_s)
@@ -196,7 +197,7 @@ class DeviceLeases:
         ]
 
     def next_question_at_s(self) -> float | None:
-        """When `questions` has something again."""
+        """When the next question is due; None if none is open."""
         return min((each.ask_at_s for each in self._sessions.values() if each.unsynced), default=None)
 
     def statistics(self) -> LeaseStatistics:
@@ -216,7 +217,7 @@ class DeviceLeases:
             self._count("out_of_sync")
 
     def _ask_again(self, session: _Session) -> None:
-        # While no class is in sync no GRANT goes out, so an answer to the open question will still be right.
+        # While no class is in sync no GRANT is sent, so the answer to the open question will still be right.
         if len(session.unsynced) < session.class_count:
             session.ask(self._next_nonce())
         session.ask_at_s = 0.0
@@ -247,7 +248,7 @@ class DeviceLeases:
 
     def _send(self, owner: Owner, head: Descriptor, slots: Sequence[int] = ()) -> None:
         session = self._sessions.get(owner)
-        # A grant during a question stays unsent: the answer cannot mention it, so it comes free again then.
+        # A grant during an open question is not sent: the SYNC cannot list it, so its slots become free again then.
         if session is not None and head.op not in session.unsynced:
             self._outbox.append((owner, pack_slots(head, slots) if head.kind == Kind.GRANT else head.pack()))
 

@@ -1,22 +1,20 @@
-"""Who holds which buffer of a device's pool: the table behind the broker.
+"""The table of leases behind the broker: which worker holds which buffer of a device's pool.
 
-Owns ownership: free, or leased to one (queue, epoch).  Pure: no I/O, no clock, no shared memory, so that the
-simulation runs the very same table; the broker process is its only user at run time.  Must not know how a
-lease travels.
+Owns ownership: a buffer is free, or leased to one (queue, epoch).  Pure: no I/O, no clock, no shared memory, so that
+the simulation runs the same table; only the broker process uses it at run time.  Must not know how a lease travels.
 
 What always holds:
 
 - A slot is free or has one owner; a queue has one owner at a time, and a reclaimed epoch never comes back.
-- Free buffers of a class cover what the reserves still lack, so a queue below its reserve never waits.
-- While anyone waits, nothing beyond those reserves is free, so nobody can overtake.  Waiters are served one
-  buffer at a time in turn over queues; within a queue a wish is only a count, so the first is served first.
+- The free buffers of a class cover what the queues lack of their reserves, so a queue below its reserve never waits.
+- While a queue waits, no buffer beyond those reserves is free, so no other queue can overtake it.  Waiting queues are
+  served in turn, one buffer at a time; within a queue only the number of wanted buffers counts.
 
-Nothing a worker asks can raise: a wrong slot, class or owner is ignored, counted, and kept as a `LeaseError`
-to show.  Every change of ownership is also queued for `take_changes`: the broker writes those to the slot
-headers before it sends a GRANT, so that its successor never thinks free what a worker holds.
+No request of a worker raises: a wrong slot, class or owner is ignored, counted, and kept as a `LeaseError` to show.
+Every change of ownership is also queued for `take_changes`: the broker writes the changes to the slot headers before it
+sends a GRANT, so that its successor never takes a worker's buffer for free.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,10 +22,11 @@ import msgspec
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.size_pool import SizePool
 
 
 class LeaseError(PoolError):
-    """A wish or a return that does not fit who holds what."""
+    """A lease or return that contradicts the table."""
 
 
 class Owner(NamedTuple):
@@ -46,7 +45,7 @@ class Grant(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Others wait: the owner should return this many in all, never going below its reserve."""
+    """Another queue waits: the owner should return `owed` buffers in all, but keep its reserve."""
 
     owner: Owner
     size_class: int
@@ -54,19 +53,19 @@ class Recall(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A slot's new owner; None is the broker."""
+    """A slot's new owner; None: the slot is free."""
 
     slot: int
     owner: Owner | None
 
 
 class Synced(NamedTuple):
-    """What came of comparing the table with a worker's own list."""
+    """The result of comparing the table with a worker's own list."""
 
     freed: tuple[int, ...]
-    """The table's, but not the worker's: a GRANT or RETURN was lost; they are free again."""
+    """Slots that only the table counted as the worker's (a GRANT or RETURN was lost); they are free again."""
     conflicts: tuple[int, ...]
-    """The worker's, but not the table's: it must be wrong, and they stay whose they were."""
+    """Slots that only the worker counts as its own: the table is right, and their owners keep them."""
     grants: list[Grant]
 
 
@@ -89,111 +88,13 @@ class LeaseStatistics(msgspec.Struct, frozen=True, kw_only=True):
     reclaimed: int
     rejected: int
     clipped: int
-    """Wishes cut to what a queue could ever hold."""
+    """Wanted buffers that were not put on order, since the queue could never hold them."""
     conflicts: int
     last_error: str
 
 
-def held_max(count: int, reserve: int, queues: int) -> int:
-    """The most of `count` buffers that one of `queues` can ever hold: the reserves of the others are theirs."""
-    return count - reserve * (queues - 1)
-
-
-class _ClassPool:
-    """The buffers of one size: counting only, queues are numbers here and every argument is valid."""
-
-    def __init__(self, slots: range, reserve: int, queues: int) -> None:
-        # The buffer returned last is granted next: it is the one still in the caches.
-        self.free = list(reversed(slots))
-        self.held = [0] * queues
-        self.wanted = [0] * queues
-        self.asked = [0] * queues
-        self.waiting: deque[int] = deque()
-        self.reserve = reserve
-        self.unclaimed = reserve * queues
-        self.held_max = held_max(len(slots), reserve, queues)
-        self.fair_share = len(slots) // queues
-
-    def lacking(self, queue: int) -> int:
-        return max(0, self.reserve - self.held[queue])
-
-    def available(self, queue: int) -> int:
-        return len(self.free) - (self.unclaimed - self.lacking(queue))
-
-    def take(self, queue: int) -> int:
-        self.unclaimed -= self.lacking(queue) > 0
-        self.held[queue] += 1
-        return self.free.pop()
-
-    def put(self, queue: int, slot: int) -> None:
-        self.free.append(slot)
-        self.held[queue] -= 1
-        self.unclaimed += self.lacking(queue) > 0
-        self.asked[queue] = max(0, self.asked[queue] - 1)
-
-    def wait(self, queue: int, count: int) -> int:
-        """Note what the queue wishes beyond what it got; returns what was cut off."""
-        room = self.held_max - self.held[queue] - self.wanted[queue]
-        accepted = max(0, min(count, room))
-        if accepted and not self.wanted[queue]:
-            self.waiting.append(queue)
-        self.wanted[queue] += accepted
-        return count - accepted
-
-    def cancel(self, queue: int) -> None:
-        if self.wanted[queue]:
-            self.waiting.remove(queue)
-            self.wanted[queue] = 0
-        self.asked[queue] = 0
-
-    def serve(self) -> dict[int, list[int]]:
-        """Give what is free to who waits, one buffer a turn, until a round in which nobody could have one."""
-        given: dict[int, list[int]] = {}
-        refused = 0
-        while refused < len(self.waiting):
-            queue = self.waiting.popleft()
-            if self.available(queue) > 0:
-                given.setdefault(queue, []).append(self.take(queue))
-                self.wanted[queue] -= 1
-                refused = 0
-            else:
-                refused += 1
-            if self.wanted[queue]:
-                self.waiting.append(queue)
-        if not self.waiting:
-            self.asked = [0] * len(self.asked)
-        return given
-
-    def recalls(self) -> list[int]:
-        """The queues that should be asked for more than before; `asked` says how much in all.
-
-        Idle holders go down to their reserve first.  Holders that wait themselves only give up what is above
-        an even share, and only to waiters below one.
-        """
-        if not self.waiting:
-            return []
-        due = sum(self.asked)
-        idle = [queue for queue in range(len(self.held)) if not self.wanted[queue]]
-        recalled = self._ask(idle, self.reserve, sum(self.wanted) - due)
-        poor = sum(
-            min(self.wanted[queue], max(0, self.fair_share - self.held[queue])) for queue in self.waiting
-        )
-        busy_floor = max(self.reserve, self.fair_share)
-        return recalled + self._ask(self.waiting, busy_floor, poor - sum(self.asked))
-
-    def _ask(self, queues: Iterable[int], floor: int, count: int) -> list[int]:
-        recalled = []
-        for queue in sorted(queues, key=lambda each: -self.held[each]):
-            more = min(count, self.held[queue] - self.asked[queue] - floor)
-            if more > 0:
-                self.asked[queue] += more
-                count -= more
-                recalled.append(queue)
-        return recalled
-
-
 class LeaseTable:
-    """Who holds which slot of one device; see the module."""
+    """The owner of each slot of one device; see the module."""
 
     def __init__(self, geometry: Geometry, reserve: Sequence[int], queues: int) -> None:
         if len(reserve) != len(geometry.classes):
@@ -203,7 +104,7 @@ class LeaseTable:
                 raise LeaseError(f"{queues} queues reserve {each} each of {size_class.count} buffers")
         self.geometry = geometry
         self._pools = [
-            _ClassPool(size_class.slots, each, queues)
+            SizePool(size_class.slots, each, queues)
             for size_class, each in zip(geometry.classes, reserve, strict=True)
         ]
         self._queue_of: list[int | None] = [None] * geometry.slot_count
@@ -215,7 +116,7 @@ class LeaseTable:
         self._last_error: LeaseError | None = None
 
     def register(self, owner: Owner) -> list[Grant]:
-        """Make `owner` its queue's worker, with its reserves in hand.  Harmless for the same owner again.
+        """Make `owner` its queue's worker and grant it its reserves.  Harmless for the same owner again.
 
         Raises `LeaseError` if the queue still has another owner, or if the epoch was reclaimed.
         """
@@ -240,7 +141,7 @@ class LeaseTable:
         return sum(pool.held[owner.queue] for pool in self._pools) if self.is_current(owner) else 0
 
     def lease(self, owner: Owner, size_class: int, want: int) -> tuple[int, ...]:
-        """As many of `want` buffers as are free for this owner now; it waits for the others, see `on_order`."""
+        """Lease up to `want` buffers that are free for this owner now; it waits for the others, see `on_order`."""
         if not self._may(owner, size_class) or want <= 0:
             self._reject(f"no lease of {want} buffers of class {size_class} for {owner}")
             return ()
@@ -251,11 +152,11 @@ class LeaseTable:
         return slots
 
     def on_order(self, owner: Owner, size_class: int) -> int:
-        """How many buffers the owner waits for: what of its wishes was neither granted nor cut."""
+        """How many buffers the owner waits for: wanted, not yet granted."""
         return self._pools[size_class].wanted[owner.queue] if self._may(owner, size_class) else 0
 
     def give_back(self, owner: Owner, slots: Iterable[int]) -> list[Grant]:
-        """Take these slots from their owner, and grant them to who waits."""
+        """Take these slots from their owner, and grant them to waiting queues."""
         touched: set[int] = set()
         for slot in slots:
             if not self._holds(owner, slot):
@@ -266,7 +167,7 @@ class LeaseTable:
         return self._serve(touched)
 
     def reclaim(self, owner: Owner) -> list[Grant]:
-        """Take everything from a dead owner, once; its epoch is over.  Grants what came free to who waits."""
+        """Take all slots from a dead owner, once, and grant them to waiting queues; its epoch is over."""
         if not 0 <= owner.queue < len(self._owners):
             self._reject(f"nothing to reclaim from {owner}")
             return []
@@ -281,15 +182,15 @@ class LeaseTable:
         return self._serve(touched)
 
     def cancel(self, owner: Owner) -> None:
-        """Forget what the owner waits for."""
+        """End the owner's waiting."""
         if self.is_current(owner):
             for pool in self._pools:
                 pool.cancel(owner.queue)
 
     def sync(self, owner: Owner, size_class: int, held: Collection[int]) -> Synced:
-        """Believe the owner's own list of what it holds of a class, where nothing contradicts it.
+        """Take over the owner's own list of what it holds of a class, except slots that the table gives to others.
 
-        What it waited for is forgotten: it asks again.  It is brought up to its reserve.
+        Its waiting ends, since it asks again, and it is granted what it lacks of its reserve.
         """
         if not self._may(owner, size_class):
             self._reject(f"no sync of class {size_class} for {owner}")
@@ -306,10 +207,11 @@ class LeaseTable:
         return Synced(freed, conflicts, [*self._fill_reserve(owner, size_class), *self._serve([size_class])])
 
     def rebuild(self, owners: Iterable[Owner | None]) -> tuple[Owner, ...]:
-        """Become what the slot headers say, one owner per slot in order; returns the owners that were found.
+        """Fill a new table from the slot headers, one owner per slot in order; returns the owners that were found.
 
-        A queue's newest epoch counts: it was registered after everything older had been reclaimed, so a slot
-        that still names an older one is free, and so is one that names a queue that does not exist.
+        A queue's newest epoch counts: it was registered after everything older had been reclaimed.  A slot that names
+        an older epoch, or a queue that does not exist, is free.  Raises `LeaseError` for a table in use or a wrong
+        count.
         """
         found = list(owners)
         if len(found) != len(self._queue_of) or any(each is not None for each in self._owners):
@@ -325,9 +227,9 @@ class LeaseTable:
         return tuple(owner for owner in self._owners if owner is not None)
 
     def recalls(self) -> list[Recall]:
-        """Whom to ask for buffers now because others wait; each call says only what is new."""
+        """The owners to ask for buffers because other queues wait; each call returns only what is new."""
         return [
-            Recall(owner, index, pool.asked[queue])
+            Recall(owner, index, pool.recalled[queue])
             for index, pool in enumerate(self._pools)
             for queue in pool.recalls()
             if (owner := self._owners[queue]) is not None
@@ -339,17 +241,17 @@ class LeaseTable:
         return changes
 
     def owner_of(self, slot: int) -> Owner | None:
-        """Who holds the slot; None: it is free."""
+        """The slot's owner; None: it is free."""
         queue = self._queue_of[slot]
         return None if queue is None else self._owners[queue]
 
     @property
     def last_error(self) -> LeaseError | None:
-        """The newest of what was rejected or in conflict."""
+        """The newest rejection or conflict."""
         return self._last_error
 
     def statistics(self) -> LeaseStatistics:
-        """The table now."""
+        """The table's state and counters."""
         return LeaseStatistics(
             classes=tuple(
                 ClassStatistics(
@@ -388,7 +290,7 @@ class LeaseTable:
                 f"{owner} claims {len(slots)} slots that are not its own, first {slots[0]}"
             )
 
-    def _take(self, owner: Owner, pool: _ClassPool, count: int) -> tuple[int, ...]:
+    def _take(self, owner: Owner, pool: SizePool, count: int) -> tuple[int, ...]:
         slots = tuple(pool.take(owner.queue) for _ in range(count))
         self._note_taken(owner, slots)
         return slots

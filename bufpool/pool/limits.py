@@ -1,7 +1,6 @@
 """How many buffers of which size a device's pool holds, each number with its reason.
 
-Owns `Geometry` and the arithmetic behind it; knows nothing of memory, processes or sockets.  Pure; any
-process.
+Owns `Geometry` and the arithmetic behind it; knows nothing of memory, processes or sockets.  Pure.
 
 Every buffer of a pool is, at any moment, with exactly one of these holders:
 
@@ -9,15 +8,15 @@ Every buffer of a pool is, at any moment, with exactly one of these holders:
     -------  ------------------------------------  ----------------------------------------------------------
     a tag    one of the largest size from FETCH    one that fits, from the request's arrival until the kernel
              on, since a write lands there before  has consumed the commit and the backend has let go: `tags`
-             anyone is asked: `depth` a queue      a queue, fewer the larger the buffer
+             the request arrives: `depth` a queue  a queue, fewer the larger the buffer
     stock    none: nothing to pull ahead           pulled before it is needed (or on its way back), so that no
                                                    request waits for a round trip to the broker: `stock`
     broker   none                                  none is needed: what is free waits for a tag or a stock
     dead     none: a dead worker's buffers are reclaimed before its successor is registered
 
-A queue's reserve is what no other queue can take from it.  It is the whole holding without need_get_data, and
-with it one buffer of each size: the oldest request of a queue always proceeds, so that waiting ends.  A
-worker's private scratch buffer is its own memory and is not counted here.
+A queue's reserve are the buffers that no other queue can take from it: without need_get_data all that it holds, with
+need_get_data one buffer of each size, so that its oldest request always proceeds.  A worker's private scratch buffer is
+its own memory and is not counted here.
 """
 
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ SMALL_BYTES = 4 << 10
 MIDDLE_BYTES = 64 << 10
 """Readahead and writeback in pieces."""
 LARGE_BYTES = 1 << 20
-"""Streaming; above it a size of its own only because the device allows it."""
+"""Streaming; a device that allows larger requests gets one more size for them."""
 
 
 class SizeClass(msgspec.Struct, frozen=True):
@@ -115,7 +114,7 @@ class Geometry(msgspec.Struct, frozen=True):
 
 
 class QueueShare(NamedTuple):
-    """What one queue's holders of one buffer size add up to, in buffers."""
+    """The buffers of one size that one queue needs, summed over their holders."""
 
     buffer_bytes: int
     tags: int
@@ -183,7 +182,7 @@ def _share(buffer_bytes: int, depth: int, placement: str) -> QueueShare:
 
 
 def _tags(buffer_bytes: int, depth: int) -> int:
-    """How many tags of a queue hold such a buffer at once before bandwidth, not buffers, is the limit."""
+    """How many tags of a queue may hold such a buffer at once; with more, bandwidth would be the limit."""
     if buffer_bytes <= SMALL_BYTES:
         return depth
     if buffer_bytes <= MIDDLE_BYTES:
@@ -205,7 +204,7 @@ def _counts(shares: Sequence[QueueShare], queues: int, depth: int, pool_bytes: i
         )
     extra_bytes = sum(share.buffer_bytes * count for share, count in zip(shares, extra, strict=True))
     scaled = [count * (pool_bytes - bytes_min) // max(1, extra_bytes) for count in extra]
-    # More than every tag and the stock hold would only lie idle.
+    # Buffers beyond one for each tag and the stock would never be used.
     caps = [queues * (depth + share.stock) for share in shares]
     return [min(cap, sum(pair)) for cap, *pair in zip(caps, reserved, scaled, strict=True)]
 

@@ -1,9 +1,9 @@
 """Making the memory of a pool: sealed, allocated in full, populated, in huge pages.
 
-Owns how the two segments of `arena.py` come into being.  The data is a memfd: its seals keep a process that has
-a descriptor, the backend above all, from changing its size; named shared memory cannot be sealed.  A hole can
-still be punched into it (FALLOC_FL_PUNCH_HOLE): what lay there is zeros, and the next access gets a new page; a page
-beyond the end of a file would be SIGBUS instead.
+Makes the two segments of `arena.py`.  The data is a memfd: its seals keep a process that has a descriptor, such as the
+backend, from changing its size; named shared memory cannot be sealed.  A process can still punch a hole into it
+(FALLOC_FL_PUNCH_HOLE): it reads as zeros then, and the next access gets a new page, whereas an access beyond the end
+of a file would be SIGBUS.
 """
 
 import errno
@@ -25,7 +25,10 @@ _LOWER = "lower the device's queues, depth or pool"
 
 
 def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
-    """A memfd of zeros, all of it there, whose size no process can change.  Raises `PoolError`."""
+    """A memfd of zeros, every page allocated, whose size no process can change.  Raises `PoolError`.
+
+    `what` names the memory in errors.
+    """
     check_room(what, size_bytes, _LOWER)
     try:
         fd = os.memfd_create("ublkpool-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -68,7 +71,7 @@ def make_named(name: str, size_bytes: int) -> int:
 
 
 def huge_bytes(fd: int, size_bytes: int) -> int:
-    """How much of it huge pages hold.  Raises `PoolError`."""
+    """How many bytes of the file are in huge pages.  Raises `PoolError` if it cannot be mapped."""
     if not whole_bytes(size_bytes):
         return 0
     try:
@@ -79,7 +82,7 @@ def huge_bytes(fd: int, size_bytes: int) -> int:
 
 
 def _allocate(fd: int, size_bytes: int) -> None:
-    """Allocate, then touch every page: the kernel's copy must never be the first to need one.  Raises `OSError`."""
+    """Allocate and populate every page, so that the kernel's copy never finds one missing.  Raises `OSError`."""
     os.posix_fallocate(fd, 0, size_bytes)
     with mmap.mmap(fd, size_bytes) as mapping:
         mapping.madvise(_MADV_POPULATE_WRITE)

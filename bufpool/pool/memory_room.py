@@ -1,7 +1,7 @@
-"""How much memory can be had, so that a pool that is too large is refused before the OOM killer ends a process.
+"""How much memory is available, so that a pool that is too large is refused before the OOM killer ends a process.
 
-Owns the question.  A pool is allocated and locked as a whole: it must fit into what the machine has available and into
-every cgroup (v2) that this process is in, or the kernel's OOM killer chooses who ends.
+A pool is allocated and locked as a whole: it must fit into the machine's available memory and into every cgroup (v2) of
+this process, or the kernel's OOM killer ends a process of its choice.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,17 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class Room(NamedTuple):
-    """Memory that is available, in bytes, and which limit says so."""
+    """Available memory in bytes, and the limit that it was computed from."""
 
     free_bytes: int
     limit: str
 
 
 def check_room(what: str, size_bytes: int, way_out: str) -> None:
-    """Raise `PoolError` with the figures if so much memory is not available now."""
+    """Raise `PoolError` with the figures if `size_bytes` are not available now.
+
+    `what` names the memory in the error, `way_out` says what the user can do.
+    """
     least = min(_rooms(), default=None)
     if least is not None and least.free_bytes < size_bytes:
         raise PoolError(
@@ -34,7 +37,7 @@ def check_room(what: str, size_bytes: int, way_out: str) -> None:
 
 
 def mib(size_bytes: int) -> str:
-    """In words."""
+    """As text, in MiB."""
     return f"{size_bytes / (1 << 20):.1f} MiB"
 
 

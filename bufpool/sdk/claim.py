@@ -1,9 +1,9 @@
 """Opening a store so that no other server, mount or volume manager has it, and waiting for a dead predecessor.
 
-A store that is written is opened alone: a block device with O_EXCL, which mounts, swap, dm, md and mkfs take as well
-(`bd_prepare_to_claim`), a regular file with flock.  The kernel keeps both for as long as I/O of a process that was
-killed still runs, and a successor may write only after that: so opening waits for the dead however long that takes,
-and for the living a few seconds.  Runs in the backend's process, before it attaches.
+A store that is written is opened alone: a block device with O_EXCL, which mounts, swap, dm, md and mkfs use as well
+(`bd_prepare_to_claim`), a regular file with flock.  The kernel keeps both until the last I/O of a killed process has
+ended, and a successor may write only after that.  So opening waits for a dead process as long as that takes, and for a
+living one a few seconds.  Runs in the backend's process, before it attaches.
 """
 
 import errno
@@ -20,9 +20,9 @@ from ublkpool.bufpool.sdk import store_users as in_use
 from ublkpool.bufpool.sdk.backend import log
 
 LIVE_PATIENCE_S = 5.0
-"""How long a living process may keep a store: a predecessor that is ending, a udev rule that looks at a disk."""
+"""How long to wait for a living process, such as an ending predecessor or a udev rule that reads the disk."""
 UNSEEN_PATIENCE_S = 20.0
-"""The same if no process is seen to have the lock: another host, another container, or the I/O of a dead process."""
+"""The same if no visible process has the lock: another host or container, or the I/O of a dead process."""
 _PAUSE_MIN_S = 0.02
 _PAUSE_MAX_S = 0.5
 
@@ -45,19 +45,19 @@ class Patience:
         self._pause_s = _PAUSE_MIN_S
 
     def wait(self, what: str) -> None:
-        """Sleep a moment.  Raises `BackendError` if the process that has it is alive and stays.
+        """Sleep a moment.  Raises `BackendError` if a living process keeps the store too long.
 
-        `what` says how it has it: `locked` or `held`.
+        `what` says how it keeps it: `locked` or `held exclusively`.
         """
         lockers = in_use.lockers(self._path)
-        # The descriptor of a process that has ended may have been inherited by one that lives.
+        # A living process may have inherited the descriptor of one that has ended.
         alive = _living(lockers) or _living(in_use.openers(self._path))
         if lockers and not alive:
             self._say(f"waiting until the I/O of process {lockers[0]}, which has ended, is over")
             self._since_s = self._clock()
         else:
             self._wait_for_the_living(what, alive)
-        # Nothing tells when a claim of O_EXCL ends, and a blocking flock knows no deadline.
+        # The end of an O_EXCL claim raises no event, and a blocking flock has no deadline.
         self._sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
 
@@ -79,7 +79,8 @@ class Patience:
 def open_alone(path: Path, flags: int, mode: int = 0o600) -> int:
     """Open and lock a file or block device that only this process may write; with O_RDONLY others may read it, too.
 
-    The lock lasts as long as the descriptor and the I/O on it.  Raises `BackendError` naming who has it, `OSError`.
+    The lock lasts as long as the descriptor and the I/O on it.  Raises `BackendError` naming the mount, holder or
+    process that uses it, `OSError` if it cannot be opened.
     """
     file = open_exclusively(path, flags, mode)
     try:
@@ -91,7 +92,7 @@ def open_alone(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def open_exclusively(path: Path, flags: int, mode: int = 0o600) -> int:
-    """`os.open`, with O_EXCL if it is a block device to be written.  Raises `BackendError` naming who has it."""
+    """`os.open`, with O_EXCL for a block device to be written.  Raises as `open_alone`."""
     if flags & os.O_ACCMODE == os.O_RDONLY or not _is_block_device(path):
         return os.open(path, flags, mode)
     patience = Patience(path)
@@ -106,7 +107,7 @@ def open_exclusively(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def lock(file: int, path: Path, *, shared: bool) -> None:
-    """Lock an open file for this process, or for all who only read it.  Raises `BackendError` naming who has it."""
+    """Lock an open file, exclusively or shared with other readers.  Raises `BackendError` naming its user."""
     mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
     patience = Patience(path)
     while True:
@@ -120,9 +121,9 @@ def lock(file: int, path: Path, *, shared: bool) -> None:
 
 
 def refuse_own_disk(path: Path, node: Path | None) -> None:
-    """Raise `BackendError` if a device's data would lie on that device itself, whose node is `node`."""
+    """Raise `BackendError` if the store lies on the device that it is to serve, whose node is `node`."""
     below: set[str] = set()
-    # What cannot be looked at is not there yet, or is named when it is opened.
+    # A path that cannot be examined does not exist yet, or opening it will report why.
     with suppress(OSError):
         below = in_use.disks_below(path) if node is not None else below
     if node is not None and node.name in below:

@@ -1,13 +1,13 @@
-"""For programs that use a disk: I/O buffers that its backend shares, so that what is read and written is not copied.
+"""For programs that use a disk: I/O buffers that its backend shares, so that direct I/O is not copied.
 
     with ClientBuffer.open("vol0") as buffer:
         disk = os.open(buffer.path, os.O_RDWR | os.O_DIRECT)
         buffer.view[:4096] = b"x" * 4096
         os.pwritev(disk, [buffer.view[:4096]], 0)
 
-Owns the connection to the daemon, which is the lease, and the memory.  Where there is no such memory (a kernel without
-SHMEM_ZC, `client_buffers` not set, all of it lent) it is ordinary memory, and everything works as it does with any
-other.
+Owns the connection to the daemon, which is the lease, and the memory.  Without shared memory (a kernel without
+SHMEM_ZC, a device without `client_buffers`, all slices lent) the buffer is ordinary memory, and the same program works
+with a copy.
 """
 
 import mmap
@@ -27,29 +27,29 @@ DEFAULT_BYTES = 4 << 20
 
 
 class ClientBuffer:
-    """Memory for I/O with one disk, page by page aligned, until `close`."""
+    """Page-aligned memory for I/O with one disk, until `close`."""
 
     def __init__(self, path: str, descriptor: int, size_bytes: int, lease: socket.socket | None) -> None:
         """Takes over descriptor and connection; see `open`."""
         self.path = path
         """The disk."""
         self.descriptor = descriptor
-        """The memory's file, for whoever wants to map it again: other processes of yours, or a program that maps a
-        file, as `/proc/PID/fd/N`."""
+        """The memory's file, to map it again: in other processes of yours, or in a program that maps files, as
+        `/proc/PID/fd/N`."""
         self.size_bytes = size_bytes
         self.is_shared = lease is not None
-        """Whether its backend shares it, so that direct I/O of whole blocks is not copied."""
+        """Whether the backend shares it, so that direct I/O of whole blocks is not copied."""
         self._lease = lease
         self._map = mmap.mmap(descriptor, size_bytes)
         self.view = memoryview(self._map)
-        """All of it.  A client that had it before may have left something."""
+        """The whole memory.  It may still hold data of an earlier client of the same user."""
 
     @classmethod
     def open(cls, device: str, size_bytes: int = DEFAULT_BYTES, *, run_dir: Path = RUN_DIR_DEFAULT) -> Self:
         """A buffer for the device of this name.
 
-        Shared memory comes in the size that the daemon has it, ordinary memory in `size_bytes`.  Raises `AttachRefused`
-        with the daemon's reason, `BackendError` without a daemon, `WireError` for an answer that makes no sense.
+        Shared memory has the size of the daemon's slices, ordinary memory `size_bytes`.  Raises `AttachRefused` with
+        the daemon's reason, `BackendError` without a daemon, `WireError` for an answer that is not valid.
         """
         question = wire.LeaseBuffer(v=wire.PROTOCOL_VERSION, device=device)
         connection, answer, descriptors = connect_and_ask(run_dir, question)
@@ -64,18 +64,18 @@ class ClientBuffer:
         return cls(answer.path, _ordinary(size_bytes), size_bytes, None)
 
     def leave_open(self) -> None:
-        """For a program that replaces this one: it inherits memory and lease, and has them until it ends."""
+        """Let a program that this process executes inherit memory and lease, until it ends."""
         os.set_inheritable(self.descriptor, True)
         if self._lease is not None:
             self._lease.set_inheritable(True)
 
     def close(self) -> None:
-        """Give it back.  No I/O may be under way with it, and no view of it left; a process's end does the same."""
+        """Give the memory back, when no I/O uses it and no view of it is left; the process's end does the same."""
         with suppress(BufferError):
             self.view.release()
             self._map.close()
         os.close(self.descriptor)
-        # Last: what still has the memory when the lease ends is a reason not to lend it again.
+        # Last: the daemon does not lend a slice again while a process has it open after the end of its lease.
         if self._lease is not None:
             self._lease.close()
 

@@ -1,8 +1,8 @@
-"""A queue's unix socket that a backend cannot reach: for how long that is part of a worker's life, and what ends it.
+"""A queue's unix socket that a backend cannot reach: how long it waits, and the error after that.
 
-A worker that died leaves no socket until its successor makes one, and a socket is made before its owner and mode are
-set.  What lasts longer than that does not end by itself, and waiting in silence would end in a kill for want of a HELLO
-(`HELLO_TIMEOUT_MS` of the worker).
+A dead worker's socket is missing until its successor makes one, and a new socket is denied until its owner and mode are
+set.  A failure that lasts longer does not end by itself: after `HELLO_TIMEOUT_MS` the worker would kill the backend for
+not saying HELLO, so the backend ends first, with the reason.
 """
 
 import errno
@@ -15,7 +15,7 @@ from ublkpool.bufpool.errors import BackendError
 DENIED_PATIENCE_S = 5.0
 MISSING_PATIENCE_S = 25.0
 LOOK_S = 0.5
-"""How often a transport that connects by itself looks whether it could."""
+"""How often `Door.look` is called for a transport that connects by itself, in seconds."""
 _PATIENCE_S = {
     errno.EACCES: DENIED_PATIENCE_S,
     errno.EPERM: DENIED_PATIENCE_S,
@@ -25,11 +25,13 @@ _DENIED = (
     "run this backend as root, or as a member of the daemon's group; "
     "if it is one, restart the daemon, which gives its sockets back to the group"
 )
-_MISSING = "its worker has not come back, or the run directory was emptied: the daemon's log and `ublkpool list` tell"
+_MISSING = (
+    "its worker has not come back, or the run directory was emptied: see the daemon's log and `ublkpool list`"
+)
 
 
 class Door:
-    """One queue's socket, and since when it cannot be reached."""
+    """One queue's socket, and since when connecting to it fails."""
 
     def __init__(self, queue: int, path: str) -> None:
         self._queue, self._path = queue, path
@@ -37,14 +39,14 @@ class Door:
         self._error = 0
 
     def reached(self) -> None:
-        """A connection stands."""
+        """A connection was made."""
         self._error = 0
 
     def failed(self, error: int) -> None:
-        """An attempt failed with this errno.  Raises `BackendError` if that lasts."""
+        """An attempt to connect failed with this errno.  Raises `BackendError` if that lasts too long."""
         patience_s = _PATIENCE_S.get(error)
         if patience_s is None:
-            # A socket is there, whose worker is busy or has just died.
+            # The socket exists: its worker is busy or has just died.
             self._error = 0
             return
         now_s = time.monotonic()
@@ -57,7 +59,7 @@ class Door:
             )
 
     def look(self) -> None:
-        """For a transport that does not say why it has no connection.  Raises `BackendError` as `failed`."""
+        """Test the socket, for a transport that reports no errors.  Raises `BackendError` as `failed`."""
         try:
             Path(self._path).stat()
             error = 0 if os.access(self._path, os.W_OK, effective_ids=True) else errno.EACCES

@@ -1,8 +1,8 @@
-"""Keeps a backend's memory alive while the backend is not: one small process that holds the memfd and hands it out.
+"""The keeper: one small process that holds a memory disk's memfd while no backend does.
 
-Owns the keeper's socket, its process and both ends of what they say.  The keeper is this file run as a script (so it
-needs nothing but the standard library and 10 MB): it answers `adopt` with the descriptor and ends on `drop`.  Anyone
-who may open the socket (mode 0600) may have the memory.  It runs detached, in its own session; under systemd the
+Owns the keeper's socket, its process and both ends of their protocol.  The keeper is this file run as a script, so that
+it needs only the standard library and 10 MB: it answers `adopt` with the descriptor and ends on `drop`.  A process that
+may open the socket (mode 0600) can get the memory.  The keeper runs detached, in its own session; under systemd the
 backend's unit needs `KillMode=process` to leave it alive.
 """
 
@@ -22,12 +22,12 @@ _ANSWER_TIMEOUT_S = 10.0
 
 
 def keeper_path(run_dir: Path, device: str) -> Path:
-    """Where a device's memory is kept; the daemon drops what is there when the device is deleted."""
+    """The path of a device's keeper; the daemon sends `drop` to it when the device is deleted."""
     return run_dir / f"memory-{device}.keep"
 
 
 class Keeper:
-    """A backend's handle on the keeper behind `path`, which need not be there yet."""
+    """A backend's handle on the keeper at `path`, which may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,12 +40,12 @@ class Keeper:
                 connection.send(question)
                 _, descriptors, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
             except (FileNotFoundError, ConnectionError):
-                # There is no keeper, or it has ended since.
+                # No keeper, or it has just ended.
                 return None
             return descriptors
 
     def adopt(self) -> "OwnSegment | None":
-        """The segment that is kept, None if none is.  Raises `BackendError` for a path that no socket can have."""
+        """The kept segment, None without a keeper.  Raises `BackendError` for a path too long for a socket."""
         from ublkpool.bufpool.errors import BackendError
         from ublkpool.bufpool.sdk.client import OwnSegment
         from ublkpool.bufpool.way_out import too_long_for_socket
@@ -56,7 +56,7 @@ class Keeper:
         return OwnSegment.adopt(descriptors[0]) if descriptors else None
 
     def keep(self, segment: "OwnSegment") -> None:
-        """Start a keeper for a segment; the socket listens when this returns."""
+        """Start a keeper for a segment; its socket listens when this returns.  Raises `BackendError`."""
         from ublkpool.bufpool.errors import BackendError
 
         try:
@@ -76,7 +76,7 @@ class Keeper:
             ) from error
 
     def drop(self) -> None:
-        """End the keeper, and with it what it kept."""
+        """End the keeper, and with it the content."""
         self._ask(DROP)
 
 
@@ -107,12 +107,12 @@ def _main(listener_file: int, memory_file: int, path: str) -> None:
         while (dropped_by := _serve_one(listener, memory_file)) is None:
             pass
         Path(path).unlink(missing_ok=True)
-    # The end of the connection says that the memory is gone, so it comes last.
+    # The end of the connection tells that the memory is gone, so it comes last.
     dropped_by.close()
 
 
 def _serve_one(listener: socket.socket, memory_file: int) -> socket.socket | None:
-    """Answers one question; the connection, still open, if that was `drop`."""
+    """Answer one question; returns the connection, still open, after a `drop`."""
     connection, _ = listener.accept()
     connection.settimeout(_ANSWER_TIMEOUT_S)
     try:
@@ -121,7 +121,7 @@ def _serve_one(listener: socket.socket, memory_file: int) -> socket.socket | Non
             return connection
         socket.send_fds(connection, [question], [memory_file] if question == _ADOPT else [])
     except OSError:
-        # It asked and went away.
+        # The asking process has ended.
         pass
     connection.close()
     return None

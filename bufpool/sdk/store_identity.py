@@ -1,8 +1,8 @@
-"""Which file or block device an open file is: an identity that tells a store from one that took its place.
+"""Identities of stores: which file or block device an open file is, so that a replaced store is noticed.
 
-Knows file systems and sysfs, nothing of the wire but `Identity`.  An identity survives what leaves the data as it was:
-a rename, chmod, a remount, a reboot, growth.  It changes when another file or disk has the same path, also if that file
-was given the same inode number.  Where the kernel has nothing that promises both, the identity says that it is weak.
+Knows file systems and sysfs, and of the wire only `Identity`.  An identity survives changes that keep the data: a
+rename, chmod, a remount, a reboot, growth.  It changes when another file or disk gets the same path, even if the new
+file got the same inode number.  Where the kernel has nothing that guarantees both, the identity is marked weak.
 """
 
 import fcntl
@@ -22,20 +22,20 @@ _TMPFS, _RAMFS, _NFS = 0x01021994, 0x858458F6, 0x6969
 _EXT4, _XFS, _BTRFS, _F2FS, _BCACHEFS = 0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E
 _HANDLES_LAST = frozenset({_EXT4, _XFS, _BTRFS, _F2FS, _BCACHEFS, _NFS, _TMPFS})
 """File systems whose handles name inode and generation for the file's whole life.  A FUSE handle, virtiofs included,
-holds a number that is given out anew at each lookup (`fuse_encode_fh`)."""
+holds a number that the server may assign anew at each lookup (`fuse_encode_fh`)."""
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
 _SYS = Path("/sys/dev/block")
 _SERIALS = ("wwid", "device/wwid", "serial", "device/cid", "device/serial", "backend")
-"""In the order of trust: NVMe; SCSI and ATA; virtio-blk; MMC; others; nbd's (Documentation/ABI/stable/sysfs-block)."""
+"""Most reliable first: NVMe; SCSI and ATA; virtio-blk; MMC; others; nbd (Documentation/ABI/stable/sysfs-block)."""
 _VOLATILE_DISKS = ("ram", "zram")
 _COUNTED = re.compile(r"(/host|/target|/virtio|/(?=\d+:\d+:\d+:\d+))\d+")
-"""Steps of a path in sysfs that count in the order in which drivers found things."""
+"""Parts of a sysfs path that are numbered in the order in which drivers found devices."""
 _PATH_LENGTH_MAX = 60
 
 
 def identify(file: int, path: Path) -> Identity:
-    """The identity of an open regular file or block device; `path` is for people.  Raises `OSError`."""
+    """The identity of an open regular file or block device; `path` is only shown to people.  Raises `OSError`."""
     status = os.fstat(file)
     if stat.S_ISBLK(status.st_mode):
         return _block_device(file, status.st_rdev, path)
@@ -54,7 +54,7 @@ def _regular_file(file: int, status: os.stat_result, path: Path) -> Identity:
 
 
 def memory_identity(file: int, device: str) -> Identity:
-    """The identity of a memfd that several processes hold one after the other.  Raises `OSError`."""
+    """The identity of a memory disk's memfd, which one process after another holds.  Raises `OSError`."""
     status = os.fstat(file)
     name = file_handle(file) or f"{status.st_ino}:{file_birth_ns(file)}"
     store = f"the memory disk of {device} (inode {status.st_ino})"
@@ -90,7 +90,7 @@ def _block_device(file: int, number: int, path: Path) -> Identity:
     whole = _loop_device(file, disk) if (disk / "loop").exists() else _disk(disk)
     if not start:
         return _named(whole, path)
-    # The same bytes of the same disk: where a partition begins, not what the table calls it.
+    # A partition is identified by its disk and its first sector, not by its name in the table.
     at = f":at:{start}"
     return _named(
         Identity(
@@ -124,7 +124,7 @@ def _disk(disk: Path) -> Identity:
 
 
 def _usb_disk(disk: Path) -> Identity | None:
-    """A USB disk has its number where it is plugged in; the last step of its SCSI address is the disk behind it."""
+    """The serial number of a USB disk, from its USB device, and the unit behind that from its SCSI address."""
     for above in disk.parents:
         serial = _read(above / "serial")
         if serial and (model := _read(above / "idVendor") + ":" + _read(above / "idProduct")) != ":":
@@ -134,7 +134,7 @@ def _usb_disk(disk: Path) -> Identity | None:
 
 
 def _unnumbered_disk(disk: Path) -> Identity:
-    """Where it is plugged in, for ever; within a boot the number that the kernel gave to this very disk."""
+    """A disk without a number of its own: where it is plugged in, and within a boot its `diskseq`."""
     sequence = _read(disk / "diskseq")
     in_boot = f"disk:seq:{sequence}" if sequence else ""
     store = f"{disk.name}, disk number {sequence or '?'} of this boot"
@@ -147,7 +147,7 @@ def _unnumbered_disk(disk: Path) -> Identity:
 
 
 def _loop_device(file: int, disk: Path) -> Identity:
-    """The file behind it, whichever loop device that is attached to, and where in it the device begins."""
+    """A loop device is its backing file and the offset in it, whichever number the device has."""
     backing = Path(_read(disk / "loop/backing_file"))
     offset = _read(disk / "loop/offset") or "0"
     found = _backing_file(file, backing)
@@ -158,7 +158,7 @@ def _loop_device(file: int, disk: Path) -> Identity:
             strength=found.strength,
             store=f"on {found.store}",
         )
-    # The file cannot be looked at from here: what the loop driver says of it.
+    # This process cannot open the file: use what the loop driver says of it.
     _, inode = _loop_status(file)
     sequence = _read(disk / "diskseq")
     return Identity(
@@ -170,7 +170,7 @@ def _loop_device(file: int, disk: Path) -> Identity:
 
 
 def _backing_file(file: int, backing: Path) -> Identity | None:
-    """The identity of what `backing` names, if that is the file that the loop device has."""
+    """The identity of the file at `backing`, if that is the loop device's file."""
     try:
         opened = os.open(backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

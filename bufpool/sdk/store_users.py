@@ -1,9 +1,9 @@
-"""Who uses a file or a block device, as far as /proc and /sys of this machine tell.
+"""The users of a file or a block device, as far as /proc and /sys of this machine show them.
 
-Everything found here is evidence that a store is in use; that nothing is found proves nothing: a mount may be in a
-namespace that this process may not read, a lock on another host, a descriptor on its way between processes.  Nothing
-here touches a file of another file system, or opens a block device but loop devices on a file of the same name, so
-nothing here waits for a store that it was not asked about.
+A user found here is evidence that the store is in use.  Finding none proves nothing: a mount may be in a namespace
+that this process may not read, a lock on another host, a descriptor in flight between processes.  This module touches
+no file of another file system, and opens only loop devices whose backing file has the same name, so it never waits for
+another store.
 """
 
 import fcntl
@@ -38,16 +38,16 @@ class _Mount(NamedTuple):
 
 
 def lockers(path: Path) -> list[int]:
-    """The processes that took a lock (flock) on this file or node; one that is dead and whose I/O still runs is shown.
+    """The processes with a lock (flock) on this file or node, including a dead one whose I/O still runs.
 
-    `locks_translate_pid` hides the dead, and processes of other containers, from all but the first pid namespace.
+    Outside the first pid namespace the kernel hides dead processes and other containers' (`locks_translate_pid`).
     """
     wanted = _lock_name(path)
     found = []
     with suppress(OSError):
         for line in (_PROC / "locks").read_text().splitlines():
             words = line.split()
-            # A line of a process that waits for the lock has an arrow in the second place.
+            # An arrow in the second column marks a process that waits for the lock.
             if "->" not in words and len(words) >= 6 and words[1] == "FLOCK" and words[5] == wanted:
                 found.append(int(words[4]))
     return [pid for pid in found if pid > 0]
@@ -57,7 +57,7 @@ def _lock_name(path: Path) -> str:
     """`major:minor:inode` as /proc/locks writes it: with the file system's own device number, not that of `stat`."""
     about = path.stat()
     mount = _mount_of(path)
-    # btrfs and overlay file systems give `stat` another device number than the one the kernel's lists show.
+    # btrfs and overlayfs report another device number in `stat` than in /proc/locks.
     device = mount.device if mount else f"{os.major(about.st_dev)}:{os.minor(about.st_dev)}"
     major, _, minor = device.partition(":")
     return f"{int(major):02x}:{int(minor):02x}:{about.st_ino}"
@@ -78,7 +78,7 @@ def _mount_of(path: Path) -> _Mount | None:
 
 
 def is_dying(pid: int) -> bool:
-    """Whether a process has ended, or is about to: what it still does in the kernel ends by itself."""
+    """Whether a process has ended or is ending: its remaining work in the kernel ends by itself."""
     if not _exists(pid):
         return True
     try:
@@ -87,7 +87,7 @@ def is_dying(pid: int) -> bool:
             return True
         status = (_PROC / f"{pid}/status").read_text()
     except OSError:
-        # It has ended meanwhile, or /proc is mounted with hidepid.
+        # It has just ended, or /proc is mounted with hidepid.
         return not _exists(pid)
     pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)", status, re.MULTILINE)
     return any(int(each, 16) & _SIGKILL_BIT for each in pending)
@@ -122,7 +122,7 @@ def _backend_of(words: list[str]) -> str:
 
 
 def claimers(path: Path) -> list[str]:
-    """What has claimed a block device, a partition of it or the disk that it is a part of: mounts, swap, dm, md."""
+    """The mounts, swaps and dm or md devices on a block device, on a partition of it or on its whole disk."""
     number = path.stat().st_rdev
     related = _related_devices(number)
     names = {each: each.resolve().name for each in related}
@@ -133,14 +133,14 @@ def claimers(path: Path) -> list[str]:
 
 
 def users_without_a_claim(path: Path) -> list[str]:
-    """What uses a file or a block device and does not keep others from opening it alone: loop devices, swap files."""
+    """Users of a file or block device that claim nothing: loop devices, swap files."""
     found = [f"/dev/{loop} is set up on it" for loop in _loops_on(path)]
     found += ["it is used as swap" for each in _swap_paths() if os.path.realpath(path) == each]
     return found + _lockers_of_backing_file(path)
 
 
 def openers(path: Path) -> list[int]:
-    """The processes that are seen to have this node or file open under its name."""
+    """The visible processes that have this node or file open under its name."""
     wanted, found = os.path.realpath(path), []
     for process in _processes():
         with suppress(OSError):
@@ -180,7 +180,7 @@ def _below(block: Path, seen: set[str]) -> set[str]:
 
 
 def _related_devices(number: int) -> list[Path]:
-    """A device, and those that overlap it: a disk's partitions, or the disk of a partition."""
+    """A device and the devices that overlap it: a disk's partitions, or a partition's disk."""
     own = _SYS_DEVICES / f"{os.major(number)}:{os.minor(number)}"
     if not own.exists():
         return []
@@ -201,7 +201,7 @@ def _holders(block: Path) -> list[str]:
 
 
 def _mounts_on(numbers: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """The devices of `numbers` (`major:minor` and name) that are mounted, and where, in any namespace."""
+    """The devices of `numbers` (`major:minor` to name) that are mounted, and where, in any namespace."""
     seen = set()
     for mount in _all_mounts():
         name = numbers.get(mount.device) or numbers.get(_node_number(mount.source))
@@ -251,12 +251,12 @@ def _swap_paths() -> list[str]:
 
 
 def _loops_on(path: Path) -> list[str]:
-    """The loop devices whose backing file this is; names are compared first, so that no other file is touched."""
+    """The loop devices on this file.  Names are compared first, so that no other file is touched."""
     ours = path.stat()
     wanted = Path(os.path.realpath(path))
 
     def is_ours(name: str, backing: Path) -> bool:
-        # The same file is seen under another path through another mount, under another name only with a hard link.
+        # Another mount shows the same file under another path; only a hard link gives it another name.
         if backing.name != wanted.name and ours.st_nlink == 1:
             return False
         found = _backing_inode(name)
@@ -268,7 +268,7 @@ def _loops_on(path: Path) -> list[str]:
 
 
 def _backing_inode(loop: str) -> tuple[int, int, int] | None:
-    """Major and minor number and inode of a loop device's file: another container's may have the same path."""
+    """Major and minor number and inode of a loop device's file: in another container another file may have its path."""
     about = bytearray(_LOOP_INFO_BYTES)
     with suppress(OSError):
         file = os.open(f"/dev/{loop}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -289,7 +289,7 @@ def _loops() -> Iterator[tuple[str, str]]:
 
 
 def _lockers_of_backing_file(path: Path) -> list[str]:
-    """A loop device whose file another process has locked, as our backends do."""
+    """The processes that have locked this loop device's file, as our backends do."""
     name = Path(os.path.realpath(path)).name
     for loop, backing in _loops():
         if loop == name:

@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ublkpool.bufpool.pool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall, held_max
+from ublkpool.bufpool.pool.lease import Change, Grant, LeaseError, LeaseTable, Owner, Recall
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.size_pool import held_max
 
 QUEUES = 3
 RESERVE = (2, 1)

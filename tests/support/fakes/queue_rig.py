@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ublkpool.bufpool.pool.lease import Grant, LeaseTable, Owner, Recall, held_max
+from ublkpool.bufpool.pool.lease import Grant, LeaseTable, Owner, Recall
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 from ublkpool.ublk import _native
 from ublkpool.ublk import queue as core
