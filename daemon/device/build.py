@@ -9,7 +9,7 @@ from ublkpool.daemon.device.disk import disk_of
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import FIRST_EPOCH
 from ublkpool.daemon.device.team import Team
-from ublkpool.daemon.kernel.block_device import new_mark
+from ublkpool.daemon.kernel.device_commands import new_mark
 
 
 async def build(parts: DeviceParts, attach: wire.Attach) -> Team:

@@ -20,9 +20,10 @@ from ublkpool.daemon.device.records import FIRST_EPOCH, Record
 from ublkpool.daemon.device.succession import AdoptedDevice
 from ublkpool.daemon.device.team import Plan, Team
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel.block_device import BlockDevice, parameters
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import ClientArea
 from ublkpool.daemon.kernel.control_process import ControlFailed
+from ublkpool.daemon.kernel.disk_parameters import parameters
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import Leases

@@ -1,7 +1,7 @@
-"""A device's client area: memory whose slices clients use as their I/O buffers, so that nothing is copied.
+"""A device's client area: memory whose slices clients use as their I/O buffers, so that no data is copied.
 
-Owns the slices' files: sealed memfds, one each, so that whoever has one sees no other.  They are registered with the
-driver once and for all, see `ublk/control.py`; who has which is `clients.py`'s.
+Owns the slices' files, one sealed memfd each, so that a client sees its own slice only.  They are registered with the
+driver once (`ublk/control.py`); `device/clients.py` lends them.
 """
 
 import logging
@@ -21,39 +21,37 @@ from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import slice_name
-from ublkpool.daemon.processes.open_files import FileId, file_id, holders_of
+from ublkpool.daemon.processes.open_files import FileId, file_id, processes_with
 from ublkpool.daemon.settings.config import CLIENT_SLICES
 from ublkpool.ublk import queue as core
 
 _log = logging.getLogger("ublkpool.device")
-
-
 USER_UNKNOWN = -1
-"""In the place of a user: the slice is lent to no client any more."""
+"""In place of a user: an earlier user may still have the slice, so it is lent to no client any more."""
 
 
 class AreaRecord(msgspec.Struct, frozen=True):
-    """What the next daemon must know to find a client area again."""
+    """What the next daemon needs to find the slices again."""
 
     slice_bytes: int
     files: tuple[FileId | None, ...]
     users: tuple[int | None, ...] = ()
-    """The user whose clients had each slice, None if no client had it; empty in what an earlier version wrote."""
+    """The user whose clients had each slice, None if no client had it; an earlier version wrote an empty tuple."""
 
 
 class ClientArea:
-    """The slices that there are, by their numbers."""
+    """The slices by number."""
 
     def __init__(self, slice_bytes: int, files: Mapping[int, int]) -> None:
         """Takes the descriptors over."""
         self.slice_bytes = slice_bytes
         self.files = dict(files)
         self.users: dict[int, int] = {}
-        """The user whose clients have had a slice; `USER_UNKNOWN` if that is not sure."""
+        """The user whose clients have had a slice; `USER_UNKNOWN` if it is not known which."""
 
     @classmethod
     def create(cls, size_bytes: int) -> Self:
-        """New ones, zeros, all there.  Raises `DaemonError` if there is not so much memory."""
+        """New slices, zeroed and fully allocated.  Raises `DaemonError` if memory is short."""
         area = cls(size_bytes // CLIENT_SLICES, {})
         try:
             check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
@@ -72,11 +70,11 @@ class ClientArea:
     async def find(
         cls, runner: ControlRunner, record: AreaRecord, device: str, held: Mapping[str, int]
     ) -> Self:
-        """An earlier daemon's: from the holder, or from whoever still has it.
+        """An earlier daemon's slices: from the holder, else from a process that still has them open.
 
-        A slice that nobody has is lost: the driver keeps its pages and nobody can get at them.  What a dead client
-        had under way there fails.  One that was found at a process stays that process's: what we have of it then is
-        an open file that the kernel counts, so the kernel's count cannot tell it from a client's
+        A slice that no process has is lost: the driver keeps its pages, and no process can map them.  Requests that a
+        dead client had in flight there fail.  A slice that was found at a process is never lent again: its open file
+        here is one that the kernel counts, so the kernel's count cannot tell it from a client's
         (`open_files.is_open_elsewhere`).
         """
         area = cls(record.slice_bytes, {})
@@ -91,13 +89,13 @@ class ClientArea:
                 missing[number] = wanted
         if missing:
             found = await _find_elsewhere(runner, device, missing, record.slice_bytes)
-            # `segments` and `descriptors` go by number.
+            # `segments` and `descriptors` are in the order of the numbers.
             area.files = dict(sorted({**area.files, **found}.items()))
             area.users.update(dict.fromkeys(found, USER_UNKNOWN))
         return area
 
     def record(self) -> AreaRecord:
-        """To find it by."""
+        """The record by which `find` finds the slices."""
         numbers = range(CLIENT_SLICES)
         return AreaRecord(
             self.slice_bytes, tuple(map(self._id_of, numbers)), tuple(map(self.users.get, numbers))
@@ -108,23 +106,23 @@ class ClientArea:
 
     @property
     def bits(self) -> int:
-        """Which slices there are."""
+        """The numbers of the slices, as a bit mask."""
         return sum(1 << number for number in self.files)
 
     def segments(self) -> tuple[wire.Segment, ...]:
-        """As a backend is told of them."""
+        """The slices as a backend is told of them."""
         return tuple(
             wire.Segment(number=wire.SEGMENT_CLIENTS + number, size_bytes=self.slice_bytes)
             for number in self.files
         )
 
     def descriptors(self) -> list[int]:
-        """In the order of `segments`."""
+        """The slices' descriptors, in the order of `segments`."""
         return list(self.files.values())
 
     @contextmanager
     def mapped(self) -> Iterator[Sequence[Any]]:
-        """All slices in this process's memory, and in that of a child that it forks."""
+        """All slices, mapped in this process, and in a child that it forks meanwhile."""
         memory: list[Any] = []
         try:
             memory.extend(core.map_segment(fd, self.slice_bytes) for fd in self.files.values())
@@ -134,7 +132,7 @@ class ClientArea:
                 core.unmap_segment(each, self.slice_bytes)
 
     def close(self) -> None:
-        """Let go of the slices."""
+        """Close the slices' descriptors."""
         for fd in self.files.values():
             os.close(fd)
         self.files = {}
@@ -143,7 +141,7 @@ class ClientArea:
 async def _find_elsewhere(
     runner: ControlRunner, device: str, missing: Mapping[int, FileId], size_bytes: int
 ) -> dict[int, int]:
-    """The slices that other processes have open; a helper process looks, for /proc may keep it waiting."""
+    """The slices that other processes have open; a disposable process searches, since /proc may keep it waiting."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     spared = os.getpid()
     with ours, theirs:
@@ -167,7 +165,7 @@ def _receive_slice(ours: socket.socket) -> tuple[int, int]:
 
 
 def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes: int, spared: int) -> int:
-    """Runs in the helper process; how many slices were found, each sent with its number."""
+    """Runs in the disposable process: send each slice that was found with its number; the count."""
     found = {
         number: fd
         for number, wanted in missing.items()
@@ -179,8 +177,8 @@ def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes:
 
 
 def _find_open(wanted: FileId, size_bytes: int, spared: int) -> int | None:
-    """The file among those that other processes have open; None if it is not there, or not what it was."""
-    for pid in holders_of({wanted}, [spared]):
+    """A descriptor of the wanted file, if another process has it open and its size and seals are unchanged."""
+    for pid in processes_with({wanted}, [spared]):
         with suppress(OSError):
             for path in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):

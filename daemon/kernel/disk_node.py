@@ -1,6 +1,6 @@
-"""The node of a disk in /dev: opening it, which may wait for ever.
+"""The node of a disk in /dev, whose open may wait for ever.
 
-Every function runs in a helper process (`ControlRunner.look`).
+Every function runs in a disposable process (`ControlRunner.look`).
 """
 
 import os
@@ -15,9 +15,9 @@ _POLL_S = 0.02
 
 
 def wait_until_open(node: str, deadline_s: float) -> bool:
-    """Whether `node` was there and could be opened as a block device before the deadline, with udev settled then.
+    """Open `node` as a block device, then wait until udev has settled; false if the node is missing for `deadline_s`.
 
-    The deadline is for a node that is missing; an open that waits in the kernel is waited for.
+    The deadline does not end an open that waits in the kernel.
     """
     until_s = time.monotonic() + deadline_s
     while not _opens(node):
@@ -29,9 +29,9 @@ def wait_until_open(node: str, deadline_s: float) -> bool:
 
 
 def has_gone(disk: str) -> bool:
-    """Whether the kernel has begun to remove this disk, after which it cannot be opened any more.
+    """Whether the kernel has begun to remove this disk; from then on no process can open it.
 
-    del_gendisk takes the link `bdi` away between marking the disk dead and waiting for its requests.
+    del_gendisk removes the link `bdi` after it has marked the disk dead, and before it waits for the disk's requests.
     """
     return not os.path.lexists(f"/sys/block/{disk}/bdi")
 

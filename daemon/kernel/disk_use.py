@@ -1,8 +1,8 @@
-"""Who uses a disk: mounts, devices made of it, swap, loop devices, processes that have it open or mapped.
+"""The users of a disk: mounts, devices made of it, swap, loop devices, processes that have it open or mapped.
 
-Owns what /sys and /proc show of that.  Every function runs in a helper process (`ControlRunner.look`), since any of
-these files may wait for a disk that answers nothing.  What is found is evidence; that nothing is found proves nothing:
-a descriptor may be in flight, in io_uring's table, or in another PID namespace.  Only the kernel knows
+Owns what /sys and /proc show of them.  Every function runs in a disposable process (`ControlRunner.look`), since a read
+of any of these files may wait for a disk that does not answer.  A user that is found is evidence; finding none proves
+nothing: a descriptor may be in flight, in io_uring's table, or in another PID namespace.  Only the kernel knows
 (`BlockDevice.try_stop`).
 """
 
@@ -20,7 +20,7 @@ from ublkpool.daemon.kernel.control_process import LOOK_TITLE
 from ublkpool.daemon.processes.mounts import parse_mounts
 
 USERS_MAX = 20
-"""Of one kind, so that the words fit into an error, and the answer into a pipe."""
+"""Users of one kind that are named, so that the error stays readable, and the answer fits into a pipe."""
 _PROC = Path("/proc")
 _SYS_BLOCK = Path("/sys/block")
 _AT_FDCWD = -100
@@ -32,21 +32,21 @@ _STATX_RDEV = struct.Struct("@128xII")
 
 
 class Users(msgspec.Struct, frozen=True):
-    """Who uses a disk, in words."""
+    """The users of a disk, in words."""
 
     lasting: tuple[str, ...] = ()
     """Mounts, swap, devices made of the disk."""
     openers: tuple[str, ...] = ()
-    """Processes that have it open: udev's and others' short looks are among them."""
+    """Processes that have it open, for a moment only (udev, blkid) or for longer."""
 
     @property
     def words(self) -> str:
-        """All of them in a row, empty if there are none."""
+        """All users, separated by commas; empty without users."""
         return ", ".join((*self.lasting, *self.openers))
 
 
 def is_claimed(node: str) -> bool:
-    """Whether the kernel refuses an exclusive open: a mount, swap, a volume manager or RAID has the disk or a part."""
+    """Whether the kernel refuses an exclusive open: a mount, swap, device mapper or md has the disk or a partition."""
     try:
         os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
@@ -63,7 +63,7 @@ def find_users(disk: str) -> Users:
 
 
 def find_mappers(disk: str) -> Users:
-    """The processes that map the disk and may have closed it; a look of its own, for /proc/PID/maps may wait longer."""
+    """The processes that map the disk and may have closed it; a separate look, since /proc/PID/maps may wait longer."""
     names = {f"/dev/{name}".encode() for name in _numbers(disk).values()}
     return Users((), _few([f"{_process(pid)} maps it" for pid in _pids() if _maps(pid, names)]))
 
@@ -89,7 +89,7 @@ def _directories(disk: str, numbers: dict[str, str]) -> Iterator[Path]:
 
 
 def _made_of(disk: str, numbers: dict[str, str]) -> Iterator[str]:
-    """Device mapper, md, bcache: the block devices that have registered as holders."""
+    """The block devices that have registered as the disk's holders: device mapper, md, bcache."""
     for directory in _directories(disk, numbers):
         with suppress(OSError):
             for holder in sorted((directory / "holders").iterdir()):
@@ -121,21 +121,21 @@ def _loops(numbers: dict[str, str]) -> Iterator[str]:
 
 
 def _mounts(numbers: dict[str, str]) -> Iterator[str]:
-    """In every mount namespace that a process is in."""
+    """The mounts in every mount namespace that a process is in."""
     names = {f"/dev/{name}" for name in numbers.values()}
     first = _namespace(1)
     for namespace, pid in _namespaces().items():
         with suppress(OSError):
             for line in (_PROC / str(pid) / "mountinfo").read_text().splitlines():
                 (mount,), source = parse_mounts(line), line.partition(" - ")[2].split()[1]
-                # Some file systems have device numbers of their own: their source names the disk.
+                # Some file systems have a device number of their own; then the source names the disk.
                 if mount.device in numbers or source in names:
                     where = "" if namespace == first else f" for {_process(pid)}"
                     yield f"mounted at {mount.path}{where}"
 
 
 def _namespaces() -> dict[str, int]:
-    """Each mount namespace, and a process in it: the lowest number, which is the first process's for its own."""
+    """Each mount namespace, and the process with the lowest number in it."""
     found: dict[str, int] = {}
     for pid in _pids():
         if namespace := _namespace(pid):
@@ -152,7 +152,7 @@ def _namespace(pid: int) -> str:
 def _openers(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     for pid in _pids():
-        # The daemon's own looks open the disk for a moment.
+        # The daemon's own looks open the disk for a moment, too.
         if _comm(pid) != LOOK_TITLE and _has_open(pid, names, numbers):
             yield f"{_process(pid)} has it open"
 
@@ -162,7 +162,7 @@ def _has_open(pid: int, names: Collection[str], numbers: Collection[str]) -> boo
         for entry in (_PROC / str(pid) / "fd").iterdir():
             with suppress(OSError):
                 target = str(entry.readlink())
-                # A node may have another name elsewhere; sockets, pipes and the like are none.
+                # The node may have another name in another namespace; a socket or a pipe has no path.
                 if target in names or (target.startswith("/") and _number_of(str(entry)) in numbers):
                     return True
     return False

@@ -1,8 +1,8 @@
-"""Whether a disk may be taken away, and the stop of one without users.
+"""The check that a disk is unused, and the stop of an unused disk.
 
 A refusal names the users.  Where the driver has TRY_STOP_DEV (Linux 7.0) the kernel decides, at the moment of the stop;
-before that an exclusive open and what /sys and /proc show decide, and what these do not show is not seen.  Runs on the
-supervisor's asyncio loop; whatever may wait runs in helper processes.
+before that an exclusive open, /sys and /proc decide, and a user that they do not show is missed.  Runs on the
+supervisor's asyncio loop; every call that may wait runs in a disposable process.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from ublkpool.daemon.kernel.control_process import CallHung, ControlFailed
 from ublkpool.daemon.kernel.disk_use import Users
 
 PATIENCE_S = 2.0
-"""How long an opener may take that looks at the disk and lets go, as udev and blkid do."""
+"""A process that has the disk open for less than this, as udev and blkid do, is no user."""
 WARNING_DEADLINE_S = 5.0
 _POLL_S = 0.1
 _WAY_OUT = "end that use, or use --force"
@@ -23,9 +23,9 @@ _UNSEEN = "a user that neither /proc nor /sys shows"
 
 
 async def check_unused(name: str, kernel: BlockDevice, *, may_open: bool) -> None:
-    """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users, or what cannot be told.
+    """Return if no user of the disk is seen.  Raises `DaemonError` that names the users, or why they cannot be seen.
 
-    With `may_open` false the disk is not opened: before it is live its partition scan may be waiting.
+    With `may_open` false the disk is not opened: before the device is live, an open may wait for the partition scan.
     """
     loop = asyncio.get_running_loop()
     until_s = loop.time() + PATIENCE_S
@@ -39,7 +39,7 @@ async def check_unused(name: str, kernel: BlockDevice, *, may_open: bool) -> Non
 
 
 async def _look(name: str, kernel: BlockDevice, may_open: bool) -> tuple[bool, Users]:
-    """Whether the kernel says that the disk is claimed, asked only if no user is seen, and the users."""
+    """Whether the disk is claimed, which is asked only if no user is seen, and the users."""
     try:
         users = await kernel.users()
         if users.words or not may_open:
@@ -66,7 +66,7 @@ async def stop_unused(name: str, kernel: BlockDevice, try_stop: Callable[[], Awa
 
 
 async def describe_use(kernel: BlockDevice) -> str:
-    """The users in words for a warning, empty if none is seen; that it cannot be told is said as well."""
+    """The users in words for a warning, or why they cannot be seen; empty if no user is seen."""
     try:
         users = await kernel.users(WARNING_DEADLINE_S)
         if users.words:
@@ -79,7 +79,7 @@ async def describe_use(kernel: BlockDevice) -> str:
 
 
 async def _users(kernel: BlockDevice) -> Users:
-    """Those that can be seen."""
+    """The users that can be seen."""
     users = Users()
     with suppress(ControlFailed):
         users = await kernel.users()

@@ -1,4 +1,4 @@
-"""What the kernel log says about ublk and tasks that hang, for the error of a command that does not come back."""
+"""Lines of the kernel log about ublk and hung tasks, for the error of a command that does not return."""
 
 import os
 import re
@@ -11,7 +11,7 @@ _RELEVANT = re.compile(r"ublk|blocked for more than|hung_task|\bBUG: |\bWARNING:
 
 
 def last_words(path: str = _DEVICE) -> list[str]:
-    """The last few lines that matter, `[seconds since boot] text`, oldest first; none where we may not read it."""
+    """The last relevant lines, `[seconds since boot] text`, oldest first; empty if the log cannot be read."""
     try:
         kmsg = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -23,7 +23,7 @@ def last_words(path: str = _DEVICE) -> list[str]:
 
 
 def relevant(records: Iterable[bytes]) -> list[str]:
-    """The last `LINES_MAX` of these records of /dev/kmsg (`priority,number,microseconds,flags;text`) that matter."""
+    """The last `LINES_MAX` relevant ones of these /dev/kmsg records (`priority,number,microseconds,flags;text`)."""
     found = [line for line in map(_line, records) if _RELEVANT.search(line)]
     return found[-LINES_MAX:]
 
@@ -32,7 +32,7 @@ def _line(record: bytes) -> str:
     head, _, text = record.decode(errors="replace").partition(";")
     time_us = [*head.split(","), "", "", ""][2]
     seconds = int(time_us) / 1e6 if time_us.isdigit() else 0.0
-    # What follows the first line is the device that it is about, as a dictionary.
+    # Further lines are a dictionary that names the device.
     return f"[{seconds:.3f}] {text.partition(chr(10))[0]}"
 
 
@@ -43,7 +43,7 @@ def _records(kmsg: int) -> Iterator[bytes]:
         except BlockingIOError:
             return
         except BrokenPipeError:
-            # Overwritten while we read: the next read goes on with what is left.
+            # Records were overwritten meanwhile: the next read returns the oldest one left.
             continue
         if not record:
             return

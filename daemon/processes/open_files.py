@@ -1,8 +1,8 @@
 """Which processes have a file open or mapped, and whether any process has.
 
-Owns the search through /proc, which is slow (it looks at every process) and finds some of them, never all: descriptors
-in flight and in io_uring's tables do not show.  Whether a file has no
-other open file is the kernel's word (`is_open_elsewhere`), for files that were handed out by `reopened`.
+The search through /proc is slow, since it reads every process, and finds some of them, never all: descriptors in flight
+and in io_uring's tables do not show there.  Only the kernel knows that a file has no other open file; it is asked by
+`is_open_elsewhere`, for files that were handed out by `reopened`.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ FileId = tuple[int, int]
 
 
 def file_id(about: os.stat_result) -> FileId:
-    """What names a file as long as somebody has it open."""
+    """What identifies a file as long as it is open anywhere."""
     return about.st_dev, about.st_ino
 
 
@@ -27,15 +27,15 @@ def reopened(fd: int) -> int:
 
 
 def is_open_elsewhere(fd: int) -> bool:
-    """Whether a process has a memfd that came from `reopened` or was opened through /proc; a doubt is a yes.
+    """Whether a process has a memfd that came from `reopened` or was opened through /proc; true if in doubt.
 
     A write lease is granted only if the file has no other open file that the inode counts (`check_conflicting_open`,
     fs/locks.c), wherever that is: in a process, mapped and closed, in flight over a socket, in an io_uring's table.
-    The open file of `memfd_create`, whose duplicates workers and the holder have, is not among those counted.  Pages
-    that were pinned (io_uring's registered buffers, vmsplice) before everything was closed are not seen either.
+    Not counted are the open file of `memfd_create`, whose duplicates workers and the holder have, and pages that were
+    pinned (io_uring's registered buffers, vmsplice) before every descriptor was closed.
     """
     own = reopened(fd)
-    # A process that opens the file in this moment breaks the lease, which is a SIGIO for the owner of the lease.
+    # A process that opens the file meanwhile breaks the lease, and the lease's owner gets SIGIO.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -43,22 +43,22 @@ def is_open_elsewhere(fd: int) -> bool:
     except OSError:
         return True
     finally:
-        # Closed first, so that no SIGIO can follow.
+        # Closed before the handler is restored, so that no SIGIO can follow.
         os.close(own)
         signal.signal(signal.SIGIO, before)
     return False
 
 
-def holders_of(files: Collection[FileId], spared: Collection[int] = ()) -> list[int]:
-    """The processes that hold one of these files, but for this one and those that are spared."""
+def processes_with(files: Collection[FileId], spared: Collection[int] = ()) -> list[int]:
+    """The processes that have one of these files open or mapped, except this one and `spared`."""
     numbers = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
     spared = {os.getpid(), *spared}
-    return [pid for pid in numbers if pid not in spared and any(each in files for each in _held_by(pid))]
+    return [pid for pid in numbers if pid not in spared and any(each in files for each in _files_of(pid))]
 
 
-def _held_by(pid: int) -> Iterator[FileId]:
+def _files_of(pid: int) -> Iterator[FileId]:
     process = Path(f"/proc/{pid}")
-    # A process may end while it is looked at.
+    # The process may end meanwhile.
     with suppress(OSError):
         for each in (process / "fd").iterdir():
             with suppress(OSError):

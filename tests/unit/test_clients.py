@@ -23,9 +23,10 @@ from ublkpool.daemon.backends.peer import Peer
 from ublkpool.daemon.device import clients as module
 from ublkpool.daemon.device.clients import ClientContext, Clients, rested
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel.block_device import BlockDevice, wanted_flags
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, AreaRecord, ClientArea
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.kernel.disk_parameters import wanted_flags
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.held_names import client_name, slice_name
 from ublkpool.daemon.processes.holder import Holder

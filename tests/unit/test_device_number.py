@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel import block_device
+from ublkpool.daemon.kernel import device_commands
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -137,7 +137,7 @@ def test_a_number_that_is_taken_as_soon_as_it_is_free_counts_as_free(
         driver.device = STRANGER
 
     monkeypatch.setattr(control, "delete_device_later", delete_and_another_adds)
-    assert block_device._delete(NUMBER, device.mark)
+    assert device_commands.delete(NUMBER, device.mark)
 
 
 def test_a_successor_of_the_daemon_does_not_take_up_another_servers_device(driver: Driver) -> None:
@@ -167,4 +167,4 @@ def test_the_wait_for_quiesced_ends_when_the_number_is_a_strangers(driver: Drive
 
 def test_each_device_has_a_mark_of_its_own(driver: Driver) -> None:
     marks = {create().mark for _ in range(8)}
-    assert len(marks) == 8 and all(0 < mark < 1 << block_device.MARK_BITS for mark in marks)
+    assert len(marks) == 8 and all(0 < mark < 1 << device_commands.MARK_BITS for mark in marks)

@@ -7,8 +7,9 @@ from typing import cast
 
 import pytest
 
-from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.ublk.abi import DeviceInfo, Feature
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.vm.process import Forked
-from ublkpool.daemon.processes.open_files import file_id, holders_of, is_open_elsewhere, reopened
+from ublkpool.daemon.processes.open_files import file_id, is_open_elsewhere, processes_with, reopened
 from ublkpool.ublk.queue import sealed_memory
 
 SIZE_BYTES = 4096
@@ -66,7 +66,7 @@ def test_one_in_flight_that_no_process_shows_counts(memory: int) -> None:
     os.close(handed)
     wanted, shown = {file_id(os.fstat(memory))}, os.dup(memory)
     os.close(shown)
-    assert holders_of(wanted) == [] and is_open_elsewhere(memory)
+    assert processes_with(wanted) == [] and is_open_elsewhere(memory)
     ours.close()
     theirs.close()
 

@@ -26,8 +26,9 @@ from ublkpool.daemon.device import recovery
 from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S, RestartLimit, next_epoch, retire
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes import broker_process
 from ublkpool.daemon.processes.broker_process import BrokerProcess, Leases
 from ublkpool.daemon.processes.holder import Holder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ublkpool.daemon.kernel.block_device import wanted_flags
+from ublkpool.daemon.kernel.disk_parameters import wanted_flags
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.errors import UnsupportedError

@@ -20,8 +20,9 @@ from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Plan, Team
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.worker_process import WorkerProcess

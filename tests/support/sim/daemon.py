@@ -43,8 +43,9 @@ from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import block_device
-from ublkpool.daemon.kernel.block_device import BlockDevice, Created
+from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.held_names import session_names
