@@ -1,40 +1,44 @@
-"""`del` of a device: what it asks, in which order, and that a refusal changes nothing."""
+"""`del` of a device: the order of its checks, and that a refusal changes nothing."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
+from support.fakes.device_parts import FakeKernel, fake_context, fake_device
 from ublkpool.daemon.device import device as module
 from ublkpool.daemon.device import teardown
-from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import disk_users as in_use
 from ublkpool.daemon.kernel.disk_use import Users
+from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.status import State
 from ublkpool.daemon.supervisor import Supervisor
 
 
-class Kernel:
+class Kernel(FakeKernel):
     """A disk with users that a test sets, and a driver that counts openers or does not."""
 
-    node = Path("/dev/ublkb0")
-
     def __init__(self, log: list[str], newer: bool) -> None:
-        self._log, self.can_try_stop = log, newer
+        super().__init__()
+        self._log, self._newer = log, newer
         self.seen = Users()
         self.openers = 0
 
-    async def users(self, _deadline_s: float = 0) -> Users:
+    @property
+    def can_try_stop(self) -> bool:
+        return self._newer
+
+    async def users(self, deadline_s: float = 0) -> Users:
         await asyncio.sleep(0)
         self._log.append("look")
         return self.seen
 
-    async def is_claimed(self, _deadline_s: float = 0) -> bool:
+    async def is_claimed(self, deadline_s: float = 0) -> bool:
         self._log.append("open")
         return False
 
@@ -45,21 +49,16 @@ class Kernel:
 class Scene:
     """A device in some state, with everything below it made up."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, newer: bool = True, state: str = "live") -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, newer: bool = True, state: State = "live") -> None:
         monkeypatch.setattr(in_use, "PATIENCE_S", -1.0)
         monkeypatch.setattr(module, "drop_kept", self._drop_kept)
+        monkeypatch.setattr(teardown, "tear_down", self._tear_down)
         self.log: list[str] = []
         self.kernel = Kernel(self.log, newer)
-        context = SimpleNamespace(
-            run_dir=Path("/nonexistent"), runner=None, holder=None, records=None, states=None, boot_id=""
-        )
-        self.device = Device(DeviceConfig(name="vol", size_bytes=1 << 20), cast(DaemonContext, context))
-        self.device.parts.save = lambda: None  # type: ignore[method-assign]
-        self.device.parts.resources.kernel = cast(Any, self.kernel)
-        self.device.parts.life.state = cast(Any, state)
+        self.device = fake_device()
+        self.device.parts.resources.kernel = self.kernel
+        self.device.parts.life.state = state
         monkeypatch.setattr(self.device.parts.resources, "try_stop", self._try_stop)
-        monkeypatch.setattr(teardown, "tear_down", self._tear_down)
-        monkeypatch.setattr(teardown, "end_binding", self._end_binding)
 
     async def _try_stop(self) -> bool:
         assert self.device.parts.life.turn.locked() and not self.device.parts.life.is_stopping
@@ -70,11 +69,8 @@ class Scene:
         assert self.device.parts.life.turn.locked() and self.device.parts.life.is_stopping
         self.log.append("tear down")
 
-    async def _end_binding(self, _parts: object, _keep: bool, _forget: bool) -> None:
-        """It has no store."""
-
     async def _drop_kept(self, _path: Path) -> None:
-        """There is nothing kept."""
+        """No memory is kept."""
 
     async def refusal(self) -> str:
         with pytest.raises(DaemonError) as caught:
@@ -84,7 +80,7 @@ class Scene:
         return str(caught.value)
 
 
-def play(test: Callable[[], Any]) -> None:
+def play(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 20))
 
 
@@ -99,7 +95,7 @@ def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_
     play(run)
 
 
-def test_an_opener_whom_only_the_driver_sees_is_reason_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_opener_that_only_the_driver_sees_is_a_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
         scene.kernel.openers = 1
@@ -110,7 +106,7 @@ def test_an_opener_whom_only_the_driver_sees_is_reason_enough(monkeypatch: pytes
     play(run)
 
 
-def test_a_user_who_is_seen_is_named_and_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_that_is_seen_is_named_and_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
         scene.kernel.seen = Users(lasting=("mounted at /srv",))
@@ -120,7 +116,7 @@ def test_a_user_who_is_seen_is_named_and_the_driver_is_not_asked(monkeypatch: py
     play(run)
 
 
-def test_force_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
         scene.kernel.seen = Users(lasting=("mounted at /srv",))
@@ -132,7 +128,7 @@ def test_force_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("state", ["recovering", "quiesced"])
 def test_a_disk_that_is_being_recovered_is_in_use_like_any_other(
-    monkeypatch: pytest.MonkeyPatch, state: str
+    monkeypatch: pytest.MonkeyPatch, state: State
 ) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch, state=state)
@@ -156,10 +152,10 @@ def test_a_disk_that_is_not_live_yet_is_not_opened_and_a_failed_one_has_no_users
     play(run)
 
 
-def test_without_the_drivers_count_a_disk_is_looked_at_again_after_whatever_changed_it(
+def test_without_the_driver_s_count_a_disk_is_checked_again_after_any_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A recovery that takes its time has the turn meanwhile, and its disk may have got a user."""
+    """A recovery may have the turn meanwhile, and the disk may have got a user."""
 
     async def run() -> None:
         scene = Scene(monkeypatch, newer=False)
@@ -183,52 +179,74 @@ def test_a_device_whose_client_buffers_are_lent_is_not_deleted(monkeypatch: pyte
     play(run)
 
 
-class Table:
-    """Devices that may have users: as a supervisor's, without anything below."""
+class Used(Device):
+    """A device that may have a user."""
 
-    def __init__(self, seen: dict[str, str], told: dict[str, str]) -> None:
-        self._seen, self._told = seen, told
-        self.names = ["first", "second", "third"]
+    def __init__(self, name: str, user: str) -> None:
+        super().__init__(DeviceConfig(name=name), fake_context())
+        self._user = user
+
+    async def check_unused(self) -> None:
+        if self._user:
+            raise DaemonError(f"{self.name}: in use: {self._user}")
+
+
+class Table(DeviceTable):
+    """Three devices: `seen` are the users that a check finds, `counted` those that only a removal finds."""
+
+    def __init__(self, seen: dict[str, str], counted: dict[str, str]) -> None:
+        super().__init__(lambda config: Used(config.name, ""), lambda: None)
+        self._counted = counted
+        self.left = {name: Used(name, seen.get(name, "")) for name in ("first", "second", "third")}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names
+        return name in self.left
 
-    def devices(self) -> list[Any]:
-        return [self.device(name) for name in self.names]
+    def devices(self) -> list[Device]:
+        return list(self.left.values())
 
-    def device(self, name: str) -> Any:
-        async def check_unused() -> None:
-            if name in self._seen:
-                raise DaemonError(f"{name}: in use: {self._seen[name]}")
+    def device(self, name: str) -> Device:
+        return self.left[name]
 
-        return SimpleNamespace(config=SimpleNamespace(name=name), check_unused=check_unused)
-
-    async def delete(self, name: str, force: bool, forget: bool) -> None:
+    async def delete(self, name: str, force: bool, forget: bool = False) -> None:
         assert forget
-        if not force and name in self._told:
-            raise DaemonError(f"{name}: in use: {self._told[name]}")
-        self.names.remove(name)
+        if not force and name in self._counted:
+            raise DaemonError(f"{name}: in use: {self._counted[name]}")
+        del self.left[name]
 
 
-def all_deleted(table: Table, *, force: bool = False) -> list[str]:
-    supervisor = Supervisor.__new__(Supervisor)
-    supervisor._table = cast(Any, table)
-    supervisor._context = cast(Any, SimpleNamespace(states=SimpleNamespace(knows=lambda _: False)))
-    return list(asyncio.run(supervisor.delete(None, force)))
+async def deletions(
+    call: Callable[[Supervisor], Awaitable[object]], seen: dict[str, str], counted: dict[str, str]
+) -> list[str]:
+    """Call a supervisor of three devices; the devices that are left."""
+    supervisor = Supervisor(fake_context(), Background("the daemon"))
+    table = supervisor._table = Table(seen, counted)
+    await call(supervisor)
+    return list(table.left)
 
 
-def test_all_devices_are_asked_before_one_goes_and_every_refusal_is_told() -> None:
-    table = Table(seen={"second": "cat", "third": "a mount"}, told={})
-    with pytest.raises(DaemonError) as caught:
-        all_deleted(table)
-    assert str(caught.value) == "nothing was deleted: second: in use: cat; third: in use: a mount"
-    assert table.names == ["first", "second", "third"]
-    assert all_deleted(table, force=True) == ["first", "second", "third"]
+def refused(with_words: str) -> Callable[[Supervisor], Awaitable[None]]:
+    async def call(supervisor: Supervisor) -> None:
+        with pytest.raises(DaemonError) as caught:
+            await supervisor.delete(None, force=False)
+        assert str(caught.value) == with_words
+
+    return call
 
 
-def test_what_went_before_another_was_refused_is_told() -> None:
-    table = Table(seen={}, told={"second": "somebody"})
-    with pytest.raises(DaemonError) as caught:
-        all_deleted(table)
-    assert str(caught.value) == "second: in use: somebody (deleted before that: first)"
-    assert table.names == ["second", "third"]
+def test_all_devices_are_checked_before_one_is_removed_and_every_refusal_is_reported() -> None:
+    seen = {"second": "cat", "third": "a mount"}
+    refusal = refused("nothing was deleted: second: in use: cat; third: in use: a mount")
+    assert asyncio.run(deletions(refusal, seen=seen, counted={})) == ["first", "second", "third"]
+    forced: list[object] = []
+
+    async def force(supervisor: Supervisor) -> None:
+        forced.append(await supervisor.delete(None, force=True))
+
+    assert asyncio.run(deletions(force, seen=seen, counted={})) == []
+    assert forced == [["first", "second", "third"]]
+
+
+def test_a_refusal_reports_the_devices_that_were_removed_before_it() -> None:
+    refusal = refused("second: in use: cat (deleted before that: first)")
+    assert asyncio.run(deletions(refusal, seen={}, counted={"second": "cat"})) == ["second", "third"]

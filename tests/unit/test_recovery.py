@@ -1,4 +1,4 @@
-"""Recovery's order of steps, its fence and its patience, with the kernel, the workers and the backend made up."""
+"""The order of a recovery's steps, its fence and its deadlines, with made-up kernel, workers and backend."""
 
 import asyncio
 import errno
@@ -41,12 +41,12 @@ from ublkpool.ublk.errors import UblkError
 EPOCH = 4
 DEADLINE_S = 20
 AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready", "recovery command over"]
-"""Workers fetch when they are registered: by then END_USER_RECOVERY must lie with the kernel."""
+"""Workers fetch once they are registered: by then END_USER_RECOVERY must be in the kernel."""
 BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]
 
 
 class Clock:
-    """Time stands still until somebody moves it."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -55,13 +55,13 @@ class Clock:
         return self.now_s
 
 
-def test_workers_that_die_young_are_given_up_after_a_few_times() -> None:
+def test_workers_that_die_soon_again_and_again_are_given_up() -> None:
     limit = RestartLimit(Clock())
     limit.live()
     assert [limit.died() for _ in range(RESTARTS_MAX + 1)] == [False] * RESTARTS_MAX + [True]
 
 
-def test_a_steady_life_wipes_the_slate() -> None:
+def test_a_steady_life_resets_the_count() -> None:
     clock = Clock()
     limit = RestartLimit(clock)
     for _ in range(3 * RESTARTS_MAX):
@@ -76,7 +76,7 @@ def test_a_steady_life_wipes_the_slate() -> None:
     assert limit.died()
 
 
-def test_a_recovery_that_fails_is_a_strike_although_the_workers_had_lived_long() -> None:
+def test_a_failed_recovery_counts_although_the_workers_had_lived_long() -> None:
     clock = Clock()
     limit = RestartLimit(clock)
     limit.live()
@@ -141,7 +141,7 @@ class SceneKernel(FakeKernel):
         try:
             await self._scene.ended_recovery
         finally:
-            # Its process needs a moment to end.
+            # The command's process takes a moment to end.
             await turn()
             self._scene.steps.append("recovery command over")
 
@@ -244,7 +244,7 @@ def scene(test: Callable[[Scene], Awaitable[None]]) -> Callable[[], None]:
 
 
 @scene
-async def test_nothing_of_the_dead_is_given_away_before_the_backend_has_confirmed_the_fence(
+async def test_no_buffer_of_dead_workers_is_reclaimed_before_the_backend_has_confirmed_the_fence(
     it: Scene,
 ) -> None:
     recovering = it.recover()
@@ -257,20 +257,20 @@ async def test_nothing_of_the_dead_is_given_away_before_the_backend_has_confirme
 
 
 @scene
-async def test_without_a_backend_there_is_nothing_to_fence(it: Scene) -> None:
+async def test_a_device_without_a_backend_is_not_fenced(it: Scene) -> None:
     await it.recover(backend=False)
     assert it.steps == BEFORE_THE_FENCE + AFTER_THE_FENCE
 
 
 @scene
-async def test_a_backend_that_is_gone_already_is_not_fenced(it: Scene) -> None:
+async def test_a_backend_that_is_already_gone_is_not_fenced(it: Scene) -> None:
     it.session.dies()
     await it.recover()
     assert it.steps == BEFORE_THE_FENCE + AFTER_THE_FENCE
 
 
 @scene
-async def test_a_backend_that_dies_in_the_fence_is_as_good_as_one_that_confirms_it(it: Scene) -> None:
+async def test_a_backend_that_dies_in_the_fence_counts_as_fenced(it: Scene) -> None:
     recovering = it.recover()
     await turn()
     it.backend_gone.set_result(None)
@@ -304,7 +304,7 @@ async def test_a_worker_that_dies_while_its_tags_are_waited_for_ends_the_attempt
 
 
 @scene
-async def test_where_one_death_tears_the_siblings_tags_recovery_ends_only_with_all_of_them_there(
+async def test_where_a_death_tears_the_siblings_tags_end_user_recovery_comes_when_all_are_fetched(
     it: Scene,
 ) -> None:
     it.kernel.tears = True
@@ -331,7 +331,7 @@ def test_a_backend_that_does_not_confirm_the_fence_is_cut_off_at_the_deadline(
 @pytest.mark.parametrize(
     ("offered", "ended"), [(True, ["end"]), (False, []), (ControlFailed("QUIESCE_DEV: timed out", 110), [])]
 )
-def test_workers_end_by_themselves_where_the_driver_has_quiesced_the_device_and_only_there(
+def test_only_workers_of_a_quiesced_device_are_left_to_end_by_themselves(
     offered: bool | ControlFailed, ended: list[str]
 ) -> None:
     steps: list[str] = []
@@ -354,7 +354,7 @@ def test_workers_end_by_themselves_where_the_driver_has_quiesced_the_device_and_
 
 
 class FakeRunner:
-    """Does no control command, and counts them."""
+    """Notes control commands and runs none."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
@@ -379,7 +379,7 @@ def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered
 
 
 class DoingRunner:
-    """Does control commands here."""
+    """Runs control commands in this process."""
 
     async def run_beside(self, _what: str, command: Callable[[], None], *_: object) -> None:
         try:
@@ -389,9 +389,7 @@ class DoingRunner:
 
 
 @pytest.mark.parametrize("is_start", [True, False])
-def test_no_request_is_let_through_to_a_team_that_is_not_whole(
-    is_start: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_team_that_is_not_whole_gets_no_request(is_start: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
     monkeypatch.setattr(control, "expect_mark", lambda *_: None)
     monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
@@ -416,7 +414,7 @@ def test_no_request_is_let_through_to_a_team_that_is_not_whole(
 
 
 @pytest.mark.parametrize(("queues", "offered"), [(1, Feature(0)), (2, Feature.QUIESCE)])
-def test_a_device_that_no_death_tears_lets_its_command_wait_for_the_fetches(
+def test_where_no_death_tears_tags_end_user_recovery_waits_for_the_fetches(
     queues: int, offered: Feature
 ) -> None:
     info = DeviceInfo(
@@ -482,7 +480,7 @@ def test_an_adopted_broker_is_told_nothing_and_its_successor_everything() -> Non
     asyncio.run(run())
 
 
-def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> None:
+def test_an_answer_to_an_earlier_daemon_is_dropped() -> None:
     async def run() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for stale in (
@@ -507,7 +505,7 @@ def test_what_an_earlier_daemon_was_answered_is_not_taken_for_an_answer() -> Non
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
-def test_a_broker_that_dies_before_it_has_heard_all_is_followed_by_one_that_hears_it() -> None:
+def test_the_successor_of_a_broker_that_died_during_its_commands_gets_all_of_them() -> None:
     async def run() -> None:
         fake = FakeBroker()
         device = leases(fake)
@@ -522,7 +520,7 @@ def test_a_broker_that_dies_before_it_has_heard_all_is_followed_by_one_that_hear
     asyncio.run(run())
 
 
-def test_a_device_that_is_gone_is_not_told_of_again() -> None:
+def test_a_new_broker_is_not_told_of_a_device_that_is_gone() -> None:
     async def run() -> None:
         fake = FakeBroker()
         device = leases(fake)
@@ -539,7 +537,7 @@ def test_a_device_that_is_gone_is_not_told_of_again() -> None:
     asyncio.run(run())
 
 
-def test_a_broker_that_dies_while_its_predecessors_devices_are_told_is_started_again(
+def test_a_broker_that_dies_while_it_is_told_its_devices_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(broker_process, "RESTART_MIN_S", 0.0)
@@ -562,11 +560,11 @@ def test_a_broker_that_dies_while_its_predecessors_devices_are_told_is_started_a
         async def tell() -> None:
             await never
 
-        keeper = asyncio.ensure_future(process.keep_running(tell))
+        restarting = asyncio.ensure_future(process.keep_running(tell))
         for _ in range(3):
             (await lives.get()).set_result(137)
         await lives.get()
         assert process.generation == 4
-        keeper.cancel()
+        restarting.cancel()
 
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))

@@ -40,7 +40,7 @@ LATE_S = (1.0, 2.0, 4.0, 8.0, 40.0)
 
 
 class Witness(Protocol):
-    """Who is told what a backend does."""
+    """Told of each thing that a backend does."""
 
     def attached(self, generation: int) -> None: ...
     def backend_begins(self, descriptor: Descriptor) -> None: ...
@@ -65,7 +65,7 @@ class SimSession(Session):
         self._is_cut_off = False
 
     def fileno(self) -> int:
-        """Stands for the backend when its connection is held."""
+        """A number that stands for the backend when its connection is held."""
         return self.pid
 
     def _is_dead(self) -> bool:
@@ -109,7 +109,7 @@ class SimLinks:
         self.send_frame(queue, hello(self._attached, queue, self._epoch))
 
     def watch(self, descriptor: int, events: int = 0) -> None:
-        """The loop is turned whenever the simulation likes."""
+        """The simulation turns the loop at any time."""
 
     def unwatch(self, descriptor: int) -> None:
         """See `watch`."""
@@ -126,7 +126,7 @@ class SimLinks:
         return self._handshakes.linked
 
     def link_changed(self, queue: int, up: bool) -> None:
-        """A link came up or went down, as ZeroMQ's monitor tells."""
+        """A link came up or went down, as ZeroMQ's monitor reports it."""
         if self._handshakes.changed(queue, up):
             self._greet(queue)
 
@@ -168,7 +168,7 @@ class SimAttachment(DeviceConnection):
         return self._backend.control.popleft()
 
     def forget_connection(self) -> None:
-        """The end of the daemon is told once."""
+        """The end of the daemon is reported once."""
 
 
 class SlowBackend(Backend):
@@ -244,7 +244,7 @@ class SlowBackend(Backend):
 
 
 class SimBackend:
-    """One process: attaches, serves, is killed or told to go."""
+    """One backend process: attaches, serves, is killed or told to go."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class SimBackend:
         """Whether its connection outlives the supervisor."""
 
     def kill_now(self) -> None:
-        """KILL: it does nothing any more, and its end is seen soon."""
+        """SIGKILL: the process does nothing more, and its end is seen soon."""
         if self.defect == CUT_OFF_LIVES:
             self.is_zombie = True
             return
@@ -298,7 +298,7 @@ class SimBackend:
             self.complaint = error
 
     def due_s(self) -> float:
-        """When a request that comes now is to be done; some are late, one in a while later than a fence is patient."""
+        """The time at which a request that comes now is executed; some are later than the fence's deadline."""
         if self.rng.random() >= self._late_rate:
             return 0.0
         return self._clock.now_s + self.rng.choice(LATE_S)
@@ -338,7 +338,7 @@ class SimBackend:
             self.loop.turn(PollResult(*links.look(), bool(self.control)))
 
     def has_work(self) -> bool:
-        """Something for its loop that comes neither through a link nor through a file descriptor."""
+        """An event for its loop that comes neither through a link nor through a file descriptor."""
         return bool(self.control or (self.loop and self.loop._outbox.results))
 
     def waits_for_region(self) -> bool:
@@ -346,7 +346,7 @@ class SimBackend:
         return isinstance(engine, RequestEngine) and engine.statistics().waiting > 0
 
     def check(self) -> None:
-        """Raises `AssertionError` if it sleeps on what has come."""
+        """Raises `AssertionError` if the backend sleeps although something for it has arrived."""
         if self.attachment is not None and isinstance(self.attachment.links, SimRingLinks):
             self.attachment.links.assert_no_wakeup_lost()
 
@@ -369,7 +369,7 @@ class SimBackend:
         self.loop.__enter__()
 
     def execute(self) -> None:
-        """Something that runs gets further: done, or answered."""
+        """A request that is being executed is done, or answered."""
         if self.app.stored and (not self.app.given or self.rng.random() < 0.5):
             self.app.complete(self.rng)
         elif self.app.given:
@@ -382,7 +382,7 @@ class SimBackend:
         self.outbox[queue].append(frame)
 
     def says(self, frame: bytes) -> bytes:
-        """What it puts into a ring, where nothing can be cut short."""
+        """Send into a ring, where no frame is cut short."""
         return self._lie(frame) if self.lies and self.rng.random() < 0.02 else frame
 
     def lies_about_index(self) -> bool:

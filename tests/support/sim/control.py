@@ -53,7 +53,7 @@ class ControlJob:
         return True
 
     def kill(self) -> None:
-        """Its command has no effect any more."""
+        """Kill the process: its command has no further effect."""
         if self.blocked is not None:
             self.blocked.give_up()
 
@@ -118,7 +118,7 @@ class SimControl:
 
 
 def info_of(kernel: SimKernel) -> DeviceInfo:
-    """What GET_DEV_INFO says."""
+    """The answer to GET_DEV_INFO."""
     return DeviceInfo(
         queues=len(kernel.queues),
         depth=kernel.depth,
@@ -162,7 +162,7 @@ class SimRunner:
             if job in self._jobs:
                 self._end(job)
             if job.answer.done():
-                # Whoever gave up just before does not hear it.
+                # A caller that gave up just before does not hear the answer.
                 job.answer.exception()
 
     def _end(self, job: ControlJob) -> None:

@@ -93,11 +93,11 @@ class SimArena(Arena):
         self.scenery.pools[-1].changed(self)
 
     def unlink(self) -> None:
-        """It has no name."""
+        """The pool has no name to remove."""
 
 
 class BrokerLife:
-    """One process of the broker's: the real `Broker` on links in memory."""
+    """One life of the broker process: the real `Broker` on links in memory."""
 
     def __init__(self, dealers: list[PoolDealer], clock: Clock) -> None:
         self.life = Life()
@@ -106,7 +106,7 @@ class BrokerLife:
         self.commands: deque[tuple[bytes, int | None, asyncio.Future[broker_commands.Reply]]] = deque()
 
     def turn(self, commands_first: bool) -> None:
-        """A command or what the workers sent; then the questions that are due.  Raises `Killed`."""
+        """Handle a command or the workers' messages, then ask the due questions.  Raises `Killed`."""
         if self.commands and commands_first:
             packet, fd, answer = self.commands[0]
             reply = self.broker._command(packet, [] if fd is None else [fd], 0)
@@ -138,11 +138,11 @@ class SimHolder:
             self._hold_backend(fd)
 
     def drop(self, _name: str) -> None:
-        """Nobody looks for it."""
+        """The simulation never looks for a dropped socket."""
 
 
 class LeftBehind(NamedTuple):
-    """What a supervisor wrote down for the next one; see `records.Record`."""
+    """A supervisor's record for the next one; see `records.Record`."""
 
     config: DeviceConfig
     device_number: int
@@ -208,7 +208,7 @@ class SimBrokerProcess(BrokerProcess):
         self._be(None)
 
     def go_on_with(self, life: BrokerLife) -> None:
-        """What `adopt` does with an earlier daemon's that answers."""
+        """What `adopt` does with an earlier daemon's broker that answers."""
         self._be(life)
         self.adopted_generation = self.generation
 
@@ -231,7 +231,7 @@ class SimBrokerProcess(BrokerProcess):
 
 
 class Scenery(NamedTuple):
-    """What a daemon's parts need of the simulation."""
+    """The parts of the simulation that a daemon's parts need."""
 
     kernel: SimKernel
     clock: Clock
@@ -313,14 +313,14 @@ class SimBlockDevice(BlockDevice):
         return cls._made(runner, name)
 
     async def wait_for_node(self) -> None:
-        """There is none to wait for."""
+        """The disk has no node."""
 
     async def set_io_timeout(self, timeout_ms: int) -> None:
         """The simulation decides when the driver looks."""
 
 
 class SimBackground(Background):
-    """The real one; whatever fails in it fails the run."""
+    """The real one; a task's failure fails the run."""
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         super()._finished(task)
@@ -404,7 +404,7 @@ class Daemon:
         )
         self.device = self._new_device()
         restarted = self.broker.keep_running(lambda: self.device.broker_restarted())
-        self.keeper = self.loop.create_task(restarted)
+        self.broker_watch = self.loop.create_task(restarted)
 
     def _new_device(self) -> SimDevice:
         return SimDevice(self.scenery.config, cast(DaemonContext, self._context))
@@ -462,7 +462,7 @@ def _ender(scenery: Scenery) -> Callable[..., Any]:
 
 @contextmanager
 def patched(scenery: Scenery) -> Iterator[None]:
-    """The daemon's modules, with what they stand on made up."""
+    """Replace what the daemon's modules stand on by the simulation."""
     SimArena.scenery = SimTeam.scenery = SimBlockDevice.scenery = SimDeviceParts.scenery = scenery
     replaced: list[Replaced] = [
         (device_module, "DeviceParts", SimDeviceParts),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from support.fakes.driver import SECTOR_BYTES, Request
 from support.sim.daemon import patched
-from support.sim.kernel import Holder, Task
+from support.sim.kernel import TagOwner, Task
 from support.sim.processes import IO_TIMEOUT_S, MAX_IO_BYTES, SECTORS, DeviceScenario, Processes, Victim
 from support.vm.shadow_disk import ShadowDisk
 from ublkpool.bufpool.wire import Op
@@ -21,7 +21,7 @@ TURNS_TO_END_MAX = 3000
 STEPS_TO_CHECK = 16
 PAUSES_S = (60.0, 2 * IO_TIMEOUT_S, 86400.0)
 LIVES_MAX = 5
-"""Deaths of workers and brokers in one life of a supervisor: one more, and it may rightly give the device up."""
+"""Deaths of workers and brokers in one supervisor's life; after one more it may rightly give the device up."""
 
 
 class DeviceWorld(Processes):
@@ -51,7 +51,7 @@ class DeviceWorld(Processes):
     # The run
 
     def run(self) -> None:
-        """Play the scenario to its end.  Raises `AssertionError` for whatever is wrong."""
+        """Play the scenario to its end.  Raises `AssertionError` for each broken promise."""
         logger = logging.getLogger("ublkpool")
         level, logger.level = logger.level, logging.CRITICAL + 1
         try:
@@ -97,7 +97,7 @@ class DeviceWorld(Processes):
 
     def _stuck(self) -> list[str]:
         return [
-            f"{tag.holder.name} {tag.request}"
+            f"{tag.owner.name} {tag.request}"
             for queue in self.kernel.queues
             for tag in queue.tags
             if tag.request
@@ -143,7 +143,7 @@ class DeviceWorld(Processes):
     def _copy(self) -> None:
         number = self.rng.randrange(self.scenario.queues)
         queue = self.kernel.queues[number]
-        copying = queue.with_holder(Holder.COPYING)
+        copying = queue.held_by(TagOwner.COPYING)
         if not copying:
             return
         tag, chance, sectors = self.rng.choice(copying), self.rng.random(), None
@@ -154,12 +154,12 @@ class DeviceWorld(Processes):
             assert request is not None
             sectors = self.disk.whole_blocks(self.rng.randint(1, request.left))
             if sectors < request.left:
-                # To commit what was copied would be taken for the whole by Linux 7.3.
+                # Linux 7.3 takes the commit of a short copy for the whole request.
                 self.may_fail.add(request)
         self.kernel.copy(number, tag, sectors)
 
     def _driver(self) -> None:
-        """What the driver does by itself: its timer looks, its quiesce work gets its turn."""
+        """The driver's own work: the request timer, the quiesce work."""
         for job in list(self.jobs):
             if job.step():
                 self.jobs.remove(job)
@@ -186,7 +186,7 @@ class DeviceWorld(Processes):
         self.clock.now_s += self.rng.choice((0.001, 0.02, 0.1, 0.3, 1.0 if self.ending else 0.0))
         if self.scenario.pauses and self.rng.random() < 0.05:
             pause_s = self.rng.choice(PAUSES_S)
-            self.note(f"nobody runs for {pause_s} s")
+            self.note(f"no process runs for {pause_s} s")
             self.counts["pauses"] += 1
             self.clock.now_s += pause_s
 
@@ -197,7 +197,7 @@ class DeviceWorld(Processes):
             return
         changing = self.daemon is None or self.daemon.device.state != "live"
         if changing and "backend" in self.kills and self.rng.random() < 0.5:
-            # A recovery is short: left to chance, few backends would die in one.
+            # A recovery is short: by chance alone few backends would die in one.
             self.kills.remove("backend")
             self.kills.append("backend")
         victim = self.kills[-1]
@@ -242,17 +242,17 @@ class DeviceWorld(Processes):
     # What always holds
 
     def check(self) -> None:
-        """No fault of a worker's, nobody asleep on what has come, and one owner for every buffer, in its header."""
+        """No worker is at fault or asleep on arrived work, and each buffer has one owner, the one in its header."""
         if self.backend is not None:
             self.backend.check()
             healthy = self.scenario.pauses and not self.scenario.lies
             assert not (healthy and self.backend.was_cut_off), "a healthy backend is cut off"
-        holder: dict[int, Task] = {}
+        owner_of: dict[int, Task] = {}
         for worker in self.workers:
             task = worker.task
             worker.check()
             for slot in worker.held():
-                other = holder.setdefault(slot, task)
+                other = owner_of.setdefault(slot, task)
                 assert other is task, f"slot {slot} has two owners: {task} and {other}"
                 named = worker.named_owner(slot)
                 assert named == (task.queue, task.epoch), f"slot {slot} of {task} has {named} in its header"

@@ -24,21 +24,21 @@ FETCH, GET_DATA, COMMIT = range(3)
 Model = Literal["6.12", "7.3"]
 
 
-class Holder(enum.Enum):
-    """Who is to speak next about a tag."""
+class TagOwner(enum.Enum):
+    """The side that acts next on a tag."""
 
-    NOBODY = "not fetched"
+    NO_ONE = "not fetched"
     DRIVER = "a command is outstanding and no request"
     ASKED = "completed with 1: only NEED_GET_DATA is accepted"
     COPYING = "NEED_GET_DATA is outstanding"
     SERVER = "completed with a request: only COMMIT is accepted"
 
 
-_STARTED = (Holder.ASKED, Holder.COPYING, Holder.SERVER)
+_STARTED = (TagOwner.ASKED, TagOwner.COPYING, TagOwner.SERVER)
 
 
 class Task:
-    """A process as the driver sees it: it may hold /dev/ublkcN and has a ring."""
+    """A process as the driver sees it: it may have /dev/ublkcN open, and has a ring."""
 
     def __init__(self, queue: int, epoch: int) -> None:
         self.queue, self.epoch = queue, epoch
@@ -49,10 +49,10 @@ class Task:
 
 
 class Tag:
-    """One tag of a queue; `active` says that the driver has a command of it, be it cancelled."""
+    """One tag of a queue; `active`: the driver has a command of it, perhaps a cancelled one."""
 
     def __init__(self) -> None:
-        self.holder = Holder.NOBODY
+        self.owner = TagOwner.NO_ONE
         self.task: Task | None = None
         self.request: Request | None = None
         self.address = 0
@@ -70,15 +70,15 @@ class HardwareQueue:
         self.task: Task | None = None
         self.cancelling = False
         self.sent_back: set[int] = set()
-        """Tags whose data could not be copied: their worker learns of it only from their next request."""
+        """Tags whose data could not be copied; the worker learns of it with the tag's next request only."""
 
     @property
     def is_torn(self) -> bool:
-        """Whether commands that the driver believes to have were cancelled."""
-        return any(each.active and each.holder is Holder.NOBODY for each in self.tags)
+        """Whether commands that the driver still counts were cancelled."""
+        return any(each.active and each.owner is TagOwner.NO_ONE for each in self.tags)
 
-    def with_holder(self, *holders: Holder) -> list[int]:
-        return [number for number, each in enumerate(self.tags) if each.holder in holders]
+    def held_by(self, *owners: TagOwner) -> list[int]:
+        return [number for number, each in enumerate(self.tags) if each.owner in owners]
 
 
 class Ending:
@@ -89,14 +89,14 @@ class Ending:
         self._error: UblkError | None = None
 
     def give_up(self) -> None:
-        """Its process was killed."""
+        """The command's process was killed."""
         self.given_up = True
 
     def over(self, error: UblkError | None) -> None:
         self.is_over, self._error = True, error
 
     def result(self) -> None:
-        """Raises `UblkError` if the driver said no."""
+        """Raises `UblkError` if the driver refused."""
         if self._error is not None:
             raise self._error
 
@@ -108,7 +108,7 @@ class Memory:
         """A worker names an address for a tag: for the kernel to fill, or to read from at once."""
 
     def filled(self, task: Task, tag: int) -> None:
-        """A write's data is where it was to go."""
+        """A write's data was copied to its address."""
 
     def release(self, task: Task, tag: int) -> None:
         """The kernel touches no memory of the tag any more."""
@@ -132,11 +132,11 @@ class SimKernel:
         self.need_get_data = need_get_data
         self.queues = [HardwareQueue(depth) for _ in range(queues)]
         self.state = DeviceState.DEAD
-        self.holders: set[Task] = set()
-        """Who has /dev/ublkcN open."""
+        self.openers: set[Task] = set()
+        """The tasks that have /dev/ublkcN open."""
         self.quiescing = self.cancelling = self.all_fetched = self.gone = False
         self._tears = False
-        """6.12's quiesce work is due on a device that does not serve: it cancels what the dead one's siblings have."""
+        """6.12's quiesce work is due on a device that does not serve: it cancels the dead worker's siblings."""
         self.finished: list[Request] = []
         self._endings: list[Ending] = []
         self._memory = memory
@@ -145,17 +145,17 @@ class SimKernel:
 
     @property
     def outstanding(self) -> int:
-        """Requests without an answer."""
-        return sum(len(queue.waiting) + len(queue.with_holder(*_STARTED)) for queue in self.queues)
+        """The requests without an answer."""
+        return sum(len(queue.waiting) + len(queue.held_by(*_STARTED)) for queue in self.queues)
 
     def submit(self, queue: int, request: Request) -> None:
         """A client's request."""
         self.queues[queue].waiting.append(request)
 
     def dispatch(self, number: int, choose: Callable[[list[int]], int], copied: int | None = None) -> bool:
-        """Hand the queue's oldest request to a fetched tag, if any of that is possible."""
+        """Hand the queue's oldest request, if it has one, to a fetched tag, if it has one."""
         queue = self.queues[number]
-        idle = queue.with_holder(Holder.DRIVER)
+        idle = queue.held_by(TagOwner.DRIVER)
         held = self.quiescing or self.cancelling or queue.cancelling or self.state is not DeviceState.LIVE
         if held or not queue.waiting:
             return False
@@ -169,52 +169,52 @@ class SimKernel:
         tag.request = queue.waiting.popleft()
         self._describe(queue, number_of_tag, tag.request.left)
         if tag.request.op == Op.WRITE and self.need_get_data:
-            self._complete(tag, number_of_tag, Holder.ASKED, NEED_GET_DATA)
+            self._complete(tag, number_of_tag, TagOwner.ASKED, NEED_GET_DATA)
             return True
         if tag.request.op == Op.WRITE:
             self._copy_in(queue, number_of_tag, copied)
-        self._complete(tag, number_of_tag, Holder.SERVER, 0)
+        self._complete(tag, number_of_tag, TagOwner.SERVER, 0)
         return True
 
     def copy(self, number: int, number_of_tag: int, sectors: int | None = None) -> None:
-        """Copy a write's data, all or so many sectors; 0 puts the request back to be sent again."""
+        """Copy a write's data, all or `sectors` of it; 0 requeues the request."""
         queue = self.queues[number]
         tag = queue.tags[number_of_tag]
-        assert tag.holder is Holder.COPYING
+        assert tag.owner is TagOwner.COPYING
         if sectors == 0:
             self._requeue(queue, number_of_tag)
             assert tag.task is not None
             self._memory.release(tag.task, number_of_tag)
-            tag.holder = Holder.DRIVER
+            tag.owner = TagOwner.DRIVER
             queue.sent_back.add(number_of_tag)
             return
         self._copy_in(queue, number_of_tag, sectors)
         assert tag.task is not None
         self._memory.filled(tag.task, number_of_tag)
-        self._complete(tag, number_of_tag, Holder.SERVER, 0)
+        self._complete(tag, number_of_tag, TagOwner.SERVER, 0)
 
     # The rings
 
     def consume(self, task: Task, command: Command) -> None:
-        """A worker's command; a completion with an errno is how the driver says no without harm."""
+        """A worker's command; the driver refuses a wrong one with an errno in its completion."""
         queue, tag = self.queues[task.queue], self.queues[task.queue].tags[command.tag]
         if command.op == FETCH:
             self._fetch(queue, task, command)
             return
-        expected = Holder.ASKED if command.op == GET_DATA else Holder.SERVER
+        expected = TagOwner.ASKED if command.op == GET_DATA else TagOwner.SERVER
         assert tag.task is task, f"{task}: {command} on a tag of {tag.task}"
-        assert tag.holder is expected, f"{task}: {command} while {tag.holder.value}"
+        assert tag.owner is expected, f"{task}: {command} while {tag.owner.value}"
         if command.op == GET_DATA:
             assert tag.request is not None
             self._accept(task, tag, command, tag.request.left * SECTOR_BYTES, "fill")
-            tag.holder, tag.active = Holder.COPYING, True
+            tag.owner, tag.active = TagOwner.COPYING, True
             return
         self._commit(queue, task, tag, command)
         if not self.need_get_data:
             self._accept(task, tag, command, self.max_io_bytes, "keep")
         else:
             self._memory.release(task, command.tag)
-        tag.request, tag.holder, tag.active = None, Holder.DRIVER, True
+        tag.request, tag.owner, tag.active = None, TagOwner.DRIVER, True
 
     def _fetch(self, queue: HardwareQueue, task: Task, command: Command) -> None:
         tag = queue.tags[command.tag]
@@ -224,7 +224,7 @@ class SimKernel:
         assert queue.task in (None, task), f"{task} fetches a tag of {queue.task}"
         if not self.need_get_data and command.address:
             self._accept(task, tag, command, self.max_io_bytes, "keep")
-        tag.task, tag.active, tag.holder = task, True, Holder.DRIVER
+        tag.task, tag.active, tag.owner = task, True, TagOwner.DRIVER
         queue.ready += 1
         if queue.ready == self.depth:
             queue.task = task
@@ -264,30 +264,30 @@ class SimKernel:
     # The end of a process
 
     def exit(self, task: Task) -> None:
-        """The process is gone: its commands are cancelled, its descriptor and mapping go."""
+        """The process has ended: its commands are cancelled, its descriptor is closed, its mapping is removed."""
         queue = self.queues[task.queue]
-        self.holders.discard(task)
+        self.openers.discard(task)
         task.completions.clear()
         mine = [number for number, tag in enumerate(queue.tags) if tag.task is task]
         cancellable = [
-            number for number in mine if queue.tags[number].holder in (Holder.DRIVER, Holder.COPYING)
+            number for number in mine if queue.tags[number].owner in (TagOwner.DRIVER, TagOwner.COPYING)
         ]
         for number in cancellable:
-            if queue.tags[number].holder is Holder.COPYING:
+            if queue.tags[number].owner is TagOwner.COPYING:
                 self._requeue(queue, number)
-            queue.tags[number].holder = Holder.NOBODY
+            queue.tags[number].owner = TagOwner.NO_ONE
         if cancellable and self.model == "6.12":
             self._cancel_queue(queue)
         elif cancellable:
             self.cancelling = True
-        if self.model == "7.3" and not self.holders:
+        if self.model == "7.3" and not self.openers:
             self._released()
 
     def notice(self, number: int) -> bool:
-        """6.12's request timer: a worker that died while it held every tag is noticed; whether there was one."""
+        """6.12's request timer: notice a worker that died while it held every tag; whether one did."""
         queue = self.queues[number]
-        held = [tag for tag in queue.tags if tag.holder in _STARTED]
-        if self.model == "7.3" or not held or any(tag.task in self.holders for tag in held):
+        held = [tag for tag in queue.tags if tag.owner in _STARTED]
+        if self.model == "7.3" or not held or any(tag.task in self.openers for tag in held):
             return False
         self._cancel_queue(queue)
         return True
@@ -300,11 +300,11 @@ class SimKernel:
             self._abort(queue)
 
     def _abort(self, queue: HardwareQueue) -> None:
-        for number in reversed(queue.with_holder(*_STARTED)):
+        for number in reversed(queue.held_by(*_STARTED)):
             self._requeue(queue, number)
 
     def _released(self) -> None:
-        """7.3: the last holder of /dev/ublkcN has closed it."""
+        """7.3: the last process that had /dev/ublkcN open has closed it."""
         for queue in self.queues:
             self._abort(queue)
         if self.state is DeviceState.LIVE:
@@ -312,8 +312,8 @@ class SimKernel:
         self._reset()
 
     def quiesce(self) -> bool:
-        """6.12's quiesce work: when no request is with a server any more the device stands still."""
-        busy = any(queue.with_holder(*_STARTED) for queue in self.queues)
+        """6.12's quiesce work: the device is QUIESCED once no worker has a request."""
+        busy = any(queue.held_by(*_STARTED) for queue in self.queues)
         if not self.quiescing or busy:
             return False
         self.quiescing = False
@@ -322,7 +322,7 @@ class SimKernel:
         return True
 
     def tear(self) -> bool:
-        """6.12's quiesce work where nothing is left to quiesce; whether it was due."""
+        """6.12's quiesce work on a device that does not serve; whether it was due."""
         if not self._tears:
             return False
         self._tears = False
@@ -331,21 +331,21 @@ class SimKernel:
 
     def _cancel_all(self) -> None:
         for queue in self.queues:
-            for number in queue.with_holder(Holder.DRIVER):
+            for number in queue.held_by(TagOwner.DRIVER):
                 tag = queue.tags[number]
-                tag.holder = Holder.NOBODY
+                tag.owner = TagOwner.NO_ONE
                 assert tag.task is not None
                 self._memory.release(tag.task, number)
-                if tag.task in self.holders:
+                if tag.task in self.openers:
                     tag.task.completions.append((number, -errno.ENODEV))
 
     # Control commands
 
     def open(self, tasks: list[Task]) -> None:
-        """The supervisor opens, maps, forks these, unmaps and closes.  Raises `OSError` while somebody holds it."""
-        if self.holders:
+        """The supervisor opens, maps, forks these, unmaps and closes.  Raises `OSError` while a process has it open."""
+        if self.openers:
             raise OSError(errno.EBUSY, "/dev/ublkcN is open")
-        self.holders.update(tasks)
+        self.openers.update(tasks)
 
     def start(self) -> None:
         """START_DEV, once every tag is fetched."""
@@ -354,10 +354,10 @@ class SimKernel:
 
     def start_recovery(self) -> None:
         """START_USER_RECOVERY."""
-        if self.holders or self.state is not DeviceState.QUIESCED:
+        if self.openers or self.state is not DeviceState.QUIESCED:
             raise UblkError("START_USER_RECOVERY", errno.EBUSY)
         if self.model == "6.12":
-            # Long over, if nobody holds the device any more.
+            # Long over if no process has the device open.
             self.tear()
             assert all(queue.task for queue in self.queues), (
                 "START_USER_RECOVERY of a queue without a task: a panic"
@@ -366,24 +366,24 @@ class SimKernel:
 
     def complete_fetch_round(self) -> None:
         """A process that opens the device, fetches what can be fetched and ends; before START_USER_RECOVERY."""
-        if self.holders:
+        if self.openers:
             raise UblkError("/dev/ublkcN", errno.EBUSY)
         for number in range(len(self.queues)):
             task = Task(number, 0)
-            self.holders.add(task)
+            self.openers.add(task)
             for tag in range(self.depth):
                 self._fetch(self.queues[number], task, Command(tag, FETCH, 0, 0))
             self.exit(task)
 
     def wait_to_end_recovery(self) -> Ending:
-        """END_USER_RECOVERY: it is over when every tag is fetched, or was since the last START_USER_RECOVERY."""
+        """END_USER_RECOVERY: ends when every tag is fetched, or was since the last START_USER_RECOVERY."""
         ending = Ending()
         self._endings.append(ending)
         self._end_recovery()
         return ending
 
     def _end_recovery(self) -> None:
-        # The command sleeps on this very event: nobody else gets a turn in between, or hardly.
+        # The command sleeps on this very event, so that hardly any other process runs in between.
         while self.all_fetched and self._endings:
             ending = self._endings.pop(0)
             if ending.given_up:
@@ -393,7 +393,7 @@ class SimKernel:
             self.state = DeviceState.LIVE
 
     def stop(self) -> bool:
-        """STOP_DEV: whether the disk is gone, which waits for its requests; then every fetched tag is cancelled."""
+        """STOP_DEV, which waits for the disk's requests, then cancels every fetched tag; whether the disk is gone."""
         if self.outstanding:
             return False
         if not self.gone:
@@ -407,7 +407,7 @@ class SimKernel:
             queue.ready, queue.task, queue.cancelling = 0, None, False
             queue.sent_back.clear()
             for tag in queue.tags:
-                tag.holder, tag.task, tag.active = Holder.NOBODY, None, False
+                tag.owner, tag.task, tag.active = TagOwner.NO_ONE, None, False
 
     # Parts
 
@@ -418,8 +418,8 @@ class SimKernel:
         each.op_flags = request.op | request.flags
         each.start_sector, each.sectors = request.sector + request.done, sectors
 
-    def _complete(self, tag: Tag, number: int, holder: Holder, result: int) -> None:
-        tag.holder, tag.active = holder, False
+    def _complete(self, tag: Tag, number: int, owner: TagOwner, result: int) -> None:
+        tag.owner, tag.active = owner, False
         assert tag.task is not None
         tag.task.completions.append((number, result))
 
@@ -437,7 +437,7 @@ class SimKernel:
         tag = queue.tags[number]
         assert tag.request is not None
         queue.waiting.appendleft(tag.request)
-        tag.request, tag.holder = None, Holder.NOBODY
+        tag.request, tag.owner = None, TagOwner.NO_ONE
 
     def _answer(self, request: Request, result: int) -> None:
         assert request.result is None, f"{request} is answered again, with {result}"

@@ -1,4 +1,4 @@
-"""An asyncio loop that a simulation turns by hand, on a clock that stands still until somebody moves it.
+"""An asyncio loop that a simulation turns by hand, on a clock that only the run moves.
 
 Owns nothing but time: no descriptor is ever polled, and `kill` ends everything that ran on the loop as `kill -9` would.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from ublkpool.daemon.processes.patient_loop import ServingClock
 
 TURN_S = 10.0
-"""A process that takes no turn for longer than this was stopped: nothing else in a simulation takes so long."""
+"""A process without a turn for longer than this was stopped; nothing else in a simulation takes so long."""
 
 
 class Clock:
@@ -58,7 +58,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.dead = True
 
     def bury(self) -> None:
-        """End the tasks of a loop that will never turn again, so that nothing complains about them."""
+        """End the tasks of a loop that will never turn again, so that asyncio does not complain of them."""
         self.dead = True
         for _ in range(64):
             tasks = asyncio.all_tasks(self)

@@ -1,4 +1,4 @@
-"""How a seed is played, whatever the world: which seeds, what is changed for a run, and what a failure says.
+"""Playing a seed in any world: the seeds, the changed fields of a run, the message of a failure.
 
 `UBLKPOOL_SIM_SEEDS=N` plays seeds 0 to N - 1, `UBLKPOOL_SIM_FIRST=K` begins at K.
 """
@@ -17,13 +17,13 @@ CHUNK = 40
 
 
 class World(Protocol):
-    """What is played."""
+    """A world that is played."""
 
     trace: deque[str]
     """Its last events."""
 
     def run(self) -> None:
-        """Play it to its end; raises for whatever is wrong."""
+        """Play the scenario to its end.  Raises `AssertionError` for each broken promise."""
 
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -31,7 +31,7 @@ W = TypeVar("W", bound=World)
 
 
 def chunks(default: int) -> list[range]:
-    """The seeds that a test plays, so many at a time; `default` is how many if nobody says."""
+    """The seeds that a test plays, in chunks; `default` is their number unless the environment sets it."""
     end = FIRST + int(os.environ.get("UBLKPOOL_SIM_SEEDS", default))
     return [range(first, min(first + CHUNK, end)) for first in range(FIRST, end, CHUNK)]
 

@@ -36,7 +36,7 @@ from ublkpool.daemon.settings.config import DeviceConfig
 SECTORS = 256
 MAX_IO_BYTES = 8192
 IO_TIMEOUT_S = 3600.0
-"""No run lasts that long without a pause."""
+"""Longer than any run without a pause."""
 KILLED = 137
 _NO_DIR = Path("/nonexistent/ublkpool/queues")
 TRACE_LINES = 40
@@ -55,7 +55,7 @@ WORKER_COUNTERS = (
 
 
 class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
-    """What a seed is to play; a defect is one that is put in on purpose."""
+    """What a seed plays; `defect` is put in on purpose."""
 
     model: Model
     queues: int
@@ -74,16 +74,16 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     scarce: bool = False
     """Whether a backend has fewer regions than there are tags, so that requests wait for one."""
     pauses: bool = False
-    """Whether everything but time stops now and then, for longer than any deadline, and a late backend is cut off."""
+    """Whether all processes stop now and then for longer than any deadline, and a late backend is cut off."""
     slow_state: bool = False
-    """Whether writing a device's state takes a process of its own some steps, or none at all."""
+    """Whether writing a device's state takes a separate process some steps; else it takes none."""
     defect: str = ""
     blind: bool = False
-    """Nobody watches who uses which memory, so that only wrong data shows."""
+    """The witness is off, so that only wrong data shows a defect."""
 
 
 class Stranger:
-    """A process that was given a backend's memory, outlives it, and writes there once there is another backend."""
+    """A process that was given a backend's memory, outlives it, and writes there when another backend serves."""
 
     def __init__(self, pool: PoolMemory, backend: SimBackend) -> None:
         self._memory, self._fd = pool.view, reopened(pool.arena.data_fd)
@@ -99,7 +99,7 @@ class Stranger:
 
 
 class Processes:
-    """All that can be killed, and the kernel that cannot; every choice comes from `rng`."""
+    """The processes, which can be killed, and the kernel, which cannot; every choice comes from `rng`."""
 
     def __init__(self, scenario: DeviceScenario, rng: random.Random) -> None:
         self.scenario, self.rng = scenario, rng
@@ -142,7 +142,7 @@ class Processes:
         self.daemons: list[Daemon] = []
         self.backends: list[SimBackend] = []
         self.zombies: list[SimBackend] = []
-        """Backends that everybody takes for dead: only a defect makes them."""
+        """Backends that live on although the other processes take them for dead; only a defect makes them."""
         self.adopting: Any = None
         self.jobs: list[ControlJob] = []
         self.arenas: list[Arena] = []
@@ -206,7 +206,7 @@ class Processes:
             made.append(worker)
         self.workers.extend(made)
         if self._dies_in_fork:
-            self.kernel.holders.difference_update(tasks[len(made) :])
+            self.kernel.openers.difference_update(tasks[len(made) :])
             self._died_in_fork = True
             raise Killed
         return made
@@ -223,7 +223,7 @@ class Processes:
             self._worker_ended(worker, status)
 
     def _end_worker(self, worker: SimWorker) -> None:
-        """KILL it, now."""
+        """SIGKILL; the process ends now."""
         if worker.life.alive:
             self._worker_ended(worker, KILLED)
 
@@ -336,7 +336,7 @@ class Processes:
                 self._end_backend()
 
     def _interfere(self) -> None:
-        """What is left of an earlier backend writes to the memory that it was given, or ends."""
+        """A stranger from an earlier backend writes to the memory that it was given, or ends."""
         served = self.backend is not None and self.backend.attachment is not None
         for each in list(self.strangers):
             if served and self.backend is not each.backend:
@@ -412,13 +412,13 @@ class Processes:
         self.backends[pid - 1].is_held = True
 
     def _forget_backend(self, backend: SimBackend) -> None:
-        """The backend has ended, or so everybody believes."""
+        """The backend has ended; with a defect the other processes only believe that."""
         backend.ended = True
         self.backend = None
         for worker in self.workers:
             router = worker.context.backend
             if router.peer is backend:
-                # What it sent may still be read; what is sent to it is gone.
+                # Messages from it may still be read; messages to it are lost.
                 lose_back(backend.outbox[worker.task.queue], self.rng)
                 if not backend.outbox[worker.task.queue]:
                     router.peer = None
@@ -454,7 +454,7 @@ class Processes:
         assert device.state != "failed", f"the device has failed: {device.reason}"
 
     def _next_daemon(self) -> None:
-        """As `takeover.TakeOver`: go on with what is left of the last life, or end it and recover the device."""
+        """As `takeover.TakeOver`: go on with the last supervisor's processes, or end them and recover the device."""
         left = self.left
         assert left is not None
         self.limit = 0
@@ -469,7 +469,7 @@ class Processes:
         self.adopting = daemon.spawn(lambda: daemon.take_over(left, goes_on, self._end_left))
 
     def _end_left(self) -> None:
-        """As `records.end_left`: those who are on record."""
+        """As `records.end_left`: end the processes on record."""
         assert self.left is not None
         for worker in list(self.workers):
             if worker in self.left.workers:
@@ -487,7 +487,7 @@ class Processes:
             for job in self.jobs:
                 job.kill()
             self.jobs.clear()
-        # What the holder has stays open; the others see the end.
+        # Sockets that the holder has stay open; the other processes see the end of theirs.
         held = self.left.workers if self.left else []
         for worker in self.workers:
             worker.orphaned |= worker not in held

@@ -31,14 +31,14 @@ TRACE_LINES = 24
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """What a seed is to play."""
+    """What a seed plays."""
 
     plan: Plan
     temper: Temper
     end: str
     steps: int
     reuses_answered: bool = False
-    """Backends that break the protocol in a way that nobody can see; see `FakeBackend`."""
+    """Backends that break the protocol in a way that no worker can see; see `FakeBackend`."""
 
 
 class World:
@@ -63,7 +63,7 @@ class World:
         self.trace: deque[str] = deque(maxlen=TRACE_LINES)
         self.lies = 0
         self.absent: set[int] = set()
-        """Queues that fail what would wait for a backend."""
+        """Queues that fail requests which would wait for a backend."""
         self.absences = 0
         self.ending = False
         self._actions: tuple[tuple[Callable[[int], None], int], ...] = (
@@ -84,7 +84,7 @@ class World:
         )
 
     def run(self) -> None:
-        """Play the scenario to its end.  Raises `AssertionError` for whatever is wrong."""
+        """Play the scenario to its end.  Raises `AssertionError` for each broken promise."""
         for driver in self.drivers:
             driver.side.queue.start()
         work, weights = zip(*self._actions, strict=True)
@@ -142,7 +142,7 @@ class World:
         elif chance < 0.2:
             request = driver.request_at(tag)
             sectors = self.disk.whole_blocks(self.rng.randint(1, request.left))
-            # To commit what was copied would be taken for the whole by Linux 7.3.
+            # Linux 7.3 takes the commit of a short copy for the whole request.
             request.may_fail |= sectors < request.left
         self.note(f"queue {queue} tag {tag}: copies {'all' if sectors is None else sectors}")
         driver.copy(tag, sectors)
@@ -179,7 +179,7 @@ class World:
         self._say(queue, backend.post(queue))
 
     def _lies_of_a_post(self, queue: int, backend: FakeBackend) -> bool:
-        """Maybe post what must not be."""
+        """Perhaps post a region that must not be posted."""
         core, plan = self.rig.sides[queue].queue, self.scenario.plan
         if self.scenario.temper != "lying" or not self._is_heard(queue) or self.rng.random() > LIE_RATE / 4:
             return False
@@ -220,7 +220,7 @@ class World:
                 self._say(queue, backend.answer(key))
 
     def _say(self, queue: int, frame: bytes | None) -> None:
-        """The backend sends a frame, whether or not anybody will read it."""
+        """The backend sends a frame, whether or not a worker will read it."""
         if frame is not None:
             self.coming[queue].append(frame)
 
@@ -239,7 +239,7 @@ class World:
         return self.rig.sides[queue].queue.link is Link.UP
 
     def _lies(self, queue: int, backend: FakeBackend, key: Key, request: Descriptor) -> bool:
-        """Maybe lie about this request instead of answering it."""
+        """Perhaps lie about this request instead of answering it."""
         core = self.rig.sides[queue].queue
         if self.scenario.temper != "lying" or not self._is_heard(queue) or self.rng.random() > LIE_RATE:
             return False
@@ -313,7 +313,7 @@ class World:
                 self.absences += 1
 
     def _link(self, queue: int) -> None:
-        """The supervisor: ends backends that were cut off, and lets the next one in."""
+        """The supervisor: end backends that were cut off, and admit the next one."""
         if self.backend is None:
             self._revive()
             return

@@ -1,4 +1,4 @@
-"""Rings as a simulation has them: real memory, sockets and doorbells, the real C of both ends, and deaths in between.
+"""Rings in a simulation: real memory, sockets and doorbells, the real C of both ends, and deaths in between.
 
 Owns what io_uring and epoll do otherwise: who sleeps, and what wakes him.  A party that sleeps is not turned before its
 doorbell, or something else that it waits for, says so; one for whom something lies there while nobody has rung sleeps
@@ -33,7 +33,7 @@ class SimPort:
         self.sleeps = self._is_drowsy = False
 
     def exchange(self, queue: Queue) -> None:
-        """As a turn of the real ring does.  Raises `Killed`: before anything, or before the doorbell."""
+        """As a turn of the real ring.  Raises `Killed` before the turn, or before the doorbell."""
         if queue.output():
             self._life.effect()
         if self._port.turn(queue):
@@ -42,11 +42,11 @@ class SimPort:
                 os.eventfd_write(self._bell_out, 1)
 
     def grow_drowsy(self) -> None:
-        """There is nothing to do, so that it will doze; the others have a turn before that."""
+        """Without work: the worker will doze, after the other processes had a turn."""
         self._is_drowsy = True
 
     def doze(self, queue: Queue) -> None:
-        """Fall asleep, if it is about to."""
+        """Fall asleep, if the worker is about to."""
         if self._is_drowsy:
             self._is_drowsy = False
             may_sleep = bool(core._lib.uq_port_doze(self._port.raw, queue.raw))
@@ -60,7 +60,7 @@ class SimPort:
         return _is_readable(self._bell_in)
 
     def hear(self) -> None:
-        """Its poll has completed."""
+        """The worker's poll has completed."""
         if self.is_rung():
             os.eventfd_read(self._bell_in)
 
@@ -79,7 +79,7 @@ class SimPort:
 
 
 class RingProcess(Protocol):
-    """The backend whose links these are."""
+    """The backend that owns these links."""
 
     life: Life
     rng: random.Random
@@ -110,7 +110,7 @@ class SimRingLinks(RingLinks):
         super()._end(link)
 
     def send_frame(self, queue: int, frame: bytes) -> None:
-        """It may die before it has published this, or before it rings."""
+        """Send; the backend may die before it publishes this, or before it rings."""
         self._process.life.effect()
         frame = self._process.says(frame)
         try:
@@ -130,25 +130,25 @@ class SimRingLinks(RingLinks):
         os.eventfd_write(ring.worker_bell, 1)
 
     def is_awake(self) -> bool:
-        """Whether it does not sleep, or something wakes it."""
+        """Whether the backend is awake, or something wakes it."""
         return (
             not self._sleeps or self._process.has_work() or _is_readable(self._epoll_file) or self._is_due()
         )
 
     def _is_due(self) -> bool:
-        # As `poll` reckons how long it may wait.
+        # As `poll` computes its timeout.
         return bool(self._absent) and self._until_due(-1) <= 1
 
     def look(self) -> Polled:
-        """A poll by somebody who is awake.  Then he will doze; the others have a turn before that."""
+        """A poll by an awake backend, which will doze then, after the other processes had a turn."""
         self._sleeps, self._is_drowsy = False, True
         return self.poll(0)
 
     def doze(self) -> None:
-        """Fall asleep, if it is about to: what a `poll` begins with."""
+        """Fall asleep, if the backend is about to; a `poll` begins with that."""
         if self._is_drowsy:
             self._is_drowsy = False
-            # As the loop in C, which is woken for a mere RELEASE only if somebody waits for one.
+            # As the loop in C: a RELEASE alone wakes the backend only if a request waits for a region.
             wants = self._process.waits_for_region() and self._process.defect != REGION_NOT_WANTED
             self._sleeps = bool(lib.ports_doze(self._ports, wants))
             if not self._sleeps:
@@ -166,7 +166,7 @@ class SimRingLinks(RingLinks):
             )
 
     def die(self) -> None:
-        """The process is gone, perhaps while it wrote an entry: nothing is settled, the kernel closes its files."""
+        """The process has died, perhaps while it wrote an entry; the kernel closes its files."""
         self._hears = False
         for link in self._links:
             if link.ring is not None:

@@ -1,4 +1,4 @@
-"""ZeroMQ as a simulation has it: sockets in memory that lose what a dead process had in flight, and no more.
+"""ZeroMQ in a simulation: sockets in memory that lose only what a dead process had in flight.
 
 `Life` is what all of a simulated process's effects pass through, so that it can be killed between any two of them.
 """
@@ -13,26 +13,26 @@ import zmq
 from ublkpool.workers.backend_link import BackendLink
 
 _AGAIN = zmq.Again()
-"""Made once: it is raised more often than anything else happens."""
+"""Made once, since it is raised very often."""
 
 
 class Killed(BaseException):
-    """The process is gone in the middle of what it did; no handler of its own may see this."""
+    """The process has died in the middle of a step; none of its own handlers may catch this."""
 
 
 class Life:
-    """A process: alive until `effect` says otherwise."""
+    """A process, alive until `effect` raises."""
 
     def __init__(self) -> None:
         self.alive = True
         self._effects_left: int | None = None
 
     def die_after(self, effects: int) -> None:
-        """So many effects more, then `Killed`."""
+        """Die at the effect after this many more."""
         self._effects_left = effects
 
     def effect(self) -> None:
-        """Something that others can see is about to happen."""
+        """An effect that other processes can see is about to happen.  Raises `Killed`."""
         if self._effects_left is not None:
             if self._effects_left <= 0:
                 raise Killed
@@ -40,13 +40,13 @@ class Life:
 
 
 def lose_front(messages: "deque[Any]", rng: random.Random) -> None:
-    """What had left the dead process's peer already is lost, what had not waits for the successor."""
+    """Lose the messages that had left the dead process's peer; the others wait for the successor."""
     for _ in range(rng.randint(0, len(messages))):
         messages.popleft()
 
 
 def lose_back(messages: "deque[Any]", rng: random.Random) -> None:
-    """Of what the dead process sent, the last may not have left it."""
+    """Lose some of the dead process's last messages, which may not have left it."""
     for _ in range(rng.randint(0, len(messages))):
         messages.pop()
 
@@ -85,7 +85,7 @@ class PoolDealer:
 
 
 class BrokerRouter:
-    """The broker's end: talks to whoever is connected, living or not yet seen to be dead."""
+    """The broker's end: connected to workers that live, or are not yet seen to be dead."""
 
     def __init__(self, life: Life, dealers: "list[PoolDealer]") -> None:
         self._life, self._dealers = life, dealers
@@ -125,7 +125,7 @@ class Part:
 
 
 class Silent:
-    """A socket over which nothing ever comes: who may connect is not simulated, nor how a connection ends."""
+    """A socket over which nothing ever comes: access control and the end of connections are not simulated."""
 
     def set(self, _option: int, _value: Any) -> None:
         """Limits are not simulated."""
@@ -134,7 +134,7 @@ class Silent:
         return -1
 
     def bind(self, _endpoint: str) -> None:
-        """Nobody asks."""
+        """Not used in a simulation."""
 
     def recv_multipart(self, _flags: int) -> list[bytes]:
         raise _AGAIN.with_traceback(None)
@@ -160,7 +160,7 @@ class QueueRouter:
         return Silent()
 
     def disable_monitor(self) -> None:
-        """Nothing was to be told."""
+        """The monitor has nothing to report."""
 
     def recv_multipart(self, _flags: int, copy: bool = True) -> list[Part]:
         assert not copy

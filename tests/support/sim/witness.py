@@ -83,7 +83,7 @@ class Witness(Memory):
             self._poison(slot)
 
     def worker_ended(self, task: Task) -> None:
-        """The kernel touches nothing on its behalf any more; what a backend does for it goes on."""
+        """The kernel is done with the tag's memory; a backend may still execute the request."""
         for key, party in list(self._slot_of):
             if key[:2] == (task.epoch, task.queue) and party == "kernel":
                 self._stop(key, party)
@@ -91,7 +91,7 @@ class Witness(Memory):
             del self._regions[key]
 
     def answered(self, request: Request) -> None:
-        """The client has its answer: no copy of this write may be executed from now on."""
+        """The client has its answer: from now on no copy of this write may be executed."""
         if request.op == Op.WRITE:
             self._answered.add(stamp_of(request.data))
 
@@ -153,7 +153,7 @@ class Witness(Memory):
             self.pools[-1].view[start : start + size] = bytes([POISON]) * size
 
     def new_pool(self) -> None:
-        """The next supervisor has a pool of its own, and nobody who used the old one lives."""
+        """The next supervisor has another pool, and every process that used the old one is dead."""
         assert not self._running
         self._users.clear()
         self._slot_of.clear()

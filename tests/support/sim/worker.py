@@ -58,7 +58,7 @@ class PoolMemory:
         self.control = core.map_segment(arena.control_fd, self._sizes[1])
 
     def map_data(self) -> Any:
-        """The data of now, once more; stays mapped until the caller unmaps `data_bytes` of it."""
+        """Another mapping of the present data; the caller unmaps its `data_bytes`."""
         return core.map_segment(self.arena.data_fd, self.data_bytes)
 
     @property
@@ -67,12 +67,12 @@ class PoolMemory:
 
     @property
     def changes(self) -> int:
-        """How often its data was replaced."""
+        """How often the data was replaced."""
         return len(self._maps) - 1
 
     @property
     def view(self) -> memoryview:
-        """The data of now; of what was replaced since it stays as it is."""
+        """The present data; a view from before a replacement keeps the old data."""
         return memoryview(_ffi.buffer(self._maps[-1], self.data_bytes)).cast("B")
 
     def changed(self, arena: Arena) -> None:
@@ -99,7 +99,7 @@ class SimRing:
         self._clock = _ffi.new("struct uq_clock *")
 
     def watch(self, _index: int, _fd: int) -> None:
-        """Whoever runs the loop knows when to."""
+        """The simulation knows when to turn the loop."""
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
         worker = self._worker
@@ -123,7 +123,7 @@ class SimRing:
         return self._bits()
 
     def _now_ms(self) -> int:
-        """What the core's deadlines are measured on."""
+        """The clock of the core's deadlines."""
         # A clock that reads 0 has not been read yet.
         system_ms = 1 + int(self._worker.clock.now_s * 1000)
         if self._worker.defect == PAUSES_COUNT:
@@ -138,7 +138,7 @@ class SimRing:
         return worker.queue.attention_bits() | asked | granted | called
 
     def is_awake(self) -> bool:
-        """Whether it may be turned: it does not sleep, or something that it waits for has come."""
+        """Whether the worker may take a turn: it is awake, or something that it waits for has come."""
         worker, port = self._worker, self.port
         if port is not None:
             port.doze(worker.queue)
@@ -207,11 +207,11 @@ class SimQueueLoop(QueueLoop):
 
     @property
     def hears_rings(self) -> bool:
-        """Whether somebody asks for rings, or who has them is gone."""
+        """Whether a backend asks for rings, or the one that had them is gone."""
         return bool(self._rings._epoll.poll(0))
 
     def die(self) -> None:
-        """The process is gone, perhaps while it wrote an entry; the kernel closes its files."""
+        """The process has died, perhaps while it wrote an entry; the kernel closes its files."""
         if self.ring.port is not None:
             self.ring.port.memory.scribble(TO_BACKEND, self._worker.rng)
         self._rings.close()
@@ -298,7 +298,7 @@ class SimWorker:
 
     @property
     def pool_address(self) -> int:
-        """Where it has the pool's data."""
+        """The address of its mapping of the pool's data."""
         return int(_ffi.cast("uintptr_t", self._data))
 
     def unmap(self) -> None:
@@ -306,9 +306,9 @@ class SimWorker:
         core.unmap_segment(self._data, self.pool.data_bytes)
 
     def check(self) -> None:
-        """Nothing of ours broke, and it sleeps on nothing."""
+        """Raises `AssertionError` if the worker is at fault, or asleep on arrived work."""
         assert not self.has_fault(), f"{self.task}: {self.queue.fault()}"
-        # Whoever dies before he rings is heard to have died.
+        # If the backend dies before it rings, the worker hears of the death instead.
         if self.loop.ring.port is not None and not self.loop.hears_rings:
             self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
 
@@ -325,7 +325,7 @@ class SimWorker:
         return (header.owner - 1, header.epoch)
 
     def counter(self, name: str) -> int:
-        """One of the queue's counters, which go on over its workers' lives."""
+        """One of the queue's counters, which its workers continue one after another."""
         return read_statistics(self.pool.arena.control.statistics_block(self.task.queue)).counters[name]
 
     def turn(self) -> int | None:
@@ -370,7 +370,7 @@ class SimChild(Child):
             self._on_kill()
 
     def exited(self, status: int) -> None:
-        """It has ended; its parent learns of it in a later turn."""
+        """The process has ended; its parent sees that in a later turn."""
         self._has_ended = True
         if not self._loop.is_closed():
             self._loop.call_soon(self._resolve, status)
@@ -425,6 +425,6 @@ class SimWorkerProcess(WorkerProcess):
         """Nothing is open."""
 
     def hear(self) -> None:
-        """The socket is readable."""
+        """The worker's socket is readable."""
         if self.worker.outbox:
             self._loop.call_soon(self._hear)
