@@ -1,4 +1,4 @@
-"""The ABI's numbers, as the kernel's header computes them."""
+"""The ABI's numbers equal those that the kernel's header computes."""
 
 import pytest
 

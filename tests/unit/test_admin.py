@@ -1,4 +1,4 @@
-"""The admin socket: requests, errors, clients that misbehave or vanish, daemons that are not there."""
+"""The admin socket: requests, errors, clients that misbehave or disconnect, daemons that do not run."""
 
 import asyncio
 import errno
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from support.fakes.daemon import FakeDaemon, running_daemon
-from ublkpool.daemon.admin import server as admin
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.admin.wire import REQUEST_BYTES_MAX
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
@@ -40,7 +39,7 @@ def connect(daemon: FakeDaemon) -> socket.socket:
 
 
 def say(connection: socket.socket, line: bytes) -> dict[str, Any]:
-    """The first line of the answer."""
+    """Send a line; returns the first line of the answer."""
     connection.sendall(line)
     with connection.makefile("rb") as lines:
         answer: dict[str, Any] = json.loads(lines.readline())
@@ -54,10 +53,23 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def until_a_disconnect_is_noticed(daemon: FakeDaemon) -> None:
+    """Let another client wait and disconnect: by then the server has also polled the connections before it."""
+    before = daemon.service.waits_cancelled
+    operations = daemon.server.statistics()["operations"]
+    daemon.service.states["never live"] = "waiting"
+    with connect(daemon) as connection:
+        connection.sendall(b'{"v":1,"op":"wait","name":"never live"}\n')
+        until(lambda: daemon.server.statistics()["operations"] == operations + 1)
+    until(lambda: daemon.service.waits_cancelled > before)
+    assert daemon.service.waits_cancelled == before + 1
+    assert daemon.server.statistics()["operations"] == operations
+
+
 MEMORY = BackendConfig(kind="memory")
 
 
-def test_a_device_goes_there_and_back(daemon: FakeDaemon) -> None:
+def test_a_device_is_added_listed_and_deleted_through_the_socket(daemon: FakeDaemon) -> None:
     heard: list[str] = []
     client = AdminClient(daemon.run_dir, heard.append)
     config = DeviceConfig(name="a", size_bytes=1 << 30, queues=2, backend=MEMORY)
@@ -79,7 +91,7 @@ def test_all_devices_are_deleted_with_names_null(client: AdminClient) -> None:
     assert client.delete(None) == ["a", "b"]
 
 
-def test_errors_keep_their_status_and_words(client: AdminClient) -> None:
+def test_errors_keep_their_status_and_text(client: AdminClient) -> None:
     client.add(DeviceConfig(name="a"))
     with pytest.raises(RemoteError, match=r"^a: there is such a device already$") as failed:
         client.add(DeviceConfig(name="a"))
@@ -120,7 +132,9 @@ def test_only_the_owner_may_connect(daemon: FakeDaemon) -> None:
         (b'{"v":1,"op":"add","device":{"name":"../a"}}', "bad request: Expected `str` matching"),
     ],
 )
-def test_nonsense_is_answered_and_the_connection_goes_on(daemon: FakeDaemon, line: bytes, error: str) -> None:
+def test_an_invalid_request_is_answered_and_the_connection_goes_on(
+    daemon: FakeDaemon, line: bytes, error: str
+) -> None:
     with connect(daemon) as connection:
         answer = say(connection, line + b"\n")
         assert answer["error"].startswith(error)
@@ -128,7 +142,7 @@ def test_nonsense_is_answered_and_the_connection_goes_on(daemon: FakeDaemon, lin
         assert say(connection, b'{"v":1,"op":"list"}\n') == {"ok": True, "result": []}
 
 
-def test_an_endless_line_is_refused_and_hung_up_on(daemon: FakeDaemon) -> None:
+def test_an_endless_line_is_refused_and_the_connection_closed(daemon: FakeDaemon) -> None:
     with connect(daemon) as connection:
         answer = say(connection, b"x" * (REQUEST_BYTES_MAX + 1))
         assert answer["error"] == f"bad request: longer than {REQUEST_BYTES_MAX} bytes"
@@ -136,7 +150,7 @@ def test_an_endless_line_is_refused_and_hung_up_on(daemon: FakeDaemon) -> None:
     assert daemon.server.statistics()["failures"] == 1
 
 
-def test_a_client_that_vanishes_has_its_add_undone(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_an_add_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: AdminClient) -> None:
     daemon.service.hold_adds = asyncio.Event()
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"add","device":{"name":"a"}}\n')
@@ -146,18 +160,18 @@ def test_a_client_that_vanishes_has_its_add_undone(daemon: FakeDaemon, client: A
     assert client.devices() == []
 
 
-def test_a_client_that_vanishes_does_not_stop_a_deletion_halfway(daemon: FakeDaemon) -> None:
+def test_a_deletion_runs_to_its_end_when_its_client_disconnects(daemon: FakeDaemon) -> None:
     daemon.service.hold_deletes = asyncio.Event()
     AdminClient(daemon.run_dir).add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"del","names":["a"]}\n')
         until(lambda: daemon.server.statistics()["operations"] == 1)
-    time.sleep(2 * admin.HANGUP_POLL_S)
+    until_a_disconnect_is_noticed(daemon)
     daemon.loop.call_soon_threadsafe(daemon.service.hold_deletes.set)
     until(lambda: not daemon.service.configs)
 
 
-def test_a_wait_ends_with_its_client(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_wait_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: AdminClient) -> None:
     client.add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"wait","name":"a"}\n')
@@ -166,17 +180,17 @@ def test_a_wait_ends_with_its_client(daemon: FakeDaemon, client: AdminClient) ->
     until(lambda: daemon.server.statistics()["operations"] == 0)
 
 
-def test_a_client_that_only_ends_its_own_half_still_gets_its_answer(
+def test_a_client_that_shuts_down_only_its_sending_side_gets_its_answer(
     daemon: FakeDaemon, client: AdminClient
 ) -> None:
     client.add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"wait","name":"a"}\n')
         connection.shutdown(socket.SHUT_WR)
-        time.sleep(1.2)
+        until(lambda: daemon.server.statistics()["operations"] == 1)
+        until_a_disconnect_is_noticed(daemon)
         daemon.service.states["a"] = "live"
         assert json.loads(connection.makefile("rb").readline())["result"]["state"] == "live"
-    assert daemon.service.waits_cancelled == 0
 
 
 def test_a_wait_returns_when_the_backend_attaches(daemon: FakeDaemon, client: AdminClient) -> None:
@@ -210,7 +224,7 @@ def test_close_answers_what_is_running_and_leaves_nothing(tmp_path: Path) -> Non
         assert daemon.server.statistics()["operations"] == 0
 
 
-def test_a_second_daemon_is_refused_and_does_no_harm(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_second_daemon_is_refused_and_the_first_goes_on(daemon: FakeDaemon, client: AdminClient) -> None:
     with pytest.raises(DaemonError, match="another daemon is running here"), running_daemon(daemon.run_dir):
         pass
     assert client.devices() == []
@@ -243,7 +257,7 @@ def test_a_client_says_that_the_socket_is_stale(tmp_path: Path) -> None:
         AdminClient(tmp_path).devices()
 
 
-def test_a_client_says_that_it_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_says_that_permission_is_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(connection: socket.socket, address: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -265,7 +279,7 @@ def test_a_path_that_is_too_long_is_one_clear_error(tmp_path: Path) -> None:
         (b'{"ok":true,"result":5}\n', "makes no"),
     ],
 )
-def test_a_daemon_that_answers_nonsense_is_an_error(tmp_path: Path, answer: bytes, error: str) -> None:
+def test_an_invalid_answer_of_the_daemon_is_an_error(tmp_path: Path, answer: bytes, error: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "admin.sock"))
         listener.listen()

@@ -1,4 +1,4 @@
-"""A daemon that does not answer, and one whose socket is gone: what the client says, and when it gives up."""
+"""A client's messages and time limits for a daemon that does not answer or whose socket is gone."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SILENT = (
 
 @pytest.fixture
 def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A process that takes connections and says nothing."""
+    """A process that accepts connections and sends nothing."""
     monkeypatch.setattr(admin_patience, "STOPPED_NOTICE_S", 0.05)
     monkeypatch.setattr(admin_patience, "SILENT_NOTICE_S", 0.1)
     monkeypatch.setattr(admin_client, "QUERY_TIMEOUT_S", 0.3)
@@ -36,7 +36,7 @@ def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         process.kill()
 
 
-def test_a_stopped_daemon_is_named_soon_and_given_up_in_the_end(silent: int, tmp_path: Path) -> None:
+def test_the_client_reports_a_stopped_daemon_soon_and_then_gives_up(silent: int, tmp_path: Path) -> None:
     os.kill(silent, signal.SIGSTOP)
     said: list[str] = []
     client = AdminClient(tmp_path, on_wait=said.append)
@@ -51,7 +51,7 @@ def test_a_stopped_daemon_is_named_soon_and_given_up_in_the_end(silent: int, tmp
     assert said == [notice] * 2
 
 
-def test_a_daemon_that_runs_and_says_nothing_is_named_too(silent: int, tmp_path: Path) -> None:
+def test_the_client_reports_a_running_daemon_that_does_not_answer(silent: int, tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(DaemonUnreachable, match=r"did not answer within 0\.3 s; it may be hung"):
         AdminClient(tmp_path, on_wait=said.append).devices()
@@ -62,7 +62,7 @@ def test_a_change_waits_for_a_stopped_daemon_and_says_so(silent: int, tmp_path: 
     os.kill(silent, signal.SIGSTOP)
 
     class HeardError(Exception):
-        """The word that is waited for."""
+        """Ends the client's wait once it has printed the expected text."""
 
     def hear(text: str) -> None:
         raise HeardError(text)
@@ -81,7 +81,7 @@ def test_a_daemon_whose_run_directory_was_emptied_is_found_by_its_listening_sock
     assert f"kill {os.getpid()}, then start the daemon again" in said
 
 
-def test_where_no_daemon_ever_listened_none_is_said_to(tmp_path: Path) -> None:
+def test_without_a_daemon_the_error_does_not_claim_one(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "other.sock"))
         other.listen()

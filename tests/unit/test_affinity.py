@@ -1,4 +1,4 @@
-"""Which CPU a worker runs on."""
+"""The choice of a worker's CPU."""
 
 import pytest
 
@@ -14,12 +14,12 @@ def test_a_worker_is_on_one_of_its_queues_cpus() -> None:
             assert cpu_for("auto", device, queue, cpus, ALL) in cpus
 
 
-def test_queues_and_devices_that_have_all_cpus_are_on_different_ones() -> None:
+def test_queues_and_devices_that_may_use_all_cpus_get_different_ones() -> None:
     assert [cpu_for("auto", 0, queue, ALL, ALL) for queue in range(8)] == list(ALL)
     assert [cpu_for("auto", device, 0, ALL, ALL) for device in range(8)] == list(ALL)
 
 
-def test_off_and_a_queue_of_other_cpus_than_we_may_use_are_left_to_the_scheduler() -> None:
+def test_off_or_no_allowed_cpu_of_the_queue_leaves_the_choice_to_the_scheduler() -> None:
     assert cpu_for("off", 0, 0, ALL, ALL) is None
     assert cpu_for("auto", 0, 0, [0, 1], [2, 3]) is None
 
@@ -33,11 +33,11 @@ def test_off_and_a_queue_of_other_cpus_than_we_may_use_are_left_to_the_scheduler
         ("9", [None]),
     ],
 )
-def test_a_list_is_kept_to(affinity: str, cpus: list[int | None]) -> None:
+def test_a_list_restricts_the_choice(affinity: str, cpus: list[int | None]) -> None:
     assert {cpu_for(affinity, device, 0, [0, 4], ALL) for device in range(4)} == set(cpus)
 
 
-def test_lists_are_read_as_the_kernel_writes_them() -> None:
+def test_lists_have_the_kernels_format() -> None:
     assert parse_cpus("0-3,8") == {0, 1, 2, 3, 8}
     assert parse_cpus("5") == {5}
     with pytest.raises(ValueError, match="names no CPU"):

@@ -1,4 +1,4 @@
-"""What the benchmark tells fio, and what it takes from its answer."""
+"""fio's command line for a cell, and the numbers taken from fio's output."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def test_a_cell_shows_iops_or_megabytes() -> None:
     assert [found.shown(cell) for cell in CELLS] == [10.0, 10.0, 10.0, 5.0]
 
 
-def test_what_fio_remarks_before_its_json_is_skipped() -> None:
+def test_fios_warnings_before_its_json_are_skipped() -> None:
     assert parse_fio("fio: a remark\n" + _output((_side(1, 7.0, 1, 1.0), NOTHING)), 0).iops == 7.0
 
 
@@ -51,13 +51,13 @@ def test_a_failure_is_one_line(output: str, status: int, why: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_each_job_has_a_cpu_of_a_queue_of_its_own_while_there_are_any() -> None:
+def test_jobs_have_cpus_of_different_queues_as_far_as_possible() -> None:
     assert job_cpus([[0, 1], [2, 3]], 2) == [0, 2]
     assert job_cpus([[0, 1]], 2) == [0, 1]
     assert job_cpus([[0], [1]], 3) == [0, 1, 0]
 
 
-def test_the_command_says_all_that_a_cell_says() -> None:
+def test_the_command_has_all_settings_of_a_cell() -> None:
     words = fio_command("/dev/ublkb3", CELLS[3], [1], 0.5)
     for word in ("--filename=/dev/ublkb3", "--rw=write", "--bs=524288", "--iodepth=8", "--numjobs=1"):
         assert word in words

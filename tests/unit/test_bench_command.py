@@ -1,4 +1,4 @@
-"""What `python -m bench` refuses, and where it puts what it measured."""
+"""Refusals of `python -m bench`, and the paths of its results."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_mode_exact_is_refused_where_time_is_not_instructions(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_exact_does_not_overwrite_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_result_does_not_overwrite_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.release", lambda: "7.3.4+deb13-cloud-amd64")
     names = []
     for exact in ("", "1"):

@@ -1,4 +1,4 @@
-"""The table of contestants, and how the rounds go through it."""
+"""The table of contestants, and the order of the rounds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,16 +31,16 @@ def test_each_of_ours_runs_over_each_transport() -> None:
     assert kinds["zeromq"] == kinds["ring"] and "null, backend" in kinds["ring"]
 
 
-def test_there_is_no_choice_of_transport_where_the_command_offers_none() -> None:
+def test_without_the_option_there_is_one_transport() -> None:
     assert transports("--device NAME") == [""]
     assert transports("--transport [auto|ring|zeromq]") == ["zeromq", "ring"]
 
 
-def test_only_those_that_were_asked_for() -> None:
+def test_only_selects_contestants_by_name() -> None:
     assert [each.name for each in contestants([""], "^kublk null")] == ["kublk null", "kublk null -g"]
 
 
-def test_quick_has_everybody_whom_a_target_names() -> None:
+def test_quick_has_all_contestants_of_the_targets() -> None:
     names = {(each.kind, each.transport) for each in quick(contestants(["zeromq", "ring"]))}
     for target in TARGETS:
         assert (target.baseline, "") in names
@@ -48,17 +48,17 @@ def test_quick_has_everybody_whom_a_target_names() -> None:
     assert len(names) < len(contestants(["zeromq", "ring"])) * 2 / 3
 
 
-def test_quick_has_all_of_ours_where_there_is_one_transport() -> None:
+def test_quick_has_all_of_ours_with_one_transport() -> None:
     assert {each.name for each in quick(contestants([""]))} >= {each.name for each in ours_over("")}
 
 
-def test_every_target_names_contestants_that_there_are() -> None:
+def test_every_target_names_existing_contestants() -> None:
     kinds = {each.kind for each in (*PEERS, *ALONE, *ours_over("ring"))}
     for target in TARGETS:
         assert {target.baseline, *target.kinds} <= kinds
 
 
-def test_who_is_not_measured_sleeps_and_only_he() -> None:
+def test_all_contestants_but_the_measured_one_are_stopped() -> None:
     with Popen(["sleep", "60"]) as own, Popen(["sleep", "60"]) as shared:
         disks = Disks(Disk("/dev/x", {"server": [own.pid], "daemon": [shared.pid]}))
         put_to_sleep(disks)
@@ -84,7 +84,7 @@ def test_depth_1_may_have_a_disk_of_its_own() -> None:
 
 
 class Course:
-    """Contestants that only say what is done with them; some fail."""
+    """Contestants that only record what is done with them; some fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: tuple[str, str] = ("", "")) -> None:
         self.runs: list[tuple[str, str]] = []
@@ -129,7 +129,7 @@ class Course:
         return result
 
 
-def test_a_cell_goes_through_everybody_before_the_next_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_runs_on_every_contestant_before_the_next_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course(monkeypatch)
     course.measure(course.contestant("a"), course.contestant("b"))
     cells = [cell for _, cell in course.runs]
@@ -152,19 +152,21 @@ def test_system_calls_are_counted_in_runs_of_their_own(monkeypatch: pytest.Monke
     ]
 
 
-def test_an_exact_run_leaves_system_calls_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_run_does_not_count_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course(monkeypatch)
     assert course.measure(course.contestant("a"), exact=True).syscalls == []
 
 
-def test_a_kernel_that_does_not_count_is_nobodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_cannot_count_fails_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course(monkeypatch)
     course.kernel_counts = False
     result = course.measure(course.contestant("a"))
     assert result.syscalls == [] and not result.failed
 
 
-def test_who_does_not_start_is_reported_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_does_not_start_is_reported_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     course = Course(monkeypatch)
     result = course.measure(course.contestant("a", starts=False), course.contestant("b"))
     assert result.failed
@@ -174,7 +176,9 @@ def test_who_does_not_start_is_reported_and_the_others_run(monkeypatch: pytest.M
     assert len(result.samples) == 2 * len(CELLS)
 
 
-def test_who_fails_on_the_way_is_stopped_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contestant_that_fails_later_is_stopped_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     course = Course(monkeypatch, fails=("a", CELLS[1].name))
     result = course.measure(course.contestant("a"), course.contestant("b"))
     assert course.stopped == ["a", "b"]

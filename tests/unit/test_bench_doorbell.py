@@ -1,4 +1,4 @@
-"""The doorbells: how they are compared, and that each way wakes the other side on this machine's kernel."""
+"""The comparison of doorbells, and that each kind wakes the other process on this machine's kernel."""
 
 import subprocess
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_ratio_is_made_within_its_round() -> None:
     assert "| futex, futex(2) | 200 | 2.00 | 1.00 to 3.00 | 4.0 |" in text and "a CPU each" in text
 
 
-def test_a_way_that_a_kernel_does_not_have_is_said_and_not_tried_again(
+def test_a_doorbell_that_the_kernel_lacks_is_reported_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, found = tmp_path / "doorbell", _found()

@@ -1,4 +1,4 @@
-"""The axes of growth, on a daemon that is made up."""
+"""The axes of growth, on a fake daemon."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from ublkpool.daemon.status import (
 
 
 class FakeDaemon:
-    """Devices as a daemon tells of them; it is its own admin client."""
+    """Fake devices, behind the methods of the admin client."""
 
     def __init__(self) -> None:
         self.configs: dict[str, DeviceConfig] = {}
@@ -127,7 +127,7 @@ def test_an_axis_that_fails_is_named_and_the_others_are_measured(stage: FakeStag
     assert found["devices, I/O on one"] == found["devices, I/O on all"] == [1, 4]
 
 
-def test_only_the_axes_that_were_asked_for(stage: FakeStage) -> None:
+def test_only_selects_axes_by_name(stage: FakeStage) -> None:
     growth = Growth(kernel="", date="", cpus=2, emulated=True)
     grow(stage, growth, lambda text: None, lambda each: None, 4, "pool|bytes")
     assert _axes(growth) == ["bytes a request", "bytes of pool, depth 128"] and not growth.timings
@@ -184,7 +184,7 @@ def test_all_devices_at_once_are_as_deep_as_one(monkeypatch: pytest.MonkeyPatch,
     assert asked[-2:] == [(1, 32), (16, 16 * 32)]
 
 
-def test_no_device_is_left_whatever_failed(stage: FakeStage) -> None:
+def test_a_failure_leaves_no_device(stage: FakeStage) -> None:
     growth = _grown(stage, 16)
     assert stage.fake.configs == {}
     assert len({each.name for each in stage.fake.added}) == len(stage.fake.added)
@@ -198,7 +198,7 @@ def test_no_device_is_left_whatever_failed(stage: FakeStage) -> None:
     }
 
 
-def test_the_small_pool_is_one_that_a_device_can_have() -> None:
+def test_the_small_pool_is_a_valid_pool_size() -> None:
     geometry, _ = pool_geometry(1, 128, 512 << 10, True, "pool", SMALL_POOL_BYTES)
     derived, _ = pool_geometry(1, 128, 512 << 10, True, "pool")
     assert geometry.classes[0].count < derived.classes[0].count / 10

@@ -55,7 +55,7 @@ def test_a_ratio_is_made_within_its_round() -> None:
     assert value_spread(result, "a", QD1) == Spread(20.0, 10.0, 90.0)
 
 
-def test_a_round_that_only_one_of_them_has_counts_for_nothing() -> None:
+def test_a_round_that_only_one_contestant_has_does_not_count() -> None:
     result = _result(*_samples("a", QD1, 10.0, 20.0), *_samples("b", QD1, 5.0))
     assert ratio_spread(result, "a", "b", QD1) == Spread(2.0, 2.0, 2.0)
     assert ratio_spread(result, "a", "c", QD1) is None
@@ -89,7 +89,7 @@ def test_a_target_is_reached_by_the_median(ours: float, state: str) -> None:
     assert found["memory, pool", QD1].state == "not measured"
 
 
-def test_where_there_was_no_choice_of_a_transport_it_was_zeromq() -> None:
+def test_a_contestant_without_a_transport_counts_as_zeromq() -> None:
     samples = [*_samples("null, pool", QD1, 6.0), *_samples("kublk null -g", QD1, 10.0)]
     found = next(
         each for each in verdicts(_result(*samples)) if (each.kind, each.cell) == ("null, pool", QD1)
@@ -111,11 +111,11 @@ def test_a_table_is_markdown() -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(35721.4, "35,721"), (99.94, "99.9"), (1.26, "1.3"), (0.126, "0.13"), (0.0, "0.00")]
 )
-def test_numbers_have_as_many_digits_as_mean_something(value: float, text: str) -> None:
+def test_numbers_have_no_one_or_two_decimals(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_report_has_everybody_and_says_who_failed() -> None:
+def test_a_report_has_all_contestants_and_the_failures() -> None:
     samples = [each for cell in CELLS for each in _samples("kublk null -g", cell.name, 10.0, 20.0)]
     parties = [_party("kublk null -g"), _party("loop", error="StageError: no such module")]
     text = report(_result(*samples, parties=parties), [InstructionCost("flush", "rings", 1, 510.0)])
@@ -165,11 +165,11 @@ calls=3 11
 """
 
 
-def test_only_what_the_harness_calls_in_the_core_is_counted() -> None:
+def test_only_the_harness_calls_into_the_core_are_counted() -> None:
     assert core_instructions(PROFILE, "queue_cost.c") == 171 + 600
 
 
-def test_the_own_memory_of_a_process_is_what_nobody_shares() -> None:
+def test_uss_is_the_memory_of_pages_that_no_other_process_shares() -> None:
     text = (
         "55d0-7ffc ---p 00000000 [rollup]\nRss: 900 kB\nPss:  120 kB\nPss_Anon: 50 kB\n"
         "Private_Clean: 10 kB\nPrivate_Dirty: 30 kB\n"
@@ -186,7 +186,7 @@ def test_shares_are_of_the_time_of_all_cpus() -> None:
     assert parts_shares(first, second, 2) == {"worker": pytest.approx(0.125)}
 
 
-def test_every_thread_of_a_process_has_run() -> None:
+def test_the_run_time_of_every_thread_counts() -> None:
     before_ns = _others_ran_ns()
     worked = threading.Thread(target=_work, args=(ended := threading.Event(),))
     worked.start()
@@ -237,7 +237,7 @@ def test_an_exact_report_counts_instructions_and_not_time() -> None:
     assert "CPU us" not in text and "latency" not in text
 
 
-def test_an_exact_report_names_who_left_the_cpu_idle() -> None:
+def test_an_exact_report_names_contestants_that_left_the_cpu_idle() -> None:
     busy, idle = _exact_samples("a", QD1, 10.0), _exact_samples("b", QD1, 10.0, busy=0.8)
     assert "was busy at least 97%" in exact_report(_exact_result(*busy))
     text = exact_report(_exact_result(*busy, *idle))

@@ -1,4 +1,4 @@
-"""A run on a disk whose server dies: one line, and nobody waits for ever."""
+"""A run on a disk whose server dies ends with one line, and does not wait for ever."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def server() -> Iterator["subprocess.Popen[bytes]"]:
 
 @pytest.fixture
 def disk(server: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
-    """A disk that nothing is known of but who serves it; what runs on it never ends."""
+    """A disk of which only the server's processes exist; a run on it never ends."""
     log = tmp_path / "log"
     log.write_text("all is well\nout of memory\n")
     monkeypatch.setattr(watched, "queue_cpus", lambda node: [[0]])
@@ -35,13 +35,13 @@ def disk(server: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.
     return Disk("/dev/nothing", {"kernel": [0], "backend": [server.pid]}, log=log)
 
 
-def test_a_server_that_lives_or_sleeps_is_no_failure(server: "subprocess.Popen[bytes]", disk: Disk) -> None:
+def test_a_running_or_stopped_server_is_no_failure(server: "subprocess.Popen[bytes]", disk: Disk) -> None:
     check_served(disk)
     server.send_signal(signal.SIGSTOP)
     check_served(disk)
 
 
-def test_a_death_before_the_first_request_is_told_with_its_last_words(
+def test_a_death_before_the_first_request_is_reported_with_the_last_words(
     server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watched, "requests_done", lambda node: server.kill() or 0)  # type: ignore[func-returns-value]
@@ -49,7 +49,7 @@ def test_a_death_before_the_first_request_is_told_with_its_last_words(
         run_fio(disk, CELLS[0], 0.2)
 
 
-def test_a_death_while_fio_runs_is_told(
+def test_a_death_while_fio_runs_is_reported(
     server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = iter(range(100))
@@ -64,7 +64,7 @@ def test_a_death_while_fio_runs_is_told(
         run_fio(disk, CELLS[0], 0.2)
 
 
-def test_a_death_while_its_last_words_are_waited_for_is_told(
+def test_a_death_while_fios_output_is_read_is_reported(
     server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, look = iter(range(100)), os.pidfd_open
@@ -81,8 +81,8 @@ def test_a_death_while_its_last_words_are_waited_for_is_told(
         run_fio(disk, CELLS[0], 0.2)
 
 
-def test_what_a_run_says_is_heard_to_its_end(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Longer than a pipe holds, and the end is what counts.
+def test_a_runs_output_is_read_to_its_end(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More than a pipe holds; the end must be read.
     failed = '{"jobs": [{"error": 5, "read": {}, "write": {}}]}'
     script = f"print('x' * 200_000 + {failed!r}); exit(3)"
     monkeypatch.setattr(watched, "fio_command", lambda *_: [sys.executable, "-c", script])
@@ -110,7 +110,7 @@ def test_a_last_block_that_cannot_be_written_is_one_line(disk: Disk, tmp_path: P
 
 
 class Stuck:
-    """A process whose request nobody answers: no signal ends it."""
+    """A process that no signal ends, like one that waits for an unanswered request."""
 
     stdout = None
 
@@ -125,7 +125,7 @@ class Stuck:
         raise subprocess.TimeoutExpired("fio", timeout_s)
 
 
-def test_nobody_waits_for_what_no_signal_ends() -> None:
+def test_a_process_that_no_signal_ends_is_not_waited_for() -> None:
     stuck = Stuck()
     end(stuck)  # type: ignore[arg-type]
     assert stuck.killed == 1

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which status; and that it starts fast."""
+"""The command line: its output on stdout and stderr, its exit status, and that it starts fast."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def run(*args: str, run_dir: Path | None = None) -> Result:
 
 
 def complaint(result: Result, status: int) -> str:
-    """The one line on stderr of a command that failed like this."""
+    """The one line on stderr of a command that failed with this status."""
     assert (result.exit_code, result.stdout) == (status, "")
     assert result.stderr.startswith("ublkpool: ")
     assert result.stderr.count("\n") == 1
@@ -91,7 +91,7 @@ def test_add_prints_the_path_and_sends_what_was_asked(daemon: FakeDaemon, tmp_pa
     )
 
 
-def test_add_takes_workers_for_an_answer(daemon: FakeDaemon, tmp_path: Path) -> None:
+def test_add_accepts_answers_worker(daemon: FakeDaemon, tmp_path: Path) -> None:
     run(*["add", "floor", "--size", "1M", "--answers", "worker"], run_dir=tmp_path)
     assert daemon.service.configs["floor"] == DeviceConfig(name="floor", size_bytes=1 << 20, answers="worker")
 
@@ -124,7 +124,7 @@ def test_a_backend_file_is_made_absolute(
 @pytest.mark.parametrize(
     "args", [["--wait", "0.05", "vol0"], ["vol0", "--wait", "0.05"], ["vol0", "--wait=0.05"]]
 )
-def test_add_waits_no_longer_than_told(daemon: FakeDaemon, tmp_path: Path, args: list[str]) -> None:
+def test_add_waits_no_longer_than_the_given_time(daemon: FakeDaemon, tmp_path: Path, args: list[str]) -> None:
     result = run("add", *args, run_dir=tmp_path)
     assert complaint(result, 1) == "vol0: no backend attached within 0.05 s"
 
@@ -323,7 +323,7 @@ def test_serve_without_a_config_has_no_devices(served: list[ServeConfig], tmp_pa
     assert served == [ServeConfig(run_dir=tmp_path), ServeConfig(run_dir=Path("/run/ublkpool"))]
 
 
-def test_the_state_directory_is_the_option_s_then_the_environment_s_then_the_config_s(
+def test_the_option_overrides_the_environment_and_that_the_config_for_the_state_directory(
     served: list[ServeConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "x.toml"
@@ -335,7 +335,7 @@ def test_the_state_directory_is_the_option_s_then_the_environment_s_then_the_con
     assert [str(config.state_dir) for config in served] == ["/var/a", "/var/b", "/var/c"]
 
 
-def test_rebind_asks_the_daemon_and_says_nothing(daemon: FakeDaemon, tmp_path: Path) -> None:
+def test_rebind_asks_the_daemon_and_prints_nothing(daemon: FakeDaemon, tmp_path: Path) -> None:
     run("add", "vol0", run_dir=tmp_path)
     result = run("rebind", "vol0", run_dir=tmp_path)
     assert (result.exit_code, result.output) == (0, "")

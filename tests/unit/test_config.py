@@ -198,7 +198,7 @@ def test_a_name_that_is_no_string_is_refused(tmp_path: Path, name: str) -> None:
     assert complaint.startswith("device[0].name: expected str, got ")
 
 
-def test_a_device_whose_name_is_wrong_too_is_named_by_its_index(tmp_path: Path) -> None:
+def test_a_device_with_an_invalid_name_is_reported_by_its_index(tmp_path: Path) -> None:
     text = '[[device]]\nname = "a b"\nid = "x"\n'
     name, number = complaints(tmp_path, text)
     assert name.startswith("device[0].name: ") and number == 'device[0].id: expected int, got "x"'
@@ -227,9 +227,7 @@ def test_backend_placement_needs_need_get_data(tmp_path: Path) -> None:
         ("", "no backend has a size: set size"),
     ],
 )
-def test_workers_that_answer_have_no_backend_and_nothing_of_one(
-    tmp_path: Path, lines: str, reason: str
-) -> None:
+def test_answers_worker_excludes_a_backend_and_its_settings(tmp_path: Path, lines: str, reason: str) -> None:
     [complaint] = complaints(tmp_path, f'[[device]]\nname = "a"\nanswers = "worker"\n{lines}\n')
     assert complaint.startswith('device "a": answers: ') and complaint.endswith(reason)
 

@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_people_get_a_readable_line(logger: logging.Logger) -> None:
+def test_the_human_format_is_a_readable_line(logger: logging.Logger) -> None:
     stream = Terminal()
     logs.configure("info", "auto", stream)
     logger.debug("not shown")
@@ -36,7 +36,7 @@ def test_people_get_a_readable_line(logger: logging.Logger) -> None:
     assert line[12:] == ' info    test: device vol0 is live path=/dev/ublkb0 why="a b"\n'
 
 
-def test_machines_get_logfmt_or_json(logger: logging.Logger) -> None:
+def test_the_machine_formats_are_logfmt_and_json(logger: logging.Logger) -> None:
     stream = io.StringIO()
     logs.configure("debug", "auto", stream)
     logger.warning('two "words"', extra={"fields": {"pid": 7, "empty": ""}})
@@ -50,7 +50,7 @@ def test_machines_get_logfmt_or_json(logger: logging.Logger) -> None:
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+def test_systemd_is_notified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
     address = f"@{tmp_path}/notify" if abstract else f"{tmp_path}/notify"
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
@@ -65,7 +65,7 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstra
 
 
 @pytest.mark.parametrize("fault", ["gone", "deaf"])
-def test_a_service_manager_that_does_not_listen_ends_nothing(
+def test_a_service_manager_that_does_not_listen_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
@@ -91,11 +91,13 @@ def test_a_service_manager_that_does_not_listen_ends_nothing(
         ),
     ],
 )
-def test_the_status_line_names_what_is_not_there(devices: list[tuple[str, State]], said: str) -> None:
+def test_the_status_line_names_missing_and_failed_devices(
+    devices: list[tuple[str, State]], said: str
+) -> None:
     assert notify.describe(devices) == said
 
 
-def test_nobody_is_told_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_notify_socket_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notify.ready()
 
@@ -160,12 +162,12 @@ def test_a_terminal_that_is_wide_enough_gets_the_table_of_a_file(monkeypatch: py
     assert terminal.getvalue() == file.getvalue()
 
 
-def test_stats_say_why_a_device_is_not_served() -> None:
+def test_stats_show_why_a_device_does_not_serve() -> None:
     _, pools = render.stats_tables([DeviceStats(name="vol0", reason="no backend is attached")])
     assert "no backend is attached" in render.plain_text(pools)
 
 
-def test_workers_that_answer_stand_where_a_backend_would() -> None:
+def test_a_device_whose_workers_answer_shows_them_as_its_backend() -> None:
     alone = msgspec.structs.replace(DEVICE, answers="worker", backend=BackendStatus(), reason="")
     assert render.device_table([alone]).rows[0][-2:] == ("its workers", "")
 
@@ -185,7 +187,7 @@ def read_unit(name: str) -> configparser.ConfigParser:
 
 
 @pytest.mark.parametrize("name", ["ublkpool.service", "ublkpool-backend@.service"])
-def test_one_process_s_death_neither_stops_the_unit_nor_ends_its_restarts(name: str) -> None:
+def test_one_processs_death_neither_stops_the_unit_nor_ends_its_restarts(name: str) -> None:
     unit = read_unit(name)
     assert unit["Service"]["OOMPolicy"] == "continue"
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
@@ -196,7 +198,7 @@ def test_one_process_s_death_neither_stops_the_unit_nor_ends_its_restarts(name: 
 def test_the_machine_s_shutdown_stops_nothing_that_serves_a_mounted_disk(name: str) -> None:
     unit = read_unit(name)["Unit"]
     assert unit["DefaultDependencies"] == "no"
-    # A template's own slice is stopped by the shutdown, with all that is in it.
+    # The shutdown stops a template's own slice and every process in it.
     assert read_unit(name)["Service"].get("Slice", "system.slice") == "system.slice"
     assert "@" not in name or "Slice" in read_unit(name)["Service"]
     assert "Conflicts" not in unit

@@ -1,4 +1,4 @@
-"""The examples run as they stand, as processes, and do what they say."""
+"""The examples run unchanged, as processes, and do what they say."""
 
 import fcntl
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_demo_event_answers_from_its_event_loop(tmp_path: Path, placement: str) 
 
 
 @pytest.mark.parametrize("placement", ["pool", "backend"])
-def test_demo_batch_keeps_what_it_was_given_in_a_file(tmp_path: Path, placement: str) -> None:
+def test_demo_batch_stores_in_a_file(tmp_path: Path, placement: str) -> None:
     disk = tmp_path / "disk.img"
     options = {"path": str(disk), "size": "1M", "placement": placement}
     with FakeWorker(tmp_path, placement=placement) as worker:
@@ -67,7 +67,7 @@ def test_functions_serve_a_file(tmp_path: Path) -> None:
         assert finish(process)[0] == 0
 
 
-def test_functions_go_on_with_a_file_that_was_grown_meanwhile_by_less_than_a_block(tmp_path: Path) -> None:
+def test_functions_serve_a_file_that_grew_by_less_than_a_block(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"d" * 8192 + b"e" * 100)
     with FakeWorker(tmp_path, size_bytes=8192) as worker:
@@ -80,7 +80,7 @@ def test_functions_go_on_with_a_file_that_was_grown_meanwhile_by_less_than_a_blo
 
 
 @pytest.mark.parametrize("example", ["file_functions.py", "demo_batch.py"])
-def test_an_example_has_its_file_alone(tmp_path: Path, example: str) -> None:
+def test_an_example_holds_its_file_exclusively(tmp_path: Path, example: str) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     with FakeWorker(tmp_path) as worker:

@@ -119,7 +119,7 @@ def test_only_sha256_digests_of_a_release_are_used() -> None:
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> apt_archive.Archive:
-    """An archive on this disk that nobody signed."""
+    """An archive on this disk without a signature."""
     monkeypatch.setattr(apt_archive, "DOWNLOAD_ATTEMPTS_MAX", 1)
     monkeypatch.setattr("time.sleep", lambda _: None)
     suite = tmp_path / "dists" / "trixie"
@@ -183,7 +183,7 @@ def test_the_firmwares_screen_control_is_removed() -> None:
     )
 
 
-def test_the_tail_keeps_what_says_something() -> None:
+def test_the_tail_keeps_lines_that_are_not_empty() -> None:
     assert guest_console.tail("a\n\nb\n  \nc\n", 2) == "b\nc"
 
 
@@ -210,7 +210,7 @@ def test_the_environment_is_passed_selectively(monkeypatch: pytest.MonkeyPatch) 
     assert "SECRET_TOKEN" not in passed
 
 
-def test_only_a_command_in_an_exact_guest_is_told_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_command_of_an_exact_guest_has_the_variable_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UBLKPOOL_EXACT", "1")
     told = [guest_boot.guest_environment("7.3", Path("/modules"), exact) for exact in (True, False)]
     assert [each["UBLKPOOL_EXACT"] for each in told] == ["1", ""]
@@ -226,7 +226,7 @@ def test_time_is_instructions_in_an_exact_guest_and_only_there() -> None:
     exact = _options(Spec("7.3", (), cpus=1, exact=True))
     assert (exact["-icount"], exact["-smp"]) == ("shift=0", "1")
     assert exact["-accel"] == "tcg,thread=single"
-    # A byte of `rep movsb` would be an instruction.
+    # QEMU would count each byte of a `rep movsb` as an instruction.
     assert {"-erms", "-fsrm"} <= set(exact["-cpu"].split(","))
     ordinary = _options(Spec("7.3", (), cpus=2))
     assert "-icount" not in ordinary

@@ -1,4 +1,4 @@
-"""The block layer's timer is set by a process that may hang, and only where it is not set yet."""
+"""A helper process, which may hang, sets the block layer's timer, and only if it is not set yet."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ublkpool.ublk.abi import DeviceInfo, Feature
 
 
 class FakeRunner:
-    """Notes what would run in a process of its own, and does not run it."""
+    """Records commands for a helper process without running them."""
 
     def __init__(self) -> None:
         self.commands: list[Callable[[], None]] = []
@@ -24,7 +24,7 @@ class FakeRunner:
 
 
 @pytest.mark.parametrize(("before", "written"), [("30000\n", ["1000"]), ("1000\n", [])])
-def test_nothing_is_written_here_and_nothing_at_all_if_it_is_set(
+def test_a_helper_writes_the_timer_unless_it_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, written: list[str]
 ) -> None:
     setting = tmp_path / "io_timeout"

@@ -1,4 +1,4 @@
-"""In systemd's journal a line has its priority and no time of its own; elsewhere nothing changes."""
+"""In systemd's journal a line has a priority and no time; elsewhere nothing changes."""
 
 import asyncio
 import json
@@ -81,7 +81,7 @@ def test_another_stream_than_the_journal_s_keeps_time_and_level(
     assert "level=warning" in line
 
 
-def test_what_asyncio_says_of_a_forgotten_task_goes_the_same_way(stream: TextIO) -> None:
+def test_asyncios_report_of_a_failed_task_goes_to_the_same_log(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
 
     async def forget() -> None:
@@ -91,7 +91,7 @@ def test_what_asyncio_says_of_a_forgotten_task_goes_the_same_way(stream: TextIO)
     assert said(stream) == ["<3>asyncio: never retrieved"]
 
 
-def test_a_child_that_breaks_says_so_with_its_priority(stream: TextIO) -> None:
+def test_a_childs_failure_is_logged_with_its_priority(stream: TextIO) -> None:
     logs.configure("info", "auto", stream)
 
     def broken() -> int:

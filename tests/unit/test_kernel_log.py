@@ -1,4 +1,4 @@
-"""A control command that hangs ends, and its error says where it hung and what the kernel log has to say."""
+"""A hanging control command ends, and its error has its kernel stack and the last lines of the kernel log."""
 
 import asyncio
 import time
@@ -34,12 +34,12 @@ def test_a_hang_is_reported_with_what_the_kernel_log_says(monkeypatch: pytest.Mo
     assert caught.value.errno == 0
 
 
-def test_only_the_last_few_lines_are_told() -> None:
+def test_only_the_last_few_lines_are_reported() -> None:
     many = [b"6,%d,%d,-;ublk %d\n" % (n, n * 1000000, n) for n in range(20)]
     assert kernel_log.relevant(many) == [f"[{n}.000] ublk {n}" for n in range(16, 20)]
 
 
-def test_where_there_is_no_kernel_log_to_read_a_hang_is_reported_all_the_same(tmp_path: Path) -> None:
+def test_a_hang_is_reported_without_a_readable_kernel_log(tmp_path: Path) -> None:
     assert kernel_log.last_words(str(tmp_path / "none")) == []
     (tmp_path / "kmsg").write_bytes(RECORDS[0])
     assert kernel_log.last_words(str(tmp_path / "kmsg")) == ["[1.000] ublk: loaded"]

@@ -1,4 +1,4 @@
-"""What the kernel's selftests take for kublk: what it asks the daemon for, and what it prints."""
+"""The shim that replaces kublk for the kernel's selftests: its requests to the daemon, and its output."""
 
 import json
 import os
@@ -19,7 +19,7 @@ AWK = {"id": ("dev id", "[ :]", 3), "pid": ("pid", " +", 7), "state": ("state", 
 
 
 class FakeAdmin:
-    """A daemon's admin socket; a device is what was asked for."""
+    """A fake daemon on an admin socket; a device has the requested properties."""
 
     def __init__(self, run_dir: Path) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ def kublk(tmp_path: Path) -> Any:
 
 
 def field(printed: str, what: str) -> str:
-    """As the selftests take it from what kublk prints."""
+    """The value that the selftests parse from kublk's output."""
     pattern, separator, number = AWK[what]
     line = subprocess.run(["grep", pattern], input=printed, capture_output=True, text=True, check=True).stdout
     words = ["awk", *(["-F", separator] if what == "id" else []), f"{{print ${number}}}"]
@@ -174,7 +174,7 @@ def test_a_refusal_fails_with_its_reason(admin: FakeAdmin, kublk: Any) -> None:
     assert kublk("del -n 5").returncode == 0 and admin.asked[-1]["force"] is False
 
 
-def test_what_is_not_offered_is_not_listed_and_what_has_no_name_is_unknown(
+def test_features_that_the_shim_lacks_are_not_listed_and_unnamed_ones_are_unknown(
     admin: FakeAdmin, kublk: Any
 ) -> None:
     assert kublk("features").stdout.split("\n")[:-1] == ["UBLK_F_SAFE_STOP_DEV", "unknown BIT_63"]

@@ -1,4 +1,4 @@
-"""A daemon with no descriptor left: it answers commands all the same, and tells a backend why it cannot attach."""
+"""A daemon without a free descriptor still answers commands, and tells a backend why it cannot attach."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ def none_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_listener_accepts_one_with_the_descriptor_that_it_keeps_and_keeps_another_later(
+def test_a_listener_accepts_with_its_reserved_descriptor_and_reserves_another_later(
     tmp_path: Path,
 ) -> None:
     listener = ReservedListener(listen(tmp_path / "door", socket.SOCK_STREAM))
@@ -95,7 +95,7 @@ def test_a_backend_is_told_why(tmp_path: Path) -> None:
     at_the_door(tmp_path, scene)
 
 
-def test_a_segment_that_there_is_no_descriptor_for_is_no_nonsense_of_the_backend_s(tmp_path: Path) -> None:
+def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_breach(tmp_path: Path) -> None:
     async def scene(door: Door) -> None:
         door.server.start()
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -113,7 +113,7 @@ def test_a_segment_that_there_is_no_descriptor_for_is_no_nonsense_of_the_backend
     at_the_door(tmp_path, scene)
 
 
-def test_what_keeps_a_memory_is_told_to_end_once_there_is_a_descriptor(tmp_path: Path) -> None:
+def test_a_keeper_is_asked_to_end_once_a_descriptor_is_free(tmp_path: Path) -> None:
     async def run() -> None:
         path = tmp_path / "memory-vol.keep"
         with none_left():

@@ -1,4 +1,4 @@
-"""Whether anybody still has a file that was handed out: the kernel's word, not what /proc shows."""
+"""Whether another process still has a file that was sent to it, as the kernel (and not /proc) tells it."""
 
 import mmap
 import os
@@ -33,7 +33,7 @@ def test_our_own_descriptors_and_mappings_do_not_count(memory: int) -> None:
     os.close(copy)
 
 
-def test_one_that_was_handed_out_counts_until_it_is_closed(memory: int) -> None:
+def test_a_sent_descriptor_counts_until_it_is_closed(memory: int) -> None:
     handed = reopened(memory)
     assert is_open_elsewhere(memory)
     copy = os.dup(handed)
@@ -42,9 +42,9 @@ def test_one_that_was_handed_out_counts_until_it_is_closed(memory: int) -> None:
     os.close(copy)
 
 
-def test_one_that_is_mapped_and_closed_counts(memory: int) -> None:
+def test_a_mapping_counts_after_its_descriptor_is_closed(memory: int) -> None:
     handed = reopened(memory)
-    # Python's mapping would keep a duplicate of the descriptor.
+    # Python's mmap would keep a duplicate of the descriptor.
     with Forked(lambda: _map_and_close(handed)) as holder:
         os.close(handed)
         assert is_open_elsewhere(memory)
@@ -59,7 +59,7 @@ def _map_and_close(fd: int) -> int:
 
 
 def test_one_in_flight_that_no_process_shows_counts(memory: int) -> None:
-    """The process that sent it has closed it: /proc has nothing, and yet it can be received again."""
+    """The sender has closed the file: /proc shows no descriptor, yet another process can still receive it."""
     handed = reopened(memory)
     ours, theirs = socket.socketpair()
     socket.send_fds(ours, [b"x"], [handed])
@@ -72,13 +72,13 @@ def test_one_in_flight_that_no_process_shows_counts(memory: int) -> None:
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
-def test_one_that_was_opened_through_proc_counts(memory: int, flags: int) -> None:
+def test_a_file_opened_through_proc_counts(memory: int, flags: int) -> None:
     opened = os.open(f"/proc/{os.getpid()}/fd/{memory}", flags | os.O_CLOEXEC)
     assert is_open_elsewhere(memory)
     os.close(opened)
 
 
-def test_what_happens_to_the_lease_is_no_signal_for_the_daemon(memory: int) -> None:
+def test_a_broken_lease_sends_the_daemon_no_signal(memory: int) -> None:
     before = signal.getsignal(signal.SIGIO)
     assert not is_open_elsewhere(memory)
     assert signal.getsignal(signal.SIGIO) is before

@@ -1,4 +1,4 @@
-"""The run directory and the state directory: made, accepted as they are, or refused."""
+"""The run directory and the state directory: made, accepted unchanged, or refused."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_missing_directory_is_made_with_exactly_its_mode(tmp_path: Path, umask
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o500])
-def test_a_directory_that_was_there_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+def test_an_existing_directory_keeps_its_mode(tmp_path: Path, mode: int) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there").chmod(mode)
     assert not make(tmp_path / "there")
@@ -55,7 +55,7 @@ def test_a_directory_of_another_user_is_refused_and_left_alone(tmp_path: Path) -
     assert (tmp_path / "theirs").stat().st_uid == 12345
 
 
-def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DaemonError, match="not a directory"):
         make(tmp_path / "file")

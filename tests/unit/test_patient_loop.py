@@ -1,4 +1,4 @@
-"""The supervisor's clock: a pause of the process costs nobody a deadline."""
+"""The supervisor's clock: no deadline expires because the process was paused."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from ublkpool.daemon.processes.patient_loop import PAUSE_S, QUIET_S, PatientLoop
 
 
 class System:
-    """The machine's clock, in the test's hand."""
+    """The machine's clock, which the test sets."""
 
     now_s = 1000.0
 
@@ -19,7 +19,7 @@ class System:
         return self.now_s
 
 
-def test_time_that_is_seen_to_pass_counts() -> None:
+def test_observed_time_counts() -> None:
     system = System()
     clock = ServingClock(system)
     begun_s = clock.read()
@@ -29,7 +29,7 @@ def test_time_that_is_seen_to_pass_counts() -> None:
     assert clock.read() - begun_s == pytest.approx(50) and clock.pauses == 0
 
 
-def test_a_long_wait_that_was_meant_is_no_pause() -> None:
+def test_a_long_intended_wait_is_no_pause() -> None:
     system = System()
     clock = ServingClock(system)
     begun_s = clock.read()
@@ -39,7 +39,7 @@ def test_a_long_wait_that_was_meant_is_no_pause() -> None:
 
 @pytest.mark.parametrize("pause_s", [PAUSE_S + 0.1, 15, 86400])
 @pytest.mark.parametrize("waited_s", [0, 1])
-def test_a_pause_does_not_count_and_the_others_get_a_moment_to_run_again(
+def test_a_pause_does_not_count_and_other_processes_get_time_to_run_again(
     pause_s: float, waited_s: float
 ) -> None:
     system = System()
@@ -53,7 +53,7 @@ def test_a_pause_does_not_count_and_the_others_get_a_moment_to_run_again(
     assert clock.read() - begun_s == pytest.approx(QUIET_S / 2)
 
 
-def test_time_never_goes_back_however_pauses_follow_each_other() -> None:
+def test_time_never_goes_back_over_several_pauses() -> None:
     system = System()
     clock = ServingClock(system)
     last_s = clock.read()
@@ -70,7 +70,7 @@ def run(system: System, main: Coroutine[Any, Any, None]) -> None:
 
 
 def test_an_answer_that_came_during_a_pause_is_heard_before_its_deadline_is_judged() -> None:
-    """The process is stopped for an hour in the middle of a wait of 30 s, and the answer lies in the socket."""
+    """The process is stopped for an hour during a wait of 30 s, and the answer is in the socket."""
     system = System()
     reader, writer = os.pipe()
 
@@ -94,7 +94,7 @@ def test_an_answer_that_came_during_a_pause_is_heard_before_its_deadline_is_judg
 
 
 @pytest.mark.parametrize("before_s", [0.0, 29.9])
-def test_one_who_was_paused_as_well_has_time_to_answer_afterwards(before_s: float) -> None:
+def test_a_process_that_was_paused_too_has_time_to_answer(before_s: float) -> None:
     system = System()
 
     async def main() -> None:
@@ -116,7 +116,7 @@ def test_one_who_was_paused_as_well_has_time_to_answer_afterwards(before_s: floa
     run(system, main())
 
 
-def test_one_who_stays_silent_is_judged_all_the_same() -> None:
+def test_a_process_that_stays_silent_still_exceeds_its_deadline() -> None:
     system = System()
 
     async def main() -> None:

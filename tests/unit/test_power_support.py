@@ -1,4 +1,4 @@
-"""The parts of the power test: the disk with a volatile cache, and the judgement of what was found."""
+"""The parts of the power test: the disk with a volatile cache, and the check of the disk found later."""
 
 import socket
 import struct
@@ -16,7 +16,7 @@ READ, WRITE, DISCONNECT, FLUSH, TRIM = 0, 1, 2, 3, 4
 
 
 class Client:
-    """QEMU's side of NBD, as much as is needed."""
+    """The parts of QEMU's NBD client that the tests need."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -24,7 +24,7 @@ class Client:
         self.socket.connect(str(path))
         assert self.take(18)[:8] == b"NBDMAGIC"
         self.socket.sendall(struct.pack(">I", 1))
-        # An option that is not known, then the export.
+        # An unknown option, then the export.
         self.option(8, b"")
         assert struct.unpack(">QIII", self.take(20))[2] == (1 << 31) + 1
         self.option(7, struct.pack(">IH", 0, 0))
@@ -85,9 +85,7 @@ def client(disk: VolatileDisk, tmp_path: Path) -> Iterator[Client]:
         connected.close()
 
 
-def test_what_was_only_written_is_lost_at_worst_and_read_meanwhile(
-    disk: VolatileDisk, client: Client
-) -> None:
+def test_a_plain_write_is_readable_and_may_be_lost(disk: VolatileDisk, client: Client) -> None:
     client.write(512, b"a" * 512)
     client.send(READ, 3, 512, length=512)
     assert client.answer() == (3, 0)
@@ -109,7 +107,7 @@ def test_a_flush_keeps_what_was_answered_before_it(disk: VolatileDisk, client: C
 def test_a_flush_that_overtakes_a_write_keeps_nothing_of_it(disk: VolatileDisk, client: Client) -> None:
     cookies = range(10, 40)
     requests = [(WRITE, cookie, 512 * cookie, b"c" * 512) for cookie in cookies]
-    # At once: a disk with nothing else to do answers everything.
+    # In one packet, because an idle disk answers everything.
     client.socket.sendall(b"".join(client.request(*each) for each in [*requests, (FLUSH, 99, 0, b"")]))
     answered_before = []
     while (cookie := client.answer()[0]) != 99:
@@ -124,7 +122,7 @@ def test_a_flush_that_overtakes_a_write_keeps_nothing_of_it(disk: VolatileDisk, 
     assert {client.answer()[0] for _ in range(len(cookies) - len(kept))} == set(cookies) - kept
 
 
-def test_a_write_with_fua_is_kept_though_an_older_one_below_it_is_not(
+def test_a_fua_write_is_kept_although_an_older_overlapping_one_is_not(
     disk: VolatileDisk, client: Client
 ) -> None:
     client.write(0, b"a" * 1024)
@@ -140,7 +138,7 @@ def test_what_is_not_offered_is_refused(client: Client) -> None:
     assert client.answer() == (5, 22)
 
 
-def test_a_disk_that_no_guest_comes_to_ends(disk: VolatileDisk, tmp_path: Path) -> None:
+def test_a_disk_without_a_client_ends(disk: VolatileDisk, tmp_path: Path) -> None:
     before = threading.active_count()
     with disk.served(tmp_path / "nbd"):
         pass

@@ -1,4 +1,4 @@
-"""Run directories: which are taken, what is changed in them, and what is removed at the end."""
+"""Run directories: accepted or refused, changed at the start, and cleaned at the end."""
 
 import asyncio
 import fcntl
@@ -35,7 +35,7 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
-def test_a_directory_that_is_not_there_is_made_and_removed_with_all_that_was_made_in_it(
+def test_a_missing_directory_is_made_and_removed_with_its_entries(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "run"
@@ -61,7 +61,7 @@ def test_the_record_of_a_device_that_could_not_be_removed_stays_for_the_next_dae
 
 
 @pytest.mark.parametrize("found", [0o700, 0o750, 0o755, 0o711])
-def test_a_found_directory_keeps_its_mode_and_stays(tmp_path: Path, found: int) -> None:
+def test_an_existing_directory_keeps_its_mode_and_is_not_removed(tmp_path: Path, found: int) -> None:
     tmp_path.chmod(found)
     directory = RunDirectory.claim(tmp_path)
     directory.prepare(None)
@@ -110,7 +110,7 @@ def test_the_system_s_own_directories_are_refused_and_nothing_is_left_there(syst
 
 
 @pytest.mark.parametrize("name", ["Documents", "lock", "queues.txt"])
-def test_a_directory_with_a_life_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_directory_with_other_entries_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"not a daemon's: it contains .*: name an empty directory"):
@@ -126,7 +126,7 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
         RunDirectory.claim(tmp_path / "file" / "run")
 
 
-def test_what_is_put_there_while_a_daemon_runs_keeps_no_later_one_away_and_is_not_removed(
+def test_entries_added_while_a_daemon_runs_block_no_later_daemon_and_stay(
     tmp_path: Path,
 ) -> None:
     first = RunDirectory.claim(tmp_path / "run")
@@ -141,7 +141,7 @@ def test_what_is_put_there_while_a_daemon_runs_keeps_no_later_one_away_and_is_no
     assert all(each.exists() for each in mine)
 
 
-def test_a_directory_that_a_killed_daemon_made_is_removed_by_the_next_and_a_found_one_is_not(
+def test_the_next_daemon_removes_a_directory_that_a_killed_daemon_made_but_no_other(
     tmp_path: Path,
 ) -> None:
     made, found = tmp_path / "made", tmp_path / "found"
@@ -152,7 +152,7 @@ def test_a_directory_that_a_killed_daemon_made_is_removed_by_the_next_and_a_foun
     assert not made.exists() and found.exists()
 
 
-def test_an_older_version_s_lock_file_says_that_its_daemon_made_the_directory(tmp_path: Path) -> None:
+def test_an_older_versions_empty_lock_file_counts_as_made_by_a_daemon(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.mkdir(mode=0o700)
     for name in ("queues", "devices"):
@@ -162,7 +162,7 @@ def test_an_older_version_s_lock_file_says_that_its_daemon_made_the_directory(tm
     assert not path.exists()
 
 
-def test_only_one_daemon_has_it_and_nothing_is_removed_before_the_lock(tmp_path: Path) -> None:
+def test_only_one_daemon_claims_it_and_nothing_is_removed_before_the_lock(tmp_path: Path) -> None:
     first = RunDirectory.claim(tmp_path / "run")
     first.prepare(None)
     with pytest.raises(DaemonRuns, match="another daemon is running here"):
@@ -174,7 +174,7 @@ def test_only_one_daemon_has_it_and_nothing_is_removed_before_the_lock(tmp_path:
 def test_a_daemon_that_begins_while_another_ends_gets_a_lock_that_the_next_one_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened before the ending daemon removed its lock file, locked after: that file is nobody else's business."""
+    """A lock file that was opened before the ending daemon removed it and locked after does not count as a lock."""
     path = tmp_path / "run"
     first = RunDirectory.claim(path)
     first.prepare(None)
@@ -229,7 +229,7 @@ def test_a_group_can_enter_what_was_made_and_what_systemd_made_for_us(
 
 
 @needs_root
-def test_a_found_directory_is_not_opened_to_a_group_but_must_let_it_in(tmp_path: Path) -> None:
+def test_an_existing_directory_must_let_the_group_in_and_is_not_changed(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     directory = RunDirectory.claim(tmp_path)
     directory.prepare(NOBODY)
@@ -271,7 +271,7 @@ def test_the_sockets_of_living_workers_get_back_their_owner_and_mode(
 
 
 @needs_root
-def test_queues_that_a_service_manager_took_are_given_back_to_the_group(tmp_path: Path) -> None:
+def test_queue_sockets_that_a_service_manager_took_go_back_to_the_group(tmp_path: Path) -> None:
     first = RunDirectory.claim(tmp_path / "run")
     first.prepare(NOBODY)
     os.chown(first.queues, 0, 0)
@@ -282,7 +282,7 @@ def test_queues_that_a_service_manager_took_are_given_back_to_the_group(tmp_path
 
 
 @pytest.mark.parametrize("name", ["queues", "devices"])
-def test_an_entry_that_is_something_else_is_named_and_left(tmp_path: Path, name: str) -> None:
+def test_an_entry_of_another_type_is_named_and_left(tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o755)
     (tmp_path / "run").mkdir()

@@ -1,4 +1,4 @@
-"""The shipped units: what serves disks outlives the shutdown's stops, and the shutdown's messages have their time."""
+"""The shipped units: servers of disks outlive the shutdown's stops, and the shutdown's messages get enough time."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ LEADS_A_STOP_ON = {
     *("Requires", "Requisite", "BindsTo", "PartOf", "RequiresMountsFor", "StopPropagatedFrom"),
     *("StateDirectory", "CacheDirectory", "LogsDirectory"),
 }
-"""Settings with which a stop of another unit, a mount of /var for instance, stops this one."""
+"""Settings with which a stop of another unit (such as a mount of /var) stops this one."""
 
 
 def settings(unit: str) -> dict[str, str]:
@@ -26,5 +26,5 @@ def test_no_stop_of_another_unit_stops_a_server_of_disks(unit: str) -> None:
     assert LEADS_A_STOP_ON & found.keys() == set()
 
 
-def test_the_daemon_is_told_of_the_shutdown_as_long_as_an_umount_may_need_it() -> None:
+def test_the_shutdown_message_has_as_long_as_an_umount() -> None:
     assert int(settings("ublkpool-shutdown.service")["TimeoutStartSec"]) >= UMOUNT_PATIENCE_S

@@ -1,4 +1,4 @@
-"""A worker's clock: a pause of the process makes no request late and no backend mute."""
+"""A worker's clock: after a pause of the process no request is overdue and no backend counts as silent."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ BEGIN_MS = 1_000_000
 
 
 class Clock:
-    """The clock of C, and the system's in the test's hand."""
+    """The C clock, on a system clock that the test sets."""
 
     def __init__(self) -> None:
         self.raw = _ffi.new("struct uq_clock *")
@@ -34,7 +34,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_time_in_which_the_worker_runs_or_waits_as_it_meant_to_counts(clock: Clock) -> None:
+def test_time_of_running_and_of_intended_waits_counts(clock: Clock) -> None:
     for _ in range(20):
         clock.after(3)
         now_ms = clock.after(500, waited_ms=500)
@@ -73,7 +73,7 @@ def test_time_never_goes_back_and_always_goes_on(clock: Clock) -> None:
     assert last_ms > BEGIN_MS + 10_000
 
 
-def test_a_clock_of_the_system_that_goes_back_is_waited_for(clock: Clock) -> None:
+def test_time_stands_still_while_the_system_clock_is_behind(clock: Clock) -> None:
     last_ms = clock.after(100)
     assert clock.after(-50) == last_ms
     assert clock.after(60) == last_ms + 10
@@ -83,7 +83,7 @@ TIMEOUT_MS = 200
 
 
 class Served:
-    """A queue on a ring of io_uring, its port, and the backend's end of it; whoever is late is cut off."""
+    """A queue on an io_uring, its port, and the backend's end; an overdue backend is cut off."""
 
     def __init__(self) -> None:
         self.desk = Desk(
@@ -95,20 +95,20 @@ class Served:
         self.peer = RingMemory(self.port.memory_fd, self.port.entries)
 
     def give(self) -> None:
-        """A read goes to the backend."""
+        """Send a read to the backend."""
         self.desk.read(0, 0)
         self.port.turn(self.desk.queue)
         assert self.desk.backend is not None
         self.desk.backend.receive(0, self.peer.take())
 
     def answer(self) -> None:
-        """The backend answers it."""
+        """Let the backend answer."""
         assert self.desk.backend is not None
         assert self.desk.backend.execute((0, 0))
         self.peer.put(self.desk.backend.answer((0, 0)))
 
     def is_answered(self) -> bool:
-        """Whether the read was committed, without an error, and was never late."""
+        """Whether the read was committed without an error and was never overdue."""
         counted = self.desk.side.statistics
         return (counted.requests[Op.READ], counted.errors, counted.timeouts) == (1, 0, 0)
 
@@ -129,7 +129,7 @@ def served() -> Iterator[Served]:
 def test_a_backend_is_not_late_because_its_worker_was_stopped(served: Served) -> None:
     served.ring.run(0)
     served.give()
-    # What a SIGSTOP of the worker is: the next turn comes late.
+    # As after a SIGSTOP of the worker: its next turn comes late.
     time.sleep((PAUSE_MS + TIMEOUT_MS + 100) / 1000)
     served.ring.run(0)
     assert served.desk.queue.link is Link.UP and not served.desk.queue.attention() & Attention.SILENT
@@ -138,7 +138,7 @@ def test_a_backend_is_not_late_because_its_worker_was_stopped(served: Served) ->
     assert served.is_answered()
 
 
-def test_an_answer_that_is_there_is_in_time_however_late_the_worker_looks(served: Served) -> None:
+def test_an_answer_that_has_arrived_is_in_time_however_late_the_worker_reads_it(served: Served) -> None:
     served.ring.run(0)
     served.give()
     served.answer()
@@ -147,7 +147,7 @@ def test_an_answer_that_is_there_is_in_time_however_late_the_worker_looks(served
     assert served.desk.queue.link is Link.UP and served.is_answered()
 
 
-def test_a_backend_that_stays_silent_is_cut_off_all_the_same(served: Served) -> None:
+def test_a_backend_that_stays_silent_is_cut_off(served: Served) -> None:
     served.ring.run(0)
     served.give()
     while served.desk.queue.link is Link.UP:

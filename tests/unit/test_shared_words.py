@@ -1,4 +1,4 @@
-"""The numbers that tests share with code that runs beside them."""
+"""Atomic loads and stores in memory that tests share with concurrent code."""
 
 import mmap
 import os
@@ -16,7 +16,7 @@ def _write_in_turns(memory: mmap.mmap, at: int, values: tuple[int, int]) -> None
             store_word(memory, at, value)
 
 
-def test_a_reader_beside_a_writer_sees_whole_numbers_only() -> None:
+def test_a_concurrent_reader_sees_only_whole_numbers() -> None:
     values = (0x0000FFFF, 0x00010000)
     with mmap.mmap(-1, mmap.PAGESIZE) as memory:
         store_word(memory, 4, values[0])
@@ -36,7 +36,7 @@ def test_a_reader_beside_a_writer_sees_whole_numbers_only() -> None:
     assert seen <= set(values)
 
 
-def test_numbers_are_kept_modulo_32_bits_and_touch_nothing_beside_them() -> None:
+def test_numbers_are_stored_modulo_32_bits_and_change_no_neighbour() -> None:
     with mmap.mmap(-1, mmap.PAGESIZE) as memory:
         store_word(memory, 8, -1)
         assert load_word(memory, 8) == 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""Looking for work before sleeping: how long it lasts, and that both ends of a ring do it."""
+"""Busy polling before sleep: its length, and that both ends of a ring poll."""
 
 import ctypes
 import os
@@ -43,7 +43,7 @@ def spin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
-def test_a_look_is_half_as_long_after_each_that_found_nothing(spin: ctypes.CDLL) -> None:
+def test_each_poll_that_finds_nothing_halves_the_next(spin: ctypes.CDLL) -> None:
     spin.begin(MOST_NS)
     lasted = []
     for _ in range(5):
@@ -52,7 +52,7 @@ def test_a_look_is_half_as_long_after_each_that_found_nothing(spin: ctypes.CDLL)
     assert lasted == [16_000, 8_000, 4_000, 2_000, 0]
 
 
-def test_looking_is_tried_again_now_and_then_and_goes_on_when_it_is_worth_it(spin: ctypes.CDLL) -> None:
+def test_polling_is_tried_again_at_intervals_and_resumes_when_it_finds_work(spin: ctypes.CDLL) -> None:
     spin.begin(MOST_NS)
     while spin.budget():
         spin.over(False)
@@ -62,12 +62,12 @@ def test_looking_is_tried_again_now_and_then_and_goes_on_when_it_is_worth_it(spi
     assert spin.budget() == MOST_NS
 
 
-def test_who_shall_not_look_never_does(spin: ctypes.CDLL) -> None:
+def test_spin_0_never_polls(spin: ctypes.CDLL) -> None:
     spin.begin(0)
     assert not any(spin.budget() for _ in range(3 * SKIPS))
 
 
-def test_of_few_cpus_none_is_to_spare_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_few_cpus_polling_is_off_unless_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus, expected in ((SPIN_CPUS_MIN - 1, 0), (SPIN_CPUS_MIN, SPIN_DEFAULT_US)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
         assert spin_us(DeviceConfig(name="disk")) == expected
@@ -75,7 +75,7 @@ def test_of_few_cpus_none_is_to_spare_unless_it_is_asked_for(monkeypatch: pytest
         assert spin_us(DeviceConfig(name="disk", spin_us=0)) == 0
 
 
-def test_a_backend_that_looks_needs_no_system_call_for_a_request(
+def test_a_polling_backend_needs_no_system_call_for_a_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[DriverStatistics]
 ) -> None:
     monkeypatch.setattr(FakeWorker, "transport", "ring")
@@ -106,7 +106,7 @@ def _serve(desk: Desk, port: Port) -> None:
         os.close(each)
 
 
-def test_a_worker_that_looks_needs_neither_doorbell_nor_system_call() -> None:
+def test_a_polling_worker_needs_neither_doorbell_nor_system_call() -> None:
     desk = Desk()
     statistics = desk.side.statistics
     desk.other(0, Op.FLUSH)

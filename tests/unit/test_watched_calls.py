@@ -1,4 +1,4 @@
-"""The watch on calls that may wait for ever finds each kind of them, on the loop and in a worker, and no others."""
+"""The watch finds each kind of call that a disk can block, on the loop and in a worker, and no other calls."""
 
 import os
 import subprocess
@@ -82,17 +82,17 @@ def test_only_helpers_may_make_such_calls_once_the_daemon_serves(where: str, fou
         "/proc/77/maps",
     ],
 )
-def test_what_a_disk_may_keep_waiting_is_known(path: str) -> None:
+def test_paths_that_a_disk_can_block_are_recognized(path: str) -> None:
     assert is_on_a_disk(path) and not is_own(path, ("/",))
 
 
 @pytest.mark.parametrize(
     "path", ["/dev/ublkc0", "/dev/shm/x", "/run/ours/lock", "/run", "/", "/proc/77/stat", __file__]
 )
-def test_what_is_the_daemons_own_is_allowed(path: str) -> None:
+def test_the_daemons_own_paths_are_allowed(path: str) -> None:
     assert is_own(path, ("/run/ours",))
 
 
-def test_a_users_path_is_not_the_daemons_own() -> None:
+def test_a_users_path_does_not_belong_to_the_daemon() -> None:
     assert not is_own("/srv/disk.img", ("/run/ours",)) and not is_own("/home/x", ())
     assert not is_on_a_disk(f"/proc/{os.getpid()}/fd")

@@ -1,4 +1,4 @@
-"""What a user is told when something runs out or is forbidden: its name, whose it is, and the way out."""
+"""Errors for exhausted or forbidden resources name the resource, its owner and the way out."""
 
 import errno
 import os
@@ -57,14 +57,14 @@ def test_a_process_without_free_descriptors_is_named_with_its_limit() -> None:
         (errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_what_ran_out_is_named(number: int, words: str) -> None:
+def test_an_exhausted_resource_is_named(number: int, words: str) -> None:
     assert words in explain(failure(number))
     assert "\n" not in explain(failure(number))
 
 
 @contextmanager
 def full_file_system(directory: Path) -> Iterator[Path]:
-    """One in which nothing more can be made."""
+    """A directory in which no more file can be made."""
     directory.mkdir()
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "full", str(directory)], check=False
@@ -79,7 +79,7 @@ def full_file_system(directory: Path) -> Iterator[Path]:
 
 
 def save_record(directory: Path) -> None:
-    # The directory is there already.
+    # The directory exists already.
     records = Records(directory)
     records.save(Record(config=DeviceConfig(name="vol0")))
 
@@ -107,7 +107,7 @@ def test_a_full_run_directory_is_named(tmp_path: Path, work: Callable[[Path], No
 
 @pytest.fixture
 def io_uring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sets what the kernel says of io_uring, as far as our words are concerned."""
+    """Sets the kernel's io_uring settings as the error texts read them."""
     disabled, group = tmp_path / "io_uring_disabled", tmp_path / "io_uring_group"
     group.write_text("998\n")
     for module in (way_out, ublk_errors):
