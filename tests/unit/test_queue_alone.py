@@ -1,4 +1,4 @@
-"""A queue core that answers itself, with no backend: a fake driver, no kernel."""
+"""A queue core that answers requests itself, without a backend: a fake driver, no kernel."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ def alone(**plan: int) -> Desk:
     return Desk(connected=False, answers_itself=True, **plan)
 
 
-def test_a_write_is_asked_for_copied_into_scratch_and_forgotten() -> None:
+def test_a_write_is_copied_into_scratch_and_discarded() -> None:
     desk = alone()
     request = desk.write(0, 8, data(7, 4))
     assert desk.state(0) is State.COPYING and request.result is None
@@ -39,14 +39,14 @@ def test_zeros_are_read_whatever_was_written() -> None:
 
 
 @pytest.mark.parametrize("op", [Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES])
-def test_what_has_no_data_is_done_at_once(op: Op) -> None:
+def test_operations_without_data_are_answered_at_once(op: Op) -> None:
     desk = alone()
     request = desk.other(2, op)
     desk.driver.consume()
     assert request.result == 0
 
 
-def test_nothing_is_asked_of_anybody() -> None:
+def test_it_asks_neither_broker_nor_backend() -> None:
     desk = alone()
     for tag in range(3):
         desk.write(tag, tag, data(tag))
@@ -55,7 +55,7 @@ def test_nothing_is_asked_of_anybody() -> None:
     assert desk.side.statistics.lent_total == 0
 
 
-def test_a_write_of_which_the_kernel_copied_too_little_fails() -> None:
+def test_a_write_that_the_kernel_copied_in_part_fails_without_a_backend() -> None:
     desk = alone()
     request = desk.write(0, 0, data(7, 4))
     desk.copy(0, sectors=1)
@@ -74,7 +74,7 @@ def test_a_request_that_the_driver_sends_again_is_answered_once() -> None:
     assert [each.result for each in desk.driver.finished] == [SECTOR_BYTES]
 
 
-def test_a_device_that_goes_serves_to_the_end() -> None:
+def test_a_stopping_device_answers_all_requests() -> None:
     desk = alone()
     desk.queue.give_up()
     requests: list[Request] = [desk.write(0, 0, data(1)), desk.read(1, 0)]
@@ -83,7 +83,7 @@ def test_a_device_that_goes_serves_to_the_end() -> None:
     assert [each.result for each in requests] == [SECTOR_BYTES] * 2
 
 
-def test_an_operation_that_is_none_of_ours_is_refused() -> None:
+def test_an_unknown_operation_is_refused() -> None:
     desk = alone()
     request = desk.other(0, 9)
     desk.driver.consume()
@@ -95,7 +95,7 @@ def test_without_need_get_data_a_queue_cannot_answer_itself() -> None:
         alone(need_get_data=False)
 
 
-def test_nobody_can_write_to_what_is_read_as_zeros() -> None:
+def test_the_zeros_for_reads_are_read_only() -> None:
     zeros = _native.ffi.buffer(map_zeros(8192))
     assert bytes(zeros) == bytes(8192)
     end_r, end_w = os.pipe()

@@ -1,4 +1,4 @@
-"""What bounds a backend at the queue core: words that mean nothing, silence, a hang-up, a pool that it keeps."""
+"""The queue core's limits for a backend: stale descriptors, silence, a hang-up, a pool that it keeps mapped."""
 
 import os
 
@@ -28,12 +28,12 @@ def served() -> Desk:
 
 
 def link_of(desk: Desk) -> Link:
-    """The link now, which mypy must not take for what it was before."""
+    """The link's present state; a function, so that mypy does not narrow it."""
     return desk.queue.link
 
 
 @pytest.mark.parametrize("name", STALE)
-def test_answers_to_what_is_over_are_dropped_but_not_for_ever(name: str) -> None:
+def test_stale_answers_are_dropped_up_to_a_limit(name: str) -> None:
     desk = served()
     for _ in range(STALE_MAX):
         desk.lie(0, STALE[name])
@@ -44,13 +44,13 @@ def test_answers_to_what_is_over_are_dropped_but_not_for_ever(name: str) -> None
 
 
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.FENCED])
-def test_old_words_about_the_link_count_as_well(kind: Kind) -> None:
+def test_stale_descriptors_about_the_link_count_too(kind: Kind) -> None:
     desk = served()
     desk.queue.input(Descriptor(kind, device=DEVICE, epoch=EPOCH - 1).pack() * (STALE_MAX + 1))
     assert desk.queue.link is Link.CUT
 
 
-def test_the_next_backend_starts_with_a_clean_slate() -> None:
+def test_the_next_backend_starts_with_counts_of_zero() -> None:
     desk = served()
     for _ in range(STALE_MAX):
         desk.lie(0, STALE["old epoch"])
@@ -79,7 +79,7 @@ def test_a_backend_that_said_hello_may_be_silent_while_nothing_is_asked() -> Non
     assert desk.queue.link is Link.UP
 
 
-def test_after_a_hang_up_nothing_is_said_or_heard_and_the_next_backend_gets_it_all() -> None:
+def test_after_a_hang_up_nothing_passes_and_the_next_backend_gets_every_request() -> None:
     desk = served()
     answer = Descriptor(Kind.DONE, Op.READ, device=DEVICE, epoch=EPOCH, sequence=1, result=SECTOR_BYTES)
     desk.queue.hung_up()
@@ -94,7 +94,7 @@ def test_after_a_hang_up_nothing_is_said_or_heard_and_the_next_backend_gets_it_a
     assert desk.side.statistics.replays == 1
 
 
-def test_who_does_not_serve_cannot_hang_up() -> None:
+def test_without_a_served_link_a_hang_up_changes_nothing() -> None:
     desk = Desk(connected=False)
     desk.queue.hung_up()
     desk.expect()
@@ -104,7 +104,7 @@ def test_who_does_not_serve_cannot_hang_up() -> None:
 
 @pytest.mark.parametrize("need_get_data", [True, False])
 def test_what_requests_have_in_the_pool_comes_along_into_other_memory(need_get_data: bool) -> None:
-    """Who still has the old memory neither sees nor changes what the next backend is given."""
+    """A process with the old memory neither sees nor changes the next backend's data."""
     desk = Desk(spare=8, need_get_data=need_get_data, connected=False)
     size_bytes = desk.rig.pool.size_bytes
     old, fresh = (core.sealed_memory(size_bytes, name) for name in ("old", "fresh"))
@@ -119,7 +119,7 @@ def test_what_requests_have_in_the_pool_comes_along_into_other_memory(need_get_d
     desk.queue.change_pool(fresh, size_bytes)
     os.pwrite(old, b"x" * size_bytes, 0)
     if need_get_data:
-        # The driver was given its address before, and copies there.
+        # The driver got its address before, and copies there.
         desk.copy(2)
     desk.connect()
     for tag in range(3):
@@ -146,7 +146,7 @@ def test_memory_that_cannot_be_mapped_leaves_the_pool_as_it_is() -> None:
 
 
 def test_a_backend_that_answers_what_was_not_sent_to_it_is_cut_off_when_the_output_is_full() -> None:
-    """The worker sends nothing here, so each answer makes room for another request and adds to the output."""
+    """The worker sends nothing here, so each answer frees a tag for another request and adds to the output."""
     desk = Desk()
     room = 4 * 4 + 16
     for sequence in range(1, room + 1):

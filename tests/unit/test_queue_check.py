@@ -1,4 +1,4 @@
-"""The checked build of the queue core finds an invariant that does not hold, at the next call."""
+"""The checked build of the queue core finds a broken invariant at the next call."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ublkpool.ublk.queue import Attention
 
 
 def assert_broken(desk: Desk, tag: int) -> None:
-    """A call that has nothing to do with the damage finds it."""
+    """A call unrelated to the damage finds it."""
     assert not desk.queue.attention() & Attention.FAULT
     desk.read(tag, 8)
     assert desk.queue.attention() & Attention.FAULT
@@ -23,7 +23,7 @@ def test_a_buffer_whose_slot_header_names_another_tag_is_found() -> None:
 
 
 @pytest.mark.parametrize("gauge", ["in_flight", "buffers_lent"])
-def test_a_gauge_that_counts_wrong_is_found(gauge: str) -> None:
+def test_a_wrong_gauge_is_found(gauge: str) -> None:
     desk = Desk()
     setattr(desk.side.statistics, gauge, 7)
     assert_broken(desk, 0)

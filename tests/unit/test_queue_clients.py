@@ -1,4 +1,4 @@
-"""Requests whose data lies in the client area: nothing is copied, and what the driver names is not believed."""
+"""Requests with data in the client area: nothing is copied, and the address from the driver is checked."""
 
 import errno
 
@@ -50,7 +50,7 @@ def read(desk: Desk, tag: int, sector: int, sectors: int, at: int = AT) -> Reque
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_write_is_stored_from_where_the_client_has_it(plan: dict[str, int]) -> None:
+def test_a_write_is_stored_from_the_clients_buffer(plan: dict[str, int]) -> None:
     desk = desk_of(plan)
     request = write(desk, 0, 8, data(1, 4))
     (asked,) = desk.send()
@@ -66,7 +66,7 @@ def test_a_write_is_stored_from_where_the_client_has_it(plan: dict[str, int]) ->
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_read_is_filled_where_the_client_wants_it(plan: dict[str, int]) -> None:
+def test_a_read_is_filled_into_the_clients_buffer(plan: dict[str, int]) -> None:
     desk = desk_of(plan)
     desk.store.write(0, data(7, 4))
     request = read(desk, 0, 0, 4)
@@ -118,7 +118,7 @@ def test_without_a_backend_it_waits_and_takes_no_buffer() -> None:
     assert desk.side.statistics.zero_copies == 2
 
 
-def test_one_that_is_given_up_fails_as_any_other() -> None:
+def test_a_request_in_the_client_area_fails_at_give_up_like_any_other() -> None:
     desk = desk_of(connected=False)
     desk.queue.give_up()
     request = in_place(desk, Op.WRITE, 0, data(1))
@@ -141,7 +141,9 @@ def test_one_that_is_given_up_fails_as_any_other() -> None:
     ],
 )
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
-def test_a_place_outside_the_area_is_never_handed_on(op: Op, index: int, at: int, length: int) -> None:
+def test_an_address_outside_the_client_area_is_never_passed_on(
+    op: Op, index: int, at: int, length: int
+) -> None:
     desk = desk_of()
     request = Request(op, 0, length // SECTOR_BYTES, bytes(length) if op == Op.WRITE else b"")
     desk.driver.requests[0] = request
@@ -158,7 +160,7 @@ def test_a_place_outside_the_area_is_never_handed_on(op: Op, index: int, at: int
     assert (desk.side.statistics.unsupported, desk.side.statistics.zero_copies) == (1, 0)
 
 
-def test_without_an_area_no_place_is_right() -> None:
+def test_without_a_client_area_every_address_is_refused() -> None:
     desk = Desk()
     desk.side.describe(0, Op.READ, IOD_SHMEM_ZC, 0, 8, SLICE << 32)
     desk.driver.requests[0] = request = Request(Op.READ, 0, 8)
@@ -169,7 +171,7 @@ def test_without_an_area_no_place_is_right() -> None:
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
-def test_one_that_is_done_in_part_fails_for_the_driver_takes_it_for_the_whole(op: Op) -> None:
+def test_a_request_in_place_that_is_done_in_part_fails(op: Op) -> None:
     desk = desk_of()
     request = write(desk, 0, 0, data(1, 4)) if op == Op.WRITE else read(desk, 0, 0, 4)
     desk.send()

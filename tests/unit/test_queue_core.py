@@ -1,4 +1,4 @@
-"""The queue core, one scenario each: what a request goes through.  A fake driver and a fake backend, no kernel."""
+"""The life of a request in the queue core, one scenario each, with a fake driver and a fake backend."""
 
 import errno
 
@@ -14,7 +14,7 @@ from ublkpool.workers.tag_state import State
 FAR_SECTOR = (7 << 60) >> 9
 
 
-def test_a_write_is_asked_for_placed_copied_stored_and_committed_once() -> None:
+def test_a_write_is_placed_copied_stored_and_committed_once() -> None:
     desk = Desk(**OWN)
     request = desk.write(0, 8, data(1, 4))
     assert desk.state(0) is State.PLACING and not desk.driver.consume()
@@ -97,7 +97,7 @@ def test_a_placed_writes_region_is_released_when_its_done_was_read() -> None:
     assert kinds(desk.send()) == [Kind.PLACE], "and only once"
 
 
-def test_a_write_that_was_copied_in_part_fails_for_no_driver_must_take_it_for_the_whole() -> None:
+def test_a_write_that_was_copied_in_part_fails() -> None:
     desk = Desk()
     request = desk.write(0, 0, data(1, 4))
     desk.copy(0, 1)
@@ -107,7 +107,7 @@ def test_a_write_that_was_copied_in_part_fails_for_no_driver_must_take_it_for_th
     assert desk.side.statistics.short_copies == 1
 
 
-def test_a_write_of_which_nothing_could_be_copied_begins_anew() -> None:
+def test_a_write_without_copied_data_begins_again() -> None:
     desk = Desk(**OWN)
     request = desk.write(0, 0, data(1))
     desk.place(0)
@@ -121,7 +121,7 @@ def test_a_write_of_which_nothing_could_be_copied_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.FLUSH])
-def test_a_tag_that_was_sent_back_may_carry_another_request(op: Op) -> None:
+def test_a_requeued_tag_may_carry_another_request(op: Op) -> None:
     desk = Desk()
     desk.write(0, 0, data(1))
     desk.copy(0, 0)
@@ -131,7 +131,7 @@ def test_a_tag_that_was_sent_back_may_carry_another_request(op: Op) -> None:
     assert desk.store.read(0, SECTOR_BYTES) == bytes(SECTOR_BYTES)
 
 
-def test_a_failing_write_that_was_sent_back_passes_its_error_to_nobody() -> None:
+def test_the_error_of_a_requeued_write_does_not_reach_the_tags_next_request() -> None:
     desk = Desk(**OWN)
     desk.write(0, 0, data(1))
     desk.send()
@@ -194,7 +194,7 @@ def test_a_discard_may_exceed_four_gibibytes() -> None:
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
-def test_moving_nothing_is_an_error_and_not_an_endless_loop(op: Op) -> None:
+def test_a_result_of_zero_bytes_is_an_error_and_no_endless_loop(op: Op) -> None:
     desk = Desk(need_get_data=False)
     request = desk.read(0, 0) if op is Op.READ else desk.write(0, 0, data(1))
     desk.send()
@@ -203,7 +203,7 @@ def test_moving_nothing_is_an_error_and_not_an_endless_loop(op: Op) -> None:
     assert request.result == -errno.EIO
 
 
-def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
+def test_at_a_stop_every_tag_is_gone_and_every_buffer_returned() -> None:
     desk = Desk()
     copying, serving = desk.write(0, 0, data(1)), desk.read(1, 0)
     desk.driver.consume()
@@ -219,7 +219,7 @@ def test_at_a_stop_every_tag_goes_and_every_buffer_is_back() -> None:
     assert [each.free for each in desk.rig.table.statistics().classes] == [3, 3]
 
 
-def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
+def test_a_recall_is_served_before_waiting_requests_but_never_from_the_reserve() -> None:
     desk = Desk(spare=1)
     reads = [desk.read(0, 0)]
     desk.rig.settle(0)
@@ -235,7 +235,7 @@ def test_a_recall_is_paid_before_waiters_but_never_out_of_the_reserve() -> None:
 
 
 def _is_awaited_at_the_answer(desk: Desk, tag: int) -> bool:
-    """Whether the tag's commit is, before the kernel has taken it; afterwards there is none."""
+    """Whether the tag's commit is awaited before the kernel has taken it; checks that none is awaited afterwards."""
     desk.send()
     assert desk.backend is not None and desk.backend.execute((0, tag))
     desk.queue.input(desk.backend.answer((0, tag)))
@@ -246,7 +246,7 @@ def _is_awaited_at_the_answer(desk: Desk, tag: int) -> bool:
 
 
 def test_a_commit_is_awaited_while_a_buffer_is_wanted_here_or_elsewhere() -> None:
-    """Then the ring does not sleep in the call that gives it back."""
+    """So the ring does not sleep in the call that returns the buffer."""
     desk = Desk(spare=1)
     for tag in range(3):
         desk.read(tag, tag)
@@ -258,7 +258,7 @@ def test_a_commit_is_awaited_while_a_buffer_is_wanted_here_or_elsewhere() -> Non
     assert _is_awaited_at_the_answer(desk, 2)
 
 
-def test_a_commit_is_awaited_while_the_backend_may_wait_for_a_region_that_comes_back() -> None:
+def test_a_commit_is_awaited_while_the_backend_may_wait_for_a_region() -> None:
     desk = Desk(reads_own=True)
     for tag in range(2):
         desk.read(tag, tag)
@@ -268,7 +268,7 @@ def test_a_commit_is_awaited_while_the_backend_may_wait_for_a_region_that_comes_
 
 
 def test_a_second_burst_has_every_buffer_that_is_free() -> None:
-    """Two queues, six large buffers: one of them can hold five, and wishes for more must not be waited for."""
+    """Two queues, six large buffers: one queue can hold five, and must not wait for a lease beyond that."""
     desk = Desk(queues=2, depth=16, spare=4)
     for burst in range(3):
         reads = [desk.read(tag, 16 * tag, 16) for tag in range(8)]
@@ -292,8 +292,8 @@ def test_a_second_burst_has_every_buffer_that_is_free() -> None:
         assert len(desk.queue.stock_held(1)) < 5, "what lies there for a while goes back"
 
 
-def test_each_change_of_the_stock_is_seen_at_once() -> None:
-    """Attention looks only at what has changed: what is missed there would be asked for never, or again and again."""
+def test_each_change_of_the_stock_is_noticed_at_once() -> None:
+    """Attention covers only changed classes: a missed change would never be requested, or requested repeatedly."""
     desk = Desk(spare=3)
     queue, wants = desk.queue, []
     desk.rig.settle(0)

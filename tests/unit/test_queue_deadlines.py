@@ -1,4 +1,4 @@
-"""The queue core and time, one scenario each: backends that are silent or stay away, and what is given up then."""
+"""Deadlines in the queue core, one scenario each: silent or absent backends, and the requests that then fail."""
 
 import errno
 
@@ -11,7 +11,7 @@ from ublkpool.workers.tag_state import State
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_silent_backend_is_waited_for_or_cut_off_as_the_device_says(fails: bool) -> None:
+def test_on_timeout_decides_whether_a_silent_backend_is_waited_for_or_cut_off(fails: bool) -> None:
     desk = Desk(timeout_ms=1000, fail_on_timeout=fails)
     request = desk.read(0, 0)
     desk.send()
@@ -28,7 +28,7 @@ def test_a_silent_backend_is_waited_for_or_cut_off_as_the_device_says(fails: boo
         assert request.result == -errno.ETIMEDOUT
 
 
-def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so() -> None:
+def test_on_timeout_fail_fails_a_request_that_waits_for_a_backend_past_its_deadline() -> None:
     desk = Desk(connected=False, timeout_ms=1000, fail_on_timeout=True)
     request = desk.read(0, 0)
     desk.queue.tick(5000)
@@ -36,7 +36,7 @@ def test_what_waits_past_its_deadline_for_a_backend_fails_if_the_device_says_so(
     assert request.result == -errno.ETIMEDOUT
 
 
-def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
+def test_a_failing_waiter_leaves_the_others_in_order() -> None:
     desk = Desk(spare=0, timeout_ms=1000, fail_on_timeout=True)
     holder, first = desk.read(0, 0), desk.read(1, 1)
     desk.queue.tick(500)
@@ -51,7 +51,7 @@ def test_a_waiter_that_fails_leaves_the_others_in_line() -> None:
     assert [each.result for each in later] == [SECTOR_BYTES] * 2
 
 
-def test_giving_up_fails_what_waits_and_what_comes() -> None:
+def test_giving_up_fails_waiting_and_new_requests() -> None:
     desk = Desk(connected=False, place_in_backend=True)
     waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
     desk.queue.give_up()
@@ -62,7 +62,7 @@ def test_giving_up_fails_what_waits_and_what_comes() -> None:
     assert waiting.result == read.result == later.result == -errno.EIO
 
 
-def test_a_backend_that_stays_away_fails_what_waits_and_what_comes_until_the_next_is_there() -> None:
+def test_after_absent_timeout_waiting_and_new_requests_fail_until_the_next_backend() -> None:
     desk = Desk(connected=False, place_in_backend=True, absent_ms=1000)
     desk.queue.tick(5000)
     waiting, read = desk.write(0, 0, data(1)), desk.read(1, 0)
@@ -84,7 +84,7 @@ def test_a_backend_that_stays_away_fails_what_waits_and_what_comes_until_the_nex
     assert after.result == SECTOR_BYTES
 
 
-def test_every_absence_is_waited_for_anew() -> None:
+def test_every_absence_has_its_full_timeout() -> None:
     desk = Desk(absent_ms=1000)
     desk.queue.tick(5000)
     request = desk.read(0, 0)
@@ -100,7 +100,7 @@ def test_every_absence_is_waited_for_anew() -> None:
     assert request.result == -errno.EIO
 
 
-def test_a_backend_that_was_cut_off_is_absent_but_keeps_what_it_holds_until_it_is_dead() -> None:
+def test_a_backend_that_was_cut_off_is_absent_but_keeps_its_buffers_until_its_death() -> None:
     desk = Desk(absent_ms=1000)
     held = desk.read(0, 0)
     desk.send()

@@ -1,4 +1,4 @@
-"""The fence at the queue core: a backend that served an earlier epoch gets nothing before it has let go of that."""
+"""The fence in the queue core: a backend of an earlier epoch gets no request before it has confirmed its end."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ PLACEMENTS: tuple[dict[str, int], ...] = ({}, {"place_in_backend": 1, "reads_own
 
 
 def word(kind: Kind, epoch: int = EPOCH) -> bytes:
-    """What a backend says about the link."""
+    """A descriptor about the link."""
     return Descriptor(kind, device=DEVICE, epoch=epoch).pack()
 
 
 def old_answer(kind: Kind, epoch: int = EPOCH - 1, sequence: int = 1) -> bytes:
-    """An answer to the first request of an epoch, as the worker of that epoch waited for it."""
+    """An answer to the first request of an epoch, valid for the worker of that epoch."""
     return Descriptor(kind, Op.WRITE, device=DEVICE, epoch=epoch, sequence=sequence, result=512).pack()
 
 
@@ -31,7 +31,7 @@ def seen(desk: Desk) -> list[int]:
 
 
 def three_requests(desk: Desk) -> None:
-    """A read, a write and a flush, as far as they get without a backend."""
+    """Deliver a read, a write and a flush, which wait for a backend."""
     desk.read(2, 8, 16)
     desk.write(0, 0, b"w" * SECTOR_BYTES)
     desk.other(1, Op.FLUSH, 0)
@@ -44,7 +44,7 @@ def at_rest(desk: Desk) -> list[State]:
 
 
 def fencing(**plan: int) -> Desk:
-    """A queue with three requests whose backend has heard FENCE and nothing else."""
+    """A queue with three requests, whose backend has received only FENCE."""
     desk = Desk(connected=False, epoch=EPOCH, **plan)
     three_requests(desk)
     desk.connect(fence=True)
@@ -72,7 +72,7 @@ def test_a_new_backend_is_not_fenced() -> None:
 
 
 @pytest.mark.parametrize("plan", PLACEMENTS, ids=["pool", "backend"])
-def test_after_fenced_everything_that_waited_goes_out_in_the_order_in_which_it_came(
+def test_after_fenced_waiting_requests_go_out_in_order(
     plan: dict[str, int],
 ) -> None:
     desk = fencing(**plan)
@@ -126,7 +126,7 @@ def test_a_second_fenced_cuts_the_link() -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.DONE, Kind.PLACED, Kind.REJECT, Kind.FENCED])
-def test_what_was_meant_for_the_worker_before_is_counted_and_not_punished_before_hello(kind: Kind) -> None:
+def test_descriptors_for_the_previous_worker_are_counted_but_no_violation_before_hello(kind: Kind) -> None:
     desk = Desk(connected=False, epoch=EPOCH)
     three_requests(desk)
     backend = desk.expect(fence=True)
@@ -149,7 +149,7 @@ def test_an_answer_of_the_old_epoch_changes_nothing_during_the_fence(
     assert (desk.side.statistics.stale_answers, desk.side.statistics.violations) == (1, 0)
 
 
-def test_the_answer_to_the_fence_of_a_worker_that_died_in_it_is_not_the_answer_to_this_one() -> None:
+def test_a_fenced_for_a_worker_that_died_is_not_the_answer_to_the_next_fence() -> None:
     desk = fencing()
     desk.queue.input(word(Kind.FENCED, EPOCH - 1))
     assert (desk.queue.link, desk.side.statistics.stale_answers) == (Link.FENCING, 1)
@@ -159,7 +159,7 @@ def test_the_answer_to_the_fence_of_a_worker_that_died_in_it_is_not_the_answer_t
 
 
 @pytest.mark.parametrize("fenced", [False, True])
-def test_a_hello_that_was_meant_for_a_worker_that_died_at_once_is_no_second_hello(fenced: bool) -> None:
+def test_a_hello_for_a_worker_that_died_is_no_second_hello(fenced: bool) -> None:
     desk = fencing()
     if fenced:
         desk.queue.input(word(Kind.FENCED))
@@ -168,7 +168,7 @@ def test_a_hello_that_was_meant_for_a_worker_that_died_at_once_is_no_second_hell
     assert (desk.queue.link, desk.side.statistics.stale_answers) == (link, 1)
 
 
-def test_a_backend_that_dies_in_the_fence_leaves_everything_to_its_successor() -> None:
+def test_a_backend_that_dies_during_the_fence_leaves_all_requests_to_the_next() -> None:
     desk = fencing()
     desk.kill()
     desk.queue.input(word(Kind.FENCED))
@@ -177,7 +177,7 @@ def test_a_backend_that_dies_in_the_fence_leaves_everything_to_its_successor() -
     assert seen(desk) == [Kind.WELCOME, Kind.REQUEST, Kind.REQUEST, Kind.REQUEST]
 
 
-def test_giving_up_in_the_fence_fails_what_waits() -> None:
+def test_giving_up_during_the_fence_fails_waiting_requests() -> None:
     desk = fencing()
     desk.queue.give_up()
     desk.driver.consume()

@@ -52,7 +52,7 @@ def calls_upwards(objects: dict[str, Path]) -> list[str]:
     return found
 
 
-def test_every_file_of_the_core_is_in_the_drawing() -> None:
+def test_every_file_of_the_core_has_a_layer() -> None:
     assert {each.stem for each in CSRC.glob("queue_*.c")} == set(FROM_THE_GROUND_UP)
     drawn = re.findall(r"queue_\w+(?=\.c)", (CSRC / "queue_types.h").read_text().partition("#ifndef")[0])
     assert tuple(drawn) == FROM_THE_GROUND_UP

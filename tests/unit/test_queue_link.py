@@ -1,4 +1,4 @@
-"""The queue core and its backend, one scenario each: who dies, hangs up, lies or says too much."""
+"""The queue core and its backend, one scenario each: deaths, hang-ups, wrong answers and too many answers."""
 
 import errno
 
@@ -14,7 +14,7 @@ from ublkpool.workers.tag_state import State
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_write_whose_answer_nobody_read_is_rescued_whole(cut: bool) -> None:
+def test_a_write_whose_answer_was_not_read_is_replayed_whole(cut: bool) -> None:
     desk = Desk(**OWN)
     request = desk.write(0, 8, data(6, 2))
     desk.place(0)
@@ -34,7 +34,7 @@ def test_a_write_whose_answer_nobody_read_is_rescued_whole(cut: bool) -> None:
     assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
 
 
-def test_a_backend_that_reads_nothing_more_fills_the_output_and_breaks_no_rule() -> None:
+def test_a_backend_that_stops_reading_fills_the_output_and_breaks_no_rule() -> None:
     depth = 8
     desk = Desk(depth=depth, **OWN)
     for tag in range(depth):
@@ -66,7 +66,7 @@ def test_requests_wait_for_a_backend_instead_of_failing() -> None:
     assert write.result == read.result == SECTOR_BYTES
 
 
-def test_replay_is_in_order_of_arrival_and_says_so() -> None:
+def test_replay_is_in_order_of_arrival_and_flagged() -> None:
     desk = Desk(need_get_data=False, depth=8)
     order = [5, 2, 7, 0]
     for tag in order:
@@ -89,7 +89,7 @@ def test_an_answered_request_is_not_replayed() -> None:
 
 
 @pytest.mark.parametrize("when", ["copying", "copied", "serving"])
-def test_a_backend_that_dies_with_the_data_has_it_carried_to_its_successor(when: str) -> None:
+def test_the_data_of_a_dead_backend_is_copied_for_the_next(when: str) -> None:
     desk = Desk(**OWN)
     request = desk.write(0, 8, data(6, 2))
     desk.place(0)
@@ -111,7 +111,7 @@ def test_a_backend_that_dies_with_the_data_has_it_carried_to_its_successor(when:
     assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
 
 
-def test_a_write_whose_place_was_not_named_yet_asks_the_successor() -> None:
+def test_a_write_without_a_named_region_asks_the_next_backend() -> None:
     desk = Desk(**OWN)
     desk.write(0, 0, data(1))
     desk.send()
@@ -120,7 +120,7 @@ def test_a_write_whose_place_was_not_named_yet_asks_the_successor() -> None:
     assert kinds(desk.connect().seen) == [Kind.WELCOME, Kind.PLACE]
 
 
-def test_a_segment_stays_until_the_read_in_it_was_taken() -> None:
+def test_a_segment_stays_mapped_until_the_kernel_took_the_read_in_it() -> None:
     desk = Desk(**OWN)
     request = desk.read(0, 0)
     desk.send()
@@ -134,7 +134,7 @@ def test_a_segment_stays_until_the_read_in_it_was_taken() -> None:
 
 
 @pytest.mark.parametrize("name", STALE)
-def test_no_answer_of_an_old_epoch_or_request_is_believed(name: str) -> None:
+def test_an_answer_of_an_old_epoch_or_request_is_dropped(name: str) -> None:
     desk = Desk()
     request = desk.read(0, 0)
     desk.send()
@@ -147,7 +147,7 @@ def test_no_answer_of_an_old_epoch_or_request_is_believed(name: str) -> None:
 
 @pytest.mark.parametrize("placing", [False, True])
 @pytest.mark.parametrize("name", CUT)
-def test_a_lie_that_says_nothing_of_the_request_leaves_it_to_the_successor(name: str, placing: bool) -> None:
+def test_a_violation_not_about_the_request_leaves_it_to_the_next_backend(name: str, placing: bool) -> None:
     desk = Desk(place_in_backend=placing)
     lied_on, other = desk.write(0, 0, data(1)), desk.read(1, 1)
     if not placing:
@@ -213,7 +213,7 @@ def test_a_second_answer_cuts_the_link_and_changes_nothing() -> None:
     assert request.result == SECTOR_BYTES
 
 
-def test_answers_to_what_was_never_sent_cut_the_link_before_the_output_is_full() -> None:
+def test_answers_to_unsent_requests_cut_the_link_before_the_output_is_full() -> None:
     desk = Desk(need_get_data=False, depth=1)
     for sequence in range(1, 40):
         if desk.queue.link is not Link.UP:
@@ -226,7 +226,7 @@ def test_answers_to_what_was_never_sent_cut_the_link_before_the_output_is_full()
     desk.side.check()
 
 
-def test_a_cut_by_the_owner_is_nobodys_violation() -> None:
+def test_a_cut_by_the_worker_is_no_violation() -> None:
     desk = Desk()
     desk.queue.cut()
     assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
@@ -241,7 +241,7 @@ def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: 
     assert desk.side.statistics.violations == (link is Link.CUT)
 
 
-def test_a_new_link_is_not_blamed_with_the_words_of_the_last() -> None:
+def test_a_new_link_is_not_cut_for_descriptors_of_the_last() -> None:
     desk = Desk(timeout_ms=1000, fail_on_timeout=True)
     desk.read(0, 0)
     desk.send()

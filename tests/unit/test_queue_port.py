@@ -1,4 +1,4 @@
-"""The worker's end of a queue's rings, against an end in Python that is honest or lies about its indexes."""
+"""The worker's end of a queue's rings, against an end in Python that may publish wrong indexes."""
 
 import random
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def ends() -> Iterator[Ends]:
     made.close()
 
 
-def test_descriptors_pass_whole_and_in_order_however_often_the_ring_wraps_around(ends: Ends) -> None:
+def test_descriptors_pass_whole_and_in_order_over_many_wraps(ends: Ends) -> None:
     rng, desk, peer = random.Random(4), ends.desk, ends.peer
     free, served, given = list(range(DEPTH)), 0, 0
     assert desk.backend is not None
@@ -62,12 +62,12 @@ def test_descriptors_pass_whole_and_in_order_however_often_the_ring_wraps_around
             ends.turn()
             desk.driver.consume()
             desk.side.check()
-    # Between a commit and the worker's next look at it a tag may come again: none is lost, none comes twice.
+    # Between a commit and the worker's next turn a tag may be delivered again: none is lost, none comes twice.
     assert given - served == DEPTH - len(free)
     assert desk.queue.link is Link.UP and desk.side.statistics.violations == 0
 
 
-def test_indexes_wrap_around_at_32_bits_soon_and_often_enough_to_be_tested(ends: Ends) -> None:
+def test_tests_start_just_below_the_32_bit_wrap(ends: Ends) -> None:
     assert ends.peer.index(TO_BACKEND, TAIL) == ends.peer.index(TO_WORKER, HEAD) == 2**32 - ends.peer.entries
 
 
@@ -91,7 +91,7 @@ def placing() -> Iterator[Ends]:
 
 
 def _write_in_the_backend(ends: Ends) -> None:
-    """A whole write but for the turn in which its region is given back."""
+    """Run a write up to, but not including, the turn that releases its region."""
     desk, peer = ends.desk, ends.peer
     assert desk.backend is not None
     desk.write(0, 0, b"1" * 512)
@@ -106,7 +106,7 @@ def _write_in_the_backend(ends: Ends) -> None:
     peer.put(desk.backend.answer((0, 0)))
 
 
-def test_nobody_is_woken_for_a_mere_release_who_does_not_ask_to_be(placing: Ends) -> None:
+def test_a_release_alone_wakes_only_a_backend_that_asked_for_it(placing: Ends) -> None:
     desk, peer = placing.desk, placing.peer
     for sleeping in (1, 2):
         _write_in_the_backend(placing)
@@ -115,13 +115,13 @@ def test_nobody_is_woken_for_a_mere_release_who_does_not_ask_to_be(placing: Ends
         assert peer.kinds(TO_BACKEND) == [Kind.RELEASE]
         desk.driver.consume()
         assert peer.index(TO_BACKEND, SLEEPING) == (0 if sleeping == 1 else 2)
-    # What comes after it is work, for which he is woken, and finds both.
+    # The next request wakes the backend, which finds both entries.
     desk.other(1, Op.FLUSH)
     assert placing.turn() and peer.index(TO_BACKEND, SLEEPING) == 0
     assert peer.kinds(TO_BACKEND)[-2:] == [Kind.RELEASE, Kind.REQUEST]
 
 
-def test_a_release_among_others_wakes(placing: Ends) -> None:
+def test_a_release_with_other_entries_wakes(placing: Ends) -> None:
     _write_in_the_backend(placing)
     placing.peer.set_index(TO_BACKEND, SLEEPING, 2)
     placing.desk.other(1, Op.FLUSH)
@@ -129,7 +129,7 @@ def test_a_release_among_others_wakes(placing: Ends) -> None:
 
 
 def _fill(ends: Ends, leave: int) -> None:
-    """Use all entries but so many, which the worker does not learn to be free again."""
+    """Use all entries except `leave`, without telling the worker that they were read."""
     desk, peer = ends.desk, ends.peer
     assert desk.backend is not None
     for _ in range(peer.entries - leave):
@@ -143,7 +143,7 @@ def _fill(ends: Ends, leave: int) -> None:
         desk.driver.consume()
 
 
-def test_what_finds_no_room_waits_and_comes_in_order(ends: Ends) -> None:
+def test_descriptors_that_find_the_ring_full_follow_in_order(ends: Ends) -> None:
     desk, peer = ends.desk, ends.peer
     _fill(ends, leave=2)
     for tag in range(DEPTH):
@@ -158,7 +158,7 @@ def test_what_finds_no_room_waits_and_comes_in_order(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 2**31, -65])
-def test_a_head_that_makes_no_sense_cuts_the_link(ends: Ends, ahead: int) -> None:
+def test_an_invalid_head_cuts_the_link(ends: Ends, ahead: int) -> None:
     desk, peer = ends.desk, ends.peer
     _fill(ends, leave=0)
     tail = peer.index(TO_BACKEND, TAIL)
@@ -170,7 +170,7 @@ def test_a_head_that_makes_no_sense_cuts_the_link(ends: Ends, ahead: int) -> Non
 
 
 @pytest.mark.parametrize("ahead", [-1, 2**31, 65])
-def test_a_tail_that_makes_no_sense_cuts_the_link_and_nothing_is_read(ends: Ends, ahead: int) -> None:
+def test_an_invalid_tail_cuts_the_link_and_nothing_is_read(ends: Ends, ahead: int) -> None:
     desk, peer = ends.desk, ends.peer
     desk.read(0, 0)
     ends.turn()
@@ -187,7 +187,7 @@ LIES = 300
 
 
 def _lie(ends: Ends, rng: random.Random) -> None:
-    """What somebody may do who has the memory: any word of the control page, any entry, at any moment."""
+    """Every change that a process with the memory can make: any word of the control page, any entry, at any time."""
     peer = ends.peer
     ring, name = rng.choice((TO_BACKEND, TO_WORKER)), rng.choice((TAIL, HEAD, SLEEPING))
     way = rng.randrange(6)
@@ -202,7 +202,7 @@ def _lie(ends: Ends, rng: random.Random) -> None:
         at = rng.randrange(CONTROL_BYTES, peer.size_bytes - 64)
         peer.memory[at : at + 64] = rng.randbytes(64)
     elif way == 4:
-        # Published, then written anew before it was read.
+        # Published, then overwritten before it was read.
         answer = rng.choice((Kind.DONE, Kind.PLACED, Kind.POST))
         peer.put(Descriptor(answer, device=DEVICE, epoch=1).pack())
         peer.set_index(TO_WORKER, TAIL, peer.index(TO_WORKER, TAIL) - 1)
@@ -211,7 +211,7 @@ def _lie(ends: Ends, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_is_done_to_the_memory_the_worker_keeps_to_its_own_place(ends: Ends, seed: int) -> None:
+def test_no_change_of_the_shared_memory_moves_the_workers_own_index(ends: Ends, seed: int) -> None:
     rng, desk, peer = random.Random(seed), ends.desk, ends.peer
     counted = desk.side.statistics
     free, written = list(range(DEPTH)), peer.index(TO_BACKEND, TAIL)
@@ -225,7 +225,7 @@ def test_whatever_is_done_to_the_memory_the_worker_keeps_to_its_own_place(ends: 
         ends.turn()
         taken, sent = counted.descriptors_in - came, counted.descriptors_out - went
         assert taken <= peer.entries, "more than a ring holds in one turn"
-        # Where it has written is in its own memory: what stands in the shared one is not asked.
+        # The worker keeps its write index in its own memory and does not read the shared one.
         written = (written + sent) % 2**32
         assert peer.index(TO_BACKEND, TAIL) in (tail, written)
         if was_cut:
@@ -251,7 +251,7 @@ def test_a_cut_link_is_neither_read_nor_written(ends: Ends) -> None:
 
 
 class WithoutMemory:
-    """The C core on a machine that has no memory for the end of a ring."""
+    """The C core with an allocator that fails for the end of a ring."""
 
     def __init__(self, lib: Any, null: Any) -> None:
         self._lib, self._null = lib, null
@@ -260,7 +260,9 @@ class WithoutMemory:
         return (lambda *_: self._null) if name == "uq_port_new" else getattr(self._lib, name)
 
 
-def test_without_memory_for_a_port_it_is_said_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_failure_of_a_port_is_reported_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = set(Path("/proc/self/fd").iterdir())
     monkeypatch.setattr(queue_module, "_lib", WithoutMemory(queue_module._lib, queue_module.NULL))
     with pytest.raises(MemoryError, match="no memory for a queue's rings of 64 entries"):

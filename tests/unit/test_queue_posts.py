@@ -1,4 +1,4 @@
-"""Regions that a backend posts ahead: writes land there without a question, and no rule is bent for it."""
+"""Posted regions: writes land there without a PLACE, and every other rule still holds."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def data(number: int, sectors: int = 1) -> bytes:
 
 
 def post(desk: Desk, buffer: int, size: int) -> Descriptor:
-    """A region of the backend's, honestly posted."""
+    """A correct POST of a region of the backend."""
     assert desk.backend is not None
     posted = desk.backend.post_at(0, buffer, size)
     desk.backend.posted[0, buffer] = size
@@ -37,7 +37,7 @@ def is_cut_for(desk: Desk, reason: str = "") -> bool:
     return desk.queue.link is Link.CUT and desk.queue.violation().startswith(reason)
 
 
-def test_a_write_lands_in_a_posted_region_without_a_question() -> None:
+def test_a_write_lands_in_a_posted_region_without_a_place() -> None:
     desk = Desk(**OWN)
     post(desk, SMALL, SMALL)
     request = desk.write(0, 8, data(1, 4))
@@ -91,7 +91,7 @@ def test_with_placement_pool_a_post_cuts_the_link() -> None:
 
 
 @pytest.mark.parametrize("shift", [-LARGE + 512, -512, 0, 512, LARGE - 512])
-def test_what_is_posted_may_not_be_posted_again_even_in_part(shift: int) -> None:
+def test_a_posted_region_may_not_be_posted_again_even_in_part(shift: int) -> None:
     desk = Desk(**OWN)
     assert desk.backend is not None
     post(desk, LARGE, LARGE)
@@ -101,7 +101,7 @@ def test_what_is_posted_may_not_be_posted_again_even_in_part(shift: int) -> None
 
 @pytest.mark.parametrize("shift", [-SMALL + 512, 0, LARGE - 512])
 def test_what_is_lent_may_not_be_posted(shift: int) -> None:
-    """All of the region is lent, also what the write in it does not fill."""
+    """The whole region is lent, including the part that the write does not fill."""
     desk = Desk(**OWN)
     assert desk.backend is not None
     post(desk, LARGE, LARGE)
@@ -110,7 +110,7 @@ def test_what_is_lent_may_not_be_posted(shift: int) -> None:
     assert is_cut_for(desk, LENT)
 
 
-def test_what_came_back_may_be_posted_again_or_named_for_a_write() -> None:
+def test_a_released_region_may_be_posted_again_or_named_for_a_write() -> None:
     desk = Desk(**OWN)
     for tag in (0, 1):
         post(desk, LARGE, LARGE)
@@ -135,7 +135,7 @@ def test_regions_side_by_side_may_be_posted() -> None:
     assert desk.queue.link is Link.UP and desk.side.statistics.posts == 4
 
 
-def test_a_place_may_not_be_named_where_something_is_posted() -> None:
+def test_a_posted_region_may_not_be_named_for_a_write() -> None:
     desk = Desk(**OWN)
     assert desk.backend is not None
     desk.write(0, 0, data(1))
@@ -146,7 +146,7 @@ def test_a_place_may_not_be_named_where_something_is_posted() -> None:
     assert is_cut_for(desk, LENT)
 
 
-def test_a_depth_of_each_size_is_the_most_that_may_be_posted() -> None:
+def test_at_most_depth_regions_of_each_size_may_be_posted() -> None:
     desk = Desk(depth=3, **OWN)
     assert desk.backend is not None
     for number in range(3):
@@ -159,7 +159,7 @@ def test_a_depth_of_each_size_is_the_most_that_may_be_posted() -> None:
     assert is_cut_for(desk, UNUSABLE)
 
 
-def test_a_write_of_which_nothing_could_be_copied_gives_its_region_back() -> None:
+def test_a_write_without_copied_data_returns_its_region() -> None:
     desk = Desk(**OWN)
     post(desk, 0, SMALL)
     desk.write(0, 8, data(1, 2))
@@ -170,7 +170,7 @@ def test_a_write_of_which_nothing_could_be_copied_gives_its_region_back() -> Non
 
 
 def test_all_regions_that_come_back_unused_fit_the_output() -> None:
-    """The driver sends a write again and again, and the backend reads nothing meanwhile."""
+    """The driver sends a write repeatedly while the backend reads nothing."""
     depth, sizes, largest = 20, (4096, 8192, 12288), 1 << 16
     desk = Desk(depth=depth, sizes=sizes, max_io_bytes=largest, **OWN)
     regions = [size for size in (*sizes, largest) for _ in range(depth)]
@@ -187,7 +187,7 @@ def test_all_regions_that_come_back_unused_fit_the_output() -> None:
     assert (words.count(Kind.RELEASE), words.count(Kind.PLACE)) == (len(regions), depth)
 
 
-def test_what_a_dead_backend_posted_is_forgotten() -> None:
+def test_posts_of_a_dead_backend_are_forgotten() -> None:
     desk = Desk(**OWN)
     post(desk, 0, SMALL)
     desk.kill()
@@ -196,7 +196,7 @@ def test_what_a_dead_backend_posted_is_forgotten() -> None:
     assert said(desk) == [(Kind.PLACE, 0)]
 
 
-def test_data_in_a_posted_region_is_carried_to_the_successor() -> None:
+def test_data_in_a_posted_region_is_copied_for_the_next_backend() -> None:
     desk = Desk(**OWN)
     post(desk, 0, SMALL)
     request = desk.write(0, 8, data(7, 2))
@@ -210,7 +210,7 @@ def test_data_in_a_posted_region_is_carried_to_the_successor() -> None:
     assert desk.store.read(8 * SECTOR_BYTES, 2 * SECTOR_BYTES) == request.data
 
 
-def test_a_copy_into_a_dead_backends_post_is_carried_to_the_successor() -> None:
+def test_a_copy_into_a_dead_backends_post_reaches_the_next_backend() -> None:
     desk = Desk(**OWN)
     post(desk, 0, SMALL)
     request = desk.write(0, 8, data(7, 2))
@@ -223,7 +223,7 @@ def test_a_copy_into_a_dead_backends_post_is_carried_to_the_successor() -> None:
     assert request.result == len(request.data) and desk.side.statistics.rescues == 1
 
 
-def test_a_post_to_the_worker_before_is_dropped_and_counted() -> None:
+def test_a_post_to_the_previous_worker_is_dropped_and_counted() -> None:
     desk = Desk(**OWN)
     assert desk.backend is not None
     old = desk.backend.post_at(0, 0, SMALL)
@@ -238,7 +238,7 @@ def test_posts_before_hello_cut_the_link() -> None:
     assert is_cut_for(desk, "an answer that nobody waits for")
 
 
-def test_posts_before_fenced_are_for_what_comes_after_it() -> None:
+def test_posts_before_fenced_serve_writes_after_it() -> None:
     desk = Desk(connected=False, **OWN)
     backend = desk.connect(fence=True)
     post(desk, 0, SMALL)
