@@ -1,1 +1,1 @@
-"""The built-in backends, one a file, on nothing but the SDK in `ublkpool.bufpool`."""
+"""The built-in backends, one in each file; they use only `ublkpool.bufpool`, as any backend does."""

@@ -1,10 +1,9 @@
-"""A regular file or a block device, served by the native engine: straight between the pool's memory and the file.
+"""A regular file or a block device, served by the native engine straight between the pool's memory and the file.
 
-Owns the open file and its lock (`bufpool/sdk/claim.py`).  It makes a sparse file, or gives an empty one its size, for a
-device that was never served; later a file that is missing or empty is an error, since a new one would read as zeros.  A
-write is answered when it is in the page cache or, with direct I/O, on the disk: either way outside this process.  The
-lock says when a predecessor's last I/O has ended, since the kernel keeps it for as long as something of a dead process
-still runs; so opening waits for it.
+Owns the open file and its lock (`bufpool/sdk/claim.py`).  For a device that was never served it creates a missing file,
+sparse, or gives an empty one its size; later a missing or empty file is an error, since a new one would read as zeros.
+A write is answered when it is in the page cache or, with direct I/O, on the disk: either way outside this process.
+Opening waits for the lock, which the kernel keeps until a dead predecessor's last I/O has ended.
 """
 
 import errno
@@ -33,11 +32,9 @@ _DISCARD_GRANULARITY_BYTES = 4096
 
 
 class FileOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` (default: the device's) makes a sparse file if there is none, and is how much of a larger one is served.
+    """`size` (default: the device's) creates a missing file, sparse; of a larger one the first `size` bytes are served.
 
-    `placement` auto is the device's.
-
-    `direct` auto uses O_DIRECT where the file system can.
+    `placement` auto takes the device's placement, `direct` auto uses O_DIRECT where the file system supports it.
     """
 
     path: Path
@@ -49,7 +46,7 @@ class FileOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True):
-    """An open file and what it demands; sizes are bytes."""
+    """An open file and its block sizes, in bytes."""
 
     file: int
     size_bytes: int
@@ -191,7 +188,7 @@ def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) ->
 
 
 def _give_size(file: int, options: FileOptions) -> None:
-    """Make a new file the disk that it is to be; after a power failure it is there, or the device was never served."""
+    """Give a new file its size and sync file and directory, before the device counts as served."""
     os.ftruncate(file, options.size)
     os.fsync(file)
     directory = os.open(options.path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -219,7 +216,7 @@ def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Open
 
 
 def _agreed_size(found_bytes: int, block_bytes: int, options: FileOptions) -> int:
-    """How much of a store is served: the size that was asked for, or all of it, in whole blocks."""
+    """The bytes to serve: the `size` option, or the whole store, in whole blocks.  Raises `BackendError`."""
     asked_bytes = options.size
     if asked_bytes > found_bytes:
         raise BackendError(
@@ -243,7 +240,7 @@ def _log_what_is_not_served(found_bytes: int, served_bytes: int, options: FileOp
 
 
 def _direct_block_bytes(file: int, options: FileOptions) -> int:
-    """The smallest block that direct I/O on a file takes, 0 if there is none (then I/O is buffered)."""
+    """The smallest block, in bytes, that direct I/O on a file accepts; 0 without any: I/O is then buffered."""
     announced = direct_alignment(file)
     block_bytes = max(announced, _BLOCK_BYTES_MIN) if announced else _smallest_direct_read(file)
     if 0 < block_bytes <= _BLOCK_BYTES_MAX:

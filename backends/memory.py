@@ -1,12 +1,12 @@
 """A disk in memory that outlives the process that serves it.
 
-Owns the disk: one sealed memfd, which is the backend's own segment at the same time.  With placement `pool` writes are
-copied into it; with placement `backend` a write's place is its own block, so the kernel copies it where it stays, and
-reads are answered by naming the block.  No byte is lent twice at once: who overlaps waits.  The native engine does all
-of that; what is here is the disk's life.
+Owns the disk: one sealed memfd, which is also the backend's own segment.  With placement `pool` writes are copied into
+it; with placement `backend` a write lands in its own block, so the kernel copies the data to where it stays.  With
+`reads=own` reads are answered by naming the block.  No byte is lent twice at the same time: overlapping requests wait.
+The native engine does all of that; this module makes, adopts and ends the disk.
 
-So that an answered write survives this process, a keeper (`bufpool/sdk/keeper.py`) holds the memfd too, and the next
-backend of the device adopts it.  Only the device's deletion ends the keeper and the content; `keep=off` does without.
+So that an answered write survives this process, a keeper (`bufpool/sdk/keeper.py`) holds the memfd, too, and the
+device's next backend adopts it.  The device's deletion ends keeper and content; `keep=off` uses no keeper.
 """
 
 from typing import Literal
@@ -26,9 +26,9 @@ _PAGE_BYTES = 4096
 
 
 class MemoryOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`size` 0 takes the size that the device was created with; of a larger disk that is kept so much is served.
+    """`size` 0 takes the size that the device was created with; of a larger kept disk the first bytes are served.
 
-    `keep` off loses the content with the process: for measurements only.
+    With `keep` off the content ends with the process: for measurements only.
     """
 
     size: ByteSize = 0
@@ -72,7 +72,7 @@ class MemoryBackend(Backend):
         )
 
     def _identity(self, hint: Hint, segment: OwnSegment) -> Identity:
-        """Without a keeper every process has a disk of its own, which is what `keep=off` asks for."""
+        """With `keep=off` every process has a new disk, so all of them have the same identity."""
         if self.options.keep:
             return memory_identity(segment.descriptor, hint.device)
         return Identity(
@@ -102,7 +102,7 @@ class MemoryBackend(Backend):
         return segment
 
     def started(self, device: Device) -> None:
-        """The disk may be larger than the device, never smaller."""
+        """Raises `BackendError` if the device is larger than the disk."""
         if device.size_bytes > self._disk_bytes:
             raise BackendError(
                 f"memory: size={format_size(self._disk_bytes)}, "
@@ -114,6 +114,6 @@ class MemoryBackend(Backend):
         return NativeEngine(device, MemoryStorage(names_reads=self.options.reads == "own"))
 
     def detached(self) -> None:
-        """No successor will come: the content ends here."""
+        """The device is deleted: end the keeper and the content."""
         if self._keeper is not None:
             self._keeper.drop()

@@ -1,7 +1,7 @@
-"""Answers at once and stores nothing: what the rest of the way costs.
+"""Answers at once and stores nothing, to measure what the path to a backend costs.
 
-Owns nothing.  Reads return whatever the buffer held, writes are forgotten, so it is for measuring only.  Everything
-happens in the native engine: a Python process that is entered once a batch.
+Owns nothing.  Reads return whatever the buffer held, writes are dropped.  The native engine does everything: over rings
+without Python, over ZeroMQ Python runs once for a batch.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """Module names of earlier versions, for backends that were written for them.
 
-A backend is its author's program: the daemon starts it again after an upgrade, and the import that it was written with
-must still work.  Python asks this finder only for modules that it finds nowhere else.
+The daemon starts a backend again after an upgrade, and its author's imports must still work.  Python asks this finder
+only for modules that no other finder has.
 """
 
 import importlib
@@ -40,7 +40,7 @@ MOVED = {
 
 
 class _Loader(importlib.abc.Loader):
-    """Fills a module with what the module of another name has."""
+    """Fills a module with the names of another module."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -69,6 +69,6 @@ class EarlierNames(importlib.abc.MetaPathFinder):
 
 
 def find_earlier_names() -> None:
-    """Have imports of earlier names succeed from now on."""
+    """Install the finder, once."""
     if not any(isinstance(each, EarlierNames) for each in sys.meta_path):
         sys.meta_path.append(EarlierNames())

@@ -1,28 +1,28 @@
-"""The errors of the pool and the SDK; every one carries the errno that a block request would be answered with."""
+"""The errors of the pool and the SDK; each has the errno that answers a block request that fails with it."""
 
 import errno
 
 
 class PoolError(Exception):
-    """A failure with a one-line reason that is fit to be shown to a user as it stands."""
+    """A failure whose text is one line, to be shown to the user as it is."""
 
     errno = errno.EIO
 
 
 class WireError(PoolError):
-    """Bytes that are not what the wire format allows."""
+    """Bytes that the wire format does not allow."""
 
     errno = errno.EPROTO
 
 
 class AttachRefused(PoolError):
-    """The daemon declined to attach this backend; the text is its reason."""
+    """The daemon refused to attach this backend; the text is its reason."""
 
     errno = errno.EPERM
 
 
 class BackendError(PoolError):
-    """A backend that cannot be used: bad option, missing file, unusable size.
+    """A backend that cannot be used: an invalid option, a missing file, an unusable size.
 
     The text names the option or file and the way out; the command line prints it and exits with status 2.
     """

@@ -1,10 +1,10 @@
-"""A file mapped into memory, entered once for all that came at once.
+"""A file mapped into memory, served with one call for each batch of requests.
 
     ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M
     ublkpool backend examples/demo_batch.py --device demo path=/dev/shm/disk size=64M placement=backend
 
-`serve_batch` sees reads and writes as columns of numbers; `copy` moves the data of all of them in one call.  The
-file's pages are the kernel's, so what is answered here outlives this process.  With placement `backend` writes land in
+`serve_batch` gets reads and writes as columns of numbers; `copy` moves the data of all of them in one call.  The file's
+pages belong to the kernel, so an answered write survives this process.  With placement `backend` writes land in
 slots of a segment of the backend's own, which the SDK has posted ahead.
 """
 
@@ -38,13 +38,13 @@ class DemoBatch(Backend):
 
     def open(self, hint: Hint) -> Properties:
         options = self.options
-        # Made for a device that was never served; later a file that is missing or short is lost data, and an error.
+        # Create the file only for a device that was never served: later, a missing or short file is lost data.
         create = os.O_CREAT if hint.may_create else 0
-        # The lock that this takes lasts as long as the mapping.
+        # The lock lasts as long as the mapping.
         file = open_alone(options.path, os.O_RDWR | create | os.O_CLOEXEC)
         if not hint.may_create and os.fstat(file).st_size < options.size:
             raise BackendError(f"{options.path} is shorter than it was")
-        # A page that finds no room later would end the process.
+        # Allocate all blocks: writing to a mapped page without one could kill this process (SIGBUS).
         os.posix_fallocate(file, 0, options.size)
         self.map = mmap.mmap(file, options.size)
         identity = identify(file, options.path)

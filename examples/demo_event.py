@@ -1,10 +1,10 @@
-"""Answers from another thread: an asyncio event loop that takes its time, and many requests at once.
+"""Answers many requests at once from another thread, an asyncio event loop that waits before each answer.
 
     ublkpool backend examples/demo_event.py --device demo delay_ms=5
     ublkpool backend examples/demo_event.py --device demo placement=backend
 
-`submit` only starts requests; `complete` may be called from any thread, in any order.  What is stored here lives in
-this process and dies with it: a backend that is used for data answers when somebody else has it.
+`submit` only starts requests; `complete` may be called from any thread, in any order.  The data lives in this process
+and dies with it: a backend for real data answers a write only when the data is outside the process.
 """
 
 import asyncio

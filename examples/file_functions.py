@@ -3,8 +3,8 @@
     ublkpool backend examples/file_functions.py --device demo path=/srv/disk.img
 
 A write is answered when `pwrite` returns: then it is in the page cache, where it survives this process.  `open_alone`
-sees to it that no other server, mount or volume manager writes to the file or block device meanwhile, `identity` that
-a successor that finds another file is refused.
+ensures that no other server, mount or volume manager writes to the file or block device; because of `identity` the
+daemon refuses a successor that opens another file.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A program that uses a disk through memory that its backend shares: what it writes and reads is not copied.
+"""A program that does direct I/O from memory that it shares with the disk's backend, so that no data is copied.
 
 ublkpool add vol0 --size 1G --backend memory --client-buffers 64M
 /opt/ublkpool/bin/python examples/zero_copy_client.py vol0

@@ -1,7 +1,7 @@
 """From `KIND` or `FILE.py` and KEY=VALUE options to a running backend.
 
-Knows where backends are found: the modules of `ublkpool.backends`, the entry points of other packages, a Python file.
-They are found by name at run time, so the SDK imports none of them.
+Finds backends by name at run time, so that the SDK imports none: in the modules of `ublkpool.backends`, in the entry
+points of other packages, in a Python file.
 """
 
 import importlib
@@ -28,7 +28,10 @@ _FUNCTIONS_NEEDED = ("get_size", "pread")
 
 
 def entry_points(group: str, name: str | None = None) -> "EntryPoints":
-    """What other packages offer.  Imported when it is asked for: half of what a built-in backend would load."""
+    """The entry points of a group.
+
+    `importlib.metadata` is imported here: loading it takes as long as the whole SDK.
+    """
     from importlib.metadata import entry_points as found
 
     return found(group=group) if name is None else found(group=group, name=name)
@@ -42,7 +45,7 @@ def kinds() -> list[str]:
 
 
 def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
-    """The backend that is meant, with its options, not opened.  Raises `BackendError`."""
+    """The backend with its options, not opened yet.  Raises `BackendError` for an unknown backend or a bad option."""
     found = _find(kind_or_file)
     name = backend_name(kind_or_file)
     if isinstance(found, ModuleType):
@@ -51,7 +54,7 @@ def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
 
 
 def backend_name(kind_or_file: str) -> str:
-    """What a backend is called: the kind, or the file's name without its suffix."""
+    """A backend's name: the kind, or the file's name without its suffix."""
     return Path(kind_or_file).stem if _is_file(kind_or_file) else kind_or_file
 
 
@@ -155,9 +158,9 @@ def _function_options(module: ModuleType) -> list[Option]:
 class FunctionBackend(Backend):
     """A module of functions as a backend.
 
-    `get_size() -> int` and `pread(buf, offset)` must be there, `pwrite(buf, offset)` if it can be written.  Optional:
-    `open(option, ...)` called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
-    `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and a
+    `get_size() -> int` and `pread(buf, offset)` are required; without `pwrite(buf, offset)` the device is read-only.
+    Optional: `open(option, ...)`, called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
+    `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and each
     write with FUA is followed by a flush.
     """
 

@@ -29,7 +29,7 @@ REQUIRED = msgspec.NODEFAULT
 
 
 class Option(NamedTuple):
-    """One option as it was declared."""
+    """One declared option."""
 
     name: str
     type: Any
@@ -37,7 +37,7 @@ class Option(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """`size=SIZE`, `direct=auto|on|off`, in brackets if it may be left out."""
+        """`size=SIZE` or `direct=auto|on|off`, in brackets if the option has a default."""
         text = f"{self.name}={_type_name(self.type)}"
         return text if self.default is REQUIRED else f"[{text}]"
 
@@ -85,7 +85,7 @@ def _number(text: str, kind: type[int] | type[float]) -> int | float:
 
 
 def parse_values(owner: str, options: Iterable[Option], given: Mapping[str, str]) -> dict[str, Any]:
-    """The values that were given, typed.  Raises `BackendError` for an unknown, a bad or a missing one."""
+    """The given values with their types.  Raises `BackendError` for an unknown, invalid or missing option."""
     known = {each.name: each for each in options}
     valid = " ".join(each.usage for each in known.values()) or "none"
     values = {}
@@ -103,5 +103,5 @@ def parse_values(owner: str, options: Iterable[Option], given: Mapping[str, str]
 
 
 def parse_options(owner: str, struct: type[_Record], given: Mapping[str, str]) -> _Record:
-    """The record that `given` makes."""
+    """The record of the given options.  Raises as `parse_values`."""
     return struct(**parse_values(owner, declared(struct), given))

@@ -1,7 +1,7 @@
 """The wire: every byte that workers, backends, the broker and the daemon exchange.
 
-Descriptors (`descriptors.py`) say what to do with a request, attach messages (`attach.py`) who serves which device.
-Neither knows of sockets, memory or state.
+Descriptors (`descriptors.py`) carry requests and answers, attach messages (`attach.py`) connect a backend with a
+device. Both are pure: they know no sockets, memory or state.
 """
 
 from ublkpool.bufpool.wire.attach import (

@@ -1,7 +1,7 @@
-"""Attach messages: what a backend, a client of a disk and the daemon say to each other before and beside requests.
+"""Attach messages: the JSON packets between a backend or a client of a disk and the daemon.
 
-Owns their fields and validation.  Each is one JSON packet on a SEQPACKET socket; `docs/PROTOCOL.md` is the same for
-readers in other languages.
+Owns their fields and validation.  Each is one packet on a SEQPACKET socket; `docs/PROTOCOL.md` describes them for other
+languages.
 """
 
 from typing import Literal
@@ -16,9 +16,9 @@ TOKEN_BYTES = 16
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which store a backend serves a device from; a successor must bring the same.
+    """The store that a backend serves a device from; a successor must bring the same identity.
 
-    `value` is compared as a whole.  It survives what leaves the data as it was (a rename, a reboot, growth) and changes
+    `value` is compared as a whole.  It survives changes that keep the data (a rename, a reboot, growth) and changes
     when another store takes its place.  `in_boot` is compared only until the machine boots again; a store with an
     empty `value` and an `in_boot` ends with the boot.
     """
@@ -26,11 +26,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     value: str = ""
     in_boot: str = ""
     strength: Literal["strong", "weak"] = "strong"
-    """weak: another store may have the same identity, since there is nothing better to tell it by."""
+    """weak: another store may have the same identity, since the store has nothing better to identify it."""
     store: str = ""
-    """What the store is, for people: a path, a serial number."""
+    """A text for people: a path, a serial number."""
     ends_with_device: bool = False
-    """The store is given up when its device is deleted or the daemon stops: the device's next one is a new one."""
+    """The store ends when its device is deleted or the daemon stops; the device may then have another one."""
 
 
 class Attach(
@@ -65,15 +65,15 @@ class Attach(
     read_buffers: Literal["pool", "own"] = "pool"
     segment_bytes: int = 0
     identity: Identity | None = None
-    """Only for a daemon whose `Described` has `may_create`; None: this backend's store cannot be told from others."""
+    """Sent only to a daemon whose `Described` has `may_create`; None: the store has no identity."""
     generation_seen: int = 0
-    """The highest generation that the store knows of; the daemon answers with a higher one."""
+    """The highest generation that the store has recorded; the daemon answers with a higher one."""
 
 
 class Describe(
     msgspec.Struct, tag="describe", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """Instead of an attach: what is this device?  The connection is closed after the answer."""
+    """Asks what the device is, instead of an attach; the connection is closed after the answer."""
 
     v: int
     device: str
@@ -94,7 +94,7 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     read_only: bool
     path: str = ""
     may_create: bool | None = None
-    """Whether the device was never served, so that a backend may make an empty store for it; None: an older daemon."""
+    """The device was never served, so a backend may make an empty store for it; None: an older daemon."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +105,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw_only=True):
-    """The daemon's answer: what the device is and where its queues listen."""
+    """The daemon's answer to an attach: what the device is and where its queues listen."""
 
     v: int
     device: str
@@ -124,36 +124,36 @@ class Attached(msgspec.Struct, tag="attached", tag_field="type", frozen=True, kw
     endpoints: tuple[str, ...]
     """One ZeroMQ endpoint per queue, in order."""
     rings: tuple[str, ...] = ()
-    """Where each queue hands out rings in shared memory: a unix socket's path, in order."""
+    """For each queue, in order, the path of the unix socket that hands out rings in shared memory."""
     segments: tuple[Segment, ...]
     own_segment: int
-    """The number by which the backend names its own segment, 0 if it brought none."""
+    """The number of the backend's own segment in descriptors, 0 without one."""
     post_bytes: tuple[int, ...] = ()
-    """In which sizes regions of it may be posted, ascending; the last is for the largest write.  Empty: not at all."""
+    """The sizes in which regions of it may be posted, ascending, the last for the largest write; empty: none may."""
     spin_us: int = 0
-    """How long to look into the rings before sleeping, in microseconds, as the workers do."""
+    """How long to poll the rings before sleeping, in microseconds, as the workers do."""
     generation: int = 0
-    """Of this attach: higher than that of every earlier attach to this device's name; 0: an older daemon."""
+    """Number of this attach, higher than at every earlier attach to this device's name; 0: an older daemon."""
 
 
 class OpenRing(
     msgspec.Struct, tag="ring", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """What a backend says first to a queue whose rings it wants; `token` as in `Attached`."""
+    """A backend's first packet to a queue whose rings it wants; `token` as in `Attached`."""
 
     v: int
     token: str
 
 
 class RingOpened(msgspec.Struct, tag="ring_open", tag_field="type", frozen=True, kw_only=True):
-    """The worker's answer; with it come the memory, the backend's eventfd and the worker's, in this order."""
+    """The worker's answer, with three descriptors: the memory, the backend's eventfd, the worker's eventfd."""
 
     entries: int
     """Descriptors in each direction, a power of two."""
 
 
 class Refused(msgspec.Struct, tag="refused", tag_field="type", frozen=True, kw_only=True):
-    """The daemon's other answer; the connection is closed after it."""
+    """The daemon refuses; the connection is closed after this."""
 
     reason: str
 
@@ -165,29 +165,29 @@ class Live(msgspec.Struct, tag="live", tag_field="type", frozen=True, kw_only=Tr
 
 
 class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_only=True):
-    """The daemon no longer wants this backend: finish what is running, close, exit."""
+    """The daemon ends this backend: finish the executing requests, close, exit."""
 
     reason: str
     keep: bool = False
-    """The device failed and may be made again: what the backend keeps for a successor stays."""
+    """The device failed and may be made again: keep what a successor needs."""
 
 
 class LeaseBuffer(
     msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """What a client of a disk says first on the clients' socket.  The connection's end is the end of the lease."""
+    """A client's first packet on the attach socket.  The end of the connection is the end of the lease."""
 
     v: int
     device: str
 
 
 class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, kw_only=True):
-    """The answer; with it comes the descriptor of a slice of the client area, if there is one to be had."""
+    """The answer, with the descriptor of a slice of the client area if `size_bytes` is not 0."""
 
     path: str
     """The disk."""
     size_bytes: int
-    """Of the slice; 0: take memory of your own, what lies there is copied."""
+    """Of the slice; 0: no slice is available, use ordinary memory."""
 
 
 DaemonMessage = Attached | Described | Refused | Live | Detach | BufferLeased

@@ -1,6 +1,6 @@
-"""Descriptors: what workers, backends and the broker say to each other about requests.
+"""Descriptors: the 64-byte messages of workers, backends and the broker.
 
-Owns their layout and validation; `csrc/wire.h` is the same in C, `docs/PROTOCOL.md` for readers in other languages.
+Owns their layout and validation; `csrc/wire.h` is the same in C, `docs/PROTOCOL.md` describes it for other languages.
 
 A descriptor is 64 bytes, little-endian:
 
@@ -31,7 +31,7 @@ DESCRIPTOR_BYTES = 64
 DESCRIPTORS_PER_FRAME_MAX = 4096
 SEGMENT_NONE = 0
 SEGMENT_POOL = 1
-"""Segment number of the device's pool; a backend's own segment gets a higher number at every attach."""
+"""Segment number of the device's pool; a backend's own segment gets another, higher number at every attach."""
 SEGMENT_CLIENTS = 0xFFFFFFF0
 """Segment number of the first slice of the client area, whose memory clients of the disk may change at any time."""
 CLIENT_SLICES_MAX = 16
@@ -41,22 +41,21 @@ assert _DESCRIPTOR.size == DESCRIPTOR_BYTES
 
 
 class Kind(enum.IntEnum):
-    """What a descriptor says.  Worker to backend below 16, backend to worker below 32, broker below 48."""
+    """The kind of message: worker to backend below 16, backend to worker below 32, broker below 48."""
 
     REQUEST = 1
-    """Do this.  A write's data already lies at (segment, buffer); a read may be filled there if segment is not 0."""
+    """Execute this.  A write's data lies at (segment, buffer); fill a read there if segment is not 0."""
     PLACE = 2
     """A write of `length` bytes at `offset` is coming: where should its data go?"""
     DATA = 3
-    """The data of a placed write now lies in the region that was named.  The region stays
-    lent until RELEASE."""
+    """The data of a placed write now lies in the named region, which stays lent until RELEASE."""
     RELEASE = 4
-    """The worker and the kernel are done with a region that the backend named, for a write or a read; until then it
-    is lent and keeps its content, whatever was answered."""
+    """Worker and kernel no longer use a region that the backend named, for a write or a read.  Until then it is lent,
+    and keeps its content, whatever was answered."""
     WELCOME = 5
     """The answer to HELLO: requests follow."""
     FENCE = 6
-    """Stop everything of an epoch before `epoch`, then answer FENCED."""
+    """Finish or give up every request of an epoch below `epoch`, then answer FENCED."""
 
     PLACED = 16
     """The answer to PLACE: put it at (segment, buffer)."""
@@ -67,7 +66,7 @@ class Kind(enum.IntEnum):
     HELLO = 19
     """First descriptor of a backend on a queue's socket."""
     FENCED = 20
-    """The answer to FENCE: nothing of an older epoch is running or will run."""
+    """The answer to FENCE: no request of an older epoch is executing or will be executed."""
     POST = 21
     """A write of up to `length` bytes may land at (segment, buffer) without a PLACE; it comes as DATA that names it."""
 
@@ -108,11 +107,11 @@ class Flag(enum.IntFlag):
 
 
 RawDescriptor = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
-"""A descriptor's fields in the wire's order, for who cannot afford names."""
+"""A descriptor's fields in the wire's order, where a named tuple costs too much."""
 
 
 class Descriptor(NamedTuple):
-    """One descriptor, decoded; see the module's drawing.  Sizes and offsets are bytes."""
+    """One decoded descriptor; see the module's drawing.  Sizes and offsets are bytes."""
 
     kind: int
     op: int = 0
@@ -142,7 +141,7 @@ class Descriptor(NamedTuple):
 
 
 def pack_frame(descriptors: Iterable[Descriptor]) -> bytes:
-    """One frame of many descriptors."""
+    """The frame of these descriptors."""
     return b"".join([_DESCRIPTOR.pack(*each) for each in descriptors])
 
 
@@ -170,7 +169,7 @@ def pack_answer(
     segment: int = SEGMENT_NONE,
     buffer: int = 0,
 ) -> bytes:
-    """The 64 bytes that answer a descriptor: its identity, and what is said."""
+    """The 64 bytes that answer a descriptor: its identity, another kind, and these fields."""
     _, op, _, device, queue, tag, epoch, sequence, offset, length, _, _, _, _ = to
     return _DESCRIPTOR.pack(
         kind, op, flags, device, queue, tag, epoch, sequence, offset, length, result, segment, buffer, 0
