@@ -1,1 +1,1 @@
-"""One process per hardware queue: what is forked, and the loop it runs."""
+"""Workers: one process per hardware queue, its loop, and its links to backend, broker and supervisor."""

@@ -1,8 +1,8 @@
-"""The worker's side of the wire: frames between the queue and the one backend whose token it was told.
+"""The worker's ZeroMQ transport: frames between the queue and the one backend whose token it was told.
 
-Owns the ROUTER that backends connect to, and who may.  Frames of anybody else are dropped and counted; what is in a
-frame is the queue's to judge.  A backend serves a queue over one connection: when that ends, words may be lost, and it
-does not matter whose fault it was.  Used by the worker's one thread; never waits.
+Owns the ROUTER that backends connect to, and admits only that backend.  Other peers' frames are dropped and counted;
+the queue checks the descriptors in a frame.  A backend serves a queue over one connection: when that ends, descriptors
+may be lost, so the backend counts as hung up.  Used by the worker's one thread; never waits.
 """
 
 import os
@@ -17,7 +17,7 @@ from ublkpool.workers.queue_gate import QueueGate
 
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
 FRAMES_PER_TURN_MAX = 256
-# Frames of 256 KiB, for each connection: a backend that floods fills this much memory and waits.
+# Frames of 256 KiB for each connection: a flooding backend can fill this much memory, then it waits.
 _RECEIVE_QUEUE_MAX = 64
 _SEND_QUEUE_MAX = 1024
 
@@ -33,7 +33,7 @@ class BackendLink:
         mode: int,
         group: int | None,
     ) -> None:
-        """The unix socket will be `path`, with `mode`, and of `group` if there is one."""
+        """The unix socket will be `path`, with `mode` and, unless that is None, `group`."""
         self._queue = queue
         self._path, self._mode, self._group = path, mode, group
         self._bound = False
@@ -42,36 +42,36 @@ class BackendLink:
         self._ended: set[int] = set()
         self._is_over = self._asked = self._is_full = False
         self.is_idle = False
-        """Whether the backend talks over another transport: frames wait, and none is sent."""
+        """Whether the backend uses the rings instead: frames are neither received nor sent."""
         self._gate = QueueGate(context, queue.count_strangers)
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set(zmq.LINGER, 0)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
-        # A backend that connects again before the end of its old connection was seen must not be ignored.
+        # A backend may connect again before this socket has noticed the end of its old connection.
         self.socket.set(zmq.ROUTER_HANDOVER, 1)
-        # A backend that answers what it has not read may not fill our memory; see `_send`.
+        # A backend that does not read must not fill this process's memory; see `_send`.
         self.socket.set(zmq.SNDHWM, _SEND_QUEUE_MAX)
         self.socket.set(zmq.RCVHWM, _RECEIVE_QUEUE_MAX)
         self.socket.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
-        # Any domain will do: without one the gate is not asked.
+        # Any domain: libzmq asks the gate only about sockets that have one.
         self.socket.set(zmq.ZAP_DOMAIN, b"queue")
         self._monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
         )
 
     def filenos(self) -> tuple[int, int, int]:
-        """Readable when `turn` has something to look at (edge-triggered by ZeroMQ)."""
+        """Readable when `turn` has work (edge-triggered by ZeroMQ): for frames, for the gate, for the monitor."""
         sockets = (self.socket, self._gate.socket, self._monitor)
         backend, gate, monitor = (int(each.get(zmq.FD)) for each in sockets)
         return backend, gate, monitor
 
     @property
     def token(self) -> bytes:
-        """The routing id that it listens to, empty if to none."""
+        """The routing id of the expected or serving backend; empty without one."""
         return self._token
 
     def expect(self, token: bytes, user: int | None = None) -> None:
-        """Listen to this routing id and no other, over a connection of this user's; b"" and None: to nobody.
+        """Accept frames from this routing id only, over a connection of this user's; b"" and None: from no peer.
 
         Raises `OSError`, `zmq.ZMQError` if the socket cannot be made.
         """
@@ -79,7 +79,7 @@ class BackendLink:
         self._connection = None
         self._is_over = False
         self._gate.open_for(user)
-        # Not before: a backend that comes back after a worker's death says HELLO once, and must not be a stranger.
+        # Not earlier: a backend that reconnects after a worker's death sends HELLO once, which must not be dropped.
         if token and not self._bound:
             self._bind()
 
@@ -92,14 +92,14 @@ class BackendLink:
         self._bound = True
 
     def turn(self, connections: bool = True) -> bool:
-        """Send what waits and take what came, until both are done; whether there is more of the latter.
+        """Send queued descriptors and receive frames until none is left or the turn's limit is reached; whether it was.
 
-        ZeroMQ's descriptor may become unreadable by a send, so that every send is followed by a look.  `connections`:
-        some came or ended, as the other two descriptors say.
+        A send may make ZeroMQ's descriptor unreadable, so every send is followed by a receive.  `connections`: the
+        gate's or the monitor's descriptor was readable.
         """
         if connections or self._asked:
             self._asked = self._gate.turn()
-            # Before the frames: what a connection brought before its end lies in the socket when its end is told.
+            # Ends first, frames next: frames that came before a connection's end are in the socket by then.
             self._hear_ends()
         more = self._exchange()
         if not more and (self._ended or self._is_over):
@@ -108,9 +108,9 @@ class BackendLink:
 
     def _exchange(self) -> bool:
         for _ in range(FRAMES_PER_TURN_MAX):
-            # What is said by nobody's token waits where it is, and its sender with it.
+            # Without an expected backend, frames stay in the socket, and their senders wait.
             if not self._token or self.is_idle:
-                # ZeroMQ's descriptor stays readable until it has taken note of what came: the worker would not sleep.
+                # Clears ZeroMQ's descriptor, which would keep the worker awake.
                 self.socket.get(zmq.EVENTS)
                 return False
             self._send()
@@ -131,7 +131,7 @@ class BackendLink:
             return
         self._queue.input(frames[1].buffer)
         if self._connection is None and self._queue.link in (Link.UP, Link.FENCING):
-            # Its number may have been another's before: that one's end comes first.
+            # The descriptor number may have been another connection's before: handle that one's end first.
             self._hear_ends()
             self._connection = connection
 
@@ -141,7 +141,7 @@ class BackendLink:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            # A number may be another connection's at once.
+            # A new connection may get the number of an ended one.
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 self._ended.add(event["value"])
                 self._is_over = self._is_over or event["value"] == self._connection
@@ -149,7 +149,7 @@ class BackendLink:
                 self._ended.discard(event["value"])
 
     def _judge_ends(self) -> None:
-        """Every frame was read: is the connection of the backend that serves among those that ended?"""
+        """After every frame was read: hang up if the serving backend's connection is among those that ended."""
         self._hear_ends()
         if self._is_over or self._connection in self._ended:
             self._queue.hung_up()
@@ -162,7 +162,7 @@ class BackendLink:
             each.close()
 
     def _send(self) -> None:
-        """Send what waits.  What the pipe has no room for stays with the queue, whose own bound counts from then on.
+        """Send queued descriptors.  Those that the pipe has no room for stay in the queue, which limits their number.
 
         Room is noticed in a later turn: ZeroMQ's descriptor becomes readable, or the loop ticks.
         """
@@ -177,13 +177,13 @@ class BackendLink:
         self._queue.hold_output(self._is_full)
 
     def _pass_on(self, frame: bytes) -> bool:
-        """Send one frame; whether the queue is rid of it."""
+        """Send one frame; false if the pipe is full."""
         try:
             self.socket.send_multipart([self._token, frame], zmq.NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError:
-            # What it was to get stays with it until the supervisor says that it is gone.
+            # Its requests stay with it until the supervisor reports that it is gone.
             self._queue.hung_up()
             return True
         return True

@@ -1,7 +1,7 @@
-"""The worker's side of the pool broker: keeps the queue's stock between too little and too much.
+"""The worker's connection to the pool broker: leases buffers for the queue's stock and returns surplus ones.
 
-Owns the DEALER to the broker and its side of the conversation in `bufpool/pool/device_leases.py`; the queue decides how
-many buffers it wants.  Used by the worker's one thread; never waits.
+Owns the DEALER to the broker and the worker's half of the protocol in `bufpool/pool/device_leases.py`; the queue
+decides how many buffers it wants.  Used by the worker's one thread; never waits.
 """
 
 from collections import deque
@@ -14,26 +14,26 @@ from ublkpool.ublk.queue import Queue
 
 
 class Orders:
-    """What a queue has asked for of one class, as far as the broker's last GRANT did not know of it."""
+    """The LEASEs of one size class that the broker's last GRANT did not take into account."""
 
     def __init__(self) -> None:
         self._sequence = 0
         self._unanswered: deque[tuple[int, int]] = deque()
 
     def ask(self, count: int) -> int:
-        """So many more are asked for; the LEASE's sequence."""
+        """Record a LEASE of `count` buffers; its sequence."""
         self._sequence += 1
         self._unanswered.append((self._sequence, count))
         return self._sequence
 
     def granted(self, sequence: int, on_order: int) -> int:
-        """A GRANT says that `on_order` are to come after LEASE `sequence`; how many are, with the later ones."""
+        """The buffers on order after a GRANT: `on_order` as of LEASE `sequence`, and those of later LEASEs."""
         while self._unanswered and self._unanswered[0][0] <= sequence:
             self._unanswered.popleft()
         return on_order + sum(count for _, count in self._unanswered)
 
     def forget(self) -> None:
-        """The broker has forgotten them all."""
+        """The broker has dropped every order."""
         self._unanswered.clear()
 
 
@@ -48,17 +48,17 @@ class PoolLink:
         self._socket = context.socket(zmq.DEALER)
         self._socket.set(zmq.ROUTING_ID, worker_routing_id(config.device_number, config.queue, config.epoch))
         self._socket.set(zmq.LINGER, 0)
-        # Nothing is lost while the broker restarts: what waits in the pipe is bounded by the buffers there are.
+        # No limit, so that no message is lost while the broker restarts; the pool's buffers bound their number.
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.connect(endpoint)
         self._sync(0)
 
     def fileno(self) -> int:
-        """Readable when `receive` has something to look at (edge-triggered by ZeroMQ)."""
+        """The descriptor that becomes readable when `receive` has work (edge-triggered by ZeroMQ)."""
         return int(self._socket.get(zmq.FD))
 
     def receive(self) -> None:
-        """Take every message that is there."""
+        """Receive every message that has come."""
         while True:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -68,7 +68,7 @@ class PoolLink:
                 self._on_frame(frame)
 
     def balance(self) -> None:
-        """Lease what the queue wants, return what it has over; then look for answers that came meanwhile."""
+        """Lease the buffers that the queue wants, return its surplus, then receive answers that came meanwhile."""
         frames = []
         for size_class, want in list(self._queue.stock_wants()):
             if want > 0:
@@ -98,7 +98,7 @@ class PoolLink:
             self._queue.stock_recall(descriptor.op, descriptor.length)
 
     def _sync(self, sequence: int) -> None:
-        """Say what the queue holds; a SYNC ends its waiting at the broker, so it will ask again."""
+        """Send the slots that the queue holds; a SYNC cancels its orders at the broker, so it will ask again."""
         frames = []
         for size_class, orders in enumerate(self._orders):
             head = self._head._replace(kind=Kind.SYNC, op=size_class, sequence=sequence)

@@ -1,11 +1,12 @@
 """Forking: what a child does first, and how a worker's process begins and ends.
 
-`fork_child` is the one place where the daemon forks: workers, the pool broker, control commands, and what becomes a
-backend by exec.
-The parent has one thread.  Before fork: sockets, memory and mappings that the child inherits.  After fork, in this
-order: signals back to their defaults, every descriptor but the named ones closed (a stray /dev/ublkcN would block
-recovery for as long as the child lives), then the child's own work.  It ends in `os._exit`: nothing of the parent's
-stack, buffers or exit handlers runs twice.
+`fork_child` is the one place where the daemon forks: workers, the pool broker, the holder, control commands, and the
+children that become backends by exec.  The parent has one thread.
+
+Before the fork: sockets, memory and mappings that the child inherits.  After it, in this order: signals back to their
+defaults; every descriptor but the named ones closed, since a stray /dev/ublkcN would block recovery for as long as the
+child lives; then the child's own work.  The child ends in `os._exit`: nothing of the parent's stack, buffers or exit
+handlers runs twice.
 """
 
 import gc
@@ -22,7 +23,6 @@ from ublkpool.ublk import queue as core
 from ublkpool.workers.messages import Fault, send
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 
-EXIT_STOPPED = 0
 EXIT_FAULT = 1
 EXIT_CRASH = 70
 _log = logging.getLogger("ublkpool.worker")
@@ -47,9 +47,9 @@ def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> 
 
 
 def share_heap() -> None:
-    """Have nobody's garbage collector look again at what is loaded by now; for the parent, before its first fork.
+    """Exclude all objects so far from garbage collection; for the parent, before its first fork.
 
-    A collection writes to each object that it looks at, and what either side writes to is no longer shared.
+    A collection writes to each object that it visits, and a page that either process writes to is no longer shared.
     """
     gc.collect()
     gc.freeze()

@@ -1,7 +1,7 @@
-"""Who may connect to a queue: the user of the backend that is expected, and nobody while none is.
+"""The users that may connect to a queue: the expected backend's, and none while no backend is expected.
 
-Owns ZeroMQ's question about every new connection (ZAP, RFC 27) within one context.  A user's credentials come from the
-kernel, and a connection that is refused never gets as far as a frame: so no stranger can fill a worker's memory.
+Answers libzmq's request about every new connection (ZAP, RFC 27) within one context.  The user's credentials come from
+the kernel, and a refused connection cannot send a frame: so no other user can fill a worker's memory.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ class QueueGate:
         self.socket.bind(ZAP_ENDPOINT)
 
     def open_for(self, user: int | None) -> None:
-        """Let this user in and no other; None: nobody."""
+        """Accept this user's connections only; None: no connections."""
         self._user = user
 
     def turn(self) -> bool:
-        """Answer the questions that are there; whether there are more."""
+        """Answer pending requests, up to the turn's limit; whether that was reached."""
         for _ in range(QUESTIONS_PER_TURN_MAX):
             try:
                 question = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -49,6 +49,6 @@ class QueueGate:
 
 
 def user_of(address: bytes) -> int | None:
-    """The user at the other end of a unix socket, from libzmq's `HOST:UID:GID:PID`; None if it does not say."""
+    """The user at the other end of a unix socket, from libzmq's `HOST:UID:GID:PID`; None in any other format."""
     parts = address.split(b":")
     return int(parts[-3]) if len(parts) >= 4 and parts[-3].isdigit() else None

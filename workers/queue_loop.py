@@ -1,8 +1,8 @@
-"""What a worker does: one queue on one ring, its backend and its broker, until the device stops.
+"""The worker's loop: one queue on one ring, its backend and its broker, until the device stops.
 
 Runs in the forked worker, on its only thread (ZeroMQ adds an I/O thread of its own).  Requests are served in C without
-Python's lock; Python runs when a batch of descriptors is to be sent or has come, when the stock is low, and when the
-supervisor speaks.
+Python's lock; Python runs when a batch of descriptors is to be sent or has come, when the stock is low, and when a
+message from the supervisor has come.
 """
 
 import logging
@@ -30,7 +30,7 @@ _WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
 _CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
 """A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
 _WATCH_RINGS = _WATCH_BACKEND + 3
-# Plain numbers: this is asked at every turn, and an enum's arithmetic costs more than the turn's other Python.
+# Plain numbers, tested at every turn: an enum's arithmetic costs more than all other Python of the turn.
 _POOL_READABLE = 1 << core.WATCH_SHIFT + _WATCH_POOL
 _TO_REPORT = int(Attention.CUT | Attention.SILENT | Attention.ABSENT | Attention.LINK)
 _FAULT, _GONE = int(Attention.FAULT), int(Attention.GONE)
@@ -39,23 +39,23 @@ _log = logging.getLogger("ublkpool.worker")
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a worker is told before it is forked."""
+    """A worker's configuration, complete before the fork."""
 
     name: str
     queue: QueueConfig
     queue_socket: Path
     ring_socket: Path | None
-    """Where backends ask for rings; None: they get none."""
+    """The socket at which backends ask for rings; None: no rings."""
     pool_endpoint: str
     socket_mode: int
     socket_group: int | None
     cpu: int | None
     spin_us: int
-    """How long the worker looks for news before it sleeps, in microseconds."""
+    """How long the worker polls before it sleeps, in microseconds."""
 
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
-    """The pool's size classes as a queue sees them; a batch is a queue's fair share of what is above the reserves."""
+    """The pool's size classes for a queue; a LEASE's batch is a quarter of its share of the buffers beyond reserves."""
     classes = []
     for each, reserve in zip(arena.geometry.classes, arena.reserve, strict=True):
         shared = each.count - reserve * arena.queues
@@ -106,19 +106,19 @@ class QueueLoop:
         self._rings.serve_on(self._ring)
 
     def run(self) -> int:
-        """Serve until every tag is gone (0) or something of ours broke (1)."""
+        """Serve until every tag is gone (0) or the worker has failed (1)."""
         while (status := self.turn()) is None:
             pass
         return status
 
     def close(self) -> None:
-        """Let go of links and ring; a process's end does the same."""
+        """Close links and ring; the process's end does the same."""
         for each in (self._rings, self._backend, self._pool, self._ring):
             each.close()
         self._context.term()
 
     def turn(self) -> int | None:
-        """Wait for something to do, and do it; the exit status once there is nothing to serve any more."""
+        """Wait for events and handle them; the exit status once every tag is gone or the worker has failed."""
         self._service_links()
         fetching = self._started and not self._fetched
         bits = self._bits = self._ring.run(0 if self._more or fetching else TICK_MS)
@@ -132,7 +132,7 @@ class QueueLoop:
             return self._fail(self._broken)
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
             self._hear_supervisor()
-            # The next daemon may not know of a worker that was forked just before the end of this one.
+            # The next daemon may not have a record of a worker that was forked just before its supervisor ended.
             if self._supervisor is None and not self._started:
                 return 1
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_RINGS:
@@ -145,7 +145,7 @@ class QueueLoop:
         return 0 if attention & _GONE else None
 
     def _service_links(self) -> None:
-        # Whatever is sent to the broker is followed by a look: what comes later makes its descriptor readable.
+        # Every send to the broker is followed by a receive, so a later message makes its descriptor readable.
         if not self._bits or self._bits & _POOL_READABLE:
             self._pool.receive()
         self._pool.balance()
@@ -216,7 +216,7 @@ class QueueLoop:
                 self._supervisor = None
 
     def _change_pool(self, fd: int | None) -> str:
-        """Why it cannot be, or nothing."""
+        """The reason of a failure, or empty."""
         if fd is None or self._queue.link is not Link.NONE:
             return "a new pool without a descriptor, or in the presence of a backend"
         try:
@@ -238,7 +238,7 @@ class QueueLoop:
         self._tell(messages.Expecting(problem, message.id))
 
     def _expect_segment(self, message: messages.Expect, fd: int | None) -> str:
-        """Why it cannot be, or nothing."""
+        """The reason of a failure, or empty."""
         try:
             base = core.map_segment(fd, message.segment_bytes) if fd is not None else core.NULL
         except OSError as error:
@@ -246,7 +246,7 @@ class QueueLoop:
         finally:
             if fd is not None:
                 os.close(fd)
-        # A new segment may need the place of a dead one.
+        # The new segment may need the place of an idle one in the queue's table.
         self._queue.unmap_idle_segments()
         problem = "the data of earlier backends has not found room in the pool yet"
         try:
@@ -261,7 +261,7 @@ class QueueLoop:
         return problem
 
     def _listen_to(self, token: bytes, user: int | None = None) -> None:
-        """Over either transport; b"" and None: to nobody."""
+        """Accept this backend over either transport; b"" and None: no backend."""
         self._rings.expect(token, user)
         self._backend.expect(token, user)
         self._backend.is_idle = False
@@ -285,8 +285,8 @@ class QueueLoop:
 
 
 def _settle(context: "zmq.Context[zmq.Socket[bytes]]", cpu: int | None) -> None:
-    """Go to our CPU, before the first touch of memory of our own, which then lies near it."""
-    # ZeroMQ's threads start with its first socket, and must not share the queue's CPU.
+    """Move to the queue's CPU before the worker touches memory of its own, which is then allocated near it."""
+    # ZeroMQ's threads start with its first socket, and must not be bound to the queue's CPU.
     context.socket(zmq.PAIR).close()
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})

@@ -1,9 +1,8 @@
-"""The worker's side of the rings: who gets one, and when its owner has gone.
+"""The worker's side of the shared-memory rings: hands them to the expected backend, and notices that it has gone.
 
-Owns the unix socket at which the backend that is expected asks for a queue's rings, and the one connection whose
-backend has them.  What goes through the rings is the core's business (`ublk/csrc/queue_port.c`) and passes without
-Python; the connection carries nothing after its first exchange but its own end.  Used by the worker's one thread; never
-waits.
+Owns the unix socket at which the expected backend asks for a queue's rings, and the one connection whose backend has
+them.  The core moves descriptors through the rings (`ublk/csrc/queue_port.c`) without Python; after its first exchange
+the connection only tells its own end.  Used by the worker's one thread; never waits.
 """
 
 import array
@@ -22,7 +21,7 @@ from ublkpool.ublk.queue import Link, Port, Queue
 from ublkpool.workers.credentials import credentials_of
 
 ASKING_MAX = 8
-"""Connections that have not asked yet; one more ends the oldest."""
+"""Connections that have not sent their request; one more closes the oldest."""
 _ACCEPTS_PER_TURN_MAX = 64
 _BACKLOG = 16
 _QUESTION_BYTES_MAX = 256
@@ -30,7 +29,7 @@ _KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class PortUser(Protocol):
-    """What lets descriptors travel through a port: `ublk.queue.Ring`."""
+    """The queue's io_uring, which moves descriptors through a port: `ublk.queue.Ring`."""
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None: ...
 
@@ -46,12 +45,12 @@ class Rings:
             made.callback(self.port.close)
             self.bell_in = _bell()
             made.callback(os.close, self.bell_in)
-            # The backend shares this one, and may make it block: only io_uring writes to it.
+            # The backend shares this one and may clear its O_NONBLOCK: only io_uring writes to it.
             self.bell_out = _bell()
             made.pop_all()
 
     def hand_over(self) -> None:
-        """Tell the backend.  Raises `OSError`."""
+        """Send the rings to the backend.  Raises `OSError`."""
         fds = array.array("i", [self.port.memory_fd, self.bell_out, self.bell_in])
         answer = msgspec.json.encode(RingOpened(entries=self.port.entries))
         self.connection.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -67,7 +66,7 @@ class RingLink:
     """The shared-memory transport of one queue."""
 
     def __init__(self, path: Path | None, queue: Queue, mode: int, group: int | None) -> None:
-        """The unix socket will be `path` (None: nobody gets rings), with `mode`, and of `group` if there is one."""
+        """The unix socket will be `path` (None: no rings), with `mode` and, unless that is None, `group`."""
         self._queue, self._path, self._mode, self._group = queue, path, mode, group
         self._user: PortUser | None = None
         self._token = ""
@@ -78,20 +77,20 @@ class RingLink:
         self._epoll = select.epoll()
 
     def fileno(self) -> int:
-        """Readable when `turn` has something to look at."""
+        """The descriptor that is readable when `turn` has work."""
         return self._epoll.fileno()
 
     def serve_on(self, user: PortUser) -> None:
-        """Rings are used by this."""
+        """Use rings through this io_uring."""
         self._user = user
 
     @property
     def is_open(self) -> bool:
-        """Whether a backend has the rings: it talks through them and through nothing else."""
+        """Whether a backend has the rings; it then uses no other transport."""
         return self._rings is not None
 
     def expect(self, token: bytes, user: int | None = None) -> None:
-        """Let this user's backend with this token have rings; b"" and None: nobody, and nobody keeps them.
+        """Give rings to this user's backend with this token; b"" and None: to none, and earlier rings are taken away.
 
         Raises `OSError` if the socket cannot be made.
         """
@@ -99,7 +98,7 @@ class RingLink:
         self._token, self._peer_uid = token.hex(), user
         if token and self._listener is None and self._path is not None:
             self._listener = self._listen(self._path)
-        # While nobody is expected who comes waits: the backend of a dead worker may be early.
+        # While no backend is expected, connections wait: a dead worker's backend may come early.
         if self._listener is not None:
             self._epoll.modify(self._listener, select.EPOLLIN if token else 0)
 
@@ -120,14 +119,14 @@ class RingLink:
         return listener
 
     def turn(self) -> None:
-        """Look at who has come, who has asked, and whether the rings' owner has gone."""
+        """Accept connections, answer requests for rings, and notice the end of the rings' connection."""
         for fd, _ in self._epoll.poll(0):
             if self._listener is not None and fd == self._listener.fileno():
                 self._accept()
             elif self._rings is not None and fd == self._rings.connection.fileno():
                 self._gone()
             else:
-                # One that this turn has turned away already may be among those that it was to look at.
+                # This turn may have closed the connection already.
                 for each in [each for each in self._asking if each.fileno() == fd]:
                     self._hear(each)
 
@@ -161,7 +160,7 @@ class RingLink:
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             self._turn_away(connection)
             return
-        # One that talks already, over frames or with rings, has what it needs.
+        # A backend that has sent HELLO already, by frame or ring, gets no other rings.
         free = self._queue.link is Link.EXPECTED and self._rings is None
         if asked.v == PROTOCOL_VERSION and asked.token == self._token and free:
             self._open(connection)
@@ -174,7 +173,7 @@ class RingLink:
         try:
             rings = Rings(connection, self._queue.config.depth)
         except (OSError, MemoryError):
-            # It may try again, and frames need no memory of ours.
+            # The backend may try again, or use frames, which need no memory here.
             self._turn_away(connection)
             return
         self._asking.remove(connection)
@@ -186,7 +185,7 @@ class RingLink:
             self._drop_rings()
 
     def _gone(self) -> None:
-        """Its connection ended, or says something: both are the end of it.  What it said before counts."""
+        """The rings' connection ended, or sent a packet, which ends it, too.  Descriptors in the ring still count."""
         assert self._rings is not None
         self._rings.port.turn(self._queue)
         self._drop_rings()

@@ -1,7 +1,7 @@
-"""What a backend that the daemon runs says on its stderr, said once more in the daemon's log.
+"""The stderr of a backend that the daemon runs, copied to the daemon's log.
 
-Our own backends write JSON lines there, which keep their level and lose their frame; whatever else comes, a library's
-message or a print, is logged as it is.  Runs on the supervisor's asyncio loop.
+Built-in backends write JSON lines there, whose level and message are logged; any other line, such as a library's
+message, is logged as it is.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class BackendLog:
     """One backend process's stderr, from its first line to its end."""
 
     def __init__(self, device: str, reader: int) -> None:
-        """`reader` is the pipe's end, and ours from now on."""
+        """Takes over `reader`, the pipe's end."""
         self._device = device
         self._rest = b""
         self._loop = asyncio.get_running_loop()
@@ -45,7 +45,7 @@ class BackendLog:
         self._loop.add_reader(reader, self.hear)
 
     def hear(self) -> None:
-        """Log what has come by now."""
+        """Log every line that has come."""
         while self._reader is not None:
             try:
                 text = os.read(self._reader, LINE_BYTES_MAX)
@@ -59,7 +59,7 @@ class BackendLog:
 
     def _take(self, text: bytes) -> None:
         *lines, self._rest = (self._rest + text).split(b"\n")
-        # Nobody may fill our memory with a line that does not end; at the end of all the last one may lack its end.
+        # An endless line must not fill the daemon's memory; the last line may lack its newline.
         if not text or len(self._rest) > LINE_BYTES_MAX:
             lines.append(self._rest)
             self._rest = b""
@@ -82,7 +82,7 @@ def _read(line: bytes) -> tuple[int, str, str]:
         record = _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
         text = line.decode(errors="replace").strip()
-        # A command that fails says why in such a line, and only then.
+        # A command prefixes its line this way only if it fails.
         level = logging.ERROR if text.startswith(_COMPLAINT) else logging.INFO
         return level, text.removeprefix(_COMPLAINT), ""
     known = logging.getLevelNamesMapping()

@@ -1,6 +1,6 @@
-"""Refused backends: every one is counted, and a log that nobody can fill says it once.
+"""Refused backends: each is counted, and a bounded number of reasons is logged.
 
-Owns how often that is said, and what of a stranger's words may stand in the log.
+Owns the limits on these log lines, and which characters of a backend's text may appear there.
 """
 
 import logging
@@ -13,13 +13,13 @@ _log = logging.getLogger("ublkpool.attach")
 
 
 def plain(text: str) -> str:
-    """The text on one line of bounded length: a backend's words may be in it."""
+    """The text on one line of bounded length, printable characters only: part of it may be a backend's."""
     line = "".join(each if each.isprintable() else "?" for each in text[: REASON_LENGTH_MAX + 1])
     return line if len(line) <= REASON_LENGTH_MAX else f"{line[: REASON_LENGTH_MAX - 3]}..."
 
 
 class Refusals:
-    """The count, and the lines that were logged in this period."""
+    """The count of refusals, and the reasons that were logged in this period."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` is in seconds."""
@@ -30,7 +30,7 @@ class Refusals:
         self._unsaid = 0
 
     def note(self, reason: str) -> None:
-        """One more.  A reason is logged once in a period, and so many reasons at most."""
+        """Count a refusal.  In one period each reason is logged once, and `LINES_PER_PERIOD_MAX` reasons at most."""
         self.count += 1
         if self._clock() >= self._period_end_s:
             self._next_period()

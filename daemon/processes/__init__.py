@@ -1,1 +1,1 @@
-"""Processes that the daemon starts and watches, and what they are asked over sockets."""
+"""The processes that the daemon starts and watches, and the channels to them."""

@@ -1,7 +1,7 @@
-"""Child processes, watched by pidfd: who runs, who ended and how, and ending them in bounded time.
+"""Child processes, watched by pidfd: whether one runs, how it ended, and ending it in bounded time.
 
 Owns waitpid: no child of the daemon is reaped elsewhere.  A process that an earlier daemon started is watched in the
-same way, but nobody tells us how it ended.  Runs on the supervisor's asyncio loop.
+same way, but its exit status is unknown: only its parent gets that.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -12,14 +12,14 @@ from pathlib import Path
 
 _KILL_BIT = 1 << signal.SIGKILL - 1
 EXIT_UNKNOWN = 255
-"""Of a process that was not our child."""
+"""The status of a process that was not our child."""
 
 
 class Child:
-    """A process that we or an earlier daemon started, to its end."""
+    """A process that this daemon or an earlier one started, until its end."""
 
     def __init__(self, pid: int, title: str) -> None:
-        """Raises `ProcessLookupError` if an earlier daemon's has ended."""
+        """Raises `ProcessLookupError` if an earlier daemon's process has ended."""
         self.pid = pid
         self.title = title
         self._loop = asyncio.get_running_loop()
@@ -29,38 +29,38 @@ class Child:
 
     @property
     def exit_status(self) -> int | None:
-        """As the shell counts (128 + signal for a killed one); None while it lives."""
+        """As in the shell, 128 + signal for a killed process; None while it lives."""
         return self._exited.result() if self._exited.done() else None
 
     async def wait(self) -> int:
-        """Its exit status, once there is one."""
+        """Wait for its end; its exit status."""
         return await asyncio.shield(self._exited)
 
     def has_ended(self) -> bool:
-        """Whether it is dead by now, reaped or not, or was told to KILL and can only die; any process may ask."""
+        """Whether it is dead, reaped or not, or has SIGKILL pending and can only die; callable in any process."""
         try:
             text = Path(f"/proc/{self.pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             return True
         found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
-        # Dying takes a while, and the driver cancels its commands early in it.
+        # Exiting takes a while, and the driver cancels the process's commands early in it.
         return found["State"][0] in "ZX" or bool(int(found["ShdPnd"], 16) & _KILL_BIT)
 
     def send(self, number: signal.Signals) -> None:
-        """Signal it, if it still lives."""
+        """Send a signal, if it still lives."""
         if not self._exited.done():
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def end(self, patience_s: float) -> int:
-        """TERM, then KILL after `patience_s`; its exit status."""
+        """SIGTERM, then SIGKILL after `patience_s`; its exit status."""
         self.send(signal.SIGTERM)
         with suppress(TimeoutError):
             return await asyncio.wait_for(self.wait(), patience_s)
         return await self.kill()
 
     async def kill(self) -> int:
-        """KILL; its exit status."""
+        """SIGKILL; its exit status."""
         self.send(signal.SIGKILL)
         return await self.wait()
 

@@ -1,31 +1,31 @@
-"""The names under which the holder keeps descriptors from one supervisor to the next."""
+"""The names of the descriptors that the holder keeps for the next supervisor."""
 
 
 def worker_name(device: str, queue: int) -> str:
-    """Under which the holder has a worker's socket."""
+    """A worker's socket."""
     return f"{device}/worker/{queue}"
 
 
 def session_names(device: str) -> tuple[str, str]:
-    """Under which the holder has a backend's connection and its segment."""
+    """A backend's connection, and its segment."""
     return f"{device}/session", f"{device}/segment"
 
 
 def stderr_name(device: str) -> str:
-    """Under which the holder has what a backend that the daemon runs itself says."""
+    """The pipe from the stderr of a backend that the daemon runs itself."""
     return f"{device}/stderr"
 
 
 def pool_name(device: str) -> str:
-    """Under which the holder has the memory of a device's pool."""
+    """The memory of a device's pool."""
     return f"{device}/pool"
 
 
 def slice_name(device: str, number: int) -> str:
-    """Under which the holder has a slice."""
+    """A slice of the client area."""
     return f"{device}/slice/{number}"
 
 
 def client_name(device: str, number: int) -> str:
-    """Under which the holder has the connection of a slice's client."""
+    """The connection of the client that has the slice."""
     return f"{device}/client/{number}"

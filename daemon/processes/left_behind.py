@@ -1,4 +1,4 @@
-"""Processes that an earlier daemon left: telling one from a later process with its number, and ending it."""
+"""Processes that an earlier daemon left: identified by number and start time, and ended."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ _START_TIME_FIELD = 19
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process, told from all others by when it started (clock ticks since boot)."""
+    """A process, told from later ones with its number by its start (clock ticks since boot)."""
 
     role: Role
     pid: int
@@ -27,7 +27,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def identify(role: Role, pid: int) -> Process | None:
-    """The process with this number now; None if there is none."""
+    """The process that has this number now, or None."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -36,19 +36,19 @@ def identify(role: Role, pid: int) -> Process | None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether it is still that process."""
+    """Whether the process still lives."""
     return identify(process.role, process.pid) == process
 
 
 async def end_process(process: Process) -> None:
-    """TERM, then KILL; a worker is killed at once, since the kernel gives its requests to the next.
+    """SIGTERM, then SIGKILL; a worker gets SIGKILL at once, since the kernel gives its requests to the next one.
 
-    Raises `DaemonError` if it does not even end when it is killed.
+    Raises `DaemonError` if the process does not even end after SIGKILL.
     """
     with suppress(ProcessLookupError):
         fd = os.pidfd_open(process.pid)
         try:
-            # Asked after the pidfd was opened: from here on the number cannot change hands unnoticed.
+            # Checked after the pidfd was opened, which never becomes another process's.
             if not is_alive(process):
                 return
             if process.role != "worker":

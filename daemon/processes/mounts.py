@@ -1,14 +1,14 @@
-"""Two views of the machine's mounts: the operator's, where backends run, and the daemon's own, which pins almost none.
+"""Two mount namespaces: the operator's, in which backends run, and the daemon's own, which pins almost no mount.
 
-A process pins every mount of its mount namespace.  The daemon's processes live longer than the mounts of others, and a
-mount of the daemon's own disk that they held could never be let go of: at their end the kernel would wait for a disk
-that has no server.  So the daemon leaves the namespace that it was started in, makes its copy private, and detaches
-from that copy every mount on which nothing lies that the daemon itself uses.  Workers, broker, holder and control
-commands are forked later and share this view.
+A process pins every mount of its mount namespace.  The daemon's processes live longer than other programs' mounts; if
+they pinned a mount of the daemon's own disk, the kernel would release it at their end and wait there for a disk that
+has no server.  So the daemon leaves the namespace that it was started in, makes its copy private, and detaches from
+that copy every mount that holds nothing the daemon itself uses.  Workers, broker, holder and control commands are
+forked later and share this namespace.
 
-Backends hold no `/dev/ublkcN`, and the files that they serve are the operator's.  They run in the namespace that the
-daemon was started in: a descriptor of it is kept, and the forked child enters it before exec.  Each daemon keeps its
-own, so after a takeover backends are started in the namespace of the daemon that runs now.
+Backends have no `/dev/ublkcN` open, and the files that they serve are the operator's.  They run in the namespace that
+the daemon was started in: the daemon keeps a descriptor of it, and the forked child enters it before exec.  Each daemon
+keeps its own, so after a takeover backends are started in the new daemon's namespace.
 """
 
 import logging
@@ -26,9 +26,9 @@ from ublkpool.ublk import queue
 
 NAMESPACE = Path("/proc/self/ns/mnt")
 KERNEL_TREES = ("/proc", "/sys", "/dev")
-"""Below these, mounts without a block device (devpts, /dev/shm, cgroups, a single device node) stay as well."""
+"""Mounts below these that have no block device (devpts, /dev/shm, cgroups, a single device node) stay, too."""
 SYSTEM_PATHS = ("/", *KERNEL_TREES, "/dev/shm", "/sys/fs/cgroup", "/etc", "/run", "/run/udev")
-"""What the daemon opens by a fixed path."""
+"""The paths that the daemon opens under fixed names."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _log = logging.getLogger("ublkpool.supervisor")
 
@@ -44,9 +44,9 @@ class Mount(NamedTuple):
 
 
 def leave_for_own_view(used: Iterable[Path]) -> int:
-    """Move this process into a mount namespace of its own, which keeps what the daemon needs and the mounts of `used`.
+    """Move this process into a mount namespace of its own, with the mounts that the daemon needs and those of `used`.
 
-    A path of `used` need not exist yet: then its nearest parent that does counts.  Returns a descriptor of the
+    For a path of `used` that does not exist yet, its nearest existing parent counts.  Returns a descriptor of the
     namespace that was left, close-on-exec.  Raises `OSError`.
     """
     live = os.open(NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
@@ -55,17 +55,17 @@ def leave_for_own_view(used: Iterable[Path]) -> int:
     except OSError:
         os.close(live)
         raise
-    # The directory that the operator stood in is no concern of the daemon's.
+    # The operator's working directory would pin its mount.
     os.chdir("/")
     detach_all_but([*used, *own_paths()])
     return live
 
 
 def detach_all_but(used: Iterable[Path]) -> None:
-    """Detach, in this namespace, every mount but those that these paths lead over.  A refused one is logged."""
+    """Detach, in this namespace, every mount but those that these paths cross.  A failure is logged."""
     ids = mounts_on_the_way(used)
     while idle := idle_mounts(_mounts(), ids):
-        # The last that was mounted first: it may hide another.
+        # In reverse order of mounting: a later mount may hide an earlier one.
         refusals = [_detach(each) for each in reversed(idle)]
         if all(refusals):
             for mount, refusal in zip(reversed(idle), refusals, strict=True):
@@ -74,7 +74,7 @@ def detach_all_but(used: Iterable[Path]) -> None:
 
 
 def _detach(mount: Mount) -> str | None:
-    """Why not, or None if it is detached."""
+    """The reason of a failure, or None."""
     try:
         queue.leave_mount(mount.path)
     except OSError as error:
@@ -83,16 +83,16 @@ def _detach(mount: Mount) -> str | None:
 
 
 def parse_mounts(mountinfo: str) -> Iterator[Mount]:
-    """The mounts that the text describes, in its order."""
+    """The mounts in a text of /proc/PID/mountinfo, in its order."""
     for line in mountinfo.splitlines():
         number, parent, device, _, path = line.split()[:5]
         yield Mount(int(number), int(parent), device, _ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
 
 
 def idle_mounts(mounts: Sequence[Mount], used: Collection[int]) -> list[Mount]:
-    """The mounts to detach next, given the ids of those in use: each lies directly on one that stays.
+    """The mounts to detach next, given the ids of those in use: each is mounted directly on one that stays.
 
-    What lies on a detached mount goes with it.  Of several mounts at one path only the last can be reached.
+    Mounts on a detached mount go with it.  Of several mounts at one path only the last can be reached.
     """
     by_id = {each.id: each for each in mounts}
     staying: set[int] = set()
@@ -124,8 +124,8 @@ def _belongs_to_the_kernel(mount: Mount) -> bool:
 
 
 def mounts_on_the_way(paths: Iterable[Path]) -> set[int]:
-    """The ids of the mounts that a look-up of these paths crosses, as far as they exist."""
-    # Each directory once: they have most of their parents in common.
+    """The ids of the mounts that a look-up of these paths crosses, as far as the paths exist."""
+    # A set, since the paths have most of their parents in common.
     crossed = {each for path in paths for each in (path, *path.parents)}
     return {found for each in crossed if (found := _mount_of(each)) is not None}
 
@@ -143,20 +143,20 @@ def _mount_of(path: Path) -> int | None:
 
 
 def own_paths() -> set[Path]:
-    """The paths of the system, of the code that this process runs, and of what it may load or start later."""
+    """The paths of the system, of this process's code, and of modules and programs that it may need later."""
     paths = {Path(each) for each in SYSTEM_PATHS} | _code() | _libraries()
     if (tool := shutil.which("udevadm")) is not None:
         paths.add(Path(tool))
     if (address := os.environ.get("NOTIFY_SOCKET", "")).startswith("/"):
         paths.add(Path(address))
-    # A symbolic link leads over the mounts of both of its ends.
+    # A symbolic link needs the mount that it is on, and the mount of its target.
     return paths | {each.resolve() for each in paths}
 
 
 def _code() -> set[Path]:
-    """Where the loaded modules lie, and where those that are loaded later may."""
+    """The directories of loaded modules, and those from which modules may be loaded later."""
     files = [getattr(module, "__file__", None) for module in tuple(sys.modules.values())]
-    # The first entry of sys.path may be the directory in which the operator stood (python -m).
+    # The first entry of sys.path may be the operator's working directory (python -m).
     places = {Path(each) for each in (*ublkpool.__path__, *sys.path[1:])}
     return places | {Path(each).parent for each in (sys.executable, *filter(None, files))}
 
@@ -175,9 +175,9 @@ def _mounts() -> list[Mount]:
 
 
 def enter_live_view(live: int, cwd: str) -> None:
-    """For a forked child, before it execs a backend: enter the namespace `live`, and `cwd` there.
+    """In a forked child, before its exec as a backend: enter the namespace `live`, and the directory `cwd` there.
 
-    The child ends with a line on its stderr if that cannot be.
+    If that fails, the child ends with a line on its stderr.
     """
     try:
         queue.enter_mounts(live)

@@ -1,10 +1,10 @@
 """The supervisor's event loop, whose clock stands still while the process does not run.
 
-Owns the time on which every deadline of the daemon is measured: of fences, farewells, control commands, answers of
-workers, broker and holder.  The process can be stopped (SIGSTOP, a frozen cgroup, a suspended or migrated virtual
-machine), and with it the other side.  CLOCK_MONOTONIC goes on then, but what has been said meanwhile lies unread, so
-a deadline that counted this time would end a healthy process.  CLOCK_MONOTONIC, not CLOCK_BOOTTIME, is read: it leaves
-out a suspend of the whole machine.  The workers' deadlines have a clock like this one: ublk/csrc/queue_clock.h.
+Owns the time by which every deadline of the daemon is measured: for fences, for backends that are to leave, for control
+commands, and for answers of workers, broker and holder.  The process can be stopped (SIGSTOP, a frozen cgroup, a
+suspended or migrated virtual machine), and the other side with it.  CLOCK_MONOTONIC goes on then, but messages lie
+unread, so a deadline that counted this time would end a healthy process.  CLOCK_MONOTONIC, unlike CLOCK_BOOTTIME, does
+not count a suspend of the whole machine.  The workers' deadlines use a clock like this one: ublk/csrc/queue_clock.h.
 """
 
 import asyncio
@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 
 PAUSE_S = 2.0
-"""A turn of the loop that is so late means that the process did not run, or did one thing for that long."""
+"""A turn of the loop that is this late means that the process did not run, or ran one callback for that long."""
 QUIET_S = 1.0
-"""So long the clock stands still afterwards: the other side needs time to run again and to answer."""
+"""The clock stands still this much longer: the other side needs time to run again and to answer."""
 SLICE_S = 1.0
-"""The loop sleeps no longer at a time while there is a deadline: a longer silence is a pause."""
+"""While a deadline is set, the loop sleeps this long at a time, so that a longer silence is a pause."""
 
 
 class ServingClock:
-    """The time in which this process was able to serve, in seconds."""
+    """The time during which this process ran, in seconds."""
 
     def __init__(self, system: Callable[[], float] = time.monotonic) -> None:
         self._system = system
@@ -31,7 +31,7 @@ class ServingClock:
         self.pauses = 0
 
     def read(self, waited_s: float = 0.0) -> float:
-        """Now.  Since the last read the process meant to wait for `waited_s` at most."""
+        """The time now.  Since the last read the process meant to wait for `waited_s` at most."""
         before_s, now_s = self._read_s, self._system()
         gap_s = now_s - before_s
         if gap_s - waited_s > PAUSE_S:
@@ -52,10 +52,10 @@ class _SlicingSelector(selectors.DefaultSelector):
         self._clock = clock
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """What is ready; after a slice perhaps nothing, which the loop takes for a turn in which nothing was due."""
+        """The ready descriptors; none after a slice, which the loop takes for a turn in which nothing was due."""
         slice_s = SLICE_S if timeout is None else min(timeout, SLICE_S)
         ready = super().select(timeout if timeout is None else slice_s)
-        # Without a deadline there is nothing that a pause could hurt, and the wait may have been as long as it likes.
+        # Without a deadline a pause does no harm, and the wait has no limit.
         self._clock.read(float("inf") if timeout is None else max(0.0, slice_s))
         return ready
 

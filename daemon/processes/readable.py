@@ -1,11 +1,11 @@
-"""Waiting for a descriptor on the asyncio loop, for sockets that asyncio's own calls do not fit."""
+"""Waiting on the asyncio loop until a socket is readable, for sockets that asyncio's streams do not support."""
 
 import asyncio
 import socket
 
 
 async def readable(sock: socket.socket | int) -> None:
-    """Return when there is something to read; alone on this socket."""
+    """Return when `sock` is readable; the loop must have no other reader of it."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 

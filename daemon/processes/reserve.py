@@ -1,6 +1,6 @@
-"""Descriptors that are kept open, so that there are some when a limit is reached: what is begun must be cleaned up.
+"""Descriptors kept in reserve: a daemon that has reached its limit can still clean up what it has begun.
 
-Owns how many, and when they are let go and taken again.  Runs on the supervisor's asyncio loop.
+Owns how many are kept, and when they are closed and opened again.  Runs on the supervisor's asyncio loop.
 """
 
 import os
@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 DESCRIPTORS = 4
-"""A control command needs three, and commands that find none wait for each other."""
+"""A control command needs three; further commands wait until one has ended."""
 T = TypeVar("T")
 
 
 class Reserve:
-    """Descriptors of /dev/null, in place of which others can be opened."""
+    """Open descriptors of /dev/null, which are closed when others are needed."""
 
     def __init__(self, count: int = DESCRIPTORS) -> None:
         self._count = count
@@ -23,18 +23,18 @@ class Reserve:
         self._take()
 
     def refill(self) -> None:
-        """Take what could not be taken after the last use."""
+        """Open again what could not be opened after the last use."""
         if not self._users:
             self._take()
 
     def close(self) -> None:
-        """Let go of all of them, for good."""
+        """Close all of them, for good."""
         self._count = 0
         self._let_go()
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """For the length of a block there are descriptors to be had."""
+        """During the block the reserve is closed, so that others can be opened."""
         self._users += 1
         self._let_go()
         try:
@@ -50,16 +50,16 @@ class Reserve:
         self._held.clear()
 
     def _take(self) -> None:
-        # As many as there are: the rest comes with the next use, when others have been closed.
+        # As many as the limit allows: `refill` and the next use try again.
         with suppress(OSError):
             while len(self._held) < self._count:
                 self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def with_room_for_one(call: Callable[[], T]) -> Callable[[], T]:
-    """`call`, with a descriptor number set aside first that is free again when it returns: the pidfd of a new child.
+    """`call`, during which one descriptor is reserved, for the pidfd of the child that it forks.
 
-    Raises `OSError` before anything was done if there is none.
+    Raises `OSError`, before `call` runs, if no descriptor is left.
     """
 
     def run() -> T:

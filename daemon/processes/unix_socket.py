@@ -1,7 +1,7 @@
-"""Unix sockets that the daemon listens on: who may connect, and what they may replace.
+"""Unix sockets that the daemon listens on: the users that may connect, and the files that they may replace.
 
-Owns the rule that a socket takes the place of a socket that a killed daemon left, and of nothing else.  Must not know
-what is said over a socket.
+Owns the rule that a new socket replaces a socket that a killed daemon left, and no other file.  Must not know the
+protocols of the sockets.
 """
 
 import errno
@@ -17,7 +17,7 @@ from ublkpool.daemon.processes.reserve import Reserve
 
 
 def remove_socket(path: Path) -> None:
-    """Remove the socket at this path, if there is one.  Raises `DaemonError` if something else is there, `OSError`."""
+    """Remove the socket at this path, if it exists.  Raises `DaemonError` if the path is no socket, `OSError`."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise DaemonError(
@@ -27,9 +27,9 @@ def remove_socket(path: Path) -> None:
 
 
 def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlog: int = 64) -> socket.socket:
-    """A socket that listens at `path`, for our user and, if there is one, this group; it replaces a socket there.
+    """A socket that listens at `path` for the daemon's user and for `group`; it replaces a socket there.
 
-    Raises `DaemonError` if something that is not a socket is in the way, or the socket cannot be made.
+    Raises `DaemonError` if a file that is no socket is in the way, or the socket cannot be made.
     """
     remove_socket(path)
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -49,9 +49,9 @@ def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlo
 
 
 class ReservedListener(socket.socket):
-    """A listening socket that accepts a connection even when no descriptor is left: it keeps one for that.
+    """A listening socket that keeps one descriptor in reserve, for a connection when no other descriptor is left.
 
-    A daemon that has as many as it may can still be asked to delete a device, and can say what is wrong.
+    So a daemon that has reached its limit can still be told to delete a device, and can report the limit.
     """
 
     def __init__(self, listener: socket.socket) -> None:
@@ -59,10 +59,10 @@ class ReservedListener(socket.socket):
         super().__init__(fileno=listener.detach())
         self._reserve = Reserve(1)
         self.was_short = False
-        """Whether the connection accepted last took the descriptor that was kept."""
+        """Whether the connection accepted last took the reserved descriptor."""
 
     def accept(self) -> "tuple[socket.socket, object]":
-        """As of `socket.socket`; raises `OSError` if that descriptor is in use."""
+        """As `socket.socket.accept`; raises `OSError` if the reserved descriptor is in use, too."""
         self._reserve.refill()
         try:
             self.was_short = False
@@ -75,6 +75,6 @@ class ReservedListener(socket.socket):
             return super().accept()
 
     def close(self) -> None:
-        """And let go of the descriptor that was kept."""
+        """Close the socket and the reserved descriptor."""
         self._reserve.close()
         super().close()
