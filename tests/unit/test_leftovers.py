@@ -1,24 +1,28 @@
-"""An `add` that fails at any step leaves nothing: each step fails once, and what cleans up does not depend on it."""
+"""An `add` that fails at any step leaves nothing: each step fails once, and the cleaning up does not depend on it."""
 
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from support.fakes.states import FakeStates
+from support.fakes.device_parts import FakeChild, FakeHolder, FakeKernel, FakeTeam, fake_context
 from ublkpool.bufpool import wire
-from ublkpool.daemon.device import resources as resources
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.daemon.device import resources
 from ublkpool.daemon.device.build import build
-from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
-from ublkpool.daemon.device.records import Records
+from ublkpool.daemon.device.records import Record, Records
+from ublkpool.daemon.device.resources import DeviceResources
+from ublkpool.daemon.device.team import Plan
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.client_area import AreaRecord, ClientArea
 from ublkpool.daemon.kernel.control_process import ControlFailed
+from ublkpool.daemon.processes.broker_process import Leases
+from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.ublk.abi import Feature
 
@@ -46,7 +50,7 @@ STEPS = (
 
 
 class Machine:
-    """What an `add` makes, and the step at which it fails; `gives_up` cancels it there instead."""
+    """What an `add` makes, and the step at which the add fails, or with `gives_up` is cancelled."""
 
     def __init__(self, directory: Path, failing: str, gives_up: bool = False) -> None:
         self.failing, self.gives_up = failing, gives_up
@@ -56,6 +60,7 @@ class Machine:
         self.held: set[str] = set()
         self.parts: set[str] = set()
         self.delete_failures = 0
+        self.directory = directory
         self.records = Records(directory)
         self.saves = 0
 
@@ -67,41 +72,41 @@ class Machine:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def left(self) -> list[str]:
-        """What is there, in words."""
+        """What exists, in words."""
         found = [f"kernel device {number}" for number in self.kernel]
         return found + sorted(self.held | self.parts) + [each.config.name for each in self.records.load()]
 
 
-class FakeKernel:
+class StepKernel(FakeKernel):
     """A kernel device whose commands reach a `Machine`."""
 
     machine: Machine
 
     def __init__(self, number: int) -> None:
-        self.number, self.mark = number, self.machine.kernel[number]
-        self.node = Path("/nonexistent")
-        self.info = SimpleNamespace(
-            queues=2, depth=4, max_io_bytes=4096, flags=Feature.SHMEM_ZC, device_number=number
-        )
+        super().__init__()
+        self.number = number
+        self.info = self.info._replace(flags=Feature.SHMEM_ZC)
+
+    @property
+    def mark(self) -> int:
+        return self.machine.kernel[self.number]
 
     @classmethod
-    async def create(cls, _runner: object, _config: object, _disk: object, mark: int) -> "FakeKernel":
-        machine = cls.machine
+    async def create(cls, *asked: object) -> BlockDevice:
+        machine, mark = cls.machine, asked[-1]
+        assert isinstance(mark, int)
         machine.step("ADD_DEV")
         machine.kernel[3] = mark
         machine.step("ADD_DEV after the kernel has made it")
         return cls(3)
 
     @classmethod
-    async def find_marked(cls, _runner: object, _name: str, mark: int) -> "FakeKernel | None":
-        return next((cls(number) for number, each in cls.machine.kernel.items() if each == mark), None)
+    async def find_marked(cls, *asked: object) -> BlockDevice | None:
+        return next((cls(number) for number, each in cls.machine.kernel.items() if each == asked[-1]), None)
 
-    async def register(self, _area: object) -> bool:
+    async def register(self, area: ClientArea) -> bool:
         self.machine.step("registering the area")
         return True
-
-    async def stop(self, _deadline_s: float) -> None:
-        """Its workers end."""
 
     async def delete(self) -> None:
         if self.machine.delete_failures:
@@ -111,138 +116,161 @@ class FakeKernel:
             raise ControlFailed("vol: no such device", errno.ENODEV)
 
 
-class Part:
-    """A pool, an area, leases: there until it is closed."""
+class StepArena(Arena):
+    """A pool that exists until it is closed."""
 
-    def __init__(self, machine: Machine, name: str) -> None:
-        self._machine, self._name = machine, name
-        machine.parts.add(name)
-        self.files = {0: -1}
-        self.control_fd = self.data_fd = -1
-        self.slice_bytes = 4096
-
-    def record(self) -> None:
-        return None
+    def __init__(self, machine: Machine) -> None:
+        machine.step("pool")
+        machine.parts.add("pool")
+        self._machine = machine
+        self.data_fd = self.control_fd = -1
 
     def unlink(self) -> None:
-        """Its name goes."""
+        """It has no name."""
 
-    def close(self) -> Any:
-        self._machine.parts.discard(self._name)
-
-
-class FakeLeases(Part):
-    """What the broker knows."""
-
-    async def register(self, _epoch: int) -> None:
-        self._machine.step("leases")
-
-    async def close(self) -> None:
-        super().close()
+    def close(self) -> None:
+        self._machine.parts.discard("pool")
 
 
-class FakeTeam:
-    """Two workers that are there from their fork until they are ended."""
+class StepArea(ClientArea):
+    """A client area that exists until it is closed."""
 
     machine: Machine
 
-    def __init__(self, plan: object, epoch: int, *_: object) -> None:
-        self.plan, self.epoch = plan, epoch
-        self.workers: list[Any] = []
+    def __init__(self) -> None:
+        self.files = {0: -1}
+
+    @classmethod
+    def create(cls, *_: object) -> "StepArea":
+        cls.machine.step("client area")
+        cls.machine.parts.add("area")
+        return cls()
+
+    def record(self) -> AreaRecord:
+        return AreaRecord(4096, (None,))
+
+    def close(self) -> None:
+        self.machine.parts.discard("area")
+
+
+class StepLeases(Leases):
+    """Leases that the broker knows until they are closed."""
+
+    machine: Machine
+
+    def __init__(self, *_: object) -> None:
+        self.machine.parts.add("leases")
+
+    async def register(self, epoch: int) -> None:
+        self.machine.step("leases")
+
+    async def close(self) -> None:
+        self.machine.parts.discard("leases")
+
+
+class StepWorker(WorkerProcess):
+    """A worker without a process."""
+
+    def __init__(self, queue: int) -> None:
+        self.queue, self.cpu, self.child = queue, None, FakeChild()
+
+    def fileno(self) -> int:
+        return -1
+
+
+class StepTeam(FakeTeam):
+    """Two workers that exist from their fork until they are ended."""
+
+    machine: Machine
+
+    def __init__(self, plan: Plan, epoch: int, *_: object) -> None:
+        super().__init__(plan.kernel, epoch)
 
     async def fork(self) -> None:
         for queue, step in enumerate(("fork", "fork of a second worker")):
             self.machine.step(step)
             self.machine.parts.add(f"worker {queue}")
-            self.workers.append(SimpleNamespace(queue=queue, fileno=lambda: -1, child=SimpleNamespace(pid=0)))
+            self.workers.append(StepWorker(queue))
 
     async def ready(self) -> None:
         self.machine.step("ready")
 
-    async def ended(self) -> None:
-        await asyncio.Event().wait()
+    async def end(self, patience_s: float) -> None:
+        await self.kill()
 
-    async def end(self, _patience_s: float) -> None:
+    async def kill(self) -> None:
         for worker in self.workers:
             self.machine.parts.discard(f"worker {worker.queue}")
 
-    kill = end
 
-    def give_up(self) -> None:
-        """Nothing waits."""
+class StepHolder(FakeHolder):
+    """A holder whose every descriptor is a step."""
 
-    async def lost(self) -> None:
-        """Nothing was lent."""
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def hold(self, name: str, fd: int) -> None:
+        what = {"pool": "the pool", "slice": "the area", "worker": "a worker"}[name.split("/")[1]]
+        self._machine.step(f"holding {what}")
+        super().hold(name, fd)
+        self._machine.held = self.held
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self._machine.held = self.held
+
+
+class StepRecords(Records):
+    """Records that must be written before the steps which make something."""
+
+    STEPS = (
+        "record before ADD_DEV",
+        "record after ADD_DEV",
+        "record before the fork",
+        "record after the fork",
+    )
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine.directory)
+        self._machine = machine
+
+    def save(self, record: Record) -> None:
+        machine = self._machine
+        if not record.going and machine.saves < len(self.STEPS):
+            machine.saves += 1
+            machine.step(self.STEPS[machine.saves - 1])
+        super().save(record)
 
 
 def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
-    def hold(name: str, _fd: int) -> None:
-        what = {"pool": "the pool", "slice": "the area", "worker": "a worker"}[name.split("/")[1]]
-        machine.step(f"holding {what}")
-        machine.held.add(name)
-
-    def drop(name: str) -> None:
-        machine.held = {each for each in machine.held if not each.startswith(name)}
-
-    def make(step: str, name: str) -> Callable[..., Part]:
-        def made(*_: object) -> Part:
-            machine.step(step)
-            return Part(machine, name)
-
-        return made
-
-    def save(record: Any) -> None:
-        # Only what stands before a step that makes something has to be on record.
-        steps = (
-            "record before ADD_DEV",
-            "record after ADD_DEV",
-            "record before the fork",
-            "record after the fork",
-        )
-        if not record.going and machine.saves < len(steps):
-            machine.saves += 1
-            machine.step(steps[machine.saves - 1])
-        Records.save(machine.records, record)
-
-    FakeKernel.machine = FakeTeam.machine = machine
-    monkeypatch.setattr(resources, "BlockDevice", FakeKernel)
-    monkeypatch.setattr(resources, "Team", FakeTeam)
-    monkeypatch.setattr(resources, "ClientArea", SimpleNamespace(create=make("client area", "area")))
-    monkeypatch.setattr(resources, "Leases", lambda *_: FakeLeases(machine, "leases"))
-    context = SimpleNamespace(
-        run_dir=Path("/nonexistent"),
-        instance="unit",
-        queue_dir=Path("/nonexistent"),
-        group=None,
-        build="",
-        live_mounts=None,
-        states=FakeStates(),
-        boot_id="this boot",
-        runner=None,
-        broker=SimpleNamespace(endpoint="", child=SimpleNamespace(pid=0)),
-        holder=SimpleNamespace(hold=hold, drop=drop),
-        records=SimpleNamespace(save=save, forget=machine.records.forget),
+    StepKernel.machine = StepTeam.machine = StepArea.machine = StepLeases.machine = machine
+    for name, step in (
+        ("BlockDevice", StepKernel),
+        ("Team", StepTeam),
+        ("ClientArea", StepArea),
+        ("Leases", StepLeases),
+    ):
+        monkeypatch.setattr(resources, name, step)
+    monkeypatch.setattr(DeviceResources, "_make_arena", lambda *_: StepArena(machine))
+    context = fake_context(StepHolder(machine))
+    context.records = StepRecords(machine)
+    config = DeviceConfig(
+        name="vol",
+        size_bytes=SIZE_BYTES,
+        client_buffers_bytes=8 * 4096,
+        backend=BackendConfig(kind="memory"),
     )
-    device = Device(
-        DeviceConfig(
-            name="vol",
-            size_bytes=SIZE_BYTES,
-            client_buffers_bytes=8 * 4096,
-            backend=BackendConfig(kind="memory"),
-        ),
-        cast(DaemonContext, context),
-    )
-    monkeypatch.setattr(device.parts.resources, "_make_arena", make("pool", "pool"))
-    return device
+    return Device(config, context)
 
 
 async def start(device: Device) -> None:
-    """What a backend that attaches brings about, up to its introduction to the workers."""
+    """Start the device as for a backend that attaches, up to its introduction to the workers."""
     async with device.parts.life.turn:
         await device._start(ATTACH, None)
 
 
-def in_loop(test: Callable[[], Any]) -> None:
+def in_loop(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), DEADLINE_S))
 
 
@@ -264,7 +292,7 @@ def test_an_add_that_fails_at_any_step_leaves_nothing(
     in_loop(run)
 
 
-def test_every_step_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_add_passes_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         machine = Machine(tmp_path, "none")
         device = a_device(machine, monkeypatch)

@@ -1,107 +1,116 @@
-"""Taking over what an earlier daemon left, with the broker made up."""
+"""Taking over what an earlier daemon left, with made-up devices and broker."""
 
 import asyncio
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
+from support.fakes.device_parts import FakeBroker, FakeHolder, fake_context
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import takeover
 from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.takeover import TakeOver
 
+RECORD = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
 
-class FakeDevice:
-    """Cannot go on, but can be recovered."""
 
-    def __init__(self, *_: object) -> None:
-        self.recovered = False
+class LeftDevice(Device):
+    """A device that cannot go on, and can be recovered; `steps` is what was done to all of them."""
 
-    def await_takeover(self, _record: Record) -> None:
-        """Nothing is listed."""
+    steps: list[str]
 
     def save(self) -> None:
-        """Nothing is written."""
+        """There is no record."""
 
-    async def go_on(self, *_: object) -> None:
+    async def go_on(self, record: Record, held: Mapping[str, int]) -> None:
+        self.steps.append("go on")
         raise DaemonError("a worker has ended")
 
     def abandon(self) -> None:
-        """Nothing was begun."""
+        self.steps.append("abandon")
 
-    async def recover_left(self, _record: Record, _held: object) -> bool:
-        self.recovered = True
+    async def recover_left(self, record: Record, held: Mapping[str, int]) -> bool:
+        self.steps.append(f"recover {record.config.name}")
         return True
 
 
-async def _gone(_numbers: object) -> None:
-    raise PoolError("the pool broker is gone")
+class DeadBroker(FakeBroker):
+    """A broker that has just died."""
+
+    async def forget(self, device: int | None) -> None:
+        raise PoolError("the pool broker is gone")
+
+
+class NotingHolder(FakeHolder):
+    """Notes the names that are dropped."""
+
+    def __init__(self, steps: list[str]) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def drop(self, name: str) -> None:
+        self._steps.append(f"drop {name}")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    LeftDevice.steps = found
+    monkeypatch.setattr(takeover, "Device", LeftDevice)
+    return found
+
+
+def context(queue_dir: Path, holder: Holder | None = None) -> DaemonContext:
+    made = fake_context(holder)
+    made.queue_dir = queue_dir
+    return made
+
+
+def take_over(made: DaemonContext) -> list[Device]:
+    """Take over the one device on record; every `Device` that stood for it."""
+    shown: list[Device] = []
+
+    async def run() -> None:
+        assert await TakeOver(made, [RECORD], {}, []).device(RECORD, shown.append)
+
+    asyncio.run(run())
+    return shown
 
 
 def test_a_device_is_recovered_although_the_broker_dies_just_then(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str]
 ) -> None:
-    context = SimpleNamespace(
-        broker=SimpleNamespace(forget=_gone),
-        holder=SimpleNamespace(drop=lambda _: None),
-        queue_dir=tmp_path,
-        instance="unit",
-    )
+    made = context(tmp_path)
+    made.broker = DeadBroker()
     monkeypatch.setattr(takeover, "may_go_on", lambda *_: True)
-    monkeypatch.setattr(takeover, "Device", FakeDevice)
-    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
-    found: list[Any] = []
-    assert asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, found.append))
-    assert [each.recovered for each in found] == [False, True]
+    first, second = take_over(made)
+    assert first is not second
+    assert steps == ["go on", "abandon", "recover vol"]
 
 
-def test_what_is_recovered_is_not_reached_through_what_led_to_the_dead(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_sockets_of_dead_processes_are_dropped_before_the_device_is_recovered(
+    tmp_path: Path, steps: list[str]
 ) -> None:
-    steps: list[str] = []
-
-    class Recovered(FakeDevice):
-        async def recover_left(self, record: Record, _held: object) -> bool:
-            steps.append(f"recover {record.config.name}")
-            return True
-
-    context = SimpleNamespace(
-        holder=SimpleNamespace(drop=lambda name: steps.append(f"drop {name}")),
-        queue_dir=tmp_path,
-        instance="unit",
-    )
-    monkeypatch.setattr(takeover, "Device", Recovered)
-    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
-    asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, lambda _: None))
+    take_over(context(tmp_path, NotingHolder(steps)))
     assert steps == ["drop vol", "recover vol"]
 
 
 def test_a_device_is_not_recovered_before_a_process_that_waits_in_the_kernel_has_ended(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
-    steps: list[str] = []
-
-    async def end_left(*_: object) -> None:
+    async def end_left(_records: Sequence[Record], _spare: Collection[Process]) -> None:
         steps.append("end")
         if len(steps) < 4:
             raise DaemonError("backend process 7 has not ended 60 s after SIGKILL")
 
-    class Recovered(FakeDevice):
-        async def recover_left(self, _record: Record, _held: object) -> bool:
-            steps.append("recover")
-            return True
-
-    context = SimpleNamespace(
-        holder=SimpleNamespace(drop=lambda _name: None), queue_dir=tmp_path, instance="unit"
-    )
-    monkeypatch.setattr(takeover, "Device", Recovered)
     monkeypatch.setattr(takeover, "end_left", end_left)
-    asyncio.run(TakeOver(cast(DaemonContext, context), [record], {}, []).device(record, lambda _: None))
-    assert steps == ["end"] * 4 + ["recover"]
+    take_over(context(tmp_path))
+    assert steps == ["end"] * 4 + ["recover vol"]
     assert caplog.text.count("process 7 has not ended") == 1

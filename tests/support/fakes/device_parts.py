@@ -24,6 +24,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -44,6 +45,21 @@ class FakeHolder(Holder):
 
     def drop(self, name: str) -> None:
         self.held = {each for each in self.held if each != name and not each.startswith(f"{name}/")}
+
+
+class FakeChild(Child):
+    """A process that is never signalled and never ends."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+
+
+class FakeBroker(BrokerProcess):
+    """A broker of which nothing runs."""
+
+    def __init__(self) -> None:
+        self.endpoint = "ipc://nowhere"
+        self.child = FakeChild()
 
 
 class FakeSession(Session):
@@ -180,7 +196,7 @@ def fake_context(holder: Holder | None = None) -> DaemonContext:
         "unit",
         None,
         ControlRunner(),
-        BrokerProcess("ipc://nowhere", keeping),
+        FakeBroker(),
         keeping,
         cast(StateDirectory, FakeStates()),
     )
