@@ -99,7 +99,10 @@ def test_the_status_line_names_missing_and_failed_devices(
 
 def test_without_notify_socket_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    opened: list[object] = []
+    monkeypatch.setattr(socket, "socket", lambda *kind: opened.append(kind))
     notify.ready()
+    assert opened == []
 
 
 DEVICE = DeviceStatus(

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,10 +89,10 @@ class FakeService:
             raise DaemonError(f"{name}: no such device")
         self.rebound.append(name)
 
-    def list(self) -> Any:
+    def list(self) -> Sequence[DeviceStatus]:
         return [self._status(name) for name in self.configs]
 
-    def stats(self, name: str | None) -> Any:
+    def stats(self, name: str | None) -> Sequence[DeviceStats]:
         if name is not None and name not in self.configs:
             raise DaemonError(f"{name}: no such device")
         return [_stats(each) for each in self.configs if name in (None, each)]
