@@ -1,4 +1,4 @@
-"""Which store may serve a device, and with which generation."""
+"""The stores that may serve a device, and the generation of each attach."""
 
 import asyncio
 import itertools
@@ -74,7 +74,7 @@ def test_a_store_that_has_seen_a_higher_generation_is_given_one_above(name: Name
     assert name.attach(A, generation_seen=7) == 43
 
 
-def test_what_was_accepted_is_kept_before_the_backend_hears_of_it(name: Name) -> None:
+def test_an_accepted_store_is_durable_before_the_backend_hears_of_it(name: Name) -> None:
     name.states.broken = "state directory /s: cannot write vol0.json: No space left on device"
     with pytest.raises(DaemonError, match="No space left"):
         name.attach(A)
@@ -93,7 +93,7 @@ def test_only_a_device_that_was_never_served_may_have_a_new_store(name: Name) ->
     assert name.binding.may_create()
 
 
-def test_another_store_is_refused_with_both_named_and_the_way_out(name: Name) -> None:
+def test_another_store_is_refused_and_the_refusal_names_both_and_the_way_out(name: Name) -> None:
     name.attach(A)
     for event in (None, name.restart, name.reboot):
         if event is not None:
@@ -134,7 +134,7 @@ def test_a_device_that_ends_with_its_daemon_keeps_its_store(name: Name) -> None:
     name.refusal(B)
 
 
-def test_a_device_that_never_came_to_life_is_bound_to_nothing(name: Name) -> None:
+def test_a_device_that_never_became_live_is_not_bound(name: Name) -> None:
     name.attach(A, live=False)
     name.do("undo")
     assert name.attach(B) == 2
@@ -154,7 +154,7 @@ def test_a_store_that_has_become_shorter_is_refused(name: Name, size_bytes: int)
     name.attach(A, size_bytes=2 * SIZE)
 
 
-def test_memory_is_another_in_the_same_boot_and_allowed_to_be_gone_in_the_next(name: Name) -> None:
+def test_other_memory_is_refused_in_the_same_boot_and_accepted_in_the_next(name: Name) -> None:
     name.attach(MEMORY)
     other = msgspec.structs.replace(MEMORY, in_boot="memory:2")
     assert not name.binding.may_create()
@@ -177,7 +177,7 @@ def test_memory_ends_with_its_device_and_may_be_replaced_on_purpose(name: Name) 
     name.attach(MEMORY)
 
 
-def test_a_disk_without_a_number_of_its_own_is_told_by_the_boot_s(name: Name) -> None:
+def test_a_disk_without_a_serial_number_is_known_by_the_boot_s_identity(name: Name) -> None:
     name.attach(PLUGGED)
     replugged = msgspec.structs.replace(PLUGGED, in_boot="disk:seq:8")
     name.refusal(replugged)
@@ -194,8 +194,8 @@ def test_the_first_identity_of_a_store_that_had_none_is_learnt(name: Name) -> No
     name.refusal(B)
 
 
-def test_after_a_foreign_backend_without_an_identity_another_may_begin(name: Name) -> None:
-    """Nothing is known of its store; an older version's own backends are told by their kind."""
+def test_after_a_foreign_backend_without_an_identity_a_store_may_be_made(name: Name) -> None:
+    """Its store has no identity; an older version's own backends are known by their kind."""
     foreign = wire.Attach(v=1, device="vol0", kind="mycache")
     asyncio.run(name.binding.bind(foreign, SIZE))
     name.binding.served()
@@ -204,7 +204,7 @@ def test_after_a_foreign_backend_without_an_identity_another_may_begin(name: Nam
     assert not name.binding.may_create()
 
 
-def test_what_an_earlier_daemon_served_is_learnt_if_nothing_is_known(name: Name) -> None:
+def test_the_store_that_an_earlier_daemon_served_is_learnt_if_none_is_known(name: Name) -> None:
     served = wire.Attach(v=1, device="vol0", kind="file", identity=A)
     asyncio.run(name.binding.learn(served, SIZE, "file", 9))
     assert not name.binding.may_create()

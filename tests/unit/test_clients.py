@@ -1,4 +1,4 @@
-"""Slices of a client area: whose they are, and when they may be somebody else's."""
+"""Slices of a client area: their clients, and when they may be lent again."""
 
 import asyncio
 import mmap
@@ -46,7 +46,7 @@ def area() -> Iterator[ClientArea]:
 
 
 class Scene:
-    """A device's clients, a kernel that drains when it is told to, and slices that some process may have."""
+    """A device's clients, a kernel that drains on command, and slices that a process may have open."""
 
     def __init__(self, area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: dict[str, int] = {}
@@ -99,7 +99,7 @@ def played(
     asyncio.run(run())
 
 
-def test_each_client_gets_a_slice_of_its_own_until_there_is_none(
+def test_each_client_gets_its_own_slice_until_none_is_left(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
@@ -114,7 +114,7 @@ def test_each_client_gets_a_slice_of_its_own_until_there_is_none(
     played(play, area, monkeypatch)
 
 
-def test_a_slice_rests_until_the_requests_of_its_time_are_answered(
+def test_a_slice_rests_until_the_requests_of_its_lease_are_answered(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
@@ -133,7 +133,7 @@ def test_a_slice_rests_until_the_requests_of_its_time_are_answered(
     played(play, area, monkeypatch)
 
 
-def test_one_that_ends_during_a_drain_waits_for_the_next(
+def test_a_lease_that_ends_during_a_drain_waits_for_the_next_drain(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
@@ -174,7 +174,7 @@ def test_a_drain_that_fails_is_an_error_unless_the_device_has_gone(
     assert ("no such file" in caplog.text) != goes
 
 
-def test_who_still_has_a_slice_keeps_it_and_is_looked_for_when_there_is_no_other(
+def test_a_slice_still_open_elsewhere_rests_and_is_checked_again_when_no_other_is_free(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
@@ -195,7 +195,9 @@ def test_who_still_has_a_slice_keeps_it_and_is_looked_for_when_there_is_no_other
     played(play, area, monkeypatch)
 
 
-def test_a_word_of_a_client_s_ends_its_lease(area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_sends_something_ends_its_lease(
+    area: ClientArea, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def play(scene: Scene) -> None:
         scene.clients.begin(scene.client_context)
         ours, _ = scene.connect()
@@ -211,7 +213,7 @@ def test_the_next_daemon_goes_on_with_the_connections_that_were_held(
 ) -> None:
     async def play(scene: Scene) -> None:
         ours, theirs = socket.socketpair()
-        # Of slice 3 only its process is left, which has not noticed.
+        # Slice 3 has only a process left, whose connection was not held.
         scene.used = {3}
         scene.clients.resume(scene.client_context, {client_name("vol", 5): theirs.fileno()})
         theirs.close()
@@ -237,7 +239,7 @@ def test_a_slice_is_lent_to_one_user_only(area: ClientArea, monkeypatch: pytest.
     played(play, area, monkeypatch)
 
 
-def test_a_user_gets_what_it_had_before_what_is_new(
+def test_a_user_gets_a_slice_that_it_had_before_a_new_one(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play(scene: Scene) -> None:
@@ -253,10 +255,10 @@ def test_a_user_gets_what_it_had_before_what_is_new(
     played(play, area, monkeypatch)
 
 
-def test_a_slice_whose_users_are_not_known_is_lent_to_nobody(
+def test_a_slice_whose_users_are_unknown_is_never_lent(
     area: ClientArea, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An earlier version noted none, and gave its clients open files that the kernel does not count."""
+    """An earlier version noted no user, and gave its clients open files that the kernel does not count."""
     old = msgspec.structs.replace(area.record(), users=())
     found = _find(old, {slice_name("vol", number): fd for number, fd in area.files.items()})
 
@@ -271,8 +273,8 @@ def test_a_slice_whose_users_are_not_known_is_lent_to_nobody(
 
 
 @pytest.mark.parametrize("how", ["held", "mapped", "in flight"])
-def test_a_slice_rests_as_long_as_a_client_has_it_in_whatever_way(area: ClientArea, how: str) -> None:
-    """In flight it is at no process that /proc could show, and can be received again at any time."""
+def test_a_slice_rests_as_long_as_a_client_has_it_in_any_way(area: ClientArea, how: str) -> None:
+    """A descriptor in flight belongs to no process in /proc, and can be received at any time."""
     mine = {0: area.files[0]}
     handed = reopened(area.files[0])
     ours, theirs = socket.socketpair()
@@ -297,7 +299,7 @@ def _find(record: AreaRecord, held: dict[str, int]) -> ClientArea:
     return asyncio.run(ClientArea.find(ControlRunner(), record, "vol", held))
 
 
-def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody_has_is_lost(
+def test_slices_are_found_again_through_the_holder_or_a_client_and_are_lost_otherwise(
     area: ClientArea,
 ) -> None:
     record = area.record()
@@ -310,7 +312,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
     found = _find(record, {slice_name("vol", 1): area.files[1]})
     try:
         assert found.bits == (1 << CLIENT_SLICES) - 1 and found.record().files == record.files
-        # What was found at a process is never lent again.
+        # A slice found through a client is never lent again.
         assert found.users == {n: USER_UNKNOWN for n in range(CLIENT_SLICES) if n != 1}
         assert os.pread(found.files[2], 1, 0) == b"x"
         assert [each.number for each in found.segments()] == [
@@ -326,7 +328,7 @@ def test_an_area_is_found_again_at_the_holder_s_or_at_a_client_s_and_what_nobody
     lost.close()
 
 
-def test_an_area_that_memory_is_short_for_is_named_and_leaves_nothing(
+def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files: list[int] = []
@@ -345,7 +347,7 @@ def test_an_area_that_memory_is_short_for_is_named_and_leaves_nothing(
             os.fstat(fd)
 
 
-def test_the_flag_is_asked_for_where_it_is_offered_and_only_if_it_is_wanted() -> None:
+def test_the_flag_is_asked_for_only_if_it_is_offered_and_wanted() -> None:
     wants = DeviceConfig(name="a", client_buffers_bytes=AREA_BYTES)
     assert wanted_flags(wants, (1 << 64) - 1) & Feature.SHMEM_ZC
     assert not wanted_flags(wants, 0x1FE) & Feature.SHMEM_ZC
@@ -378,7 +380,7 @@ def test_a_client_gets_the_memory_that_the_daemon_has_for_it(tmp_path: Path) -> 
     asyncio.run(play())
 
 
-def test_the_command_hands_a_program_the_buffer_for_as_long_as_it_runs(tmp_path: Path) -> None:
+def test_the_command_lends_a_program_the_buffer_while_it_runs(tmp_path: Path) -> None:
     async def play() -> None:
         door = Door(tmp_path)
         door.buffer_fd = os.memfd_create("slice")
@@ -411,7 +413,7 @@ def test_the_command_hands_a_program_the_buffer_for_as_long_as_it_runs(tmp_path:
     asyncio.run(play())
 
 
-def test_without_shared_memory_a_client_has_its_own(tmp_path: Path) -> None:
+def test_without_shared_memory_a_client_gets_memory_of_its_own(tmp_path: Path) -> None:
     async def play() -> None:
         door = Door(tmp_path)
         with await _leased(door, DEVICE) as buffer:
@@ -422,7 +424,7 @@ def test_without_shared_memory_a_client_has_its_own(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
-def test_a_client_of_no_disk_learns_why(tmp_path: Path) -> None:
+def test_a_client_without_a_disk_is_told_why(tmp_path: Path) -> None:
     async def play() -> None:
         door = Door(tmp_path)
         with pytest.raises(AttachRefused, match="no device 'other'"):
@@ -432,7 +434,7 @@ def test_a_client_of_no_disk_learns_why(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
-def test_an_answer_that_makes_no_sense_is_an_error_and_leaves_nothing(
+def test_a_nonsensical_answer_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def play() -> None:

@@ -1,4 +1,4 @@
-"""Requests for one name in any order and at once: a device that is served and listed, or none at all."""
+"""Requests for one name in any order and at once end with a listed device or with a free name."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ def managed(name: str) -> DeviceConfig:
 
 
 class World:
-    """What the kernel has: one entry for each device that was made and not removed."""
+    """The kernel's devices: one entry for each that was made and not removed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = random.Random(seed)
@@ -50,7 +50,7 @@ class World:
         return self.rng.random() < probability
 
     def check(self) -> None:
-        """Every device in the kernel is one of the list, and the list has none that the kernel lacks."""
+        """The list and the kernel have the same devices, but for failed ones."""
         listed = [each for each in cast(list[FakeDevice], self.table.devices()) if each.state != "failed"]
         assert sorted(map(id, self.kernel)) == sorted(map(id, listed))
 
@@ -67,7 +67,7 @@ class FakeDevice:
         self._world = world
 
     def on_change(self, _call: Callable[[], None]) -> None:
-        """Nothing is told."""
+        """No observer is called."""
 
     def note_failure(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
@@ -122,7 +122,7 @@ def in_loop(test: Callable[[World], Awaitable[None]], seed: int = 0) -> World:
 
 
 def nothing(_text: str) -> None:
-    """Nobody watches."""
+    """No observer."""
 
 
 async def _request(world: World) -> None:
@@ -146,12 +146,12 @@ async def _request(world: World) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 50))
-def test_any_order_of_requests_leaves_devices_that_are_listed_and_nothing_else(first: int) -> None:
+def test_any_order_of_requests_leaves_only_devices_that_are_listed(first: int) -> None:
     async def run(world: World) -> None:
         world.failing, world.hanging, world.in_use = world.rng.choice([(0, 0, 0), (0.3, 0.1, 0.3)])
         requests = [asyncio.ensure_future(_request(world)) for _ in range(12)]
         await asyncio.sleep(0)
-        # What hangs is given up by a del, or at the end.
+        # A hanging add is given up by a del, or at the end.
         await asyncio.wait(requests, timeout=0 if world.hanging else None)
         for _ in range(500):
             await asyncio.sleep(0)
@@ -167,7 +167,7 @@ def test_any_order_of_requests_leaves_devices_that_are_listed_and_nothing_else(f
         in_loop(run, seed)
 
 
-def test_two_that_delete_the_same_device_both_succeed() -> None:
+def test_two_callers_that_delete_the_same_device_both_succeed() -> None:
     async def run(world: World) -> None:
         await world.table.add(managed("vol0"), nothing)
         await asyncio.gather(*(world.table.delete("vol0", force=False) for _ in range(3)))
@@ -190,7 +190,7 @@ def test_a_forced_del_beside_one_that_is_refused_deletes() -> None:
     in_loop(run)
 
 
-def test_a_del_gives_up_an_add_that_hangs_and_its_client_is_told() -> None:
+def test_a_del_gives_up_a_hanging_add_whose_client_is_told() -> None:
     async def run(world: World) -> None:
         world.hanging = 1.0
         adding = asyncio.ensure_future(world.table.add(managed("vol0"), nothing))
@@ -241,7 +241,7 @@ def test_the_name_is_held_while_its_device_is_removed() -> None:
     in_loop(run)
 
 
-def test_a_failed_device_is_back_with_its_reason_if_it_cannot_be_made_again() -> None:
+def test_a_failed_device_is_listed_with_its_reason_if_it_cannot_be_made_again() -> None:
     async def run(world: World) -> None:
         await world.table.add(managed("vol0"), nothing)
         world.kernel.clear()
@@ -275,7 +275,7 @@ def test_a_configured_device_that_cannot_start_is_listed_with_its_reason_and_can
     in_loop(run)
 
 
-def test_what_hangs_holds_up_neither_its_neighbours_nor_the_end() -> None:
+def test_a_hanging_device_delays_neither_the_others_nor_the_end() -> None:
     async def run(world: World) -> None:
         world.hanging = 1.0
         world.table.add_configured(managed("vol0"), nothing)
@@ -295,7 +295,7 @@ def test_what_hangs_holds_up_neither_its_neighbours_nor_the_end() -> None:
     in_loop(run)
 
 
-def test_a_device_that_cannot_be_removed_at_the_end_keeps_no_other_and_is_reported(
+def test_a_device_that_cannot_be_removed_at_the_end_delays_no_other_and_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device_table, "DELETE_DEADLINE_S", 0.01)
@@ -314,7 +314,7 @@ def test_a_device_that_cannot_be_removed_at_the_end_keeps_no_other_and_is_report
     in_loop(run)
 
 
-def test_a_device_is_awaited_though_its_takeover_begins_again_with_another_object() -> None:
+def test_a_wait_for_a_device_survives_its_replacement_by_a_takeover() -> None:
     async def run(world: World) -> None:
         second = FakeDevice(managed("vol0"), world)
 
@@ -333,7 +333,7 @@ def test_a_device_is_awaited_though_its_takeover_begins_again_with_another_objec
     in_loop(run)
 
 
-def test_what_cannot_be_taken_over_is_listed_with_its_reason() -> None:
+def test_a_device_that_cannot_be_taken_over_is_listed_with_its_reason() -> None:
     async def run(world: World) -> None:
         async def work(_show: Show) -> bool:
             raise DaemonError("vol0: GET_DEV_INFO has hung")

@@ -1,4 +1,4 @@
-"""Which backend can serve a device: the first one makes the disk, and the others must keep what was promised."""
+"""The backends that can serve a device: the first defines the disk, and later ones must keep its promises."""
 
 import msgspec
 import pytest
@@ -65,6 +65,6 @@ def test_a_successor_must_keep_what_the_kernel_was_promised(attach: Attach, reas
         check_fits(POOL, disk, attach)
 
 
-def test_a_successor_that_promises_more_is_welcome() -> None:
+def test_a_successor_that_promises_more_is_taken() -> None:
     cached = disk_of(POOL, backend(volatile_cache=True, logical_block_bytes=4096))
     check_fits(POOL, cached, PLAIN)

@@ -1,4 +1,4 @@
-"""While the machine goes down: which devices fail what waits, and what is unmounted at the end."""
+"""While the machine goes down: the devices that fail waiting requests, and the unmounting at the end."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_device_without_a_backend_is_given_up_after_its_patience(clock: Clock) -> None:
+def test_a_device_without_a_backend_is_given_up_after_the_wait(clock: Clock) -> None:
     absent, served = FakeDevice("a", True, clock=clock), FakeDevice("b", False, clock=clock)
     watch = GoingDown(lambda: [absent, served], clock)
     watch.look()
@@ -66,7 +66,7 @@ def test_a_backend_that_is_started_again_in_time_goes_on(clock: Clock) -> None:
     assert len(device.given_up) == 1
 
 
-def test_workers_that_were_made_since_are_told_as_well(
+def test_workers_that_were_forked_since_are_told_as_well(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = FakeDevice("a", True, clock=clock)
@@ -79,7 +79,7 @@ def test_workers_that_were_made_since_are_told_as_well(
     assert len(caplog.records) <= 1
 
 
-def test_a_device_that_comes_later_has_its_own_patience(clock: Clock) -> None:
+def test_a_device_that_is_added_later_gets_the_whole_wait(clock: Clock) -> None:
     devices = [FakeDevice("a", True, clock=clock)]
     watch = GoingDown(lambda: devices, clock)
     watch.look()
@@ -101,7 +101,7 @@ MOUNTINFO = """
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What was run; umount of a path in `busy` fails."""
+    """The commands that were run; umount of a path in `busy` fails."""
     block = tmp_path / "block"
     block.mkdir()
     for number, name in {"259:0": "ublkb0", "259:1": "ublkb0/ublkb0p1", "259:9": "ublkb7"}.items():

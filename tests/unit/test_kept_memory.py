@@ -1,4 +1,4 @@
-"""Ending what keeps a deleted device's memory: the supervisor's loop goes on meanwhile."""
+"""Ending the keeper of a deleted device's memory, while the supervisor's loop goes on."""
 
 import asyncio
 import socket
@@ -34,7 +34,7 @@ def mute(path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def test_no_keeper_is_nothing_to_wait_for(path: Path) -> None:
+def test_without_a_keeper_the_call_returns_at_once(path: Path) -> None:
     run(drop_kept(path))
     path.touch()
     run(drop_kept(path))

@@ -1,4 +1,4 @@
-"""Whose memory a pool is over the lives of its backends, and when the next one gets other memory."""
+"""A pool over the lives of its backends: when the next backend gets other memory."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ USER = 1000
 
 
 class Scene:
-    """A device's pool, its workers and what the holder has."""
+    """A device's pool, its workers and the holder's descriptors."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
@@ -69,7 +69,7 @@ def scene() -> Iterator[Scene]:
     assert list_orphans(INSTANCE) == [] and made.held == {}
 
 
-def test_a_backend_after_which_nobody_has_the_memory_leaves_it_to_the_next(scene: Scene) -> None:
+def test_memory_that_no_other_process_has_goes_to_the_next_backend(scene: Scene) -> None:
     scene.pool.begin(scene.arena)
     first = scene.inode
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_a_backend_after_which_nobody_has_the_memory_leaves_it_to_the_next(scene
 
 
 @pytest.mark.parametrize("how", ["stranger", "user"])
-def test_memory_that_may_be_a_strangers_is_replaced(
+def test_memory_that_another_process_may_have_is_replaced(
     scene: Scene, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.pool.begin(scene.arena)
@@ -86,21 +86,21 @@ def test_memory_that_may_be_a_strangers_is_replaced(
     kept = reopened(scene.arena.data_fd) if how == "stranger" else None
     second = scene.prepare(USER + (how == "user"))
     assert second != first and scene.changes == 1 and "gets other memory" in caplog.text
-    # Whoever has the old memory has nothing of this one.
+    # A process with the old memory has no access to the new.
     assert scene.prepare(USER + (how == "user")) == second
     if kept is not None:
         os.close(kept)
 
 
-def test_of_an_earlier_daemons_memory_only_what_an_attached_backend_has_is_known(scene: Scene) -> None:
+def test_an_earlier_daemons_memory_is_kept_only_if_an_attached_backend_has_it(scene: Scene) -> None:
     scene.pool.resume(scene.arena)
     scene.pool.had_by(USER)
     first = scene.inode
     assert scene.prepare() == first
 
 
-def test_an_earlier_daemons_memory_that_nobody_has_is_replaced(scene: Scene) -> None:
-    """It may have died between telling some of its workers of other memory and telling the rest."""
+def test_an_earlier_daemons_memory_without_a_backend_is_replaced(scene: Scene) -> None:
+    """The earlier daemon may have died when only some of its workers had been told of other memory."""
     scene.pool.resume(scene.arena)
     first = scene.inode
     assert scene.prepare() != first and scene.changes == 1
@@ -116,20 +116,20 @@ def test_memory_that_an_earlier_version_made_is_replaced_at_the_next_backend() -
     scene.pool.had_by(USER)
     first = scene.inode
     assert scene.prepare() != first and scene.pool.arena is not None and scene.pool.arena.is_sealed
-    # The old memory is nobody's now, so its name must not keep it.
+    # No process has the old memory now, so its name must not keep it.
     with pytest.raises(posix_ipc.ExistentialError):
         posix_ipc.SharedMemory(f"{PREFIX}-data")
     scene.pool.remove()
     assert list_orphans(INSTANCE) == []
 
 
-def test_as_long_as_a_worker_has_not_changed_nobody_is_handed_anything(scene: Scene) -> None:
+def test_until_every_worker_has_changed_no_backend_is_handed_memory(scene: Scene) -> None:
     scene.pool.begin(scene.arena)
     first = scene.prepare()
     scene.refuses = True
     with pytest.raises(AttachRefused):
         scene.prepare(USER + 1)
-    # Also not the user who had the old memory: some workers have the new.
+    # Not even the old memory's user: some workers have the new.
     for user in (USER, USER + 1):
         with pytest.raises(AttachRefused):
             scene.prepare(user)
@@ -137,7 +137,7 @@ def test_as_long_as_a_worker_has_not_changed_nobody_is_handed_anything(scene: Sc
     assert scene.prepare() != first and scene.changes == 4
 
 
-def test_workers_of_an_earlier_version_are_not_asked_for_what_they_do_not_know(
+def test_workers_of_an_earlier_version_are_not_asked_to_change_the_pool(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.pool.resume(scene.arena)
@@ -146,7 +146,7 @@ def test_workers_of_an_earlier_version_are_not_asked_for_what_they_do_not_know(
     assert scene.prepare() == first and scene.changes == 0 and "of an earlier version" in caplog.text
 
 
-def test_without_memory_for_it_the_next_backend_is_refused_and_the_pool_stays(
+def test_without_memory_for_a_new_pool_the_next_backend_is_refused_and_the_pool_stays(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene.pool.begin(scene.arena)
@@ -163,7 +163,7 @@ def test_without_memory_for_it_the_next_backend_is_refused_and_the_pool_stays(
     assert scene.prepare(USER + 1) != first
 
 
-def test_a_pool_that_was_never_handed_out_needs_no_look(
+def test_a_pool_that_was_never_handed_out_is_not_checked(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "is_open_elsewhere", lambda _: pytest.fail("nobody has it"))

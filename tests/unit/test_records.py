@@ -1,4 +1,4 @@
-"""Records: what a killed daemon leaves, and which processes of it are still the same."""
+"""Records that a killed daemon leaves, and the processes on them that are still the same."""
 
 import asyncio
 import errno
@@ -136,7 +136,7 @@ def test_another_process_with_the_same_number_is_left_alone() -> None:
         assert stranger.poll() is None
 
 
-def test_a_process_that_is_gone_is_no_problem() -> None:
+def test_a_process_that_is_gone_counts_as_ended() -> None:
     with process("print(1)") as gone:
         gone.wait()
         asyncio.run(end_left([record(Process("worker", gone.pid, 1))]))

@@ -1,4 +1,4 @@
-"""The state directory: what is on the disk when, whatever fails or dies in between."""
+"""The state directory: its files are whole and durable, whichever step fails or process dies."""
 
 import asyncio
 import errno
@@ -39,7 +39,7 @@ def test_a_state_is_read_back_by_the_next_daemon(tmp_path: Path) -> None:
     assert opened(tmp_path).get("other") == DeviceState(name="other")
 
 
-def test_a_process_of_its_own_writes(tmp_path: Path) -> None:
+def test_a_separate_process_writes(tmp_path: Path) -> None:
     async def run() -> None:
         states = StateDirectory(tmp_path, ControlRunner())
         await states.save(FIRST)
@@ -200,7 +200,7 @@ def test_the_next_directory_is_taken_only_if_the_first_cannot_be_made(
     assert asyncio.run(directory()) == second
 
 
-def test_a_directory_that_cannot_be_made_is_one_clear_line(
+def test_a_directory_that_cannot_be_made_is_reported_in_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *_: Any, **__: Any) -> None:

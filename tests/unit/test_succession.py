@@ -1,4 +1,4 @@
-"""What a supervisor writes down for the next one, and when that is enough to go on with."""
+"""A supervisor's record for the next one, and when the next one can go on by it."""
 
 import errno
 import os
@@ -62,7 +62,9 @@ def test_a_served_device_whose_workers_live_and_can_be_reached_goes_on() -> None
     ],
     ids=["not served", "nobody", "one queue out of reach", "nothing held"],
 )
-def test_anything_less_is_recovered(changes: dict[str, object], held: dict[str, int]) -> None:
+def test_a_device_that_lacks_one_of_these_is_recovered(
+    changes: dict[str, object], held: dict[str, int]
+) -> None:
     assert not may_go_on(record(**changes), held)
 
 
@@ -92,13 +94,13 @@ def test_a_device_that_changes_is_not_written_down_as_served(state: str, going: 
     assert msgspec.json.decode(msgspec.json.encode(found), type=Record) == found
 
 
-def test_no_two_held_names_meet() -> None:
+def test_all_held_names_differ() -> None:
     numbered = (worker_name, slice_name, client_name)
     names = [*session_names("a"), *(name("a", number) for name in numbered for number in range(3))]
     assert len(set(names)) == len(names)
 
 
-def test_a_backend_that_cannot_be_gone_on_with_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_be_adopted_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_pidfd(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -122,10 +124,10 @@ def _open() -> set[str]:
     return {each.name for each in Path("/proc/self/fd").iterdir()}
 
 
-def test_a_record_of_an_earlier_version_says_nothing_of_who_had_a_slice() -> None:
+def test_a_record_of_an_earlier_version_names_no_slice_s_user() -> None:
     packed = msgspec.json.encode({"slice_bytes": 4096, "files": [[1, 2], None]})
     assert msgspec.json.decode(packed, type=AreaRecord) == AreaRecord(4096, ((1, 2), None), users=())
 
 
-def test_the_pools_name_at_the_holder_goes_with_its_device() -> None:
+def test_the_pool_s_descriptor_is_dropped_with_its_device() -> None:
     assert pool_name("a").startswith("a/") and pool_name("a") not in session_names("a")

@@ -1,4 +1,4 @@
-"""The daemon from its start to its end, without a driver: what it says, what it leaves, what holds it up."""
+"""The daemon from its start to its end, without a driver: its messages, its leftovers, its delays."""
 
 import asyncio
 import socket
@@ -38,7 +38,7 @@ class Systemd:
         self._sock = sock
 
     def told(self) -> list[str]:
-        """What it was told since the last time."""
+        """The messages since the last call."""
         said = []
         with suppress(BlockingIOError):
             while True:
@@ -106,9 +106,7 @@ def device(name: str, kind: str | None = None) -> DeviceConfig:
     return DeviceConfig(name=name, size_bytes=SIZE_BYTES, backend=backend)
 
 
-def test_it_is_ready_though_a_device_is_not_there_and_leaves_nothing(
-    tmp_path: Path, systemd: Systemd
-) -> None:
+def test_the_daemon_is_ready_though_devices_wait_and_leaves_nothing(tmp_path: Path, systemd: Systemd) -> None:
     hangs = tmp_path / "hangs.py"
     hangs.write_text("import time\n\n\ndef open() -> None:\n    time.sleep(3600)\n")
     config = ServeConfig(run_dir=tmp_path / "run", devices=(device("stuck", str(hangs)), device("alone")))
@@ -150,7 +148,7 @@ def left(run_dir: Path, name: str, **about: Any) -> Record:
     return record
 
 
-def test_a_device_that_waited_is_there_again_and_a_broken_record_harms_nobody(
+def test_a_waiting_device_is_listed_again_and_a_broken_record_harms_no_other(
     tmp_path: Path, systemd: Systemd
 ) -> None:
     left(tmp_path / "run", "alone")
@@ -164,7 +162,7 @@ def test_a_device_that_waited_is_there_again_and_a_broken_record_harms_nobody(
     assert not (tmp_path / "run" / "devices").exists()
 
 
-def test_a_takeover_that_hangs_holds_up_neither_ready_nor_the_end(
+def test_a_takeover_that_hangs_delays_neither_ready_nor_the_end(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "TAKEOVER_PATIENCE_S", 0.01)
@@ -204,7 +202,7 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
         asyncio.run(supervisor._serve(ServeConfig(run_dir=tmp_path / "run"), None))
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
-    # What the end of the process does.
+    # As the end of the process would.
     assert holders[0]._channel is not None
     holders[0]._channel.close()
 
@@ -217,7 +215,7 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
     asyncio.run(end())
 
 
-def test_a_device_of_the_config_that_is_deleted_during_a_takeover_stays_away_and_one_that_was_lost_comes_back(
+def test_a_configured_device_deleted_during_a_takeover_stays_deleted_and_a_lost_one_is_added_anew(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "TAKEOVER_PATIENCE_S", 0.01)

@@ -1,4 +1,4 @@
-"""What is said of a team of workers, which end for one another's sake."""
+"""A team of workers: the one that died, and whether the team is whole."""
 
 import asyncio
 import ctypes
@@ -28,19 +28,19 @@ def _worker(queue: int, status: int) -> WorkerProcess:
 
 
 async def _first_ended(killed: int) -> int:
-    """Whose end is told, when all end at once and one of them was killed."""
+    """The queue whose end is reported, when all workers end at once and one of them was killed."""
     team = Team(cast(Plan, None), 1, lambda *_: None)
     team.workers = [_worker(queue, KILLED if queue == killed else 0) for queue in range(QUEUES)]
     return (await team.ended()).queue
 
 
-def test_a_device_dies_of_the_worker_that_was_killed_and_not_of_those_that_were_left_nothing() -> None:
+def test_the_worker_that_was_killed_is_named_and_not_its_siblings() -> None:
     for killed in range(QUEUES):
         assert asyncio.run(_first_ended(killed)) == killed
 
 
 def _whole_team(ended: int | None, gone: int | None) -> Team:
-    """Two workers, of whose queues one may have ended, and one may have lost a tag."""
+    """Two workers, of which one may have ended, and one may have lost a tag."""
 
     def block(queue: int) -> bytes:
         statistics = _native.ffi.new("struct uq_stats *", {"tags_gone": int(queue == gone)})
@@ -73,7 +73,7 @@ def zombie() -> Iterator[int]:
     os.waitpid(pid, 0)
 
 
-def test_whoever_asks_is_told_of_a_death_before_it_is_reaped(zombie: int) -> None:
+def test_a_zombie_counts_as_dead(zombie: int) -> None:
     assert Child.has_ended(cast(Child, SimpleNamespace(pid=zombie)))
     assert not Child.has_ended(cast(Child, SimpleNamespace(pid=os.getpid())))
 
@@ -84,7 +84,7 @@ PTRACE_O_TRACEEXIT, PTRACE_EVENT_EXIT = 0x40, 6
 
 @pytest.fixture
 def dying() -> Iterator[int]:
-    """A process that was told to KILL, held in the middle of its death."""
+    """A process that was sent SIGKILL, stopped in the middle of its exit."""
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace
     ptrace.argtypes = [ctypes.c_long] * 4
     pid = os.fork()
@@ -100,5 +100,5 @@ def dying() -> Iterator[int]:
     os.waitpid(pid, 0)
 
 
-def test_who_is_told_to_die_counts_as_dead_before_he_is(dying: int) -> None:
+def test_a_process_that_was_sent_sigkill_counts_as_dead_before_its_end(dying: int) -> None:
     assert Child.has_ended(cast(Child, SimpleNamespace(pid=dying)))
