@@ -67,7 +67,7 @@ class BackendProcess(SupervisedProcess):
             lambda: fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
         )
         try:
-            child = Child(fork(), self.title)
+            child = Child(fork())
         except BaseException:
             os.close(reader)
             raise

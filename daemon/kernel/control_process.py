@@ -203,7 +203,7 @@ def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence
         lambda: fork_child(lambda: _execute(command, writer, parent), [writer, *keep_fds], title)
     )
     try:
-        return _Started(Child(fork(), what), reader)
+        return _Started(Child(fork()), reader)
     except OSError as error:
         os.close(reader)
         raise CannotStart(what, error) from error

@@ -120,7 +120,7 @@ class BrokerProcess(SupervisedProcess):
             lambda: fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
         )
         try:
-            child = Child(fork(), self.title)
+            child = Child(fork())
         except OSError:
             ours.close()
             raise

@@ -18,10 +18,9 @@ EXIT_UNKNOWN = 255
 class Child:
     """A process that this daemon or an earlier one started, until its end."""
 
-    def __init__(self, pid: int, title: str) -> None:
+    def __init__(self, pid: int) -> None:
         """Raises `ProcessLookupError` if an earlier daemon's process has ended."""
         self.pid = pid
-        self.title = title
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(pid)

@@ -112,7 +112,7 @@ class Holder(SupervisedProcess):
             fork = with_room_for_one(
                 lambda: fork_child(lambda: _serve(listener), [listener.fileno()], "ublkpool-hold")
             )
-            child = Child(fork(), self.title)
+            child = Child(fork())
         self._channel = _connect(self._path)
         if self._channel is None:
             child.send(signal.SIGKILL)

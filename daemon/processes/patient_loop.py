@@ -28,7 +28,6 @@ class ServingClock:
         self._read_s = system()
         self._missed_s = 0.0
         self._quiet_until_s = self._read_s
-        self.pauses = 0
 
     def read(self, waited_s: float = 0.0) -> float:
         """The time now.  Since the last read the process meant to wait for `waited_s` at most."""
@@ -37,7 +36,6 @@ class ServingClock:
         if gap_s - waited_s > PAUSE_S:
             self._missed_s += gap_s
             self._quiet_until_s = now_s + QUIET_S
-            self.pauses += 1
         elif before_s < self._quiet_until_s:
             self._missed_s += min(gap_s, self._quiet_until_s - before_s)
         self._read_s = now_s

@@ -22,8 +22,6 @@ class Questions(Generic[A]):
         # Random, because an earlier daemon's questions on the same connection may still be answered.
         self._numbers = itertools.count(1 + secrets.randbits(FIRST_BITS))
         self._open: dict[int, tuple[type[Any], asyncio.Future[A]]] = {}
-        self.late_count = 0
-        """Unsolicited answers: those that came after their deadline."""
 
     def ask(self, kind: type[Any] = object) -> tuple[int, "asyncio.Future[A]"]:
         """The number of a new question, and its answer, which is of type `kind`."""
@@ -41,8 +39,6 @@ class Questions(Generic[A]):
         _, waiting = self._open.pop(number or self._oldest(message), (None, None))
         if waiting is not None and not waiting.done():
             waiting.set_result(message)
-        else:
-            self.late_count += 1
 
     def _oldest(self, message: A) -> int:
         return next((number for number, (kind, _) in self._open.items() if isinstance(message, kind)), 0)

@@ -37,7 +37,7 @@ class SupervisedProcess(ABC):
 
     def _adopt(self, pid: int) -> None:
         """Go on with an earlier daemon's process.  Raises `ProcessLookupError` if it has ended."""
-        self.child = Child(pid, self.title)
+        self.child = Child(pid)
         self.is_started = True
         self._pauses.started()
 

@@ -38,7 +38,7 @@ class WorkerProcess:
         """Takes over `sock`.  Raises `ProcessLookupError` if an earlier daemon's worker has ended."""
         self.queue = queue
         self.cpu = cpu
-        self.child = Child(pid, f"worker of queue {queue}")
+        self.child = Child(pid)
         self.fault = ""
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()

@@ -26,7 +26,7 @@ def test_observed_time_counts() -> None:
     for _ in range(100):
         system.now_s += 0.5
         clock.read()
-    assert clock.read() - begun_s == pytest.approx(50) and clock.pauses == 0
+    assert clock.read() - begun_s == pytest.approx(50)
 
 
 def test_a_long_intended_wait_is_no_pause() -> None:
@@ -34,7 +34,7 @@ def test_a_long_intended_wait_is_no_pause() -> None:
     clock = ServingClock(system)
     begun_s = clock.read()
     system.now_s += 60
-    assert clock.read(waited_s=60) - begun_s == pytest.approx(60) and clock.pauses == 0
+    assert clock.read(waited_s=60) - begun_s == pytest.approx(60)
 
 
 @pytest.mark.parametrize("pause_s", [PAUSE_S + 0.1, 15, 86400])
@@ -46,7 +46,7 @@ def test_a_pause_does_not_count_and_other_processes_get_time_to_run_again(
     clock = ServingClock(system)
     begun_s = clock.read()
     system.now_s += pause_s + waited_s
-    assert clock.read(waited_s) == begun_s and clock.pauses == 1
+    assert clock.read(waited_s) == begun_s
     system.now_s += QUIET_S / 2
     assert clock.read() == begun_s
     system.now_s += QUIET_S

@@ -35,7 +35,7 @@ def test_an_answer_that_comes_late_is_dropped() -> None:
         assert not answer.done()
         questions.answer(second, "to the second")
         questions.answer(second, "again")
-        assert answer.result() == "to the second" and questions.late_count == 1
+        assert answer.result() == "to the second"
 
     in_loop(run)
 

@@ -28,7 +28,7 @@ class Sleeper(SupervisedProcess):
         if self.failures:
             self.failures -= 1
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.child = Child(fork_child(_sleep, [], "ublkpool-test"), self.title)
+        self.child = Child(fork_child(_sleep, [], "ublkpool-test"))
 
     async def _clear_away(self, pause_s: float) -> None:
         self.ends.append(self.child.exit_status)
