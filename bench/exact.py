@@ -14,7 +14,7 @@ PREFACE = (
     "An exact guest: one CPU on which each instruction takes 1 ns, those of fio and the kernel included. So "
     "1e9/IOPS is the instructions of the whole machine for each request, and a ratio of IOPS is one of "
     "instructions: at 0.5 they are twice as many. No cache, no wake-up across CPUs and no waiting for memory "
-    "counts, and nobody gains by working while another does."
+    "counts, and work of two processes at the same time gains nothing."
 )
 
 
@@ -76,7 +76,7 @@ def _work(result: Result, party: Party, cell: Cell) -> tuple[str, str]:
 
 
 def idle_note(result: Result) -> str:
-    """The contestants during whose runs the CPU was idle at times; empty if there are none."""
+    """A sentence that names the contestants during whose runs the CPU was idle at times, or says that none were."""
     waited = [
         f"{party.name}, {cell.name} ({busy:.0%} busy)"
         for party in result.parties

@@ -41,7 +41,7 @@ class Party(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: str
-    """What it is, whatever the transport."""
+    """The name without the transport."""
     family: str
     transport: Transport = ""
     how: str = ""

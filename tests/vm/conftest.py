@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from support.vm.daemon import Daemon, eventually_nothing
-from support.vm.health import KernelLog, expect_nobody_stuck
+from support.vm.health import KernelLog, expect_no_stuck_task
 from ublkpool.daemon.errors import DaemonError
 
 _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()
@@ -62,7 +62,7 @@ def healthy_machine() -> Iterator[None]:
     yield
     try:
         assert log.complaints() == []
-        expect_nobody_stuck()
+        expect_no_stuck_task()
     finally:
         log.close()
 

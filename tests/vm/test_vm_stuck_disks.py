@@ -28,7 +28,7 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
-def expect_everybody_else_served(daemon: Daemon) -> None:
+def expect_other_devices_served(daemon: Daemon) -> None:
     """Check that `list` answers, and that another device is added, recovered from its worker's death, and deleted."""
     status = daemon.add("other", "null", {"size": DISK_BYTES})
     os.kill(status.workers[0].pid, signal.SIGKILL)
@@ -63,10 +63,10 @@ def test_a_backend_that_dies_in_the_partition_scan_is_replaced_and_blocks_no_oth
     daemon.add("slow", size_bytes=DISK_BYTES)
     first = gate.backend(daemon, "slow")
     eventually(gate.asked.exists, "the kernel reads the partition table")
-    expect_everybody_else_served(daemon)
+    expect_other_devices_served(daemon)
     assert daemon.status("slow").state == "waiting"
     first.end(signal.SIGKILL)
-    expect_everybody_else_served(daemon)
+    expect_other_devices_served(daemon)
     gate.gate.touch()
     second = gate.backend(daemon, "slow")
     status = daemon.wait_live("slow")
@@ -119,7 +119,7 @@ def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and
     with rereading(daemon, path) as reader:
         with pytest.raises(DaemonError, match=rf"process {reader.pid} \(blockdev\) has it open.*--force"):
             daemon.client.delete(["stuck"])
-        expect_everybody_else_served(daemon)
+        expect_other_devices_served(daemon)
         gate.backend(daemon, "stuck")
         assert reader.wait(DEADLINE_S) == 0, "the successor answered it"
     eventually(lambda: daemon.status("stuck").backend.attached, "the successor is attached")
@@ -156,10 +156,10 @@ def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_st
             run("dmsetup", "suspend", "--noudevsync", "--nolockfs", "--noflush", SUSPENDED)
             with Forked(lambda: write_block(path, 0, bytes(4096))) as writer:
                 eventually(lambda: upper.stats("above").queues[0].in_flight, "the write waits")
-                expect_everybody_else_served(upper)
+                expect_other_devices_served(upper)
                 with pytest.raises(DaemonError, match=f"process {writer.pid} "):
                     upper.client.delete(["above"])
-                expect_everybody_else_served(upper)
+                expect_other_devices_served(upper)
                 # Not with `del`, because the end of the daemon, which deletes it too, comes next.
                 assert upper.stop() == 0
                 run("dmsetup", "resume", "--noudevsync", SUSPENDED)

@@ -51,7 +51,7 @@ def uninterruptible() -> set[str]:
     return found
 
 
-def expect_nobody_stuck() -> None:
+def expect_no_stuck_task() -> None:
     """Wait until every task that is in D state now has left it.  Raises `AssertionError` naming the rest."""
     stuck = uninterruptible()
 
