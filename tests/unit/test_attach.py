@@ -72,7 +72,7 @@ def test_root_the_daemons_user_and_the_group_may_attach(peer: Peer, group: int |
         check_may_attach(peer, group)
 
 
-def test_a_stranger_with_a_connection_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_may_not_attach_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(door: Door) -> None:
         monkeypatch.setattr(attach, "peer_of", lambda _: STRANGER)
         with door.connect() as connection:
@@ -95,7 +95,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
-def test_nonsense_is_refused_in_one_line_and_its_descriptors_are_closed(
+def test_a_malformed_attach_is_refused_in_one_line_and_its_descriptors_are_closed(
     tmp_path: Path, name: str, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scene(door: Door) -> None:
@@ -110,7 +110,7 @@ def test_nonsense_is_refused_in_one_line_and_its_descriptors_are_closed(
     at_the_door(tmp_path, scene)
 
 
-def test_descriptors_that_nobody_asked_for_are_closed(tmp_path: Path) -> None:
+def test_unsolicited_descriptors_are_closed(tmp_path: Path) -> None:
     async def scene(door: Door) -> None:
         file = os.memfd_create("passed")
         described = await door.say(wire.Describe(v=1, device=DEVICE), file)
@@ -140,7 +140,7 @@ def test_a_device_is_told_why_a_backend_for_it_was_refused(tmp_path: Path) -> No
     at_the_door(tmp_path, scene)
 
 
-def test_who_says_nothing_is_sent_away_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_is_refused_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(door: Door) -> None:
         monkeypatch.setattr(attach, "ATTACH_DEADLINE_S", 0.01)
         with door.connect() as silent:
@@ -230,7 +230,7 @@ def test_a_flood_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
-def test_a_strangers_words_stay_on_one_line() -> None:
+def test_a_peers_text_stays_on_one_line_of_the_log() -> None:
     assert plain("a\nb\x1b[2Jc") == "a?b?[2Jc"
     assert plain("x" * REASON_LENGTH_MAX) == "x" * REASON_LENGTH_MAX
     assert len(plain("x" * (REASON_LENGTH_MAX + 1))) == REASON_LENGTH_MAX
@@ -324,7 +324,7 @@ async def _gone(made: Session) -> None:
     await asyncio.wait_for(made.gone(), DEADLINE_S)
 
 
-def test_a_backend_that_closes_its_connection_and_lives_on_is_killed_before_anybody_is_admitted(
+def test_a_backend_that_closes_its_connection_and_lives_on_is_killed_before_a_successor_is_admitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(session, "LEAVE_PATIENCE_S", 0.01)
@@ -365,7 +365,7 @@ def test_a_backend_that_closes_its_connection_and_ends_is_left_alone(
     assert not caplog.records
 
 
-def test_a_process_that_was_handed_nothing_may_close_its_connection_and_live(tmp_path: Path) -> None:
+def test_a_process_without_memory_may_close_its_connection_and_live_on(tmp_path: Path) -> None:
     def hasty(connection: socket.socket) -> int:
         connection.close()
         signal.pause()
@@ -380,7 +380,7 @@ def test_a_process_that_was_handed_nothing_may_close_its_connection_and_live(tmp
     with_session(tmp_path, hasty, scene)
 
 
-def test_a_backend_whose_child_has_its_connection_is_gone_with_its_own_process(
+def test_a_backend_whose_child_has_its_connection_is_gone_when_its_own_process_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scene(made: Session, host: Host) -> None:
@@ -391,7 +391,7 @@ def test_a_backend_whose_child_has_its_connection_is_gone_with_its_own_process(
     with_session(tmp_path, daemonising, scene)
 
 
-def test_a_process_that_is_dead_before_it_is_admitted_is_handed_nothing(tmp_path: Path) -> None:
+def test_a_process_that_is_dead_before_it_is_admitted_gets_no_memory(tmp_path: Path) -> None:
     """Another may have its connection, and would be handed the memory in its place."""
 
     def leaves_a_child(connection: socket.socket) -> int:
@@ -431,7 +431,7 @@ def test_a_process_that_was_reaped_is_known_to_be_dead_and_one_without_a_pidfd_i
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOPROTOOPT])
-def test_a_backend_of_which_no_pidfd_can_be_had_is_refused_with_the_reason(
+def test_a_backend_whose_pidfd_cannot_be_opened_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def none_left(_sock: socket.socket) -> int:
@@ -457,7 +457,7 @@ def test_a_backend_of_which_no_pidfd_can_be_had_is_refused_with_the_reason(
         (errno.ENOPROTOOPT, OSError),
     ],
 )
-def test_only_what_the_kernel_says_of_a_reaped_process_is_taken_for_its_death(
+def test_only_the_kernels_errno_for_a_reaped_process_counts_as_its_death(
     code: int, expected: type[OSError]
 ) -> None:
     class Refusing:
@@ -478,7 +478,7 @@ def test_a_backend_that_hung_up_on_a_queue_and_stays_is_killed(tmp_path: Path) -
     with_session(tmp_path, staying, scene)
 
 
-def test_a_backend_that_talks_where_it_has_nothing_to_say_is_cut_off(tmp_path: Path) -> None:
+def test_a_backend_that_sends_packets_after_its_attach_is_cut_off(tmp_path: Path) -> None:
     async def scene(made: Session, host: Host) -> None:
         made.entrust(MEMORY, [])
         await _gone(made)
@@ -487,7 +487,7 @@ def test_a_backend_that_talks_where_it_has_nothing_to_say_is_cut_off(tmp_path: P
     with_session(tmp_path, talking, scene)
 
 
-def test_at_the_end_of_its_device_the_end_of_its_connection_is_enough(tmp_path: Path) -> None:
+def test_when_its_device_ends_a_backend_need_only_close_its_connection(tmp_path: Path) -> None:
     """Its memory serves no other backend, and its process may have other things to do."""
 
     async def scene(made: Session, host: Host) -> None:
@@ -502,7 +502,7 @@ def test_at_the_end_of_its_device_the_end_of_its_connection_is_enough(tmp_path: 
 
 @pytest.mark.parametrize("sent_before", [False, True])
 @pytest.mark.parametrize("asks", [False, True])
-def test_a_backend_that_is_refused_unheard_learns_why(tmp_path: Path, sent_before: bool, asks: bool) -> None:
+def test_a_backend_that_is_refused_before_it_is_read_receives_the_reason(tmp_path: Path, sent_before: bool, asks: bool) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "attach.sock"))
         listener.listen()

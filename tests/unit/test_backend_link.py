@@ -78,7 +78,7 @@ def test_an_end_is_noticed_although_the_next_connection_has_its_number(wire: Wir
     assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
 
 
-def test_a_backend_that_hangs_up_and_comes_back_is_not_heard(wire: Wire) -> None:
+def test_frames_of_a_backend_that_hung_up_and_reconnected_are_dropped(wire: Wire) -> None:
     wire.serve()
     second = wire.connect()
     second.send(HELLO)
@@ -86,7 +86,7 @@ def test_a_backend_that_hangs_up_and_comes_back_is_not_heard(wire: Wire) -> None
     assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
 
 
-def test_the_last_words_before_a_hang_up_are_heard(wire: Wire) -> None:
+def test_frames_sent_before_a_hang_up_are_received(wire: Wire) -> None:
     wire.serve()
     request = wire.desk.read(0, 0)
     wire.link.turn()
@@ -97,7 +97,7 @@ def test_the_last_words_before_a_hang_up_are_heard(wire: Wire) -> None:
     assert request.result == 512
 
 
-def test_a_stranger_is_not_heard_and_may_go_as_he_likes(wire: Wire) -> None:
+def test_a_strangers_frames_are_dropped_and_its_hang_up_changes_nothing(wire: Wire) -> None:
     wire.serve()
     stranger = wire.connect(b"S" * 16)
     stranger.send(HELLO)
@@ -109,7 +109,7 @@ def test_a_stranger_is_not_heard_and_may_go_as_he_likes(wire: Wire) -> None:
     assert wire.desk.queue.link is Link.UP and not wire.statistics.hangups
 
 
-def test_another_user_does_not_get_as_far_as_a_frame(wire: Wire) -> None:
+def test_another_users_connection_is_refused_before_its_first_frame(wire: Wire) -> None:
     wire.expect(user=os.getuid() + 1)
     wire.connect().send(HELLO)
     wire.until(lambda: wire.statistics.strangers == 1, "it is refused")
@@ -119,7 +119,7 @@ def test_another_user_does_not_get_as_far_as_a_frame(wire: Wire) -> None:
     wire.until(lambda: wire.desk.queue.link is Link.UP, "the right one gets in")
 
 
-def test_who_is_not_expected_is_not_read(wire: Wire) -> None:
+def test_no_frame_is_read_while_no_backend_is_expected(wire: Wire) -> None:
     wire.serve()
     wire.desk.queue.cut()
     wire.link.expect(b"")
@@ -146,7 +146,7 @@ def test_the_user_is_read_from_the_end_of_the_address(address: bytes, user: int 
     assert user_of(address) == user
 
 
-def test_what_a_dead_backend_left_in_the_socket_keeps_no_worker_awake(wire: Wire) -> None:
+def test_a_dead_backends_frames_do_not_keep_the_worker_awake(wire: Wire) -> None:
     wire.serve()
     sockets = [wire.link.filenos()[0]]
     wire.link.expect(b"")

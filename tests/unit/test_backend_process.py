@@ -76,7 +76,7 @@ async def test_a_record_keeps_its_level_and_gets_the_name_of_its_device_once(
 
 
 @in_a_loop
-async def test_what_is_no_record_is_logged_as_it_is(heard: pytest.LogCaptureFixture) -> None:
+async def test_a_line_that_is_no_record_is_logged_as_it_is(heard: pytest.LogCaptureFixture) -> None:
     voice = Voice(heard)
     assert voice.say(b"hello\n\n[1]\n") == [("INFO", "vol0: hello"), ("INFO", "vol0: [1]")]
     assert voice.say(b"\xff\n") == [("INFO", "vol0: \ufffd")]
@@ -111,7 +111,7 @@ async def test_a_line_is_logged_when_it_is_whole_or_the_last_or_too_long(
     ],
 )
 @in_a_loop
-async def test_only_an_error_that_nothing_followed_explains_an_end(
+async def test_an_end_is_explained_by_an_error_only_if_it_was_the_last_line(
     heard: pytest.LogCaptureFixture, words: bytes, last_error: str
 ) -> None:
     voice = Voice(heard)
@@ -130,7 +130,7 @@ async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Pa
 
 
 @in_a_loop
-async def test_why_a_backend_does_not_last_is_known_until_one_serves(tmp_path: Path) -> None:
+async def test_how_a_backend_ended_is_its_trouble_until_the_next_one_serves(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()
     assert process.trouble == ""
@@ -146,7 +146,7 @@ async def test_why_a_backend_does_not_last_is_known_until_one_serves(tmp_path: P
 
 
 @in_a_loop
-async def test_what_a_starting_backend_waits_for_is_its_trouble(tmp_path: Path) -> None:
+async def test_the_last_warning_of_a_starting_backend_is_its_trouble(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()
     process._words._say(record("warning", "/x: locked by process 9; waiting up to 5 s"))
@@ -156,7 +156,7 @@ async def test_what_a_starting_backend_waits_for_is_its_trouble(tmp_path: Path) 
 
 
 @in_a_loop
-async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) -> None:
+async def test_the_obituary_of_a_killed_backend_names_the_signal(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()
     process.child.send(signal.SIGKILL)
@@ -165,7 +165,7 @@ async def test_a_killed_backend_was_killed_whatever_it_had_said(tmp_path: Path) 
 
 
 @in_a_loop
-async def test_a_backend_whose_directory_hangs_holds_nobody_up(
+async def test_a_backend_whose_directory_hangs_does_not_block_the_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its mount's server is gone, say: the child hangs before its exec, the supervisor's loop does not."""
@@ -188,7 +188,7 @@ async def test_a_backend_whose_directory_is_gone_says_so_in_its_obituary(tmp_pat
     assert "cannot start it" in process.obituary() and str(tmp_path / "gone") in process.obituary()
 
 
-def test_what_ends_young_is_started_later_and_later_and_a_steady_life_begins_anew() -> None:
+def test_pauses_double_until_a_process_has_lived_steadily() -> None:
     now_s = 0.0
     backoff = Backoff(lambda: now_s, 1.0, 5.0)
     delays = []

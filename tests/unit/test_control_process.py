@@ -58,7 +58,7 @@ def _children() -> str:
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
 
 
-def test_a_command_that_is_given_up_is_over_when_the_caller_goes_on() -> None:
+def test_a_cancelled_command_has_ended_when_the_caller_goes_on() -> None:
     async def run() -> None:
         before, begun = _children(), asyncio.Event()
         command = ControlRunner().run_beside("sleep", lambda: time.sleep(600), type(None), 600.0, begun)
@@ -84,7 +84,7 @@ def test_a_look_has_its_result_or_the_reason_of_its_failure() -> None:
     asyncio.run(run())
 
 
-def test_looks_that_hang_are_bounded_for_each_owner_and_named_and_nobody_waits_for_them() -> None:
+def test_hung_looks_are_bounded_for_each_owner_and_named_and_block_no_other_owner() -> None:
     """A process in D state ignores KILL; here it is one that never hears of it."""
 
     async def run(monkeypatch: pytest.MonkeyPatch) -> None:

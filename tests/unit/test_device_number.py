@@ -121,14 +121,14 @@ def test_a_command_does_not_reach_the_device_of_another_server(
     assert driver.sent == [] and driver.device is not None
 
 
-def test_a_stranger_in_the_number_is_no_disk_in_use(driver: Driver) -> None:
+def test_another_servers_device_under_the_number_is_no_disk_in_use(driver: Driver) -> None:
     device = create()
     driver.device = STRANGER
     driver.sent.clear()
     assert asyncio.run(device.try_stop(1.0)) and driver.sent == []
 
 
-def test_a_number_that_is_taken_as_soon_as_it_is_free_counts_as_free(
+def test_a_number_that_another_server_takes_at_once_counts_as_free(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = create()
@@ -158,7 +158,7 @@ def test_a_device_that_an_earlier_version_added_without_a_mark_is_taken_up(drive
     assert driver.sent == [Control.STOP_DEV]
 
 
-def test_the_wait_for_quiesced_ends_when_the_number_is_a_strangers(driver: Driver) -> None:
+def test_the_wait_for_quiesced_ends_when_the_number_is_another_servers(driver: Driver) -> None:
     device = create()
     driver.device = STRANGER
     with pytest.raises(DaemonError, match="another server's"):

@@ -41,7 +41,7 @@ async def successor(run_dir: Path) -> tuple[Holder, dict[str, int]]:
 
 
 @in_loop
-async def test_a_descriptor_outlives_its_supervisor_and_goes_on_where_it_was(tmp_path: Path) -> None:
+async def test_a_descriptor_outlives_its_supervisor_and_its_connection_goes_on(tmp_path: Path) -> None:
     first = Holder(tmp_path)
     assert first.take_over() == {}
     first.start()
@@ -59,7 +59,7 @@ async def test_a_descriptor_outlives_its_supervisor_and_goes_on_where_it_was(tmp
 
 
 @in_loop
-async def test_what_is_dropped_or_replaced_is_closed(tmp_path: Path) -> None:
+async def test_a_dropped_or_replaced_descriptor_is_closed(tmp_path: Path) -> None:
     holder = Holder(tmp_path)
     holder.start()
     kept = []
@@ -83,7 +83,7 @@ async def test_what_is_dropped_or_replaced_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_one_that_dies_or_hangs_is_replaced_and_given_everything(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(tmp_path: Path, how: signal.Signals) -> None:
     @in_loop
     async def run(run_dir: Path) -> None:
         holder = Holder(run_dir)
@@ -110,7 +110,7 @@ def test_one_that_dies_or_hangs_is_replaced_and_given_everything(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("renewed", "level"), [(True, logging.INFO), (False, logging.WARNING)])
-def test_an_upgrade_s_end_of_it_is_no_warning_and_its_death_is(
+def test_an_end_by_an_upgrade_is_logged_as_info_and_a_death_as_warning(
     tmp_path: Path,
     renewed: bool,
     level: int,

@@ -64,7 +64,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_use, "_POLL_S", 0.0)
 
 
-def test_a_disk_that_nobody_has_may_go() -> None:
+def test_a_disk_without_users_may_be_removed() -> None:
     kernel = Kernel()
     check(kernel)
     assert kernel.opens == 1
@@ -77,7 +77,7 @@ def test_each_kind_of_user_is_named_with_the_way_out() -> None:
     assert "process 7 (cat) has it open" in refusal(Kernel([READER]))
 
 
-def test_a_claim_without_a_name_is_a_use_all_the_same() -> None:
+def test_a_claim_by_an_unseen_user_counts_as_use() -> None:
     assert "a user that neither /proc nor /sys shows" in refusal(Kernel(claimed=True))
 
 
@@ -87,7 +87,7 @@ def test_a_mapping_counts_where_the_kernel_does_not_count_openers() -> None:
     assert "process 8 (db) maps it" in refusal(kernel)
 
 
-def test_a_short_look_of_another_program_is_waited_for_and_a_mount_is_not(
+def test_a_short_open_by_another_program_is_waited_for_and_a_mount_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(in_use, "PATIENCE_S", 600.0)
@@ -95,7 +95,7 @@ def test_a_short_look_of_another_program_is_waited_for_and_a_mount_is_not(
     assert "mounted" in refusal(Kernel([MOUNT, Users()]))
 
 
-def test_a_disk_that_answers_nothing_is_refused_with_the_call_that_hangs() -> None:
+def test_the_refusal_for_a_disk_that_does_not_answer_names_the_call_that_hangs() -> None:
     for call in ("open", "users"):
         kernel = Kernel()
         kernel.hangs = call
@@ -107,7 +107,7 @@ def test_a_disk_that_answers_nothing_is_refused_with_the_call_that_hangs() -> No
         assert said.endswith("use --force")
 
 
-def test_a_user_who_is_seen_is_reason_enough_not_to_open_the_disk() -> None:
+def test_the_disk_is_not_opened_if_a_user_is_seen_already() -> None:
     kernel = Kernel([READER])
     kernel.hangs = "open"
     assert "process 7 (cat)" in refusal(kernel) and kernel.opens == 0
@@ -128,7 +128,7 @@ def stop(kernel: Kernel, answers: list[bool]) -> None:
     asyncio.run(in_use.stop_unused("vol0", cast(BlockDevice, kernel), try_stop))
 
 
-def test_the_kernel_has_the_last_word_and_is_asked_again_for_a_moment(
+def test_the_kernel_decides_and_is_asked_again_for_a_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(DaemonError, match="in use: process 7"):
@@ -141,7 +141,7 @@ def test_the_kernel_has_the_last_word_and_is_asked_again_for_a_moment(
     assert answers == []
 
 
-def test_a_warning_names_the_users_and_what_cannot_be_told() -> None:
+def test_a_warning_names_the_users_or_why_they_cannot_be_seen() -> None:
     def words(kernel: Kernel) -> str:
         return asyncio.run(in_use.describe_use(cast(BlockDevice, kernel)))
 
@@ -153,7 +153,7 @@ def test_a_warning_names_the_users_and_what_cannot_be_told() -> None:
     assert words(stuck) == "it cannot be told by whom: the look at its disk took longer than 5 s"
 
 
-def test_a_look_that_fails_is_no_proof_that_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_look_does_not_count_as_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(_kernel: Kernel, _deadline_s: float = 0) -> bool:
         raise ControlFailed("vol0: opening /dev/ublkb0: not tried", 0)
 

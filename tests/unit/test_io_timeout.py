@@ -24,7 +24,7 @@ class FakeRunner:
 
 
 @pytest.mark.parametrize(("before", "written"), [("30000\n", ["1000"]), ("1000\n", [])])
-def test_a_helper_writes_the_timer_unless_it_is_set(
+def test_a_disposable_process_writes_the_timer_unless_it_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, written: list[str]
 ) -> None:
     setting = tmp_path / "io_timeout"

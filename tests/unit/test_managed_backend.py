@@ -88,7 +88,7 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-def test_one_that_cannot_be_started_is_none_and_can_be_ended() -> None:
+def test_a_backend_that_could_not_be_started_has_no_pid_and_can_be_ended() -> None:
     async def run() -> None:
         made, _ = managed(fails=True)
         with pytest.raises(FileNotFoundError):
@@ -103,7 +103,7 @@ def test_one_that_cannot_be_started_is_none_and_can_be_ended() -> None:
 @pytest.mark.parametrize(
     ("reason", "said"), [("", "vol: backend null ended: status 2"), ("no such size", "vol: no such size")]
 )
-def test_one_that_ends_before_the_device_is_live_fails_with_the_first_cause(reason: str, said: str) -> None:
+def test_the_end_of_a_backend_before_its_device_is_live_raises_the_first_cause(reason: str, said: str) -> None:
     async def run() -> None:
         made, process = managed()
         running = asyncio.ensure_future(made.run(never, lambda: reason))
@@ -117,7 +117,7 @@ def test_one_that_ends_before_the_device_is_live_fails_with_the_first_cause(reas
     in_loop(run)
 
 
-def test_it_is_started_again_until_it_is_let_end() -> None:
+def test_a_backend_is_started_again_until_let_end() -> None:
     async def run() -> None:
         made, process = managed()
         made.start()
@@ -133,7 +133,7 @@ def test_it_is_started_again_until_it_is_let_end() -> None:
     in_loop(run)
 
 
-def test_one_that_does_not_even_end_when_it_is_killed_holds_nobody_up(
+def test_a_backend_that_does_not_die_of_sigkill_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(managed_backend, "END_PATIENCE_S", 0.0)
@@ -154,7 +154,7 @@ def test_one_that_does_not_even_end_when_it_is_killed_holds_nobody_up(
     in_loop(run)
 
 
-def test_one_that_cannot_be_started_yet_is_started_later_and_kept() -> None:
+def test_a_backend_that_cannot_be_started_yet_is_started_later_and_supervised() -> None:
     async def run() -> None:
         backend, process = managed(fails=True)
         backend.start()

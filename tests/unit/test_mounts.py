@@ -29,7 +29,7 @@ MOUNTINFO = r"""
 RUN, HOME_US = 28, 31
 
 
-def test_what_is_used_stays_with_what_it_lies_on_and_so_do_the_kernels_own_trees() -> None:
+def test_used_mounts_stay_with_their_parents_and_so_do_the_kernels_own_trees() -> None:
     idle = idle_mounts(list(parse_mounts(MOUNTINFO)), {RUN, HOME_US})
     assert [each.path for each in idle] == [
         "/mnt/whole disk",
@@ -41,7 +41,7 @@ def test_what_is_used_stays_with_what_it_lies_on_and_so_do_the_kernels_own_trees
     assert idle[-1].id == 34, "of two at one path the one that can be reached goes first"
 
 
-def test_a_mount_below_another_is_left_to_that_one() -> None:
+def test_a_mount_on_an_idle_mount_is_detached_with_it() -> None:
     table = list(parse_mounts(MOUNTINFO))
     assert [each.id for each in idle_mounts(table, {23})] == [27, 28, 30, 34]
 
@@ -62,7 +62,7 @@ def test_a_symbolic_link_leads_over_the_mounts_of_both_ends(tmp_path: Path) -> N
     assert mounts.mounts_on_the_way([link]) == both
 
 
-def test_code_is_where_modules_were_loaded_from_or_may_be_and_not_where_the_operator_stood(
+def test_code_paths_are_those_of_modules_and_sys_path_without_the_operators_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stood, more = tmp_path / "stood", tmp_path / "more"
@@ -114,7 +114,7 @@ assert os.wait()[1] == 1 << 8
 
 
 @pytest.mark.parametrize("propagation", ["private", "shared"])
-def test_a_process_of_its_own_view_pins_nothing_it_does_not_use_and_leads_children_back(
+def test_a_process_in_its_own_namespace_pins_no_unused_mount_and_its_children_can_return(
     tmp_path: Path, propagation: str
 ) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:

@@ -69,7 +69,7 @@ def run(system: System, main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-def test_an_answer_that_came_during_a_pause_is_heard_before_its_deadline_is_judged() -> None:
+def test_an_answer_that_came_during_a_pause_is_received_before_its_deadline_is_checked() -> None:
     """The process is stopped for an hour during a wait of 30 s, and the answer is in the socket."""
     system = System()
     reader, writer = os.pipe()

@@ -64,7 +64,7 @@ def talk(tmp_path: Path) -> Iterator[Conversation]:
     context.term()
 
 
-def test_what_the_broker_cut_off_is_asked_for_again(talk: Conversation) -> None:
+def test_orders_that_the_broker_cut_are_leased_again(talk: Conversation) -> None:
     for tag in range(4):
         talk.desk.read(tag, 16 * tag, 16)
     (wish,) = [each for each in talk.leases() if each[0] == 1]
@@ -75,7 +75,7 @@ def test_what_the_broker_cut_off_is_asked_for_again(talk: Conversation) -> None:
     assert talk.leases() == [(1, wish[1] + 1, wish[2] - 1)]
 
 
-def test_a_sync_forgets_what_was_asked_for(talk: Conversation) -> None:
+def test_a_sync_drops_earlier_orders(talk: Conversation) -> None:
     talk.desk.read(0, 0, 16)
     talk.desk.read(1, 16, 16)
     (wish,) = [each for each in talk.leases() if each[0] == 1]

@@ -196,7 +196,7 @@ def test_the_broker_repeats_the_id_of_what_it_does_and_of_what_it_refuses() -> N
     assert isinstance(refused, commands.Failed) and refused.id == 10
 
 
-def test_an_id_that_is_not_given_is_not_sent() -> None:
+def test_an_id_of_zero_is_not_sent() -> None:
     """A broker of an earlier version refuses fields that it does not know."""
     assert commands.encode(commands.Register(3, 0, 1)) == (
         b'{"type":"register","device_number":3,"queue":0,"epoch":1}'

@@ -21,7 +21,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopRig]:
         yield made
 
 
-def test_a_hang_up_is_told_and_the_next_backend_is_served(rig: LoopRig) -> None:
+def test_a_hang_up_is_reported_and_the_next_backend_is_served(rig: LoopRig) -> None:
     rig.serve().send(b"x" * (FRAME_BYTES_MAX + 1))
     assert rig.news() == messages.HungUp()
     rig.lose()
@@ -29,13 +29,13 @@ def test_a_hang_up_is_told_and_the_next_backend_is_served(rig: LoopRig) -> None:
     assert rig.count("hangups") == 1 and rig.count("violations") == 0
 
 
-def test_nonsense_is_told_as_such(rig: LoopRig) -> None:
+def test_a_protocol_violation_is_reported_with_its_reason(rig: LoopRig) -> None:
     rig.serve().send(b"nonsense")
     said = rig.news()
     assert isinstance(said, messages.Cut) and "whole descriptors" in said.reason
 
 
-def test_a_worker_takes_other_memory_for_its_pool_between_two_backends(rig: LoopRig) -> None:
+def test_a_worker_changes_its_pool_memory_between_two_backends(rig: LoopRig) -> None:
     size_bytes = rig.arena.geometry.total_bytes
     rig.serve()
     rig.lose()
@@ -49,7 +49,7 @@ def test_a_worker_takes_other_memory_for_its_pool_between_two_backends(rig: Loop
 
 
 @pytest.mark.parametrize("attached", [True, False])
-def test_a_worker_says_why_it_cannot_take_other_memory(rig: LoopRig, attached: bool) -> None:
+def test_a_worker_reports_why_it_cannot_change_its_pool_memory(rig: LoopRig, attached: bool) -> None:
     if attached:
         rig.serve()
     empty = os.memfd_create("empty")

@@ -69,7 +69,7 @@ def test_memory_that_a_backend_gets_cannot_change_its_size(rig: LoopRig) -> None
                 os.ftruncate(peer.memory_fd, size_bytes)
 
 
-def test_what_was_said_before_the_end_counts(rig: LoopRig) -> None:
+def test_descriptors_in_the_ring_before_the_end_count(rig: LoopRig) -> None:
     rig.expect()
     with rig.ask() as peer:
         peer.open()
@@ -90,7 +90,7 @@ def test_rings_are_opened_again_until_there_was_a_hello(rig: LoopRig) -> None:
     assert rig.news() == messages.HungUp()
 
 
-def test_an_index_that_makes_no_sense_cuts_its_backend_off(rig: LoopRig) -> None:
+def test_a_ring_index_out_of_range_cuts_the_backend_off(rig: LoopRig) -> None:
     with rig.serve_on_rings() as peer:
         peer.rings.set_index(TO_WORKER, TAIL, peer.rings.index(TO_WORKER, TAIL) + peer.rings.entries + 1)
         peer.ring()
@@ -103,7 +103,7 @@ def test_an_index_that_makes_no_sense_cuts_its_backend_off(rig: LoopRig) -> None
     assert rig.news() == messages.HungUp()
 
 
-def test_nonsense_in_a_ring_cuts_its_backend_off(rig: LoopRig) -> None:
+def test_a_malformed_descriptor_in_a_ring_cuts_the_backend_off(rig: LoopRig) -> None:
     with rig.serve_on_rings() as peer:
         peer.send(b"\xff" * 64)
         said = rig.news()
@@ -129,7 +129,7 @@ def test_another_user_gets_no_rings(rig: LoopRig) -> None:
     assert rig.count("strangers") == 1
 
 
-def test_the_second_who_asks_gets_no_rings_whatever_the_first_talks_through(rig: LoopRig) -> None:
+def test_a_second_connection_gets_no_rings_whichever_transport_the_first_uses(rig: LoopRig) -> None:
     with rig.serve_on_rings(), rig.ask() as second:
         assert second.ask() == b""
     assert rig.news() == messages.HungUp()
@@ -139,7 +139,7 @@ def test_the_second_who_asks_gets_no_rings_whatever_the_first_talks_through(rig:
         assert late.ask() == b""
 
 
-def test_who_has_rings_is_not_heard_over_frames(rig: LoopRig) -> None:
+def test_frames_of_a_backend_with_rings_are_not_read(rig: LoopRig) -> None:
     with rig.serve_on_rings() as peer:
         rig.connect()
         # Were the second HELLO heard, it would be a violation; what comes next is this one's answer.
@@ -148,7 +148,7 @@ def test_who_has_rings_is_not_heard_over_frames(rig: LoopRig) -> None:
         assert rig.count("violations") == 0
 
 
-def test_of_many_that_say_nothing_the_oldest_goes(rig: LoopRig) -> None:
+def test_of_too_many_silent_connections_the_oldest_is_closed(rig: LoopRig) -> None:
     rig.expect()
     silent = [rig.ask() for _ in range(ASKING_MAX + 1)]
     assert silent[0].hears_the_end()
@@ -173,7 +173,7 @@ def test_a_backend_that_comes_before_it_is_expected_waits(rig: LoopRig) -> None:
             os.close(each)
 
 
-def test_who_speaks_while_he_is_turned_away_harms_nobody(tmp_path: Path) -> None:
+def test_a_request_on_a_connection_that_the_same_turn_closes_does_no_harm(tmp_path: Path) -> None:
     link = RingLink(tmp_path / "ring", Desk(depth=1, connected=False).queue, 0o600, None)
     link.expect(TOKEN, os.getuid())
     asking = [RingPeer(tmp_path / "ring", TOKEN) for _ in range(ASKING_MAX)]
@@ -219,7 +219,7 @@ def _ring_often(blocked: bool) -> tuple[Desk, int]:
     return desk, rung
 
 
-def test_a_backend_that_makes_its_doorbell_block_holds_nobody_up_and_is_cut_off() -> None:
+def test_a_backend_that_makes_its_doorbell_block_does_not_block_the_worker_and_is_cut_off() -> None:
     desk, rung = _ring_often(blocked=True)
     assert rung < RUNGS and "doorbell" in desk.queue.violation()
 
@@ -242,7 +242,7 @@ def test_a_worker_with_rings_sleeps(rig: LoopRig) -> None:
         assert rig.count("turns") - turns < 20 and _cpu_s() - cpu_s < 0.4
 
 
-def test_a_flood_of_stale_words_ends_in_a_cut(rig: LoopRig) -> None:
+def test_a_flood_of_stale_descriptors_cuts_the_backend_off(rig: LoopRig) -> None:
     with rig.serve_on_rings() as peer:
         stale = Descriptor(Kind.HELLO, device=DEVICE, epoch=0).pack()
         for _ in range(3 * peer.rings.entries):

@@ -76,7 +76,7 @@ def test_each_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "Too many open files" in said[1]
 
 
-def test_the_broker_is_replaced_once_it_can_be_and_nobody_waits_for_that(
+def test_the_broker_is_replaced_as_soon_as_it_can_be_and_commands_fail_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork = Scarce(fork_child, CODES[:2] * 50)
@@ -105,7 +105,7 @@ def test_the_broker_is_replaced_once_it_can_be_and_nobody_waits_for_that(
     in_loop(run)
 
 
-def test_the_holder_is_replaced_once_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_holder_is_replaced_as_soon_as_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork = Scarce(fork_child)
 
     async def run() -> None:
@@ -132,7 +132,7 @@ def test_the_holder_is_replaced_once_it_can_be(tmp_path: Path, monkeypatch: pyte
     in_loop(run)
 
 
-def test_a_backend_is_replaced_once_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_is_replaced_as_soon_as_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         backend = BackendProcess("vol", BackendConfig(kind="null", cwd="/"), tmp_path, lambda _fd: None)
         backend.start()
@@ -150,7 +150,7 @@ def test_a_backend_is_replaced_once_it_can_be(tmp_path: Path, monkeypatch: pytes
     in_loop(run)
 
 
-def test_a_failure_of_work_that_nobody_awaits_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_failure_of_an_owned_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         async def fail() -> None:
             raise AssertionError("a bug")
@@ -163,7 +163,7 @@ def test_a_failure_of_work_that_nobody_awaits_is_logged(caplog: pytest.LogCaptur
     assert "vol0: internal error: AssertionError: a bug" in caplog.text
 
 
-def test_a_backend_that_cannot_be_listened_to_does_not_stay(tmp_path: Path) -> None:
+def test_a_backend_whose_stderr_cannot_be_read_is_killed_and_its_start_fails(tmp_path: Path) -> None:
     def descriptors() -> int:
         return sum(1 for _ in Path("/proc/self/fd").iterdir())
 

@@ -32,7 +32,7 @@ print(loaded, gc.get_freeze_count() - loaded, int(os.read(reader, 100)))
 """
 
 
-def test_no_collection_looks_at_what_was_loaded_before_the_fork_on_either_side() -> None:
+def test_garbage_collection_skips_objects_from_before_the_fork_in_parent_and_child() -> None:
     """An object that is looked at is written to, and its page is shared no longer."""
     said = subprocess.check_output([sys.executable, "-c", _PARENT], text=True, env={**os.environ})
     loaded, of_the_parent, of_the_child = map(int, said.split())
@@ -43,7 +43,7 @@ def test_no_collection_looks_at_what_was_loaded_before_the_fork_on_either_side()
     assert of_the_child >= 100, "the child never looks at what its parent made before the fork"
 
 
-def test_the_daemon_does_so_before_it_starts_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_daemon_freezes_its_heap_before_its_first_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Runner:
