@@ -1,4 +1,4 @@
-"""The attach socket: who may, what is believed, and what floods, dawdlers and liars cost."""
+"""The attach socket: the users that may attach, the checks on what they send, and the cost of floods and silence."""
 
 import asyncio
 import errno
@@ -72,7 +72,9 @@ def test_root_the_daemons_user_and_the_group_may_attach(peer: Peer, group: int |
         check_may_attach(peer, group)
 
 
-def test_a_peer_that_may_not_attach_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_may_not_attach_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scene(door: Door) -> None:
         monkeypatch.setattr(attach, "peer_of", lambda _: STRANGER)
         with door.connect() as connection:
@@ -140,7 +142,9 @@ def test_a_device_is_told_why_a_backend_for_it_was_refused(tmp_path: Path) -> No
     at_the_door(tmp_path, scene)
 
 
-def test_a_silent_connection_is_refused_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_is_refused_at_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scene(door: Door) -> None:
         monkeypatch.setattr(attach, "ATTACH_DEADLINE_S", 0.01)
         with door.connect() as silent:
@@ -237,7 +241,7 @@ def test_a_peers_text_stays_on_one_line_of_the_log() -> None:
 
 
 class Host:
-    """A process that connects to a listener and is a session's backend: it does what `conduct` says."""
+    """A process that connects to a listener and is a session's backend; it runs `conduct`."""
 
     def __init__(self, path: Path, conduct: Callable[[socket.socket], int]) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -263,7 +267,7 @@ class Host:
 
 
 def staying(connection: socket.socket) -> int:
-    """Keeps its connection, and lives."""
+    """Keeps its connection open, and lives on."""
     signal.pause()
     return 0
 
@@ -277,7 +281,7 @@ def closing(connection: socket.socket) -> int:
 
 
 def leaving(connection: socket.socket) -> int:
-    """Closes its connection and ends after that, as it should."""
+    """Closes its connection, then ends, as a backend should."""
     connection.recv(1)
     connection.close()
     return 3
@@ -293,7 +297,7 @@ def daemonising(connection: socket.socket) -> int:
 
 
 def talking(connection: socket.socket) -> int:
-    """Says what is not asked for."""
+    """Sends packets after its attach."""
     connection.recv(1)
     for _ in range(session.UNDUE_PACKETS_MAX + 1):
         connection.send(b"blah")
@@ -392,7 +396,7 @@ def test_a_backend_whose_child_has_its_connection_is_gone_when_its_own_process_i
 
 
 def test_a_process_that_is_dead_before_it_is_admitted_gets_no_memory(tmp_path: Path) -> None:
-    """Another may have its connection, and would be handed the memory in its place."""
+    """Another process may have its connection, and would get the memory in its place."""
 
     def leaves_a_child(connection: socket.socket) -> int:
         if not os.fork():
@@ -412,7 +416,7 @@ def test_a_process_that_is_dead_before_it_is_admitted_gets_no_memory(tmp_path: P
 def test_a_process_that_was_reaped_is_known_to_be_dead_and_one_without_a_pidfd_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Linux 6.12 has no pidfd for one that was reaped, and says so; later ones have."""
+    """For a reaped process Linux 6.12 answers SO_PEERPIDFD with an error, later kernels with a pidfd."""
 
     def reaped(_sock: socket.socket) -> int:
         raise ProcessLookupError
@@ -488,7 +492,7 @@ def test_a_backend_that_sends_packets_after_its_attach_is_cut_off(tmp_path: Path
 
 
 def test_when_its_device_ends_a_backend_need_only_close_its_connection(tmp_path: Path) -> None:
-    """Its memory serves no other backend, and its process may have other things to do."""
+    """No other backend uses its memory, and its process may go on with other work."""
 
     async def scene(made: Session, host: Host) -> None:
         made.entrust(MEMORY, [])
@@ -502,7 +506,9 @@ def test_when_its_device_ends_a_backend_need_only_close_its_connection(tmp_path:
 
 @pytest.mark.parametrize("sent_before", [False, True])
 @pytest.mark.parametrize("asks", [False, True])
-def test_a_backend_that_is_refused_before_it_is_read_receives_the_reason(tmp_path: Path, sent_before: bool, asks: bool) -> None:
+def test_a_backend_that_is_refused_before_it_is_read_receives_the_reason(
+    tmp_path: Path, sent_before: bool, asks: bool
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "attach.sock"))
         listener.listen()

@@ -1,4 +1,4 @@
-"""The worker's transport: what a backend does not read stays bounded, who may speak, and the end of a connection."""
+"""The worker's ZeroMQ transport: bounded output to a backend that does not read, admission, and hang-ups."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""What the daemon makes of a backend's words and of its end, and how soon it starts one again."""
+"""A backend's stderr in the daemon's log, its obituary, and the pauses before it is started again."""
 
 import asyncio
 import functools
@@ -37,7 +37,7 @@ def record(level: str, message: str, **more: str) -> bytes:
 
 
 class Voice:
-    """A backend's end of the pipe, and what the daemon logs of it."""
+    """A backend's end of the pipe, and the lines that the daemon logs from it."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         reader, self._writer = os.pipe()
@@ -168,7 +168,7 @@ async def test_the_obituary_of_a_killed_backend_names_the_signal(tmp_path: Path)
 async def test_a_backend_whose_directory_hangs_does_not_block_the_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its mount's server is gone, say: the child hangs before its exec, the supervisor's loop does not."""
+    """As on a mount whose server is gone: the child hangs before its exec, the supervisor's loop does not."""
     never, open_end = os.pipe()
     monkeypatch.setattr(backend_process, "enter_live_view", lambda *_: os.read(never, 1))
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None, never)

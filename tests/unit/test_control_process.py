@@ -1,4 +1,4 @@
-"""Disposable processes for control commands."""
+"""Disposable processes for control commands and looks."""
 
 import asyncio
 import errno
@@ -36,7 +36,7 @@ asyncio.run(ControlRunner().run("hang", hang, type(None)))
 
 
 def test_a_control_command_dies_with_the_supervisor_that_started_it(tmp_path: Path) -> None:
-    """One that lived on would end the recovery of the next supervisor: `COMMANDS_LIVE_ON` in the simulation."""
+    """A command that lived on would end the next supervisor's recovery: `COMMANDS_LIVE_ON` in the simulation."""
     path = tmp_path / "fifo"
     os.mkfifo(path)
     supervisor = subprocess.Popen([sys.executable, "-c", _SUPERVISOR, str(path)])
@@ -85,7 +85,7 @@ def test_a_look_has_its_result_or_the_reason_of_its_failure() -> None:
 
 
 def test_hung_looks_are_bounded_for_each_owner_and_named_and_block_no_other_owner() -> None:
-    """A process in D state ignores KILL; here it is one that never hears of it."""
+    """A process in D state ignores SIGKILL; here no signal is sent to it."""
 
     async def run(monkeypatch: pytest.MonkeyPatch) -> None:
         sent: list[int] = []
@@ -116,7 +116,7 @@ def test_hung_looks_are_bounded_for_each_owner_and_named_and_block_no_other_owne
 
 @contextmanager
 def no_descriptors_left() -> Iterator[None]:
-    """This process has as many descriptors as it may."""
+    """During the block this process has reached its limit of descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))

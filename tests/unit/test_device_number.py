@@ -3,7 +3,7 @@
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import pytest
 
@@ -27,6 +27,8 @@ STRANGER = DeviceInfo(
     server_flags=0,
 )
 HARMLESS = {Control.GET_DEV_INFO, Control.GET_FEATURES, Control.GET_QUEUE_AFFINITY}
+
+T = TypeVar("T")
 
 
 class Driver:
@@ -56,16 +58,22 @@ class Driver:
         return 0
 
 
-class Runner:
+class Runner(ControlRunner):
     """Runs the commands where their answer can be looked at."""
 
-    async def run(self, _what: str, command: Callable[[], Any], *_: object) -> Any:
+    async def run_beside(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = 0.0,
+        begun: asyncio.Event | None = None,
+    ) -> T:
         try:
-            return command()
+            found: T = command()
         except UblkError as error:
             raise ControlFailed(str(error), error.errno) from error
-
-    run_beside = run
+        return found
 
 
 @pytest.fixture
@@ -75,14 +83,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     yield made
 
 
-def runner() -> ControlRunner:
-    return cast(ControlRunner, Runner())
-
-
 def create() -> BlockDevice:
     config = DeviceConfig(name="vol0", queues=1)
     disk = Parameters(size_bytes=1 << 20, max_io_bytes=524288)
-    return asyncio.run(BlockDevice.create(runner(), config, disk))
+    return asyncio.run(BlockDevice.create(Runner(), config, disk))
 
 
 COMMANDS: dict[str, Callable[[BlockDevice], Awaitable[object]]] = {
@@ -142,17 +146,17 @@ def test_a_number_that_another_server_takes_at_once_counts_as_free(
 
 def test_a_successor_of_the_daemon_does_not_take_up_another_servers_device(driver: Driver) -> None:
     device = create()
-    found = asyncio.run(BlockDevice.find(runner(), "vol0", NUMBER, device.mark))
+    found = asyncio.run(BlockDevice.find(Runner(), "vol0", NUMBER, device.mark))
     assert found is not None and found.mark == device.mark
     driver.device = STRANGER
-    assert asyncio.run(BlockDevice.find(runner(), "vol0", NUMBER, device.mark)) is None
+    assert asyncio.run(BlockDevice.find(Runner(), "vol0", NUMBER, device.mark)) is None
     driver.device = None
-    assert asyncio.run(BlockDevice.find(runner(), "vol0", NUMBER, device.mark)) is None
+    assert asyncio.run(BlockDevice.find(Runner(), "vol0", NUMBER, device.mark)) is None
 
 
 def test_a_device_that_an_earlier_version_added_without_a_mark_is_taken_up(driver: Driver) -> None:
     driver.device = STRANGER
-    found = asyncio.run(BlockDevice.find(runner(), "vol0", NUMBER, 0))
+    found = asyncio.run(BlockDevice.find(Runner(), "vol0", NUMBER, 0))
     assert found is not None and found.mark == 0
     asyncio.run(found.stop(1.0))
     assert driver.sent == [Control.STOP_DEV]

@@ -1,4 +1,4 @@
-"""Users of a disk are found in /sys and /proc, and each is named."""
+"""The users of a disk are found in /sys and /proc, and each is named."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The holder: what it keeps open for the next supervisor, and what becomes of it when it dies."""
+"""The holder: the descriptors that it keeps open for the next supervisor, and its replacement when it dies."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def die(holder: Holder) -> None:
-    """What the death of a supervisor does to its end."""
+    """Close the supervisor's end, as its death does."""
     assert holder._channel is not None
     holder._channel.close()
 
@@ -83,7 +83,9 @@ async def test_a_dropped_or_replaced_descriptor_is_closed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
+    tmp_path: Path, how: signal.Signals
+) -> None:
     @in_loop
     async def run(run_dir: Path) -> None:
         holder = Holder(run_dir)

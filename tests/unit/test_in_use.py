@@ -1,9 +1,8 @@
-"""A disk is taken away only if nobody is seen with it, and a refusal names the users."""
+"""A disk is removed only if no user is seen, and a refusal names the users."""
 
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -18,8 +17,8 @@ MOUNT = Users(lasting=("mounted at /srv",))
 MAPPER = Users(openers=("process 8 (db) maps it",))
 
 
-class Kernel:
-    """A disk whose answers a test sets; each list is used up, its last entry stays."""
+class Kernel(BlockDevice):
+    """A disk whose answers a test sets; `users` are returned one after another, the last again and again."""
 
     node = Path("/dev/ublkb0")
 
@@ -27,17 +26,21 @@ class Kernel:
         self, users: Sequence[Users] = (Users(),), *, claimed: bool = False, newer: bool = True
     ) -> None:
         self._users = list(users)
-        self.claimed, self.can_try_stop = claimed, newer
+        self.claimed, self._newer = claimed, newer
         self.mapped = Users()
         self.hangs = ""
         self.opens = 0
 
-    async def users(self, _deadline_s: float = 0) -> Users:
+    @property
+    def can_try_stop(self) -> bool:
+        return self._newer
+
+    async def users(self, deadline_s: float = 0) -> Users:
         if self.hangs == "users":
             raise CallHung("vol0: looking for users of ublkb0 has hung")
         return self._users.pop(0) if len(self._users) > 1 else self._users[0]
 
-    async def is_claimed(self, _deadline_s: float = 0) -> bool:
+    async def is_claimed(self, deadline_s: float = 0) -> bool:
         self.opens += 1
         if self.hangs == "open":
             raise CallHung("vol0: opening /dev/ublkb0 has hung for 20 s in process 99")
@@ -48,7 +51,7 @@ class Kernel:
 
 
 def check(kernel: Kernel, *, may_open: bool = True) -> None:
-    asyncio.run(in_use.check_unused("vol0", cast(BlockDevice, kernel), may_open=may_open))
+    asyncio.run(in_use.check_unused("vol0", kernel, may_open=may_open))
 
 
 def refusal(kernel: Kernel) -> str:
@@ -125,7 +128,7 @@ def stop(kernel: Kernel, answers: list[bool]) -> None:
     async def try_stop() -> bool:
         return answers.pop(0)
 
-    asyncio.run(in_use.stop_unused("vol0", cast(BlockDevice, kernel), try_stop))
+    asyncio.run(in_use.stop_unused("vol0", kernel, try_stop))
 
 
 def test_the_kernel_decides_and_is_asked_again_for_a_moment(
@@ -143,7 +146,7 @@ def test_the_kernel_decides_and_is_asked_again_for_a_moment(
 
 def test_a_warning_names_the_users_or_why_they_cannot_be_seen() -> None:
     def words(kernel: Kernel) -> str:
-        return asyncio.run(in_use.describe_use(cast(BlockDevice, kernel)))
+        return asyncio.run(in_use.describe_use(kernel))
 
     assert words(Kernel()) == ""
     assert words(Kernel([MOUNT])) == "mounted at /srv"

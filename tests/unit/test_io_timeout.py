@@ -1,9 +1,9 @@
-"""A helper process, which may hang, sets the block layer's timer, and only if it is not set yet."""
+"""A disposable process, which may hang, sets the block layer's timer, and only if it is not set yet."""
 
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar
 
 import pytest
 
@@ -12,15 +12,25 @@ from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.ublk.abi import DeviceInfo, Feature
 
+T = TypeVar("T")
 
-class FakeRunner:
-    """Records commands for a helper process without running them."""
+
+class FakeRunner(ControlRunner):
+    """Records commands for a disposable process without running them."""
 
     def __init__(self) -> None:
         self.commands: list[Callable[[], None]] = []
 
-    async def run_beside(self, _what: str, command: Callable[[], None], *_: object) -> None:
+    async def run_beside(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = 0.0,
+        begun: asyncio.Event | None = None,
+    ) -> T:
         self.commands.append(command)
+        return result()
 
 
 @pytest.mark.parametrize(("before", "written"), [("30000\n", ["1000"]), ("1000\n", [])])
@@ -31,7 +41,7 @@ def test_a_disposable_process_writes_the_timer_unless_it_is_set(
     monkeypatch.setattr(BlockDevice, "_io_timeout_file", setting)
     runner = FakeRunner()
     created = Created(DeviceInfo(queues=1, device_number=3), [[0]], Feature(0))
-    kernel = BlockDevice(cast(ControlRunner, runner), "vol", created)
+    kernel = BlockDevice(runner, "vol", created)
     asyncio.run(kernel.set_io_timeout(1000))
     (command,) = runner.commands
     setting.write_text(before)

@@ -1,79 +1,68 @@
-"""The backend that the daemon runs for a device, with its process made up."""
+"""The backend that the daemon runs for a device, with a fake process."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
-from ublkpool.daemon.backends import managed_backend
+from support.fakes.device_parts import FakeHolder
+from ublkpool.daemon.backends import backend_process, managed_backend
+from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
 from ublkpool.daemon.processes.background import Background
-from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.settings.config import BackendConfig
 
 DEADLINE_S = 20
+CONFIG = BackendConfig(kind="null")
 
 
-class FakeChild:
-    """Ends when it is told to, or when `exits` says so."""
-
-    pid = 77
+class FakeChild(Child):
+    """Ends when it is told to, or when `exits` is called."""
 
     def __init__(self) -> None:
-        self.exit_status: int | None = None
-        self._ended = asyncio.Event()
+        self.pid = 77
+        self._exited = asyncio.get_running_loop().create_future()
 
     def exits(self, status: int) -> None:
-        self.exit_status = status
-        self._ended.set()
+        self._exited.set_result(status)
 
-    async def wait(self) -> int:
-        await self._ended.wait()
-        return self.exit_status or 0
-
-    async def end(self, _patience_s: float) -> None:
-        self.exits(0)
+    async def end(self, patience_s: float) -> int:
+        if not self._exited.done():
+            self.exits(0)
+        return await self.wait()
 
 
-class FakeProcess:
-    """One that can be started, or cannot; counts how often."""
+class FakeProcess(BackendProcess):
+    """A backend whose starts succeed, or fail while `fails` is set; counts them."""
+
+    child: FakeChild
 
     def __init__(self, fails: bool) -> None:
+        super().__init__("vol", CONFIG, Path("/nonexistent"), lambda _fd: None)
         self.starts = 0
-        self.is_started = False
-        self._fails = fails
+        self.fails = fails
 
-    def start(self) -> None:
-        if self._fails:
+    def _start(self) -> None:
+        if self.fails:
             raise FileNotFoundError(2, "No such file or directory", "/gone")
         self.starts += 1
-        self.is_started = True
         self.child = FakeChild()
-
-    async def start_surely(self) -> None:
-        while self._fails:
-            await asyncio.sleep(0)
-        self.start()
-
-    async def keep_running(self) -> None:
-        while True:
-            await self.child.wait()
-            self.start()
 
     def obituary(self) -> str:
         return "backend null ended: status 2"
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_process, "RESTART_MIN_S", 0.0)
+
+
 def managed(fails: bool = False) -> tuple[ManagedBackend, FakeProcess]:
-    holder = cast(Holder, None)
-    made = ManagedBackend(
-        "vol", BackendConfig(kind="null"), Path("/nonexistent"), holder, None, Background("vol")
-    )
-    process = FakeProcess(fails)
-    made._process = cast(Any, process)
+    made = ManagedBackend("vol", CONFIG, Path("/nonexistent"), FakeHolder(), None, Background("vol"))
+    made._process = process = FakeProcess(fails)
     return made, process
 
 
@@ -103,7 +92,9 @@ def test_a_backend_that_could_not_be_started_has_no_pid_and_can_be_ended() -> No
 @pytest.mark.parametrize(
     ("reason", "said"), [("", "vol: backend null ended: status 2"), ("no such size", "vol: no such size")]
 )
-def test_the_end_of_a_backend_before_its_device_is_live_raises_the_first_cause(reason: str, said: str) -> None:
+def test_the_end_of_a_backend_before_its_device_is_live_raises_the_first_cause(
+    reason: str, said: str
+) -> None:
     async def run() -> None:
         made, process = managed()
         running = asyncio.ensure_future(made.run(never, lambda: reason))
@@ -143,10 +134,11 @@ def test_a_backend_that_does_not_die_of_sigkill_is_left(
         backend, process = managed()
         backend.start()
 
-        async def end(_patience_s: float) -> None:
+        async def end(patience_s: float) -> int:
             await asyncio.Event().wait()
+            return 0
 
-        process.child.end = end  # type: ignore[method-assign]
+        monkeypatch.setattr(process.child, "end", end)
         await backend.end()
         backend.let_end()
         assert "process 77, was killed and waits in the kernel" in caplog.text
@@ -159,7 +151,7 @@ def test_a_backend_that_cannot_be_started_yet_is_started_later_and_supervised() 
         backend, process = managed(fails=True)
         backend.start()
         assert backend.pid is None
-        process._fails = False
+        process.fails = False
         while not process.starts:
             await asyncio.sleep(0)
         process.child.exits(1)

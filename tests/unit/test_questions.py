@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 
+from support.fakes.device_parts import FakeChild, FakeHolder
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool import broker_commands as commands
 from ublkpool.bufpool.pool.broker import Broker
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes import broker_process, worker_process
 from ublkpool.daemon.processes.broker_process import BrokerProcess
-from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.questions import Questions
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.workers import messages
@@ -142,17 +142,24 @@ def test_a_worker_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -
     in_loop(run)
 
 
+class LivingChild(FakeChild):
+    """A process that has not ended."""
+
+    @property
+    def exit_status(self) -> None:
+        return None
+
+
 class Peer:
     """The broker's end of the control socket; an old one knows no ids."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_old: bool = False) -> None:
         monkeypatch.setattr(broker_process, "REPLY_DEADLINE_S", 0.05)
         ours, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        holder = cast(Holder, type("H", (), {"hold": lambda *_: None, "drop": lambda *_: None})())
-        self.seen = BrokerProcess("ipc:///nonexistent", holder)
+        self.seen = BrokerProcess("ipc:///nonexistent", FakeHolder())
         self.seen._use(broker_process._channel(ours))
         self.seen._repeats_ids = not is_old
-        self.seen.child = cast(Any, type("C", (), {"exit_status": None})())
+        self.seen.child = LivingChild()
 
     async def hears(self) -> commands.Command:
         while True:

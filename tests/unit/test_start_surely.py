@@ -5,11 +5,11 @@ import errno
 import logging
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
+from support.fakes.device_parts import FakeHolder
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.backends import backend_process
 from ublkpool.daemon.backends.backend_process import BackendProcess
@@ -82,8 +82,7 @@ def test_the_broker_is_replaced_as_soon_as_it_can_be_and_commands_fail_until_the
     fork = Scarce(fork_child, CODES[:2] * 50)
 
     async def run() -> None:
-        held = SimpleNamespace(hold=lambda *_: None, drop=lambda *_: None)
-        broker = BrokerProcess(f"ipc://{tmp_path}/pool.sock", cast(Holder, held))
+        broker = BrokerProcess(f"ipc://{tmp_path}/pool.sock", FakeHolder())
         broker.start()
         monkeypatch.setattr(broker_process, "fork_child", fork)
         told = asyncio.Event()
