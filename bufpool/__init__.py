@@ -1,4 +1,4 @@
-"""What a backend installs: the wire, the pool's memory, the native engine and the SDK; it needs no root."""
+"""The package that a backend needs: the wire, the pool's memory, the native engine and the SDK; it needs no root."""
 
 from ublkpool.bufpool.earlier_names import find_earlier_names
 

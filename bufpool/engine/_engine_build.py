@@ -33,11 +33,11 @@ _ASKED_OF_PYTHON = """
 extern "Python" int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
 extern "Python" void calls_released(void *handle, uint64_t region);
 """
-"""What `calls.c` calls, see there."""
+"""Python functions that `calls.c` calls."""
 
 
 def declarations(header: str) -> str:
-    """What cffi has to know of a header: no comments, no preprocessor."""
+    """The declarations of a header for cffi, without comments and preprocessor lines."""
     return re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
 
 

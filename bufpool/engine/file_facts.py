@@ -1,4 +1,4 @@
-"""What the kernel says about an open file: the block that direct I/O demands, a block device's sizes, its handle."""
+"""Facts of the kernel about an open file: the block that direct I/O needs, a block device's sizes, its handle."""
 
 import os
 
@@ -16,7 +16,7 @@ def direct_alignment(file: int) -> int:
 
 
 class BlockDevice(msgspec.Struct, frozen=True):
-    """What the kernel says about a block device, in bytes."""
+    """Sizes of a block device, in bytes."""
 
     size_bytes: int
     logical_block_bytes: int

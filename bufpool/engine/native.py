@@ -26,7 +26,7 @@ _SLICES = range(SEGMENT_CLIENTS, SEGMENT_CLIENTS + CLIENT_SLICES_MAX)
 
 
 class Storage(Protocol):
-    """What a native engine is opened on."""
+    """The store of a native engine."""
 
     def new(self, device: Device) -> Any:
         """A native storage for this device, which the engine will own."""

@@ -1,4 +1,4 @@
-"""What a backend is: the base class, and all names that its author needs.
+"""The base class of backends, and all names that their authors need.
 
 **Answering a write promises that its data survives your own process.**  After a backend dies, the daemon sends its
 unanswered requests to the successor, and only those: an answered request is never sent again.  So return from `pwrite`

@@ -34,7 +34,7 @@ _ABSENT = (errno.ENOENT, errno.ECONNREFUSED)
 
 
 class PollResult(NamedTuple):
-    """What a `poll` found: queues with frames, readable watched descriptors, a message on the attach connection."""
+    """The result of `poll`: queues with frames, readable watched descriptors, a message on the attach connection."""
 
     queues: list[int]
     descriptors: list[int]
@@ -132,7 +132,7 @@ def connect_and_ask(
 
 
 def describe(run_dir: Path, device: str, wait_s: float = 0.0) -> wire.Described:
-    """What the daemon says of `device` before an attach; raises as `connect_and_ask`."""
+    """The daemon's description of `device` before an attach; raises as `connect_and_ask`."""
     question = wire.Describe(v=wire.PROTOCOL_VERSION, device=device)
     connection, answer, _ = connect_and_ask(run_dir, question, wait_s)
     connection.close()

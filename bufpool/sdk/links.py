@@ -1,4 +1,4 @@
-"""What both transports have in common: a backend's links to the queues of its device.
+"""The interface of both transports: a backend's links to the queues of its device.
 
 Owns the protocol that `zeromq_links.py` and `ring_links.py` implement.  Each queue has one link: frames travel on it, a
 HELLO opens it, also to a worker's successor, and its end says that the worker has ended.  One thread uses the links.
@@ -16,7 +16,7 @@ _FENCE = int(wire.Kind.FENCE)
 
 
 class Polled(NamedTuple):
-    """What a `Links.poll` found: queues with frames, and watched file descriptors."""
+    """The result of `Links.poll`: queues with frames, and watched file descriptors."""
 
     queues: list[int]
     descriptors: list[int]

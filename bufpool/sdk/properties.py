@@ -1,4 +1,4 @@
-"""What the daemon tells a backend before the attach, and what the backend tells the daemon in it.  Pure."""
+"""`Hint`, which a backend gets before the attach, and `Properties`, which it attaches with.  Pure."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ from ublkpool.bufpool.wire import Identity
 
 
 class Hint(NamedTuple):
-    """What is known of the device before the attach.
+    """The device as the daemon describes it before the attach.
 
     `size_bytes` is 0 for a device that takes the backend's size.  `max_io_bytes` is the largest read or write.
     `may_create` says that the device was never served, so a backend that finds no store may make an empty one.  If it
@@ -32,7 +32,7 @@ class Hint(NamedTuple):
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend tells the daemon about itself; sizes are bytes.
+    """A backend's description of itself for the daemon; sizes are bytes.
 
     `size_bytes` 0 takes the size that the device was created with.  `volatile_cache` says that an answered write may be
     lost in a power failure until `flush`; without it the device gets no FLUSH.  DISCARD and WRITE_ZEROES are offered if

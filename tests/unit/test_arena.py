@@ -96,7 +96,7 @@ def test_the_sequence_wraps(arena: Arena) -> None:
     assert arena.control.slot_header(0).sequence == 0
 
 
-def test_another_process_sees_who_holds_what(arena: Arena, prefix: str) -> None:
+def test_another_process_reads_the_slots_owners(arena: Arena, prefix: str) -> None:
     arena.control.grant(0, Owner(0, 4))
     with Arena.open(prefix, arena.data_fd) as other:
         assert list(other.control.slot_owners()) == [Owner(0, 4)] + [None] * 8
@@ -155,7 +155,7 @@ def test_a_leftover_control_object_fails_the_creation_without_removing_it(prefix
     unlink_arena(prefix)
 
 
-def test_a_pool_larger_than_what_is_available_is_refused_and_leaves_nothing(prefix: str) -> None:
+def test_a_pool_larger_than_the_available_memory_is_refused_and_leaves_nothing(prefix: str) -> None:
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     count = int(meminfo["MemTotal"].split()[0]) // 1024 + 1
     before = open_fds()
@@ -169,7 +169,7 @@ def test_a_pool_larger_than_what_is_available_is_refused_and_leaves_nothing(pref
 
 
 @pytest.mark.parametrize("by_bytes", [-4096, 4096])
-def test_nobody_who_has_a_descriptor_can_change_the_size_of_a_pool(arena: Arena, by_bytes: int) -> None:
+def test_no_process_with_a_descriptor_can_change_the_size_of_a_pool(arena: Arena, by_bytes: int) -> None:
     """A page that is missing when a worker or the kernel copies would be SIGBUS, or a request that never ends."""
     theirs = os.open(f"/proc/self/fd/{arena.data_fd}", os.O_RDWR | os.O_CLOEXEC)
     try:

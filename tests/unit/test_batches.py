@@ -78,7 +78,7 @@ def test_reads_come_first_then_writes_and_flushes_are_no_part_of_it(tmp_path: Pa
     assert "flush" in backend.calls
 
 
-def test_copy_moves_all_data_and_leaves_out_what_failed(tmp_path: Path) -> None:
+def test_copy_moves_all_data_and_leaves_out_failed_requests(tmp_path: Path) -> None:
     def copy(backend: Batched, batch: Batch) -> None:
         batch.result[1] = -errno.EIO
         batch.copy(memoryview(backend.disk))
@@ -178,7 +178,7 @@ def test_one_of_later_is_a_request_like_any(tmp_path: Path) -> None:
         assert worker.is_silent(), "its answer is nobody's any more"
 
 
-def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_nothing_worse(tmp_path: Path) -> None:
+def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_does_no_harm(tmp_path: Path) -> None:
     backend = Batched(Batched.copy)
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         assert worker.write(BLOCK, b"k" * BLOCK) == BLOCK
@@ -226,7 +226,7 @@ def _land(worker: FakeWorker, post: Descriptor, data: bytes, **more: int) -> Des
     return request
 
 
-def test_writes_land_in_what_was_posted_and_no_place_is_asked(tmp_path: Path) -> None:
+def test_writes_land_in_posted_regions_without_a_place(tmp_path: Path) -> None:
     backend = Posting()
     with _posting_worker(tmp_path) as worker, serving(worker, backend):
         posts = _posts(worker, 8)
@@ -243,7 +243,7 @@ def test_writes_land_in_what_was_posted_and_no_place_is_asked(tmp_path: Path) ->
     assert ("pwrite", 2 * BLOCK, True) in backend.calls
 
 
-def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(tmp_path: Path) -> None:
+def test_regions_posted_to_a_dead_worker_are_posted_to_the_next(tmp_path: Path) -> None:
     with _posting_worker(tmp_path) as worker, serving(worker, Posting()):
         before = {each.buffer for each in _posts(worker, 8)}
         worker.epoch += 1
@@ -312,7 +312,7 @@ class PostingBatches(Posting):
         batch.copy(memoryview(self.disk))
 
 
-def test_a_batch_finds_what_landed_in_the_own_segment(tmp_path: Path) -> None:
+def test_a_batch_finds_data_that_landed_in_the_own_segment(tmp_path: Path) -> None:
     backend = PostingBatches()
     with _posting_worker(tmp_path) as worker, serving(worker, backend):
         request = _land(worker, _posts(worker, 8)[0], b"b" * BLOCK)

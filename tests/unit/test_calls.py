@@ -163,7 +163,7 @@ def moody() -> Iterator[CallEngine]:
 
 
 @pytest.mark.parametrize(("segment", "buffer"), [(1, DEPTH * BLOCK - 512), (1, (1 << 64) - 1), (2, 0)])
-def test_a_buffer_outside_the_pool_is_nobodys(moody: CallEngine, segment: int, buffer: int) -> None:
+def test_a_buffer_outside_the_pool_fails_its_request(moody: CallEngine, segment: int, buffer: int) -> None:
     wrong = _request(0, Op.WRITE, 0)._replace(segment=segment, buffer=buffer)
     assert [each.result for each in _say(moody, [wrong])] == [-errno.EFAULT]
 
@@ -185,7 +185,7 @@ class Odd(Plain):
         return 1 << 40 if offset == BLOCK else "all"  # type: ignore[return-value]
 
 
-def test_what_is_no_result_is_an_error_of_its_own_request_alone() -> None:
+def test_an_invalid_result_fails_its_own_request_alone() -> None:
     outbox = Outbox()
     engine = CallEngine(Odd(), _device(outbox), outbox)
     asked = [_request(tag, Op.READ, tag * BLOCK) for tag in range(3)] + [_request(3, Op.WRITE, 0)]

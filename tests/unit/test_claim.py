@@ -77,7 +77,7 @@ def locked(image: Path, running: Callable[..., "subprocess.Popen[str]"]) -> "sub
     return running(code, image, "backend", "file", "--device", "vol7")
 
 
-def test_what_a_living_process_has_locked_is_refused_with_its_device_and_its_number(
+def test_a_store_that_a_living_process_has_locked_is_refused_with_its_device_and_pid(
     image: Path, locked: "subprocess.Popen[str]"
 ) -> None:
     time = Time()
@@ -294,7 +294,7 @@ def test_a_member_of_a_device_mapper_disk_is_refused_with_its_holder(loop: Path)
         _run("dmsetup", "remove", name)
 
 
-def test_who_opened_a_block_device_alone_is_named(
+def test_the_process_that_opened_a_block_device_exclusively_is_named(
     loop: Path, monkeypatch: pytest.MonkeyPatch, running: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     monkeypatch.setattr(claim, "LIVE_PATIENCE_S", 0.1)
@@ -333,7 +333,7 @@ def test_a_backend_of_a_block_device_that_is_killed_under_load_is_succeeded(
     os.close(claim.open_alone(loop, os.O_RDWR))
 
 
-def test_a_file_of_the_same_name_elsewhere_is_none_of_a_loop_device_s(
+def test_another_file_of_the_same_name_is_not_taken_for_a_loop_devices_file(
     image: Path, loop: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -349,7 +349,7 @@ def test_a_loop_device_whose_file_is_served_is_refused(
         claim.open_alone(loop, os.O_RDWR)
 
 
-def test_what_lies_on_the_disk_itself_is_refused(loop: Path, tmp_path: Path) -> None:
+def test_a_store_on_the_disk_itself_is_refused(loop: Path, tmp_path: Path) -> None:
     at = tmp_path / "at"
     at.mkdir()
     _run("mkfs.ext4", "-q", str(loop))

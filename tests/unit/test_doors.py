@@ -18,7 +18,7 @@ from ublkpool.ublk.queue import HELLO_TIMEOUT_MS
 
 
 class Clock:
-    """What the doors take for the time."""
+    """The clock of the doors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
@@ -58,7 +58,7 @@ def test_a_socket_that_stays_out_of_reach_ends_the_backend_and_is_named(
 
 
 @pytest.mark.parametrize("between", [0, errno.ECONNREFUSED, errno.EAGAIN])
-def test_what_comes_between_begins_the_wait_anew(clock: Clock, between: int) -> None:
+def test_a_different_error_in_between_restarts_the_wait(clock: Clock, between: int) -> None:
     door = Door(0, "/q")
     for _ in range(3):
         door.failed(errno.EACCES)

@@ -133,7 +133,7 @@ def test_placed_writes_land_in_the_file(tmp_path: Path, disk: Path) -> None:
     assert disk.read_bytes()[1 << 20 :][: 64 * KIB] == data[: 8 * KIB] + bytes(56 * KIB)
 
 
-def test_what_lands_in_posted_regions_is_in_the_file(tmp_path: Path, disk: Path) -> None:
+def test_data_that_lands_in_posted_regions_is_in_the_file(tmp_path: Path, disk: Path) -> None:
     options = FileOptions(path=disk, size=SIZE_BYTES, placement="backend", segment=1 << 20)
     sizes = (4 * KIB, 64 * KIB)
     contents = {size: random.Random(size).randbytes(size) for size in sizes}

@@ -120,7 +120,7 @@ def test_a_process_that_locks_its_memory_has_every_page_before_the_first_use() -
 
 @pytest.mark.usefixtures("collapses")
 @pytest.mark.parametrize("huge", ["auto", "require"])
-def test_a_pool_is_in_huge_pages_and_so_is_what_takes_its_place(prefix: str, huge: str) -> None:
+def test_a_pool_and_its_replacement_are_in_huge_pages(prefix: str, huge: str) -> None:
     with make(prefix, huge) as arena:
         assert arena.huge_bytes == HUGE_BYTES
         old = os.fstat(arena.data_fd).st_ino
@@ -147,14 +147,14 @@ def test_memory_in_the_place_of_the_old_need_not_be_huge(
 
 
 @pytest.mark.usefixtures("collapses")
-def test_the_next_daemon_sees_what_the_pool_is_in(prefix: str) -> None:
+def test_the_next_daemon_sees_how_much_of_the_pool_is_in_huge_pages(prefix: str) -> None:
     made = Arena.create(prefix, GEOMETRY, 1, 7, (1, 1), "auto")
     with made, Arena.open(prefix, made.data_fd, "auto") as opened:
         assert opened.huge_bytes == made.huge_bytes == HUGE_BYTES
         made.unlink()
 
 
-def test_where_there_are_none_auto_goes_on_and_require_says_what_to_do(
+def test_without_huge_pages_auto_goes_on_and_require_says_what_to_do(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SharedMap, "collapse", lambda _: None)

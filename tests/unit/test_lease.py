@@ -1,4 +1,4 @@
-"""Who holds what: one owner a slot, reserves that can be had, waiting that ends, nothing lost by a death."""
+"""The lease table: one owner for each slot, reserves always available, waiting that ends, no slot lost by a death."""
 
 import pytest
 from hypothesis import settings
@@ -36,7 +36,7 @@ def test_a_new_worker_has_its_reserve_at_once() -> None:
     assert made.held_count(A) == 3
 
 
-def test_a_lease_gets_what_is_free_beyond_the_reserves_of_others() -> None:
+def test_a_lease_gets_free_buffers_beyond_the_reserves_of_other_queues() -> None:
     made = LeaseTable(Geometry.build([(4096, 10)]), (2,), 3)
     made.register(A)
     assert len(made.lease(A, 0, 100)) == 4
@@ -55,7 +55,7 @@ def test_waiting_is_served_one_buffer_a_turn_over_queues() -> None:
     assert made.statistics().classes[0].waiting == 0
 
 
-def test_nobody_overtakes_a_waiter() -> None:
+def test_no_queue_overtakes_a_waiting_one() -> None:
     made = table()
     taken = made.lease(A, 0, 7)
     made.lease(B, 0, 1)
@@ -74,7 +74,7 @@ def test_a_queue_below_its_reserve_is_served_though_others_wait() -> None:
     assert made.statistics().classes[0].waiting == 1
 
 
-def test_a_wish_beyond_what_a_queue_can_ever_hold_is_cut() -> None:
+def test_a_lease_of_more_than_a_queue_can_hold_is_cut() -> None:
     made = table()
     assert len(made.lease(A, 0, 1 << 63)) == 7
     made.lease(A, 0, 1 << 63)
@@ -83,7 +83,7 @@ def test_a_wish_beyond_what_a_queue_can_ever_hold_is_cut() -> None:
     assert statistics.clipped == 2 * (1 << 63) - 7
 
 
-def test_on_order_is_what_was_neither_granted_nor_cut() -> None:
+def test_buffers_on_order_are_those_neither_granted_nor_cut() -> None:
     made = table()
     taken = made.lease(A, 0, 6)
     assert made.on_order(A, 0) == 0
@@ -164,7 +164,7 @@ def test_a_reclaim_that_comes_before_the_registration_keeps_that_epoch_out() -> 
         made.register(Owner(0, 7))
 
 
-def test_sync_frees_what_the_worker_never_got_and_reports_what_it_cannot_have() -> None:
+def test_sync_frees_lost_grants_and_reports_slots_of_other_owners() -> None:
     made = table()
     taken = made.lease(A, 0, 3)
     theirs = held(made, B)[0]
@@ -178,7 +178,7 @@ def test_sync_frees_what_the_worker_never_got_and_reports_what_it_cannot_have() 
     assert made.sync(A, 0, [taken[0]]) == ((), (), [])
 
 
-def test_sync_refills_the_reserve_and_serves_who_waits() -> None:
+def test_sync_refills_the_reserve_and_serves_waiting_queues() -> None:
     made = table()
     made.lease(A, 0, 7)
     made.lease(B, 0, 3)
@@ -186,7 +186,7 @@ def test_sync_refills_the_reserve_and_serves_who_waits() -> None:
     assert [(grant.owner, len(grant.slots)) for grant in synced.grants] == [(A, 1), (B, 3)]
 
 
-def test_sync_ends_what_the_worker_waited_for() -> None:
+def test_sync_ends_the_workers_waiting() -> None:
     made = table()
     taken = made.lease(A, 0, 7)
     made.lease(B, 0, 3)
@@ -194,14 +194,14 @@ def test_sync_ends_what_the_worker_waited_for() -> None:
     assert made.give_back(A, taken) == []
 
 
-def test_sync_by_nobody_is_counted() -> None:
+def test_a_sync_of_an_unregistered_worker_is_counted() -> None:
     made = table()
     assert made.sync(Owner(0, 9), 0, [0]) == ((), (), [])
     assert made.sync(A, 5, [0]) == ((), (), [])
     assert made.statistics().rejected == 2
 
 
-def test_a_new_table_becomes_what_the_headers_say() -> None:
+def test_a_new_table_is_filled_from_the_slot_headers() -> None:
     made = table()
     made.lease(A, 0, 4)
     rebuilt = LeaseTable(made.geometry, (1,), 3)
@@ -234,7 +234,7 @@ def test_reserves_that_the_pool_does_not_have_are_refused(reserve: tuple[int, ..
         LeaseTable(GEOMETRY, reserve, QUEUES)
 
 
-def test_idle_holders_are_asked_for_what_is_above_their_reserve_and_only_once() -> None:
+def test_idle_queues_are_asked_once_for_the_buffers_above_their_reserve() -> None:
     made = table()
     taken = made.lease(A, 0, 7)
     assert made.recalls() == []
@@ -258,7 +258,7 @@ def test_no_more_is_recalled_than_lies_above_the_reserve() -> None:
     assert made.recalls() == [Recall(A, 0, 1)]
 
 
-def test_a_waiting_holder_gives_up_what_is_above_an_even_share_to_poorer_waiters() -> None:
+def test_a_waiting_queue_gives_buffers_above_an_even_share_to_queues_below_it() -> None:
     made = table(count=12)
     made.lease(A, 0, 8)
     made.lease(B, 0, 1)

@@ -27,7 +27,7 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeWorke
         yield worker
 
 
-def test_reads_what_was_written(worker: FakeWorker) -> None:
+def test_a_read_returns_the_data_that_was_written(worker: FakeWorker) -> None:
     assert worker.write(8192, b"m" * 4096) == 4096
     assert worker.read(4096, 12288) == bytes(4096) + b"m" * 4096 + bytes(4096)
 
@@ -78,7 +78,7 @@ def test_two_reads_of_one_block_are_not_lent_it_at_once(in_place: FakeWorker) ->
     assert in_place.answer_of(second).result == 4096
 
 
-def test_a_fence_returns_what_was_lent(in_place: FakeWorker) -> None:
+def test_a_fence_returns_lent_regions(in_place: FakeWorker) -> None:
     in_place.place(0, 4096, tag=2)
     in_place.read_in_place(8192, 4096)
     in_place.send(0, [in_place.describe(Kind.PLACE, Op.WRITE, 0, 4096, tag=1)])

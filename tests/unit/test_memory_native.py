@@ -59,7 +59,7 @@ class Wanted(NamedTuple):
 
 
 class Model:
-    """Who has what: simple lists, everything looked at each time."""
+    """The expected lending, in simple lists that are searched each time."""
 
     def __init__(self) -> None:
         self.lent: list[Wanted] = []
@@ -70,7 +70,7 @@ class Model:
         self.waiting = [each for each in self.waiting if each.tag != tag]
 
     def settle(self) -> list[Wanted]:
-        """Who gets a region now: in order of arrival, and nobody overtakes whom it overlaps."""
+        """The requests that get a region now, in order of arrival; none overtakes one that it overlaps."""
         named, still = [], list[Wanted]()
         for each in self.waiting:
             if any(each.overlaps(other) for other in (*self.lent, *still)):
@@ -147,7 +147,7 @@ STEPS = st.builds(
 
 
 @given(st.lists(STEPS, max_size=60))
-def test_no_byte_is_lent_twice_and_who_overlaps_waits_in_order(steps: list[Step]) -> None:
+def test_no_byte_is_lent_twice_and_overlapping_requests_wait_in_order(steps: list[Step]) -> None:
     with closing(rig()) as disk:
         play = Play(disk)
         for step in steps:
@@ -203,9 +203,7 @@ def test_a_clients_buffer_is_read_and_written_where_it_is_and_nowhere_else(disk:
         (0, 1 << 63),
     ],
 )
-def test_what_does_not_lie_on_the_disk_is_refused(
-    disk: NativeRig, kind: Kind, offset: int, length: int
-) -> None:
+def test_a_request_beyond_the_disk_is_refused(disk: NativeRig, kind: Kind, offset: int, length: int) -> None:
     op = Op.WRITE if kind == Kind.PLACE else Op.READ
     answers = disk.say([asked(kind, op, 0, offset, length)])
     assert [each.result for each in answers] == [INVALID]

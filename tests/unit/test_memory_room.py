@@ -1,4 +1,4 @@
-"""What is available to a pool: of the machine's memory, and of every cgroup that the daemon is in."""
+"""The memory that is available to a pool: the machine's, and that of every cgroup of the daemon."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def refusal(size_bytes: int) -> str:
     return str(refused.value)
 
 
-def test_what_the_machine_has_is_enough_or_refused_with_both_figures(machine: Path) -> None:
+def test_a_pool_fits_the_machines_memory_or_is_refused_with_both_figures(machine: Path) -> None:
     check_room("it", 100 * MIB, "")
     assert refusal(100 * MIB + 1) == (
         "the pool of device 7 needs 100.0 MiB of memory and 100.0 MiB are available (MemAvailable): "
@@ -73,7 +73,7 @@ def test_without_cgroups_of_version_2_the_machine_alone_counts(machine: Path, ow
     check_room("it", 100 * MIB, "")
 
 
-def test_where_nothing_can_be_learned_nothing_is_refused(machine: Path) -> None:
+def test_without_any_figures_no_pool_is_refused(machine: Path) -> None:
     (machine / "cgroup").unlink()
     (machine / "meminfo").write_text("nonsense\n")
     check_room("it", 1 << 50, "")

@@ -102,7 +102,7 @@ def test_regions_are_posted_in_batches_when_half_are_used(worker: NativeRig) -> 
     assert len(posts(worker.say([data(posted[1], tag=1)]))) == 2
 
 
-def test_a_region_that_comes_back_unused_is_nobodys(worker: NativeRig) -> None:
+def test_a_region_that_comes_back_unused_is_free(worker: NativeRig) -> None:
     """A write of which nothing could be copied: RELEASE without DATA."""
     posted = posts(worker.say([WELCOME]))
     again = posts(worker.say([release(data(each, tag)) for tag, each in enumerate(posted[:DEPTH])]))
@@ -131,7 +131,7 @@ def test_a_write_that_does_not_fit_its_region_fails(worker: NativeRig, length: i
     assert (answer.kind, answer.result) == (Kind.DONE, result)
 
 
-def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(worker: NativeRig) -> None:
+def test_regions_posted_to_a_dead_worker_are_posted_to_the_next(worker: NativeRig) -> None:
     first = posts(worker.say([WELCOME]))
     used = data(first[0])
     assert worker.say([used])[0].kind == Kind.DONE
@@ -144,7 +144,7 @@ def test_what_was_posted_to_a_dead_worker_is_posted_to_the_next(worker: NativeRi
     assert worker.say([data(first[1])]) == [], "a word of the dead worker's"
 
 
-def test_a_queue_keeps_what_was_posted_to_it_when_another_begins_anew() -> None:
+def test_a_queue_keeps_its_posted_regions_when_another_gets_a_new_worker() -> None:
     worker = rig(own_bytes=4 << 20, queues=2)
     other = WELCOME._replace(queue=1)
     posted = posts(worker.say([WELCOME, other]))
@@ -157,7 +157,7 @@ def test_a_queue_keeps_what_was_posted_to_it_when_another_begins_anew() -> None:
     worker.close()
 
 
-def test_who_waits_for_a_region_goes_before_those_who_might_come() -> None:
+def test_a_request_that_waits_for_a_region_goes_before_posting() -> None:
     worker = rig(own_bytes=3 * LARGE)
     worker.say([WELCOME])
     placed = [each for tag in range(DEPTH) for each in worker.say([place(tag, LARGE)])]

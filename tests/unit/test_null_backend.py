@@ -60,7 +60,7 @@ def test_a_third_write_waits_for_one_of_two_slots(tmp_path: Path) -> None:
         assert worker.is_silent(), "and comes back once"
 
 
-def test_a_fence_takes_back_lent_slots_and_drops_who_waits(tmp_path: Path) -> None:
+def test_a_fence_takes_back_lent_slots_and_drops_waiting_requests(tmp_path: Path) -> None:
     options = NullOptions(size=1 << 30, placement="backend", segment=64 << 10)
     with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, NullBackend(options)):
         assert worker.fill(*worker.place(0, 4096, tag=0), b"a" * 4096, release=False) == 4096

@@ -69,7 +69,7 @@ def test_one_request_at_a_time_is_one_wait_each(
     assert counted[0].bells <= REQUESTS + MORE_CALLS_MAX
 
 
-def test_a_mere_release_is_asked_for_by_whom_somebody_waits_in(
+def test_a_release_alone_wakes_a_backend_only_if_it_waits_for_a_region(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The memory backend lends no byte twice at once: who wants it too, on whatever queue, waits for its RELEASE."""
@@ -256,7 +256,7 @@ class PlayedLoop:
     ("results", "timeout_ms", "served", "hears"),
     [([2, 2, 1], -1, 2, True), ([2, 2], 10, 1, False), ([3, 2], -1, 1, True), ([2, 0], -1, 1, False)],
 )
-def test_a_queue_that_is_never_idle_keeps_nobody_from_being_heard(
+def test_a_queue_that_is_never_idle_does_not_block_other_descriptors(
     monkeypatch: pytest.MonkeyPatch, results: list[int], timeout_ms: int, served: int, hears: bool
 ) -> None:
     played = PlayedLoop(*results)
@@ -313,9 +313,7 @@ class Busy(Plain):
         assert self.more.acquire(timeout=10)
 
 
-def test_what_is_watched_is_heard_by_a_loop_that_does_not_sleep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_loop_handles_watched_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeWorker, "transport", "ring")
     backend, count = Busy(), 32
     with FakeWorker(tmp_path, depth=count) as worker, serving(worker, backend):
@@ -332,7 +330,7 @@ def test_what_is_watched_is_heard_by_a_loop_that_does_not_sleep(
     assert backend.heard_after and backend.heard_after[0] < count
 
 
-def test_what_a_fence_gives_up_is_confirmed_in_the_same_turn(worker: FakeWorker) -> None:
+def test_a_request_that_a_fence_abandons_is_confirmed_in_the_same_turn(worker: FakeWorker) -> None:
     backend = OnePage()
     with serving(worker, backend):
         when_asleep(worker)

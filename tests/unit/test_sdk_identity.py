@@ -1,4 +1,4 @@
-"""What the SDK and the backends that come with it say of their store, and what they do not make twice."""
+"""Identities: what the SDK and the built-in backends say of their stores, and stores that are not made twice."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_backend_says_which_store_it_serves_or_of_which_kind_it_is(
     assert (attach.identity, attach.generation_seen) == (said, 7)
 
 
-def test_an_older_daemon_is_told_nothing_that_it_does_not_know(tmp_path: Path) -> None:
+def test_an_older_daemon_gets_no_field_that_it_does_not_know(tmp_path: Path) -> None:
     backend = Named(identity="uuid-1", generation_seen=7)
     attach = attach_of(tmp_path, backend, may_create=None)
     assert (attach.identity, attach.generation_seen) == (None, 0)
@@ -124,7 +124,7 @@ def test_a_memory_disk_is_made_for_a_device_that_was_never_served_and_adopted_la
 @pytest.mark.parametrize(
     "backend", [NullBackend(NullOptions(size=MIB)), MemoryBackend(MemoryOptions(size=MIB, keep=False))]
 )
-def test_what_stores_nothing_has_one_identity_for_ever(tmp_path: Path, backend: Backend) -> None:
+def test_a_backend_that_stores_nothing_always_has_the_same_identity(tmp_path: Path, backend: Backend) -> None:
     first, second = (backend.open(hint(tmp_path, False)).identity for _ in range(2))
     assert isinstance(first, wire.Identity) and first == second and first.value and not first.in_boot
 

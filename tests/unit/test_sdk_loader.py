@@ -136,7 +136,7 @@ def load_functions(tmp_path: Path, code: str, given: dict[str, str] | None = Non
     return loader.load(str(path), given or {})
 
 
-def test_functions_say_what_they_can(tmp_path: Path) -> None:
+def test_the_functions_of_a_module_determine_the_properties(tmp_path: Path) -> None:
     backend = load_functions(
         tmp_path, "def get_size(): return 8192\ndef pread(buf, offset): buf[:] = b'f' * len(buf)"
     )

@@ -25,7 +25,7 @@ DEPTH = 8
 def worker(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeWorker]:
-    """Whose backend has io_uring for a loop in C, or has not."""
+    """Whether the backend's process has io_uring for the C loop."""
 
     def no_loop(*_: object) -> None:
         raise BackendError("no loop in C")
@@ -86,7 +86,7 @@ def test_the_loop_serves_the_other_queues_while_one_has_no_worker(worker: FakeWo
         assert worker.write(0, b"r" * 4096) == 4096
 
 
-def test_nobody_rings_for_one_who_is_awake(worker: FakeWorker) -> None:
+def test_no_doorbell_rings_for_a_side_that_is_awake(worker: FakeWorker) -> None:
     with serving(worker, Plain()):
         rings = worker.rings()
         worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH)])
@@ -97,7 +97,7 @@ def test_nobody_rings_for_one_who_is_awake(worker: FakeWorker) -> None:
         assert worker.do(Op.FLUSH) == 0
 
 
-def test_what_is_answered_after_a_workers_death_is_not_told_to_its_successor(worker: FakeWorker) -> None:
+def test_an_answer_to_a_dead_worker_is_not_sent_to_its_successor(worker: FakeWorker) -> None:
     backend = Held()
     with serving(worker, backend):
         worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096)])
@@ -177,7 +177,7 @@ def test_memory_that_is_less_than_said_or_could_become_so() -> None:
 
 
 @pytest.mark.parametrize("packet", [b"", b"{}", b'{"type":"ring_open"}', b"\xff"])
-def test_an_answer_that_is_none(packet: bytes) -> None:
+def test_an_invalid_answer_to_a_ring_request_is_an_error(packet: bytes) -> None:
     with pytest.raises(WireError, match="queue 0"):
         ring_links.QueueRings(0, packet, [sealed_memory(1 << 20), os.eventfd(0), os.eventfd(0)])
     with pytest.raises(WireError, match="2 files instead of 3"):
@@ -233,12 +233,12 @@ def test_rings_are_taken_if_they_are_offered_and_wanted(
     assert isinstance(links, kind)
 
 
-def test_rings_that_nobody_offers() -> None:
+def test_transport_ring_without_rings_is_an_error() -> None:
     with pytest.raises(BackendError, match="offers no rings; transport=zeromq"):
         make_links(_attached(()), "ring")
 
 
-def test_who_is_leaving_wants_no_rings_any_more(tmp_path: Path) -> None:
+def test_a_backend_that_is_ending_takes_no_new_rings(tmp_path: Path) -> None:
     worker = FakeRings(tmp_path / "q0")
     attached = _attached((str(tmp_path / "q0"),), queues=1)
     worker.expect(bytes.fromhex(attached.token))

@@ -59,7 +59,7 @@ def test_every_queue_is_served(tmp_path: Path) -> None:
         assert worker.read(8192, 4096, queue=0) == b"\x02" * 4096
 
 
-def test_what_is_ready_together_is_answered_in_one_frame(tmp_path: Path) -> None:
+def test_answers_that_are_ready_together_go_in_one_frame(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker, serving(worker, Plain()):
         worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(8)])
         assert len(worker.links[0].receive_frame(DEADLINE_S)) == 8 * wire.DESCRIPTOR_BYTES
@@ -123,7 +123,7 @@ def test_a_replayed_request_says_so(tmp_path: Path) -> None:
         assert worker.answer_of(request).result == 4096
 
 
-def test_fenced_is_answered_only_when_nothing_old_runs(tmp_path: Path) -> None:
+def test_fenced_is_sent_only_when_no_old_request_is_executing(tmp_path: Path) -> None:
     backend = Held()
     with FakeWorker(tmp_path, queues=2) as worker, serving(worker, backend):
         worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=tag) for tag in range(2)])
@@ -304,7 +304,7 @@ def test_a_backend_outlives_the_daemon_but_not_its_workers(
     assert "the daemon is gone; serving on" in caplog.text
 
 
-def test_a_detach_finishes_what_runs(tmp_path: Path) -> None:
+def test_a_detach_finishes_the_executing_requests(tmp_path: Path) -> None:
     backend = Held()
     with FakeWorker(tmp_path) as worker:
         thread = BackendThread(backend, tmp_path)

@@ -11,12 +11,12 @@ from ublkpool.bufpool.sizes import format_size, parse_size
     ("text", "size_bytes"),
     [("0", 0), ("4096", 4096), ("1K", 1024), ("1.5G", 1610612736), ("64MiB", 64 << 20), (" 2 tb ", 2 << 40)],
 )
-def test_reads_what_people_write(text: str, size_bytes: int) -> None:
+def test_sizes_as_people_write_them_are_parsed(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
 @pytest.mark.parametrize("text", ["", "12Q", "-1", "1.5", "0x10", "K", "1e3", "\uff11K"])
-def test_refuses_what_is_no_size(text: str) -> None:
+def test_a_text_that_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
         parse_size(text)
 

@@ -82,7 +82,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield request.getfixturevalue("ext4").path if request.param == "ext4" else tmp_path
 
 
-def test_what_leaves_a_file_as_it_was_leaves_its_identity(place: Path) -> None:
+def test_changes_that_keep_a_files_data_keep_its_identity(place: Path) -> None:
     path = make(place / "a.img")
     first = key(path)
     path.write_bytes(bytes(4096))
@@ -196,7 +196,7 @@ def test_a_loop_device_is_the_file_behind_it(loop: str, tmp_path: Path) -> None:
         run("losetup", "-d", other)
 
 
-def test_a_loop_device_whose_file_cannot_be_looked_at_is_weak(loop: str, tmp_path: Path) -> None:
+def test_the_identity_of_a_loop_device_on_an_unreadable_file_is_weak(loop: str, tmp_path: Path) -> None:
     (tmp_path / "first.img").unlink()
     found = identity_of(Path(loop))
     assert found.strength == "weak" and found.value and found.in_boot
@@ -225,7 +225,7 @@ class Sysfs:
         ({"dm__uuid": "LVM-abc", "dm__name": "vg-lv"}, "disk:dm:LVM-abc"),
     ],
 )
-def test_a_number_of_its_own_names_a_disk_wherever_it_is(
+def test_a_disk_with_a_number_of_its_own_keeps_its_identity_wherever_it_is_plugged_in(
     tmp_path: Path, files: dict[str, str], value: str
 ) -> None:
     for place in ("pci/0/block/vda", "pci/1/block/vdb"):
@@ -273,7 +273,7 @@ def test_a_disk_in_memory_ends_with_the_boot(tmp_path: Path, name: str) -> None:
     assert (found.value, found.in_boot) == ("", "disk:seq:7")
 
 
-def test_memory_is_the_same_for_whoever_adopts_it_and_no_other_is() -> None:
+def test_every_process_that_adopts_a_memory_disk_sees_the_same_identity() -> None:
     segment = OwnSegment.create(SIZE)
     adopted = OwnSegment.adopt(os.dup(segment.descriptor))
     other = OwnSegment.create(SIZE)

@@ -202,7 +202,7 @@ def attached() -> Attached:
     )
 
 
-def test_attach_survives_the_round_trip_and_fills_in_what_is_left_out() -> None:
+def test_attach_survives_the_round_trip_with_defaults_for_missing_fields() -> None:
     message = Attach(v=PROTOCOL_VERSION, device="vol", kind="memory", placement="any", segment_bytes=8192)
     assert decode_backend_message(encode_message(message)) == message
     short = decode_backend_message(b'{"type":"attach","v":1,"device":"vol","kind":"x"}')
@@ -218,7 +218,7 @@ def test_a_question_about_a_device_is_told_from_an_attach() -> None:
 @pytest.mark.parametrize(
     "message", [attached(), Refused(reason="no"), Live(path="/dev/ublkb0"), Detach(reason="removed")]
 )
-def test_what_the_daemon_says_survives_the_round_trip(message: DaemonMessage) -> None:
+def test_each_message_of_the_daemon_survives_the_round_trip(message: DaemonMessage) -> None:
     packet = encode_message(message)
     assert decode_daemon_message(packet) == message
     assert len(packet) < ATTACH_MESSAGE_BYTES_MAX

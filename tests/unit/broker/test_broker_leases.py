@@ -1,4 +1,4 @@
-"""Who gets which buffer of a broker that really runs, and what of a worker's words it counts and drops."""
+"""Leases of a real broker process, and the frames of a worker that it counts and drops."""
 
 import pytest
 import zmq
@@ -49,7 +49,7 @@ def test_leases_come_at_once_or_when_another_worker_returns_some(
     assert slots_of(arena, Owner(1, 1)) == second.all_slots()
 
 
-def test_every_lease_is_answered_with_what_is_still_to_come(broker: BrokerProcess, worker: Connect) -> None:
+def test_every_lease_is_answered_with_the_number_on_order(broker: BrokerProcess, worker: Connect) -> None:
     first, second = worker(0, 1), worker(1, 1)
     first.say_hello()
     second.say_hello()
@@ -151,7 +151,7 @@ def test_slots_that_are_not_the_workers_are_rejected_and_logged_once(
     assert logged.count("is not held by") == 1
 
 
-def test_statistics_count_what_passed(broker: BrokerProcess, worker: Connect) -> None:
+def test_statistics_count_messages_and_frames(broker: BrokerProcess, worker: Connect) -> None:
     first = worker(0, 1)
     first.say_hello()
     reply = broker.statistics()

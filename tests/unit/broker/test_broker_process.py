@@ -105,7 +105,9 @@ def test_it_can_outlive_the_daemon(start: Start, arena: Arena, worker: Connect) 
     assert broker.process.poll() is None
 
 
-def test_a_daemon_that_does_not_read_its_replies_stops_nobody(broker: BrokerProcess, worker: Connect) -> None:
+def test_a_daemon_that_does_not_read_its_replies_blocks_no_worker(
+    broker: BrokerProcess, worker: Connect
+) -> None:
     broker.control.settimeout(0.2)
     for _ in range(3000):
         try:

@@ -1,4 +1,4 @@
-"""What a broker asks when it cannot know who holds what: after its own death, a lost grant, a worker's new socket."""
+"""The broker asks workers for their buffers after its own death, a lost GRANT, and a worker's new socket."""
 
 import time
 
@@ -19,7 +19,7 @@ from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, unpack_slots
 
 
-def test_a_killed_broker_is_followed_by_one_that_knows_who_holds_what(
+def test_a_killed_brokers_successor_knows_every_lease(
     broker: BrokerProcess, start: Start, arena: Arena, worker: Connect
 ) -> None:
     first, second = worker(0, 1), worker(1, 1)
