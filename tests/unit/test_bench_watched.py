@@ -121,7 +121,7 @@ class Stuck:
         self.killed += 1
 
     def wait(self, timeout_s: float | None = None) -> int:
-        assert timeout_s is not None, "nobody waits for it for ever"
+        assert timeout_s is not None, "the wait has a limit"
         raise subprocess.TimeoutExpired("fio", timeout_s)
 
 

@@ -264,7 +264,7 @@ def test_a_commit_is_awaited_while_the_backend_may_wait_for_a_region() -> None:
         desk.read(tag, tag)
     assert _is_awaited_at_the_answer(desk, 0)
     assert kinds(desk.send()) == [Kind.RELEASE]
-    assert not _is_awaited_at_the_answer(desk, 1), "nobody else is there"
+    assert not _is_awaited_at_the_answer(desk, 1), "no other request waits for a region"
 
 
 def test_a_second_burst_has_every_buffer_that_is_free() -> None:
@@ -278,7 +278,7 @@ def test_a_second_burst_has_every_buffer_that_is_free() -> None:
         waiting = set(range(8))
         while waiting:
             now = [tag for tag in waiting if desk.state(tag) is State.SERVING]
-            assert now, "nobody is served"
+            assert now, "no request is served"
             for tag in now:
                 desk.serve(tag)
             waiting.difference_update(now)

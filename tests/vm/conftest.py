@@ -1,7 +1,7 @@
 """One daemon for all tests of a session, and a check after every test that it left nothing behind."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
@@ -68,13 +68,13 @@ def healthy_machine() -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show a failure with the output of the daemon and the backends during the test."""
     report = yield
     daemon = item.stash.get(_DAEMON, None)
-    if daemon is not None and report.failed:  # type: ignore[attr-defined]
+    if daemon is not None and report.failed:
         said = daemon.said(item.stash[_LOG_START])
-        report.sections.append(("the daemon said", said))  # type: ignore[attr-defined]
+        report.sections.append(("the daemon said", said))
         for backend in daemon.backends:
-            report.sections.append((f"backend {backend.pid} said", backend.said()))  # type: ignore[attr-defined]
+            report.sections.append((f"backend {backend.pid} said", backend.said()))
     return report
