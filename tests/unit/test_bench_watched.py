@@ -44,7 +44,11 @@ def test_a_running_or_stopped_server_is_no_failure(server: "subprocess.Popen[byt
 def test_a_death_before_the_first_request_is_reported_with_the_last_words(
     server: "subprocess.Popen[bytes]", disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watched, "requests_done", lambda node: server.kill() or 0)  # type: ignore[func-returns-value]
+    def kill_and_count(_node: str) -> int:
+        server.kill()
+        return 0
+
+    monkeypatch.setattr(watched, "requests_done", kill_and_count)
     with pytest.raises(StageError, match=r"its backend \(process \d+\) has died: all is well out of memory"):
         run_fio(disk, CELLS[0], 0.2)
 
@@ -109,23 +113,23 @@ def test_a_last_block_that_cannot_be_written_is_one_line(disk: Disk, tmp_path: P
         write_end(nowhere)
 
 
-class Stuck:
+class Stuck(subprocess.Popen[str]):
     """A process that no signal ends, like one that waits for an unanswered request."""
 
-    stdout = None
-
     def __init__(self) -> None:
+        """Starts no process."""
         self.killed = 0
+        self.stdout = None
 
     def kill(self) -> None:
         self.killed += 1
 
-    def wait(self, timeout_s: float | None = None) -> int:
-        assert timeout_s is not None, "the wait has a limit"
-        raise subprocess.TimeoutExpired("fio", timeout_s)
+    def wait(self, timeout: float | None = None) -> int:
+        assert timeout is not None, "the wait has a limit"
+        raise subprocess.TimeoutExpired("fio", timeout)
 
 
 def test_a_process_that_no_signal_ends_is_not_waited_for() -> None:
     stuck = Stuck()
-    end(stuck)  # type: ignore[arg-type]
+    end(stuck)
     assert stuck.killed == 1

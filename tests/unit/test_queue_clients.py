@@ -97,9 +97,9 @@ def test_a_dead_backend_s_requests_go_to_the_next_one_from_the_same_place(plan: 
     written, wanted = write(desk, 0, 8, data(1, 4)), read(desk, 1, 0, 4, 0)
     desk.send()
     desk.kill()
-    desk.connect()
-    assert {each.buffer for each in desk.backend.given.values()} == {AT, 0}  # type: ignore[union-attr]
-    assert all(each.flags & Flag.REPLAY for each in desk.backend.given.values())  # type: ignore[union-attr]
+    successor = desk.connect()
+    assert {each.buffer for each in successor.given.values()} == {AT, 0}
+    assert all(each.flags & Flag.REPLAY for each in successor.given.values())
     desk.serve(0)
     desk.serve(1)
     assert written.result == len(written.data) and wanted.result == 4 * SECTOR_BYTES
