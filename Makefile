@@ -28,6 +28,14 @@ VM_TESTS ?= tests/vm
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
 PYTEST_ARGS ?=
 NATIVE_SOURCES := $(filter-out bench/%,$(wildcard */csrc/*.[ch] */*/csrc/*.[ch] */_*_build.py */*/_*_build.py))
+# What `make lint` reads of C; a file is looked at again when it or a header has changed.
+C_SOURCES := $(wildcard */csrc/*.c */*/csrc/*.c tests/fuzz/*.c)
+C_HEADERS := $(wildcard */csrc/*.h */*/csrc/*.h tests/fuzz/*.h)
+C_CHECKED := $(C_SOURCES:%.c=$(VENV)/lint/%.o)
+C_FLAGS := -std=gnu11 -D_GNU_SOURCE -DUQ_CHECKED $(addprefix -I,$(sort $(dir $(C_HEADERS))))
+C_WARNINGS := -Wall -Wextra -Wno-unused-parameter -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
+    -Wformat=2 -Wundef -Wpointer-arith -Wwrite-strings -Wvla -Wduplicated-cond -Wlogical-op -Wimplicit-fallthrough
+CPUS := $(shell nproc)
 export PYTHONPATH := $(CURDIR)/tests
 export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 
@@ -38,7 +46,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest.__main__
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint format test test-unit package test-vm test-systemd test-power soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format test test-unit package test-vm test-systemd test-power soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -70,13 +78,31 @@ compiled: setup
 guest: setup ## bring the test guest's QEMU and kernels into the cache
 	@$(PY) -m support.guest.__main__ fetch
 
-lint: setup ## ruff, mypy, import-linter
+lint: setup ## ruff, mypy, import-linter; clang-format, compiler warnings and clang-tidy for C
+	@$(MAKE) -j$(CPUS) --output-sync=target lint-ruff lint-mypy lint-imports lint-format $(C_CHECKED)
+
+lint-ruff:
 	@echo "lint: ruff"; $(VENV)/bin/ruff check .; $(VENV)/bin/ruff format --check .
+
+# One after the other: they share a cache.
+lint-mypy:
 	@echo "lint: mypy"; $(VENV)/bin/mypy; $(VENV)/bin/mypy tests; $(VENV)/bin/mypy bench
+
+lint-imports:
 	@echo "lint: import-linter"; $(VENV)/bin/lint-imports
 
-format: setup ## let ruff rewrite the code's layout
+lint-format:
+	@echo "lint: clang-format"; $(VENV)/bin/clang-format --dry-run -Werror $(C_SOURCES) $(C_HEADERS)
+
+$(VENV)/lint/%.o: %.c $(C_HEADERS) .clang-tidy | $(VENV)/.built
+	@mkdir -p $(@D)
+	@echo "lint: $<"
+	@$(VENV)/bin/clang-tidy --quiet $< -- $(C_FLAGS) 2> $@.log || { cat $@.log; exit 1; }
+	@gcc $(C_FLAGS) -O2 -Werror $(C_WARNINGS) -c -o $@ $<
+
+format: setup ## let ruff and clang-format rewrite the code's layout
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+	@$(VENV)/bin/clang-format -i $(C_SOURCES) $(C_HEADERS)
 
 test: ## everything: lint, unit and sim tests here, vm tests with the driver, the units under systemd
 	@$(MAKE) lint

@@ -55,6 +55,9 @@ _SOURCE_FILES = (
 )
 
 
+_common = run_path(str(_BUFPOOL / "_common_build.py"))
+
+
 def _builder(module: str, *options: str) -> FFI:
     builder = FFI()
     builder.cdef("\n".join(_declarations(name) for name in _HEADERS))
@@ -64,14 +67,8 @@ def _builder(module: str, *options: str) -> FFI:
         # By the paths that the source distribution has as well.
         sources=[f"src/ublkpool/ublk/csrc/{name}" for name in _SOURCE_FILES],
         include_dirs=["src/ublkpool/ublk/csrc", "src/ublkpool/bufpool/wire/csrc"],
-        libraries=run_path(str(_BUFPOOL / "_liburing_build.py"))["LIBRARIES"],
-        extra_compile_args=[
-            *_WHOLE,
-            *("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"),
-            # An error for the compiler of Debian 13, so an error everywhere.
-            "-Werror=implicit-function-declaration",
-            *options,
-        ],
+        libraries=_common["LIBRARIES"],
+        extra_compile_args=[*_WHOLE, "-std=gnu11", "-D_GNU_SOURCE", *_common["WARNINGS"], *options],
         extra_link_args=_WHOLE,
     )
     return builder

@@ -61,7 +61,7 @@ struct party {
 	uint32_t seen;
 };
 
-static void die(const char *what, int error)
+static _Noreturn void die(const char *what, int error)
 {
 	fprintf(stderr, "%s: %s\n", what, strerror(error));
 	exit(error == EINVAL || error == ENOSYS ? STATUS_UNKNOWN_WAY : 1);
@@ -149,7 +149,7 @@ static void await_turn(struct party *p)
 	while (atomic_load(&p->mine->turn) == p->seen) {
 		arm(p);
 		atomic_store(&p->mine->sleeps, 1);
-		int waits = atomic_load(&p->mine->turn) == p->seen;
+		unsigned waits = atomic_load(&p->mine->turn) == p->seen;
 		int e = io_uring_submit_and_wait(&p->ring, waits);
 
 		if (e < 0 && e != -EINTR)
@@ -175,7 +175,7 @@ static void begin(struct party *p, int cpu)
 	int e;
 
 	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
+	CPU_SET((size_t)cpu, &set);
 	if (sched_setaffinity(0, sizeof set, &set))
 		die("sched_setaffinity", errno);
 	e = io_uring_queue_init_params(ENTRIES, &p->ring, &params);

@@ -43,7 +43,7 @@ struct link {
 	struct sr_end in, out; /* the backend's */
 };
 
-static void fail(const char *what)
+static _Noreturn void fail(const char *what)
 {
 	fprintf(stderr, "queue_cost: %s\n", what);
 	exit(1);
@@ -60,8 +60,9 @@ static unsigned take_commands(struct uq *q)
 static void arrive(struct uq *q, const struct kind *k, unsigned batch)
 {
 	for (unsigned tag = 0; tag < batch; tag++) {
-		descriptors[tag] =
-			(struct uq_iod){ .op_flags = k->op, .sectors = SECTORS, .start_sector = tag * SECTORS };
+		descriptors[tag] = (struct uq_iod){ .op_flags = k->op,
+						    .sectors = SECTORS,
+						    .start_sector = (uint64_t)tag * SECTORS };
 		uq_complete(q, tag, k->op == WIRE_WRITE && k->need_get_data ? 1 : 0);
 	}
 }
@@ -215,7 +216,9 @@ static void attach(struct link *l, const struct kind *k, bool rings)
 	uint32_t entries = uq_port_entries(DEPTH);
 	uint8_t *memory = rings ? aligned_alloc(4096, uq_port_bytes(entries)) : NULL;
 
-	if (rings && (!memory || !(l->port = uq_port_new(memset(memory, 0, uq_port_bytes(entries)), entries))))
+	if (memory)
+		l->port = uq_port_new(memset(memory, 0, uq_port_bytes(entries)), entries);
+	if (rings && !l->port)
 		fail("no memory for the rings");
 	if (rings) {
 		l->in = sr_end_to_backend(memory, entries, 0);

@@ -30,8 +30,8 @@ _SOURCES = (
 )
 
 _ASKED_OF_PYTHON = """
-extern "Python" int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
-extern "Python" void calls_released(void *handle, uint64_t region);
+extern "Python+C" int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
+extern "Python+C" void calls_released(void *handle, uint64_t region);
 """
 """Python functions that `calls.c` calls."""
 
@@ -41,6 +41,7 @@ def declarations(header: str) -> str:
     return re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
 
 
+_common = run_path(str(_BUFPOOL / "_common_build.py"))
 ffibuilder = FFI()
 for header in _HEADERS:
     ffibuilder.cdef(
@@ -58,17 +59,13 @@ ffibuilder.set_source(
         for folder in _FOLDERS
         for each in sorted(folder.glob("*.[ch]"))
     ],
-    libraries=run_path(str(_BUFPOOL / "_liburing_build.py"))["LIBRARIES"],
-    # Hidden: what nobody else calls can be inlined.
+    libraries=_common["LIBRARIES"],
+    # Hidden, functions that are called only here can be inlined.
     extra_compile_args=[
         "-std=gnu11",
         "-O2",
         "-fvisibility=hidden",
-        "-Wall",
-        # An error for the compiler of Debian 13, so an error everywhere.
-        "-Werror=implicit-function-declaration",
-        "-Wextra",
-        "-Wno-unused-parameter",
+        *_common["WARNINGS"],
     ],
 )
 

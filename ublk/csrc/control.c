@@ -53,6 +53,10 @@ int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, voi
 	if (e)
 		return e;
 	s = io_uring_get_sqe(&ring);
+	if (!s) {
+		io_uring_queue_exit(&ring);
+		return -EBUSY;
+	}
 	memset(s, 0, 128);
 	s->opcode = IORING_OP_URING_CMD;
 	s->fd = control_fd;

@@ -14,10 +14,14 @@ static int fetch_queue(struct io_uring *ring, int char_fd, uint16_t queue, unsig
 	struct io_uring_cqe *cqe;
 	int e;
 
-	for (unsigned tag = 0; tag < depth; tag++)
-		uq_prepare_io_command(
-			io_uring_get_sqe(ring), char_fd, UQ_IO_FETCH,
-			(struct uq_io_command){ .queue = queue, .tag = (uint16_t)tag, .address = (uintptr_t)nowhere });
+	for (unsigned tag = 0; tag < depth; tag++) {
+		struct uq_io_command c = { .queue = queue, .tag = (uint16_t)tag, .address = (uintptr_t)nowhere };
+		struct io_uring_sqe *s = io_uring_get_sqe(ring);
+
+		if (!s)
+			return -EIO;
+		uq_prepare_io_command(s, char_fd, UQ_IO_FETCH, c);
+	}
 	e = io_uring_submit(ring);
 	if (e != (int)depth)
 		return e < 0 ? e : -EIO;

@@ -85,7 +85,7 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, str
 		return -ENOMEM;
 	r->q = q;
 	r->depth = depth;
-	r->queue = uq_queue_number(q);
+	r->queue = (uint16_t)uq_queue_number(q);
 	spin_begin(&r->for_answers, spin_us * 1000ull);
 	spin_begin(&r->for_requests, spin_us * 1000ull);
 	for (unsigned i = 0; i < UQ_WATCHES_MAX; i++)
@@ -149,9 +149,9 @@ static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struc
 static void arm_watches(struct uq_ring *r)
 {
 	for (unsigned i = 0; r->watches_due >> i; i++) {
-		struct io_uring_sqe *s;
+		struct io_uring_sqe *s = r->watches_due >> i & 1 ? next_sqe(r) : NULL;
 
-		if (!(r->watches_due >> i & 1) || !(s = next_sqe(r)))
+		if (!s)
 			continue;
 		io_uring_prep_poll_add(s, r->watch_fd[i], POLLIN);
 		s->user_data = WATCH_DATA | (uint64_t)i << 24 | (r->watch_round[i] & 0xffffff);
@@ -187,9 +187,9 @@ void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int 
 /* Edge-triggered and never read: each write to the eventfd is a completion, and its count has room for 2^64. */
 static void arm_bell(struct uq_ring *r)
 {
-	struct io_uring_sqe *s;
+	struct io_uring_sqe *s = r->port && !r->bell_armed ? next_sqe(r) : NULL;
 
-	if (!r->port || r->bell_armed || !(s = next_sqe(r)))
+	if (!s)
 		return;
 	io_uring_prep_poll_multishot(s, r->bell_in, POLLIN);
 	s->user_data = port_data(r, BELL_IN_DATA);
@@ -210,7 +210,8 @@ static void ring_bell(struct uq_ring *r)
 		uq_link_cut(r->q, UQ_V_DEAF);
 		return;
 	}
-	if (!(s = next_sqe(r)))
+	s = next_sqe(r);
+	if (!s)
 		return;
 	io_uring_prep_write(s, r->bell_out, &one, sizeof one, 0);
 	s->user_data = port_data(r, BELL_OUT_DATA);

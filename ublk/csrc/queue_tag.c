@@ -4,7 +4,7 @@
 #include <string.h>
 
 /* Next state plus one, so that what is not named is illegal. */
-#define TO(state) (state) + 1
+#define TO(state) ((state) + 1)
 static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 	[UQ_KERNEL] = {
 		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
@@ -63,13 +63,13 @@ int uq_next_state(unsigned state, unsigned event)
 {
 	uint8_t next = state < UQ_STATES && event < UQ_EVENTS ? transitions[state][event] : 0;
 
-	return next ? next - 1 : UQ_ILLEGAL;
+	return (int)(next ? next - 1u : UQ_ILLEGAL);
 }
 
 void uq_fail_now(struct uq *q, unsigned fault, unsigned tag, int detail)
 {
 	if (!q->fault) {
-		q->fault = fault;
+		q->fault = (int)fault;
 		q->fault_tag = tag;
 		q->fault_detail = detail;
 	}
@@ -81,7 +81,7 @@ bool uq_move(struct uq *q, struct uq_tag *t, enum uq_event event)
 	uint8_t next = transitions[t->state][event];
 
 	if (!next) {
-		uq_fail_now(q, UQ_F_TRANSITION, uq_index(q, t), t->state << 8 | event);
+		uq_fail_now(q, UQ_F_TRANSITION, uq_index(q, t), t->state << 8 | (int)event);
 		return false;
 	}
 	t->state = next - 1;

@@ -17,9 +17,9 @@ struct calls {
 	bool is_out; /* the batch has not come back */
 };
 
-/* The author's words about regions; cffi makes them functions of Python, which take the GIL. */
-static int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
-static void calls_released(void *handle, uint64_t region);
+/* The backend's functions for regions, in Python (bufpool/sdk/calls.py): cffi defines them and takes the GIL. */
+int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
+void calls_released(void *handle, uint64_t region);
 
 static struct calls *calls_of(struct storage *s) { return (struct calls *)s; }
 
@@ -87,9 +87,9 @@ static const uint8_t *area_memory(const struct calls *c, uint32_t area)
 
 static void add_to_run(const struct calls_batch *b, uint32_t way)
 {
-	uint32_t at = b->head[CALLS_COUNT], *last = b->run + (b->head[CALLS_RUNS] - 1) * CALLS_RUN;
+	uint32_t at = b->head[CALLS_COUNT], *last = b->run + ((size_t)b->head[CALLS_RUNS] - 1) * CALLS_RUN;
 	if (!b->head[CALLS_RUNS] || last[CALLS_RUN_WAY] != way) {
-		last = b->run + b->head[CALLS_RUNS]++ * CALLS_RUN;
+		last = b->run + (size_t)b->head[CALLS_RUNS]++ * CALLS_RUN;
 		last[CALLS_RUN_WAY] = way;
 		last[CALLS_RUN_FIRST] = at;
 	}

@@ -14,8 +14,6 @@
 #define EPOCH_AT 12
 #define KIND_FENCE 6
 #define POLL_EVENTS 16
-/* How soon a ring that was full is looked at again: its worker rings no bell when it has made room. */
-#define LOOK_AGAIN_MS 1
 
 struct port {
 	struct sr_end in, out;
@@ -316,8 +314,8 @@ int32_t ports_poll(struct ports *p, int epoll, int timeout_ms, int32_t *files, i
 		int error = push(p, queues);
 		if (error)
 			return error;
-		if (timeout_ms < 0 || timeout_ms > LOOK_AGAIN_MS)
-			timeout_ms = LOOK_AGAIN_MS;
+		if (timeout_ms < 0 || timeout_ms > PORTS_LOOK_AGAIN_MS)
+			timeout_ms = PORTS_LOOK_AGAIN_MS;
 	}
 	int32_t found = wait_for_files(p, epoll, timeout_ms, files, most);
 	int32_t count = waiting_queues(p, queues);
@@ -329,8 +327,8 @@ void ports_settle(struct ports *p, int timeout_ms)
 {
 	uint32_t wrong;
 	while (ports_deferred(p) && timeout_ms > 0 && push(p, &wrong) == 0) {
-		poll(NULL, 0, LOOK_AGAIN_MS);
-		timeout_ms -= LOOK_AGAIN_MS;
+		poll(NULL, 0, PORTS_LOOK_AGAIN_MS);
+		timeout_ms -= PORTS_LOOK_AGAIN_MS;
 	}
 }
 

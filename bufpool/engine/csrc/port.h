@@ -14,6 +14,9 @@ struct ports_statistics {
 	uint64_t deferred; /* answers that found the ring full and waited */
 };
 
+/* A full ring is looked at again this often: its worker rings no doorbell when it has made room. */
+enum { PORTS_LOOK_AGAIN_MS = 1 };
+
 struct ports;
 
 /* NULL if there is no memory.  `epoch`: the one of the attach.  `later_max`: of what found no room, as much as a queue

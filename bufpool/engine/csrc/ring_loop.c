@@ -306,7 +306,7 @@ static int how_long(struct ring_loop *l, int left_ms)
 		return 0;
 	if (l->hears && (look(l) || !ports_doze(l->ports, engine_wants_regions(l->engine))))
 		return 0;
-	return l->unsent ? shorter(left_ms, LOOK_AGAIN_MS) : left_ms;
+	return l->unsent ? shorter(left_ms, PORTS_LOOK_AGAIN_MS) : left_ms;
 }
 
 /* Before the caller works: who sleeps is rung for, and completions are asked for, which a loop that never waits would
@@ -351,7 +351,7 @@ int ring_loop_settle(struct ring_loop *l, int timeout_ms)
 	do {
 		error = loop_turn(l);
 		if (!error)
-			error = loop_enter(l, l->unsent ? LOOK_AGAIN_MS : 0);
+			error = loop_enter(l, l->unsent ? PORTS_LOOK_AGAIN_MS : 0);
 	} while (!error && l->unsent && loop_now_ms() < deadline_ms);
 	return error ? error : (int)l->unsent;
 }

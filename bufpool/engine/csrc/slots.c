@@ -5,10 +5,11 @@
 
 /* What the next smaller size may take of a segment: what all of their tags could need twice, posted and placed, and
  * together not more than half of what is left beside one of the largest. */
-static uint32_t small_count(const struct engine_setup *setup, uint64_t bytes, uint64_t largest_bytes)
+static uint32_t small_count(const struct engine_setup *setup, uint32_t smaller_sizes, uint64_t bytes,
+			    uint64_t largest_bytes)
 {
 	uint64_t spare = setup->own_bytes > largest_bytes ? setup->own_bytes - largest_bytes : 0;
-	uint64_t most = spare / 2 / (setup->post_sizes - 1) / bytes, useful = 2ull * setup->queues * setup->depth;
+	uint64_t most = spare / 2 / smaller_sizes / bytes, useful = 2ull * setup->queues * setup->depth;
 	return (uint32_t)(most < useful ? most : useful);
 }
 
@@ -25,24 +26,24 @@ static bool size_open(struct slots *slots, struct slot_size *size, const struct 
 int slots_open(struct slots *slots, const struct engine_setup *setup)
 {
 	uint64_t base = 0, largest = setup->post_sizes ? setup->post_bytes[setup->post_sizes - 1] : slots->slot_bytes;
-	uint32_t count = 0;
+	uint32_t count = 0, sizes = setup->post_sizes ? setup->post_sizes : 1;
 	bool done = true;
 	slots->queues = setup->queues;
-	slots->sizes = setup->post_sizes ? setup->post_sizes : 1;
-	for (uint32_t i = 0; i < slots->sizes; i++) {
+	slots->sizes = sizes;
+	for (uint32_t i = 0; i < sizes; i++) {
 		struct slot_size *size = &slots->size[i];
-		bool is_last = i + 1 == slots->sizes;
+		bool is_last = i + 1 == sizes;
 		size->bytes = is_last ? largest : setup->post_bytes[i];
 		size->base = base;
 		size->first = count;
 		size->count = is_last ? (uint32_t)((setup->own_bytes - base) / largest)
-				      : small_count(setup, size->bytes, largest);
+				      : small_count(setup, sizes - 1, size->bytes, largest);
 		base += size->count * size->bytes;
 		count += size->count;
 		done = size_open(slots, size, setup) && done;
 	}
 	slots->posts = calloc(count + 1, sizeof *slots->posts);
-	slots->posted = calloc(setup->queues * slots->sizes, sizeof *slots->posted);
+	slots->posted = calloc((size_t)setup->queues * sizes, sizeof *slots->posted);
 	return done && slots->posts && slots->posted ? 0 : -ENOMEM;
 }
 

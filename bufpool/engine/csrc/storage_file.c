@@ -92,9 +92,8 @@ static void prepare_one(struct file_storage *f, const struct storage_request *r,
 		io_uring_prep_write(sqe, f->file, f->zeroes, piece(d->length - work->moved, ZEROES_BYTES),
 				    d->offset + work->moved);
 		break;
-	case SYNC:
+	default: /* SYNC */
 		io_uring_prep_fsync(sqe, f->file, IORING_FSYNC_DATASYNC);
-		break;
 	}
 	io_uring_sqe_set_data64(sqe, ENGINE_USER_DATA | r->index);
 }
