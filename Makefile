@@ -12,6 +12,9 @@ KERNELS ?= 6.12 7.3
 VM_TIMEOUT_S ?= 4200
 DEMO_TIMEOUT_S ?= 600
 DURATION ?= 300
+FUZZ_S ?= 60
+# Those that take a second or more, for `make check`.
+SLOW_UNIT_TESTS :=
 # `make bench`: quick, full, growth, doorbell or exact; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
@@ -46,7 +49,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest.__main__
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format test test-unit package test-vm test-systemd test-power soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-vm test-systemd test-power soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -104,9 +107,18 @@ format: setup ## let ruff and clang-format rewrite the code's layout
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(C_SOURCES) $(C_HEADERS)
 
-test: ## everything: lint, unit and sim tests here, vm tests with the driver, the units under systemd
+check: setup ## before each commit, in less than a minute: lint and the fast unit tests
+	@$(MAKE) -j$(CPUS) --output-sync=recurse lint test-fast
+
+test-fast:
+	@echo "test: fast unit tests"
+	@$(PY) -m pytest -q -p no:cacheprovider tests/unit $(addprefix --ignore=tests/unit/,$(SLOW_UNIT_TESTS)) $(PYTEST_ARGS)
+
+test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm tests with the driver, systemd, power
 	@$(MAKE) lint
 	@$(MAKE) test-unit
+	@$(MAKE) test-sanitized
+	@$(MAKE) fuzz
 	@$(MAKE) package
 	@$(MAKE) test-vm
 	@$(MAKE) test-systemd
@@ -115,6 +127,20 @@ test: ## everything: lint, unit and sim tests here, vm tests with the driver, th
 test-unit: setup ## unit and sim tests, no driver and no root needed
 	@echo "test: unit and sim"
 	@$(PY) -m pytest tests/unit tests/sim $(PYTEST_ARGS)
+
+test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
+	@echo "test: unit and sim, sanitized"
+	@tests/support/test_sanitized.sh tests/unit tests/sim $(PYTEST_ARGS)
+
+fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, frames, rings, attach, broker and admin messages
+	@echo "fuzz: $(FUZZ_S) s"
+	@tests/fuzz/run.sh $(FUZZ_S)
+
+test-long: ## what takes longer than `make test` may, by hand before a release: a soak of an hour, fuzzing for half an hour
+	@$(MAKE) fuzz FUZZ_S=$(if $(filter file,$(origin FUZZ_S)),1800,$(FUZZ_S))
+	@$(MAKE) test-sanitized
+	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
+	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
 package: setup ## build the source distribution and the wheel, install them where there is no compiler
 	@echo "test: package"

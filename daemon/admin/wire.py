@@ -148,7 +148,7 @@ def decode_request(line: bytes) -> Request:
         version = _envelope_decoder.decode(line).v
         if version == ADMIN_VERSION:
             return _request_decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError([f"bad request: {error}"]) from error
     raise ConfigError([f"bad request: version {version}, this daemon speaks {ADMIN_VERSION}"])
 

@@ -1,6 +1,6 @@
-"""Whatever a backend can send, a million times: nothing but counted rejections.
+"""A million spoiled messages of another process's: each is counted as rejected, and what serves goes on.
 
-`UBLKPOOL_FUZZ_FACTOR=N` sends N times as much, `UBLKPOOL_FUZZ_SEED=K` begins at another seed.
+`UBLKPOOL_FUZZ_FACTOR=N` sends N times as many, `UBLKPOOL_FUZZ_SEED=K` begins at another seed.
 """
 
 import asyncio
@@ -29,6 +29,9 @@ from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.pool import device_leases
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.daemon.admin import wire as admin
+from ublkpool.daemon.errors import ConfigError
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.workers.queue_gate import user_of
 
 FACTOR = float(os.environ.get("UBLKPOOL_FUZZ_FACTOR", "1"))
@@ -44,11 +47,6 @@ SHAPES = tuple(product(ROADS, (False, True), (512, 4096)))
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def test_it_is_a_million_in_all() -> None:
-    inputs = CORE_INPUTS + WIRE_INPUTS + LINK_INPUTS + BROKER_INPUTS + COMMANDS + ATTACHES
-    assert inputs >= 1_000_000 * FACTOR
-
-
 @pytest.mark.parametrize(("number", "shape"), tuple(enumerate(SHAPES)))
 def test_descriptors_at_the_queue_core(number: int, shape: tuple[str, bool, int]) -> None:
     road, reads_own, block_bytes = shape
@@ -61,8 +59,11 @@ def test_descriptors_at_the_queue_core(number: int, shape: tuple[str, bool, int]
         reads_own=reads_own,
         spare=4,
     )
-    inputs = -(-CORE_INPUTS // len(SHAPES))
-    assert CoreFuzz(rng, plan).play(inputs) >= inputs
+    fuzz = CoreFuzz(rng, plan)
+    fuzz.play(-(-CORE_INPUTS // len(SHAPES)))
+    counted = fuzz.side.statistics
+    # Of each kind something came: what was rejected, what was dropped, and what was believed.
+    assert counted.violations and counted.stale_answers and sum(counted.requests)
 
 
 def test_messages_at_the_backend_link(tmp_path: Path) -> None:
@@ -103,6 +104,14 @@ ANSWERS: tuple[wire.DaemonMessage, ...] = (
     ),
 )
 FRAME = wire.Descriptor(wire.Kind.DONE, 1, 2, 3, 4, 5, 6, 7, 8, 9, -10, 11, 12).pack()
+REQUESTS: tuple[admin.Request, ...] = (
+    admin.AddRequest(device=DeviceConfig(name="a", size_bytes=1 << 30, backend=BackendConfig(kind="memory"))),
+    admin.DeleteRequest(names=["a"], force=True),
+    admin.WaitRequest(name="a", timeout_s=1.5),
+    admin.StatsRequest(name="a"),
+    admin.StopRequest(leave=True),
+    admin.ShutdownRequest(final=True),
+)
 QUESTIONS: tuple[wire.BackendMessage, ...] = (ATTACH, wire.Describe(v=1, device=DEVICE))
 
 
@@ -128,6 +137,18 @@ def _worker_again(name: bytes) -> None:
     assert device_leases.worker_routing_id(device, *owner) == name
 
 
+def _user_again(address: bytes) -> None:
+    user = user_of(address)
+    if user is None:
+        raise WireError("the address names no user")
+    assert int(address.rsplit(b":", 3)[1]) == user
+
+
+def _request_again(line: bytes) -> None:
+    request = admin.decode_request(line)
+    assert admin.decode_request(admin.encode_line(request)) == request
+
+
 DECODERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
     "frame": (_frame_again, [FRAME, FRAME * 3]),
     "slots": (_slots_again, [wire.pack_slots(wire.Descriptor(wire.Kind.GRANT), [1, 2, 3])]),
@@ -137,20 +158,21 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
     ),
     "daemon": (_decode_again(wire.decode_daemon_message), [wire.encode_message(each) for each in ANSWERS]),
     "worker": (_worker_again, [device_leases.worker_routing_id(1, 2, 3)]),
-    "address": (user_of, [b"localhost:0:0:77"]),
+    "address": (_user_again, [b"localhost:0:0:77"]),
+    "admin": (_request_again, [admin.encode_line(each) for each in REQUESTS]),
 }
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_bytes_at_the_decoders(name: str) -> None:
     rng, (decode, true) = random.Random(SEED), DECODERS[name]
-    refused = 0
-    for _ in range(-(-WIRE_INPUTS // len(DECODERS))):
+    inputs, refused = -(-WIRE_INPUTS // len(DECODERS)), 0
+    for _ in range(inputs):
         try:
             decode(spoil(rng, rng.choice(true)))
-        except WireError:
+        except (WireError, ConfigError):
             refused += 1
-    assert refused or name == "address"
+    assert 0 < refused < inputs
 
 
 @pytest.fixture

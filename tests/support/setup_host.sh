@@ -8,6 +8,8 @@ source "$(dirname "$0")/install_missing.sh"
 packages=(
     # the C modules and the virtual environment
     gcc libc6-dev liburing-dev python3-dev python3-venv
+    # what fuzzes the C modules
+    clang
     # what the tests call
     curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps util-linux xfsprogs
     # what fetching and checking the guests needs
@@ -32,4 +34,8 @@ fi
 mapfile -t missing < <(missing_packages "${packages[@]}")
 # An early Debian 12 has the keyring, but not yet the keys of 13, from which the kernels come.
 if ! compgen -G '/usr/share/keyrings/debian-archive-trixie-*' > /dev/null; then missing+=(debian-archive-keyring); fi
+install_packages setup "${missing[@]}"
+
+# Its name has the version of clang in it.
+mapfile -t missing < <(missing_packages "libclang-rt-$(clang -dumpversion | cut -d. -f1)-dev")
 install_packages setup "${missing[@]}"

@@ -124,6 +124,7 @@ def test_only_the_owner_may_connect(daemon: FakeDaemon) -> None:
     [
         (b"garbage", "bad request: "),
         (b"\xff\xfe", "bad request: "),
+        (b'{"op":' + b"[" * 2000, "bad request: "),
         (b"{}", "bad request: Object missing required field `v`"),
         (b'{"v":2,"op":"list"}', "bad request: version 2, this daemon speaks 1"),
         (b'{"v":1,"op":"format"}', "bad request: Invalid value 'format' - at `$.op`"),

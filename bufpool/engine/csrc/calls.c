@@ -87,9 +87,11 @@ static const uint8_t *area_memory(const struct calls *c, uint32_t area)
 
 static void add_to_run(const struct calls_batch *b, uint32_t way)
 {
-	uint32_t at = b->head[CALLS_COUNT], *last = b->run + ((size_t)b->head[CALLS_RUNS] - 1) * CALLS_RUN;
-	if (!b->head[CALLS_RUNS] || last[CALLS_RUN_WAY] != way) {
-		last = b->run + (size_t)b->head[CALLS_RUNS]++ * CALLS_RUN;
+	uint32_t at = b->head[CALLS_COUNT], runs = b->head[CALLS_RUNS];
+	uint32_t *last = runs ? b->run + (size_t)(runs - 1) * CALLS_RUN : NULL;
+	if (!last || last[CALLS_RUN_WAY] != way) {
+		last = b->run + (size_t)runs * CALLS_RUN;
+		b->head[CALLS_RUNS]++;
 		last[CALLS_RUN_WAY] = way;
 		last[CALLS_RUN_FIRST] = at;
 	}

@@ -25,18 +25,20 @@ static int memory_open(struct storage *s, const struct engine_setup *setup)
 
 static void memory_start(struct storage *s, struct storage_request *r)
 {
-	uint8_t *place = memory_of(s)->disk + r->d.offset;
+	uint8_t *disk = memory_of(s)->disk;
+
+	/* The offset of a FLUSH means nothing and was not judged. */
 	switch (r->d.op) {
 	case WIRE_READ:
-		memcpy(r->memory, place, r->d.length);
+		memcpy(r->memory, disk + r->d.offset, r->d.length);
 		break;
 	case WIRE_WRITE:
 		if (r->region == NO_REGION)
-			memcpy(place, r->memory, r->d.length);
+			memcpy(disk + r->d.offset, r->memory, r->d.length);
 		break;
 	case WIRE_DISCARD:
 	case WIRE_WRITE_ZEROES:
-		memset(place, 0, r->d.length);
+		memset(disk + r->d.offset, 0, r->d.length);
 		break;
 	default: /* WIRE_FLUSH */
 		break;
