@@ -92,8 +92,8 @@ def _made_of(disk: str, numbers: dict[str, str]) -> Iterator[str]:
     """The block devices that have registered as the disk's holders: device mapper, md, bcache."""
     for directory in _directories(disk, numbers):
         with suppress(OSError):
-            for holder in sorted((directory / "holders").iterdir()):
-                yield f"{directory.name} is a part of {_device(holder.name)}"
+            for upper in sorted((directory / "holders").iterdir()):
+                yield f"{directory.name} is a part of {_device(upper.name)}"
 
 
 def _device(name: str) -> str:
