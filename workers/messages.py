@@ -7,7 +7,7 @@ import socket
 
 import msgspec
 
-from ublkpool.workers.packets import receive_packet, send_packet
+from ublkpool.bufpool.packets import receive_packet, send_packet
 
 MESSAGE_BYTES_MAX = 16384
 

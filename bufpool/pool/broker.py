@@ -20,6 +20,7 @@ import msgspec
 import zmq
 
 from ublkpool.bufpool.errors import PoolError, WireError
+from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.pool.broker_commands import (
     COMMAND_BYTES_MAX,
     AddDevice,
@@ -103,8 +104,8 @@ class Broker:
     def _on_control(self) -> bool:
         """Execute one command; returns False when the other side is gone and that is no reason to stop."""
         try:
-            packet, fds, flags, _ = socket.recv_fds(
-                self._control_sock, COMMAND_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            packet, fds, flags = receive_descriptors(
+                self._control_sock, COMMAND_BYTES_MAX, 1, socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return True

@@ -20,6 +20,7 @@ import msgspec
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
 from ublkpool.bufpool.huge_pages import SharedMap
+from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.sdk.links import Links, LinkStatistics
 from ublkpool.bufpool.sdk.ring_links import RingLinks
 from ublkpool.bufpool.seals import is_sealed, seal
@@ -166,9 +167,7 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _receive_once(connection: socket.socket) -> tuple[bytes, list[int]]:
-    packet, received, _, _ = socket.recv_fds(
-        connection, wire.ATTACH_MESSAGE_BYTES_MAX, _SEGMENTS_MAX, socket.MSG_CMSG_CLOEXEC
-    )
+    packet, received, _ = receive_descriptors(connection, wire.ATTACH_MESSAGE_BYTES_MAX, _SEGMENTS_MAX)
     return packet, received
 
 

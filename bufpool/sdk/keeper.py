@@ -33,12 +33,15 @@ class Keeper:
         self.path = path
 
     def _ask(self, question: bytes) -> list[int] | None:
+        # Here, since the keeper's own process runs this file without the package.
+        from ublkpool.bufpool.packets import receive_descriptors
+
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(_ANSWER_TIMEOUT_S)
             try:
                 connection.connect(str(self.path))
                 connection.send(question)
-                _, descriptors, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
+                _, descriptors, _ = receive_descriptors(connection, 16, 1)
             except (FileNotFoundError, ConnectionError):
                 # No keeper, or it has just ended.
                 return None

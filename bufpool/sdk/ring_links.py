@@ -23,6 +23,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.engine.ring_driver import RingDriver, nothing_to_serve
 from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.sdk.doors import Door
 from ublkpool.bufpool.sdk.links import LinkStatistics, Polled, hello, unread, unread_max
 
@@ -231,9 +232,7 @@ class RingLinks:
             self._end(link)
             return
         try:
-            packet, files, _, _ = socket.recv_fds(
-                link.connection, _ANSWER_BYTES_MAX, _FILES, socket.MSG_CMSG_CLOEXEC
-            )
+            packet, files, _ = receive_descriptors(link.connection, _ANSWER_BYTES_MAX, _FILES)
         except BlockingIOError:
             return
         except OSError:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
+from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.seals import is_sealed
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of
@@ -283,9 +284,7 @@ def _hand_out(sock: socket.socket, leased: wire.BufferLeased, fd: int) -> None:
 
 async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:
     await readable(sock)
-    packet, received, flags, _ = socket.recv_fds(
-        sock, wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
-    )
+    packet, received, flags = receive_descriptors(sock, wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX)
     files.extend(received)
     if flags & socket.MSG_CTRUNC and len(files) < _DESCRIPTORS_MAX:
         # The buffer had room for more: this process has reached its limit of descriptors.

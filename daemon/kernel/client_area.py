@@ -16,6 +16,7 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.pool.memory_room import check_room
 from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.errors import DaemonError
@@ -160,8 +161,9 @@ async def _find_elsewhere(
 
 
 def _receive_slice(ours: socket.socket) -> tuple[int, int]:
-    packet, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
-    return packet[0], fds[0]
+    packet, fd = receive_packet(ours, 1)
+    assert fd is not None
+    return packet[0], fd
 
 
 def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes: int, spared: int) -> int:
@@ -172,7 +174,7 @@ def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes:
         if (fd := _find_open(wanted, size_bytes, spared)) is not None
     }
     for number, fd in found.items():
-        socket.send_fds(theirs, [bytes([number])], [fd])
+        send_packet(theirs, bytes([number]), fd)
     return len(found)
 
 

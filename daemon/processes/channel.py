@@ -18,9 +18,9 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.daemon.processes.questions import Questions
 from ublkpool.daemon.processes.readable import readable
-from ublkpool.workers.packets import receive_packet, send_packet
 
 S = TypeVar("S", bound=msgspec.Struct)
 H = TypeVar("H")
