@@ -37,7 +37,7 @@ class Attention(enum.IntFlag):
     ABSENT = 128
 
 
-class Link(enum.IntEnum):
+class LinkState(enum.IntEnum):
     """The link to the backend."""
 
     NONE = 0
@@ -117,7 +117,7 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Statistics(NamedTuple):
-    """A queue's counters since its worker started; the lists are indexed by operation (`wire.Op`)."""
+    """A queue's counters, which continue over a recovery; `requests` and `moved_bytes` by operation (`wire.Op`)."""
 
     requests: tuple[int, ...]
     moved_bytes: tuple[int, ...]
@@ -161,7 +161,7 @@ class Queue:
     """One hardware queue's tags and stock; see csrc/queue_core.h.  One task uses it."""
 
     def __init__(self, config: QueueConfig, memory: Memory) -> None:
-        """Raises `ValueError` for a config that the core does not accept, `MemoryError` without memory."""
+        """Raises `ValueError` if the core does not accept the config or memory is short (`uq_new`)."""
         self.config = config
         self._memory = memory
         raw = _ffi.new("struct uq_config *", _fields(config))
@@ -254,8 +254,8 @@ class Queue:
         _lib.uq_link_lost(self.raw)
 
     @property
-    def link(self) -> Link:
-        return Link(_lib.uq_link_state(self.raw))
+    def link(self) -> LinkState:
+        return LinkState(_lib.uq_link_state(self.raw))
 
     def unmap_idle_segments(self) -> int:
         """Unmap segments of dead backends that hold nothing any more; how many."""

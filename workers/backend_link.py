@@ -12,7 +12,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
-from ublkpool.ublk.queue import Link, Queue
+from ublkpool.ublk.queue import LinkState, Queue
 from ublkpool.workers.queue_gate import QueueGate
 
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
@@ -130,7 +130,7 @@ class BackendLink:
             self._queue.hung_up()
             return
         self._queue.input(frames[1].buffer)
-        if self._connection is None and self._queue.link in (Link.UP, Link.FENCING):
+        if self._connection is None and self._queue.link in (LinkState.UP, LinkState.FENCING):
             # The descriptor number may have been another connection's before: handle that one's end first.
             self._hear_ends()
             self._connection = connection

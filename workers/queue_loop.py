@@ -18,7 +18,7 @@ from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, Link, Memory, Queue, QueueConfig, Ring
+from ublkpool.ublk.queue import Attention, LinkState, Memory, Queue, QueueConfig, Ring
 from ublkpool.workers import messages
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.pool_link import PoolLink
@@ -202,7 +202,7 @@ class QueueLoop:
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
-                is_linked = self._queue.link is Link.UP
+                is_linked = self._queue.link is LinkState.UP
                 self._tell(
                     messages.Standing(
                         self._fetched, self._backend.token.hex(), is_linked, message.id, knows_new_pool=True
@@ -217,7 +217,7 @@ class QueueLoop:
 
     def _change_pool(self, fd: int | None) -> str:
         """The reason of a failure, or empty."""
-        if fd is None or self._queue.link is not Link.NONE:
+        if fd is None or self._queue.link is not LinkState.NONE:
             return "a new pool without a descriptor, or in the presence of a backend"
         try:
             self._queue.change_pool(fd, self._arena.geometry.total_bytes)
@@ -250,7 +250,7 @@ class QueueLoop:
         self._queue.unmap_idle_segments()
         problem = "the data of earlier backends has not found room in the pool yet"
         try:
-            if self._queue.link is Link.NONE and self._queue.expect(
+            if self._queue.link is LinkState.NONE and self._queue.expect(
                 message.segment, base, message.segment_bytes, message.reads_own, message.fence
             ):
                 return ""

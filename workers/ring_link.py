@@ -17,7 +17,7 @@ import msgspec
 
 from ublkpool.bufpool.way_out import naming
 from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
-from ublkpool.ublk.queue import Link, Port, Queue
+from ublkpool.ublk.queue import LinkState, Port, Queue
 from ublkpool.workers.credentials import credentials_of
 
 ASKING_MAX = 8
@@ -161,7 +161,7 @@ class RingLink:
             self._turn_away(connection)
             return
         # A backend that has sent HELLO already, by frame or ring, gets no other rings.
-        free = self._queue.link is Link.EXPECTED and self._rings is None
+        free = self._queue.link is LinkState.EXPECTED and self._rings is None
         if asked.v == PROTOCOL_VERSION and asked.token == self._token and free:
             self._open(connection)
         else:

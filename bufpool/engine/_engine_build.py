@@ -37,8 +37,8 @@ extern "Python+C" void calls_released(void *handle, uint64_t region);
 
 
 def declarations(header: str) -> str:
-    """The declarations of a header for cffi, without comments and preprocessor lines."""
-    return re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
+    """The declarations of a header for cffi, without comments, preprocessor lines and assertions."""
+    return re.sub(r"/\*.*?\*/|^#.*?$|^_Static_assert\(.*?\);", "", header, flags=re.DOTALL | re.MULTILINE)
 
 
 _common = run_path(str(_BUFPOOL / "_common_build.py"))

@@ -11,7 +11,7 @@ import zmq
 from support.fakes.link_wire import HELLO, TOKEN, WAIT_MS, Wire
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import Link
+from ublkpool.ublk.queue import LinkState
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 from ublkpool.workers.queue_gate import user_of
 
@@ -31,9 +31,9 @@ def test_a_backend_that_answers_what_it_does_not_read_is_cut_off(wire: Wire) -> 
     wire.serve()
     for sequence in range(1, REQUESTS_MAX):
         wire.guess(sequence)
-        if wire.desk.queue.link is not Link.UP:
+        if wire.desk.queue.link is not LinkState.UP:
             break
-    assert wire.desk.queue.link is Link.CUT, "a pipe without bounds"
+    assert wire.desk.queue.link is LinkState.CUT, "a pipe without bounds"
     assert wire.desk.side.statistics.violations == 1
 
 
@@ -54,14 +54,14 @@ def test_a_full_pipe_delays_and_loses_nothing(wire: Wire) -> None:
         seen += [int.from_bytes(frame[at + 16 : at + 24], "little") for at in range(0, len(frame), 64)]
         wire.link.turn()
     assert seen == list(range(1, sequence + 1))
-    assert wire.desk.queue.link is Link.UP and not wire.is_full()
+    assert wire.desk.queue.link is LinkState.UP and not wire.is_full()
 
 
 def test_a_frame_that_is_too_large_ends_the_connection_and_with_it_the_backend(wire: Wire) -> None:
     wire.serve()
     request = wire.desk.read(0, 0)
     wire.backend.send(b"x" * (FRAME_BYTES_MAX + 1))
-    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    wire.until(lambda: wire.desk.queue.link is LinkState.CUT, "the end is noticed")
     assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
     assert request.result is None and not wire.desk.queue.has_violation
 
@@ -74,7 +74,7 @@ def test_an_end_is_noticed_although_the_next_connection_has_its_number(wire: Wir
     assert wire.gate_until(lambda: bool(monitor.poll(1))), "it is there again"
     wire.backend.disable_monitor()
     monitor.close()
-    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    wire.until(lambda: wire.desk.queue.link is LinkState.CUT, "the end is noticed")
     assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
 
 
@@ -82,7 +82,7 @@ def test_frames_of_a_backend_that_hung_up_and_reconnected_are_dropped(wire: Wire
     wire.serve()
     second = wire.connect()
     second.send(HELLO)
-    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the second connection is noticed")
+    wire.until(lambda: wire.desk.queue.link is LinkState.CUT, "the second connection is noticed")
     assert (wire.statistics.hangups, wire.statistics.violations) == (1, 0)
 
 
@@ -92,7 +92,7 @@ def test_frames_sent_before_a_hang_up_are_received(wire: Wire) -> None:
     wire.link.turn()
     wire.backend.send(Descriptor(Kind.DONE, device=DEVICE, epoch=3, sequence=1, result=512).pack())
     wire.backend.close(linger=WAIT_MS)
-    wire.until(lambda: wire.desk.queue.link is Link.CUT, "the end is noticed")
+    wire.until(lambda: wire.desk.queue.link is LinkState.CUT, "the end is noticed")
     wire.desk.driver.consume()
     assert request.result == 512
 
@@ -106,17 +106,17 @@ def test_a_strangers_frames_are_dropped_and_its_hang_up_changes_nothing(wire: Wi
     ended = wire.connect(b"R" * 16)
     ended.send(HELLO)
     wire.until(lambda: wire.statistics.strangers == 2, "the worker has seen the end of the first")
-    assert wire.desk.queue.link is Link.UP and not wire.statistics.hangups
+    assert wire.desk.queue.link is LinkState.UP and not wire.statistics.hangups
 
 
 def test_another_users_connection_is_refused_before_its_first_frame(wire: Wire) -> None:
     wire.expect(user=os.getuid() + 1)
     wire.connect().send(HELLO)
     wire.until(lambda: wire.statistics.strangers == 1, "it is refused")
-    assert wire.desk.queue.link is Link.EXPECTED
+    assert wire.desk.queue.link is LinkState.EXPECTED
     wire.link.expect(TOKEN, os.getuid())
     wire.connect().send(HELLO)
-    wire.until(lambda: wire.desk.queue.link is Link.UP, "the right one gets in")
+    wire.until(lambda: wire.desk.queue.link is LinkState.UP, "the right one gets in")
 
 
 def test_no_frame_is_read_while_no_backend_is_expected(wire: Wire) -> None:

@@ -24,6 +24,8 @@ def test_operations_flags_and_segments() -> None:
         flag.name: int(flag) for flag in wire.Flag
     }
     assert (lib.WIRE_SEGMENT_NONE, lib.WIRE_SEGMENT_POOL) == (wire.SEGMENT_NONE, wire.SEGMENT_POOL)
+    assert lib.WIRE_FRAME_DESCRIPTORS_MAX == wire.DESCRIPTORS_PER_FRAME_MAX
+    assert lib.WIRE_CLIENT_SLICES_MAX == wire.CLIENT_SLICES_MAX
 
 
 def test_the_layout_is_the_wires() -> None:

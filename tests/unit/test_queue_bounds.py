@@ -10,7 +10,7 @@ from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import HELLO_TIMEOUT_MS, Attention, Link
+from ublkpool.ublk.queue import HELLO_TIMEOUT_MS, Attention, LinkState
 from ublkpool.workers.tag_state import State
 
 EPOCH = 3
@@ -27,7 +27,7 @@ def served() -> Desk:
     return desk
 
 
-def link_of(desk: Desk) -> Link:
+def link_of(desk: Desk) -> LinkState:
     """The link's present state; a function, so that mypy does not narrow it."""
     return desk.queue.link
 
@@ -37,9 +37,9 @@ def test_stale_answers_are_dropped_up_to_a_limit(name: str) -> None:
     desk = served()
     for _ in range(STALE_MAX):
         desk.lie(0, STALE[name])
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
     desk.lie(0, STALE[name])
-    assert link_of(desk) is Link.CUT and "too many" in desk.queue.violation()
+    assert link_of(desk) is LinkState.CUT and "too many" in desk.queue.violation()
     assert (desk.side.statistics.stale_answers, desk.side.statistics.violations) == (STALE_MAX + 1, 1)
 
 
@@ -47,7 +47,7 @@ def test_stale_answers_are_dropped_up_to_a_limit(name: str) -> None:
 def test_stale_descriptors_about_the_link_count_too(kind: Kind) -> None:
     desk = served()
     desk.queue.input(Descriptor(kind, device=DEVICE, epoch=EPOCH - 1).pack() * (STALE_MAX + 1))
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
 
 
 def test_the_next_backend_starts_with_counts_of_zero() -> None:
@@ -58,7 +58,7 @@ def test_the_next_backend_starts_with_counts_of_zero() -> None:
     desk.connect()
     desk.send()
     desk.lie(0, STALE["old epoch"])
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
 
 
 @pytest.mark.parametrize("fence", [False, True])
@@ -67,16 +67,16 @@ def test_a_backend_that_never_says_hello_is_cut_off(fence: bool) -> None:
     desk.queue.tick(1000)
     desk.expect(fence)
     desk.queue.tick(1000 + HELLO_TIMEOUT_MS - 1)
-    assert desk.queue.link is Link.EXPECTED
+    assert desk.queue.link is LinkState.EXPECTED
     desk.queue.tick(1000 + HELLO_TIMEOUT_MS)
-    assert link_of(desk) is Link.CUT and "HELLO" in desk.queue.violation()
+    assert link_of(desk) is LinkState.CUT and "HELLO" in desk.queue.violation()
     assert desk.queue.attention() & Attention.CUT and desk.side.statistics.violations == 1
 
 
 def test_a_backend_that_said_hello_may_be_silent_while_nothing_is_asked() -> None:
     desk = Desk()
     desk.queue.tick(10 * HELLO_TIMEOUT_MS)
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
 
 
 def test_after_a_hang_up_nothing_passes_and_the_next_backend_gets_every_request() -> None:
@@ -85,7 +85,7 @@ def test_after_a_hang_up_nothing_passes_and_the_next_backend_gets_every_request(
     desk.queue.hung_up()
     desk.read(1, 8)
     desk.queue.input(answer.pack())
-    assert desk.queue.link is Link.CUT and not desk.queue.output()
+    assert desk.queue.link is LinkState.CUT and not desk.queue.output()
     assert (desk.side.statistics.hangups, desk.side.statistics.violations) == (1, 0)
     desk.kill()
     desk.connect()
@@ -99,7 +99,7 @@ def test_without_a_served_link_a_hang_up_changes_nothing() -> None:
     desk.queue.hung_up()
     desk.expect()
     desk.queue.hung_up()
-    assert desk.queue.link is Link.EXPECTED and not desk.side.statistics.hangups
+    assert desk.queue.link is LinkState.EXPECTED and not desk.side.statistics.hangups
 
 
 @pytest.mark.parametrize("need_get_data", [True, False])
@@ -153,9 +153,9 @@ def test_a_backend_that_answers_what_was_not_sent_to_it_is_cut_off_when_the_outp
         desk.other(0, Op.FLUSH)
         desk.queue.input(Descriptor(Kind.DONE, device=DEVICE, epoch=EPOCH, sequence=sequence).pack())
         desk.driver.consume()
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
     desk.other(0, Op.FLUSH)
     assert desk.queue.output() == b"" and desk.queue.attention() & Attention.CUT
-    assert link_of(desk) is Link.CUT and desk.state(0) is State.SERVING
+    assert link_of(desk) is LinkState.CUT and desk.state(0) is State.SERVING
     desk.kill()
     assert desk.state(0) is State.WAIT_LINK

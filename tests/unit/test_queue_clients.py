@@ -9,7 +9,7 @@ from support.fakes.liar import Lie, Scene
 from support.fakes.queue_desk import Desk, data
 from support.fakes.queue_rig import SEGMENT_SLICE, SLICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
-from ublkpool.ublk.queue import Link
+from ublkpool.ublk.queue import LinkState
 from ublkpool.workers.tag_state import State
 
 AREA_BYTES = 64 * 1024
@@ -186,7 +186,7 @@ def test_a_read_in_place_is_not_answered_with_a_region() -> None:
     read(desk, 0, 0, 4)
     desk.send()
     desk.lie(0, _in_a_region)
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
     assert desk.queue.violation().startswith("a read answered without a buffer, or with a region")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from support.fakes.driver import SECTOR_BYTES
 from support.fakes.queue_desk import Desk, data
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.tag_state import State
 
 
@@ -19,7 +19,7 @@ def test_on_timeout_decides_whether_a_silent_backend_is_waited_for_or_cut_off(fa
     assert not desk.queue.attention() & Attention.SILENT
     desk.queue.tick(1200)
     assert desk.queue.attention() & Attention.SILENT
-    assert desk.queue.link is (Link.CUT if fails else Link.UP)
+    assert desk.queue.link is (LinkState.CUT if fails else LinkState.UP)
     desk.driver.consume()
     assert request.result is None
     if fails:

@@ -8,7 +8,7 @@ from support.fakes.driver import SECTOR_BYTES
 from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.tag_state import State
 
 EPOCH = 3
@@ -48,7 +48,7 @@ def fencing(**plan: int) -> Desk:
     desk = Desk(connected=False, epoch=EPOCH, **plan)
     three_requests(desk)
     desk.connect(fence=True)
-    assert desk.queue.link is Link.FENCING
+    assert desk.queue.link is LinkState.FENCING
     return desk
 
 
@@ -68,7 +68,7 @@ def test_fence_follows_welcome_and_nothing_follows_fence(plan: dict[str, int]) -
 
 def test_a_new_backend_is_not_fenced() -> None:
     desk = Desk(epoch=EPOCH)
-    assert seen(desk) == [Kind.WELCOME] and desk.queue.link is Link.UP
+    assert seen(desk) == [Kind.WELCOME] and desk.queue.link is LinkState.UP
 
 
 @pytest.mark.parametrize("plan", PLACEMENTS, ids=["pool", "backend"])
@@ -77,7 +77,7 @@ def test_after_fenced_waiting_requests_go_out_in_order(
 ) -> None:
     desk = fencing(**plan)
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.UP and desk.queue.attention() & Attention.LINK
+    assert desk.queue.link is LinkState.UP and desk.queue.attention() & Attention.LINK
     given = desk.send()
     assert [each.tag for each in given] == [2, 0, 1]
     assert [each.kind == Kind.PLACE for each in given] == [False, "place_in_backend" in plan, False]
@@ -98,7 +98,7 @@ WRONG: dict[str, Callable[[Desk], bytes]] = {
 def test_anything_but_the_answer_to_the_fence_cuts_the_link(name: str) -> None:
     desk = fencing()
     desk.queue.input(WRONG[name](desk))
-    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 1
+    assert desk.queue.link is LinkState.CUT and desk.side.statistics.violations == 1
     assert desk.queue.output() == b"", "a backend that was cut off gets nothing"
 
 
@@ -108,21 +108,21 @@ def test_fenced_without_a_fence_cuts_the_link(said_hello: bool) -> None:
     if not said_hello:
         desk.expect()
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
 
 
 def test_fenced_before_hello_cuts_the_link() -> None:
     desk = Desk(connected=False, epoch=EPOCH)
     desk.expect(fence=True)
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
 
 
 def test_a_second_fenced_cuts_the_link() -> None:
     desk = fencing()
     desk.queue.input(word(Kind.FENCED))
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
 
 
 @pytest.mark.parametrize("kind", [Kind.DONE, Kind.PLACED, Kind.REJECT, Kind.FENCED])
@@ -131,9 +131,9 @@ def test_descriptors_for_the_previous_worker_are_counted_but_no_violation_before
     three_requests(desk)
     backend = desk.expect(fence=True)
     desk.queue.input(old_answer(kind))
-    assert (desk.queue.link, desk.side.statistics.stale_answers) == (Link.EXPECTED, 1)
+    assert (desk.queue.link, desk.side.statistics.stale_answers) == (LinkState.EXPECTED, 1)
     desk.queue.input(backend.hello(0))
-    assert desk.queue.link is Link.FENCING and desk.side.statistics.violations == 0
+    assert desk.queue.link is LinkState.FENCING and desk.side.statistics.violations == 0
 
 
 @pytest.mark.parametrize("kind", [Kind.DONE, Kind.PLACED, Kind.REJECT])
@@ -144,7 +144,7 @@ def test_an_answer_of_the_old_epoch_changes_nothing_during_the_fence(
     desk = fencing(**plan)
     before = at_rest(desk)
     desk.queue.input(old_answer(kind))
-    assert (at_rest(desk), desk.queue.link) == (before, Link.FENCING)
+    assert (at_rest(desk), desk.queue.link) == (before, LinkState.FENCING)
     assert desk.driver.consume() == 0, "nothing was committed"
     assert (desk.side.statistics.stale_answers, desk.side.statistics.violations) == (1, 0)
 
@@ -152,10 +152,10 @@ def test_an_answer_of_the_old_epoch_changes_nothing_during_the_fence(
 def test_a_fenced_for_a_worker_that_died_is_not_the_answer_to_the_next_fence() -> None:
     desk = fencing()
     desk.queue.input(word(Kind.FENCED, EPOCH - 1))
-    assert (desk.queue.link, desk.side.statistics.stale_answers) == (Link.FENCING, 1)
+    assert (desk.queue.link, desk.side.statistics.stale_answers) == (LinkState.FENCING, 1)
     assert desk.send() == []
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.UP and len(desk.send()) == 3
+    assert desk.queue.link is LinkState.UP and len(desk.send()) == 3
 
 
 @pytest.mark.parametrize("fenced", [False, True])
@@ -172,7 +172,7 @@ def test_a_backend_that_dies_during_the_fence_leaves_all_requests_to_the_next() 
     desk = fencing()
     desk.kill()
     desk.queue.input(word(Kind.FENCED))
-    assert desk.queue.link is Link.NONE and desk.queue.in_flight == 3
+    assert desk.queue.link is LinkState.NONE and desk.queue.in_flight == 3
     desk.connect()
     assert seen(desk) == [Kind.WELCOME, Kind.REQUEST, Kind.REQUEST, Kind.REQUEST]
 

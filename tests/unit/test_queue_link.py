@@ -9,7 +9,7 @@ from support.fakes.liar import CUT, REGIONS, REJECTS, RESULTS, STALE
 from support.fakes.queue_desk import OWN, Desk, data, kinds
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind
-from ublkpool.ublk.queue import NULL, Attention, Link
+from ublkpool.ublk.queue import NULL, Attention, LinkState
 from ublkpool.workers.tag_state import State
 
 
@@ -48,7 +48,7 @@ def test_a_backend_that_stops_reading_fills_the_output_and_breaks_no_rule() -> N
         desk.queue.input(desk.backend.answer((0, tag)))
         desk.driver.consume()
         desk.write(tag, tag, data(tag))
-    assert len(desk.queue.output()) // 64 == 2 * depth and desk.queue.link is Link.UP
+    assert len(desk.queue.output()) // 64 == 2 * depth and desk.queue.link is LinkState.UP
     desk.queue.hold_output(True)
     assert not desk.queue.attention() & Attention.OUTPUT, "a full transport is no reason to come back at once"
     desk.queue.hold_output(False)
@@ -140,7 +140,7 @@ def test_an_answer_of_an_old_epoch_or_request_is_dropped(name: str) -> None:
     desk.send()
     desk.lie(0, STALE[name])
     assert desk.side.statistics.stale_answers == 1
-    assert desk.queue.link is Link.UP and desk.state(0) is State.SERVING
+    assert desk.queue.link is LinkState.UP and desk.state(0) is State.SERVING
     desk.serve(0)
     assert request.result == SECTOR_BYTES
 
@@ -154,7 +154,7 @@ def test_a_violation_not_about_the_request_leaves_it_to_the_next_backend(name: s
         desk.copy(0)
     desk.send()
     desk.lie(0, CUT[name])
-    assert desk.queue.link is Link.CUT and desk.queue.attention() & Attention.CUT
+    assert desk.queue.link is LinkState.CUT and desk.queue.attention() & Attention.CUT
     desk.kill()
     desk.connect()
     if placing:
@@ -171,7 +171,7 @@ def test_a_wrong_region_or_refusal_fails_its_write_and_cuts_the_link(name: str) 
     request, other = desk.write(0, 0, data(1)), desk.write(1, 1, data(2))
     desk.send()
     desk.lie(0, {**REGIONS, **REJECTS}[name])
-    assert desk.queue.link is Link.CUT and desk.state(0) is State.FAILING
+    assert desk.queue.link is LinkState.CUT and desk.state(0) is State.FAILING
     desk.copy(0)
     desk.driver.consume()
     assert request.result == -errno.EIO and other.result is None
@@ -186,7 +186,7 @@ def test_a_region_that_is_lent_to_another_tag_is_refused(shift: int) -> None:
     desk.write(1, 8, data(2, 2))
     desk.send()
     desk.lie(1, lambda scene: scene.region(max(0, lent + shift)).pack())
-    assert desk.queue.link is Link.CUT and "lent" in desk.queue.violation()
+    assert desk.queue.link is LinkState.CUT and "lent" in desk.queue.violation()
 
 
 @pytest.mark.parametrize("name", [*REGIONS, *RESULTS])
@@ -196,7 +196,7 @@ def test_a_wrong_read_answer_fails_the_read_when_the_backend_is_gone(name: str, 
     request = desk.read(0, 0)
     desk.send()
     desk.lie(0, {**REGIONS, **RESULTS}[name])
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
     desk.driver.consume()
     assert request.result is None, "the backend may still write into the buffer"
     desk.kill()
@@ -209,36 +209,36 @@ def test_a_second_answer_cuts_the_link_and_changes_nothing() -> None:
     request = desk.write(0, 0, data(1))
     desk.serve(0)
     desk.lie(0, lambda scene: scene.done(SECTOR_BYTES).pack())
-    assert desk.queue.link is Link.CUT and desk.driver.consume() == 0
+    assert desk.queue.link is LinkState.CUT and desk.driver.consume() == 0
     assert request.result == SECTOR_BYTES
 
 
 def test_answers_to_unsent_requests_cut_the_link_before_the_output_is_full() -> None:
     desk = Desk(need_get_data=False, depth=1)
     for sequence in range(1, 40):
-        if desk.queue.link is not Link.UP:
+        if desk.queue.link is not LinkState.UP:
             break
         desk.read(0, 0)
         guess = Descriptor(Kind.DONE, device=7, epoch=3, sequence=sequence, result=SECTOR_BYTES)
         desk.queue.input(guess.pack())
         desk.driver.consume()
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
     desk.side.check()
 
 
 def test_a_cut_by_the_worker_is_no_violation() -> None:
     desk = Desk()
     desk.queue.cut()
-    assert desk.queue.link is Link.CUT and desk.side.statistics.violations == 0
+    assert desk.queue.link is LinkState.CUT and desk.side.statistics.violations == 0
 
 
-@pytest.mark.parametrize(("epoch", "link"), [(2, Link.UP), (3, Link.UP), (4, Link.CUT)])
-def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: Link) -> None:
+@pytest.mark.parametrize(("epoch", "link"), [(2, LinkState.UP), (3, LinkState.UP), (4, LinkState.CUT)])
+def test_a_hello_may_come_from_an_earlier_epoch_but_not_from_a_later_one(epoch: int, link: LinkState) -> None:
     desk = Desk(connected=False)
     assert desk.queue.expect(0, NULL, 0, False)
     desk.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=epoch).pack())
     assert desk.queue.link is link
-    assert desk.side.statistics.violations == (link is Link.CUT)
+    assert desk.side.statistics.violations == (link is LinkState.CUT)
 
 
 def test_a_new_link_is_not_cut_for_descriptors_of_the_last() -> None:

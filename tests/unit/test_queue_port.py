@@ -12,7 +12,7 @@ from support.fakes.queue_rig import DEVICE
 from support.fakes.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.bufpool.wire import Descriptor, Kind, Op, iter_frame
 from ublkpool.ublk import queue as queue_module
-from ublkpool.ublk.queue import Link, Port
+from ublkpool.ublk.queue import LinkState, Port
 
 DEPTH = 4
 
@@ -64,7 +64,7 @@ def test_descriptors_pass_whole_and_in_order_over_many_wraps(ends: Ends) -> None
             desk.side.check()
     # Between a commit and the worker's next turn a tag may be delivered again: none is lost, none comes twice.
     assert given - served == DEPTH - len(free)
-    assert desk.queue.link is Link.UP and desk.side.statistics.violations == 0
+    assert desk.queue.link is LinkState.UP and desk.side.statistics.violations == 0
 
 
 def test_tests_start_just_below_the_32_bit_wrap(ends: Ends) -> None:
@@ -165,7 +165,7 @@ def test_an_invalid_head_cuts_the_link(ends: Ends, ahead: int) -> None:
     peer.set_index(TO_BACKEND, HEAD, tail + ahead)
     desk.read(0, 0)
     ends.turn()
-    assert desk.queue.link is Link.CUT and "index in its ring" in desk.queue.violation()
+    assert desk.queue.link is LinkState.CUT and "index in its ring" in desk.queue.violation()
     assert peer.index(TO_BACKEND, TAIL) == tail
 
 
@@ -177,7 +177,7 @@ def test_an_invalid_tail_cuts_the_link_and_nothing_is_read(ends: Ends, ahead: in
     read = desk.side.statistics.descriptors_in
     peer.set_index(TO_WORKER, TAIL, peer.index(TO_WORKER, HEAD) + ahead)
     ends.turn()
-    assert desk.queue.link is Link.CUT and desk.side.statistics.descriptors_in == read
+    assert desk.queue.link is LinkState.CUT and desk.side.statistics.descriptors_in == read
     desk.kill()
     desk.connect(fence=False)
     assert desk.queue.link.name == "UP"
@@ -220,7 +220,7 @@ def test_no_change_of_the_shared_memory_moves_the_workers_own_index(ends: Ends, 
             desk.read(free.pop(), rng.randrange(64))
         came, went = counted.descriptors_in, counted.descriptors_out
         _lie(ends, rng)
-        was_cut = desk.queue.link is Link.CUT
+        was_cut = desk.queue.link is LinkState.CUT
         tail = peer.index(TO_BACKEND, TAIL)
         ends.turn()
         taken, sent = counted.descriptors_in - came, counted.descriptors_out - went
@@ -231,7 +231,7 @@ def test_no_change_of_the_shared_memory_moves_the_workers_own_index(ends: Ends, 
         if was_cut:
             assert (taken, sent) == (0, 0)
         desk.side.check()
-    assert desk.queue.link is Link.CUT, "all of this was believed"
+    assert desk.queue.link is LinkState.CUT, "all of this was believed"
     assert counted.violations == 1
     desk.kill()
     desk.connect(fence=False)
@@ -242,7 +242,7 @@ def test_a_cut_link_is_neither_read_nor_written(ends: Ends) -> None:
     desk, peer = ends.desk, ends.peer
     peer.put(b"\xff" * 64)
     ends.turn()
-    assert desk.queue.link is Link.CUT
+    assert desk.queue.link is LinkState.CUT
     head = peer.index(TO_WORKER, HEAD)
     peer.put(b"\xff" * 64)
     desk.read(0, 0)

@@ -6,7 +6,7 @@ from support.fakes.driver import SECTOR_BYTES
 from support.fakes.liar import posts_that_lie
 from support.fakes.queue_desk import Desk
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import Link
+from ublkpool.ublk.queue import LinkState
 from ublkpool.workers.tag_state import State
 
 OWN = {"place_in_backend": True, "posts": True}
@@ -34,7 +34,7 @@ def said(desk: Desk) -> list[tuple[int, int]]:
 
 
 def is_cut_for(desk: Desk, reason: str = "") -> bool:
-    return desk.queue.link is Link.CUT and desk.queue.violation().startswith(reason)
+    return desk.queue.link is LinkState.CUT and desk.queue.violation().startswith(reason)
 
 
 def test_a_write_lands_in_a_posted_region_without_a_place() -> None:
@@ -124,7 +124,7 @@ def test_a_released_region_may_be_posted_again_or_named_for_a_write() -> None:
     assert desk.backend is not None
     named = asked.answer(Kind.PLACED)._replace(segment=desk.backend.segment.number, buffer=LARGE + SMALL)
     desk.queue.input(named.pack())
-    assert desk.state(2) is State.COPYING and desk.queue.link is Link.UP
+    assert desk.state(2) is State.COPYING and desk.queue.link is LinkState.UP
 
 
 def test_regions_side_by_side_may_be_posted() -> None:
@@ -132,7 +132,7 @@ def test_regions_side_by_side_may_be_posted() -> None:
     for buffer in (LARGE, 0, 2 * LARGE):
         post(desk, buffer, LARGE)
     post(desk, 3 * LARGE, SMALL)
-    assert desk.queue.link is Link.UP and desk.side.statistics.posts == 4
+    assert desk.queue.link is LinkState.UP and desk.side.statistics.posts == 4
 
 
 def test_a_posted_region_may_not_be_named_for_a_write() -> None:
@@ -154,7 +154,7 @@ def test_at_most_depth_regions_of_each_size_may_be_posted() -> None:
     post(desk, 2 * LARGE, LARGE)
     desk.write(0, 0, data(1))
     post(desk, 3 * SMALL, SMALL)
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
     desk.queue.input(desk.backend.post_at(0, 3 * LARGE, SMALL).pack())
     assert is_cut_for(desk, UNUSABLE)
 
@@ -182,7 +182,7 @@ def test_all_regions_that_come_back_unused_fit_the_output() -> None:
         desk.driver.deliver(0, desk.driver.again.popleft())
     for tag in range(1, depth):
         desk.write(tag, 8 * tag, data(tag))
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
     words = [kind for kind, _ in said(desk)]
     assert (words.count(Kind.RELEASE), words.count(Kind.PLACE)) == (len(regions), depth)
 
@@ -228,7 +228,7 @@ def test_a_post_to_the_previous_worker_is_dropped_and_counted() -> None:
     assert desk.backend is not None
     old = desk.backend.post_at(0, 0, SMALL)
     desk.queue.input(old._replace(epoch=old.epoch - 1).pack())
-    assert desk.queue.link is Link.UP
+    assert desk.queue.link is LinkState.UP
     assert (desk.side.statistics.stale_answers, desk.side.statistics.posts) == (1, 0)
 
 
@@ -244,7 +244,7 @@ def test_posts_before_fenced_serve_writes_after_it() -> None:
     post(desk, 0, SMALL)
     desk.write(0, 0, data(1))
     desk.write(1, 8, data(2))
-    assert said(desk) == [] and desk.queue.link is Link.FENCING
+    assert said(desk) == [] and desk.queue.link is LinkState.FENCING
     desk.queue.input(Descriptor(Kind.FENCED, device=7, epoch=backend.seen[-1].epoch).pack())
     assert said(desk) == [(Kind.PLACE, 0)]
     assert (desk.state(0), desk.state(1)) == (State.COPYING, State.PLACING)

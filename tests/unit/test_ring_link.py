@@ -14,7 +14,7 @@ from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, WAIT_S, LoopRig, loop_r
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import Link, Port, Ring
+from ublkpool.ublk.queue import LinkState, Port, Ring
 from ublkpool.workers import messages
 from ublkpool.workers.ring_link import ASKING_MAX, RingLink
 
@@ -203,7 +203,7 @@ def _ring_often(blocked: bool) -> tuple[Desk, int]:
         os.eventfd_write(bells[1], 2**64 - 2)
     ring.use_port(port, *bells)
     rung = 0
-    while rung < RUNGS and desk.queue.link is Link.UP:
+    while rung < RUNGS and desk.queue.link is LinkState.UP:
         peer.set_index(TO_BACKEND, SLEEPING, 1)
         desk.read(rung, 0)
         ring.run(0)
@@ -226,7 +226,7 @@ def test_a_backend_that_makes_its_doorbell_block_does_not_block_the_worker_and_i
 
 def test_each_doorbell_is_heard() -> None:
     desk, rung = _ring_often(blocked=False)
-    assert rung == RUNGS and desk.queue.link is Link.UP
+    assert rung == RUNGS and desk.queue.link is LinkState.UP
 
 
 def _cpu_s() -> float:

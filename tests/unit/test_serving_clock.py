@@ -9,7 +9,7 @@ from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import RingMemory
 from ublkpool.bufpool.wire import Op
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, Link, Port, Ring
+from ublkpool.ublk.queue import Attention, LinkState, Port, Ring
 
 _lib, _ffi = core._lib, core._ffi
 PAUSE_MS, QUIET_MS = int(_lib.UQ_PAUSE_MS), int(_lib.UQ_QUIET_MS)
@@ -132,7 +132,7 @@ def test_a_backend_is_not_late_because_its_worker_was_stopped(served: Served) ->
     # As after a SIGSTOP of the worker: its next turn comes late.
     time.sleep((PAUSE_MS + TIMEOUT_MS + 100) / 1000)
     served.ring.run(0)
-    assert served.desk.queue.link is Link.UP and not served.desk.queue.attention() & Attention.SILENT
+    assert served.desk.queue.link is LinkState.UP and not served.desk.queue.attention() & Attention.SILENT
     served.answer()
     served.ring.run(0)
     assert served.is_answered()
@@ -144,12 +144,12 @@ def test_an_answer_that_has_arrived_is_in_time_however_late_the_worker_reads_it(
     served.answer()
     time.sleep((TIMEOUT_MS + 50) / 1000)
     served.ring.run(0)
-    assert served.desk.queue.link is Link.UP and served.is_answered()
+    assert served.desk.queue.link is LinkState.UP and served.is_answered()
 
 
 def test_a_backend_that_stays_silent_is_cut_off(served: Served) -> None:
     served.ring.run(0)
     served.give()
-    while served.desk.queue.link is Link.UP:
+    while served.desk.queue.link is LinkState.UP:
         served.ring.run(20)
     assert served.desk.queue.attention() & Attention.SILENT

@@ -8,7 +8,7 @@ from support.fakes.links import sealed_memory
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import CONTROL_BYTES, ENTRY_BYTES, HEAD, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.bufpool.engine._engine import ffi, lib
-from ublkpool.ublk.queue import Link, Port
+from ublkpool.ublk.queue import LinkState, Port
 
 ENTRIES = 64
 EPROTO = -71
@@ -103,7 +103,7 @@ class WorkerEnd:
         """The next backend comes, and by mistake keeps the rings of the last one."""
         self.desk.kill()
         self.desk.connect(fence=False)
-        assert self.desk.queue.link is Link.UP
+        assert self.desk.queue.link is LinkState.UP
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_a_worker_that_has_read_an_impossible_tail_never_reads_again(worker: Wor
         worker.peer.set_index(TO_WORKER, TAIL, tail)
         read = worker.desk.side.statistics.descriptors_in
         worker.turn()
-        assert worker.desk.queue.link is Link.CUT and "index in its ring" in worker.desk.queue.violation()
+        assert (
+            worker.desk.queue.link is LinkState.CUT and "index in its ring" in worker.desk.queue.violation()
+        )
         assert worker.desk.side.statistics.descriptors_in == read
         assert worker.peer.index(TO_WORKER, HEAD) == head
         worker.connect_again()
@@ -145,7 +147,7 @@ def test_a_worker_that_has_read_an_impossible_head_never_writes_again(worker: Wo
         peer.set_index(TO_BACKEND, HEAD, head)
         desk.read(tag, 0)
         worker.turn()
-        assert desk.queue.link is Link.CUT and "index in its ring" in desk.queue.violation()
+        assert desk.queue.link is LinkState.CUT and "index in its ring" in desk.queue.violation()
         assert peer.index(TO_BACKEND, TAIL) == tail
         assert bytes(peer.memory[CONTROL_BYTES : CONTROL_BYTES + peer.entries * ENTRY_BYTES]) == before
         worker.connect_again()

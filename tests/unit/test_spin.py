@@ -16,7 +16,7 @@ from ublkpool.bufpool.engine.ring_driver import DriverStatistics
 from ublkpool.bufpool.wire import Kind, Op
 from ublkpool.daemon.device.team import SPIN_CPUS_MIN, SPIN_DEFAULT_US, spin_us
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.ublk.queue import Attention, Link, Port, Ring
+from ublkpool.ublk.queue import Attention, LinkState, Port, Ring
 
 MOST_NS = 16_000
 SKIPS = 64
@@ -98,7 +98,7 @@ def _serve(desk: Desk, port: Port) -> None:
     ring = Ring(desk.queue, -1, LONG_US)
     bells = [os.eventfd(0) for _ in range(2)]
     ring.use_port(port, *bells)
-    while desk.queue.link is Link.UP:
+    while desk.queue.link is LinkState.UP:
         ring.run(int(DEADLINE_S * 1000))
     ring.use_port(None)
     ring.close()
@@ -124,6 +124,6 @@ def test_a_polling_worker_needs_neither_doorbell_nor_system_call() -> None:
     entered = statistics.enters
     peer.put(b"\xff" * 64)
     thread.join()
-    assert desk.queue.link is Link.CUT and entered < REQUESTS / 2
+    assert desk.queue.link is LinkState.CUT and entered < REQUESTS / 2
     peer.memory.close()
     port.close()

@@ -15,8 +15,6 @@
 
 #include "wire.h"
 
-#define UQ_SLICES_MAX 16
-
 enum {
 	UQ_CLASSES_MAX = 8,
 	UQ_SEGMENTS_MAX = 8,
@@ -24,7 +22,6 @@ enum {
 	UQ_BUFFER_NONE = 0xffffffffu,
 };
 
-_Static_assert(sizeof(struct wire_descriptor) == 64, "descriptor");
 /* Operations of the wire: their numbers are below this. */
 enum { UQ_OPS = 6 };
 

@@ -11,7 +11,6 @@
 #include "queue_tag.h"
 
 #define ERRNO_MAX 4095
-#define FRAME_DESCRIPTORS_MAX 4096
 /* An honest backend answers late what earlier workers had asked: at most a depth for each of their lives, of which there
  * are few in a row.  The regions that it posted to them may come as late: a depth of each size. */
 #define STALE_PER_TAG 8u
@@ -214,7 +213,7 @@ void uq_input(struct uq *q, const void *frame, size_t bytes)
 
 	if (!uq_link_talks(q))
 		return;
-	if (!bytes || bytes % sizeof d || bytes / sizeof d > FRAME_DESCRIPTORS_MAX) {
+	if (!bytes || bytes % sizeof d || bytes / sizeof d > WIRE_FRAME_DESCRIPTORS_MAX) {
 		violate(q, UQ_V_FRAME, NULL);
 		return;
 	}

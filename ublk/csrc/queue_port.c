@@ -10,7 +10,6 @@ _Static_assert(SR_ENTRY_BYTES == sizeof(struct wire_descriptor), "an entry is a 
 
 /* HELLO, WELCOME, FENCE, FENCED and some of an earlier life. */
 #define ENTRIES_MORE 16u
-#define FRAME_MAX 4096u
 
 struct uq_port {
 	struct sr_end in, out;
@@ -51,7 +50,8 @@ static void receive(struct uq_port *p, struct uq *q)
 		uq_link_cut(q, UQ_V_RING);
 	while (waiting > 0 && uq_link_talks(q)) {
 		const uint8_t *at;
-		uint32_t count = sr_peek(&p->in, waiting < FRAME_MAX ? (uint32_t)waiting : FRAME_MAX, &at);
+		int64_t most = waiting < WIRE_FRAME_DESCRIPTORS_MAX ? waiting : WIRE_FRAME_DESCRIPTORS_MAX;
+		uint32_t count = sr_peek(&p->in, (uint32_t)most, &at);
 
 		uq_input(q, at, (size_t)count * sizeof(struct wire_descriptor));
 		sr_consumed(&p->in, count);

@@ -67,7 +67,7 @@ static bool find_client_buffer(const struct uq *q, struct uq_tag *t, uint64_t ad
 
 	t->slice = (uint32_t)slice;
 	t->client_buffer = address & 0xffffffffu;
-	return slice < UQ_SLICES_MAX && q->config.slices >> slice & 1 && t->length <= bytes &&
+	return slice < WIRE_CLIENT_SLICES_MAX && q->config.slices >> slice & 1 && t->length <= bytes &&
 	       t->client_buffer <= bytes - t->length && t->client_buffer % q->config.block_bytes == 0;
 }
 

@@ -22,7 +22,7 @@ struct engine_setup {
 	uint64_t size_bytes;
 	uint8_t *pool;
 	uint64_t pool_bytes;
-	uint8_t *slices[16]; /* of the client area, NULL for one that is not there */
+	uint8_t *slices[WIRE_CLIENT_SLICES_MAX]; /* of the client area, NULL for one that is not there */
 	uint64_t slice_bytes;
 	uint8_t *own;
 	uint64_t own_bytes;

@@ -6,12 +6,6 @@
 #include "slots.h"
 #include "storage.h"
 
-_Static_assert(sizeof(struct wire_descriptor) == 64, "a descriptor is 64 bytes");
-_Static_assert(offsetof(struct wire_descriptor, epoch) == 12, "layout");
-_Static_assert(offsetof(struct wire_descriptor, result) == 40, "layout");
-_Static_assert(offsetof(struct wire_descriptor, buffer) == 48, "layout");
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
-
 /* NAMED: the data of its write is still to come.  ANSWERED: a region stays lent until RELEASE, since the worker may
  * still take the data from it. */
 enum state { IDLE, WAITING, NAMED, RUNNING, ANSWERED };

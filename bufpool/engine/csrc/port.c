@@ -9,10 +9,10 @@
 #include <unistd.h>
 
 #include "shared_ring.h"
+#include "wire.h"
 
-#define KIND_AT 0
-#define EPOCH_AT 12
-#define KIND_FENCE 6
+_Static_assert(SR_ENTRY_BYTES == sizeof(struct wire_descriptor), "an entry is a descriptor");
+
 #define POLL_EVENTS 16
 
 struct port {
@@ -97,9 +97,9 @@ static void note_epochs(struct ports *p, const uint8_t *entries, uint32_t count)
 	for (uint32_t i = 0; i < count; i++) {
 		const uint8_t *entry = entries + (size_t)i * SR_ENTRY_BYTES;
 		uint32_t epoch;
-		if (entry[KIND_AT] != KIND_FENCE)
+		if (entry[offsetof(struct wire_descriptor, kind)] != WIRE_FENCE)
 			continue;
-		memcpy(&epoch, entry + EPOCH_AT, sizeof epoch);
+		memcpy(&epoch, entry + offsetof(struct wire_descriptor, epoch), sizeof epoch);
 		if (epoch > p->epoch)
 			p->epoch = epoch;
 	}

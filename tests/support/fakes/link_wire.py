@@ -10,7 +10,7 @@ import zmq
 from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.backend_link import BackendLink
 
 TOKEN = b"T" * 16
@@ -52,7 +52,7 @@ class Wire:
         self.expect()
         self.backend = self.connect()
         self.backend.send(HELLO)
-        self.until(lambda: self.desk.queue.link is Link.UP, "the link is up")
+        self.until(lambda: self.desk.queue.link is LinkState.UP, "the link is up")
 
     def until(self, check: Callable[[], bool], what: str) -> None:
         """Run the link until the condition holds."""

@@ -19,7 +19,7 @@ from ublkpool.bufpool.wire import (
     Op,
 )
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import Attention, Command, Link
+from ublkpool.ublk.queue import Attention, Command, LinkState
 from ublkpool.workers.tag_state import State
 
 _ffi, _lib = _native.ffi, _native.lib
@@ -179,7 +179,7 @@ class CoreFuzz:
         after = [_lib.uq_tag_state(raw, tag) for tag in self._tags]
         judged, stale = counters.descriptors_in - judged, counters.stale_answers - stale
         cut, posts = counters.violations - cut, counters.posts - posts
-        assert cut == (_lib.uq_link_state(raw) == Link.CUT) and stale <= judged
+        assert cut == (_lib.uq_link_state(raw) == LinkState.CUT) and stale <= judged
         # An answer for no queue or tag of ours is never merely stale.
         for each in words[: max(0, judged - cut)]:
             assert each[4:10] == OURS and each[10] < self.plan.depth and not each[11]
@@ -250,7 +250,7 @@ class CoreFuzz:
             if not self.driver.outstanding:
                 break
         assert not self.driver.outstanding, "a request is never answered"
-        assert self.queue.link is Link.UP
+        assert self.queue.link is LinkState.UP
         self.side.check()
         served = sum(self.side.statistics.requests)
         assert self.side.statistics.commits == served and self.queue.in_flight == 0

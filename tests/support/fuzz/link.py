@@ -4,7 +4,7 @@ import random
 
 from support.fakes.link_wire import HELLO, TOKEN, Wire
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import Attention, LinkState
 
 BATCH = 40
 SIZES = (0, 1, 63, 64, 65, 128, 4096, DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX)
@@ -34,12 +34,12 @@ class LinkFuzz:
     def _count(self, frame: bytes | memoryview) -> None:
         self.heard += 1
         self._input(frame)
-        if self.wire.desk.queue.link is not Link.UP:
+        if self.wire.desk.queue.link is not LinkState.UP:
             self._again()
 
     def _again(self) -> None:
         queue = self.wire.desk.queue
-        assert queue.link is Link.CUT and queue.has_violation
+        assert queue.link is LinkState.CUT and queue.has_violation
         queue.lost()
         self.wire.desk.expect()
         self._input(HELLO)

@@ -17,7 +17,7 @@ from support.fakes.liar import CUT, STALE, Lie, Scene, lies_about, posts_that_li
 from support.fakes.queue_rig import SEGMENT_SLICE, Plan, Rig
 from support.vm.shadow_disk import ShadowDisk
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Kind, Op
-from ublkpool.ublk.queue import Attention, Link
+from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.tag_state import State
 
 Temper = Literal["honest", "dying", "lying"]
@@ -192,12 +192,12 @@ class World:
         name = self.rng.choice(list(lies))
         self.note(f"queue {queue}: backend posts, {name}")
         core.input(lies[name].pack())
-        assert core.link is Link.CUT, f"{name!r} did not cut the link"
+        assert core.link is LinkState.CUT, f"{name!r} did not cut the link"
         return True
 
     def _execute(self, queue: int) -> None:
         backend = self.backend
-        if backend is not None and self.rig.sides[queue].queue.link is Link.CUT:
+        if backend is not None and self.rig.sides[queue].queue.link is LinkState.CUT:
             backend.scribble(queue)
         key = self._key(queue, backend.given) if backend else None
         if backend is not None and key is not None:
@@ -236,7 +236,7 @@ class World:
 
     def _is_heard(self, queue: int) -> bool:
         """Whether the worker still listens; a backend cannot know."""
-        return self.rig.sides[queue].queue.link is Link.UP
+        return self.rig.sides[queue].queue.link is LinkState.UP
 
     def _lies(self, queue: int, backend: FakeBackend, key: Key, request: Descriptor) -> bool:
         """Perhaps lie about this request instead of answering it."""
@@ -266,7 +266,7 @@ class World:
         self.note(f"queue {queue} tag {scene.request.tag}: backend lies, {name}")
         self.rig.sides[queue].queue.input(STALE[name](scene))
         assert int(statistics.stale_answers) == before + 1
-        assert self.rig.sides[queue].queue.link is Link.UP
+        assert self.rig.sides[queue].queue.link is LinkState.UP
 
     def _lie_and_be_cut(self, queue: int, key: Key, scene: Scene, harmless: bool) -> None:
         lies = CUT if harmless else self._lent_regions(queue, scene) or lies_about(scene.request)
@@ -276,7 +276,7 @@ class World:
         self.note(f"queue {queue} tag {key[1]}: backend lies, {name}")
         core = self.rig.sides[queue].queue
         core.input(lies[name](scene))
-        assert core.link is Link.CUT, f"{name!r} did not cut the link"
+        assert core.link is LinkState.CUT, f"{name!r} did not cut the link"
 
     def _lent_regions(self, queue: int, scene: Scene) -> dict[str, Lie]:
         """Regions that hold another tag's write."""
@@ -307,7 +307,9 @@ class World:
             side.queue.tick(self.now_ms)
             if side.queue.attention() & Attention.ABSENT:
                 side.queue.clear(Attention.ABSENT)
-                assert self.backend is None or side.queue.link is Link.CUT, "one that is there is not absent"
+                assert self.backend is None or side.queue.link is LinkState.CUT, (
+                    "one that is there is not absent"
+                )
                 self.note(f"queue {side.number}: no backend for too long")
                 self.absent.add(side.number)
                 self.absences += 1
@@ -317,11 +319,11 @@ class World:
         if self.backend is None:
             self._revive()
             return
-        was_cut = any(side.queue.link is Link.CUT for side in self.rig.sides)
+        was_cut = any(side.queue.link is LinkState.CUT for side in self.rig.sides)
         dies = self.scenario.temper == "dying" and not self.ending and self.rng.random() < 20 * KILL_RATE
         if was_cut or dies:
             self._kill(dies)
-        elif self.rig.sides[queue].queue.link is Link.EXPECTED:
+        elif self.rig.sides[queue].queue.link is LinkState.EXPECTED:
             self.rig.sides[queue].queue.input(self.backend.hello(queue))
 
     def _kill(self, at_once: bool) -> None:
@@ -339,7 +341,7 @@ class World:
             side.queue.lost()
             for frame in (*late[-3:], *coming):
                 side.queue.input(frame)
-            assert side.queue.link is Link.NONE, "late answers of the dead do nothing"
+            assert side.queue.link is LinkState.NONE, "late answers of the dead do nothing"
             late.clear()
             coming.clear()
 

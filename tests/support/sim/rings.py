@@ -67,9 +67,9 @@ class SimPort:
     def assert_no_wakeup_lost(self, name: str, queue: Queue) -> None:
         """Raises `AssertionError` if it sleeps on something that it listens to."""
         listens = queue.link in (
-            core.Link.EXPECTED,
-            core.Link.UP,
-            core.Link.FENCING,
+            core.LinkState.EXPECTED,
+            core.LinkState.UP,
+            core.LinkState.FENCING,
         )
         lost = self.sleeps and listens and self.memory.waiting(TO_WORKER) and not self.is_rung()
         assert not lost, f"{LOST}: {name} sleeps on {self.memory.waiting(TO_WORKER)} entries"

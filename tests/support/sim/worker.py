@@ -31,7 +31,7 @@ from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import (
     Attention,
     Command,
-    Link,
+    LinkState,
     Memory,
     Port,
     Queue,
@@ -225,7 +225,7 @@ class SimQueueLoop(QueueLoop):
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
         # As the real one, but every process has the segment mapped already.
         base = self._worker.segment_base(message.token) if message.segment else core.NULL
-        if self._queue.link is Link.NONE and self._queue.expect(
+        if self._queue.link is LinkState.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
             self._listen_to(bytes.fromhex(message.token), message.user)
