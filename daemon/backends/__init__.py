@@ -1,1 +1,1 @@
-"""Backend processes: how they attach, one's session, and the one that the daemon runs itself."""
+"""Backends: the attach socket, the session of an attached backend, and the backend that the daemon runs itself."""

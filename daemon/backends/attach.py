@@ -54,7 +54,9 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
         raise AttachRefused(f"kind must be 1 to {_KIND_LENGTH_MAX} printable characters")
     logical, physical = attach.logical_block_bytes, attach.physical_block_bytes
     if logical not in _BLOCK_BYTES:
-        raise AttachRefused(f"logical_block_bytes {logical} is none of {', '.join(map(str, _BLOCK_BYTES))}")
+        raise AttachRefused(
+            f"logical_block_bytes {logical} is not one of {', '.join(map(str, _BLOCK_BYTES))}"
+        )
     if physical < logical or physical & (physical - 1) or physical > 1 << 20:
         raise AttachRefused(f"physical_block_bytes {physical} is not a power of two from {logical} to 1 MiB")
     sizes = {

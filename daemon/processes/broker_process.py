@@ -47,7 +47,7 @@ class BrokerProcess(SupervisedProcess):
         self.generation = 0
         """Raised at every start; a broker knows only the devices that were added since its own."""
         self.adopted_generation = 0
-        """The generation of a broker that an earlier daemon started and told of its devices, 0 if there is none."""
+        """The generation of an adopted broker, which knows the devices that an earlier daemon added; else 0."""
         self._holder = holder
         self._turn = asyncio.Lock()
         self._repeats_ids: bool | None = None

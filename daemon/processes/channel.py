@@ -2,12 +2,12 @@
 
 Used for workers, the pool broker and the holder.  Owns the socket, the coding of messages and the open questions; a
 question has an `id`, which its answer repeats (`questions.py` says what holds for a process of an earlier version).
-Deadlines are the caller's: only he knows whether a process that is late must end.  Runs on the supervisor's asyncio
+The caller sets the deadlines, since it decides whether a late process must end.  Runs on the supervisor's asyncio
 loop.
 
-Other protocols stay as they are.  The admin socket and the keeper of a memory disk serve clients of other programs, as
-lines of JSON over a stream; an attach connection is the public protocol of docs/PROTOCOL.md; a control command has one
-answer, which its process leaves in a pipe when it ends.
+Other connections have protocols of their own: the admin socket carries lines of JSON over a stream, the keeper of a
+memory disk runs without this package, an attach connection follows the public docs/PROTOCOL.md, and a control command's
+process writes its one answer to a pipe before it ends.
 """
 
 import asyncio

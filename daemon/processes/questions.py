@@ -3,7 +3,7 @@
 Owns the numbers of questions.  A question stays open until its answer comes, even if its deadline has passed or its
 caller was cancelled; so a late answer never answers another question.  A process of an earlier version does not repeat
 the number, but answers each question once and in order: such an answer belongs to the oldest open question of its kind.
-Must not know what is asked, or how it travels.
+Must not know the messages or the connection.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """A process that the daemon needs at all times: the pool broker, the holder, a device's own backend.
 
-Owns its life: it is started, or adopted from an earlier daemon, and started again after a growing pause whenever it
-ends, until it is told to end.  Every end is logged with the exit status.  Runs on the supervisor's asyncio loop.
+Owns the process's life: it is started, or adopted from an earlier daemon, and started again after a growing pause
+whenever it ends, until it is told to end.  Every end is logged with the exit status.  Runs on the supervisor's asyncio
+loop.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from ublkpool.daemon.processes.children import Child
 
 
 class SupervisedProcess(ABC):
-    """One such process.  A subclass knows how to fork it, what belongs to it, and who is told of a new one."""
+    """One such process.  A subclass forks it, closes what belonged to the one before, and informs its users."""
 
     child: Child
     """The process of today, or the last one; unset until `is_started`."""
@@ -90,5 +91,5 @@ class SupervisedProcess(ABC):
         """Log the end, and close what belonged to the process; the next start is tried after `pause_s`."""
 
     def _on_restart(self) -> None:
-        """Another process runs: give it what the one before it had."""
+        """A new process runs: give it the state that the one before had."""
         return
