@@ -13,7 +13,6 @@ asyncio loop, never in the data path.
 
 import asyncio
 import logging
-import socket
 from collections.abc import Mapping
 
 from ublkpool.bufpool import wire
@@ -29,8 +28,8 @@ from ublkpool.daemon.device.kept_memory import drop_kept
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RestartLimit, next_epoch, retire
+from ublkpool.daemon.device.service import DeviceService
 from ublkpool.daemon.device.team import Team
-from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.held_names import stderr_name
@@ -42,7 +41,7 @@ _LEFT_AND_LOST = "left by an earlier daemon, and not to be recovered: "
 _log = logging.getLogger("ublkpool.device")
 
 
-class Device(DeviceView):
+class Device(DeviceService):
     """A device of the daemon's."""
 
     def __init__(self, config: DeviceConfig, context: DaemonContext) -> None:
@@ -386,38 +385,3 @@ class Device(DeviceView):
         if parts.managed is not None:
             parts.managed.start()
         return True
-
-    # What others do to it in any state
-
-    def save(self) -> None:
-        """See `DeviceParts.save`."""
-        self.parts.save()
-
-    async def check_unused(self) -> None:
-        """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
-        await teardown.check_unused(self.parts)
-
-    async def describe_use(self) -> str:
-        """The users of the disk in words, empty if none is seen."""
-        return await teardown.describe_use(self.parts)
-
-    def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
-        """See `client_buffers.lend`."""
-        return client_buffers.lend(self.parts, sock)
-
-    def note_refusal(self, reason: str) -> None:
-        """A backend that came was refused."""
-        self.parts.backend.note_refusal(reason)
-
-    def give_up(self) -> None:
-        """Fail the requests that wait for a backend, and new ones, until one attaches."""
-        if self.parts.resources.team is not None:
-            self.parts.resources.team.give_up()
-
-    async def broker_restarted(self) -> None:
-        """Tell the new broker of this device's leases; a failure is logged."""
-        # Without the turn: the task that has it may be waiting for buffers that the new broker does not know of yet.
-        if (leases := self.parts.resources.leases) is not None:
-            with logged(self.config.name):
-                await leases.refresh()
-                self.parts.save()

@@ -42,7 +42,7 @@ from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel import block_device
+from ublkpool.daemon.kernel import block_device, device_commands
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
@@ -474,6 +474,7 @@ def patched(scenery: Scenery) -> Iterator[None]:
         (adoption, "BlockDevice", SimBlockDevice),
         (adoption, "end_left", _ender(scenery)),
         (block_device, "control", SimControl(scenery.kernel)),
+        (device_commands, "control", SimControl(scenery.kernel)),
         (ring_links, "time", SimpleNamespace(monotonic=lambda: scenery.clock.now_s)),
         *REPLACED_BY.get(scenery.defect, ()),
     ]

@@ -1,0 +1,48 @@
+"""What others ask of a device at any time, in any state and without its turn; none of it changes the state.
+
+Runs on the supervisor's asyncio loop.
+"""
+
+import socket
+
+from ublkpool.bufpool import wire
+from ublkpool.daemon.device import client_buffers, teardown
+from ublkpool.daemon.device.view import DeviceView
+from ublkpool.daemon.processes.background import logged
+
+
+class DeviceService(DeviceView):
+    """A device, as far as it answers at any time."""
+
+    def save(self) -> None:
+        """See `DeviceParts.save`."""
+        self.parts.save()
+
+    async def check_unused(self) -> None:
+        """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
+        await teardown.check_unused(self.parts)
+
+    async def describe_use(self) -> str:
+        """The users of the disk in words, empty if none is seen."""
+        return await teardown.describe_use(self.parts)
+
+    def lend_buffer(self, sock: socket.socket) -> tuple[wire.BufferLeased, int | None]:
+        """See `client_buffers.lend`."""
+        return client_buffers.lend(self.parts, sock)
+
+    def note_refusal(self, reason: str) -> None:
+        """A backend that came was refused."""
+        self.parts.backend.note_refusal(reason)
+
+    def give_up(self) -> None:
+        """Fail the requests that wait for a backend, and new ones, until one attaches."""
+        if self.parts.resources.team is not None:
+            self.parts.resources.team.give_up()
+
+    async def broker_restarted(self) -> None:
+        """Tell the new broker of this device's leases; a failure is logged."""
+        # Without the turn: the task that has it may be waiting for buffers that the new broker does not know of yet.
+        if (leases := self.parts.resources.leases) is not None:
+            with logged(self.config.name):
+                await leases.refresh()
+                self.parts.save()
