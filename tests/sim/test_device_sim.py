@@ -190,7 +190,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
     ),
     (
         END_IS_BLIND,
-        255,
+        47,
         {"queues": 3, "model": "6.12", "kills": ("worker",) * 5},
         "a request goes to a command that was cancelled",
     ),
