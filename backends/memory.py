@@ -82,7 +82,7 @@ class MemoryBackend(Backend):
     def _kept(self, hint: Hint, size_bytes: int) -> OwnSegment:
         self._keeper = Keeper(keeper_path(hint.run_dir, hint.device))
         segment = self._keeper.adopt()
-        if segment is None and not hint.may_create:
+        if segment is None and not (hint.may_create or hint.takes_next):
             raise BackendError(
                 f"memory: the disk of {hint.device} ended with its keeper, and a new one would be empty; "
                 f"accept that with: ublkpool rebind {hint.device}"

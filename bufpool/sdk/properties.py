@@ -17,7 +17,8 @@ class Hint(NamedTuple):
     `size_bytes` is 0 for a device that takes the backend's size.  `max_io_bytes` is the largest read or write.
     `may_create` says that the device was never served, so a backend that finds no store may make an empty one.  If it
     is False, a backend whose store is missing, empty or too short raises `BackendError`: a new store would read as
-    zeros where the device had data.
+    zeros where the device had data.  `takes_next` says that the operator accepted the next store, whatever it is
+    (`ublkpool rebind`): a store that no operator can bring back, such as memory, may then be made anew.
     """
 
     device: str
@@ -29,6 +30,7 @@ class Hint(NamedTuple):
     node: Path | None = None
     """The disk, /dev/ublkbN, if it exists already; nothing of the backend's store may lie on it."""
     may_create: bool = True
+    takes_next: bool = False
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):

@@ -91,6 +91,7 @@ def _hint(run_dir: Path, known: wire.Described) -> Hint:
         known.read_only,
         Path(known.path) if known.path else None,
         may_create,
+        known.takes_next,
     )
 
 

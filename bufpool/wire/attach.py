@@ -95,6 +95,8 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     path: str = ""
     may_create: bool | None = None
     """The device was never served, so a backend may make an empty store for it; None: an older daemon."""
+    takes_next: bool = False
+    """The operator accepted the next store, whatever it is (`ublkpool rebind`)."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,8 +15,9 @@ from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store
 from ublkpool.daemon.errors import DaemonError
 
-_OLDER_KINDS = ("file", "memory", "unknown", "")
-"""Kinds that told no identity in older versions; today's backend of that kind must not make an empty store instead."""
+UNKNOWN_KIND = "unknown"
+_ANY_KIND = (UNKNOWN_KIND, "")
+"""Of a store about which only its existence is known; it cannot be compared."""
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -34,6 +35,7 @@ class Binding:
         self._states = states
         self._boot = boot
         self._before: DeviceState | None = None
+        self._is_starting = False
 
     @property
     def generation(self) -> int:
@@ -47,8 +49,11 @@ class Binding:
             state.store is None
             or self._has_ended(state.store)
             or (state.takes_next and _is_volatile(state.store))
-            or (_is_anonymous(state.store) and state.store.kind not in _OLDER_KINDS)
         )
+
+    def takes_next(self) -> bool:
+        """Whether the operator accepted the next store, whatever it is.  Raises `DaemonError` as `may_create`."""
+        return self._states.get(self._name).takes_next
 
     async def bind(self, attach: wire.Attach, size_bytes: int) -> int:
         """Bind this store to the device, which has `size_bytes`; the attach's generation.
@@ -75,13 +80,22 @@ class Binding:
             _log.info("%s: from now on served from %s", self._name, _words(store))
         return generation
 
+    def starting(self) -> None:
+        """START_DEV is about to be sent: from now on clients may write to the store before the start is known."""
+        self._is_starting = True
+
     def served(self) -> None:
         """The device is live: clients may have written to the store, so it stays bound."""
-        self._before = None
+        self._before, self._is_starting = None, False
+
+    async def backend_ended(self) -> None:
+        """A backend served nothing, or ended before the device was live: as `undo`, unless the disk is starting."""
+        if not self._is_starting:
+            await self.undo()
 
     async def undo(self) -> None:
         """The device did not become live: unbind a store that was bound since; a failure is logged."""
-        before, self._before = self._before, None
+        before, self._before, self._is_starting = self._before, None, False
         if before is not None:
             await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
 
@@ -110,7 +124,7 @@ class Binding:
         try:
             state = self._states.get(self._name)
         except DaemonError:
-            state = DeviceState(name=self._name, store=Store(kind="unknown", size_bytes=0))
+            state = DeviceState(name=self._name, store=Store(kind=UNKNOWN_KIND, size_bytes=0))
         if state.store is not None:
             await self._states.save(msgspec.structs.replace(state, takes_next=True))
             _log.warning("%s: the next store that attaches becomes its own", self._name)
@@ -138,23 +152,24 @@ class Binding:
         return _is_volatile(store) and store.boot != self._boot
 
     def _check(self, bound: Store, attach: wire.Attach) -> None:
-        if _is_anonymous(bound):
-            # A backend of an older version, or in another language, that told no identity to compare with.
-            return
-        brought = attach.identity or wire.Identity()
-        if not self._is_same(bound, brought):
+        if not self._is_same(bound, attach):
             raise AttachRefused(
                 f"device {self._name} is served from {_words(bound)}, this backend brings "
-                f"{brought.store or 'a store without an identity'}: bring the first one back, or accept this one "
+                f"{_brought(bound, attach)}: bring the first one back, or accept this one "
                 f"with: ublkpool rebind {self._name}"
             )
         if 0 < attach.size_bytes < bound.size_bytes:
             raise AttachRefused(
-                f"device {self._name} was served with {bound.size_bytes} bytes, {_words(bound)} has only "
-                f"{attach.size_bytes} now: bring the rest back, or accept that with: ublkpool rebind {self._name}"
+                f"device {self._name} was served with {bound.size_bytes} bytes, this backend offers "
+                f"{attach.size_bytes} bytes of {_words(bound)}: raise its size=, bring back what the store has lost, "
+                f"or accept that with: ublkpool rebind {self._name}"
             )
 
-    def _is_same(self, bound: Store, brought: wire.Identity) -> bool:
+    def _is_same(self, bound: Store, attach: wire.Attach) -> bool:
+        if _is_anonymous(bound):
+            # A backend of an older version, or in another language, that told no identity to compare with.
+            return bound.kind in (*_ANY_KIND, attach.kind)
+        brought = attach.identity or wire.Identity()
         if bound.identity.value != brought.value:
             return False
         if bound.boot != self._boot or not (bound.identity.in_boot and brought.in_boot):
@@ -176,6 +191,15 @@ def _is_anonymous(store: Store) -> bool:
 def _is_volatile(store: Store) -> bool:
     """Whether the store ends with the boot: its identity holds for one boot only."""
     return not store.identity.value and bool(store.identity.in_boot)
+
+
+def _brought(bound: Store, attach: wire.Attach) -> str:
+    """The refused store, for people."""
+    if attach.identity is not None and attach.identity.store:
+        return attach.identity.store
+    if _is_anonymous(bound):
+        return f"a store of the backend {attach.kind}"
+    return "a store without an identity"
 
 
 def _words(store: Store) -> str:

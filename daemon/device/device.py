@@ -131,11 +131,19 @@ class Device(DeviceService):
         if resources.team is None:
             await self._start(session.attach, session)
         else:
-            await introduce(parts, resources.team, session)
+            await self._introduce_next(resources.team, session)
         if parts.managed is not None:
             parts.managed.serves()
         if self.state == "live":
             parts.binding.served()
+
+    async def _introduce_next(self, team: Team, session: Session) -> None:
+        try:
+            await introduce(self.parts, team, session)
+        except BaseException:
+            # The backend was handed nothing, so its store has served nothing.
+            await self.parts.binding.backend_ended()
+            raise
 
     async def rebind(self) -> None:
         """Make the next store that attaches this device's.  Raises `DaemonError`."""
@@ -150,6 +158,7 @@ class Device(DeviceService):
             # A disk that no backend serves would block every process that looks at it, such as udev.
             if self.config.answers == "backend":
                 await team.linked()
+            self.parts.binding.starting()
             await team.plan.kernel.start(START_DEADLINE_S, team.check_whole)
             await team.plan.kernel.wait_for_node()
         except DaemonError as error:

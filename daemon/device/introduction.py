@@ -50,3 +50,5 @@ async def _take_leave(parts: DeviceParts, session: Session) -> None:
         if parts.resources.team is not None:
             await parts.resources.team.lost()
         parts.backend.drop(session)
+        if life.state == "waiting":
+            await parts.binding.backend_ended()

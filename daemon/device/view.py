@@ -117,6 +117,7 @@ class DeviceView:
             read_only=config.read_only,
             path=str(kernel.node) if kernel else "",
             may_create=_may_create(self.parts),
+            takes_next=self.parts.binding.takes_next(),
         )
 
     async def live(self) -> None:

@@ -38,8 +38,10 @@ class Name:
     def rebind(self) -> None:
         self.do("rebind")
 
-    def attach(self, identity: wire.Identity | None, live: bool = True, **more: Any) -> int:
-        message = wire.Attach(v=1, device="vol0", kind="file", identity=identity, **more)
+    def attach(
+        self, identity: wire.Identity | None, live: bool = True, kind: str = "file", **more: Any
+    ) -> int:
+        message = wire.Attach(v=1, device="vol0", kind=kind, identity=identity, **more)
         generation = asyncio.run(self.binding.bind(message, more.get("size_bytes") or SIZE))
         if live:
             self.binding.served()
@@ -194,14 +196,60 @@ def test_the_first_identity_of_a_store_that_had_none_is_learnt(name: Name) -> No
     name.refusal(B)
 
 
-def test_after_a_foreign_backend_without_an_identity_a_store_may_be_made(name: Name) -> None:
-    """Its store has no identity; an older version's own backends are known by their kind."""
-    foreign = wire.Attach(v=1, device="vol0", kind="mycache")
-    asyncio.run(name.binding.bind(foreign, SIZE))
-    name.binding.served()
-    assert name.binding.may_create()
-    name.attach(MEMORY)
+def test_a_store_without_an_identity_is_replaced_by_no_other_kind_and_by_no_new_store(name: Name) -> None:
+    name.attach(None, kind="mycache")
+    for event in (None, name.restart, name.reboot):
+        if event is not None:
+            event()
+        assert not name.binding.may_create()
+        for identity in (A, MEMORY, None):
+            refusal = name.refusal(identity)
+            assert "the backend mycache" in refusal and refusal.endswith("ublkpool rebind vol0")
+        assert "the backend file" in name.refusal(None)
+    assert name.attach(None, kind="mycache")
+    name.rebind()
+    name.attach(MEMORY, kind="memory")
     assert not name.binding.may_create()
+
+
+def test_a_store_without_an_identity_that_has_become_shorter_is_refused(name: Name) -> None:
+    name.attach(None, kind="mycache", size_bytes=SIZE)
+    assert "rebind" in name.refusal(None, kind="mycache", size_bytes=SIZE - 512)
+
+
+@pytest.mark.parametrize("before", [A, wire.Identity(value="memory:unkept"), None])
+def test_rebind_lets_a_backend_make_a_store_that_nobody_can_bring_back(
+    name: Name, before: wire.Identity | None
+) -> None:
+    name.attach(before)
+    assert not name.binding.takes_next()
+    name.rebind()
+    assert name.binding.takes_next() and not name.binding.may_create()
+    name.attach(MEMORY)
+    assert not name.binding.takes_next()
+
+
+def test_a_backend_that_ended_before_the_disk_started_binds_nothing(name: Name) -> None:
+    name.attach(A, live=False)
+    name.do("backend_ended")
+    assert name.binding.may_create()
+    name.attach(B, live=False)
+    name.binding.starting()
+    name.do("backend_ended")
+    name.refusal(A), name.attach(B, live=False)
+    name.binding.served()
+    name.do("backend_ended")
+    name.refusal(A)
+
+
+def test_a_smaller_size_is_told_as_what_the_backend_offers(name: Name) -> None:
+    name.attach(A, size_bytes=SIZE)
+    refusal = name.refusal(A, size_bytes=SIZE // 2)
+    assert (
+        f"this backend offers {SIZE // 2} bytes" in refusal
+        and "size=" in refusal
+        and "has only" not in refusal
+    )
 
 
 def test_the_store_that_an_earlier_daemon_served_is_learnt_if_none_is_known(name: Name) -> None:

@@ -10,6 +10,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.daemon.admin.measure import device_stats
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
+from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device import adoption, teardown
 from ublkpool.daemon.device import device as module
 from ublkpool.daemon.device.device import IO_TIMEOUT_MS, Device
@@ -55,6 +56,43 @@ def test_a_backend_that_dies_at_once_is_taken_leave_of_before_its_successor_is_i
             await turn()
         assert team.heard == ["expect first", "lost", "expect second"]
         assert device.session is sessions[1]
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_backend_that_ends_before_the_disk_starts_leaves_no_store_behind(begun: bool) -> None:
+    async def run() -> None:
+        device = fake_device()
+        device.parts.resources.team = FakeTeam()
+        first = FakeSession("first")
+        await device.attach(first)
+        if begun:
+            device.parts.binding.starting()
+        assert device.parts.binding.store is not None
+        first.dies()
+        await turn()
+        assert device.session is None
+        assert (device.parts.binding.store is not None) is begun
+
+    in_loop(run)
+
+
+def test_a_backend_that_cannot_be_introduced_leaves_the_store_before_it_bound() -> None:
+    class Broken(FakeTeam):
+        async def expect(self, session: Session, fence: bool) -> None:
+            raise DaemonError("queue 0: its worker ended")
+
+    async def run() -> None:
+        device = fake_device()
+        device.parts.resources.team = Broken()
+        device.parts.life.state = "live"
+        await device.parts.binding.learn(None, SIZE_BYTES, "other", 4)
+        await device.rebind()
+        with pytest.raises(DaemonError, match="its worker ended"):
+            await device.attach(FakeSession("file"))
+        assert device.parts.binding.takes_next()
+        assert device.parts.binding.store is not None and device.parts.binding.store.kind == "other"
 
     in_loop(run)
 

@@ -118,6 +118,25 @@ def test_a_memory_disk_is_made_for_a_device_that_was_never_served_and_adopted_la
         Keeper(keeper_path(tmp_path, "vol0")).drop()
     with pytest.raises(BackendError, match=r"ended with its keeper.*ublkpool rebind vol0"):
         backends[2].open(hint(tmp_path, False))
+
+
+def test_a_memory_disk_is_made_anew_after_the_rebind_that_its_refusal_names(tmp_path: Path) -> None:
+    try:
+        assert MemoryBackend(MemoryOptions(size=MIB)).open(hint(tmp_path, False)._replace(takes_next=True))
+    finally:
+        Keeper(keeper_path(tmp_path, "vol0")).drop()
+
+
+def test_the_daemon_s_word_about_the_next_store_reaches_the_backend(tmp_path: Path) -> None:
+    backend = Named()
+    attach_of(tmp_path, backend, may_create=False, takes_next=True)
+    assert backend.hint is not None
+    assert backend.hint.takes_next and not backend.hint.may_create
+
+
+def test_rebind_makes_no_file_where_one_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"a\.img: no such file"):
+        file_backend(tmp_path / "a.img").open(hint(tmp_path, False)._replace(takes_next=True))
     assert not keeper_path(tmp_path, "vol0").exists(), "an empty one is not even kept"
 
 

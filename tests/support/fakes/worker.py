@@ -58,6 +58,7 @@ class FakeWorker:
         self.spin_us = spin_us
         self.epoch = 1
         self.may_create: bool | None = True
+        self.takes_next = False
         """None: as an older daemon, which has no identities and generations."""
         self.generation = 0
         self.attach: wire.Attach | None = None
@@ -134,6 +135,7 @@ class FakeWorker:
             placement="backend" if self.placement == "backend" else "pool",
             read_only=False,
             may_create=self.may_create,
+            takes_next=self.takes_next,
         )
         self.tell(described)
         self.hang_up()
