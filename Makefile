@@ -74,7 +74,7 @@ $(VENV)/.built: pyproject.toml setup.py $(NATIVE_SOURCES) $(VENV)/.python
 	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# A guest's root is read-only: what is not compiled here, every start of Python there compiles again.
+# A guest's root is read-only: Python there compiles a module at every start unless it was compiled here.
 compiled: setup
 	@$(PY) -m compileall -q src/ublkpool/* tests
 
@@ -155,13 +155,13 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	    $(MAKE) -j$(words $(KERNELS)) $(addprefix vm-,$(KERNELS)); \
 	fi
 
-# Guests wait more than they compute, so those of all kernels run at once; each line says which one it comes from.
+# Guests wait more than they compute, so those of all kernels run at once; each output line begins with its kernel.
 vm-%:
 	@echo "test: vm, in a guest with Linux $*"
 	@$(GUEST) run --kernel $* --timeout $(VM_TIMEOUT_S) -- \
 	    env $(SOAK) UBLKPOOL_KERNELS="$(KERNELS)" $(PY) -m pytest -p no:cacheprovider $(VM_TESTS) $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
 
-# Debian 13's systemd in a guest of its own, whatever driver there is here.
+# Debian 13's systemd always runs in a guest of its own.
 test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests
 	@$(PY) -m support.guest.__main__ fetch
 	@for kernel in $(KERNELS); do \

@@ -61,7 +61,7 @@ def add_device(info: DeviceInfo) -> DeviceInfo:
 
 
 def delete_device(device: int) -> None:
-    """DEL_DEV: blocks until nobody holds /dev/ublkcN."""
+    """DEL_DEV: blocks until no process holds /dev/ublkcN."""
     _send(Control.DEL_DEV, device)
 
 
@@ -104,7 +104,7 @@ def stop_device(device: int) -> None:
 
 
 def try_stop_device(device: int) -> None:
-    """TRY_STOP_DEV (Linux 7.0, `Feature.SAFE_STOP_DEV`): the same, or `UblkError` EBUSY if anybody has the disk open.
+    """TRY_STOP_DEV (Linux 7.0, `Feature.SAFE_STOP_DEV`): the same, or `UblkError` EBUSY if a process has the disk open.
 
     Openers are counted under the disk's `open_mutex`, which a partition scan holds as well: it may wait for that.
     """
@@ -117,12 +117,12 @@ def start_recovery(device: int) -> None:
 
 
 def complete_fetch_round(device: int, queues: int, depth: int) -> None:
-    """FETCH_REQ for every tag that nobody has fetched since the last START_USER_RECOVERY; the caller ends right after.
+    """FETCH_REQ for every tag that no task has fetched since the last START_USER_RECOVERY; the caller ends right after.
 
     Before Linux 6.15 the driver takes START_USER_RECOVERY for granted: with a queue that no task has fetched it crashes
     (`ublk_queue_reinit` puts a task that is not there), and what was fetched by a task that died cannot be fetched
     again.  Once every queue has, or had, a task, START_USER_RECOVERY makes all of them new.  Raises `UblkError`: EBUSY
-    while somebody else holds /dev/ublkcN.
+    while another process holds /dev/ublkcN.
     """
     path = f"/dev/ublkc{device}"
     try:

@@ -1,4 +1,4 @@
-"""What the ublk driver refused, in words that say what to do about it."""
+"""Errors of the ublk driver, with what to do about each."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A typed face over the C core: one hardware queue, its ring, and the few process calls Python lacks.
+"""The typed Python interface of the C core: one hardware queue, its ring, and process calls that Python lacks.
 
 Owns the C objects' lifetime.  `Queue` is the state machine alone and needs no kernel (tests drive it with a fake
 driver); `Ring` puts it on /dev/ublkcN and is made in the process that runs it, after fork.
@@ -52,7 +52,7 @@ VIOLATIONS = (
     "a frame that is not 1 to 4096 whole descriptors",
     "a descriptor of a kind that backends do not send",
     "a device, queue, tag, epoch or sequence that is not this queue's",
-    "an answer that nobody waits for",
+    "unsolicited answer",
     "a result that is no errno, or larger than the request",
     "a region of a segment that is not its own",
     "a region outside its segment",
@@ -63,7 +63,7 @@ VIOLATIONS = (
     "too many answers to requests that are over",
     "no HELLO in time",
     "an index in its ring that makes no sense",
-    "its doorbell cannot be rung",
+    "backend never drains its doorbell eventfd",
     "a region posted that no write can use: of no size that buffers have, too many, or placement is pool",
 )
 FAULTS = (
@@ -106,13 +106,13 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     fail_on_timeout: bool
     hello_timeout_ms: int = HELLO_TIMEOUT_MS
     absent_ms: int = 0
-    """How long requests wait while there is no backend; 0 for ever."""
+    """How long requests wait without a backend, in milliseconds; 0: without limit."""
     answers_itself: bool = False
-    """There is never a backend: the queue throws writes away and reads zeros, which `Memory.zeros` are."""
+    """The queue never has a backend: it drops writes and reads `Memory.zeros`."""
     slice_bytes: int = 0
     """Of the client area, whose slices are registered with the driver by their numbers."""
     slices: int = 0
-    """Which of them there are, as bits."""
+    """A bit for each registered slice."""
     classes: tuple[BufferClass, ...]
 
 
@@ -154,7 +154,7 @@ class Memory(NamedTuple):
     scratch: Any
     statistics: Any
     zeros: Any = None
-    """What is read of a queue that answers itself; None if it does not."""
+    """Read by a queue that answers itself; otherwise None."""
 
 
 class Queue:
@@ -202,15 +202,15 @@ class Queue:
         return bytes(_ffi.buffer(self._first[0], 64 * count))
 
     def sent(self, count: int) -> None:
-        """So many of the descriptors are on their way."""
+        """The transport has taken the first `count` descriptors of `output`."""
         _lib.uq_output_sent(self.raw, count)
 
     def hold_output(self, hold: bool) -> None:
-        """Whether the transport is full, so that what waits for it is no reason for attention."""
+        """Whether the transport is full: then waiting descriptors raise no `Attention.OUTPUT`."""
         _lib.uq_output_hold(self.raw, hold)
 
     def input(self, frame: bytes | memoryview) -> None:
-        """A frame of the backend's; one that breaks the protocol cuts the link."""
+        """The backend sent this frame; a frame that breaks the protocol cuts the link."""
         _lib.uq_input(self.raw, _ffi.from_buffer(frame), len(frame))
 
     def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool, fence: bool = False) -> bool:
@@ -234,10 +234,10 @@ class Queue:
         _lib.uq_link_hung_up(self.raw)
 
     def change_pool(self, fd: int, size_bytes: int) -> None:
-        """Have this memory in the pool's place and at its address; what requests have there comes along.
+        """Replace the pool's memory, at the same address; the contents of requests' buffers are copied.
 
-        For a time without a backend and without a command under way.  Raises `OSError`: `PoolLost` if the queue has
-        no pool any more and must end.
+        Called without a backend and without a command under way.  Raises `OSError`: `PoolLost` if the queue has no
+        pool any more and must end.
         """
         fresh = map_segment(fd, size_bytes)
         _lib.uq_pool_copy(self.raw, _ffi.cast("uint8_t *", fresh))
@@ -246,7 +246,7 @@ class Queue:
             raise PoolLost(-result, os.strerror(-result))
 
     def count_strangers(self, count: int) -> None:
-        """So many frames or connections were somebody's who is not the backend."""
+        """Count frames or connections that did not come from the backend."""
         _lib.uq_stats_of(self.raw).strangers += count
 
     def lost(self) -> None:
@@ -274,11 +274,11 @@ class Queue:
                 yield index, want
 
     def stock_asked(self, size_class: int, count: int) -> None:
-        """So many more are on order."""
+        """Add `count` buffers to those on order at the broker."""
         _lib.uq_stock_asked(self.raw, size_class, count)
 
     def stock_on_order(self, size_class: int, count: int) -> None:
-        """So many are on order in all."""
+        """Set the number of buffers on order at the broker."""
         _lib.uq_stock_on_order(self.raw, size_class, count)
 
     def stock_add(self, size_class: int, slots: Sequence[int]) -> None:
@@ -304,34 +304,34 @@ class Queue:
         _lib.uq_tick(self.raw, now_ms)
 
     def give_up(self) -> None:
-        """Fail with EIO whatever would wait for a backend, until the next is expected."""
+        """Fail requests that would wait for a backend with EIO, until the next backend is expected."""
         _lib.uq_give_up(self.raw)
 
     def attention(self) -> Attention:
         return Attention(_lib.uq_attention(self.raw))
 
     def attention_bits(self) -> int:
-        """The same as a plain number, for those who ask often."""
+        """`attention` as a plain number, for callers in a hot loop."""
         return int(_lib.uq_attention(self.raw))
 
     def clear(self, bits: Attention) -> None:
-        """These were dealt with."""
+        """Clear these bits, once they are dealt with."""
         _lib.uq_attention_clear(self.raw, bits)
 
     @property
     def has_violation(self) -> bool:
-        """Whether a cut link was cut for something that the backend did."""
+        """Whether the link was cut because the backend broke the protocol."""
         return bool(_lib.uq_violation(self.raw, self._culprit))
 
     def violation(self) -> str:
-        """What the backend did, and the descriptor that did it."""
+        """The backend's violation in words, with the descriptor that committed it."""
         code = _lib.uq_violation(self.raw, self._culprit)
         c = self._culprit
         named = f" (kind {c.kind}, tag {c.tag}, result {c.result}, segment {c.segment}, buffer {c.buffer})"
         return VIOLATIONS[code] + (named if c.kind else "")
 
     def fault(self) -> str:
-        """What went wrong on our side."""
+        """The core's own error in words."""
         tag, detail = _ffi.new("unsigned *"), _ffi.new("int *")
         code = _lib.uq_fault(self.raw, tag, detail)
         return f"{FAULTS[code]} at tag {tag[0]} ({detail[0]})"
@@ -387,7 +387,7 @@ class Port:
         self.raw = _ffi.gc(raw, _lib.uq_port_free)
 
     def turn(self, queue: Queue) -> bool:
-        """Take what has come and put what waits; whether the backend's doorbell is to be rung."""
+        """Feed the backend's descriptors to the queue and send its output; whether to ring the backend's doorbell."""
         return bool(_lib.uq_port_turn(self.raw, queue.raw))
 
     def close(self) -> None:
@@ -453,7 +453,7 @@ def map_segment(fd: int, size_bytes: int) -> Any:
 
 
 def sealed_memory(size_bytes: int, name: str) -> int:
-    """A memfd of zeros, all of it there, whose size nobody can change.  Raises `OSError`."""
+    """A memfd of zeros, fully allocated, whose size is sealed.  Raises `OSError`."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, size_bytes)
@@ -470,7 +470,7 @@ def unmap_segment(address: Any, size_bytes: int) -> None:
 
 
 def offset(address: Any, nbytes: int) -> Any:
-    """An address so many bytes further on."""
+    """The address `nbytes` after this one."""
     return _ffi.cast("uint8_t *", address) + nbytes
 
 
@@ -480,7 +480,7 @@ def map_private(size_bytes: int) -> Any:
 
 
 def map_zeros(size_bytes: int) -> Any:
-    """Memory of this process that is zero and stays so: nobody can write there.  Raises `OSError`."""
+    """Zeroed memory of this process, mapped read-only.  Raises `OSError`."""
     # Pages of a file: memory that was never written is the kernel's zero page, which is pinned the slow way.
     fd = sealed_memory(size_bytes, "ublkpool-zeros")
     try:

@@ -145,8 +145,8 @@ static void open_engine(struct rig *r)
 	uint8_t shape = input_byte(&r->in);
 	int error;
 
-	/* A file is rare, since its io_uring costs more than the rest of an input; and it is not behind rings, since a loop
-	 * that has refused an index never reaps what the kernel still does. */
+	/* A file is rare, since its io_uring costs more than the rest of an input; and it is not behind rings, since a
+	 * loop that has refused an index never reaps what the kernel still does. */
 	r->kind = !RINGS && shape % 16 == 15 ? FILE_STORAGE : (enum kind)(shape % 3);
 	r->setup = (struct engine_setup){ .device = DEVICE,
 					  .epoch = EPOCH,

@@ -181,10 +181,12 @@ static void stock(struct rig *r)
 static void turn(struct rig *r)
 {
 	const struct sr_shared *s = (const struct sr_shared *)(r->ring_memory + SR_CONTROL_BYTES / 2);
-	bool impossible = !r->head_is_poked && atomic_load(&s->tail) - atomic_load(&s->head) > r->entries;
+	bool impossible = !r->head_is_poked && uq_link_state(r->q) != UQ_LINK_CUT &&
+			  atomic_load(&s->tail) - atomic_load(&s->head) > r->entries;
+	struct wire_descriptor culprit;
 
 	uq_port_turn(r->port, r->q);
-	MUST(!impossible || uq_link_state(r->q) == UQ_LINK_CUT);
+	MUST(!impossible || uq_violation(r->q, &culprit) == UQ_V_RING);
 }
 
 static void hear_one(struct rig *r, const struct wire_descriptor *d)

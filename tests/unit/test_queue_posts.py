@@ -235,7 +235,7 @@ def test_a_post_to_the_previous_worker_is_dropped_and_counted() -> None:
 def test_posts_before_hello_cut_the_link() -> None:
     desk = Desk(connected=False, **OWN)
     desk.queue.input(desk.expect().post_at(0, 0, SMALL).pack())
-    assert is_cut_for(desk, "an answer that nobody waits for")
+    assert is_cut_for(desk, "unsolicited answer")
 
 
 def test_posts_before_fenced_serve_writes_after_it() -> None:

@@ -1,4 +1,4 @@
-/* One ublk control command on a ring of its own, and the few process settings that Python has no call for. */
+/* A ublk control command on a ring of its own, and the process settings for which Python has no call. */
 #ifndef UQ_CONTROL_H
 #define UQ_CONTROL_H
 
@@ -25,7 +25,7 @@ int uq_leave_mount(const char *path);
 int uq_enter_mounts(int fd);
 /* The name that ps shows, cut to 15 characters.  Returns 0 or a negative errno. */
 int uq_set_name(const char *name);
-/* SIGKILL for this process when its parent ends; -ESRCH if that is not its parent any more. */
+/* The kernel kills this process (SIGKILL) when `parent` ends; -ESRCH if `parent` is no longer its parent. */
 int uq_die_with(int parent);
 /* Closes every descriptor but those listed in ascending order. */
 int uq_close_all_but(const int *keep, unsigned count);

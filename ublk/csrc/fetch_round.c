@@ -4,7 +4,7 @@
 #include <errno.h>
 #include "io_command.h"
 
-/* No request comes to a device that is in recovery; without need_get_data an address must be there all the same. */
+/* A device in recovery gets no request, but without need_get_data the driver wants an address. */
 static char nowhere[4096] __attribute__((aligned(4096)));
 
 /* A refused command has completed when it was submitted; an accepted one stays with the driver. */

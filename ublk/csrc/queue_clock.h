@@ -7,8 +7,8 @@
  * off a healthy backend.  So no deadline of the core is measured on the system's clock: uq_tick() is given this one.
  *
  * A read that comes more than UQ_PAUSE_MS later than expected means that the process did not run.  Nothing of that gap
- * counts.  After it this clock stands still for twice as long as the gap, UQ_QUIET_MS at most: the other side needs time
- * to run again, to be read in from swap, or to connect again.
+ * counts.  After it this clock stands still for twice as long as the gap, UQ_QUIET_MS at most: the other side needs
+ * time to run again, to be read in from swap, or to connect again.
  */
 #ifndef UQ_QUEUE_CLOCK_H
 #define UQ_QUEUE_CLOCK_H
@@ -25,8 +25,8 @@ struct uq_clock {
 	uint64_t pauses;         /* gaps that were noticed */
 };
 
-/* This clock's time, in milliseconds.  `now_ms` is the system's; since the last read the caller meant to wait for
- * `waited_ms` at most. */
+/* Returns this clock's time, in milliseconds.  `now_ms` is the system's clock; since the last read the caller meant to
+ * wait for `waited_ms` at most. */
 uint64_t uq_clock_read(struct uq_clock *c, uint64_t now_ms, unsigned waited_ms);
 
 #endif

@@ -34,11 +34,11 @@ _Static_assert(sizeof(struct uq_iod) == 24, "ublksrv_io_desc");
 
 enum uq_state {
 	UQ_KERNEL,      /* fetched: the kernel may complete it with a request */
-	UQ_WAIT_BUFFER, /* needs a pool buffer and there is none */
-	UQ_WAIT_PLACE,  /* a write whose place has not been asked for: no backend */
+	UQ_WAIT_BUFFER, /* needs a pool buffer and the stock has none */
+	UQ_WAIT_PLACE,  /* a write that waits for a backend to name its region */
 	UQ_PLACING,     /* PLACE sent */
 	UQ_COPYING,     /* NEED_GET_DATA sent: the kernel copies into the buffer */
-	UQ_WAIT_LINK,   /* ready for a backend, and there is none */
+	UQ_WAIT_LINK,   /* ready, and no backend is linked */
 	UQ_SERVING,     /* the backend has it */
 	UQ_FAILING,     /* NEED_GET_DATA sent into scratch: the only way to fail a write that waits for its data */
 	UQ_COMMITTING,  /* commit written, not yet taken by the kernel */
@@ -117,7 +117,7 @@ struct uq_stats {
 	uint64_t turns, enters, commits, descriptors_in, descriptors_out, wakeups;
 	uint64_t hangups, strangers;
 	uint64_t bells;                        /* rung for the backend */
-	uint64_t tags_gone;                    /* that the kernel took away from this worker */
+	uint64_t tags_gone;                    /* tags that the kernel took away from this worker */
 	uint64_t posts, posts_used;            /* regions that backends posted, and writes that landed in one */
 	uint64_t zero_copies, zero_copy_bytes; /* reads and writes whose data lay in the client area all the time */
 };
@@ -132,7 +132,7 @@ struct uq_class {
 	uint64_t base_offset;
 	uint32_t buffer_bytes, count, first_slot, reserve;
 	uint32_t batch; /* buffers asked for at a time */
-	uint32_t most;  /* buffers that the broker can ever give to one queue: others' reserves are theirs */
+	uint32_t most;  /* buffers that the broker can ever give to one queue: all but the other queues' reserves */
 };
 
 enum uq_command_op { UQ_CMD_FETCH, UQ_CMD_GET_DATA, UQ_CMD_COMMIT };
@@ -149,17 +149,17 @@ struct uq_config {
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
 	uint32_t timeout_ms;       /* 0: none */
 	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
-	uint32_t absent_ms;        /* fail what waits when there has been no backend for so long; 0: let it wait */
+	uint32_t absent_ms;        /* without a backend for so long, waiting requests fail; 0: they wait */
 	uint32_t classes;
 	struct uq_class class[UQ_CLASSES_MAX];
 	const struct uq_iod *descriptors;
 	uint8_t *pool;
 	struct uq_slot *slots; /* headers of all slots of the pool */
 	uint8_t *scratch;      /* max_io_bytes, private */
-	/* max_io_bytes that stay zero: what is read of a queue that answers itself, with no backend; NULL if it does not. */
+	/* max_io_bytes of zeros, which reads return on a queue that answers by itself, without a backend; else NULL. */
 	const uint8_t *zeros;
 	uint64_t slice_bytes; /* of the client area, whose slices are registered with the driver by their numbers */
-	uint16_t slices;      /* which of them there are, as bits */
+	uint16_t slices;      /* a bit for each registered slice */
 	struct uq_stats *stats;
 };
 
@@ -178,31 +178,32 @@ void uq_complete(struct uq *q, unsigned tag, int res);
 /* Copies up to `max` commands out; uq_commands_taken() says how many of them io_uring_enter has consumed. */
 unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
 void uq_commands_taken(struct uq *q, unsigned count);
-/* Whether a commit among them gives back what others may be waiting for, a buffer or a backend's region.  That is theirs
- * when io_uring_enter returns: one that sleeps as well would keep it from them until something else happens. */
+/* Whether a commit among them frees a buffer or a region that a tag, the broker or the backend waits for.  It is free
+ * when io_uring_enter returns, so the worker must not sleep in that enter. */
 int uq_commit_is_awaited(const struct uq *q);
 
 /* Descriptors for the backend: a view, and how many of them were sent. */
 unsigned uq_output(struct uq *q, const struct wire_descriptor **first);
 void uq_output_sent(struct uq *q, unsigned count);
-/* With `hold` what waits is no reason for attention: the transport is full and says itself when it is not. */
+/* With `hold` waiting descriptors raise no UQ_ATT_OUTPUT: the transport is full and reports by itself when it is not.
+ */
 void uq_output_hold(struct uq *q, int hold);
 
-/* A frame of the backend's.  A frame that breaks the protocol cuts the link. */
+/* The backend sent this frame.  A frame that breaks the protocol cuts the link. */
 void uq_input(struct uq *q, const void *frame, size_t bytes);
 
 /* The supervisor says which backend to expect: its own segment (number 0 for none) and how it answers reads.
- * With `fence` it served an earlier epoch, and gets no request before it has let go of everything from then.
+ * With `fence` the backend served an earlier epoch, and gets no request before it has confirmed a FENCE.
  * Returns 0, -EBUSY while too many segments of dead backends still hold data, or -ENOMEM. */
 int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes, int reads_own, int fence);
 /* Stop talking to the backend; what it holds stays with it until uq_link_lost(). */
 void uq_link_cut(struct uq *q, int violation);
-/* Its connection ended while it served: words may be lost, so nothing more is said or heard.  No violation: it may
- * just be dead. */
+/* The backend's connection ended while it served.  Descriptors may be lost, so the link is cut, without a violation:
+ * the backend may just be dead. */
 void uq_link_hung_up(struct uq *q);
-/* Copy what the tags' buffers hold to other memory of the pool's layout, which then takes the pool's place at its
- * address (uq_map_over): the driver has been given addresses there, and copies to and from them only in the
- * io_uring_enter of this queue's task (IORING_SETUP_DEFER_TASKRUN). */
+/* Copy the contents of the tags' buffers to other memory of the pool's layout.  uq_map_over then moves that memory to
+ * the pool's address, which the driver's commands name.  No copy of the driver's can run meanwhile: it copies only in
+ * the io_uring_enter of this queue's task (IORING_SETUP_DEFER_TASKRUN). */
 void uq_pool_copy(const struct uq *q, uint8_t *to);
 /* The backend is dead or has let go of everything: its requests wait for the next one. */
 void uq_link_lost(struct uq *q);
@@ -215,19 +216,21 @@ int uq_stock_want(const struct uq *q, unsigned class);
 void uq_stock_asked(struct uq *q, unsigned class, unsigned count);
 int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count);
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max);
-/* Others wait: this queue owes `count` buffers in all, paid before its own waiters but never out of its reserve. */
+/* Other queues wait: this one returns `count` buffers in all, before its own tags get any, but never out of its
+ * reserve. */
 void uq_stock_recall(struct uq *q, unsigned class, unsigned count);
-/* So many are on order in all: what the broker says, or 0 when it has forgotten what was asked for. */
+/* Set the number of buffers on order: the broker's count, or 0 when the broker has restarted and lost the orders. */
 void uq_stock_on_order(struct uq *q, unsigned class, unsigned count);
 unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 
-/* The clock, in milliseconds: what comes from now on is stamped with it, nothing is judged.  For right after a wait. */
+/* Set the clock, in milliseconds, without judging deadlines: later arrivals are stamped with it.  Called after a wait.
+ */
 void uq_set_time(struct uq *q, uint64_t now_ms);
-/* The clock, in milliseconds; also notices requests past their deadline, and a backend that stays away.  What has come
- * from the backend must have been given to the core before: an answer that is there is in time.  The owner sees to it
- * that a pause of its own process does not count (queue_clock.h). */
+/* Set the clock, in milliseconds, and judge deadlines: of requests, of a HELLO, of a backend's absence.  The owner
+ * feeds the backend's descriptors first, so that an answer that has arrived is in time, and takes the time from
+ * uq_clock_read(), in which a pause of its own process does not count. */
 void uq_tick(struct uq *q, uint64_t now_ms);
-/* Requests fail with EIO instead of waiting for a backend, until the next is expected: the device is going. */
+/* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
 
 unsigned uq_attention(struct uq *q);

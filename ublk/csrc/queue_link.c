@@ -11,8 +11,8 @@
 #include "queue_tag.h"
 
 #define ERRNO_MAX 4095
-/* An honest backend answers late what earlier workers had asked: at most a depth for each of their lives, of which there
- * are few in a row.  The regions that it posted to them may come as late: a depth of each size. */
+/* An honest backend may answer an earlier worker's requests late: at most a depth for each worker, and few workers die
+ * in a row.  The regions that it posted to them may come as late, a depth of each size. */
 #define STALE_PER_TAG 8u
 #define STALE_MORE 64u
 
@@ -43,7 +43,7 @@ void uq_link_settle(struct uq *q)
 		uq_link_cut(q, UQ_V_UNEXPECTED);
 }
 
-/* Stale answers are dropped and counted; a backend that sends them without end costs the worker time and is cut off. */
+/* Stale answers are dropped and counted; a backend that sends too many costs the worker time and is cut off. */
 static void stale(struct uq *q, const struct wire_descriptor *d)
 {
 	unsigned sizes = q->config.place_in_backend ? q->config.classes : 0;
@@ -115,7 +115,8 @@ static void hello(struct uq *q, const struct wire_descriptor *d)
 {
 	bool is_second = q->link != UQ_LINK_EXPECTED;
 
-	/* A HELLO to a worker that died at once may still lie in the transport and come before the one to this worker. */
+	/* A HELLO to a worker that died at once may still lie in the transport and come before the one to this worker.
+	 */
 	if (is_second && d->epoch < q->config.epoch)
 		stale(q, d);
 	else if (is_second)

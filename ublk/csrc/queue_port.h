@@ -1,7 +1,7 @@
 /*
  * The worker's end of the rings that it shares with a backend: descriptors in and out, without a system call.
  *
- * The memory is the owner's and outlives the port.  What lies in it is written by somebody who may be hostile, see
+ * The caller owns the memory, which outlives the port.  A hostile backend can write to it at any time, see
  * bufpool/wire/csrc/shared_ring.h.
  */
 #ifndef UQ_QUEUE_PORT_H
@@ -20,18 +20,18 @@ struct uq_port *uq_port_new(uint8_t *memory, uint32_t entries);
 void uq_port_free(struct uq_port *p);
 
 /*
- * Feeds the queue what has come, at most a ring's worth, and takes its output for as far as there is room.  Does
- * nothing while the queue has no link.  An index that makes no sense cuts the link.
+ * Feeds the backend's descriptors to the queue, at most a ring's worth, and writes the queue's output as far as the
+ * ring has room.  Does nothing while the queue has no link.  An impossible index cuts the link.
  *
- * Returns whether the backend sleeps and its doorbell is to be rung.
+ * Returns 1 if the backend sleeps and its doorbell is to be rung.
  */
 int uq_port_turn(struct uq_port *p, struct uq *q);
 
-/* Whether something has come that would be listened to. */
+/* Whether the backend has sent something and the link is up to read it. */
 int uq_port_has_news(const struct uq_port *p, const struct uq *q);
-/* About to sleep: 1, the backend will ring; 0, something has come. */
+/* The worker is about to sleep.  Returns 1 if the backend will ring, 0 if something has come. */
 int uq_port_doze(struct uq_port *p, const struct uq *q);
-/* Awake: nobody need ring. */
+/* The worker is awake: the backend need not ring. */
 void uq_port_wake(struct uq_port *p);
 
 #endif

@@ -4,8 +4,8 @@
  *     arrive > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready > hand_over
  *     > uq_request_done > finish > commit_taken > let_go
  *
- * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails too.
- * See queue_types.h for the order of files, queue_core.h for the public contract.
+ * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails
+ * too. See queue_types.h for the order of files, queue_core.h for the public contract.
  */
 #include "queue_request.h"
 
@@ -107,8 +107,8 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 	bool asks = res == RES_NEED_GET_DATA;
 
 	begin(q, t);
-	/* The driver asks for a buffer exactly for the writes of a device with need_get_data; a write that comes without the
-	 * question there was copied to address 0. */
+	/* The driver asks for a buffer exactly for the writes of a device with need_get_data; a write that comes
+	 * without the question there was copied to address 0. */
 	if (asks != (t->op == WIRE_WRITE && q->config.need_get_data)) {
 		uq_fail_now(q, UQ_F_COMPLETION, uq_index(q, t), res);
 	} else if (!usable) {
@@ -247,7 +247,7 @@ static void get_data(struct uq *q, struct uq_tag *t, uint8_t *address)
 	uq_command(q, t, UQ_CMD_GET_DATA, 0, address);
 }
 
-/* What a request fails with that was to fail before: the driver passes both on (errno_to_blk_status). */
+/* The error of a request that must fail; the driver passes either on to the client (errno_to_blk_status). */
 static int why_failed(const struct uq *q, const struct uq_tag *t)
 {
 	return q->config.fail_on_timeout && t->overdue ? -ETIMEDOUT : -EIO;
@@ -276,7 +276,7 @@ static void copied(struct uq *q, struct uq_tag *t)
 	}
 }
 
-/* The data, if any, and the buffer are there: the request goes to the backend, or waits for one. */
+/* The request has its buffer and its data, if any: it goes to the backend, or waits for one. */
 static void ready(struct uq *q, struct uq_tag *t)
 {
 	if (t->must_fail || gives_up(q))
@@ -351,11 +351,11 @@ void uq_requests_resume(struct uq *q)
 
 void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uint64_t buffer)
 {
-	/* The kernel sends a read again, for ever, of which no byte was moved; and 7.x tells the client that a write, or
-	 * anything in a client's registered buffer, was done whole, whatever its commit says (__ublk_complete_rq). */
+	/* The kernel sends a read again, for ever, if its commit moved no byte.  7.x completes a write, or any request
+	 * in a client's registered buffer, as done whole whatever its commit says (__ublk_complete_rq). */
 	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 
-	/* Not before the answer is believed: the data of an unanswered write is rescued from its region. */
+	/* Only after the answer was judged: the data of an unanswered write is rescued from its region. */
 	if (t->op == WIRE_WRITE && t->own_segment)
 		release_region(q, t);
 	if (named)

@@ -22,7 +22,7 @@
 #define ROUND_MASK 0xffffffu
 /* /dev/ublkcN among the ring's registered files. */
 #define CHAR_FILE 0
-/* Of so many doorbells that are rung one at least must have been heard, see ring_bell(). */
+/* After this many doorbell writes the backend must have drained its eventfd at least once, see ring_bell(). */
 #define BELLS_UNHEARD_MAX 256u
 
 struct uq_ring {
@@ -32,18 +32,18 @@ struct uq_ring {
 	uint16_t queue;
 	int watch_fd[UQ_WATCHES_MAX];
 	uint32_t watch_round[UQ_WATCHES_MAX];
-	unsigned watches_due; /* a bit for each that is to be armed */
+	unsigned watches_due; /* a bit for each watch to be armed */
 	int ready;
 	struct uq_port *port;
 	int bell_in, bell_out;
 	uint32_t port_round;
 	bool bell_armed, bell_due, bell_tested;
 	unsigned bells_untested;
-	/* What is waited for comes from others while something is in flight, from the kernel while nothing is. */
+	/* While requests are in flight the wait is for the backend's answers, otherwise for the kernel's requests. */
 	struct spin for_answers, for_requests;
-	struct uq_clock clock; /* what the core's deadlines are measured on */
+	struct uq_clock clock; /* the core's deadlines are measured on it */
 	struct __kernel_timespec timer;
-	uint64_t now_ms, timer_ms; /* when the timer ends that is armed, 0 for none */
+	uint64_t now_ms, timer_ms; /* timer_ms: when the armed timer ends, 0 for none */
 	struct uq_command commands[];
 };
 
@@ -51,15 +51,15 @@ static uint64_t now_ms(void)
 {
 	struct timespec t;
 
-	/* A few milliseconds more or less decide nothing here, and this one needs no look at the hardware. */
+	/* Milliseconds suffice for deadlines, and the coarse clock does not read the hardware. */
 	clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
 static int begin(struct uq_ring *r, int char_fd)
 {
-	/* DEFER rather than COOP_TASKRUN: 4 % fewer instructions for a request by itself (bench/README.md), and never in
-	 * the middle of something else.  Of many the kernel runs twenty at a time, see harvest_all(). */
+	/* DEFER rather than COOP_TASKRUN: 4 % fewer instructions for a request by itself (bench/README.md), and never
+	 * in the middle of something else.  Of many the kernel runs twenty at a time, see harvest_all(). */
 	struct io_uring_params p = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
 					      IORING_SETUP_CQSIZE | IORING_SETUP_TASKRUN_FLAG,
 				     .cq_entries = 2 * r->depth + 2 * UQ_WATCHES_MAX + 1 };
@@ -68,7 +68,7 @@ static int begin(struct uq_ring *r, int char_fd)
 
 	if (e)
 		return e;
-	/* Each saves a look-up, at each enter and at each command; the first where the kernel and liburing can. */
+	/* Saves a file look-up at each enter (where the kernel and liburing support it) and one at each command. */
 	io_uring_register_ring_fd(&r->ring);
 	e = io_uring_register_files(&r->ring, &char_fd, 1);
 	if (e)
@@ -112,7 +112,7 @@ int uq_ring_watch(struct uq_ring *r, unsigned index, int fd)
 {
 	if (index >= UQ_WATCHES_MAX)
 		return -EINVAL;
-	/* A poll that is still armed for the old descriptor is told apart by its round. */
+	/* The round tells a poll that is still armed for the old descriptor apart. */
 	r->watch_round[index]++;
 	r->watch_fd[index] = fd;
 	if (fd < 0)
@@ -173,7 +173,7 @@ static void disarm_bell(struct uq_ring *r)
 void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int bell_out)
 {
 	disarm_bell(r);
-	/* The poll that is to be removed holds the descriptor's file, and is found by the round that ends here. */
+	/* The armed poll holds the doorbell's file; its user_data has the round that ends here. */
 	io_uring_submit(&r->ring);
 	r->port_round++;
 	r->port = port;
@@ -197,9 +197,9 @@ static void arm_bell(struct uq_ring *r)
 }
 
 /*
- * The eventfd is the backend's as well, who can make it block and fill it: so it is written to by io_uring, which waits
- * for nobody.  Such a write stays in the kernel.  To bound how many do, one now and then tells when it is done, and
- * while it has not, others are few.
+ * The backend shares the eventfd and can make a write to it block.  So io_uring writes, and a blocked write stays in
+ * the kernel.  To bound their number, one write in BELLS_UNHEARD_MAX reports its completion; if it has not completed
+ * when the next one is due, the link is cut.
  */
 static void ring_bell(struct uq_ring *r)
 {
@@ -235,7 +235,7 @@ static void exchange(struct uq_ring *r)
 		ring_bell(r);
 }
 
-/* Commands leave the queue only when io_uring_enter has consumed them: that is when a read's buffer is free. */
+/* Commands stay in the queue until io_uring_enter has consumed them, which is when a read's buffer becomes free. */
 static unsigned write_commands(struct uq_ring *r)
 {
 	unsigned count = uq_commands(r->q, r->commands, r->depth), written = r->queued;
@@ -256,7 +256,7 @@ static struct __kernel_timespec span(unsigned ms)
 	return (struct __kernel_timespec){ .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000ll };
 }
 
-/* One timer for many waits: to start and stop one in each costs more than all that we do for a request. */
+/* Many waits share one timer: starting and stopping a timer costs more than the core's work for a request. */
 static bool timer_ends_within(struct uq_ring *r, unsigned wait_ms)
 {
 	struct io_uring_sqe *s = r->timer_ms ? NULL : next_sqe(r);
@@ -288,7 +288,7 @@ static int submit(struct uq_ring *r, unsigned wait_ms)
 
 static void taken(struct uq_ring *r)
 {
-	/* The submission queue is empty again unless the kernel stopped half way; then nothing is given free yet. */
+	/* Unless the kernel stopped half way, the submission queue is empty again; else no buffer is freed yet. */
 	if (r->queued && !io_uring_sq_ready(&r->ring)) {
 		uq_commands_taken(r->q, r->queued);
 		r->queued = 0;
@@ -342,7 +342,7 @@ static unsigned harvest(struct uq_ring *r)
 	return count;
 }
 
-/* Completions that only an enter can post. */
+/* Whether the kernel holds completions that only an enter posts. */
 static bool wants_enter(const struct uq_ring *r)
 {
 	return IO_URING_READ_ONCE(*r->ring.sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
@@ -355,7 +355,7 @@ static bool has_news(const void *ring)
 	return io_uring_cq_ready(&r->ring) || wants_enter(r) || (r->port && uq_port_has_news(r->port, r->q));
 }
 
-/* All that is there: what comes in smaller pieces leaves in smaller pieces, each with a doorbell or a frame of its own. */
+/* Reaps every completion before the queue replies, so that replies share one doorbell or frame. */
 static void harvest_all(struct uq_ring *r)
 {
 	unsigned count = harvest(r);
@@ -372,7 +372,8 @@ static void harvest_all(struct uq_ring *r)
 	}
 }
 
-/* Before sleeping: whether something turns up.  What is to be submitted goes first, for answers may come of it. */
+/* Polls for news before a sleep; true if some came.  Entries are submitted first, since answers may result from them.
+ */
 static bool look(struct uq_ring *r)
 {
 	struct spin *s = uq_in_flight(r->q) ? &r->for_answers : &r->for_requests;
@@ -381,12 +382,12 @@ static bool look(struct uq_ring *r)
 	if (!budget_ns)
 		return false;
 	if (io_uring_sq_ready(&r->ring) && submit(r, 0) < 0)
-		return true; /* and the next submission fails the same way */
+		return true; /* the next submission fails the same way and is reported */
 	taken(r);
 	return spin_look(s, budget_ns, has_news, r);
 }
 
-/* Submits, and waits for `wait_ms` at most.  One that looks and has nothing to submit need not enter for what it sees. */
+/* Submits, and waits for `wait_ms` at most.  A ring that polls and has nothing to submit reaps without an enter. */
 static int step(struct uq_ring *r, unsigned wait_ms)
 {
 	int e = 0;
@@ -395,7 +396,7 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 		e = submit(r, wait_ms);
 	if (e < 0)
 		return e;
-	/* What has come during the wait is stamped with its end: the wait may have been long, or a pause. */
+	/* Completions are stamped with the end of the wait, which may have been long, or a pause of this process. */
 	if (wait_ms)
 		uq_set_time(r->q, uq_clock_read(&r->clock, now_ms(), wait_ms));
 	taken(r);
@@ -417,7 +418,7 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 
 		r->now_ms = now;
 		uq_set_time(r->q, serving);
-		/* First what the backend has said, then whether it is late. */
+		/* The backend's answers are read before its deadlines are judged. */
 		exchange(r);
 		uq_tick(r->q, serving);
 		write_commands(r);

@@ -1,8 +1,8 @@
 /*
- * A queue on a real driver: one io_uring that carries the queue's commands and polls what its owner watches.
+ * A queue on a real driver: one io_uring that carries the queue's commands and polls the owner's descriptors.
  *
  * Made, used and freed in the worker, after fork.  uq_ring_run() is entered without Python's lock and comes back when
- * something needs its owner: never per request while descriptors travel in batches.
+ * the owner has something to do, which is not once a request while descriptors travel in batches.
  */
 #ifndef UQ_QUEUE_RING_H
 #define UQ_QUEUE_RING_H
@@ -14,8 +14,8 @@ enum { UQ_WATCHES_MAX = 8, UQ_WATCH_SHIFT = 16 };
 
 struct uq_ring;
 
-/* `char_fd` is /dev/ublkcN, which the ring holds open too.  Before it sleeps it looks for news for up to `spin_us`
- * microseconds, see spin.h.  Returns 0 or a negative errno. */
+/* `char_fd` is /dev/ublkcN, which the ring holds open too.  Before it sleeps the ring polls for news for up to
+ * `spin_us` microseconds, see spin.h.  Returns 0 or a negative errno. */
 int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, struct uq_ring **out);
 void uq_ring_free(struct uq_ring *r);
 
@@ -23,9 +23,9 @@ void uq_ring_free(struct uq_ring *r);
 int uq_ring_watch(struct uq_ring *r, unsigned index, int fd);
 
 /*
- * Let descriptors travel through this port from now on, none through Python; NULL ends that.  `bell_in` is an eventfd
- * that the backend writes to when it has something for a worker that sleeps, `bell_out` one that we write to; both stay
- * the owner's, and a closed port's may be closed at once.
+ * Descriptors travel through this port from now on, none through Python; NULL ends that.  The backend writes to the
+ * eventfd `bell_in` when it has something for a sleeping worker, the ring writes to `bell_out`.  The owner closes both,
+ * at once after the port was replaced.
  */
 void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int bell_out);
 

@@ -1,4 +1,5 @@
-/* The queue's stock of pool buffers.  See queue_types.h for the order of files, queue_core.h for the public contract. */
+/* The queue's stock of pool buffers.  See queue_types.h for the order of files, queue_core.h for the public contract.
+ */
 #include "queue_stock.h"
 
 #include <stdlib.h>
@@ -187,9 +188,9 @@ void uq_stock_look(struct uq *q)
 	}
 }
 
-/* A queue leases a batch ahead of need, never more than a buffer for each tag or than the broker can ever give it.  It
- * returns what stayed idle over a whole period but for the reserve and a batch, so that a burst finds in the stock what
- * the burst before it gave back. */
+/* A queue leases a batch ahead of need, but never more than a buffer for each tag or than the broker can ever give it.
+ * It returns the buffers that stayed idle over a whole period, except for the reserve and a batch, so that a burst
+ * finds in the stock the buffers of the burst before it. */
 int uq_stock_want(const struct uq *q, unsigned class)
 {
 	const struct uq_stock *s = &q->stock[class];

@@ -1,4 +1,5 @@
-/* A tag's transitions, commands for the kernel, descriptors for the backend.  See queue_types.h for the order of files. */
+/* A tag's transitions, commands for the kernel, descriptors for the backend.  See queue_types.h for the order of files.
+ */
 #include "queue_tag.h"
 
 #include <string.h>
@@ -130,8 +131,8 @@ static struct wire_descriptor *next_output(struct uq *q)
 		memmove(q->output, q->output + q->output_first, q->output_count * sizeof *q->output);
 		q->output_first = 0;
 	}
-	/* Unsent are at most a RELEASE and the descriptor after it for each tag, unless the backend answers requests that
-	 * have not been sent. */
+	/* Unsent are at most a RELEASE and the descriptor after it for each tag, unless the backend answers requests
+	 * that have not been sent. */
 	if (q->output_first + q->output_count == q->output_max) {
 		q->output_overflowed = true;
 		return &q->output[q->output_max];

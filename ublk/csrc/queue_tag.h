@@ -12,8 +12,8 @@ void uq_command(struct uq *q, struct uq_tag *t, uint8_t op, int result, const ui
 /* Takes the oldest command out; false if there is none. */
 bool uq_command_pop(struct uq *q, struct uq_command *out);
 
-/* A descriptor about this tag's request, to be completed by the caller.  If there is no room, `output_overflowed` is set
- * and the descriptor is written where nothing reads it. */
+/* A descriptor about this tag's request, to be completed by the caller.  If there is no room, `output_overflowed` is
+ * set and the descriptor is written where nothing reads it. */
 struct wire_descriptor *uq_put(struct uq *q, const struct uq_tag *t, uint8_t kind);
 /* A descriptor about the link itself. */
 void uq_put_link(struct uq *q, uint8_t kind);

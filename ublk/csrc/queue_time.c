@@ -1,5 +1,5 @@
-/* Deadlines: of requests, of a backend's HELLO, of a backend's absence; and the period after which idle buffers go back.
- * See queue_types.h for the order of files, queue_core.h for the public contract. */
+/* Deadlines: of requests, of a backend's HELLO, of a backend's absence; and the period after which idle buffers go
+ * back. See queue_types.h for the order of files, queue_core.h for the public contract. */
 #include "queue_types.h"
 
 #include <errno.h>

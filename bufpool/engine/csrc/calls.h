@@ -42,8 +42,8 @@ struct storage *storage_calls_new(void *handle, const struct calls_batch *batch,
 /* One that was marked as later is done. */
 void calls_finish(struct storage *storage, uint32_t index, int32_t result);
 /* Copy between the data of the reads and writes of the batch and `memory`, each at at[i], NULL: at its offset on the
- * device.  Those with an error and those for later are left out.  0, or 1 + the index of one that lies outside: then nothing
- * is copied. */
+ * device.  Those with an error and those for later are left out.  0, or 1 + the index of one that lies outside: then
+ * nothing is copied. */
 uint32_t calls_copy(const struct storage *storage, uint8_t *memory, uint64_t bytes, const uint64_t *at);
 
 #endif

@@ -193,7 +193,7 @@ static int take_own(struct engine *e, const struct wire_descriptor *d)
 		return -EPROTO;
 	} else {
 		engine_abandon(e, r);
-		/* Nobody who waits for what this one had is overtaken by it. */
+		/* Requests that wait for the region that this tag had come before its next request. */
 		if (e->came_back)
 			engine_name_for_waiting(e);
 		take_request(e, r, d);

@@ -2,7 +2,7 @@
  *
  * Owns the protocol's half of a backend: the state of every (queue, tag), epochs and fences, which region of the own
  * segment is named for whom, who waits for one, what is posted ahead, and the answers.  What is done with the data is a
- * storage's (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python.  One
+ * storage's (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python. One
  * thread uses an engine, the one that opened it; every function may be called without the GIL.  Memory that it is given
  * (pool, client area, own segment) must outlive it.
  */
@@ -27,7 +27,8 @@ struct engine_setup {
 	uint8_t *own;
 	uint64_t own_bytes;
 	uint32_t own_segment;
-	/* Ascending, the last for the largest write: in which sizes buffers may be posted.  None: writes ask, all of them. */
+	/* Ascending, the last for the largest write: in which sizes buffers may be posted.  None: writes ask, all of
+	 * them. */
 	uint32_t post_sizes;
 	uint64_t post_bytes[8];
 };
@@ -73,9 +74,9 @@ void engine_complete(struct engine *engine, uint64_t user_data, int32_t result);
 uint32_t engine_hand_out(struct engine *engine);
 /* The caller has done the batch. */
 void engine_collect(struct engine *engine);
-/* Ask again for every region that somebody waits for. */
+/* Try again to name a region for every request that waits for one. */
 void engine_ask_again(struct engine *engine);
-/* Whether somebody waits for one, so that a RELEASE is news. */
+/* Whether a request waits for a region, so that a RELEASE must wake the backend. */
 int engine_wants_regions(const struct engine *engine);
 /* 0, or the negative errno that ends the engine's use: -ENOMEM if there was no room for an answer. */
 int engine_error(const struct engine *engine);

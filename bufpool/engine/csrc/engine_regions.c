@@ -66,7 +66,7 @@ void engine_name_for_waiting(struct engine *e)
 	e->came_back = false;
 	if (!e->storage->slots)
 		name_for_all_waiting(e);
-	/* Whatever fits one fits another: nobody is asked for while somebody waits. */
+	/* Any slot fits any request, so waiting requests are served strictly in their order. */
 	while (e->storage->slots && e->waiting.count && name_region(e, &e->requests[fifo_first(&e->waiting)]))
 		fifo_pop(&e->waiting);
 }

@@ -13,7 +13,8 @@ int file_block_device(int file, uint64_t *size_bytes, uint32_t *logical_bytes, u
 int file_handle(int file, uint8_t *bytes, uint32_t *size, int32_t *type);
 /* The magic number of its file system (statfs(2)).  0 or -errno. */
 int file_system_magic(int file, uint64_t *magic);
-/* When the file was made, in seconds and nanoseconds since 1970; 0 and 0 if the file system does not say.  0 or -errno. */
+/* When the file was made, in seconds and nanoseconds since 1970; 0 and 0 if the file system does not say.  0 or -errno.
+ */
 int file_birth(int file, int64_t *seconds, uint32_t *nanoseconds);
 
 #endif

@@ -61,8 +61,8 @@ static void quiet(int event_file)
 int own_ring_turn(struct own_ring *own, struct storage *s)
 {
 	int error = submit(own, s);
-	/* After submitting: what completed inline is reaped now and need not wake anybody.  Before asking for events: with
-     * DEFER_TASKRUN the file is signalled when a completion can be asked for, not when it lies in the ring. */
+	/* After submitting: what completed inline is reaped now and need not wake anybody.  Before asking for events:
+	 * with DEFER_TASKRUN the file is signalled when a completion can be asked for, not when it lies in the ring. */
 	quiet(s->event_file);
 	io_uring_get_events(&own->ring);
 	reap(own, s);

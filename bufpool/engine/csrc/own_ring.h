@@ -1,4 +1,4 @@
-/* An io_uring for a storage whose engine nobody gave one, and the eventfd that says when to turn it. */
+/* The storage's own io_uring, used until the engine is given another, and the eventfd that says when to turn it. */
 #ifndef UBLKPOOL_OWN_RING_H
 #define UBLKPOOL_OWN_RING_H
 

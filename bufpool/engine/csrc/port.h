@@ -1,7 +1,7 @@
 /* The backend's end of the rings that it shares with its workers: descriptors in and out.
  *
- * Owns the indices of every queue's two rings and what found no room in them.  Memory and doorbells are the caller's and
- * must stay until `ports_end`.  One thread uses a set; every function may be called without the GIL.
+ * Owns the indices of every queue's two rings and what found no room in them.  Memory and doorbells are the caller's
+ * and must stay until `ports_end`.  One thread uses a set; every function may be called without the GIL.
  */
 #ifndef UBLKPOOL_PORT_H
 #define UBLKPOOL_PORT_H
@@ -27,7 +27,7 @@ void ports_free(struct ports *ports);
 uint64_t ports_memory_bytes(uint32_t entries);
 /* A queue has rings from now on, and two doorbells (eventfds): ours and its worker's. */
 void ports_open(struct ports *ports, uint32_t queue, uint8_t *memory, uint32_t entries, int ours, int workers);
-/* And none any more: what waits to be sent there is dropped. */
+/* The queue has no rings any more: descriptors that wait to be sent there are dropped. */
 void ports_end(struct ports *ports, uint32_t queue);
 /* The highest epoch that a FENCE or the attach has brought. */
 uint32_t ports_epoch(const struct ports *ports);
@@ -40,13 +40,14 @@ int ports_send(struct ports *ports, uint32_t queue, const void *from, uint32_t c
 /* How many descriptors found no room yet. */
 uint64_t ports_deferred(const struct ports *ports);
 /* Wait until something is there to be taken, or one of `epoll`'s files is ready, `timeout_ms` at most (-1: for ever).
- * Those files, but no doorbells of ours, and how many they are, or a negative errno; the queues on which something waits,
- * and in *waiting how many.  -EPROTO for an index that makes no sense, of queue queues[0].  Tries again what found no room. */
+ * Those files, but no doorbells of ours, and how many they are, or a negative errno; the queues on which something
+ * waits, and in *waiting how many.  -EPROTO for an index that makes no sense, of queue queues[0].  Tries again what
+ * found no room. */
 int32_t ports_poll(struct ports *ports, int epoll, int timeout_ms, int32_t *files, int32_t most, uint32_t *queues,
 		   uint32_t *waiting);
-/* Send what found no room, for `timeout_ms` at most. */
+/* Send the descriptors that found no room, for `timeout_ms` at most. */
 void ports_settle(struct ports *ports, int timeout_ms);
-/* Nothing is taken any more, and nobody rings for it. */
+/* Nothing is taken any more, and workers need not ring. */
 void ports_deafen(struct ports *ports);
 
 /* For a loop in C, which leaves entries where they are.  How many descriptors lie in one piece at *at, -EPROTO for an
@@ -58,11 +59,12 @@ int32_t ports_write(struct ports *ports, uint32_t queue, const void *from, uint3
 /* Entries of a queue's ring, 0 if it has none. */
 int32_t ports_size(const struct ports *ports, uint32_t queue);
 
-/* Whether something has come, for one that looks again and again. */
+/* Whether a descriptor has come; cheap enough for polling. */
 int ports_have_news(const struct ports *ports);
-/* About to sleep.  1: do, every worker will ring, but for a mere RELEASE only if `wants_regions`; 0: something waits. */
+/* About to sleep.  1: sleep, every worker will ring, for a RELEASE alone only if `wants_regions`; 0: descriptors wait.
+ */
 int ports_doze(struct ports *ports, int wants_regions);
-/* Awake: nobody need ring. */
+/* Awake: workers need not ring. */
 void ports_wake(struct ports *ports);
 void ports_count(const struct ports *ports, struct ports_statistics *statistics);
 

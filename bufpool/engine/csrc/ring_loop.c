@@ -288,13 +288,14 @@ static bool has_news(const void *loop)
 	       ports_have_news(l->ports);
 }
 
-/* Before sleeping: whether something turns up.  What the turn has made goes first, for answers may come of it. */
+/* Polls for news before a sleep; true if some came.  The turn's entries are submitted first, since answers may result.
+ */
 static bool look(struct ring_loop *l)
 {
 	uint64_t budget_ns = spin_budget_ns(&l->spin);
 	if (!budget_ns)
 		return false;
-	/* A failed enter is tried again by who asks, and fails again. */
+	/* The caller's next enter fails the same way and reports it. */
 	if (io_uring_sq_ready(&l->ring) && loop_enter(l, 0) < 0)
 		return true;
 	return spin_look(&l->spin, budget_ns, has_news, l);
@@ -309,8 +310,8 @@ static int how_long(struct ring_loop *l, int left_ms)
 	return l->unsent ? shorter(left_ms, PORTS_LOOK_AGAIN_MS) : left_ms;
 }
 
-/* Before the caller works: who sleeps is rung for, and completions are asked for, which a loop that never waits would
- * not see.  No system call if there is nothing of either. */
+/* Before the caller works: submits the doorbells, and fetches completions, which a loop that never waits would not see.
+ * Makes no system call if neither is due. */
 static int loop_hand_out(struct ring_loop *l)
 {
 	int error = loop_enter(l, 0);

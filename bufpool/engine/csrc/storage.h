@@ -23,7 +23,8 @@ struct storage_ops {
 	/* Start it, and call engine_finish() once, now or later.  Offset, length and memory have been judged. */
 	void (*start)(struct storage *s, struct storage_request *r);
 	/* Name the region where a write shall land or a read's data lies: 1 and r->region, 0 for not now, or a negative
-     * errno.  Who got 0 is asked again when something was given back.  NULL, like the next two: see storage.slots. */
+	 * errno.  Who got 0 is asked again when something was given back.  NULL, like the next two: see storage.slots.
+	 */
 	int (*name)(struct storage *s, struct storage_request *r);
 	/* r->region is nobody's any more. */
 	void (*give_back)(struct storage *s, const struct storage_request *r);

@@ -2,17 +2,17 @@
  * A queue's descriptors in shared memory: one ring of 64-byte entries in each direction, for one producer and one
  * consumer that need not trust each other.
  *
- * Compiled into both sides, the worker's (ublk/csrc/queue_port.c) and the backend's (port.c), which is why everything
- * is here.  Makes no system call: `sr_publish` says when a doorbell is due, whoever calls it rings.
+ * A header, since both sides compile it: the worker's (ublk/csrc/queue_port.c) and the backend's (port.c).  Makes no
+ * system call: `sr_publish` returns whether a doorbell is due, and its caller rings.
  *
- * Of what the other side can write nothing is believed: an index that makes no sense is an error (-1), then and in every
- * later call, and never leads outside the ring.  One's own index lives in private memory; what is in the shared one is for the other to read.  An
- * entry can change while it is looked at, so it is copied before it is judged.
+ * Neither side trusts what the other can write.  An impossible index is an error (-1), in this and every later call,
+ * and never leads outside the ring.  Each side keeps its own index in private memory and publishes a copy for the
+ * other.  An entry can change at any time, so a reader copies it before judging it.
  *
- * Sleeping: a consumer that is about to sleep calls `sr_doze` and sleeps only if that returns 1.  It says whether it is
- * to be woken for whatever comes, or only for what cannot wait (for a backend: anything but a RELEASE).  The producer stores
- * its tail before it looks for a sleeper, the consumer says that it sleeps before it looks for a tail: both with full
- * barriers between, so one of them sees the other.
+ * Sleeping: a consumer that is about to sleep calls `sr_doze` and sleeps only if that returns 1.  It asks to be woken
+ * for every entry, or only for those that cannot wait (for a backend: all but a RELEASE).  The producer publishes its
+ * tail before it reads `sleeping`, the consumer sets `sleeping` before it reads the tail, each with a full barrier
+ * between, so at least one of them sees the other.
  */
 #ifndef UBLKPOOL_SHARED_RING_H
 #define UBLKPOOL_SHARED_RING_H
@@ -41,14 +41,14 @@ struct sr_end {
 	uint32_t size;   /* entries, a power of two */
 	uint32_t mine;   /* tail of the producer, head of the consumer */
 	uint32_t theirs; /* the other index, as last read and found possible */
-	bool lied; /* the other index was impossible once: this end of the ring is over, whatever the index says later */
+	bool lied;       /* the other index was impossible once: every later call fails */
 };
 
 /* What both directions need: a control page, then the entries towards the backend, then those towards the worker. */
 static inline uint64_t sr_pair_bytes(uint32_t entries) { return SR_CONTROL_BYTES + 2ull * entries * SR_ENTRY_BYTES; }
 
-/* Where both ends begin: not at 0, so that indexes wrap around soon, in every test and not after four thousand million
- * descriptors.  Whoever makes the memory calls this before anybody else has it. */
+/* Sets both ends' first index just below 2^32, so that every test sees the index wrap around.  The process that makes
+ * the memory calls this before it shares the memory. */
 static inline void sr_begin(uint8_t *memory, uint32_t entries)
 {
 	for (unsigned i = 0; i < 2; i++) {
@@ -59,7 +59,8 @@ static inline void sr_begin(uint8_t *memory, uint32_t entries)
 	}
 }
 
-/* One's own index as it stands: nobody else writes to it.  The other's is read when it is needed. */
+/* Starts with the published copy of this end's own index, which nobody else wrote yet; reads the other's when needed.
+ */
 static inline struct sr_end sr_end_at(struct sr_shared *shared, uint8_t *entries, uint32_t size, int produces)
 {
 	uint32_t mine = atomic_load_explicit(produces ? &shared->tail : &shared->head, memory_order_acquire);
@@ -83,14 +84,15 @@ static inline uint8_t *sr_entry(const struct sr_end *e, uint32_t index)
 	return e->entries + (uint64_t)(index & (e->size - 1)) * SR_ENTRY_BYTES;
 }
 
-/* An impossible index is not kept: room and count are always computed from one that was possible. */
+/* An impossible index is not stored: room and count are computed from possible ones only. */
 static inline int64_t sr_lied(struct sr_end *e)
 {
 	e->lied = true;
 	return -1;
 }
 
-/* Producer: how many entries may be written now, up to `wanted`; -1 if the consumer's index makes no sense, or once did. */
+/* Producer: how many entries may be written now, up to `wanted`; -1 if the consumer's index is, or ever was,
+ * impossible. */
 static inline int64_t sr_room(struct sr_end *e, uint32_t wanted)
 {
 	uint32_t used = e->mine - e->theirs, head;
@@ -100,7 +102,7 @@ static inline int64_t sr_room(struct sr_end *e, uint32_t wanted)
 	if (e->size - used >= wanted)
 		return wanted;
 	head = atomic_load_explicit(&e->shared->head, memory_order_acquire);
-	/* Between where it stood and where we have written to: it neither goes back nor reads what is not there. */
+	/* The consumer's index may only move from its last value towards the producer's. */
 	if (e->mine - head > used)
 		return sr_lied(e);
 	e->theirs = head;
@@ -121,8 +123,8 @@ static inline void sr_write(struct sr_end *e, const void *from, uint32_t count)
 	e->mine += count;
 }
 
-/* Producer: let the consumer see what was written; 1 if it sleeps and its doorbell is to be rung.  `can_wait`: nothing
- * of it is work, see SR_WAKE_FOR_WORK. */
+/* Producer: publish the written entries; 1 if the consumer sleeps and its doorbell is to be rung.  With `can_wait` a
+ * consumer that sleeps in SR_WAKE_FOR_WORK is left asleep. */
 static inline int sr_publish(struct sr_end *e, int can_wait)
 {
 	uint32_t sleep;
@@ -135,7 +137,7 @@ static inline int sr_publish(struct sr_end *e, int can_wait)
 	return atomic_exchange_explicit(&e->shared->sleeping, SR_AWAKE, memory_order_relaxed) != SR_AWAKE;
 }
 
-/* Consumer: how many entries wait; -1 if the producer's index makes no sense, or once did. */
+/* Consumer: how many entries wait; -1 if the producer's index is, or ever was, impossible. */
 static inline int64_t sr_waiting(struct sr_end *e)
 {
 	uint32_t count = e->theirs - e->mine, tail;
@@ -151,7 +153,7 @@ static inline int64_t sr_waiting(struct sr_end *e)
 	return tail - e->mine;
 }
 
-/* Consumer: whether something has come, or makes no sense; for one that looks again and again. */
+/* Consumer: whether the producer's index has moved or was impossible; cheap enough for polling. */
 static inline int sr_has_news(const struct sr_end *e)
 {
 	return e->lied || atomic_load_explicit(&e->shared->tail, memory_order_relaxed) != e->mine;
@@ -173,13 +175,13 @@ static inline void sr_consumed(struct sr_end *e, uint32_t count)
 	atomic_store_explicit(&e->shared->head, e->mine, memory_order_release);
 }
 
-/* Consumer: awake again, so nobody need ring. */
+/* Consumer: awake, the producer need not ring. */
 static inline void sr_wake(struct sr_end *e)
 {
 	atomic_store_explicit(&e->shared->sleeping, SR_AWAKE, memory_order_relaxed);
 }
 
-/* Consumer: about to sleep.  1: do, the doorbell will ring; 0: something waits (or makes no sense), look again. */
+/* Consumer: about to sleep.  1: sleep, the doorbell will ring; 0: entries wait, or the index is impossible. */
 static inline int sr_doze(struct sr_end *e, enum sr_sleep sleep)
 {
 	atomic_store_explicit(&e->shared->sleeping, sleep, memory_order_relaxed);

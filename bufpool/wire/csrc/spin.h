@@ -1,9 +1,9 @@
 /*
- * Looking for work for a while before sleeping, for as long as that has been worth it lately.
+ * Busy polling before a sleep, for as long as it has paid off lately.
  *
- * Who sleeps costs the other side a system call and the machine two changes of context; who looks burns CPU time that
- * others may want.  So a look lasts at most `most_ns`, half as long after each that found nothing, and once it is too
- * short to find anything only one wait in many begins with a look.  Compiled into both sides of a ring.
+ * A sleep costs the other side a system call and the machine two context switches; polling burns CPU time that other
+ * processes may need.  So a poll lasts at most `most_ns`, and half as long after each poll that found nothing.  Once it
+ * is too short to find anything, only one wait in SPIN_SKIPS begins with a poll.  Both sides of a ring compile this.
  */
 #ifndef UBLKPOOL_SPIN_H
 #define UBLKPOOL_SPIN_H
@@ -16,7 +16,7 @@ enum { SPIN_SHORTEST_SHIFT = 4, SPIN_SKIPS = 64, SPIN_LOOKS = 32 };
 
 struct spin {
 	uint64_t most_ns; /* 0: never */
-	uint64_t next_ns; /* how long the next look may last */
+	uint64_t next_ns; /* how long the next poll may last */
 	uint32_t skipped;
 };
 
@@ -39,7 +39,7 @@ static inline void spin_pause(void)
 #endif
 }
 
-/* Nanoseconds that a look may last now; 0: sleep at once. */
+/* Nanoseconds that the next poll may last; 0: sleep at once. */
 static inline uint64_t spin_budget_ns(struct spin *s)
 {
 	if (s->next_ns > s->most_ns >> SPIN_SHORTEST_SHIFT)
@@ -52,7 +52,7 @@ static inline uint64_t spin_budget_ns(struct spin *s)
 
 static inline void spin_over(struct spin *s, bool found) { s->next_ns = found ? s->most_ns : s->next_ns / 2; }
 
-/* Whether `has_news` became true within `budget_ns`.  What was there at once says nothing about looking. */
+/* Whether `has_news` became true within `budget_ns`.  News that were there at once do not change the next budget. */
 static inline bool spin_look(struct spin *s, uint64_t budget_ns, bool (*has_news)(const void *), const void *who)
 {
 	uint64_t end_ns;
