@@ -4,6 +4,7 @@ Owns one native engine and the exports of the memory that it works on.  Runs on 
 submissions only from the thread that made it.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -149,11 +150,11 @@ class NativeEngine:
     def answers(self) -> Iterator[tuple[int, bytes]]:
         """Submit the I/O that was started, and return finished requests as frames.
 
-        Raises `OSError` if io_uring fails.
+        Raises `BackendError` if the store became shorter than the device, `OSError` if io_uring fails.
         """
         error = lib.engine_turn(self._engine)
         if error:
-            raise OSError(-error, f"io_uring: {os.strerror(-error)}")
+            raise engine_failure(-error)
         for queue in range(self._queues):
             while count := lib.engine_answers(self._engine, queue, self._answers_at):
                 count = min(count, DESCRIPTORS_PER_FRAME_MAX)
@@ -188,6 +189,16 @@ class NativeEngine:
 
 def _memory_of(view: memoryview | None) -> Any:
     return ffi.from_buffer("uint8_t[]", view) if view else ffi.NULL
+
+
+def engine_failure(number: int) -> BackendError | OSError:
+    """Why a native engine ended: its store is shorter than the device (ENODATA), or io_uring failed with this errno."""
+    if number == errno.ENODATA:
+        return BackendError(
+            "the store became shorter than its device while it was served: nothing more is read or written, "
+            "since lost data must not read as zeros; bring it back at its full size"
+        )
+    return OSError(number, f"io_uring: {os.strerror(number)}")
 
 
 def slot_bytes(max_io_bytes: int) -> int:

@@ -4,13 +4,13 @@ Owns the native loop and its io_uring.  Runs on the thread that made it.
 """
 
 import errno
-import os
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from ublkpool.bufpool.engine._engine import ffi, lib
+from ublkpool.bufpool.engine.native import engine_failure
 from ublkpool.bufpool.errors import BackendError, WireError
 from ublkpool.bufpool.way_out import why_no_ring
 
@@ -65,7 +65,8 @@ class RingDriver:
         """Serve for at most `timeout_ms` (-1: for ever) or until `watched` is readable; returns whether it is.
 
         Returns early for a signal.  Without `hears` no request is taken, and it returns when none is executing.  Raises
-        `WireError` if a worker sends what the protocol does not allow, `OSError` if io_uring fails.
+        `WireError` if a worker sends what the protocol does not allow, `BackendError` if the store became shorter than
+        the device, `OSError` if io_uring fails.
         """
         result = lib.ring_loop_run(self._loop, timeout_ms, hears)
         while result >= _CALLS:
@@ -79,7 +80,7 @@ class RingDriver:
                 f"queue {lib.ring_loop_wrong(self._loop)}: the worker sent what the protocol does not allow"
             )
         if result < 0 and result != -errno.EINTR:
-            raise OSError(-result, f"io_uring: {os.strerror(-result)}")
+            raise engine_failure(-result)
         return result > 0
 
     def settle(self, timeout_ms: int) -> None:

@@ -99,20 +99,11 @@ def test_a_request_past_the_end_fails_and_the_next_succeeds(worker: FakeWorker) 
     assert worker.write(SIZE_BYTES - 4096, b"e" * 4096) == 4096
 
 
-def test_a_file_cut_short_behind_our_back_reads_as_zeros(worker: FakeWorker, disk: Path) -> None:
-    assert worker.write(0, b"t" * 16 * KIB) == 16 * KIB
-    os.truncate(disk, 6000)
-    content = worker.read(0, 16 * KIB)
-    assert content[:4096] == b"t" * 4096
-    assert content[6000:] == bytes(16 * KIB - 6000)
-
-
 def test_a_write_that_the_file_system_refuses_answers_its_errno(tmp_path: Path, disk: Path) -> None:
-    """RLIMIT_FSIZE stands in for a full disk; it counts from the file's size, so the file is cut short first."""
+    """RLIMIT_FSIZE stands in for a full disk."""
     process = spawn(tmp_path, "file", {"path": str(disk), "size": "1M"})
     with FakeWorker(tmp_path) as worker:
         worker.accept()
-        os.truncate(disk, 0)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
         assert worker.write(0, b"a" * 4096) == 4096
         assert worker.write(65536, b"b" * 4096) == -errno.EFBIG

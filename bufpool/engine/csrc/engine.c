@@ -37,7 +37,11 @@ void engine_finish(struct engine *e, struct storage_request *r, int32_t result)
 		e->count.dropped++;
 		engine_give_back(e, r);
 	} else {
-		engine_answer_done(e, r, result);
+		if (e->error)
+			e->count.dropped++;
+		else
+			engine_answer_done(e, r, result);
+		/* Not answered, its region keeps the only copy of its data. */
 		r->state = r->region != NO_REGION ? ANSWERED : IDLE;
 	}
 	finish_fence(e, q);
@@ -234,7 +238,13 @@ struct storage_request *engine_request(struct engine *e, uint32_t index) { retur
 
 int engine_file(const struct engine *e) { return e->event_file; }
 
-int engine_error(const struct engine *e) { return e->out_of_memory ? -ENOMEM : 0; }
+int engine_error(const struct engine *e) { return e->error; }
+
+void engine_fail(struct engine *e, int error)
+{
+	if (!e->error)
+		e->error = error;
+}
 
 int engine_turn(struct engine *e)
 {

@@ -1,4 +1,5 @@
 /* The engine's answers, by queue, until they are sent. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -27,7 +28,7 @@ struct wire_descriptor *engine_answer(struct engine *e, const struct wire_descri
 	static struct wire_descriptor nowhere;
 	struct wire_descriptor *d = answer_slot(&e->queues[to->queue].answers);
 	if (!d) {
-		e->out_of_memory = true;
+		engine_fail(e, -ENOMEM);
 		return &nowhere;
 	}
 	*d = *to;

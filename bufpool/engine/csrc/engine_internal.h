@@ -25,8 +25,8 @@ struct queue {
 struct engine {
 	struct engine_setup setup;
 	struct storage *storage;
-	int event_file;
-	bool out_of_memory, came_back, posts_due;
+	int event_file, error;
+	bool came_back, posts_due;
 	struct queue *queues;
 	struct storage_request *requests;
 	struct fifo waiting;

@@ -53,6 +53,9 @@ struct storage {
 
 /* Full length for reads and writes, 0 for the rest, or a negative errno.  The request's memory is not touched again. */
 void engine_finish(struct engine *engine, struct storage_request *request, int32_t result);
+/* It can serve no longer: `error`, a negative errno, ends the engine's use, and no
+ * request is answered any more.  Those that run are still finished. */
+void engine_fail(struct engine *engine, int error);
 /* A fence has come since: what it does is nobody's wish any more. */
 bool engine_is_old(const struct engine *engine, const struct storage_request *request);
 /* By index, as the storage's entries in the ring are named. */

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 
@@ -39,9 +40,12 @@ struct file_storage {
 	struct work *work;
 	struct fifo runnable;
 	uint8_t *zeroes;
-	uint32_t requests;
+	uint64_t size_bytes; /* the device's */
+	uint32_t requests, writes_runnable;
 	int file;
 	bool is_block_device, is_memory, no_punch, no_zero_range;
+	bool was_measured; /* in this turn */
+	bool is_cut;       /* shorter than the device: nothing more is done with it */
 };
 
 static struct file_storage *file_of(struct storage *s) { return (struct file_storage *)s; }
@@ -54,7 +58,36 @@ static struct work *work_of(const struct file_storage *f, const struct storage_r
 static void run(struct file_storage *f, const struct storage_request *r, uint8_t step)
 {
 	work_of(f, r)->step = step;
+	f->writes_runnable += r->d.op != WIRE_READ;
 	fifo_push(&f->runnable, r->index);
+}
+
+/* Whether the file ends within the device; not if the kernel does not say.  A network file system answers from its
+ * cache, so that this never waits for a server. */
+static bool is_short(const struct file_storage *f)
+{
+	struct statx facts;
+	uint64_t bytes;
+	if (f->is_block_device)
+		return ioctl(f->file, BLKGETSIZE64, &bytes) == 0 && bytes < f->size_bytes;
+	return statx(f->file, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &facts) == 0 &&
+	       facts.stx_size < f->size_bytes;
+}
+
+/* No request is answered any more: the engine ends, and a successor that finds the data executes them. */
+static void file_was_cut(struct file_storage *f)
+{
+	f->is_cut = true;
+	engine_fail(f->base.engine, -ENODATA);
+}
+
+/* Before a file is changed, once a turn.  A write beyond the end of a file that was cut would grow it again, with a hole
+ * for the lost data, and its size would no longer tell.  A block device does not grow: there the write fails. */
+static void measure(struct file_storage *f)
+{
+	if (!f->was_measured && !f->is_block_device && is_short(f))
+		file_was_cut(f);
+	f->was_measured = true;
 }
 
 static uint32_t piece(uint64_t left, uint32_t limit) { return left < limit ? (uint32_t)left : limit; }
@@ -98,24 +131,55 @@ static void prepare_one(struct file_storage *f, const struct storage_request *r,
 	io_uring_sqe_set_data64(sqe, ENGINE_USER_DATA | r->index);
 }
 
+static struct storage_request *next_runnable(struct file_storage *f)
+{
+	struct storage_request *r = engine_request(f->base.engine, fifo_pop(&f->runnable));
+	f->writes_runnable -= r->d.op != WIRE_READ;
+	return r;
+}
+
+static void drop_runnable(struct file_storage *f)
+{
+	while (f->runnable.count)
+		engine_finish(f->base.engine, next_runnable(f), -ENODATA);
+}
+
 static uint32_t file_prepare(struct storage *s)
 {
 	struct file_storage *f = file_of(s);
+	if (f->writes_runnable)
+		measure(f);
+	f->was_measured = false;
+	if (f->is_cut)
+		drop_runnable(f);
 	while (f->runnable.count) {
 		struct io_uring_sqe *sqe = io_uring_get_sqe(f->ring);
 		if (!sqe)
 			break;
-		prepare_one(f, engine_request(s->engine, fifo_pop(&f->runnable)), sqe);
+		prepare_one(f, next_runnable(f), sqe);
 	}
 	return f->runnable.count;
 }
 
 static bool is_unsupported(int32_t result) { return result == -EOPNOTSUPP || result == -ENOSYS || result == -ENODEV; }
 
-static int32_t discard_block_device(const struct file_storage *f, const struct storage_request *r)
+static void give_up(struct file_storage *f, struct storage_request *r, int32_t result)
+{
+	if (is_short(f))
+		file_was_cut(f);
+	engine_finish(f->base.engine, r, result);
+}
+
+/* BLKDISCARD, for a block device that cannot punch. */
+static void finish_discard(struct file_storage *f, struct storage_request *r)
 {
 	uint64_t range[2] = { r->d.offset, r->d.length };
-	return ioctl(f->file, BLKDISCARD, range) ? -errno : 0;
+	if (!f->is_block_device)
+		engine_finish(f->base.engine, r, -EOPNOTSUPP);
+	else if (ioctl(f->file, BLKDISCARD, range))
+		give_up(f, r, -errno);
+	else
+		engine_finish(f->base.engine, r, 0);
 }
 
 static void punch_unsupported(struct file_storage *f, struct storage_request *r)
@@ -125,7 +189,7 @@ static void punch_unsupported(struct file_storage *f, struct storage_request *r)
 	if (r->d.op == WIRE_WRITE_ZEROES)
 		run(f, r, f->no_zero_range ? ZERO_WRITE : ZERO_RANGE);
 	else
-		engine_finish(f->base.engine, r, f->is_block_device ? discard_block_device(f, r) : -EOPNOTSUPP);
+		finish_discard(f, r);
 }
 
 static void zero_range_unsupported(struct file_storage *f, struct storage_request *r)
@@ -145,15 +209,7 @@ static void failed(struct file_storage *f, struct storage_request *r, int32_t re
 	else if (step == ZERO_RANGE && is_unsupported(result))
 		zero_range_unsupported(f, r);
 	else
-		engine_finish(f->base.engine, r, result);
-}
-
-/* The end of the file: what lies behind it reads as zeros, like every hole. */
-static void read_ended(struct file_storage *f, struct storage_request *r)
-{
-	uint64_t moved = work_of(f, r)->moved;
-	memset(r->memory + moved, 0, r->d.length - moved);
-	engine_finish(f->base.engine, r, full_result(r));
+		give_up(f, r, result);
 }
 
 static void all_moved(struct file_storage *f, struct storage_request *r)
@@ -164,15 +220,20 @@ static void all_moved(struct file_storage *f, struct storage_request *r)
 		engine_finish(f->base.engine, r, full_result(r));
 }
 
+static void ended(struct file_storage *f, struct storage_request *r)
+{
+	if (r->d.op == WIRE_READ || is_short(f))
+		file_was_cut(f);
+	engine_finish(f->base.engine, r, -EIO);
+}
+
 static void moved(struct file_storage *f, struct storage_request *r, uint32_t bytes)
 {
 	struct work *work = work_of(f, r);
 	work->moved += bytes;
-	/* O_DIRECT stops at the end of a file at any byte and could not go on from there. */
-	if (r->d.op == WIRE_READ && (bytes == 0 || work->moved % SECTOR_BYTES))
-		read_ended(f, r);
-	else if (bytes == 0)
-		engine_finish(f->base.engine, r, -EIO);
+	/* A read meets the end only within a store that was cut.  O_DIRECT stops there at any byte and cannot go on. */
+	if (bytes == 0 || (r->d.op == WIRE_READ && work->moved % SECTOR_BYTES && is_short(f)))
+		ended(f, r);
 	else if (work->moved < r->d.length) {
 		f->base.count->continued++;
 		run(f, r, work->step);
@@ -185,7 +246,9 @@ static void file_complete(struct storage *s, uint32_t index, int32_t result)
 	struct file_storage *f = file_of(s);
 	struct storage_request *r = engine_request(s->engine, index);
 	uint8_t step = work_of(f, r)->step;
-	if (result < 0)
+	if (f->is_cut)
+		engine_finish(s->engine, r, result);
+	else if (result < 0)
 		failed(f, r, result);
 	else if (step == MOVE || step == ZERO_WRITE)
 		moved(f, r, (uint32_t)result);
@@ -224,10 +287,13 @@ static void file_start(struct storage *s, struct storage_request *r)
 	struct work *work = work_of(f, r);
 	work->moved = 0;
 	work->step = first_step(f, &r->d);
-	if (f->is_memory && work->step == MOVE && r->d.length <= AT_ONCE_BYTES_MAX)
-		file_complete(s, r->index, move_at_once(f, r));
-	else
+	if (!f->is_memory || work->step != MOVE || r->d.length > AT_ONCE_BYTES_MAX) {
 		run(f, r, work->step);
+		return;
+	}
+	if (r->d.op == WIRE_WRITE)
+		measure(f);
+	file_complete(s, r->index, f->is_cut ? -ENODATA : move_at_once(f, r));
 }
 
 /* A file in memory never waits, and io_uring does not know: it would pass each request to a thread of its own, and two
@@ -252,6 +318,7 @@ static int file_open(struct storage *s, const struct engine_setup *setup)
 {
 	struct file_storage *f = file_of(s);
 	f->requests = setup->queues * setup->depth;
+	f->size_bytes = setup->size_bytes;
 	f->work = calloc(f->requests, sizeof *f->work);
 	f->zeroes = mmap(NULL, ZEROES_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (f->zeroes == MAP_FAILED)
