@@ -26,6 +26,7 @@ from ublkpool.bufpool.sizes import ByteSize, format_size
 from ublkpool.bufpool.way_out import explain
 from ublkpool.bufpool.wire import Identity
 
+_DEV, _DEV_SHM = Path("/dev"), Path("/dev/shm")
 _BLOCK_BYTES_MIN = 512
 _BLOCK_BYTES_MAX = 4096
 _DISCARD_GRANULARITY_BYTES = 4096
@@ -137,6 +138,9 @@ def _open_descriptor(options: FileOptions, may_create: bool) -> tuple[int, bool]
     flags = (os.O_RDONLY if options.readonly else os.O_RDWR) | os.O_CLOEXEC
     if not options.path.exists():
         flags |= _create_flags(options, may_create)
+    else:
+        # Before it is opened: opening a FIFO waits for a writer, opening a watchdog starts it.
+        _check_type(options.path.stat(), options)
     if options.direct != "off":
         try:
             return open_exclusively(options.path, flags | os.O_DIRECT), True
@@ -154,15 +158,30 @@ def _create_flags(options: FileOptions, may_create: bool) -> int:
         )
     if not options.size or options.readonly:
         raise BackendError(f"path={options.path}: no such file; with size=SIZE it is created")
+    _refuse_below_dev(options)
     return os.O_CREAT
+
+
+def _refuse_below_dev(options: FileOptions) -> None:
+    """A missing node of a block device must not become a file in devtmpfs, whose content ends with the boot."""
+    place = options.path.resolve()
+    if place.is_relative_to(_DEV) and not place.is_relative_to(_DEV_SHM):
+        raise BackendError(
+            f"path={options.path}: no such block device, and no file is made below {_DEV}: its content would be in "
+            "memory and end with the boot; correct the path, or attach the disk"
+        )
+
+
+def _check_type(status: os.stat_result, options: FileOptions) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+        raise BackendError(f"path={options.path}: neither a regular file nor a block device")
 
 
 def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) -> Opened:
     status = os.fstat(file)
     if stat.S_ISBLK(status.st_mode):
         return _measure_block_device(file, direct, options)
-    if not stat.S_ISREG(status.st_mode):
-        raise BackendError(f"path={options.path}: neither a regular file nor a block device")
+    _check_type(status, options)
     size_bytes = status.st_size
     if size_bytes == 0 and not may_create:
         raise BackendError(
@@ -170,6 +189,7 @@ def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) ->
             "bring the content back"
         )
     if size_bytes == 0 and options.size and not options.readonly:
+        _refuse_below_dev(options)
         _give_size(file, options)
         size_bytes = options.size
     block_bytes = _direct_block_bytes(file, options) if direct else _BLOCK_BYTES_MIN

@@ -93,7 +93,11 @@ def open_alone(path: Path, flags: int, mode: int = 0o600) -> int:
 
 def open_exclusively(path: Path, flags: int, mode: int = 0o600) -> int:
     """`os.open`, with O_EXCL for a block device to be written.  Raises as `open_alone`."""
-    if flags & os.O_ACCMODE == os.O_RDONLY or not _is_block_device(path):
+    kind = _type(path)
+    if stat.S_ISFIFO(kind):
+        # Opening it would wait for its other end, perhaps for ever.
+        raise BackendError(f"path={path}: neither a regular file nor a block device")
+    if flags & os.O_ACCMODE == os.O_RDONLY or not stat.S_ISBLK(kind):
         return os.open(path, flags, mode)
     patience = Patience(path)
     while True:
@@ -142,8 +146,9 @@ def _refuse_users(path: Path, users: list[str]) -> None:
         raise BackendError(f"path={path}: in use: {'; '.join(users)}; end that first, or use another")
 
 
-def _is_block_device(path: Path) -> bool:
+def _type(path: Path) -> int:
+    """The file's mode, 0 for a path that does not exist."""
     try:
-        return stat.S_ISBLK(path.stat().st_mode)
+        return path.stat().st_mode
     except FileNotFoundError:
-        return False
+        return 0

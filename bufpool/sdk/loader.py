@@ -185,13 +185,16 @@ class FunctionBackend(Backend):
         return found
 
     def open(self, hint: Hint) -> Properties:
-        """Call the module's `open` with its options, then ask for the size."""
+        """Call the module's `open`, then ask for the size.  Raises `BackendError` for an empty store."""
         if self._opener is not None:
             try:
                 self._opener(**self._values)
             except OSError as error:
                 raise BackendError(f"cannot open: {error}") from error
         size_bytes = self._get_size()
+        if size_bytes == 0:
+            # In `Properties` 0 means the device's size: a store that was emptied would be served with that.
+            raise BackendError(f"{self.module.__name__}: get_size() is 0: the store is empty")
         return Properties(
             size_bytes=size_bytes,
             read_only=self._pwrite is None,

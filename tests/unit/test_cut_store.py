@@ -80,7 +80,9 @@ def test_writes_that_arrive_after_a_file_was_cut_change_nothing_and_are_not_answ
         backend = BackendThread(FileBackend(FileOptions(path=disk)), tmp_path)
         worker.accept()
         os.truncate(disk, 8 * KIB)
-        writes = [worker.describe(Kind.REQUEST, Op.WRITE, tag * 8 * KIB, 4 * KIB, tag=tag) for tag in range(4)]
+        writes = [
+            worker.describe(Kind.REQUEST, Op.WRITE, tag * 8 * KIB, 4 * KIB, tag=tag) for tag in range(4)
+        ]
         worker.send(0, writes)
         _ends(backend)
         assert worker.is_silent(for_s=0.01)
@@ -88,7 +90,9 @@ def test_writes_that_arrive_after_a_file_was_cut_change_nothing_and_are_not_answ
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE, Op.DISCARD])
-def test_a_request_beyond_the_end_of_a_block_device_that_shrank_ends_the_backend(tmp_path: Path, op: Op) -> None:
+def test_a_request_beyond_the_end_of_a_block_device_that_shrank_ends_the_backend(
+    tmp_path: Path, op: Op
+) -> None:
     if os.geteuid() != 0 or shutil.which("losetup") is None:
         pytest.skip("needs root and losetup")
     image = tmp_path / "disk.img"

@@ -201,6 +201,31 @@ def test_an_unusable_file_is_one_clear_line(options: FileOptions, line: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_fifo_is_refused_without_waiting_for_its_other_end(tmp_path: Path, readonly: bool) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BackendError, match="neither a regular file nor a block device"):
+        open_file(FileOptions(path=tmp_path / "fifo", readonly=readonly))
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_no_file_is_made_where_the_node_of_a_block_device_is_missing(tmp_path: Path, is_there: bool) -> None:
+    """Neither under the name itself, nor through a link, nor from an empty file that another program made."""
+    node = Path(f"/dev/ublkpool-test-{os.getpid()}")
+    link = tmp_path / "link"
+    link.symlink_to(node)
+    try:
+        if is_there:
+            node.touch()
+        for path in (node, link):
+            with pytest.raises(BackendError, match="no file is made below /dev"):
+                open_file(FileOptions(path=path, size=1 << 20))
+        assert not is_there or node.stat().st_size == 0
+        assert is_there or not node.exists()
+    finally:
+        node.unlink(missing_ok=True)
+
+
 def test_a_file_that_is_smaller_than_asked_is_refused(disk: Path) -> None:
     disk.write_bytes(bytes(8192))
     with pytest.raises(BackendError, match=r"has 8192 bytes, fewer than size=16K \(16384\)") as caught:

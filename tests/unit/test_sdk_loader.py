@@ -148,6 +148,12 @@ def test_the_functions_of_a_module_determine_the_properties(tmp_path: Path) -> N
     assert buffer == b"ffff"
 
 
+def test_an_empty_store_of_a_module_is_refused_and_not_served_with_the_device_s_size(tmp_path: Path) -> None:
+    backend = load_functions(tmp_path, "def get_size(): return 0\ndef pread(buf, offset): pass")
+    with pytest.raises(BackendError, match=r"functions: get_size\(\) is 0: the store is empty"):
+        backend.open(Hint("x", tmp_path, size_bytes=1 << 20, may_create=False))
+
+
 def test_functions_flush_after_a_write_with_fua(tmp_path: Path) -> None:
     code = (
         "said = []\n"
