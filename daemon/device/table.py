@@ -29,7 +29,7 @@ class _Entry:
         self.before = before
         """The failed device that this one replaces."""
         self.making: asyncio.Task[None] | None = None
-        self.has_begun = self.is_undoing = self.is_taken_over = False
+        self.has_begun = self.has_made = self.is_undoing = self.is_taken_over = False
         self.forgets = False
         """Whether the name may have another store when the device is gone."""
         self.removing: asyncio.Task[None] | None = None
@@ -139,6 +139,9 @@ class DeviceTable:
         entry.forgets |= forget
         while self._entries.get(name) is entry:
             if entry.making is not None and not entry.making.done():
+                if entry.is_taken_over and not force:
+                    # A takeover that is given up leaves the disk without workers: not if the disk is in use.
+                    await entry.device.check_unused()
                 entry.stop_making()
                 await asyncio.wait({entry.making})
                 continue
@@ -198,7 +201,8 @@ class DeviceTable:
         try:
             entry.begin()
             if entry.before is not None:
-                await entry.before.settled()
+                await self._remove_failed(entry.before)
+            entry.has_made = True
             entry.device.save()
             if not cfg.waits_for_backend:
                 what = f"backend {cfg.backend.kind}" if cfg.backend else "its workers"
@@ -213,8 +217,27 @@ class DeviceTable:
         finally:
             self._changed()
 
+    async def _remove_failed(self, failed: Device) -> None:
+        """Remove what the kernel still has of a failed device, before its successor's record replaces the one of it.
+
+        What its backend kept stays for the successor.  Raises `DaemonError` if the kernel's device stays or is in use.
+        """
+        await failed.settled()
+        try:
+            await failed.delete(force=False, keep=True)
+        except (DaemonError, OSError) as error:
+            name = failed.config.name
+            reason = without_name(name, one_line(error))
+            raise DaemonError(f"{name}: the failed device of this name is still there: {reason}") from error
+
     async def _undo(self, entry: _Entry, error: BaseException, keeps_failed: bool) -> None:
         name, before = entry.device.config.name, entry.before
+        if before is not None and not entry.has_made:
+            # The record is still the failed device's, and perhaps its only trace.
+            entry.device = before
+            if keeps_failed:
+                _log.error("device %s of the config: %s", name, without_name(name, one_line(error)))
+            return
         try:
             keep = before is not None or keeps_failed
             await entry.device.delete(force=True, keep=keep, forget=entry.forgets)
@@ -242,6 +265,10 @@ class DeviceTable:
             entry.begin()
             if not await work(show):
                 self._entries.pop(name, None)
+        except asyncio.CancelledError:
+            # A `del` comes next, and may be refused.
+            entry.device.note_failure("left by an earlier daemon, and its takeover was given up")
+            raise
         except Exception as error:
             reason = without_name(name, one_line(error))
             _log.error("%s: left by an earlier daemon: %s", name, reason)

@@ -11,15 +11,24 @@ from ublkpool.daemon.device.records import Record, end_left
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.kernel import disk_users
 from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.processes.background import logged
 
 _log = logging.getLogger("ublkpool.device")
 
 
 async def check_unused(parts: DeviceParts) -> None:
-    """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
+    """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users, or why none can be seen.
+
+    A disk that an earlier daemon left is asked as well, whether its takeover is under way or failed.  A device that
+    this daemon had and that failed has no disk any more.
+    """
     name, kernel, state = parts.config.name, parts.resources.kernel, parts.life.state
-    if kernel is None or state == "failed":
+    if parts.left is not None:
+        kernel = await _left_disk(parts, parts.left)
+    elif state == "failed":
+        return
+    if kernel is None:
         return
     await disk_users.check_unused(name, kernel, may_open=state != "waiting")
     # Clients are asked last: one that ended meanwhile has given its slice back by now.
@@ -27,6 +36,19 @@ async def check_unused(parts: DeviceParts) -> None:
         raise DaemonError(
             f"{name}: its client buffers are in use: {', '.join(clients)}: end these clients, or use --force"
         )
+
+
+async def _left_disk(parts: DeviceParts, left: Record) -> BlockDevice | None:
+    """The kernel's device that an earlier daemon left, None if it has no disk.  Raises `DaemonError`."""
+    # Not kept in the parts: the next record would say that this daemon has taken the device over.
+    kernel = parts.resources.kernel
+    if kernel is None and left.device_number is not None:
+        name = parts.config.name
+        try:
+            kernel = await BlockDevice.find(parts.context.runner, name, left.device_number, left.device_mark)
+        except ControlFailed as error:
+            raise disk_users.cannot_tell(name, error) from error
+    return kernel if kernel is not None and kernel.is_started else None
 
 
 async def describe_use(parts: DeviceParts) -> str:

@@ -48,10 +48,13 @@ async def _look(name: str, kernel: BlockDevice, may_open: bool) -> tuple[bool, U
         if not claimed and not kernel.can_try_stop:
             users = await kernel.mappers()
     except ControlFailed as error:
-        raise DaemonError(
-            f"{name}: it cannot be told whether its disk is in use: {error}: {_WAY_OUT}"
-        ) from error
+        raise cannot_tell(name, error) from error
     return claimed, users
+
+
+def cannot_tell(name: str, error: ControlFailed) -> DaemonError:
+    """The refusal of a disk whose users cannot be seen."""
+    return DaemonError(f"{name}: it cannot be told whether its disk is in use: {error}: {_WAY_OUT}")
 
 
 async def stop_unused(name: str, kernel: BlockDevice, try_stop: Callable[[], Awaitable[bool]]) -> None:

@@ -10,9 +10,12 @@ from support.fakes.device_parts import FakeKernel, fake_context, fake_device
 from ublkpool.daemon.device import device as module
 from ublkpool.daemon.device import teardown
 from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import disk_users as in_use
+from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.kernel.disk_use import Users
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -134,6 +137,48 @@ def test_a_disk_that_is_being_recovered_is_in_use_like_any_other(
         scene = Scene(monkeypatch, state=state)
         scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
         assert "process 7" in await scene.refusal()
+
+    play(run)
+
+
+class Found(BlockDevice):
+    """The kernel has the disk of device 3, mounted at /srv or not, or it does not answer."""
+
+    users_of_it = Users()
+    answers = True
+
+    @classmethod
+    async def find(cls, *asked: object) -> BlockDevice:
+        assert asked[2:] == (3, 77)
+        if not cls.answers:
+            raise ControlFailed("vol: GET_DEV_INFO has hung for 60 s", 0)
+        kernel = Kernel([], newer=True)
+        kernel.seen = cls.users_of_it
+        return kernel
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_disk_that_an_earlier_daemon_left_is_in_use_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, failed: bool
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.device.parts.resources.kernel = None
+        monkeypatch.setattr(teardown, "BlockDevice", Found)
+        scene.device.await_takeover(Record(config=scene.device.config, device_number=3, device_mark=77))
+        if failed:
+            scene.device.note_failure("left by an earlier daemon: the pool needs 5 GiB")
+        monkeypatch.setattr(Found, "users_of_it", Users(lasting=("mounted at /srv",)))
+        assert "mounted at /srv" in await scene.refusal()
+        monkeypatch.setattr(Found, "answers", False)
+        refusal = await scene.refusal()
+        assert "GET_DEV_INFO has hung" in refusal and "--force" in refusal
+        await scene.device.delete(force=True)
+        assert scene.log == ["tear down"]
+        monkeypatch.setattr(Found, "answers", True)
+        monkeypatch.setattr(Found, "users_of_it", Users())
+        await scene.device.delete(force=False)
+        assert scene.log == ["tear down"] * 2
 
     play(run)
 

@@ -78,6 +78,10 @@ class FakeDevice:
     async def live(self) -> None:
         await self.outcome
 
+    async def check_unused(self) -> None:
+        if await self.describe_use():
+            raise DaemonError("its disk is in use")
+
     async def settled(self) -> None:
         await self._world.pause()
 
@@ -342,5 +346,82 @@ def test_a_device_that_cannot_be_taken_over_is_listed_with_its_reason() -> None:
         device = world.table.device("vol0")
         assert device.state == "failed"
         assert device.reason == "left by an earlier daemon: GET_DEV_INFO has hung"
+
+    in_loop(run)
+
+
+def test_a_del_that_is_refused_gives_up_no_takeover() -> None:
+    async def run(world: World) -> None:
+        recovered = asyncio.Event()
+
+        async def work(_show: Show) -> bool:
+            await recovered.wait()
+            return True
+
+        making = world.table.take_over(Record(config=managed("vol0"), device_number=3), work)
+        world.in_use = 1.0
+        with pytest.raises(DaemonError, match="in use"):
+            await world.table.delete("vol0", force=False)
+        assert not making.done()
+        recovered.set()
+        await making
+        assert world.table.device("vol0").state == "recovering"
+
+    in_loop(run)
+
+
+def test_a_del_that_is_refused_after_it_gave_up_a_takeover_leaves_a_failed_device_in_the_list() -> None:
+    async def run(world: World) -> None:
+        async def work(_show: Show) -> bool:
+            await asyncio.Event().wait()
+            return True
+
+        making = world.table.take_over(Record(config=managed("vol0"), device_number=3), work)
+        await asyncio.sleep(0)
+        device = world.made[0]
+
+        async def delete(force: bool, keep: bool = False, forget: bool = False) -> None:
+            raise DaemonError("its disk is in use since a moment ago")
+
+        device.delete = delete  # type: ignore[method-assign]
+        with pytest.raises(DaemonError, match="in use"):
+            await world.table.delete("vol0", force=False)
+        assert making.cancelled() and device.state == "failed" and "given up" in device.reason
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_a_failed_device_that_is_still_in_the_kernel_is_replaced_only_when_it_is_gone(
+    is_configured: bool,
+) -> None:
+    async def run(world: World) -> None:
+        await world.table.add(managed("vol0"), nothing)
+        world.made[0].note_failure("DEL_DEV has hung for 60 s")
+        world.in_use = 1.0
+        if is_configured:
+            world.table.add_configured(managed("vol0"), nothing)
+            await world.table.settled()
+        else:
+            with pytest.raises(DaemonError, match="vol0: the failed device of this name is still there"):
+                await world.table.add(managed("vol0"), nothing)
+        assert world.kernel == [world.made[0]]
+        assert world.table.device("vol0") is cast(Any, world.made[0]), "nothing of its successor was made"
+        world.in_use = 0.0
+        await world.table.add(managed("vol0"), nothing)
+        assert world.kernel == [world.made[-1]]
+
+    in_loop(run)
+
+
+def test_an_add_that_is_given_up_before_its_first_step_leaves_the_failed_device() -> None:
+    async def run(world: World) -> None:
+        await world.table.add(managed("vol0"), nothing)
+        world.made[0].note_failure("DEL_DEV has hung for 60 s")
+        world.table.add_configured(managed("vol0"), nothing)
+        world.table.close()
+        await world.table.settled()
+        assert world.kernel == [world.made[0]]
+        assert world.table.device("vol0") is cast(Any, world.made[0])
 
     in_loop(run)

@@ -6,18 +6,21 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from support.fakes.device_parts import FakeChild, FakeHolder, FakeKernel, FakeTeam, fake_context
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena
-from ublkpool.daemon.device import resources
+from ublkpool.daemon.device import resources, teardown
 from ublkpool.daemon.device.build import build
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.device.resources import DeviceResources
+from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.device.team import Plan
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import disk_users
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import AreaRecord, ClientArea
 from ublkpool.daemon.kernel.control_process import ControlFailed
@@ -96,9 +99,16 @@ class StepKernel(FakeKernel):
         machine, mark = cls.machine, asked[-1]
         assert isinstance(mark, int)
         machine.step("ADD_DEV")
-        machine.kernel[3] = mark
+        number = max(machine.kernel, default=2) + 1
+        machine.kernel[number] = mark
         machine.step("ADD_DEV after the kernel has made it")
-        return cls(3)
+        return cls(number)
+
+    @classmethod
+    async def find(cls, *asked: object) -> BlockDevice | None:
+        number = asked[2]
+        assert isinstance(number, int)
+        return cls(number) if cls.machine.kernel.get(number) == asked[3] else None
 
     @classmethod
     async def find_marked(cls, *asked: object) -> BlockDevice | None:
@@ -349,3 +359,54 @@ def test_what_a_daemon_that_was_killed_had_begun_to_add_is_found_by_its_mark(
         assert machine.left() == ["kernel device 7"], "another server's device stays"
 
     in_loop(run)
+
+
+@pytest.mark.parametrize("left", ["a DEL_DEV that failed", "a takeover that failed"])
+def test_an_add_over_a_failed_device_removes_what_the_kernel_has_of_it_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    async def run() -> None:
+        machine = Machine(tmp_path, "pool")
+        made = [a_device(machine, monkeypatch)]
+        monkeypatch.setattr(teardown, "BlockDevice", StepKernel)
+        monkeypatch.setattr(disk_users, "check_unused", no_user)
+        table = DeviceTable(lambda _config: made[-1], lambda: None)
+        if left == "a DEL_DEV that failed":
+            machine.delete_failures = 2
+            with pytest.raises(OSError):
+                await start(made[0])
+            table._enter(made[0].config, None)
+        else:
+            machine.failing = ""
+            await build(made[0].parts, ATTACH)
+            (record,) = machine.records.load()
+            record = msgspec.structs.replace(record, processes=())
+            made.append(a_device(machine, monkeypatch))
+
+            async def fails(_show: object) -> bool:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+            await table.take_over(record, fails)
+        assert table.device("vol").state == "failed" and list(machine.kernel) == [3]
+        machine.failing = ""
+        made.append(a_device(machine, monkeypatch))
+
+        async def runs() -> None:
+            await build(made[-1].parts, ATTACH)
+            made[-1].parts.enter("live")
+
+        monkeypatch.setattr(made[-1], "run", runs)
+        if machine.delete_failures:
+            with pytest.raises(DaemonError, match="the failed device of this name is still there: DEL_DEV"):
+                await table.add(made[-1].config, lambda _: None)
+            assert list(machine.kernel) == [3] == [each.device_number for each in machine.records.load()]
+        await table.add(made[-1].config, lambda _: None)
+        assert list(machine.kernel) == [each.device_number for each in machine.records.load()] == [3]
+        await table.delete("vol", force=True)
+        assert machine.left() == []
+
+    in_loop(run)
+
+
+async def no_user(*_: object, may_open: bool) -> None:
+    """The disk is unused."""
