@@ -194,7 +194,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         {"queues": 3, "model": "6.12", "kills": ("worker",) * 5},
         "a request goes to a command that was cancelled",
     ),
-    (PAUSES_COUNT, 2, {"pauses": True, "lies": False}, "a healthy backend is cut off|failed"),
+    (PAUSES_COUNT, 3, {"pauses": True, "lies": False}, "a healthy backend is cut off|failed"),
     (BELL_NOT_RUNG, 72, {}, LOST),
     (DOZES_BLINDLY, 72, {}, LOST),
     (
