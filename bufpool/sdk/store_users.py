@@ -136,7 +136,8 @@ def users_without_a_claim(path: Path) -> list[str]:
     """Users of a file or block device that claim nothing: loop devices, swap files."""
     found = [f"/dev/{loop} is set up on it" for loop in _loops_on(path)]
     found += ["it is used as swap" for each in _swap_paths() if os.path.realpath(path) == each]
-    return found + _lockers_of_backing_file(path)
+    about = path.stat()
+    return found + (lockers_of_loop_files(about.st_rdev) if stat.S_ISBLK(about.st_mode) else [])
 
 
 def openers(path: Path) -> list[int]:
@@ -288,16 +289,37 @@ def _loops() -> Iterator[tuple[str, str]]:
             yield each.parent.parent.name, each.read_text().rstrip("\n")
 
 
-def _lockers_of_backing_file(path: Path) -> list[str]:
-    """The processes that have locked this loop device's file, as our backends do."""
-    name = Path(os.path.realpath(path)).name
+def lockers_of_loop_files(number: int) -> list[str]:
+    """The processes that have locked the file of a loop device, as our backends do, for the block device `number`.
+
+    The loop device is that block device, its disk, or one under its device mapper or md disk.
+    """
+    layers = _layers(_SYS_DEVICES / f"{os.major(number)}:{os.minor(number)}", set())
+    found = []
     for loop, backing in _loops():
-        if loop == name:
+        if loop in layers:
             with suppress(OSError):
-                return [
-                    f"its file {backing} is locked by {name_process(pid)}" for pid in lockers(Path(backing))
+                found += [
+                    f"the file {backing} of {loop} is locked by {name_process(pid)}"
+                    for pid in lockers(Path(backing))
                 ]
-    return []
+    return found
+
+
+def _layers(block: Path, seen: set[str]) -> set[str]:
+    """The names of a block device and of those that it consists of: a partition's disk, the devices under dm and md.
+
+    Unlike `_below` it does not go on through files: another file of the same file system is another store.
+    """
+    place = block.resolve()
+    if not place.exists() or place.name in seen:
+        return seen
+    seen.add(place.name)
+    if (place / "partition").exists():
+        _layers(place.parent, seen)
+    for part in sorted((place / "slaves").glob("*")):
+        _layers(part, seen)
+    return seen
 
 
 def _processes() -> Iterator[Path]:

@@ -313,6 +313,33 @@ def test_a_file_that_a_loop_device_uses_is_refused_under_any_of_its_names(image:
         os.close(claim.open_alone(path, os.O_RDONLY))
 
 
+@pytest.mark.parametrize("top", ["loop7", "loop7p1", "dm-3"])
+def test_whatever_lies_on_a_loop_device_is_in_use_while_the_loop_device_s_file_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: str
+) -> None:
+    """A partition, and a device mapper disk on the partition, of a loop device."""
+    loop = tmp_path / "devices/loop7"
+    (loop / "loop").mkdir(parents=True)
+    (loop / "loop/backing_file").write_text("/x/f.img\n")
+    (loop / "loop7p1").mkdir()
+    (loop / "loop7p1/partition").write_text("1\n")
+    (tmp_path / "devices/dm-3/slaves").mkdir(parents=True)
+    (tmp_path / "devices/dm-3/slaves/loop7p1").symlink_to(loop / "loop7p1")
+    places = {"loop7": loop, "loop7p1": loop / "loop7p1", "dm-3": tmp_path / "devices/dm-3"}
+    about = Path("/dev/null").stat()
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / f"{os.major(about.st_rdev)}:{os.minor(about.st_rdev)}").symlink_to(places[top])
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block/loop7").symlink_to(loop)
+    monkeypatch.setattr(in_use, "_SYS_DEVICES", tmp_path / "numbers")
+    monkeypatch.setattr(in_use, "_SYS_BLOCK", tmp_path / "block")
+    monkeypatch.setattr(in_use, "lockers", lambda path: [os.getpid()] if path == Path("/x/f.img") else [])
+    found = in_use.lockers_of_loop_files(about.st_rdev)
+    assert [each.partition(" (")[0] for each in found] == [
+        f"the file /x/f.img of loop7 is locked by process {os.getpid()}"
+    ]
+
+
 def test_a_backend_of_a_block_device_that_is_killed_under_load_is_succeeded(
     loop: Path, tmp_path: Path
 ) -> None:
@@ -345,7 +372,9 @@ def test_another_file_of_the_same_name_is_not_taken_for_a_loop_devices_file(
 def test_a_loop_device_whose_file_is_served_is_refused(
     image: Path, loop: Path, locked: "subprocess.Popen[str]"
 ) -> None:
-    with pytest.raises(BackendError, match=f"its file {image} is locked by process {locked.pid}"):
+    with pytest.raises(
+        BackendError, match=f"the file {image} of {loop.name} is locked by process {locked.pid}"
+    ):
         claim.open_alone(loop, os.O_RDWR)
 
 
