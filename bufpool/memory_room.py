@@ -1,7 +1,8 @@
-"""How much memory is available, so that a pool that is too large is refused before the OOM killer ends a process.
+"""How much memory is available, so that memory that is too large is refused before the OOM killer ends a process.
 
-A pool is allocated and locked as a whole: it must fit into the machine's available memory and into every cgroup (v2) of
-this process, or the kernel's OOM killer ends a process of its choice.
+A pool, a memory disk and a backend's own segment are each allocated and locked as a whole: they must fit into the
+machine's available memory and into every cgroup (v2) of this process, or the kernel's OOM killer ends a process of its
+choice.
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ import posix_ipc
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages, SharedMap, whole_bytes
-from ublkpool.bufpool.pool.memory_room import check_room, mib
+from ublkpool.bufpool.memory_room import check_room, mib
 from ublkpool.bufpool.seals import seal
 from ublkpool.bufpool.way_out import explain
 

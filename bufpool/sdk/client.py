@@ -20,6 +20,7 @@ import msgspec
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, BackendError, PoolError, WireError
 from ublkpool.bufpool.huge_pages import SharedMap
+from ublkpool.bufpool.memory_room import check_room
 from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.sdk.links import Links, LinkStatistics
 from ublkpool.bufpool.sdk.ring_links import RingLinks
@@ -62,8 +63,9 @@ class OwnSegment:
 
     @classmethod
     def create(cls, size_bytes: int, name: str = "ublkpool-backend") -> Self:
-        """A new segment of zeros, its size rounded up to whole pages.  Raises `BackendError` without enough memory."""
+        """A new segment of zeros, its size rounded up to whole pages.  Raises `PoolError` without enough memory."""
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        check_room(f"the backend's own memory ({name})", size_bytes, "lower the backend's size= or segment=")
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(descriptor, 0, size_bytes)

@@ -33,7 +33,9 @@ class Keeper:
         self.path = path
 
     def _ask(self, question: bytes) -> list[int] | None:
+        """The descriptors of the keeper's answer, None without a keeper.  Raises `BackendError` if it hangs."""
         # Here, since the keeper's own process runs this file without the package.
+        from ublkpool.bufpool.errors import BackendError
         from ublkpool.bufpool.packets import receive_descriptors
 
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -45,10 +47,17 @@ class Keeper:
             except (FileNotFoundError, ConnectionError):
                 # No keeper, or it has just ended.
                 return None
+            except TimeoutError as error:
+                raise BackendError(
+                    f"the keeper at {self.path} has not answered for {_ANSWER_TIMEOUT_S:g} s: "
+                    "is it stopped? (fuser shows its process; killing it loses the disk)"
+                ) from error
+            except OSError as error:
+                raise BackendError(f"cannot reach the keeper at {self.path}: {_reason(error)}") from error
             return descriptors
 
     def adopt(self) -> "OwnSegment | None":
-        """The kept segment, None without a keeper.  Raises `BackendError` for a path too long for a socket."""
+        """The kept segment, None without a keeper.  Raises `BackendError` for one that cannot be asked."""
         from ublkpool.bufpool.errors import BackendError
         from ublkpool.bufpool.sdk.client import OwnSegment
         from ublkpool.bufpool.way_out import too_long_for_socket
@@ -79,7 +88,7 @@ class Keeper:
             ) from error
 
     def drop(self) -> None:
-        """End the keeper, and with it the content."""
+        """End the keeper, and with it the content.  Raises `BackendError` for one that cannot be asked."""
         self._ask(DROP)
 
 

@@ -96,7 +96,10 @@ def _hint(run_dir: Path, known: wire.Described) -> Hint:
 
 
 def attach_message(properties: Properties, device: str, kind: str, tells: bool = True) -> wire.Attach:
-    """The attach message for `properties`; `tells`: with identity and generation."""
+    """The attach message for `properties`; `tells`: with identity and generation.
+
+    Raises `BackendError` for properties of a wrong type, which the daemon would take for a broken connection.
+    """
     fields = {
         name: getattr(properties, name)
         for name in properties.__struct_fields__
@@ -105,11 +108,20 @@ def attach_message(properties: Properties, device: str, kind: str, tells: bool =
     if tells:
         fields["identity"] = _identity(properties, kind)
         fields["generation_seen"] = properties.generation_seen
-    return wire.Attach(v=wire.PROTOCOL_VERSION, device=device, kind=kind, **fields)
+    attach = wire.Attach(v=wire.PROTOCOL_VERSION, device=device, kind=kind, **fields)
+    try:
+        msgspec.json.decode(wire.encode_message(attach), type=wire.Attach)
+    except (TypeError, ValueError) as error:
+        raise BackendError(f"the backend {kind!a} has properties that cannot be sent: {error}") from error
+    return attach
 
 
 def _identity(properties: Properties, kind: str) -> wire.Identity:
     identity = properties.identity
+    if not isinstance(identity, wire.Identity | str | None):
+        raise BackendError(
+            f"the identity of the backend {kind} must be a text or wire.Identity, not {identity!r}"
+        )
     if isinstance(identity, wire.Identity):
         return identity
     if identity:

@@ -76,8 +76,13 @@ def _date(born_ns: int) -> str:
     return time.strftime(", made %Y-%m-%d %H:%M:%S", time.localtime(born_ns // 1_000_000_000))
 
 
+def printable(text: str) -> str:
+    """Text as the attach may carry it: characters that are not printable become backslash escapes."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def _described(path: Path, facts: str) -> str:
-    text = str(path)
+    text = printable(os.fsencode(path).decode(errors="backslashreplace"))
     if len(text) > _PATH_LENGTH_MAX:
         text = "..." + text[3 - _PATH_LENGTH_MAX :]
     return f"{text} ({facts})"
@@ -118,7 +123,7 @@ def _disk(disk: Path) -> Identity:
     if uuid := _read(disk / "md/uuid"):
         return Identity(value=f"disk:md:{uuid}", store=f"md {uuid}")
     for name in _SERIALS:
-        if serial := _read(disk / name):
+        if serial := printable(_read(disk / name)):
             return Identity(value=f"disk:{name}:{serial}", store=f"{Path(name).name} {serial}")
     return _usb_disk(disk) or _unnumbered_disk(disk)
 
@@ -165,7 +170,7 @@ def _loop_device(file: int, disk: Path) -> Identity:
         value=f"loop:{offset}:inode:{inode}",
         in_boot=f"disk:seq:{sequence}",
         strength="weak",
-        store=f"on {backing}, inode {inode}",
+        store=f"on {printable(str(backing))}, inode {inode}",
     )
 
 

@@ -16,8 +16,8 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.memory_room import check_room
 from ublkpool.bufpool.packets import receive_packet, send_packet
-from ublkpool.bufpool.pool.memory_room import check_room
 from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner

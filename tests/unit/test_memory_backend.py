@@ -1,6 +1,8 @@
 """The memory backend: the disk outlives the process, and no byte is lent twice."""
 
+import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -9,7 +11,10 @@ import pytest
 
 from support.fakes.worker import FakeWorker, finish, serving, spawn
 from ublkpool.backends.memory import MemoryBackend, MemoryOptions
-from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.errors import BackendError, PoolError
+from ublkpool.bufpool.sdk import keeper
+from ublkpool.bufpool.sdk.backend import Hint
+from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.sdk.keeper import Keeper
 from ublkpool.bufpool.wire import Kind, Op
 
@@ -149,3 +154,30 @@ def test_a_size_that_is_no_page_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BackendError, match="size=1000 is not a multiple of 4096"):
         MemoryBackend(MemoryOptions(size=1000, keep=False)).open(Hint("x", tmp_path))
+
+
+def test_a_keeper_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "_ANSWER_TIMEOUT_S", 0.1)
+    path = keeper.keeper_path(tmp_path, "vol0")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(BackendError, match=f"the keeper at {path} has not answered for 0.1 s"):
+            MemoryBackend(MemoryOptions(size=4096)).open(Hint("vol0", tmp_path, 4096, 4096))
+
+
+def test_a_memory_disk_larger_than_the_memory_is_refused_before_a_page_of_it_is_allocated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allocating it would wake the OOM killer, which chooses a process."""
+
+    def allocate(_file: int, _at: int, size_bytes: int) -> None:
+        raise AssertionError(f"{size_bytes} bytes were allocated")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    with pytest.raises(
+        PoolError, match=r"needs 4194304\.0 MiB of memory and .* are available .*: lower .* size="
+    ):
+        MemoryBackend(MemoryOptions(size=1 << 42)).open(Hint("vol0", tmp_path))
+    with pytest.raises(PoolError, match=r"are available .* segment="):
+        OwnSegment.create(1 << 42)

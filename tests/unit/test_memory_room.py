@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from ublkpool.bufpool import memory_room
 from ublkpool.bufpool.errors import PoolError
-from ublkpool.bufpool.pool import memory_room
-from ublkpool.bufpool.pool.memory_room import check_room
+from ublkpool.bufpool.memory_room import check_room
 
 MIB = 1 << 20
 

@@ -14,6 +14,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties
 from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
+from ublkpool.bufpool.sdk.serving import attach_message
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIB = 1 << 20
@@ -51,6 +52,17 @@ def test_a_backend_is_told_its_generation_and_whether_it_may_make_a_store(tmp_pa
     assert backend.hint is not None
     assert (backend.hint.may_create, backend.generation) == (False, 42)
     assert Hint("vol0", tmp_path).may_create
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [{"identity": 7}, {"identity": b"abc"}, {"size_bytes": 4096.5}, {"identity": "latin-\udce9"}],
+)
+def test_properties_of_a_wrong_type_are_one_clear_line(properties: dict[str, object]) -> None:
+    made = msgspec.structs.replace(Properties(size_bytes=4096), **properties)
+    with pytest.raises(BackendError, match="mine") as refused:
+        attach_message(made, "vol0", "mine")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

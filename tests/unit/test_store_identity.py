@@ -6,12 +6,15 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.sdk import store_identity
 from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.sdk.store_identity import identify, memory_identity
 from ublkpool.bufpool.wire import Identity
+from ublkpool.daemon.backends.attach import check_attach
 
 SIZE = 1 << 20
 EXT4_UUID = "12345678-1234-1234-1234-123456789abc"
@@ -164,6 +167,24 @@ def test_a_store_is_described_by_path_inode_and_date(tmp_path: Path) -> None:
     assert f"a.img (inode {path.stat().st_ino}" in identity_of(path).store
     deep = tmp_path / ("x" * 200)
     assert len(identity_of(make(deep)).store) < 130
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"tab\there", "tab\\there"),
+        (b"space\xc2\xa0here", "space\\xa0here"),
+        (b"zero\xe2\x80\x8bwidth", "zero\\u200bwidth"),
+        (b"latin-\xe9", "latin-\\xe9"),
+    ],
+)
+def test_a_path_that_cannot_be_printed_is_described_with_escapes_and_attaches(
+    tmp_path: Path, name: bytes, shown: str
+) -> None:
+    identity = identity_of(make(tmp_path / os.fsdecode(name)))
+    assert f"{shown} (inode" in identity.store
+    attach = wire.Attach(v=1, device="vol0", kind="file", identity=identity)
+    check_attach(msgspec.json.decode(msgspec.json.encode(attach), type=wire.Attach), None)
 
 
 @pytest.fixture
