@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.cli.device_options import device_options
 from ublkpool.daemon.cli.options import admin_client, parse_pairs, run_dir_option
 
@@ -64,6 +65,20 @@ def add(
     _show_added(status)
 
 
+def _current_directory() -> Path:
+    """The directory in which relative paths begin.  Raises `ConfigError` if it has been removed."""
+    from ublkpool.daemon.errors import ConfigError
+
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"your current directory: {explain(error)}: change to one that exists, for relative paths begin there"
+            ]
+        ) from error
+
+
 def _device_config(described: Mapping[str, object], options: Sequence[str]) -> "DeviceConfig":
     """The device that these options describe.  Raises `ConfigError` in terms of the command line."""
     from ublkpool.daemon.errors import ConfigError
@@ -76,7 +91,7 @@ def _device_config(described: Mapping[str, object], options: Sequence[str]) -> "
     elif pairs:
         raise click.UsageError(f"{options[0]} is an option for a backend; name one with --backend")
     problems: list[Problem] = []
-    device = check_device(table, (), problems, Path.cwd())
+    device = check_device(table, (), problems, _current_directory())
     if device is None:
         raise ConfigError([f"{_option_name(str(path[0]))}: {message}" for path, message in problems])
     return device

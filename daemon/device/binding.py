@@ -39,7 +39,7 @@ class Binding:
 
     @property
     def generation(self) -> int:
-        """The generation of the last attach; 0 if there was none."""
+        """The generation of the last attach, also from a damaged file that shows one; 0 if none is known."""
         return self._states.generation(self._name)
 
     def may_create(self) -> bool:
@@ -124,7 +124,8 @@ class Binding:
         try:
             state = self._states.get(self._name)
         except DaemonError:
-            state = DeviceState(name=self._name, store=Store(kind=UNKNOWN_KIND, size_bytes=0))
+            unknown = Store(kind=UNKNOWN_KIND, size_bytes=0)
+            state = DeviceState(name=self._name, generation=self.generation, store=unknown)
         if state.store is not None:
             await self._states.save(msgspec.structs.replace(state, takes_next=True))
             _log.warning("%s: the next store that attaches becomes its own", self._name)

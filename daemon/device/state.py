@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import logging
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,14 +22,22 @@ import msgspec
 from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.way_out import explain
-from ublkpool.daemon.errors import ConfigError, DaemonError, one_line
+from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.settings.own_directory import make_own_directory
 
 STATE_DIR_DEFAULT = Path("/var/lib/ublkpool")
+VERSION = 1
 SAVE_DEADLINE_S = 30.0
 LOCK_PATIENCE_S = 5.0
 _POLL_S = 0.05
 _WHAT, _OPTION = "state directory", "--state-dir"
+_LOCK = "lock"
+_STATE = re.compile(r"[^.].*\.json\Z", re.DOTALL)
+_UNFINISHED = re.compile(r"\.[A-Za-z0-9_.-]+\.json\.\d+-\d+\.new\Z")
+"""The name that `Write` gives a file before it replaces a state."""
+_OTHERS = re.compile(r"(lost\+found|at|\..*)\Z", re.DOTALL)
+"""`at` has the state directories of other run directories, see `candidates`."""
+_GENERATION = re.compile(rb'"generation"\s*:\s*(\d{1,18})\s*[,}]')
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _log = logging.getLogger("ublkpool.state")
 _attempts = itertools.count()
@@ -57,13 +66,23 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the next store that attaches becomes the device's, whatever its identity."""
 
 
+class _Version(msgspec.Struct):
+    v: int = VERSION
+
+
 class Runner(Protocol):
     """Runs a function in a separate process; see `ControlRunner`."""
 
     async def run_beside(
-        self, what: str, command: "Write", result: type[None], deadline_s: float = SAVE_DEADLINE_S
+        self,
+        what: str,
+        command: "Write",
+        result: type[None],
+        deadline_s: float = SAVE_DEADLINE_S,
+        *,
+        owner: str,
     ) -> None:
-        """Raises `DaemonError` if the function fails, or takes longer than `deadline_s`."""
+        """Raises `DaemonError` if the function fails, takes longer than `deadline_s`, or too many of `owner` hang."""
 
 
 class Write:
@@ -102,29 +121,43 @@ class Write:
 class StateDirectory:
     """The states of one daemon's device names."""
 
-    def __init__(self, directory: Path, runner: Runner, lock: int | None = None) -> None:
-        """Read the directory; `lock` is a descriptor of its lock file, see `open`."""
+    def __init__(self, directory: Path, runner: Runner, locks: Sequence[int] = ()) -> None:
+        """Read the directory; `locks` are the locked descriptors, see `open`.  Raises `DaemonError`."""
         self.directory = directory
         self._runner = runner
-        self._lock = lock
+        self._locks = list(locks)
         self._states: dict[str, DeviceState] = {}
         self._unreadable: dict[str, str] = {}
+        self._last_seen: dict[str, int] = {}
+        """The generations in files that cannot be read otherwise."""
         self._load()
 
     @classmethod
     async def open(cls, candidates: Sequence[Path], runner: Runner) -> Self:
         """Take the first of these directories that exists or can be made, and lock it for this daemon's life.
 
-        Raises `DaemonError` if none can be made or written to, or if another user owns it or another daemon uses it.
+        Raises `DaemonError` if none can be made or written to, if another user owns it or another daemon uses it, or if
+        it is a directory of the system or has files that are not a daemon's.
         """
         directory = _made(candidates)
-        return cls(directory, runner, await _locked(directory))
+        # Also the file: a daemon of an older version locks only that.
+        locks: list[int] = []
+        try:
+            for path, flags in (
+                (directory, os.O_RDONLY | os.O_DIRECTORY),
+                (directory / _LOCK, os.O_RDWR | os.O_CREAT),
+            ):
+                locks.append(await _locked(directory, path, flags))
+            return cls(directory, runner, locks)
+        except BaseException:
+            for fd in locks:
+                os.close(fd)
+            raise
 
     def close(self) -> None:
         """Unlock the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        while self._locks:
+            os.close(self._locks.pop())
 
     def get(self, name: str) -> DeviceState:
         """The state of this name, empty for an unknown one.  Raises `DaemonError` if its file cannot be read."""
@@ -136,8 +169,8 @@ class StateDirectory:
         return self._states.get(name) or DeviceState(name=name)
 
     def generation(self, name: str) -> int:
-        """The generation of the last attach to this name; 0 if there was none or its file cannot be read."""
-        return self._states[name].generation if name in self._states else 0
+        """The generation of the last attach to this name; 0 if there was none or no generation is found in its file."""
+        return self._states[name].generation if name in self._states else self._last_seen.get(name, 0)
 
     def knows(self, name: str) -> bool:
         """Whether this name has a store, or a file that cannot be read."""
@@ -148,7 +181,11 @@ class StateDirectory:
         write = Write(self._path(state.name), msgspec.json.format(msgspec.json.encode(state)) + b"\n")
         try:
             await self._runner.run_beside(
-                f"writing the state of {state.name}", write, type(None), deadline_s=SAVE_DEADLINE_S
+                f"writing the state of {state.name}",
+                write,
+                type(None),
+                deadline_s=SAVE_DEADLINE_S,
+                owner=f"the state of {state.name}",
             )
         except DaemonError as error:
             reason = _plain_reason(error)
@@ -159,24 +196,46 @@ class StateDirectory:
         self._unreadable.pop(state.name, None)
 
     def _load(self) -> None:
-        for left in self.directory.glob(".*.new"):
-            with suppress(OSError):
-                left.unlink()
-        for path in sorted(self.directory.glob("[!.]*.json")):
-            if not path.is_file():
-                continue
-            name = path.name.removesuffix(".json")
-            try:
-                state = msgspec.json.decode(path.read_bytes(), type=DeviceState)
-                if state.name != name:
-                    raise ValueError(f"it is the state of {state.name}")
-                self._states[name] = state
-            except (msgspec.DecodeError, ValueError, OSError) as error:
-                self._unreadable[name] = " ".join(one_line(error).split())
-                _log.error("%s: not a device's state: %s", path, error)
+        # Not `Path.glob`, which takes a directory that cannot be listed for an empty one.
+        try:
+            names = sorted(each.name for each in self.directory.iterdir())
+        except OSError as error:
+            raise DaemonError(
+                f"{_WHAT} {self.directory}: {explain(error)}: choose another with {_OPTION}"
+            ) from error
+        for each in names:
+            path = self.directory / each
+            if _UNFINISHED.match(each):
+                with suppress(OSError):
+                    path.unlink()
+            elif _STATE.match(each):
+                self._read(path, each.removesuffix(".json"))
+
+    def _read(self, path: Path, name: str) -> None:
+        """Read one file.  A name that is there and cannot be read, such as a dangling link, counts as served."""
+        content = b""
+        try:
+            content = path.read_bytes()
+            self._states[name] = _decoded(content, name)
+        except (ValueError, OSError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            self._unreadable[name] = " ".join(reason.split())
+            self._last_seen[name] = max(map(int, _GENERATION.findall(content)), default=0)
+            _log.error("%s: not a device's state: %s", path, self._unreadable[name])
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.json"
+
+
+def _decoded(content: bytes, name: str) -> DeviceState:
+    """The state of this name.  Raises `ValueError`."""
+    version = msgspec.json.decode(content, type=_Version).v
+    if version != VERSION:
+        raise ValueError(f"it has version {version}, and this daemon reads version {VERSION}")
+    state = msgspec.json.decode(content, type=DeviceState)
+    if state.name != name:
+        raise ValueError(f"it is the state of {state.name}")
+    return state
 
 
 def _plain_reason(error: DaemonError) -> str:
@@ -184,32 +243,35 @@ def _plain_reason(error: DaemonError) -> str:
     return os.strerror(code) if code else str(error)
 
 
-async def _locked(directory: Path) -> int:
-    """Lock the directory, waiting `LOCK_PATIENCE_S` for a daemon that is just ending.  Raises `DaemonError`."""
+async def _locked(directory: Path, path: Path, flags: int) -> int:
+    """Lock `path`, waiting `LOCK_PATIENCE_S` for a daemon that is just ending.  Raises `DaemonError`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + LOCK_PATIENCE_S
     try:
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if loop.time() >= deadline_s:
-                os.close(fd)
-                raise DaemonError(
-                    f"{_WHAT} {directory}: another daemon uses it: choose another with {_OPTION}"
-                ) from None
-        await asyncio.sleep(_POLL_S)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if loop.time() >= deadline_s:
+                    raise DaemonError(
+                        f"{_WHAT} {directory}: another daemon uses it: choose another with {_OPTION}"
+                    ) from None
+            await asyncio.sleep(_POLL_S)
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _made(candidates: Sequence[Path]) -> Path:
     *others, last = candidates
     for directory in others:
         try:
-            make_own_directory(directory, _WHAT, _OPTION)
+            _make(directory)
             return directory
         except ConfigError as error:
             # Passed over only where no state can be kept; an existing directory that is refused may have some.
@@ -222,8 +284,26 @@ def _made(candidates: Sequence[Path]) -> Path:
                 last,
                 _OPTION,
             )
-    make_own_directory(last, _WHAT, _OPTION)
+    _make(last)
     return last
+
+
+def _make(directory: Path) -> None:
+    """Make the directory, or check that an existing one is a daemon's or empty.  Raises `ConfigError`."""
+    if make_own_directory(directory, _WHAT, _OPTION):
+        return
+    try:
+        names = [each.name for each in directory.iterdir()]
+    except OSError as error:
+        raise ConfigError(
+            [f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}"]
+        ) from error
+    # Where a daemon has locked the file, later files of other programs do no harm.
+    foreign = sorted(each for each in names if not (_STATE.match(each) or _OTHERS.match(each)))
+    if foreign and _LOCK not in names:
+        raise ConfigError(
+            [f"{_WHAT} {directory}: not a daemon's: it contains {foreign[0]}: choose another with {_OPTION}"]
+        )
 
 
 def candidates(run_dir: Path, given: Path | None) -> list[Path]:

@@ -106,13 +106,16 @@ class ControlRunner:
         result: type[T],
         deadline_s: float = DEADLINE_S,
         begun: asyncio.Event | None = None,
+        owner: str = "",
     ) -> T:
         """As `run`, but without a turn: for a command that completes only after other commands, such as START_DEV.
 
         `begun` is set when the process is about to send its command.  The start is tried again for
-        `START_PATIENCE_S`: a command may be what cleans up after a failed start.
+        `START_PATIENCE_S`: a command may be what cleans up after a failed start.  With an `owner` at most `LOOKS_MAX`
+        calls of that owner run at once, as looks do.
         """
         loop = asyncio.get_running_loop()
+        unfinished = self._with_room(owner, what, f"processes wait for {owner}") if owner else set()
         with ExitStack() as held:
 
             def start() -> _Started:
@@ -125,6 +128,7 @@ class ControlRunner:
 
             pauses = Backoff(loop.time, START_PAUSE_S, START_PAUSE_S)
             started = await start_surely("a control command", start, pauses, _log, START_PATIENCE_S)
+            unfinished.add(started.child)
             return await _finish(what, started, result, deadline_s, begun)
 
     async def look(
@@ -144,10 +148,7 @@ class ControlRunner:
         answer costs a bounded number of processes, and other devices' looks go on.  Raises `CallHung` at the deadline,
         `ControlFailed` for an `OSError` of `work` and if too many looks are unfinished.
         """
-        looks = self._unfinished(owner)
-        if len(looks) >= LOOKS_MAX:
-            pids = ", ".join(str(each.pid) for each in looks)
-            raise ControlFailed(f"{what}: not tried: {len(looks)} processes wait for this disk ({pids})", 0)
+        looks = self._with_room(owner, what, "processes wait for this disk")
         started = _start(what, work, LOOK_TITLE, keep_fds)
         looks.add(started.child)
         try:
@@ -155,6 +156,14 @@ class ControlRunner:
         except CallHung as error:
             _log.error("%s", error)
             raise
+
+    def _with_room(self, owner: str, what: str, why: str) -> set[Child]:
+        """The owner's unfinished calls.  Raises `ControlFailed` if there are as many as may be."""
+        unfinished = self._unfinished(owner)
+        if len(unfinished) >= LOOKS_MAX:
+            pids = ", ".join(str(each.pid) for each in unfinished)
+            raise ControlFailed(f"{what}: not tried: {len(unfinished)} {why} ({pids})", 0)
+        return unfinished
 
     def _unfinished(self, owner: str) -> set[Child]:
         looks = self._looks.setdefault(owner, set())

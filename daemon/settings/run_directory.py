@@ -23,25 +23,6 @@ WAY_OUT = "choose another with --run-dir"
 REPLACE_DEADLINE_S = 90.0
 CLAIMS_MAX = 16
 _NAME_ONE = "name an empty directory, or one that does not exist yet, with --run-dir"
-_SYSTEM = frozenset(
-    [
-        *(
-            "/",
-            "/boot",
-            "/dev",
-            "/dev/shm",
-            "/etc",
-            "/home",
-            "/mnt",
-            "/opt",
-            "/proc",
-            "/root",
-            "/run",
-            "/run/lock",
-        ),
-        *("/srv", "/sys", "/tmp", "/usr", "/var", "/var/lib", "/var/run", "/var/tmp"),
-    ]
-)
 _POLL_S = 0.05
 _WHAT = "run directory"
 _LOCK = "lock"
@@ -167,10 +148,8 @@ class DaemonRuns(DaemonError):
 def _check_is_run_directory(path: Path) -> bool:
     """Whether a daemon used this directory before.
 
-    Raises `ConfigError` for a directory of the system (as /run) or with entries that are not a daemon's, and `OSError`.
+    Raises `ConfigError` for a directory with entries that are not a daemon's, and `OSError`.
     """
-    if str(path.resolve()) in _SYSTEM:
-        raise ConfigError([f"{_WHAT} {path}: a directory of the system: {_NAME_ONE}"])
     entries = {each.name for each in path.iterdir()}
     # With all three present a daemon used this directory, and later entries of other programs do no harm.
     was_here = {_LOCK, "queues", "devices"} <= entries and (path / _LOCK).is_file()

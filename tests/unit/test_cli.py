@@ -466,3 +466,15 @@ def test_python_dash_m_is_the_command() -> None:
 
 def test_the_bare_name_is_not_imported() -> None:
     assert "daemon" not in sys.modules
+
+
+def test_an_add_in_a_directory_that_was_removed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused = run("add", "vol0", "--backend", "file", "path=a.img", run_dir=tmp_path)
+    assert complaint(refused, 2).startswith(
+        "your current directory: No such file or directory: change to one"
+    )

@@ -68,6 +68,7 @@ class Runner(ControlRunner):
         result: type[T],
         deadline_s: float = 0.0,
         begun: asyncio.Event | None = None,
+        owner: str = "",
     ) -> T:
         try:
             found: T = command()

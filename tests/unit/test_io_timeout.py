@@ -28,6 +28,7 @@ class FakeRunner(ControlRunner):
         result: type[T],
         deadline_s: float = 0.0,
         begun: asyncio.Event | None = None,
+        owner: str = "",
     ) -> T:
         self.commands.append(command)
         return result()

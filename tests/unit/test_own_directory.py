@@ -61,3 +61,18 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "file")
     with pytest.raises(DaemonError, match=r"Not a directory|File exists"):
         make(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("directory", ["/etc", "/", "/dev", "", "/dev/shm/..", "/var/lib"])
+def test_a_directory_of_the_system_and_the_current_one_are_refused(directory: str) -> None:
+    with pytest.raises(DaemonError, match=r"directory of the system|the current directory"):
+        make(Path(directory))
+
+
+def test_a_new_directory_is_durable_with_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+    assert make(tmp_path / "lib" / "at" / "own")
+    assert {str(tmp_path), str(tmp_path / "lib"), str(tmp_path / "lib" / "at")} <= set(synced)
+    synced.clear()
+    assert not make(tmp_path / "lib" / "at" / "own") and synced == []

@@ -14,9 +14,12 @@ import pytest
 from support.fakes.states import DirectRunner
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device import state as module
+from ublkpool.daemon.device.binding import Binding
 from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store, Write, candidates
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import control_process
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.children import Child
 from ublkpool.workers.process import fork_child
 
 STORE = Store(kind="file", size_bytes=4096, identity=wire.Identity(value="file:1", store="/x/a.img"))
@@ -213,3 +216,148 @@ def test_a_directory_that_cannot_be_made_is_reported_in_one_clear_line(
         str(failure.value)
         == f"state directory {tmp_path}/no: Read-only file system: choose another with --state-dir"
     )
+
+
+@pytest.mark.parametrize("what", ["a dangling link", "a directory", "a link to itself"])
+def test_a_name_that_is_there_and_cannot_be_read_is_not_a_device_that_was_never_served(
+    tmp_path: Path, what: str
+) -> None:
+    path = tmp_path / "vol0.json"
+    if what == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to(path if what == "a link to itself" else tmp_path / "elsewhere/vol0.json")
+    states = opened(tmp_path)
+    assert states.knows("vol0")
+    with pytest.raises(DaemonError, match=r"ublkpool rebind vol0$"):
+        states.get("vol0")
+
+
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(opened(tmp_path), FIRST)
+
+    def refuse(*_: object) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DaemonError, match="Permission denied"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["another version", "cut short", "another name"])
+def test_no_generation_comes_twice_after_a_rebind_of_a_state_that_cannot_be_read(
+    tmp_path: Path, damage: str
+) -> None:
+    content = msgspec.json.encode(msgspec.structs.replace(FIRST, generation=41))
+    content = {
+        "another version": b'{"v": 2, "new": {"x": 1}, "generation": 41, "name": "vol0"}',
+        "cut short": content[:-3],
+        "another name": content.replace(b"vol0", b"vol1"),
+    }[damage]
+    (tmp_path / "vol0.json").write_bytes(content)
+    states = opened(tmp_path)
+    with pytest.raises(DaemonError) as refusal:
+        states.get("vol0")
+    assert "internal error" not in str(refusal.value)
+    if damage == "another version":
+        assert "it has version 2, and this daemon reads version 1" in str(refusal.value)
+    binding = Binding("vol0", states, "boot")
+    asyncio.run(binding.rebind())
+    attach = wire.Attach(v=1, device="vol0", kind="file", identity=STORE.identity)
+    assert asyncio.run(binding.bind(attach, 4096)) == 42
+
+
+def test_a_generation_that_is_cut_short_is_not_taken_for_a_lower_one(tmp_path: Path) -> None:
+    (tmp_path / "vol0.json").write_bytes(b'{"name": "vol0", "generation": 4')
+    assert opened(tmp_path).generation("vol0") == 0
+
+
+def test_only_unfinished_states_are_removed_from_the_directory(tmp_path: Path) -> None:
+    others = [".bashrc.new", ".vol0.json.new", "vol0.new", ".config.json.7-1.new.bak", "notes"]
+    for each in (*others, ".vol0.json.712-3.new"):
+        (tmp_path / each).write_text("the operator's")
+    opened(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_directory_with_files_that_are_not_a_daemon_s_is_refused_unless_a_daemon_used_it(
+    tmp_path: Path,
+) -> None:
+    async def take() -> None:
+        (await StateDirectory.open([tmp_path / "state"], DirectRunner())).close()
+
+    (tmp_path / "state").mkdir(0o700)
+    (tmp_path / "state/thesis.txt").write_text("")
+    with pytest.raises(DaemonError, match=r"it contains thesis.txt: choose another with --state-dir$"):
+        asyncio.run(take())
+    assert [each.name for each in (tmp_path / "state").iterdir()] == ["thesis.txt"]
+    (tmp_path / "state/thesis.txt").unlink()
+    (tmp_path / "state/vol0.json").write_bytes(msgspec.json.encode(FIRST))
+    asyncio.run(take())
+    (tmp_path / "state/vol0.json.bak").write_text("")
+    asyncio.run(take())
+
+
+def test_two_daemons_do_not_share_a_directory_that_was_emptied_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_PATIENCE_S", 0.0)
+
+    async def run() -> None:
+        first = await StateDirectory.open([tmp_path], DirectRunner())
+        await first.save(FIRST)
+        for each in tmp_path.iterdir():
+            each.unlink()
+        with pytest.raises(DaemonError, match="another daemon uses it"):
+            await StateDirectory.open([tmp_path], DirectRunner())
+        first.close()
+        (await StateDirectory.open([tmp_path], DirectRunner())).close()
+
+    asyncio.run(run())
+
+
+def test_the_processes_that_hang_in_the_state_directory_are_bounded_for_each_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    class Stuck(Child):
+        """A process that waits in the kernel: SIGKILL does not end it."""
+
+        def __init__(self) -> None:
+            self.pid = 0
+
+        @property
+        def exit_status(self) -> int | None:
+            return None
+
+        async def wait(self) -> int:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        def send(self, number: signal.Signals) -> None:
+            """It hears nothing."""
+
+    def start(*_: object) -> Any:
+        started.append(1)
+        reader, writer = os.pipe()
+        os.close(writer)
+        return control_process._Started(Stuck(), reader)
+
+    monkeypatch.setattr(control_process, "_start", start)
+    monkeypatch.setattr(module, "SAVE_DEADLINE_S", 0.01)
+
+    async def run() -> None:
+        states = StateDirectory(tmp_path, ControlRunner())
+        for each in range(3 * control_process.LOOKS_MAX):
+            with pytest.raises(DaemonError) as error:
+                await states.save(FIRST)
+            assert ("not tried" in str(error.value)) is (each >= control_process.LOOKS_MAX)
+        with pytest.raises(DaemonError, match="has hung"):
+            await states.save(DeviceState(name="vol1"))
+
+    asyncio.run(run())
+    assert len(started) == control_process.LOOKS_MAX + 1

@@ -12,7 +12,13 @@ class DirectRunner:
     """Runs each command in this process."""
 
     async def run_beside(
-        self, what: str, command: Callable[[], Any], result: type[None], deadline_s: float = 0.0
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[None],
+        deadline_s: float = 0.0,
+        *,
+        owner: str = "",
     ) -> None:
         try:
             command()

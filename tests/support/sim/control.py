@@ -149,6 +149,7 @@ class SimRunner:
         _result: object,
         deadline_s: float = DEADLINE_S,
         begun: asyncio.Event | None = None,
+        owner: str = "",
     ) -> Any:
         if begun is not None and self._defect == END_COMES_LATE:
             begun.set()
