@@ -18,9 +18,9 @@ TOKEN_BYTES = 16
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The store that a backend serves a device from; a successor must bring the same identity.
 
-    `value` is compared as a whole.  It survives changes that keep the data (a rename, a reboot, growth) and changes
-    when another store takes its place.  `in_boot` is compared only until the machine boots again; a store with an
-    empty `value` and an `in_boot` ends with the boot.
+    `value` is compared as a whole, a file's by its parts (`same_store.py`).  It survives changes that keep the data (a
+    rename, a reboot, growth) and changes when another store takes its place.  `in_boot` is compared only until the
+    machine boots again; a store with an empty `value` and an `in_boot` ends with the boot.
     """
 
     value: str = ""

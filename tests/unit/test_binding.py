@@ -263,3 +263,36 @@ def test_the_store_that_an_earlier_daemon_served_is_learnt_if_none_is_known(name
 
 def test_a_boot_has_an_id() -> None:
     assert boot_id() == boot_id() and len(boot_id()) == 36
+
+
+EXT4, XFS = "ef53", "58465342"
+UUID, OTHER_UUID = "96da01f2edb45d7b73b6ded9876ded7a", "11111111111111111111111111111111"
+INODE64, INODE32 = "81-8300000000000000aabbccdd", "1-83000000aabbccdd"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_same"),
+    [
+        (f"file:{EXT4}::1-0c00aabb", f"file:{EXT4}:{UUID}:1-0c00aabb", True),
+        (f"loop:0:file:{EXT4}::1-0c00aabb:at:2048", f"loop:0:file:{EXT4}:{UUID}:1-0c00aabb:at:2048", True),
+        (f"file:{XFS}:{UUID}:{INODE64}", f"file:{XFS}:{UUID}:{INODE32}", True),
+        (f"file:{EXT4}::1-0c00aabb", f"file:{EXT4}:{UUID}:1-0c00aabc", False),
+        (f"file:{EXT4}:{OTHER_UUID}:1-0c00aabb", f"file:{EXT4}:{UUID}:1-0c00aabb", False),
+        (f"file:{XFS}:{UUID}:81-8300000001000000aabbccdd", f"file:{XFS}:{UUID}:{INODE32}", False),
+        (f"file:{EXT4}:{UUID}:{INODE64}", f"file:{EXT4}:{UUID}:{INODE32}", False),
+        (f"loop:0:file:{EXT4}::1-0c00aabb", f"loop:4096:file:{EXT4}:{UUID}:1-0c00aabb", False),
+        (f"loop:0:file:{EXT4}::1-0c00aabb:at:2048", f"loop:0:file:{EXT4}::1-0c00aabb:at:4096", False),
+        (f"file:{EXT4}::1-0c00aabb", f"loop:0:file:{EXT4}:{UUID}:1-0c00aabb", False),
+    ],
+)
+def test_a_file_stays_the_same_store_under_a_newer_kernel_and_another_mount_option(
+    first: str, second: str, is_same: bool
+) -> None:
+    """Linux 6.9 brings the file system's UUID, xfs with inode32 another handle of the same file."""
+    for bound, brought in ((first, second), (second, first)):
+        name = Name()
+        name.attach(wire.Identity(value=bound))
+        if is_same:
+            name.attach(wire.Identity(value=brought))
+        else:
+            assert "ublkpool rebind vol0" in name.refusal(wire.Identity(value=brought))

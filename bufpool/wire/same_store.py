@@ -1,0 +1,37 @@
+"""Whether two identity values name the same store, though another kernel or mount option wrote them differently.
+
+Compares the parts of a file's value as `bufpool/sdk/store_identity.py` makes it, `file:MAGIC:UUID:NAME`, also behind
+`loop:OFFSET:`.  All other values are compared as a whole.  Pure.
+"""
+
+import re
+
+_FILE = re.compile(r"(?P<before>(?:loop:\d+:)*)file:(?P<magic>[0-9a-f]+):(?P<uuid>[0-9a-f]*):(?P<name>.+)")
+_XFS = "58465342"
+_XFS_HANDLE = re.compile(
+    r"(?P<type>81|1)-(?P<inode>[0-9a-f]{8}(?:[0-9a-f]{8})?)(?P<generation>[0-9a-f]{8})(?P<rest>:.*|)"
+)
+
+
+def is_same_value(one: str, other: str) -> bool:
+    """Whether both values name the same store.
+
+    Linux before 6.9 does not tell the file system's UUID (FS_IOC_GETFSUUID): a missing one equals any.  xfs writes
+    64-bit inode numbers into handles unless it is mounted with inode32 (`xfs_fileid_length`).
+    """
+    if one == other:
+        return True
+    first, second = _FILE.fullmatch(one), _FILE.fullmatch(other)
+    if first is None or second is None:
+        return False
+    if first["uuid"] and second["uuid"] and first["uuid"] != second["uuid"]:
+        return False
+    return _without_uuid(first) == _without_uuid(second)
+
+
+def _without_uuid(value: re.Match[str]) -> tuple[str, str, str]:
+    name = value["name"]
+    if value["magic"] == _XFS and (handle := _XFS_HANDLE.fullmatch(name)):
+        # Little-endian: a 32-bit number is a 64-bit one without its upper half.
+        name = f"{handle['inode']:0<16}-{handle['generation']}{handle['rest']}"
+    return value["before"], value["magic"], name
