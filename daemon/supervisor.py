@@ -181,8 +181,9 @@ class Supervisor:
             self.end()
 
     async def settled(self) -> None:
-        """Return when no task changes a device."""
+        """Return when no task changes a device, and the holder has what the next daemon needs."""
         await self._table.settled()
+        await self._context.holder.settled()
 
     async def renew(self, names: _Names) -> None:
         """Replace the processes that run an earlier version: broker, holder, then these devices' workers in turn."""

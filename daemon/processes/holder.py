@@ -15,6 +15,7 @@ import os
 import selectors
 import signal
 import socket
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ PATH = "held.sock"
 RESTART_PAUSE_S = 0.1
 RESTART_MAX_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
+_POLL_S = 0.02
 _log = logging.getLogger("ublkpool.holder")
 
 
@@ -78,6 +80,11 @@ class Holder(SupervisedProcess):
         self._path = run_dir / PATH
         self._held: dict[str, int] = {}
         self._channel: _Channel | None = None
+        self._unsent: deque[Hold | Drop | Stop] = deque()
+        """What the socket has no room for yet; a `Hold` is sent with what its name stands for then."""
+        self._patience: asyncio.TimerHandle | None = None
+        """Runs while `_unsent` has entries: a holder that reads nothing is replaced."""
+        self._loop = asyncio.get_running_loop()
         self._renewing = False
 
     @property
@@ -133,19 +140,20 @@ class Holder(SupervisedProcess):
         self._renewing = False
 
     def _close(self) -> None:
+        self._give_up_unsent()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
 
     def _on_restart(self) -> None:
-        for name, fd in self._held.items():
-            self._send(Hold(name), fd)
+        for name in self._held:
+            self._send(Hold(name))
 
     def hold(self, name: str, fd: int) -> None:
         """Have the holder keep a duplicate; `fd` stays the caller's.  This process keeps one too, for a restart."""
         self._forget(name)
         self._held[name] = os.dup(fd)
-        self._send(Hold(name), fd)
+        self._send(Hold(name))
 
     def drop(self, name: str) -> None:
         """Close this name's descriptor and all below it."""
@@ -177,14 +185,51 @@ class Holder(SupervisedProcess):
             await self.child.kill()
         self._path.unlink(missing_ok=True)
 
-    def _send(self, message: Hold | Drop | Stop, fd: int | None = None) -> None:
+    async def settled(self) -> None:
+        """Return when the holder was sent everything, or is being replaced."""
+        while self._unsent and self._channel is not None:
+            await asyncio.sleep(_POLL_S)
+
+    def _send(self, message: Hold | Drop | Stop) -> None:
+        if self._channel is None:
+            return
+        self._unsent.append(message)
+        # The socket takes about 280 messages; those that wait for room keep their order.
+        if self._patience is None:
+            self._send_unsent()
+
+    def _send_unsent(self) -> None:
         if self._channel is None:
             return
         try:
-            self._channel.send(message, fd)
+            while self._unsent:
+                self._send_one(self._channel, self._unsent[0])
+                self._unsent.popleft()
+                self._stop_waiting()
+        except BlockingIOError:
+            if self._patience is None:
+                self._loop.add_writer(self._channel, self._send_unsent)
+                self._patience = self._loop.call_later(_ANSWER_TIMEOUT_S, self._channel.hang_up)
         except OSError:
-            # It has died or hangs: `keep_running` sees the end, and the next one is given everything.
+            # It has died: `keep_running` sees the end, and the next one is given everything.
+            self._give_up_unsent()
             self._channel.hang_up()
+
+    def _send_one(self, channel: _Channel, message: Hold | Drop | Stop) -> None:
+        if not isinstance(message, Hold):
+            channel.send(message)
+        elif (fd := self._held.get(message.name)) is not None:
+            channel.send(message, fd)
+
+    def _give_up_unsent(self) -> None:
+        self._unsent.clear()
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None and self._channel is not None:
+            self._patience.cancel()
+            self._patience = None
+            self._loop.remove_writer(self._channel)
 
 
 def _connect(path: Path) -> _Channel | None:

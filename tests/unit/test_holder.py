@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ublkpool.daemon.processes import holder as holder_module
 from ublkpool.daemon.processes.holder import Holder
 
 DEADLINE_S = 30
@@ -84,8 +85,10 @@ async def test_a_dropped_or_replaced_descriptor_is_closed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
-    tmp_path: Path, how: signal.Signals
+    tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(holder_module, "_ANSWER_TIMEOUT_S", 0.5)
+
     @in_loop
     async def run(run_dir: Path) -> None:
         holder = Holder(run_dir)
@@ -98,7 +101,7 @@ def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
         while holder.child is before:
             # One that hangs is noticed when it takes nothing more.
             holder.drop("nothing")
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         die(holder)
         keeper.cancel()
         second, found = await successor(run_dir)
@@ -109,6 +112,33 @@ def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
         await second.stop()
 
     run(tmp_path)
+
+
+@in_loop
+async def test_a_holder_gets_more_descriptors_than_its_socket_takes_at_once(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    holder.start()
+    keeper = asyncio.ensure_future(holder.keep_running())
+    names = [f"vol{number}/pool" for number in range(400)]
+    with open(os.devnull) as null:
+        for name in names:
+            holder.hold(name, null.fileno())
+    holder.drop(names.pop())
+    await holder.settled()
+    before = holder.child
+    os.kill(before.pid, signal.SIGKILL)
+    while holder.child is before or holder._channel is None:
+        await asyncio.sleep(0.01)
+    second = holder.child
+    await holder.settled()
+    assert holder.child is second, "the second holder lives"
+    die(holder)
+    keeper.cancel()
+    heir, found = await successor(tmp_path)
+    assert sorted(found) == sorted(names)
+    for fd in found.values():
+        os.close(fd)
+    await heir.stop()
 
 
 @pytest.mark.parametrize(("renewed", "level"), [(True, logging.INFO), (False, logging.WARNING)])
