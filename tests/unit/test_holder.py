@@ -120,7 +120,7 @@ async def test_a_holder_gets_more_descriptors_than_its_socket_takes_at_once(tmp_
     holder.start()
     keeper = asyncio.ensure_future(holder.keep_running())
     names = [f"vol{number}/pool" for number in range(400)]
-    with open(os.devnull) as null:
+    with Path(os.devnull).open() as null:
         for name in names:
             holder.hold(name, null.fileno())
     holder.drop(names.pop())
@@ -132,8 +132,9 @@ async def test_a_holder_gets_more_descriptors_than_its_socket_takes_at_once(tmp_
     second = holder.child
     await holder.settled()
     assert holder.child is second, "the second holder lives"
-    die(holder)
     keeper.cancel()
+    await asyncio.wait({keeper})
+    die(holder)
     heir, found = await successor(tmp_path)
     assert sorted(found) == sorted(names)
     for fd in found.values():
