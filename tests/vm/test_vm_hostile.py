@@ -219,6 +219,8 @@ def test_a_region_named_twice_fails_the_second_write_and_saves_the_first(daemon:
 def test_after_a_hostile_backend_a_correct_one_serves(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "pool")
     request, data = scenes.commit(Breach("kind", telling(CUT["unknown kind"]), Op.WRITE, 0), 1)
+    # The hostile one told no identity, so that another kind is accepted only on purpose.
+    daemon.client.rebind("victim")
     daemon.backend("memory", "victim", size=DISK_BYTES)
     assert request.wait() == 0
     assert read_block(scenes.path, CHUNK, CHUNK) == data
