@@ -107,9 +107,18 @@ class Records:
             self._path(name).with_suffix(suffix).unlink(missing_ok=True)
 
     def load(self) -> list[Record]:
-        """All records; one that cannot be read is logged and left out."""
+        """All records; one that cannot be read is logged and left out.  Raises `DaemonError` if none can be listed."""
         found = []
-        for path in sorted(self._directory.glob("*.json")):
+        # Not `Path.glob`: it takes a directory that cannot be listed for an empty one, and the devices would be lost.
+        try:
+            paths = sorted(self._directory.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DaemonError(f"{self._directory}: {explain(error)}") from error
+        for path in paths:
+            if path.suffix != ".json":
+                continue
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
             except OSError as error:

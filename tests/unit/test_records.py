@@ -57,6 +57,22 @@ def test_a_record_comes_back_as_it_was_and_the_last_one_counts(tmp_path: Path) -
     assert store.load() == [record(Process("worker", 7, 8), epoch=2)]
 
 
+def test_records_that_cannot_be_listed_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Records(tmp_path / "devices")
+    assert store.load() == []
+    store.save(record())
+
+    def refuse(*_: object) -> object:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DaemonError, match=r"devices: Permission denied"):
+        store.load()
+
+
 def test_a_full_file_system_keeps_no_record_from_being_replaced_and_names_the_first_that_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
