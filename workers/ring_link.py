@@ -157,7 +157,7 @@ class RingLink:
             asked = msgspec.json.decode(connection.recv(_QUESTION_BYTES_MAX), type=OpenRing)
         except BlockingIOError:
             return
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._turn_away(connection)
             return
         # A backend that has sent HELLO already, by frame or ring, gets no other rings.

@@ -157,5 +157,5 @@ def decode_reply(line: bytes) -> Reply:
     """The message in a daemon's line.  Raises `DaemonError`."""
     try:
         return _reply_decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DaemonError(f"the daemon's answer makes no sense: {error}") from error

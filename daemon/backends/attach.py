@@ -17,7 +17,6 @@ from pathlib import Path
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, PoolError, WireError
-from ublkpool.bufpool.packets import receive_descriptors
 from ublkpool.bufpool.seals import is_sealed
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of
@@ -25,8 +24,8 @@ from ublkpool.daemon.backends.refusals import Refusals, plain
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.guarded_socket import GuardedSocket, NotMemory
 from ublkpool.daemon.processes.open_files import reopened
-from ublkpool.daemon.processes.readable import readable
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 
 ATTACH_DEADLINE_S = 10.0
@@ -36,12 +35,12 @@ UNHEARD_PER_USER_MAX = 64
 ADMITTED_AT_ONCE_MAX = 16
 """Backends that wait for one device to answer."""
 ACCEPT_PAUSE_S = 1.0
-UNREAD_MAX = 16
 _KIND_LENGTH_MAX = 255
 IDENTITY_LENGTH_MAX = 1024
 GENERATION_SEEN_MAX = 1 << 62
 """Leaves room in 64 bits for every generation that a device can reach after it."""
 _DESCRIPTORS_MAX = 4
+_NO_MEMFD = "its segment must be a memfd with F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL"
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
 LendBuffer = Callable[[str, socket.socket], tuple[wire.BufferLeased, int | None]]
 """The answer to a client of this device, and memory that is the client's until its connection ends."""
@@ -97,7 +96,7 @@ def _check_segment(segment_bytes: int, fd: int | None) -> None:
     if not stat.S_ISREG(about.st_mode) or about.st_size < segment_bytes:
         raise AttachRefused(f"its segment has {about.st_size} bytes, not the {segment_bytes} it says")
     if not is_sealed(fd):
-        raise AttachRefused("its segment must be a memfd with F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL")
+        raise AttachRefused(_NO_MEMFD)
     if about.st_blocks * 512 < segment_bytes:
         raise AttachRefused("its segment is not allocated in full: posix_fallocate it")
 
@@ -162,7 +161,6 @@ class AttachServer:
             loop.remove_reader(self._listener)
             loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
-        sock.setblocking(False)
         if self._listener.was_short:
             # No descriptor would be left to watch its process by.
             self._refuse(sock, one_line(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
@@ -171,6 +169,7 @@ class AttachServer:
 
     def receive(self, sock: socket.socket) -> None:
         """Take a connection over: receive its first message, and answer."""
+        sock = sock if isinstance(sock, GuardedSocket) else GuardedSocket(sock)
         try:
             peer = peer_of(sock)
             check_may_attach(peer, self._group)
@@ -188,7 +187,7 @@ class AttachServer:
                 f"user {peer.uid} has {self._unheard[peer.uid]} connections that have said nothing: try later"
             )
 
-    async def _welcome(self, sock: socket.socket, peer: Peer) -> None:
+    async def _welcome(self, sock: GuardedSocket, peer: Peer) -> None:
         files: list[int] = []
         session, is_client = None, False
         try:
@@ -231,12 +230,13 @@ class AttachServer:
                 _hand_out(sock, leased, fd)
         return fd is not None
 
-    async def _first_message(self, sock: socket.socket, peer: Peer, files: list[int]) -> wire.BackendMessage:
+    async def _first_message(self, sock: GuardedSocket, peer: Peer, files: list[int]) -> wire.BackendMessage:
         try:
             packet = await asyncio.wait_for(_first_packet(sock, files), ATTACH_DEADLINE_S)
         finally:
             self._unheard[peer.uid] -= 1
             self._unheard += Counter()
+        sock.refuse_descriptors()
         return wire.decode_backend_message(packet)
 
     async def _bring(self, session: Session) -> None:
@@ -256,12 +256,9 @@ class AttachServer:
             self._admitting[device] -= 1
             self._admitting += Counter()
 
-    def _refuse(self, sock: socket.socket, reason: str) -> None:
+    def _refuse(self, sock: GuardedSocket, reason: str) -> None:
         with suppress(OSError):
             sock.send(wire.encode_message(wire.Refused(reason=self._noted(reason))))
-            # A socket closed with unread packets resets the connection, and the peer would not receive the reason.
-            for _ in range(UNREAD_MAX):
-                sock.recv(1)
         sock.close()
 
     def _noted(self, reason: str) -> str:
@@ -284,13 +281,12 @@ def _hand_out(sock: socket.socket, leased: wire.BufferLeased, fd: int) -> None:
         os.close(handed)
 
 
-async def _first_packet(sock: socket.socket, files: list[int]) -> bytes:
-    await readable(sock)
-    packet, received, flags = receive_descriptors(sock, wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX)
-    files.extend(received)
-    if flags & socket.MSG_CTRUNC and len(files) < _DESCRIPTORS_MAX:
-        # The buffer had room for more: this process has reached its limit of descriptors.
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(files) > 1:
+async def _first_packet(sock: GuardedSocket, files: list[int]) -> bytes:
+    try:
+        packet = await sock.receive(wire.ATTACH_MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX)
+    except NotMemory as error:
+        raise AttachRefused(_NO_MEMFD) from error
+    files.extend(packet.files)
+    if packet.is_cut or len(files) > 1:
         raise WireError("attach: one packet of at most 64 KiB with at most one descriptor")
-    return packet
+    return packet.data

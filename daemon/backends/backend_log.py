@@ -1,7 +1,8 @@
 """The stderr of a backend that the daemon runs, copied to the daemon's log.
 
 Built-in backends write JSON lines there, whose level and message are logged; any other line, such as a library's
-message, is logged as it is.  Runs on the supervisor's asyncio loop.
+message, is logged as it is.  A backend that prints without end costs the loop one read a turn, and the log a bounded
+number of lines; the lines that were left out are counted.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -13,6 +14,13 @@ import msgspec
 from ublkpool.daemon.errors import without_name
 
 LINE_BYTES_MAX = 65536
+LINES_MAX = 500
+"""Lines that one backend may log in `PERIOD_S`."""
+PERIOD_S = 10.0
+PAUSE_S = 0.05
+"""Between two reads from a backend that has logged `LINES_MAX`: it waits meanwhile if its pipe is full."""
+_LAST_READS_MAX = 16
+"""A dead backend's pipe holds less, unless a child of it still writes."""
 _COMPLAINT = "ublkpool: "
 _log = logging.getLogger("ublkpool.backend")
 
@@ -41,21 +49,41 @@ class BackendLog:
         """The last line, if it was an error."""
         self.last_warning = ""
         """The last line, if it was a warning or an error."""
+        self._logged = self._left_out = 0
+        self._period: asyncio.TimerHandle | None = None
         os.set_blocking(reader, False)
-        self._loop.add_reader(reader, self.hear)
+        self._listen()
 
-    def hear(self) -> None:
-        """Log every line that has come."""
-        while self._reader is not None:
-            try:
-                text = os.read(self._reader, LINE_BYTES_MAX)
-            except BlockingIOError:
+    def _listen(self) -> None:
+        if self._reader is not None:
+            self._loop.add_reader(self._reader, self._hear)
+
+    def _hear(self) -> None:
+        self._read_once()
+        if self._left_out and self._reader is not None:
+            self._loop.remove_reader(self._reader)
+            self._loop.call_later(PAUSE_S, self._listen)
+
+    def drain(self) -> None:
+        """Log what the backend, which has ended, wrote last."""
+        for _ in range(_LAST_READS_MAX):
+            if not self._read_once():
                 return
-            self._take(text)
-            if not text:
-                self._loop.remove_reader(self._reader)
-                os.close(self._reader)
-                self._reader = None
+
+    def _read_once(self) -> bool:
+        """Take what one read returns; whether more may follow."""
+        if self._reader is None:
+            return False
+        try:
+            text = os.read(self._reader, LINE_BYTES_MAX)
+        except BlockingIOError:
+            return False
+        self._take(text)
+        if not text:
+            self._loop.remove_reader(self._reader)
+            os.close(self._reader)
+            self._reader = None
+        return bool(text)
 
     def _take(self, text: bytes) -> None:
         *lines, self._rest = (self._rest + text).split(b"\n")
@@ -63,15 +91,35 @@ class BackendLog:
         if not text or len(self._rest) > LINE_BYTES_MAX:
             lines.append(self._rest)
             self._rest = b""
-        for line in lines:
-            if line.strip():
-                self._say(line)
+        lines = [line for line in lines if line.strip()]
+        room = max(0, LINES_MAX - self._logged)
+        for line in lines[:room]:
+            self._log(*self._note(line))
+        if len(lines) > room:
+            # The last line of all may say why it ends.
+            self._note(lines[-1])
+            self._left_out += len(lines) - room
+        self._logged += min(len(lines), room)
+        if lines and self._period is None:
+            self._period = self._loop.call_later(PERIOD_S, self._begin_period)
 
-    def _say(self, line: bytes) -> None:
+    def _begin_period(self) -> None:
+        left_out, self._left_out, self._logged, self._period = self._left_out, 0, 0, None
+        if left_out:
+            _log.warning(
+                "%s: its backend wrote more than %d lines in %g s: %d are left out here",
+                *(self._device, LINES_MAX, PERIOD_S, left_out),
+            )
+
+    def _note(self, line: bytes) -> tuple[int, str, str]:
+        """The line's level, message and traceback, kept as the last."""
         level, message, traceback = _read(line)
         message = without_name(self._device, message)
         self.last_error = message if level >= logging.ERROR else ""
         self.last_warning = message if level >= logging.WARNING else ""
+        return level, message, traceback
+
+    def _log(self, level: int, message: str, traceback: str) -> None:
         fields = {"traceback": traceback} if traceback else {}
         _log.log(level, "%s: %s", self._device, message, extra={"fields": fields})
 
@@ -80,7 +128,7 @@ def _read(line: bytes) -> tuple[int, str, str]:
     """A line's level, message and traceback."""
     try:
         record = _decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = line.decode(errors="replace").strip()
         # A command prefixes its line this way only if it fails.
         level = logging.ERROR if text.startswith(_COMPLAINT) else logging.INFO

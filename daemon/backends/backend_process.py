@@ -110,7 +110,7 @@ class BackendProcess(SupervisedProcess):
 
     def obituary(self) -> str:
         """How it ended, and the error that it logged last, if nothing followed that."""
-        self._words.hear()
+        self._words.drain()
         how = describe_exit(self.child.exit_status or 0)
         why = f": {self._words.last_error}" if self._words.last_error else ""
         return f"backend {self._config.kind} ended: {how}{why}"

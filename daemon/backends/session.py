@@ -19,6 +19,7 @@ from typing import Self
 from ublkpool.bufpool import wire
 from ublkpool.daemon.backends.peer import Peer, peer_of, peer_pidfd
 from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.guarded_socket import GuardedSocket, UndueDescriptors
 
 LEAVE_PATIENCE_S = 10.0
 """A backend that has closed its connection is killed if it has not ended after this time."""
@@ -74,8 +75,9 @@ class Session:
         generation: int = 0,
     ) -> Self:
         """Go on with the connection of a backend that an earlier daemon attached.  Raises `OSError`."""
-        sock.setblocking(False)
-        session = cls(sock, peer_of(sock), attach, segment_fd)
+        guarded = GuardedSocket(sock)
+        guarded.refuse_descriptors()
+        session = cls(guarded, peer_of(guarded), attach, segment_fd)
         session.token, session.segment, session.generation = token, segment, generation
         session._has_memory = True
         return session
@@ -164,13 +166,19 @@ class Session:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def close(self) -> None:
-        """Let go of the connection and of all descriptors.  Harmless twice."""
+    def close(self, is_kept: bool = False) -> None:
+        """Let go of the connection and of all descriptors; `is_kept`: the holder's copy stays usable.
+
+        Harmless twice.
+        """
         if self._sock.fileno() < 0:
             return
         self._background.cancel()
         self._stop_listening()
-        self._sock.close()
+        if is_kept and isinstance(self._sock, GuardedSocket):
+            self._sock.release()
+        else:
+            self._sock.close()
         for fd in (self.segment_fd, self._pidfd):
             if fd is not None:
                 os.close(fd)
@@ -180,6 +188,12 @@ class Session:
         try:
             packet = self._sock.recv(1)
         except BlockingIOError:
+            return
+        except UndueDescriptors:
+            _log.error("%s: backend cut off: it sends descriptors after its attach", self.attach.device)
+            if self._has_memory:
+                self._cut_off_soon()
+            self._on_close()
             return
         except ConnectionError:
             packet = b""

@@ -199,4 +199,4 @@ class AttachedBackend:
     def abandon(self) -> None:
         """Close the connection here; the backend and the holder's copy of it stay as they are."""
         if self.session is not None:
-            self.session.close()
+            self.session.close(is_kept=True)

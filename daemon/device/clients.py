@@ -19,6 +19,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, ClientArea
 from ublkpool.daemon.processes.background import Background, logged
+from ublkpool.daemon.processes.guarded_socket import GuardedSocket
 from ublkpool.daemon.processes.held_names import client_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import is_open_elsewhere
@@ -63,9 +64,7 @@ class Clients:
             if fd is None:
                 self._resting.add(number)
             else:
-                sock = socket.socket(fileno=os.dup(fd))
-                sock.setblocking(False)
-                self._watch(number, sock)
+                self._watch(number, GuardedSocket(socket.socket(fileno=os.dup(fd))))
         self._settle()
 
     def counts(self) -> tuple[int, int, int]:

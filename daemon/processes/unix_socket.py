@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.guarded_socket import GuardedSocket
 from ublkpool.daemon.processes.reserve import Reserve
 
 
@@ -61,18 +62,22 @@ class ReservedListener(socket.socket):
         self.was_short = False
         """Whether the connection accepted last took the reserved descriptor."""
 
-    def accept(self) -> "tuple[socket.socket, object]":
+    def accept(self) -> "tuple[GuardedSocket, object]":
         """As `socket.socket.accept`; raises `OSError` if the reserved descriptor is in use, too."""
         self._reserve.refill()
         try:
             self.was_short = False
-            return super().accept()
+            return self._guarded()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
         self.was_short = True
         with self._reserve.released():
-            return super().accept()
+            return self._guarded()
+
+    def _guarded(self) -> "tuple[GuardedSocket, object]":
+        sock, address = super().accept()
+        return GuardedSocket(sock), address
 
     def close(self) -> None:
         """Close the socket and the reserved descriptor."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support.fakes.standstill import STANDS_MAX_S, watched_loop
 from ublkpool.daemon.backends import backend_log, backend_process
 from ublkpool.daemon.backends.backend_log import LINE_BYTES_MAX, BackendLog
 from ublkpool.daemon.backends.backend_process import BackendProcess
@@ -48,12 +49,12 @@ class Voice:
         """Levels and messages that these words are logged with."""
         self._caplog.clear()
         os.write(self._writer, words)
-        self.log.hear()
+        self.log.drain()
         return [(each.levelname, each.getMessage()) for each in self._caplog.records]
 
     def end(self) -> None:
         os.close(self._writer)
-        self.log.hear()
+        self.log.drain()
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ async def test_how_a_backend_ended_is_its_trouble_until_the_next_one_serves(tmp_
 async def test_the_last_warning_of_a_starting_backend_is_its_trouble(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()
-    process._words._say(record("warning", "/x: locked by process 9; waiting up to 5 s"))
+    process._words._note(record("warning", "/x: locked by process 9; waiting up to 5 s"))
     assert process.trouble == "backend nosuch: /x: locked by process 9; waiting up to 5 s"
     await process.child.wait()
     assert process.trouble == ""
@@ -197,3 +198,38 @@ def test_pauses_double_until_a_process_has_lived_steadily() -> None:
         now_s += life_s
         delays.append(backoff.ended())
     assert delays == [1.0, 2.0, 4.0, 5.0, 1.0, 2.0]
+
+
+@in_a_loop
+async def test_a_backend_that_prints_without_end_stops_no_other_device(
+    heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_log, "PERIOD_S", 0.5)
+    reader, writer = os.pipe()
+    talker = await asyncio.create_subprocess_exec("yes", stdout=writer)
+    os.close(writer)
+    try:
+        async with watched_loop() as seen:
+            BackendLog("vol0", reader)
+            async with asyncio.timeout(10):
+                while "are left out here" not in heard.text:
+                    await asyncio.sleep(0.01)
+    finally:
+        talker.kill()
+        await talker.wait()
+    assert seen.longest_s < STANDS_MAX_S
+    assert len(heard.records) <= 2 * backend_log.LINES_MAX + 2
+
+
+@in_a_loop
+async def test_the_last_of_too_many_lines_still_says_why_it_ended(heard: pytest.LogCaptureFixture) -> None:
+    voice = Voice(heard)
+    voice.say(b"noise\n" * (backend_log.LINES_MAX + 1) + record("error", "no space"))
+    assert voice.log.last_error == "no space"
+    assert len(heard.records) == backend_log.LINES_MAX
+
+
+@in_a_loop
+async def test_a_line_that_is_nested_too_deeply_is_logged_as_text(heard: pytest.LogCaptureFixture) -> None:
+    line = b'{"level":"error","message":"x","a":' + b"[" * 60_000
+    assert Voice(heard).say(line + b"\n") == [("INFO", f"vol0: {line.decode()}")]

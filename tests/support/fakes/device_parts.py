@@ -90,7 +90,7 @@ class FakeSession(Session):
     def entrust(self, message: wire.DaemonMessage, fds: Sequence[int]) -> None:
         """It maps nothing."""
 
-    def close(self) -> None:
+    def close(self, is_kept: bool = False) -> None:
         """It has no descriptor."""
 
     def fileno(self) -> int:

@@ -80,7 +80,7 @@ class SimSession(Session):
         self.backend.kill_now()
         await self.gone()
 
-    def close(self) -> None:
+    def close(self, is_kept: bool = False) -> None:
         """Nothing is open."""
 
     def ended(self) -> None:
