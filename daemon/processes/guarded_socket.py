@@ -73,9 +73,7 @@ class GuardedSocket(socket.socket):
         self.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, wanted)
 
     def _head(self) -> _Head:
-        room = socket.CMSG_LEN(_CREDENTIALS_BYTES)
-        _, ancillary, flags, _ = self.recvmsg(1, room, socket.MSG_PEEK)
-        return _Head(bool(ancillary), bool(flags & socket.MSG_CTRUNC))
+        return _next(self, 1, socket.MSG_PEEK)
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """As `socket.socket.recv`; raises `UndueDescriptors`."""
@@ -140,6 +138,15 @@ class GuardedSocket(socket.socket):
             except OSError:
                 return True
         return False
+
+
+def _next(sock: socket.socket, bytes_max: int, flags: int = 0) -> _Head:
+    """Read, with room for a packet's credentials only, which close no descriptor if `flags` has MSG_PEEK."""
+    room = socket.CMSG_LEN(_CREDENTIALS_BYTES)
+    data, ancillary, found, _ = sock.recvmsg(bytes_max, room, flags)
+    # A stream has credentials at its end, too (`unix_stream_read_generic`, net/unix/af_unix.c), and no empty packets.
+    is_packet = bool(data) if sock.type == socket.SOCK_STREAM else bool(ancillary)
+    return _Head(is_packet, bool(found & socket.MSG_CTRUNC))
 
 
 def _judge(verdict: bytes, packet: Packet, flags: int) -> Packet:
@@ -210,11 +217,10 @@ def _end_waiting() -> None:
 
 def _read_all(socks: Sequence[socket.socket]) -> int:
     """Runs in the forked process: read every packet, so that whose close is the last does not matter."""
-    room = socket.CMSG_LEN(_CREDENTIALS_BYTES)
     for sock in socks:
         while True:
             try:
-                if not sock.recvmsg(_READ_BYTES, room)[1]:
+                if not _next(sock, _READ_BYTES).is_packet:
                     break
             except ConnectionError:
                 continue

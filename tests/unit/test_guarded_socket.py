@@ -214,8 +214,10 @@ def test_a_read_leaves_a_packet_with_descriptors_where_it_is() -> None:
     asyncio.run(scene())
 
 
-def test_the_peer_receives_what_was_said_before_the_end() -> None:
-    ours, theirs = _pair()
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM])
+def test_the_peer_receives_what_was_said_before_the_end(kind: socket.SocketKind) -> None:
+    one, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    ours = GuardedSocket(one)
     theirs.send(b"")
     theirs.send(b"unread")
     ours.send(b"the reason")
