@@ -113,7 +113,7 @@ class GuardedSocket(socket.socket):
     def close(self) -> None:
         """End the connection: the peer can send nothing more, and what it has sent is not closed here."""
         if self.fileno() >= 0 and not self._is_drained():
-            _end_aside(self)
+            _end_aside(socket.socket(fileno=self.detach()))
         super().close()
 
     def release(self) -> None:
@@ -191,8 +191,8 @@ _waiting: list[socket.socket] = []
 
 
 def _end_aside(sock: socket.socket) -> None:
-    """Leave the last close of a connection to a forked process, which reads what is left."""
-    _waiting.append(socket.socket(fileno=os.dup(sock.fileno())))
+    """Leave a connection, which is taken over, to a forked process that reads what is left."""
+    _waiting.append(sock)
     _ending.difference_update([each for each in _ending if each.exit_status is not None])
     if len(_ending) < ENDING_MAX:
         _end_waiting()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from support.fakes.attach_door import Door, at_the_door
+from support.fakes.attach_door import Door, at_the_door, open_files, until
 from support.fakes.daemon import FakeService
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.sdk.keeper import DROP
@@ -98,6 +98,7 @@ def test_a_backend_is_told_why(tmp_path: Path) -> None:
 def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_breach(tmp_path: Path) -> None:
     async def scene(door: Door) -> None:
         door.server.start()
+        before = open_files()
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         client.setblocking(False)
         client.connect(str(tmp_path / "attach.sock"))
@@ -109,6 +110,7 @@ def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_brea
             answer = wire.decode_daemon_message(await asyncio.get_running_loop().sock_recv(client, 65536))
         assert isinstance(answer, wire.Refused) and "Too many open files" in answer.reason
         client.close()
+        await until(lambda: open_files() == before, "its connection is ended once a descriptor is free")
 
     at_the_door(tmp_path, scene)
 
