@@ -155,20 +155,23 @@ def _loop_device(file: int, disk: Path) -> Identity:
     """A loop device is its backing file and the offset in it, whichever number the device has."""
     backing = Path(_read(disk / "loop/backing_file"))
     offset = _read(disk / "loop/offset") or "0"
+    sequence = _read(disk / "diskseq")
+    in_boot = f"loop:{offset}:seq:{sequence}" if sequence else ""
     found = _backing_file(file, backing)
     if found is not None:
+        # A file may lose its name while the loop device has it; the device then still has its number of this boot.
+        is_file = found.value.startswith("file:")
         return Identity(
             value=found.value and f"loop:{offset}:{found.value}",
-            in_boot=found.in_boot and f"loop:{offset}:{found.in_boot}",
+            in_boot=in_boot if is_file else found.in_boot and f"loop:{offset}:{found.in_boot}",
             strength=found.strength,
             store=f"on {found.store}",
         )
     # This process cannot open the file: use what the loop driver says of it.
     _, inode = _loop_status(file)
-    sequence = _read(disk / "diskseq")
     return Identity(
         value=f"loop:{offset}:inode:{inode}",
-        in_boot=f"disk:seq:{sequence}",
+        in_boot=in_boot,
         strength="weak",
         store=f"on {printable(str(backing))}, inode {inode}",
     )

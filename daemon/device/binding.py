@@ -12,7 +12,7 @@ import msgspec
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.bufpool.wire.same_store import is_same_value
+from ublkpool.bufpool.wire.same_store import is_same_store
 from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store
 from ublkpool.daemon.errors import DaemonError
 
@@ -172,11 +172,7 @@ class Binding:
             # A backend of an older version, or in another language, that told no identity to compare with.
             return bound.kind in (*_ANY_KIND, attach.kind)
         brought = attach.identity or wire.Identity()
-        if not is_same_value(bound.identity.value, brought.value):
-            return False
-        if bound.boot != self._boot or not (bound.identity.in_boot and brought.in_boot):
-            return not _is_volatile(bound)
-        return bound.identity.in_boot == brought.in_boot
+        return is_same_store(bound.identity, brought, is_same_boot=bound.boot == self._boot)
 
     async def _try_to_save(self, state: DeviceState) -> None:
         try:

@@ -296,3 +296,18 @@ def test_a_file_stays_the_same_store_under_a_newer_kernel_and_another_mount_opti
             name.attach(wire.Identity(value=brought))
         else:
             assert "ublkpool rebind vol0" in name.refusal(wire.Identity(value=brought))
+
+
+@pytest.mark.parametrize(("sequence", "is_same"), [(5, True), (6, False)])
+def test_a_loop_device_whose_file_cannot_be_opened_is_told_by_its_number_also_after_an_upgrade(
+    sequence: int, is_same: bool
+) -> None:
+    """Earlier versions wrote disk:seq:N; without the file only the inode number is known beside it."""
+    brought = wire.Identity(value="loop:0:inode:12", in_boot=f"loop:0:seq:{sequence}", strength="weak")
+    for in_boot in ("disk:seq:5", "loop:0:seq:5"):
+        name = Name()
+        name.attach(wire.Identity(value="loop:0:inode:12", in_boot=in_boot, strength="weak"))
+        if is_same:
+            name.attach(brought)
+        else:
+            name.refusal(brought)

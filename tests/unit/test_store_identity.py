@@ -14,6 +14,7 @@ from ublkpool.bufpool.sdk import store_identity
 from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.sdk.store_identity import identify, memory_identity
 from ublkpool.bufpool.wire import Identity
+from ublkpool.bufpool.wire.same_store import is_same_store
 from ublkpool.daemon.backends.attach import check_attach
 
 SIZE = 1 << 20
@@ -200,21 +201,36 @@ def loop(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_loop_device_is_the_file_behind_it(loop: str, tmp_path: Path) -> None:
-    first = key(Path(loop))
+    first = identity_of(Path(loop)).value
     run("losetup", "-d", loop)
     run("losetup", loop, str(tmp_path / "first.img"))
-    assert key(Path(loop)) == first
+    assert identity_of(Path(loop)).value == first
     run("losetup", "-d", loop)
     run("losetup", loop, str(make(tmp_path / "second.img")))
-    second = key(Path(loop))
+    second = identity_of(Path(loop)).value
     run("losetup", "-d", loop)
     run("losetup", "-o", "4096", loop, str(tmp_path / "first.img"))
-    assert len({first, second, key(Path(loop))}) == 3
+    assert len({first, second, identity_of(Path(loop)).value}) == 3
     other = run("losetup", "-f", "--show", str(tmp_path / "second.img"))
     try:
-        assert key(Path(other)) == second
+        assert identity_of(Path(other)).value == second
     finally:
         run("losetup", "-d", other)
+
+
+def test_a_loop_device_is_the_same_after_its_file_was_unlinked_and_after_it_was_set_up_again(
+    loop: str, tmp_path: Path
+) -> None:
+    named = identity_of(Path(loop))
+    run("losetup", "-d", loop)
+    run("losetup", loop, str(tmp_path / "first.img"))
+    again = identity_of(Path(loop))
+    (tmp_path / "first.img").unlink()
+    unnamed = identity_of(Path(loop))
+    assert is_same_store(named, again, is_same_boot=True)
+    assert is_same_store(again, unnamed, is_same_boot=True)
+    assert not is_same_store(named, unnamed, is_same_boot=True)
+    assert not is_same_store(again, unnamed, is_same_boot=False)
 
 
 def test_the_identity_of_a_loop_device_on_an_unreadable_file_is_weak(loop: str, tmp_path: Path) -> None:
