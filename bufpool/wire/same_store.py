@@ -43,7 +43,7 @@ def is_same_value(one: str, other: str) -> bool:
     """Whether both values name the same store.
 
     Linux before 6.9 does not tell the file system's UUID (FS_IOC_GETFSUUID): a missing one equals any.  xfs writes
-    64-bit inode numbers into handles unless it is mounted with inode32 (`xfs_fileid_length`).
+    64-bit inode numbers into handles unless it is mounted with inode32 (fs/xfs/xfs_export.c).
     """
     if one == other:
         return True
