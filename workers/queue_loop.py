@@ -234,7 +234,11 @@ class QueueLoop:
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
         problem = self._expect_segment(message, fd)
         if not problem:
-            self._listen_to(bytes.fromhex(message.token), message.user)
+            try:
+                self._listen_to(bytes.fromhex(message.token), message.user)
+            except (OSError, zmq.ZMQError) as error:
+                # The supervisor answers with `Lost`, which takes the backend and its segment back.
+                problem = f"no socket can be made at {self._spec.queue_socket}: {error.strerror or error}"
         self._tell(messages.Expecting(problem, message.id))
 
     def _expect_segment(self, message: messages.Expect, fd: int | None) -> str:

@@ -72,7 +72,8 @@ class DeviceParts:
         )
 
     async def fork(self, epoch: int) -> Team:
-        """The workers of this epoch.  Raises `DaemonError`, `OSError`."""
+        """The workers of this epoch.  Raises `DaemonError`, `PoolError`, `OSError`."""
+        await self.context.broker.be_reachable()
         team = self.resources.new_team(epoch)
         # An epoch that has begun is never begun again, whichever process dies now.
         self.save()

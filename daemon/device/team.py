@@ -28,6 +28,7 @@ from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.affinity import cpu_for
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.settings.run_directory import restore_queues
 from ublkpool.ublk.errors import UblkError
 from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
 from ublkpool.workers import messages
@@ -109,6 +110,7 @@ class Team:
     async def fork(self) -> None:
         """Open the device and fork a worker per queue.  Raises `DaemonError`, `OSError`."""
         kernel = self.plan.kernel
+        restore_queues(self.plan.queue_dir.parent, self.plan.group)
         char_fd = await kernel.open_char()
         # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
         descriptors: list[object] = []

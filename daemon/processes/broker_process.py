@@ -30,6 +30,8 @@ REPLY_DEADLINE_S = 20.0
 RESTART_MIN_S = 0.05
 RESTART_MAX_S = 5.0
 _STOP_PATIENCE_S = 5.0
+_LISTEN_PATIENCE_S = 5.0
+_POLL_S = 0.02
 _TITLE = "the pool broker"
 _log = logging.getLogger("ublkpool.broker")
 _Channel = Channel[broker_commands.Command, broker_commands.Reply]
@@ -50,6 +52,7 @@ class BrokerProcess(SupervisedProcess):
         """The generation of an adopted broker, which knows the devices that an earlier daemon added; else 0."""
         self._holder = holder
         self._turn = asyncio.Lock()
+        self._replacing = asyncio.Lock()
         self._repeats_ids: bool | None = None
         """Whether the broker repeats a command's `id`; None while that is unknown."""
         self._restarted: Callable[[], Coroutine[Any, Any, None]] | None = None
@@ -179,6 +182,18 @@ class BrokerProcess(SupervisedProcess):
             raise PoolError(f"pool broker: {reply.reason}")
         return reply
 
+    async def be_reachable(self) -> None:
+        """Replace the broker if its socket was removed: new workers would wait for it.  Raises `PoolError`."""
+        path = Path(self.endpoint.removeprefix("ipc://"))
+        async with self._replacing:
+            # One that was just started will listen soon.
+            if await _appears(path, _LISTEN_PATIENCE_S):
+                return
+            _log.error("%s was removed while the daemon runs; replacing the pool broker", path)
+            await self.renew()
+            if not await _appears(path, REPLY_DEADLINE_S):
+                raise PoolError(f"the pool broker does not listen on {path}")
+
     async def renew(self) -> None:
         """Have a process of today's code take the place of this one."""
         await self.child.end(_STOP_PATIENCE_S)
@@ -203,6 +218,15 @@ class BrokerProcess(SupervisedProcess):
         if reply is None:
             raise PoolError("the pool broker is gone")
         return reply
+
+
+async def _appears(path: Path, patience_s: float) -> bool:
+    deadline_s = asyncio.get_running_loop().time() + patience_s
+    while not path.exists():
+        if asyncio.get_running_loop().time() >= deadline_s:
+            return False
+        await asyncio.sleep(_POLL_S)
+    return True
 
 
 def _channel(sock: socket.socket) -> _Channel:

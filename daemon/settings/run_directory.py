@@ -8,6 +8,7 @@ only its own entries.
 import asyncio
 import errno
 import fcntl
+import logging
 import os
 import re
 import stat
@@ -24,6 +25,7 @@ REPLACE_DEADLINE_S = 90.0
 CLAIMS_MAX = 16
 _NAME_ONE = "name an empty directory, or one that does not exist yet, with --run-dir"
 _POLL_S = 0.05
+_log = logging.getLogger("ublkpool.supervisor")
 _WHAT = "run directory"
 _LOCK = "lock"
 _MADE, _FOUND = b"made\n", b"found\n"
@@ -139,6 +141,18 @@ class RunDirectory:
                     self.path.rmdir()
         finally:
             os.close(self._lock)
+
+
+def restore_queues(path: Path, group: int | None) -> None:
+    """Make the workers' directory again if another program removed it while the daemon runs.  Raises `OSError`."""
+    queues = path / "queues"
+    if queues.is_dir():
+        return
+    _log.error("%s was removed while the daemon runs; making it again", queues)
+    if not path.is_dir():
+        path.mkdir(0o700)
+        _open_to(path, group)
+    _make_entry(queues, group)
 
 
 class DaemonRuns(DaemonError):

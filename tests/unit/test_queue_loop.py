@@ -61,6 +61,18 @@ def test_a_worker_reports_why_it_cannot_change_its_pool_memory(rig: LoopRig, att
         rig.serve()
 
 
+def test_a_worker_whose_socket_cannot_be_made_reports_it_and_goes_on(rig: LoopRig, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    away = tmp_path.with_name(f"{tmp_path.name}-away")
+    tmp_path.rename(away)
+    messages.send(rig.supervisor, messages.Expect("ab" * 16, 0, 0, False, os.getuid()))
+    said = rig.news()
+    assert isinstance(said, messages.Expecting) and str(tmp_path) in said.reason
+    away.rename(tmp_path)
+    rig.lose()
+    rig.serve()
+
+
 def test_another_user_does_not_get_in(rig: LoopRig) -> None:
     rig.expect(os.getuid() + 1)
     backend = rig.connect()

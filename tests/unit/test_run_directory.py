@@ -14,7 +14,7 @@ import pytest
 
 from ublkpool.daemon.errors import STATUS_USAGE, ConfigError, DaemonError
 from ublkpool.daemon.processes.unix_socket import listen, remove_socket
-from ublkpool.daemon.settings.run_directory import DaemonRuns, RunDirectory
+from ublkpool.daemon.settings.run_directory import DaemonRuns, RunDirectory, restore_queues
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
@@ -323,3 +323,13 @@ def test_the_current_directory_is_no_run_directory(tmp_path: Path, given: str, c
     assert done.returncode == STATUS_USAGE
     assert "'--run-dir': names the current directory" in done.stderr and done.stderr.count("\n") == 1
     assert mode(tmp_path) == 0o755 and names(tmp_path) == set()
+
+
+def test_a_workers_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    restore_queues(run_dir, os.getgid())
+    about = (run_dir / "queues").stat()
+    assert (stat.S_IMODE(about.st_mode), about.st_gid) == (0o750, os.getgid())
+    (run_dir / "queues" / "3.0").touch()
+    restore_queues(run_dir, None)
+    assert (run_dir / "queues" / "3.0").exists(), "one that is there stays as it is"

@@ -104,6 +104,26 @@ def test_the_broker_is_replaced_as_soon_as_it_can_be_and_commands_fail_until_the
     in_loop(run)
 
 
+def test_a_broker_whose_socket_was_removed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        broker = BrokerProcess(f"ipc://{tmp_path}/pool.sock", FakeHolder())
+        broker.start()
+        keeper = asyncio.ensure_future(broker.keep_running())
+        first = broker.child
+        await broker.be_reachable()
+        assert broker.child is first
+        monkeypatch.setattr(broker_process, "_LISTEN_PATIENCE_S", 0)
+        (tmp_path / "pool.sock").unlink()
+        await asyncio.gather(broker.be_reachable(), broker.be_reachable())
+        assert (tmp_path / "pool.sock").exists() and broker.generation == 2
+        keeper.cancel()
+        await broker.stop()
+
+    in_loop(run)
+
+
 def test_the_holder_is_replaced_as_soon_as_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork = Scarce(fork_child)
 

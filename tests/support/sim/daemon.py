@@ -212,6 +212,9 @@ class SimBrokerProcess(BrokerProcess):
         self._be(life)
         self.adopted_generation = self.generation
 
+    async def be_reachable(self) -> None:
+        """It has no socket that could be removed."""
+
     def _be(self, life: BrokerLife | None) -> None:
         self._channel = cast(Any, SimpleNamespace(close=lambda: None))
         self.child = SimChild("pool broker", self._end)
