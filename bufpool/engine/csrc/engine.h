@@ -78,8 +78,8 @@ void engine_collect(struct engine *engine);
 void engine_ask_again(struct engine *engine);
 /* Whether a request waits for a region, so that a RELEASE must wake the backend. */
 int engine_wants_regions(const struct engine *engine);
-/* 0, or the negative errno that ends the engine's use: -ENOMEM if there was no room for an answer, -ENODATA if the store
- * became shorter than the device. */
+/* 0, or the negative errno that ends the engine's use: -ENOMEM if there was no room for an answer, -ENODATA if the
+ * store became shorter than the device. */
 int engine_error(const struct engine *engine);
 
 void engine_count(const struct engine *engine, struct engine_statistics *statistics);

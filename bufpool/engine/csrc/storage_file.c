@@ -81,8 +81,8 @@ static void file_was_cut(struct file_storage *f)
 	engine_fail(f->base.engine, -ENODATA);
 }
 
-/* Before a file is changed, once a turn.  A write beyond the end of a file that was cut would grow it again, with a hole
- * for the lost data, and its size would no longer tell.  A block device does not grow: there the write fails. */
+/* Before a file is changed, once a turn.  A write beyond the end of a file that was cut would grow it again, with a
+ * hole for the lost data, and its size would no longer tell.  A block device does not grow: there the write fails. */
 static void measure(struct file_storage *f)
 {
 	if (!f->was_measured && !f->is_block_device && is_short(f))
