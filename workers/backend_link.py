@@ -17,6 +17,8 @@ from ublkpool.workers.queue_gate import QueueGate
 
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
 FRAMES_PER_TURN_MAX = 256
+ENDS_PER_TURN_MAX = 256
+"""Connections' beginnings and ends."""
 # Frames of 256 KiB for each connection: a flooding backend can fill this much memory, then it waits.
 _RECEIVE_QUEUE_MAX = 64
 _SEND_QUEUE_MAX = 1024
@@ -39,6 +41,8 @@ class BackendLink:
         self._bound = False
         self._token = b""
         self._connection: int | None = None
+        self._candidate: int | None = None
+        """The serving connection, while ends of earlier connections may be unread."""
         self._ended: set[int] = set()
         self._is_over = self._asked = self._is_full = False
         self.is_idle = False
@@ -76,7 +80,7 @@ class BackendLink:
         Raises `OSError`, `zmq.ZMQError` if the socket cannot be made.
         """
         self._token = token
-        self._connection = None
+        self._connection = self._candidate = None
         self._is_over = False
         self._gate.open_for(user)
         # Not earlier: a backend that reconnects after a worker's death sends HELLO once, which must not be dropped.
@@ -98,9 +102,9 @@ class BackendLink:
         gate's or the monitor's descriptor was readable.
         """
         if connections or self._asked:
-            self._asked = self._gate.turn()
+            asked = self._gate.turn()
             # Ends first, frames next: frames that came before a connection's end are in the socket by then.
-            self._hear_ends()
+            self._asked = not self._hear_all_ends() or asked
         more = self._exchange()
         if not more and (self._ended or self._is_over):
             self._judge_ends()
@@ -126,34 +130,46 @@ class BackendLink:
             self._queue.count_strangers(1)
             return
         connection = frames[0].get(zmq.SRCFD)
-        if connection != self._connection and self._connection is not None:
+        if (known := self._candidate or self._connection) is not None and connection != known:
             self._queue.hung_up()
             return
         self._queue.input(frames[1].buffer)
         if self._connection is None and self._queue.link in (LinkState.UP, LinkState.FENCING):
             # The descriptor number may have been another connection's before: handle that one's end first.
-            self._hear_ends()
-            self._connection = connection
+            self._candidate = connection
+            self._asked = not self._hear_all_ends() or self._asked
 
-    def _hear_ends(self) -> None:
-        while True:
+    def _hear_all_ends(self) -> bool:
+        """As `_hear_ends`; once none is left, the serving connection's number can have no earlier owner's end."""
+        is_done = self._hear_ends()
+        if is_done and self._candidate is not None:
+            self._connection, self._candidate = self._candidate, None
+        return is_done
+
+    def _hear_ends(self) -> bool:
+        """Read the monitor's events, up to the turn's limit; whether none is left."""
+        for _ in range(ENDS_PER_TURN_MAX):
             try:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
-                return
+                return True
             # A new connection may get the number of an ended one.
             if event["event"] == zmq.EVENT_DISCONNECTED:
                 self._ended.add(event["value"])
                 self._is_over = self._is_over or event["value"] == self._connection
             else:
                 self._ended.discard(event["value"])
+        return False
 
     def _judge_ends(self) -> None:
         """After every frame was read: hang up if the serving backend's connection is among those that ended."""
-        self._hear_ends()
+        is_done = self._hear_all_ends()
         if self._is_over or self._connection in self._ended:
             self._queue.hung_up()
-        self._ended.clear()
+        if is_done:
+            self._ended.clear()
+        else:
+            self._asked = True
 
     def close(self) -> None:
         self._token = b""

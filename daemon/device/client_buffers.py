@@ -42,5 +42,9 @@ def lend(parts: DeviceParts, sock: socket.socket) -> tuple[wire.BufferLeased, in
     if area is None or number is None:
         return wire.BufferLeased(path=str(kernel.node), size_bytes=0), None
     # The next daemon must know the slice's user before a client has the slice.
-    parts.save()
+    try:
+        parts.save()
+    except BaseException:
+        parts.clients.take_back(sock)
+        raise
     return wire.BufferLeased(path=str(kernel.node), size_bytes=area.slice_bytes), area.files[number]

@@ -88,6 +88,17 @@ class Clients:
         self._free.remove(number)
         return number
 
+    def take_back(self, sock: socket.socket) -> None:
+        """The slice of this connection was not handed out after all: it is free, and the socket is the caller's.
+
+        The slice keeps its user.
+        """
+        number = next(each for each, lent in self._lent.items() if lent is sock)
+        del self._lent[number]
+        asyncio.get_running_loop().remove_reader(sock)
+        self._holder.drop(client_name(self._name, number))
+        self._free = sorted({*self._free, number})
+
     def _choose(self, user: int) -> int | None:
         """A free slice that clients of this user had, else one that no client has had."""
         if self._client_context is None:

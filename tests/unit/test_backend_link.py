@@ -2,16 +2,20 @@
 
 import os
 import select
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from support.fakes.link_wire import HELLO, TOKEN, WAIT_MS, Wire
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk.queue import LinkState
+from ublkpool.workers import backend_link
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 from ublkpool.workers.queue_gate import user_of
 
@@ -154,3 +158,31 @@ def test_a_dead_backends_frames_do_not_keep_the_worker_awake(wire: Wire) -> None
     assert select.select(sockets, [], [], WAIT_MS / 1000)[0], "it has come"
     wire.backend.close()
     wire.until(lambda: not select.select(sockets, [], [], 0.2)[0], "nothing is to be done")
+
+
+def test_a_turn_reads_a_bounded_number_of_connections_ends(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a process that connects and hangs up without end would stop the queue."""
+    monkeypatch.setattr(backend_link, "ENDS_PER_TURN_MAX", 4)
+    wire.serve()
+    read: list[int] = []
+
+    def parse(message: list[bytes]) -> object:
+        read.append(1)
+        return parse_monitor_message(message)
+
+    monkeypatch.setattr(backend_link, "parse_monitor_message", parse)
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as each:
+            each.connect(str(wire.path))
+    total = 0
+    deadline_s = time.monotonic() + WAIT_MS / 1000
+    while total < 2 * 20:
+        assert time.monotonic() < deadline_s
+        wire.link.turn()
+        # Before the frames and after them.
+        assert len(read) <= 2 * 4
+        total += len(read)
+        read.clear()
+    assert wire.desk.queue.link is LinkState.UP

@@ -20,8 +20,10 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, WireError
 from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
 from ublkpool.daemon.backends.peer import Peer
+from ublkpool.daemon.device import client_buffers
 from ublkpool.daemon.device import clients as module
 from ublkpool.daemon.device.clients import ClientContext, Clients, rested
+from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, AreaRecord, ClientArea
@@ -447,3 +449,29 @@ def test_a_nonsensical_answer_is_an_error_and_leaves_nothing(
         door.server.close()
 
     asyncio.run(play())
+
+
+def test_a_slice_whose_user_cannot_be_recorded_is_free_again(area: ClientArea) -> None:
+    async def run() -> None:
+        errors: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context))
+        holder = cast(Holder, SimpleNamespace(hold=lambda *_: None, drop=lambda *_: None))
+        clients = Clients(DEVICE, holder, Background(DEVICE))
+        clients.begin(ClientContext(area, cast(BlockDevice, None)))
+
+        def full() -> None:
+            raise DaemonError("no space for the record")
+
+        parts = SimpleNamespace(
+            resources=SimpleNamespace(kernel=SimpleNamespace(node="/dev/ublkb7"), area=area),
+            life=SimpleNamespace(state="live", is_stopping=False),
+            clients=clients,
+            save=full,
+        )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, ours, pytest.raises(DaemonError):
+            client_buffers.lend(cast(DeviceParts, parts), ours)
+        await asyncio.sleep(0.05)
+        assert clients.counts() == (0, 0, CLIENT_SLICES) and not errors
+
+    asyncio.run(run())
