@@ -9,7 +9,7 @@ import array
 import os
 import select
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,8 @@ ASKING_MAX = 8
 _ACCEPTS_PER_TURN_MAX = 64
 _BACKLOG = 16
 _QUESTION_BYTES_MAX = 256
+_SO_PASSRIGHTS = 83
+"""Since Linux 6.16; include/uapi/asm-generic/socket.h."""
 _KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
@@ -111,6 +113,9 @@ class RingLink:
         except OSError:
             listener.close()
             raise
+        # For its connections: the last close of a peer's descriptor may wait, and this process must not.
+        with suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
         path.chmod(self._mode)
         if self._group is not None:
             os.chown(path, -1, self._group)

@@ -173,7 +173,7 @@ def _sift(sock: GuardedSocket, theirs: socket.socket, bytes_max: int, files_max:
 
 
 def _is_memory(fd: int) -> bool:
-    """Whether the file's kind has seals (`memfd_file_seals_ptr`, mm/memfd.c); asks no file system."""
+    """Whether the file's kind has seals (mm/memfd.c); asks no file system."""
     with suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         return True
