@@ -121,7 +121,7 @@ class Supervisor:
         if name in self._table:
             await self._table.delete(name, force, forget=True)
         elif not is_known:
-            await self._binding(name).forget()
+            await self._binding(name).forget(lambda: name in self._table)
 
     async def rebind(self, name: str) -> None:
         """Make the next store that attaches this name's.  Raises `DaemonError` for a name without device and store."""

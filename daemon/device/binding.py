@@ -6,6 +6,7 @@ before the backend hears of the acceptance.  Runs on the supervisor's asyncio lo
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,8 @@ from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store
 from ublkpool.daemon.errors import DaemonError
 
 UNKNOWN_KIND = "unknown"
+GENERATION_JUMP_MAX = 1 << 32
+"""How far a store may be ahead of the state directory, which can be lost: a lie must not use up the numbers."""
 _ANY_KIND = (UNKNOWN_KIND, "")
 """Of a store about which only its existence is known; it cannot be compared."""
 _log = logging.getLogger("ublkpool.device")
@@ -61,25 +64,31 @@ class Binding:
 
         Raises `AttachRefused` if the device is bound to another store, `DaemonError` if the state cannot be written.
         """
-        state = self._states.get(self._name)
-        if state.store is not None and not state.takes_next and not self._has_ended(state.store):
-            self._check(state.store, attach)
-        generation = max(state.generation, attach.generation_seen) + 1
-        store = Store(
-            kind=attach.kind,
-            size_bytes=size_bytes,
-            identity=attach.identity or wire.Identity(),
-            boot=self._boot,
-        )
-        bound = DeviceState(name=self._name, generation=generation, store=store)
-        await self._states.save(bound)
-        if self._before is None:
-            self._before = state
-        if state.store is None and store.identity.strength == "weak":
-            _log.info("%s: served from %s; another store may look the same", self._name, _words(store))
-        if state.takes_next and state.store is not None:
-            _log.info("%s: from now on served from %s", self._name, _words(store))
-        return generation
+        async with self._states.turn(self._name):
+            state = self._states.get(self._name)
+            if state.store is not None and not state.takes_next and not self._has_ended(state.store):
+                self._check(state.store, attach)
+            if attach.generation_seen > state.generation + GENERATION_JUMP_MAX:
+                raise AttachRefused(
+                    f"device {self._name}: generation_seen {attach.generation_seen} was never given: the last "
+                    f"generation was {state.generation}"
+                )
+            generation = max(state.generation, attach.generation_seen) + 1
+            store = Store(
+                kind=attach.kind,
+                size_bytes=size_bytes,
+                identity=attach.identity or wire.Identity(),
+                boot=self._boot,
+            )
+            bound = DeviceState(name=self._name, generation=generation, store=store)
+            await self._states.save(bound)
+            if self._before is None:
+                self._before = state
+            if state.store is None and store.identity.strength == "weak":
+                _log.info("%s: served from %s; another store may look the same", self._name, _words(store))
+            if state.takes_next and state.store is not None:
+                _log.info("%s: from now on served from %s", self._name, _words(store))
+            return generation
 
     def starting(self) -> None:
         """START_DEV is about to be sent: from now on clients may write to the store before the start is known."""
@@ -96,45 +105,52 @@ class Binding:
 
     async def undo(self) -> None:
         """The device did not become live: unbind a store that was bound since; a failure is logged."""
-        before, self._before, self._is_starting = self._before, None, False
-        if before is not None:
-            await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
+        async with self._states.turn(self._name):
+            before, self._before, self._is_starting = self._before, None, False
+            if before is not None:
+                await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
 
     async def learn(self, served: wire.Attach | None, size_bytes: int, kind: str, generation: int) -> None:
         """Bind the store that an earlier daemon served the device from, if no store is bound; a failure is logged.
 
         The state directory may have been lost, or that daemon kept none.
         """
-        try:
-            state = self._states.get(self._name)
-        except DaemonError as error:
-            _log.error("%s", error)
-            return
-        known = state.store or Store(
-            kind=served.kind if served else kind,
-            size_bytes=size_bytes,
-            identity=(served.identity if served else None) or wire.Identity(),
-            boot=self._boot,
-        )
-        learnt = msgspec.structs.replace(state, store=known, generation=max(generation, state.generation))
-        if learnt != state:
-            await self._try_to_save(learnt)
+        async with self._states.turn(self._name):
+            try:
+                state = self._states.get(self._name)
+            except DaemonError as error:
+                _log.error("%s", error)
+                return
+            known = state.store or Store(
+                kind=served.kind if served else kind,
+                size_bytes=size_bytes,
+                identity=(served.identity if served else None) or wire.Identity(),
+                boot=self._boot,
+            )
+            learnt = msgspec.structs.replace(state, store=known, generation=max(generation, state.generation))
+            if learnt != state:
+                await self._try_to_save(learnt)
 
     async def rebind(self) -> None:
         """Bind the next store that attaches, whatever its identity.  Raises `DaemonError` if that cannot be written."""
-        try:
-            state = self._states.get(self._name)
-        except DaemonError:
-            unknown = Store(kind=UNKNOWN_KIND, size_bytes=0)
-            state = DeviceState(name=self._name, generation=self.generation, store=unknown)
-        if state.store is not None:
-            await self._states.save(msgspec.structs.replace(state, takes_next=True))
-            _log.warning("%s: the next store that attaches becomes its own", self._name)
+        async with self._states.turn(self._name):
+            try:
+                state = self._states.get(self._name)
+            except DaemonError:
+                unknown = Store(kind=UNKNOWN_KIND, size_bytes=0)
+                state = DeviceState(name=self._name, generation=self.generation, store=unknown)
+            if state.store is not None:
+                await self._states.save(msgspec.structs.replace(state, takes_next=True))
+                _log.warning("%s: the next store that attaches becomes its own", self._name)
 
-    async def forget(self) -> None:
-        """Unbind the store of a device deleted on purpose; the name keeps its generation.  A failure is logged."""
-        if self._states.knows(self._name):
-            await self._try_to_save(DeviceState(name=self._name, generation=self.generation))
+    async def forget(self, has_device: Callable[[], bool] = lambda: False) -> None:
+        """Unbind the store of a device deleted on purpose; the name keeps its generation.  A failure is logged.
+
+        Nothing is changed if the name `has_device` by the time that its state can be written.
+        """
+        async with self._states.turn(self._name):
+            if self._states.knows(self._name) and not has_device():
+                await self._try_to_save(DeviceState(name=self._name, generation=self.generation))
 
     async def end(self) -> None:
         """The device ends with its daemon: unbind a store that ends with its device.  A failure is logged."""

@@ -127,6 +127,7 @@ class StateDirectory:
         self._runner = runner
         self._locks = list(locks)
         self._states: dict[str, DeviceState] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
         self._unreadable: dict[str, str] = {}
         self._last_seen: dict[str, int] = {}
         """The generations in files that cannot be read otherwise."""
@@ -158,6 +159,10 @@ class StateDirectory:
         """Unlock the directory."""
         while self._locks:
             os.close(self._locks.pop())
+
+    def turn(self, name: str) -> asyncio.Lock:
+        """To be held from `get` to `save`: a name without a device can be changed beside an `add` of it."""
+        return self._turns.setdefault(name, asyncio.Lock())
 
     def get(self, name: str) -> DeviceState:
         """The state of this name, empty for an unknown one.  Raises `DaemonError` if its file cannot be read."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +11,8 @@ import pytest
 from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon.device.binding import Binding, boot_id
+from ublkpool.daemon.device.binding import GENERATION_JUMP_MAX, Binding, boot_id
+from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.errors import DaemonError
 
 SIZE = 1 << 20
@@ -311,3 +313,57 @@ def test_a_loop_device_whose_file_cannot_be_opened_is_told_by_its_number_also_af
             name.attach(brought)
         else:
             name.refusal(brought)
+
+
+def test_a_generation_that_was_never_given_is_refused_and_uses_up_no_number(name: Name) -> None:
+    last = name.attach(A)
+    assert "was never given" in name.refusal(A, generation_seen=last + GENERATION_JUMP_MAX + 1)
+    assert name.attach(A) == last + 1
+    assert name.attach(A, generation_seen=last + 1 + GENERATION_JUMP_MAX) == last + 2 + GENERATION_JUMP_MAX
+
+
+class SlowRunner:
+    """Each write waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.gates: list[asyncio.Event] = []
+
+    async def run_beside(self, _what: str, command: Any, *_: object, **_more: object) -> None:
+        if self.gates:
+            await self.gates.pop(0).wait()
+        command()
+
+
+@pytest.mark.parametrize("change", ["forget", "rebind"])
+def test_a_change_of_the_name_and_an_attach_at_once_come_one_after_the_other(
+    tmp_path: Path, change: str
+) -> None:
+    async def run() -> None:
+        runner = SlowRunner()
+        states = StateDirectory(tmp_path, runner)  # type: ignore[arg-type]
+        before = await Binding("vol", states, "b").bind(brings(A), SIZE)
+        gate = asyncio.Event()
+        runner.gates.append(gate)
+        changing = asyncio.ensure_future(getattr(Binding("vol", states, "b"), change)())
+        await asyncio.sleep(0)
+        attaching = asyncio.ensure_future(Binding("vol", states, "b").bind(brings(B), SIZE))
+        await asyncio.sleep(0)
+        gate.set()
+        await changing
+        generation = await attaching
+        state = states.get("vol")
+        assert state.store is not None and state.store.identity == B
+        assert (state.generation, state.takes_next) == (generation, False)
+        assert generation == before + 1
+
+    asyncio.run(run())
+
+
+def test_a_store_is_not_forgotten_once_the_name_has_a_device(name: Name) -> None:
+    name.attach(A)
+    asyncio.run(name.binding.forget(lambda: True))
+    assert name.states.knows("vol0")
+
+
+def brings(identity: wire.Identity) -> wire.Attach:
+    return wire.Attach(v=1, device="vol", kind="file", identity=identity)

@@ -1,5 +1,6 @@
 """A state directory in memory, and a runner that runs commands in this process instead of a child."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,11 @@ class FakeStates:
 
     def __init__(self) -> None:
         self.states: dict[str, DeviceState] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
         self.broken = ""
+
+    def turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
 
     def get(self, name: str) -> DeviceState:
         return self.states.get(name) or DeviceState(name=name)
