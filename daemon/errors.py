@@ -4,11 +4,14 @@ Owns the exit statuses: 1 for an operation that failed, 2 for user input that ca
 file, an unusable backend).  Must not know which module prints the text.
 """
 
+import errno
+
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.way_out import explain
 
 STATUS_FAILED = 1
 STATUS_USAGE = 2
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS})
 
 
 class DaemonError(Exception):
@@ -44,6 +47,15 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, DaemonError):
         return error.status
     return STATUS_USAGE if isinstance(error, BackendError) else STATUS_FAILED
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether the error, or one that caused it, is a lack of descriptors, processes or memory: it may pass."""
+    while error is not None:
+        if getattr(error, "errno", None) in _SHORTAGES:
+            return True
+        error = error.__cause__
+    return False
 
 
 def lines_of(error: BaseException) -> list[str]:

@@ -36,7 +36,7 @@ from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
-from ublkpool.daemon.processes.reserve import Reserve
+from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -235,6 +235,7 @@ def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Fails without the driver or the rights, with a better reason than any later step would give.
     control.get_features()
+    raise_descriptor_limit()
     state_dirs = candidates(config.run_dir, config.state_dir)
     live_mounts = leave_for_own_view([config.run_dir, *state_dirs])
     share_heap()

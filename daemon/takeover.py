@@ -4,6 +4,7 @@ Owns the choice, by the records, of the processes that go on; the others end bef
 did.  Runs once, on the supervisor's asyncio loop.
 """
 
+import asyncio
 import logging
 import os
 import socket
@@ -16,10 +17,12 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record, end_brokers, end_left
 from ublkpool.daemon.device.succession import may_go_on
-from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
 from ublkpool.daemon.processes.broker_process import HELD
 from ublkpool.daemon.processes.left_behind import Process, is_alive
 
+SHORTAGE_PAUSE_S = 1.0
+CLEAR_PAUSE_S = 0.5
 _log = logging.getLogger("ublkpool.takeover")
 
 
@@ -38,6 +41,7 @@ class TakeOver:
         self._configured = configured
         self.records = left
         self._held = dict(held)
+        self._said: dict[str, str] = {}
         self._going_on = [record for record in left if may_go_on(record, held)]
         self.gone: list[str] = []
         """The devices that are not taken over, since the kernel has lost them or the config adds them anew."""
@@ -69,11 +73,14 @@ class TakeOver:
         """
         device = self._new_device(record, show)
         if record in self._going_on:
-            if await self._goes_on(device, record):
+            while (failure := await self._goes_on(device, record)) is not None:
+                # Replaced without an await, so that a caller that waits for the device goes on waiting for the new one.
+                device.abandon()
+                device = self._new_device(record, show)
+                if not await self._may_pass(record, failure):
+                    break
+            else:
                 return True
-            # Replaced without an await, so that a caller that waits for the device goes on waiting for the new one.
-            device.abandon()
-            device = self._new_device(record, show)
             # If the broker has just died its successor never knew the device.
             with suppress(PoolError):
                 await self._context.broker.forget(record.device_number)
@@ -93,16 +100,38 @@ class TakeOver:
             os.close(fd)
         self._held.clear()
 
-    async def _goes_on(self, device: Device, record: Record) -> bool:
+    async def _goes_on(self, device: Device, record: Record) -> Exception | None:
+        """Go on with the device as it is; the failure if that cannot be."""
         try:
             await device.go_on(record, self._held)
         except Exception as error:
             # Every exception: a nonsensical record may raise any, and recovery relies on less of the record.
-            _log.warning("%s: cannot go on as it is: %s", record.config.name, one_line(error))
-            return False
+            return error
         if record.build != self._context.build:
             self.outdated.append(record.config.name)
+        return None
+
+    async def _may_pass(self, record: Record, failure: Exception) -> bool:
+        """Return after a pause if going on may succeed later; its workers serve meanwhile.
+
+        A lack of descriptors, processes or memory is no reason to end workers that serve: recovery needs more of them.
+        """
+        name, reason = record.config.name, one_line(failure)
+        if not is_shortage(failure) or not self._still_serves(record):
+            _log.warning("%s: cannot go on as it is: %s", name, reason)
+            return False
+        if self._said.get(name) != reason:
+            self._said[name] = reason
+            _log.error("%s: cannot be taken over yet, its workers go on: %s; trying again", name, reason)
+        await asyncio.sleep(SHORTAGE_PAUSE_S)
         return True
+
+    def _still_serves(self, record: Record) -> bool:
+        try:
+            return may_go_on(record, self._held)
+        except OSError:
+            # It cannot be told for want of a descriptor: the processes are not ended for that.
+            return True
 
     def _new_device(self, record: Record, show: Callable[[Device], None]) -> Device:
         device = Device(record.config, self._context)
@@ -123,6 +152,7 @@ class TakeOver:
                 if str(error) != said:
                     said = str(error)
                     _log.error("%s: %s; waiting for its end", record.config.name, said)
+                await asyncio.sleep(CLEAR_PAUSE_S)
         if record.device_number is not None:
             self._remove_sockets(lambda number: number == record.device_number)
             self._remove_pool(arena_prefix(self._context.instance, record.device_number))

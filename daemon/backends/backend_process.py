@@ -13,7 +13,7 @@ from pathlib import Path
 from ublkpool.daemon.backends.backend_log import BackendLog
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.mounts import enter_live_view
-from ublkpool.daemon.processes.reserve import with_room_for_one
+from ublkpool.daemon.processes.reserve import restore_descriptor_limit, with_room_for_one
 from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.daemon.settings.config import BackendConfig
 from ublkpool.workers.process import fork_child
@@ -92,8 +92,9 @@ class BackendProcess(SupervisedProcess):
                 os.dup2(nothing.fileno(), 0)
             os.dup2(stderr, 2)
             self._enter_place()
+            restore_descriptor_limit()
             os.execv(command[0], command)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
         return 1
 

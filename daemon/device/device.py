@@ -30,13 +30,15 @@ from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RestartLimit, next_epoch, retire
 from ublkpool.daemon.device.service import DeviceService
 from ublkpool.daemon.device.team import Team
-from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.errors import DaemonError, is_shortage, one_line, without_name
 from ublkpool.daemon.processes.background import logged
+from ublkpool.daemon.processes.backoff import Backoff
 from ublkpool.daemon.processes.held_names import stderr_name
 from ublkpool.daemon.settings.config import DeviceConfig
 
 START_DEADLINE_S = 600.0
 IO_TIMEOUT_MS = 1000
+SHORTAGE_PAUSE_MAX_S = 5.0
 _LEFT_AND_LOST = "left by an earlier daemon, and not to be recovered: "
 _log = logging.getLogger("ublkpool.device")
 
@@ -234,11 +236,24 @@ class Device(DeviceService):
         await self._fail(given_up + reason)
 
     async def _try_next_epoch(self) -> str:
-        """Have the next epoch serve; why it does not, or nothing."""
-        try:
-            team = await next_epoch(self.parts)
-        except (DaemonError, PoolError, OSError) as error:
-            return without_name(self.config.name, one_line(error))
+        """Have the next epoch serve; why it does not, or nothing.
+
+        A lack of descriptors, processes or memory is waited out: the disk's requests wait, and nothing is lost.
+        """
+        delays = Backoff(asyncio.get_running_loop().time, RETRY_PAUSE_S, SHORTAGE_PAUSE_MAX_S)
+        reason = ""
+        while True:
+            try:
+                team = await next_epoch(self.parts)
+                break
+            except (DaemonError, PoolError, OSError) as error:
+                before, reason = reason, without_name(self.config.name, one_line(error))
+                if self.parts.life.is_stopping or not is_shortage(error):
+                    return reason
+            if reason != before:
+                _log.error("%s: %s; trying again until it can be recovered", self.config.name, reason)
+                self.parts.life.trouble = reason
+            await asyncio.sleep(delays.ended())
         self._watch(team)
         if self._is_open:
             self._now_live(team)

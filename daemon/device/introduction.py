@@ -9,6 +9,7 @@ import logging
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.processes.background import logged
 
 _log = logging.getLogger("ublkpool.device")
 
@@ -23,11 +24,20 @@ async def introduce(parts: DeviceParts, team: Team, session: Session) -> None:
     with team.plan.descriptors() as fds:
         await team.expect(session, fence=False)
         backend.begin(session)
-        parts.save()
+        try:
+            parts.save()
+        except BaseException:
+            # The backend is refused: the workers must not wait for its greeting, and the next one may attach.
+            backend.session = None
+            with logged(name):
+                await team.lost()
+            raise
         backend.await_greetings(team)
         watch_backend(parts, session)
         session.entrust(team.attached(session), fds)
-    backend.hold(session)
+    # The backend has its memory: without the holder's copy, the next daemon ends this backend and starts another.
+    with logged(name):
+        backend.hold(session)
     if parts.life.state == "live":
         backend.say_live(team)
     _log.info("%s: backend %s attached (process %d)", name, session.attach.kind, session.pid)

@@ -47,7 +47,7 @@ class DeviceParts:
         self.life.changed()
 
     def save(self) -> None:
-        """Write down what the next daemon must know if this one is killed.  Raises `DaemonError`."""
+        """Write down what the next daemon must know if this one is killed.  Raises `DaemonError`, `OSError`."""
         resources, life = self.resources, self.life
         has_kernel = resources.kernel is not None or resources.mark != 0
         if not has_kernel and (life.state == "failed" or not self.config.waits_for_backend):

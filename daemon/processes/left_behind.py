@@ -3,12 +3,12 @@
 import asyncio
 import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
 
 Role = Literal["worker", "backend", "broker"]
@@ -27,42 +27,56 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def identify(role: Role, pid: int) -> Process | None:
-    """The process that has this number now, or None."""
+    """The process that has this number now, or None.
+
+    Raises `OSError` if /proc cannot be read for want of a descriptor or memory: the process may live.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return Process(role, pid, int(fields[_START_TIME_FIELD]))
 
 
 def is_alive(process: Process) -> bool:
-    """Whether the process still lives."""
+    """Whether the process still lives.  Raises `OSError` as `identify` does."""
     return identify(process.role, process.pid) == process
 
 
 async def end_process(process: Process) -> None:
     """SIGTERM, then SIGKILL; a worker gets SIGKILL at once, since the kernel gives its requests to the next one.
 
-    Raises `DaemonError` if the process does not even end after SIGKILL.
+    Raises `DaemonError` if the process does not even end after SIGKILL, or if it cannot be told whether it lives.
     """
-    with suppress(ProcessLookupError):
-        fd = os.pidfd_open(process.pid)
-        try:
-            # Checked after the pidfd was opened, which never becomes another process's.
-            if not is_alive(process):
+    try:
+        await _end(process)
+    except ProcessLookupError:
+        return
+    except OSError as error:
+        raise DaemonError(
+            f"{process.role} process {process.pid} cannot be ended: {explain(error)}"
+        ) from error
+
+
+async def _end(process: Process) -> None:
+    """See `end_process`.  Raises `DaemonError`, `ProcessLookupError`, `OSError`."""
+    fd = os.pidfd_open(process.pid)
+    try:
+        # Checked after the pidfd was opened, which never becomes another process's.
+        if not is_alive(process):
+            return
+        if process.role != "worker":
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+            if await _exits(fd, PATIENCE_S):
                 return
-            if process.role != "worker":
-                signal.pidfd_send_signal(fd, signal.SIGTERM)
-                if await _exits(fd, PATIENCE_S):
-                    return
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-            if not await _exits(fd, KILL_PATIENCE_S):
-                raise DaemonError(
-                    f"{process.role} process {process.pid} has not ended {KILL_PATIENCE_S:.0f} s after SIGKILL: "
-                    f"it waits in the kernel, see /proc/{process.pid}/stack"
-                )
-        finally:
-            os.close(fd)
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        if not await _exits(fd, KILL_PATIENCE_S):
+            raise DaemonError(
+                f"{process.role} process {process.pid} has not ended {KILL_PATIENCE_S:.0f} s after SIGKILL: "
+                f"it waits in the kernel, see /proc/{process.pid}/stack"
+            )
+    finally:
+        os.close(fd)
 
 
 async def _exits(pidfd: int, timeout_s: float | None) -> bool:

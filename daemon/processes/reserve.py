@@ -4,6 +4,7 @@ Owns how many are kept, and when they are closed and opened again.  Runs on the 
 """
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -11,6 +12,25 @@ from typing import TypeVar
 DESCRIPTORS = 4
 """A control command needs three; further commands wait until one has ended."""
 T = TypeVar("T")
+
+
+_limit_before: list[tuple[int, int]] = []
+"""The limit on open files as the daemon was started with it."""
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process and its children open as many files as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _limit_before[:] = [(soft, hard)]
+    # Kept where it is if the kernel allows no more: then shortages are waited out.
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def restore_descriptor_limit() -> None:
+    """In a child that becomes another program: the limit as it was, since `select` fails above 1024 descriptors."""
+    for limit in _limit_before:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 class Reserve:

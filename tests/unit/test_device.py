@@ -1,6 +1,7 @@
 """A device's life in order: attach, farewell, recovery, failure, start and takeover, on made-up parts."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -20,6 +21,7 @@ from ublkpool.daemon.device.recovery import RESTARTS_MAX
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.daemon.kernel.control_process import CannotStart
 from ublkpool.daemon.settings.config import DeviceConfig
 
 DEADLINE_S = 20
@@ -195,19 +197,94 @@ def test_why_the_last_backend_was_refused_is_shown_until_one_is_taken() -> None:
 class Recoveries:
     """Takes the place of `next_epoch`: the first `failures` attempts fail."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: Device, failures: int = 0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        device: Device,
+        failures: int = 0,
+        failure: Exception | None = None,
+    ) -> None:
         self.reasons: list[str] = []
         """What `list` showed at each attempt."""
         self._device, self._failures = device, failures
+        self._failure = failure or DaemonError("the pool broker is gone")
         monkeypatch.setattr(module, "next_epoch", self._next_epoch)
         monkeypatch.setattr(module, "RETRY_PAUSE_S", 0.0)
 
     async def _next_epoch(self, parts: DeviceParts) -> Team:
         self.reasons.append(self._device.status().reason)
         if len(self.reasons) <= self._failures:
-            raise DaemonError("the pool broker is gone")
+            raise self._failure
         parts.resources.team = FakeTeam(epoch=parts.resources.epoch + 1)
         return parts.resources.team
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM])
+def test_a_recovery_waits_for_descriptors_processes_and_memory_however_long(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The disk's requests wait meanwhile; a device that fails instead would lose its disk to a passing shortage."""
+
+    async def run() -> None:
+        dead = FakeTeam()
+        device = with_team(dead)
+        await device._end_start("")
+        attempts = 3 * RESTARTS_MAX
+        recoveries = Recoveries(monkeypatch, device, attempts, CannotStart("fork", OSError(number, "short")))
+        monkeypatch.setattr(module, "SHORTAGE_PAUSE_MAX_S", 0.0)
+        await device._recover_or_fail(dead, "queue 0: its worker ended")
+        assert device.state == "live" and len(recoveries.reasons) == attempts + 1
+        assert "no process for it" in recoveries.reasons[-1], "list does not say what it waits for"
+
+    in_loop(run)
+
+
+def test_a_recovery_that_waits_for_descriptors_ends_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        dead = FakeTeam()
+        device = with_team(dead)
+        await device._end_start("")
+        recoveries = Recoveries(monkeypatch, device, 1 << 30, OSError(errno.EMFILE, "short"))
+        monkeypatch.setattr(module, "SHORTAGE_PAUSE_MAX_S", 0.0)
+        monkeypatch.setattr(teardown, "tear_down", no_tear_down)
+        recovering = asyncio.ensure_future(device._recover_or_fail(dead, "queue 0: its worker ended"))
+        while len(recoveries.reasons) < 2 * RESTARTS_MAX:
+            await asyncio.sleep(0)
+        device.parts.life.is_stopping = True
+        await recovering
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("step", ["record", "holder"])
+def test_an_attach_of_which_a_step_fails_keeps_no_later_backend_out(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async def run() -> None:
+        team = FakeTeam()
+        device = with_team(team)
+        first, second = FakeSession("first"), FakeSession("second")
+
+        def fails(*_: object) -> None:
+            raise OSError(errno.EMFILE, "no descriptor")
+
+        with monkeypatch.context() as patched:
+            if step == "record":
+                patched.setattr(device.parts, "save", fails)
+                with pytest.raises(OSError, match="no descriptor"):
+                    await device.attach(first)
+                assert team.heard == ["expect first", "lost"], "the workers wait for a refused backend"
+            else:
+                # By then the backend has its memory: it is attached, and only the next daemon cannot adopt it.
+                patched.setattr(device.parts.context.holder, "hold", fails)
+                await device.attach(first)
+                assert device.session is first
+                first.dies()
+        await turn()
+        await device.attach(second)
+        assert device.session is second
+
+    in_loop(run)
 
 
 def test_a_device_shows_why_it_is_recovered_until_it_is_live(monkeypatch: pytest.MonkeyPatch) -> None:

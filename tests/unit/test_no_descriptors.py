@@ -1,15 +1,13 @@
 """A daemon without a free descriptor still answers commands, and tells a backend why it cannot attach."""
 
 import asyncio
-import os
-import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from support.fakes.attach_door import Door, at_the_door, open_files, until
 from support.fakes.daemon import FakeService
+from support.fakes.descriptors import no_descriptor_left
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.sdk.keeper import DROP
 from ublkpool.daemon.admin.server import AdminServer
@@ -20,22 +18,6 @@ from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 DEADLINE_S = 20
 
 
-@contextmanager
-def none_left() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        yield
-    finally:
-        for fd in taken:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_a_listener_accepts_with_its_reserved_descriptor_and_reserves_another_later(
     tmp_path: Path,
 ) -> None:
@@ -43,7 +25,7 @@ def test_a_listener_accepts_with_its_reserved_descriptor_and_reserves_another_la
     clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
     for client in clients:
         client.connect(str(tmp_path / "door"))
-    with none_left():
+    with no_descriptor_left():
         first, _ = listener.accept()
         assert listener.was_short
         with suppress(OSError):
@@ -69,7 +51,7 @@ def test_a_command_is_answered(tmp_path: Path) -> None:
             client = socket.socket(socket.AF_UNIX)
             client.setblocking(False)
             client.connect(str(admin_socket(tmp_path)))
-            with none_left():
+            with no_descriptor_left():
                 client.send(encode_line(ListRequest()))
                 assert b'"ok":true' in await asyncio.get_running_loop().sock_recv(client, 65536)
             client.close()
@@ -86,7 +68,7 @@ def test_a_backend_is_told_why(tmp_path: Path) -> None:
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         client.setblocking(False)
         client.connect(str(tmp_path / "attach.sock"))
-        with none_left():
+        with no_descriptor_left():
             packet = await asyncio.get_running_loop().sock_recv(client, 65536)
         answer = wire.decode_daemon_message(packet)
         assert isinstance(answer, wire.Refused) and "Too many open files" in answer.reason
@@ -104,7 +86,7 @@ def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_brea
         client.connect(str(tmp_path / "attach.sock"))
         while not door.server._background._tasks:
             await asyncio.sleep(0)
-        with none_left():
+        with no_descriptor_left():
             packet = wire.encode_message(wire.Attach(v=1, device="d", kind="k", segment_bytes=4096))
             socket.send_fds(client, [packet], [0])
             answer = wire.decode_daemon_message(await asyncio.get_running_loop().sock_recv(client, 65536))
@@ -118,10 +100,10 @@ def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_brea
 def test_a_keeper_is_asked_to_end_once_a_descriptor_is_free(tmp_path: Path) -> None:
     async def run() -> None:
         path = tmp_path / "memory-vol.keep"
-        with none_left():
+        with no_descriptor_left():
             await drop_kept(path)
         keeper = listen(path, socket.SOCK_SEQPACKET)
-        with none_left():
+        with no_descriptor_left():
             dropping = asyncio.ensure_future(drop_kept(path))
             await asyncio.sleep(0)
         connection, _ = await asyncio.get_running_loop().sock_accept(keeper)

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 import ublkpool
+from support.fakes.descriptors import no_descriptor_left
 from ublkpool.daemon.device import records
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Record, Records, end_left
@@ -158,6 +159,20 @@ def test_a_process_that_is_gone_counts_as_ended() -> None:
         asyncio.run(end_left([record(Process("worker", gone.pid, 1))]))
     assert identify("worker", gone.pid) is None
     assert identify("worker", os.getpid()) == identify("worker", os.getpid())
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead() -> None:
+    """Its store would get a second server."""
+
+    async def end(left: Process) -> None:
+        with no_descriptor_left(), pytest.raises(DaemonError, match="cannot be ended"):
+            await end_left([record(left)])
+        with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
+            identify("backend", left.pid)
+
+    with process(STUBBORN) as backend:
+        asyncio.run(end(known("backend", backend.pid)))
+        assert backend.poll() is None
 
 
 def test_any_module_that_changes_makes_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

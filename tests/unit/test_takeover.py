@@ -1,6 +1,7 @@
 """Taking over what an earlier daemon left, with made-up devices and broker."""
 
 import asyncio
+import errno
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -93,6 +94,48 @@ def test_a_device_is_recovered_although_the_broker_dies_just_then(
     first, second = take_over(made)
     assert first is not second
     assert steps == ["go on", "abandon", "recover vol"]
+
+
+def test_workers_that_serve_are_not_ended_for_want_of_descriptors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their recovery would need more descriptors than going on with them: the disk would be lost."""
+
+    async def go_on(_device: Device, _record: Record, _held: Mapping[str, int]) -> None:
+        steps.append("go on")
+        if len(steps) < 6:
+            raise DaemonError("no pidfd") from OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(LeftDevice, "go_on", go_on)
+    monkeypatch.setattr(takeover, "SHORTAGE_PAUSE_S", 0.0)
+    alive: list[bool] = []
+
+    def serves(*_: object) -> bool:
+        alive.append(True)
+        if len(alive) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return True
+
+    monkeypatch.setattr(takeover, "may_go_on", serves)
+    shown = take_over(context(tmp_path))
+    assert steps == ["go on", "abandon"] * 3 + ["go on"] and len(shown) == 4
+    assert caplog.text.count("cannot be taken over yet") == 1
+
+
+def test_a_device_whose_workers_ended_while_descriptors_were_short_is_recovered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str]
+) -> None:
+    async def go_on(_device: Device, _record: Record, _held: Mapping[str, int]) -> None:
+        steps.append("go on")
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr(LeftDevice, "go_on", go_on)
+    monkeypatch.setattr(takeover, "SHORTAGE_PAUSE_S", 0.0)
+    monkeypatch.setattr(takeover, "may_go_on", lambda *_: steps.count("go on") < 3)
+    made = context(tmp_path)
+    made.broker = DeadBroker()
+    take_over(made)
+    assert steps == ["go on", "abandon"] * 3 + ["recover vol"]
 
 
 def test_the_sockets_of_dead_processes_are_dropped_before_the_device_is_recovered(
