@@ -211,6 +211,8 @@ class BrokerProcess(SupervisedProcess):
         try:
             await asyncio.wait_for(channel.readable(), REPLY_DEADLINE_S)
         except TimeoutError:
+            # It might do later what it was told, and the daemon would not know.
+            self.child.send(signal.SIGKILL)
             state = self.child.exit_status
             how = "does not answer" if state is None else f"ended: {describe_exit(state)}"
             raise PoolError(f"the pool broker {how}") from None

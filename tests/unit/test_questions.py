@@ -1,6 +1,7 @@
 """Questions to other processes: a late answer answers nobody else's question, with numbers or without."""
 
 import asyncio
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -143,7 +144,14 @@ def test_a_worker_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -
 
 
 class LivingChild(FakeChild):
-    """A process that has not ended."""
+    """A process that has not ended; notes its signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signals: list[signal.Signals] = []
+
+    def send(self, number: signal.Signals) -> None:
+        self.signals.append(number)
 
     @property
     def exit_status(self) -> None:
@@ -159,7 +167,7 @@ class Peer:
         self.seen = BrokerProcess("ipc:///nonexistent", FakeHolder())
         self.seen._use(broker_process._channel(ours))
         self.seen._repeats_ids = not is_old
-        self.seen.child = LivingChild()
+        self.child = self.seen.child = LivingChild()
 
     async def hears(self) -> commands.Command:
         while True:
@@ -184,6 +192,7 @@ def test_the_broker_s_late_answer_is_not_taken_for_the_next_one(
         peer = Peer(monkeypatch, is_old)
         with pytest.raises(PoolError, match="does not answer"):
             await peer.seen.command(commands.Register(3, 0, 1))
+        assert peer.child.signals == [signal.SIGKILL], "it might do later what it was told"
         first = await peer.hears()
         asking = asyncio.ensure_future(peer.seen.command(commands.Reclaim(3, 0, 1)))
         second = await peer.hears()
