@@ -204,6 +204,10 @@ def _files() -> list[int]:
     return [*made, os.open("/", os.O_RDONLY), os.open("/dev/null", os.O_RDWR), os.eventfd(0)]
 
 
+COUNTS = (*(0,) * 28, 1, 1, 2, 5)
+"""How many descriptors come with a packet; the daemon forks a helper for each packet that has any."""
+
+
 def test_packets_and_descriptors_at_the_attach_socket(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -214,7 +218,7 @@ def test_packets_and_descriptors_at_the_attach_socket(
 
     async def one(door: Door) -> None:
         with door.connect() as connection:
-            chosen = [rng.choice(files) for _ in range(rng.choice((0, 0, 1, 1, 2, 5)))]
+            chosen = [rng.choice(files) for _ in range(rng.choice(COUNTS))]
             packet = spoil(rng, rng.choice(true)) or b" "
             admitted, refused = len(door.sessions), door.server.refusals.count
             socket.send_fds(connection, [packet[:200_000]], chosen)

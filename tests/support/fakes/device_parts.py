@@ -61,6 +61,9 @@ class FakeBroker(BrokerProcess):
         self.endpoint = "ipc://nowhere"
         self.child = FakeChild()
 
+    async def be_reachable(self) -> None:
+        """Its socket is there."""
+
 
 class FakeSession(Session):
     """An attached backend, process 1 of user 33, that is gone when the test says so."""
