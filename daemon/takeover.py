@@ -165,8 +165,8 @@ class TakeOver:
     def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
         for path in self._context.queue_dir.iterdir():
             number = path.name.partition(".")[0]
-            # A worker's socket is named NUMBER.QUEUE; other files stay.
-            if number.isdecimal() and is_gone(int(number)):
+            # A worker's socket is named NUMBER.QUEUE; other files and directories stay.
+            if number.isdecimal() and is_gone(int(number)) and not path.is_dir():
                 path.unlink()
 
     def _remove_pool(self, prefix: str) -> None:

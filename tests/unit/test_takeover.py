@@ -4,6 +4,7 @@ import asyncio
 import errno
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -157,3 +158,12 @@ def test_a_device_is_not_recovered_before_a_process_that_waits_in_the_kernel_has
     take_over(context(tmp_path))
     assert steps == ["end"] * 4 + ["recover vol"]
     assert caplog.text.count("process 7 has not ended") == 1
+
+
+def test_a_directory_among_the_queues_sockets_stays_and_stops_no_start(tmp_path: Path) -> None:
+    (tmp_path / "7.old").mkdir()
+    (tmp_path / "7.0").touch()
+    left = TakeOver.__new__(TakeOver)
+    left._context = SimpleNamespace(queue_dir=tmp_path)  # type: ignore[assignment]
+    left._remove_sockets(lambda number: number == 7)
+    assert [each.name for each in tmp_path.iterdir()] == ["7.old"]
