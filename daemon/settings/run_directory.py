@@ -221,6 +221,8 @@ def _make_entry(path: Path, group: int | None) -> None:
     about = path.lstat()
     if not stat.S_ISDIR(about.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if about.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f"it belongs to user {about.st_uid}", str(path))
     _open_to(path, group)
 
 

@@ -333,3 +333,18 @@ def test_a_workers_directory_that_was_removed_is_made_again(tmp_path: Path) -> N
     (run_dir / "queues" / "3.0").touch()
     restore_queues(run_dir, None)
     assert (run_dir / "queues" / "3.0").exists(), "one that is there stays as it is"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("name", ["queues", "devices"])
+def test_an_entry_of_another_user_is_refused_and_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    entry = tmp_path / "run" / name
+    entry.parent.mkdir(0o700)
+    entry.mkdir()
+    entry.chmod(0o777)
+    os.chown(entry, 65534, 65534)
+    directory = RunDirectory.claim(entry.parent)
+    with pytest.raises(ConfigError, match="belongs to user 65534"):
+        directory.prepare(None)
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o777
+    directory.remove()
