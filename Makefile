@@ -44,7 +44,7 @@ export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 
 # The guest shares this machine's root through virtiofsd, which needs root.
 AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
-GUEST = $(AS_ROOT) $(PY) -m support.guest.__main__
+GUEST = $(AS_ROOT) $(PY) -m support.guest
 # One step of the benchmark, where the driver is.
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
@@ -79,7 +79,7 @@ compiled: setup
 	@$(PY) -m compileall -q src/ublkpool/* tests
 
 guest: setup ## bring the test guest's QEMU and kernels into the cache
-	@$(PY) -m support.guest.__main__ fetch
+	@$(PY) -m support.guest fetch
 
 lint: setup ## ruff, mypy, import-linter; clang-format, compiler warnings and clang-tidy for C
 	@$(MAKE) -j$(CPUS) --output-sync=target lint-ruff lint-mypy lint-imports lint-format $(C_CHECKED)
@@ -151,7 +151,7 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	    echo "test: vm, on this machine ($$(uname -r))"; \
 	    env $(SOAK) $(PY) -m pytest $(VM_TESTS) $(PYTEST_ARGS); \
 	else \
-	    $(PY) -m support.guest.__main__ fetch; \
+	    $(PY) -m support.guest fetch; \
 	    $(MAKE) -j$(words $(KERNELS)) $(addprefix vm-,$(KERNELS)); \
 	fi
 
@@ -163,7 +163,7 @@ vm-%:
 
 # Debian 13's systemd always runs in a guest of its own.
 test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests
-	@$(PY) -m support.guest.__main__ fetch
+	@$(PY) -m support.guest fetch
 	@for kernel in $(KERNELS); do \
 	    echo "test: systemd, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel PYTHONDONTWRITEBYTECODE=1 \
@@ -171,7 +171,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 	done
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
-	@$(PY) -m support.guest.__main__ fetch
+	@$(PY) -m support.guest fetch
 	@for kernel in $(KERNELS); do \
 	    echo "test: power failure, in a guest with Linux $$kernel"; \
 	    $(AS_ROOT) env UBLKPOOL_KERNELS=$$kernel $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) \
@@ -187,7 +187,7 @@ demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \
 	    $(PY) -m support.demo; \
 	else \
-	    $(PY) -m support.guest.__main__ fetch; \
+	    $(PY) -m support.guest fetch; \
 	    colour=0; if [ -t 1 ]; then colour=1; fi; \
 	    $(GUEST) run --kernel 7.3 --timeout $(DEMO_TIMEOUT_S) -- \
 	        env PYTHONPATH="$$PYTHONPATH" UBLKPOOL_COLOUR=$$colour $(PY) -m support.demo; \
@@ -213,7 +213,7 @@ bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=q
 	if [ $(MODE) != exact ] && $(HAS_DRIVER); then \
 	    for step in $(BENCH_STEPS); do $(call BENCH_STEP,$$step) || status=$$?; done; \
 	else \
-	    $(PY) -m support.guest.__main__ fetch; \
+	    $(PY) -m support.guest fetch; \
 	    for kernel in $(BENCH_KERNELS); do \
 	        for step in $(BENCH_STEPS); do \
 	            $(GUEST) run --kernel $$kernel $(BENCH_GUEST) --timeout $(BENCH_TIMEOUT_S) --rw $(BENCH_OUT) -- \
