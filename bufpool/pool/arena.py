@@ -26,7 +26,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.pool.control import Control, ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
-from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, huge_bytes, make_data, make_named
+from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, DataPlan, huge_bytes, make_data, make_named
 from ublkpool.bufpool.seals import is_sealed
 
 
@@ -106,20 +106,28 @@ class Arena:
         device_number: int,
         reserve: Sequence[int],
         huge: HugePages = "off",
+        data_fd: int | None = None,
     ) -> Self:
         """Make, allocate and populate both segments.  `reserve`: buffers per queue, for each size of `geometry`.
 
-        Raises `PoolError` and leaves nothing behind.
+        `data_fd` is data that was made already (`memory.make_data`); it is taken over.  Raises `PoolError` and leaves
+        nothing behind.
         """
         header = ControlHeader(device_number, queues, geometry, tuple(reserve))
         page = header.pack()
         name = _control_name(name_prefix)
-        control_fd = make_named(name, control_bytes(queues, geometry.slot_count))
+        if data_fd is None:
+            data_fd = make_data(data_name(device_number), geometry.total_bytes, huge)
+        try:
+            control_fd = make_named(name, control_bytes(queues, geometry.slot_count))
+        except BaseException:
+            os.close(data_fd)
+            raise
         try:
             os.pwrite(control_fd, page, 0)
-            data_fd = make_data(_what(device_number), geometry.total_bytes, huge)
         except BaseException:
             os.close(control_fd)
+            os.close(data_fd)
             posix_ipc.unlink_shared_memory(name)
             raise
         return cls(data_fd, control_fd, name_prefix, huge)
@@ -149,11 +157,12 @@ class Arena:
         """Whether the size of the data is sealed; an earlier version did not seal it."""
         return is_sealed(self.data_fd)
 
-    def new_data(self) -> int:
-        """New memory of the data's size, as a descriptor for `replace_data`.  Raises `PoolError`."""
+    @property
+    def next_data(self) -> DataPlan:
+        """Memory of the data's size, to be made for `replace_data`."""
         # The device exists: with huge_pages = "require" it is better served from small pages than not at all.
         huge: HugePages = "off" if self.huge == "off" else "auto"
-        return make_data(_what(self.device_number), self.geometry.total_bytes, huge)
+        return DataPlan(data_name(self.device_number), self.geometry.total_bytes, huge)
 
     def replace_data(self, fd: int) -> None:
         """Use the memory of `fd`, which becomes the arena's, as the data and close the old descriptor.
@@ -194,7 +203,8 @@ class Arena:
         self.data_fd = self.control_fd = -1
 
 
-def _what(device_number: int) -> str:
+def data_name(device_number: int) -> str:
+    """The pool's memory in errors."""
     return f"the pool of device {device_number}"
 
 

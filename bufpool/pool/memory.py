@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import posix_ipc
 
@@ -24,27 +25,48 @@ _MADV_POPULATE_WRITE = 23
 _LOWER = "lower the device's queues, depth or pool"
 
 
+class DataPlan(NamedTuple):
+    """The memory of a pool's data: its name in errors, its size, and whether it lies in huge pages."""
+
+    what: str
+    size_bytes: int
+    huge: HugePages
+
+
 def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
     """A memfd of zeros, every page allocated, whose size no process can change.  Raises `PoolError`.
 
     `what` names the memory in errors.
     """
+    fd = open_data(what, size_bytes)
+    try:
+        fill_data(fd, what, size_bytes, huge)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_data(what: str, size_bytes: int) -> int:
+    """The memfd of `make_data`, which `fill_data` has yet to allocate: any process that has it may do that.
+
+    Raises `PoolError`, also if the machine has no room for `size_bytes`.
+    """
     check_room(what, size_bytes, _LOWER)
     try:
-        fd = os.memfd_create("ublkpool-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return os.memfd_create("ublkpool-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         raise PoolError(f"{what} cannot be created: {explain(error)}") from error
+
+
+def fill_data(fd: int, what: str, size_bytes: int, huge: HugePages) -> None:
+    """Allocate every page of an `open_data`, and seal its size.  Raises `PoolError`."""
     try:
         _allocate(fd, size_bytes)
         _make_huge(fd, what, size_bytes, huge)
         seal(fd)
     except OSError as error:
-        os.close(fd)
         raise _not_allocated(what, size_bytes, error) from error
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def make_named(name: str, size_bytes: int) -> int:

@@ -7,21 +7,29 @@ descriptor in the holder.  Runs on the supervisor's asyncio loop.
 """
 
 import logging
+import os
 
+from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.memory import DataPlan, fill_data, make_data, open_data
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import pool_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import is_open_elsewhere
 
+AT_ONCE_BYTES_MAX = 16 << 20
+"""What the supervisor allocates itself, in some milliseconds."""
+ALLOCATE_DEADLINE_S = 600.0
 _log = logging.getLogger("ublkpool.device")
 
 
 class Pool:
     """The pool of one device."""
 
-    def __init__(self, device: str, holder: Holder) -> None:
+    def __init__(self, device: str, holder: Holder, runner: ControlRunner) -> None:
         """Without memory until `begin` or `resume`."""
+        self._runner = runner
         self.arena: Arena | None = None
         self._device = device
         self._holder = holder
@@ -43,6 +51,31 @@ class Pool:
     def had_by(self, user: int) -> None:
         """A backend of this user has the memory."""
         self._is_fresh, self._user = False, user
+
+    async def allocate(self, plan: DataPlan) -> int:
+        """Make the memory, in a process of its own if it is large: a gigabyte takes seconds.  Raises `PoolError`."""
+        if plan.size_bytes <= AT_ONCE_BYTES_MAX:
+            return make_data(*plan)
+        fd = open_data(plan.what, plan.size_bytes)
+        try:
+            trouble = await self._runner.look(
+                self._device,
+                f"{self._device}: {plan.what} of {plan.size_bytes} bytes cannot be allocated",
+                lambda: _fill(fd, plan),
+                str,
+                ALLOCATE_DEADLINE_S,
+                [fd],
+            )
+        except ControlFailed as error:
+            os.close(fd)
+            raise PoolError(str(error)) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        if trouble:
+            os.close(fd)
+            raise PoolError(trouble)
+        return fd
 
     async def prepare(self, team: Team, user: int) -> None:
         """Make the memory fit for the next backend, which runs as this user: replace it if another process may have it.
@@ -77,7 +110,7 @@ class Pool:
     async def _replace(self, arena: Arena, team: Team) -> None:
         # If a worker fails to change, the next attempt must replace the memory again.
         self._is_fresh, self._user = False, None
-        arena.replace_data(arena.new_data())
+        arena.replace_data(await self.allocate(arena.next_data))
         self._holder.hold(pool_name(self._device), arena.data_fd)
         await team.change_pool()
         arena.forget_old_data()
@@ -97,3 +130,12 @@ class Pool:
         if self.arena is not None:
             self.arena.close()
             self.arena = None
+
+
+def _fill(fd: int, plan: DataPlan) -> str:
+    """Runs in a process of its own: allocate and seal the memory; why that failed, or nothing."""
+    try:
+        fill_data(fd, *plan)
+    except PoolError as error:
+        return str(error)
+    return ""

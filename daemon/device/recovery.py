@@ -63,7 +63,7 @@ async def next_epoch(parts: DeviceParts) -> Team:
     """
     resources = parts.resources
     assert resources.kernel is not None
-    kernel, leases = resources.kernel, resources.ensure_pool()
+    kernel, leases = resources.kernel, await resources.ensure_pool()
     if resources.team is not None:
         await resources.team.drain(DRAIN_PATIENCE_S)
         await resources.team.kill()

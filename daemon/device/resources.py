@@ -10,8 +10,9 @@ import logging
 from collections.abc import Mapping
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.pool.arena import Arena, arena_prefix
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix, data_name
 from ublkpool.bufpool.pool.limits import pool_geometry
+from ublkpool.bufpool.pool.memory import DataPlan
 from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import Disk
@@ -46,7 +47,7 @@ class DeviceResources:
         self.mark = 0
         """Of the kernel's device, from before ADD_DEV; 0 if the kernel certainly has none."""
         self.disk: Disk | None = None
-        self.pool = Pool(config.name, context.holder)
+        self.pool = Pool(config.name, context.holder, context.runner)
         self.area: ClientArea | None = None
         self.leases: Leases | None = None
         self.team: Team | None = None
@@ -70,7 +71,7 @@ class DeviceResources:
     async def equip(self) -> None:
         """Pool, client area and leases.  Raises `DaemonError`, `PoolError`, `OSError`; what was made stays."""
         assert self.kernel is not None
-        leases = self.ensure_pool()
+        leases = await self.ensure_pool()
         await self._make_area(self.kernel)
         await leases.register(FIRST_EPOCH)
 
@@ -191,17 +192,17 @@ class DeviceResources:
             self.area.close()
             self.area = None
 
-    def ensure_pool(self) -> Leases:
+    async def ensure_pool(self) -> Leases:
         """The leases of the pool, which is made if the device has none.  Raises `PoolError`, `OSError`."""
         assert self.kernel is not None
         if self.leases is None:
-            arena = self._make_arena(self.kernel)
+            arena = await self._make_arena(self.kernel)
             self.pool.begin(arena)
             info = self.kernel.info
             self.leases = Leases(self._context.broker, self.kernel.number, info.queues, arena.control_fd)
         return self.leases
 
-    def _make_arena(self, kernel: BlockDevice) -> Arena:
+    async def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self._config
         geometry, reserve = pool_geometry(
             info.queues,
@@ -211,8 +212,10 @@ class DeviceResources:
             config.placement,
             config.pool_bytes,
         )
+        huge = config.huge_pages
+        data_fd = await self.pool.allocate(DataPlan(data_name(kernel.number), geometry.total_bytes, huge))
         name = self._arena_prefix(kernel)
-        return Arena.create(name, geometry, info.queues, kernel.number, reserve, config.huge_pages)
+        return Arena.create(name, geometry, info.queues, kernel.number, reserve, huge, data_fd)
 
     def _arena_prefix(self, kernel: BlockDevice) -> str:
         return arena_prefix(self._context.instance, kernel.number)

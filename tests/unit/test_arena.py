@@ -205,7 +205,7 @@ def _punch(fd: int, size_bytes: int) -> None:
 def test_other_memory_takes_the_place_of_the_old(arena: Arena) -> None:
     os.pwrite(arena.data_fd, b"old", 0)
     before = open_fds()
-    arena.replace_data(arena.new_data())
+    arena.replace_data(make_data(*arena.next_data))
     assert open_fds() == before
     assert arena.is_sealed and os.pread(arena.data_fd, 3, 0) == bytes(3)
     with pytest.raises(PoolError, match="has 4096 bytes"):
@@ -222,7 +222,7 @@ def test_a_pool_of_an_earlier_version_has_a_name_for_its_data_and_is_used_as_it_
     os.close(data)
     with Arena.open(prefix) as old:
         assert not old.is_sealed and os.pread(old.data_fd, 17, 0) == b"what is in flight"
-        old.replace_data(old.new_data())
+        old.replace_data(make_data(*old.next_data))
         assert old.is_sealed
         old.unlink()
     assert objects() == []

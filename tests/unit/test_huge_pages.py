@@ -12,6 +12,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.memory import make_data
 from ublkpool.ublk import _native
 from ublkpool.ublk import queue as core
 
@@ -124,7 +125,7 @@ def test_a_pool_and_its_replacement_are_in_huge_pages(prefix: str, huge: str) ->
     with make(prefix, huge) as arena:
         assert arena.huge_bytes == HUGE_BYTES
         old = os.fstat(arena.data_fd).st_ino
-        arena.replace_data(arena.new_data())
+        arena.replace_data(make_data(*arena.next_data))
         assert arena.huge_bytes == HUGE_BYTES and os.fstat(arena.data_fd).st_ino != old
         data = os.fstat(arena.data_fd)
         assert 512 * data.st_blocks == data.st_size
@@ -133,7 +134,7 @@ def test_a_pool_and_its_replacement_are_in_huge_pages(prefix: str, huge: str) ->
 def test_off_is_off(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("nobody asked for it"))
     with make(prefix, "off") as arena:
-        arena.replace_data(arena.new_data())
+        arena.replace_data(make_data(*arena.next_data))
 
 
 def test_memory_in_the_place_of_the_old_need_not_be_huge(
@@ -143,7 +144,7 @@ def test_memory_in_the_place_of_the_old_need_not_be_huge(
     with make(prefix, "auto") as arena:
         arena.huge = "require"
         monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
-        arena.replace_data(arena.new_data())
+        arena.replace_data(make_data(*arena.next_data))
 
 
 @pytest.mark.usefixtures("collapses")

@@ -262,7 +262,11 @@ def a_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Device:
         ("Leases", StepLeases),
     ):
         monkeypatch.setattr(resources, name, step)
-    monkeypatch.setattr(DeviceResources, "_make_arena", lambda *_: StepArena(machine))
+
+    async def make_arena(*_: object) -> StepArena:
+        return StepArena(machine)
+
+    monkeypatch.setattr(DeviceResources, "_make_arena", make_arena)
     context = fake_context(StepHolder(machine))
     context.records = StepRecords(machine)
     config = DeviceConfig(

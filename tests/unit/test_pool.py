@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,9 +13,11 @@ import pytest
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.pool.limits import Geometry
+from ublkpool.bufpool.pool.memory import DataPlan
 from ublkpool.daemon.device import pool as module
 from ublkpool.daemon.device.pool import Pool
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.held_names import pool_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import reopened
@@ -33,7 +36,9 @@ class Scene:
         self.changes = 0
         self.refuses = False
         self.can_change_pool = True
-        self.pool = Pool("vol", cast(Holder, SimpleNamespace(hold=self._hold, drop=self._drop)))
+        self.pool = Pool(
+            "vol", cast(Holder, SimpleNamespace(hold=self._hold, drop=self._drop)), ControlRunner()
+        )
         self.arena = Arena.create(PREFIX, GEOMETRY, 1, 7, (1,))
 
     def _hold(self, name: str, fd: int) -> None:
@@ -156,7 +161,7 @@ def test_without_memory_for_a_new_pool_the_next_backend_is_refused_and_the_pool_
         raise PoolError("the pool of device 7 needs 1.0 MiB of memory and 0.0 MiB are available")
 
     with monkeypatch.context() as full:
-        full.setattr(Arena, "new_data", no_room)
+        full.setattr(module, "make_data", no_room)
         with pytest.raises(PoolError, match="are available"):
             scene.prepare(USER + 1)
     assert scene.inode == first and scene.changes == 0
@@ -169,6 +174,45 @@ def test_a_pool_that_was_never_handed_out_is_not_checked(
     monkeypatch.setattr(module, "is_open_elsewhere", lambda _: pytest.fail("nobody has it"))
     scene.pool.begin(scene.arena)
     scene.prepare()
+
+
+@pytest.mark.parametrize("at_once_bytes_max", [0, 1 << 30])
+def test_a_large_pool_is_allocated_by_another_process_than_the_supervisor(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once_bytes_max: int
+) -> None:
+    """A gigabyte takes seconds, for which no other device would be looked after."""
+
+    def fill(fd: int, plan: DataPlan) -> str:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        return fill_here(fd, plan)
+
+    fill_here = module._fill
+    monkeypatch.setattr(module, "_fill", fill)
+    monkeypatch.setattr(module, "AT_ONCE_BYTES_MAX", at_once_bytes_max)
+    scene.pool.begin(scene.arena)
+    first = scene.prepare()
+    assert scene.prepare(USER + 1) != first
+    arena = scene.pool.arena
+    assert arena is not None and arena.is_sealed
+    found = os.fstat(arena.data_fd)
+    assert found.st_blocks * 512 >= found.st_size == arena.geometry.total_bytes
+    by_another = (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != str(os.getpid())
+    assert by_another is (at_once_bytes_max == 0)
+
+
+def test_a_pool_that_another_process_cannot_allocate_is_refused_with_its_reason(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE_BYTES_MAX", 0)
+    monkeypatch.setattr(
+        module, "_fill", lambda *_: "the pool of device 7 cannot be allocated: it is too large"
+    )
+    scene.pool.begin(scene.arena)
+    first = scene.prepare()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(PoolError, match=r"^the pool of device 7 cannot be allocated: it is too large$"):
+        scene.prepare(USER + 1)
+    assert scene.inode == first and len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.fixture(autouse=True)

@@ -72,12 +72,14 @@ class SimArena(Arena):
         device_number: int,
         reserve: Sequence[int],
         huge: HugePages = "off",
+        data_fd: int | None = None,
     ) -> Self:
         size = control_bytes(queues, geometry.slot_count)
         control = os.memfd_create("sim", os.MFD_CLOEXEC)
         os.truncate(control, size)
         os.pwrite(control, ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
-        arena = cls(make_data("the pool", geometry.total_bytes, "off"), control, prefix, "off")
+        data = make_data("the pool", geometry.total_bytes, "off") if data_fd is None else data_fd
+        arena = cls(data, control, prefix, "off")
         cls.scenery.pools.append(PoolMemory(arena, size))
         return arena
 
