@@ -25,9 +25,9 @@ status=0
 env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports/asan" \
     UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports/ubsan" \
-    PYTHONMALLOC=malloc \
+    PYTHONMALLOC=malloc UBLKPOOL_SANITIZED=1 \
     PYTHONPATH="$directory/lib:$PWD/tests" \
-    "$python" -m pytest -p no:cacheprovider "$@" || status=$?
+    "$python" -m pytest -p no:cacheprovider --timeout 240 "$@" || status=$?
 
 for report in "$reports"/*; do
     [ -e "$report" ] || continue
