@@ -193,6 +193,8 @@ def test_what_was_first_served_is_remembered_when_everything_begins_anew() -> No
         image.rename(away)
         daemon.start()
         refused(daemon, "lasting", "no such file")
+        # The reason shows as soon as the backend says it; the name is free for an add once that backend has ended.
+        eventually(lambda: daemon.status("lasting").state == "failed", "its start has failed")
         assert not image.exists()
         image.write_bytes(bytes(16 * MIB))
         with pytest.raises(DaemonError, match=f"inode {away.stat().st_ino}.*inode {image.stat().st_ino}"):
