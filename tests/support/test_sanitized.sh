@@ -19,6 +19,8 @@ UBLKPOOL_CHECKED=1 \
 # Without leak detection: CPython frees neither its modules nor its interned strings, and its frames are in the stack of
 # each allocation of ours, so no suppression tells the two apart.  The fuzz targets (tests/fuzz), which run without
 # Python, look for leaks.
+#
+# UBLKPOOL_FUZZ_FACTOR: `make fuzz` sends far more to the C code, and under these sanitizers, too.
 # PYTHONMALLOC=malloc: Python's own allocator packs small objects without gaps, and a write past the end of one would
 # go unnoticed.
 status=0
@@ -26,6 +28,7 @@ env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubs
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports/asan" \
     UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports/ubsan" \
     PYTHONMALLOC=malloc UBLKPOOL_SANITIZED=1 \
+    UBLKPOOL_FUZZ_FACTOR="${UBLKPOOL_FUZZ_FACTOR:-0.1}" \
     PYTHONPATH="$directory/lib:$PWD/tests" \
     "$python" -m pytest -p no:cacheprovider --timeout 240 "$@" || status=$?
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import ublkpool
 from support.fakes.watched_calls import MARK, is_on_a_disk, is_own
 
 _PROGRAM = """
@@ -87,7 +88,7 @@ def test_paths_that_a_disk_can_block_are_recognized(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/dev/ublkc0", "/dev/shm/x", "/run/ours/lock", "/run", "/", "/proc/77/stat", __file__]
+    "path", ["/dev/ublkc0", "/dev/shm/x", "/run/ours/lock", "/run", "/", "/proc/77/stat", ublkpool.__file__]
 )
 def test_the_daemons_own_paths_are_allowed(path: str) -> None:
     assert is_own(path, ("/run/ours",))
