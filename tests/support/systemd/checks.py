@@ -255,6 +255,9 @@ def stop_writeback() -> None:
     """Keep dirty pages from being written back until a sync."""
     for name, value in {"writeback": 0, "expire": 60000}.items():
         Path(f"/proc/sys/vm/dirty_{name}_centisecs").write_text(str(value))
+    # By default a share of the free memory, which is little here: writeback would begin with the second file.
+    for name, size_bytes in {"background_bytes": 256 << 20, "bytes": 512 << 20}.items():
+        Path(f"/proc/sys/vm/dirty_{name}").write_text(str(size_bytes))
 
 
 def time_a_command() -> None:
