@@ -3,18 +3,16 @@
 import asyncio
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.fakes.descriptors import no_descriptor_left
 from ublkpool.daemon.kernel import control_process
 from ublkpool.daemon.kernel.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
 from ublkpool.daemon.processes.children import Child
@@ -114,28 +112,11 @@ def test_hung_looks_are_bounded_for_each_owner_and_named_and_block_no_other_owne
         asyncio.run(asyncio.wait_for(run(monkeypatch), 60))
 
 
-@contextmanager
-def no_descriptors_left() -> Iterator[None]:
-    """During the block this process has reached its limit of descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
-    try:
-        with suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        yield
-    finally:
-        for fd in taken:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_a_command_runs_out_of_the_reserve_when_no_descriptor_is_left() -> None:
     async def run() -> None:
         reserve = Reserve()
         runner = ControlRunner(reserve)
-        with no_descriptors_left():
+        with no_descriptor_left():
             for _ in range(3):
                 assert await runner.run("answer", lambda: 42, int) == 42
         reserve.close()
@@ -152,7 +133,7 @@ def test_without_a_reserve_the_error_names_the_limit_and_nothing_is_left(
         runner = ControlRunner()
         before, children = _descriptors(), _children()
         with (
-            no_descriptors_left(),
+            no_descriptor_left(),
             pytest.raises(ControlFailed, match=r"STOP_DEV: no process for it: .*limit is \d+: LimitNOFILE="),
         ):
             await runner.run("STOP_DEV", lambda: 42, int)
@@ -171,7 +152,7 @@ def test_a_process_is_not_started_without_a_descriptor_to_watch_it_by(
     async def run() -> None:
         spare = Reserve(free)
         before, children = _descriptors() - free, _children()
-        with no_descriptors_left(), spare.released():
+        with no_descriptor_left(), spare.released():
             with pytest.raises(ControlFailed, match="no process for it"):
                 await ControlRunner().run("STOP_DEV", lambda: 42, int)
             assert _children() == children

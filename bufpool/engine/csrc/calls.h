@@ -27,7 +27,7 @@ struct calls_batch {
 	uint32_t *index;       /* names it in calls_finish */
 	uint16_t *flags;
 	uint8_t *op;
-	int32_t *result; /* as if all went well, until somebody says otherwise */
+	int32_t *result; /* all bytes moved, unless the backend writes another result */
 	uint8_t *later;  /* 1: not done yet, see calls_finish */
 };
 

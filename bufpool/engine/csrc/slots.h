@@ -26,8 +26,8 @@ struct slots {
 	struct slot_size size[ENGINE_POST_SIZES_MAX];
 	struct slot_post *posts; /* by slot */
 	uint32_t *posted;        /* how many, by queue and size */
-	/* Who has places of his own beside the slots is asked by those that nothing was posted for, as storage_ops.name
-	 * and give_back; NULL: nobody. */
+	/* The storage that names places beside the slots (storage_ops.name, give_back) for requests without a posted
+	 * slot; NULL: no storage does. */
 	struct storage *asked;
 };
 

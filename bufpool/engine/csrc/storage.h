@@ -26,7 +26,7 @@ struct storage_ops {
 	 * errno.  Who got 0 is asked again when something was given back.  NULL, like the next two: see storage.slots.
 	 */
 	int (*name)(struct storage *s, struct storage_request *r);
-	/* r->region is nobody's any more. */
+	/* No request has r->region any more. */
 	void (*give_back)(struct storage *s, const struct storage_request *r);
 	/* It waits no longer.  Those that do will be asked again.  NULL: it keeps no note of who waits. */
 	void (*forget)(struct storage *s, const struct storage_request *r);
@@ -56,7 +56,7 @@ void engine_finish(struct engine *engine, struct storage_request *request, int32
 /* It can serve no longer: `error`, a negative errno, ends the engine's use, and no
  * request is answered any more.  Those that run are still finished. */
 void engine_fail(struct engine *engine, int error);
-/* A fence has come since: what it does is nobody's wish any more. */
+/* A fence came after the request was sent: its result is not wanted any more. */
 bool engine_is_old(const struct engine *engine, const struct storage_request *request);
 /* By index, as the storage's entries in the ring are named. */
 struct storage_request *engine_request(struct engine *engine, uint32_t index);

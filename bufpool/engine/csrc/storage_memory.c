@@ -1,5 +1,5 @@
 /* A disk in the own segment.  A write's place and a read's is the block itself, so that placed data never moves; no
- * byte is lent twice at once, and whoever overlaps a region that is lent, or one that is waited for, waits. */
+ * byte is lent twice at once: a request that overlaps a lent region, or one that another waits for, waits. */
 #include <errno.h>
 #include <string.h>
 
@@ -9,7 +9,7 @@
 struct memory_storage {
 	struct storage base;
 	uint8_t *disk;
-	struct blocks lent, claimed; /* claimed: somebody waits for it */
+	struct blocks lent, claimed; /* claimed: a request waits for it */
 };
 
 static struct memory_storage *memory_of(struct storage *s) { return (struct memory_storage *)s; }
