@@ -69,6 +69,7 @@ _ToHolder: TypeAlias = Hold | Drop | Take | Stop
 _decoder: msgspec.json.Decoder[_ToHolder] = msgspec.json.Decoder(_ToHolder)
 _answer_decoder: msgspec.json.Decoder[Held] = msgspec.json.Decoder(Held)
 _Channel = Channel[_ToHolder, Held]
+_HolderChannel = Channel[Held, _ToHolder]
 
 
 class Holder(SupervisedProcess):
@@ -267,28 +268,40 @@ def _serve(listener: socket.socket) -> int:
     """The holder's whole life, in its own process."""
     os.setsid()
     held: dict[str, int] = {}
+    asking: list[_HolderChannel] = []
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
+            # A supervisor that asks is answered when the other connections are empty: the messages that its predecessor
+            # sent before it died count.
+            ready = selector.select(0 if asking else None)
+            if not ready:
+                for channel in asking:
+                    _give(channel, held)
+                asking.clear()
+            for key, _ in ready:
                 if key.fileobj is listener:
-                    # A connection that ends at once, or finds no descriptor left, must not end the holder.
-                    with suppress(OSError):
-                        connection, _ = listener.accept()
-                        selector.register(
-                            connection, selectors.EVENT_READ, Channel(connection, _decoder.decode)
-                        )
+                    _accept(listener, selector)
                     continue
                 said = _obey(key.data, held)
                 if said is Stop:
                     return 0
+                if said is Take:
+                    asking.append(key.data)
                 if said is None:
                     selector.unregister(key.fileobj)
                     key.data.close()
 
 
-def _obey(channel: Channel[Held, _ToHolder], held: dict[str, int]) -> type | None:
-    """Execute one message; its type, None at the end of the connection."""
+def _accept(listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    # A connection that ends at once, or finds no descriptor left, must not end the holder.
+    with suppress(OSError):
+        connection, _ = listener.accept()
+        selector.register(connection, selectors.EVENT_READ, Channel(connection, _decoder.decode))
+
+
+def _obey(channel: _HolderChannel, held: dict[str, int]) -> type | None:
+    """Execute one message, except `Take`; its type, None at the end of the connection."""
     message, fd = channel.receive_with_descriptor()
     match message:
         case None:
@@ -300,8 +313,6 @@ def _obey(channel: Channel[Held, _ToHolder], held: dict[str, int]) -> type | Non
                 held[name] = fd
         case Drop(name=name):
             _close(held, _below(held, name))
-        case Take():
-            _give(channel, held)
     return type(message)
 
 
@@ -315,8 +326,9 @@ def _close(held: dict[str, int], names: list[str]) -> None:
             os.close(fd)
 
 
-def _give(channel: Channel[Held, _ToHolder], held: dict[str, int]) -> None:
-    with channel.timeout(_ANSWER_TIMEOUT_S), suppress(OSError):
+def _give(channel: _HolderChannel, held: dict[str, int]) -> None:
+    # An asker that has ended is an error, too.
+    with suppress(OSError), channel.timeout(_ANSWER_TIMEOUT_S):
         for name, fd in held.items():
             channel.send(Held(name), fd)
         channel.send(Held("", os.getpid()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ublkpool.daemon.processes import holder as holder_module
-from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.holder import Holder, Take
 
 DEADLINE_S = 30
 
@@ -140,6 +140,34 @@ async def test_a_holder_gets_more_descriptors_than_its_socket_takes_at_once(tmp_
     for fd in found.values():
         os.close(fd)
     await heir.stop()
+
+
+@in_loop
+async def test_what_a_supervisor_sent_before_it_died_is_in_the_answer_to_the_next(tmp_path: Path) -> None:
+    first = Holder(tmp_path)
+    first.start()
+    os.kill(first.pid, signal.SIGSTOP)
+    names = [f"vol{number}/session" for number in range(100)]
+    with Path(os.devnull).open() as null:
+        for name in names:
+            first.hold(name, null.fileno())
+    assert not first._unsent
+    channel = holder_module._connect(tmp_path / holder_module.PATH)
+    assert channel is not None
+    channel.send(Take())
+    os.kill(first.pid, signal.SIGCONT)
+    found = []
+    with channel.timeout(DEADLINE_S):
+        while True:
+            answer, fd = channel.receive_with_descriptor()
+            assert answer is not None
+            if fd is None:
+                break
+            found.append(answer.name)
+            os.close(fd)
+    assert sorted(found) == sorted(names)
+    channel.close()
+    await first.stop()
 
 
 @pytest.mark.parametrize(("renewed", "level"), [(True, logging.INFO), (False, logging.WARNING)])

@@ -11,7 +11,8 @@ def no_descriptor_left() -> Iterator[None]:
     """During the block this process can open no file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, highest + 32), hard))
     try:
         with suppress(OSError):
             while True:
