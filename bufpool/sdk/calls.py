@@ -114,7 +114,9 @@ class CallEngine:
             try:
                 lib.calls_finish(self._storage, request.key, result)
             except (OverflowError, TypeError) as error:
-                lib.calls_finish(self._storage, request.key, errno_of(error, repr(request)))
+                lib.calls_finish(
+                    self._storage, request.key, errno_of(error, f"{op_name(request.op)} at {request.offset}")
+                )
 
     def serve(self) -> None:
         """Execute the batch that was handed out; the caller collects what it leaves in `result`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
+from ublkpool.bufpool.sdk.blame import authors_code, line_of, words_of
 from ublkpool.bufpool.sdk.client import Transport
 from ublkpool.bufpool.sdk.options import REQUIRED, Option, parse_options, parse_values
 from ublkpool.bufpool.sdk.serving import serve
@@ -50,7 +51,9 @@ def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
     name = backend_name(kind_or_file)
     if isinstance(found, ModuleType):
         return FunctionBackend(found, parse_values(name, _function_options(found), given))
-    return found(parse_options(name, found.Options, given))
+    options = parse_options(name, found.Options, given)
+    with authors_code("when the backend was made"):
+        return found(options)
 
 
 def backend_name(kind_or_file: str) -> str:
@@ -111,8 +114,11 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise BackendError(f"{path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        place = line_of(error) or str(path)
+        # A library or a helper module of the author's may be where it broke: the file that was asked for is named too.
+        name = "" if place.startswith(str(path)) else f"{path}: "
+        raise BackendError(f"{name}{place}: {words_of(error)}") from error
     return module
 
 
@@ -190,8 +196,12 @@ class FunctionBackend(Backend):
             try:
                 self._opener(**self._values)
             except OSError as error:
-                raise BackendError(f"cannot open: {error}") from error
+                raise BackendError(f"cannot open: {error} ({line_of(error)})") from error
         size_bytes = self._get_size()
+        if not isinstance(size_bytes, int):
+            raise BackendError(
+                f"{self.module.__name__}: get_size() must return bytes, not {size_bytes!r:.60}"
+            )
         if size_bytes == 0:
             # In `Properties` 0 means the device's size: a store that was emptied would be served with that.
             raise BackendError(f"{self.module.__name__}: get_size() is 0: the store is empty")

@@ -73,6 +73,12 @@ def check_properties(properties: Properties) -> Properties:
 
     Raises `BackendError`, which names the first property that no device can have.
     """
+    if not isinstance(properties, Properties):
+        raise BackendError(f"open() must return Properties, not {properties!r:.60}")
+    for field in msgspec.structs.fields(Properties):
+        value = getattr(properties, field.name)
+        if field.type is int and not isinstance(value, int):
+            raise BackendError(f"the property {field.name} must be a whole number, not {value!r:.60}")
     block = properties.logical_block_bytes
     if block & (block - 1) or not 512 <= block <= 4096:
         raise BackendError(f"a logical block of {block} bytes: it must be a power of two, 512 to 4096")

@@ -1,21 +1,17 @@
 """One request of a device, and its way back to the loop.
 
-Owns `Request`, the `Outbox` that carries results from any thread to the loop, and the errno that an exception is
-answered with.  Knows no backend.
+Owns `Request` and the `Outbox` that carries results from any thread to the loop.  Knows no backend.
 """
 
-import errno
-import logging
 import os
 import threading
 from collections import deque
 from contextlib import suppress
 from typing import Any
 
-from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.sdk.failures import errno_of as errno_of
+from ublkpool.bufpool.sdk.failures import log as log
 from ublkpool.bufpool.wire import Flag, Op
-
-log = logging.getLogger("ublkpool.backend")
 
 _WRITE = int(Op.WRITE)
 _FUA = int(Flag.FUA)
@@ -126,31 +122,3 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {op_name(self.op)} offset={self.offset} length={self.length} flags={self.flags}>"
-
-
-_logged: set[tuple[type[BaseException], tuple[str, int]]] = set()
-
-
-def errno_of(error: BaseException, what: str) -> int:
-    """The negative errno that answers a request which failed with `error`; `what` names the request in the log.
-
-    An exception that carries no errno is a bug: it is logged with its traceback, once for each type and line, and
-    answers EIO.
-    """
-    if isinstance(error, OSError) and error.errno:
-        return -error.errno
-    if isinstance(error, PoolError):
-        return -error.errno
-    where = _innermost(error)
-    if (type(error), where) not in _logged:
-        _logged.add((type(error), where))
-        log.error("%s failed with a bug, answered EIO (said once)", what, exc_info=error)
-    return -errno.EIO
-
-
-def _innermost(error: BaseException) -> tuple[str, int]:
-    """The file and line that raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("", 0)

@@ -32,8 +32,10 @@ from ublkpool.bufpool.sdk.backend import (
     check_properties,
     log,
 )
+from ublkpool.bufpool.sdk.blame import authors_code
 from ublkpool.bufpool.sdk.calls import CallEngine
 from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment, PollResult, Transport, describe
+from ublkpool.bufpool.sdk.failures import failures
 
 _PAGE_BYTES = 4096
 _PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
@@ -58,7 +60,7 @@ def serve(
     start: `AttachRefused` with the daemon's reason, `BackendError` for a store, option or daemon that cannot be used.
     """
     known = describe(run_dir, device, wait_s)
-    opened = backend.open(_hint(run_dir, known))
+    opened = open_store(backend, _hint(run_dir, known))
     with ExitStack() as stack:
         stack.callback(backend.close)
         properties = check_properties(opened)
@@ -78,6 +80,12 @@ def serve(
         if handle_signals:
             stack.enter_context(_signals(loop))
         return loop.run()
+
+
+def open_store(backend: Backend, hint: Hint) -> Properties:
+    """What the backend's `open` returns.  Raises `PluginError`, which names the line, for an exception in it."""
+    with authors_code("while the store was opened"):
+        return backend.open(hint)
 
 
 def _hint(run_dir: Path, known: wire.Described) -> Hint:
@@ -172,6 +180,8 @@ class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     attachment: msgspec.Struct
     engine: msgspec.Struct
     backend: dict[str, int]
+    failures: dict[str, int] = {}
+    """Failed requests by operation and error, such as `write ENOSPC`."""
 
 
 class Loop:
@@ -194,9 +204,11 @@ class Loop:
         self._post_max_bytes = post_max_bytes
 
     def __enter__(self) -> "Loop":
+        failures.forget()
         try:
-            self._backend.started(self.device)
-            engine = self._backend.engine(self.device)
+            with authors_code("when the device was attached"):
+                self._backend.started(self.device)
+                engine = self._backend.engine(self.device)
             self._engine = engine or CallEngine(
                 self._backend, self.device, self._outbox, self._post_max_bytes
             )
@@ -252,6 +264,7 @@ class Loop:
             self.turn(self._attachment.poll())
         self._send_answers(engine)
         log.info("%s: ending after %s", self.device.name, self._stopping)
+        failures.sum_up(self.device.name)
         if self._detached:
             self._backend.detached()
         return self._status
@@ -311,6 +324,7 @@ class Loop:
             attachment=self._attachment.statistics(),
             engine=self._engine.statistics(),
             backend=dict(self._backend.statistics()),
+            failures=failures.counts(),
         )
 
 

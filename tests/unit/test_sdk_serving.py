@@ -73,9 +73,8 @@ class Failing(Plain):
 
 
 def test_exceptions_become_errnos_and_the_loop_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ublkpool.bufpool.sdk.requests._logged", set())
     with FakeWorker(tmp_path) as worker, serving(worker, Failing()):
         results = []
         for offset in (0, 4096, 4096):
