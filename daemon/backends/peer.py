@@ -4,7 +4,6 @@ Owns the checks of process, user and groups.  The socket's mode keeps most users
 or passed on, and the run directory's mode can be changed by mistake.
 """
 
-import errno
 import os
 import socket
 import struct
@@ -14,9 +13,8 @@ from typing import NamedTuple
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.workers.credentials import credentials_of
 
-# include/uapi/asm-generic/socket.h; Python does not name them.
+# include/uapi/asm-generic/socket.h; Python does not name it.
 _SO_PEERGROUPS = 59
-_SO_PEERPIDFD = 77
 _GROUPS_BYTES_MAX = 1024
 
 
@@ -40,24 +38,6 @@ def _supplementary_groups(sock: socket.socket) -> tuple[int, ...]:
         packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
         return struct.unpack(f"{len(packed) // 4}I", packed)
     return ()
-
-
-def peer_pidfd(sock: socket.socket) -> int:
-    """A pidfd of the process that connected.
-
-    Raises `ProcessLookupError` if that process has been reaped, `OSError` if no pidfd can be opened.  `pidfd_open`
-    would not do: the process number may be a later process's by now.
-    Since Linux 6.5 (`sk_getsockopt`, net/core/sock.c).
-    """
-    try:
-        packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ESRCH):
-            raise ProcessLookupError(errno.ESRCH, "the process that connected has ended") from error
-        if error.errno == errno.ENOPROTOOPT:
-            raise OSError(errno.ENOPROTOOPT, "this kernel lacks SO_PEERPIDFD (Linux 6.5)") from error
-        raise
-    return int(struct.unpack("i", packed)[0])
 
 
 def check_may_attach(peer: Peer, group: int | None) -> None:

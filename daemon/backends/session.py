@@ -17,9 +17,10 @@ from contextlib import suppress
 from typing import Self
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon.backends.peer import Peer, peer_of, peer_pidfd
+from ublkpool.daemon.backends.peer import Peer, peer_of
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.guarded_socket import GuardedSocket, UndueDescriptors
+from ublkpool.workers.credentials import peer_pidfd
 
 LEAVE_PATIENCE_S = 10.0
 """A backend that has closed its connection is killed if it has not ended after this time."""

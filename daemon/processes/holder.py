@@ -17,17 +17,20 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
 
+from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.errors import DaemonError, is_shortage
 from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.daemon.processes.unix_socket import listen
+from ublkpool.workers.credentials import credentials_of, peer_pidfd
 from ublkpool.workers.process import fork_child
 
 PATH = "held.sock"
@@ -35,6 +38,7 @@ RESTART_PAUSE_S = 0.1
 RESTART_MAX_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_TITLE = "ublkpool-hold"
 _log = logging.getLogger("ublkpool.holder")
 
 
@@ -94,16 +98,26 @@ class Holder(SupervisedProcess):
         return self.child.pid if self.is_started else 0
 
     def take_over(self) -> dict[str, int]:
-        """Connect to an earlier supervisor's holder; the descriptors that it held, which are the caller's now."""
+        """Connect to an earlier supervisor's holder; the descriptors that it held, which are the caller's now.
+
+        A holder that does not answer in full is killed.  Raises `DaemonError` if this process lacks descriptors or
+        memory for them: then the holder keeps them for a later start.
+        """
         channel = _connect(self._path)
         if channel is None:
             return {}
+        found: dict[str, int] = {}
         try:
-            found, pid = _take(channel)
-            self._adopt(pid)
+            self._adopt(_take(channel, found))
         except OSError as error:
-            _log.warning("what an earlier daemon held is lost: %s", error)
-            channel.close()
+            _close(found, list(found))
+            with closing(channel):
+                if is_shortage(error):
+                    raise DaemonError(
+                        f"{self._path}: cannot take over what an earlier daemon left: {explain(error)}"
+                    ) from error
+                _log.warning("what an earlier daemon held is lost: %s", error)
+                _end_silent(channel)
             return {}
         self._channel = channel
         return found
@@ -118,7 +132,7 @@ class Holder(SupervisedProcess):
             # The holder's own loop waits in accept and recv.
             listener.setblocking(True)
             fork = with_room_for_one(
-                lambda: fork_child(lambda: _serve(listener), [listener.fileno()], "ublkpool-hold")
+                lambda: fork_child(lambda: _serve(listener), [listener.fileno()], _TITLE)
             )
             child = Child(fork())
         self._channel = _connect(self._path)
@@ -235,6 +249,8 @@ class Holder(SupervisedProcess):
 
 def _connect(path: Path) -> _Channel | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    # A connect waits for room among the connections that a stopped holder has not accepted.
+    sock.settimeout(_ANSWER_TIMEOUT_S)
     try:
         sock.connect(str(path))
     except OSError:
@@ -244,29 +260,39 @@ def _connect(path: Path) -> _Channel | None:
     return Channel(sock, _answer_decoder.decode)
 
 
-def _take(channel: _Channel) -> tuple[dict[str, int], int]:
-    """The held descriptors, and the holder's pid; waits.  Raises `OSError` if the holder does not answer in full."""
-    found: dict[str, int] = {}
-    try:
-        with channel.timeout(_ANSWER_TIMEOUT_S):
-            channel.send(Take())
-            while True:
-                answer, fd = channel.receive_with_descriptor()
-                if answer is None:
-                    raise ConnectionResetError("the holder ended")
-                if not answer.name:
-                    return found, answer.pid
-                if fd is None:
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                found[answer.name] = fd
-    except OSError:
-        _close(found, list(found))
-        raise
+def _take(channel: _Channel, found: dict[str, int]) -> int:
+    """Add the held descriptors to `found`; the holder's pid; waits.  Raises `OSError` without an answer in full."""
+    with channel.timeout(_ANSWER_TIMEOUT_S):
+        channel.send(Take())
+        while True:
+            answer, fd = channel.receive_with_descriptor()
+            if answer is None:
+                raise ConnectionResetError("the holder ended")
+            if not answer.name:
+                return answer.pid
+            if fd is None:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            found[answer.name] = fd
+
+
+def _end_silent(channel: _Channel) -> None:
+    """Kill a holder that cannot be taken over: what it holds would stay open, and its successor's socket is another."""
+    # The process that called listen(2), see `_serve`; the holder of an earlier version left that to its daemon.
+    with suppress(OSError), socket.socket(fileno=os.dup(channel.fileno())) as sock:
+        pid, pidfd = credentials_of(sock).pid, peer_pidfd(sock)
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == _TITLE:
+                _log.warning("killing the holder of an earlier daemon (process %d)", pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
 
 
 def _serve(listener: socket.socket) -> int:
     """The holder's whole life, in its own process."""
     os.setsid()
+    # A connection shows the process that called listen(2) last (unix_listen): the next daemon can end this one.
+    listener.listen()
     held: dict[str, int] = {}
     asking: list[_HolderChannel] = []
     with selectors.DefaultSelector() as selector:

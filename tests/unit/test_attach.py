@@ -30,7 +30,7 @@ from ublkpool.bufpool.sdk import client
 from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.daemon.backends import attach, session
 from ublkpool.daemon.backends.attach import ADMITTED_AT_ONCE_MAX, UNHEARD_PER_USER_MAX
-from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of, peer_pidfd
+from ublkpool.daemon.backends.peer import Peer, check_may_attach, peer_of
 from ublkpool.daemon.backends.refusals import (
     LINES_PER_PERIOD_MAX,
     PERIOD_S,
@@ -39,6 +39,7 @@ from ublkpool.daemon.backends.refusals import (
     plain,
 )
 from ublkpool.daemon.backends.session import Session
+from ublkpool.workers.credentials import peer_pidfd
 
 STRANGER = Peer(4711, 12345, frozenset((12345, 100)))
 

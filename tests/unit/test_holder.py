@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.descriptors import no_descriptor_left
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes import holder as holder_module
 from ublkpool.daemon.processes.holder import Holder, Take
+from ublkpool.daemon.processes.unix_socket import listen
+from ublkpool.workers.credentials import credentials_of
 
 DEADLINE_S = 30
 
@@ -112,6 +116,66 @@ def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
         await second.stop()
 
     run(tmp_path)
+
+
+async def begun(holder: Holder) -> None:
+    """Return when the holder's process listens itself, so that the next daemon can tell which it is."""
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(holder._path))
+            if credentials_of(sock).pid == holder.pid:
+                return
+        await asyncio.sleep(0.001)
+
+
+@in_loop
+async def test_a_holder_that_is_stopped_at_a_takeover_is_ended_with_what_it_holds(tmp_path: Path) -> None:
+    first = Holder(tmp_path)
+    first.start()
+    ours, theirs = pair()
+    first.hold("vol0/pool", ours.fileno())
+    ours.close()
+    first._forget("vol0/pool")
+    await begun(first)
+    die(first)
+    os.kill(first.pid, signal.SIGSTOP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holder_module, "_ANSWER_TIMEOUT_S", 0.1)
+        second = Holder(tmp_path)
+        assert second.take_over() == {}
+    assert await first.child.wait() == 128 + signal.SIGKILL
+    with theirs:
+        assert theirs.recv(1) == b"", "nothing keeps the socket open"
+    second.start()
+    await second.stop()
+
+
+@in_loop
+async def test_a_process_that_only_began_to_listen_for_the_holder_is_not_killed(tmp_path: Path) -> None:
+    with listen(tmp_path / holder_module.PATH, socket.SOCK_SEQPACKET), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holder_module, "_ANSWER_TIMEOUT_S", 0.1)
+        assert Holder(tmp_path).take_over() == {}, "this process has sent itself no signal"
+
+
+@in_loop
+async def test_a_lack_of_descriptors_at_a_takeover_leaves_the_holder_as_it_is(tmp_path: Path) -> None:
+    first = Holder(tmp_path)
+    first.start()
+    with Path(os.devnull).open() as null:
+        for number in range(100):
+            first.hold(f"vol{number}/pool", null.fileno())
+    await first.settled()
+    die(first)
+    for number in range(100):
+        first._forget(f"vol{number}/pool")
+    refusal = "held.sock: cannot take over .* RLIMIT_NOFILE"
+    with no_descriptor_left(but=20), pytest.raises(DaemonError, match=refusal):
+        Holder(tmp_path).take_over()
+    second, found = await successor(tmp_path)
+    assert len(found) == 100, "a later start finds everything"
+    for fd in found.values():
+        os.close(fd)
+    await second.stop()
 
 
 @in_loop

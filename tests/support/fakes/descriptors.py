@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 @contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    """During the block this process can open no file."""
+def no_descriptor_left(but: int = 0) -> Iterator[None]:
+    """During the block this process can open no file, or this many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
@@ -18,6 +18,8 @@ def no_descriptor_left() -> Iterator[None]:
         with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        for _ in range(but):
+            os.close(taken.pop())
         yield
     finally:
         for fd in taken:
