@@ -5,7 +5,6 @@ loop; never in the data path.  Signal handlers only set an event.
 """
 
 import asyncio
-import grp
 import hashlib
 import logging
 import signal
@@ -37,6 +36,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
+from ublkpool.daemon.replacement import check_before, check_sockets, group_number
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -283,7 +283,7 @@ async def _start(
     """Start the parts; first `leaving` stops what ends with this daemon, then `ending` what could outlive it."""
     run_dir = config.run_dir
     if config.replace:
-        directory = await RunDirectory.replace(run_dir, lambda: AdminClient(run_dir).stop(leave=True))
+        directory = await RunDirectory.replace(run_dir, partial(_ask_to_leave, config))
     else:
         directory = RunDirectory.claim(run_dir)
     ending.callback(directory.remove)
@@ -297,6 +297,12 @@ async def _start(
         raise
 
 
+def _ask_to_leave(config: ServeConfig) -> None:
+    """Ask the daemon that runs here to leave.  Raises what `check_before` raises; then it goes on."""
+    check_before(config)
+    AdminClient(config.run_dir).stop(leave=True)
+
+
 async def _begin(
     config: ServeConfig,
     directory: RunDirectory,
@@ -307,8 +313,9 @@ async def _begin(
     stop: asyncio.Event,
 ) -> Supervisor:
     run_dir = config.run_dir
-    group = grp.getgrnam(config.group).gr_gid if config.group else None
+    group = group_number(config)
     directory.prepare(group)
+    check_sockets(run_dir)
     reserve = Reserve()
     ending.callback(reserve.close)
     runner = ControlRunner(reserve)

@@ -140,20 +140,24 @@ class StateDirectory:
         Raises `DaemonError` if none can be made or written to, if another user owns it or another daemon uses it, or if
         it is a directory of the system or has files that are not a daemon's.
         """
-        directory = _made(candidates)
-        # Also the file: a daemon of an older version locks only that.
+        directory = _made(candidates, logging.WARNING)
         locks: list[int] = []
         try:
-            for path, flags in (
-                (directory, os.O_RDONLY | os.O_DIRECTORY),
-                (directory / _LOCK, os.O_RDWR | os.O_CREAT),
-            ):
+            for path, flags in _to_be_locked(directory):
                 locks.append(await _locked(directory, path, flags))
             return cls(directory, runner, locks)
         except BaseException:
             for fd in locks:
                 os.close(fd)
             raise
+
+    @staticmethod
+    def check(candidates: Sequence[Path]) -> None:
+        """Refuse what `open` would refuse, but for a lock that another daemon has.  Raises `DaemonError`."""
+        directory = _made(candidates, logging.DEBUG)
+        for path, flags in _to_be_locked(directory):
+            os.close(_opened(directory, path, flags))
+        _names(directory)
 
     def close(self) -> None:
         """Unlock the directory."""
@@ -201,14 +205,7 @@ class StateDirectory:
         self._unreadable.pop(state.name, None)
 
     def _load(self) -> None:
-        # Not `Path.glob`, which takes a directory that cannot be listed for an empty one.
-        try:
-            names = sorted(each.name for each in self.directory.iterdir())
-        except OSError as error:
-            raise DaemonError(
-                f"{_WHAT} {self.directory}: {explain(error)}: choose another with {_OPTION}"
-            ) from error
-        for each in names:
+        for each in _names(self.directory):
             path = self.directory / each
             if _UNFINISHED.match(each):
                 with suppress(OSError):
@@ -232,6 +229,15 @@ class StateDirectory:
         return self.directory / f"{name}.json"
 
 
+def _names(directory: Path) -> list[str]:
+    """The names in the directory.  Raises `DaemonError` if it cannot be listed."""
+    # Not `Path.glob`, which takes such a directory for an empty one.
+    try:
+        return sorted(each.name for each in directory.iterdir())
+    except OSError as error:
+        raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
+
+
 def _decoded(content: bytes, name: str) -> DeviceState:
     """The state of this name.  Raises `ValueError`."""
     version = msgspec.json.decode(content, type=_Version).v
@@ -248,14 +254,24 @@ def _plain_reason(error: DaemonError) -> str:
     return os.strerror(code) if code else str(error)
 
 
+def _to_be_locked(directory: Path) -> Sequence[tuple[Path, int]]:
+    # Also the file: a daemon of an older version locks only that.
+    return (directory, os.O_RDONLY | os.O_DIRECTORY), (directory / _LOCK, os.O_RDWR | os.O_CREAT)
+
+
+def _opened(directory: Path, path: Path, flags: int) -> int:
+    """Raises `DaemonError`."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
+
+
 async def _locked(directory: Path, path: Path, flags: int) -> int:
     """Lock `path`, waiting `LOCK_PATIENCE_S` for a daemon that is just ending.  Raises `DaemonError`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + LOCK_PATIENCE_S
-    try:
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DaemonError(f"{_WHAT} {directory}: {explain(error)}: choose another with {_OPTION}") from error
+    fd = _opened(directory, path, flags)
     try:
         while True:
             try:
@@ -272,7 +288,8 @@ async def _locked(directory: Path, path: Path, flags: int) -> int:
         raise
 
 
-def _made(candidates: Sequence[Path]) -> Path:
+def _made(candidates: Sequence[Path], level: int) -> Path:
+    """The first that exists or can be made; one that is passed over is logged at this level.  Raises `ConfigError`."""
     *others, last = candidates
     for directory in others:
         try:
@@ -282,7 +299,8 @@ def _made(candidates: Sequence[Path]) -> Path:
             # Passed over only where no state can be kept; an existing directory that is refused may have some.
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _UNWRITABLE:
                 raise
-            _log.warning(
+            _log.log(
+                level,
                 "%s: %s; its devices' state is in %s, which may end with the boot (%s)",
                 directory,
                 error.__cause__.strerror,

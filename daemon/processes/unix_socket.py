@@ -20,11 +20,17 @@ from ublkpool.daemon.processes.reserve import Reserve
 def remove_socket(path: Path) -> None:
     """Remove the socket at this path, if it exists.  Raises `DaemonError` if the path is no socket, `OSError`."""
     with suppress(FileNotFoundError):
+        check_replaceable(path)
+        path.unlink()
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `DaemonError` if a file that is no socket is at this path, `OSError` if that cannot be told."""
+    with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise DaemonError(
                 f"{path}: in the way, and not a socket: move it away, or choose another --run-dir"
             )
-        path.unlink()
 
 
 def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlog: int = 64) -> socket.socket:

@@ -12,8 +12,8 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ublkpool.bufpool.way_out import explain
@@ -29,6 +29,7 @@ _log = logging.getLogger("ublkpool.supervisor")
 _WHAT = "run directory"
 _LOCK = "lock"
 _MADE, _FOUND = b"made\n", b"found\n"
+SOCKETS = ("admin.sock", "attach.sock", "held.sock", "pool.sock")
 _ENTRY = re.compile(
     r"(lock|queues|devices|(admin|attach|held|pool)\.sock|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
 )
@@ -94,36 +95,20 @@ class RunDirectory:
         Sockets of an earlier daemon's workers get their owner and mode back, because systemd gives every entry of a
         RuntimeDirectory= to root at each start.  Raises `ConfigError` if the group cannot enter an existing directory.
         """
-        try:
+        with _naming_failure(self.path):
             if group is not None:
                 self._admit(group)
             _make_entry(self.queues, group)
             _make_entry(self.devices, None)
             for each in self.queues.iterdir():
                 _restore_socket(each, group)
-        except OSError as error:
-            where = error.filename or self.path
-            raise ConfigError([f"{_WHAT} {self.path}: {where}: {explain(error)}: {WAY_OUT}"]) from error
 
     def _admit(self, group: int) -> None:
-        """Let the group enter a directory that a daemon made or systemd made for us (RUNTIME_DIRECTORY).
-
-        Raises `ConfigError` if the group cannot enter any other directory.
-        """
-        made_by_systemd = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
-        if self._made or str(self.path) in made_by_systemd:
+        """Let the group enter the directory.  Raises `ConfigError` if it cannot."""
+        if _may_be_opened(self.path, self._made):
             _open_to(self.path, group)
-            return
-        about = self.path.stat()
-        by_group = about.st_gid == group and about.st_mode & stat.S_IXGRP
-        if not by_group and not about.st_mode & stat.S_IXOTH:
-            raise ConfigError(
-                [
-                    f"{_WHAT} {self.path}: group {group} of the config cannot enter it "
-                    f"(mode {stat.S_IMODE(about.st_mode):04o}, group {about.st_gid}): "
-                    f"chgrp {group} {self.path} && chmod 750 {self.path}, or {WAY_OUT}"
-                ]
-            )
+        else:
+            _check_lets_in(self.path, group)
 
     def remove(self) -> None:
         """Remove the daemon's entries and, if a daemon made it, the directory; then unlock it for the next daemon.
@@ -141,6 +126,47 @@ class RunDirectory:
                     self.path.rmdir()
         finally:
             os.close(self._lock)
+
+
+def check_prepared(path: Path, group: int | None) -> None:
+    """Refuse what `RunDirectory.prepare` would refuse, in a directory that another daemon has locked; change nothing.
+
+    Raises `ConfigError`.
+    """
+    with _naming_failure(path):
+        made = (path / _LOCK).read_bytes() in (_MADE, b"")
+        if group is not None and not _may_be_opened(path, made):
+            _check_lets_in(path, group)
+        for name in ("queues", "devices"):
+            _check_entry(path / name)
+
+
+@contextmanager
+def _naming_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise ConfigError([f"{_WHAT} {path}: {where}: {explain(error)}: {WAY_OUT}"]) from error
+
+
+def _may_be_opened(path: Path, made: bool) -> bool:
+    """Whether a daemon made the directory, or systemd made it for us (RUNTIME_DIRECTORY)."""
+    return made or str(path) in os.environ.get("RUNTIME_DIRECTORY", "").split(":")
+
+
+def _check_lets_in(path: Path, group: int) -> None:
+    """Raise `ConfigError` if the group cannot enter the directory."""
+    about = path.stat()
+    by_group = about.st_gid == group and about.st_mode & stat.S_IXGRP
+    if not by_group and not about.st_mode & stat.S_IXOTH:
+        raise ConfigError(
+            [
+                f"{_WHAT} {path}: group {group} of the config cannot enter it "
+                f"(mode {stat.S_IMODE(about.st_mode):04o}, group {about.st_gid}): "
+                f"chgrp {group} {path} && chmod 750 {path}, or {WAY_OUT}"
+            ]
+        )
 
 
 def restore_queues(path: Path, group: int | None) -> None:
@@ -218,12 +244,17 @@ def _make_entry(path: Path, group: int | None) -> None:
     """Make a subdirectory, or accept an existing one.  Raises `OSError`, also if `path` is no directory."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
+    _check_entry(path)
+    _open_to(path, group)
+
+
+def _check_entry(path: Path) -> None:
+    """Raise `OSError` unless `path` is a directory of this daemon's user or root's."""
     about = path.lstat()
     if not stat.S_ISDIR(about.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if about.st_uid not in (0, os.geteuid()):
         raise PermissionError(errno.EPERM, f"it belongs to user {about.st_uid}", str(path))
-    _open_to(path, group)
 
 
 def _restore_socket(path: Path, group: int | None) -> None:

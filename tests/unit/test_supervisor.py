@@ -1,6 +1,7 @@
 """The daemon from its start to its end, without a driver: its messages, its leftovers, its delays."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -27,6 +28,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
 from ublkpool.daemon.takeover import TakeOver
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root only")
 DEADLINE_S = 60
 SIZE_BYTES = 1 << 20
 
@@ -136,6 +138,89 @@ def test_a_device_of_the_config_that_cannot_start_is_listed_with_its_reason(
         assert await client.ask(DeleteRequest(names=None)) == ["lost"]
 
     serving(config, test)
+
+
+def in_the_way(run_dir: Path) -> dict[str, Any]:
+    (run_dir / "attach.sock").unlink()
+    (run_dir / "attach.sock").touch()
+    return {}
+
+
+def no_place_for_state(run_dir: Path) -> dict[str, Any]:
+    run_dir.with_name("a file").touch()
+    return {"state_dir": run_dir.with_name("a file")}
+
+
+def a_foreign_state_directory(run_dir: Path) -> dict[str, Any]:
+    run_dir.with_name("papers").mkdir(mode=0o700)
+    run_dir.with_name("papers").joinpath("thesis.tex").touch()
+    return {"state_dir": run_dir.with_name("papers")}
+
+
+def a_queue_directory_that_is_none(run_dir: Path) -> dict[str, Any]:
+    (run_dir / "queues").rmdir()
+    (run_dir / "queues").touch()
+    return {}
+
+
+def no_such_group(run_dir: Path) -> dict[str, Any]:
+    return {"group": "no-such-group"}
+
+
+@pytest.mark.parametrize(
+    ("hinder", "words"),
+    [
+        (in_the_way, "attach.sock: in the way"),
+        (no_place_for_state, "a file: it is not a directory"),
+        (a_foreign_state_directory, "it contains thesis.tex"),
+        (a_queue_directory_that_is_none, "queues: Not a directory"),
+        (no_such_group, "no such group: no-such-group"),
+    ],
+)
+def test_a_daemon_that_would_be_refused_does_not_make_the_earlier_one_leave(
+    tmp_path: Path, systemd: Systemd, hinder: Callable[[Path], dict[str, Any]], words: str
+) -> None:
+    run_dir = tmp_path / "run"
+
+    async def test(client: Client) -> None:
+        successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state")._replace(**hinder(run_dir))
+        with pytest.raises(DaemonError, match=words):
+            await supervisor._serve(successor._replace(replace=True), None)
+        assert await client.answers()
+
+    serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
+
+
+@needs_root
+def test_a_group_that_cannot_enter_the_run_directory_does_not_make_the_earlier_daemon_leave(
+    tmp_path: Path, systemd: Systemd
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o700)
+
+    async def test(client: Client) -> None:
+        successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state", group="nogroup", replace=True)
+        with pytest.raises(DaemonError, match=r"group .* cannot enter it"):
+            await supervisor._serve(successor, None)
+        assert await client.answers()
+
+    serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
+
+
+def test_a_file_in_the_way_of_a_socket_is_refused_before_a_takeover_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(tmp_path / "run", "alone")
+    (tmp_path / "run" / "admin.sock").touch()
+    begun: list[Record] = []
+
+    async def note(self: TakeOver) -> None:
+        begun.extend(self.records)
+
+    monkeypatch.setattr(TakeOver, "clear", note)
+    with pytest.raises(DaemonError, match=r"admin\.sock: in the way"):
+        asyncio.run(supervisor._serve(ServeConfig(run_dir=tmp_path / "run"), None))
+    assert not begun
 
 
 def left(run_dir: Path, name: str, **about: Any) -> Record:
