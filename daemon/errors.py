@@ -11,13 +11,25 @@ from ublkpool.bufpool.way_out import explain
 
 STATUS_FAILED = 1
 STATUS_USAGE = 2
-_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS})
+_SHORTAGES = frozenset(
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.EAGAIN,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+    }
+)
 
 
 class DaemonError(Exception):
     """A failure; its text is one line for the user."""
 
     status = STATUS_FAILED
+    may_pass = False
+    """Whether it ends when the machine gets better, whatever errno it has."""
 
 
 class ConfigError(DaemonError):
@@ -50,9 +62,9 @@ def status_of(error: BaseException) -> int:
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, is a lack of descriptors, processes or memory: it may pass."""
+    """Whether the error, or one that caused it, is a lack of descriptors, processes, memory or room: it may pass."""
     while error is not None:
-        if getattr(error, "errno", None) in _SHORTAGES:
+        if getattr(error, "errno", None) in _SHORTAGES or getattr(error, "may_pass", False):
             return True
         error = error.__cause__
     return False

@@ -91,7 +91,7 @@ class TakeOver:
         if not there or (record.device_number is None and record.config.name in self._configured):
             self.gone.append(record.config.name)
             return False
-        device.save()
+        device.save_or_retry()
         return True
 
     def close(self) -> None:

@@ -367,7 +367,7 @@ class Device(DeviceService):
         if parts.managed is not None:
             parts.managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
         parts.left = None
-        parts.save()
+        parts.save_or_retry()
         _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
 
     def abandon(self) -> None:
@@ -385,18 +385,18 @@ class Device(DeviceService):
         Its processes have ended (`records.end_left`): the kernel sends their requests again, and no request may be
         executed twice.  Raises `DaemonError`, `PoolError`, `OSError`.
         """
-        parts, records = self.parts, self.parts.context.records
+        parts = self.parts
         if record.device_number is None:
             # The daemon ended while it added the device, before any client had seen it.
             parts.resources.mark = record.device_mark
             await parts.resources.remove_kernel()
             parts.left = None
             if not self.config.waits_for_backend:
-                records.forget(self.config.name)
+                parts.forget()
             return self.config.waits_for_backend
         async with parts.life.turn:
             if not await adoption.find(parts, record, held):
-                records.forget(self.config.name)
+                parts.forget()
                 return False
             parts.left = None
             parts.backend.await_first()

@@ -4,6 +4,10 @@ Owns that each part is made once, and refers only to parts made before it, and t
 step that it must outlive.  No part knows this module or `device.py`.  Runs on the supervisor's asyncio loop.
 """
 
+import asyncio
+import logging
+from contextlib import suppress
+
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.binding import Binding
@@ -14,9 +18,15 @@ from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.resources import DeviceResources
 from ublkpool.daemon.device.succession import record_of
 from ublkpool.daemon.device.team import Team
-from ublkpool.daemon.processes.background import Background, logged
+from ublkpool.daemon.errors import DaemonError, one_line
+from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.backoff import Backoff
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import State
+
+SAVE_PAUSE_S = 1.0
+SAVE_PAUSE_MAX_S = 30.0
+_log = logging.getLogger("ublkpool.device")
 
 
 class DeviceParts:
@@ -35,22 +45,49 @@ class DeviceParts:
         self.binding = Binding(config.name, context.states, context.boot_id)
         self.left: Record | None = None
         """What an earlier daemon left of the device, until it is taken over or removed."""
+        self._saving: asyncio.Task[None] | None = None
+        """Saves the record that could not be written; None if none is owed."""
 
     def enter(self, state: State) -> None:
-        """The device is in this state: first on record, then to clients.
-
-        Without room for the record the device goes on; the next daemon then recovers it instead of going on with it.
-        """
+        """The device is in this state: first on record, then to clients."""
         self.life.state = state
-        with logged(self.config.name):
-            self.save()
+        self.save_or_retry()
         self.life.changed()
+
+    def save_or_retry(self) -> None:
+        """As `save`, but a failure is logged, and tried again until it succeeds; meanwhile the device goes on.
+
+        If the daemon is killed before that, the next one recovers the device instead of going on with it.
+        """
+        try:
+            self.save()
+        except (DaemonError, OSError) as error:
+            _log.error("%s: %s; it goes on, and this is tried again", self.config.name, one_line(error))
+            if self._saving is None:
+                self._saving = self.background.spawn(self._save_again())
+
+    async def _save_again(self) -> None:
+        delays = Backoff(asyncio.get_running_loop().time, SAVE_PAUSE_S, SAVE_PAUSE_MAX_S)
+        while True:
+            await asyncio.sleep(delays.ended())
+            # Another step has saved it, or the device is gone.
+            if self._saving is None:
+                return
+            with suppress(DaemonError, OSError):
+                self.save()
+                _log.info("%s: on record again", self.config.name)
+
+    def forget(self) -> None:
+        """Remove the record: the device is gone."""
+        self._saving = None
+        self.context.records.forget(self.config.name)
 
     def save(self) -> None:
         """Write down what the next daemon must know if this one is killed.  Raises `DaemonError`, `OSError`."""
         resources, life = self.resources, self.life
         has_kernel = resources.kernel is not None or resources.mark != 0
         if not has_kernel and (life.state == "failed" or not self.config.waits_for_backend):
+            self._saving = None
             return
         self.context.records.save(
             record_of(
@@ -70,6 +107,7 @@ class DeviceParts:
                 build=self.context.build,
             )
         )
+        self._saving = None
 
     async def fork(self, epoch: int) -> Team:
         """The workers of this epoch.  Raises `DaemonError`, `PoolError`, `OSError`."""

@@ -75,6 +75,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The code that the workers run."""
 
 
+class NotRecorded(DaemonError):
+    """A record could not be written: a step that must be on record waits until it can."""
+
+    may_pass = True
+
+
 class Records:
     """The records of one run directory."""
 
@@ -84,7 +90,7 @@ class Records:
     def save(self, record: Record) -> None:
         """Write or replace the device's record, which is as a whole the old or the new one.
 
-        Raises `DaemonError` without room, but only for a device's first record: each record reserves the room of the
+        Raises `NotRecorded`; without room only for a device's first record, since each record reserves the room of the
         next one, so that a device on a full file system can still be recovered and removed.
         """
         path = self._path(record.config.name)
@@ -99,7 +105,7 @@ class Records:
             fresh.replace(path)
             spare.replace(fresh)
         except OSError as error:
-            raise DaemonError(f"{path}: cannot be written: {explain(error)}") from error
+            raise NotRecorded(f"{path}: cannot be written: {explain(error)}") from error
 
     def forget(self, name: str) -> None:
         """Remove the record of a device that is gone."""

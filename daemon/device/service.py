@@ -18,6 +18,10 @@ class DeviceService(DeviceView):
         """See `DeviceParts.save`."""
         self.parts.save()
 
+    def save_or_retry(self) -> None:
+        """See `DeviceParts.save_or_retry`."""
+        self.parts.save_or_retry()
+
     async def check_unused(self) -> None:
         """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""
         await teardown.check_unused(self.parts)
@@ -45,4 +49,4 @@ class DeviceService(DeviceView):
         if (leases := self.parts.resources.leases) is not None:
             with logged(self.config.name):
                 await leases.refresh()
-                self.parts.save()
+                self.parts.save_or_retry()

@@ -82,7 +82,7 @@ async def tear_down(parts: DeviceParts, keep: bool) -> None:
         await parts.resources.stop()
     await end_backend(parts, keep)
     await parts.resources.remove()
-    parts.context.records.forget(name)
+    parts.forget()
     parts.context.holder.drop(name)
 
 
