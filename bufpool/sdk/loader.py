@@ -13,11 +13,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
 from ublkpool.bufpool.sdk.blame import authors_code, line_of, words_of
 from ublkpool.bufpool.sdk.client import Transport
-from ublkpool.bufpool.sdk.options import REQUIRED, Option, parse_options, parse_values
+from ublkpool.bufpool.sdk.judge import judge_class, judge_functions, judge_names
+from ublkpool.bufpool.sdk.options import (
+    REQUIRED,
+    Given,
+    Option,
+    check_types,
+    declared,
+    parse_options,
+    parse_values,
+)
 from ublkpool.bufpool.sdk.serving import serve
 
 if TYPE_CHECKING:
@@ -45,12 +56,16 @@ def kinds() -> list[str]:
     return sorted(built_in | {each.name for each in entry_points(group=ENTRY_POINTS)})
 
 
-def load(kind_or_file: str, given: Mapping[str, str]) -> Backend:
+def load(kind_or_file: str, given: Given) -> Backend:
     """The backend with its options, not opened yet.  Raises `BackendError` for an unknown backend or a bad option."""
     found = _find(kind_or_file)
     name = backend_name(kind_or_file)
     if isinstance(found, ModuleType):
-        return FunctionBackend(found, parse_values(name, _function_options(found), given))
+        judge_functions(found)
+        return FunctionBackend(found, _function_values(name, found, given))
+    if not found.__module__.startswith(_BUILT_IN + "."):
+        judge_class(found)
+        _judge_options(name, found)
     options = parse_options(name, found.Options, given)
     with authors_code("when the backend was made"):
         return found(options)
@@ -63,7 +78,7 @@ def backend_name(kind_or_file: str) -> str:
 
 def run_backend(
     kind_or_file: str,
-    options: Mapping[str, str],
+    options: Given,
     device: str,
     run_dir: Path,
     *,
@@ -134,6 +149,8 @@ def _in_module(module: ModuleType, where: str) -> type[Backend] | ModuleType:
         return classes[0]
     if not classes and all(callable(getattr(module, each, None)) for each in _FUNCTIONS_NEEDED):
         return module
+    if not classes:
+        judge_names(module)
     raise BackendError(
         f"{where}: needs one subclass of Backend (it has {len(classes)}; BACKEND = Class chooses), "
         f"or the functions {' and '.join(_FUNCTIONS_NEEDED)}"
@@ -146,16 +163,42 @@ def _checked(found: Any, where: str) -> type[Backend]:
     raise BackendError(f"{where}: {found!r} is not a subclass of Backend")
 
 
+def _judge_options(name: str, found: type[Backend]) -> None:
+    """Raise `BackendError` for a class whose options cannot be read from KEY=VALUE."""
+    if not (isinstance(found.Options, type) and issubclass(found.Options, msgspec.Struct)):
+        raise BackendError(f"{name}: Options must be a subclass of msgspec.Struct, not {found.Options!r:.60}")
+    try:
+        options = declared(found.Options)
+    except Exception as error:
+        raise BackendError(f"{name}: the types of its options cannot be read: {words_of(error)}") from error
+    check_types(name, options)
+
+
+def _function_values(name: str, module: ModuleType, given: Given) -> dict[str, Any]:
+    """The arguments of the module's `open`."""
+    options = _function_options(module)
+    check_types(name, options)
+    values = parse_values(name, options, given)
+    rest: dict[str, Any] = next((values.pop(each.name) for each in options if each.takes_rest), {})
+    return values | rest
+
+
 def _function_options(module: ModuleType) -> list[Option]:
     opener = getattr(module, "open", None)
     if opener is None:
         return []
-    parameters = inspect.signature(opener, eval_str=True).parameters.values()
+    try:
+        parameters = inspect.signature(opener, eval_str=True).parameters.values()
+    except Exception as error:
+        raise BackendError(
+            f"{module.__name__}: the types of the parameters of open cannot be read: {words_of(error)}"
+        ) from error
     return [
         Option(
             each.name,
             str if each.annotation is each.empty else each.annotation,
             REQUIRED if each.default is each.empty else each.default,
+            each.kind is each.VAR_KEYWORD,
         )
         for each in parameters
     ]

@@ -56,7 +56,9 @@ class BackendProcess(SupervisedProcess):
 
     def _start(self) -> None:
         reader, writer = os.pipe()
-        options = [f"{key}={value}" for key, value in self._config.options.items()]
+        options = [
+            f"{key}={value}" for key, given in self._config.options.items() for value in _values(given)
+        ]
         command = [
             *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind, "--log-format", "json"),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
@@ -135,3 +137,7 @@ class BackendProcess(SupervisedProcess):
         # Status 0: it was told to end, as by an upgrade.
         level = logging.WARNING if self.child.exit_status else logging.INFO
         _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, pause_s)
+
+
+def _values(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given

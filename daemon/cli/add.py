@@ -82,10 +82,14 @@ def _current_directory() -> Path:
 def _device_config(described: Mapping[str, object], options: Sequence[str]) -> "DeviceConfig":
     """The device that these options describe.  Raises `ConfigError` in terms of the command line."""
     from ublkpool.daemon.errors import ConfigError
-    from ublkpool.daemon.settings.config import check_device
 
     table = {key: value for key, value in described.items() if value is not None}
     pairs = parse_pairs(options)
+    from ublkpool.daemon.settings.config import WITHOUT_LISTS, check_device
+
+    repeated = next((key for key, value in pairs.items() if not isinstance(value, str)), None)
+    if repeated is not None and table.get("backend") in WITHOUT_LISTS:
+        raise click.UsageError(f"{repeated}= is given twice")
     if "backend" in table:
         table["backend"] = {**pairs, "kind": table["backend"]}
     elif pairs:

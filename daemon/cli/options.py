@@ -49,18 +49,20 @@ def run_dir_option(default: Path | None = RUN_DIR_DEFAULT) -> Callable[[_Command
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def parse_pairs(options: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE arguments as a dictionary.  Raises `click.UsageError`."""
-    pairs: dict[str, str] = {}
+def parse_pairs(options: Sequence[str]) -> dict[str, str | list[str]]:
+    """KEY=VALUE arguments as a dictionary; a key that is given again has a list.  Raises `click.UsageError`."""
+    pairs: dict[str, str | list[str]] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not key or not equals:
             raise click.UsageError(f"expected KEY=VALUE, got {option!r}")
-        if key in pairs:
-            raise click.UsageError(f"{key}= is given twice")
         if key == "kind":
             raise click.UsageError("kind= is no option: it is the KIND")
-        pairs[key] = value
+        earlier = pairs.get(key)
+        if earlier is None:
+            pairs[key] = value
+        else:
+            pairs[key] = [*([earlier] if isinstance(earlier, str) else earlier), value]
     return pairs
 
 

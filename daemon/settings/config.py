@@ -61,6 +61,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "human", "logfmt", "json"]
 
 
+WITHOUT_LISTS = ("file", "memory", "null")
+"""Backends none of whose options may be given several times; others judge that themselves."""
+
+
 class Conflict(ValueError):
     """Two settings that contradict each other; `key` is the one that the error names."""
 
@@ -77,7 +81,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     kind: Annotated[str, Meta(min_length=1)]
-    options: dict[str, str] = {}
+    options: Mapping[str, str | list[str]] = {}
+    """A list for a key that is given several times."""
     cwd: str | None = None
 
 
@@ -267,9 +272,10 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
         problem = 'expected a built-in kind or FILE.py, as in kind = "file"'
         problems.append(Problem((*path, "kind"), problem if kind is None else f"{problem}, {_got(kind)}"))
         return None
-    options = {key: _option_text(value) for key, value in table.items() if key != "kind"}
+    texts_of, lists = (_option_text, "") if kind in WITHOUT_LISTS else (_option_texts, ", or a list of them")
+    options = {key: texts_of(value) for key, value in table.items() if key != "kind"}
     problems.extend(
-        Problem((*path, key), f"expected a string, a number or a bool, {_got(table[key])}")
+        Problem((*path, key), f"expected a string, a number or a bool{lists}, {_got(table[key])}")
         for key, text in options.items()
         if text is None
     )
@@ -278,7 +284,7 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
 
 
 def _resolved_backend(
-    kind: str, options: dict[str, str], path: KeyPath, problems: list[Problem], cwd: Path
+    kind: str, options: Mapping[str, str | list[str]], path: KeyPath, problems: list[Problem], cwd: Path
 ) -> BackendConfig:
     """The backend, with the absolute path of its FILE.py; adds a problem if there is no such file."""
     if kind.endswith(".py") or "/" in kind:
@@ -287,6 +293,14 @@ def _resolved_backend(
             problems.append(Problem((*path, "kind"), f"no such file: {file}"))
         kind = str(file)
     return BackendConfig(kind=kind, options=options, cwd=str(cwd))
+
+
+def _option_texts(value: object) -> str | list[str] | None:
+    """The option's text, or those of a list; None if it is neither."""
+    if not isinstance(value, list):
+        return _option_text(value)
+    texts = [text for each in value if (text := _option_text(each)) is not None]
+    return texts if len(texts) == len(value) else None
 
 
 def _option_text(value: object) -> str | None:

@@ -122,6 +122,17 @@ async def test_an_end_is_explained_by_an_error_only_if_it_was_the_last_line(
 
 
 @in_a_loop
+async def test_a_key_that_is_given_several_times_reaches_the_backend_each_time(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("def open(size: int): pass\ndef get_size(): return 1\ndef pread(buf, offset): pass")
+    config = BackendConfig(kind=str(plugin), options={"size": ["1", "2"]})
+    process = BackendProcess("vol0", config, tmp_path, lambda fd: None)
+    process.start()
+    await process.child.wait()
+    assert process.obituary().endswith("mine: option size: is given twice; options are: size=NUMBER")
+
+
+@in_a_loop
 async def test_a_backend_that_cannot_start_says_why_in_its_obituary(tmp_path: Path) -> None:
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
     process.start()

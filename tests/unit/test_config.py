@@ -113,6 +113,15 @@ def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: 
     assert config.devices[1].backend == BackendConfig(kind="memory", cwd=str(tmp_path))
 
 
+def test_a_list_gives_an_option_several_times(tmp_path: Path) -> None:
+    text = (
+        '[[device]]\nname = "a"\nbackend = { kind = "theirs", urls = ["x", "y"], ports = [1, 2], one = "z" }'
+    )
+    (device,) = load_config(write(tmp_path, text)).devices
+    assert device.backend is not None
+    assert device.backend.options == {"urls": ["x", "y"], "ports": ["1", "2"], "one": "z"}
+
+
 @pytest.mark.parametrize(
     ("key", "complaint"),
     [
@@ -148,6 +157,10 @@ def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: 
         (
             'backend = { kind = "file", path = ["a"] }',
             'backend.path: expected a string, a number or a bool, got ["a"]',
+        ),
+        (
+            'backend = { kind = "theirs", urls = ["a", ["b"]] }',
+            'backend.urls: expected a string, a number or a bool, or a list of them, got ["a",["b"]]',
         ),
     ],
 )
