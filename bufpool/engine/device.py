@@ -42,3 +42,5 @@ class Device:
     """`unwatch(fd)`: undo `watch`, before `fd` is closed."""
     wake: Callable[[], None]
     """Thread-safe: `place` and `read_in_place` are called again for every request that was answered "not now"."""
+    stop: Callable[[str], None] = field(default=lambda reason: None)
+    """`stop(reason)`: end the backend after the executing requests, as SIGTERM does.  Thread-safe."""

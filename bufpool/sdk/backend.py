@@ -135,6 +135,11 @@ class Backend:
             piece_bytes = min(len(_ZEROES), offset + length - start)
             self.pwrite(memoryview(_ZEROES)[:piece_bytes], start, False)
 
+    def zero_durably(self, offset: int, length: int, may_unmap: bool) -> None:
+        """As `zero`, and the zeros must survive a power failure: by default with `flush`."""
+        self.zero(offset, length, may_unmap)
+        self.flush()
+
     def place(self, offset: int, length: int, flags: int) -> int | None:
         """Name the byte offset in the own segment where a write's data shall land: a multiple of the logical block.
 
@@ -196,8 +201,7 @@ def perform_without_data(backend: Backend, op: int, flags: int, offset: int, len
     elif op == _DISCARD:
         backend.trim(offset, length)
     elif op == _WRITE_ZEROES:
-        backend.zero(offset, length, not flags & _NOUNMAP)
-        if flags & _FUA:
-            backend.flush()
+        zero = backend.zero_durably if flags & _FUA else backend.zero
+        zero(offset, length, not flags & _NOUNMAP)
     else:
         raise OSError(errno.EOPNOTSUPP, f"operation {op}")

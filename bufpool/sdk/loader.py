@@ -20,6 +20,7 @@ from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
 from ublkpool.bufpool.sdk.blame import authors_code, line_of, words_of
 from ublkpool.bufpool.sdk.client import Transport
 from ublkpool.bufpool.sdk.judge import judge_class, judge_functions, judge_names
+from ublkpool.bufpool.sdk.nbdkit.recognise import is_plugin
 from ublkpool.bufpool.sdk.options import (
     REQUIRED,
     Given,
@@ -58,6 +59,11 @@ def kinds() -> list[str]:
 
 def load(kind_or_file: str, given: Given) -> Backend:
     """The backend with its options, not opened yet.  Raises `BackendError` for an unknown backend or a bad option."""
+    if _is_file(kind_or_file) and is_plugin(Path(kind_or_file)):
+        # nbdkit's plugins run as `__main__`, and their options are known to themselves only.
+        from ublkpool.bufpool.sdk.nbdkit.plugin import load_plugin
+
+        return load_plugin(Path(kind_or_file), given)
     found = _find(kind_or_file)
     name = backend_name(kind_or_file)
     if isinstance(found, ModuleType):

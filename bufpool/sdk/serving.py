@@ -367,4 +367,5 @@ def _device(attachment: DeviceConnection, loop: Loop, own_from: int) -> Device:
         watch=loop.watch,
         unwatch=loop.unwatch,
         wake=loop.wake,
+        stop=loop.stop,
     )

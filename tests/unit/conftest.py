@@ -1,13 +1,19 @@
 """Fixtures that several unit tests share."""
 
 import logging
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from support.fakes.worker import FakeWorker
+from support.nbdkit.plugins import Plugin
 from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
+from ublkpool.bufpool.sdk import loader
+from ublkpool.bufpool.sdk.failures import failures
+from ublkpool.bufpool.sdk.nbdkit.plugin import NbdkitBackend
 
 # On a busy machine hypothesis would report a slow example as a failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,3 +52,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[DriverStatistics]:
 
     monkeypatch.setattr(RingDriver, "close", counting)
     return counted
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Plugin]:
+    """Loads the code of a plugin with its options."""
+    loaded = []
+    failures.forget()
+
+    def load(*code: str, **options: str | list[str]) -> NbdkitBackend:
+        path = tmp_path / "plugin.py"
+        path.write_text("".join(map(textwrap.dedent, code)))
+        backend = loader.load(str(path), options)
+        assert isinstance(backend, NbdkitBackend)
+        loaded.append(backend)
+        return backend
+
+    yield load
+    for each in reversed(loaded):
+        each.close()
