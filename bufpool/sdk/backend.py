@@ -8,18 +8,19 @@ a *power failure*; without it every answered write promises that as well.
 
 There are four levels, each built on the next:
 
-- **methods**: override `pread`, `pwrite` and friends; they are called one after the other;
+- **methods**: override `pread`, `pwrite` and friends; they are called one after the other, with `parallel` on several
+  threads, and `async def` methods run on an asyncio loop;
 - **batches**: override `serve_batch`; it gets the reads and writes that arrived together as columns;
 - **requests**: override `submit`, and answer each `Request` later, from any thread;
 - **frames**: return a `FrameEngine` from `engine`; it turns frames of the wire into frames, typically in native code.
 
-Every method runs on the thread that called `serve`.  Only `Request.complete`, `Request.fail` and `Device.wake` may be
-called from other threads.
+Every method runs on the thread that called `serve`, except those that `parallel` and `async def` move to other threads
+(`runner.py`).  Only `Request.complete`, `Request.fail` and `Device.wake` may be called from other threads.
 """
 
 import errno
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 
@@ -40,6 +41,18 @@ if TYPE_CHECKING:
 _READ, _WRITE, _FLUSH, _DISCARD, _WRITE_ZEROES = (int(each) for each in Op)
 _FUA, _NOUNMAP = int(Flag.FUA), int(Flag.NOUNMAP)
 _ZEROES = bytes(1 << 20)
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments."""
+Moved = int | None | Awaitable[int | None]
+"""What a read or write returns: bytes, None for all; a method may be `async def`."""
+Done = None | Awaitable[None]
+"""What the other methods return; a method may be `async def`."""
+
+
+SERVING = ("pread", "pwrite", "store_placed", "flush", "trim", "zero")
+"""The methods that execute requests: `parallel` threads run them, or an asyncio loop."""
+METHODS = (*SERVING, "open", "started", "detached", "close", "place", "read_in_place", "released", "submit")
+"""All methods that may be looked at before a backend is opened."""
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,14 +91,24 @@ class Backend:
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     """A frozen `msgspec.Struct` whose fields are the backend's options; type `sizes.ByteSize` reads `64M`."""
 
+    parallel: int = 1
+    """How many threads run the methods that serve requests, 1 to 1024; with 1, plain methods run on the loop's thread,
+    one after the other.  May be set until `open` returns."""
+
+    exclusive_bytes: int = 0
+    """Requests of any queue that touch the same chunk of this many bytes never run at once; 0: no such promise.
+
+    A request takes all its chunks together, in order of arrival, so a method may read, change and write back a chunk
+    without a lock.  A FLUSH touches no chunk.  May be set until `open` returns."""
+
     def __init__(self, options: msgspec.Struct = NoOptions()) -> None:  # noqa: B008 - frozen
         self.options = options
 
-    def open(self, hint: Hint) -> Properties:
+    def open(self, hint: Hint) -> Properties | Awaitable[Properties]:
         """Open the store.  Raises `BackendError` if it cannot be used; the text goes to the user."""
         raise NotImplementedError
 
-    def started(self, device: Device) -> None:
+    def started(self, device: Device) -> Done:
         """The device is attached; requests follow."""
 
     def engine(self, device: Device) -> FrameEngine | None:
@@ -107,11 +130,11 @@ class Backend:
             except Exception as error:
                 request.fail(error)
 
-    def pread(self, buf: memoryview, offset: int) -> int | None:
+    def pread(self, buf: memoryview, offset: int) -> Moved:
         """Fill `buf` with the data at `offset`, in bytes.  Returns the bytes read, None for all."""
         raise OSError(errno.EOPNOTSUPP, "this backend does not read")
 
-    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> int | None:
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> Moved:
         """Store `buf` at `offset`, in bytes.  Returns the bytes written, None for all; fewer fail the write with EIO.
 
         The module's first paragraph says what returning promises; with `fua` the data must survive a power failure.
@@ -123,17 +146,62 @@ class Backend:
     plain_pwrite: Callable[[memoryview, int], int | None] | None = None
     """Called instead of `pwrite` for writes without FUA if it is set."""
 
-    def flush(self) -> None:
+    def flush(self) -> Done:
         """Return when every answered write survives a power failure."""
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int) -> Done:
         """These bytes are no longer needed; reads may return anything there.  `length` may exceed 4 GiB."""
 
-    def zero(self, offset: int, length: int, may_unmap: bool) -> None:
+    def zero(self, offset: int, length: int, may_unmap: bool) -> Done:
         """Make these bytes read as zeros; with `may_unmap` they may become a hole.  `length` may exceed 4 GiB."""
+        for write, arguments in self._zero_pieces(offset, length):
+            write(*arguments)
+        return None
+
+    def _zero_pieces(self, offset: int, length: int) -> Iterator[Call]:
         for start in range(offset, offset + length, len(_ZEROES)):
             piece_bytes = min(len(_ZEROES), offset + length - start)
-            self.pwrite(memoryview(_ZEROES)[:piece_bytes], start, False)
+            yield self.pwrite, (memoryview(_ZEROES)[:piece_bytes], start, False)
+
+    def calls_of(self, request: Request) -> Iterator[Call]:
+        """The calls that execute a request, one after the other; the result of a read or write is that of the first.
+
+        The SDK asks for them where it does not call the methods itself, because they run on other threads.  Raises
+        `OSError` for an unknown operation.
+        """
+        op, offset, length = request.op, request.offset, request.length
+        if op == _READ:
+            yield self.plain_pread or self.pread, (request.buffer, offset)
+        elif op == _WRITE:
+            yield self._call_of_write(request)
+        elif op == _FLUSH:
+            yield self.flush, ()
+        elif op == _DISCARD:
+            yield self.trim, (offset, length)
+        elif op == _WRITE_ZEROES:
+            yield from self._calls_of_zero(request)
+        else:
+            raise OSError(errno.EOPNOTSUPP, f"operation {op}")
+
+    def _call_of_write(self, request: Request) -> Call:
+        buffer, offset, fua = request.buffer, request.offset, request.fua
+        if request.region >= 0 and type(self).store_placed is not Backend.store_placed:
+            return self.store_placed, (request.region, buffer, offset, fua)
+        if self.plain_pwrite and not fua:
+            return self.plain_pwrite, (buffer, offset)
+        return self.pwrite, (buffer, offset, fua)
+
+    def _calls_of_zero(self, request: Request) -> Iterator[Call]:
+        if type(self).zero is Backend.zero:
+            yield from self._zero_pieces(request.offset, request.length)
+        else:
+            yield self.zero, (request.offset, request.length, not request.flags & _NOUNMAP)
+        if request.fua:
+            yield self.flush, ()
+
+    def callables(self) -> Mapping[str, Callable[..., Any]]:
+        """The author's functions by name, which the SDK looks at before it opens the backend."""
+        return {name: getattr(self, name) for name in METHODS}
 
     def zero_durably(self, offset: int, length: int, may_unmap: bool) -> None:
         """As `zero`, and the zeros must survive a power failure: by default with `flush`."""
@@ -148,7 +216,7 @@ class Backend:
         """
         raise OSError(errno.EOPNOTSUPP, "this backend does not place writes")
 
-    def store_placed(self, region: int, buf: memoryview, offset: int, fua: bool) -> int | None:
+    def store_placed(self, region: int, buf: memoryview, offset: int, fua: bool) -> Moved:
         """Store a write whose data (`buf`) landed at `region`; a backend that keeps it there has nothing to do."""
         return self.pwrite(buf, offset, fua)
 
@@ -164,10 +232,10 @@ class Backend:
         release may arrive only with the next request.
         """
 
-    def detached(self) -> None:
+    def detached(self) -> Done:
         """The device is deleted: `close` follows, and no successor will attach."""
 
-    def close(self) -> None:
+    def close(self) -> Done:
         """Close the store.  A successor may attach afterwards."""
 
     def statistics(self) -> Mapping[str, int]:
@@ -180,8 +248,11 @@ def asks_for_places(backend: Backend) -> bool:
     return type(backend).place is not Backend.place
 
 
-def perform(backend: Backend, request: Request) -> int | None:
-    """Call the method for a request; returns the bytes moved, None for all.  Raises what the method raises."""
+def perform(backend: Backend, request: Request) -> Any:
+    """Call the method for a request; returns the bytes moved, None for all.  Raises what the method raises.
+
+    An `async def` method is not executed by this.
+    """
     op = request.op
     if op == _READ:
         return backend.pread(request.buffer, request.offset)

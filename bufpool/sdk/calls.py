@@ -5,7 +5,7 @@ Owns the native engine and the views of its batch.  Native code does frames, fen
 Runs on the loop's thread; other threads use only the `Outbox`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ublkpool.bufpool.engine._engine import ffi, lib
@@ -32,13 +32,24 @@ _COUNT, _RUNS, _MOVES = int(lib.CALLS_COUNT), int(lib.CALLS_RUNS), int(lib.CALLS
 _OVERLONG, _RUN = int(lib.CALLS_OVERLONG), int(lib.CALLS_RUN)
 _NOT_NOW = -1
 _Way = Callable[[int, int], None]
+Submit = Callable[[Sequence[Request]], None]
 
 
 class CallEngine:
     """A `FrameEngine` that calls a backend's methods.  Raises `BackendError` if there is no memory."""
 
-    def __init__(self, backend: Backend, device: Device, outbox: Outbox, post_max_bytes: int = 0) -> None:
-        """`post_max_bytes`: see `Properties`; the slots are the own segment before `device.own_from`."""
+    def __init__(
+        self,
+        backend: Backend,
+        device: Device,
+        outbox: Outbox,
+        post_max_bytes: int = 0,
+        submit: Submit | None = None,
+    ) -> None:
+        """`post_max_bytes`: see `Properties`; the slots are the own segment before `device.own_from`.
+
+        `submit` gets all requests in order of arrival, instead of the backend's methods.
+        """
         self._backend, self._device, self._outbox = backend, device, outbox
         self._handle = ffi.new_handle(self)
         self._columns = Columns(device.queues * device.depth)
@@ -48,6 +59,7 @@ class CallEngine:
             "slot_bytes": slot_bytes(device.max_io_bytes),
             "post_max_bytes": post_max_bytes,
             "asks": asks_for_places(backend),
+            "in_order": submit is not None,
         }
         self._storage: Any = lib.storage_calls_new(
             self._handle, self._columns.native, ffi.new("struct calls_places *", places)
@@ -56,7 +68,8 @@ class CallEngine:
         self._overlong = False
         kind = type(backend)
         self._serve: Callable[[], None] = self._call_methods
-        if kind.submit is not Backend.submit:
+        self._take: Submit = submit or backend.submit
+        if submit is not None or kind.submit is not Backend.submit:
             self._serve = self._submit
         elif kind.serve_batch is not Backend.serve_batch:
             self._serve = self._serve_batch
@@ -118,6 +131,10 @@ class CallEngine:
                     self._storage, request.key, errno_of(error, f"{op_name(request.op)} at {request.offset}")
                 )
 
+    def is_old(self, request: Request) -> bool:
+        """Whether a fence has overtaken an unanswered request, so that it need not begin.  Thread-safe."""
+        return lib.calls_is_old(self._storage, request.key)
+
     def serve(self) -> None:
         """Execute the batch that was handed out; the caller collects what it leaves in `result`."""
         self._serve()
@@ -169,7 +186,7 @@ class CallEngine:
 
     # Three nearly equal functions: they run for every request, so each contains its own call.
 
-    def _two(self, function: Callable[[memoryview, int], int | None], memory: memoryview) -> _Way:
+    def _two(self, function: Callable[[memoryview, int], Any], memory: memoryview) -> _Way:
         result_of, columns_of = self._columns.result, self._columns_of
 
         def call(first: int, end: int) -> None:
@@ -185,9 +202,7 @@ class CallEngine:
 
         return call
 
-    def _three(
-        self, function: Callable[[memoryview, int, bool], int | None], memory: memoryview, fua: bool
-    ) -> _Way:
+    def _three(self, function: Callable[[memoryview, int, bool], Any], memory: memoryview, fua: bool) -> _Way:
         result_of, columns_of = self._columns.result, self._columns_of
 
         def call(first: int, end: int) -> None:
@@ -204,8 +219,8 @@ class CallEngine:
         return call
 
     def _stored(self, fua: bool) -> _Way:
-        store, memory, result_of, columns_of = (
-            self._backend.store_placed,
+        store: Callable[[int, memoryview, int, bool], Any] = self._backend.store_placed
+        memory, result_of, columns_of = (
             self._device.own,
             self._columns.result,
             self._columns_of,
@@ -274,7 +289,7 @@ class CallEngine:
     def _submit(self) -> None:
         requests = self._requests()
         try:
-            self._backend.submit(requests)
+            self._take(requests)
         except Exception as error:
             for request in requests:
                 if not request.answered:

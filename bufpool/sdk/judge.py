@@ -10,7 +10,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk.backend import Backend
+from ublkpool.bufpool.sdk.backend import SERVING, Backend
 from ublkpool.bufpool.sdk.failures import log
 
 FUNCTIONS: Mapping[str, tuple[str, ...] | None] = {
@@ -25,7 +25,7 @@ FUNCTIONS: Mapping[str, tuple[str, ...] | None] = {
     "close": (),
 }
 """The functions of a module and their parameters; those of `open` are the author's options."""
-ASYNC: frozenset[str] = frozenset()
+ASYNC = frozenset(FUNCTIONS) | {*SERVING, "started", "detached"}
 """The functions and methods that may be `async def`."""
 _OTHER_NAMES = {
     "discard": "trim",
@@ -119,9 +119,9 @@ def _unwrapped(attribute: Any) -> tuple[Any, bool]:
 
 
 def _judge_kind(name: str, function: Callable[..., Any]) -> None:
-    if name not in ASYNC and (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
+    if name not in ASYNC and inspect.iscoroutinefunction(function):
         raise BackendError(f"{_place(function)}async def {name} is not supported: use def")
-    if inspect.isgeneratorfunction(function):
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise BackendError(f"{_place(function)}{name} must not yield: it is called once for each request")
 
 

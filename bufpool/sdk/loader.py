@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk.backend import Backend, Hint, NoOptions, Properties
+from ublkpool.bufpool.sdk.backend import (
+    Backend,
+    Call,
+    Done,
+    Hint,
+    Moved,
+    NoOptions,
+    Properties,
+    Request,
+)
 from ublkpool.bufpool.sdk.blame import authors_code, line_of, words_of
 from ublkpool.bufpool.sdk.client import Transport
 from ublkpool.bufpool.sdk.judge import judge_class, judge_functions, judge_names
@@ -31,6 +41,7 @@ from ublkpool.bufpool.sdk.options import (
     parse_values,
 )
 from ublkpool.bufpool.sdk.serving import serve
+from ublkpool.bufpool.wire import Op
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
@@ -38,6 +49,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "ublkpool.backends"
 _BUILT_IN = "ublkpool.backends"
 _FUNCTIONS_NEEDED = ("get_size", "pread")
+_FUNCTIONS = (*_FUNCTIONS_NEEDED, "open", "identity", "pwrite", "flush", "trim", "zero", "close")
 
 
 def entry_points(group: str, name: str | None = None) -> "EntryPoints":
@@ -216,7 +228,8 @@ class FunctionBackend(Backend):
     `get_size() -> int` and `pread(buf, offset)` are required; without `pwrite(buf, offset)` the device is read-only.
     Optional: `open(option, ...)`, called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
     `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and each
-    write with FUA is followed by a flush.
+    write with FUA is followed by a flush.  All may be `async def`; `parallel` and `exclusive_bytes` are those of
+    `Backend`, as names of the module.
     """
 
     def __init__(self, module: ModuleType, values: Mapping[str, Any]) -> None:
@@ -231,22 +244,56 @@ class FunctionBackend(Backend):
         self._flush = self._function(module, "flush")
         self._trim = self._function(module, "trim")
         self._zero = self._function(module, "zero")
-        self._closer = self._function(module, "close")
+        self._closer: Callable[[], Done] | None = self._function(module, "close")
         self.plain_pread, self.plain_pwrite = self._pread, self._pwrite
+        self.parallel = getattr(module, "parallel", 1)
+        self.exclusive_bytes = getattr(module, "exclusive_bytes", 0)
 
     @staticmethod
     def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
         found: Callable[..., Any] | None = getattr(module, name, None)
         return found
 
-    def open(self, hint: Hint) -> Properties:
+    def callables(self) -> Mapping[str, Callable[..., Any]]:
+        """See `Backend`: the module's functions."""
+        found = {name: self._function(self.module, name) for name in _FUNCTIONS}
+        return {name: function for name, function in found.items() if function is not None}
+
+    def calls_of(self, request: Request) -> Iterator[Call]:
+        """See `Backend`: the module's functions, and its `flush` after each write with FUA."""
+        flush = [(self._flush, ())] if self._flush is not None and request.fua else []
+        if request.op == Op.WRITE and self._pwrite is not None:
+            yield self._pwrite, (request.buffer, request.offset)
+            yield from flush
+        elif request.op == Op.WRITE_ZEROES and self._zero is not None:
+            yield self._zero, (request.offset, request.length)
+            yield from flush
+        elif request.op == Op.DISCARD and self._trim is not None:
+            yield self._trim, (request.offset, request.length)
+        elif request.op == Op.FLUSH and self._flush is not None:
+            yield self._flush, ()
+        else:
+            yield from super().calls_of(request)
+
+    def open(self, hint: Hint) -> Properties | Awaitable[Properties]:
         """Call the module's `open`, then ask for the size.  Raises `BackendError` for an empty store."""
-        if self._opener is not None:
-            try:
-                self._opener(**self._values)
-            except OSError as error:
-                raise BackendError(f"cannot open: {error} ({line_of(error)})") from error
-        size_bytes = self._get_size()
+        asked = (self._opener, self._get_size, self._identity)
+        if any(map(inspect.iscoroutinefunction, asked)):
+            return self._open_async()
+        with _opening():
+            self._open_now()
+        return self._properties(self._get_size(), self._identity() if self._identity else None)
+
+    def _open_now(self) -> Any:
+        return self._opener(**self._values) if self._opener is not None else None
+
+    async def _open_async(self) -> Properties:
+        with _opening():
+            await _settled(self._open_now())
+        size_bytes = await _settled(self._get_size())
+        return self._properties(size_bytes, await _settled(self._identity()) if self._identity else None)
+
+    def _properties(self, size_bytes: Any, identity: Any) -> Properties:
         if not isinstance(size_bytes, int):
             raise BackendError(
                 f"{self.module.__name__}: get_size() must return bytes, not {size_bytes!r:.60}"
@@ -260,14 +307,14 @@ class FunctionBackend(Backend):
             volatile_cache=self._flush is not None,
             discard_max_bytes=size_bytes if self._trim else 0,
             write_zeroes_max_bytes=size_bytes if self._zero else 0,
-            identity=self._identity() if self._identity else None,
+            identity=identity,
         )
 
-    def pread(self, buf: memoryview, offset: int) -> int | None:
+    def pread(self, buf: memoryview, offset: int) -> Moved:
         """The module's `pread`."""
         return self._pread(buf, offset)
 
-    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> int | None:
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> Moved:
         """The module's `pwrite`, and its `flush` if the write must be on stable storage."""
         if self._pwrite is None:
             return super().pwrite(buf, offset, fua)
@@ -291,7 +338,18 @@ class FunctionBackend(Backend):
         if self._zero is not None:
             self._zero(offset, length)
 
-    def close(self) -> None:
+    def close(self) -> Done:
         """The module's `close`."""
-        if self._closer is not None:
-            self._closer()
+        return self._closer() if self._closer is not None else None
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BackendError(f"cannot open: {error} ({line_of(error)})") from error
+
+
+async def _settled(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value

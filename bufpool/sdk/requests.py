@@ -50,13 +50,17 @@ class Outbox:
     def acknowledge(self) -> None:
         """Called by the loop before it reads `results`, so that any later `wake` writes to the eventfd again."""
         if self._awake:
-            # The eventfd is still 0 if the waker was interrupted before it wrote: the loop then turns once too often.
-            with suppress(BlockingIOError):
-                os.eventfd_read(self.descriptor)
-            self._awake = False
+            self.drain()
+
+    def drain(self) -> None:
+        """Called by the loop when the eventfd is readable: an interrupted waker may write after `acknowledge`."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        self._awake = False
 
     def close(self) -> None:
-        """Close the eventfd."""
+        """Close the eventfd; a later `wake` does nothing."""
+        self._awake = True
         os.close(self.descriptor)
 
 

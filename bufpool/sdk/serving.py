@@ -35,7 +35,9 @@ from ublkpool.bufpool.sdk.backend import (
 from ublkpool.bufpool.sdk.blame import authors_code
 from ublkpool.bufpool.sdk.calls import CallEngine
 from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment, PollResult, Transport, describe
+from ublkpool.bufpool.sdk.event_loop import EventLoop
 from ublkpool.bufpool.sdk.failures import failures
+from ublkpool.bufpool.sdk.runner import Runner, check_methods, is_async, make_runner
 
 _PAGE_BYTES = 4096
 _PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
@@ -59,10 +61,13 @@ def serve(
     built-in backends do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot
     start: `AttachRefused` with the daemon's reason, `BackendError` for a store, option or daemon that cannot be used.
     """
+    check_methods(backend, kind)
     known = describe(run_dir, device, wait_s)
-    opened = open_store(backend, _hint(run_dir, known))
+    events = EventLoop()
     with ExitStack() as stack:
-        stack.callback(backend.close)
+        stack.callback(events.close)
+        opened = open_store(backend, _hint(run_dir, known), events)
+        stack.callback(lambda: events.settle(backend.close()))
         properties = check_properties(opened)
         segment = _segment(properties)
         if segment is not None:
@@ -76,16 +81,17 @@ def serve(
         )
         stack.callback(attachment.close)
         _harden(lock_memory)
-        loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes))
+        loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes, events))
         if handle_signals:
             stack.enter_context(_signals(loop))
         return loop.run()
 
 
-def open_store(backend: Backend, hint: Hint) -> Properties:
+def open_store(backend: Backend, hint: Hint, events: EventLoop | None = None) -> Properties:
     """What the backend's `open` returns.  Raises `PluginError`, which names the line, for an exception in it."""
     with authors_code("while the store was opened"):
-        return backend.open(hint)
+        opened: Properties = (events or EventLoop()).settle(backend.open(hint))
+        return opened
 
 
 def _hint(run_dir: Path, known: wire.Described) -> Hint:
@@ -187,8 +193,16 @@ class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Loop:
     """Moves frames between the queues and the engine, until it is stopped and no request is executing."""
 
-    def __init__(self, backend: Backend, attachment: DeviceConnection, post_max_bytes: int = 0) -> None:
-        """`post_max_bytes`: see `Properties`."""
+    def __init__(
+        self,
+        backend: Backend,
+        attachment: DeviceConnection,
+        post_max_bytes: int = 0,
+        events: EventLoop | None = None,
+    ) -> None:
+        """`post_max_bytes`: see `Properties`; `events`: the asyncio loop, whose thread starts with this loop."""
+        self._events = events or EventLoop()
+        self._runner: Runner | None = None
         self.device = _device(attachment, self, _slots_bytes(backend, attachment, post_max_bytes))
         self._backend = backend
         self._attachment = attachment
@@ -206,29 +220,46 @@ class Loop:
     def __enter__(self) -> "Loop":
         failures.forget()
         try:
+            self._events.start(is_async(self._backend))
             with authors_code("when the device was attached"):
-                self._backend.started(self.device)
+                self._events.settle(self._backend.started(self.device))
                 engine = self._backend.engine(self.device)
-            self._engine = engine or CallEngine(
-                self._backend, self.device, self._outbox, self._post_max_bytes
-            )
+            self._engine = engine or self._call_engine()
         except BaseException:
+            self._end_runner()
             self._outbox.close()
             raise
-        for descriptor in {self._outbox.descriptor, self._engine.fileno()}:
-            self.watch(descriptor, _nothing)
+        outbox = self._outbox
+        for descriptor in {outbox.descriptor, self._engine.fileno()}:
+            self.watch(descriptor, outbox.drain if descriptor == outbox.descriptor else _nothing)
         native = getattr(self._engine, "raw", None)
         serve = getattr(self._engine, "serve", nothing_to_serve)
         self._collect = getattr(self._engine, "collect", _nothing)
         self._is_driven = native is not None and self._links.drive(native, serve)
         return self
 
+    def _call_engine(self) -> CallEngine:
+        self._runner = runner = make_runner(self._backend, self.device, self._events)
+        submit = runner.submit if runner is not None else None
+        engine = CallEngine(self._backend, self.device, self._outbox, self._post_max_bytes, submit)
+        if runner is not None:
+            runner.connect(engine.is_old)
+        return engine
+
+    def _end_runner(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+
     def __exit__(self, *_: object) -> None:
         if self._is_driven:
             self._links.drive(None)
+        self._end_runner()
         if self._engine is not None:
+            is_idle = not self._engine.running()
             self._engine.close()
-        self._outbox.close()
+            # A thread that still executes a request after an error writes to this descriptor, whatever has its number.
+            if is_idle:
+                self._outbox.close()
 
     def stop(self, reason: str) -> None:
         """Finish the executing requests, then end.  Safe to call from a signal handler and from any thread."""
@@ -266,7 +297,7 @@ class Loop:
         log.info("%s: ending after %s", self.device.name, self._stopping)
         failures.sum_up(self.device.name)
         if self._detached:
-            self._backend.detached()
+            self._events.settle(self._backend.detached())
         return self._status
 
     def turn(self, ready: PollResult) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.fakes.plain_backend import Plain
 from support.fakes.worker import FakeWorker, serving
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk.backend import Device, Properties, Request, check_properties
+from ublkpool.bufpool.sdk.backend import Device, Moved, Properties, Request, check_properties
 from ublkpool.bufpool.sdk.batch import Batch
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 
@@ -201,7 +201,7 @@ class Posting(Plain):
         super().__init__()
         self.placed: list[int] = []
 
-    def store_placed(self, region: int, buf: memoryview, offset: int, fua: bool) -> int | None:
+    def store_placed(self, region: int, buf: memoryview, offset: int, fua: bool) -> Moved:
         self.placed.append(region)
         return super().store_placed(region, buf, offset, fua)
 

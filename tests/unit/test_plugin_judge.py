@@ -44,7 +44,7 @@ def complaint(tmp_path: Path, code: str, given: Given | None = None) -> str:
         ("def open(path, /): pass", "mine.py:3: open: the parameter path must have a name"),
         ("def open(*paths): pass", "mine.py:3: open: the parameter *paths must have a name"),
         ("def close():\n    yield", "mine.py:3: close must not yield"),
-        ("async def identity(): pass", "mine.py:3: async def identity is not supported: use def"),
+        ("async def close():\n    yield", "mine.py:3: close must not yield"),
         ("def pwrit(buf, offset): pass", "mine.py:3: pwrit is called by nothing: did you mean pwrite?"),
         ("def pwritev(buffers, offset): pass", "did you mean pwrite?"),
         ("def discard(offset, length): pass", "mine.py:3: discard is called by nothing: did you mean trim?"),

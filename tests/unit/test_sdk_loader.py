@@ -12,7 +12,7 @@ import pytest
 from ublkpool.backends.null import NullBackend
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk import loader
-from ublkpool.bufpool.sdk.backend import Backend, Hint
+from ublkpool.bufpool.sdk.backend import Backend, Hint, Properties
 from ublkpool.bufpool.sdk.options import declared, parse_options
 from ublkpool.bufpool.sizes import ByteSize
 
@@ -141,6 +141,7 @@ def test_the_functions_of_a_module_determine_the_properties(tmp_path: Path) -> N
         tmp_path, "def get_size(): return 8192\ndef pread(buf, offset): buf[:] = b'f' * len(buf)"
     )
     properties = backend.open(Hint("x", tmp_path))
+    assert isinstance(properties, Properties)
     assert (properties.size_bytes, properties.read_only, properties.volatile_cache) == (8192, True, False)
     assert (properties.discard_max_bytes, properties.write_zeroes_max_bytes) == (0, 0)
     buffer = bytearray(4)
@@ -167,6 +168,7 @@ def test_functions_flush_after_a_write_with_fua(tmp_path: Path) -> None:
     backend = load_functions(tmp_path, code, {"size": "8192"})
     assert isinstance(backend, loader.FunctionBackend)
     properties = backend.open(Hint("x", tmp_path))
+    assert isinstance(properties, Properties)
     assert (properties.size_bytes, properties.volatile_cache) == (8192, True)
     backend.pwrite(memoryview(b"x"), 512, False)
     backend.pwrite(memoryview(b"x"), 1024, True)

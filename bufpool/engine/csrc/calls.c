@@ -57,7 +57,10 @@ static void calls_close(struct storage *s)
 static void calls_start(struct storage *s, struct storage_request *r)
 {
 	struct calls *c = calls_of(s);
-	fifo_push(r->d.op == WIRE_READ ? &c->reads : r->d.op == WIRE_WRITE ? &c->writes : &c->others, r->index);
+	if (c->places.in_order)
+		fifo_push(&c->others, r->index);
+	else
+		fifo_push(r->d.op == WIRE_READ ? &c->reads : r->d.op == WIRE_WRITE ? &c->writes : &c->others, r->index);
 }
 
 static uint32_t area_of(const struct storage_request *r)
@@ -164,6 +167,11 @@ static void calls_collect(struct storage *s)
 void calls_finish(struct storage *s, uint32_t index, int32_t result)
 {
 	finish(calls_of(s), engine_request(s->engine, index), result);
+}
+
+bool calls_is_old(const struct storage *s, uint32_t index)
+{
+	return engine_is_old(s->engine, engine_request(s->engine, index));
 }
 
 static int calls_name(struct storage *s, struct storage_request *r)

@@ -7,6 +7,9 @@
 #ifndef UBLKPOOL_CALLS_H
 #define UBLKPOOL_CALLS_H
 
+#include <stdbool.h>
+#include <stdint.h>
+
 #include "engine.h"
 
 /* What a run has in common: its operation, and where the data lies. */
@@ -36,11 +39,15 @@ struct calls_places {
 	uint64_t slot_bytes;  /* of one, if nothing can be posted */
 	int asks;             /* who has no posted slot asks the handle (calls_place, calls_released), not for a slot */
 	uint64_t post_max_bytes; /* then slots are posted for writes of up to so many bytes */
+	int in_order;            /* the batch keeps the order of arrival instead of having reads first */
 };
 
 struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, const struct calls_places *places);
 /* One that was marked as later is done. */
 void calls_finish(struct storage *storage, uint32_t index, int32_t result);
+/* Whether a fence has overtaken one that was marked as later: its result is dropped.  For any thread, until
+ * calls_finish. */
+bool calls_is_old(const struct storage *storage, uint32_t index);
 /* Copy between the data of the reads and writes of the batch and `memory`, each at at[i], NULL: at its offset on the
  * device.  Those with an error and those for later are left out.  0, or 1 + the index of one that lies outside: then
  * nothing is copied. */

@@ -169,7 +169,8 @@ static void take_fence(struct engine *e, const struct wire_descriptor *d)
 {
 	struct queue *q = &e->queues[d->queue];
 	if (d->epoch > q->epoch) {
-		q->epoch = d->epoch;
+		/* Threads of the author's read it (calls_is_old). */
+		__atomic_store_n(&q->epoch, d->epoch, __ATOMIC_RELAXED);
 		q->running_old = q->running;
 	}
 	for (uint32_t tag = 0; tag < e->setup.depth; tag++) {
@@ -302,7 +303,7 @@ void engine_ask_again(struct engine *e)
 
 bool engine_is_old(const struct engine *e, const struct storage_request *r)
 {
-	return r->d.epoch < e->queues[r->d.queue].epoch;
+	return r->d.epoch < __atomic_load_n(&e->queues[r->d.queue].epoch, __ATOMIC_RELAXED);
 }
 
 void engine_count(const struct engine *e, struct engine_statistics *statistics)
