@@ -21,10 +21,17 @@ from ublkpool.daemon.settings.config import LogFormat, LogLevel
 
 # asyncio logs the exception of a task that was never awaited.
 _LOGGERS = ("ublkpool", "asyncio")
+# Libraries that log each of their requests: a backend would log each of its own.
+_CHATTY = ("httpx", "boto3", "botocore")
 
 
-def configure(level: LogLevel, log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Send the logs of ublkpool and asyncio to `stream` (default stderr); replaces the handlers of an earlier call."""
+def configure(
+    level: LogLevel, log_format: LogFormat, stream: TextIO | None = None, *, all_loggers: bool = False
+) -> None:
+    """Send the logs of ublkpool and asyncio to `stream` (default stderr); replaces the handlers of an earlier call.
+
+    `all_loggers`: also those of every other logger, such as a backend author's own, and Python's warnings.
+    """
     stream = stream if stream is not None else sys.stderr
     in_journal = journal.is_journal(stream)
     if log_format == "auto":
@@ -36,6 +43,13 @@ def configure(level: LogLevel, log_format: LogFormat, stream: TextIO | None = No
         logger.handlers[:] = [handler]
         logger.propagate = False
     logging.getLogger("ublkpool").setLevel(level.upper())
+    if all_loggers:
+        root = logging.getLogger()
+        root.handlers[:] = [*(each for each in root.handlers if not isinstance(each, _Handler)), handler]
+        root.setLevel(level.upper())
+        logging.captureWarnings(True)
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class _Handler(logging.StreamHandler[TextIO]):

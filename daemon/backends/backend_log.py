@@ -19,6 +19,8 @@ LINES_MAX = 500
 PERIOD_S = 10.0
 PAUSE_S = 0.05
 """Between two reads from a backend that has logged `LINES_MAX`: it waits meanwhile if its pipe is full."""
+PARTIAL_S = 1.0
+"""A line without its end is logged after this time, for nothing more may follow."""
 _LAST_READS_MAX = 16
 """A dead backend's pipe holds less, unless a child of it still writes."""
 _COMPLAINT = "ublkpool: "
@@ -51,6 +53,7 @@ class BackendLog:
         """The last line, if it was a warning or an error."""
         self._logged = self._left_out = 0
         self._period: asyncio.TimerHandle | None = None
+        self._partial: asyncio.TimerHandle | None = None
         os.set_blocking(reader, False)
         self._listen()
 
@@ -91,7 +94,22 @@ class BackendLog:
         if not text or len(self._rest) > LINE_BYTES_MAX:
             lines.append(self._rest)
             self._rest = b""
-        lines = [line for line in lines if line.strip()]
+        self._await_end_of_line()
+        self._hear_lines([line for line in lines if line.strip()])
+
+    def _await_end_of_line(self) -> None:
+        if self._partial is not None:
+            self._partial.cancel()
+            self._partial = None
+        # The rest of a record follows when the backend logs again: cut in two it would be no record.
+        if self._rest and not self._rest.lstrip().startswith(b"{"):
+            self._partial = self._loop.call_later(PARTIAL_S, self._end_line)
+
+    def _end_line(self) -> None:
+        rest, self._rest, self._partial = self._rest, b"", None
+        self._hear_lines([rest])
+
+    def _hear_lines(self, lines: list[bytes]) -> None:
         room = max(0, LINES_MAX - self._logged)
         for line in lines[:room]:
             self._log(*self._note(line))

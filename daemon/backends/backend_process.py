@@ -92,6 +92,8 @@ class BackendProcess(SupervisedProcess):
                 signal.signal(number, signal.SIG_DFL)
             with Path(os.devnull).open() as nothing:
                 os.dup2(nothing.fileno(), 0)
+            # What it prints is for the log, too.
+            os.dup2(stderr, 1)
             os.dup2(stderr, 2)
             self._enter_place()
             restore_descriptor_limit()

@@ -10,7 +10,7 @@ from ublkpool.daemon.cli.options import parse_pairs, run_dir_option
 
 if TYPE_CHECKING:
     from ublkpool.bufpool.sdk.client import Transport
-    from ublkpool.daemon.settings.config import LogFormat
+    from ublkpool.daemon.settings.config import LogFormat, LogLevel
 
 
 @click.command(short_help="Serve a device as its backend.")
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     metavar="auto|human|logfmt|json",
     help="Format of the log on stderr; auto is human on a terminal or in the journal, else logfmt.  [default: auto]",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    metavar="debug|info|warning|error",
+    help="Log this level and above, of your own loggers too.  [default: info]",
+)
 @run_dir_option()
 def backend(
     kind: str,
@@ -39,6 +46,7 @@ def backend(
     device: str,
     transport: "Transport",
     log_format: "LogFormat",
+    log_level: "LogLevel",
     run_dir: Path,
 ) -> int:
     """Serve a device as its backend, in this process, until the device is deleted or SIGTERM.
@@ -51,9 +59,10 @@ def backend(
     """
     pairs = parse_pairs(options)
     from ublkpool.bufpool.sdk.loader import run_backend
-    from ublkpool.daemon import logs
+    from ublkpool.daemon import logs, printed
 
-    logs.configure("info", log_format)
+    logs.configure(log_level, log_format, all_loggers=True)
+    printed.show_at_once()
     return run_backend(kind, pairs, device, run_dir, transport=transport)
 
 
