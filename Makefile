@@ -124,9 +124,9 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) test-systemd
 	@$(MAKE) test-power
 
-test-unit: setup ## unit and sim tests, no driver and no root needed
-	@echo "test: unit and sim"
-	@$(PY) -m pytest tests/unit tests/sim $(PYTEST_ARGS)
+test-unit: setup ## unit and sim tests, and backends against real servers; no driver and no root needed
+	@echo "test: unit, sim and sources"
+	@$(PY) -m pytest tests/unit tests/sim tests/sources $(PYTEST_ARGS)
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"

@@ -37,7 +37,9 @@ class Device:
     """Number of this attach, higher than that of every earlier attach to a device of this name, over all restarts.  A
     store that several processes or machines can reach refuses writers with a lower one.  0: the daemon is too old."""
     watch: Callable[[int, Callable[[], None]], None]
-    """`watch(fd, callback)`: call `callback` on the loop's thread whenever `fd` is readable."""
+    """`watch(fd, callback)`: call `callback` on the loop's thread whenever `fd` is readable.
+
+    A `BackendError` that it raises ends the backend; unanswered requests go to the successor."""
     unwatch: Callable[[int], None]
     """`unwatch(fd)`: undo `watch`, before `fd` is closed."""
     wake: Callable[[], None]

@@ -324,6 +324,9 @@ class Loop:
             return
         try:
             callback()
+        except BackendError:
+            # The store is lost for good: unanswered requests go to the successor.
+            raise
         except Exception:
             log.exception("the callback of a watched file descriptor failed; no longer watching it")
             self.unwatch(descriptor)

@@ -12,6 +12,8 @@ packages=(
     clang
     # what the tests call
     curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps util-linux xfsprogs
+    # the sources of some backends, and the library of one
+    libnbd0 nbdkit
     # what fetching and checking the guests needs
     ca-certificates debian-archive-keyring debootstrap gpgv xz-utils
 )

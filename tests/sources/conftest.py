@@ -1,0 +1,1 @@
+"""Tests of backends against real servers, which each test starts; the sanitized run leaves this folder out."""
