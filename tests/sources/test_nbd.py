@@ -44,8 +44,10 @@ def server(tmp_path: Path, disk: Path) -> Iterator[Nbdkit]:
         yield server
 
 
-def backend_for(server: Nbdkit, **options: str) -> Backend:
-    return load("nbd", {**server.options, **options})
+def backend_for(server: Nbdkit, **options: str) -> NbdBackend:
+    backend = load("nbd", {**server.options, **options})
+    assert isinstance(backend, NbdBackend)
+    return backend
 
 
 def block(number: int) -> bytes:
@@ -417,7 +419,6 @@ def test_a_missing_library_is_named_with_the_way_out(tmp_path: Path, monkeypatch
 
 def test_the_identity_names_server_and_export(tmp_path: Path, server: Nbdkit) -> None:
     backend = backend_for(server)
-    assert isinstance(backend, NbdBackend)
     identity = backend.open(Hint("vol0", tmp_path)).identity
     backend.close()
     assert identity is not None and not isinstance(identity, str)
