@@ -32,8 +32,8 @@ VM_TESTS ?= tests/vm
 PYTEST_ARGS ?=
 NATIVE_SOURCES := $(filter-out bench/%,$(wildcard */csrc/*.[ch] */*/csrc/*.[ch] */_*_build.py */*/_*_build.py))
 # What `make lint` reads of C; a file is looked at again when it or a header has changed.
-C_SOURCES := $(wildcard */csrc/*.c */*/csrc/*.c tests/fuzz/*.c)
-C_HEADERS := $(wildcard */csrc/*.h */*/csrc/*.h tests/fuzz/*.h)
+C_SOURCES := $(wildcard */csrc/*.c */*/csrc/*.c tests/fuzz/*.c examples/c/*.c)
+C_HEADERS := $(wildcard */csrc/*.h */*/csrc/*.h tests/fuzz/*.h examples/c/*.h)
 C_CHECKED := $(C_SOURCES:%.c=$(VENV)/lint/%.o)
 C_FLAGS := -std=gnu11 -D_GNU_SOURCE -DUQ_CHECKED $(addprefix -I,$(sort $(dir $(C_HEADERS))))
 C_WARNINGS := -Wall -Wextra -Wno-unused-parameter -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
@@ -124,9 +124,9 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) test-systemd
 	@$(MAKE) test-power
 
-test-unit: setup ## unit and sim tests, and backends against real servers; no driver and no root needed
-	@echo "test: unit, sim and sources"
-	@$(PY) -m pytest tests/unit tests/sim tests/sources $(PYTEST_ARGS)
+test-unit: setup ## unit and sim tests, backends against real servers and in other languages; no driver and no root needed
+	@echo "test: unit, sim, sources and languages"
+	@$(PY) -m pytest tests/unit tests/sim tests/sources tests/languages $(PYTEST_ARGS)
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"

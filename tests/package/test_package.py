@@ -63,6 +63,7 @@ def _only(dist: Path, pattern: str) -> Path:
 def _shipped() -> set[str]:
     """The files of the repository that belong in a source distribution."""
     wanted = [*ROOT.glob("config/*"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
+    wanted += [each for kind in ("*.c", "*.h", "Makefile") for each in ROOT.glob(f"examples/c/{kind}")]
     names = {str(each.relative_to(ROOT)) for each in wanted}
     for package in ("ublk", "bufpool", "workers", "daemon", "backends"):
         kinds = ("**/*.py", "**/*.pyi", "**/csrc/*.c", "**/csrc/*.h")
@@ -124,3 +125,7 @@ def test_it_installs_and_runs_where_there_is_no_compiler(dist: Path, tmp_path: P
     for name in ("ublkpool.service", "99-ublkpool.rules", "ublkpool.toml", "examples/demo_null.py"):
         assert (prefix / "share" / "ublkpool" / name).is_file(), name
     assert (prefix / "share" / "doc" / "ublkpool" / "OPERATIONS.md").is_file()
+    # With the compiler of this machine: the installed examples find the installed header.
+    examples = prefix / "share" / "ublkpool" / "examples" / "c"
+    subprocess.run(["make", "-s", "-C", examples, f"BUILD={tmp_path}"], check=True)
+    assert (tmp_path / "zeromq_disk").is_file() and (tmp_path / "ring_disk").is_file()

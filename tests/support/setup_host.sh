@@ -8,6 +8,8 @@ source "$(dirname "$0")/install_missing.sh"
 packages=(
     # the C modules and the virtual environment
     gcc libc6-dev liburing-dev python3-dev python3-venv
+    # the C examples
+    libzmq3-dev
     # what fuzzes the C modules
     clang
     # what the tests call

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, Self
 
 import zmq
 
-from support.fakes.links import FakeFrames, FakeLink, FakeRings
+from support.fakes.links import FakeFrames, FakeLink, FakeRings, sealed_memory
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.sdk.backend import Backend
 from ublkpool.bufpool.sdk.serving import serve
@@ -69,8 +69,7 @@ class FakeWorker:
         self._listener.settimeout(DEADLINE_S)
         self.connection: socket.socket | None = None
         self.pool_bytes = queues * depth * max_io_bytes
-        self._pool_descriptor = os.memfd_create("test-pool", os.MFD_CLOEXEC)
-        os.ftruncate(self._pool_descriptor, self.pool_bytes)
+        self._pool_descriptor = sealed_memory(self.pool_bytes)
         self.pool = mmap.mmap(self._pool_descriptor, self.pool_bytes)
         self._context = zmq.Context()
         self._paths = [run_dir / f"q{number}" for number in range(queues)]
