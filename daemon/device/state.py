@@ -1,14 +1,13 @@
 """What must outlive the boot: for each device name the store that first served it, and its generation.
 
-Owns the files `STATE_DIR/NAME.json` and their durability.  A file is replaced as a whole and synced with its directory
-before `save` returns, so that a power failure leaves the earlier or the later one.  A separate process writes each
-file, since a file system may block its caller.  What an identity means is `binding.py`'s.
+Owns the directory and the meaning of the files `STATE_DIR/NAME.json`.  A file is durable before `save` returns
+(`state_file.py`).  A separate process writes each file, since a file system may block its caller.  What an identity
+means is `binding.py`'s.
 """
 
 import asyncio
 import errno
 import fcntl
-import itertools
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ import msgspec
 from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.way_out import explain
+from ublkpool.daemon.device.state_file import Write, keep_room
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.settings.own_directory import make_own_directory
 
@@ -40,7 +40,6 @@ _OTHERS = re.compile(r"(lost\+found|at|\..*)\Z", re.DOTALL)
 _GENERATION = re.compile(rb'"generation"\s*:\s*(\d{1,18})\s*[,}]')
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _log = logging.getLogger("ublkpool.state")
-_attempts = itertools.count()
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,39 +84,6 @@ class Runner(Protocol):
         """Raises `DaemonError` if the function fails, takes longer than `deadline_s`, or too many of `owner` hang."""
 
 
-class Write:
-    """Replaces one file so that a power failure leaves the earlier or the later content, whole."""
-
-    def __init__(self, path: Path, content: bytes) -> None:
-        self._path, self._content = path, content
-        # A name of its own: an earlier attempt that hung may still write to its file.
-        self._fresh = path.with_name(f".{path.name}.{os.getpid()}-{next(_attempts)}.new")
-
-    def __call__(self) -> None:
-        """Raises `OSError`; then the file is unchanged, or replaced in a way that may not survive a power failure."""
-        try:
-            self._write()
-            self._fresh.replace(self._path)
-        except BaseException:
-            self._fresh.unlink(missing_ok=True)
-            raise
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def _write(self) -> None:
-        fd = os.open(self._fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            left = memoryview(self._content)
-            while left:
-                left = left[os.write(fd, left) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 class StateDirectory:
     """The states of one daemon's device names."""
 
@@ -145,7 +111,9 @@ class StateDirectory:
         try:
             for path, flags in _to_be_locked(directory):
                 locks.append(await _locked(directory, path, flags))
-            return cls(directory, runner, locks)
+            states = cls(directory, runner, locks)
+            keep_room(directory)
+            return states
         except BaseException:
             for fd in locks:
                 os.close(fd)

@@ -3,8 +3,11 @@
 import asyncio
 import errno
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from support.fakes.states import DirectRunner
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device import state as module
 from ublkpool.daemon.device.binding import Binding
-from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store, Write, candidates
+from ublkpool.daemon.device.state import DeviceState, StateDirectory, Store, candidates
+from ublkpool.daemon.device.state_file import ROOM_FILES, Write
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import control_process
 from ublkpool.daemon.kernel.control_process import ControlRunner
@@ -35,6 +39,11 @@ def save(states: StateDirectory, state: DeviceState) -> None:
     asyncio.run(states.save(state))
 
 
+def states_in(directory: Path) -> list[str]:
+    """The names there but those of the reserve."""
+    return [each.name for each in directory.iterdir() if not each.name.startswith(".room-")]
+
+
 def test_a_state_is_read_back_by_the_next_daemon(tmp_path: Path) -> None:
     save(opened(tmp_path), FIRST)
     assert opened(tmp_path).get("vol0") == FIRST
@@ -47,8 +56,7 @@ def test_a_separate_process_writes(tmp_path: Path) -> None:
         states = StateDirectory(tmp_path, ControlRunner())
         await states.save(FIRST)
         assert states.get("vol0") == FIRST
-        (tmp_path / "vol0.json").unlink()
-        tmp_path.rmdir()
+        shutil.rmtree(tmp_path)
         with pytest.raises(DaemonError, match=r"^state directory .*: cannot write vol0.json: No such file"):
             await states.save(SECOND)
         assert states.get("vol0") == FIRST
@@ -116,7 +124,7 @@ def test_a_step_that_fails_makes_save_fail_and_the_earlier_state_stays(
             save(states, SECOND)
     assert states.get("vol0") == FIRST
     assert opened(tmp_path).get("vol0") == (FIRST if at < 3 else SECOND)
-    assert [each.name for each in tmp_path.iterdir()] == ["vol0.json"]
+    assert states_in(tmp_path) == ["vol0.json"]
     save(states, SECOND)
     assert opened(tmp_path).get("vol0") == SECOND
 
@@ -136,7 +144,83 @@ def test_a_process_that_dies_at_any_step_leaves_one_whole_state(
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     left = opened(tmp_path)
     assert left.get("vol0") == (FIRST if at < 3 else SECOND)
-    assert [each.name for each in tmp_path.iterdir()] == ["vol0.json"], "what was begun is removed"
+    assert states_in(tmp_path) == ["vol0.json"], "what was begun is removed"
+
+
+@contextmanager
+def small_file_system(directory: Path) -> Iterator[Path]:
+    directory.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "small", str(directory)], check=False
+    )
+    if made.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def fill(directory: Path) -> None:
+    with suppress(OSError), (directory / "ballast").open("wb", buffering=0) as ballast:
+        while ballast.write(bytes(4096)):
+            pass
+    with suppress(OSError):
+        for number in range(10_000):
+            (directory / f"empty-{number}").touch()
+
+
+def test_a_generation_rises_on_a_full_file_system_again_and_again(tmp_path: Path) -> None:
+    """The name has a file already: its room, and with it the reserve, comes back each time."""
+    with small_file_system(tmp_path / "state") as directory:
+        states = opened(directory)
+        save(states, FIRST)
+        fill(directory)
+        with pytest.raises(OSError, match="No space left"):
+            (directory / "one more").write_bytes(bytes(100))
+        for generation in range(2, 3 * ROOM_FILES):
+            save(states, msgspec.structs.replace(FIRST, generation=generation))
+            assert opened(directory).generation("vol0") == generation
+        assert len(list(directory.glob(".room-*"))) >= ROOM_FILES - 1
+
+
+def test_a_directory_without_reserve_on_a_full_file_system_says_so_until_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with small_file_system(tmp_path / "state") as directory:
+        states = opened(directory)
+        fill(directory)
+        with pytest.raises(DaemonError, match=r"cannot write vol0\.json: No space left on device$"):
+            save(states, FIRST)
+        assert states_in(directory) and states.generation("vol0") == 0
+        (directory / "ballast").unlink()
+        save(states, FIRST)
+        assert opened(directory).get("vol0") == FIRST
+
+
+def test_new_names_use_up_the_reserve_and_no_state_is_lost(tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "state") as directory:
+        states = opened(directory)
+        save(states, FIRST)
+        fill(directory)
+        names = [f"new{number}" for number in range(3 * ROOM_FILES)]
+        saved = []
+        for name in names:
+            with suppress(DaemonError):
+                save(states, DeviceState(name=name, generation=1, store=STORE))
+                saved.append(name)
+        assert 1 <= len(saved) < len(names)
+        left = opened(directory)
+        assert [name for name in names if left.knows(name)] == saved and left.get("vol0") == FIRST
+
+
+def test_the_reserve_is_made_when_the_directory_is_opened(tmp_path: Path) -> None:
+    async def run() -> None:
+        (await StateDirectory.open([tmp_path / "state"], DirectRunner())).close()
+
+    asyncio.run(run())
+    rooms = list((tmp_path / "state").glob(".room-*"))
+    assert len(rooms) == ROOM_FILES and all(each.stat().st_blocks * 512 >= 4096 for each in rooms)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +281,7 @@ def test_the_next_directory_is_taken_only_if_the_first_cannot_be_made(
     first.chmod(0o777)
     with pytest.raises(DaemonError, match="other users may write to it"):
         asyncio.run(directory())
-    (first / "lock").unlink()
-    first.rmdir()
+    shutil.rmtree(first)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert asyncio.run(directory()) == second
 
