@@ -1,13 +1,16 @@
 """Makes the run directory and the state directory, or checks one that exists.
 
 A directory that this process did not make keeps its mode and owner.  A directory that another user owns or may write to
-is refused, because that user could replace files that the daemon trusts.
+is refused, because that user could replace files that the daemon trusts.  So is one below another user's directory or
+symbolic link, since that user could put another directory in its place.  Below a directory with the sticky bit, such as
+/tmp, only an entry's owner can do that.
 """
 
 import errno
 import os
 import pwd
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +36,9 @@ SYSTEM_DIRECTORIES = frozenset(
         *("/srv", "/sys", "/tmp", "/usr", "/var", "/var/lib", "/var/run", "/var/tmp"),
     ]
 )
+_PARENT_MODE = 0o755
+_LINKS_MAX = 40
+"""As the kernel follows at most in one path (MAXSYMLINKS, include/linux/namei.h)."""
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -41,12 +47,14 @@ def make_own_directory(path: Path, what: str, option: str, mode: int = 0o700) ->
 
     `what` and `option` are for the error: "run directory", "--run-dir".  Raises `ConfigError` if the directory cannot
     be made, if `path` is no directory, belongs to a user other than this process's and root, or may be written to by
-    others, if `path` is a symbolic link of another user, and for a directory of the system, such as /etc.
+    others, if another user could replace it, a link on the way to it or one of its parents, and for a directory of the
+    system, such as /etc.
     """
     try:
-        reason = _why_not_to_be_used(path)
+        reason = _why_replaceable(path) or _why_not_to_be_used(path)
         made = not reason and _make_durably(path, mode)
-        reason = reason or ("" if made else _why_not_ours(path))
+        # Checked again, since another user may have made a missing parent meanwhile.
+        reason = reason or ("" if made else _why_not_ours(path)) or _why_replaceable(path)
     except OSError as error:
         raise ConfigError([f"{what} {path}: {explain(error)}: choose another with {option}"]) from error
     if reason:
@@ -63,7 +71,9 @@ def _why_not_to_be_used(path: Path) -> str:
 def _make_durably(path: Path, mode: int) -> bool:
     """Make the directory with its parents, so that it survives a power failure; returns whether it was made."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing[1:]):
+        with suppress(FileExistsError):
+            each.mkdir(_PARENT_MODE)
     made = _make(path, mode)
     for each in missing:
         _sync(each.parent)
@@ -93,9 +103,7 @@ def _make(path: Path, mode: int) -> bool:
 
 
 def _why_not_ours(path: Path) -> str:
-    link, status = path.lstat(), path.stat()
-    if stat.S_ISLNK(link.st_mode) and not _is_ours(link):
-        return f"it is a symbolic link of {_user(link.st_uid)}"
+    status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a directory"
     if not _is_ours(status):
@@ -106,6 +114,62 @@ def _why_not_ours(path: Path) -> str:
         )
         return f"other users may write to it ({about})"
     return ""
+
+
+def _why_replaceable(path: Path) -> str:
+    """Which parent of the directory, or of a link on the way, another user could replace; empty if none.
+
+    A part that does not exist yet is replaceable if its parent is.
+    """
+    for parent in _parents(path.absolute()):
+        about = parent.lstat()
+        mode, owner = stat.S_IMODE(about.st_mode), _user(about.st_uid)
+        kind = "the symbolic link" if stat.S_ISLNK(about.st_mode) else "the directory"
+        if parent == path.absolute() and not _is_ours(about):
+            return f"it is a symbolic link of {owner}"
+        if not _is_ours(about):
+            return f"{kind} {parent} on its way belongs to {owner}, who could put another in its place"
+        if not stat.S_ISLNK(about.st_mode) and _may_be_written_by_others(about):
+            about_it = f"mode {mode:04o}, owner {owner}, group {about.st_gid}"
+            return f"other users may write to {parent} on its way, and could put another in its place ({about_it})"
+    return ""
+
+
+def _parents(path: Path) -> Iterator[Path]:
+    """Every directory and symbolic link that a look-up of the path goes through, as far as they exist; not its end.
+
+    Raises `OSError`.
+    """
+    at, links = Path("/"), 0
+    yield at
+    names = list(reversed(path.parts[1:]))
+    while names:
+        name = names.pop()
+        here = at.parent if name == ".." else at / name
+        try:
+            mode = here.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(mode):
+            yield here
+            links += 1
+            if links > _LINKS_MAX:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+            target = here.readlink()
+            names.extend(reversed(target.parts[target.is_absolute() :]))
+            at = Path("/") if target.is_absolute() else at
+        elif names:
+            yield here
+            at = here
+
+
+def _may_be_written_by_others(about: os.stat_result) -> bool:
+    """Whether another user could replace an entry of the directory: under a sticky bit only its own."""
+    if about.st_mode & stat.S_ISVTX:
+        return False
+    # The group of a user's own, in which a umask of 002 makes directories, is no other user.
+    by_group = about.st_mode & stat.S_IWGRP and about.st_gid not in (0, os.getegid())
+    return bool(by_group or about.st_mode & stat.S_IWOTH)
 
 
 def _is_ours(status: os.stat_result) -> bool:
