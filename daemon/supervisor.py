@@ -29,6 +29,7 @@ from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.going_down import GoingDown
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.lost_devices import LostDevices
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import BrokerProcess
@@ -59,6 +60,7 @@ class Supervisor:
         self._context = context
         self._background = background
         self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status)
+        self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
         self.stopped = asyncio.Event()
         self.leaves = False
         self.ends = False
@@ -98,6 +100,8 @@ class Supervisor:
 
     async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
         """Delete these devices, or all.  Raises `DaemonError` if one does not exist or is in use; then all stay."""
+        if names is not None and await self._delete_lost(names, force):
+            return names
         wanted = [each.config.name for each in self._table.devices()] if names is None else names
         for name in wanted:
             self._check_known(name)
@@ -115,6 +119,13 @@ class Supervisor:
                 raise
             gone.append(name)
         return wanted
+
+    async def _delete_lost(self, names: _Names, force: bool) -> bool:
+        """Whether the only name is that of a kernel device on no record; it is deleted then.  Raises `DaemonError`."""
+        if len(names) != 1 or names[0] in self._table or (left := await self.lost.record(names[0])) is None:
+            return False
+        await self._table.delete_lost(left, force)
+        return True
 
     async def _delete_one(self, name: str, force: bool, is_known: bool) -> None:
         # Another client may have removed the device meanwhile.
@@ -345,6 +356,7 @@ async def _begin(
     taking = supervisor.take_over(left)
     supervisor.add_configured(config.devices)
     background.spawn(_after_takeover(taking, left, supervisor, config))
+    background.spawn(supervisor.lost.report())
     await _within_patience(taking, stop)
     admin = AdminServer(supervisor, run_dir)
     await admin.start()

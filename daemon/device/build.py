@@ -21,7 +21,7 @@ async def build(parts: DeviceParts, attach: wire.Attach) -> Team:
     resources.disk = disk_of(parts.config, attach)
     # A device that an earlier attempt could not remove must go before its mark is replaced.
     await resources.remove_kernel()
-    resources.mark = new_mark()
+    resources.mark = new_mark(parts.context.instance)
     # With the mark on record the next daemon finds what ADD_DEV makes, even if this one dies in it.
     parts.save()
     await resources.add_kernel(attach)

@@ -152,6 +152,24 @@ class DeviceTable:
             entry.removing = self._background.spawn_awaited(self._remove(entry, force))
             await asyncio.shield(entry.removing)
 
+    async def delete_lost(self, left: Record, force: bool) -> None:
+        """Remove a kernel device that is on no record, which has a name only until this returns.
+
+        Raises `DaemonError` if it is in use and not forced, or if the name is another device's.
+        """
+        name = left.config.name
+        self._replaceable(name)
+        entry = self._enter(left.config, None)
+        entry.device.await_takeover(left)
+        entry.device.note_failure("on no record")
+        try:
+            await self.delete(name, force)
+        finally:
+            if self._entries.get(name) is entry and entry.is_free:
+                # At the daemon's end its own devices are deleted, and this may be another daemon's.
+                del self._entries[name]
+                self._changed()
+
     async def delete_all(self) -> bool:
         """At the daemon's end: remove every device, in use or not, side by side; whether all have gone."""
         self.close()

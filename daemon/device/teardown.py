@@ -8,6 +8,7 @@ import logging
 
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record, end_left
+from ublkpool.daemon.device.resources import STOP_DEADLINE_S
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.kernel import disk_users
 from ublkpool.daemon.kernel.block_device import BlockDevice
@@ -58,14 +59,19 @@ async def describe_use(parts: DeviceParts) -> str:
 
 
 async def stop_unused(parts: DeviceParts, look_again: bool) -> None:
-    """Stop a live disk where the driver can refuse that to openers; `look_again` if it changed since `check_unused`.
+    """Stop a disk where the driver can refuse that to openers; `look_again` if it changed since `check_unused`.
 
-    Raises `DaemonError` that names the users; then nothing has changed.
+    A live disk is stopped, and one that an earlier daemon left.  Raises `DaemonError` that names the users; then
+    nothing has changed.
     """
     resources = parts.resources
     if look_again:
         await check_unused(parts)
-    if parts.life.state == "live" and resources.kernel is not None and resources.kernel.can_try_stop:
+    if parts.left is not None:
+        kernel = await _left_disk(parts, parts.left)
+        if kernel is not None and kernel.can_try_stop:
+            await disk_users.stop_unused(parts.config.name, kernel, lambda: kernel.try_stop(STOP_DEADLINE_S))
+    elif parts.life.state == "live" and resources.kernel is not None and resources.kernel.can_try_stop:
         await disk_users.stop_unused(parts.config.name, resources.kernel, resources.try_stop)
 
 

@@ -30,6 +30,14 @@ class DeviceView:
         return self.config.name
 
     @property
+    def mark(self) -> int:
+        """Of the kernel's device, this daemon's or one that an earlier daemon left; 0 if there is none."""
+        resources, left = self.parts.resources, self.parts.left
+        if resources.kernel is not None:
+            return resources.kernel.mark
+        return resources.mark or (left.device_mark if left is not None else 0)
+
+    @property
     def state(self) -> State:
         """The state that decides what comes next."""
         return self.parts.life.state

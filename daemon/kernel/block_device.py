@@ -55,14 +55,13 @@ class BlockDevice(DiskView):
 
     @classmethod
     async def create(
-        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int | None = None
+        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int
     ) -> "BlockDevice":
         """ADD_DEV and SET_PARAMS; queues may be fewer than asked for.
 
         Raises `DaemonError`; then, or if it is cancelled, the kernel may have the device: `find_marked` tells.
         """
         pid = os.getpid()
-        mark = device_commands.new_mark() if mark is None else mark
         try:
             created = await runner.run(
                 f"{config.name}: ADD_DEV", lambda: device_commands.create(config, disk, pid, mark), Created

@@ -1,12 +1,15 @@
 """Creating, finding and deleting a ublk device: sequences of control commands.
 
-Every device has a mark, a random number that the driver keeps with it: it tells the device from a later one with the
-same device number.  Every function that sends a command runs in a disposable process (`ControlRunner`).
+Every device has a mark, a number that the driver keeps with it: half of it says which daemon added the device, the
+other half is random and tells the device from a later one with the same device number.  Every function that sends a
+command runs in a disposable process (`ControlRunner`).
 """
 
 import errno
+import hashlib
 import secrets
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +22,8 @@ from ublkpool.ublk.errors import UblkError, UnsupportedError
 
 DELETE_PATIENCE_S = 5.0
 MARK_BITS = 63
+_RANDOM_BITS = 32
+_OWNER_BITS = MARK_BITS - _RANDOM_BITS
 _POLL_S = 0.02
 
 
@@ -30,9 +35,23 @@ class Created(NamedTuple):
     features: Feature
 
 
-def new_mark() -> int:
+class Owned(NamedTuple):
+    """A device that a daemon of this instance added; `state` is `abi.DeviceState`."""
+
+    number: int
+    mark: int
+    server_pid: int
+    state: int
+
+
+def new_mark(instance: str) -> int:
     """A mark for one ADD_DEV; it is recorded before the command, so that the device is found after a crash."""
-    return secrets.randbits(MARK_BITS)
+    return _owner(instance) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+
+
+def _owner(instance: str) -> int:
+    digest = hashlib.sha256(instance.encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 32 - _OWNER_BITS
 
 
 def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -> Created:
@@ -79,13 +98,25 @@ def find(number: int) -> Created:
 
 def find_marked(mark: int) -> int:
     """The number of the device with this mark; -1 if the driver has no such device."""
-    for path in Path("/dev").glob("ublkc*"):
+    return next((info.device_number for info in _devices() if info.server_flags == mark), -1)
+
+
+def find_owned(instance: str) -> list[Owned]:
+    """The devices that a daemon of this instance added, of this version or a later one."""
+    return [
+        Owned(info.device_number, info.server_flags, info.server_pid, info.state)
+        for info in _devices()
+        if info.server_flags >> _RANDOM_BITS == _owner(instance)
+    ]
+
+
+def _devices() -> Iterator[DeviceInfo]:
+    for path in sorted(Path("/dev").glob("ublkc*")):
         number = path.name.removeprefix("ublkc")
         # Another program may delete its device just now.
         with suppress(UblkError):
-            if number.isdecimal() and control.device_info(int(number)).server_flags == mark:
-                return int(number)
-    return -1
+            if number.isdecimal():
+                yield control.device_info(int(number))
 
 
 def delete(number: int, mark: int) -> bool:

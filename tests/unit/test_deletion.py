@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -47,6 +48,10 @@ class Kernel(FakeKernel):
 
     async def mappers(self) -> Users:
         return Users()
+
+    async def try_stop(self, deadline_s: float) -> bool:
+        self._log.append("try")
+        return not self.openers
 
 
 class Scene:
@@ -146,14 +151,17 @@ class Found(BlockDevice):
 
     users_of_it = Users()
     answers = True
+    newer = True
+    openers = 0
+    asked: ClassVar[list[str]] = []
 
     @classmethod
     async def find(cls, *asked: object) -> BlockDevice:
         assert asked[2:] == (3, 77)
         if not cls.answers:
             raise ControlFailed("vol: GET_DEV_INFO has hung for 60 s", 0)
-        kernel = Kernel([], newer=True)
-        kernel.seen = cls.users_of_it
+        kernel = Kernel(cls.asked, cls.newer)
+        kernel.seen, kernel.openers = cls.users_of_it, cls.openers
         return kernel
 
 
@@ -179,6 +187,31 @@ def test_a_disk_that_an_earlier_daemon_left_is_in_use_like_any_other(
         monkeypatch.setattr(Found, "users_of_it", Users())
         await scene.device.delete(force=False)
         assert scene.log == ["tear down"] * 2
+
+    play(run)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_driver_stops_a_disk_that_was_left_only_if_it_has_no_openers(
+    monkeypatch: pytest.MonkeyPatch, newer: bool, failed: bool
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.device.parts.resources.kernel = None
+        monkeypatch.setattr(teardown, "BlockDevice", Found)
+        monkeypatch.setattr(Found, "newer", newer)
+        monkeypatch.setattr(Found, "openers", 1)
+        monkeypatch.setattr(Found, "asked", [])
+        scene.device.await_takeover(Record(config=scene.device.config, device_number=3, device_mark=77))
+        if failed:
+            scene.device.note_failure("left by an earlier daemon: the pool needs 5 GiB")
+        if newer:
+            assert "a user that neither /proc nor /sys shows" in await scene.refusal()
+        monkeypatch.setattr(Found, "openers", 0)
+        await scene.device.delete(force=False)
+        assert scene.log == ["tear down"]
+        assert Found.asked.count("try") == (2 if newer else 0)
 
     play(run)
 

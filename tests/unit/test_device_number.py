@@ -87,7 +87,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 def create() -> BlockDevice:
     config = DeviceConfig(name="vol0", queues=1)
     disk = Parameters(size_bytes=1 << 20, max_io_bytes=524288)
-    return asyncio.run(BlockDevice.create(Runner(), config, disk))
+    return asyncio.run(BlockDevice.create(Runner(), config, disk, device_commands.new_mark("unit")))
 
 
 COMMANDS: dict[str, Callable[[BlockDevice], Awaitable[object]]] = {
