@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ublkpool.backend")
 
 _STOP_S = 5.0
-"""How long a coroutine that never yields may hold up the end of the thread."""
+"""How long a coroutine that never yields, or a task that does not end when it is cancelled, may hold up the end."""
 
 
 class EventLoop:
@@ -40,12 +40,16 @@ class EventLoop:
         """
         if not inspect.isawaitable(value):
             return value
-        loop = self._made()
+        loop, awaited = self._made(), _awaited(value)
         if self._thread is None:
-            return loop.run_until_complete(_awaited(value))
-        from asyncio import run_coroutine_threadsafe
+            result, error = loop.run_until_complete(awaited)
+        else:
+            from asyncio import run_coroutine_threadsafe
 
-        return run_coroutine_threadsafe(_awaited(value), loop).result()
+            result, error = run_coroutine_threadsafe(awaited, loop).result()
+        if error is not None:
+            raise error
+        return result
 
     def start(self, needed: bool) -> None:
         """Start the thread if a coroutine ran before or if `needed` says that some will."""
@@ -87,15 +91,25 @@ class EventLoop:
             if thread.is_alive():
                 log.error("a coroutine blocks the asyncio loop: its thread ends with the process")
                 return
-        import asyncio
-
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(_end_tasks())
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
+async def _end_tasks() -> None:
+    """Cancel the author's tasks, and wait for them, but not for ever."""
+    import asyncio
+
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_STOP_S)
+
+
+async def _awaited(value: Any) -> tuple[Any, BaseException | None]:
+    # An exception that passes through asyncio has a traceback that begins there, not with the author's code.
+    try:
+        return await value, None
+    except BaseException as error:
+        return None, error
