@@ -1,6 +1,7 @@
 """`parallel`: plain methods on several threads, on the real wire."""
 
 import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from support.fakes.plain_backend import SIZE_BYTES, Held, Plain
 from support.fakes.worker import BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Properties
+from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Outbox, Properties, Request
 from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.sdk.serving import serve
 from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
@@ -308,3 +309,19 @@ def test_a_method_that_never_returns_does_not_keep_a_failed_process_alive(tmp_pa
         worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, 0, BLOCK, lend=False)._replace(kind=99)])
         status, log = finish(process)
     assert status == 1 and "WireError" in log, log
+
+
+def test_a_result_that_comes_after_the_loops_end_writes_to_no_descriptor() -> None:
+    outbox = Outbox()
+    request = Request(Op.WRITE, 0, 0, BLOCK, memoryview(b""), -1, outbox, None)
+    number = outbox.descriptor
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    outbox.close()
+    os.dup2(writer, number)
+    thread = threading.Thread(target=request.complete)
+    thread.start()
+    thread.join()
+    with pytest.raises(BlockingIOError):
+        os.read(reader, 8)
+    for each in {reader, writer, number}:
+        os.close(each)
