@@ -23,6 +23,7 @@ from ublkpool.bufpool.wire import (
 )
 
 _SLOT_ALIGN_BYTES = 4096
+_SHOWN_MAX = 8
 _SLICES = range(SEGMENT_CLIENTS, SEGMENT_CLIENTS + CLIENT_SLICES_MAX)
 
 
@@ -165,6 +166,16 @@ class NativeEngine:
     def running(self) -> int:
         """Requests that the storage has not finished."""
         return self.statistics().running
+
+    def executing(self) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """How many requests the storage has not finished, and queue, operation, offset and bytes of the first of them.
+
+        May be called from another thread while the engine's own hangs.
+        """
+        out = ffi.new("struct wire_descriptor[]", _SHOWN_MAX)
+        count = lib.engine_running(self._engine, out, _SHOWN_MAX)
+        shown = [(each.queue, each.op, each.offset, each.length) for each in out[0 : min(count, _SHOWN_MAX)]]
+        return count, shown
 
     def statistics(self) -> NativeStatistics:
         """Counters since the attach."""

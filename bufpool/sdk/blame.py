@@ -3,10 +3,12 @@
 The SDK calls the author's code, which calls libraries: the line to look at is the deepest one of the author's own.
 """
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from ublkpool.bufpool.errors import PoolError
@@ -26,9 +28,24 @@ def line_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno or 0}"
     frames = list(_frames(error.__traceback__))
-    theirs = [each for each in frames if not each.is_ours]
+    return _deepest_of_author(frames) or (str(frames[-1]) if frames else "")
+
+
+def lines_of_threads() -> str:
+    """The lines of the author's code that the SDK's calls are in now, on every thread but this one."""
+    stacks = [
+        list(_stack(frame))
+        for thread, frame in sys._current_frames().items()
+        if thread != threading.get_ident()
+    ]
+    called = [each for each in stacks if any(frame.is_ours for frame in each)]
+    return ", ".join(sorted(set(filter(None, map(_deepest_of_author, called)))))
+
+
+def _deepest_of_author(frames: "list[_Frame]") -> str:
+    theirs = [each for each in frames if not each.is_ours and not each.is_python_s]
     if not theirs:
-        return str(frames[-1]) if frames else ""
+        return ""
     home = Path(theirs[0].file).parent
     return str([each for each in theirs if _is_below(each.file, home)][-1])
 
@@ -63,6 +80,8 @@ class _Frame(NamedTuple):
     file: str
     line: int
     is_ours: bool
+    is_python_s: bool
+    """Whether it is of Python's own library."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -70,11 +89,25 @@ class _Frame(NamedTuple):
 
 def _frames(trace: TracebackType | None) -> Iterator[_Frame]:
     while trace is not None:
-        frame = trace.tb_frame
-        name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
-        if not file.startswith("<"):
-            yield _Frame(file, trace.tb_lineno, name.startswith("ublkpool."))
+        yield from _frame(trace.tb_frame, trace.tb_lineno)
         trace = trace.tb_next
+
+
+def _stack(frame: FrameType | None) -> list[_Frame]:
+    found: list[_Frame] = []
+    while frame is not None:
+        found = [*_frame(frame, frame.f_lineno), *found]
+        frame = frame.f_back
+    return found
+
+
+def _frame(frame: FrameType, line: int) -> Iterator[_Frame]:
+    name, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+    if not file.startswith("<"):
+        package = name.partition(".")[0]
+        yield _Frame(
+            file, line, package == "ublkpool" and name != package, package in sys.stdlib_module_names
+        )
 
 
 def _is_below(file: str, directory: Path) -> bool:

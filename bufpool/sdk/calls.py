@@ -107,6 +107,10 @@ class CallEngine:
         """See `FrameEngine`."""
         return self._native.running()
 
+    def executing(self) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """See `NativeEngine.executing`."""
+        return self._native.executing()
+
     def statistics(self) -> NativeStatistics:
         """Counters since the attach."""
         return self._native.statistics()

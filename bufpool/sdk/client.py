@@ -309,6 +309,10 @@ class DeviceConnection:
             return None
         return wire.decode_daemon_message(packet) if packet else None
 
+    def fileno(self) -> int:
+        """The descriptor of the attach connection."""
+        return self._connection.fileno()
+
     def forget_connection(self) -> None:
         """Stop polling the attach connection: after its end, every `poll` would report it."""
         self.links.unwatch(self._connection.fileno())

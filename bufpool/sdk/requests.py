@@ -47,6 +47,11 @@ class Outbox:
             self._awake = True
             os.eventfd_write(self.descriptor, 1)
 
+    @property
+    def is_awake(self) -> bool:
+        """Whether the loop has not turned since the last `wake`."""
+        return self._awake
+
     def acknowledge(self) -> None:
         """Called by the loop before it reads `results`, so that any later `wake` writes to the eventfd again."""
         if self._awake:

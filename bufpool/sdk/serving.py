@@ -8,11 +8,9 @@ the backend serves as long as a worker is connected, then ends with status 1.
 
 import logging
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
@@ -31,10 +29,12 @@ from ublkpool.bufpool.sdk.backend import (
     asks_for_places,
     check_properties,
     log,
+    op_name,
 )
 from ublkpool.bufpool.sdk.blame import authors_code
 from ublkpool.bufpool.sdk.calls import CallEngine
 from ublkpool.bufpool.sdk.client import DeviceConnection, OwnSegment, PollResult, Transport, describe
+from ublkpool.bufpool.sdk.ending import EndWatch, signals
 from ublkpool.bufpool.sdk.event_loop import EventLoop
 from ublkpool.bufpool.sdk.failures import failures
 from ublkpool.bufpool.sdk.runner import Runner, check_methods, is_async, make_runner
@@ -53,13 +53,16 @@ def serve(
     transport: Transport = "auto",
     lock_memory: bool = False,
     handle_signals: bool = True,
+    end_patience_s: float | None = None,
 ) -> int:
     """Serve `device` until told to end; returns the process's exit status.
 
     `kind` is what `ublkpool list` shows (default: the class's name).  `wait_s`: how many seconds to wait for a daemon
     that does not listen yet.  `transport`: see `client.Transport`.  `lock_memory`: lock this process's memory, as
-    built-in backends do.  `handle_signals`: False if this is not the main thread.  Raises `PoolError` if it cannot
-    start: `AttachRefused` with the daemon's reason, `BackendError` for a store, option or daemon that cannot be used.
+    built-in backends do.  `handle_signals`: False if this is not the main thread; otherwise the process ends, with
+    status 1, if a request is not answered `end_patience_s` seconds after it was told to end; by default
+    `ending.END_PATIENCE_S`.  Raises `PoolError` if it cannot start: `AttachRefused` with the daemon's reason,
+    `BackendError` for a store, option or daemon that cannot be used.
     """
     check_methods(backend, kind)
     known = describe(run_dir, device, wait_s)
@@ -83,7 +86,9 @@ def serve(
         _harden(lock_memory)
         loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes, events))
         if handle_signals:
-            stack.enter_context(_signals(loop))
+            heard = stack.enter_context(signals(loop))
+            watch = EndWatch(loop, attachment.fileno(), heard, end_patience_s)
+            loop.watch_end(stack.enter_context(watch))
         return loop.run()
 
 
@@ -155,31 +160,6 @@ def _harden(lock_memory: bool) -> None:
         log.log(logging.WARNING if os.geteuid() == 0 else logging.INFO, "going on without %s", reason)
 
 
-@contextmanager
-def _signals(loop: "Loop") -> Iterator[None]:
-    def handler(number: int, _frame: FrameType | None) -> None:
-        loop.stop(signal.Signals(number).name)
-
-    # A Python handler runs only between bytecodes; a busy or sleeping native loop may run none for long.
-    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    loop.watch(readable, lambda: _discard(readable))
-    earlier_wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, each in previous.items():
-            signal.signal(number, each)
-        signal.set_wakeup_fd(earlier_wakeup)
-        loop.unwatch(readable)
-        os.close(readable)
-        os.close(writable)
-
-
-def _discard(file: int) -> None:
-    os.read(file, 4096)
-
-
 class ServeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of a whole backend process."""
 
@@ -210,6 +190,7 @@ class Loop:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._outbox = Outbox()
         self._stopping = ""
+        self._tell_watch: Callable[[], None] = _nothing
         self._status = 0
         self._detached = self._orphaned = False
         self._engine: FrameEngine | None = None
@@ -265,6 +246,42 @@ class Loop:
         """Finish the executing requests, then end.  Safe to call from a signal handler and from any thread."""
         self._stopping = self._stopping or reason
         self._outbox.wake()
+        self._tell_watch()
+
+    def watch_end(self, watch: EndWatch) -> None:
+        """Tell this watch when the loop is told to stop."""
+        self._tell_watch = watch.told
+
+    @property
+    def name(self) -> str:
+        """See `ending.Watched`."""
+        return self.device.name
+
+    @property
+    def stopping(self) -> str:
+        """See `ending.Watched`."""
+        return self._stopping
+
+    def expect_turn(self) -> None:
+        """See `ending.Watched`."""
+        self._outbox.wake()
+
+    @property
+    def has_turned(self) -> bool:
+        """See `ending.Watched`."""
+        return not self._outbox.is_awake
+
+    def unanswered(self) -> str:
+        """See `ending.Watched`."""
+        executing = getattr(self._engine, "executing", None)
+        if executing is None:
+            return f"{self._engine.running() if self._engine else 0} requests"
+        count, shown = executing()
+        words = [
+            f"{op_name(op)} of {length} at {offset} (queue {queue})" for queue, op, offset, length in shown
+        ]
+        more = f" and {count - len(shown)} more" if count > len(shown) else ""
+        return f"{count} requests: {', '.join(words)}{more}"
 
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
         """See `Device.watch`."""

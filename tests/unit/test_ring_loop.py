@@ -19,8 +19,7 @@ from ublkpool.backends.null import NullBackend, NullOptions
 from ublkpool.bufpool.engine import ring_driver
 from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.errors import BackendError, WireError
-from ublkpool.bufpool.sdk import ring_links
-from ublkpool.bufpool.sdk import serving as serving_module
+from ublkpool.bufpool.sdk import ending, ring_links
 from ublkpool.bufpool.sdk.backend import Device
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
@@ -203,7 +202,7 @@ def test_a_signal_is_heard_by_a_loop_that_does_not_sleep(worker: FakeWorker) -> 
             self.reason = reason
 
     loop = Watching()
-    with serving_module._signals(loop):  # type: ignore[arg-type]
+    with ending.signals(loop):
         os.kill(os.getpid(), signal.SIGTERM)
         assert loop.reason == "SIGTERM"
         assert select.select([loop.watched], [], [], 0)[0]

@@ -314,6 +314,19 @@ void engine_count(const struct engine *e, struct engine_statistics *statistics)
 	statistics->waiting = e->waiting.count;
 }
 
+uint32_t engine_running(const struct engine *e, struct wire_descriptor *out, uint32_t most)
+{
+	uint32_t count = 0;
+	for (uint32_t i = 0; i < e->setup.queues * e->setup.depth; i++) {
+		if (e->requests[i].state != RUNNING)
+			continue;
+		if (count < most)
+			out[count] = e->requests[i].d;
+		count++;
+	}
+	return count;
+}
+
 static bool open_queues(struct engine *e)
 {
 	e->queues = calloc(e->setup.queues, sizeof *e->queues);

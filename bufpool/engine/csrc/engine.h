@@ -83,6 +83,9 @@ int engine_wants_regions(const struct engine *engine);
 int engine_error(const struct engine *engine);
 
 void engine_count(const struct engine *engine, struct engine_statistics *statistics);
+/* The first `most` requests that the storage has not finished, to be shown; returns how many there are.  May be called
+ * from another thread while the engine's hangs. */
+uint32_t engine_running(const struct engine *engine, struct wire_descriptor *out, uint32_t most);
 
 /* Storages.  NULL if there is no memory. */
 
