@@ -13,8 +13,13 @@ VM_TIMEOUT_S ?= 4200
 DEMO_TIMEOUT_S ?= 600
 DURATION ?= 300
 FUZZ_S ?= 60
-# Those that take a second or more, for `make check`.
-SLOW_UNIT_TESTS :=
+# Files in tests/unit that take a second or more, which `make check` leaves out (`pytest --durations=0` shows them);
+# test_docs.py and test_queue_layers.py take as long and stay, because most changes can break what they check.
+SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py broker/test_broker_questions.py test_admin.py \
+    test_admin_patience.py test_backend_process.py test_batches.py test_claim.py test_cut_store.py \
+    test_doors.py test_examples.py test_file_backend.py test_guarded_socket.py test_holder.py \
+    test_memory_backend.py test_no_descriptors.py test_null_backend.py test_sdk_ring.py test_sdk_serving.py \
+    test_serving_clock.py test_spread.py test_takeover.py test_watched_calls.py
 # `make bench`: quick, full, growth, doorbell or exact; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
@@ -126,11 +131,11 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 
 test-unit: setup ## unit and sim tests, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: unit, sim, sources and languages"
-	@$(PY) -m pytest tests/unit tests/sim tests/sources tests/languages $(PYTEST_ARGS)
+	@$(PY) -m support.spread tests/sim tests/sources tests/languages tests/unit $(PYTEST_ARGS)
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"
-	@tests/support/test_sanitized.sh tests/unit tests/sim $(PYTEST_ARGS)
+	@tests/support/test_sanitized.sh tests/sim tests/unit $(PYTEST_ARGS)
 
 fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, frames, rings, attach, broker and admin messages
 	@echo "fuzz: $(FUZZ_S) s"

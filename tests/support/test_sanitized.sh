@@ -30,7 +30,7 @@ env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubs
     PYTHONMALLOC=malloc UBLKPOOL_SANITIZED=1 \
     UBLKPOOL_FUZZ_FACTOR="${UBLKPOOL_FUZZ_FACTOR:-0.1}" \
     PYTHONPATH="$directory/lib:$PWD/tests" \
-    "$python" -m pytest -p no:cacheprovider --timeout 240 "$@" || status=$?
+    "$python" -m support.spread --timeout 240 "$@" || status=$?
 
 for report in "$reports"/*; do
     [ -e "$report" ] || continue
