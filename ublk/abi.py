@@ -1,6 +1,7 @@
 """The ublk ABI: opcodes, flags, structures, limits.  Numbers only, from include/uapi/linux/ublk_cmd.h.
 
-Written out because Debian 12's header knows 5 flags; every size and opcode is pinned in `tests/unit/test_abi.py`.
+The numbers are written out because Debian 12's header has only 5 of the flags; `tests/unit/test_abi.py` pins every size
+and opcode.
 """
 
 import enum
@@ -12,7 +13,7 @@ QUEUE_DEPTH_MAX = 4096
 QUEUE_COUNT_MAX = 4096
 IO_BYTES_MAX = 32 << 20
 DEVICE_ANY = 0xFFFFFFFF
-"""Device number that lets ADD_DEV choose."""
+"""Device number with which ADD_DEV lets the driver choose."""
 QUEUE_NONE = 0xFFFF
 SECTOR_SHIFT = 9
 
@@ -54,7 +55,7 @@ class Control(enum.IntEnum):
 
 
 class Io(enum.IntEnum):
-    """Commands on a queue's ring; the C core has them as numbers."""
+    """Commands on a queue's ring; `csrc/io_command.h` has the same numbers."""
 
     FETCH_REQ = _ioctl(_IOC_READ | _IOC_WRITE, 0x20, 16)
     COMMIT_AND_FETCH_REQ = _ioctl(_IOC_READ | _IOC_WRITE, 0x21, 16)
@@ -62,7 +63,7 @@ class Io(enum.IntEnum):
 
 
 class Feature(enum.IntFlag):
-    """`UBLK_F_*`: what a driver offers and a device has."""
+    """`UBLK_F_*`: the features that a driver offers or a device has."""
 
     SUPPORT_ZERO_COPY = 1 << 0
     URING_CMD_COMP_IN_TASK = 1 << 1
@@ -88,7 +89,7 @@ class Feature(enum.IntFlag):
 
 
 def feature_names(bits: int) -> list[str]:
-    """The names of the set bits, lowest first; one that we do not know is `BIT_n`."""
+    """The names of the set bits, lowest first; an unknown bit n is `BIT_n`."""
     known = {feature.value: feature.name for feature in Feature}
     return [known.get(1 << n) or f"BIT_{n}" for n in range(64) if bits >> n & 1]
 
@@ -135,7 +136,7 @@ DEVICE_INFO_BYTES = _DEVICE_INFO.size
 
 
 class Attribute(enum.IntFlag):
-    """`UBLK_ATTR_*` of the basic parameters.  Without VOLATILE_CACHE no FLUSH ever arrives."""
+    """`UBLK_ATTR_*` of the basic parameters.  Without VOLATILE_CACHE the kernel sends no FLUSH."""
 
     READ_ONLY = 1 << 0
     ROTATIONAL = 1 << 1
@@ -154,7 +155,7 @@ _SECTORS_MAX = 0xFFFFFFFF
 
 
 class Parameters(NamedTuple):
-    """What SET_PARAMS says about the disk; bytes."""
+    """The disk's parameters for SET_PARAMS; sizes in bytes."""
 
     size_bytes: int
     max_io_bytes: int
@@ -193,6 +194,6 @@ class Parameters(NamedTuple):
         return _PARAMS.pack(PARAMS_BYTES, types, *basic, *discard)
 
     def _whole_blocks(self, nbytes: int) -> int:
-        """Sectors, at most what 32 bits and whole blocks allow: a request's length is a 32-bit count of sectors."""
+        """Sectors in whole blocks, below 2^32: a request's length is a 32-bit count of sectors."""
         per_block = self.logical_block_bytes >> SECTOR_SHIFT
         return min(nbytes >> SECTOR_SHIFT, _SECTORS_MAX) // per_block * per_block

@@ -82,13 +82,13 @@ int uq_die_with(int parent)
 {
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
 		return -errno;
-	/* It may have died before the kernel was asked to watch it. */
+	/* The parent may have died before prctl(). */
 	return getppid() == parent ? 0 : -ESRCH;
 }
 
 int uq_leave_mount(const char *path) { return umount2(path, MNT_DETACH) ? -errno : 0; }
 
-/* With the type said: a filter such as systemd's RestrictNamespaces=mnt refuses a setns of any type. */
+/* With a type: a filter such as systemd's RestrictNamespaces=mnt refuses a setns with type 0. */
 int uq_enter_mounts(int fd) { return setns(fd, CLONE_NEWNS) ? -errno : 0; }
 
 int uq_set_name(const char *name) { return prctl(PR_SET_NAME, name, 0, 0, 0) ? -errno : 0; }

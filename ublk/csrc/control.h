@@ -14,11 +14,12 @@ int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, voi
 /* PR_SET_IO_FLUSHER (Linux 5.6, needs CAP_SYS_RESOURCE): this thread's allocations never wait for its own device.
  * Returns 0 or a negative errno. */
 int uq_set_io_flusher(void);
-/* mlockall() of what is mapped and what will be touched.  Returns 0 or a negative errno. */
+/* mlockall() of present mappings and of pages as they are touched.  Returns 0 or a negative errno. */
 int uq_lock_memory(void);
-/* A mount namespace of our own, private: a mount of our own device made later is not ours to hold. */
+/* Moves this process into a private mount namespace, so that it holds no mount of its own device that is made later.
+ * Returns 0 or a negative errno. */
 int uq_private_mounts(void);
-/* Unmounts what is mounted there, in this process's mount namespace.  Returns 0 or a negative errno. */
+/* Unmounts `path` in this process's mount namespace.  Returns 0 or a negative errno. */
 int uq_leave_mount(const char *path);
 /* Moves this process into the mount namespace behind `fd`; its root and working directory are that namespace's root.
  * Returns 0 or a negative errno. */
@@ -27,7 +28,7 @@ int uq_enter_mounts(int fd);
 int uq_set_name(const char *name);
 /* The kernel kills this process (SIGKILL) when `parent` ends; -ESRCH if `parent` is no longer its parent. */
 int uq_die_with(int parent);
-/* Closes every descriptor but those listed in ascending order. */
+/* Closes every descriptor but those in `keep`, which is in ascending order.  Returns 0 or a negative errno. */
 int uq_close_all_but(const int *keep, unsigned count);
 
 #endif

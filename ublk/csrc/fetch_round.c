@@ -26,8 +26,8 @@ static int fetch_queue(struct io_uring *ring, int char_fd, uint16_t queue, unsig
 	if (e != (int)depth)
 		return e < 0 ? e : -EIO;
 	io_uring_for_each_cqe(ring, head, cqe) {
-		taken += cqe->res == -EBUSY;    /* this tag was fetched */
-		foreign += cqe->res == -EINVAL; /* the whole queue was, by another task */
+		taken += cqe->res == -EBUSY;    /* a task has fetched this tag */
+		foreign += cqe->res == -EINVAL; /* another task has fetched the whole queue */
 		seen++;
 	}
 	io_uring_cq_advance(ring, seen);
@@ -41,6 +41,6 @@ int uq_fetch_round(int char_fd, unsigned queues, unsigned depth)
 
 	for (unsigned queue = 0; !e && queue < queues; queue++)
 		e = fetch_queue(&ring, char_fd, (uint16_t)queue, depth);
-	/* Not closed: the accepted commands are given up by the end of the process. */
+	/* The ring stays open: the end of the process gives the accepted commands up. */
 	return e;
 }

@@ -1,4 +1,4 @@
-/* Fetches every tag on behalf of no worker, which makes START_USER_RECOVERY safe on drivers before 6.15. */
+/* Fetches every tag without a worker, which makes START_USER_RECOVERY safe on drivers before 6.15. */
 #ifndef UQ_FETCH_ROUND_H
 #define UQ_FETCH_ROUND_H
 

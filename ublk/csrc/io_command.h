@@ -1,4 +1,4 @@
-/* One command for one tag, as the driver reads it from a ring's entry. */
+/* A command for one tag, in the driver's layout of a ring's entry. */
 #ifndef UQ_IO_COMMAND_H
 #define UQ_IO_COMMAND_H
 

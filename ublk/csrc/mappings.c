@@ -32,7 +32,7 @@ void *uq_map_descriptors(int char_fd, unsigned queue, unsigned depth)
 
 int uq_unmap_descriptors(void *address, unsigned depth) { return munmap(address, page_align(depth * IOD_BYTES)); }
 
-/* Not MAP_POPULATE: in a process that locks its memory when it is touched, that does nothing. */
+/* MAP_POPULATE would do nothing in a process that locks its memory on fault (MCL_ONFAULT). */
 static void *populated(void *at, uint64_t bytes, int advice)
 {
 	int e;
@@ -45,7 +45,8 @@ static void *populated(void *at, uint64_t bytes, int advice)
 	return NULL;
 }
 
-/* In `room`, if that is not NULL.  Of memory that is all there, a fault to read maps many pages, for writing too. */
+/* Maps into `room` if that is not NULL.  MADV_POPULATE_READ: the file's pages are allocated, and a read fault maps many
+ * at once, writable, too. */
 static void *map_shared(void *room, int fd, uint64_t bytes)
 {
 	void *at = mmap(room, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (room ? MAP_FIXED : 0), fd, 0);
@@ -55,7 +56,8 @@ static void *map_shared(void *room, int fd, uint64_t bytes)
 	return populated(at, bytes, MADV_POPULATE_READ);
 }
 
-/* Room for `bytes` at a multiple of a huge page's size; only a mount that makes huge pages has the kernel see to it. */
+/* Reserves `bytes` of addresses at a multiple of a huge page's size.  The kernel chooses such addresses only for files
+ * of a mount with huge pages. */
 static uint8_t *aligned_room(uint64_t bytes)
 {
 	uint8_t *from =

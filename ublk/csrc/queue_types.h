@@ -4,16 +4,16 @@
  *
  *     queue_tag.c                       a tag's transitions; commands and descriptors on their way out
  *     queue_check.c                     the invariants, asserted in the checked build
- *     queue_stock.c  queue_region.c     containers of pool buffers and of regions: they are asked and call nothing back
+ *     queue_stock.c  queue_region.c     containers of pool buffers and of regions, which call only upwards in this list
  *     queue_request.c                   a request's road, from its arrival to the return of its buffer
  *     queue_link.c                      the backend's descriptors, judged; the link's states
  *     queue_time.c                      deadlines
- *     queue_core.c                      making and freeing a queue; its attention
+ *     queue_core.c                      makes and frees a queue; the queue's attention
  *     queue_port.c                      the rings that a backend shares
  *     queue_clock.c                     the time in which the worker runs
  *     queue_ring.c                      io_uring
  *
- * tests/unit/test_queue_layers.py holds that from the undefined symbols of each object file.
+ * tests/unit/test_queue_layers.py checks this order in the undefined symbols of each object file.
  */
 #ifndef UQ_QUEUE_TYPES_H
 #define UQ_QUEUE_TYPES_H
@@ -30,7 +30,7 @@ struct uq_tag {
 	uint64_t sequence, offset, length, arrived_ms;
 	uint64_t own_buffer;    /* offset in own_segment, bytes */
 	uint64_t client_buffer; /* offset in slice `slice` of the client area, if `in_place` */
-	uint64_t own_bytes;     /* of the region, which may be longer than the request */
+	uint64_t own_bytes;     /* of the region, which may be larger than the request */
 	uint32_t own_segment;   /* the segment of the region that a backend named, 0 for none */
 	uint32_t slice;
 	uint32_t slot; /* pool buffer, UQ_BUFFER_NONE for none */
@@ -48,8 +48,9 @@ struct uq_tag {
 struct uq_stock {
 	uint32_t *slots;
 	unsigned count, held, pending, waiting;
-	unsigned recalled;                      /* buffers that the broker has asked back for other queues */
-	unsigned low_water, previous_low_water; /* the fewest in `count` since the last look; between the two before */
+	unsigned recalled;           /* buffers that the broker has asked back for other queues */
+	unsigned low_water;          /* lowest `count` since the last look */
+	unsigned previous_low_water; /* the same at the last look */
 	uint16_t first_waiter, last_waiter;
 };
 
@@ -71,7 +72,7 @@ struct uq {
 	struct uq_config config;
 	struct uq_tag *tags;
 	struct uq_stock stock[UQ_CLASSES_MAX];
-	unsigned stock_changed, stock_wanting; /* a bit for each class: to be looked at; to be leased or returned */
+	unsigned stock_changed, stock_wanting; /* a bit for each class: to look at; to lease or return */
 	struct uq_segment segments[UQ_SEGMENTS_MAX];
 	struct uq_command *commands;
 	unsigned commands_first, commands_count, commands_mask;
@@ -88,7 +89,7 @@ struct uq {
 	bool reads_own, fence, giving_up;
 	bool is_absent; /* since absent_since_ms */
 	bool output_held;
-	bool output_overflowed; /* a descriptor found no room: nothing more is sent, and the link is to be cut */
+	bool output_overflowed; /* a descriptor found no room: no more is sent, and the link must be cut */
 	int violation, fault, fault_detail;
 	unsigned fault_tag;
 	struct wire_descriptor culprit;

@@ -14,7 +14,7 @@ struct calls {
 	struct engine_setup setup;
 	struct calls_places places;
 	struct calls_batch batch;
-	bool is_out; /* the batch has not come back */
+	bool is_out; /* the caller has the batch */
 };
 
 /* The backend's functions for regions, in Python (bufpool/sdk/calls.py): cffi defines them and takes the GIL. */
@@ -27,7 +27,7 @@ static int calls_open_slots(struct calls *c, const struct engine_setup *setup)
 {
 	struct engine_setup part = *setup;
 	part.own_bytes = c->places.slots_bytes;
-	/* Who is never asked for a place has a slot for the largest write. */
+	/* A backend that names no places needs a slot for the largest write. */
 	while (c->places.asks && part.post_sizes && part.post_bytes[part.post_sizes - 1] > c->places.post_max_bytes)
 		part.post_sizes--;
 	return slots_open(&c->slots, &part);
@@ -124,7 +124,7 @@ static void hand_out_all(struct calls *c, struct fifo *from)
 	struct engine *e = c->base.engine;
 	while (from->count) {
 		struct storage_request *r = engine_request(e, fifo_pop(from));
-		/* A fence has overtaken it: it never begins. */
+		/* A fence came after the request, which is dropped before it begins. */
 		if (engine_is_old(e, r))
 			engine_finish(e, r, 0);
 		else
@@ -180,7 +180,7 @@ static int calls_name(struct storage *s, struct storage_request *r)
 		calls_place(calls_of(s)->handle, r->d.kind == WIRE_PLACE, r->d.offset, r->d.length, r->d.flags);
 	if (region >= 0)
 		r->region = (uint64_t)region;
-	/* 1 is no errno that an author could mean: it says not now. */
+	/* -1: not now; a refusal is -1 - errno, so that no errno reads as -1. */
 	return region >= 0 ? 1 : region == -1 ? 0 : (int)(region + 1);
 }
 

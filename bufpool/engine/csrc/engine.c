@@ -41,7 +41,7 @@ void engine_finish(struct engine *e, struct storage_request *r, int32_t result)
 			e->count.dropped++;
 		else
 			engine_answer_done(e, r, result);
-		/* Not answered, its region keeps the only copy of its data. */
+		/* Without an answer, too: the region may hold the only copy of a write's data. */
 		r->state = r->region != NO_REGION ? ANSWERED : IDLE;
 	}
 	finish_fence(e, q);
@@ -184,7 +184,7 @@ static void take_fence(struct engine *e, const struct wire_descriptor *d)
 	finish_fence(e, q);
 }
 
-/* About one request. */
+/* A descriptor that concerns one request. */
 static int take_own(struct engine *e, const struct wire_descriptor *d)
 {
 	struct storage_request *r = &e->requests[index_of(e, d)];
@@ -198,7 +198,7 @@ static int take_own(struct engine *e, const struct wire_descriptor *d)
 		return -EPROTO;
 	} else {
 		engine_abandon(e, r);
-		/* Requests that wait for the region that this tag had come before its next request. */
+		/* Waiting requests get the region that this tag had before the tag's next request asks for one. */
 		if (e->came_back)
 			engine_name_for_waiting(e);
 		take_request(e, r, d);
@@ -272,7 +272,7 @@ void engine_complete(struct engine *e, uint64_t user_data, int32_t result)
 		engine_name_for_waiting(e);
 }
 
-/* What came back while the caller's work was taken or handed out. */
+/* Regions may have been given back while the caller's work was collected or handed out. */
 static void settle(struct engine *e)
 {
 	if (e->came_back)

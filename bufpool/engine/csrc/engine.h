@@ -1,10 +1,10 @@
 /* The native engine: wire descriptors in, a storage's work in between, answers out.
  *
- * Owns the protocol's half of a backend: the state of every (queue, tag), epochs and fences, which region of the own
- * segment is named for whom, who waits for one, what is posted ahead, and the answers.  What is done with the data is a
- * storage's (storage.h), which the engine is opened on.  Knows nothing of sockets, rings of descriptors and Python. One
- * thread uses an engine, the one that opened it; every function may be called without the GIL.  Memory that it is given
- * (pool, client area, own segment) must outlive it.
+ * Owns the protocol's half of a backend: the state of each (queue, tag), epochs and fences, the regions of the
+ * backend's own segment (named for a request, waited for, posted ahead), and the answers.  A storage (storage.h) moves
+ * the data.  The engine knows nothing of sockets, descriptor rings and Python.  Only the thread that opened an engine
+ * uses it; each function may be called without the GIL.  The memory that the engine is given (pool, client area, own
+ * segment) must outlive it.
  */
 #ifndef UBLKPOOL_ENGINE_H
 #define UBLKPOOL_ENGINE_H
@@ -22,13 +22,13 @@ struct engine_setup {
 	uint64_t size_bytes;
 	uint8_t *pool;
 	uint64_t pool_bytes;
-	uint8_t *slices[WIRE_CLIENT_SLICES_MAX]; /* of the client area, NULL for one that is not there */
+	uint8_t *slices[WIRE_CLIENT_SLICES_MAX]; /* of the client area; NULL: absent */
 	uint64_t slice_bytes;
 	uint8_t *own;
 	uint64_t own_bytes;
 	uint32_t own_segment;
-	/* Ascending, the last for the largest write: in which sizes buffers may be posted.  None: writes ask, all of
-	 * them. */
+	/* The sizes in which buffers may be posted, ascending; the last holds the largest write.  With 0 sizes every
+	 * write asks for its place. */
 	uint32_t post_sizes;
 	uint64_t post_bytes[8];
 };
@@ -37,44 +37,46 @@ struct engine_statistics {
 	uint64_t requests, answered, failed, replayed, dropped, fenced, continued, fallbacks;
 	uint64_t bytes_read, bytes_written;
 	uint64_t running, waiting, waited, lent;
-	uint64_t posted, unasked; /* regions posted ahead, and writes that came in one */
+	uint64_t posted, unasked; /* regions posted ahead, and writes that landed in one */
 };
 
 struct engine;
 struct storage;
 struct io_uring;
 
-/* The storage is the engine's from here on, also if this fails: NULL and *error (a negative errno). */
+/* Takes ownership of the storage, also on failure, which returns NULL and sets *error to a negative errno. */
 struct engine *engine_open(const struct engine_setup *setup, struct storage *storage, int *error);
-/* No request may be running, or its buffer must stay mapped until the process ends. */
+/* The buffer of a request that still runs must stay mapped until the process ends. */
 void engine_close(struct engine *engine);
 
-/* Start what `count` descriptors ask for.  Each is copied before it is judged, so they may lie in shared memory, at any
- * alignment.  0, or -EPROTO for one that makes no sense. */
+/* Executes `count` descriptors.  Each is copied before it is checked, so they may lie in shared memory, at any
+ * alignment.  Returns 0, or -EPROTO for a descriptor that breaks the protocol. */
 int engine_take(struct engine *engine, const struct wire_descriptor *descriptors, uint32_t count);
-/* A queue's answers that were not sent, valid until the next call on this engine.  They stay until they are sent. */
+/* Points *answers to a queue's unsent answers and returns their number.  The pointer is valid until the next call on
+ * this engine; the answers stay until engine_answers_sent(). */
 uint32_t engine_answers(struct engine *engine, uint32_t queue, const struct wire_descriptor **answers);
 void engine_answers_sent(struct engine *engine, uint32_t queue, uint32_t count);
 
-/* On an io_uring of its own, which an engine has until it is given another: submit, reap, continue what moved only in
- * part.  0 or a negative errno that ends the engine's use. */
+/* With the engine's own io_uring, which is in use until engine_use_ring(): submits, reaps, and continues requests that
+ * moved only in part.  Returns 0, or a negative errno that ends the engine's use. */
 int engine_turn(struct engine *engine);
-/* An eventfd, readable when a completion waits; a storage that completes at once never rings it. */
+/* An eventfd, readable when a completion waits; a storage that completes at once never signals it. */
 int engine_file(const struct engine *engine);
 
-/* On an io_uring that somebody else owns, submits and waits for.  Only while nothing runs; NULL: its own again.
- * 0 or a negative errno.  Entries of the engine's have ENGINE_USER_DATA in their user_data, nobody else's may. */
+/* Makes the engine use the caller's io_uring, which the caller submits and waits for; NULL: the engine's own again.  No
+ * request may be running.  Returns 0 or a negative errno.  The engine sets ENGINE_USER_DATA in the user_data of its
+ * entries; no other entry may have that bit. */
 int engine_use_ring(struct engine *engine, struct io_uring *ring);
-/* Fill submission entries with what waits to be submitted; how many found no room: submit and call again. */
+/* Fills submission entries with the requests that wait for one.  Returns how many still wait: submit and call again. */
 uint32_t engine_prepare(struct engine *engine);
-/* One completion with ENGINE_USER_DATA.  May leave something to prepare. */
+/* Handles one completion with ENGINE_USER_DATA.  Afterwards requests may wait for engine_prepare(). */
 void engine_complete(struct engine *engine, uint64_t user_data, int32_t result);
-/* For a storage whose work its caller does (calls.h): what waits becomes a batch, of so many; 0: nothing, or a storage
- * that does it itself.  The batch before must have been collected. */
+/* For a storage whose caller does the work (calls.h): makes a batch of the waiting requests and returns its size; 0: no
+ * request waits, or the storage does its work itself.  The batch before must have been collected. */
 uint32_t engine_hand_out(struct engine *engine);
-/* The caller has done the batch. */
+/* Finishes the requests of the batch, which the caller has executed. */
 void engine_collect(struct engine *engine);
-/* Try again to name a region for every request that waits for one. */
+/* Tries again to name a region for each request that waits for one. */
 void engine_ask_again(struct engine *engine);
 /* Whether a request waits for a region, so that a RELEASE must wake the backend. */
 int engine_wants_regions(const struct engine *engine);
@@ -87,11 +89,11 @@ void engine_count(const struct engine *engine, struct engine_statistics *statist
  * from another thread while the engine's hangs. */
 uint32_t engine_running(const struct engine *engine, struct wire_descriptor *out, uint32_t most);
 
-/* Storages.  NULL if there is no memory. */
+/* The storages' constructors.  NULL: out of memory. */
 
 /* A regular file or a block device, through io_uring.  Placed writes land in slots of the own segment. */
 struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_bytes);
-/* Answers at once and stores nothing.  Placed writes land in slots of the own segment. */
+/* A storage that answers at once and keeps no data.  Placed writes land in slots of the own segment. */
 struct storage *storage_null_new(uint64_t slot_bytes);
 /* A disk in the own segment, which is at least as large as the device.  A block's place is the block: placed writes
  * land where they stay, and with `names_reads` reads that bring no buffer are answered by naming it. */

@@ -1,11 +1,11 @@
-/* The engine's answers, by queue, until they are sent. */
+/* Each queue's answers until they are sent. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine_internal.h"
 
-/* Room for one more at the end; NULL if there is no memory. */
+/* A free place at the end of the answers; NULL: out of memory. */
 static struct wire_descriptor *answer_slot(struct answers *out)
 {
 	if (out->first + out->count < out->capacity)

@@ -1,4 +1,4 @@
-/* What engine.c, engine_answers.c and engine_regions.c share and nobody else sees. */
+/* The types and functions that only the engine's own files share. */
 #ifndef UBLKPOOL_ENGINE_INTERNAL_H
 #define UBLKPOOL_ENGINE_INTERNAL_H
 
@@ -6,8 +6,8 @@
 #include "slots.h"
 #include "storage.h"
 
-/* NAMED: the data of its write is still to come.  ANSWERED: a region stays lent until RELEASE, since the worker may
- * still take the data from it. */
+/* NAMED: a write has its region, and its data is still to come.  ANSWERED: the region stays lent until RELEASE, since
+ * the worker may still read the data from it. */
 enum state { IDLE, WAITING, NAMED, RUNNING, ANSWERED };
 
 struct answers {
@@ -33,32 +33,34 @@ struct engine {
 	struct engine_statistics count;
 };
 
-/* It names or wants a region and nothing of it is running. */
+/* Whether the request has a region or waits for one, and the storage is not executing it. */
 static inline bool may_let_go(const struct storage_request *r)
 {
 	return r->state == NAMED || r->state == WAITING || r->state == ANSWERED;
 }
 
 /* engine_answers.c */
-/* An answer to fill in further; somewhere else if there is no memory, which ends the engine's use. */
+/* Adds an answer, which the caller may fill in further.  Without memory it returns a scratch descriptor, and the
+ * engine's use ends. */
 struct wire_descriptor *engine_answer(struct engine *e, const struct wire_descriptor *to, uint8_t kind, int32_t result);
 void engine_answer_done(struct engine *e, const struct storage_request *r, int32_t result);
 void engine_count_start(struct engine *e, const struct storage_request *r);
 void engine_name_in(const struct engine *e, struct wire_descriptor *d, const struct storage_request *r);
 
 /* engine_regions.c */
-/* Name a region for it now or when there is one; with a problem refuse. */
+/* Names a region for the request, now or when one is free; refuses the request if `problem` is an errno. */
 void engine_ask_for_region(struct engine *e, struct storage_request *r, int32_t problem);
-/* Something came back: those who wait are asked again, in the order in which they came. */
+/* Offers regions that were given back to the waiting requests, in their order of arrival. */
 void engine_name_for_waiting(struct engine *e);
 void engine_give_back(struct engine *e, struct storage_request *r);
-/* It is over: it waits no longer and has no region. */
+/* Ends the request's wait for a region, or gives its region back. */
 void engine_abandon(struct engine *e, struct storage_request *r);
-/* A region that was posted is used, or comes back unused: its bytes, 0 if it is not. */
+/* Ends the post of the region that the descriptor names.  Returns its bytes, or 0 if it is not posted. */
 uint64_t engine_claim(struct engine *e, const struct wire_descriptor *d);
-/* What a dead worker was posted is nobody's now. */
+/* Takes back the regions that were posted to a queue's worker before this epoch. */
 void engine_forget_posts(struct engine *e, uint32_t queue, uint32_t epoch);
-/* After those who wait were asked again: they go before those who might come. */
+/* Posts regions to each queue that needs them.  Called after engine_name_for_waiting(): waiting requests come before
+ * writes that may arrive. */
 void engine_post_to_all(struct engine *e);
 
 #endif

@@ -27,7 +27,7 @@ static void region_refused(struct engine *e, struct storage_request *r, int32_t 
 		engine_answer_done(e, r, problem);
 }
 
-/* False: not now. */
+/* False: the request must wait. */
 static bool name_region(struct engine *e, struct storage_request *r)
 {
 	r->region_bytes = r->d.length;
@@ -66,7 +66,7 @@ void engine_name_for_waiting(struct engine *e)
 	e->came_back = false;
 	if (!e->storage->slots)
 		name_for_all_waiting(e);
-	/* Any slot fits any request, so waiting requests are served strictly in their order. */
+	/* Strictly in their order of arrival, so that a request that needs a large slot is not overtaken for ever. */
 	while (e->storage->slots && e->waiting.count && name_region(e, &e->requests[fifo_first(&e->waiting)]))
 		fifo_pop(&e->waiting);
 }

@@ -1,4 +1,4 @@
-/* First in, first out; as large as everything that could wait. */
+/* A first-in-first-out queue of indices, opened with room for all that can wait, so that a push cannot fail. */
 #ifndef UBLKPOOL_FIFO_H
 #define UBLKPOOL_FIFO_H
 

@@ -15,7 +15,7 @@ int own_ring_open(struct own_ring *own, uint32_t entries, int event_file)
 	for (size_t i = 0; error == -EINVAL && i < sizeof modes / sizeof *modes; i++)
 		error = io_uring_queue_init(entries, &own->ring, modes[i]);
 	own->is_open = error == 0;
-	/* The ring's own file can be polled too, but with DEFER_TASKRUN a poll that began early misses the wake-up. */
+	/* Not a poll of the ring's own descriptor: with DEFER_TASKRUN a poll that began early misses the wake-up. */
 	return error ? error : io_uring_register_eventfd(&own->ring, event_file);
 }
 
@@ -61,11 +61,12 @@ static void quiet(int event_file)
 int own_ring_turn(struct own_ring *own, struct storage *s)
 {
 	int error = submit(own, s);
-	/* After submitting: what completed inline is reaped now and need not wake anybody.  Before asking for events:
-	 * with DEFER_TASKRUN the file is signalled when a completion can be asked for, not when it lies in the ring. */
+	/* The eventfd is reset after the submission, since completions that came inline are reaped below and need no
+	 * wake-up; and before io_uring_get_events(), since with DEFER_TASKRUN the kernel signals a completion before it
+	 * lies in the ring. */
 	quiet(s->event_file);
 	io_uring_get_events(&own->ring);
 	reap(own, s);
-	/* What moved only in part goes on now; its completion makes the event file readable. */
+	/* Requests that moved only in part continue now; their completions make the eventfd readable. */
 	return error ? error : submit(own, s);
 }

@@ -1,4 +1,4 @@
-/* The storage's own io_uring, used until the engine is given another, and the eventfd that says when to turn it. */
+/* A storage's own io_uring, in use until the engine is given another; the engine's eventfd says when to turn it. */
 #ifndef UBLKPOOL_OWN_RING_H
 #define UBLKPOOL_OWN_RING_H
 
@@ -11,9 +11,9 @@ struct own_ring {
 	bool is_open;
 };
 
-/* 0 or a negative errno. */
+/* Returns 0 or a negative errno. */
 int own_ring_open(struct own_ring *own, uint32_t entries, int event_file);
-/* Submit and reap with s->ops->prepare and complete.  0 or a negative errno. */
+/* Submits and reaps, through s->ops->prepare and s->ops->complete.  Returns 0 or a negative errno. */
 int own_ring_turn(struct own_ring *own, struct storage *s);
 void own_ring_close(struct own_ring *own);
 

@@ -9,7 +9,7 @@
 
 #include "spin.h"
 
-/* user_data below ENGINE_USER_DATA: what it is, and for a bell its round and queue. */
+/* user_data below ENGINE_USER_DATA: the kind of entry, and for a bell its round and queue. */
 #define LOOP_WATCHED (1ull << 62)
 #define LOOP_BELL (1ull << 61)
 #define LOOP_OTHER (1ull << 60)
@@ -29,7 +29,7 @@ struct ring_loop {
 	struct engine *engine;
 	uint32_t queues, wrong, unsent, handed_out;
 	int watched;
-	bool watch_armed, is_ready, hears, is_short; /* is_short: something found no submission entry */
+	bool watch_armed, is_ready, hears, is_short; /* is_short: a submission entry was lacking */
 	struct ring_loop_statistics count;
 	struct spin spin;
 	struct loop_bell bell[];
@@ -86,7 +86,7 @@ void ring_loop_free(struct ring_loop *l)
 	free(l);
 }
 
-/* What is in the submission queue goes first if it is full. */
+/* Submits a full submission queue first. */
 static struct io_uring_sqe *loop_entry(struct ring_loop *l)
 {
 	struct io_uring_sqe *sqe = io_uring_get_sqe(&l->ring);
@@ -119,7 +119,7 @@ static void arm_watched(struct ring_loop *l)
 	struct io_uring_sqe *sqe = l->watch_armed ? NULL : loop_entry(l);
 	if (!sqe)
 		return;
-	/* One shot: armed anew after each look, it tells what is still readable then. */
+	/* One shot, armed anew after each look: it completes at once if the descriptor is still readable. */
 	io_uring_prep_poll_add(sqe, l->watched, POLLIN);
 	sqe->user_data = LOOP_WATCHED;
 	l->watch_armed = true;
@@ -214,14 +214,14 @@ static int loop_send(struct ring_loop *l, uint32_t queue)
 
 static int exchange(struct ring_loop *l)
 {
-	/* All are heard before any is answered: a region that comes back on one queue is wanted on another. */
+	/* Takes from all queues before answering any: a region that one queue gives back may be wanted on another. */
 	for (uint32_t i = 0; i < l->queues && l->hears; i++) {
 		l->wrong = i;
 		int error = loop_take(l, i);
 		if (error)
 			return error;
 	}
-	/* What is given up here has an answer, too. */
+	/* Before sending: requests that this drops are answered in the same turn. */
 	l->handed_out = engine_hand_out(l->engine);
 	for (uint32_t i = 0; i < l->queues; i++) {
 		l->wrong = i;
@@ -232,7 +232,7 @@ static int exchange(struct ring_loop *l)
 	return 0;
 }
 
-/* What a turn does without the kernel. */
+/* The part of a turn that makes no system call. */
 static int loop_turn(struct ring_loop *l)
 {
 	l->count.turns++;
@@ -267,7 +267,7 @@ static int loop_enter(struct ring_loop *l, int wait_ms)
 		result = io_uring_submit_and_wait_timeout(&l->ring, &cqe, 1, &limit, NULL);
 	else
 		result = io_uring_submit_and_wait(&l->ring, wait_ms < 0);
-	/* Too many completions for the kernel to take more: they are reaped in the next turn. */
+	/* -EBUSY, -EAGAIN: completions must be reaped first, which the next turn does. */
 	return result < 0 && result != -ETIME && result != -EBUSY && result != -EAGAIN ? result : 0;
 }
 
@@ -283,12 +283,12 @@ static int shorter(int wait_ms, int limit_ms) { return wait_ms < 0 || wait_ms > 
 static bool has_news(const void *loop)
 {
 	const struct ring_loop *l = loop;
-	/* Completions that only an enter can post are news too. */
+	/* Completions that the kernel posts only in io_uring_enter count, too. */
 	return io_uring_cq_ready(&l->ring) || IO_URING_READ_ONCE(*l->ring.sq.kflags) & IORING_SQ_TASKRUN ||
 	       ports_have_news(l->ports);
 }
 
-/* Polls for news before a sleep; true if some came.  The turn's entries are submitted first, since answers may result.
+/* Polls for work before a sleep; true if some came.  The turn's entries are submitted first, since answers may result.
  */
 static bool look(struct ring_loop *l)
 {

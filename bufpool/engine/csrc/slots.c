@@ -3,8 +3,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* What the next smaller size may take of a segment: what all of their tags could need twice, posted and placed, and
- * together not more than half of what is left beside one of the largest. */
+/* How many slots a smaller size gets: two for each tag, one posted and one placed; but all smaller sizes together at
+ * most half of what is left of the segment beside one slot of the largest size. */
 static uint32_t small_count(const struct engine_setup *setup, uint32_t smaller_sizes, uint64_t bytes,
 			    uint64_t largest_bytes)
 {
@@ -60,7 +60,7 @@ static uint64_t region_of(const struct slot_size *size, uint32_t slot)
 	return size->base + (slot - size->first) * size->bytes;
 }
 
-/* NULL: no slot begins there. */
+/* The size of the slot that begins at `region`, and the slot's number; NULL: no slot begins there. */
 static struct slot_size *size_of(struct slots *slots, uint64_t region, uint32_t *slot)
 {
 	for (uint32_t i = 0; i < slots->sizes; i++) {

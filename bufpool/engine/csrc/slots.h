@@ -1,8 +1,7 @@
-/* Slots of the own segment, in a few sizes, for storages that only need somewhere for a write to land.
+/* Slots of the own segment, in a few sizes, for storages that keep a write's data elsewhere afterwards.
  *
- * Owns which slot is free, and which is posted to which queue: lent ahead, so that a write may land there without a
- * question.  At most half of the slots of a size are posted, so that a write which has to ask never waits for one that
- * lies with a queue that is idle.
+ * Owns the free slots, and the posted ones, which a queue holds ahead so that a write lands there without asking.  At
+ * most half of a size's slots are posted, so that a write that asks never waits for a slot that an idle queue holds.
  */
 #ifndef UBLKPOOL_SLOTS_H
 #define UBLKPOOL_SLOTS_H
@@ -10,8 +9,8 @@
 #include "storage.h"
 
 struct slot_size {
-	uint64_t bytes, base;              /* the first lies at `base` in the segment */
-	uint32_t first, count, posted_max; /* posted_max: to one queue */
+	uint64_t bytes, base;              /* `base`: offset of the first slot in the segment */
+	uint32_t first, count, posted_max; /* posted_max: the most that one queue holds */
 	uint32_t *free, count_free;
 };
 
@@ -21,11 +20,11 @@ struct slot_post {
 };
 
 struct slots {
-	uint64_t slot_bytes; /* of the only size, if nothing can be posted */
+	uint64_t slot_bytes; /* of the only size, if no size can be posted */
 	uint32_t sizes, queues;
 	struct slot_size size[ENGINE_POST_SIZES_MAX];
 	struct slot_post *posts; /* by slot */
-	uint32_t *posted;        /* how many, by queue and size */
+	uint32_t *posted;        /* how many slots are posted, by queue and size */
 	/* The storage that names places beside the slots (storage_ops.name, give_back) for requests without a posted
 	 * slot; NULL: no storage does. */
 	struct storage *asked;
@@ -34,16 +33,18 @@ struct slots {
 /* 0 or -ENOMEM. */
 int slots_open(struct slots *slots, const struct engine_setup *setup);
 void slots_close(struct slots *slots);
-/* As storage_ops.name and give_back: the smallest that fits and is free. */
+/* As storage_ops.name and give_back; a request gets the smallest free slot that holds it. */
 int slots_name(struct slots *slots, struct storage_request *r);
 void slots_give_back(struct slots *slots, uint64_t region);
-/* What is to be posted to a queue now, of one size; how many regions of *bytes there are in `regions`, 0 if it has
- * enough.  Many at once, when half are used: the words about them travel together and wake nobody for each. */
+/* Posts slots of one size to a queue: `regions` gets up to `most` offsets, *bytes the size.  Returns how many, 0 if the
+ * queue holds enough.  Slots are posted once half of a queue's are used, so that their descriptors travel together and
+ * share one wake-up. */
 uint32_t slots_post(struct slots *slots, uint32_t queue, uint32_t epoch, uint64_t *bytes, uint64_t *regions,
 		    uint32_t most);
-/* A region that is posted to this queue in this epoch is posted no longer, but not free: its bytes, or 0. */
+/* Ends the post of a region without freeing the slot.  Returns its bytes, or 0 if the region is not posted to this
+ * queue in this epoch. */
 uint64_t slots_claim(struct slots *slots, uint32_t queue, uint32_t epoch, uint64_t region);
-/* What is posted to a queue in an epoch before this one is free. */
+/* Frees the slots that were posted to a queue before this epoch. */
 void slots_unpost(struct slots *slots, uint32_t queue, uint32_t epoch);
 
 #endif

@@ -1,4 +1,4 @@
-/* A regular file or a block device: io_uring straight between the file and the pool or the own segment. */
+/* A regular file or a block device: io_uring moves data straight between the file and the pool or the own segment. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -21,12 +21,12 @@
 
 #define ZEROES_BYTES (1u << 20)
 #define SECTOR_BYTES 512u
-/* What is longer is worth a thread of the kernel's beside this one. */
+/* A longer copy is worth a kernel thread that runs beside this one. */
 #define AT_ONCE_BYTES_MAX (128u << 10)
 
 enum step { MOVE, PUNCH, ZERO_RANGE, ZERO_WRITE, SYNC };
 
-/* How far a request is, by its index. */
+/* A request's progress, by its index. */
 struct work {
 	uint64_t moved;
 	uint8_t step;
@@ -45,7 +45,7 @@ struct file_storage {
 	int file;
 	bool is_block_device, is_memory, no_punch, no_zero_range;
 	bool was_measured; /* in this turn */
-	bool is_cut;       /* shorter than the device: nothing more is done with it */
+	bool is_cut;       /* shorter than the device: no request is started any more */
 };
 
 static struct file_storage *file_of(struct storage *s) { return (struct file_storage *)s; }
@@ -62,8 +62,8 @@ static void run(struct file_storage *f, const struct storage_request *r, uint8_t
 	fifo_push(&f->runnable, r->index);
 }
 
-/* Whether the file ends within the device; not if the kernel does not say.  A network file system answers from its
- * cache, so that this never waits for a server. */
+/* Whether the file is shorter than the device; false if the kernel does not say.  A network file system answers from
+ * its cache (AT_STATX_DONT_SYNC), so that this never waits for a server. */
 static bool is_short(const struct file_storage *f)
 {
 	struct statx facts;
@@ -74,15 +74,16 @@ static bool is_short(const struct file_storage *f)
 	       facts.stx_size < f->size_bytes;
 }
 
-/* No request is answered any more: the engine ends, and a successor that finds the data executes them. */
+/* The engine ends without answering, and the worker replays the requests to a backend that finds the whole file. */
 static void file_was_cut(struct file_storage *f)
 {
 	f->is_cut = true;
 	engine_fail(f->base.engine, -ENODATA);
 }
 
-/* Before a file is changed, once a turn.  A write beyond the end of a file that was cut would grow it again, with a
- * hole for the lost data, and its size would no longer tell.  A block device does not grow: there the write fails. */
+/* Called before the first write of a turn.  A write beyond the end of a truncated file would grow it again, with a hole
+ * in place of the lost data, and the size would no longer show the loss.  A block device does not grow: there the write
+ * fails. */
 static void measure(struct file_storage *f)
 {
 	if (!f->was_measured && !f->is_block_device && is_short(f))
@@ -231,7 +232,7 @@ static void moved(struct file_storage *f, struct storage_request *r, uint32_t by
 {
 	struct work *work = work_of(f, r);
 	work->moved += bytes;
-	/* A read meets the end only within a store that was cut.  O_DIRECT stops there at any byte and cannot go on. */
+	/* A read reaches the end only in a truncated file.  O_DIRECT stops there at any byte and cannot go on. */
 	if (bytes == 0 || (r->d.op == WIRE_READ && work->moved % SECTOR_BYTES && is_short(f)))
 		ended(f, r);
 	else if (work->moved < r->d.length) {
@@ -296,8 +297,8 @@ static void file_start(struct storage *s, struct storage_request *r)
 	file_complete(s, r->index, f->is_cut ? -ENODATA : move_at_once(f, r));
 }
 
-/* A file in memory never waits, and io_uring does not know: it would pass each request to a thread of its own, and two
- * switches of context cost more than the copy. */
+/* I/O on a file in memory never waits, but io_uring would pass each request to a kernel thread, and two context
+ * switches cost more than the copy. */
 static bool is_in_memory(int file)
 {
 	struct statfs status;

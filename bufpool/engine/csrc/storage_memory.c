@@ -1,5 +1,6 @@
-/* A disk in the own segment.  A write's place and a read's is the block itself, so that placed data never moves; no
- * byte is lent twice at once: a request that overlaps a lent region, or one that another waits for, waits. */
+/* A disk in the own segment.  The region named for a write or a read is the disk's own blocks, so that placed data
+ * never moves.  No byte is lent twice at once: a request waits if it overlaps a lent region, or a region that an
+ * earlier request waits for. */
 #include <errno.h>
 #include <string.h>
 
@@ -9,7 +10,7 @@
 struct memory_storage {
 	struct storage base;
 	uint8_t *disk;
-	struct blocks lent, claimed; /* claimed: a request waits for it */
+	struct blocks lent, claimed; /* claimed: a request waits for these blocks */
 };
 
 static struct memory_storage *memory_of(struct storage *s) { return (struct memory_storage *)s; }
@@ -27,7 +28,7 @@ static void memory_start(struct storage *s, struct storage_request *r)
 {
 	uint8_t *disk = memory_of(s)->disk;
 
-	/* The offset of a FLUSH means nothing and was not judged. */
+	/* The offset of a FLUSH has no meaning and was not checked. */
 	switch (r->d.op) {
 	case WIRE_READ:
 		memcpy(r->memory, disk + r->d.offset, r->d.length);

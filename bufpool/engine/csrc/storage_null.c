@@ -1,4 +1,4 @@
-/* Answers at once and stores nothing. */
+/* A storage that answers at once and keeps no data. */
 #include <stdlib.h>
 
 #include "slots.h"
