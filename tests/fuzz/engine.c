@@ -1,6 +1,6 @@
 /*
- * What a worker can send to a backend's native engine: descriptors in frames (-DRINGS=0), or in rings whose indices and
- * entries it can write as well (-DRINGS=1, through port.c and ring_loop.c).
+ * Fuzzes a backend's native engine with a worker's descriptors: in frames (-DRINGS=0), or in rings whose indices and
+ * entries the worker can write as well (-DRINGS=1, through port.c and ring_loop.c).
  *
  * The input is a program: descriptors that follow up on the engine's answers or not, the author's work, answers taken.
  * Each area that a descriptor can name is an allocation of its own, so a wrong address is AddressSanitizer's to find.
@@ -41,11 +41,11 @@ struct rig {
 	unsigned keeps;
 	uint64_t sequence;
 	int file;
-	/* The caller's batch of a storage whose work is done outside (calls.h). */
+	/* The batch of a storage whose caller does the work (calls.h). */
 	struct calls_batch batch;
 	uint32_t out, late[TAGS], lates;
 	uint8_t *disk;
-	/* Over rings. */
+	/* With rings only. */
 	struct ports *ports;
 	struct ring_loop *loop;
 	uint8_t *ring_memory[QUEUES];
@@ -54,7 +54,7 @@ struct rig {
 	bool head_is_poked[QUEUES];
 };
 
-static struct rig *running; /* whose calls_place() it is */
+static struct rig *running; /* the rig of calls_place() and calls_released() */
 static int watched = -1;
 
 static uint8_t *memory(size_t bytes)
@@ -69,8 +69,8 @@ static uint8_t *memory(size_t bytes)
 int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags);
 void calls_released(void *handle, uint64_t region);
 
-/* The author of the backend names a region of the segment's second half, whose first may be slots; says not now (-1);
- * or refuses. */
+/* The backend names a region of the segment's second half, since the first half may be slots; answers not now (-1); or
+ * refuses. */
 int64_t calls_place(void *handle, int is_write, uint64_t offset, uint64_t length, uint32_t flags)
 {
 	struct input *in = &running->in;
@@ -145,8 +145,8 @@ static void open_engine(struct rig *r)
 	uint8_t shape = input_byte(&r->in);
 	int error;
 
-	/* A file is rare, since its io_uring costs more than the rest of an input; and it is not behind rings, since a
-	 * loop that has refused an index never reaps what the kernel still does. */
+	/* A file is rare, since its io_uring costs more than the rest of an input.  It is never behind rings, since a
+	 * loop that has refused an index does not reap the kernel's completions. */
 	r->kind = !RINGS && shape % 16 == 15 ? FILE_STORAGE : (enum kind)(shape % 3);
 	r->setup = (struct engine_setup){ .device = DEVICE,
 					  .epoch = EPOCH,
@@ -212,7 +212,7 @@ static struct wire_descriptor fresh(struct rig *r)
 	return d;
 }
 
-/* What a worker says next about an answer: the data is in its region, or the region is released. */
+/* A worker's next descriptor about an answer: DATA for its region, or RELEASE. */
 static struct wire_descriptor follow_up(struct rig *r)
 {
 	struct wire_descriptor d = r->kept[input_below(&r->in, KEPT)];
@@ -292,7 +292,7 @@ static void poke(struct rig *r)
 	}
 }
 
-/* A tail that is further from the backend's own index than a ring is long. */
+/* Whether a tail is further from the backend's own index than the ring's length. */
 static bool has_impossible_tail(const struct rig *r)
 {
 	for (uint32_t q = 0; q < QUEUES; q++) {
@@ -304,7 +304,7 @@ static bool has_impossible_tail(const struct rig *r)
 	return false;
 }
 
-/* The worker reads what the backend says. */
+/* The worker reads the backend's descriptors. */
 static void hear_ring(struct rig *r, uint32_t queue)
 {
 	struct sr_end *end = &r->from_backend[queue];
@@ -325,7 +325,7 @@ static void hear_ring(struct rig *r, uint32_t queue)
 	}
 }
 
-/* The author does the batch: some of it well, some not, some later. */
+/* The caller executes the batch: some requests succeed, some fail, some are left for later. */
 static void do_batch(struct rig *r)
 {
 	for (uint32_t i = 0; i < r->out; i++) {
@@ -444,7 +444,7 @@ static void close_rings(struct rig *r)
 		free(r->ring_memory[q]);
 }
 
-/* Whatever was sent, what has begun ends: its memory may go only then. */
+/* Each request that has begun must end, whatever was sent; only then may its memory be freed. */
 static void await_end(struct rig *r)
 {
 	struct engine_statistics count = { 0 };

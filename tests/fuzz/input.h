@@ -1,4 +1,4 @@
-/* A fuzzer's input, read as a program for a harness: numbers one after the other, zeros when the input is used up. */
+/* A fuzzer's input, read as a sequence of numbers; zeros follow its end. */
 #ifndef FUZZ_INPUT_H
 #define FUZZ_INPUT_H
 
@@ -43,7 +43,7 @@ static inline bool input_bit(struct input *in) { return input_byte(in) & 1; }
 /* A number below `limit`. */
 static inline unsigned input_below(struct input *in, unsigned limit) { return input_byte(in) % limit; }
 
-/* A value near `old`, a corner of its type, or any. */
+/* A value near `old`, an extreme value, or any value. */
 static inline uint64_t input_value(struct input *in, uint64_t old, unsigned bytes)
 {
 	static const uint64_t corners[] = { 0, 1, UINT64_MAX, 1ull << 63, INT64_MAX, 1ull << 31, INT32_MAX, 4096 };

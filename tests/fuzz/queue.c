@@ -1,6 +1,6 @@
 /*
- * What a backend can send to the queue core: descriptors in frames (-DRINGS=0), or in rings whose indices and entries
- * it can write as well (-DRINGS=1).
+ * Fuzzes the queue core with a backend's descriptors: in frames (-DRINGS=0), or in rings whose indices and entries the
+ * backend can write as well (-DRINGS=1).
  *
  * The input is a program: requests arrive, the driver copies, the backend answers truly or not, dies and is followed by
  * another.  The driver follows the kernel's rules.  Its copies touch the memory that the core names, so a wrong address
@@ -29,7 +29,7 @@ enum {
 };
 enum { DEVICE = 7, EPOCH = 3, STEPS_MAX = 400, TURNS_TO_END = 64, FRAME_MAX = 8 };
 
-/* Who has the tag, as the driver sees it. */
+/* The holder of a tag, from the driver's side. */
 enum holder { DRIVER, CORE, COPIES };
 
 struct rig {
@@ -153,7 +153,7 @@ static void drive(struct rig *r)
 		copy(r, tag);
 }
 
-/* The broker gives and takes what the core asks for. */
+/* The broker gives and takes the buffers that the core asks for. */
 static void stock(struct rig *r)
 {
 	unsigned class = input_below(&r->in, CLASSES), first = r->config.class[class].first_slot;
@@ -177,7 +177,7 @@ static void stock(struct rig *r)
 	}
 }
 
-/* A tail that is further from the worker's own index than a ring is long cuts the link. */
+/* A tail further from the worker's own index than the ring's length must cut the link. */
 static void turn(struct rig *r)
 {
 	const struct sr_shared *s = (const struct sr_shared *)(r->ring_memory + SR_CONTROL_BYTES / 2);
@@ -215,7 +215,7 @@ static void hear_ring(struct rig *r)
 	}
 }
 
-/* The backend reads what the core says. */
+/* The backend reads the core's descriptors. */
 static void hear(struct rig *r)
 {
 	const struct wire_descriptor *first;
@@ -237,7 +237,7 @@ static struct wire_descriptor link_word(uint8_t kind)
 	return (struct wire_descriptor){ .kind = kind, .device = DEVICE, .epoch = EPOCH };
 }
 
-/* What an honest backend answers to the last thing that it was asked about a tag. */
+/* An honest backend's answer to the core's last descriptor about a tag. */
 static struct wire_descriptor true_answer(struct rig *r)
 {
 	struct wire_descriptor a = r->asked[input_below(&r->in, DEPTH)];

@@ -1,7 +1,7 @@
-# Sourced by the scripts that name the packages: installs those that are missing, as root or by sudo.
-# Says nothing and needs no rights when nothing is missing.  shellcheck shell=bash
+# Functions for scripts that install Debian packages: only missing ones, as root or with sudo.
+# They print nothing and need no rights when all are installed.  shellcheck shell=bash
 
-# The packages of the arguments that are not installed, a line each.
+# PACKAGE...: print those that are not installed, one a line.
 missing_packages() {
     local package state
     for package in "$@"; do
@@ -10,23 +10,23 @@ missing_packages() {
     done
 }
 
-# WHO PACKAGE...: without packages there is nothing to do.
+# CALLER PACKAGE...: install the packages, if there are any; CALLER begins the message.
 install_packages() {
-    local who=$1 as_root=()
+    local caller=$1 as_root=()
     shift
     if [ $# -eq 0 ]; then return; fi
     if [ "$(id -u)" != 0 ]; then as_root=(sudo); fi
-    echo "$who: installing $*"
+    echo "$caller: installing $*"
     "${as_root[@]}" apt-get update -qq
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" > /dev/null
 }
 
-# WHO PACKAGE...: ends the script where there is no dpkg to ask.
+# CALLER PACKAGE...: end the script, with a message that names the packages, on a machine without dpkg.
 on_debian_only() {
-    local who=$1
+    local caller=$1
     shift
     if ! command -v dpkg-query > /dev/null; then
-        echo "$who: not a Debian machine; if something is missing, these are the packages: $*" >&2
+        echo "$caller: not a Debian machine; if something is missing, these are the packages: $*" >&2
         exit 0
     fi
 }

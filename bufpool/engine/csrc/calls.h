@@ -40,14 +40,14 @@ struct calls_places {
 	uint64_t slot_bytes;  /* of one slot, if no size can be posted */
 	int asks; /* a write without a posted slot asks the handle (calls_place, calls_released) for its place */
 	uint64_t post_max_bytes; /* with `asks`: the largest write that posted slots hold */
-	int in_order; /* the batch keeps the order of arrival instead of having reads first */
+	int in_order;            /* the batch keeps the order of arrival instead of having reads first */
 };
 
 struct storage *storage_calls_new(void *handle, const struct calls_batch *batch, const struct calls_places *places);
 /* Finishes a request that was marked as later. */
 void calls_finish(struct storage *storage, uint32_t index, int32_t result);
-/* Whether a fence came after a request that was marked as later, so that its result is dropped.  Any thread may ask, until
- * calls_finish(). */
+/* Whether a fence came after a request that was marked as later, so that its result is dropped.  Any thread may ask,
+ * until calls_finish(). */
 bool calls_is_old(const struct storage *storage, uint32_t index);
 /* Copies between `memory` and the data of the batch's reads and writes: request i at at[i], or at its offset on the
  * device if `at` is NULL.  Requests with an error and those for later are left out.  Returns 0, or 1 + the index of a

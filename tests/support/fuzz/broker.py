@@ -1,4 +1,4 @@
-"""Frames and commands at the broker, from a worker that has lost its mind, beside one that has not."""
+"""Malformed frames and commands at the broker, from one worker of a device while its other worker behaves."""
 
 import random
 import socket
@@ -19,12 +19,12 @@ from ublkpool.bufpool.pool.device_leases import worker_routing_id
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots
 
-MAD, SANE = Owner(0, 1), Owner(1, 1)
+HOSTILE, BEHAVED = Owner(0, 1), Owner(1, 1)
 KINDS = (Kind.LEASE, Kind.RETURN, Kind.SYNC)
 
 
 class Post:
-    """A ROUTER of lists."""
+    """Stands for the broker's ROUTER socket, with lists of messages."""
 
     def __init__(self) -> None:
         self.inbox: deque[list[bytes]] = deque()
@@ -51,13 +51,15 @@ class BrokerFuzz:
         self.broker = Broker(cast(Any, self.post), theirs, exit_on_eof=False, clock=lambda: 0.0)
         number = arena.device_number
         send_command(self.daemon, AddDevice(number), arena.control_fd)
-        for owner in (MAD, SANE):
+        for owner in (HOSTILE, BEHAVED):
             send_command(self.daemon, Register(number, *owner))
         for _ in range(3):
             self.broker._on_control()
             assert isinstance(receive_reply(self.daemon), broker_commands.Done)
-        self._say(SANE, [self._head(SANE, Kind.SYNC, op, 0) for op in range(len(arena.geometry.classes))])
-        self.kept = self._slots_of(SANE)
+        self._say(
+            BEHAVED, [self._head(BEHAVED, Kind.SYNC, op, 0) for op in range(len(arena.geometry.classes))]
+        )
+        self.kept = self._slots_of(BEHAVED)
         assert len(self.kept) == sum(arena.reserve)
 
     def close(self) -> None:
@@ -66,9 +68,9 @@ class BrokerFuzz:
         self._theirs.close()
 
     def frames(self, count: int) -> None:
-        """So many messages, after each of which nothing is lost and the sane worker has what it had."""
+        """Send `count` messages; no buffer is lost, and the behaved worker keeps its buffers."""
         for number in range(count):
-            self._say(self.rng.choice((MAD, MAD, MAD, Owner(7, 1), Owner(0, 9))), self._message())
+            self._say(self.rng.choice((HOSTILE, HOSTILE, HOSTILE, Owner(7, 1), Owner(0, 9))), self._message())
             if number % 16 == 0:
                 self._check()
         self._check()
@@ -76,7 +78,7 @@ class BrokerFuzz:
         assert read.messages > count and read.malformed and read.mismatched and read.unknown_worker
 
     def commands(self, count: int) -> None:
-        """So many commands of the daemon's, none of which it would send."""
+        """Send `count` commands that no daemon sends over the daemon's socket."""
         true = [
             msgspec.json.encode(each)
             for each in (Register(99, 0, 1), AddDevice(5), broker_commands.GetStatistics())
@@ -101,7 +103,7 @@ class BrokerFuzz:
         ]
         length = rng.choice((0, 1, 5, 1 << 32, (1 << 64) - 1))
         head = self._head(
-            MAD, rng.choice(KINDS), rng.choice((0, 0, 1, 1, 2, 255)), rng.choice((0, 1, 1 << 63))
+            HOSTILE, rng.choice(KINDS), rng.choice((0, 0, 1, 1, 2, 255)), rng.choice((0, 1, 1 << 63))
         )
         if rng.random() < 0.2:
             head = head._replace(device=rng.choice((0, 6)), epoch=rng.choice((0, 1, 2)))
@@ -131,7 +133,7 @@ class BrokerFuzz:
         return [slot for slot, each in enumerate(owners) if each == owner]
 
     def _check(self) -> None:
-        assert self._slots_of(SANE) == self.kept
+        assert self._slots_of(BEHAVED) == self.kept
         send_command(self.daemon, broker_commands.GetStatistics(self.arena.device_number))
         self.broker._on_control()
         reply = receive_reply(self.daemon)

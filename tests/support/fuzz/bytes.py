@@ -1,4 +1,4 @@
-"""Bytes that are nearly right: what a mutator makes of a true message."""
+"""Mutations of a valid message."""
 
 import random
 
@@ -22,7 +22,7 @@ PLACES = ("flip", "insert", "cut", "double", "drop", "noise")
 
 
 def spoil(rng: random.Random, message: bytes) -> bytes:
-    """The message with one to three changes, or now and then as it is."""
+    """The message with up to three changes."""
     found = bytearray(message)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         _change(rng, found)

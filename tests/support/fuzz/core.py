@@ -1,8 +1,8 @@
-"""Descriptors by the hundred thousand at a queue core whose driver holds it to the kernel's rules.
+"""Sends a queue core many thousands of wrong descriptors, over a fake driver that enforces the kernel's rules.
 
-Most begin as a true answer to a request of the moment and have one or a few fields changed; the rest are old, doubled
-or noise.  Owns no opinion of what a right answer is: it checks that each descriptor was counted as an offence, or as
-stale, or moved the one tag that it named, and that everything is answered once in the end.
+Most descriptors are a valid answer to an outstanding request with one or a few fields changed; the others are old,
+repeated or random.  The module does not decide which answers are valid: it checks that the core counted each descriptor
+as a violation, or as stale, or moved the one tag that it names, and that every request is answered once in the end.
 """
 
 import random
@@ -24,7 +24,7 @@ from ublkpool.workers.tag_state import State
 
 _ffi, _lib = _native.ffi, _native.lib
 FIELDS = (
-    # Where it lies in the descriptor, and its bytes.
+    # Offset in the descriptor, and bytes.
     (0, 1),
     (1, 1),
     (2, 2),
@@ -49,7 +49,7 @@ HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=3).pack()
 
 
 class AnyPlace(FakeDriver):
-    """A driver that copies wherever in the backend's segment the core says."""
+    """A driver that accepts any address in the backend's segment."""
 
     def _accept(self, command: Command, length: int) -> None:
         area, offset = self.side.rig.locate(self.side.number, command.address, length)
@@ -59,7 +59,7 @@ class AnyPlace(FakeDriver):
 
 
 class CoreFuzz:
-    """One queue under fire."""
+    """One queue, its driver and a backend that sends wrong descriptors."""
 
     def __init__(self, rng: random.Random, plan: Plan) -> None:
         self.rng, self.plan = rng, plan
@@ -67,12 +67,12 @@ class CoreFuzz:
         self.side = self.rig.sides[0]
         self.queue = self.side.queue
         self.driver = AnyPlace(self.side)
-        # One memory for all their lives: where the core lets the kernel copy is what counts.
+        # All backends share one memory: the check is the addresses that the core gives to the kernel.
         self.segment: Area = new_area(2, 2 * plan.depth * plan.max_io_bytes)
         self.rig.areas[2] = self.segment
         self.number = 1
         self.truths: dict[int, bytes] = {}
-        """The true answer to the last thing that was asked for each tag."""
+        """By tag: the valid answer to the core's last descriptor about it."""
         self.old = [bytes(64)] * 16
         self._draw = rng.random
         self._tags = range(plan.depth)
@@ -82,7 +82,7 @@ class CoreFuzz:
         self._connect()
 
     def play(self, inputs: int) -> int:
-        """Judge at least so many descriptors, then have everything answered; how many were judged."""
+        """Have the core judge at least `inputs` descriptors, then answer every request.  Returns how many it judged."""
         while int(self.side.statistics.descriptors_in) < inputs:
             self._busy()
             for _ in range(self.rng.randint(4, 24)):
@@ -93,7 +93,7 @@ class CoreFuzz:
         return judged
 
     def _connect(self) -> None:
-        """The next backend, through WELCOME; it lives in the memory of the last one."""
+        """Connect the next backend, which uses the memory of the one before, up to its WELCOME."""
         while _lib.uq_segment_idle(self.queue.raw, self._base, self._size):
             pass
         own = self.plan.place_in_backend or self.plan.reads_own
@@ -106,7 +106,7 @@ class CoreFuzz:
         self._hear()
 
     def _hear(self) -> None:
-        """What the core says: a true answer to the last word for each tag is what the next lies are made of."""
+        """Read the core's descriptors, and keep the valid answer to the last one of each tag."""
         output = self.queue.output()
         self.queue.sent(len(output) // 64)
         for at in range(0, len(output), 64):
@@ -118,7 +118,7 @@ class CoreFuzz:
                 self.truths[tag] = self._truth(output[at : at + 64])
 
     def _truth(self, asked: bytes) -> bytes:
-        """The answer to this, with the tag's own part of the segment."""
+        """The valid answer to a descriptor; its region is the tag's own part of the segment."""
         kind, op = asked[0], asked[1]
         region = struct.pack("<IQ", self.number, asked[10] * self.plan.max_io_bytes)
         if kind == Kind.PLACE:
@@ -136,7 +136,7 @@ class CoreFuzz:
         )
 
     def _settle(self) -> None:
-        """The kernel and the broker do what they have to."""
+        """Let the kernel and the broker do their outstanding work."""
         self.rig.settle(0)
         self.driver.consume()
         for tag in self.driver.tags(Holder.COPYING):
@@ -145,7 +145,7 @@ class CoreFuzz:
         self.driver.finished.clear()
 
     def _busy(self) -> None:
-        """Requests on most of the tags."""
+        """Deliver requests on most of the tags."""
         self._settle()
         for tag in self.driver.tags(Holder.DRIVER):
             if self.rng.random() < 0.8:
@@ -163,7 +163,7 @@ class CoreFuzz:
         return Request(op, 8, sectors, bytes(sectors * SECTOR_BYTES) if op == Op.WRITE else b"")
 
     def _fire(self) -> None:
-        """One frame, and what came of it."""
+        """Send one frame and check its effect."""
         draw = self._draw
         words = [self._word() for _ in range(COUNTS[int(draw() * len(COUNTS))])]
         frame = b"".join(words)
@@ -180,7 +180,7 @@ class CoreFuzz:
         judged, stale = counters.descriptors_in - judged, counters.stale_answers - stale
         cut, posts = counters.violations - cut, counters.posts - posts
         assert cut == (_lib.uq_link_state(raw) == LinkState.CUT) and stale <= judged
-        # An answer for no queue or tag of ours is never merely stale.
+        # An answer for another queue or a tag that does not exist is a violation, never stale.
         for each in words[: max(0, judged - cut)]:
             assert each[4:10] == OURS and each[10] < self.plan.depth and not each[11]
         assert not posts or self.plan.place_in_backend
@@ -194,12 +194,12 @@ class CoreFuzz:
     def _judge(
         self, before: list[int], after: list[int], words: list[bytes], not_stale: int, cut: int
     ) -> None:
-        """Each word that was no offence, no POST and not stale has moved the tag that it named, and no other."""
-        # A buffer that comes back may set a request going that waits for one.
+        """Each descriptor that was no violation, no POST and not stale has moved the tag that it names, no other."""
+        # A buffer that is given back may move another request, which waited for one.
         moved = {tag for tag in self._tags if before[tag] != after[tag] and before[tag] != State.WAIT_BUFFER}
         said = {each[4:24] for each in words}
         assert all(self.truths[tag][4:24] in said for tag in moved), "moved by an answer to something else"
-        # What broke a rule may have ended its own request; the last of a flood is stale and an offence.
+        # A violation may have ended its own request; the last of too many stale answers counts as a violation, too.
         assert not_stale - cut <= len(moved) <= not_stale
 
     def _word(self) -> bytes:
@@ -221,7 +221,7 @@ class CoreFuzz:
         return bytes(word)
 
     def _post(self) -> bytes:
-        """A POST that may be meant: mostly of what no tag has from PLACED."""
+        """A POST that is often valid: half of the cells belong to no tag's PLACED."""
         size = self.rng.choice(self.plan.geometry.classes).buffer_bytes
         cell = int(self._draw() * 2 * self.plan.depth)
         return Descriptor(Kind.POST, device=DEVICE, epoch=self.plan.epoch, length=size, segment=self.number,
@@ -237,7 +237,7 @@ class CoreFuzz:
         return (near % most).to_bytes(size, "little")
 
     def _finish(self) -> None:
-        """The last backend answers in truth."""
+        """Connect a last backend that answers every request correctly."""
         self.queue.lost()
         self._connect()
         for _ in range(TURNS_TO_ANSWER_MAX):

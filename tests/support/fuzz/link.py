@@ -1,4 +1,4 @@
-"""Messages of every shape at a queue's transport, from the backend and from strangers, over a real socket."""
+"""Random messages at a queue's transport, from its backend and from a stranger, over a real socket."""
 
 import random
 
@@ -11,7 +11,7 @@ SIZES = (0, 1, 63, 64, 65, 128, 4096, DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_M
 
 
 class LinkFuzz:
-    """A link under fire; a backend that is cut off comes again over the connection that it has."""
+    """A queue's link; after a violation cuts the backend off, the backend says HELLO again on the same connection."""
 
     def __init__(self, rng: random.Random, wire: Wire) -> None:
         self.rng, self.wire = rng, wire
@@ -22,7 +22,7 @@ class LinkFuzz:
         self._stranger = wire.connect(b"S" * 16)
 
     def play(self, messages: int) -> None:
-        """Send so many, and see each of them counted once: as a stranger's, or judged by the queue."""
+        """Send `messages` messages; the link counts each once, as a stranger's or as judged by the queue."""
         sent = 0
         while sent < messages:
             for _ in range(BATCH):

@@ -1,9 +1,9 @@
 #!/bin/bash
-# The first process of the test guest. $1 is the run directory, which holds `env`: bash arrays and variables
-# that guest_boot.py writes (CWD, COMMAND, ENVIRON, KEEP, RW, MODULES, MODULE_ROOT, CPUS).
-# The root is the host's, read-only; only tmpfs and the directories in RW can be written.
-# The control port speaks lines: `up`, `beat` and `exit STATUS` out, `dump` in.
-# `guest: ended` and `guest: dumped` in the kernel log mark that what came before them is all there is.
+# The first process of the test guest.  $1 is the run directory, which holds `env`: bash arrays and variables that
+# boot.py writes (CWD, COMMAND, ENVIRON, KEEP, RW, MODULES, MODULE_ROOT, CPUS).
+# The root is the host's, read-only; only tmpfs and the directories in RW are writable.
+# The control port carries lines: `up`, `beat` and `exit STATUS` to the host, `dump` from it.
+# After `guest: ended` or `guest: dumped` in the kernel log, no more output of the command or the dump follows.
 set -u
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 # shellcheck source=/dev/null
@@ -31,7 +31,7 @@ for port in /sys/class/virtio-ports/*; do
     esac
 done
 
-# /run first: the untouched root stays reachable there for what the other tmpfs would hide.
+# /run is mounted first: the host's directories that the other tmpfs hide stay reachable in it.
 mount -t tmpfs -o mode=0755 tmpfs /run
 mkdir -p /run/lock /run/host-root
 mount --bind / /run/host-root
@@ -45,7 +45,7 @@ for i in "${!RW[@]}"; do
 done
 ip link set lo up 2>/dev/null || echo "guest: lo stays down: no ip command" >&4
 
-# Also for what the kernel itself asks for, such as the file system of a mount.
+# The kernel, too, loads modules through this program, such as the file system of a mount.
 mkdir /run/guest
 printf '#!/bin/sh\nexec /sbin/modprobe -d "%s" "$@"\n' "$MODULE_ROOT" > /run/guest/modprobe
 chmod 755 /run/guest/modprobe
@@ -78,7 +78,7 @@ agent() {
 echo "up $(uname -r) $(nproc) $(cut -d' ' -f1 /proc/uptime)" >&3
 agent &
 
-# The output port cuts long writes short, which few programs expect: cat stands between.
+# The output port cuts long writes short, which few programs handle, so cat writes to it.
 exec 5> >(exec cat >&4)
 relay=$!
 cd "$CWD" || echo "guest: no $CWD" >&4
@@ -88,7 +88,7 @@ exec 5>&-
 # A process left behind by the command may hold the relay's input open.
 for _ in {1..20}; do kill -0 $relay 2>/dev/null || break; sleep 0.1; done
 sync
-# Nothing is left to write: the host ends the machine when it has read both lines. 7.x writes its console late.
+# All output is written.  The host ends the machine once it has read both lines; 7.x writes its console late.
 echo "guest: ended" > /dev/kmsg
 echo "exit $status" >&3
 sleep infinity
