@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
 
 import pytest
 
@@ -13,6 +12,7 @@ from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.table import DeviceTable, Show
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
+from ublkpool.daemon.status import State
 
 DEADLINE_S = 20
 SEEDS = 400
@@ -37,7 +37,7 @@ class World:
     def _make(self, cfg: DeviceConfig) -> Device:
         device = FakeDevice(cfg, self)
         self.made.append(device)
-        return cast(Device, device)
+        return device
 
     def _changed(self) -> None:
         self.changes += 1
@@ -51,29 +51,37 @@ class World:
 
     def check(self) -> None:
         """The list and the kernel have the same devices, but for failed ones."""
-        listed = [each for each in cast(list[FakeDevice], self.table.devices()) if each.state != "failed"]
+        listed = [each for each in self.table.devices() if each.state != "failed"]
         assert sorted(map(id, self.kernel)) == sorted(map(id, listed))
 
 
-class FakeDevice:
+class FakeDevice(Device):
     """A device whose steps take a random number of turns, and some of which fail."""
 
     def __init__(self, cfg: DeviceConfig, world: World) -> None:
         self.config = cfg
-        self.state = "waiting"
-        self.reason = ""
+        self._state: State = "waiting"
+        self._reason = ""
         self.hangs = False
         self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._world = world
 
-    def on_change(self, _call: Callable[[], None]) -> None:
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        return self._reason
+
+    def on_change(self, call: Callable[[], None]) -> None:
         """No observer is called."""
 
     def note_failure(self, reason: str) -> None:
-        self.state, self.reason = "failed", reason
+        self._state, self._reason = "failed", reason
 
-    def await_takeover(self, _record: Record) -> None:
-        self.state = "recovering"
+    def await_takeover(self, record: Record) -> None:
+        self._state = "recovering"
 
     async def live(self) -> None:
         await self.outcome
@@ -99,7 +107,7 @@ class FakeDevice:
         if world.chance(world.hanging):
             self.hangs = True
             await asyncio.Event().wait()
-        self.state = "live"
+        self._state = "live"
         await world.pause()
 
     async def describe_use(self) -> str:
@@ -253,7 +261,7 @@ def test_a_failed_device_is_listed_with_its_reason_if_it_cannot_be_made_again() 
         world.failing = 1.0
         with pytest.raises(DaemonError, match="its backend ended"):
             await world.table.add(managed("vol0"), nothing)
-        assert world.table.device("vol0") is cast(Any, world.made[0])
+        assert world.table.device("vol0") is world.made[0]
         world.failing, world.hanging = 0.0, 1.0
         adding = asyncio.ensure_future(world.table.add(managed("vol0"), nothing))
         while not world.kernel:
@@ -325,14 +333,14 @@ def test_a_wait_for_a_device_survives_its_replacement_by_a_takeover() -> None:
         async def work(show: Show) -> bool:
             await asyncio.sleep(0)
             world.made[0].outcome.set_exception(DaemonError("the device is being deleted"))
-            show(cast(Device, second))
+            show(second)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             second.outcome.set_result(None)
             return True
 
         world.table.take_over(Record(config=managed("vol0"), device_number=3), work)
-        assert await world.table.live("vol0") is cast(Any, second)
+        assert await world.table.live("vol0") is second
 
     in_loop(run)
 
@@ -406,7 +414,7 @@ def test_a_failed_device_that_is_still_in_the_kernel_is_replaced_only_when_it_is
             with pytest.raises(DaemonError, match="vol0: the failed device of this name is still there"):
                 await world.table.add(managed("vol0"), nothing)
         assert world.kernel == [world.made[0]]
-        assert world.table.device("vol0") is cast(Any, world.made[0]), "nothing of its successor was made"
+        assert world.table.device("vol0") is world.made[0], "nothing of its successor was made"
         world.in_use = 0.0
         await world.table.add(managed("vol0"), nothing)
         assert world.kernel == [world.made[-1]]
@@ -422,6 +430,6 @@ def test_an_add_that_is_given_up_before_its_first_step_leaves_the_failed_device(
         world.table.close()
         await world.table.settled()
         assert world.kernel == [world.made[0]]
-        assert world.table.device("vol0") is cast(Any, world.made[0])
+        assert world.table.device("vol0") is world.made[0]
 
     in_loop(run)

@@ -4,19 +4,18 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import posix_ipc
 import pytest
 
+from support.fakes.device_parts import FakeTeam
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import DataPlan
 from ublkpool.daemon.device import pool as module
 from ublkpool.daemon.device.pool import Pool
-from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.held_names import pool_name
 from ublkpool.daemon.processes.holder import Holder
@@ -28,33 +27,48 @@ GEOMETRY = Geometry.build([(4096, 4)])
 USER = 1000
 
 
-class Scene:
-    """A device's pool, its workers and the holder's descriptors."""
+class InodeHolder(Holder):
+    """Notes the inodes of the descriptors that it is given."""
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
-        self.changes = 0
-        self.refuses = False
-        self.can_change_pool = True
-        self.pool = Pool(
-            "vol", cast(Holder, SimpleNamespace(hold=self._hold, drop=self._drop)), ControlRunner()
-        )
-        self.arena = Arena.create(PREFIX, GEOMETRY, 1, 7, (1,))
 
-    def _hold(self, name: str, fd: int) -> None:
+    def hold(self, name: str, fd: int) -> None:
         self.held[name] = os.fstat(fd).st_ino
 
-    def _drop(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         self.held.pop(name, None)
+
+
+class Workers(FakeTeam):
+    """Workers that count the changes of the pool, and refuse them when the test says so."""
+
+    changes = 0
+    refuses = False
+    knows_change = True
+
+    @property
+    def can_change_pool(self) -> bool:
+        return self.knows_change
 
     async def change_pool(self) -> None:
         self.changes += 1
         if self.refuses:
             raise AttachRefused("a worker has no room")
 
+
+class Scene:
+    """A device's pool, its workers and the holder's descriptors."""
+
+    def __init__(self) -> None:
+        self.holder = InodeHolder()
+        self.workers = Workers()
+        self.pool = Pool("vol", self.holder, ControlRunner())
+        self.arena = Arena.create(PREFIX, GEOMETRY, 1, 7, (1,))
+
     def prepare(self, user: int = USER) -> int:
         """The memory, by its inode, that a backend of this user gets."""
-        asyncio.run(self.pool.prepare(cast(Team, self), user))
+        asyncio.run(self.pool.prepare(self.workers, user))
         return self.inode
 
     @property
@@ -62,7 +76,7 @@ class Scene:
         arena = self.pool.arena
         assert arena is not None
         found = os.fstat(arena.data_fd).st_ino
-        assert self.held == {pool_name("vol"): found}
+        assert self.holder.held == {pool_name("vol"): found}
         return found
 
 
@@ -71,7 +85,7 @@ def scene() -> Iterator[Scene]:
     made = Scene()
     yield made
     made.pool.remove()
-    assert list_orphans(INSTANCE) == [] and made.held == {}
+    assert list_orphans(INSTANCE) == [] and made.holder.held == {}
 
 
 def test_memory_that_no_other_process_has_goes_to_the_next_backend(scene: Scene) -> None:
@@ -79,7 +93,7 @@ def test_memory_that_no_other_process_has_goes_to_the_next_backend(scene: Scene)
     first = scene.inode
     for _ in range(3):
         assert scene.prepare() == first
-    assert scene.changes == 0
+    assert scene.workers.changes == 0
 
 
 @pytest.mark.parametrize("how", ["stranger", "user"])
@@ -90,7 +104,7 @@ def test_memory_that_another_process_may_have_is_replaced(
     first = scene.prepare()
     kept = reopened(scene.arena.data_fd) if how == "stranger" else None
     second = scene.prepare(USER + (how == "user"))
-    assert second != first and scene.changes == 1 and "gets other memory" in caplog.text
+    assert second != first and scene.workers.changes == 1 and "gets other memory" in caplog.text
     # A process with the old memory has no access to the new.
     assert scene.prepare(USER + (how == "user")) == second
     if kept is not None:
@@ -108,7 +122,7 @@ def test_an_earlier_daemons_memory_without_a_backend_is_replaced(scene: Scene) -
     """The earlier daemon may have died when only some of its workers had been told of other memory."""
     scene.pool.resume(scene.arena)
     first = scene.inode
-    assert scene.prepare() != first and scene.changes == 1
+    assert scene.prepare() != first and scene.workers.changes == 1
 
 
 def test_memory_that_an_earlier_version_made_is_replaced_at_the_next_backend() -> None:
@@ -131,24 +145,24 @@ def test_memory_that_an_earlier_version_made_is_replaced_at_the_next_backend() -
 def test_until_every_worker_has_changed_no_backend_is_handed_memory(scene: Scene) -> None:
     scene.pool.begin(scene.arena)
     first = scene.prepare()
-    scene.refuses = True
+    scene.workers.refuses = True
     with pytest.raises(AttachRefused):
         scene.prepare(USER + 1)
     # Not even the old memory's user: some workers have the new.
     for user in (USER, USER + 1):
         with pytest.raises(AttachRefused):
             scene.prepare(user)
-    scene.refuses = False
-    assert scene.prepare() != first and scene.changes == 4
+    scene.workers.refuses = False
+    assert scene.prepare() != first and scene.workers.changes == 4
 
 
 def test_workers_of_an_earlier_version_are_not_asked_to_change_the_pool(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene.pool.resume(scene.arena)
-    scene.can_change_pool = False
+    scene.workers.knows_change = False
     first = scene.inode
-    assert scene.prepare() == first and scene.changes == 0 and "of an earlier version" in caplog.text
+    assert scene.prepare() == first and scene.workers.changes == 0 and "of an earlier version" in caplog.text
 
 
 def test_without_memory_for_a_new_pool_the_next_backend_is_refused_and_the_pool_stays(
@@ -164,7 +178,7 @@ def test_without_memory_for_a_new_pool_the_next_backend_is_refused_and_the_pool_
         full.setattr(module, "make_data", no_room)
         with pytest.raises(PoolError, match="are available"):
             scene.prepare(USER + 1)
-    assert scene.inode == first and scene.changes == 0
+    assert scene.inode == first and scene.workers.changes == 0
     assert scene.prepare(USER + 1) != first
 
 

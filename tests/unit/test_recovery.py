@@ -5,17 +5,21 @@ import errno
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 
 from support.fakes.device_parts import (
+    FakeBrokerChannel,
+    FakeChild,
+    FakeHolder,
     FakeKernel,
     FakeParts,
     FakeSession,
     FakeTeam,
+    FakeWorkerProcess,
+    ended_child,
     fake_context,
     turn,
 )
@@ -31,13 +35,13 @@ from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes import broker_process
 from ublkpool.daemon.processes.broker_process import BrokerProcess, Leases
-from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
 from ublkpool.ublk.errors import UblkError
 
+T = TypeVar("T")
 EPOCH = 4
 DEADLINE_S = 20
 AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready", "recovery command over"]
@@ -174,18 +178,10 @@ class SceneTeam(FakeTeam):
 
     async def ended(self) -> WorkerProcess:
         await asyncio.shield(self._scene.worker_ended)
-        return DeadWorker()
+        return FakeWorkerProcess(1, ended_child(0))
 
     def check_whole(self) -> None:
         self._scene.steps.append("check")
-
-
-class DeadWorker(WorkerProcess):
-    """A worker that has ended."""
-
-    def __init__(self) -> None:
-        self.fault = "queue 1: its worker ended"
-        self.child = SimpleNamespace(exit_status=0)  # type: ignore[assignment]
 
 
 class SceneSession(FakeSession):
@@ -353,14 +349,24 @@ def test_only_workers_of_a_quiesced_device_are_left_to_end_by_themselves(
     assert steps == ended
 
 
-class FakeRunner:
+class FakeRunner(ControlRunner):
     """Notes control commands and runs none."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.commands: list[str] = []
 
-    async def run_beside(self, what: str, *_: object) -> None:
+    async def run_beside(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = 0.0,
+        begun: asyncio.Event | None = None,
+        owner: str = "",
+    ) -> T:
         self.commands.append(what)
+        return result()
 
 
 @pytest.mark.parametrize("offered", [Feature(0), Feature.QUIESCE])
@@ -370,7 +376,7 @@ def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered
         info = DeviceInfo(
             queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
         )
-        kernel = BlockDevice(cast(ControlRunner, runner), "vol", Created(info, [[0]], offered))
+        kernel = BlockDevice(runner, "vol", Created(info, [[0]], offered))
         await kernel.start_recovery(1.0)
         before = [] if offered else ["vol: FETCH_REQ"]
         assert runner.commands == [*before, "vol: START_USER_RECOVERY"]
@@ -378,14 +384,23 @@ def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered
     asyncio.run(run())
 
 
-class DoingRunner:
+class DoingRunner(ControlRunner):
     """Runs control commands in this process."""
 
-    async def run_beside(self, _what: str, command: Callable[[], None], *_: object) -> None:
+    async def run_beside(
+        self,
+        what: str,
+        command: Callable[[], Any],
+        result: type[T],
+        deadline_s: float = 0.0,
+        begun: asyncio.Event | None = None,
+        owner: str = "",
+    ) -> T:
         try:
             command()
         except UblkError as error:
             raise ControlFailed(str(error), error.errno) from error
+        return result()
 
 
 @pytest.mark.parametrize("is_start", [True, False])
@@ -395,7 +410,7 @@ def test_a_team_that_is_not_whole_gets_no_request(is_start: bool, monkeypatch: p
     monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
     monkeypatch.setattr(control, "end_recovery", lambda *_: sent.append("END_USER_RECOVERY"))
     info = DeviceInfo(queues=2, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
-    kernel = BlockDevice(cast(ControlRunner, DoingRunner()), "vol", Created(info, [[0]], Feature(0)))
+    kernel = BlockDevice(DoingRunner(), "vol", Created(info, [[0]], Feature(0)))
 
     def torn() -> None:
         raise UblkError("queue 1: its worker or its tags have gone", errno.EOWNERDEAD)
@@ -421,10 +436,10 @@ def test_where_no_death_tears_tags_end_user_recovery_waits_for_the_fetches(
         queues=queues, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
     )
     created = Created(info, [[0]] * queues, offered)
-    assert not BlockDevice(cast(ControlRunner, FakeRunner()), "vol", created).tears_siblings
+    assert not BlockDevice(FakeRunner(), "vol", created).tears_siblings
 
 
-class FakeBroker:
+class NotingBroker(BrokerProcess):
     """A broker process that notes its commands, or is dead."""
 
     def __init__(self) -> None:
@@ -447,13 +462,13 @@ class FakeBroker:
         self.heard.clear()
 
 
-def leases(of: FakeBroker) -> Leases:
-    return Leases(cast(BrokerProcess, of), 7, 2, 0)
+def leases(of: NotingBroker) -> Leases:
+    return Leases(of, 7, 2, 0)
 
 
 def test_a_new_broker_is_told_the_device_and_its_last_epoch_once() -> None:
     async def run() -> None:
-        fake = FakeBroker()
+        fake = NotingBroker()
         device = leases(fake)
         await device.register(1)
         assert fake.heard == ["AddDevice", "Register 1", "Register 1"]
@@ -469,8 +484,8 @@ def test_a_new_broker_is_told_the_device_and_its_last_epoch_once() -> None:
 
 def test_an_adopted_broker_is_told_nothing_and_its_successor_everything() -> None:
     async def run() -> None:
-        fake = FakeBroker()
-        device = Leases(cast(BrokerProcess, fake), 7, 2, 0, known=3)
+        fake = NotingBroker()
+        device = Leases(fake, 7, 2, 0, known=3)
         await device.refresh()
         assert fake.heard == []
         fake.restart()
@@ -489,15 +504,14 @@ def test_an_answer_to_an_earlier_daemon_is_dropped() -> None:
             broker_commands.Pong(1),
         ):
             theirs.send(msgspec.json.encode(stale))
-        held: list[str] = []
-        holder = SimpleNamespace(hold=lambda name, _: held.append(name))
-        process = BrokerProcess("ipc://nowhere", cast(Holder, holder))
+        holder = FakeHolder()
+        process = BrokerProcess("ipc://nowhere", holder)
         with subprocess.Popen(["/bin/sleep", "600"]) as running:
             adopting = asyncio.ensure_future(process.adopt(running.pid, ours))
             await turn()
             question = msgspec.json.decode(theirs.recv(4096), type=broker_commands.Ping)
             theirs.send(msgspec.json.encode(broker_commands.Pong(question.number)))
-            assert await adopting and held == ["broker"]
+            assert await adopting and holder.held == {"broker"}
             running.kill()
         theirs.close()
         ours.close()
@@ -507,7 +521,7 @@ def test_an_answer_to_an_earlier_daemon_is_dropped() -> None:
 
 def test_the_successor_of_a_broker_that_died_during_its_commands_gets_all_of_them() -> None:
     async def run() -> None:
-        fake = FakeBroker()
+        fake = NotingBroker()
         device = leases(fake)
         fake.dead = True
         with pytest.raises(PoolError):
@@ -522,7 +536,7 @@ def test_the_successor_of_a_broker_that_died_during_its_commands_gets_all_of_the
 
 def test_a_new_broker_is_not_told_of_a_device_that_is_gone() -> None:
     async def run() -> None:
-        fake = FakeBroker()
+        fake = NotingBroker()
         device = leases(fake)
         await device.register(1)
         fake.turn.clear()
@@ -548,13 +562,13 @@ def test_a_broker_that_dies_while_it_is_told_its_devices_is_started_again(
 
         def start(process: BrokerProcess) -> None:
             life = asyncio.get_running_loop().create_future()
-            process._channel = cast(Any, SimpleNamespace(close=lambda: None))
-            process.child = cast(Any, SimpleNamespace(wait=lambda: life, exit_status=137))
+            process._channel = FakeBrokerChannel()
+            process.child = FakeChild(ended=life)
             process.generation += 1
             lives.put_nowait(life)
 
         monkeypatch.setattr(BrokerProcess, "_start", start)
-        process = BrokerProcess("ipc://nowhere", cast(Holder, None))
+        process = BrokerProcess("ipc://nowhere", FakeHolder())
         process.start()
 
         async def tell() -> None:

@@ -4,15 +4,18 @@ import asyncio
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import cast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from support.fakes.device_parts import DISK, FakeChild, FakeKernel, FakeWorkerProcess, ended_child
+from ublkpool.bufpool.pool.arena import Arena, arena_prefix
+from ublkpool.bufpool.pool.control import stats_offset
+from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.daemon.device.team import Plan, Team
 from ublkpool.daemon.processes.children import Child
-from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import _native
 from ublkpool.ublk.errors import UblkError
 
@@ -20,47 +23,12 @@ QUEUES = 16
 KILLED = 137
 
 
-def _worker(queue: int, status: int) -> WorkerProcess:
-    async def wait() -> int:
-        return status
-
-    return cast(WorkerProcess, SimpleNamespace(queue=queue, child=SimpleNamespace(wait=wait)))
-
-
-async def _first_ended(killed: int) -> int:
-    """The queue whose end is reported, when all workers end at once and one of them was killed."""
-    team = Team(cast(Plan, None), 1, lambda *_: None)
-    team.workers = [_worker(queue, KILLED if queue == killed else 0) for queue in range(QUEUES)]
-    return (await team.ended()).queue
-
-
-def test_the_worker_that_was_killed_is_named_and_not_its_siblings() -> None:
-    for killed in range(QUEUES):
-        assert asyncio.run(_first_ended(killed)) == killed
-
-
-def _whole_team(ended: int | None, gone: int | None) -> Team:
-    """Two workers, of which one may have ended, and one may have lost a tag."""
-
-    def block(queue: int) -> bytes:
-        statistics = _native.ffi.new("struct uq_stats *", {"tags_gone": int(queue == gone)})
-        return bytes(_native.ffi.buffer(statistics))
-
-    arena = SimpleNamespace(control=SimpleNamespace(statistics_block=block))
-    team = Team(cast(Plan, SimpleNamespace(arena=arena)), 1, lambda *_: None)
-    for queue in range(2):
-        child = SimpleNamespace(has_ended=lambda queue=queue: queue == ended)
-        team.workers.append(cast(WorkerProcess, SimpleNamespace(queue=queue, child=child)))
-    return team
-
-
-def test_a_team_is_whole_only_while_every_worker_lives_and_has_all_of_its_tags() -> None:
-    _whole_team(None, None).check_whole()
-    for queue in range(2):
-        with pytest.raises(UblkError, match=f"queue {queue}"):
-            _whole_team(queue, None).check_whole()
-        with pytest.raises(UblkError, match=f"queue {queue}"):
-            _whole_team(None, queue).check_whole()
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    prefix = arena_prefix(f"test-team-{os.getpid()}", 3)
+    with Arena.create(prefix, Geometry.build([(4096, 2)]), queues=2, device_number=3, reserve=(1,)) as arena:
+        yield arena
+        arena.unlink()
 
 
 @pytest.fixture
@@ -73,9 +41,47 @@ def zombie() -> Iterator[int]:
     os.waitpid(pid, 0)
 
 
+def _team(arena: Arena, children: Sequence[Child]) -> Team:
+    plan = Plan(DeviceConfig(name="vol"), FakeKernel(), arena, DISK, "", Path("/nonexistent"), None)
+    team = Team(plan, 1, lambda *_: None)
+    team.workers += [FakeWorkerProcess(queue, child) for queue, child in enumerate(children)]
+    return team
+
+
+async def _first_ended(arena: Arena, killed: int) -> int:
+    """The queue whose end is reported, when all workers end at once and one of them was killed."""
+    statuses = [KILLED if queue == killed else 0 for queue in range(QUEUES)]
+    return (await _team(arena, list(map(ended_child, statuses))).ended()).queue
+
+
+def test_the_worker_that_was_killed_is_named_and_not_its_siblings(arena: Arena) -> None:
+    for killed in range(QUEUES):
+        assert asyncio.run(_first_ended(arena, killed)) == killed
+
+
+def _note_lost_tags(arena: Arena, queue: int, tags: int) -> None:
+    statistics = _native.ffi.new("struct uq_stats *", {"tags_gone": tags})
+    os.pwrite(arena.control_fd, bytes(_native.ffi.buffer(statistics)), stats_offset(queue))
+
+
+def test_a_team_is_whole_only_while_every_worker_lives_and_has_all_of_its_tags(
+    arena: Arena, zombie: int
+) -> None:
+    living, dead = FakeChild(os.getpid()), FakeChild(zombie)
+    _team(arena, [living, living]).check_whole()
+    for queue in range(2):
+        children = [dead if each == queue else living for each in range(2)]
+        with pytest.raises(UblkError, match=f"queue {queue}"):
+            _team(arena, children).check_whole()
+        _note_lost_tags(arena, queue, 1)
+        with pytest.raises(UblkError, match=f"queue {queue}"):
+            _team(arena, [living, living]).check_whole()
+        _note_lost_tags(arena, queue, 0)
+
+
 def test_a_zombie_counts_as_dead(zombie: int) -> None:
-    assert Child.has_ended(cast(Child, SimpleNamespace(pid=zombie)))
-    assert not Child.has_ended(cast(Child, SimpleNamespace(pid=os.getpid())))
+    assert FakeChild(zombie).has_ended()
+    assert not FakeChild(os.getpid()).has_ended()
 
 
 PTRACE_CONT, PTRACE_SEIZE = 7, 0x4206
@@ -101,4 +107,4 @@ def dying() -> Iterator[int]:
 
 
 def test_a_process_that_was_sent_sigkill_counts_as_dead_before_its_end(dying: int) -> None:
-    assert Child.has_ended(cast(Child, SimpleNamespace(pid=dying)))
+    assert FakeChild(dying).has_ended()

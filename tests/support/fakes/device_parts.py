@@ -11,6 +11,7 @@ from typing import cast
 
 from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.pool import broker_commands
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.context import DaemonContext
@@ -24,6 +25,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes.broker_process import BrokerProcess
+from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.worker_process import WorkerProcess
@@ -48,14 +50,40 @@ class FakeHolder(Holder):
 
 
 class FakeChild(Child):
-    """A process that is never signalled and never ends."""
+    """A process that is never signalled; it ends when `ended` has its exit status, if that is given."""
+
+    def __init__(self, pid: int = 0, ended: "asyncio.Future[int] | None" = None) -> None:
+        self.pid = pid
+        if ended is not None:
+            self._exited = ended
+
+
+def ended_child(status: int) -> FakeChild:
+    """A process that has ended."""
+    ended = asyncio.get_running_loop().create_future()
+    ended.set_result(status)
+    return FakeChild(ended=ended)
+
+
+class FakeWorkerProcess(WorkerProcess):
+    """A worker without a socket."""
+
+    def __init__(self, queue: int, child: Child) -> None:
+        self.queue, self.child, self.fault = queue, child, ""
+
+
+class FakeBrokerChannel(Channel[broker_commands.Command, broker_commands.Reply]):
+    """A broker's connection without a socket."""
 
     def __init__(self) -> None:
-        self.pid = 0
+        """Nothing is opened."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class FakeBroker(BrokerProcess):
-    """A broker of which nothing runs."""
+    """A broker without a process."""
 
     def __init__(self) -> None:
         self.endpoint = "ipc://nowhere"
@@ -107,7 +135,7 @@ class FakeKernel(BlockDevice):
         info = DeviceInfo(
             queues=2, depth=4, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0)
         )
-        super().__init__(cast(ControlRunner, None), "vol", Created(info, [[0], [0]], Feature(0)))
+        super().__init__(ControlRunner(), "vol", Created(info, [[0], [0]], Feature(0)))
         self.node = Path("/dev/null")
         self.is_started = True
         self.io_timeouts_ms: list[int] = []

@@ -12,7 +12,7 @@ from typing import Any
 from support.fakes.queue_rig import DEVICE
 from support.sim.defects import END_COMES_LATE
 from support.sim.kernel import SimKernel
-from ublkpool.daemon.kernel.control_process import DEADLINE_S, ControlFailed
+from ublkpool.daemon.kernel.control_process import DEADLINE_S, ControlFailed, ControlRunner
 from ublkpool.ublk.abi import DeviceInfo, DeviceState, Feature
 from ublkpool.ublk.errors import UblkError
 
@@ -129,24 +129,18 @@ def info_of(kernel: SimKernel) -> DeviceInfo:
     )
 
 
-class SimRunner:
+class SimRunner(ControlRunner):
     """Disposable processes for control commands: each takes a random number of steps."""
 
     def __init__(self, rng: random.Random, jobs: list[ControlJob], defect: str) -> None:
+        super().__init__()
         self._rng, self._jobs, self._defect = rng, jobs, defect
-        self._turn = asyncio.Lock()
-
-    async def run(
-        self, what: str, command: Callable[[], Any], result: object, deadline_s: float = DEADLINE_S
-    ) -> Any:
-        async with self._turn:
-            return await self.run_beside(what, command, result, deadline_s)
 
     async def run_beside(
         self,
         what: str,
         command: Callable[[], Any],
-        _result: object,
+        result: type[Any],
         deadline_s: float = DEADLINE_S,
         begun: asyncio.Event | None = None,
         owner: str = "",

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, cast
 
+from support.fakes.device_parts import FakeBrokerChannel, FakeHolder
 from support.fakes.queue_rig import DEVICE
 from support.fakes.states import DirectRunner
 from support.sim.backend import SimBackend, SimSession
@@ -39,6 +39,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -129,7 +130,7 @@ class BrokerLife:
         self.commands.clear()
 
 
-class SimHolder:
+class SimHolder(Holder):
     """Keeps sockets over a supervisor's death; in a simulation only a backend's could be closed."""
 
     def __init__(self, hold_backend: Callable[[int], None]) -> None:
@@ -139,7 +140,7 @@ class SimHolder:
         if name == session_names("sim")[0]:
             self._hold_backend(fd)
 
-    def drop(self, _name: str) -> None:
+    def drop(self, name: str) -> None:
         """The simulation never looks for a dropped socket."""
 
 
@@ -204,7 +205,7 @@ class SimBrokerProcess(BrokerProcess):
         self, begin: Callable[[SimChild, BrokerLife | None], BrokerLife], end: Callable[[], None]
     ) -> None:
         self._begin, self._end = begin, end
-        super().__init__("ipc:///nonexistent/ublkpool/broker", cast(Holder, None))
+        super().__init__("ipc:///nonexistent/ublkpool/broker", FakeHolder())
 
     def _start(self) -> None:
         self._be(None)
@@ -218,7 +219,7 @@ class SimBrokerProcess(BrokerProcess):
         """It has no socket that could be removed."""
 
     def _be(self, life: BrokerLife | None) -> None:
-        self._channel = cast(Any, SimpleNamespace(close=lambda: None))
+        self._channel = FakeBrokerChannel()
         self.child = SimChild("pool broker", self._end)
         self.process = self._begin(self.child, life)
         self.generation += 1
@@ -373,6 +374,36 @@ class SimDevice(Device):
         return cast(SimDeviceParts, self.parts).team
 
 
+class SimRecords(Records):
+    """Records that `SimDeviceParts.save` keeps in memory."""
+
+    def forget(self, name: str) -> None:
+        """The simulation never looks for the record of a device that is gone."""
+
+
+class SimContext(DaemonContext):
+    """A daemon in which only the directories of state and queues are real."""
+
+    def __init__(self, scenery: Scenery, runner: SimRunner, broker: SimBrokerProcess) -> None:
+        self.run_dir, self.queue_dir = _RUN_DIR, scenery.queue_dir
+        self.instance, self.boot_id, self.build = "sim", "this boot", ""
+        self.group = self.live_mounts = None
+        self.runner, self.broker = runner, broker
+        self.holder = SimHolder(scenery.hold_backend)
+        self.states = StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner())
+        self.records = SimRecords(_RUN_DIR)
+
+
+class SimTime:
+    """Stands for the `time` module, with the simulation's clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def monotonic(self) -> float:
+        return self._clock.now_s
+
+
 class Daemon:
     """One life of the supervisor, with one device."""
 
@@ -394,25 +425,13 @@ class Daemon:
             for file in scenery.state_dir.iterdir():
                 file.unlink()
         runner = SimRunner(scenery.rng, scenery.jobs, scenery.defect)
-        self._context = SimpleNamespace(
-            run_dir=_RUN_DIR,
-            instance="sim",
-            group=None,
-            runner=runner,
-            states=StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner()),
-            boot_id="this boot",
-            broker=self.broker,
-            holder=SimHolder(scenery.hold_backend),
-            build="",
-            records=SimpleNamespace(forget=lambda _name: None),
-            queue_dir=scenery.queue_dir,
-        )
+        self._context = SimContext(scenery, runner, self.broker)
         self.device = self._new_device()
         restarted = self.broker.keep_running(lambda: self.device.broker_restarted())
         self.broker_watch = self.loop.create_task(restarted)
 
     def _new_device(self) -> SimDevice:
-        return SimDevice(self.scenery.config, cast(DaemonContext, self._context))
+        return SimDevice(self.scenery.config, self._context)
 
     async def take_over(self, left: LeftBehind, goes_on: bool, end_left: Callable[[], None]) -> bool:
         """As `takeover.TakeOver` does with one device: go on with what was left, or recover it."""
@@ -480,7 +499,7 @@ def patched(scenery: Scenery) -> Iterator[None]:
         (adoption, "end_left", _ender(scenery)),
         (block_device, "control", SimControl(scenery.kernel)),
         (device_commands, "control", SimControl(scenery.kernel)),
-        (ring_links, "time", SimpleNamespace(monotonic=lambda: scenery.clock.now_s)),
+        (ring_links, "time", SimTime(scenery.clock)),
         *REPLACED_BY.get(scenery.defect, ()),
     ]
     saved = [(module, name, getattr(module, name)) for module, name, _ in replaced]
