@@ -20,6 +20,15 @@ from ublkpool.workers.process import fork_child
 
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 5.0
+_IN_ENVIRONMENT = """
+import sys
+try:
+    from ublkpool.daemon.cli.commands import main
+except ImportError as error:
+    sys.stderr.write(f"ublkpool: {sys.executable}: {error}: install ublkpool in this environment, too\\n")
+    sys.exit(2)
+main()
+"""
 _log = logging.getLogger("ublkpool.backend")
 
 
@@ -60,7 +69,8 @@ class BackendProcess(SupervisedProcess):
             f"{key}={value}" for key, given in self._config.options.items() for value in _values(given)
         ]
         command = [
-            *(sys.executable, "-m", "ublkpool.daemon", "backend", self._config.kind, "--log-format", "json"),
+            *_program(self._config.python),
+            *("backend", self._config.kind, "--log-format", "json"),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
@@ -139,6 +149,11 @@ class BackendProcess(SupervisedProcess):
         # Status 0: it was told to end, as by an upgrade.
         level = logging.WARNING if self.child.exit_status else logging.INFO
         _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, pause_s)
+
+
+def _program(python: str | None) -> list[str]:
+    """The command `ublkpool`, run by another environment's interpreter if one is given."""
+    return [sys.executable, "-m", "ublkpool.daemon"] if python is None else [python, "-c", _IN_ENVIRONMENT]
 
 
 def _values(given: str | list[str]) -> list[str]:

@@ -73,7 +73,9 @@ class Conflict(ValueError):
         self.key = key
 
 
-class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BackendConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """A backend that the daemon runs: a built-in kind or the absolute path of a .py file.
 
     `cwd` is the config file's directory, or the directory in which the user ran `ublkpool add`; relative paths in
@@ -84,6 +86,8 @@ class BackendConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     options: Mapping[str, str | list[str]] = {}
     """A list for a key that is given several times."""
     cwd: str | None = None
+    python: str | None = None
+    """The interpreter that runs it, of an environment that has ublkpool, too; None for the daemon's own."""
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,6 +192,8 @@ class Problem(NamedTuple):
     message: str
 
 
+_OWN_KEYS = ("kind", "python")
+"""Keys of a backend's table that are no options of the backend."""
 USER_KEYS = {
     "size_bytes": "size",
     "max_io_bytes": "max_io",
@@ -273,18 +279,40 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
         problems.append(Problem((*path, "kind"), problem if kind is None else f"{problem}, {_got(kind)}"))
         return None
     texts_of, lists = (_option_text, "") if kind in WITHOUT_LISTS else (_option_texts, ", or a list of them")
-    options = {key: texts_of(value) for key, value in table.items() if key != "kind"}
+    options = {key: texts_of(value) for key, value in table.items() if key not in _OWN_KEYS}
     problems.extend(
         Problem((*path, key), f"expected a string, a number or a bool{lists}, {_got(table[key])}")
         for key, text in options.items()
         if text is None
     )
     texts = {key: text for key, text in options.items() if text is not None}
-    return _resolved_backend(kind, texts, path, problems, cwd)
+    python = _check_python(table.get("python"), (*path, "python"), problems, cwd)
+    return _resolved_backend(kind, texts, python, path, problems, cwd)
+
+
+def _check_python(value: object, path: KeyPath, problems: list[Problem], cwd: Path) -> str | None:
+    """The absolute path of the interpreter; a name without `/` is looked up in PATH."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        problems.append(Problem(path, f"expected the path of a Python interpreter, {_got(value)}"))
+        return None
+    import shutil
+
+    # Not the file that a link points to: an environment's interpreter is a link to that of the system.
+    file = os.path.normpath(cwd / value) if "/" in value else shutil.which(value) or value
+    if not os.access(file, os.X_OK) or Path(file).is_dir():
+        problems.append(Problem(path, f"no such program: {file}; give the interpreter of an environment"))
+    return file
 
 
 def _resolved_backend(
-    kind: str, options: Mapping[str, str | list[str]], path: KeyPath, problems: list[Problem], cwd: Path
+    kind: str,
+    options: Mapping[str, str | list[str]],
+    python: str | None,
+    path: KeyPath,
+    problems: list[Problem],
+    cwd: Path,
 ) -> BackendConfig:
     """The backend, with the absolute path of its FILE.py; adds a problem if there is no such file."""
     if kind.endswith(".py") or "/" in kind:
@@ -292,7 +320,7 @@ def _resolved_backend(
         if not file.is_file():
             problems.append(Problem((*path, "kind"), f"no such file: {file}"))
         kind = str(file)
-    return BackendConfig(kind=kind, options=options, cwd=str(cwd))
+    return BackendConfig(kind=kind, options=options, cwd=str(cwd), python=python)
 
 
 def _option_texts(value: object) -> str | list[str] | None:

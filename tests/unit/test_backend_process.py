@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,37 @@ async def test_a_key_that_is_given_several_times_reaches_the_backend_each_time(t
     process.start()
     await process.child.wait()
     assert process.obituary().endswith("mine: option size: is given twice; options are: size=NUMBER")
+
+
+def interpreter(path: Path, *, alone: bool) -> str:
+    """A program that runs this Python; `alone`: without the packages of its environment."""
+    flags = "-I -S" if alone else ""
+    path.write_text(f'#!/bin/sh\nexport RUN_BY={path.name}\nexec {sys.executable} {flags} "$@"\n')
+    path.chmod(0o700)
+    return str(path)
+
+
+@in_a_loop
+async def test_another_environment_s_interpreter_runs_the_backend(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("import os\nraise RuntimeError(f'run by {os.environ[\"RUN_BY\"]}')")
+    python = interpreter(tmp_path / "theirs", alone=False)
+    process = BackendProcess(
+        "vol0", BackendConfig(kind=str(plugin), python=python), tmp_path, lambda fd: None
+    )
+    process.start()
+    assert await process.child.wait() == 2
+    assert process.obituary().endswith("mine.py:2: RuntimeError: run by theirs")
+
+
+@in_a_loop
+async def test_an_environment_without_ublkpool_is_one_line(tmp_path: Path) -> None:
+    python = interpreter(tmp_path / "theirs", alone=True)
+    process = BackendProcess("vol0", BackendConfig(kind="null", python=python), tmp_path, lambda fd: None)
+    process.start()
+    assert await process.child.wait() == 2
+    assert "No module named 'ublkpool'" in process.obituary()
+    assert process.obituary().endswith("install ublkpool in this environment, too")
 
 
 @in_a_loop

@@ -2,6 +2,8 @@
 
 import grp
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import msgspec
@@ -122,6 +124,21 @@ def test_a_list_gives_an_option_several_times(tmp_path: Path) -> None:
     assert device.backend.options == {"urls": ["x", "y"], "ports": ["1", "2"], "one": "z"}
 
 
+def test_a_backend_s_interpreter_is_on_record_with_its_whole_path(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "python").symlink_to(sys.executable)
+    text = '[[device]]\nname = "a"\nbackend = {{ kind = "null", python = "{}" }}'
+    for given, found in (("env/python", str(tmp_path / "env" / "python")), ("sh", shutil.which("sh"))):
+        (device,) = load_config(write(tmp_path, text.format(given))).devices
+        assert device.backend == BackendConfig(kind="null", cwd=str(tmp_path), python=found)
+        assert msgspec.json.decode(msgspec.json.encode(device), type=DeviceConfig) == device
+
+
+def test_a_backend_s_new_keys_are_not_sent_unless_they_are_used() -> None:
+    """An earlier daemon refuses keys that it does not know."""
+    assert b"python" not in msgspec.json.encode(BackendConfig(kind="null"))
+
+
 @pytest.mark.parametrize(
     ("key", "complaint"),
     [
@@ -159,6 +176,14 @@ def test_a_list_gives_an_option_several_times(tmp_path: Path) -> None:
             'backend.path: expected a string, a number or a bool, got ["a"]',
         ),
         (
+            'backend = { kind = "null", python = "env/python" }',
+            "backend.python: no such program: {dir}/env/python; give the interpreter of an environment",
+        ),
+        (
+            'backend = { kind = "null", python = 3 }',
+            "backend.python: expected the path of a Python interpreter, got 3",
+        ),
+        (
             'backend = { kind = "theirs", urls = ["a", ["b"]] }',
             'backend.urls: expected a string, a number or a bool, or a list of them, got ["a",["b"]]',
         ),
@@ -166,7 +191,7 @@ def test_a_list_gives_an_option_several_times(tmp_path: Path) -> None:
 )
 def test_a_bad_value_is_reported_with_its_device_and_key(tmp_path: Path, key: str, complaint: str) -> None:
     text = f'[daemon]\n\n[[device]]\nname = "a"\n[[device]]\nname = "b"\n{key}\n'
-    assert complaints(tmp_path, text) == [f'device "b": {complaint}']
+    assert complaints(tmp_path, text) == [f'device "b": {complaint.replace("{dir}", str(tmp_path))}']
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "a b", "é", "x" * 65, "new\nline", "end\n"])
