@@ -192,10 +192,14 @@ class Backend:
         return self.pwrite, (buffer, offset, fua)
 
     def _calls_of_zero(self, request: Request) -> Iterator[Call]:
+        arguments = (request.offset, request.length, not request.flags & _NOUNMAP)
+        if request.fua and type(self).zero_durably is not Backend.zero_durably:
+            yield self.zero_durably, arguments
+            return
         if type(self).zero is Backend.zero:
             yield from self._zero_pieces(request.offset, request.length)
         else:
-            yield self.zero, (request.offset, request.length, not request.flags & _NOUNMAP)
+            yield self.zero, arguments
         if request.fua:
             yield self.flush, ()
 

@@ -15,7 +15,7 @@ packages=(
     # programs that the tests run
     curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps util-linux xfsprogs
     # the servers that backends are tested against, and a backend's library
-    libnbd0 nbdkit
+    libnbd0 nbdkit nbdkit-plugin-python
     # to fetch and verify the guests' kernels
     ca-certificates debian-archive-keyring debootstrap gpgv xz-utils
 )

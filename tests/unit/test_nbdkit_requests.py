@@ -23,7 +23,7 @@ from support.nbdkit.plugins import (
 )
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.nbdkit.plugin import CALLBACKS_IGNORED
-from ublkpool.bufpool.wire import Flag, Op
+from ublkpool.bufpool.wire import Flag, Kind, Op
 
 # Requests.
 
@@ -301,6 +301,53 @@ def test_a_plugin_serves_a_device(tmp_path: Path, plugin: Plugin, transport: str
             ("flush", 0),
             ("zero", 8192, 0, 3),
         ]
+
+
+AT_ONCE = """
+import threading
+meeting = threading.Barrier(3)
+def thread_model(): return nbdkit.THREAD_MODEL_PARALLEL
+def pread(h, buf, offset, flags):
+    if offset == 4096: nbdkit.set_error(errno.ENOSPC)
+    meeting.wait(20)
+    if offset == 8192: raise RuntimeError
+"""
+
+
+def test_parallel_requests_run_at_once_and_have_errors_of_their_own(
+    tmp_path: Path, plugin: Plugin, transport: str
+) -> None:
+    backend = plugin(NEEDED, AT_ONCE)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        requests = [worker.describe(Kind.REQUEST, Op.READ, tag * 4096, 512, tag=tag) for tag in range(3)]
+        worker.send(0, requests)
+        results = {answer.tag: answer.result for answer in (worker.receive() for _ in requests)}
+    assert [results[tag] for tag in range(3)] == [512, -errno.ENOSPC, -errno.EIO]
+
+
+def test_serial_requests_run_one_after_the_other_on_one_thread(tmp_path: Path, plugin: Plugin) -> None:
+    code = "import threading\ndef pread(h, buf, offset, flags): calls.append(threading.get_ident())\n"
+    backend = plugin(NEEDED, code, "def thread_model(): return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS\n")
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        calls()
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, tag * 4096, 512, tag=tag) for tag in range(4)])
+        for _ in range(4):
+            assert worker.receive().result == 512
+        assert len(set(calls())) == 1
+
+
+@pytest.mark.parametrize("model", ["SERIALIZE_REQUESTS", "PARALLEL"])
+def test_a_zero_with_fua_gets_the_flag_from_every_thread_model(
+    tmp_path: Path, plugin: Plugin, model: str
+) -> None:
+    code = (
+        f"def thread_model(): return nbdkit.THREAD_MODEL_{model}\ndef can_fua(h): return nbdkit.FUA_NATIVE\n"
+    )
+    backend = plugin(NEEDED, WRITES, FLUSHES, ZERO, code)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        calls()
+        assert worker.do(Op.WRITE_ZEROES, 0, 4096, flags=int(Flag.FUA | Flag.NOUNMAP)) == 0
+        assert calls() == [("zero", 4096, 0, 2)]
 
 
 def test_the_memory_that_a_plugin_gets_is_the_pool(tmp_path: Path, plugin: Plugin) -> None:

@@ -24,6 +24,7 @@ from support.guest.boot import Machine, say
 from support.guest.cache import KERNELS, CacheError, GuestCache
 from support.guest.kernel_selftests import fetch_selftests
 from support.guest.qemu import Spec
+from support.nbdkit.source_package import fetch_plugins
 
 KVM_PROBE_TIMEOUT_S = 20
 CPUS = 4
@@ -112,11 +113,12 @@ def main() -> None:
 
 @main.command()
 def fetch() -> None:
-    """Fetch QEMU, virtiofsd, the kernels and their selftests into the cache."""
+    """Fetch QEMU, virtiofsd, the kernels and their selftests, and nbdkit's plugins into the cache."""
     guests = GuestCache()
     with exiting_on_signals():
         guests.fetch()
         fetch_selftests()
+        fetch_plugins()
     print(f"guest: kernels {' and '.join(KERNELS)} are ready in {guests.root}")
 
 

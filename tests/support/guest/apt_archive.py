@@ -1,6 +1,7 @@
 """A Debian archive, found through apt's configuration; only signed content is trusted.
 
-Owns the chain of trust InRelease (gpgv, the Debian keyring) -> Packages.xz (SHA256) -> .deb (SHA256).
+Owns the chain of trust InRelease (gpgv, the Debian keyring) -> Packages.xz (SHA256) -> .deb (SHA256), and the same for
+Sources.xz and the file of a source package.
 Knows nothing of guests or kernels. Nothing here needs root, and nothing is installed on the host.
 """
 
@@ -22,6 +23,8 @@ OS_RELEASE = Path("/etc/os-release")
 DOWNLOAD_ATTEMPTS_MAX = 4
 SOCKET_TIMEOUT_S = 60
 CHUNK_BYTES = 1 << 20
+BINARIES = "main/binary-amd64/Packages.xz"
+SOURCES = "main/source/Sources.xz"
 # Sources may name a release by its class as well as by its code name.
 RELEASE_CLASSES = frozenset({"stable", "oldstable", "oldoldstable", "testing", "unstable", "sid"})
 
@@ -156,6 +159,16 @@ def parse_packages(text: str, wanted: re.Pattern[str]) -> Iterator[Package]:
             yield Package(name, f["version"], f["filename"], int(f["size"]), f["sha256"])
 
 
+def parse_sources(text: str, name: str) -> Iterator[Package]:
+    """The upstream tarballs of a source package, one for each version in the index."""
+    for paragraph in re.findall(rf"^Package: {re.escape(name)}\n(?:.+\n)*", text, re.MULTILINE):
+        fields = parse_fields(paragraph)
+        for row in fields.get("checksums-sha256", "").split("\n"):
+            if re.search(r"\.orig\.tar\.\w+$", row):
+                digest, size, file = row.split()
+                yield Package(name, fields["version"], f"{fields['directory']}/{file}", int(size), digest)
+
+
 def apt_proxies() -> dict[str, str]:
     """The proxies of apt's configuration; those of the environment take precedence, as in apt."""
     try:
@@ -172,7 +185,7 @@ class Archive:
     def __init__(self, mirrors: list[str], scratch: Path) -> None:
         self._mirrors = mirrors
         self._scratch = scratch
-        self._indexes: dict[str, str] = {}
+        self._indexes: dict[tuple[str, str], str] = {}
         proxies = apt_proxies() | urllib.request.getproxies()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
@@ -191,6 +204,13 @@ class Archive:
             raise ArchiveError(f"suite {suite} has no package {pattern}")
         return found[-1]
 
+    def newest_source(self, suite: str, name: str) -> Package:
+        """The newest upstream tarball of a source package in a suite."""
+        found = sorted(parse_sources(self._index(suite, SOURCES), name), key=Package.age_key)
+        if not found:
+            raise ArchiveError(f"suite {suite} has no source package {name}")
+        return found[-1]
+
     def download(self, package: Package) -> Path:
         """The package's file, its SHA256 checked. The caller removes it."""
         target = self._scratch / Path(package.filename).name
@@ -201,20 +221,21 @@ class Archive:
                 return target
         raise ArchiveError(f"no mirror has {package.filename}")
 
-    def _index(self, suite: str) -> str:
-        if suite not in self._indexes:
-            self._indexes[suite] = self._fetch_index(suite)
-        return self._indexes[suite]
+    def _index(self, suite: str, path: str = BINARIES) -> str:
+        if (suite, path) not in self._indexes:
+            self._indexes[suite, path] = self._fetch_index(suite, path)
+        return self._indexes[suite, path]
 
-    def _fetch_index(self, suite: str) -> str:
+    def _fetch_index(self, suite: str, path: str) -> str:
         print(f"guest: reading the package index of {suite}", flush=True)
         problems = []
+        directory, _, file = path.rpartition("/")
         for mirror in self._mirrors:
             base = f"{mirror}/dists/{suite}"
             try:
-                digest = parse_release_hashes(self._verified_release(base))["main/binary-amd64/Packages.xz"]
-                packed = self._scratch / f"{suite}.Packages.xz"
-                self._get(f"{base}/main/binary-amd64/by-hash/SHA256/{digest}", packed, digest)
+                digest = parse_release_hashes(self._verified_release(base))[path]
+                packed = self._scratch / f"{suite}.{file}"
+                self._get(f"{base}/{directory}/by-hash/SHA256/{digest}", packed, digest)
             except (ArchiveError, urllib.error.HTTPError, KeyError) as problem:
                 problems.append(f"{mirror}: {problem!r}")
                 continue
