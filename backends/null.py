@@ -26,6 +26,7 @@ class NullBackend(Backend):
     """Answers at once and stores nothing."""
 
     Options = NullOptions
+    stores_data = False
 
     def __init__(self, options: NullOptions) -> None:
         self.options: NullOptions = options

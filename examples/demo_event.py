@@ -4,7 +4,8 @@
     ublkpool backend examples/demo_event.py --device demo placement=backend
 
 `submit` only starts requests; `complete` may be called from any thread, in any order.  The data lives in this process
-and dies with it: a backend for real data answers a write only when the data is outside the process.
+and dies with it, which `survives_death` declares: the daemon then fails the device.  A backend for real data answers a
+write only when the data is outside the process.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ class DemoEventOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class DemoEvent(Backend):
     Options = DemoEventOptions
+    survives_death = False
 
     def __init__(self, options: DemoEventOptions) -> None:
         self.options: DemoEventOptions = options

@@ -23,6 +23,7 @@ class DemoNullOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class DemoNull(Backend):
     Options = DemoNullOptions
+    stores_data = False
 
     def __init__(self, options: DemoNullOptions) -> None:
         self.options: DemoNullOptions = options

@@ -390,6 +390,14 @@ class Port:
         """Feed the backend's descriptors to the queue and send its output; whether to ring the backend's doorbell."""
         return bool(_lib.uq_port_turn(self.raw, queue.raw))
 
+    def doze(self, queue: Queue) -> bool:
+        """Whether this side may sleep: the backend rings from now on, until `wake`.  False if something has come."""
+        return bool(_lib.uq_port_doze(self.raw, queue.raw))
+
+    def wake(self) -> None:
+        """This side is awake: the backend need not ring."""
+        _lib.uq_port_wake(self.raw)
+
     def close(self) -> None:
         """Free the memory; no ring may use the port any more."""
         _ffi.release(self.raw)

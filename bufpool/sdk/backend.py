@@ -101,6 +101,11 @@ class Backend:
     A request takes all its chunks together, in order of arrival, so a method may read, change and write back a chunk
     without a lock.  A FLUSH touches no chunk.  May be set until `open` returns."""
 
+    survives_death: bool = True
+    """False: what was answered is lost when this process ends; the daemon then fails the device."""
+    stores_data: bool = True
+    """False: writes are dropped and reads return anything, so `ublkpool backend check` compares no data."""
+
     def __init__(self, options: msgspec.Struct = NoOptions()) -> None:  # noqa: B008 - frozen
         self.options = options
 

@@ -248,6 +248,8 @@ class FunctionBackend(Backend):
         self.plain_pread, self.plain_pwrite = self._pread, self._pwrite
         self.parallel = getattr(module, "parallel", 1)
         self.exclusive_bytes = getattr(module, "exclusive_bytes", 0)
+        self.survives_death = bool(getattr(module, "survives_death", True))
+        self.stores_data = bool(getattr(module, "stores_data", True))
 
     @staticmethod
     def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:

@@ -79,6 +79,7 @@ def serve(
         attach = attach_message(
             properties, device, kind or type(backend).__name__.lower(), tells=known.may_create is not None
         )
+        attach = _with_survival(attach, backend, known)
         attachment = DeviceConnection.open(
             run_dir, device, attach, segment, wait_s=wait_s, transport=transport
         )
@@ -132,6 +133,17 @@ def attach_message(properties: Properties, device: str, kind: str, tells: bool =
         msgspec.json.decode(wire.encode_message(attach), type=wire.Attach)
     except (TypeError, ValueError) as error:
         raise BackendError(f"the backend {kind!a} has properties that cannot be sent: {error}") from error
+    return attach
+
+
+def _with_survival(attach: wire.Attach, backend: Backend, known: wire.Described) -> wire.Attach:
+    """The message with what the backend says of its data; an older daemon refuses these fields."""
+    if known.knows_survival:
+        return msgspec.structs.replace(
+            attach, survives_death=bool(backend.survives_death), stores_data=bool(backend.stores_data)
+        )
+    if not backend.survives_death:
+        log.warning("the data ends with this process, and this daemon would serve the device without it")
     return attach
 
 

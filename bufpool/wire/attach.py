@@ -68,6 +68,10 @@ class Attach(
     """Sent only to a daemon whose `Described` has `may_create`; None: the store has no identity."""
     generation_seen: int = 0
     """The highest generation that the store has recorded; the daemon answers with a higher one."""
+    survives_death: bool = True
+    """False: what was answered is lost when the process ends.  Sent only if `Described` has `knows_survival`."""
+    stores_data: bool = True
+    """False: reads return anything.  Sent as `survives_death`; only a check looks at it."""
 
 
 class Describe(
@@ -97,6 +101,8 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     """The device was never served, so a backend may make an empty store for it; None: an older daemon."""
     takes_next: bool = False
     """The operator accepted the next store, whatever it is (`ublkpool rebind`)."""
+    knows_survival: bool = False
+    """The daemon knows `Attach.survives_death` and `Attach.stores_data`; False: an older daemon."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,10 @@ _COMMANDS = {
 """The module below `ublkpool.daemon.cli` and the function of each command, in the order of the help."""
 
 
+_SUBCOMMANDS: dict[tuple[str, ...], str] = {("backend", "check"): "check:check"}
+"""Commands of two words; any other second word is an argument of the first."""
+
+
 class _Commands(click.Group):
     """Turns every error of a command into lines on stderr and an exit status."""
 
@@ -52,10 +56,21 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, function = _COMMANDS[cmd_name].split(":")
-        command = getattr(import_module(f"ublkpool.daemon.cli.{module}"), function)
-        assert isinstance(command, click.Command)
-        return command
+        return _command(_COMMANDS[cmd_name])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if (found := _SUBCOMMANDS.get(tuple(args[:2]))) is not None:
+            return " ".join(args[:2]), _command(found), args[2:]
+        return super().resolve_command(ctx, args)
+
+
+def _command(where: str) -> click.Command:
+    module, function = where.split(":")
+    command = getattr(import_module(f"ublkpool.daemon.cli.{module}"), function)
+    assert isinstance(command, click.Command)
+    return command
 
 
 @click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,34 @@
+"""Defect: a write is answered before it is in the file."""
+
+import os
+import threading
+import time
+from queue import SimpleQueue
+
+file = -1
+writes: SimpleQueue[tuple[bytes, int]] = SimpleQueue()
+
+
+def open(path: str) -> None:
+    global file
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    threading.Thread(target=store, daemon=True).start()
+
+
+def store() -> None:
+    while True:
+        data, offset = writes.get()
+        time.sleep(0.005)
+        os.pwrite(file, data, offset)
+
+
+def get_size() -> int:
+    return os.lseek(file, 0, os.SEEK_END)
+
+
+def pread(buf: memoryview, offset: int) -> int:
+    return os.preadv(file, [buf], offset)
+
+
+def pwrite(buf: memoryview, offset: int) -> None:
+    writes.put((bytes(buf), offset))
