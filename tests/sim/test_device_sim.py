@@ -108,7 +108,7 @@ def play(seed: int, **changes: Any) -> DeviceWorld:
 
 
 @pytest.mark.parametrize("seeds", sim_play.chunks(SEEDS), ids=repr)
-def test_whoever_dies_whenever_every_request_is_answered_once_and_data_is_right(seeds: range) -> None:
+def test_after_any_deaths_every_request_is_answered_once_and_data_is_right(seeds: range) -> None:
     for seed in seeds:
         play(seed)
 
@@ -139,7 +139,7 @@ def test_the_runs_reach_every_corner(first: int, corners: tuple[str, ...]) -> No
     raise AssertionError(f"{missing} in none or one run: {reached}")
 
 
-def test_writes_land_in_what_was_posted_while_whoever_dies() -> None:
+def test_writes_land_in_posted_regions_across_deaths() -> None:
     reached = Counter[str]()
     for seed in range(len(SHAPES), 2 * len(SHAPES)):
         if scenario(seed, random.Random(seed)).posts:

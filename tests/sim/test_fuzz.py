@@ -1,4 +1,4 @@
-"""A million spoiled messages of another process's: each is counted as rejected, and what serves goes on.
+"""A million malformed messages from other processes: each is counted as rejected, and service goes on.
 
 `UBLKPOOL_FUZZ_FACTOR=N` sends N times as many, `UBLKPOOL_FUZZ_SEED=K` begins at another seed.
 """
@@ -194,7 +194,7 @@ def test_frames_and_commands_at_the_broker(arena: Arena) -> None:
 
 
 def _files() -> list[int]:
-    """What a liar might pass for a segment: right, unsealed, too short, unallocated, no file at all."""
+    """Descriptors that a hostile backend might pass as a segment: valid, unsealed, too short, unallocated, no file."""
     made = [os.memfd_create(name, os.MFD_ALLOW_SEALING) for name in ("right", "unsealed", "short", "holes")]
     for file, size in zip(made, (PAGE, PAGE, 1, PAGE), strict=True):
         os.truncate(file, size)

@@ -58,7 +58,7 @@ def play(seed: int, **changes: bool) -> World:
 
 
 @pytest.mark.parametrize("seeds", sim_play.chunks(SEEDS), ids=repr)
-def test_whatever_the_order_of_events_data_is_right_and_every_request_is_answered_once(seeds: range) -> None:
+def test_in_any_order_of_events_data_is_right_and_every_request_is_answered_once(seeds: range) -> None:
     for seed in seeds:
         play(seed)
 
@@ -70,7 +70,7 @@ def test_a_seed_replays_its_run() -> None:
 def test_a_backend_that_reuses_a_region_before_its_release_is_found_out() -> None:
     """Seeds 51 (a death) and 52 (a cut) rescue a write from a region whose unheard DONE came before its reuse."""
     found = [seed for seed in range(48, 56) if _fails(seed)]
-    assert found, "nobody noticed"
+    assert found, "no run reports the reuse"
 
 
 def _fails(seed: int) -> bool:
@@ -98,7 +98,7 @@ def with_clients(seed: int, rng: random.Random) -> Scenario:
 
 
 @pytest.mark.parametrize("seeds", sim_play.chunks(2 * len(SHAPES)), ids=repr)
-def test_requests_in_clients_own_memory_are_served_there_whatever_happens(seeds: range) -> None:
+def test_requests_in_clients_own_memory_are_served_there_in_any_order_of_events(seeds: range) -> None:
     worlds = [sim_play.play(seed, with_clients, World) for seed in seeds]
     statistics = [side.statistics for world in worlds for side in world.rig.sides]
     assert sum(each.zero_copies for each in statistics) > len(seeds)

@@ -1,4 +1,4 @@
-"""The pool's memory: allocated whole, laid out as drawn, and nothing of it left behind."""
+"""The pool's memory: allocated at once, laid out as documented, and removed completely."""
 
 import ctypes
 import fcntl
@@ -55,7 +55,7 @@ def objects() -> list[str]:
     return sorted(path.name for path in Path("/dev/shm").iterdir() if INSTANCE in path.name)
 
 
-def test_the_control_segment_lies_as_drawn(arena: Arena) -> None:
+def test_the_control_segment_has_the_documented_layout(arena: Arena) -> None:
     raw = os.pread(arena.control_fd, 1 << 20, 0)
     assert raw[:8] == b"UBLKPOOL"
     assert struct.unpack_from("<IIIIIIQ", raw, 8) == (1, 7, 2, 2, 9, 0, 6 * 4096 + 3 * 65536)
@@ -65,7 +65,7 @@ def test_the_control_segment_lies_as_drawn(arena: Arena) -> None:
     assert len(raw) == 4096 * (1 + 2 + 1)
 
 
-def test_slot_headers_and_statistics_lie_as_drawn(arena: Arena) -> None:
+def test_slot_headers_and_statistics_have_the_documented_layout(arena: Arena) -> None:
     arena.control.grant(3, Owner(1, 5))
     assert os.pread(arena.control_fd, 16, 4096 * 3 + 16 * 3) == struct.pack("<IIII", 2, 5, 0, 1)
     assert slot_header_offset(2, 3) == 4096 * 3 + 48
@@ -170,7 +170,7 @@ def test_a_pool_larger_than_the_available_memory_is_refused_and_leaves_nothing(p
 
 @pytest.mark.parametrize("by_bytes", [-4096, 4096])
 def test_no_process_with_a_descriptor_can_change_the_size_of_a_pool(arena: Arena, by_bytes: int) -> None:
-    """A page that is missing when a worker or the kernel copies would be SIGBUS, or a request that never ends."""
+    """A missing page would mean SIGBUS in a worker, or a request that never ends in the kernel."""
     theirs = os.open(f"/proc/self/fd/{arena.data_fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         with pytest.raises(PermissionError):
@@ -202,7 +202,7 @@ def _punch(fd: int, size_bytes: int) -> None:
     assert libc.fallocate(fd, mode, ctypes.c_long(0), ctypes.c_long(size_bytes)) == 0
 
 
-def test_other_memory_takes_the_place_of_the_old(arena: Arena) -> None:
+def test_a_pools_memory_can_be_replaced(arena: Arena) -> None:
     os.pwrite(arena.data_fd, b"old", 0)
     before = open_fds()
     arena.replace_data(make_data(*arena.next_data))

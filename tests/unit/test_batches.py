@@ -1,4 +1,4 @@
-"""Batches: what came at once as columns, answered at once, over both transports."""
+"""Batches: requests that arrive together are columns and are answered together, over both transports."""
 
 import array
 import errno
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("transport")
 
 
 class Batched(Plain):
-    """Does with a batch what the test says."""
+    """A backend whose batches the test handles."""
 
     def __init__(self, do: Callable[["Batched", Batch], None]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Batched(Plain):
 
 
 def _mixed(worker: FakeWorker) -> list[Descriptor]:
-    """A write, a read, what has no data, a write with FUA, a read."""
+    """A write, a read, a request without data, a write with FUA, a read."""
     ops = [(Op.WRITE, 0), (Op.READ, 0), (Op.FLUSH, 0), (Op.WRITE, Flag.FUA), (Op.READ, Flag.REPLAY)]
     return [
         worker.describe(Kind.REQUEST, op, tag * BLOCK, 0 if op == Op.FLUSH else BLOCK, tag=tag, flags=flags)
@@ -121,7 +121,7 @@ def test_a_place_outside_of_the_memory_copies_nothing_and_fails_the_batch(
     assert not any(backend.disk)
 
 
-def test_one_fails_one_falls_short_and_the_rest_is_well(tmp_path: Path) -> None:
+def test_one_request_fails_one_is_short_and_the_others_succeed(tmp_path: Path) -> None:
     def judge(backend: Batched, batch: Batch) -> None:
         batch.result[0], batch.result[1], batch.result[2] = -errno.ENOSPC, 512, BLOCK + 1
 
@@ -130,7 +130,7 @@ def test_one_fails_one_falls_short_and_the_rest_is_well(tmp_path: Path) -> None:
         assert _results(worker, 4) == {0: -errno.ENOSPC, 1: 512, 2: -errno.EIO, 3: BLOCK}
 
 
-def test_an_exception_fails_all_but_those_of_later(tmp_path: Path) -> None:
+def test_an_exception_fails_all_requests_but_those_of_later(tmp_path: Path) -> None:
     def fail(backend: Batched, batch: Batch) -> None:
         backend.kept.append(batch.later(1))
         raise OSError(errno.EDQUOT, "full")
@@ -140,12 +140,12 @@ def test_an_exception_fails_all_but_those_of_later(tmp_path: Path) -> None:
         worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK, tag=tag) for tag in range(3)])
         assert _results(worker, 2) == {0: -errno.EDQUOT, 2: -errno.EDQUOT}
         assert worker.is_silent()
-        # From another thread than the loop's.
+        # From a thread beside the loop's.
         backend.kept[0].complete()
         assert _results(worker, 1) == {1: BLOCK}
 
 
-def test_one_of_later_is_a_request_like_any(tmp_path: Path) -> None:
+def test_a_request_of_later_behaves_like_any_request(tmp_path: Path) -> None:
     def keep(backend: Batched, batch: Batch) -> None:
         backend.kept.append(batch.later(0))
         for wrong in (0, 1, -1):
@@ -175,7 +175,7 @@ def test_one_of_later_is_a_request_like_any(tmp_path: Path) -> None:
         assert worker.is_silent(), "one of the old epoch still runs"
         kept.fail(OSError(errno.EIO, "late"))
         assert (worker.receive().kind, fence.epoch) == (Kind.FENCED, 2)
-        assert worker.is_silent(), "its answer is nobody's any more"
+        assert worker.is_silent(), "a dropped request has no answer"
 
 
 def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_does_no_harm(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_batch_that_is_kept_too_long_shows_old_numbers_and_does_no_harm(tmp_pa
 
 
 class Posting(Plain):
-    """Has its writes in slots that the SDK posts."""
+    """A backend whose writes land in slots that the SDK posts."""
 
     properties = Properties(
         size_bytes=1 << 20,
@@ -217,7 +217,7 @@ def _posts(worker: FakeWorker, count: int) -> list[Descriptor]:
 
 
 def _land(worker: FakeWorker, post: Descriptor, data: bytes, **more: int) -> Descriptor:
-    """A write that came without a question; its DATA."""
+    """DATA of a write that landed in a posted slot, without PLACE."""
     assert worker.own is not None
     worker.own[post.buffer : post.buffer + len(data)] = data
     request = worker.describe(Kind.DATA, Op.WRITE, 2 * BLOCK, len(data), flags=more.get("flags", 0))
@@ -235,7 +235,7 @@ def test_writes_land_in_posted_regions_without_a_place(tmp_path: Path) -> None:
         request = _land(worker, post, b"p" * BLOCK, flags=Flag.FUA)
         assert worker.answer_of(request).result == BLOCK
         worker.release(request)
-        # It is asked all the same if nothing that was posted fits.
+        # The SDK still asks for a place if no posted slot is large enough.
         assert worker.write(8 * BLOCK, b"q" * 8192) == 8192
     assert backend.placed[0] == post.buffer and len(backend.placed) == 2
     assert backend.disk[2 * BLOCK : 3 * BLOCK] == b"p" * BLOCK
@@ -253,19 +253,19 @@ def test_regions_posted_to_a_dead_worker_are_posted_to_the_next(tmp_path: Path) 
 
 
 class PostingAll(Posting):
-    """Names no place itself: what it is posted for is all."""
+    """A backend without `place`, for which the SDK posts slots of every size."""
 
     properties = msgspec.structs.replace(Posting.properties, post_max_bytes=BLOCK)
 
 
-def test_without_places_of_the_authors_there_is_a_slot_for_every_size(tmp_path: Path) -> None:
+def test_a_backend_that_names_no_places_has_a_slot_for_every_size(tmp_path: Path) -> None:
     with _posting_worker(tmp_path) as worker, serving(worker, PostingAll()):
         _posts(worker, 8)
         assert worker.write(0, b"a" * (64 << 10)) == 64 << 10
 
 
 class PostingSmall(Posting):
-    """The SDK posts for small writes, and the author says where large ones go."""
+    """The SDK posts slots for small writes, and the backend places the large ones."""
 
     properties = msgspec.structs.replace(Posting.properties, post_max_bytes=BLOCK)
 
@@ -306,7 +306,7 @@ def test_small_writes_land_in_posted_slots_and_the_author_places_the_others(tmp_
 
 
 class PostingBatches(Posting):
-    """The same, batch by batch."""
+    """The same with batches."""
 
     def serve_batch(self, batch: Batch) -> None:
         batch.copy(memoryview(self.disk))

@@ -1,4 +1,4 @@
-"""Requests that become calls: the same answers as from the model in Python, and more."""
+"""Requests that become Python calls have the same answers as in the Python model; limits and errors of calls."""
 
 import errno
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def _device(outbox: Outbox) -> Device:
 
 
 class Moody(Plain):
-    """Answers in every way there is."""
+    """A backend that answers in each possible way."""
 
     def pread(self, buf: memoryview, offset: int) -> int | None:  # type: ignore[override]
         if offset == BLOCK:
@@ -123,7 +123,7 @@ def _say(engine: CallEngine | RequestEngine, *frames: list[Descriptor]) -> list[
 
 
 class Seeing(Plain):
-    """Requests, and what their buffers hold."""
+    """Requests, and the contents of their buffers."""
 
     def submit(self, batch: Sequence[Request]) -> None:
         for request in batch:
@@ -168,7 +168,7 @@ def test_a_buffer_outside_the_pool_fails_its_request(moody: CallEngine, segment:
     assert [each.result for each in _say(moody, [wrong])] == [-errno.EFAULT]
 
 
-def test_a_result_that_is_larger_than_its_request_is_told_once(
+def test_a_result_larger_than_its_request_is_logged_once(
     moody: CallEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_a_result_that_is_larger_than_its_request_is_told_once(
 
 
 class Odd(Plain):
-    """Returns what is no number of bytes."""
+    """A backend that returns a value that is no number of bytes."""
 
     def pread(self, buf: memoryview, offset: int) -> int | None:  # type: ignore[override]
         if offset == 0:
@@ -195,7 +195,7 @@ def test_an_invalid_result_fails_its_own_request_alone() -> None:
 
 
 class Naming(Plain):
-    """Reads in place, at regions that the test gives."""
+    """A backend that reads in place, in regions that the test names."""
 
     def __init__(self) -> None:
         super().__init__()

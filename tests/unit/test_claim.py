@@ -1,4 +1,4 @@
-"""A store is opened alone: who has it is named, the dead are waited for, and the living only for a while."""
+"""A store is opened exclusively: dead users are waited for, living ones only for a while and named in the error."""
 
 import errno
 import fcntl
@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
 
 
 class Time:
-    """A clock that moves when it is waited on."""
+    """A clock that only `sleep` moves."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -53,7 +53,7 @@ def _patience(path: Path, time: Time) -> claim.Patience:
 
 @pytest.fixture
 def running() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts Python code with arguments, which has done its work when it prints a line; ends it after the test."""
+    """Starts Python code and waits for its first line; ends the process after the test."""
     with ExitStack() as ends:
 
         def start(code: str, *words: object) -> "subprocess.Popen[str]":
@@ -343,7 +343,7 @@ def test_whatever_lies_on_a_loop_device_is_in_use_while_the_loop_device_s_file_i
 def test_a_backend_of_a_block_device_that_is_killed_under_load_is_succeeded(
     loop: Path, tmp_path: Path
 ) -> None:
-    """The kernel keeps the claim until the last direct I/O of the dead has ended, and the successor waits for that."""
+    """The kernel keeps a dead process's claim until its last direct I/O has ended, and the successor waits for that."""
     with FakeWorker(tmp_path, depth=8) as worker:
         for turn in range(4):
             backend = spawn(tmp_path, "file", {"path": str(loop), "direct": "on"})

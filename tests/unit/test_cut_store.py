@@ -75,7 +75,7 @@ def test_a_request_on_a_file_that_was_cut_ends_the_backend_and_leaves_the_file_s
 def test_writes_that_arrive_after_a_file_was_cut_change_nothing_and_are_not_answered(
     tmp_path: Path, disk: Path
 ) -> None:
-    """The successor executes them: an answered write would be lost with the file's end."""
+    """The successor executes these writes; an answered one would be lost with the file's end."""
     with FakeWorker(tmp_path) as worker:
         backend = BackendThread(FileBackend(FileOptions(path=disk)), tmp_path)
         worker.accept()

@@ -1,4 +1,4 @@
-"""A queue's socket that a backend cannot reach: what is waited for, and what ends the backend with its path."""
+"""A queue's socket that a backend cannot reach: the backend waits a while, then ends with an error that names it."""
 
 import errno
 import os
@@ -102,7 +102,7 @@ def _attached(path: Path) -> wire.Attached:
 def _until_it_ends(transport: Transport, path: Path) -> None:
     links = make_links(_attached(path), transport)
     try:
-        # Each turn ends after half a second at most, though nothing comes.
+        # Each poll returns after half a second at most.
         for _ in range(1000):
             links.poll(None)
     finally:

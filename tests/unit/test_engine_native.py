@@ -1,4 +1,4 @@
-"""The native engine's numbers are the wire's."""
+"""The native engine's constants and layout equal those of the wire."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The file backend on real files: what is written is in the file, holes are holes, errors are errnos."""
+"""The file backend on real files: writes reach the file, discards make holes, errors become errnos."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ KIB = 1 << 10
 
 @pytest.fixture(params=["disk", "memory"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Where the file is to be, on a disk and in memory: the native storage treats them differently."""
+    """A directory on a disk and one in memory, which the native storage treats differently."""
     if request.param == "disk":
         yield tmp_path / "disk.img"
         return
@@ -194,7 +194,7 @@ def test_where_no_hole_can_be_zeroed_zeros_are_written(tmp_path: Path) -> None:
         (FileOptions(path=Path("/tmp"), readonly=True), "neither a regular file nor a block device"),
     ],
 )
-def test_an_unusable_file_is_one_clear_line(options: FileOptions, line: str) -> None:
+def test_the_error_for_an_unusable_file_is_one_line(options: FileOptions, line: str) -> None:
     with pytest.raises(BackendError, match=line) as caught:
         open_file(options)
     assert str(options.path) in str(caught.value)
@@ -210,7 +210,7 @@ def test_a_fifo_is_refused_without_waiting_for_its_other_end(tmp_path: Path, rea
 
 @pytest.mark.parametrize("is_there", [False, True])
 def test_no_file_is_made_where_the_node_of_a_block_device_is_missing(tmp_path: Path, is_there: bool) -> None:
-    """Neither under the name itself, nor through a link, nor from an empty file that another program made."""
+    """Neither under the name, nor through a link, nor in place of an empty file that another program made."""
     node = Path(f"/dev/ublkpool-test-{os.getpid()}")
     link = tmp_path / "link"
     link.symlink_to(node)
@@ -234,7 +234,7 @@ def test_a_file_that_is_smaller_than_asked_is_refused(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("found_bytes", [16384, 16384 + 100])
-def test_of_a_larger_file_as_much_is_served_as_was_asked(disk: Path, found_bytes: int) -> None:
+def test_of_a_larger_file_only_the_size_of_the_device_is_served(disk: Path, found_bytes: int) -> None:
     disk.write_bytes(bytes(found_bytes))
     opened = open_file(FileOptions(path=disk, size=8192))
     os.close(opened.file)
@@ -273,7 +273,7 @@ def test_a_successor_refuses_a_file_that_was_cut_short_in_one_line(tmp_path: Pat
     assert f"path={disk}: has 1048576 bytes, fewer than size=64M" in said
 
 
-def test_a_tail_that_is_no_block_is_not_served(disk: Path) -> None:
+def test_a_tail_smaller_than_a_block_is_not_served(disk: Path) -> None:
     disk.write_bytes(bytes(8192 + 100))
     opened = open_file(FileOptions(path=disk, direct="off"))
     os.close(opened.file)

@@ -1,4 +1,4 @@
-"""Huge pages: mapped where they fit, made where they can be had, never missed in silence where they are required."""
+"""Huge pages: mapped at their alignment, made if the kernel can, and an error if required but not available."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def make(prefix: str, huge: str, geometry: Geometry = GEOMETRY) -> Arena:
 
 @pytest.fixture(scope="module")
 def collapses() -> None:
-    """Only where this kernel makes huge pages at all."""
+    """Skips where this kernel makes no huge pages."""
     fd = core.sealed_memory(HUGE_PAGE_BYTES, "test")
     with SharedMap(fd, HUGE_PAGE_BYTES) as mapping:
         mapping.collapse()
@@ -131,16 +131,16 @@ def test_a_pool_and_its_replacement_are_in_huge_pages(prefix: str, huge: str) ->
         assert 512 * data.st_blocks == data.st_size
 
 
-def test_off_is_off(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("nobody asked for it"))
+def test_off_makes_no_huge_pages(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("the config has huge pages off"))
     with make(prefix, "off") as arena:
         arena.replace_data(make_data(*arena.next_data))
 
 
-def test_memory_in_the_place_of_the_old_need_not_be_huge(
+def test_memory_that_replaces_a_pools_need_not_be_in_huge_pages(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device is there: small pages serve it, and none would not."""
+    """The device exists already and works with small pages."""
     with make(prefix, "auto") as arena:
         arena.huge = "require"
         monkeypatch.setattr(SharedMap, "collapse", lambda _: None)

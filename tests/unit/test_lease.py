@@ -1,4 +1,4 @@
-"""The lease table: one owner for each slot, reserves always available, waiting that ends, no slot lost by a death."""
+"""The lease table: each slot has one owner, reserves stay available, each wait ends, and no death loses a slot."""
 
 import pytest
 from hypothesis import settings
@@ -101,7 +101,7 @@ def test_buffers_on_order_are_those_neither_granted_nor_cut() -> None:
     ("owner", "size_class", "want"),
     [(Owner(0, 2), 0, 1), (Owner(3, 1), 0, 1), (Owner(-1, 1), 0, 1), (A, 1, 1), (A, -1, 1), (A, 0, 0)],
 )
-def test_a_lease_that_makes_no_sense_is_counted_and_ignored(owner: Owner, size_class: int, want: int) -> None:
+def test_an_invalid_lease_is_counted_and_ignored(owner: Owner, size_class: int, want: int) -> None:
     made = table()
     before = made.statistics()
     assert made.lease(owner, size_class, want) == ()
@@ -269,7 +269,7 @@ def test_a_waiting_queue_gives_buffers_above_an_even_share_to_queues_below_it() 
 
 
 class Leases(RuleBasedStateMachine):
-    """Any order of everything, against a model that knows only grants and its own returns."""
+    """All operations in any order, against a model that knows only grants and its own returns."""
 
     @initialize()
     def start(self) -> None:
@@ -373,7 +373,7 @@ class Leases(RuleBasedStateMachine):
                 slots = sorted(self.mine[owner] & set(GEOMETRY.classes[size_class].slots))
                 self.mine[owner] -= set(slots)
                 self.accept(self.table.give_back(owner, slots))
-        raise AssertionError("somebody waits for ever")
+        raise AssertionError("a queue waits for ever")
 
     @invariant()
     def every_slot_has_the_owner_that_everybody_thinks(self) -> None:
@@ -392,7 +392,9 @@ class Leases(RuleBasedStateMachine):
             assert statistics.free + statistics.leased == statistics.count
             unclaimed = sum(max(0, RESERVE[size_class] - each) for each in counts)
             assert statistics.free >= unclaimed
-            assert not statistics.waiting or statistics.free == unclaimed, "nobody waits for what is free"
+            assert not statistics.waiting or statistics.free == unclaimed, (
+                "a queue waits although a buffer is free"
+            )
 
 
 Leases.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

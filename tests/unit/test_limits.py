@@ -1,4 +1,4 @@
-"""The pool's sizes: every buffer has a place of its own, and every queue can proceed."""
+"""The pool's sizes: buffers never overlap, and every queue can proceed."""
 
 import pytest
 from hypothesis import given

@@ -74,7 +74,7 @@ def test_an_overlapping_write_waits_until_the_first_is_released(in_place: FakeWo
     assert (placed.kind, placed.buffer) == (Kind.PLACED, 8192)
 
 
-def test_two_reads_of_one_block_are_not_lent_it_at_once(in_place: FakeWorker) -> None:
+def test_two_reads_of_one_block_wait_for_each_other(in_place: FakeWorker) -> None:
     _, first = in_place.read_in_place(0, 4096)
     second = in_place.describe(Kind.REQUEST, Op.READ, 0, 4096, tag=1, lend=False)
     in_place.send(0, [second])
@@ -124,7 +124,7 @@ def test_a_kept_disk_that_is_smaller_than_asked_is_refused(tmp_path: Path) -> No
     assert "keeps a disk of 1M, fewer than size=2M" in log
 
 
-def test_of_a_larger_kept_disk_as_much_is_served_as_was_asked(tmp_path: Path) -> None:
+def test_of_a_larger_kept_disk_only_the_size_of_the_device_is_served(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker:
         first = spawn(tmp_path, "memory", {"size": "2M"})
         worker.accept()
@@ -169,7 +169,7 @@ def test_a_keeper_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_memory_disk_larger_than_the_memory_is_refused_before_a_page_of_it_is_allocated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Allocating it would wake the OOM killer, which chooses a process."""
+    """Allocating the disk would wake the OOM killer, which may kill any process."""
 
     def allocate(_file: int, _at: int, size_bytes: int) -> None:
         raise AssertionError(f"{size_bytes} bytes were allocated")

@@ -1,4 +1,4 @@
-"""The native memory disk against a model of it, and against whatever a worker could send."""
+"""The native memory disk against a model, and against anything that a worker can send."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from ublkpool.bufpool.wire import SEGMENT_CLIENTS, SEGMENT_POOL, Descriptor, Fla
 BLOCK = 512
 DISK_BLOCKS = 192
 DISK_BYTES = DISK_BLOCKS * BLOCK
-"""Three words of the engine's bits."""
+"""Three words of the engine's block bitmap."""
 DEPTH = 6
 INVALID = -22
 
@@ -38,7 +38,7 @@ def asked(kind: Kind, op: Op, tag: int, offset: int, length: int, sequence: int 
 
 
 class Step(NamedTuple):
-    """One thing that a worker says; blocks of the disk."""
+    """One descriptor of a worker; numbers in blocks of the disk."""
 
     what: str
     tag: int
@@ -83,7 +83,7 @@ class Model:
 
 
 class Play:
-    """Steps at the engine and at the model; what is named must be the same."""
+    """The same steps at the engine and at the model, which must name the same regions."""
 
     def __init__(self, disk: NativeRig) -> None:
         self.disk, self.model = disk, Model()
@@ -114,7 +114,7 @@ class Play:
         self._said(self.disk.say([request]), expected)
 
     def _data(self, step: Step) -> None:
-        """Less than was placed may come; what is lent stays as large as it was named."""
+        """DATA may be shorter than its PLACE; the lent region keeps its size."""
         request = self.last[step.tag]
         length = min(request.length, step.blocks * BLOCK)
         answers = self.disk.say([request._replace(kind=Kind.DATA, length=length)])
@@ -239,7 +239,7 @@ CORNERS = (
 
 
 def noise(rng: random.Random) -> Descriptor:
-    """Mostly something that could be meant."""
+    """A descriptor that is mostly valid."""
     kind = rng.choice(
         (Kind.REQUEST, Kind.REQUEST, Kind.PLACE, Kind.PLACE, Kind.DATA, Kind.RELEASE, Kind.FENCE)
     )
@@ -263,7 +263,7 @@ def noise(rng: random.Random) -> Descriptor:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_that_a_worker_sends_is_written_beside_the_disk_or_the_pool(seed: int) -> None:
-    """The own segment is larger than the device: what lies behind the device is as untouchable as what lies outside."""
+    """The own segment is larger than the device, and no request may touch the bytes behind the device."""
     rng = random.Random(seed)
     with closing(rig(size_bytes=DISK_BYTES // 2)) as disk:
         disk.own.view[DISK_BYTES // 2 :] = behind = rng.randbytes(DISK_BYTES // 2)

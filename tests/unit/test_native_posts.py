@@ -1,4 +1,4 @@
-"""What the native engine posts ahead: how much, to whom, and when it is the engine's again."""
+"""Regions that the native engine posts ahead: their number, their queue, and their return to the engine."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -38,7 +38,7 @@ def posts(answers: list[Descriptor]) -> list[Descriptor]:
 
 
 def data(post: Descriptor, tag: int = 0, length: int = SMALL, sequence: int = 1) -> Descriptor:
-    """A write that landed where it was posted."""
+    """A write that landed in a posted region."""
     return Descriptor(Kind.DATA, Op.WRITE, 0, DEVICE_NUMBER, post.queue, tag, post.epoch, sequence, 8192, length, 0,
                       OWN_SEGMENT, post.buffer)  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_without_sizes_nothing_is_posted() -> None:
 
 
 @pytest.mark.parametrize("own_bytes", [LARGE, LARGE + SMALL, 2 * LARGE, 3 * LARGE, 5 * LARGE])
-def test_a_write_that_asks_finds_a_region_whatever_is_posted(own_bytes: int) -> None:
+def test_a_write_that_asks_finds_a_region_beside_the_posted_ones(own_bytes: int) -> None:
     worker = rig(own_bytes)
     worker.say([WELCOME])
     answers = worker.say([place(0, LARGE)])
@@ -103,7 +103,7 @@ def test_regions_are_posted_in_batches_when_half_are_used(worker: NativeRig) -> 
 
 
 def test_a_region_that_comes_back_unused_is_free(worker: NativeRig) -> None:
-    """A write of which nothing could be copied: RELEASE without DATA."""
+    """A write without copied data: RELEASE follows without DATA."""
     posted = posts(worker.say([WELCOME]))
     again = posts(worker.say([release(data(each, tag)) for tag, each in enumerate(posted[:DEPTH])]))
     assert len(again) == DEPTH and worker.engine.statistics().lent == 0

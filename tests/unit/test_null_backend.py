@@ -1,4 +1,4 @@
-"""The null backend: right answers, nothing stored, both placements."""
+"""The null backend answers correctly and stores nothing, with both placements."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A pool over the lives of its backends: when the next backend gets other memory."""
+"""A device's pool over several backends: when the next backend gets new memory."""
 
 import asyncio
 import os
@@ -148,7 +148,7 @@ def test_until_every_worker_has_changed_no_backend_is_handed_memory(scene: Scene
     scene.workers.refuses = True
     with pytest.raises(AttachRefused):
         scene.prepare(USER + 1)
-    # Not even the old memory's user: some workers have the new.
+    # Nor the user of the old memory, since some workers have the new one.
     for user in (USER, USER + 1):
         with pytest.raises(AttachRefused):
             scene.prepare(user)
@@ -185,7 +185,7 @@ def test_without_memory_for_a_new_pool_the_next_backend_is_refused_and_the_pool_
 def test_a_pool_that_was_never_handed_out_is_not_checked(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "is_open_elsewhere", lambda _: pytest.fail("nobody has it"))
+    monkeypatch.setattr(module, "is_open_elsewhere", lambda _: pytest.fail("the pool was never handed out"))
     scene.pool.begin(scene.arena)
     scene.prepare()
 
@@ -194,7 +194,7 @@ def test_a_pool_that_was_never_handed_out_is_not_checked(
 def test_a_large_pool_is_allocated_by_another_process_than_the_supervisor(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once_bytes_max: int
 ) -> None:
-    """A gigabyte takes seconds, for which no other device would be looked after."""
+    """Allocating a gigabyte takes seconds, in which the supervisor would serve no other device."""
 
     def fill(fd: int, plan: DataPlan) -> str:
         (tmp_path / "pid").write_text(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""The worker's side of the broker: what is on order is what the broker says, and what it cannot know yet."""
+"""A worker's link to the broker: buffers on order are those that the broker reports and those it has not seen yet."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ class Conversation:
         self.routing_id, *_ = self.router.recv_multipart()
 
     def leases(self) -> list[tuple[int, int, int]]:
-        """What the link asks for now: class, sequence, count."""
+        """The LEASEs that the link sends now: class, sequence, count."""
         self.link.balance()
         found = []
         while self.router.poll(50):

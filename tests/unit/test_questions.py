@@ -1,4 +1,4 @@
-"""Questions to other processes: a late answer answers nobody else's question, with numbers or without."""
+"""Questions to other processes: a late answer never answers another question, with ids or without."""
 
 import asyncio
 import signal

@@ -289,7 +289,7 @@ def test_a_second_burst_has_every_buffer_that_is_free() -> None:
             desk.queue.tick((burst * 2 + looks) * 1000)
             desk.side.check()
             desk.rig.settle(0)
-        assert len(desk.queue.stock_held(1)) < 5, "what lies there for a while goes back"
+        assert len(desk.queue.stock_held(1)) < 5, "buffers that stay idle return to the broker"
 
 
 def test_each_change_of_the_stock_is_noticed_at_once() -> None:

@@ -43,7 +43,7 @@ def symbols(file: Path, *which: str) -> set[str]:
 
 
 def calls_upwards(objects: dict[str, Path]) -> list[str]:
-    """What a file needs of the files above it, or of none that is known."""
+    """The symbols that a file takes from files above it, or from no known file."""
     below: set[str] = set()
     found = []
     for name in objects:

@@ -1,7 +1,7 @@
-"""A link's end is the end of its doorbells: by number they may be somebody else's files a moment later.
+"""No loop uses a doorbell after its link has ended, because the descriptor's number may soon mean another file.
 
-A pipe stands for a doorbell that is waited for: its writer hears at once when nobody has the reader any more, a poll of
-io_uring's included.
+A pipe stands for a doorbell: a poll of its writer reports at once when no descriptor and no io_uring poll refers to the
+reader any more.
 """
 
 import os
@@ -30,13 +30,13 @@ DEPTH = 4
 
 
 class Pipe:
-    """Whose reader stands for a doorbell."""
+    """A pipe whose reader stands for a doorbell."""
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def is_held(self) -> bool:
-        """Close the reader's number: whether anybody has the file all the same."""
+        """Close the reader; whether a poll of io_uring still holds its file."""
         os.close(self.reader)
         poll = select.poll()
         poll.register(self._writer, 0)
@@ -81,7 +81,7 @@ class Loop:
         self.driver.bells(0, -1, -1)
 
     def answer_a_sleeper(self) -> None:
-        """A request comes, and its answer finds a worker that sleeps."""
+        """Send a request whose answer finds the worker asleep."""
         before = self.memory.waiting(TO_WORKER)
         self.memory.set_index(TO_WORKER, SLEEPING, 1)
         request = Descriptor(Kind.REQUEST, Op.FLUSH, device=DEVICE_NUMBER, epoch=EPOCH)
@@ -122,7 +122,7 @@ def test_a_loop_that_has_no_doorbell_waits_for_none(loop: Loop, bell: int) -> No
     loop.driver.run(0, True)
     loop.end()
     loop.driver.run(0, True)
-    # Its number is another file's now.
+    # The number now means another file.
     stranger, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.dup2(stranger, with_bell.reader)
     os.close(stranger)
@@ -135,12 +135,12 @@ def test_a_loop_that_has_no_doorbell_waits_for_none(loop: Loop, bell: int) -> No
     assert not with_bell.is_held()
 
 
-def test_what_was_due_to_a_dead_worker_is_rung_for_nobody(loop: Loop, bell: int) -> None:
+def test_a_doorbell_that_was_due_to_a_dead_worker_is_not_rung(loop: Loop, bell: int) -> None:
     ours, workers = _bell(), _bell()
     loop.open(ours, workers)
     loop.answer_a_sleeper()
     assert _is_rung(workers)
-    # One that is due and has nowhere to go yet, as when there is no submission entry for it.
+    # A doorbell that is due and waits for a submission entry.
     loop.driver.bells(0, ours, -1)
     loop.answer_a_sleeper()
     loop.end()

@@ -178,7 +178,7 @@ def test_a_request_on_a_connection_that_the_same_turn_closes_does_no_harm(tmp_pa
     link.expect(TOKEN, os.getuid())
     asking = [RingPeer(tmp_path / "ring", TOKEN) for _ in range(ASKING_MAX)]
     link.turn()
-    # Both in one look: who comes makes the oldest go, who speaks is the oldest.
+    # One turn sees both: the new connection makes the link close the oldest one, and the oldest one has asked.
     with RingPeer(tmp_path / "ring", TOKEN):
         asking[0].connection.send(b"{}")
         link.turn()

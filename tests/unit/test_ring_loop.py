@@ -1,4 +1,4 @@
-"""The loop in C that turns a native engine over rings."""
+"""The C loop that runs a native engine over rings."""
 
 import os
 import select
@@ -41,7 +41,7 @@ def null() -> NullBackend:
 
 
 def when_asleep(worker: FakeWorker) -> None:
-    """The backend has said on every queue that it sleeps: whoever writes now rings."""
+    """Wait until the backend has announced on every queue that it sleeps, so that the next request rings a doorbell."""
     while not all(worker.rings(queue).get(TO_BACKEND + SLEEPING) for queue in range(worker.queues)):
         os.sched_yield()
 
@@ -60,7 +60,7 @@ def test_one_request_at_a_time_is_one_wait_each(
     ):
         for _ in range(REQUESTS):
             when_asleep(worker)
-            # It may have looked again before it sleeps: then nobody would have to ring.
+            # The worker counts as asleep, so that each answer rings a doorbell.
             worker.rings().put(TO_WORKER + SLEEPING, 1)
             assert worker.write(4096, b"1" * 4096) == 4096
     assert REQUESTS <= counted[0].calls <= REQUESTS + MORE_CALLS_MAX
@@ -71,7 +71,7 @@ def test_one_request_at_a_time_is_one_wait_each(
 def test_a_release_alone_wakes_a_backend_only_if_it_waits_for_a_region(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory backend lends no byte twice at once: who wants it too, on whatever queue, waits for its RELEASE."""
+    """The memory backend lends no byte twice at once: another request for it, on any queue, waits for its RELEASE."""
     monkeypatch.setattr(FakeWorker, "transport", "ring")
     backend = MemoryBackend(MemoryOptions(size=1 << 20, placement="backend", keep=False))
     with FakeWorker(tmp_path, placement="backend", queues=2, depth=DEPTH) as worker, serving(worker, backend):
@@ -98,11 +98,11 @@ def test_a_batch_is_one_turn(worker: FakeWorker, counted: list[DriverStatistics]
 
 
 def send_more_than_a_ring_holds(worker: FakeWorker) -> None:
-    """Twice as many as there is room for answers, each half when the first has been read."""
+    """Send twice as many requests as the ring has room for answers, the second half once the first has been read."""
     requests = [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)]
     for half in (requests[: DEPTH // 2], requests[DEPTH // 2 :]):
         worker.send(0, half)
-        # All that came before is taken when a later request is answered.
+        # Once a later request is answered, the loop has taken all earlier ones.
         assert worker.do(Op.FLUSH, queue=1) == 0
 
 
@@ -114,7 +114,7 @@ def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -
     assert tags == list(range(DEPTH))
 
 
-def test_it_ends_when_the_last_answer_has_found_room(worker: FakeWorker) -> None:
+def test_the_loop_ends_once_the_last_answer_has_found_room(worker: FakeWorker) -> None:
     worker.rings().entries = DEPTH // 2
     thread = BackendThread(null(), worker.run_dir)
     worker.accept()
@@ -174,7 +174,7 @@ def more_read_than_answered(worker: FakeWorker) -> None:
 @pytest.mark.parametrize(
     "nonsense", [more_than_was_written, an_answer_for_a_request, more_read_than_answered]
 )
-def test_a_worker_that_talks_nonsense_ends_the_backend(
+def test_a_worker_that_breaks_the_protocol_ends_the_backend(
     worker: FakeWorker, nonsense: Callable[[FakeWorker], None]
 ) -> None:
     worker.rings().entries = DEPTH // 2
@@ -185,8 +185,8 @@ def test_a_worker_that_talks_nonsense_ends_the_backend(
         thread.join()
 
 
-def test_a_signal_is_heard_by_a_loop_that_does_not_sleep(worker: FakeWorker) -> None:
-    """A handler runs when Python does: the descriptor is what brings it back."""
+def test_a_signal_interrupts_a_loop_that_does_not_sleep(worker: FakeWorker) -> None:
+    """A Python signal handler runs only in Python, and the wakeup descriptor brings the loop back there."""
 
     class Watching:
         watched = -1
@@ -210,7 +210,7 @@ def test_a_signal_is_heard_by_a_loop_that_does_not_sleep(worker: FakeWorker) -> 
         assert not select.select([loop.watched], [], [], 0)[0]
 
 
-def test_a_signal_ends_it_while_a_worker_is_away(worker: FakeWorker) -> None:
+def test_a_signal_ends_the_loop_while_a_queue_has_no_worker(worker: FakeWorker) -> None:
     process = spawn(worker.run_dir, "null", {"size": "1G"})
     worker.accept()
     worker.links[0].end()
@@ -269,7 +269,7 @@ class OnePage(Plain):
     """Python, one request after the other."""
 
     def flush(self) -> None:
-        """Nothing to do."""
+        """There is no work."""
 
 
 def test_a_python_backend_is_one_wait_a_request_and_one_turn_a_batch(
@@ -287,7 +287,7 @@ def test_a_python_backend_is_one_wait_a_request_and_one_turn_a_batch(
 
 
 class Busy(Plain):
-    """Finds the next request there whenever it has done one; hears its own file descriptor meanwhile."""
+    """A backend that finds the next request whenever it has done one, and watches a descriptor of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_a_busy_loop_handles_watched_descriptors(tmp_path: Path, monkeypatch: py
     with FakeWorker(tmp_path, depth=count) as worker, serving(worker, backend):
         for tag in range(count):
             worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag)])
-            # Who has done the one before goes on only now: he never finds nothing, and nobody sleeps to be rung for.
+            # The backend finishes the request before only now, so that the next one always waits and it never sleeps.
             if tag:
                 backend.more.release()
             assert backend.begun.acquire(timeout=DEADLINE_S), "it is taken, and by itself"

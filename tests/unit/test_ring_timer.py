@@ -11,7 +11,7 @@ from ublkpool.ublk.queue import WATCH_SHIFT, Ring
 
 LONG_MS = 600_000
 COARSE_S = 0.02
-"""What the clock that the ring looks at may be behind, and more."""
+"""An upper bound of the lag of the clock that the ring reads, in seconds."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Identities: what the SDK and the built-in backends say of their stores, and stores that are not made twice."""
+"""Identities: the stores that the SDK and the built-in backends name, and stores that are not made twice."""
 
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def test_a_memory_disk_is_made_anew_after_the_rebind_that_its_refusal_names(tmp_
         Keeper(keeper_path(tmp_path, "vol0")).drop()
 
 
-def test_the_daemon_s_word_about_the_next_store_reaches_the_backend(tmp_path: Path) -> None:
+def test_the_daemons_rebind_reaches_the_next_backend(tmp_path: Path) -> None:
     backend = Named()
     attach_of(tmp_path, backend, may_create=False, takes_next=True)
     assert backend.hint is not None

@@ -1,4 +1,4 @@
-"""The SDK's links through shared memory: rings that are full, that end, and that make no sense."""
+"""The SDK's links through shared memory: rings that are full, that end, and that break the protocol."""
 
 import os
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def worker(
 
 
 def _answer_held(worker: FakeWorker, backend: Held, requests: list[Descriptor]) -> None:
-    """Let the backend have these on a queue, and answer them."""
+    """Send requests to the backend on a queue, and wait for its answers."""
     worker.send(requests[0].queue, requests)
     for request in backend.wait_for(len(requests))[-len(requests) :]:
         request.complete(0)
@@ -51,7 +51,7 @@ def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -
         requests = [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(DEPTH)]
         _answer_held(worker, backend, requests[:4])
         _answer_held(worker, backend, requests[4:])
-        # The loop has sent what it could of these when it answers a later request.
+        # Once a later request is answered, the loop has sent as many of these answers as fit.
         later = worker.describe(Kind.REQUEST, Op.FLUSH, queue=1)
         _answer_held(worker, backend, [later])
         assert worker.answer_of(later).kind == Kind.DONE
@@ -62,7 +62,7 @@ def test_answers_that_find_no_room_come_later_and_in_order(worker: FakeWorker) -
     assert tags == list(range(DEPTH))
 
 
-def test_it_ends_when_the_last_answer_has_found_room(worker: FakeWorker) -> None:
+def test_the_loop_ends_once_the_last_answer_has_found_room(worker: FakeWorker) -> None:
     worker.rings().entries = 4
     backend = Held()
     thread = BackendThread(backend, worker.run_dir)
@@ -145,7 +145,7 @@ def test_more_read_than_was_written_ends_the_backend(worker: FakeWorker, tmp_pat
     thread = BackendThread(Plain(), tmp_path)
     worker.accept()
     worker.rings().put(TO_WORKER + HEAD, 1000)
-    # It looks there only when there seems to be no room for what it has to say.
+    # The backend reads the head only when its ring seems full.
     worker.send(0, [worker.describe(Kind.REQUEST, Op.FLUSH, tag=tag) for tag in range(4)])
     with pytest.raises(
         WireError,
@@ -159,7 +159,7 @@ def _opened(entries: int) -> bytes:
 
 
 @pytest.mark.parametrize("entries", [0, 3, 96, 1 << 17, -64, 1 << 40])
-def test_entries_that_no_ring_has(entries: int) -> None:
+def test_an_impossible_number_of_entries_is_refused(entries: int) -> None:
     files = [sealed_memory(1 << 20), os.eventfd(0), os.eventfd(0)]
     with pytest.raises(WireError, match=f"queue 3: {entries} entries"):
         ring_links.QueueRings(3, _opened(entries), files)
@@ -168,7 +168,7 @@ def test_entries_that_no_ring_has(entries: int) -> None:
             os.fstat(file)
 
 
-def test_memory_that_is_less_than_said_or_could_become_so() -> None:
+def test_memory_that_is_smaller_than_announced_or_could_shrink() -> None:
     whole = CONTROL_BYTES + 2 * 64 * wire.DESCRIPTOR_BYTES
     for file in (sealed_memory(whole - 1), sealed_memory(whole, 0), os.eventfd(0)):
         with pytest.raises(WireError, match="memory"):
@@ -194,7 +194,7 @@ def test_a_nonsensical_answer_ends_the_backend(worker: FakeWorker, tmp_path: Pat
 
 
 def _attached(rings: tuple[str, ...], queues: int = 0) -> wire.Attached:
-    """A device; without queues nothing is connected."""
+    """The reply to an attach; without queues the SDK connects nothing."""
     return wire.Attached(
         v=wire.PROTOCOL_VERSION,
         device="x",
@@ -257,7 +257,7 @@ def test_a_backend_that_is_ending_takes_no_new_rings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transport", ["ring", "zeromq"])
-def test_more_than_can_be_due_does_not_wait_for_a_worker_that_reads_nothing(
+def test_answers_beyond_the_most_that_can_be_due_end_the_backend(
     tmp_path: Path, transport: Transport
 ) -> None:
     worker = FakeRings(tmp_path / "q0")
@@ -285,7 +285,7 @@ def test_more_than_can_be_due_does_not_wait_for_a_worker_that_reads_nothing(
 
 
 def _fill(links: Links, at_least: int, at_most_more: int) -> None:
-    """So many descriptors, one by one, are kept for later; one more, or a few, ends it."""
+    """Send `at_least` descriptors, which are kept; within `at_most_more` others the link refuses one."""
     answer = wire.pack_frame([Descriptor(kind=Kind.DONE)])
     for _ in range(at_least):
         links.send_frame(0, answer)

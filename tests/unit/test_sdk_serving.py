@@ -245,7 +245,7 @@ def test_every_region_comes_back_exactly_once(tmp_path: Path) -> None:
 
 
 class Watching(Plain):
-    """Counts what a file descriptor of its own says."""
+    """A backend that counts the events of a descriptor of its own."""
 
     def __init__(self) -> None:
         super().__init__()

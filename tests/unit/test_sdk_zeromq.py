@@ -1,4 +1,4 @@
-"""The SDK's links over ZeroMQ: what is theirs alone."""
+"""Behaviour of the SDK's links that only ZeroMQ has."""
 
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ def test_a_first_connection_that_stands_at_once_is_not_missed(
     monkeypatch.setattr(ZeroMQLinks, "_watch_connection", watching)
     monkeypatch.setattr(zmq.Socket, "connect", connecting)
     with FakeWorker(tmp_path, size_bytes=1 << 20, queues=2) as worker, serving(worker, Plain()):
-        # Unseen, it would make the connection to a dead worker's successor look like the first: no HELLO, no fence.
+        # A link that missed it would take the connection to the next worker for the first: no HELLO, no fence.
         assert steps == ["watch", "watch", "connect", "connect"]
 
 
 @pytest.mark.parametrize("frame", [b"x" * 63, b"", Descriptor(Kind.PLACED, epoch=1).pack()])
-def test_a_worker_that_talks_nonsense_ends_the_backend(tmp_path: Path, frame: bytes) -> None:
+def test_a_worker_that_breaks_the_protocol_ends_the_backend(tmp_path: Path, frame: bytes) -> None:
     with FakeWorker(tmp_path) as worker:
         thread = BackendThread(Plain(), tmp_path)
         worker.accept()

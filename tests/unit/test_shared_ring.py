@@ -1,4 +1,4 @@
-"""An impossible index in a ring: the end that reads it stops there for good, in both directions, at both ends."""
+"""An end that reads an impossible ring index stops using the ring for good, in both directions, at both ends."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,9 @@ ENTRIES = 64
 EPROTO = -71
 DEPTH = 4
 BEYOND = (1, 65, 200, 2**31, -65, -200)
-"""Where no honest consumer's head stands after 64 entries were written, from their end."""
+"""Heads that no consumer may store after 64 entries were written, relative to their end."""
 TAILS = (-1, 65, 200, 2**31, -200)
-"""Where no honest producer's tail stands while nothing waits, from the head."""
+"""Tails that no producer may store while no entry waits, relative to the head."""
 
 
 class BackendEnd:
@@ -100,7 +100,7 @@ class WorkerEnd:
         self.port.turn(self.desk.queue)
 
     def connect_again(self) -> None:
-        """The next backend comes, and by mistake keeps the rings of the last one."""
+        """Attach the next backend, which wrongly keeps the rings of the one before."""
         self.desk.kill()
         self.desk.connect(fence=False)
         assert self.desk.queue.link is LinkState.UP

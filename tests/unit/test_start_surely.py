@@ -1,4 +1,4 @@
-"""What the daemon keeps running is started although processes, descriptors or room run out for a while."""
+"""The daemon's supervised processes start even if processes, descriptors or room are lacking for a while."""
 
 import asyncio
 import errno
@@ -30,7 +30,7 @@ def error(code: int) -> OSError:
 
 
 class Scarce:
-    """A way to start a process that fails so many times."""
+    """A start that fails the given number of times."""
 
     def __init__(self, start: Any, codes: tuple[int, ...] = CODES) -> None:
         self._start, self._codes = start, list(codes)

@@ -422,7 +422,7 @@ def test_the_processes_that_hang_in_the_state_directory_are_bounded_for_each_dev
             raise AssertionError
 
         def send(self, number: signal.Signals) -> None:
-            """It hears nothing."""
+            """Messages are dropped."""
 
     def start(*_: object) -> Any:
         started.append(1)

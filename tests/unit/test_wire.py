@@ -1,4 +1,4 @@
-"""The wire: sizes and offsets as drawn, round trips, and an error for every other shape."""
+"""The wire: sizes and offsets as documented, round trips, and an error for every other shape."""
 
 import struct
 
@@ -64,7 +64,7 @@ slot_lists = st.lists(st.integers(0, (1 << 32) - 1), max_size=50)
 
 
 @pytest.mark.parametrize("name", LAYOUT)
-def test_every_field_lies_where_it_is_drawn(name: str) -> None:
+def test_every_field_has_the_documented_offset(name: str) -> None:
     offset, size = LAYOUT[name]
     value = (1 << (8 * size - 1)) - 2
     packed = Descriptor(kind=0)._replace(**{name: value}).pack()
@@ -162,7 +162,7 @@ def test_a_broker_frame_of_an_odd_size_is_an_error(size: int) -> None:
         unpack_slots(bytes(size))
 
 
-def test_a_broker_frame_that_lies_about_its_slots_is_an_error() -> None:
+def test_a_broker_frame_with_a_wrong_slot_count_is_an_error() -> None:
     with pytest.raises(WireError, match="says 3 slots and brings 2"):
         unpack_slots(Descriptor(Kind.RETURN, length=3).pack() + bytes(8))
 

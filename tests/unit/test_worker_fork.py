@@ -1,4 +1,4 @@
-"""What a forked process shares with its parent."""
+"""The state that a forked process shares with its parent."""
 
 import asyncio
 import os
