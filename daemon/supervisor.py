@@ -323,6 +323,45 @@ async def _begin(
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
+    context, held = await _make_context(config, directory, live_mounts, ending)
+    run_dir, broker = context.run_dir, context.broker
+    left = TakeOver(context, records, held, {device.name for device in config.devices})
+    await left.clear()
+    ending.push_async_callback(broker.stop)
+    background = Background("the daemon")
+    supervisor = Supervisor(context, background)
+    ending.push_async_callback(supervisor.delete_all)
+    ending.callback(background.cancel)
+    for restarting in (broker.keep_running(supervisor.broker_restarted), context.holder.keep_running()):
+        background.spawn(restarting)
+    attach = AttachServer(
+        run_dir,
+        context.group,
+        supervisor.describe,
+        supervisor.admit,
+        supervisor.lend_buffer,
+        supervisor.note_refusal,
+    )
+    attach.start()
+    leaving.callback(attach.close)
+    taking = supervisor.take_over(left)
+    supervisor.add_configured(config.devices)
+    background.spawn(_after_takeover(taking, left, supervisor, config))
+    background.spawn(supervisor.lost.report())
+    await _within_patience(taking, stop)
+    admin = AdminServer(supervisor, run_dir)
+    await admin.start()
+    leaving.push_async_callback(admin.close)
+    return supervisor
+
+
+async def _make_context(
+    config: ServeConfig, directory: RunDirectory, live_mounts: int | None, ending: AsyncExitStack
+) -> tuple[DaemonContext, dict[str, int]]:
+    """The parts that all devices share, and the descriptors that an earlier daemon's holder kept, by name.
+
+    The holder runs then, the broker does not.
+    """
     run_dir = config.run_dir
     group = group_number(config)
     directory.prepare(group)
@@ -338,30 +377,7 @@ async def _begin(
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
-    context = DaemonContext(run_dir, instance, group, runner, broker, holder, states, live_mounts)
-    left = TakeOver(context, records, held, {device.name for device in config.devices})
-    await left.clear()
-    ending.push_async_callback(broker.stop)
-    background = Background("the daemon")
-    supervisor = Supervisor(context, background)
-    ending.push_async_callback(supervisor.delete_all)
-    ending.callback(background.cancel)
-    for restarting in (broker.keep_running(supervisor.broker_restarted), holder.keep_running()):
-        background.spawn(restarting)
-    attach = AttachServer(
-        run_dir, group, supervisor.describe, supervisor.admit, supervisor.lend_buffer, supervisor.note_refusal
-    )
-    attach.start()
-    leaving.callback(attach.close)
-    taking = supervisor.take_over(left)
-    supervisor.add_configured(config.devices)
-    background.spawn(_after_takeover(taking, left, supervisor, config))
-    background.spawn(supervisor.lost.report())
-    await _within_patience(taking, stop)
-    admin = AdminServer(supervisor, run_dir)
-    await admin.start()
-    leaving.push_async_callback(admin.close)
-    return supervisor
+    return DaemonContext(run_dir, instance, group, runner, broker, holder, states, live_mounts), held
 
 
 async def _within_patience(taking: Sequence["asyncio.Task[None]"], stop: asyncio.Event) -> None:

@@ -44,11 +44,7 @@ def record_of(
     mark: int = 0,
 ) -> Record:
     """The record of a device, for the next supervisor."""
-    workers = [
-        Worker(process, each.cpu)
-        for each in (team.workers if team else ())
-        if (process := identify("worker", each.child.pid)) is not None
-    ]
+    workers = _workers_of(team)
     backend = identify("backend", session.pid) if session else None
     own = identify("backend", managed_pid) if managed_pid is not None else None
     others = dict.fromkeys((identify("broker", broker_pid), backend, own))
@@ -61,17 +57,27 @@ def record_of(
         processes=tuple(each.process for each in workers) + tuple(each for each in others if each),
         going=going,
         live=state == "live" and not going,
-        workers=tuple(workers),
-        served=(
-            Served(session.attach, session.token.hex(), session.segment, session.generation)
-            if session
-            else None
-        ),
+        workers=workers,
+        served=_served_by(session),
         managed=own,
         segments=segments,
         clients=clients,
         build=build,
     )
+
+
+def _workers_of(team: Team | None) -> tuple[Worker, ...]:
+    return tuple(
+        Worker(process, each.cpu)
+        for each in (team.workers if team else ())
+        if (process := identify("worker", each.child.pid)) is not None
+    )
+
+
+def _served_by(session: Session | None) -> Served | None:
+    if session is None:
+        return None
+    return Served(session.attach, session.token.hex(), session.segment, session.generation)
 
 
 def may_go_on(record: Record, held: Mapping[str, int]) -> bool:
