@@ -1,0 +1,45 @@
+"""The backend nbd under fio: its server is killed again and again, and the client sees no error."""
+
+from pathlib import Path
+
+import pytest
+
+from support.sources.nbdkit import Nbdkit
+from support.vm.daemon import Daemon, eventually, total
+from support.vm.fio import finish_fio, start_fio
+
+pytestmark = pytest.mark.one_kernel("7.3")
+MIB = 1 << 20
+KILLS = 4
+
+
+def _forgetful(daemon: Daemon, disk: Path) -> Nbdkit:
+    """A server that loses what was not flushed when it dies: it keeps writes in a file without a name."""
+    return Nbdkit(["file", disk, "cache=writeback"], socket_path=daemon.path("nbd.sock"), filters=["cache"])
+
+
+def test_a_server_killed_and_restarted_under_fio_costs_no_data_and_no_error(daemon: Daemon) -> None:
+    disk = daemon.path("nbd.img")
+    disk.write_bytes(bytes(16 * MIB))
+    with (
+        _forgetful(daemon, disk) as server,
+        daemon.device("nbd", "nbd", options=server.options, queues=2, depth=32) as status,
+    ):
+        assert status.path is not None
+        fio = start_fio(status.path, size=8 * MIB, iodepth=16, fsync=16, verify="crc32c", loops=2)
+        for _ in range(KILLS):
+            written = total(daemon.stats("nbd"), "kernel_write_bytes")
+            eventually(
+                lambda seen=written: (
+                    total(daemon.stats("nbd"), "kernel_write_bytes") > seen + MIB // 2
+                    or fio.poll() is not None
+                ),
+                "fio writes",
+            )
+            server.restart()
+        assert fio.poll() is None, "the server was killed while fio ran"
+        finish_fio(fio)
+        stats = daemon.rest("nbd")
+        assert total(stats, "errors") == total(stats, "violations") == 0
+    assert "connected again" in daemon.said()
+    disk.unlink()
