@@ -1,0 +1,1 @@
+"""What the backends of object stores and web servers share: the client library, patience, the chunk cache."""

@@ -1,0 +1,123 @@
+"""Requests to a store over HTTP that may be away: tried again until it answers.
+
+The library is obstore: one wheel without dependencies for S3-like stores and web servers, with asynchronous calls and
+conditional PUTs; aiohttp and boto3 together are 20 packages, and boto3 has no asynchronous calls.  Its own retries are
+off, because it gives up after some minutes.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Device, log
+
+_T = TypeVar("_T")
+_PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 5.0
+CONNECT_S = timedelta(seconds=5)
+
+
+def library(extra: str) -> Any:
+    """The module `obstore`.  Raises `BackendError` if it is not installed."""
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise BackendError(
+            f"the backend {extra} needs the Python package obstore: pip install 'ublkpool[{extra}]'"
+        ) from error
+    return obstore
+
+
+def answers(obstore: Any) -> tuple[type[BaseException], ...]:
+    """The errors that are an answer of the store, and not its absence."""
+    errors = obstore.exceptions
+    return (
+        FileNotFoundError,
+        errors.AlreadyExistsError,
+        errors.PreconditionError,
+        errors.NotModifiedError,
+        errors.NotSupportedError,
+        errors.InvalidPathError,
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The error's text without the library's debugging lines."""
+    return str(error).split("\n", 1)[0][:300]
+
+
+class Ending:
+    """Ends the backend from within an `async def` method, so that its requests stay for the successor."""
+
+    def __init__(self, device: Device) -> None:
+        """Raises `OSError` without a free descriptor."""
+        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._reason = ""
+        device.watch(self._descriptor, self._end)
+
+    def _end(self) -> None:
+        raise BackendError(self._reason)
+
+    async def end(self, reason: str) -> NoReturn:
+        """End the process with this reason; the caller's request is never answered."""
+        self._reason = self._reason or reason
+        os.eventfd_write(self._descriptor, 1)
+        while True:
+            await asyncio.sleep(3600)
+
+    def close(self) -> None:
+        """Close the descriptor, after the loop has ended."""
+        with suppress(OSError):
+            os.close(self._descriptor)
+
+
+class Patience:
+    """Makes requests until the store answers.
+
+    After `timeout_s` seconds without an answer, 0 for never, `ending` ends the backend; without one `BackendError` is
+    raised at the first failure.
+    """
+
+    def __init__(self, obstore: Any, name: str, timeout_s: float) -> None:
+        self._obstore, self._name, self._timeout_s = obstore, name, timeout_s
+        self._answers = answers(obstore)
+        self._said = ""
+        self.ending: Ending | None = None
+        self.retries = 0
+
+    async def ask(self, start: Callable[[], Awaitable[_T]]) -> _T:
+        """The result of `start`, called again while the store is away.  Raises what `answers` lists."""
+        since_s, pause_s = time.monotonic(), _PAUSE_S_MIN
+        while True:
+            try:
+                result = await start()
+            except self._answers:
+                raise
+            except (self._obstore.exceptions.BaseError, OSError, TimeoutError) as error:
+                await self._failed(error, since_s)
+            else:
+                if self._said:
+                    self._said = ""
+                    log.info("%s: answers again", self._name)
+                return result
+            # Not in step with the other requests that wait.
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+
+    async def _failed(self, error: BaseException, since_s: float) -> None:
+        text = first_line(error)
+        if self.ending is None:
+            raise BackendError(f"{self._name}: {text}") from error
+        self.retries += 1
+        if not self._said:
+            self._said = text
+            log.warning("%s: no answer, trying again: %s", self._name, text)
+        if 0 < self._timeout_s <= time.monotonic() - since_s:
+            await self.ending.end(f"{self._name}: no answer for timeout={self._timeout_s:g} s: {text}")

@@ -1,0 +1,77 @@
+"""A web server with one file, which answers ranges, or does not, as a test wants; a context manager."""
+
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+
+class WebServer:
+    """Serves `content` at `/dir/disk.img`."""
+
+    def __init__(self, content: bytes, *, ranges: bool = True, e_tag: str = '"1"') -> None:
+        self.content, self.ranges, self.e_tag = content, ranges, e_tag
+        self.delay_s = 0.0
+        self.status = 200
+        self.requests: list[str] = []
+        self._port = 0
+        self._server: ThreadingHTTPServer | None = None
+
+    @property
+    def url(self) -> str:
+        """The file's URL."""
+        return f"http://127.0.0.1:{self._port}/dir/disk.img"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Listen, the first time at a new port, later at the same."""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                """Answer."""
+                outer.answer(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Write no access log."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def kill(self) -> None:
+        """Stop listening."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        wanted = request.headers.get("Range", "")
+        self.requests.append(wanted)
+        time.sleep(self.delay_s)
+        if self.status != 200 or request.path != "/dir/disk.img":
+            request.send_error(self.status if self.status != 200 else 404)
+            return
+        content, found = self.content, re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+        if found and self.ranges:
+            first, last = int(found[1]), min(int(found[2]), len(content) - 1)
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            content = content[first : last + 1]
+        else:
+            request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        if self.e_tag:
+            request.send_header("ETag", self.e_tag)
+        request.end_headers()
+        request.wfile.write(content)
