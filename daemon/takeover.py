@@ -18,8 +18,8 @@ from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record, end_brokers, end_left
 from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
-from ublkpool.daemon.processes.broker_process import HELD
-from ublkpool.daemon.processes.left_behind import Process, is_alive
+from ublkpool.daemon.processes.broker_process import HELD, HELD_PROCESS
+from ublkpool.daemon.processes.left_behind import Process, is_alive, kill_process
 
 SHORTAGE_PAUSE_S = 1.0
 CLEAR_PAUSE_S = 0.5
@@ -49,7 +49,10 @@ class TakeOver:
         """The devices that go on with workers of another version of the code."""
 
     async def clear(self) -> None:
-        """Remove what belongs to no recorded device, and adopt or start a broker.  Raises `PoolError`, `OSError`."""
+        """Remove what belongs to no recorded device, and adopt or start a broker.
+
+        Raises `PoolError`, `DaemonError`, `OSError`.
+        """
         context, brokers = self._context, self._brokers()
         # A new broker will listen where the old one does.
         await end_brokers(self.records, brokers)
@@ -64,6 +67,9 @@ class TakeOver:
                 known = [each.device_number for each in self._going_on if each.device_number is not None]
                 await context.broker.forget_all_but(known)
                 return
+        if (pidfd := self._held.get(HELD_PROCESS)) is not None:
+            # It may be on no record, if that daemon had just started it: two brokers would grant the same buffers.
+            await kill_process("an earlier daemon's pool broker", pidfd)
         context.broker.start()
 
     async def device(self, record: Record, show: Callable[[Device], None]) -> bool:

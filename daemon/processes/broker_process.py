@@ -26,6 +26,8 @@ from ublkpool.workers.process import fork_child
 
 HELD = "broker"
 """The name under which the holder has the control socket."""
+HELD_PROCESS = "/broker"
+"""The same for the broker's pidfd: a broker that serves is found though no record names it yet.  No device's name."""
 REPLY_DEADLINE_S = 20.0
 RESTART_MIN_S = 0.05
 RESTART_MAX_S = 5.0
@@ -74,7 +76,7 @@ class BrokerProcess(SupervisedProcess):
             await self.child.kill()
             channel.close()
             return False
-        self._use(channel)
+        self._use(channel, self.child)
         self.adopted_generation = self.generation
         return True
 
@@ -130,7 +132,7 @@ class BrokerProcess(SupervisedProcess):
         finally:
             theirs.close()
         try:
-            self._use(_channel(ours))
+            self._use(_channel(ours), child)
         except OSError:
             child.send(signal.SIGKILL)
             ours.close()
@@ -138,7 +140,8 @@ class BrokerProcess(SupervisedProcess):
         self.child = child
         self._repeats_ids = True
 
-    def _use(self, channel: _Channel) -> None:
+    def _use(self, channel: _Channel, child: Child) -> None:
+        self._holder.hold(HELD_PROCESS, child.fileno())
         self._holder.hold(HELD, channel.fileno())
         self._channel = channel
         self.generation += 1
@@ -204,6 +207,7 @@ class BrokerProcess(SupervisedProcess):
         await self.child.end(_STOP_PATIENCE_S)
         self._telling.cancel()
         self._holder.drop(HELD)
+        self._holder.drop(HELD_PROCESS)
         self._channel.close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 

@@ -26,6 +26,10 @@ class Child:
         self._pidfd = os.pidfd_open(pid)
         self._loop.add_reader(self._pidfd, self._reap)
 
+    def fileno(self) -> int:
+        """The pidfd, which is open until the process has ended and the loop has seen that."""
+        return self._pidfd
+
     @property
     def exit_status(self) -> int | None:
         """As in the shell, 128 + signal for a killed process; None while it lives."""

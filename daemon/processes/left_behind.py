@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,16 @@ async def _end(process: Process) -> None:
             )
     finally:
         os.close(fd)
+
+
+async def kill_process(what: str, pidfd: int) -> None:
+    """SIGKILL to the process of this pidfd; return at its end.  Raises `DaemonError` if it does not end."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    if not await _exits(pidfd, KILL_PATIENCE_S):
+        raise DaemonError(
+            f"{what} has not ended {KILL_PATIENCE_S:.0f} s after SIGKILL: it waits in the kernel"
+        )
 
 
 async def _exits(pidfd: int, timeout_s: float | None) -> bool:

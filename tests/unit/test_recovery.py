@@ -511,7 +511,7 @@ def test_an_answer_to_an_earlier_daemon_is_dropped() -> None:
             await turn()
             question = msgspec.json.decode(theirs.recv(4096), type=broker_commands.Ping)
             theirs.send(msgspec.json.encode(broker_commands.Pong(question.number)))
-            assert await adopting and holder.held == {"broker"}
+            assert await adopting and holder.held == {"/broker", "broker"}
             running.kill()
         theirs.close()
         ours.close()

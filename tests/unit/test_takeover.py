@@ -2,6 +2,11 @@
 
 import asyncio
 import errno
+import os
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +20,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.broker_process import HELD_PROCESS
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -167,3 +173,29 @@ def test_a_directory_among_the_queues_sockets_stays_and_stops_no_start(tmp_path:
     left._context = SimpleNamespace(queue_dir=tmp_path)  # type: ignore[assignment]
     left._remove_sockets(lambda number: number == 7)
     assert [each.name for each in tmp_path.iterdir()] == ["7.old"]
+
+
+def test_a_broker_that_is_on_no_record_ends_before_another_begins(tmp_path: Path) -> None:
+    """The daemon that had started it was killed before it had written that down: two would grant the same buffers."""
+    ended: list[bool] = []
+
+    async def run() -> None:
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as unknown:
+            pidfd = os.pidfd_open(unknown.pid)
+
+            class Next(FakeBroker):
+                """Notes whether the unknown one has ended."""
+
+                def start(self) -> None:
+                    ended.append(bool(select.select([pidfd], [], [], 0)[0]))
+
+            made = context(tmp_path)
+            made.broker = Next()
+            left = TakeOver(made, [RECORD], {HELD_PROCESS: pidfd}, [])
+            await left.clear()
+            left.close()
+            unknown.terminate()
+        assert unknown.returncode == -signal.SIGKILL
+
+    asyncio.run(run())
+    assert ended == [True]
