@@ -165,9 +165,9 @@ class Peer:
         monkeypatch.setattr(broker_process, "REPLY_DEADLINE_S", 0.05)
         ours, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.seen = BrokerProcess("ipc:///nonexistent", FakeHolder())
-        self.seen._use(broker_process._channel(ours))
-        self.seen._repeats_ids = not is_old
         self.child = self.seen.child = LivingChild()
+        self.seen._use(broker_process._channel(ours), self.child)
+        self.seen._repeats_ids = not is_old
 
     async def hears(self) -> commands.Command:
         while True:

@@ -53,7 +53,7 @@ class FakeChild(Child):
     """A process that is never signalled; it ends when `ended` has its exit status, if that is given."""
 
     def __init__(self, pid: int = 0, ended: "asyncio.Future[int] | None" = None) -> None:
-        self.pid = pid
+        self.pid, self._pidfd = pid, -1
         if ended is not None:
             self._exited = ended
 
