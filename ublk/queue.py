@@ -462,14 +462,24 @@ def map_segment(fd: int, size_bytes: int) -> Any:
 
 def sealed_memory(size_bytes: int, name: str) -> int:
     """A memfd of zeros, fully allocated, whose size is sealed.  Raises `OSError`."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = sealable_memory(name)
     try:
-        os.posix_fallocate(fd, 0, size_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        allocate_sealed(fd, size_bytes)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def sealable_memory(name: str) -> int:
+    """The empty memfd of `sealed_memory`, for a process that calls `allocate_sealed`.  Raises `OSError`."""
+    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def allocate_sealed(fd: int, size_bytes: int) -> None:
+    """Allocate every page of a `sealable_memory`, and seal its size.  Raises `OSError`."""
+    os.posix_fallocate(fd, 0, size_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
 
 
 def unmap_segment(address: Any, size_bytes: int) -> None:

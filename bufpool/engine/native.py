@@ -162,6 +162,8 @@ class NativeEngine:
                 frame = bytes(ffi.buffer(self._answers_at[0], count * DESCRIPTOR_BYTES))
                 lib.engine_answers_sent(self._engine, queue, count)
                 yield queue, frame
+            if error := lib.engine_error(self._engine):
+                raise engine_failure(-error)
 
     def running(self) -> int:
         """Requests that the storage has not finished."""

@@ -13,14 +13,12 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.memory import DataPlan, fill_data, make_data, open_data
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.kernel.allocation import AT_ONCE_BYTES_MAX, allocate_beside
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import pool_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import is_open_elsewhere
 
-AT_ONCE_BYTES_MAX = 16 << 20
-"""What the supervisor allocates itself, in some milliseconds."""
-ALLOCATE_DEADLINE_S = 600.0
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -58,12 +56,11 @@ class Pool:
             return make_data(*plan)
         fd = open_data(plan.what, plan.size_bytes)
         try:
-            trouble = await self._runner.look(
+            trouble = await allocate_beside(
+                self._runner,
                 self._device,
                 f"{self._device}: {plan.what} of {plan.size_bytes} bytes cannot be allocated",
                 lambda: _fill(fd, plan),
-                str,
-                ALLOCATE_DEADLINE_S,
                 [fd],
             )
         except ControlFailed as error:

@@ -95,7 +95,8 @@ class DeviceResources:
         """Make the memory that clients share with the backend, if the driver supports it; else requests are copied."""
         if not self._config.client_buffers_bytes or not kernel.info.flags & Feature.SHMEM_ZC:
             return
-        self.area = ClientArea.create(self._config.client_buffers_bytes)
+        config = self._config
+        self.area = await ClientArea.create(self._context.runner, config.name, config.client_buffers_bytes)
         if not await kernel.register(self.area):
             raise DaemonError(f"{self._config.name}: the driver does not number registered buffers as we do")
         self._hold_area(self.area)

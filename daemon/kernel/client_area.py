@@ -20,6 +20,7 @@ from ublkpool.bufpool.memory_room import check_room
 from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.allocation import AT_ONCE_BYTES_MAX, allocate_beside
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import slice_name
 from ublkpool.daemon.processes.open_files import FileId, file_id, processes_with
@@ -51,21 +52,41 @@ class ClientArea:
         """The user whose clients have had a slice; `USER_UNKNOWN` if it is not known which."""
 
     @classmethod
-    def create(cls, size_bytes: int) -> Self:
-        """New slices, zeroed and fully allocated.  Raises `DaemonError` if memory is short."""
+    async def create(cls, runner: ControlRunner, device: str, size_bytes: int) -> Self:
+        """New slices, zeroed and fully allocated, by another process if they are large.  Raises `DaemonError`."""
         area = cls(size_bytes // CLIENT_SLICES, {})
         try:
             check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
             for number in range(CLIENT_SLICES):
-                area.files[number] = core.sealed_memory(area.slice_bytes, "ublkpool-clients")
+                area.files[number] = core.sealable_memory("ublkpool-clients")
+            await area._allocate(runner, device)
         except PoolError as error:
             raise DaemonError(str(error)) from error
-        except OSError as error:
+        except (OSError, ControlFailed) as error:
             area.close()
+            code = error.errno
+            reason = os.strerror(code) if code else str(error)
             raise DaemonError(
-                f"no memory for client_buffers of {size_bytes} bytes ({error.strerror}): lower it, or set it to 0"
+                f"no memory for client_buffers of {size_bytes} bytes ({reason}): lower it, or set it to 0"
             ) from error
+        except BaseException:
+            area.close()
+            raise
         return area
+
+    async def _allocate(self, runner: ControlRunner, device: str) -> None:
+        """Raises `OSError`, `ControlFailed`."""
+        if self.slice_bytes * CLIENT_SLICES <= AT_ONCE_BYTES_MAX:
+            self._fill()
+            return
+        what = f"{device}: its client buffers cannot be allocated"
+        await allocate_beside(runner, device, what, self._fill, self.descriptors())
+
+    def _fill(self) -> str:
+        """Allocate and seal every slice; an empty text.  Raises `OSError`."""
+        for fd in self.descriptors():
+            core.allocate_sealed(fd, self.slice_bytes)
+        return ""
 
     @classmethod
     async def find(

@@ -1,6 +1,7 @@
 """Slices of a client area: their clients, and when they may be lent again."""
 
 import asyncio
+import errno
 import mmap
 import os
 import signal
@@ -19,12 +20,14 @@ from support.fakes.attach_door import DEVICE, PAGE, Door
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, WireError
 from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
+from ublkpool.bufpool.seals import is_sealed
 from ublkpool.daemon.backends.peer import Peer
 from ublkpool.daemon.device import client_buffers
 from ublkpool.daemon.device import clients as module
 from ublkpool.daemon.device.clients import ClientContext, Clients, rested
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel import client_area
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, AreaRecord, ClientArea
 from ublkpool.daemon.kernel.control_process import ControlRunner
@@ -34,15 +37,20 @@ from ublkpool.daemon.processes.held_names import client_name, slice_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
+from ublkpool.ublk import queue as core
 from ublkpool.ublk.abi import Feature
 
 AREA_BYTES = CLIENT_SLICES * PAGE
 USER, OTHER_USER = 1000, 1001
 
 
+def created() -> ClientArea:
+    return asyncio.run(ClientArea.create(ControlRunner(), "vol", AREA_BYTES))
+
+
 @pytest.fixture
 def area() -> Iterator[ClientArea]:
-    made = ClientArea.create(AREA_BYTES)
+    made = created()
     yield made
     made.close()
 
@@ -330,23 +338,42 @@ def test_slices_are_found_again_through_the_holder_or_a_client_and_are_lost_othe
     lost.close()
 
 
-def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("at_once_bytes_max", [0, 1 << 30])
+def test_a_large_area_is_allocated_by_another_process_than_the_supervisor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once_bytes_max: int
 ) -> None:
-    files: list[int] = []
+    """Allocating a gigabyte takes seconds, in which the supervisor would serve no other device."""
+    allocate = core.allocate_sealed
 
-    def scarce(size_bytes: int, name: str) -> int:
-        if len(files) == 3:
-            raise OSError(12, "Cannot allocate memory")
-        files.append(os.memfd_create(name))
-        return files[-1]
+    def noted(fd: int, size_bytes: int) -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        allocate(fd, size_bytes)
 
-    monkeypatch.setattr("ublkpool.ublk.queue.sealed_memory", scarce)
-    with pytest.raises(DaemonError, match="no memory for client_buffers of 32768 bytes"):
-        ClientArea.create(AREA_BYTES)
-    for fd in files:
-        with pytest.raises(OSError, match="Bad file"):
-            os.fstat(fd)
+    monkeypatch.setattr(core, "allocate_sealed", noted)
+    monkeypatch.setattr(client_area, "AT_ONCE_BYTES_MAX", at_once_bytes_max)
+    area = created()
+    assert ((tmp_path / "pid").read_text() == str(os.getpid())) == (at_once_bytes_max > 0)
+    for fd in area.files.values():
+        assert is_sealed(fd) and os.fstat(fd).st_size == AREA_BYTES // CLIENT_SLICES
+        assert os.fstat(fd).st_blocks * 512 == AREA_BYTES // CLIENT_SLICES
+    area.close()
+
+
+@pytest.mark.parametrize("at_once_bytes_max", [0, 1 << 30])
+def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, at_once_bytes_max: int
+) -> None:
+    before = list(Path("/proc/self/fd").iterdir())
+
+    def scarce(fd: int, size_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(core, "allocate_sealed", scarce)
+    monkeypatch.setattr(client_area, "AT_ONCE_BYTES_MAX", at_once_bytes_max)
+    words = r"no memory for client_buffers of 32768 bytes \(Cannot allocate memory\): lower it"
+    with pytest.raises(DaemonError, match=words):
+        created()
+    assert list(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_the_flag_is_asked_for_only_if_it_is_offered_and_wanted() -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, NativeRig
 from support.fakes.worker import BackendThread, FakeWorker
 from ublkpool.backends.file import FileBackend, FileOptions
+from ublkpool.bufpool.engine._engine import lib
+from ublkpool.bufpool.engine.native import FileStorage
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.wire import Flag, Kind, Op
+from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Flag, Kind, Op, pack_frame
 
 pytestmark = pytest.mark.usefixtures("transport")
 
@@ -87,6 +90,34 @@ def test_writes_that_arrive_after_a_file_was_cut_change_nothing_and_are_not_answ
         _ends(backend)
         assert worker.is_silent(for_s=0.01)
     assert disk.read_bytes() == b"t" * 8 * KIB
+
+
+@pytest.mark.parametrize("op", [Op.WRITE, Op.WRITE_ZEROES, Op.DISCARD])
+def test_a_change_of_a_file_that_was_cut_meanwhile_is_not_answered(disk: Path, op: Op) -> None:
+    """A write that came after the cut has grown the file again, with a hole for the lost data."""
+    with disk.open("r+b", buffering=0) as file:
+        rig = NativeRig(FileStorage(file.fileno(), False), size_bytes=SIZE_BYTES, own_bytes=0)
+        change = Descriptor(
+            kind=Kind.REQUEST,
+            op=op,
+            flags=0,
+            device=DEVICE_NUMBER,
+            queue=0,
+            tag=0,
+            epoch=EPOCH,
+            sequence=1,
+            offset=64 * KIB,
+            length=4 * KIB,
+            segment=SEGMENT_POOL,
+            buffer=0,
+        )
+        rig.engine.take(0, pack_frame([change]))
+        while rig.engine.statistics().running:
+            assert not lib.engine_turn(rig.engine.raw)
+        os.truncate(disk, 128 * KIB)
+        with pytest.raises(BackendError, match="became shorter than its device"):
+            list(rig.engine.answers())
+        rig.close()
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE, Op.DISCARD])

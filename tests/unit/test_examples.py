@@ -1,6 +1,7 @@
 """The examples run unchanged, as processes, and do what they say."""
 
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_functions_serve_a_file(tmp_path: Path) -> None:
         assert worker.do(Op.FLUSH) == 0
         worker.detach()
         assert finish(process)[0] == 0
+
+
+def test_functions_end_before_they_write_to_a_file_that_was_cut(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"d" * 8192)
+    with FakeWorker(tmp_path) as worker:
+        process = spawn(tmp_path, EXAMPLES / "file_functions.py", {"path": str(disk)})
+        worker.accept()
+        os.truncate(disk, 512)
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 4096, 4096)])
+        status, said = finish(process)
+        assert status == 1 and "became shorter than its device" in said
+        assert worker.is_silent(for_s=0.01)
+    assert disk.read_bytes() == b"d" * 512
 
 
 def test_functions_serve_a_file_that_grew_by_less_than_a_block(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ class StepArea(ClientArea):
         self.files = {0: -1}
 
     @classmethod
-    def create(cls, *_: object) -> "StepArea":
+    async def create(cls, *_: object) -> "StepArea":
         cls.machine.step("client area")
         cls.machine.parts.add("area")
         return cls()

@@ -53,7 +53,7 @@ void engine_close(struct engine *engine);
  * alignment.  Returns 0, or -EPROTO for a descriptor that breaks the protocol. */
 int engine_take(struct engine *engine, const struct wire_descriptor *descriptors, uint32_t count);
 /* Points *answers to a queue's unsent answers and returns their number.  The pointer is valid until the next call on
- * this engine; the answers stay until engine_answers_sent(). */
+ * this engine; the answers stay until engine_answers_sent().  0 once the engine's use has ended. */
 uint32_t engine_answers(struct engine *engine, uint32_t queue, const struct wire_descriptor **answers);
 void engine_answers_sent(struct engine *engine, uint32_t queue, uint32_t count);
 

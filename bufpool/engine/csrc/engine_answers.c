@@ -75,7 +75,9 @@ uint32_t engine_answers(struct engine *e, uint32_t queue, const struct wire_desc
 {
 	const struct answers *out = &e->queues[queue].answers;
 	*answers = out->items + out->first;
-	return out->count;
+	if (out->count && e->storage->ops->before_answers)
+		e->storage->ops->before_answers(e->storage);
+	return e->error ? 0 : out->count;
 }
 
 void engine_answers_sent(struct engine *e, uint32_t queue, uint32_t count)

@@ -37,6 +37,8 @@ struct storage_ops {
 	uint32_t (*prepare)(struct storage *s);
 	void (*complete)(struct storage *s, uint32_t index, int32_t result);
 	int (*turn)(struct storage *s);
+	/* Called before answers are sent; after engine_fail() none are.  NULL: nothing is to be checked. */
+	void (*before_answers)(struct storage *s);
 	/* See engine_hand_out() and engine_collect().  Both NULL: the storage does its work itself. */
 	uint32_t (*hand_out)(struct storage *s);
 	void (*collect)(struct storage *s);

@@ -45,6 +45,7 @@ struct file_storage {
 	int file;
 	bool is_block_device, is_memory, no_punch, no_zero_range;
 	bool was_measured; /* in this turn */
+	bool was_changed;  /* since the file was measured after a change */
 	bool is_cut;       /* shorter than the device: no request is started any more */
 };
 
@@ -89,6 +90,16 @@ static void measure(struct file_storage *f)
 	if (!f->was_measured && !f->is_block_device && is_short(f))
 		file_was_cut(f);
 	f->was_measured = true;
+}
+
+/* After the file was changed, before that is answered: it may have been cut after `measure`, and a write then grew it
+ * again.  Its size tells, unless that write ended where the device does. */
+static void file_before_answers(struct storage *s)
+{
+	struct file_storage *f = file_of(s);
+	if (f->was_changed && !f->is_cut && !f->is_block_device && is_short(f))
+		file_was_cut(f);
+	f->was_changed = false;
 }
 
 static uint32_t piece(uint64_t left, uint32_t limit) { return left < limit ? (uint32_t)left : limit; }
@@ -247,6 +258,7 @@ static void file_complete(struct storage *s, uint32_t index, int32_t result)
 	struct file_storage *f = file_of(s);
 	struct storage_request *r = engine_request(s->engine, index);
 	uint8_t step = work_of(f, r)->step;
+	f->was_changed |= r->d.op != WIRE_READ;
 	if (f->is_cut)
 		engine_finish(s->engine, r, result);
 	else if (result < 0)
@@ -345,6 +357,7 @@ static const struct storage_ops file_ops = {
 	.use_ring = file_use_ring,
 	.prepare = file_prepare,
 	.complete = file_complete,
+	.before_answers = file_before_answers,
 	.turn = file_turn,
 	.close = file_close,
 };
