@@ -137,14 +137,19 @@ def attach_message(properties: Properties, device: str, kind: str, tells: bool =
 
 
 def _with_survival(attach: wire.Attach, backend: Backend, known: wire.Described) -> wire.Attach:
-    """The message with what the backend says of its data; an older daemon refuses these fields."""
-    if known.knows_survival:
-        return msgspec.structs.replace(
-            attach, survives_death=bool(backend.survives_death), stores_data=bool(backend.stores_data)
-        )
-    if not backend.survives_death:
+    """The message with what the backend says of its data; a daemon that does not know a field refuses it."""
+    if known.is_check:
+        attach = msgspec.structs.replace(attach, stores_data=bool(backend.stores_data))
+    if backend.survives_death:
+        return attach
+    if not known.knows_survival:
         log.warning("the data ends with this process, and this daemon would serve the device without it")
-    return attach
+        return attach
+    identity = attach.identity
+    if identity is not None and identity.strength == "weak":
+        # Without this the next device of the name, after its deletion, would be refused another kind of backend.
+        identity = msgspec.structs.replace(identity, ends_with_device=True)
+    return msgspec.structs.replace(attach, survives_death=False, identity=identity)
 
 
 def _identity(properties: Properties, kind: str) -> wire.Identity:

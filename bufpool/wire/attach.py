@@ -71,7 +71,7 @@ class Attach(
     survives_death: bool = True
     """False: what was answered is lost when the process ends.  Sent only if `Described` has `knows_survival`."""
     stores_data: bool = True
-    """False: reads return anything.  Sent as `survives_death`; only a check looks at it."""
+    """False: reads return anything.  Sent only if `Described` has `is_check`."""
 
 
 class Describe(
@@ -102,7 +102,9 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     takes_next: bool = False
     """The operator accepted the next store, whatever it is (`ublkpool rebind`)."""
     knows_survival: bool = False
-    """The daemon knows `Attach.survives_death` and `Attach.stores_data`; False: an older daemon."""
+    """The daemon knows `Attach.survives_death`; False: an older daemon."""
+    is_check: bool = False
+    """It is no daemon but `ublkpool backend check`, which knows `Attach.stores_data`."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

@@ -112,6 +112,7 @@ class Host:
             read_only=False,
             may_create=self._state.attach is None,
             knows_survival=True,
+            is_check=True,
         )
 
     def _check(self, attach: wire.Attach) -> None:

@@ -6,6 +6,7 @@ ended the processes of a device that is recovered.  The caller has the device's 
 
 from collections.abc import Mapping
 
+from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record, end_left
 from ublkpool.daemon.device.succession import AdoptedDevice
@@ -53,6 +54,13 @@ async def find(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> b
         return True
     await resources.discard()
     return False
+
+
+def data_lost(parts: DeviceParts, record: Record) -> str:
+    """Why no backend can serve the device any more: the data ended with the one on record; else empty."""
+    if record.data_lost or record.served is None or parts.backend.session is not None:
+        return record.data_lost
+    return why_data_is_lost(record.served.attach)
 
 
 async def learn(parts: DeviceParts, record: Record) -> None:

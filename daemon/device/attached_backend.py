@@ -36,6 +36,8 @@ class AttachedBackend:
         self.session: Session | None = None
         self.segments = wire.SEGMENT_POOL
         """The highest segment number that a backend was given."""
+        self.data_lost = ""
+        """Why no backend can serve the device any more: the data ended with the process of the last one."""
         self.refusal = ""
         """Why the last backend that came was refused; empty once one was taken."""
         self.farewell: asyncio.Task[None] | None = None
@@ -200,3 +202,10 @@ class AttachedBackend:
         """Close the connection here; the backend and the holder's copy of it stay as they are."""
         if self.session is not None:
             self.session.close(is_kept=True)
+
+
+def why_data_is_lost(attach: wire.Attach) -> str:
+    """The reason of a device whose data ended with this backend's process; empty if its data does not end with it."""
+    if attach.survives_death:
+        return ""
+    return f"its backend {attach.kind} has ended, and the data of the device with it (survives_death = False)"

@@ -90,6 +90,11 @@ class Binding:
                 _log.info("%s: from now on served from %s", self._name, _words(store))
             return generation
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether clients may have written to the store, though the device is not known to be live."""
+        return self._is_starting
+
     def starting(self) -> None:
         """START_DEV is about to be sent: from now on clients may write to the store before the start is known."""
         self._is_starting = True

@@ -85,7 +85,7 @@ class Device(DeviceService):
         try:
             team = await build(self.parts, attach)
             if session is not None:
-                await introduce(self.parts, team, session)
+                await introduce(self.parts, team, session, self._fail)
         except BaseException as error:
             # Cancellation too: by a deletion, by the daemon's end, or because the client has gone.
             await self._undo_start(one_line(error) if isinstance(error, Exception) else "given up")
@@ -141,7 +141,7 @@ class Device(DeviceService):
 
     async def _introduce_next(self, team: Team, session: Session) -> None:
         try:
-            await introduce(self.parts, team, session)
+            await introduce(self.parts, team, session, self._fail)
         except BaseException:
             # The backend was handed nothing, so its store has served nothing.
             await self.parts.binding.backend_ended()
@@ -278,7 +278,8 @@ class Device(DeviceService):
             await retire(team, self.config.name)
             if reason := await self._try_next_epoch():
                 await self._recover(reason)
-        if parts.managed is not None:
+        session = parts.backend.session
+        if parts.managed is not None and (session is None or session.attach.survives_death):
             await parts.managed.end()
 
     # Failure
@@ -354,9 +355,13 @@ class Device(DeviceService):
         parts.backend.await_first()
         async with parts.life.turn:
             team = await adoption.go_on(parts, record, held)
+            if reason := adoption.data_lost(parts, record):
+                parts.backend.data_lost = reason
+                await self._fail(reason)
+                return
             self._watch(team)
             if parts.backend.session is not None:
-                watch_backend(parts, parts.backend.session)
+                watch_backend(parts, parts.backend.session, self._fail)
             self._set_io_timeout(team)
             self._is_open = True
             self._restart_limit.live()
@@ -398,6 +403,10 @@ class Device(DeviceService):
             if not await adoption.find(parts, record, held):
                 parts.forget()
                 return False
+            if reason := adoption.data_lost(parts, record):
+                parts.backend.data_lost = reason
+                await self._fail(reason)
+                return True
             parts.left = None
             parts.backend.await_first()
             await adoption.learn(parts, record)

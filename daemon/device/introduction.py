@@ -5,8 +5,10 @@ backend held before the next one is introduced.  Runs on the supervisor's asynci
 """
 
 import logging
+from collections.abc import Awaitable, Callable
 
 from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.processes.background import logged
@@ -14,8 +16,14 @@ from ublkpool.daemon.processes.background import logged
 _log = logging.getLogger("ublkpool.device")
 
 
-async def introduce(parts: DeviceParts, team: Team, session: Session) -> None:
+Fail = Callable[[str], Awaitable[None]]
+"""Ends the device with this reason; the caller has the turn."""
+
+
+async def introduce(parts: DeviceParts, team: Team, session: Session, fail: Fail) -> None:
     """Tell every worker which backend to expect, then tell the backend where to connect; the caller has the turn.
+
+    `fail` is called when the backend has ended and its data with it.
 
     Raises `AttachRefused`, `PoolError`, `DaemonError`, `OSError`; then the backend was handed nothing.
     """
@@ -33,7 +41,7 @@ async def introduce(parts: DeviceParts, team: Team, session: Session) -> None:
                 await team.lost()
             raise
         backend.await_greetings(team)
-        watch_backend(parts, session)
+        watch_backend(parts, session, fail)
         session.entrust(team.attached(session), fds)
     # The backend has its memory: without the holder's copy, the next daemon ends this backend and starts another.
     with logged(name):
@@ -43,15 +51,15 @@ async def introduce(parts: DeviceParts, team: Team, session: Session) -> None:
     _log.info("%s: backend %s attached (process %d)", name, session.attach.kind, session.pid)
 
 
-def watch_backend(parts: DeviceParts, session: Session) -> None:
-    """Take leave of the backend when its process has ended."""
-    parts.backend.farewell = parts.background.spawn(_take_leave(parts, session))
+def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:
+    """Take leave of the backend when its process has ended; the device fails if its data ended with that."""
+    parts.backend.farewell = parts.background.spawn(_take_leave(parts, session, fail))
 
 
-async def _take_leave(parts: DeviceParts, session: Session) -> None:
+async def _take_leave(parts: DeviceParts, session: Session, fail: Fail) -> None:
     await session.gone()
     life = parts.life
-    if not life.is_stopping and life.state != "failed":
+    if not life.is_stopping and life.state != "failed" and session.attach.survives_death:
         # The end of the daemon's own backend is logged with its exit status when it is started again.
         level = logging.INFO if parts.config.backend else logging.WARNING
         name, kind = parts.config.name, session.attach.kind
@@ -60,5 +68,16 @@ async def _take_leave(parts: DeviceParts, session: Session) -> None:
         if parts.resources.team is not None:
             await parts.resources.team.lost()
         parts.backend.drop(session)
-        if life.state == "waiting":
+        if _has_lost_data(parts, session):
+            # In the same turn, so that no other backend is introduced before.
+            parts.backend.data_lost = why_data_is_lost(session.attach)
+            await fail(parts.backend.data_lost)
+        elif life.state == "waiting":
             await parts.binding.backend_ended()
+
+
+def _has_lost_data(parts: DeviceParts, session: Session) -> bool:
+    """Whether clients may have written to a store that ended with this backend."""
+    life = parts.life
+    was_served = life.state not in ("waiting", "failed") or parts.binding.is_starting
+    return not session.attach.survives_death and was_served and not life.is_stopping

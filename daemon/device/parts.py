@@ -105,6 +105,7 @@ class DeviceParts:
                 segments=self.backend.segments,
                 clients=resources.area.record() if resources.area else None,
                 build=self.context.build,
+                data_lost=self.backend.data_lost,
             )
         )
         self._saving = None

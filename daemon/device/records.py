@@ -71,6 +71,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     clients: AreaRecord | None = None
     segments: int = 0
     """The highest segment number that a backend was given."""
+    data_lost: str = ""
+    """Why no backend can serve the device any more; it is to be removed, and listed as failed with this reason."""
     build: str = ""
     """The code that the workers run."""
 

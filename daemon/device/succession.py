@@ -42,6 +42,7 @@ def record_of(
     build: str,
     epoch: int,
     mark: int = 0,
+    data_lost: str = "",
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
@@ -63,6 +64,7 @@ def record_of(
         segments=segments,
         clients=clients,
         build=build,
+        data_lost=data_lost,
     )
 
 

@@ -126,6 +126,7 @@ class DeviceView:
             path=str(kernel.node) if kernel else "",
             may_create=_may_create(self.parts),
             takes_next=self.parts.binding.takes_next(),
+            knows_survival=True,
         )
 
     async def live(self) -> None:

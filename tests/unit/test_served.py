@@ -30,7 +30,10 @@ class World:
         self.team = self.parts.resources.team = team
 
     async def attach(self, session: FakeSession) -> None:
-        await introduce(self.parts, self.team, session)
+        await introduce(self.parts, self.team, session, self._fail)
+
+    async def _fail(self, reason: str) -> None:
+        raise AssertionError(reason)
 
     @property
     def told(self) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+import msgspec
 import zmq
 
 from support.fakes.links import FakeFrames, FakeLink, FakeRings, sealed_memory
@@ -61,6 +62,8 @@ class FakeWorker:
         self.takes_next = False
         """None: as an older daemon, which has no identities and generations."""
         self.generation = 0
+        self.described: dict[str, object] = {}
+        """What else it describes."""
         self.attach: wire.Attach | None = None
         self.own: mmap.mmap | None = None
         self._sequence = itertools.count(1)
@@ -136,7 +139,7 @@ class FakeWorker:
             may_create=self.may_create,
             takes_next=self.takes_next,
         )
-        self.tell(described)
+        self.tell(msgspec.structs.replace(described, **self.described))
         self.hang_up()
 
     def accept(self) -> wire.Attach:

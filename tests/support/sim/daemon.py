@@ -161,6 +161,7 @@ class LeftBehind(NamedTuple):
     clients: None = None
     served: None = None
     processes: tuple[()] = ()
+    data_lost: str = ""
 
     @property
     def may_go_on(self) -> bool:
