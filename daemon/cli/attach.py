@@ -56,6 +56,7 @@ def backend(
     \b
     ublkpool backend file --device vol0 path=/var/lib/vol0.img
     ublkpool backend ./mybackend.py --device vol1 colour=blue
+    ublkpool backend check ./mybackend.py colour=blue           judges its promises, without a device
     """
     pairs = parse_pairs(options)
     from ublkpool.bufpool.sdk.loader import run_backend
