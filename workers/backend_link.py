@@ -5,7 +5,7 @@ the queue checks the descriptors in a frame.  A backend serves a queue over one 
 may be lost, so the backend counts as hung up.  Used by the worker's one thread; never waits.
 """
 
-import os
+import socket
 from pathlib import Path
 
 import zmq
@@ -13,6 +13,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
 from ublkpool.ublk.queue import LinkState, Queue
+from ublkpool.workers.listening import listen
 from ublkpool.workers.queue_gate import QueueGate
 
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
@@ -88,11 +89,16 @@ class BackendLink:
             self._bind()
 
     def _bind(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self.socket.bind(f"ipc://{self._path}")
-        self._path.chmod(self._mode)
-        if self._group is not None:
-            os.chown(self._path, -1, self._group)
+        backlog = self.socket.get(zmq.BACKLOG)
+        listener = listen(self._path, socket.SOCK_STREAM, self._mode, self._group, backlog)
+        try:
+            self.socket.set(zmq.USE_FD, listener.fileno())
+            self.socket.bind(f"ipc://{self._path}")
+        except zmq.ZMQError:
+            listener.close()
+            raise
+        # ZeroMQ closes it with its own socket.
+        listener.detach()
         self._bound = True
 
     def turn(self, connections: bool = True) -> bool:

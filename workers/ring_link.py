@@ -9,25 +9,22 @@ import array
 import os
 import select
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from ublkpool.bufpool.way_out import naming
 from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
 from ublkpool.ublk.queue import LinkState, Port, Queue
 from ublkpool.workers.credentials import credentials_of
+from ublkpool.workers.listening import listen
 
 ASKING_MAX = 8
 """Connections that have not sent their request; one more closes the oldest."""
 _ACCEPTS_PER_TURN_MAX = 64
 _BACKLOG = 16
 _QUESTION_BYTES_MAX = 256
-_SO_PASSRIGHTS = 83
-"""Since Linux 6.16; include/uapi/asm-generic/socket.h."""
-_KIND = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class PortUser(Protocol):
@@ -99,29 +96,11 @@ class RingLink:
         self._drop_rings()
         self._token, self._peer_uid = token.hex(), user
         if token and self._listener is None and self._path is not None:
-            self._listener = self._listen(self._path)
+            self._listener = listen(self._path, socket.SOCK_SEQPACKET, self._mode, self._group, _BACKLOG)
+            self._epoll.register(self._listener, select.EPOLLIN)
         # While no backend is expected, connections wait: a dead worker's backend may come early.
         if self._listener is not None:
             self._epoll.modify(self._listener, select.EPOLLIN if token else 0)
-
-    def _listen(self, path: Path) -> socket.socket:
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, _KIND)
-        try:
-            with naming(path):
-                listener.bind(str(path))
-        except OSError:
-            listener.close()
-            raise
-        # For its connections: the last close of a peer's descriptor may wait, and this process must not.
-        with suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-        path.chmod(self._mode)
-        if self._group is not None:
-            os.chown(path, -1, self._group)
-        listener.listen(_BACKLOG)
-        self._epoll.register(listener, select.EPOLLIN)
-        return listener
 
     def turn(self) -> None:
         """Accept connections, answer requests for rings, and notice the end of the rings' connection."""

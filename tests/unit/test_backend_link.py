@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 from ublkpool.workers.queue_gate import user_of
 
 REQUESTS_MAX = 20_000
+_SO_PASSRIGHTS = 83
 
 
 @pytest.fixture
@@ -39,6 +41,33 @@ def test_a_backend_that_answers_what_it_does_not_read_is_cut_off(wire: Wire) -> 
             break
     assert wire.desk.queue.link is LinkState.CUT, "a pipe without bounds"
     assert wire.desk.side.statistics.violations == 1
+
+
+def test_a_peer_cannot_send_a_descriptor_that_zeromq_would_close(wire: Wire) -> None:
+    """Its close may wait for as long as the peer likes: a socket that lingers, a file of a FUSE server."""
+    wire.serve()
+    with socket.socket(socket.AF_UNIX) as peer, socket.socket() as lingering:
+        try:
+            peer.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 1)
+        except OSError:
+            pytest.skip("this kernel lacks SO_PASSRIGHTS (Linux 6.16)")
+        peer.connect(str(wire.path))
+        with pytest.raises(PermissionError):
+            socket.send_fds(peer, [b"\xff"], [lingering.fileno()])
+        assert peer.send(b"\xff") == 1
+    assert wire.desk.queue.link is LinkState.UP
+
+
+def test_the_socket_has_its_mode_and_its_descriptor_ends_with_the_link(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    wire = Wire(context, tmp_path / "q0")
+    (tmp_path / "q0").write_text("of an earlier worker")
+    wire.serve()
+    assert stat.S_IMODE(wire.path.stat().st_mode) == 0o600
+    wire.close()
+    context.term()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_full_pipe_delays_and_loses_nothing(wire: Wire) -> None:
