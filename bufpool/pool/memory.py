@@ -78,6 +78,8 @@ def make_named(name: str, size_bytes: int) -> int:
             f"{name} exists already: another daemon's, or left by a killed one; unlink it"
         ) from error
     except (posix_ipc.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise _no_space(name, size_bytes) from error
         raise PoolError(f"{name} cannot be created: {error}") from error
     try:
         os.set_inheritable(fd, False)
@@ -116,10 +118,15 @@ def _not_allocated(what: str, size_bytes: int, error: OSError) -> PoolError:
 
 def _no_space(name: str, size_bytes: int) -> PoolError:
     usage = os.statvfs(SHM_DIRECTORY)
-    free = mib(usage.f_bavail * usage.f_frsize)
+    if usage.f_files and not usage.f_favail:
+        return PoolError(
+            f"{name} cannot be created: {SHM_DIRECTORY} has no inodes left: remove files there, "
+            f"or mount it with a larger nr_inodes"
+        )
+    free_bytes = usage.f_bavail * usage.f_frsize
     return PoolError(
-        f"{name} needs {mib(size_bytes)} of {SHM_DIRECTORY} where {free} are free: "
-        f"{_LOWER}, or mount {SHM_DIRECTORY} with a larger size"
+        f"{name} needs {size_bytes >> 10} KiB of {SHM_DIRECTORY} where {free_bytes >> 10} KiB are free: "
+        f"{_LOWER}, remove files there, or mount it with a larger size"
     )
 
 

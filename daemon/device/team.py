@@ -298,7 +298,7 @@ class Team:
                 block_bytes=plan.disk.block_bytes,
                 need_get_data=plan.config.need_get_data,
                 place_in_backend=plan.config.placement == "backend",
-                timeout_ms=int(plan.config.io_timeout_s * 1000),
+                timeout_ms=max(1, int(plan.config.io_timeout_s * 1000)),
                 fail_on_timeout=plan.config.on_timeout == "fail",
                 absent_ms=_absent_ms(plan.config),
                 slice_bytes=plan.area.slice_bytes if plan.area else 0,

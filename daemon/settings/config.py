@@ -5,6 +5,7 @@ turns a table of user-written keys (from TOML or the command line) into them.  M
 is a key path and a text.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,8 @@ IoBytes = Annotated[int, Meta(ge=4 * KIB, le=32 * MIB, multiple_of=4 * KIB)]
 ClientBytes = Annotated[int, Meta(ge=0, le=CLIENT_SLICES << 32, multiple_of=CLIENT_SLICES * 4 * KIB)]
 PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
+SECONDS_MIN = 0.001
+"""Deadlines are kept in milliseconds, and 0 is none."""
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
 Placement = Literal["pool", "backend"]
 Answers = Literal["backend", "worker"]
@@ -256,11 +259,20 @@ def _check_value(value: object, field: str, wanted: Any) -> Any:
     try:
         if field.endswith("_bytes") and isinstance(value, str):
             value = _parse_size(value)
-        return msgspec.convert(value, wanted)
+        return _checked_further(field, msgspec.convert(value, wanted))
     except msgspec.ValidationError as error:
         return Problem((), _complaint(str(error), value, wanted))
     except (ValueError, PoolError) as error:
         return Problem((), str(error))
+
+
+def _checked_further(field: str, value: Any) -> Any:
+    """The value.  Raises `ValueError` for what records of earlier versions may have, and no user may write."""
+    if field.endswith("_s") and value < SECONDS_MIN:
+        raise ValueError(f"expected at least {SECONDS_MIN} (a millisecond), got {value:g}")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("expected no NUL character")
+    return value
 
 
 def _parse_size(text: str) -> int:
@@ -362,5 +374,6 @@ def _complaint(error: str, value: object, wanted: Any) -> str:
 
 
 def _got(value: object) -> str:
-    text = msgspec.json.encode(value).decode()
+    is_no_json = isinstance(value, float) and not math.isfinite(value)
+    text = str(value) if is_no_json else msgspec.json.encode(value).decode()
     return f"got {text}" if len(text) <= 60 else f"got {text[:57]}..."

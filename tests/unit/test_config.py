@@ -164,6 +164,11 @@ def test_a_backend_s_new_keys_are_not_sent_unless_they_are_used() -> None:
         ),
         ("recovery = 1", "recovery: expected reissue or abort or fail or none, got 1"),
         ("io_timeout = 0", "io_timeout: expected float > 0.0, got 0"),
+        ("io_timeout = 0.0005", "io_timeout: expected at least 0.001 (a millisecond), got 0.0005"),
+        ("absent_timeout = 1e-9", "absent_timeout: expected at least 0.001 (a millisecond), got 1e-09"),
+        ("io_timeout = inf", "io_timeout: expected float <= 86400.0, got inf"),
+        ("io_timeout = nan", "io_timeout: expected float > 0.0, got nan"),
+        ('affinity = "\\u0000"', "affinity: expected auto, off or CPUs"),
         ('pool = "4K"', "pool: expected at least one request's 524288 bytes, got 4096"),
         ('backend = "file"', 'backend: expected a table with kind = "...", got "file"'),
         (
@@ -344,3 +349,15 @@ def test_a_device_survives_json() -> None:
 def test_a_device_from_json_is_checked_too(text: bytes) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(text, type=DeviceConfig)
+
+
+def test_a_path_with_a_nul_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[daemon]\nrun_dir = "/run/a\\u0000b"\n')
+    with pytest.raises(ConfigError, match=r"daemon\.run_dir: expected no NUL character$"):
+        load_config(file)
+
+
+def test_a_record_of_an_earlier_version_may_have_a_timeout_that_no_user_may_write() -> None:
+    text = b'{"name":"a","io_timeout_s":0.0005}'
+    assert msgspec.json.decode(text, type=DeviceConfig).io_timeout_s == 0.0005

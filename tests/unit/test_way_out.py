@@ -10,16 +10,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
+import posix_ipc
 import pytest
 from click.testing import CliRunner
 
 from support.cli_commands import cli_commands
 from support.fakes.queue_desk import Desk
 from ublkpool.bufpool import way_out
-from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.pool.memory import _no_space
+from ublkpool.bufpool.errors import BackendError, PoolError
+from ublkpool.bufpool.pool.memory import _no_space, make_named
 from ublkpool.bufpool.sdk.client import describe
 from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
 from ublkpool.bufpool.way_out import RUN_DIR_BYTES_MAX, explain, why_no_ring
@@ -184,6 +186,28 @@ def test_a_memory_disk_whose_keepers_path_is_too_long_says_how_long_it_may_be(tm
 def test_the_advice_for_a_full_dev_shm_names_the_key_that_the_config_has() -> None:
     advice = str(_no_space("a pool", 1 << 40))
     assert "queues, depth or pool," in advice and "pool_bytes" not in advice
+
+
+@pytest.mark.parametrize(
+    ("free_blocks", "free_inodes", "words"),
+    [
+        (3, 7, "needs 20 KiB of .* where 12 KiB are free: .* larger size"),
+        (3, 0, "no inodes left: .* nr_inodes"),
+    ],
+)
+def test_a_full_dev_shm_is_told_from_one_without_inodes(
+    monkeypatch: pytest.MonkeyPatch, free_blocks: int, free_inodes: int, words: str
+) -> None:
+    usage = SimpleNamespace(f_files=100, f_favail=free_inodes, f_bavail=free_blocks, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: usage)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(posix_ipc, "SharedMemory", full)
+    with pytest.raises(PoolError, match=words) as caught:
+        make_named("/ublkpool-unit-7-ctl", 20480)
+    assert "0.0" not in str(caught.value)
 
 
 def test_a_control_device_that_cannot_be_opened_for_want_of_descriptors_says_so() -> None:
