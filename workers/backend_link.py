@@ -23,6 +23,7 @@ ENDS_PER_TURN_MAX = 256
 # Frames of 256 KiB for each connection: a flooding backend can fill this much memory, then it waits.
 _RECEIVE_QUEUE_MAX = 64
 _SEND_QUEUE_MAX = 1024
+_BACKLOG = 100
 
 
 class BackendLink:
@@ -89,8 +90,7 @@ class BackendLink:
             self._bind()
 
     def _bind(self) -> None:
-        backlog = self.socket.get(zmq.BACKLOG)
-        listener = listen(self._path, socket.SOCK_STREAM, self._mode, self._group, backlog)
+        listener = listen(self._path, socket.SOCK_STREAM, self._mode, self._group, _BACKLOG)
         try:
             self.socket.set(zmq.USE_FD, listener.fileno())
             self.socket.bind(f"ipc://{self._path}")
