@@ -88,8 +88,9 @@ async def tear_down(parts: DeviceParts, keep: bool) -> None:
         await parts.resources.stop()
     await end_backend(parts, keep)
     await parts.resources.remove()
-    parts.forget()
+    # The record goes last: it is what leads the next daemon to what the holder has.
     parts.context.holder.drop(name)
+    parts.forget()
 
 
 async def end_binding(parts: DeviceParts, keep: bool, forget: bool) -> None:

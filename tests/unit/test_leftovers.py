@@ -414,3 +414,28 @@ def test_an_add_over_a_failed_device_removes_what_the_kernel_has_of_it_first(
 
 async def no_user(*_: object, may_open: bool) -> None:
     """The disk is unused."""
+
+
+def test_the_holder_lets_go_of_a_device_while_it_is_still_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is killed in between would leave what no later daemon drops."""
+    on_record: list[bool] = []
+
+    async def run() -> None:
+        machine = Machine(tmp_path, "", False)
+        device = a_device(machine, monkeypatch)
+        await start(device)
+        drop = StepHolder.drop
+
+        def noted(holder: StepHolder, name: str) -> None:
+            if name == "vol":
+                on_record.append(bool(device.parts.context.records.load()))
+            drop(holder, name)
+
+        monkeypatch.setattr(StepHolder, "drop", noted)
+        await device.delete(force=True)
+        assert device.parts.context.records.load() == [] and not machine.held
+
+    in_loop(run)
+    assert on_record == [True]
