@@ -325,3 +325,16 @@ def test_a_result_that_comes_after_the_loops_end_writes_to_no_descriptor() -> No
         os.read(reader, 8)
     for each in {reader, writer, number}:
         os.close(each)
+
+
+def test_a_wake_that_is_written_late_is_read_by_the_turn_that_it_causes() -> None:
+    """A thread may be stopped between its flag and its write, and the loop may acknowledge in between."""
+    outbox = Outbox()
+    outbox.wake()
+    outbox.acknowledge()
+    os.eventfd_write(outbox.descriptor, 1)
+    outbox.acknowledge()
+    outbox.drain()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(outbox.descriptor)
+    outbox.close()
