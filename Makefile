@@ -20,6 +20,8 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
     test_doors.py test_examples.py test_file_backend.py test_guarded_socket.py test_holder.py \
     test_memory_backend.py test_no_descriptors.py test_null_backend.py test_sdk_ring.py test_sdk_serving.py \
     test_serving_clock.py test_spread.py test_takeover.py test_watched_calls.py
+# Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
+UNSANITIZED_UNIT_TESTS := test_docs.py test_spread.py
 # `make bench`: quick, full, growth, doorbell or exact; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
@@ -135,7 +137,7 @@ test-unit: setup ## unit and sim tests, `backend check`, backends against real s
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"
-	@tests/support/test_sanitized.sh tests/sim tests/unit $(PYTEST_ARGS)
+	@tests/support/test_sanitized.sh tests/sim tests/unit $(addprefix --ignore=tests/unit/,$(UNSANITIZED_UNIT_TESTS)) $(PYTEST_ARGS)
 
 fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, frames, rings, attach, broker and admin messages
 	@echo "fuzz: $(FUZZ_S) s"
