@@ -151,12 +151,14 @@ def test_a_put_that_a_dead_process_sent_cannot_land_after_a_newer_one(
         assert worker.read(0, CHUNK) in (old, old[:BLOCK] + block(2) + old[2 * BLOCK :])
         if moment == 1:
             late.release()
+        assert worker.write(2 * BLOCK, block(9)) == BLOCK
+        assert worker.read(2 * BLOCK, BLOCK) == block(9), "the write is added to what the late PUT has left"
         assert worker.write(BLOCK, block(2)) == BLOCK, "the daemon sends it again"
         if moment == 2:
             late.release()
         assert worker.write(BLOCK, block(3)) == BLOCK
         # The content is what it was before the late PUT, so a hash of it alone would match again.
-        assert worker.write(BLOCK, old[BLOCK : 2 * BLOCK]) == BLOCK
+        assert worker.write(BLOCK, old[BLOCK : 3 * BLOCK]) == 2 * BLOCK
         if moment == 3:
             late.release()
         assert worker.do(Op.WRITE_ZEROES, 0, CHUNK) == 0
@@ -168,6 +170,26 @@ def test_a_put_that_a_dead_process_sent_cannot_land_after_a_newer_one(
     next_attach(worker)
     with serving(worker, backend_for(server, tmp_path)):
         assert worker.read(0, CHUNK) == block(5) + bytes(CHUNK - BLOCK)
+
+
+def test_a_late_put_does_not_undo_zeros_that_were_written_where_no_object_was(
+    tmp_path: Path, server: S3Server, worker: FakeWorker
+) -> None:
+    predecessor = spawn(tmp_path, "s3", options_for(server, tmp_path))
+    worker.accept()
+    server.hold(is_chunk_put)
+    start_write(worker, 0, 0, block(2))
+    (late,) = server.held(1)
+    server.hold(None)
+    predecessor.kill()
+    finish(predecessor)
+    next_attach(worker)
+    with serving(worker, backend_for(server, tmp_path)):
+        assert worker.do(Op.WRITE_ZEROES, 0, CHUNK) == 0
+        assert late.release().startswith("412")
+    next_attach(worker)
+    with serving(worker, backend_for(server, tmp_path)):
+        assert worker.read(0, CHUNK) == bytes(CHUNK)
 
 
 def test_a_process_that_was_replaced_ends_when_it_writes(
