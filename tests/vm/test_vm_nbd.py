@@ -35,7 +35,7 @@ def test_a_server_killed_and_restarted_under_fio_costs_no_data_and_no_error(daem
         daemon.device("nbd", "nbd", options=server.options, queues=2, depth=32) as status,
     ):
         assert status.path is not None
-        fio = start_fio(status.path, size=4 * MIB, iodepth=16, fsync=32, verify="crc32c")
+        fio = start_fio(status.path, size=3 * MIB, iodepth=16, fsync=32, verify="crc32c")
         for _ in range(KILLS):
             goal = _written(daemon) + MIB // 2
             eventually(partial(_has_written, daemon, goal), "fio writes")
