@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -69,8 +69,21 @@ def kinds() -> list[str]:
     return sorted(built_in | {each.name for each in entry_points(group=ENTRY_POINTS)})
 
 
-def load(kind_or_file: str, given: Given) -> Backend:
-    """The backend with its options, not opened yet.  Raises `BackendError` for an unknown backend or a bad option."""
+def load(kind_or_file: str, given: Given, layers: Sequence[str] = ()) -> Backend:
+    """The backend with its options, below its layers, not opened yet.
+
+    `layers`: each `NAME:key=value,...`, the first gets each request first.  Raises `BackendError` for an unknown
+    backend or layer, or a bad option.
+    """
+    backend = _load(kind_or_file, given)
+    if not layers:
+        return backend
+    from ublkpool.bufpool.sdk.layers.stack import layered
+
+    return layered(backend, layers)
+
+
+def _load(kind_or_file: str, given: Given) -> Backend:
     if _is_file(kind_or_file) and is_plugin(Path(kind_or_file)):
         # nbdkit's plugins run as `__main__`, and their options are known to themselves only.
         from ublkpool.bufpool.sdk.nbdkit.plugin import load_plugin
@@ -102,9 +115,10 @@ def run_backend(
     *,
     wait_s: float = 0.0,
     transport: Transport = "auto",
+    layers: Sequence[str] = (),
 ) -> int:
     """Load and serve until told to end; returns the exit status.  Raises `PoolError` if it cannot start."""
-    backend = load(kind_or_file, options)
+    backend = load(kind_or_file, options, layers)
     built_in = type(backend).__module__.startswith(_BUILT_IN + ".")
     name = backend_name(kind_or_file)
     return serve(
@@ -124,7 +138,7 @@ def _is_file(kind_or_file: str) -> bool:
 
 def _find(kind_or_file: str) -> type[Backend] | ModuleType:
     if _is_file(kind_or_file):
-        return _in_module(_import_file(Path(kind_or_file)), kind_or_file)
+        return _in_module(import_file(Path(kind_or_file)), kind_or_file)
     built_in = f"{_BUILT_IN}.{kind_or_file}"
     if kind_or_file.isidentifier() and importlib.util.find_spec(built_in) is not None:
         return _in_module(importlib.import_module(built_in), kind_or_file)
@@ -140,7 +154,8 @@ def _find(kind_or_file: str) -> type[Backend] | ModuleType:
     )
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """The module in this file, executed.  Raises `BackendError`, which names the line that failed."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise BackendError(f"{path}: no such Python file")

@@ -49,6 +49,11 @@ class Option(NamedTuple):
         return f"{text}..." if _item_of(self.type) else text
 
 
+def _is_size(kind: Any) -> bool:
+    """Whether it is `ByteSize`, also with limits."""
+    return get_origin(kind) is Annotated and get_args(ByteSize)[1] in get_args(kind)[1:]
+
+
 def _members(kind: Any) -> list[Any]:
     """The types of `T | U | None` but None."""
     if get_origin(kind) in (Union, types.UnionType):
@@ -66,6 +71,8 @@ def _type_name(kind: Any) -> str:
     kind = _item_of(kind) or _members(kind)[0]
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is Annotated:
+        kind = ByteSize if _is_size(kind) else get_args(kind)[0]
     return _TYPE_NAMES.get(kind, "TEXT")
 
 
@@ -94,7 +101,7 @@ def check_types(owner: str, options: Iterable[Option]) -> None:
 
 
 def _is_readable(kind: Any) -> bool:
-    if kind == ByteSize or kind is Any:
+    if kind is Any:
         return True
     if get_origin(kind) is Annotated:
         return _is_readable(get_args(kind)[0])
@@ -119,8 +126,8 @@ def convert(text: str, kind: Any) -> Any:
 
 
 def _convert(text: str, kind: Any) -> Any:
-    if kind == ByteSize:
-        return parse_size(text)
+    if _is_size(kind):
+        return msgspec.convert(parse_size(text), kind)
     if kind is bool:
         if text.lower() not in _TRUTH:
             raise ValueError(f"{text!r} is not on or off")

@@ -71,6 +71,7 @@ class BackendProcess(SupervisedProcess):
         command = [
             *_program(self._config.python),
             *("backend", self._config.kind, "--log-format", "json"),
+            *(word for each in self._config.layers for word in ("--layer", each)),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]

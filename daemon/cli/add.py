@@ -9,7 +9,7 @@ import click
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.cli.device_options import device_options
-from ublkpool.daemon.cli.options import admin_client, parse_pairs, run_dir_option
+from ublkpool.daemon.cli.options import admin_client, layer_option, parse_pairs, run_dir_option
 
 if TYPE_CHECKING:
     from ublkpool.daemon.settings.config import DeviceConfig, Problem
@@ -33,6 +33,7 @@ def _with_wait_value(arg: str, following: str) -> str:
 @click.argument("name")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE ...]")
 @device_options
+@layer_option
 @click.option(
     "--wait",
     "wait_s",
@@ -42,7 +43,12 @@ def _with_wait_value(arg: str, following: str) -> str:
 )
 @run_dir_option()
 def add(
-    name: str, options: tuple[str, ...], wait_s: float | None, run_dir: Path, **described: object
+    name: str,
+    options: tuple[str, ...],
+    layers: tuple[str, ...],
+    wait_s: float | None,
+    run_dir: Path,
+    **described: object,
 ) -> None:
     """Create the device NAME and print its path, /dev/ublkbN, once it can be used.
 
@@ -57,7 +63,7 @@ def add(
     ublkpool add vol1 --size 10G --wait 30
     ublkpool add floor --size 1G --answers worker
     """
-    device = _device_config({"name": name, **described}, options)
+    device = _device_config({"name": name, **described}, options, layers)
     client = admin_client(run_dir)
     status = client.add(device)
     if status.state == "waiting" and wait_s is not None:
@@ -79,7 +85,9 @@ def _current_directory() -> Path:
         ) from error
 
 
-def _device_config(described: Mapping[str, object], options: Sequence[str]) -> "DeviceConfig":
+def _device_config(
+    described: Mapping[str, object], options: Sequence[str], layers: Sequence[str]
+) -> "DeviceConfig":
     """The device that these options describe.  Raises `ConfigError` in terms of the command line."""
     from ublkpool.daemon.errors import ConfigError
 
@@ -91,7 +99,9 @@ def _device_config(described: Mapping[str, object], options: Sequence[str]) -> "
     if repeated is not None and table.get("backend") in WITHOUT_LISTS:
         raise click.UsageError(f"{repeated}= is given twice")
     if "backend" in table:
-        table["backend"] = {**pairs, "kind": table["backend"]}
+        table["backend"] = {**pairs, "kind": table["backend"], "layers": layers}
+    elif layers:
+        raise click.UsageError(f"--layer {layers[0]} is for a backend; name one with --backend")
     elif pairs:
         raise click.UsageError(f"{options[0]} is an option for a backend; name one with --backend")
     problems: list[Problem] = []

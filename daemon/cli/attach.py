@@ -1,12 +1,13 @@
 """The commands whose own process attaches to a device: `backend` serves it, `client` uses its shared memory."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ublkpool.daemon.cli.options import parse_pairs, run_dir_option
+from ublkpool.daemon.cli.options import layer_option, parse_pairs, run_dir_option
 
 if TYPE_CHECKING:
     from ublkpool.bufpool.sdk.client import Transport
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     metavar="auto|human|logfmt|json",
     help="Format of the log on stderr; auto is human on a terminal or in the journal, else logfmt.  [default: auto]",
 )
+@layer_option
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -47,6 +49,7 @@ def backend(
     transport: "Transport",
     log_format: "LogFormat",
     log_level: "LogLevel",
+    layers: tuple[str, ...],
     run_dir: Path,
 ) -> int:
     """Serve a device as its backend, in this process, until the device is deleted or SIGTERM.
@@ -57,6 +60,7 @@ def backend(
     ublkpool backend file --device vol0 path=/var/lib/vol0.img
     ublkpool backend ./mybackend.py --device vol1 colour=blue
     ublkpool backend check ./mybackend.py colour=blue           judges its promises, without a device
+    ublkpool backend memory --device vol2 --layer log:file=trace --layer fault:seed=1,eio=0.01
     """
     pairs = parse_pairs(options)
     from ublkpool.bufpool.sdk.loader import run_backend
@@ -64,7 +68,8 @@ def backend(
 
     logs.configure(log_level, log_format, all_loggers=True)
     printed.show_at_once()
-    return run_backend(kind, pairs, device, run_dir, transport=transport)
+    run = partial(run_backend, layers=layers) if layers else run_backend
+    return run(kind, pairs, device, run_dir, transport=transport)
 
 
 @click.command(

@@ -48,6 +48,15 @@ def run_dir_option(default: Path | None = RUN_DIR_DEFAULT) -> Callable[[_Command
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
+layer_option = click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NAME:KEY=VALUE,...",
+    help="A layer over the backend: cache, fault, log, readonly or FILE.py.  May be repeated; the first gets each "
+    "request first.",
+)
+
 
 def parse_pairs(options: Sequence[str]) -> dict[str, str | list[str]]:
     """KEY=VALUE arguments as a dictionary; a key that is given again has a list.  Raises `click.UsageError`."""

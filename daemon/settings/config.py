@@ -91,6 +91,8 @@ class BackendConfig(
     cwd: str | None = None
     python: str | None = None
     """The interpreter that runs it, of an environment that has ublkpool, too; None for the daemon's own."""
+    layers: tuple[str, ...] = ()
+    """Each `NAME:key=value,...`; the first gets each request first."""
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,7 +197,7 @@ class Problem(NamedTuple):
     message: str
 
 
-_OWN_KEYS = ("kind", "python")
+_OWN_KEYS = ("kind", "python", "layers")
 """Keys of a backend's table that are no options of the backend."""
 USER_KEYS = {
     "size_bytes": "size",
@@ -299,7 +301,16 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
     )
     texts = {key: text for key, text in options.items() if text is not None}
     python = _check_python(table.get("python"), (*path, "python"), problems, cwd)
-    return _resolved_backend(kind, texts, python, path, problems, cwd)
+    layers = _check_layers(table.get("layers", ()), (*path, "layers"), problems)
+    config = _resolved_backend(kind, texts, path, problems, cwd)
+    return msgspec.structs.replace(config, python=python, layers=layers)
+
+
+def _check_layers(value: object, path: KeyPath, problems: list[Problem]) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    problems.append(Problem(path, f'expected a list such as ["log:file=/x", "readonly"], {_got(value)}'))
+    return ()
 
 
 def _check_python(value: object, path: KeyPath, problems: list[Problem], cwd: Path) -> str | None:
@@ -321,7 +332,6 @@ def _check_python(value: object, path: KeyPath, problems: list[Problem], cwd: Pa
 def _resolved_backend(
     kind: str,
     options: Mapping[str, str | list[str]],
-    python: str | None,
     path: KeyPath,
     problems: list[Problem],
     cwd: Path,
@@ -332,7 +342,7 @@ def _resolved_backend(
         if not file.is_file():
             problems.append(Problem((*path, "kind"), f"no such file: {file}"))
         kind = str(file)
-    return BackendConfig(kind=kind, options=options, cwd=str(cwd), python=python)
+    return BackendConfig(kind=kind, options=options, cwd=str(cwd))
 
 
 def _option_texts(value: object) -> str | list[str] | None:

@@ -133,6 +133,15 @@ async def test_a_key_that_is_given_several_times_reaches_the_backend_each_time(t
     assert process.obituary().endswith("mine: option size: is given twice; options are: size=NUMBER")
 
 
+@in_a_loop
+async def test_layers_reach_the_backend(tmp_path: Path) -> None:
+    config = BackendConfig(kind="null", layers=("readonly", "nosuch:a=1"))
+    process = BackendProcess("vol0", config, tmp_path, lambda fd: None)
+    process.start()
+    assert await process.child.wait() == 2
+    assert "no layer is called 'nosuch'; there are cache, fault, log, readonly" in process.obituary()
+
+
 def interpreter(path: Path, *, alone: bool) -> str:
     """A program that runs this Python; `alone`: without the packages of its environment."""
     flags = "-I -S" if alone else ""

@@ -173,6 +173,7 @@ def test_add_waits_until_a_backend_attaches(
         ),
         ("add ../a", "NAME: expected 1 to 64 letters"),
         ("add a path=x", "path=x is an option for a backend; name one with --backend"),
+        ("add a --layer readonly", "--layer readonly is for a backend; name one with --backend"),
         ("add a --backend file path", "expected KEY=VALUE, got 'path'"),
         ("add a --backend file =x", "expected KEY=VALUE, got '=x'"),
         ("add a --backend file x=1 x=2", "x= is given twice"),

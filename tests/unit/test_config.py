@@ -134,9 +134,17 @@ def test_a_backend_s_interpreter_is_on_record_with_its_whole_path(tmp_path: Path
         assert msgspec.json.decode(msgspec.json.encode(device), type=DeviceConfig) == device
 
 
+def test_a_backend_s_layers_are_on_record_in_their_order(tmp_path: Path) -> None:
+    text = '[[device]]\nname = "a"\nbackend = { kind = "null", layers = ["log:file=/x", "readonly"] }'
+    (device,) = load_config(write(tmp_path, text)).devices
+    assert device.backend is not None and device.backend.layers == ("log:file=/x", "readonly")
+    assert msgspec.json.decode(msgspec.json.encode(device), type=DeviceConfig) == device
+
+
 def test_a_backend_s_new_keys_are_not_sent_unless_they_are_used() -> None:
     """An earlier daemon refuses keys that it does not know."""
-    assert b"python" not in msgspec.json.encode(BackendConfig(kind="null"))
+    sent = msgspec.json.encode(BackendConfig(kind="null"))
+    assert b"python" not in sent and b"layers" not in sent
 
 
 @pytest.mark.parametrize(
@@ -182,6 +190,10 @@ def test_a_backend_s_new_keys_are_not_sent_unless_they_are_used() -> None:
         (
             'backend = { kind = "null", python = "env/python" }',
             "backend.python: no such program: {dir}/env/python; give the interpreter of an environment",
+        ),
+        (
+            'backend = { kind = "null", layers = "readonly" }',
+            'backend.layers: expected a list such as ["log:file=/x", "readonly"], got "readonly"',
         ),
         (
             'backend = { kind = "null", python = 3 }',
