@@ -147,6 +147,12 @@ class Shadow:
         self._possible = dict(self._durable)
         # A later FLUSH does not bring them back.
         self._unflushed.clear()
+        # These reads had no answer, so the next process executes them.
+        for reading in self._readings:
+            reading.possible = [
+                (*possible, *self._durable.get(block, self._now))
+                for block, possible in enumerate(reading.possible, reading.first)
+            ]
 
     def begin_read(self, first: int, count: int) -> Reading:
         """A read was sent."""

@@ -47,14 +47,14 @@ def test_every_planted_defect_is_tried() -> None:
 def test_the_defect_is_found(tmp_path: Path, name: str) -> None:
     planted, disk = PLANTED[name], tmp_path / "disk"
     disk.write_bytes(bytes(DISK_BYTES))
-    asked = {"seconds": 30, "seed": 1, "deadline_s": 60, **planted.asked}
+    asked = {"seconds": 90, "seed": 1, "deadline_s": 60, **planted.asked}
     if "power_loss" in asked:
         asked["power_loss"] = asked["power_loss"].format(disk=disk)
     report = report_on(str(DEFECTS / f"{name}.py"), {"path": disk} if planted.has_path else {}, **asked)
     lines = report.lines()
     assert report.promise == planted.promise, lines
     assert PROMISES[planted.promise] in lines[0]
-    assert "--seed 1 --seconds 30" in lines[-1]
+    assert "--seed 1 --seconds 90" in lines[-1]
 
 
 def test_a_cache_that_honours_fua_may_lose_the_rest_when_the_power_fails(tmp_path: Path) -> None:

@@ -118,6 +118,16 @@ def test_a_power_failure_takes_what_was_not_flushed_and_nothing_else() -> None:
     assert not disk.may_hold(1, disk.data(cached))
 
 
+def test_a_read_that_runs_in_a_power_failure_may_find_what_is_left() -> None:
+    disk = Disk(is_volatile=True)
+    flushed = disk.change(1)
+    disk.flush()
+    disk.change(1)
+    reading = disk.shadow.begin_read(1, 1)
+    disk.shadow.lost_power()
+    assert not disk.shadow.end_read(reading, disk.data(flushed))
+
+
 def test_a_flush_does_not_bring_back_what_a_power_failure_took() -> None:
     disk = Disk(is_volatile=True)
     flushed = disk.change(1)

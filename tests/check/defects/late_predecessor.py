@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 
 file = -1
 count = 0
@@ -22,18 +21,15 @@ def pread(buf: memoryview, offset: int) -> int:
 
 
 def store(data: bytes, offset: int, is_slow: bool) -> None:
-    parent = os.getppid()
+    parent, before = os.getppid(), os.pread(file, 512, offset)
     time.sleep(0.3 * is_slow)
-    if os.getppid() != parent:
-        wait_for(lambda held: held == data[:512], offset)
-        wait_for(lambda held: held != data[:512], offset)
-    os.pwrite(file, data, offset)
-
-
-def wait_for(is_there: Callable[[bytes], bool], offset: int) -> None:
     give_up_s = time.monotonic() + 10
-    while not is_there(os.pread(file, 512, offset)) and time.monotonic() < give_up_s:
+    # The successor executes this write again, and then a newer one.
+    while os.getppid() != parent and os.pread(file, 512, offset) in (before, data[:512]):
+        if time.monotonic() > give_up_s:
+            break
         time.sleep(0.001)
+    os.pwrite(file, data, offset)
 
 
 def pwrite(buf: memoryview, offset: int) -> None:
@@ -41,6 +37,6 @@ def pwrite(buf: memoryview, offset: int) -> None:
     count += 1
     child = os.fork()
     if not child:
-        store(bytes(buf), offset, is_slow=count % 10 == 0)
+        store(bytes(buf), offset, is_slow=count % 5 == 0)
         os._exit(0)
     os.waitpid(child, 0)
