@@ -65,9 +65,10 @@ def test_a_backend_of_our_own_is_no_plugin(tmp_path: Path, code: str) -> None:
 
 
 def test_a_plugin_runs_as_main_and_alone_has_the_module_nbdkit(plugin: Plugin) -> None:
-    main = sys.modules["__main__"]
+    main, arguments = sys.modules["__main__"], sys.argv
     backend = plugin(
         NEEDED,
+        "import sys\nassert sys.argv == ['']\n"
         "assert __name__ == '__main__' and __file__.endswith('plugin.py')\nimport __main__\n"
         "from dataclasses import dataclass\n@dataclass\nclass Row:\n    size: 'int' = 1\n"
         "assert __main__.Row is Row\n",
@@ -75,7 +76,7 @@ def test_a_plugin_runs_as_main_and_alone_has_the_module_nbdkit(plugin: Plugin) -
     assert "nbdkit" in sys.modules
     opened(backend)
     backend.close()
-    assert "nbdkit" not in sys.modules and sys.modules["__main__"] is main
+    assert "nbdkit" not in sys.modules and sys.modules["__main__"] is main and sys.argv is arguments
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,11 @@ def test_a_file_that_is_no_whole_plugin_says_why(plugin: Plugin, code: str, said
         plugin(code)
     assert "plugin.py" in str(caught.value) and "\n" not in str(caught.value)
     assert "nbdkit" not in sys.modules and sys.modules["__main__"] is main
+
+
+def test_a_plugin_says_whether_its_data_dies_with_its_process(plugin: Plugin) -> None:
+    assert plugin(NEEDED).survives_death
+    assert not plugin(NEEDED, "survives_death = False\n").survives_death
 
 
 # Parameters and the order of a life.

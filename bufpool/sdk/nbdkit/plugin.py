@@ -91,6 +91,7 @@ class NbdkitBackend(Backend):
         self._end_reason = ""
         self._script = Script(path, api.Api(self._end))
         self._is_v1 = self._script.api_version == 1
+        self.survives_death = self._script.attribute("survives_death") is not False
         self._handle: Any = None
         self._block = BlockSize()
         self._can = Abilities(False, False, False, False, api.FUA_NONE)

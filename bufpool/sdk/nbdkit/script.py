@@ -31,6 +31,8 @@ class Script:
         self._module = ModuleType("__main__")
         self._module.__file__ = str(path)
         self._names: Mapping[str, Any] = vars(self._module)
+        # nbdkit's interpreter has no arguments: those of this process are not the plugin's.
+        self._arguments, sys.argv = sys.argv, [""]
         sys.modules.update(__main__=self._module, nbdkit=api.module())
         try:
             self._run()
@@ -62,7 +64,8 @@ class Script:
         return int(version)
 
     def close(self) -> None:
-        """Take the plugin's modules out of `sys.modules` again."""
+        """Take the plugin's modules out of `sys.modules` again; may be called twice."""
+        sys.argv = self._arguments
         for name, earlier in self._kept.items():
             if earlier is None:
                 sys.modules.pop(name, None)
@@ -92,7 +95,6 @@ class Script:
         Raises `OSError` with the errno that the plugin set or raised, and a text that names its line; the plugin's own
         exception if that has no errno.
         """
-        self._api.take_error()
         try:
             result = self._names[callback](*arguments)
         except _FAILURES as error:
