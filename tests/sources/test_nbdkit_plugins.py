@@ -17,7 +17,7 @@ import pytest
 from support.fakes.worker import FakeWorker, finish, spawn
 from support.nbdkit import client as nbd
 from support.nbdkit.client import NbdClient, NbdError, real_nbdkit
-from support.nbdkit.servers import IMAGEIO_CLIENT, image_server, object_server
+from support.nbdkit.servers import IMAGEIO_CLIENT, image_server, object_server, set_credentials
 from support.nbdkit.source_package import fetch_plugins
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
@@ -208,14 +208,7 @@ def test_imageio(plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_s3(plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    credentials = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    for name, value in credentials.items():
-        monkeypatch.setenv(name, value)
+    set_credentials(monkeypatch)
     environment = {"PYTHONPATH": ":".join(site.getsitepackages())}
     objects: dict[str, bytes] = {}
     with object_server(objects) as url:

@@ -9,6 +9,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import pytest
+
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _KEY = re.compile(rb"<Key>([^<]*)</Key>")
 
@@ -90,10 +92,16 @@ class _ObjectHandler(_Handler):
         self.answer(200, text.encode(), Content_Type="application/xml")
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: a client that is killed resets its connection."""
+
+
 @contextmanager
 def _serving(handler: type[_Handler], **state: object) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     vars(server).update(state)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -113,6 +121,17 @@ def image_server(image: bytearray) -> Any:
 def object_server(objects: dict[str, bytes]) -> Any:
     """Serves `objects` by /BUCKET/KEY as S3 does, without looking at signatures; a context manager of the URL."""
     return _serving(_ObjectHandler, objects=objects)
+
+
+def set_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give processes that start from now on what a client of S3 needs."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 IMAGEIO_CLIENT = '''
