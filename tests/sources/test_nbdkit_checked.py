@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.nbdkit.servers import IMAGEIO_CLIENT, image_server, object_server, set_credentials
+from support.nbdkit.servers import IMAGEIO_CLIENT, image_server
 from support.nbdkit.source_package import fetch_plugins
 from ublkpool.testing import Report, report_on
 from ublkpool.testing import check_backend as check_backend
@@ -48,15 +48,6 @@ def test_imageio_keeps_every_promise(
         options = {"transfer_url": url, "connections": "4"}
         plugin = str(plugins / EXAMPLES / "imageio.py")
         report = check_backend(plugin, options, seconds=0, deadline_s=60, transport="zeromq")
-    assert report.counts["kill"] >= 1
-
-
-def test_s3_keeps_every_promise(plugins: Path, check_backend: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_credentials(monkeypatch)
-    with object_server({}) as url:
-        options = {"endpoint-url": url, "bucket": "disks", "key": "one", "size": "1M", "object-size": "64k"}
-        plugin = str(plugins / "plugins/S3/S3.py")
-        report = check_backend(plugin, options, seconds=0, deadline_s=60, transport="ring")
     assert report.counts["kill"] >= 1
 
 

@@ -1,6 +1,7 @@
 """HTTP servers on loopback for plugins whose data is elsewhere: one image, and a store of objects as S3 has them."""
 
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def is_alive(self) -> bool:
+        """Whether the client still has its connection: a store with a fence takes nothing from a dead one."""
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def part(self, data: bytes | bytearray) -> bytes:
         """The bytes that the request's Range names, all without one."""
         found = _RANGE.fullmatch(self.headers.get("Range", ""))
@@ -53,7 +63,8 @@ class _ImageHandler(_Handler):
 
     def do_PUT(self) -> None:
         data, start = self.body(), int(self.headers["X-Offset"])
-        self.server.image[start : start + len(data)] = data
+        if self.is_alive():
+            self.server.image[start : start + len(data)] = data
         self.answer(200)
 
 
@@ -74,11 +85,14 @@ class _ObjectHandler(_Handler):
     do_HEAD = do_GET
 
     def do_PUT(self) -> None:
-        self.server.objects[self.key] = self.body()
+        data = self.body()
+        if self.is_alive():
+            self.server.objects[self.key] = data
         self.answer(200, ETag='"1"')
 
     def do_POST(self) -> None:
-        for key in _KEY.findall(self.body()):
+        keys = _KEY.findall(self.body())
+        for key in keys if self.is_alive() else []:
             self.server.objects.pop(f"{self.key}/{key.decode()}".replace("//", "/"), None)
         self.answer(200, b"<DeleteResult></DeleteResult>")
 
