@@ -267,11 +267,13 @@ def test_writes_wait_while_the_copies_are_twice_their_bound(tmp_path: Path, disk
     server = Nbdkit(["eval", *calls], socket_path=tmp_path / "nbd.sock")
     options = {"unflushed": "8K"}
     with server, FakeWorker(tmp_path) as worker, serving(worker, backend_for(server, **options)):
-        for number in range(4):
-            assert worker.write(number * BLOCK, block(1)) == BLOCK
-        request = start_write(worker, 0, 4 * BLOCK, block(1))
-        assert worker.is_silent(for_s=0.5)
-        gate.touch()
+        try:
+            for number in range(4):
+                assert worker.write(number * BLOCK, block(1)) == BLOCK
+            request = start_write(worker, 0, 4 * BLOCK, block(1))
+            assert worker.is_silent(for_s=0.5)
+        finally:
+            gate.touch()
         assert worker.answer_of(request).result == BLOCK
 
 
