@@ -1,5 +1,6 @@
 """The backend's process as a user starts it, and its log."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +17,12 @@ _LOG_BYTES = 4096
 Options = Mapping[str, str | list[str]]
 
 
+RUN_DIR, DEVICE = "{run_dir}", "{device}"
+"""In the command line of a backend in another language, the places of the run directory and the device's name."""
+
+
 class Command(NamedTuple):
-    """`ublkpool backend KIND KEY=VALUE ...`."""
+    """`ublkpool backend KIND KEY=VALUE ...`, or the whole command line of a program in another language."""
 
     kind: str
     options: Options
@@ -25,7 +30,12 @@ class Command(NamedTuple):
     """More options of `ublkpool backend`."""
 
     def line(self, device: str, run_dir: Path, transport: str) -> list[str]:
-        """The command line."""
+        """The command line.  Raises `ValueError` for a program's whose quotes do not match."""
+        if RUN_DIR in self.kind:
+            words = shlex.split(self.kind)
+            return [
+                each.replace(RUN_DIR, str(run_dir)).replace(DEVICE, device) for each in words
+            ] + self.pairs()
         return [
             *(sys.executable, "-m", "ublkpool.daemon", "backend", self.kind, "--device", device),
             *("--run-dir", str(run_dir), "--transport", transport, "--log-format", "human"),

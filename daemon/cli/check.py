@@ -116,11 +116,13 @@ def check(
 
     Its process is started as `ublkpool backend KIND KEY=VALUE ...` starts it, gets requests of every kind, and is
     killed, stopped and fenced again and again, while a model of the disk judges each answer.  The store is OVERWRITTEN:
-    name one that holds nothing.
+    name one that holds nothing.  A backend in another language is named by its whole command line, with {run_dir} and
+    {device} in it; it ends with status 1 without rings where it needs them, so say its --transport.
 
     \b
     ublkpool backend check ./mybackend.py path=/tmp/scratch.img
     ublkpool backend check file path=/tmp/scratch.img size=64M --seconds 60
+    ublkpool backend check --transport zeromq './zeromq_disk {run_dir} {device} /tmp/scratch 16777216'
 
     Exit status: 0 every promise was kept, 1 one was broken, 2 wrong usage or a backend that does not start.
     """

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -406,7 +407,23 @@ def test_wrong_arguments_are_a_usage_error(programs: Path, arguments: list[str])
         assert ran.returncode == 2 and ran.stderr.count("\n") == 1
 
 
-def test_a_descriptor_of_another_queue_ends_it(disk: Disk) -> None:
+@pytest.mark.parametrize("transport", PROGRAMS)
+def test_every_promise_is_kept_under_kills_stops_and_fences(
+    programs: Path, tmp_path: Path, transport: str
+) -> None:
+    program = f"{programs / PROGRAMS[transport]} {{run_dir}} {{device}} {tmp_path / 'disk'} {SIZE_BYTES}"
+    options = ["--transport", transport, "--queues", "3", "--seconds", "3", program]
+    checked = subprocess.run(
+        [sys.executable, "-m", "ublkpool.daemon", "backend", "check", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "with placement backend and pool" in checked.stdout
+
+
+def test_a_request_that_names_no_memory_ends_it(disk: Disk) -> None:
     with FakeWorker(disk.path.parent) as worker:
         process = disk.start(str(SIZE_BYTES))
         worker.accept()
