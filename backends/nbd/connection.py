@@ -95,7 +95,7 @@ class Connection:
         while not self.is_ready:
             if self.is_lost:
                 raise Lost(last_error()[1] or "the connection ended")
-            if not self._wait(deadline_s - time.monotonic()):
+            if not self.go_on(deadline_s - time.monotonic()):
                 raise Lost(f"no answer within {within_s:g} s")
         self._probe()
 
@@ -107,13 +107,19 @@ class Connection:
             return int(lib.nbd_aio_connect_unix(handle, bytes(options.socket)))
         return int(lib.nbd_aio_connect_tcp(handle, options.host.encode(), str(options.port).encode()))
 
-    def _wait(self, for_s: float) -> bool:
-        """Wait for the socket and let the library go on; returns False when the time is over."""
+    def go_on(self, for_s: float = 0.0) -> bool:
+        """Wait for the socket and let the library go on; returns False when the time is over, or the connection.
+
+        The library must hear of no event that has not come: one that is told to read and finds nothing waits for an
+        answer from then on, and sends no command (libnbd, state REPLY.START).
+        """
+        if self.is_lost:
+            return False
         poller = select.poll()
         poller.register(self.fileno(), self.events)
         found = poller.poll(max(0, int(1000 * for_s)))
         for _, events in found:
-            self.step(events)
+            self._step(events)
         return bool(found)
 
     def _probe(self) -> None:
@@ -179,8 +185,7 @@ class Connection:
         lib, handle = self._library, self._handle
         return bool(lib.nbd_aio_is_dead(handle) == 1 or lib.nbd_aio_is_closed(handle) == 1)
 
-    def step(self, events: int) -> None:
-        """Let the library read and write after these events.  A failure shows in `is_lost`."""
+    def _step(self, events: int) -> None:
         lib, handle = self._library, self._handle
         ended = select.POLLHUP | select.POLLERR
         direction = lib.nbd_aio_get_direction(handle)
@@ -243,7 +248,7 @@ class Connection:
                     raise OSError(error, last_error()[1])
                 if each == cookie:
                     return
-            if not self._wait(deadline_s - time.monotonic()):
+            if not self.go_on(deadline_s - time.monotonic()):
                 raise Lost(f"no answer within {within_s:g} s")
         raise Lost("the connection ended")
 
@@ -252,7 +257,7 @@ class Connection:
         if self.is_ready:
             self._library.nbd_aio_disconnect(self._handle, 0)
             with suppress(Lost, OSError):
-                while not self.is_lost and self._wait(1.0):
+                while not self.is_lost and self.go_on(1.0):
                     pass
         self.close()
 

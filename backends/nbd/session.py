@@ -144,12 +144,13 @@ class Session:
 
     def _turn(self) -> None:
         """The epoll is readable: let the library work, then do what became possible."""
-        for descriptor, events in self._epoll.poll(0):
+        # An event may be of an earlier socket with the same number: a process that was being forked had a copy.
+        for descriptor, _ in self._epoll.poll(0):
             if self._connector is not None and descriptor == self._connector.descriptor:
                 self._return(self._connector)
             for link in self._links:
                 if link.descriptor == descriptor:
-                    link.connection.step(events)
+                    link.connection.go_on()
         self._advance()
 
     def _settle(self, link: Link) -> None:

@@ -1,11 +1,13 @@
 """The backend nbd against real nbdkit servers: operations, deaths of the server and of the backend, refusals."""
 
 import errno
+import select
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, finish, 
 from support.sources.nbdkit import Nbdkit, free_port
 from ublkpool.backends.nbd import library
 from ublkpool.backends.nbd.backend import NbdBackend
+from ublkpool.backends.nbd.session import Session
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Hint
 from ublkpool.bufpool.sdk.loader import load
@@ -177,6 +180,36 @@ def test_a_server_that_dies_again_and_again_loses_nothing(tmp_path: Path, server
                 assert worker.receive().result == BLOCK
         for number, value in content.items():
             assert worker.read(number * BLOCK, BLOCK) == block(value)
+
+
+class StaleEvents:
+    """The session's epoll, which reports an end of every connection each time it is asked."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._epoll = session, session._epoll
+        self.count = 0
+
+    def poll(self, wait_s: float) -> list[tuple[int, int]]:
+        stale = [(link.descriptor, select.EPOLLHUP) for link in self._session._links]
+        self.count += len(stale)
+        return [*self._epoll.poll(wait_s), *stale]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+
+def test_an_event_of_an_earlier_socket_stops_no_connection(tmp_path: Path, server: Nbdkit) -> None:
+    backend = backend_for(server, connections="2")
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        session = backend._session
+        assert session is not None
+        session._epoll = events = StaleEvents(session)  # type: ignore[assignment]
+        for number in range(8):
+            assert worker.write(number * BLOCK, block(number + 1)) == BLOCK
+        server.restart()
+        for number in range(8):
+            assert worker.read(number * BLOCK, BLOCK) == block(number + 1)
+        assert events.count > 8
 
 
 def test_a_connection_that_ends_while_idle_is_made_again(tmp_path: Path, server: Nbdkit) -> None:

@@ -1,7 +1,6 @@
 """The worker's ZeroMQ transport: bounded output to a backend that does not read, admission, and hang-ups."""
 
 import os
-import select
 import socket
 import stat
 import time
@@ -12,6 +11,7 @@ import pytest
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from support.fakes.descriptors import is_readable
 from support.fakes.link_wire import HELLO, TOKEN, WAIT_MS, Wire
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
@@ -181,12 +181,12 @@ def test_the_user_is_read_from_the_end_of_the_address(address: bytes, user: int 
 
 def test_a_dead_backends_frames_do_not_keep_the_worker_awake(wire: Wire) -> None:
     wire.serve()
-    sockets = [wire.link.filenos()[0]]
+    (link, *_) = wire.link.filenos()
     wire.link.expect(b"")
     wire.backend.send(HELLO)
-    assert select.select(sockets, [], [], WAIT_MS / 1000)[0], "it has come"
+    assert is_readable(link, WAIT_MS / 1000), "it has come"
     wire.backend.close()
-    wire.until(lambda: not select.select(sockets, [], [], 0.2)[0], "nothing is to be done")
+    wire.until(lambda: not is_readable(link, 0.2), "nothing is to be done")
 
 
 def test_a_turn_reads_a_bounded_number_of_connections_ends(

@@ -35,9 +35,11 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def die(holder: Holder) -> None:
-    """Close the supervisor's end, as its death does."""
+    """Close the supervisor's descriptors, as its death does."""
     assert holder._channel is not None
     holder._channel.close()
+    for name in list(holder._held):
+        holder._forget(name)
 
 
 async def successor(run_dir: Path) -> tuple[Holder, dict[str, int]]:

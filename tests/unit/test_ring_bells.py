@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.fakes.descriptors import is_readable
 from support.fakes.links import sealed_memory
 from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, NativeRig
 from support.fakes.queue_desk import Desk
@@ -50,7 +51,7 @@ def _bell() -> int:
 
 
 def _is_rung(bell: int) -> bool:
-    return bool(select.select([bell], [], [], 0)[0])
+    return is_readable(bell)
 
 
 class Loop:

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.descriptors import is_readable
 from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, WAIT_S, LoopRig, loop_rig_in
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
@@ -49,7 +49,7 @@ def test_a_doorbell_rings_for_a_backend_that_sleeps_and_for_no_other(rig: LoopRi
         peer.rings.set_index(TO_BACKEND, SLEEPING, 1)
         peer.send(HELLO)
         assert rig.news() == messages.Linked()
-        assert select.select([peer.bell], [], [], WAIT_S)[0] and rig.count("bells") == 1
+        assert is_readable(peer.bell, WAIT_S) and rig.count("bells") == 1
         assert not peer.rings.index(TO_BACKEND, SLEEPING) and peer.rings.take()[0] == Kind.WELCOME
     assert rig.news() == messages.HungUp()
     rig.lose()

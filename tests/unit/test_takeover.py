@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from support.fakes.descriptors import is_readable
 from support.fakes.device_parts import FakeBroker, FakeHolder, fake_context
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon import takeover
@@ -187,7 +187,7 @@ def test_a_broker_that_is_on_no_record_ends_before_another_begins(tmp_path: Path
                 """Notes whether the unknown one has ended."""
 
                 def start(self) -> None:
-                    ended.append(bool(select.select([pidfd], [], [], 0)[0]))
+                    ended.append(is_readable(pidfd))
 
             made = context(tmp_path)
             made.broker = Next()

@@ -1,10 +1,18 @@
-"""A process without a free descriptor."""
+"""Descriptors: whether one is readable, and a process without a free one."""
 
 import os
 import resource
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def is_readable(file: int, wait_s: float = 0.0) -> bool:
+    """Whether the descriptor becomes readable within `wait_s` seconds; any number, unlike `select.select`."""
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(wait_s * 1000))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import array
 import fcntl
 import mmap
 import os
-import select
 import socket
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from support.fakes.descriptors import is_readable
 from support.fakes.shared_words import load_word, store_word
 from ublkpool.bufpool import wire
 
@@ -152,7 +152,7 @@ class FakeRings:
     @property
     def bell_rang(self) -> bool:
         """Whether the backend has rung the doorbell and this end has not read it yet."""
-        return bool(select.select([self._bell_in], [], [], 0)[0])
+        return is_readable(self._bell_in)
 
     def get(self, at: int) -> int:
         """A number in the control page."""
@@ -202,7 +202,7 @@ class FakeRings:
             self.put(TO_WORKER + SLEEPING, 1)
             os.sched_yield()
             left_s = 0 if self._waits() else max(0.0, deadline_s - time.monotonic())
-            heard, _, _ = select.select([self._bell_in], [], [], left_s)
+            heard = is_readable(self._bell_in, left_s)
             self.put(TO_WORKER + SLEEPING, 0)
             # A doorbell may come late, for entries that were read already.
             if heard:

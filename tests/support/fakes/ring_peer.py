@@ -7,11 +7,11 @@ import json
 import mmap
 import os
 import random
-import select
 import socket
 from pathlib import Path
 from types import TracebackType
 
+from support.fakes.descriptors import is_readable
 from support.fakes.shared_words import load_word, store_word
 
 ENTRY_BYTES = 64
@@ -145,7 +145,7 @@ class RingPeer:
             if frame := self.rings.take():
                 self.rings.set_index(TO_BACKEND, SLEEPING, 0)
                 return frame
-            assert select.select([self.bell], [], [], WAIT_S)[0], "the doorbell does not ring"
+            assert is_readable(self.bell, WAIT_S), "the doorbell does not ring"
             os.eventfd_read(self.bell)
 
     def hears_the_end(self) -> bool:

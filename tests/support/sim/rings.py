@@ -7,9 +7,9 @@ for ever, which is the complaint `assert_no_wakeup_lost` makes.
 
 import os
 import random
-import select
 from typing import Protocol
 
+from support.fakes.descriptors import is_readable
 from support.fakes.ring_peer import TO_BACKEND, TO_WORKER, RingMemory
 from support.sim.defects import BELL_NOT_RUNG, DOZES_BLINDLY, REGION_NOT_WANTED
 from support.sim.wire import Killed, Life
@@ -178,4 +178,4 @@ class SimRingLinks(RingLinks):
 
 
 def _is_readable(file: int) -> bool:
-    return bool(select.select([file], [], [], 0)[0])
+    return is_readable(file)
