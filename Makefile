@@ -135,7 +135,7 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 
 test-unit: setup ## unit and sim tests, `backend check`, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: unit, sim, check, sources and languages"
-	@$(PY) -m support.spread tests/check tests/sim tests/sources tests/languages tests/unit $(PYTEST_ARGS)
+	@$(PY) -m support.spread --timeout 240 tests/check tests/sim tests/sources tests/languages tests/unit $(PYTEST_ARGS)
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"

@@ -364,7 +364,7 @@ class BackendThread:
         self.status: int | None = None
         self.error: BaseException | None = None
         self._backend, self._run_dir = backend, run_dir
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
