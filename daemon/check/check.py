@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,8 @@ class CheckOptions(msgspec.Struct, frozen=True, kw_only=True):
     power_loss: str = ""
     """A command that loses what the store has not flushed, run while no backend runs."""
     allows_errors: bool = False
+    layers: tuple[str, ...] = ()
+    """As `--layer` of `ublkpool backend`."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +124,10 @@ def run_check(
     return asyncio.run(_Check(kind, options, asked, show).run())
 
 
+def _layer_arguments(layers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(word for each in layers for word in ("--layer", each))
+
+
 def _new_directory() -> Path:
     """A run directory whose path leaves room for the names of sockets."""
     directory = Path(tempfile.mkdtemp(prefix="ublkpool-check-"))
@@ -133,7 +139,7 @@ def _new_directory() -> Path:
 
 class _Check:
     def __init__(self, kind: str, options: Options, asked: CheckOptions, show: Callable[[str], None]) -> None:
-        self._command = Command(kind, options)
+        self._command = Command(kind, options, _layer_arguments(asked.layers))
         self._asked, self._show = asked, show
         nonce = int.from_bytes(os.urandom(4), "little")
         self._memory = Memory(asked.seed, nonce, asked.power_loss, asked.allows_errors)
@@ -239,5 +245,6 @@ class _Check:
                     if value is True
                     else f"{option} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
                 )
+        given += map(shlex.quote, self._command.arguments)
         pairs = map(shlex.quote, self._command.pairs())
         return " ".join(["ublkpool backend check", *given, shlex.quote(self._command.kind), *pairs])

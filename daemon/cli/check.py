@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ublkpool.daemon.cli.complaints import complain
-from ublkpool.daemon.cli.options import parse_pairs, print_json
+from ublkpool.daemon.cli.options import layer_option, parse_pairs, print_json
 
 if TYPE_CHECKING:
     from ublkpool.daemon.check.check import CheckTransport
@@ -95,6 +95,7 @@ class _Check(click.Command):
     metavar="COMMAND",
     help="A shell command that loses what the store has not flushed; it runs after each kill, while no backend runs.",
 )
+@layer_option
 @click.option("--allow-errors", is_flag=True, help="Requests may fail; what they changed is then unknown.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def check(
@@ -109,6 +110,7 @@ def check(
     max_io: int,
     deadline: float,
     power_loss: str,
+    layers: tuple[str, ...],
     allow_errors: bool,
     as_json: bool,
 ) -> int:
@@ -127,6 +129,12 @@ def check(
     Exit status: 0 every promise was kept, 1 one was broken, 2 wrong usage or a backend that does not start.
     """
     pairs = parse_pairs(options)
+    from ublkpool.daemon.check.process import RUN_DIR
+
+    if layers and RUN_DIR in kind:
+        raise click.UsageError(
+            f"--layer {layers[0]} is for a KIND or FILE.py, not for a program's command line"
+        )
     import secrets
 
     from ublkpool.daemon.check.check import CheckOptions, run_check
@@ -143,6 +151,7 @@ def check(
         deadline_s=deadline,
         power_loss=power_loss,
         allows_errors=allow_errors,
+        layers=layers,
     )
     progress = _Progress(seconds)
     try:

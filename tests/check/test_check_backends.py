@@ -48,6 +48,30 @@ def test_the_backend_keeps_every_promise(
         assert report.placements == ("backend", "pool")
 
 
+def trace_at(tmp_path: Path) -> str:
+    return f"log:file={tmp_path / 'trace'}"
+
+
+@pytest.mark.parametrize("layer", ["cache:size=1M", "readonly", "fault:seed=1,delay=0.01", trace_at])
+def test_each_layer_keeps_every_promise(
+    tmp_path: Path, check_backend: Callable[..., Report], layer: str | Callable[[Path], str]
+) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(DISK_BYTES))
+    layers = [layer if isinstance(layer, str) else layer(tmp_path)]
+    report = check_backend("file", {"path": disk}, seconds=1, deadline_s=60, layers=layers)
+    assert report.counts["kill"] >= 2
+
+
+def test_a_layer_that_holds_writes_until_a_flush_loses_them_by_a_kill(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(DISK_BYTES))
+    layer = "fault:seed=1,hold=4M"
+    report = report_on("file", {"path": disk}, seconds=60, deadline_s=60, layers=[layer])
+    assert report.promise == "survives-kill"
+    assert f" --layer {layer} file path=" in report.replay
+
+
 def test_what_memory_keeps_is_dropped_in_the_end(
     tmp_path: Path, check_backend: Callable[..., Report]
 ) -> None:

@@ -53,6 +53,13 @@ def test_a_store_smaller_than_the_device_is_wrong_usage(tmp_path: Path) -> None:
     assert "fewer than size=2M (2097152)" in done.stderr
 
 
+def test_a_layer_that_cannot_be_is_wrong_usage() -> None:
+    done = check("null", "--layer", "nosuch")
+    assert done.returncode == 2 and "nosuch" in done.stderr
+    done = check("--layer", "readonly", "./disk {run_dir} {device}")
+    assert done.returncode == 2 and "--layer readonly is for a KIND or FILE.py" in done.stderr
+
+
 def test_the_help_lists_the_promises() -> None:
     done = check("--help")
     assert done.returncode == 0
