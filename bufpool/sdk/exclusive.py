@@ -15,13 +15,15 @@ from ublkpool.bufpool.sdk.requests import Request
 class Turn:
     """One request's place in the order, for `Gate.leave`."""
 
-    __slots__ = ("first", "followers", "last", "request", "waits")
+    __slots__ = ("first", "followers", "last", "request", "runs_at_once", "waits")
 
     def __init__(self, request: Request, first: int, last: int) -> None:
         self.request = request
         self.first, self.last = first, last
         self.waits = 0
         """How many earlier requests must leave before this one may run."""
+        self.runs_at_once = True
+        """Whether none was there at its arrival: otherwise `Gate.leave` returns it, perhaps before `arrive` returns."""
         self.followers: list[Turn] = []
 
 
@@ -34,7 +36,7 @@ class Gate:
         self._present: dict[Turn, None] = {}
 
     def arrive(self, request: Request) -> Turn:
-        """Note a request; it may run at once if `waits` of its turn is 0, else when `leave` returns its turn.
+        """Note a request; its turn says whether it runs at once, else it runs when `leave` returns its turn.
 
         A FLUSH has a length of 0, touches no chunk and never waits.
         """
@@ -49,6 +51,7 @@ class Gate:
                     other.followers.append(turn)
                     turn.waits += 1
             self._present[turn] = None
+            turn.runs_at_once = turn.waits == 0
         return turn
 
     def leave(self, turn: Turn) -> list[Turn]:

@@ -133,7 +133,7 @@ class Runner:
         if self._gate is None:
             turns = [Turn(each, 0, -1) for each in requests]
         else:
-            turns = [each for each in map(self._gate.arrive, requests) if each.waits == 0]
+            turns = [each for each in map(self._gate.arrive, requests) if each.runs_at_once]
         if turns:
             self._start(turns)
 

@@ -41,7 +41,7 @@ class Model:
     def arrive(self, offset: int, length: int, op: Op = Op.WRITE) -> Turn:
         turn = self.gate.arrive(_request(offset, length, op))
         self.arrived.append(turn)
-        if turn.waits == 0:
+        if turn.runs_at_once:
             self._begin([turn])
         return turn
 
@@ -219,6 +219,52 @@ def test_a_request_that_waits_for_a_chunk_when_a_fence_comes_never_runs(tmp_path
         assert worker.receive(0).kind == Kind.FENCED
         assert [worker.receive(1).result for _ in range(2)] == [BLOCK, BLOCK], "the other queue's both run"
     assert [each[1] for each in backend.calls if each[0] == "pwrite"] == [0, 2 * BLOCK, 3 * BLOCK]
+
+
+class Brief(Plain):
+    """Notes its writes; each waits for the test."""
+
+    parallel = 2
+    exclusive_bytes = CHUNK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_go = threading.Event(), threading.Event()
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        self.calls.append(("pwrite", offset))
+        self.begun.set()
+        assert self.may_go.wait(WAIT_S)
+
+
+@pytest.mark.usefixtures("transport")
+def test_a_request_whose_chunk_becomes_free_while_it_arrives_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, left = Brief(), threading.Event()
+    arrive, leave = Gate.arrive, Gate.leave
+
+    def arriving(gate: Gate, request: Request) -> Turn:
+        turn = arrive(gate, request)
+        if request.offset == BLOCK:
+            backend.may_go.set()
+            assert left.wait(WAIT_S)
+        return turn
+
+    def leaving(gate: Gate, turn: Turn) -> list[Turn]:
+        following = leave(gate, turn)
+        left.set()
+        return following
+
+    monkeypatch.setattr(Gate, "arrive", arriving)
+    monkeypatch.setattr(Gate, "leave", leaving)
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        asked = [worker.describe(Kind.REQUEST, Op.WRITE, tag * BLOCK, BLOCK, tag=tag) for tag in range(2)]
+        worker.send(0, asked[:1])
+        assert backend.begun.wait(WAIT_S)
+        worker.send(0, asked[1:])
+        assert [worker.receive().result for _ in asked] == [BLOCK, BLOCK]
+    assert [each for each in backend.calls if each[0] == "pwrite"] == [("pwrite", 0), ("pwrite", BLOCK)]
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "4K", False])
