@@ -23,6 +23,7 @@ _TLS = {"off": 0, "allow": 1, "require": 2}
 _MINIMUM, _MAXIMUM = 0, 2
 _REQUEST_BYTES_MAX = 32 << 20
 """The largest request that every server takes without saying so (NBD protocol, "Block size constraints")."""
+_LEAVE_S = 1.0
 _SILENCE_S = 15
 """After how long without an answer to its probes a peer counts as lost: its machine is down or out of reach."""
 
@@ -95,8 +96,7 @@ class Connection:
         while not self.is_ready:
             if self.is_lost:
                 raise Lost(last_error()[1] or "the connection ended")
-            if not self.go_on(deadline_s - time.monotonic()):
-                raise Lost(f"no answer within {within_s:g} s")
+            self._go_on_until(deadline_s, within_s)
         self._probe()
 
     def _start(self, options: NbdOptions) -> int:
@@ -122,6 +122,12 @@ class Connection:
             self._step(events)
         return bool(found)
 
+    def _go_on_until(self, deadline_s: float, within_s: float) -> None:
+        # A server that talks without end brings an event each time.
+        left_s = deadline_s - time.monotonic()
+        if not self.is_lost and (left_s <= 0 or not self.go_on(left_s)):
+            raise Lost(f"no answer within {within_s:g} s")
+
     def _probe(self) -> None:
         """Let the kernel find out that the peer's machine is gone, which sends no end of the connection."""
         with socket.socket(fileno=os.dup(self.fileno())) as peer:
@@ -141,7 +147,7 @@ class Connection:
         lib, handle = self._library, self._handle
         size_bytes = lib.nbd_get_size(handle)
         if size_bytes < 0:
-            raise Lost(last_error()[1])
+            raise Lost(last_error()[1] or "the connection ended")
 
         def says(function: Any) -> bool:
             return bool(function(handle) == 1)
@@ -248,17 +254,17 @@ class Connection:
                     raise OSError(error, last_error()[1])
                 if each == cookie:
                     return
-            if not self.go_on(deadline_s - time.monotonic()):
-                raise Lost(f"no answer within {within_s:g} s")
+            self._go_on_until(deadline_s, within_s)
         raise Lost("the connection ended")
 
     def leave(self) -> None:
         """Tell the server that no more commands follow, and close."""
         if self.is_ready:
             self._library.nbd_aio_disconnect(self._handle, 0)
+            deadline_s = time.monotonic() + _LEAVE_S
             with suppress(Lost, OSError):
-                while not self.is_lost and self.go_on(1.0):
-                    pass
+                while not self.is_lost:
+                    self._go_on_until(deadline_s, _LEAVE_S)
         self.close()
 
     def close(self) -> None:

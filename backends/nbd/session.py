@@ -6,7 +6,7 @@ covered yet.  Runs on the loop's thread; while the server is lost, `Connector` c
     READY      commands go to the server
     DRAINING   a connection has ended: nothing is sent; the others' commands finish, or their connections end as well
     LOST       no connection; the connector tries
-    REPLAYING  the unflushed writes are written again, then the unanswered commands are sent again, in order
+    REPLAYING  what the unflushed writes have left is written again, then the unanswered commands are sent, in order
 
 An unanswered command may still be executing in a server that lives while the connection has ended; NBD has no fence
 against that.  docs/BACKENDS.md says which servers give one.
@@ -15,6 +15,7 @@ against that.  docs/BACKENDS.md says which servers give one.
 import errno
 import os
 import select
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,10 +28,10 @@ from ublkpool.backends.nbd.options import NbdOptions
 from ublkpool.backends.nbd.unflushed import Kept, Unflushed
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Device, Request, log
+from ublkpool.bufpool.sdk.ending import END_PATIENCE_S
 from ublkpool.bufpool.wire import Op
 
 _REPLAYS_MAX = 64
-_LAST_FLUSH_S = 10.0
 
 
 class State(Enum):
@@ -261,7 +262,7 @@ class Session:
             self._tell_of_lost_copies()
             raise
         self.reconnects += 1
-        self._replays = deque(_again(each) for each in self.unflushed.all())
+        self._replays = deque(_again(each) for each in self.unflushed.newest())
         self._state = State.REPLAYING
         log.info(
             "%s: connected again; %d unflushed writes and %d commands are sent again",
@@ -271,14 +272,12 @@ class Session:
         )
 
     def _replay(self) -> None:
-        """Write the unflushed writes again; those that overlap one after the other, since a server may reorder."""
-        executing = [each for link in self._links for each in link.executing.values()]
-        while self._state is State.REPLAYING and self._replays and len(executing) < _REPLAYS_MAX:
-            if any(_overlap(self._replays[0], each) for each in executing):
-                return
-            executing.append(self._replays.popleft())
-            self._start(executing[-1])
-        if self._state is State.REPLAYING and not executing:
+        """Write the unflushed writes again, a bounded number at a time; they do not overlap."""
+        executing = sum(len(link.executing) for link in self._links)
+        while self._state is State.REPLAYING and self._replays and executing < _REPLAYS_MAX:
+            executing += 1
+            self._start(self._replays.popleft())
+        if self._state is State.REPLAYING and not self._replays and not self._is_executing:
             self._state = State.READY
 
     def _rewritten(self, command: Command, error: int) -> None:
@@ -301,21 +300,38 @@ class Session:
             )
 
     def close(self) -> None:
-        """Flush what the server may still lose, and leave it.  Called when no command is executing."""
-        # The loop has ended, and with it the watch.
+        """Flush what the server may still lose, and leave it.  The loop has ended, and with it the watch."""
+        deadline_s = time.monotonic() + END_PATIENCE_S
+        self._end_replay(deadline_s)
         self._epoll.close()
         if self._connector is not None:
             self._connector.stop()
-        if self._links and self._export.flush and len(self.unflushed):
+        if self._state is State.READY and self._export.flush and len(self.unflushed):
             connection = self._links[0].connection
             try:
-                connection.finish(connection.flush(), _LAST_FLUSH_S)
+                connection.finish(connection.flush(), max(0.0, deadline_s - time.monotonic()))
                 self.unflushed.forget()
             except (Lost, OSError) as error:
                 log.error("%s: the last FLUSH failed: %s", self._options.server, error)
         self._tell_of_lost_copies()
         for link in self._links:
             link.connection.leave()
+
+    def _end_replay(self, deadline_s: float) -> None:
+        """Wait for a lost server, and until it has all copies again: a FLUSH would not cover the missing ones."""
+        with suppress(BackendError):
+            while self._state is not State.READY and len(self.unflushed) and self._is_alone:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or not self._epoll.poll(left_s):
+                    return
+                self._turn()
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no request of the device is left, and something can still change."""
+        executing = [each for link in self._links for each in link.executing.values()]
+        theirs = [each for each in (*executing, *self._unanswered, *self._waiting) if each.job is not None]
+        return not theirs and (self._connector is not None or bool(self._links))
 
 
 def _send(connection: Connection, command: Command) -> int:
@@ -338,7 +354,3 @@ def _again(kept: Kept) -> Command:
     if kept.data is not None:
         return Command(None, Op.WRITE, kept.offset, kept.length, kept.data)
     return Command(None, Op.WRITE_ZEROES, kept.offset, kept.length, b"", NO_HOLE if kept.no_hole else 0)
-
-
-def _overlap(one: Command, other: Command) -> bool:
-    return one.offset < other.offset + other.length and other.offset < one.offset + one.length

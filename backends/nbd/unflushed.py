@@ -2,10 +2,12 @@
 
 Pure.  A file system that was told that its writes are done sends them again only if a FLUSH fails, so a server that
 dies and comes back without them would corrupt the disk silently.  The backend keeps copies until a FLUSH is answered
-and writes them again, in the order in which they were answered.
+and writes them again: each byte once, as the last write has left it.
 """
 
 from collections import deque
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -15,8 +17,20 @@ class Kept(NamedTuple):
     number: int
     offset: int
     length: int
-    data: bytes | None
+    data: bytes | memoryview | None
     no_hole: bool = False
+
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.offset + self.length
+
+    def part(self, start: int, end: int) -> "Kept":
+        """The part from `start` to `end` on the device, without a copy of its data."""
+        data = self.data
+        if data is not None:
+            data = memoryview(data)[start - self.offset : end - self.offset]
+        return self._replace(offset=start, length=end - start, data=data)
 
 
 class Unflushed:
@@ -66,9 +80,30 @@ class Unflushed:
         """Whether no more writes may be sent before a FLUSH has been answered."""
         return self.bytes_max > 0 and self.kept_bytes >= 2 * self.bytes_max
 
-    def all(self) -> list[Kept]:
-        """The kept writes, oldest first."""
-        return list(self._kept)
+    def newest(self) -> list[Kept]:
+        """What the kept writes have left on the device: parts that do not overlap, in order of their offsets.
+
+        An older write must not reach the server again: if it has lost nothing, and the backend is killed before the
+        newer write follows, an answered write would be undone.
+        """
+        waiting = sorted(self._kept, key=lambda each: each.offset, reverse=True)
+        edges = sorted({edge for each in self._kept for edge in (each.offset, each.end)})
+        present: list[tuple[int, Kept]] = []
+        parts: list[Kept] = []
+        for start, end in pairwise(edges):
+            while waiting and waiting[-1].offset == start:
+                heappush(present, (-waiting[-1].number, waiting.pop()))
+            while present and present[0][1].end <= start:
+                heappop(present)
+            if present:
+                _append(parts, present[0][1], start, end)
+        return parts
+
+
+def _append(parts: list[Kept], entry: Kept, start: int, end: int) -> None:
+    if parts and parts[-1].number == entry.number and parts[-1].end == start:
+        start = parts.pop().offset
+    parts.append(entry.part(start, end))
 
 
 def _cost(entry: Kept) -> int:
