@@ -43,7 +43,7 @@ struct file_storage {
 	uint64_t size_bytes; /* the device's */
 	uint32_t requests, writes_runnable;
 	int file;
-	bool is_block_device, is_memory, no_punch, no_zero_range;
+	bool is_block_device, is_memory, is_local, no_punch, no_zero_range;
 	bool was_measured; /* in this turn */
 	bool was_changed;  /* since the file was measured after a change */
 	bool is_cut;       /* shorter than the device: no request is started any more */
@@ -63,14 +63,18 @@ static void run(struct file_storage *f, const struct storage_request *r, uint8_t
 	fifo_push(&f->runnable, r->index);
 }
 
-/* Whether the file is shorter than the device; false if the kernel does not say.  A network file system answers from
- * its cache (AT_STATX_DONT_SYNC), so that this never waits for a server. */
+/* Whether the file is shorter than the device; false if the kernel does not say.  lseek costs far less than statx, but
+ * may wait for a server (nfs_file_llseek); statx with AT_STATX_DONT_SYNC is answered from the file system's cache. */
 static bool is_short(const struct file_storage *f)
 {
 	struct statx facts;
 	uint64_t bytes;
 	if (f->is_block_device)
 		return ioctl(f->file, BLKGETSIZE64, &bytes) == 0 && bytes < f->size_bytes;
+	if (f->is_local) {
+		off_t end = lseek(f->file, 0, SEEK_END);
+		return end >= 0 && (uint64_t)end < f->size_bytes;
+	}
 	return statx(f->file, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &facts) == 0 &&
 	       facts.stx_size < f->size_bytes;
 }
@@ -311,10 +315,16 @@ static void file_start(struct storage *s, struct storage_request *r)
 
 /* I/O on a file in memory never waits, but io_uring would pass each request to a kernel thread, and two context
  * switches cost more than the copy. */
-static bool is_in_memory(int file)
+static bool is_memory_kind(const struct statfs *status)
 {
-	struct statfs status;
-	return fstatfs(file, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
+	return status->f_type == TMPFS_MAGIC || status->f_type == RAMFS_MAGIC;
+}
+
+/* The file systems whose lseek(SEEK_END) only reads the inode's size (generic_file_llseek). */
+static bool is_local_kind(const struct statfs *status)
+{
+	return is_memory_kind(status) || status->f_type == EXT4_SUPER_MAGIC || status->f_type == XFS_SUPER_MAGIC ||
+	       status->f_type == BTRFS_SUPER_MAGIC;
 }
 
 static int file_use_ring(struct storage *s, struct io_uring *ring)
@@ -372,6 +382,10 @@ struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_by
 	f->slots.slot_bytes = slot_bytes;
 	f->file = file;
 	f->is_block_device = is_block_device;
-	f->is_memory = !is_block_device && is_in_memory(file);
+	struct statfs status;
+	if (!is_block_device && fstatfs(file, &status) == 0) {
+		f->is_memory = is_memory_kind(&status);
+		f->is_local = is_local_kind(&status);
+	}
 	return &f->base;
 }
