@@ -10,12 +10,21 @@ from collections.abc import Awaitable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import msgspec
 
 from ublkpool.backends._objects.chunk_cache import ChunkCache, entry_directory
-from ublkpool.backends._objects.client import CONNECT_S, Ending, Patience, first_line, library
+from ublkpool.backends._objects.client import (
+    CHUNK_BYTES_MAX,
+    CONNECT_S,
+    Ending,
+    Patience,
+    check_times,
+    check_url,
+    first_line,
+    library,
+)
 from ublkpool.backends._objects.memory_cache import MemoryCache
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties, log
@@ -59,13 +68,16 @@ class HttpBackend(Backend):
     def __init__(self, options: HttpOptions) -> None:
         """Raises `BackendError` for a URL or a size that cannot be used."""
         self.options: HttpOptions = options
-        url = urlsplit(options.url)
-        if url.scheme not in ("http", "https") or not url.netloc or url.path in ("", "/"):
+        check_times("http", options.timeout, options.request_timeout)
+        url = check_url("http: url", options.url)
+        if url.path in ("", "/"):
             raise BackendError(f"http: url={options.url}: give the http or https URL of a file")
         if url.query or url.fragment:
             raise BackendError(f"http: url={options.url}: a URL with ? or # cannot be served")
-        if options.chunk_bytes < 4096 or options.chunk_bytes % 4096:
-            raise BackendError(f"http: chunk_bytes={options.chunk_bytes} is not a multiple of 4K")
+        if not 4096 <= options.chunk_bytes <= CHUNK_BYTES_MAX or options.chunk_bytes % 4096:
+            raise BackendError(
+                f"http: chunk_bytes={options.chunk_bytes} is not a multiple of 4K from 4K to 64M"
+            )
         base, _, self._path = url.path.rpartition("/")
         self._base, self._path = f"{url.scheme}://{url.netloc}{base}", unquote(self._path)
         self._memory = MemoryCache(options.memory)
@@ -142,6 +154,18 @@ class HttpBackend(Backend):
             version = Version("", "", version.size_bytes)
         return version, bytes(await result.bytes_async())
 
+    async def _get_or_look(self, start: int, end: int) -> tuple[Version, bytes]:
+        """A range; of a file that has become shorter its size: a server refuses a range behind the end."""
+        try:
+            return await self._get(start, end)
+        except self._obstore.exceptions.GenericError:
+            meta = await self._obstore.head_async(self._store, self._path)
+            if int(meta["size"]) >= end:
+                raise
+            return Version(
+                meta.get("e_tag") or "", str(meta.get("last_modified") or ""), int(meta["size"])
+            ), b""
+
     async def pread(self, buf: memoryview, offset: int) -> None:
         """Fill the buffer from chunks, which are fetched at the same time."""
         chunk_bytes = self.options.chunk_bytes
@@ -181,7 +205,7 @@ class HttpBackend(Backend):
         start = index * self.options.chunk_bytes
         end = min(start + self.options.chunk_bytes, self._version.size_bytes)
         try:
-            version, data = await self._patience.ask(lambda: self._get(start, end))
+            version, data = await self._patience.ask(lambda: self._get_or_look(start, end))
         except (FileNotFoundError, self._obstore.exceptions.BaseError) as error:
             await self._ending.end(
                 f"http: {self.options.url}: the file can no longer be read: {first_line(error)}"

@@ -1,18 +1,19 @@
 """A cache of chunks on a local disk, which several devices and processes share and which survives restarts.
 
-An entry is a file, named after the store and the chunk, that contains the version (etag) of the chunk, a checksum and
-the data.  It is written under another name and then renamed, so that a reader finds a whole entry or none; what a
-power failure or a fault of the disk made of it fails the checksum and is a miss.  An entry of another version is a
-miss.  Every failure of the disk is a miss, too: the store has the data.
+An entry is a file, named after the store and the chunk, that contains the version (etag) of the chunk, the data, and a
+checksum of both and of the file's name.  It is written under another name and then renamed, so that a reader finds a
+whole entry or none; what a power failure or a fault of the disk made of it fails the checksum and is a miss.  An entry
+of another version is a miss.  Every failure of the disk is a miss, too: the store has the data.
 
 The entries used least recently, by modification time, are deleted when all together exceed the bound.  Each process
 counts what it adds and looks at the directory from time to time, so the bound may be exceeded by a quarter, or by two
 chunks, for each process.
 
-Not thread-safe; the calls wait for the disk.
+Several threads may call, each for other chunks; the calls wait for the disk.
 """
 
 import hashlib
+import itertools
 import os
 import struct
 import time
@@ -24,9 +25,10 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import log
 from ublkpool.bufpool.way_out import explain
 
-_MAGIC = b"UBLKCC01"
+_MAGIC = b"UBLKCC02"
 _HEAD = struct.Struct("<8sII32s")
-"""Magic, bytes of the version, bytes of the data, BLAKE2 of version and data."""
+"""Magic, bytes of the version, bytes of the data, BLAKE2 of store, chunk, version and data."""
+_VERSION_BYTES_MAX = 4096
 _PARTIAL = ".partial-"
 _PARTIAL_S = 60.0
 """After how many seconds a file without its name is that of a dead process."""
@@ -47,7 +49,7 @@ class ChunkCache:
         """`store` identifies the store.  Raises `BackendError` for a directory that cannot be used."""
         key = hashlib.blake2b(store.encode(), digest_size=16).hexdigest()
         self._root, self._place, self._bytes_max = directory, directory / key, bytes_max
-        self._number = 0
+        self._numbers = itertools.count()
         self._failed = False
         self.hits = self.misses = 0
         try:
@@ -60,7 +62,8 @@ class ChunkCache:
         """The version of the entry of a chunk, None without an entry that begins well."""
         with suppress(OSError, ValueError), self._path(index).open("rb") as file:
             magic, version_bytes, _, _ = _HEAD.unpack(_whole(file.read(_HEAD.size), _HEAD.size))
-            if magic == _MAGIC:
+            # A damaged length must not become an allocation.
+            if magic == _MAGIC and version_bytes <= _VERSION_BYTES_MAX:
                 return _whole(file.read(version_bytes), version_bytes).decode()
         return None
 
@@ -69,7 +72,7 @@ class ChunkCache:
         path = self._path(index)
         data = None
         with suppress(OSError):
-            data = _checked(path.read_bytes(), version)
+            data = _checked(path, path.read_bytes(), version)
         if data is None:
             self.misses += 1
             return None
@@ -80,16 +83,16 @@ class ChunkCache:
 
     def put(self, index: int, version: str, data: bytes) -> None:
         """Store the data of a chunk; a failure is logged once and otherwise ignored."""
-        self._number += 1
-        partial = self._place / f"{_PARTIAL}{os.getpid()}-{id(self)}-{self._number}"
+        path = self._path(index)
+        partial = self._place / f"{_PARTIAL}{os.getpid()}-{id(self)}-{next(self._numbers)}"
         name = version.encode()
         try:
-            head = _HEAD.pack(_MAGIC, len(name), len(data), _digest(name, data))
+            head = _HEAD.pack(_MAGIC, len(name), len(data), _digest(path, name, data))
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
                 file.write(head + name)
                 file.write(data)
-            partial.replace(self._path(index))
+            partial.replace(path)
             self._added_bytes += _HEAD.size + len(name) + len(data)
             if self._added_bytes > self._bytes_max // 4:
                 self._shrink()
@@ -127,14 +130,15 @@ def _entries(root: Path) -> list[Entry]:
     return found
 
 
-def _digest(version: bytes, data: bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=32)
+def _digest(path: Path, version: bytes, data: bytes) -> bytes:
+    # The chunks of a file on a web server have the same version: one in another's place must be a miss.
+    digest = hashlib.blake2b(f"{path.parent.name}/{path.name}/".encode(), digest_size=32)
     digest.update(len(version).to_bytes(4, "little") + version)
     digest.update(data)
     return digest.digest()
 
 
-def _checked(content: bytes, version: str) -> bytes | None:
+def _checked(path: Path, content: bytes, version: str) -> bytes | None:
     """The data of an entry, None if it is of another version or damaged."""
     if len(content) < _HEAD.size:
         return None
@@ -143,7 +147,7 @@ def _checked(content: bytes, version: str) -> bytes | None:
     if magic != _MAGIC or len(content) != at + data_bytes or content[_HEAD.size : at] != version.encode():
         return None
     data = content[at:]
-    return data if _digest(version.encode(), data) == digest else None
+    return data if _digest(path, version.encode(), data) == digest else None
 
 
 def _whole(content: bytes, length: int) -> bytes:

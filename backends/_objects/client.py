@@ -13,12 +13,16 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Device, log
 
 _T = TypeVar("_T")
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 5.0
+_REQUEST_S_MAX = 3600
+CHUNK_BYTES_MAX = 64 << 20
+"""A chunk is in memory as a whole, several times while it changes."""
 CONNECT_S = timedelta(seconds=5)
 
 
@@ -33,6 +37,28 @@ def library(extra: str) -> Any:
             f"the backend {extra} needs the Python package obstore: pip install 'ublkpool[{extra}]'"
         ) from error
     return obstore
+
+
+def check_times(kind: str, timeout: float, request_timeout: float) -> None:
+    """Raise `BackendError` for seconds that cannot be waited."""
+    if not 0 <= timeout < float("inf"):
+        raise BackendError(f"{kind}: timeout={timeout:g} is not a number of seconds; 0 waits for ever")
+    if not 0 < request_timeout <= _REQUEST_S_MAX:
+        raise BackendError(
+            f"{kind}: request_timeout={request_timeout:g} is not above 0 and at most {_REQUEST_S_MAX} seconds"
+        )
+
+
+def check_url(name: str, url: str) -> SplitResult:
+    """The parts of a URL of a server.  Raises `BackendError`, which begins with `name`."""
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise BackendError(f"{name}={url}: {error}") from error
+    if not is_valid or any(each.isspace() for each in url):
+        raise BackendError(f"{name}={url}: give an http or https URL")
+    return parts
 
 
 def answers(obstore: Any) -> tuple[type[BaseException], ...]:

@@ -15,16 +15,16 @@ from typing import Any, Literal
 import msgspec
 
 from ublkpool.backends._objects.chunk_cache import ChunkCache, entry_directory
-from ublkpool.backends._objects.client import CONNECT_S, Ending, Patience, library
+from ublkpool.backends._objects.client import CONNECT_S, Ending, Patience, check_times, check_url, library
 from ublkpool.backends._objects.memory_cache import MemoryCache
 from ublkpool.backends.s3.chunks import Chunks
-from ublkpool.backends.s3.disk import Disk, Header
+from ublkpool.backends.s3.disk import Disk, Header, is_chunk
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties
 from ublkpool.bufpool.sizes import ByteSize, format_size
 from ublkpool.bufpool.wire import Identity
 
-_CHUNK_BYTES, _CHUNK_BYTES_MIN, _CHUNK_BYTES_MAX = 1 << 20, 4096, 64 << 20
+_CHUNK_BYTES = 1 << 20
 _CLEARED_MAX = 256
 """Chunks of one DISCARD or WRITE_ZEROES: each may need a PUT, and a request should end before `io_timeout`."""
 _AT_ONCE = 16
@@ -54,12 +54,15 @@ class S3Backend(Backend):
     Options = S3Options
 
     def __init__(self, options: S3Options) -> None:
-        """Raises `BackendError` for a chunk that is not a power of two."""
+        """Raises `BackendError` for options that cannot be used."""
         self.options: S3Options = options
         chunk_bytes = options.chunk_bytes
-        if chunk_bytes and (
-            chunk_bytes & (chunk_bytes - 1) or not _CHUNK_BYTES_MIN <= chunk_bytes <= _CHUNK_BYTES_MAX
-        ):
+        check_times("s3", options.timeout, options.request_timeout)
+        if options.endpoint:
+            check_url("s3: endpoint", options.endpoint)
+        if not options.bucket:
+            raise BackendError("s3: bucket= is empty: it names the bucket")
+        if chunk_bytes and not is_chunk(chunk_bytes):
             raise BackendError(f"s3: chunk_bytes={chunk_bytes} is not a power of two from 4K to 64M")
         self._where = f"s3://{options.bucket}/{options.prefix}"
         self._ending: Ending | None = None

@@ -10,12 +10,17 @@ from typing import Any
 
 import msgspec
 
-from ublkpool.backends._objects.client import Patience
+from ublkpool.backends._objects.client import CHUNK_BYTES_MAX, Patience
 from ublkpool.bufpool.errors import BackendError
 
 _NAME = "header"
 _FORMAT = "ublkpool-s3"
 _OTHER_VERSION = '"00000000000000000000000000000000"'
+
+
+def is_chunk(chunk_bytes: int) -> bool:
+    """Whether chunks may have this size: a power of two, 4K to 64M."""
+    return 4096 <= chunk_bytes <= CHUNK_BYTES_MAX and not chunk_bytes & (chunk_bytes - 1)
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +57,11 @@ class Disk:
         if header.format != _FORMAT or header.version != 1:
             raise BackendError(
                 f"s3: {self._where}: format {header.format} {header.version} is not {_FORMAT} 1"
+            )
+        if not is_chunk(header.chunk_bytes) or header.size_bytes < 512 or header.size_bytes % 512:
+            raise BackendError(
+                f"s3: {self._where}: the header object is damaged: "
+                f"size_bytes {header.size_bytes}, chunk_bytes {header.chunk_bytes}"
             )
         return header
 

@@ -73,7 +73,7 @@ def test_a_server_that_ignores_range_later_ends_the_backend(server: WebServer, w
     ended(worker, thread, CHUNK, "the file can no longer be read")
 
 
-@pytest.mark.parametrize("change", ["etag", "size", "gone"])
+@pytest.mark.parametrize("change", ["etag", "size", "gone", "shorter", "empty"])
 def test_a_file_that_changes_ends_the_backend(server: WebServer, worker: FakeWorker, change: str) -> None:
     thread = BackendThread(backend_for(server), worker.run_dir)
     worker.accept()
@@ -82,6 +82,8 @@ def test_a_file_that_changes_ends_the_backend(server: WebServer, worker: FakeWor
         server.e_tag = '"2"'
     elif change == "size":
         server.content += bytes(512)
+    elif change in ("shorter", "empty"):
+        server.content = server.content[: 4096 if change == "shorter" else 0]
     else:
         server.status = 404
     ended(
@@ -165,10 +167,18 @@ def test_a_file_that_does_not_exist_or_is_too_small_is_refused(server: WebServer
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "ftp://a/b"}, "give the http or https URL"),
+        ({"url": "ftp://a/b"}, "give an http or https URL"),
+        ({"url": "http://[::1/b"}, "Invalid IPv6 URL"),
+        ({"url": "http://a:99999/b"}, "Port out of range"),
+        ({"url": "http://:80/b"}, "give an http or https URL"),
         ({"url": "http://a/"}, "URL of a file"),
         ({"url": "http://a/b?c"}, "cannot be served"),
         ({"url": "http://a/b", "chunk_bytes": "1000"}, "chunk_bytes=1000"),
+        ({"url": "http://a/b", "chunk_bytes": "1G"}, "4K to 64M"),
+        ({"url": "http://a/b", "timeout": "nan"}, "timeout=nan"),
+        ({"url": "http://a/b", "timeout": "-1"}, "timeout=-1"),
+        ({"url": "http://a/b", "request_timeout": "0"}, "request_timeout=0"),
+        ({"url": "http://a/b", "request_timeout": "nan"}, "request_timeout=nan"),
     ],
 )
 def test_options_that_cannot_be_served_are_refused(options: dict[str, str], message: str) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import obstore
 import pytest
 
@@ -395,6 +396,36 @@ def test_options_that_do_not_fit_the_disk_are_refused(
     with pytest.raises(BackendError, match=message):
         thread = BackendThread(backend_for(server, tmp_path, **options), tmp_path)
         worker.answer_question()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"endpoint": "garbage"}, "endpoint=garbage: give an http or https URL"),
+        ({"bucket": ""}, "bucket= is empty"),
+        ({"request_timeout": "-1"}, "request_timeout=-1"),
+        ({"timeout": "nan"}, "timeout=nan"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        load("s3", {"bucket": BUCKET, **options})
+
+
+@pytest.mark.parametrize("change", ["chunk_bytes", "size_bytes"])
+def test_a_header_with_an_impossible_size_is_refused(
+    tmp_path: Path, server: S3Server, worker: FakeWorker, change: str
+) -> None:
+    with serving(worker, backend_for(server, tmp_path)):
+        pass
+    name = f"{tmp_path.name}/header"
+    header = msgspec.json.decode(bytes(obstore.get(server.store(), name).bytes()))
+    obstore.put(server.store(), name, msgspec.json.encode({**header, change: 0}))
+    next_attach(worker)
+    thread = BackendThread(backend_for(server, tmp_path), tmp_path)
+    worker.answer_question()
+    with pytest.raises(BackendError, match=f"the header object is damaged.*{change} 0"):
         thread.join()
 
 

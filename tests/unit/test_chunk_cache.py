@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_a_changed_byte_is_a_miss(tmp_path: Path, at: int) -> None:
     assert cache.get(0, "v1") is None
     cache.put(0, "v1", DATA)
     assert cache.get(0, "v1") == DATA
+
+
+def test_the_chunk_of_another_place_is_a_miss(tmp_path: Path) -> None:
+    cache = ChunkCache(tmp_path, "a", MIB)
+    cache.put(0, "v1", DATA)
+    path = entry(tmp_path)
+    path.rename(path.with_name(f"{1:016x}"))
+    assert cache.get(1, "v1") is None
+
+
+def test_a_damaged_length_of_a_version_is_not_allocated(tmp_path: Path) -> None:
+    """The process locks its memory, so that 4 GiB that no file has would be taken from the machine."""
+    ChunkCache(tmp_path, "a", MIB).put(0, "v1", DATA)
+    content = bytearray(entry(tmp_path).read_bytes())
+    content[8:12] = b"\xff" * 4
+    entry(tmp_path).write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert ChunkCache(tmp_path, "a", MIB).version(0) is None
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("length", [0, 1, 47, 48, 49, 50, 4000])

@@ -39,6 +39,8 @@ class WebServer:
                 """Answer."""
                 outer.answer(self)
 
+            do_HEAD = do_GET
+
             def log_message(self, format: str, *args: Any) -> None:
                 """Write no access log."""
 
@@ -63,6 +65,9 @@ class WebServer:
             request.send_error(self.status if self.status != 200 else 404)
             return
         content, found = self.content, re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+        if found and self.ranges and int(found[1]) >= len(content):
+            request.send_error(416)
+            return
         if found and self.ranges:
             first, last = int(found[1]), min(int(found[2]), len(content) - 1)
             request.send_response(206)
@@ -74,4 +79,5 @@ class WebServer:
         if self.e_tag:
             request.send_header("ETag", self.e_tag)
         request.end_headers()
-        request.wfile.write(content)
+        if request.command == "GET":
+            request.wfile.write(content)
