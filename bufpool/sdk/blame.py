@@ -52,7 +52,11 @@ def _deepest_of_author(frames: "list[_Frame]") -> str:
 
 def words_of(error: BaseException) -> str:
     """The exception's class and text, in one line."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception as another:
+        # A request is answered also if the class of its exception has a bug.
+        text = f"its __str__ raised {type(another).__name__}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

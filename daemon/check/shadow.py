@@ -68,6 +68,8 @@ class Wrong(NamedTuple):
     """Whether an earlier read found that change there."""
     neighbour: Change | None = None
     """A later WRITE_ZEROES or DISCARD of the blocks beside it, if the block holds zeros."""
+    seen_at: int = 0
+    """By the shadow's clock, when the last read began that found `expected` there; 0 if none did."""
 
 
 class Shadow:
@@ -85,7 +87,7 @@ class Shadow:
         self._possible: dict[int, tuple[Change, ...]] = {}
         self._durable: dict[int, tuple[Change, ...]] = {}
         self._learnt: dict[int, bytes] = {}
-        self._seen: dict[int, Change] = {}
+        self._seen: dict[int, tuple[Change, int]] = {}
         self._changes: dict[int, Change] = {}
         self._unflushed: dict[int, Change] = {}
         self._readings: list[Reading] = []
@@ -180,8 +182,8 @@ class Shadow:
                 if len(wrong) == WRONG_MAX:
                     break
                 continue
-            if match.kind not in ("anything", "initial"):
-                self._seen[block] = match
+            if match.kind != "anything":
+                self._seen[block] = match, reading.start
             if match.end is not None and len(possible) > 1:
                 self._observed(block, match, reading.start)
         return wrong
@@ -217,9 +219,11 @@ class Shadow:
         # After a power failure a block may hold what was flushed or anything later; it must not hold anything older.
         durable = [each for each in answered if each.is_flushed or each.fua]
         expected = max(durable or answered or possible, key=lambda each: each.end or 0)
-        was_seen = expected.kind == "initial" or self._seen.get(block) is expected
+        seen, seen_at = self._seen.get(block, (None, 0))
+        was_seen = expected.kind == "initial" or seen is expected
         neighbour = None if any(held) else self._cleared_beside(block, expected)
-        return Wrong(block, self._identify(held, block), expected, was_seen, neighbour)
+        found = self._identify(held, block)
+        return Wrong(block, found, expected, was_seen, neighbour, seen_at if seen is expected else 0)
 
     def _cleared_beside(self, block: int, expected: Change) -> Change | None:
         for each in islice(reversed(self._changes.values()), _NEIGHBOURS_MAX):

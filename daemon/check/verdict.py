@@ -49,7 +49,7 @@ def broken_by(wrongs: Sequence[Wrong], events: list[Event], block_bytes: int) ->
 
 
 def _words(wrong: Wrong, block_bytes: int) -> str:
-    block, found, expected, was_seen, neighbour = wrong
+    block, found, expected, was_seen, neighbour, _ = wrong
     where = f"block {block} (offset {block * block_bytes})"
     if expected.kind == "initial":
         due = "no request touched it, so it should hold what it held before the check"
@@ -80,8 +80,11 @@ def _promise(wrong: Wrong, events: list[Event]) -> str:
         # A late write takes what its buffer holds by then, which is another request's data.
         is_late = any(each.kind == "fence" and each.has_hit(wrong.block) for each in events[-_RECENT:])
         return "fence" if is_late else "offset"
-    since = [each for each in events if each.kind in _SURVIVAL and each.clock > (expected.end or 0)]
-    if since:
+    # What a read found after an end was not lost by that end.
+    right_at = max(expected.end or 0, wrong.seen_at)
+    since = [each for each in events if each.kind in _SURVIVAL and each.clock > right_at]
+    # A loss leaves other blocks wrong as well, which are not beside cleared ones; one of them is enough to tell it.
+    if since and wrong.neighbour is None:
         return _lost(expected, since)
     if wrong.was_seen or wrong.neighbour is not None:
         return "neighbours"

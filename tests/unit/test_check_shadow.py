@@ -198,6 +198,35 @@ def test_data_at_another_offset_and_zeros_beside_a_trim_are_named() -> None:
     assert disk.broken(9, b"x" * BLOCK) == "zeroes"
 
 
+@pytest.mark.parametrize("end", ["kill", "stop", "power"])
+def test_a_block_that_was_right_after_an_end_was_not_lost_by_it(end: EventKind) -> None:
+    disk = Disk()
+    never_written, write, other = 8, disk.change(9), disk.change(40)
+    assert disk.may_hold(never_written, b"a" * BLOCK)
+    disk.happens(end)
+    assert disk.may_hold(never_written, b"a" * BLOCK) and disk.may_hold(9, disk.data(write))
+    assert disk.may_hold(40, disk.data(other))
+    disk.change(7, kind="anything")
+    disk.change(10, kind="anything")
+    assert disk.broken(never_written, bytes(BLOCK)) == "neighbours"
+    assert disk.broken(9, bytes(BLOCK)) == "neighbours"
+    assert disk.broken(40, bytes(BLOCK)) == "neighbours"
+    disk.happens("kill")
+    assert disk.broken(40, bytes(BLOCK)) == "survives-kill", "no read has found it since"
+
+
+def test_zeros_beside_a_trim_are_no_loss_unless_other_blocks_are_lost_too() -> None:
+    disk = Disk()
+    disk.change(3)
+    disk.change(30)
+    disk.change(4, kind="anything")
+    disk.happens("kill")
+    assert disk.broken(3, bytes(BLOCK)) == "neighbours"
+    reads = [disk.shadow.begin_read(block, 1) for block in (3, 30)]
+    wrong = [each for reading in reads for each in disk.shadow.end_read(reading, bytes(BLOCK))]
+    assert broken_by(wrong, disk.events, BLOCK).promise == "survives-kill"
+
+
 def test_several_broken_promises_are_told_together() -> None:
     disk = Disk(is_volatile=True)
     disk.change(1)

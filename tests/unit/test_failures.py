@@ -96,6 +96,25 @@ def test_a_bug_in_a_request_names_the_author_s_file_and_line(
     assert f"{path}:4: JSONDecodeError: Expecting value" in line and "said once" in line
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_exception_whose_text_cannot_be_had_is_answered_and_the_device_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, threads: int
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"parallel = {threads}\nclass Odd(Exception):\n    def __str__(self): return self.nothing\n"
+        "def get_size(): return 8192\ndef pread(buf, offset):\n    raise Odd\n"
+    )
+    backend = loader.load(str(path), {})
+    with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        for _ in range(3):
+            request = worker.describe(Kind.REQUEST, Op.READ, 0, 4096)
+            worker.send(0, [request])
+            assert worker.answer_of(request).result == -errno.EIO
+    (line,) = lines(caplog)
+    assert f"{path}:6: Odd: its __str__ raised AttributeError" in line
+
+
 def test_kinds_and_log_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     counted = Failures()
     for number in range(1, 200):

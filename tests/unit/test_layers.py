@@ -16,7 +16,7 @@ from support.fakes.plain_backend import SIZE_BYTES, Plain
 from support.fakes.worker import DEVICE, FakeWorker, serving
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk import loader
-from ublkpool.bufpool.sdk.backend import Backend, Request
+from ublkpool.bufpool.sdk.backend import Backend, Device, Request
 from ublkpool.bufpool.sdk.batch import Batch
 from ublkpool.bufpool.sdk.layers import trace
 from ublkpool.bufpool.sdk.layers.replay import main
@@ -107,6 +107,57 @@ def test_layers_over_every_level_leave_the_content_as_it_is(
         shadow = exercise(worker, seed=3)
         for offset in range(0, SIZE_BYTES, 16 * BLOCK):
             assert worker.read(offset, 16 * BLOCK) == shadow[offset : offset + 16 * BLOCK]
+
+
+class Exclusive(Parallel):
+    """Notes whether two requests for a chunk run at once; a write waits until a read of its neighbour is sent."""
+
+    exclusive_bytes = BLOCK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[int] = []
+        self.shared = 0
+        self.begun, self.may_go = threading.Event(), threading.Event()
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        self.shared += any(offset <= each < offset + len(buf) for each in self.inside)
+        super().pread(buf, offset)
+
+    def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
+        self.inside.append(offset)
+        self.begun.set()
+        assert self.may_go.wait(10)
+        super().pwrite(buf, offset, fua)
+        self.inside.remove(offset)
+
+
+def test_a_cache_reads_no_chunk_below_while_another_request_has_it(tmp_path: Path) -> None:
+    backend = Exclusive()
+    with (
+        FakeWorker(tmp_path) as worker,
+        serving(worker, layered(backend, ["cache:block=16K,size=64K"])),
+    ):
+        write = worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK, tag=0)
+        worker.send(0, [write])
+        assert backend.begun.wait(10)
+        read = worker.describe(Kind.REQUEST, Op.READ, BLOCK, BLOCK, tag=1)
+        worker.send(0, [read])
+        assert worker.is_silent()
+        backend.may_go.set()
+        assert {worker.receive().tag for _ in range(2)} == {0, 1}
+    assert not backend.shared
+
+
+def test_coroutines_that_start_and_end_a_backend_of_requests_run_below_layers(tmp_path: Path) -> None:
+    class Opened(FromThreads):
+        async def started(self, device: Device) -> None:
+            self.calls.append("started")
+
+    backend = Opened()
+    with FakeWorker(tmp_path) as worker, serving(worker, layered(backend, ["fault"])):
+        assert worker.read(0, BLOCK) == bytes(BLOCK)
+    assert "started" in backend.calls
 
 
 def test_an_error_below_the_layers_keeps_its_errno(tmp_path: Path) -> None:

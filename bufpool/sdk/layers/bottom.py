@@ -88,7 +88,7 @@ class Bottom(Plain):
                 "%s: layers replace the native path: each request runs in Python, one at a time, with one more copy",
                 device.name,
             )
-        self._engine = _OneByOne(self.backend, device, self._own)
+        self._engine = _OneByOne(self.backend, device, self._own, self._events)
 
     def pread(self, buf: memoryview, offset: int) -> int | None:
         """See `Backend.pread`."""
@@ -144,7 +144,7 @@ class Bottom(Plain):
 class _OneByOne:
     """An engine below layers: it gets one request at a time, and the thread waits for the answer."""
 
-    def __init__(self, backend: Backend, device: Device, own: OwnSegment | None) -> None:
+    def __init__(self, backend: Backend, device: Device, own: OwnSegment | None, events: EventLoop) -> None:
         self._outbox = Outbox()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._watch, self._unwatch = device.watch, device.unwatch
@@ -166,7 +166,7 @@ class _OneByOne:
             unwatch=self.unwatch,
             wake=self._outbox.wake,
         )
-        backend.started(self._device)
+        events.settle(backend.started(self._device))
         self._engine: FrameEngine = backend.engine(self._device) or CallEngine(
             backend, self._device, self._outbox
         )

@@ -5,6 +5,7 @@ before it begins and after it ends.  A block that is being read while a write to
 returns what an answered write has replaced.  What is kept is lost with the process, for the store may change meanwhile.
 """
 
+import math
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -113,7 +114,11 @@ class Cache(Layer):
             except OSError as error:
                 raise BackendError(f"layer cache: {self._directory}: {error.strerror}") from error
             self._kept = _Kept(self._slots, self._get, self._put)
-        return super().open(hint)
+        properties = super().open(hint)
+        if self.exclusive_bytes:
+            # A read of a block reads all its chunks below.
+            self.exclusive_bytes = math.lcm(self.exclusive_bytes, self._block_bytes)
+        return properties
 
     def _get(self, slot: int) -> bytes:
         data = os.pread(self._fd, self._block_bytes, slot * self._block_bytes)

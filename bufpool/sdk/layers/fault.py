@@ -138,9 +138,11 @@ class Fault(Layer):
 
     def close(self) -> None:
         """See `Layer.close`; an orderly end stores what is held."""
-        with self._lock:
-            self._store_held()
-        super().close()
+        try:
+            with self._lock:
+                self._store_held()
+        finally:
+            super().close()
 
     def _begin(self, write: _Held | None = None) -> None:
         """The faults of one request, in one order, so that a seed always means the same."""
