@@ -1,6 +1,6 @@
 """The thread that makes connections to a lost server, so that the loop never waits for a name or a peer.
 
-Owns the thread and an eventfd that tells the loop.  The thread hands over whole connections and then ends.
+Owns the thread, which tells the loop by an eventfd of the session's, hands over whole connections and ends.
 """
 
 import os
@@ -71,22 +71,38 @@ def _difference(export: Export, expected: Export) -> str:
 class Connector:
     """Connects to the server, again and again until it succeeds."""
 
-    def __init__(self, options: NbdOptions, expected: Export) -> None:
-        """Starts the thread."""
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self, options: NbdOptions, expected: Export, descriptor: int) -> None:
+        """Starts the thread, which writes to the eventfd `descriptor` when it ends.
+
+        If it cannot be started, the connector has ended, and `take` raises the reason.
+        """
+        self._descriptor = descriptor
         self._options, self._expected = options, expected
         self._connections: list[Connection] = []
         self._error: BaseException | None = None
-        self._stop = threading.Event()
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="nbd-connect", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._error = error
+            self._end()
 
     def _run(self) -> None:
         try:
             self._try_until_stopped()
         except BaseException as error:
             self._error = error
-        os.eventfd_write(self.descriptor, 1)
+        self._end()
+
+    def _end(self) -> None:
+        self._ended.set()
+        os.eventfd_write(self._descriptor, 1)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `take` has something to return or to raise."""
+        return self._ended.is_set()
 
     def _try_until_stopped(self) -> None:
         reason, attempt, since_s = "", 0, time.monotonic()
@@ -107,23 +123,25 @@ class Connector:
             attempt += 1
 
     def take(self) -> list[Connection]:
-        """The connections, called once when `descriptor` is readable; ends the connector.
+        """The connections, called once when the connector has ended.
 
         Raises `BackendError` if no attempt can succeed, or `timeout` seconds have passed.
         """
-        self._thread.join()
-        os.close(self.descriptor)
+        if self._thread.ident is not None:
+            self._thread.join()
         if isinstance(self._error, BackendError):
             raise self._error
         if self._error is not None:
             raise BackendError(f"{self._options.server}: {self._error}") from self._error
         return self._connections
 
-    def stop(self) -> None:
-        """End the thread and close what it has connected; an attempt that hangs ends with the process."""
+    def stop(self) -> bool:
+        """End the thread and close what it has connected; False if its attempt hangs until the process ends."""
         self._stop.set()
-        self._thread.join(_STOP_S)
-        if not self._thread.is_alive():
-            os.close(self.descriptor)
-            for each in self._connections:
-                each.close()
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_S)
+        if self._thread.is_alive():
+            return False
+        for each in self._connections:
+            each.close()
+        return True

@@ -71,7 +71,11 @@ class Session:
         self._connector: Connector | None = None
         self._next_link = 0
         self.reconnects = self.replayed = self.rewritten = 0
+        self._broken: Exception | None = None
         self._epoll = select.epoll()
+        # Made now: when the server is lost there may be no free descriptor.
+        self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._alarm, select.EPOLLIN)
         self._links: list[Link] = []
         device.watch(self._epoll.fileno(), self._turn)
         self._adopt(connections)
@@ -87,7 +91,12 @@ class Session:
         """Start these requests, or let them wait for the server."""
         for request in batch:
             self._waiting.extend(Job(request, self._export).commands(self._export))
-        self._advance()
+        try:
+            self._advance()
+        except Exception as error:
+            # An exception of `submit` would answer requests whose commands go on, with memory that is another's then.
+            self._broken = error
+            os.eventfd_write(self._alarm, 1)
 
     def _advance(self) -> None:
         """Do what the state allows, until only the server or the device can change something."""
@@ -144,15 +153,34 @@ class Session:
     # Events and answers.
 
     def _turn(self) -> None:
-        """The epoll is readable: let the library work, then do what became possible."""
+        """The epoll is readable: let the library work, then do what became possible.
+
+        Raises `BackendError` if that fails: the process ends, and its requests wait for the successor.
+        """
+        try:
+            self._hear()
+            self._advance()
+        except BackendError:
+            raise
+        except Exception as error:
+            raise BackendError(f"nbd: {self._options.server}: cannot go on: {error!r}") from error
+
+    def _hear(self) -> None:
         # An event may be of an earlier socket with the same number: a process that was being forked had a copy.
         for descriptor, _ in self._epoll.poll(0):
-            if self._connector is not None and descriptor == self._connector.descriptor:
-                self._return(self._connector)
+            if descriptor == self._alarm:
+                self._alarmed()
             for link in self._links:
                 if link.descriptor == descriptor:
                     link.connection.go_on()
-        self._advance()
+
+    def _alarmed(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._alarm)
+        if self._broken is not None:
+            raise self._broken
+        if self._connector is not None and self._connector.has_ended:
+            self._return(self._connector)
 
     def _settle(self, link: Link) -> None:
         """Take the finished commands of a connection, notice its end, and wait for what it waits for."""
@@ -237,8 +265,7 @@ class Session:
         self.replayed += len(unanswered)
         self._waiting = deque(sorted([*unanswered, *self._waiting], key=lambda each: each.number))
         self._tell_of_loss()
-        self._connector = Connector(self._options, self._export)
-        self._epoll.register(self._connector.descriptor, select.EPOLLIN)
+        self._connector = Connector(self._options, self._export, self._alarm)
         self._state = State.LOST
 
     def _tell_of_loss(self) -> None:
@@ -254,7 +281,6 @@ class Session:
 
     def _return(self, connector: Connector) -> None:
         """The connector has ended: go on with its connections.  Raises `BackendError` if the server stays away."""
-        self._epoll.unregister(connector.descriptor)
         self._connector = None
         try:
             self._adopt(connector.take())
@@ -304,8 +330,9 @@ class Session:
         deadline_s = time.monotonic() + END_PATIENCE_S
         self._end_replay(deadline_s)
         self._epoll.close()
-        if self._connector is not None:
-            self._connector.stop()
+        # A thread that hangs may still write to the eventfd.
+        if self._connector is None or self._connector.stop():
+            os.close(self._alarm)
         if self._state is State.READY and self._export.flush and len(self.unflushed):
             connection = self._links[0].connection
             try:

@@ -14,8 +14,9 @@ from support.sources.nbdkit import Nbdkit
 from ublkpool.backends.nbd import session
 from ublkpool.backends.nbd.backend import NbdBackend
 from ublkpool.backends.nbd.connection import Connection, Lost
+from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.loader import load
-from ublkpool.bufpool.wire import Flag
+from ublkpool.bufpool.wire import Flag, Kind, Op
 
 SIZE_BYTES = 1 << 20
 BLOCK = 4096
@@ -147,6 +148,45 @@ def test_without_its_server_a_backend_ends_in_time_and_says_what_may_be_lost(
         assert thread.join() == 0
     assert "1 answered writes were not flushed" in caplog.text
     assert not [each.name for each in threading.enumerate() if each.name == "nbd-connect"]
+
+
+def test_a_backend_without_a_thread_to_connect_again_ends_and_answers_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_but(self: threading.Thread) -> None:
+        if self.name == "nbd-connect":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(backend_for(store.server), tmp_path)
+        worker.accept()
+        monkeypatch.setattr(threading.Thread, "start", start_but)
+        store.server.kill()
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, 0, BLOCK)])
+        with pytest.raises(BackendError, match="can't start new thread"):
+            thread.join()
+        assert worker.is_silent()
+
+
+def test_a_request_that_cannot_be_sent_for_lack_of_memory_is_not_answered(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command may go on, and its buffer must not become another request's meanwhile."""
+
+    def no_memory(*_: object) -> int:
+        raise MemoryError
+
+    with FakeWorker(tmp_path) as worker:
+        thread = BackendThread(backend_for(store.server), tmp_path)
+        worker.accept()
+        monkeypatch.setattr(session, "_send", no_memory)
+        worker.send(0, [worker.describe(Kind.REQUEST, Op.READ, 0, BLOCK)])
+        with pytest.raises(BackendError, match="cannot go on: MemoryError"):
+            thread.join()
+        assert worker.is_silent()
 
 
 def test_a_server_that_talks_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
