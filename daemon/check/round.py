@@ -29,6 +29,7 @@ _SERIAL_SHARE = 4
 _STARVED_DEADLINES = 3
 _FENCE_WATCH_S = 0.02
 _EVENTS_KEPT = 200
+_LAST_REQUESTS_MAX = 4
 _SLOW_S = 0.05
 _KEEP_SHARE = 0.75
 _LOOK_AROUND_S = 5.0
@@ -340,6 +341,8 @@ class Round:
             await self._until(point)
             if self._rng.random() < 0.5:
                 await asyncio.sleep(self._rng.random() * 0.002)
+            elif point != "placing":
+                await self._send_some()
         self._hit = [*self._open.values()]
         await self.host.kill()
         for queue in self.host.queues:
@@ -382,6 +385,12 @@ class Round:
         now_s = time.monotonic()
         changes = [each.sent_s for each in self._open.values() if each.change is not None]
         return bool(changes) and now_s - min(changes) > _SLOW_S and now_s - self._progress_s > _SLOW_S / 2
+
+    async def _send_some(self) -> None:
+        """Send requests that even a fast backend has not answered when it is killed: its successor executes them."""
+        for _ in range(self._rng.randint(1, _LAST_REQUESTS_MAX)):
+            self._submit(self._requests.next())
+        await self._turn()
 
     async def _stop(self) -> None:
         await self._until("executing")

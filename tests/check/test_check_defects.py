@@ -30,6 +30,7 @@ PLANTED = {
     "never_answers": Planted("answers", asked={"deadline_s": 2}),
     "off_by_one_block": Planted("offset"),
     "old_epoch_after_fence": Planted("fence"),
+    "repeats_replays": Planted("predecessor"),
     "short_reads": Planted("whole"),
     "swaps_concurrent_writes": Planted("offset"),
     "trim_too_far": Planted("neighbours"),
