@@ -71,13 +71,14 @@ def _difference(export: Export, expected: Export) -> str:
 class Connector:
     """Connects to the server, again and again until it succeeds."""
 
-    def __init__(self, options: NbdOptions, expected: Export, descriptor: int) -> None:
+    def __init__(self, options: NbdOptions, expected: Export, descriptor: int, fruitless: int = 0) -> None:
         """Starts the thread, which writes to the eventfd `descriptor` when it ends.
 
+        `fruitless`: how many connections in a row ended without an answer; each makes the next one come later.
         If it cannot be started, the connector has ended, and `take` raises the reason.
         """
         self._descriptor = descriptor
-        self._options, self._expected = options, expected
+        self._options, self._expected, self._fruitless = options, expected, fruitless
         self._connections: list[Connection] = []
         self._error: BaseException | None = None
         self._stop, self._ended = threading.Event(), threading.Event()
@@ -105,7 +106,9 @@ class Connector:
         return self._ended.is_set()
 
     def _try_until_stopped(self) -> None:
-        reason, attempt, since_s = "", 0, time.monotonic()
+        reason, attempt, since_s = "", self._fruitless, time.monotonic()
+        if attempt:
+            self._pause(attempt - 1)
         while not self._stop.is_set():
             try:
                 self._connections, _ = connect_all(self._options, self._expected)
@@ -119,8 +122,11 @@ class Connector:
                 raise BackendError(
                     f"{self._options.server}: lost for timeout={self._options.timeout:g} s: {reason}"
                 )
-            self._stop.wait(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+            self._pause(attempt)
             attempt += 1
+
+    def _pause(self, attempt: int) -> None:
+        self._stop.wait(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
 
     def take(self) -> list[Connection]:
         """The connections, called once when the connector has ended.

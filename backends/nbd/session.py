@@ -69,7 +69,7 @@ class Session:
         self._flush_error = 0
         self._own_flush: Command | None = None
         self._connector: Connector | None = None
-        self._next_link = 0
+        self._next_link = self._fruitless = 0
         self.reconnects = self.replayed = self.rewritten = 0
         self._broken: Exception | None = None
         self._epoll = select.epoll()
@@ -216,6 +216,7 @@ class Session:
 
     def _finished(self, command: Command, error: int) -> None:
         """The server has answered, or the library has refused the command."""
+        self._fruitless = 0
         if command.op == Op.FLUSH:
             self._flush_finished(command, error)
         elif command.job is None:
@@ -265,7 +266,8 @@ class Session:
         self.replayed += len(unanswered)
         self._waiting = deque(sorted([*unanswered, *self._waiting], key=lambda each: each.number))
         self._tell_of_loss()
-        self._connector = Connector(self._options, self._export, self._alarm)
+        self._connector = Connector(self._options, self._export, self._alarm, self._fruitless)
+        self._fruitless += 1
         self._state = State.LOST
 
     def _tell_of_loss(self) -> None:

@@ -1,17 +1,19 @@
 """The backend nbd while it writes its copies again: killed, told to end, against servers that do harm."""
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, finish, spawn
-from support.sources.hostile_nbd import HostileNbd
+from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, finish, serving, spawn
+from support.sources.hostile_nbd import HostileNbd, simple
 from support.sources.nbdkit import Nbdkit
-from ublkpool.backends.nbd import session
+from ublkpool.backends.nbd import connector, session
 from ublkpool.backends.nbd.backend import NbdBackend
 from ublkpool.backends.nbd.connection import Connection, Lost
 from ublkpool.bufpool.errors import BackendError
@@ -148,6 +150,30 @@ def test_without_its_server_a_backend_ends_in_time_and_says_what_may_be_lost(
         assert thread.join() == 0
     assert "1 answered writes were not flushed" in caplog.text
     assert not [each.name for each in threading.enumerate() if each.name == "nbd-connect"]
+
+
+@pytest.mark.parametrize("reply", [None, errno.ESHUTDOWN])
+def test_a_server_that_gives_no_answer_is_connected_to_ever_more_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: int | None
+) -> None:
+    """Each connection succeeds, so without a pause the backend would connect and log as fast as it can."""
+    chosen: list[int] = []
+
+    class Pauses(tuple[float, ...]):
+        def __getitem__(self, at: Any) -> Any:
+            chosen.append(at)
+            return 0.0
+
+    def answer(_kind: int, cookie: int, _offset: int, length: int) -> bytes | None:
+        if len(chosen) >= 3:
+            return simple(cookie, data=bytes(length))
+        return None if reply is None else simple(cookie, reply)
+
+    monkeypatch.setattr(connector, "_PAUSES_S", Pauses((0.0,) * 5))
+    server = HostileNbd(tmp_path / "nbd.sock", answer=answer)
+    with server, FakeWorker(tmp_path) as worker, serving(worker, backend_for(server)):
+        assert worker.read(0, BLOCK) == bytes(BLOCK)
+    assert chosen[:3] == [0, 1, 2]
 
 
 def test_a_backend_without_a_thread_to_connect_again_ends_and_answers_nothing(
