@@ -24,14 +24,14 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
     test_takeover.py test_watched_calls.py
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_spread.py
-# `make bench`: quick, full, growth, doorbell or exact; where the numbers go; how many CPUs a guest has.
+# `make bench`: quick, full, growth, doorbell, exact or nbd; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
 BENCH_CPUS ?= 2
 BENCH_ARGS ?=
 # One boot unless KERNELS was given.
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
-BENCH_TIMEOUT_S = $(if $(filter quick,$(MODE)),3600,10800)
+BENCH_TIMEOUT_S = $(if $(filter quick nbd,$(MODE)),3600,10800)
 BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
 BENCH_GUEST = $(if $(filter exact,$(MODE)),--exact,--cpus $(BENCH_CPUS))
 # What `make soak` sets in the tests' environment.
@@ -210,7 +210,7 @@ $(VENV)/.bench: $(VENV)/.built
 	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
-bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell or exact
+bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell, exact or nbd
 	@$(PY) -m compileall -q bench
 	@$(PY) -m bench fetch $(BENCH_OUT)
 	@$(PY) -m bench cost $(BENCH_OUT)

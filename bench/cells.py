@@ -12,7 +12,7 @@ class Cell(NamedTuple):
     """One workload.  `unit`: the unit that the table shows."""
 
     name: str
-    rw: Literal["randwrite", "randread", "write"]
+    rw: Literal["randwrite", "randread", "write", "read"]
     block_bytes: int
     depth: int
     jobs: int
@@ -25,6 +25,18 @@ CELLS = (
     Cell("randread 4k qd32 x2", "randread", 4096, 32, 2, "IOPS"),
     Cell("write 512k qd8", "write", 512 << 10, 8, 1, "MB/s"),
 )
+NBD_CELLS = (
+    CELLS[0],
+    Cell("randread 4k qd1", "randread", 4096, 1, 1, "IOPS"),
+    *CELLS[1:],
+    Cell("read 512k qd8", "read", 512 << 10, 8, 1, "MB/s"),
+)
+"""The cells of mode nbd: those of the other modes, and each write as a read too."""
+
+
+def cells_of(mode: str) -> tuple[Cell, ...]:
+    """The cells that a mode measures, in their order."""
+    return NBD_CELLS if mode == "nbd" else CELLS
 
 
 class FioNumbers(NamedTuple):

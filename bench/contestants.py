@@ -4,10 +4,10 @@ A contestant's start yields its `Disks`: the device node, and the processes whos
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bench import ours, peers
+from bench import nbd_clients, ours, peers
 from bench.ours import BACKENDS, Start
 from bench.results import Transport
 
@@ -85,6 +85,25 @@ def ours_over(transport: Transport) -> tuple[Contestant, ...]:
         entry("Python functions", start(str(functions), transport=transport), "NEED_GET_DATA"),
         entry("Python batch", start(str(batch), transport=transport), "NEED_GET_DATA"),
     )
+
+
+KERNEL_NBD = Contestant(
+    "nbd-client", nbd_clients.kernel_client, "nbdkit", "nbd.ko, 2 connections", stores=True
+)
+
+
+def nbd_contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
+    """The clients of one NBD server, or those whose names match the regular expression `only`."""
+    found = [KERNEL_NBD, *(each for transport in transports for each in _nbd_over(transport))]
+    return [each for each in found if re.search(only, each.name)]
+
+
+def _nbd_over(transport: Transport) -> Iterator[Contestant]:
+    options: Mapping[str, Mapping[str, object]] = {"nbd": {}, "nbd, unflushed=0": {"unflushed": 0}}
+    for kind, given in options.items():
+        name = f"{kind}, {transport}" if transport else kind
+        start = nbd_clients.our_client(transport, **given)
+        yield Contestant(name, start, "ublkpool", "NEED_GET_DATA, 2 connections", transport, stores=True)
 
 
 def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:

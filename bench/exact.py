@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.cells import CELLS, Cell
+from bench.cells import CELLS, Cell, cells_of
 from bench.ratios import middle_of, ratio_spread, samples_of, value_spread
 from bench.results import Party, Result, Sample
 from bench.tables import BASELINE, counter_table, failure_list, markdown_table, rounds_text, target_table
@@ -80,7 +80,7 @@ def idle_note(result: Result) -> str:
     waited = [
         f"{party.name}, {cell.name} ({busy:.0%} busy)"
         for party in result.parties
-        for cell in CELLS
+        for cell in cells_of(result.mode)
         if (samples := samples_of(result, party.name, cell.name))
         and (busy := middle_of([each.busy for each in samples])) < BUSY_MIN
     ]
@@ -91,11 +91,12 @@ def idle_note(result: Result) -> str:
 
 def parts_table(result: Result) -> str:
     """Instructions per request of each part, with those in the kernel on its behalf."""
+    cells = cells_of(result.mode)
     rows = [
-        [party.kind, party.transport, *(_parts(samples_of(result, party.name, cell.name)) for cell in CELLS)]
+        [party.kind, party.transport, *(_parts(samples_of(result, party.name, cell.name)) for cell in cells)]
         for party in result.parties
     ]
-    return markdown_table(["contestant", "transport", *(cell.name for cell in CELLS)], rows)
+    return markdown_table(["contestant", "transport", *(cell.name for cell in cells)], rows)
 
 
 def _parts(samples: Sequence[Sample]) -> str:

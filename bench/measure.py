@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.accounts import Books, busy_share, machine_cpu, memory_of, parts_shares, requests_done
-from bench.cells import CELLS, Cell, FioNumbers
+from bench.cells import CELLS, Cell, FioNumbers, cells_of
 from bench.contestants import Contestant
 from bench.exact import spoken_exactly
 from bench.results import Party, Result, Sample, Syscalls
@@ -45,7 +45,7 @@ def measure(
     say(f"everybody is up; idle, {result.idle_load:.1%} of the CPUs' time is used")
     try:
         for number in range(result.rounds):
-            for cell in CELLS:
+            for cell in cells_of(result.mode):
                 line = [
                     _run_cell(stage, each, cell, number, result, say) for each in _rotated(entered, number)
                 ]

@@ -90,6 +90,18 @@ def _is_block_device(path: str) -> bool:
     return False
 
 
+@contextmanager
+def nbd_client(socket: Path) -> Iterator[str]:
+    """The node of a disk of nbd.ko, connected to the server at a unix socket by `QUEUES` connections."""
+    node = _free_nbd()
+    run("nbd-client", "-unix", str(socket), node, "-C", str(QUEUES), "-N", "")
+    try:
+        wait_for(lambda: Path(f"/sys/block/{Path(node).name}/pid").exists(), f"{node} is connected")
+        yield node
+    finally:
+        run("nbd-client", "-d", node)
+
+
 class Nbdkit(NamedTuple):
     """A plugin and its parameters."""
 
@@ -103,13 +115,8 @@ class Nbdkit(NamedTuple):
         command: list[str | Path] = ["nbdkit", "-f", "-U", socket, *options, self.plugin, *self.parameters]
         with process(command, log) as pid:
             wait_for(socket.exists, f"nbdkit {self.plugin} listens")
-            node = _free_nbd()
-            run("nbd-client", "-unix", str(socket), node, "-C", str(QUEUES), "-N", "")
-            try:
-                wait_for(lambda: Path(f"/sys/block/{Path(node).name}/pid").exists(), f"{node} is connected")
+            with nbd_client(socket) as node:
                 yield Disk(node, {"server": [pid]}, log=log)
-            finally:
-                run("nbd-client", "-d", node)
 
     @contextmanager
     def start(self, stage: Stage, name: str) -> Iterator[Disks]:

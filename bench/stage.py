@@ -47,7 +47,9 @@ class Disks:
         return list(dict.fromkeys((self._disk, self._at_depth_1)))
 
 
-_OTHERS = ("daemon", "kernel")
+NBDKIT = "nbdkit"
+"""The part of a server that several contestants share."""
+_OTHERS = ("daemon", "kernel", NBDKIT)
 """Parts that serve more than one contestant, or that no signal reaches."""
 
 
@@ -83,6 +85,7 @@ class Stage:
         self._daemon: Daemon | None = None
         self._cleanup = ExitStack()
         self._numbers = iter(range(100, 1000))
+        self._shared: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +102,16 @@ class Stage:
             daemon.start()
             self._daemon = daemon
         return self._daemon
+
+    def log_of(self, name: str) -> Path:
+        """The file that gets the output of the shared process of this name."""
+        return self.directory / f"{name}.log"
+
+    def shared_process(self, name: str, command: Sequence[str | Path]) -> int:
+        """The pid of a process that several contestants use: the first one starts it, the stage's end ends it."""
+        if name not in self._shared:
+            self._shared[name] = self._cleanup.enter_context(process(command, self.log_of(name)))
+        return self._shared[name]
 
     def next_number(self) -> int:
         """A free device number."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from bench.cells import CELLS, Cell
+from bench.cells import CELLS, Cell, cells_of
 from bench.instructions import CASES, InstructionCost
 from bench.ratios import Spread, middle_of, ratio_spread, samples_of, value_spread
 from bench.results import Party, Result, Sample
@@ -64,15 +64,16 @@ def rounds_text(result: Result) -> str:
 
 def speed_table(result: Result) -> str:
     """The overview: medians."""
-    head = ["contestant", "transport", *(f"{cell.name}, {cell.unit}" for cell in CELLS)]
+    cells = cells_of(result.mode)
+    head = ["contestant", "transport", *(f"{cell.name}, {cell.unit}" for cell in cells)]
     rows = [
-        [*_who(party), *(_median(value_spread(result, party.name, cell.name)) for cell in CELLS)]
+        [*who(party), *(_median(value_spread(result, party.name, cell.name)) for cell in cells)]
         for party in result.parties
     ]
     return markdown_table(head, rows)
 
 
-def _who(party: Party) -> list[str]:
+def who(party: Party) -> list[str]:
     """The first two columns; peers have no transport."""
     return [party.kind, party.transport]
 
@@ -99,11 +100,11 @@ def cell_table(result: Result, cell: Cell) -> str:
 def _cell_row(result: Result, party: Party, cell: Cell) -> list[str]:
     value = value_spread(result, party.name, cell.name)
     if value is None:
-        return [*_who(party), "failed", "", "", "", "", ""]
+        return [*who(party), "failed", "", "", "", "", ""]
     ratio = ratio_spread(result, party.name, BASELINE, cell.name)
     samples = samples_of(result, party.name, cell.name)
     return [
-        *_who(party),
+        *who(party),
         number(value.median),
         f"{number(value.low)} to {number(value.high)}",
         f"{ratio.median:.2f}" if ratio else "",
@@ -141,11 +142,11 @@ def cpu_table(result: Result) -> str:
     """Where the CPU time of a request goes, in microseconds: user and system, part by part."""
     rows = []
     for party in result.parties:
-        for cell in CELLS:
+        for cell in cells_of(result.mode):
             samples = samples_of(result, party.name, cell.name)
             if samples:
                 machine = number(middle_of([each.machine_us for each in samples]))
-                rows.append([*_who(party), cell.name, machine, _parts(samples)])
+                rows.append([*who(party), cell.name, machine, _parts(samples)])
     return markdown_table(
         ["contestant", "transport", "cell", "whole machine us", "of which user + system us"], rows
     )
@@ -169,11 +170,11 @@ def counter_table(result: Result) -> str:
     names = list(dict.fromkeys(name for each in result.samples for name in each.counters))
     rows = []
     for party in result.parties:
-        for cell in CELLS:
+        for cell in cells_of(result.mode):
             samples = [each for each in samples_of(result, party.name, cell.name) if each.counters]
             if samples:
                 middles = [middle_of([each.counters.get(name, 0.0) for each in samples]) for name in names]
-                rows.append([*_who(party), cell.name, *(f"{each:.2f}" for each in middles)])
+                rows.append([*who(party), cell.name, *(f"{each:.2f}" for each in middles)])
     return markdown_table(
         ["ours", "transport", "cell", *(_COUNTER_HEADS.get(name, name) for name in names)], rows
     )
@@ -195,7 +196,7 @@ _COUNTER_HEADS = {
 def syscall_table(result: Result) -> str:
     """System calls of each part, counted by the kernel."""
     rows = [
-        [*_who(party), each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
+        [*who(party), each.cell, ", ".join(f"{part} {count:.2f}" for part, count in each.parts.items())]
         for party in result.parties
         for each in result.syscalls
         if each.contestant == party.name
@@ -206,7 +207,7 @@ def syscall_table(result: Result) -> str:
 def memory_table(result: Result) -> str:
     """The memory of each idle part before the first round."""
     rows = [
-        [*_who(party), part, f"{pss:,}", f"{uss:,}"]
+        [*who(party), part, f"{pss:,}", f"{uss:,}"]
         for party in result.parties
         for part, (pss, uss) in party.memory_kib.items()
     ]

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from bench.cells import CELLS, FioError, fio_command, job_cpus, parse_fio
+from bench.cells import CELLS, NBD_CELLS, FioError, cells_of, fio_command, job_cpus, parse_fio
 
 
 def _side(ios: int, iops: float, bytes_per_s: int, latency_ns: float) -> dict[str, Any]:
@@ -63,3 +63,15 @@ def test_the_command_has_all_settings_of_a_cell() -> None:
         assert word in words
     for word in ("--direct=1", "--ioengine=io_uring", "--cpus_allowed=1", "--runtime=500ms"):
         assert word in words
+
+
+def test_mode_nbd_measures_each_write_as_a_read_too() -> None:
+    def shapes(*kinds: str) -> set[tuple[int, int, int]]:
+        return {(each.block_bytes, each.depth, each.jobs) for each in NBD_CELLS if each.rw in kinds}
+
+    assert (
+        shapes("write", "randwrite")
+        == shapes("read", "randread")
+        == {(4096, 1, 1), (4096, 32, 2), (512 << 10, 8, 1)}
+    )
+    assert cells_of("nbd") == NBD_CELLS and cells_of("quick") == cells_of("exact") == CELLS

@@ -7,13 +7,14 @@ from subprocess import Popen
 
 import pytest
 from bench import measure as measuring
+from bench import nbd_clients, ours
 from bench.accounts import Books, Cpu
-from bench.cells import CELLS, Cell, FioError, FioNumbers
-from bench.contestants import ALONE, PEERS, Contestant, contestants, ours_over, quick
+from bench.cells import CELLS, NBD_CELLS, Cell, FioError, FioNumbers
+from bench.contestants import ALONE, PEERS, Contestant, contestants, nbd_contestants, ours_over, quick
 from bench.measure import measure
 from bench.ours import transports
 from bench.results import Result
-from bench.stage import Disk, Disks, Stage, StageError, put_to_sleep, wake_up
+from bench.stage import NBDKIT, Disk, Disks, Stage, StageError, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError
 from bench.targets import TARGETS
 
@@ -58,9 +59,10 @@ def test_every_target_names_existing_contestants() -> None:
         assert {target.baseline, *target.kinds} <= kinds
 
 
-def test_all_contestants_but_the_measured_one_are_stopped() -> None:
+@pytest.mark.parametrize("part", ["daemon", NBDKIT])
+def test_all_contestants_but_the_measured_one_are_stopped(part: str) -> None:
     with Popen(["sleep", "60"]) as own, Popen(["sleep", "60"]) as shared:
-        disks = Disks(Disk("/dev/x", {"server": [own.pid], "daemon": [shared.pid]}))
+        disks = Disks(Disk("/dev/x", {"server": [own.pid], part: [shared.pid]}))
         put_to_sleep(disks)
         eventually(lambda: _state(own.pid) == "T", "the server sleeps")
         eventually(lambda: _state(shared.pid) == "S", "the other does what it did")
@@ -120,9 +122,9 @@ class Course:
             raise SyscallsError("no histogram triggers")
         return {"server": 2.0}
 
-    def measure(self, *table: Contestant, exact: bool = False) -> Result:
+    def measure(self, *table: Contestant, exact: bool = False, mode: str = "quick") -> Result:
         result = Result(
-            kernel="", date="", mode="quick", cpus=2, emulated=True, exact=exact, rounds=2, runtime_s=1.0
+            kernel="", date="", mode=mode, cpus=2, emulated=True, exact=exact, rounds=2, runtime_s=1.0
         )
         stage = Stage(Path("/nowhere"), Path("/nowhere"))
         measure(stage, table, result, lambda text: None, lambda each: None)
@@ -185,3 +187,71 @@ def test_a_contestant_that_fails_later_is_stopped_and_the_others_go_on(
     assert [each.contestant for each in result.samples].count("a") == 1
     assert [each.contestant for each in result.samples].count("b") == 2 * len(CELLS)
     assert [each.name for each in result.parties if each.error] == ["a"]
+
+
+def test_mode_nbd_runs_its_own_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    course.measure(course.contestant("a"), mode="nbd")
+    assert [cell for _, cell in course.runs] == [cell.name for _ in range(2) for cell in NBD_CELLS]
+
+
+def test_mode_nbd_has_the_kernels_client_and_ours_over_each_transport() -> None:
+    table = nbd_contestants(["zeromq", "ring"])
+    assert {(each.kind, each.transport) for each in table} == {
+        ("nbd-client", ""),
+        *((kind, over) for kind in ("nbd", "nbd, unflushed=0") for over in ("zeromq", "ring")),
+    }
+    assert len({each.slug for each in table}) == len(table)
+    assert [each.name for each in nbd_contestants(["ring"], "^nbd, ring")] == ["nbd, ring"]
+
+
+def test_a_shared_process_is_started_once_and_ends_with_the_stage(tmp_path: Path) -> None:
+    with Stage(tmp_path, Path("/nowhere")) as stage:
+        pid = stage.shared_process("one", ["sleep", "60"])
+        assert (
+            stage.shared_process("one", ["sleep", "60"])
+            == pid
+            != stage.shared_process("two", ["sleep", "60"])
+        )
+        assert Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_clients_of_mode_nbd_are_at_one_server_with_as_many_connections_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands, configs = [], []
+
+    @contextmanager
+    def client(socket: Path) -> Iterator[str]:
+        commands.append(socket)
+        yield "/dev/nbd0"
+
+    def backend(kind: str, **config: object) -> ours.Start:
+        configs.append((kind, config))
+
+        @contextmanager
+        def start(stage: Stage, name: str) -> Iterator[Disks]:
+            yield Disks(Disk("/dev/ublkb0", {"worker": [1], "backend": [2]}, name))
+
+        return start
+
+    monkeypatch.setattr(nbd_clients, "load_module", lambda name: None)
+    monkeypatch.setattr(nbd_clients, "nbd_client", client)
+    monkeypatch.setattr(nbd_clients, "shared_nbdkit", lambda stage: (stage.directory / "shared.sock", 3))
+    monkeypatch.setattr(ours, "backend", backend)
+    stage, parts = Stage(tmp_path, Path("/nowhere")), {}
+    for each in nbd_contestants(["ring"]):
+        with each.start(stage, each.slug) as disks:
+            parts[each.kind] = disks.all()[0].parts
+    socket = tmp_path / "shared.sock"
+    assert commands == [socket]
+    assert configs == [
+        ("nbd", {"transport": "ring", "options": {"socket": socket, "connections": ours.QUEUES}}),
+        (
+            "nbd",
+            {"transport": "ring", "options": {"socket": socket, "connections": ours.QUEUES, "unflushed": 0}},
+        ),
+    ]
+    ours_have = {"worker": [1], "backend": [2], NBDKIT: [3]}
+    assert parts == {"nbd-client": {NBDKIT: [3]}, "nbd": ours_have, "nbd, unflushed=0": ours_have}

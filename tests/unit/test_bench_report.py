@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 from bench.accounts import Books, Cpu, busy_share, parse_smaps, parts_shares, ran_ns_of
-from bench.cells import CELLS
+from bench.cells import CELLS, NBD_CELLS
 from bench.exact import exact_report
 from bench.growth_results import Growth, Idle, Step, Timing, growth_report
 from bench.instructions import InstructionCost, core_instructions
+from bench.nbd_results import nbd_report
 from bench.ratios import Spread, middle_of, ratio_spread, spread, value_spread
 from bench.results import Party, Result, Sample, Transport
 from bench.syscalls import parse_histogram
@@ -286,3 +287,35 @@ def test_growth_has_a_table_for_each_axis_and_says_what_failed() -> None:
     assert "| 64 | worker | 64 | 812 | 640 |" in text
     assert "From 1 to 64 devices each device more takes 814 KiB" in text
     assert "| delete of 64 devices | 3.2 |" in text and "- the daemon is gone" in text
+
+
+def _nbd_result(exact: bool) -> Result:
+    make = _exact_samples if exact else _samples
+    samples = [
+        each
+        for cell in NBD_CELLS
+        for name, values in (("nbd-client", (100.0, 100.0)), ("nbd, ring", (50.0, 200.0)))
+        for each in make(name, cell.name, *values)
+    ]
+    parties = [
+        _party("nbd-client"),
+        _party("nbd, ring", "ring"),
+        _party("nbd, zeromq", "zeromq", error="gone"),
+    ]
+    return msgspec.structs.replace(_result(*samples, parties=parties), mode="nbd", exact=exact)
+
+
+def test_a_report_of_mode_nbd_has_all_its_cells_against_nbd_client() -> None:
+    text = nbd_report(_nbd_result(exact=False))
+    assert text.startswith("## NBD, Linux 7.3.4\n") and "Mode nbd" in text
+    assert "| " + " | ".join(["nbd", "ring", *["1.25 [0.50 to 2.00]"] * len(NBD_CELLS)]) + " |" in text
+    assert "| " + " | ".join(["nbd", "ring", *["125"] * len(NBD_CELLS)]) + " |" in text
+    assert "| " + " | ".join(["nbd", "zeromq", *["none"] * len(NBD_CELLS)]) + " |" in text
+    assert "- nbd, zeromq: gone" in text and "randread 4k qd1" in text and "read 512k qd8" in text
+
+
+def test_an_exact_report_of_mode_nbd_counts_instructions_and_not_time() -> None:
+    text = nbd_report(_nbd_result(exact=True))
+    assert text.startswith("## NBD, exact, Linux 7.3.4\n") and "1e9/IOPS" in text
+    assert "| nbd | ring | worker 3,125,000, fio 6,250,000 |" in text
+    assert "CPU time" not in text and "### Speed" not in text
