@@ -30,8 +30,8 @@ SYSTEM = (
 """Names of libraries, programs, systemd and processors."""
 PLACEHOLDERS = "FILE.py KIND RUN_DIR.state bench/out BIT_n memory.NAME ipc://... mycache speed-exact-7.3.json"
 """What stands for a name that the reader chooses, or that a run makes."""
-PEERS = "ublk_recover_disk kublk"
-"""Names of the programs that the README compares with."""
+PEERS = "ublk_recover_disk kublk nbdublk"
+"""Names of the programs that the README and the benchmark compare with."""
 ALLOWED = frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS} {PEERS}".split())
 CODE = ("bufpool", "backends", "daemon", "workers", "ublk", "examples", "tests")
 _VARIABLE = re.compile(
