@@ -12,7 +12,7 @@ from ublkpool.daemon.backends.attach import AttachServer
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.errors import DaemonError
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 DEVICE = "vol0"
 PAGE = 4096
 ATTACH = wire.Attach(v=1, device=DEVICE, kind="test")
@@ -123,7 +123,7 @@ def at_the_door(run_dir: Path, scene: Callable[[Door], Coroutine[Any, Any, None]
         door = Door(run_dir)
         await scene(door)
         door.close()
-        # Helper processes of the last packets may still run.
-        await until(lambda: open_files() == before, "no descriptor is left open")
+        # Helper processes of the last packets may still run, and of an earlier scene at the beginning.
+        await until(lambda: open_files() <= before, "no descriptor is left open")
 
     asyncio.run(play())
