@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -124,6 +125,6 @@ def at_the_door(run_dir: Path, scene: Callable[[Door], Coroutine[Any, Any, None]
         await scene(door)
         door.close()
         # Helper processes of the last packets may still run, and of an earlier scene at the beginning.
-        await until(lambda: open_files() <= before, "no descriptor is left open")
+        await until(lambda: Counter(open_files()) <= Counter(before), "no descriptor is left open")
 
     asyncio.run(play())
