@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ublkpool.bufpool.errors import BackendError
@@ -201,7 +202,15 @@ class AsyncRunner(Runner):
         for turn in turns:
             task = loop.create_task(self._execute(turn))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._left, turn))
+
+    def _left(self, turn: Turn, task: "Task[None]") -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            # The author's code cancelled the task before its first step, so `_execute` has answered nothing.
+            from asyncio import CancelledError
+
+            self._ended(turn, None, CancelledError())
 
     async def _execute(self, turn: Turn) -> None:
         request, results = turn.request, _Results(turn.request)

@@ -285,7 +285,7 @@ def test_a_missing_store_of_a_device_that_was_served_is_not_made(disk: Disk) -> 
         assert status == 1 and str(disk.path) in said and not disk.path.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"a file of somebody" * 500, b"ublkpool example"])
+@pytest.mark.parametrize("content", [b"", b"another program's file" * 500, b"ublkpool example"])
 def test_a_file_that_is_no_disk_is_left_alone(disk: Disk, content: bytes) -> None:
     disk.path.write_bytes(content)
     with FakeWorker(disk.path.parent) as worker:

@@ -192,7 +192,7 @@ def test_a_write_outlives_the_server_and_is_sent_again(tmp_path: Path, example: 
         assert worker.answer_of(request).result == 4096
         worker.release(request)
         assert worker.read(0, 8192) == b"a" * 4096 + b"b" * 4096
-        # ZeroMQ may report the end of a connection twice: while the server is away, and when it is back.
+        # A third one: the kernel closes a killed server's connection first, and its listener may still take another.
         assert backend.statistics()["connections"] >= 2
         worker.detach()
         assert thread.join() == 0

@@ -225,6 +225,26 @@ def test_exceptions_and_cancellations_are_answered_with_an_errno_and_the_loop_go
     assert "a task ended the asyncio loop" in caplog.text
 
 
+class CancelsOthers(Coroutines):
+    """A read of the first block cancels every other task before it waits for anything."""
+
+    async def pread(self, buf: memoryview, offset: int) -> int:
+        if offset == 0:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        return await super().pread(buf, offset)
+
+
+def test_a_request_whose_task_is_cancelled_before_it_begins_is_answered(tmp_path: Path) -> None:
+    with FakeWorker(tmp_path) as worker, serving(worker, CancelsOthers()):
+        reads = [worker.describe(Kind.REQUEST, Op.READ, tag * BLOCK, BLOCK, tag=tag) for tag in range(2)]
+        worker.send(0, reads)
+        answers = [worker.receive() for _ in reads]
+        assert {each.tag: each.result for each in answers} == {0: BLOCK, 1: -errno.EIO}
+        worker.fence()
+        assert worker.receive().kind == Kind.FENCED
+
+
 class Held(Coroutines):
     """Writes that end when the test lets them."""
 

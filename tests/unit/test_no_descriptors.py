@@ -5,7 +5,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from support.fakes.attach_door import Door, at_the_door, open_files, until
+from support.fakes.attach_door import Door, at_the_door, no_more_open_than, open_files, until
 from support.fakes.daemon import FakeService
 from support.fakes.descriptors import no_descriptor_left
 from ublkpool.bufpool import wire
@@ -92,7 +92,7 @@ def test_a_segment_without_a_free_descriptor_is_not_counted_as_the_backends_brea
             answer = wire.decode_daemon_message(await asyncio.get_running_loop().sock_recv(client, 65536))
         assert isinstance(answer, wire.Refused) and "Too many open files" in answer.reason
         client.close()
-        await until(lambda: open_files() == before, "its connection is ended once a descriptor is free")
+        await until(lambda: no_more_open_than(before), "its connection is ended once a descriptor is free")
 
     at_the_door(tmp_path, scene)
 

@@ -13,7 +13,7 @@ from ublkpool.daemon.backends.attach import AttachServer
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.errors import DaemonError
 
-DEADLINE_S = 60
+DEADLINE_S = 20
 DEVICE = "vol0"
 PAGE = 4096
 ATTACH = wire.Attach(v=1, device=DEVICE, kind="test")
@@ -23,6 +23,11 @@ def open_files() -> list[str]:
     """The open descriptors of this process, without those that reading the list opens."""
     targets = [str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
     return sorted(each for each in targets if not each.startswith("/proc/"))
+
+
+def no_more_open_than(before: list[str]) -> bool:
+    """Whether this process has opened nothing since `before`, of `open_files`; what was open then may have ended."""
+    return Counter(open_files()) <= Counter(before)
 
 
 class Door:
@@ -124,7 +129,7 @@ def at_the_door(run_dir: Path, scene: Callable[[Door], Coroutine[Any, Any, None]
         door = Door(run_dir)
         await scene(door)
         door.close()
-        # Helper processes of the last packets may still run, and of an earlier scene at the beginning.
-        await until(lambda: Counter(open_files()) <= Counter(before), "no descriptor is left open")
+        # Helper processes of the last packets may still run.
+        await until(lambda: no_more_open_than(before), "no descriptor is left open")
 
     asyncio.run(play())
