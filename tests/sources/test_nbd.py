@@ -201,6 +201,7 @@ class StaleEvents:
 def test_an_event_of_an_earlier_socket_stops_no_connection(tmp_path: Path, server: Nbdkit) -> None:
     backend = backend_for(server, connections="2")
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
+        assert worker.do(Op.FLUSH) == 0, "its answer comes from the session: it exists"
         session = backend._session
         assert session is not None
         session._epoll = events = StaleEvents(session)  # type: ignore[assignment]
