@@ -18,7 +18,7 @@ from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record, end_brokers, end_left
 from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
-from ublkpool.daemon.processes.broker_process import HELD, HELD_PROCESS
+from ublkpool.daemon.processes.broker_process import EARLIER_HELD, HELD, HELD_PROCESS
 from ublkpool.daemon.processes.left_behind import Process, is_alive, kill_process
 
 SHORTAGE_PAUSE_S = 1.0
@@ -41,6 +41,7 @@ class TakeOver:
         self._configured = configured
         self.records = left
         self._held = dict(held)
+        self._broker_socket = held.get(HELD, held.get(EARLIER_HELD))
         self._said: dict[str, str] = {}
         self._going_on = [record for record in left if may_go_on(record, held)]
         self.gone: list[str] = []
@@ -63,7 +64,8 @@ class TakeOver:
             if prefix not in spared:
                 self._remove_pool(prefix)
         for broker in brokers:
-            if await context.broker.adopt(broker.pid, socket.socket(fileno=os.dup(self._held[HELD]))):
+            assert self._broker_socket is not None
+            if await context.broker.adopt(broker.pid, socket.socket(fileno=os.dup(self._broker_socket))):
                 known = [each.device_number for each in self._going_on if each.device_number is not None]
                 await context.broker.forget_all_but(known)
                 return
@@ -166,7 +168,9 @@ class TakeOver:
     def _brokers(self) -> list[Process]:
         """The broker of the devices that go on, if it is one, lives and can be reached."""
         known = {each for record in self._going_on for each in record.processes if each.role == "broker"}
-        return [each for each in known if is_alive(each)] if HELD in self._held and len(known) == 1 else []
+        if self._broker_socket is None or len(known) != 1:
+            return []
+        return [each for each in known if is_alive(each)]
 
     def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
         for path in self._context.queue_dir.iterdir():

@@ -24,10 +24,15 @@ from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.workers.process import fork_child
 
-HELD = "broker"
-"""The name under which the holder has the control socket."""
 HELD_PROCESS = "/broker"
-"""The same for the broker's pidfd: a broker that serves is found though no record names it yet.  No device's name."""
+"""The name under which the holder has the broker's pidfd: it is found though no record names it yet.
+
+A device's descriptors lie below its name, and no device's name has a slash.
+"""
+HELD = f"{HELD_PROCESS}/socket"
+"""The same for the control socket."""
+EARLIER_HELD = "broker"
+"""The control socket's name in earlier versions; also the name that a device may have."""
 REPLY_DEADLINE_S = 20.0
 RESTART_MIN_S = 0.05
 RESTART_MAX_S = 5.0
@@ -206,7 +211,6 @@ class BrokerProcess(SupervisedProcess):
         self.let_end()
         await self.child.end(_STOP_PATIENCE_S)
         self._telling.cancel()
-        self._holder.drop(HELD)
         self._holder.drop(HELD_PROCESS)
         self._channel.close()
         Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)

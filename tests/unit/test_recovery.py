@@ -34,7 +34,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.processes import broker_process
-from ublkpool.daemon.processes.broker_process import BrokerProcess, Leases
+from ublkpool.daemon.processes.broker_process import HELD, HELD_PROCESS, BrokerProcess, Leases
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
@@ -511,7 +511,9 @@ def test_an_answer_to_an_earlier_daemon_is_dropped() -> None:
             await turn()
             question = msgspec.json.decode(theirs.recv(4096), type=broker_commands.Ping)
             theirs.send(msgspec.json.encode(broker_commands.Pong(question.number)))
-            assert await adopting and holder.held == {"/broker", "broker"}
+            assert await adopting and holder.held == {HELD_PROCESS, HELD}
+            holder.drop("broker")
+            assert holder.held == {HELD_PROCESS, HELD}, "a device called broker is another thing"
             running.kill()
         theirs.close()
         ours.close()

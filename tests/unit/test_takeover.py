@@ -4,12 +4,14 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from support.fakes.descriptors import is_readable
@@ -20,9 +22,9 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.processes.broker_process import HELD_PROCESS
+from ublkpool.daemon.processes.broker_process import EARLIER_HELD, HELD, HELD_PROCESS
 from ublkpool.daemon.processes.holder import Holder
-from ublkpool.daemon.processes.left_behind import Process
+from ublkpool.daemon.processes.left_behind import Process, identify
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.takeover import TakeOver
 
@@ -199,3 +201,34 @@ def test_a_broker_that_is_on_no_record_ends_before_another_begins(tmp_path: Path
 
     asyncio.run(run())
     assert ended == [True]
+
+
+@pytest.mark.parametrize("held", [(HELD,), (EARLIER_HELD,), (EARLIER_HELD, HELD)])
+def test_a_broker_is_adopted_by_the_socket_that_is_held_for_it_also_under_its_earlier_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held: Sequence[str]
+) -> None:
+    adopted: list[tuple[int, bool]] = []
+
+    class Adopting(FakeBroker):
+        async def adopt(self, pid: int, sock: socket.socket) -> bool:
+            with sock:
+                adopted.append((pid, os.path.sameopenfile(sock.fileno(), sockets[held[-1]])))
+            return True
+
+        async def forget_all_but(self, devices: Collection[int]) -> None:
+            assert list(devices) == [3]
+
+    monkeypatch.setattr(takeover, "may_go_on", lambda *_: True)
+    own = identify("broker", os.getpid())
+    assert own is not None
+    made = context(tmp_path)
+    made.broker = Adopting()
+    sockets = {name: socket.socket(socket.AF_UNIX).detach() for name in held}
+
+    async def run() -> None:
+        left = TakeOver(made, [msgspec.structs.replace(RECORD, processes=(own,))], sockets, [])
+        await left.clear()
+        left.close()
+
+    asyncio.run(run())
+    assert adopted == [(os.getpid(), True)]
