@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from support.fakes.attach_door import ATTACH, DEVICE, PAGE, Door, at_the_door
+from support.fakes.descriptors import open_descriptors
 from support.fakes.link_wire import Wire
 from support.fakes.queue_rig import Plan
 from support.fuzz.broker import BrokerFuzz
@@ -185,12 +186,12 @@ def arena() -> Iterator[Arena]:
 
 
 def test_frames_and_commands_at_the_broker(arena: Arena) -> None:
-    files = len(list(Path("/proc/self/fd").iterdir()))
+    files = open_descriptors()
     fuzz = BrokerFuzz(random.Random(SEED), arena)
     fuzz.frames(BROKER_INPUTS)
     fuzz.commands(COMMANDS)
     fuzz.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert open_descriptors() == files
 
 
 def _files() -> list[int]:

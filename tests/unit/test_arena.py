@@ -11,6 +11,7 @@ from pathlib import Path
 import posix_ipc
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import SharedMap
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
@@ -45,10 +46,6 @@ def arena(prefix: str) -> Iterator[Arena]:
     with Arena.create(prefix, GEOMETRY, queues=2, device_number=7, reserve=RESERVE) as arena:
         yield arena
         arena.unlink()
-
-
-def open_fds() -> set[str]:
-    return {path.name for path in Path("/proc/self/fd").iterdir()}
 
 
 def objects() -> list[str]:
@@ -131,12 +128,12 @@ def test_descriptors_are_private_and_close_on_exec(arena: Arena, prefix: str) ->
 
 
 def test_closing_leaves_no_descriptor_and_may_be_repeated(prefix: str) -> None:
-    before = open_fds()
+    before = open_descriptors()
     arena = Arena.create(prefix, GEOMETRY, 2, 7, RESERVE)
     arena.unlink()
     arena.close()
     arena.close()
-    assert open_fds() == before
+    assert open_descriptors() == before
 
 
 def test_a_second_pool_of_the_same_name_is_refused_and_the_first_one_stays(arena: Arena, prefix: str) -> None:
@@ -158,14 +155,14 @@ def test_a_leftover_control_object_fails_the_creation_without_removing_it(prefix
 def test_a_pool_larger_than_the_available_memory_is_refused_and_leaves_nothing(prefix: str) -> None:
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     count = int(meminfo["MemTotal"].split()[0]) // 1024 + 1
-    before = open_fds()
+    before = open_descriptors()
     with pytest.raises(
         PoolError,
         match=r"the pool of device 7 needs [\d.]+ MiB of memory and [\d.]+ MiB are available \(.*\): lower .*pool$",
     ):
         Arena.create(prefix, Geometry.build([(1 << 20, count)]), 1, 7, (1,))
     assert objects() == []
-    assert open_fds() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("by_bytes", [-4096, 4096])
@@ -204,13 +201,13 @@ def _punch(fd: int, size_bytes: int) -> None:
 
 def test_a_pools_memory_can_be_replaced(arena: Arena) -> None:
     os.pwrite(arena.data_fd, b"old", 0)
-    before = open_fds()
+    count = len(open_descriptors())
     arena.replace_data(make_data(*arena.next_data))
-    assert open_fds() == before
+    assert len(open_descriptors()) == count
     assert arena.is_sealed and os.pread(arena.data_fd, 3, 0) == bytes(3)
     with pytest.raises(PoolError, match="has 4096 bytes"):
         arena.replace_data(make_data("too small", 4096, "off"))
-    assert open_fds() == before
+    assert len(open_descriptors()) == count
 
 
 def test_a_pool_of_an_earlier_version_has_a_name_for_its_data_and_is_used_as_it_is(
@@ -250,19 +247,19 @@ def test_a_pool_that_does_not_exist_cannot_be_opened(prefix: str) -> None:
 @pytest.mark.parametrize("by_bytes", [-4096, 4096])
 def test_a_control_segment_of_another_size_is_refused(arena: Arena, prefix: str, by_bytes: int) -> None:
     os.ftruncate(arena.control_fd, os.fstat(arena.control_fd).st_size + by_bytes)
-    before = open_fds()
+    before = open_descriptors()
     with pytest.raises(PoolError, match=r"control segment has .* bytes and its header says"):
         Arena.open(prefix, arena.data_fd)
-    assert open_fds() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("size_bytes", [GEOMETRY.total_bytes - 4096, GEOMETRY.total_bytes + 4096])
 def test_data_of_another_size_is_refused(arena: Arena, prefix: str, size_bytes: int) -> None:
     other = make_data("other", size_bytes, "off")
-    before = open_fds()
+    before = open_descriptors()
     with pytest.raises(PoolError, match=r"data segment has .* bytes and its header says"):
         Arena.open(prefix, other)
-    assert open_fds() == before
+    assert open_descriptors() == before
     os.close(other)
 
 

@@ -11,7 +11,7 @@ import pytest
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from support.fakes.descriptors import is_readable
+from support.fakes.descriptors import is_readable, open_descriptors
 from support.fakes.link_wire import HELLO, TOKEN, WAIT_MS, Wire
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind
@@ -59,7 +59,7 @@ def test_a_peer_cannot_send_a_descriptor_that_zeromq_would_close(wire: Wire) -> 
 
 
 def test_the_socket_has_its_mode_and_its_descriptor_ends_with_the_link(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     wire = Wire(context, tmp_path / "q0")
     (tmp_path / "q0").write_text("of an earlier worker")
@@ -67,7 +67,7 @@ def test_the_socket_has_its_mode_and_its_descriptor_ends_with_the_link(tmp_path:
     assert stat.S_IMODE(wire.path.stat().st_mode) == 0o600
     wire.close()
     context.term()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
 
 
 def test_a_full_pipe_delays_and_loses_nothing(wire: Wire) -> None:

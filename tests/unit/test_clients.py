@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from support.fakes.attach_door import DEVICE, PAGE, Door
+from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, WireError
 from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
@@ -363,7 +364,7 @@ def test_a_large_area_is_allocated_by_another_process_than_the_supervisor(
 def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, at_once_bytes_max: int
 ) -> None:
-    before = list(Path("/proc/self/fd").iterdir())
+    before = open_descriptors()
 
     def scarce(fd: int, size_bytes: int) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -373,7 +374,7 @@ def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
     words = r"no memory for client_buffers of 32768 bytes \(Cannot allocate memory\): lower it"
     with pytest.raises(DaemonError, match=words):
         created()
-    assert list(Path("/proc/self/fd").iterdir()) == before
+    assert open_descriptors() == before
 
 
 def test_the_flag_is_asked_for_only_if_it_is_offered_and_wanted() -> None:

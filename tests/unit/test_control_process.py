@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support.fakes.descriptors import no_descriptor_left
+from support.fakes.descriptors import no_descriptor_left, open_descriptors
 from ublkpool.daemon.kernel import control_process
 from ublkpool.daemon.kernel.control_process import LOOKS_MAX, CallHung, ControlFailed, ControlRunner
 from ublkpool.daemon.processes.children import Child
@@ -46,10 +46,6 @@ def test_a_control_command_dies_with_the_supervisor_that_started_it(tmp_path: Pa
     finally:
         supervisor.kill()
         supervisor.wait()
-
-
-def _descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def _children() -> str:
@@ -131,13 +127,13 @@ def test_without_a_reserve_the_error_names_the_limit_and_nothing_is_left(
 
     async def run() -> None:
         runner = ControlRunner()
-        before, children = _descriptors(), _children()
+        before, children = open_descriptors(), _children()
         with (
             no_descriptor_left(),
             pytest.raises(ControlFailed, match=r"STOP_DEV: no process for it: .*limit is \d+: LimitNOFILE="),
         ):
             await runner.run("STOP_DEV", lambda: 42, int)
-        assert (_descriptors(), _children()) == (before, children)
+        assert (open_descriptors(), _children()) == (before, children)
 
     asyncio.run(run())
 
@@ -150,14 +146,14 @@ def test_a_process_is_not_started_without_a_descriptor_to_watch_it_by(
     monkeypatch.setattr(control_process, "START_PATIENCE_S", 0.0)
 
     async def run() -> None:
+        before, children = open_descriptors(), _children()
         spare = Reserve(free)
-        before, children = _descriptors() - free, _children()
         with no_descriptor_left(), spare.released():
             with pytest.raises(ControlFailed, match="no process for it"):
                 await ControlRunner().run("STOP_DEV", lambda: 42, int)
             assert _children() == children
         spare.close()
-        assert _descriptors() == before
+        assert open_descriptors() == before
 
     asyncio.run(run())
 
@@ -174,10 +170,10 @@ def test_a_command_waits_while_no_process_can_be_started(monkeypatch: pytest.Mon
         return really(*arguments)
 
     monkeypatch.setattr(control_process, "fork_child", fork)
-    before = _descriptors()
+    before = open_descriptors()
 
     async def run() -> int:
         return await ControlRunner().run("answer", lambda: 42, int)
 
     assert asyncio.run(run()) == 42
-    assert _descriptors() == before
+    assert open_descriptors() == before

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans
@@ -161,12 +162,12 @@ def test_without_huge_pages_auto_goes_on_and_require_says_what_to_do(
     monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
     monkeypatch.setattr(SharedMap, "huge_bytes", lambda _: HUGE_PAGE_BYTES)
     make(prefix, "auto").close()
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     with pytest.raises(
         PoolError, match=r"has 2.0 MiB of 4.0 MiB in huge pages.*compact_memory.*shmem_enabled"
     ):
         make(prefix, "require")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
 
 
 def test_a_pool_smaller_than_a_huge_page_cannot_be_required_to_be_one(prefix: str) -> None:

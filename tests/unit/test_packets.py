@@ -3,15 +3,11 @@
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool.packets import receive_descriptors, receive_packet, send_packet
-
-
-def descriptor_count() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture
@@ -38,13 +34,13 @@ def test_too_much_is_flagged_and_the_descriptors_beyond_the_limit_are_closed(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = pair
-    before = descriptor_count()
+    before = open_descriptors()
     socket.send_fds(theirs, [b"x" * 17], [theirs.fileno()] * 5)
     packet, fds, flags = receive_descriptors(ours, 16, 1)
     assert packet == b"x" * 16 and flags & socket.MSG_TRUNC and flags & socket.MSG_CTRUNC
     for each in fds:
         os.close(each)
-    assert descriptor_count() == before
+    assert open_descriptors() == before
 
 
 def test_a_blocking_socket_does_not_wait_with_msg_dontwait(pair: tuple[socket.socket, socket.socket]) -> None:

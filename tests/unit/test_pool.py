@@ -9,6 +9,7 @@ from typing import Any
 import posix_ipc
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from support.fakes.device_parts import FakeTeam
 from ublkpool.bufpool.errors import AttachRefused, PoolError
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlink_arena
@@ -223,10 +224,10 @@ def test_a_pool_that_another_process_cannot_allocate_is_refused_with_its_reason(
     )
     scene.pool.begin(scene.arena)
     first = scene.prepare()
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     with pytest.raises(PoolError, match=r"^the pool of device 7 cannot be allocated: it is too large$"):
         scene.prepare(USER + 1)
-    assert scene.inode == first and len(list(Path("/proc/self/fd").iterdir())) == before
+    assert scene.inode == first and open_descriptors() == before
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from support.fakes.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
@@ -263,8 +263,8 @@ class WithoutMemory:
 def test_an_allocation_failure_of_a_port_is_reported_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = set(Path("/proc/self/fd").iterdir())
+    before = open_descriptors()
     monkeypatch.setattr(queue_module, "_lib", WithoutMemory(queue_module._lib, queue_module.NULL))
     with pytest.raises(MemoryError, match="no memory for a queue's rings of 64 entries"):
         Port(DEPTH)
-    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert open_descriptors() == before

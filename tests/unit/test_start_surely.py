@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from support.fakes.device_parts import FakeHolder
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.backends import backend_process
@@ -183,19 +184,16 @@ def test_the_failure_of_an_owned_task_is_logged(caplog: pytest.LogCaptureFixture
 
 
 def test_a_backend_whose_stderr_cannot_be_read_is_killed_and_its_start_fails(tmp_path: Path) -> None:
-    def descriptors() -> int:
-        return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
     def hold(_fd: int) -> None:
         raise error(errno.EMFILE)
 
     async def run() -> None:
         asyncio.get_running_loop()
-        before = descriptors()
+        before = open_descriptors()
         backend = BackendProcess("vol", BackendConfig(kind="null", cwd="/"), tmp_path, hold)
         with pytest.raises(OSError, match="Too many open files"):
             backend.start()
-        while descriptors() != before:
+        while open_descriptors() != before:
             await asyncio.sleep(0)
 
     in_loop(run)

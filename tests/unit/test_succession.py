@@ -3,12 +3,12 @@
 import errno
 import os
 import socket
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool import wire
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
@@ -111,17 +111,13 @@ def test_a_backend_that_cannot_be_adopted_leaves_no_descriptor(monkeypatch: pyte
     connection, own = session_names("vol0")
     left = record(served=Served(attach, "01" * 16, 7))
     adopted = AdoptedDevice(cast(Any, None), (), left, {connection: ours.fileno(), own: segment})
-    before = _open()
+    before = open_descriptors()
     with pytest.raises(OSError, match="Too many"):
         adopted.session()
-    assert _open() == before
+    assert open_descriptors() == before
     os.close(segment)
     ours.close()
     theirs.close()
-
-
-def _open() -> set[str]:
-    return {each.name for each in Path("/proc/self/fd").iterdir()}
 
 
 def test_a_record_of_an_earlier_version_names_no_slice_s_user() -> None:

@@ -1,11 +1,26 @@
-"""Descriptors: whether one is readable, and a process without a free one."""
+"""Descriptors: which are open, whether one is readable, and a process without a free one."""
 
+import gc
 import os
 import resource
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def open_descriptors() -> set[tuple[str, str]]:
+    """The number and the file of each open descriptor of this process.
+
+    Garbage is collected first: objects that an earlier test left would close their descriptors at any time.
+    """
+    gc.collect()
+    found = set()
+    for each in Path("/proc/self/fd").iterdir():
+        # The listing's own descriptor is closed by now.
+        with suppress(FileNotFoundError):
+            found.add((each.name, str(each.readlink())))
+    return found
 
 
 def is_readable(file: int, wait_s: float = 0.0) -> bool:
