@@ -33,6 +33,8 @@ def is_readable(file: int, wait_s: float = 0.0) -> bool:
 @contextmanager
 def no_descriptor_left(but: int = 0) -> Iterator[None]:
     """During the block this process can open no file, or this many."""
+    # Objects that an earlier test left would close theirs within the block.
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
