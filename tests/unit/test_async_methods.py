@@ -266,7 +266,7 @@ def test_a_fence_waits_for_coroutines(tmp_path: Path) -> None:
         asked = [worker.describe(Kind.REQUEST, Op.WRITE, tag * BLOCK, BLOCK, tag=tag) for tag in range(2)]
         worker.send(0, asked)
         assert all(backend.begun.acquire(timeout=WAIT_S) for _ in asked)
-        worker.fence()
+        worker.fence_executing()
         assert worker.is_silent()
         backend.may_end.release()
         assert worker.is_silent(), "one of the two still runs"

@@ -171,7 +171,7 @@ def test_a_request_of_later_behaves_like_any_request(tmp_path: Path) -> None:
             -1,
         )
         assert bytes(kept.buffer) == b"l" * BLOCK and not any(backend.disk), "it was left out of the copy"
-        fence = worker.fence()
+        fence = worker.fence_executing()
         assert worker.is_silent(), "one of the old epoch still runs"
         kept.fail(OSError(errno.EIO, "late"))
         assert (worker.receive().kind, fence.epoch) == (Kind.FENCED, 2)

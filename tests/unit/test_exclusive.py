@@ -19,7 +19,7 @@ from ublkpool.bufpool.wire import Flag, Kind, Op
 
 BLOCK = 512
 CHUNK = 4096
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def _request(offset: int, length: int, op: Op = Op.WRITE) -> Request:
@@ -166,6 +166,7 @@ class Ordered(Plain):
 
     def __init__(self) -> None:
         super().__init__()
+        self.begun = threading.Semaphore(0)
         self.may_go = threading.Event()
 
     def pread(self, buf: memoryview, offset: int) -> None:
@@ -173,6 +174,7 @@ class Ordered(Plain):
 
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
         self.calls.append(("pwrite", offset))
+        self.begun.release()
         assert self.may_go.wait(WAIT_S)
 
 
@@ -212,8 +214,10 @@ def test_a_request_that_waits_for_a_chunk_when_a_fence_comes_never_runs(tmp_path
                 for tag in range(2)
             ]
             worker.send(queue, asked)
+            if queue == 0:
+                assert backend.begun.acquire(timeout=WAIT_S)
             assert worker.is_silent(queue)
-        worker.fence(0)
+        worker.fence_executing(0)
         assert worker.is_silent()
         backend.may_go.set()
         assert worker.receive(0).kind == Kind.FENCED

@@ -58,5 +58,5 @@ class Held(Plain):
 
     def wait_for(self, count: int) -> list[Request]:
         for _ in range(count):
-            assert self.arrived.acquire(timeout=10)
+            assert self.arrived.acquire(timeout=60)
         return self.held

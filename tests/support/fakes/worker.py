@@ -5,6 +5,7 @@ process.  Checks like a worker that an answer repeats its request's identity and
 segment.  Every wait has a deadline.
 """
 
+import errno
 import itertools
 import mmap
 import os
@@ -31,7 +32,7 @@ from ublkpool.bufpool.wire import Descriptor, Flag, Kind, Op
 DEVICE = "testdisk"
 DEVICE_NUMBER = 7
 OWN_SEGMENT = 9
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class FakeWorker:
@@ -343,6 +344,17 @@ class FakeWorker:
         self.epoch += 1
         fence = Descriptor(Kind.FENCE, device=DEVICE_NUMBER, queue=queue, epoch=self.epoch)
         self.send(queue, [fence])
+        return fence
+
+    def fence_executing(self, queue: int = 0) -> Descriptor:
+        """As `fence`, for a backend that executes requests: returns when it has taken FENCE, before it sends FENCED.
+
+        The last tag must be free: a request beyond the device's end follows FENCE there and is refused at once.
+        """
+        fence = self.fence(queue)
+        refused = self.describe(Kind.REQUEST, Op.DISCARD, 1 << 63, 4096, tag=self.depth - 1, queue=queue)
+        self.send(queue, [refused])
+        assert self.answer_of(refused).result == -errno.EINVAL
         return fence
 
 
