@@ -69,9 +69,9 @@ class AdminClient:
         """Let the next attach give this device another store."""
         self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
 
-    def devices(self) -> list[DeviceStatus]:
-        """The status of all devices."""
-        return self._call(ListRequest(), list[DeviceStatus], QUERY_TIMEOUT_S)
+    def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
+        """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""
+        return self._call(ListRequest(), list[DeviceStatus], timeout_s or QUERY_TIMEOUT_S)
 
     def stats(self, name: str | None = None) -> list[DeviceStats]:
         """The counters of one device, or of all."""

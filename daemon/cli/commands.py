@@ -26,6 +26,7 @@ _COMMANDS = {
     "shutdown": "serve:shutdown",
     "client": "attach:client",
     "features": "features:features",
+    "doctor": "doctor:doctor",
 }
 """The module below `ublkpool.daemon.cli` and the function of each command, in the order of the help."""
 

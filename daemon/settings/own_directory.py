@@ -62,6 +62,15 @@ def make_own_directory(path: Path, what: str, option: str, mode: int = 0o700) ->
     return made
 
 
+def why_refused(path: Path) -> str:
+    """Why `make_own_directory` would refuse this path as it is now, empty if it would not; changes nothing.
+
+    Raises `OSError`.
+    """
+    reason = _why_replaceable(path) or _why_not_to_be_used(path)
+    return reason or (_why_not_ours(path) if path.exists() else "")
+
+
 def _why_not_to_be_used(path: Path) -> str:
     if path == Path():
         return "it is the current directory"

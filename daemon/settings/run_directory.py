@@ -185,6 +185,15 @@ class DaemonRuns(DaemonError):
     """Another daemon holds the run directory's lock."""
 
 
+def why_not_a_run_directory(path: Path) -> str:
+    """Why a daemon would not use this directory, which exists: it has entries of others.  Raises `OSError`."""
+    try:
+        _check_is_run_directory(path)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _check_is_run_directory(path: Path) -> bool:
     """Whether a daemon used this directory before.
 

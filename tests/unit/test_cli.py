@@ -437,7 +437,8 @@ def test_help_and_version() -> None:
 
 def test_the_commands_are_the_contract() -> None:
     assert list(COMMANDS) == [
-        *("serve", "add", "del", "rebind", "list", "stats", "backend", "shutdown", "client", "features")
+        *("serve", "add", "del", "rebind", "list", "stats", "backend", "shutdown", "client", "features"),
+        "doctor",
     ]
 
 

@@ -19,13 +19,14 @@ KERNEL = (
     "kernel.io_uring_disabled limits_lock locks_translate_pid loop_info64 memory.max open_mutex "
     "populate_vma_page_range process_vm_writev queue_limits_commit_update_frozen schedule shmem_enabled "
     "sk_getsockopt smaps_rollup st_dev sun_path try_to_wake_up ublk_cancel_dev ublk_cdev_rel ublk_get_data "
-    "ublk_lock_buf_tree ublk_partition_scan_work ublk_queue_reinit ublksrv_flags vm.nr_hugepages write_iter"
+    "ublk_lock_buf_tree ublk_partition_scan_work ublk_queue_reinit ublks_max ublksrv_flags vm.nr_hugepages write_iter"
 )
 """Functions, fields, files and settings of the kernel: its source is not here."""
 SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
     "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b df dmesg erms final.target fsrm io_uring_prep_uring_cmd "
-    "liburing.a mkfs modules.dep numactl preexec_fn sources.list taskset tools/testing/selftests/ublk umount.target"
+    "liburing.a mkfs modules.dep nowatch numactl preexec_fn sources.list taskset "
+    "tools/testing/selftests/ublk umount.target"
 )
 """Names of libraries, programs, systemd and processors."""
 PLACEHOLDERS = "FILE.py KIND RUN_DIR.state bench/out BIT_n memory.NAME ipc://... mycache speed-exact-7.3.json"

@@ -4,16 +4,23 @@ Commands run in forks of this process, which saves the start of Python; the comm
 real processes.
 """
 
+import asyncio
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.vm.daemon import Daemon, eventually
+from support.vm.daemon import DEADLINE_S, Daemon, eventually
 from support.vm.files import make_file_system, mounted
 from support.vm.process import Command, Ran, run_command
+from ublkpool.daemon.doctor.daemon import ask_daemon
+from ublkpool.daemon.doctor.examination import examine
+from ublkpool.daemon.doctor.probes import running_probes, running_system
+from ublkpool.daemon.doctor.system import instance_of
+from ublkpool.daemon.kernel.device_commands import find_owned
 from ublkpool.ublk.abi import feature_names
 from ublkpool.ublk.control import get_features
 
@@ -110,6 +117,18 @@ def test_features_are_what_the_driver_offers(daemon: Daemon) -> None:
     offered = get_features()
     assert json.loads(ran.stdout) == {"bits": offered, "flags": list(feature_names(offered))}
     assert _succeeded(run_command(daemon, "features")).split() == list(feature_names(offered))
+
+
+def test_the_doctor_finds_a_served_device_in_order(daemon: Daemon) -> None:
+    system = running_system(daemon.run_dir, daemon.state_dir)
+    asked = running_probes()._replace(daemon=partial(ask_daemon, patience_s=DEADLINE_S))
+    with daemon.device("vol", "null", size_bytes=MIB) as status:
+        assert [each.number for each in find_owned(instance_of(daemon.run_dir))] == [status.id]
+        report = asyncio.run(examine(system, asked, 2 * DEADLINE_S))
+    found = {(each.check, each.level) for each in report.findings}
+    for check in ("driver", "features", "io_uring", "run-directory", "daemon", "leftovers"):
+        assert (check, "fail") not in found, report
+    assert ("daemon", "ok") in found and ("lost-devices", "ok") in found, report
 
 
 def test_a_machine_that_forbids_io_uring_is_told_how_to_allow_it(daemon: Daemon) -> None:

@@ -1,0 +1,90 @@
+"""The daemon of the run directory, asked on its admin socket within a few seconds."""
+
+import socket
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.patience import explain_missing
+from ublkpool.daemon.admin.wire import admin_socket
+from ublkpool.daemon.doctor.finding import Finding, printable, some
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.workers.credentials import credentials_of
+
+CHECK = "daemon"
+ASK_S = 3.0
+_FAILED_MAX, _REASON_MAX = 20, 200
+
+
+class DaemonAnswer(msgspec.Struct, frozen=True):
+    """What the daemon answered.
+
+    `state`: none listens (absent), a killed one left its socket (dead), this user may not ask (hidden), it answers no
+    request (silent) or answers.  `pid` is 0 if it is not known.  `failed`: devices that need a hand, with the reason.
+    """
+
+    state: Literal["absent", "dead", "hidden", "silent", "answers"]
+    pid: int = 0
+    says: str = ""
+    count: int = 0
+    failed: tuple[str, ...] = ()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether no daemon serves this run directory now."""
+        return self.state in ("absent", "dead")
+
+
+def ask_daemon(run_dir: Path, patience_s: float = ASK_S) -> DaemonAnswer:
+    """Ask for the devices; gives up after `patience_s` seconds without an answer."""
+    path = admin_socket(run_dir)
+    try:
+        pid = _listener(path, patience_s)
+    except FileNotFoundError:
+        # A daemon still listens on a socket that was removed.
+        gone = explain_missing(path)
+        return DaemonAnswer("silent", says=printable(gone)) if gone else DaemonAnswer("absent")
+    except ConnectionRefusedError:
+        return DaemonAnswer("dead")
+    except PermissionError:
+        return DaemonAnswer("hidden")
+    except OSError as error:
+        return DaemonAnswer("silent", says=printable(f"{path}: {error.strerror or error}"))
+    try:
+        devices = AdminClient(run_dir).devices(patience_s)
+    except DaemonError as error:
+        return DaemonAnswer("silent", pid, says=printable(str(error)))
+    failed = [f"{each.name}: {each.reason}"[:_REASON_MAX] for each in devices if each.state == "failed"]
+    return DaemonAnswer("answers", pid, count=len(devices), failed=tuple(failed[:_FAILED_MAX]))
+
+
+def _listener(path: Path, patience_s: float) -> int:
+    """The process that listens.  Raises `OSError`."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)) as connection:
+        connection.settimeout(patience_s)
+        connection.connect(str(path))
+        with suppress(OSError):
+            return credentials_of(connection).pid
+    return 0
+
+
+def daemon_findings(run_dir: Path, answer: DaemonAnswer) -> list[Finding]:
+    """Whether a daemon answers, and its devices that have failed."""
+    who = f"the daemon of {run_dir}"
+    if answer.is_gone:
+        return [Finding(CHECK, "ok", f"no daemon runs in {run_dir}")]
+    if answer.state == "hidden":
+        return [Finding(CHECK, "warn", f"{who} was not asked: permission denied", "sudo ublkpool doctor")]
+    if answer.state == "silent":
+        way_out = (
+            "if it does not come back: ublkpool serve, after the end of its process, goes on with its devices"
+        )
+        return [Finding(CHECK, "fail", f"{who} does not answer: {answer.says}", way_out)]
+    found = [Finding(CHECK, "ok", f"{who}, process {answer.pid}, answers: {answer.count} devices")]
+    if answer.failed:
+        says = f"devices have failed: {some(answer.failed)}"
+        found.append(Finding(CHECK, "fail", says, "ublkpool list; then add the device again, or delete it"))
+    return found

@@ -1,0 +1,69 @@
+"""Whether udev has the rules of ublkpool in force: in its files, and for the disks that are there."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from ublkpool.daemon.doctor.finding import Finding, some
+from ublkpool.daemon.doctor.system import System
+
+CHECK = "udev"
+RULES = "99-ublkpool.rules"
+DIRECTORIES = (
+    "etc/udev/rules.d",
+    "run/udev/rules.d",
+    "usr/local/lib/udev/rules.d",
+    "usr/lib/udev/rules.d",
+    "lib/udev/rules.d",
+)
+"""As udev(7) orders them: of files with the same name, only the first counts."""
+_NOWATCH = re.compile(r'^[^#\n]*"ublkb\*"[^#\n]*"nowatch"', re.MULTILINE)
+
+
+def udev_findings(system: System) -> list[Finding]:
+    """Nothing has to be in force on a machine without udev."""
+    if not (system.root / "run/udev/control").exists():
+        return [Finding(CHECK, "ok", "no udev runs here")]
+    watched = _watched(system)
+    if watched:
+        says = f"udev watches {some(watched)}: an open of its own just as a disk's server ends would hang"
+        way_out = (
+            f"install config/{RULES}, then: udevadm control --reload; udevadm trigger --action=change NAME"
+        )
+        return [Finding(CHECK, "warn", says, way_out)]
+    where = next((path for path in _effective(system) if _NOWATCH.search(_text(path))), None)
+    if where is None:
+        says = "udev has no rule that turns its watch on ublk disks off, with which it opens a disk behind each writer"
+        way_out = f"install -m 644 config/{RULES} /etc/udev/rules.d/ && udevadm control --reload"
+        return [Finding(CHECK, "warn", says, way_out)]
+    return [Finding(CHECK, "ok", f"/{where.relative_to(system.root)} turns the watch on ublk disks off")]
+
+
+def _effective(system: System) -> list[Path]:
+    """The rules files that udev reads, in the order of their names."""
+    found: dict[str, Path] = {}
+    for directory in DIRECTORIES:
+        for name in system.names(directory):
+            if name.endswith(".rules"):
+                found.setdefault(name, system.root / directory / name)
+    return [found[name] for name in sorted(found)]
+
+
+def _text(path: Path) -> str:
+    """The text of a regular file, else nothing: a link to /dev/null switches the file off."""
+    with suppress(OSError):
+        if path.is_file():
+            return path.read_text(errors="replace").replace("\\\n", " ")
+    return ""
+
+
+def _watched(system: System) -> list[str]:
+    """The ublk disks and partitions on which udev has a watch: links in /run/udev/watch, to or from the device."""
+    entries = set()
+    watches = system.root / "run/udev/watch"
+    for name in system.names("run/udev/watch"):
+        entries.add(name)
+        with suppress(OSError):
+            entries.add(str((watches / name).readlink()))
+    disks = (name for name in system.names("sys/class/block") if name.startswith("ublkb"))
+    return [f"/dev/{name}" for name in disks if f"b{system.text(f'sys/class/block/{name}/dev')}" in entries]
