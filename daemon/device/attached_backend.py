@@ -153,8 +153,12 @@ class AttachedBackend:
             self._note_absence()
 
     def _note_absence(self) -> None:
-        """Every worker reports the absence, perhaps after the next backend has come; it is logged once."""
-        if self.session is None and not self._life.is_stopping and not self._is_absence_logged:
+        """Every worker reports the absence; it is logged once.
+
+        The session may still be that of the backend that is absent, until its process is dead.  It is never the next
+        one's, since every worker has answered that it expects a backend before that one's session begins.
+        """
+        if not self._life.is_stopping and not self._is_absence_logged:
             self._is_absence_logged = True
             _log.error(
                 "%s: no backend for %g s: requests fail until one attaches",

@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
-from support.fakes.device_parts import FakeParts, FakeSession, FakeTeam, fake_context, turn
+from support.fakes.device_parts import (
+    FakeChild,
+    FakeParts,
+    FakeSession,
+    FakeTeam,
+    FakeWorkerProcess,
+    fake_context,
+    turn,
+)
 from ublkpool.daemon.device.introduction import introduce
+from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -170,3 +179,16 @@ def test_a_worker_s_words_are_taken_for_its_present_backend(
         worker.close()
 
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+@in_a_world
+async def test_an_absence_that_a_worker_reports_while_the_session_still_ends_is_told(world: World) -> None:
+    await world.attach(session := FakeSession())
+    worker = FakeWorkerProcess(0, FakeChild())
+    world.backend.hear(worker, messages.Absent())
+    session.dies()
+    await turn()
+    assert world.backend.session is None
+    assert DeviceView(world.parts).trouble.startswith("no backend is attached, requests fail")
+    await world.attach(FakeSession("memory"))
+    assert not world.backend.is_absent_too_long
