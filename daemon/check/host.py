@@ -310,16 +310,18 @@ class Host:
             setting.transport == "ring",
         )
         self.queues = [
-            KernelQueue(shape, number, self.epoch, self._pool, self._directory, self._answered)
+            KernelQueue(
+                shape, number, self.epoch, self._pool, self._directory, self._answered, self._unwatch_one
+            )
             for number in range(setting.queues)
         ]
 
     def worker_death(self) -> None:
         """The workers of this epoch die, with requests in hand."""
         self._again = [request for queue in self.queues for request in queue.unanswered()]
+        self._unwatch()
         for queue in self.queues:
             queue.close()
-        self._unwatch()
         self.epoch += 1
         self._make_queues()
 
@@ -391,9 +393,14 @@ class Host:
         self._watched = wanted
 
     def _unwatch(self) -> None:
-        for fd in self._watched:
+        for fd in [*self._watched]:
+            self._unwatch_one(fd)
+
+    def _unwatch_one(self, fd: int) -> None:
+        """Not later than its end: asyncio would take another descriptor of this number for the one that it watches."""
+        if fd in self._watched:
             asyncio.get_running_loop().remove_reader(fd)
-        self._watched = set()
+            self._watched.discard(fd)
 
     def _judge(self) -> None:
         for queue in self.queues:

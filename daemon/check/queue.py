@@ -49,11 +49,15 @@ class Shape(NamedTuple):
 class _Ports:
     """Where the ring link leaves its port, in place of a worker's io_uring."""
 
-    def __init__(self) -> None:
+    def __init__(self, unwatch: Callable[[int], None]) -> None:
         self.port: Port | None = None
         self.bell_in = self.bell_out = -1
+        self._unwatch = unwatch
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
+        if self.port is not None:
+            # The ring link closes it next, and the number may then be another descriptor's.
+            self._unwatch(self.bell_in)
         self.port, self.bell_in, self.bell_out = port, bell_in, bell_out
 
 
@@ -68,8 +72,12 @@ class KernelQueue:
         pool: Any,
         directory: Path,
         answered: Callable[[Request], None],
+        unwatch: Callable[[int], None],
     ) -> None:
-        """`pool` is the address of the pool's memory; `answered` is called with each request that is over."""
+        """`pool` is the address of the pool's memory; `answered` is called with each request that is over.
+
+        `unwatch` is called with a descriptor of `filenos` that is about to be closed while the queue lives.
+        """
         self.number = number
         self._shape = shape
         self._answered = answered
@@ -88,7 +96,7 @@ class KernelQueue:
             _config(shape, number, epoch),
             Memory(self._descriptors, pool, self._headers, self._scratch, self._statistics),
         )
-        self._ports = _Ports()
+        self._ports = _Ports(unwatch)
         self._rings: RingLink | None = None
         self._frames: BackendLink | None = None
         if shape.has_rings:
@@ -267,7 +275,7 @@ class KernelQueue:
         self._answered(request)
 
     def close(self) -> None:
-        """The worker is dead: links and rings end with it."""
+        """The worker is dead: links and rings end with it, and so do the descriptors of `filenos`."""
         if self._rings is not None:
             self._rings.close()
         if self._frames is not None:
