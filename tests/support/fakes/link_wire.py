@@ -14,7 +14,7 @@ from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.backend_link import BackendLink
 
 TOKEN = b"T" * 16
-WAIT_MS = 10_000
+WAIT_MS = 60_000
 HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=3).pack()
 
 

@@ -24,6 +24,7 @@ ENTRIES = 64
 CONTROL_BYTES = 4096
 TO_BACKEND, TO_WORKER = 0, 2048
 TAIL, HEAD, SLEEPING = 0, 64, 128
+ROOM_DEADLINE_S = 60.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -170,11 +171,26 @@ class FakeRings:
 
     def send_frame(self, frame: bytes) -> None:
         assert self.memory is not None and len(frame) % wire.DESCRIPTOR_BYTES == 0
+        self._wait_for_room(len(frame) // wire.DESCRIPTOR_BYTES)
         for start in range(0, len(frame), wire.DESCRIPTOR_BYTES):
             entry = frame[start : start + wire.DESCRIPTOR_BYTES]
             self.memory[self._entry(TO_BACKEND, self._written)] = entry
             self._written = (self._written + 1) & 0xFFFFFFFF
         self.publish(self._written)
+
+    def _wait_for_room(self, count: int) -> None:
+        deadline_s = time.monotonic() + ROOM_DEADLINE_S
+        while self.unread() + count > self.entries:
+            assert time.monotonic() < deadline_s, f"the backend makes no room for {count} entries"
+            time.sleep(0.001)
+
+    def wait_until_read(self) -> None:
+        """Wait until the backend has read all that was sent."""
+        self._wait_for_room(self.entries)
+
+    def unread(self) -> int:
+        """The number of entries that the backend has not read."""
+        return (self._written - self.get(TO_BACKEND + HEAD)) & 0xFFFFFFFF
 
     def publish(self, tail: int) -> None:
         """Let the backend see entries up to `tail`."""

@@ -3,7 +3,8 @@
 import os
 import select
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,16 @@ from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
 
 DEVICE = 7
 TOKEN = b"T" * 16
-WAIT_S = 20
+WAIT_S = 60
 HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=1).pack()
+
+
+def eventually(check: Callable[[], bool], what: str) -> None:
+    """Wait until the condition holds."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not check():
+        assert time.monotonic() < deadline_s, f"not in time: {what}"
+        time.sleep(0.001)
 
 
 class NoRing:
@@ -147,6 +156,8 @@ class LoopRig:
 
     def lose(self) -> None:
         """Tell the worker that the backend is dead, and wait for its confirmation."""
+        # ZeroMQ would connect again, with the token that the next backend here has, too.
+        self._end_backends()
         messages.send(self.supervisor, messages.Lost())
         assert self.news() == messages.LetGo()
 
@@ -159,10 +170,13 @@ class LoopRig:
         self.supervisor.close()
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
-        for each in self._sockets:
-            each.close()
+        self._end_backends()
         self._context.term()
         self._worker.close()
+
+    def _end_backends(self) -> None:
+        while self._sockets:
+            self._sockets.pop().close()
 
 
 @contextmanager
