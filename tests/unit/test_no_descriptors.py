@@ -15,7 +15,7 @@ from ublkpool.daemon.admin.wire import ListRequest, admin_socket, encode_line
 from ublkpool.daemon.device.kept_memory import drop_kept
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 def test_a_listener_accepts_with_its_reserved_descriptor_and_reserves_another_later(

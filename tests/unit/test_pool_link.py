@@ -12,7 +12,8 @@ from ublkpool.bufpool.pool.device_leases import OP_SYNC_ASKED
 from ublkpool.bufpool.wire import Descriptor, Kind, pack_slots, unpack_slots
 from ublkpool.workers.pool_link import Orders, PoolLink
 
-WAIT_MS = 10_000
+WAIT_MS = 60_000
+END = b"the end"
 
 
 def test_leases_that_a_grant_does_not_know_of_are_still_on_order() -> None:
@@ -39,12 +40,19 @@ class Conversation:
     def leases(self) -> list[tuple[int, int, int]]:
         """The LEASEs that the link sends now: class, sequence, count."""
         self.link.balance()
+        # A link's messages arrive in order.
+        self.link._socket.send(END)
         found = []
-        while self.router.poll(50):
-            _, *frames = self.router.recv_multipart()
+        while (frames := self.hear()) != [END]:
             heads = [unpack_slots(frame)[0] for frame in frames]
             found += [(each.op, each.sequence, each.length) for each in heads if each.kind == Kind.LEASE]
         return found
+
+    def hear(self) -> list[bytes]:
+        """The frames of the link's next message."""
+        assert self.router.poll(WAIT_MS)
+        _, *frames = self.router.recv_multipart()
+        return frames
 
     def say(self, kind: Kind, op: int, sequence: int, on_order: int = 0) -> None:
         head = Descriptor(kind, op, device=DEVICE, epoch=3, sequence=sequence, offset=on_order)

@@ -19,7 +19,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.takeover import TakeOver
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 CONFIG = DeviceConfig(name="vol", size_bytes=DISK.size_bytes)
 RECORD = Record(config=CONFIG, device_number=3, disk=DISK, live=True)
 

@@ -41,8 +41,10 @@ def process(program: str) -> Iterator["subprocess.Popen[bytes]"]:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         running.stdout.readline()
-        yield running
-        running.kill()
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def known(role: Role, pid: int) -> Process:
@@ -130,9 +132,12 @@ def test_a_recorded_worker_is_killed_at_once() -> None:
         assert worker.wait() == -signal.SIGKILL
 
 
-def test_a_recorded_backend_may_finish_first() -> None:
+def test_a_recorded_backend_may_finish_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_behind, "PATIENCE_S", 60.0)
+    # Blocked, because a signal just before `signal.pause` would be handled after it.
     polite = (
-        "import signal, sys; signal.signal(15, lambda *_: sys.exit(5)); print(1, flush=True); signal.pause()"
+        "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {15}); print(1, flush=True); "
+        "signal.sigwait({15}); sys.exit(5)"
     )
     with process(polite) as backend:
         asyncio.run(end_left([record(known("backend", backend.pid))]))

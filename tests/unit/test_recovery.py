@@ -43,7 +43,7 @@ from ublkpool.ublk.errors import UblkError
 
 T = TypeVar("T")
 EPOCH = 4
-DEADLINE_S = 20
+DEADLINE_S = 60
 AFTER_THE_FENCE = ["reclaim", "end recovery", f"register {EPOCH + 1}", "ready", "recovery command over"]
 """Workers fetch once they are registered: by then END_USER_RECOVERY must be in the kernel."""
 BEFORE_THE_FENCE = ["drain", "kill", "quiesced", "start recovery", "fork"]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 class Held:
@@ -63,6 +63,12 @@ class RestStore:
         """Wait until so many PUTs are held back."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.held) >= count, WAIT_S), len(self.held)
+            return list(self.held)
+
+    def hold_no_more(self) -> list[Held]:
+        """From now on hold no PUT back; those that were held."""
+        with self._changed:
+            self.holds = False
             return list(self.held)
 
     def put(self, name: str, body: bytes, token: str | None) -> int:
@@ -142,6 +148,8 @@ def _handler(store: RestStore) -> type[BaseHTTPRequestHandler]:
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 64
+    # Joined by `server_close`: a thread that outlived the store would close its socket during a later test.
+    daemon_threads = False
 
     def handle_error(self, request: object, client_address: object) -> None:
         """The client was killed while it waited for the answer."""
@@ -157,7 +165,7 @@ def served(store: RestStore) -> Iterator[RestStore]:
     try:
         yield store
     finally:
-        for each in store.held:
+        for each in store.hold_no_more():
             each.let_go()
         server.shutdown()
         thread.join()
