@@ -14,6 +14,7 @@ from ublkpool.bufpool.engine.ring_driver import DriverStatistics, RingDriver
 from ublkpool.bufpool.sdk import loader
 from ublkpool.bufpool.sdk.failures import failures
 from ublkpool.bufpool.sdk.nbdkit.plugin import NbdkitBackend
+from ublkpool.daemon import logs
 
 # On a busy machine hypothesis would report a slow example as a failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,10 +28,17 @@ def loggers() -> Iterator[None]:
         (each, each.handlers[:], each.propagate, each.level)
         for each in map(logging.getLogger, ("ublkpool", "asyncio"))
     ]
+    levels = [(each, each.level) for each in map(logging.getLogger, ("", *logs._CHATTY))]
     yield
     for logger, handlers, propagate, level in kept:
         logger.handlers[:], logger.propagate = handlers, propagate
         logger.setLevel(level)
+    for logger, level in levels:
+        logger.setLevel(level)
+    # pytest's own handlers come and go with each phase of a test.
+    root = logging.getLogger()
+    root.handlers[:] = [each for each in root.handlers if not isinstance(each, logs._Handler)]
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(params=["zeromq", "ring"])
