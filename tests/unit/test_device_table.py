@@ -14,7 +14,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import State
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 SEEDS = 400
 NAMES = ("vol0", "vol1")
 
@@ -310,13 +310,24 @@ def test_a_hanging_device_delays_neither_the_others_nor_the_end() -> None:
 def test_a_device_that_cannot_be_removed_at_the_end_delays_no_other_and_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(device_table, "DELETE_DEADLINE_S", 0.01)
+    timeouts: dict[float | None, list[asyncio.Timeout]] = {}
+    make_timeout = asyncio.timeout
+
+    def timeout(delay_s: float | None) -> asyncio.Timeout:
+        made = make_timeout(delay_s)
+        timeouts.setdefault(delay_s, []).append(made)
+        return made
 
     async def run(world: World) -> None:
         for name in NAMES:
             await world.table.add(managed(name), nothing)
+        monkeypatch.setattr(asyncio, "timeout", timeout)
 
         async def hang(force: bool, keep: bool = False, forget: bool = False) -> None:
+            while len(world.kernel) > 1:
+                await asyncio.sleep(0)
+            for first in timeouts.get(device_table.DELETE_DEADLINE_S, [])[:1]:
+                first.reschedule(asyncio.get_running_loop().time())
             await asyncio.Event().wait()
 
         world.made[0].delete = hang  # type: ignore[method-assign]

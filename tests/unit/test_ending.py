@@ -109,7 +109,7 @@ def test_a_loop_that_turns_outlives_the_daemon_while_there_are_workers(tmp_path:
     code = HELD.replace(
         "held.extend(batch)", "held.extend(batch)\n        held[1:] and [each.complete() for each in held]"
     )
-    with hanging(tmp_path, code) as (worker, process):
+    with hanging(tmp_path, code, patience_s=1.0) as (worker, process):
         assert worker.connection is not None
         worker.connection.close()
         assert process.stderr is not None
@@ -117,7 +117,7 @@ def test_a_loop_that_turns_outlives_the_daemon_while_there_are_workers(tmp_path:
             if "the daemon is gone" in line:
                 break
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
+            process.wait(1.5)
         worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, 4096, tag=1)])
         assert {worker.receive().result for _ in range(2)} == {4096}
 

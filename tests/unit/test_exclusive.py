@@ -302,6 +302,7 @@ def test_open_may_set_the_size_of_a_chunk(tmp_path: Path) -> None:
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         asked = [worker.describe(Kind.REQUEST, Op.WRITE, tag * BLOCK, BLOCK, tag=tag) for tag in range(2)]
         worker.send(0, asked)
-        assert worker.is_silent() and len([each for each in backend.calls if each[0] == "pwrite"]) == 1
+        assert backend.begun.acquire(timeout=WAIT_S) and worker.is_silent()
+        assert [each[0] for each in backend.calls].count("pwrite") == 1
         backend.may_go.set()
         assert [worker.receive().result for _ in asked] == [BLOCK, BLOCK]

@@ -101,8 +101,8 @@ def test_a_request_past_the_end_fails_and_the_next_succeeds(worker: FakeWorker) 
 
 def test_a_write_that_the_file_system_refuses_answers_its_errno(tmp_path: Path, disk: Path) -> None:
     """RLIMIT_FSIZE stands in for a full disk."""
-    process = spawn(tmp_path, "file", {"path": str(disk), "size": "1M"})
     with FakeWorker(tmp_path) as worker:
+        process = spawn(tmp_path, "file", {"path": str(disk), "size": "1M"})
         worker.accept()
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
         assert worker.write(0, b"a" * 4096) == 4096
