@@ -89,7 +89,7 @@ class Scene:
 
 
 def play(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_changes(

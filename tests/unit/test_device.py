@@ -24,7 +24,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import CannotStart
 from ublkpool.daemon.settings.config import DeviceConfig
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 def in_loop(test: Callable[[], Awaitable[None]]) -> None:

@@ -14,12 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from support.fakes.attach_door import ATTACH, DEVICE, Door, at_the_door, no_more_open_than, open_files, until
+from support.fakes.attach_door import (
+    ATTACH,
+    DEADLINE_S,
+    DEVICE,
+    Door,
+    at_the_door,
+    no_more_open_than,
+    open_files,
+    until,
+)
 from support.fakes.standstill import STANDS_MAX_S, watched_loop
 from ublkpool.bufpool import wire
 from ublkpool.daemon.processes.guarded_socket import GuardedSocket, NotMemory, UndueDescriptors
 
-LINGER_S = 8
+LINGER_S = 60
 _libc = ctypes.CDLL(None, use_errno=True)
 PACKETS = {
     "describe": wire.encode_message(wire.Describe(v=1, device=DEVICE)),
@@ -95,7 +104,7 @@ def test_a_backend_that_sends_descriptors_after_its_attach_is_cut_off(
         with lingering() as fd, connection:
             async with watched_loop() as seen:
                 send(connection, b"x", fd)
-                await asyncio.wait_for(session.gone(), 5)
+                await asyncio.wait_for(session.gone(), DEADLINE_S)
                 session.close()
             assert seen.longest_s < STANDS_MAX_S
         await until(lambda: no_more_open_than(before), "everything is closed")

@@ -13,7 +13,7 @@ from ublkpool.bufpool.sdk.keeper import DROP, Keeper
 from ublkpool.daemon.device import kept_memory
 from ublkpool.daemon.device.kept_memory import drop_kept
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 def run(scene: Coroutine[Any, Any, None]) -> None:

@@ -231,12 +231,12 @@ def test_a_block_that_is_read_while_a_write_touches_it_is_not_kept(write_first: 
     def slow_read(buf: memoryview, offset: int) -> int:
         count = read(buf, offset)
         in_read.set()
-        assert go_read.wait(20)
+        assert go_read.wait(60)
         return count
 
     def slow_write(buf: memoryview, offset: int, fua: bool) -> int:
         in_write.set()
-        assert go_write.wait(20)
+        assert go_write.wait(60)
         return write(buf, offset, fua)
 
     store.pread, store.pwrite = slow_read, slow_write  # type: ignore[method-assign]
@@ -245,11 +245,11 @@ def test_a_block_that_is_read_while_a_write_touches_it_is_not_kept(write_first: 
     first, second = ((writer, in_write), (reader, in_read))[:: 1 if write_first else -1]
     for thread, begun in (first, second):
         thread.start()
-        assert begun.wait(20)
+        assert begun.wait(60)
     # The write is answered while the reader still has the content that the write replaced.
     for thread, go_on in ((writer, go_write), (reader, go_read)):
         go_on.set()
-        thread.join(20)
+        thread.join(60)
     buffer = bytearray(4096)
     made.pread(memoryview(buffer), 0)
     assert buffer == b"n" * 4096

@@ -127,7 +127,7 @@ class Exclusive(Parallel):
     def pwrite(self, buf: memoryview, offset: int, fua: bool) -> None:
         self.inside.append(offset)
         self.begun.set()
-        assert self.may_go.wait(10)
+        assert self.may_go.wait(60)
         super().pwrite(buf, offset, fua)
         self.inside.remove(offset)
 
@@ -140,7 +140,7 @@ def test_a_cache_reads_no_chunk_below_while_another_request_has_it(tmp_path: Pat
     ):
         write = worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK, tag=0)
         worker.send(0, [write])
-        assert backend.begun.wait(10)
+        assert backend.begun.wait(60)
         read = worker.describe(Kind.REQUEST, Op.READ, BLOCK, BLOCK, tag=1)
         worker.send(0, [read])
         assert worker.is_silent()

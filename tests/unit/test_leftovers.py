@@ -29,7 +29,7 @@ from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.ublk.abi import Feature
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 SIZE_BYTES = 1 << 20
 ATTACH = wire.Attach(v=1, device="vol", kind="memory")
 STEPS = (

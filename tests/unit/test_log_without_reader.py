@@ -27,7 +27,7 @@ def test_a_log_that_nothing_reads_stops_nothing(kind: str) -> None:
             began_s = time.monotonic()
             for number in range(5000):
                 _log.warning("line %d %s", number, "x" * 100)
-            assert time.monotonic() - began_s < 10
+            assert time.monotonic() - began_s < 60
             os.set_blocking(reader, False)
             told = _drained(reader)
             _log.warning("again")

@@ -27,7 +27,7 @@ from ublkpool.ublk.abi import DeviceInfo, DeviceState
 from ublkpool.ublk.errors import UblkError
 
 T = TypeVar("T")
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 def test_the_driver_s_devices_of_this_daemon_are_told_from_all_others(

@@ -15,7 +15,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.settings.config import BackendConfig
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 CONFIG = BackendConfig(kind="null")
 
 

@@ -147,7 +147,7 @@ class FakeDaemon:
 
     def call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Run a coroutine on the daemon's loop, from the test's thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=60)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-STANDS_MAX_S = 2.0
-"""A loop that stands longer was stopped; a busy machine stops it for less."""
+STANDS_MAX_S = 30.0
+"""A loop that stands longer was stopped; a busy machine stops it for less.  What would stop it takes twice as long."""
 _BEAT_S = 0.02
 
 
