@@ -1,6 +1,7 @@
 """Pytest plugin: of the tests that several pytest processes collect, each process runs the files that it claims.
 
-Owns the claims: one empty file for each test file that a process has begun, in the directory that `DIRECTORY` names.
+Owns the claims: one empty file for each test file that a process has begun, and one for each that a process has done,
+in the directory that `DIRECTORY` names.
 `support.spread` starts the processes.  The processes have no second thread, unlike pytest-xdist's: Python from 3.12 on
 warns of a fork beside a thread, a warning fails a test, and under AddressSanitizer such a fork may hang (`quiet_fork`).
 """
@@ -27,7 +28,7 @@ class Claims:
 
     def claim(self, name: str) -> bool:
         """Whether the file is this process's to run: no process has claimed it, and the claims are not closed."""
-        if (self._directory / _CLOSED).exists():
+        if self.is_closed:
             return False
         try:
             self._path(name).touch(exist_ok=False)
@@ -35,10 +36,20 @@ class Claims:
             return False
         return True
 
-    def finish(self, name: str) -> int:
-        """Note that a claimed file has been run; return how many files have been, in all processes."""
-        self._path(name).with_suffix(_FINISHED).touch()
-        return sum(1 for each in self._directory.iterdir() if each.suffix == _FINISHED)
+    def finish(self) -> int:
+        """Note that a claimed file has been run; its number among those of all processes, which no other file gets."""
+        for number in itertools.count(1):
+            try:
+                (self._directory / f"{number}{_FINISHED}").touch(exist_ok=False)
+                break
+            except FileExistsError:
+                continue
+        return number
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no process begins another file."""
+        return (self._directory / _CLOSED).exists()
 
     def close(self) -> None:
         """Let no process begin another file."""
@@ -61,7 +72,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
                 before, begun_s = session.testsfailed, time.monotonic()
                 _run(session, items)
                 failed = f"{session.testsfailed - before} FAILED of " if session.testsfailed > before else ""
-                count = f"[{claims.finish(name)}/{len(files)}]"
+                count = f"[{claims.finish()}/{len(files)}]"
                 took = f"{time.monotonic() - begun_s:6.1f} s"
                 print(f"{count:>9} {took}  {name}: {failed}{len(items)}", file=sys.stderr, flush=True)
     except (session.Failed, session.Interrupted):
