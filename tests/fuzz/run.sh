@@ -32,14 +32,16 @@ play() {
     local name=$1 reached=$directory/reached-$1
     rm -rf "$reached"
     mkdir -p "$reached"
-    if "$directory/$name" -max_total_time="$each" -max_len=1024 -len_control=0 -timeout=20 -print_final_stats=1 -verbosity=0 \
+    if "$directory/$name" -max_total_time="$each" -max_len=1024 -len_control=0 -timeout=120 -print_final_stats=1 -verbosity=0 \
         -artifact_prefix="$findings/$name-" "$reached" "tests/fuzz/corpus/$name" > "$directory/$name.log" 2>&1; then
         echo "fuzz: $name: $(sed -n 's/^stat::number_of_executed_units: *//p' "$directory/$name.log") inputs, no finding"
         return
     fi
     grep -E -A 12 'ERROR|runtime error|must hold' "$directory/$name.log" | head -n 30
     for finding in "$findings/$name-"*; do
-        [ -e "$finding" ] && echo "fuzz: $name: play it again: $directory/$name $finding"
+        [ -e "$finding" ] || continue
+        echo "fuzz: $name: play it again: $directory/$name $finding"
+        echo "fuzz: $name: its input in base64: $(base64 -w 0 "$finding")"
     done
     return 1
 }
@@ -62,22 +64,27 @@ play_python() {
 
 core=(ublk/csrc/queue_{tag,check,stock,region,request,link,time,core,port,clock}.c)
 build queue_frames queue.c 0 "${core[@]}" &
+frames=$!
 build queue_rings queue.c 1 "${core[@]}" &
-wait -n
-wait -n
+rings=$!
+wait $frames
+wait $rings
 build engine_frames engine.c 0 bufpool/engine/csrc/*.c &
+frames=$!
 build engine_rings engine.c 1 bufpool/engine/csrc/*.c &
-wait -n
-wait -n
+rings=$!
+wait $frames
+wait $rings
 
-status=0
-begun=0
+begun=()
 for name in "${targets[@]}"; do
-    if ((begun >= cpus)); then wait -n || status=1; fi
+    # Only a pause: of jobs that end at the same moment `wait -n` reports one.
+    if ((${#begun[@]} >= cpus)); then wait -n || true; fi
     if [ "$name" = python ]; then play_python & else play "$name" & fi
-    begun=$((begun + 1))
+    begun+=($!)
 done
-while [ -n "$(jobs -pr)" ]; do wait -n || status=1; done
+status=0
+for job in "${begun[@]}"; do wait "$job" || status=1; done
 
 if [ "${KEEP:-0}" = 1 ] && [ $status = 0 ]; then
     for name in "${targets[@]}"; do

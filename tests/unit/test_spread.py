@@ -60,7 +60,9 @@ def test_a_failure_is_told_and_ends_every_process_where_that_is_asked_for(tmp_pa
         write(tmp_path, f"{number}", _WAITS_FOR_A_FAILURE)
     done = run(tmp_path, "-x")
     assert done.returncode == 1 and "ValueError: it went wrong" in done.stdout
-    assert done.stderr.count(" s  test_") < len(os.sched_getaffinity(0)), "each other process does one at most"
+    assert done.stderr.count(" s  test_") < len(os.sched_getaffinity(0)), (
+        "each other process does one at most"
+    )
 
 
 def test_the_death_of_a_process_fails_the_run(tmp_path: Path) -> None:
