@@ -173,6 +173,7 @@ class Placing(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.room: int | None = 0
+        self.asked = threading.Event()
         self.device: Device | None = None
 
     def started(self, device: Device) -> None:
@@ -181,7 +182,9 @@ class Placing(Plain):
     def place(self, offset: int, length: int, flags: int) -> int | None:
         if offset == 0:
             raise OSError(errno.EDQUOT, "not for you")
-        return self.room
+        room = self.room
+        self.asked.set()
+        return room
 
     def released(self, region: int) -> None:
         self.calls.append(("released", region))
@@ -208,8 +211,8 @@ def test_a_place_that_waits_is_asked_again_after_a_wake(tmp_path: Path) -> None:
     with FakeWorker(tmp_path, placement="backend") as worker, serving(worker, backend):
         place = worker.describe(Kind.PLACE, Op.WRITE, 4096, 4096)
         worker.send(0, [place])
+        assert backend.asked.wait(DEADLINE_S) and backend.device is not None
         assert worker.is_silent()
-        assert backend.device is not None
         backend.room = 8192
         backend.device.wake()
         assert worker.answer_of(place).buffer == 8192
@@ -265,7 +268,7 @@ def test_the_loop_watches_a_backends_own_descriptors(tmp_path: Path) -> None:
     backend = Watching()
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         os.eventfd_write(backend.event, 1)
-        assert backend.heard.wait(10)
+        assert backend.heard.wait(DEADLINE_S)
     os.close(backend.event)
 
 

@@ -22,7 +22,7 @@ from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.workers import messages
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 class World:

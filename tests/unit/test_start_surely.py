@@ -22,7 +22,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import BackendConfig
 from ublkpool.workers.process import fork_child
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 CODES = (errno.EAGAIN, errno.EMFILE, errno.ENOMEM, errno.ENOSPC)
 
 
@@ -55,6 +55,17 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         (backend_process, "RESTART_MAX_S"),
     ):
         monkeypatch.setattr(module, name, 0.001)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a starved machine have time to listen and to answer."""
+    for module, name in (
+        (broker_process, "_LISTEN_PATIENCE_S"),
+        (broker_process, "REPLY_DEADLINE_S"),
+        (holder, "_ANSWER_TIMEOUT_S"),
+    ):
+        monkeypatch.setattr(module, name, DEADLINE_S)
 
 
 def in_loop(test: Any) -> None:

@@ -11,7 +11,7 @@ from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.workers.process import fork_child
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 _log = logging.getLogger("ublkpool.test")
 
 

@@ -31,7 +31,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.settings.config import DeviceConfig
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 REASON = "its backend dict has ended, and the data of the device with it (survives_death = False)"
 ATTACH = wire.Attach(v=1, device="vol", kind="dict", survives_death=False)
 

@@ -155,6 +155,11 @@ class FakeRings:
         """Whether the backend has rung the doorbell and this end has not read it yet."""
         return is_readable(self._bell_in)
 
+    def hear_bell(self) -> None:
+        """Read the doorbell, if the backend has rung it."""
+        if self.bell_rang:
+            os.eventfd_read(self._bell_in)
+
     def get(self, at: int) -> int:
         """A number in the control page."""
         assert self.memory is not None

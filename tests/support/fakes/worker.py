@@ -382,7 +382,7 @@ class BackendThread:
     def _run(self) -> None:
         try:
             self.status = serve(
-                self._backend, device=DEVICE, run_dir=self._run_dir, wait_s=5, handle_signals=False
+                self._backend, device=DEVICE, run_dir=self._run_dir, wait_s=DEADLINE_S, handle_signals=False
             )
         except BaseException as error:
             self.error = error
@@ -418,7 +418,7 @@ def spawn(
         "from ublkpool.bufpool.sdk.loader import run_backend\n"
         "kind, device, run_dir, *options = sys.argv[1:]\n"
         "given = dict(each.split('=', 1) for each in options)\n"
-        "sys.exit(run_backend(kind, given, device, Path(run_dir), wait_s=10))"
+        f"sys.exit(run_backend(kind, given, device, Path(run_dir), wait_s={DEADLINE_S}))"
     )
     arguments: Sequence[str] = [f"{name}={value}" for name, value in (options or {}).items()]
     return subprocess.Popen(
