@@ -111,7 +111,11 @@ def device(name: str, kind: str | None = None) -> DeviceConfig:
 def test_the_daemon_is_ready_though_devices_wait_and_leaves_nothing(tmp_path: Path, systemd: Systemd) -> None:
     hangs = tmp_path / "hangs.py"
     hangs.write_text("import time\n\n\ndef open() -> None:\n    time.sleep(3600)\n")
-    config = ServeConfig(run_dir=tmp_path / "run", devices=(device("stuck", str(hangs)), device("alone")))
+    config = ServeConfig(
+        run_dir=tmp_path / "run",
+        state_dir=tmp_path / "state",
+        devices=(device("stuck", str(hangs)), device("alone")),
+    )
 
     async def test(client: Client) -> None:
         assert "READY=1\nSTATUS=serving 0 devices; waiting for stuck, alone" in systemd.told()
@@ -127,7 +131,9 @@ def test_the_daemon_is_ready_though_devices_wait_and_leaves_nothing(tmp_path: Pa
 def test_a_device_of_the_config_that_cannot_start_is_listed_with_its_reason(
     tmp_path: Path, systemd: Systemd
 ) -> None:
-    config = ServeConfig(run_dir=tmp_path / "run", devices=(device("lost", "/nowhere.py"),))
+    config = ServeConfig(
+        run_dir=tmp_path / "run", state_dir=tmp_path / "state", devices=(device("lost", "/nowhere.py"),)
+    )
 
     async def test(client: Client) -> None:
         while (await client.states())["lost"] != "failed":
@@ -219,7 +225,9 @@ def test_a_file_in_the_way_of_a_socket_is_refused_before_a_takeover_has_begun(
 
     monkeypatch.setattr(TakeOver, "clear", note)
     with pytest.raises(DaemonError, match=r"admin\.sock: in the way"):
-        asyncio.run(supervisor._serve(ServeConfig(run_dir=tmp_path / "run"), None))
+        asyncio.run(
+            supervisor._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+        )
     assert not begun
 
 
@@ -243,7 +251,7 @@ def test_a_waiting_device_is_listed_again_and_a_broken_record_harms_no_other(
     async def test(client: Client) -> None:
         assert await client.states() == {"alone": "waiting"}
 
-    serving(ServeConfig(run_dir=tmp_path / "run"), test)
+    serving(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), test)
     assert not (tmp_path / "run" / "devices").exists()
 
 
@@ -264,7 +272,7 @@ def test_a_takeover_that_hangs_delays_neither_ready_nor_the_end(
         with pytest.raises(DaemonError, match="device alone exists already"):
             await client.ask(AddRequest(device=device("alone")))
 
-    serving(ServeConfig(run_dir=tmp_path / "run"), test)
+    serving(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), test)
 
 
 def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
@@ -284,7 +292,9 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
     monkeypatch.setattr(supervisor, "Holder", new_holder)
     monkeypatch.setattr(TakeOver, "clear", fail)
     with pytest.raises(OSError, match="no more processes"):
-        asyncio.run(supervisor._serve(ServeConfig(run_dir=tmp_path / "run"), None))
+        asyncio.run(
+            supervisor._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+        )
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
     # As the end of the process would.

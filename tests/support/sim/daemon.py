@@ -31,7 +31,7 @@ from ublkpool.bufpool.pool.broker import Broker
 from ublkpool.bufpool.pool.control import ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import make_data
-from ublkpool.bufpool.sdk import ring_links
+from ublkpool.bufpool.sdk import doors, ring_links
 from ublkpool.daemon.device import adoption, resources
 from ublkpool.daemon.device import device as device_module
 from ublkpool.daemon.device import parts as parts_module
@@ -501,6 +501,8 @@ def patched(scenery: Scenery) -> Iterator[None]:
         (block_device, "control", SimControl(scenery.kernel)),
         (device_commands, "control", SimControl(scenery.kernel)),
         (ring_links, "time", SimTime(scenery.clock)),
+        # Without this a machine that stood still for half a minute of real time would end a backend.
+        (doors, "time", SimTime(Clock())),
         *REPLACED_BY.get(scenery.defect, ()),
     ]
     saved = [(module, name, getattr(module, name)) for module, name, _ in replaced]
