@@ -13,6 +13,7 @@ import pytest
 
 from support.fakes.plain_backend import SIZE_BYTES
 from support.fakes.worker import DEVICE, BackendThread, FakeWorker, finish, serving, spawn
+from support.vm.daemon import eventually
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, Hint, Properties
@@ -21,7 +22,7 @@ from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
 BLOCK = 4096
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Coroutines(Backend):
@@ -95,7 +96,7 @@ def _do_everything(worker: FakeWorker) -> None:
 def test_every_method_may_be_a_coroutine_and_all_run_on_one_loop(
     tmp_path: Path, kind: type[Coroutines]
 ) -> None:
-    backend = kind()
+    backend, before = kind(), set(threading.enumerate())
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         _do_everything(worker)
     zeroed = f"zero {BLOCK} {BLOCK} 0" if kind is Zeroing else "pwrite 0"
@@ -104,7 +105,8 @@ def test_every_method_may_be_a_coroutine_and_all_run_on_one_loop(
         *(zeroed, "flush", "detached", "close"),
     ]
     assert len(backend.loops) == 1
-    assert not [each for each in threading.enumerate() if each.name.startswith("ublkpool-")]
+    # The end of the SDK waits for its threads, but not for as long as a busy machine may take to end them.
+    eventually(lambda: set(threading.enumerate()) <= before, "its threads have ended")
     if kind is Coroutines:
         assert backend.disk[BLOCK : 2 * BLOCK] == bytes(BLOCK), "zeros through pwrite"
 

@@ -41,6 +41,8 @@ from ublkpool.daemon.backends.refusals import (
 from ublkpool.daemon.backends.session import Session
 from ublkpool.workers.credentials import peer_pidfd
 
+LONG_S = 600
+"""A time limit that no test may reach."""
 STRANGER = Peer(4711, 12345, frozenset((12345, 100)))
 
 
@@ -158,6 +160,7 @@ def test_a_users_silent_connections_are_bounded_and_leave_room_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scene(door: Door) -> None:
+        monkeypatch.setattr(attach, "ATTACH_DEADLINE_S", LONG_S)
         silent = [door.connect() for _ in range(UNHEARD_PER_USER_MAX)]
         assert "try later" in await reason(door.say(ATTACH))
         with monkeypatch.context() as other:
@@ -347,6 +350,8 @@ def test_a_backend_that_closes_its_connection_and_lives_on_is_killed_before_a_su
 def test_while_a_backend_is_leaving_neither_a_hang_up_nor_a_cut_ends_before_its_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session, "LEAVE_PATIENCE_S", LONG_S)
+
     async def scene(made: Session, host: Host) -> None:
         made.entrust(MEMORY, [])
         await until(lambda: made.is_leaving, "the end of the connection is seen")
@@ -359,8 +364,10 @@ def test_while_a_backend_is_leaving_neither_a_hang_up_nor_a_cut_ends_before_its_
 
 
 def test_a_backend_that_closes_its_connection_and_ends_is_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(session, "LEAVE_PATIENCE_S", LONG_S)
+
     async def scene(made: Session, host: Host) -> None:
         made.entrust(MEMORY, [])
         await _gone(made)

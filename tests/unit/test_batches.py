@@ -3,6 +3,7 @@
 import array
 import errno
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from support.fakes.plain_backend import Plain
-from support.fakes.worker import FakeWorker, serving
+from support.fakes.worker import DEADLINE_S, FakeWorker, serving
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Device, Moved, Properties, Request, check_properties
 from ublkpool.bufpool.sdk.batch import Batch
@@ -146,6 +147,8 @@ def test_an_exception_fails_all_requests_but_those_of_later(tmp_path: Path) -> N
 
 
 def test_a_request_of_later_behaves_like_any_request(tmp_path: Path) -> None:
+    is_served = threading.Event()
+
     def keep(backend: Batched, batch: Batch) -> None:
         backend.kept.append(batch.later(0))
         for wrong in (0, 1, -1):
@@ -155,12 +158,14 @@ def test_a_request_of_later_behaves_like_any_request(tmp_path: Path) -> None:
         with pytest.raises(IndexError):
             batch.buffer(1)
         assert bytes(batch.buffer(0)) == bytes(backend.kept[0].buffer)
+        is_served.set()
 
     backend = Batched(keep)
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         request = worker.describe(Kind.REQUEST, Op.WRITE, BLOCK, BLOCK, flags=Flag.FUA)
         worker.pool[request.buffer : request.buffer + BLOCK] = b"l" * BLOCK
         worker.send(0, [request])
+        assert is_served.wait(DEADLINE_S)
         assert worker.is_silent()
         (kept,) = backend.kept
         assert (kept.op, kept.offset, kept.length, kept.fua, kept.region) == (

@@ -10,7 +10,7 @@ import pytest
 
 from ublkpool.daemon.processes.channel import Channel
 
-DEADLINE_S = 10
+DEADLINE_S = 60
 
 
 class Ask(msgspec.Struct, tag="ask", omit_defaults=True):

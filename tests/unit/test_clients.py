@@ -16,7 +16,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from support.fakes.attach_door import DEVICE, PAGE, Door
+from support.fakes.attach_door import DEADLINE_S, DEVICE, PAGE, Door
 from support.fakes.descriptors import open_descriptors
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused, WireError
@@ -92,7 +92,7 @@ class Scene:
 
 
 async def _until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while not check():
             await asyncio.sleep(0)
 
@@ -133,7 +133,7 @@ def test_a_slice_rests_until_the_requests_of_its_lease_are_answered(
         scene.drained.clear()
         ours, number = scene.connect()
         ours.close()
-        await asyncio.wait_for(scene.draining.wait(), 20)
+        await asyncio.wait_for(scene.draining.wait(), DEADLINE_S)
         assert scene.clients.counts() == (0, 1, CLIENT_SLICES - 1)
         others = [scene.connect()[1] for _ in range(CLIENT_SLICES)]
         assert number not in others and others.count(None) == 1
@@ -152,7 +152,7 @@ def test_a_lease_that_ends_during_a_drain_waits_for_the_next_drain(
         first, second = scene.connect()[0], scene.connect()[0]
         scene.drained.clear()
         first.close()
-        await asyncio.wait_for(scene.draining.wait(), 20)
+        await asyncio.wait_for(scene.draining.wait(), DEADLINE_S)
         second.close()
         await _until(lambda: scene.clients.counts()[0] == 0)
         scene.draining.clear()

@@ -44,6 +44,8 @@ class FakeFrames:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", path: Path) -> None:
         self.token = b""
+        self._earlier: set[bytes] = set()
+        self._frame: bytes | None = None
         self._context, self._path = context, path
         self._router = self._bind()
 
@@ -61,24 +63,37 @@ class FakeFrames:
         return router
 
     def expect(self, token: bytes) -> None:
-        self.token = token
+        """Expect the backend with this token; frames of earlier ones, which may still arrive, are dropped."""
+        self._earlier.add(self.token)
+        self.token, self._frame = token, None
 
     def send_frame(self, frame: bytes) -> None:
         self._router.send_multipart([self.token, frame])
 
+    def _arrives(self, within_s: float) -> bool:
+        deadline_s = time.monotonic() + within_s
+        while self._frame is None:
+            if not self._router.poll(int(1000 * max(0.0, deadline_s - time.monotonic()))):
+                return False
+            identity, frame = self._router.recv_multipart()
+            if identity not in self._earlier:
+                assert identity == self.token
+                self._frame = frame
+        return True
+
     def receive_frame(self, deadline_s: float) -> bytes:
-        if not self._router.poll(int(deadline_s * 1000)):
+        if not self._arrives(deadline_s):
             raise TimeoutError(f"the backend said nothing for {deadline_s} s")
-        identity, frame = self._router.recv_multipart()
-        assert identity == self.token
+        assert self._frame is not None
+        frame, self._frame = self._frame, None
         return frame
 
     def is_silent(self, for_s: float) -> bool:
-        return not self._router.poll(int(for_s * 1000))
+        return not self._arrives(for_s)
 
     def restart(self) -> None:
         self._router.close()
-        self._router = self._bind()
+        self._router, self._frame = self._bind(), None
 
     def end(self) -> None:
         self._router.close()

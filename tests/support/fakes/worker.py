@@ -33,6 +33,7 @@ DEVICE = "testdisk"
 DEVICE_NUMBER = 7
 OWN_SEGMENT = 9
 DEADLINE_S = 60.0
+"""Seconds; only a hang takes longer, also on a machine that gives this process little time."""
 
 
 class FakeWorker:
@@ -158,8 +159,9 @@ class FakeWorker:
         assert self.connection is not None
         self.size_bytes = self.size_bytes or attach.size_bytes
         token = b"B" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
-        for link in self.links:
+        for link, inbox in zip(self.links, self._inbox, strict=True):
             link.expect(token)
+            inbox.clear()
         places = tuple(f"ipc://{path}" for path in self._paths)
         rings = tuple(str(path) for path in self._paths) if self.transport == "ring" else ()
         attached = wire.Attached(
