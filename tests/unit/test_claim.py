@@ -3,26 +3,26 @@
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from support.fakes.worker import FakeWorker, finish, spawn
+from support.loop_devices import loop_device
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk import claim
 from ublkpool.bufpool.sdk import store_users as in_use
 from ublkpool.bufpool.wire import Kind, Op
 
 MIB = 1 << 20
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def test_a_process_is_named_by_its_device_or_its_command() -> None:
     assert in_use.name_process(1 << 30) == f"process {1 << 30}"
 
 
-def test_opening_waits_until_a_predecessor_has_let_go(image: Path) -> None:
+def test_opening_waits_until_a_predecessor_has_let_go(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LIVE_PATIENCE_S", DEADLINE_S)
     first = claim.open_alone(image, os.O_RDWR)
     done = threading.Event()
 
@@ -191,15 +192,8 @@ def _run(*command: str) -> str:
 @pytest.fixture
 def loop(image: Path) -> Iterator[Path]:
     """A loop device on the image."""
-    if os.geteuid() or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
-    try:
-        name = _run("losetup", "--find", "--show", str(image))
-    except subprocess.CalledProcessError:
-        pytest.skip("this machine has no loop devices")
-    yield Path(name)
-    with suppress(subprocess.CalledProcessError):
-        _run("losetup", "--detach", name)
+    with loop_device(image) as node:
+        yield node
 
 
 def test_a_block_device_to_be_written_is_claimed_and_one_to_be_read_is_not(loop: Path) -> None:
@@ -231,22 +225,14 @@ def test_a_mounted_block_device_is_refused_with_its_mount_and_can_be_read(loop: 
 @pytest.fixture
 def partition(image: Path) -> Iterator[Path]:
     """The one partition of a loop device, by a table as fdisk writes it."""
-    if os.geteuid() or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
     start, count = 2048, 2048
     entry = struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), start, count)
     image.write_bytes(bytes(446) + entry + bytes(48) + b"\x55\xaa" + bytes(4 * MIB - 512))
-    try:
-        disk = Path(_run("losetup", "--find", "--show", "--partscan", str(image)))
-    except subprocess.CalledProcessError:
-        pytest.skip("this machine has no loop devices")
-    try:
+    with loop_device(image, "--partscan") as disk:
         part = Path(f"{disk}p1")
         if not part.is_block_device():
             pytest.skip("this machine makes no nodes for partitions")
         yield part
-    finally:
-        _run("losetup", "--detach", str(disk))
 
 
 def test_a_disk_is_refused_while_a_partition_of_it_is_used_and_the_other_way_round(

@@ -4,7 +4,6 @@ The backend ends and answers nothing more; the daemon refuses its successor, and
 """
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from support.fakes.native_rig import DEVICE_NUMBER, EPOCH, NativeRig
 from support.fakes.worker import BackendThread, FakeWorker
+from support.loop_devices import loop_device
 from ublkpool.backends.file import FileBackend, FileOptions
 from ublkpool.bufpool.engine._engine import lib
 from ublkpool.bufpool.engine.native import FileStorage
@@ -124,26 +124,13 @@ def test_a_change_of_a_file_that_was_cut_meanwhile_is_not_answered(disk: Path, o
 def test_a_request_beyond_the_end_of_a_block_device_that_shrank_ends_the_backend(
     tmp_path: Path, op: Op
 ) -> None:
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
     image = tmp_path / "disk.img"
     image.write_bytes(b"t" * 2 * SIZE_BYTES)
-    try:
-        loop = Path(_run("losetup", "--find", "--show", str(image)))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no loop devices here: {error.stderr}")
-    try:
-        with FakeWorker(tmp_path) as worker:
-            backend = BackendThread(FileBackend(FileOptions(path=loop)), tmp_path)
-            worker.accept()
-            assert worker.read(SIZE_BYTES, 4 * KIB) == b"t" * 4 * KIB
-            os.truncate(image, SIZE_BYTES)
-            _run("losetup", "--set-capacity", str(loop))
-            worker.send(0, [worker.describe(Kind.REQUEST, op, SIZE_BYTES, 4 * KIB)])
-            _ends(backend)
-    finally:
-        _run("losetup", "--detach", str(loop))
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    with loop_device(image) as loop, FakeWorker(tmp_path) as worker:
+        backend = BackendThread(FileBackend(FileOptions(path=loop)), tmp_path)
+        worker.accept()
+        assert worker.read(SIZE_BYTES, 4 * KIB) == b"t" * 4 * KIB
+        os.truncate(image, SIZE_BYTES)
+        subprocess.run(["losetup", "--set-capacity", loop], check=True)
+        worker.send(0, [worker.describe(Kind.REQUEST, op, SIZE_BYTES, 4 * KIB)])
+        _ends(backend)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.loop_devices import alone_with_loop_devices
 from ublkpool.daemon.processes import mounts
 from ublkpool.daemon.processes.mounts import idle_mounts, parse_mounts
 
@@ -120,7 +121,8 @@ def test_a_process_in_its_own_namespace_pins_no_unused_mount_and_its_children_ca
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("may not make mount namespaces; the vm tests do")
     command = ["unshare", "-m", sys.executable, "-c", _DAEMON, str(tmp_path), propagation]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    with alone_with_loop_devices():
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert ran.returncode == 0, ran.stderr
     assert (
         ran.stderr == f"ublkpool: cannot start in directory {tmp_path}/nowhere: No such file or directory\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from support.loop_devices import alone_with_loop_devices, loop_device
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine.file_facts import file_birth_ns
 from ublkpool.bufpool.sdk import store_identity
@@ -73,12 +74,13 @@ class Ext4:
 def ext4(tmp_path: Path) -> Iterator[Ext4]:
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
         pytest.skip("needs root and mkfs.ext4")
-    try:
-        made = Ext4(tmp_path)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no loop mounts here: {error.stderr}")
-    yield made
-    made.unmount()
+    with alone_with_loop_devices():
+        try:
+            made = Ext4(tmp_path)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no loop mounts here: {error.stderr}")
+        yield made
+        made.unmount()
 
 
 @pytest.fixture(params=["tmpfs", "ext4", "here"])
@@ -199,14 +201,8 @@ def test_a_path_that_cannot_be_printed_is_described_with_escapes_and_attaches(
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Iterator[str]:
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("needs root and losetup")
-    try:
-        device = run("losetup", "-f", "--show", str(make(tmp_path / "first.img")))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no loop devices here: {error.stderr}")
-    yield device
-    run("losetup", "-d", device)
+    with loop_device(make(tmp_path / "first.img")) as device:
+        yield str(device)
 
 
 def test_a_loop_device_is_the_file_behind_it(loop: str, tmp_path: Path) -> None:
