@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import zmq
@@ -34,7 +34,7 @@ DEVICE = 5
 QUEUES = 2
 RESERVE = (2, 1)
 GEOMETRY = Geometry.build([(4096, 10), (65536, 4)])
-WAIT_MS = 10_000
+WAIT_MS = 60_000
 
 _PROGRAM = """
 import socket, sys
@@ -179,6 +179,25 @@ def introduce(broker: BrokerProcess, arena: Arena) -> None:
     assert broker.call(AddDevice(DEVICE), arena.control_fd) == Done()
     for queue in range(QUEUES):
         assert broker.call(Register(DEVICE, queue, 1)) == Done()
+
+
+def send_as_strangers(endpoint: str, routing_ids: Iterable[bytes]) -> None:
+    """Send a frame from a connection with each of these routing ids, which ends then."""
+    for routing_id in routing_ids:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:
+            socket_.setsockopt(zmq.ROUTING_ID, routing_id)
+            socket_.connect(endpoint)
+            socket_.send(b"hello")
+
+
+def settle_ended_connections(broker: BrokerProcess, endpoint: str) -> None:
+    """Return when the broker knows of every connection whose descriptor it has closed.
+
+    libzmq's thread tells the broker of these ends before it takes the next connection's frame.
+    """
+    before = broker.statistics().broker.unknown_worker
+    send_as_strangers(endpoint, [b"stranger"])
+    wait_until(lambda: broker.statistics().broker.unknown_worker > before)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -1,9 +1,16 @@
 """Leases of a real broker process, and the frames of a worker that it counts and drops."""
 
 import pytest
-import zmq
 
-from support.fakes.broker_rig import DEVICE, RESERVE, BrokerProcess, Connect, slots_of, wait_until
+from support.fakes.broker_rig import (
+    DEVICE,
+    RESERVE,
+    BrokerProcess,
+    Connect,
+    send_as_strangers,
+    slots_of,
+    wait_until,
+)
 from ublkpool.bufpool.errors import WireError
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.broker_commands import (
@@ -124,11 +131,7 @@ def test_a_wrong_frame_is_counted_and_the_next_right_one_served(
 
 def test_strangers_are_counted(broker: BrokerProcess, endpoint: str, worker: Connect) -> None:
     strangers = [b"nobody", worker_routing_id(DEVICE, 0, 9), worker_routing_id(9, 0, 1)]
-    for routing_id in strangers:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:
-            socket_.setsockopt(zmq.ROUTING_ID, routing_id)
-            socket_.connect(endpoint)
-            socket_.send(b"hello")
+    send_as_strangers(endpoint, strangers)
     first = worker(0, 1)
     first.say_hello()
     wait_until(lambda: broker.statistics().broker.unknown_worker == len(strangers))

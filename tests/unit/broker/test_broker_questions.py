@@ -1,7 +1,5 @@
 """The broker asks workers for their buffers after its own death, a lost GRANT, and a worker's new socket."""
 
-import time
-
 from support.fakes.broker_rig import (
     DEVICE,
     RESERVE,
@@ -9,6 +7,7 @@ from support.fakes.broker_rig import (
     Connect,
     Start,
     introduce,
+    settle_ended_connections,
     slots_of,
     wait_until,
 )
@@ -105,7 +104,7 @@ def test_a_worker_with_a_new_socket_is_asked_what_it_holds(
 
 
 def test_a_grant_to_a_worker_that_has_gone_is_found_out_when_it_is_back(
-    broker: BrokerProcess, arena: Arena, worker: Connect
+    broker: BrokerProcess, arena: Arena, endpoint: str, worker: Connect
 ) -> None:
     first, second = worker(0, 1), worker(1, 1)
     first.say_hello()
@@ -117,8 +116,8 @@ def test_a_grant_to_a_worker_that_has_gone_is_found_out_when_it_is_back(
     connections = broker.descriptor_count()
     second.socket.close()
     wait_until(lambda: broker.descriptor_count() < connections)
-    # Between the end of a connection and libzmq's knowing it a message may vanish; the new socket's SYNC mends that.
-    time.sleep(0.05)
+    # Before that a message would vanish, which the new socket's SYNC mends.
+    settle_ended_connections(broker, endpoint)
     before = broker.statistics().broker.undeliverable
     first.give_back(0, first.held[0][:2])
     wait_until(lambda: broker.statistics().broker.undeliverable > before)
