@@ -1,5 +1,6 @@
 """A client's messages and time limits for a daemon that does not answer or whose socket is gone."""
 
+import itertools
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonUnreachable
 
+LOOK_S = 0.05
 SILENT = (
     "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]);"
     "listener.listen(1); print(flush=True); time.sleep(600)"
@@ -25,8 +28,11 @@ SILENT = (
 @pytest.fixture
 def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A process that accepts connections and sends nothing."""
-    monkeypatch.setattr(admin_patience, "STOPPED_NOTICE_S", 0.05)
-    monkeypatch.setattr(admin_patience, "SILENT_NOTICE_S", 0.1)
+    monkeypatch.setattr(admin_patience, "STOPPED_NOTICE_S", LOOK_S)
+    # Time passes by one look at each reading: a machine that is late must not skip the notice before the time limit.
+    readings = itertools.count()
+    monkeypatch.setattr(admin_patience, "time", SimpleNamespace(monotonic=lambda: LOOK_S * next(readings)))
+    monkeypatch.setattr(admin_patience, "SILENT_NOTICE_S", 2 * LOOK_S)
     monkeypatch.setattr(admin_client, "QUERY_TIMEOUT_S", 0.3)
     command = [sys.executable, "-c", SILENT, str(tmp_path / "admin.sock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -36,8 +42,14 @@ def silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         process.kill()
 
 
+def stop(pid: int) -> None:
+    """Stop a child; returns when it is stopped, which is later than kill(2)."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_the_client_reports_a_stopped_daemon_soon_and_then_gives_up(silent: int, tmp_path: Path) -> None:
-    os.kill(silent, signal.SIGSTOP)
+    stop(silent)
     said: list[str] = []
     client = AdminClient(tmp_path, on_wait=said.append)
     for ask in (client.devices, client.stats):
@@ -59,7 +71,7 @@ def test_the_client_reports_a_running_daemon_that_does_not_answer(silent: int, t
 
 
 def test_a_change_waits_for_a_stopped_daemon_and_says_so(silent: int, tmp_path: Path) -> None:
-    os.kill(silent, signal.SIGSTOP)
+    stop(silent)
 
     class HeardError(Exception):
         """Ends the client's wait once it has printed the expected text."""
