@@ -31,6 +31,7 @@ def disk(server: "subprocess.Popen[bytes]", tmp_path: Path, monkeypatch: pytest.
     log.write_text("all is well\nout of memory\n")
     monkeypatch.setattr(watched, "queue_cpus", lambda node: [[0]])
     monkeypatch.setattr(watched, "requests_done", lambda node: 0)
+    monkeypatch.setattr(watched, "END_PATIENCE_S", 60.0)
     monkeypatch.setattr(watched, "fio_command", lambda *_: ["sleep", "600"])
     return Disk("/dev/nothing", {"kernel": [0], "backend": [server.pid]}, log=log)
 
