@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from support.claims import DIRECTORY
 
 
@@ -40,11 +42,11 @@ def _start(arguments: list[str], claims: Path, report: Path) -> subprocess.Popen
 
 
 def _told(report: str, status: int) -> Iterator[str]:
-    """What a report says after the progress marks; all of it if the process crashed or its arguments were wrong."""
+    """What a report says after the progress marks; all of it if the process crashed or pytest itself failed."""
     lines = report.splitlines()
     sections = [number for number, line in enumerate(lines) if line.startswith("===")]
     # The first opens the session.
-    if len(sections) > 1:
+    if len(sections) > 1 and status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         lines = lines[sections[1] :]
     yield from lines
     if status < 0:

@@ -96,3 +96,10 @@ def test_each_file_that_is_done_gets_a_number_of_its_own(tmp_path: Path) -> None
         each.stdin.flush()
     numbers = [int(word) for each in processes for word in each.communicate()[0].split()]
     assert sorted(numbers) == list(range(1, 601))
+
+
+def test_an_error_of_pytest_itself_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "0", "def test_one(): pass")
+    (tmp_path / "conftest.py").write_text("def pytest_runtest_makereport(): raise ValueError('no report')")
+    done = run(tmp_path)
+    assert done.returncode == 3 and "ValueError: no report" in done.stdout
