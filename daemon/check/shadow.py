@@ -24,13 +24,14 @@ Kind = Literal["data", "zeros", "anything", "initial"]
 class Change:
     """One request that changes blocks, and when it was running by the shadow's clock."""
 
-    __slots__ = ("count", "end", "first", "fua", "is_flushed", "kind", "number", "start")
+    __slots__ = ("count", "end", "first", "flushed_at", "fua", "kind", "number", "start")
 
     def __init__(self, number: int, kind: Kind, first: int, count: int, fua: bool = False) -> None:
         self.number, self.kind, self.first, self.count, self.fua = number, kind, first, count, fua
         self.start = 0
         self.end: int | None = None
-        self.is_flushed = False
+        self.flushed_at = 0
+        """When a FLUSH that covers it was answered; 0: none was."""
 
     def __str__(self) -> str:
         name = {"data": "write", "zeros": "WRITE_ZEROES", "anything": "DISCARD", "initial": "nothing"}[
@@ -134,9 +135,10 @@ class Shadow:
 
     def flushed(self, start: int) -> None:
         """A FLUSH that began at `start` was answered: what was answered before is durable."""
+        now = self.tick()
         for change in [*self._unflushed.values()]:
             if change.end is not None and change.end < start:
-                change.is_flushed = True
+                change.flushed_at = now
                 del self._unflushed[change.number]
                 self._make_durable(change)
 
@@ -217,7 +219,7 @@ class Shadow:
     def _wrong(self, held: bytes, block: int, possible: tuple[Change, ...]) -> Wrong:
         answered = [each for each in possible if each.end is not None]
         # After a power failure a block may hold what was flushed or anything later; it must not hold anything older.
-        durable = [each for each in answered if each.is_flushed or each.fua]
+        durable = [each for each in answered if each.flushed_at or each.fua]
         expected = max(durable or answered or possible, key=lambda each: each.end or 0)
         seen, seen_at = self._seen.get(block, (None, 0))
         was_seen = expected.kind == "initial" or seen is expected

@@ -95,7 +95,8 @@ def _lost(expected: Change, since: list[Event]) -> str:
     """The strongest promise about what survives that this loss breaks."""
     if expected.kind == "data" and expected.fua:
         return "fua"
-    if expected.is_flushed:
+    # A FLUSH that the end interrupted is answered by the successor, when the write is lost already.
+    if 0 < expected.flushed_at < since[0].clock:
         return "flush"
     return _SURVIVAL[since[0].kind]
 

@@ -1,6 +1,7 @@
 """Every built-in backend and every example keeps its promises, over both transports, kills included."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,23 @@ def test_a_layer_that_holds_writes_until_a_flush_loses_them_by_a_kill(tmp_path: 
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(DISK_BYTES))
     layer = "fault:seed=1,hold=4M"
-    report = report_on("file", {"path": disk}, seconds=60, deadline_s=60, layers=[layer])
-    assert report.promise == "survives-kill"
-    assert f" --layer {layer} file path=" in report.replay
+    # Without WRITE_ZEROES: zeros beside its blocks may also have been written too far.
+    kind = str(EXAMPLES / "file_functions.py")
+    report = report_on(kind, {"path": disk}, seconds=60, deadline_s=60, layers=[layer])
+    assert report.promise == "survives-kill", report.lines()
+    assert f" --layer {layer} {kind} path=" in report.replay
 
 
 def test_what_memory_keeps_is_dropped_in_the_end(
     tmp_path: Path, check_backend: Callable[..., Report]
 ) -> None:
     def keepers() -> set[str]:
-        lines = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
-        return {each.decode(errors="replace") for each in lines if b"memory-check" in each}
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            # Other processes of this machine end at any time.
+            with suppress(OSError):
+                found.add(path.read_bytes().decode(errors="replace"))
+        return {each for each in found if "memory-check" in each}
 
     before = keepers()
     check_backend("memory", {"size": "4M"}, seconds=0, transport="ring")

@@ -154,6 +154,20 @@ def test_a_loss_breaks_the_strongest_promise_that_was_made() -> None:
         assert disk.broken(3, bytes(BLOCK)) == promise
 
 
+def test_a_flush_that_a_death_interrupts_promises_nothing_of_what_the_death_lost() -> None:
+    """The successor executes it, and has nothing to flush."""
+    for ends, promise in (("before", "flush"), ("after", "survives-kill")):
+        disk = Disk(is_volatile=True)
+        disk.change(3)
+        begun = disk.shadow.tick()
+        if ends == "before":
+            disk.shadow.flushed(begun)
+        disk.happens("kill")
+        if ends == "after":
+            disk.shadow.flushed(begun)
+        assert disk.broken(3, bytes(BLOCK)) == promise
+
+
 def test_after_a_power_failure_the_last_flushed_write_is_missed() -> None:
     disk = Disk(is_volatile=True)
     disk.change(3, fua=True)
