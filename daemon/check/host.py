@@ -184,7 +184,7 @@ class Host:
         self.session = session
         await self._expect(session, fence=False)
         session.entrust(self._attached_message(session), [self._pool_fd])
-        await self._until_linked("HELLO")
+        await self._until_linked("HELLO", self.setting.start_s)
         self._send_again()
 
     async def _expect(self, session: Session, fence: bool) -> None:
@@ -200,16 +200,14 @@ class Host:
             ):
                 await self.turn()
 
-    async def _until_linked(self, what: str) -> None:
-        give_up_s = time.monotonic() + self.setting.deadline_s
+    async def _until_linked(self, what: str, within_s: float) -> None:
+        give_up_s = time.monotonic() + within_s
         while not all(queue.is_linked for queue in self.queues):
             await self.turn()
             if time.monotonic() > give_up_s:
                 mute = [str(queue.number) for queue in self.queues if not queue.is_linked]
                 promise = "fence" if what == "FENCED" else "attach"
-                raise Broken(
-                    promise, f"no {what} on queue {', '.join(mute)} after {self.setting.deadline_s:g} s"
-                )
+                raise Broken(promise, f"no {what} on queue {', '.join(mute)} after {within_s:g} s")
 
     def _attached_message(self, session: Session) -> wire.Attached:
         setting, disk = self.setting, self.disk
@@ -329,7 +327,7 @@ class Host:
         """The next epoch's workers expect the backend, which must confirm the fence."""
         assert self.session is not None
         await self._expect(self.session, fence=True)
-        await self._until_linked("FENCED")
+        await self._until_linked("FENCED", self.setting.deadline_s)
 
     def mark_pool(self, mark: bytes) -> None:
         """Fill the pool, of which no request uses a buffer, with this mark."""
