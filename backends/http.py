@@ -92,16 +92,7 @@ class HttpBackend(Backend):
         entry_directory(options.cache, hint.node)
         self._obstore = library("http")
         self._patience = Patience(self._obstore, f"http: {options.url}", options.timeout)
-        self._store = self._obstore.store.HTTPStore(
-            self._base,
-            client_options={
-                "allow_http": options.url.startswith("http:"),
-                "allow_invalid_certificates": options.insecure,
-                "timeout": timedelta(seconds=options.request_timeout),
-                "connect_timeout": CONNECT_S,
-            },
-            retry_config={"max_retries": 0},
-        )
+        self._store = self._make_store()
         try:
             self._version, _ = await self._patience.ask(lambda: self._get(0, 1))
         except FileNotFoundError:
@@ -122,6 +113,19 @@ class HttpBackend(Backend):
             logical_block_bytes=_BLOCK_BYTES,
             read_only=True,
             identity=self._identity(),
+        )
+
+    def _make_store(self) -> Any:
+        options = self.options
+        return self._obstore.store.HTTPStore(
+            self._base,
+            client_options={
+                "allow_http": options.url.startswith("http:"),
+                "allow_invalid_certificates": options.insecure,
+                "timeout": timedelta(seconds=options.request_timeout),
+                "connect_timeout": CONNECT_S,
+            },
+            retry_config={"max_retries": 0},
         )
 
     def _open_cache(self) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, serving
@@ -107,14 +108,17 @@ def test_a_changed_file_is_another_store(server: WebServer, worker: FakeWorker) 
 
 @pytest.mark.parametrize("failure", ["dead", "503", "slow"])
 def test_reads_wait_for_a_server_that_is_away(server: WebServer, worker: FakeWorker, failure: str) -> None:
-    backend = backend_for(server, request_timeout="0.2")
+    backend = backend_for(server)
     with serving(worker, backend):
+        # From here on: its start has more time.
+        backend.options = msgspec.structs.replace(backend.options, request_timeout=0.3)
+        backend._store = backend._make_store()
         if failure == "dead":
             server.kill()
         elif failure == "503":
             server.status = 503
         else:
-            server.delay_s = 0.6
+            server.delay_s = 0.9
         request = worker.describe(Kind.REQUEST, Op.READ, 0, 4096)
         worker.send(0, [request])
         deadline_s = time.monotonic() + DEADLINE_S

@@ -108,6 +108,7 @@ def test_a_backend_that_is_told_to_end_while_it_writes_again_writes_the_rest(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "_REPLAYS_MAX", 1)
+    monkeypatch.setattr(session, "END_PATIENCE_S", DEADLINE_S)
     with FakeWorker(tmp_path) as worker:
         thread = BackendThread(backend_for(store.server), tmp_path)
         worker.accept()
@@ -123,7 +124,10 @@ def test_a_backend_that_is_told_to_end_while_it_writes_again_writes_the_rest(
     assert [store.block(2 * number) for number in range(3)] == [block(1), block(2), block(3)]
 
 
-def test_a_backend_that_is_told_to_end_without_its_server_waits_for_it(tmp_path: Path, store: Store) -> None:
+def test_a_backend_that_is_told_to_end_without_its_server_waits_for_it(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "END_PATIENCE_S", DEADLINE_S)
     with FakeWorker(tmp_path) as worker:
         backend = backend_for(store.server)
         thread = BackendThread(backend, tmp_path)
@@ -149,7 +153,10 @@ def test_without_its_server_a_backend_ends_in_time_and_says_what_may_be_lost(
         worker.detach()
         assert thread.join() == 0
     assert "1 answered writes were not flushed" in caplog.text
-    assert not [each.name for each in threading.enumerate() if each.name == "nbd-connect"]
+    for each in threading.enumerate():
+        if each.name == "nbd-connect":
+            each.join(DEADLINE_S)
+            assert not each.is_alive(), "it still connects"
 
 
 @pytest.mark.parametrize("reply", [None, errno.ESHUTDOWN])

@@ -9,15 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-_DEADLINE_S = 20.0
+from support.sources.ports import HeldPort
 
-
-def free_port() -> int:
-    """A TCP port of the loopback that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+_DEADLINE_S = 60.0
 
 
 class Nbdkit:
@@ -34,7 +28,8 @@ class Nbdkit:
         """`plugin`: its name and parameters, those of the filters too."""
         self.plugin, self.filters, self.arguments = list(plugin), list(filters), list(arguments)
         self.socket_path = socket_path
-        self.port = 0 if socket_path else free_port()
+        self._held = None if socket_path else HeldPort()
+        self.port = self._held.number if self._held is not None else 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,6 +45,8 @@ class Nbdkit:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        if self._held is not None:
+            self._held.close()
 
     def start(self) -> None:
         """Start, and wait until it accepts connections."""

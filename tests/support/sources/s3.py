@@ -15,9 +15,11 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from obstore.store import S3Store
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
+from support.sources.ports import HeldPort
+
 BUCKET = "disks"
 CREDENTIALS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "aws_region": "us-east-1"}
-_DEADLINE_S = 20.0
+_DEADLINE_S = 60.0
 Environ = dict[str, Any]
 
 
@@ -47,7 +49,9 @@ class S3Server:
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server: BaseWSGIServer | None = None
-        self._port = 0
+        self._thread: threading.Thread | None = None
+        self._port = HeldPort()
+        self._lives = 0
         self._lock = threading.Lock()
         self._connections: list[socket.socket] = []
         self._holds: Callable[[str, str], bool] | None = None
@@ -61,7 +65,7 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         """Its URL."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self._port.number}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -73,17 +77,21 @@ class S3Server:
         for each in self._held:
             each._go.set()
         self.kill()
+        self._port.close()
 
     def start(self) -> None:
-        """Listen, the first time at a new port, later at the same."""
+        """Listen, each time at the same port."""
         server = make_server(
-            "127.0.0.1", self._port, self._serve, threaded=True, request_handler=self._handler()
+            "127.0.0.1", self._port.number, self._serve, threaded=True, request_handler=self._handler()
         )
-        self._server, self._port = server, server.server_port
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._server = server
+        self._thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+        self._thread.start()
 
     def _handler(self) -> type[WSGIRequestHandler]:
-        outer = self
+        outer, life = self, self._lives
 
         class Handler(_Quiet):
             protocol_version = "HTTP/1.1"
@@ -92,16 +100,22 @@ class S3Server:
                 super().setup()
                 with outer._lock:
                     outer._connections.append(self.connection)
+                    # Accepted before `kill`, and given to this thread after it.
+                    if life != outer._lives:
+                        self.connection.shutdown(socket.SHUT_RDWR)
 
         return Handler
 
     def kill(self) -> None:
         """Stop listening and close every connection."""
-        if self._server is not None:
+        if self._server is not None and self._thread is not None:
             self._server.shutdown()
+            # The thread closes the listening socket as well.
+            self._thread.join()
             self._server.server_close()
             self._server = None
         with self._lock:
+            self._lives += 1
             for each in self._connections:
                 with suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
@@ -137,7 +151,9 @@ class S3Server:
         if self.ignores_conditions:
             environ.pop("HTTP_IF_MATCH", None)
             environ.pop("HTTP_IF_NONE_MATCH", None)
-        if self._holds is None or not self._holds(method, path):
+        # Read once: the test may set it at any time.
+        holds = self._holds
+        if holds is None or not holds(method, path):
             return self._execute(environ, start)
         return self._execute_later(environ, start)
 

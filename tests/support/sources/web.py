@@ -6,6 +6,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+from support.sources.ports import HeldPort
+
 
 class WebServer:
     """Serves `content` at `/dir/disk.img`."""
@@ -15,13 +17,14 @@ class WebServer:
         self.delay_s = 0.0
         self.status = 200
         self.requests: list[str] = []
-        self._port = 0
+        self._port = HeldPort()
         self._server: ThreadingHTTPServer | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
         """The file's URL."""
-        return f"http://127.0.0.1:{self._port}/dir/disk.img"
+        return f"http://127.0.0.1:{self._port.number}/dir/disk.img"
 
     def __enter__(self) -> Self:
         self.start()
@@ -29,9 +32,10 @@ class WebServer:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self._port.close()
 
     def start(self) -> None:
-        """Listen, the first time at a new port, later at the same."""
+        """Listen, each time at the same port."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,15 +48,16 @@ class WebServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Write no access log."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port.number), Handler)
         self._server.daemon_threads = True
-        self._port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
 
     def kill(self) -> None:
         """Stop listening."""
-        if self._server is not None:
+        if self._server is not None and self._thread is not None:
             self._server.shutdown()
+            self._thread.join()
             self._server.server_close()
             self._server = None
 
