@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.fakes.rest_store import RestStore, served
-from support.fakes.worker import FakeWorker, finish, spawn
+from support.fakes.worker import DEADLINE_S, FakeWorker, finish, spawn
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
@@ -84,10 +84,12 @@ class Run:
 
     def successor(self) -> None:
         """Execute the unanswered writes again and newer ones, while the late PUTs arrive; compare everything."""
-        late = self.random.sample(self.store.held, len(self.store.held))
-        for held in late[: self.random.randint(0, len(late) // 2)]:
-            held.let_go()
-            late.remove(held)
+        # Sorted, because they arrive in any order, and the seed is to choose.
+        held = sorted(self.store.held, key=lambda each: each.name)
+        late = self.random.sample(held, len(held))
+        for each in late[: self.random.randint(0, len(late) // 2)]:
+            each.let_go()
+            late.remove(each)
         with backend(self.run_dir, self.store, 2, self.example) as (worker, process):
             worker.accept()
             for at, data in self.unanswered:
@@ -101,7 +103,7 @@ class Run:
                 late.pop().let_go()
             read = b"".join(worker.read(at, CHUNK) for at in range(0, SIZE_BYTES, CHUNK))
             worker.detach()
-            assert process.wait(20) == 0
+            assert process.wait(DEADLINE_S) == 0
         assert read == self.shadow, "an answered write was lost"
 
 
@@ -286,6 +288,7 @@ def test_requests_reach_the_store_side_by_side_and_change_shared_chunks(tmp_path
 def test_a_store_that_dies_ends_the_backend_and_no_request_is_answered(tmp_path: Path) -> None:
     with served(RestStore()) as store, backend(tmp_path, store, 1) as (worker, process):
         worker.accept()
+        assert worker.read(0, BLOCK) == bytes(BLOCK), "it serves, so its generation has been claimed"
         store.put = lambda *_: 503  # type: ignore[method-assign]
         worker.send(0, [worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK)])
         assert finish(process)[0] == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TEXTS = Path(__file__).parents[3] / "bufpool" / "sdk" / "nbdkit" / "texts.py"
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 _OPTION, _OPTION_REPLY = 0x49484156454F5054, 0x3E889045565A9
 _REQUEST, _REPLY = 0x25609513, 0x67446698
 _OPT_GO, _REP_ACK, _REP_INFO, _REP_ERROR = 7, 1, 3, 1 << 31

@@ -63,8 +63,9 @@ class _ImageHandler(_Handler):
 
     def do_PUT(self) -> None:
         data, start = self.body(), int(self.headers["X-Offset"])
-        if self.is_alive():
-            self.server.image[start : start + len(data)] = data
+        with self.server.changing:
+            if self.is_alive():
+                self.server.image[start : start + len(data)] = data
         self.answer(200)
 
 
@@ -86,14 +87,16 @@ class _ObjectHandler(_Handler):
 
     def do_PUT(self) -> None:
         data = self.body()
-        if self.is_alive():
-            self.server.objects[self.key] = data
+        with self.server.changing:
+            if self.is_alive():
+                self.server.objects[self.key] = data
         self.answer(200, ETag='"1"')
 
     def do_POST(self) -> None:
         keys = _KEY.findall(self.body())
-        for key in keys if self.is_alive() else []:
-            self.server.objects.pop(f"{self.key}/{key.decode()}".replace("//", "/"), None)
+        with self.server.changing:
+            for key in keys if self.is_alive() else []:
+                self.server.objects.pop(f"{self.key}/{key.decode()}".replace("//", "/"), None)
         self.answer(200, b"<DeleteResult></DeleteResult>")
 
     def _list(self, query: dict[str, list[str]]) -> None:
@@ -108,6 +111,11 @@ class _ObjectHandler(_Handler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.changing = threading.Lock()
+        """Held while a change is made: one whose client dies in between comes before its successor's changes."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: a client that is killed resets its connection."""

@@ -4,9 +4,9 @@ The package is fetched and checked like the test guest's.  The cached directory 
 temporary name and renamed last.
 """
 
-import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from support.guest.apt_archive import OS_RELEASE, Archive, ArchiveError, release_codename
@@ -33,8 +33,9 @@ def fetch_plugins() -> Path:
     path = plugins_path()
     if path.is_dir():
         return path
-    staging = path.with_name(f"{path.name}-{os.getpid()}.partial")
-    (staging / "plugins").mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"{path.name}-", suffix=".partial", dir=path.parent))
+    (staging / "plugins").mkdir()
     try:
         tarball = _download(Archive.of_this_host(staging))
         unpack = [
@@ -47,9 +48,12 @@ def fetch_plugins() -> Path:
             "--wildcards",
         ]
         subprocess.run([*unpack, *_WANTED], check=True)
-        # Another fetch may have finished first.
-        if not path.is_dir():
+        try:
             (staging / "plugins").rename(path)
+        except OSError:
+            # Another fetch has finished first.
+            if not path.is_dir():
+                raise
     finally:
         shutil.rmtree(staging)
     print(f"guest: nbdkit's Python plugins are ready in {path}", flush=True)
