@@ -24,6 +24,8 @@ _REQUEST_S_MAX = 3600
 CHUNK_BYTES_MAX = 64 << 20
 """A chunk is in memory as a whole, several times while it changes."""
 CONNECT_S = timedelta(seconds=5)
+_START_TRIES, _START_S = 4, 20.0
+"""What a store that is away for a moment gets while a backend starts; a backend that waited would hear no SIGTERM."""
 
 
 def library(extra: str) -> Any:
@@ -107,8 +109,8 @@ class Ending:
 class Patience:
     """Makes requests until the store answers.
 
-    After `timeout_s` seconds without an answer, 0 for never, `ending` ends the backend; without one `BackendError` is
-    raised at the first failure.
+    After `timeout_s` seconds without an answer, 0 for never, `ending` ends the backend.  Without one, while the backend
+    starts, a request is tried four times at most, for 20 s at most; then `BackendError` is raised.
     """
 
     def __init__(self, obstore: Any, name: str, timeout_s: float) -> None:
@@ -120,14 +122,15 @@ class Patience:
 
     async def ask(self, start: Callable[[], Awaitable[_T]]) -> _T:
         """The result of `start`, called again while the store is away.  Raises what `answers` lists."""
-        since_s, pause_s = time.monotonic(), _PAUSE_S_MIN
+        since_s, pause_s, tries = time.monotonic(), _PAUSE_S_MIN, 0
         while True:
+            tries += 1
             try:
                 result = await start()
             except self._answers:
                 raise
             except (self._obstore.exceptions.BaseError, OSError, TimeoutError) as error:
-                await self._failed(error, since_s)
+                await self._failed(error, since_s, tries)
             else:
                 if self._said:
                     self._said = ""
@@ -137,13 +140,13 @@ class Patience:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1))
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 
-    async def _failed(self, error: BaseException, since_s: float) -> None:
-        text = first_line(error)
-        if self.ending is None:
+    async def _failed(self, error: BaseException, since_s: float, tries: int) -> None:
+        text, waited_s = first_line(error), time.monotonic() - since_s
+        if self.ending is None and (tries == _START_TRIES or waited_s > _START_S):
             raise BackendError(f"{self._name}: {text}") from error
         self.retries += 1
         if not self._said:
             self._said = text
             log.warning("%s: no answer, trying again: %s", self._name, text)
-        if 0 < self._timeout_s <= time.monotonic() - since_s:
+        if self.ending is not None and 0 < self._timeout_s <= waited_s:
             await self.ending.end(f"{self._name}: no answer for timeout={self._timeout_s:g} s: {text}")

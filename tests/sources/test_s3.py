@@ -265,6 +265,29 @@ def test_requests_wait_for_a_server_that_is_away(
             assert worker.read(tag * CHUNK, BLOCK) == block(tag + 2)
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_a_start_survives_a_store_that_is_away_for_a_moment(
+    tmp_path: Path, server: S3Server, worker: FakeWorker, method: str
+) -> None:
+    failures = iter(["503 Slow Down"] * 3)
+    server.answer_instead = lambda this, _path: next(failures, None) if this == method else None
+    with serving(worker, backend_for(server, tmp_path)):
+        assert worker.write(0, block(1)) == BLOCK
+    assert next(failures, None) is None
+
+
+def test_a_start_fails_on_a_store_that_stays_away(
+    tmp_path: Path, server: S3Server, worker: FakeWorker
+) -> None:
+    server.answer_instead = lambda _method, _path: "503 Slow Down"
+    before = len(server.requests)
+    thread = BackendThread(backend_for(server, tmp_path), tmp_path)
+    worker.answer_question()
+    with pytest.raises(BackendError, match="503"):
+        thread.join()
+    assert len(server.requests) == before + 4
+
+
 def test_a_put_whose_answer_was_lost_is_not_a_conflict_with_another(
     tmp_path: Path, server: S3Server, worker: FakeWorker
 ) -> None:

@@ -24,6 +24,9 @@ Environ = dict[str, Any]
 
 
 class _Quiet(WSGIRequestHandler):
+    # Head and body of an answer are two sends: the second would wait for the client's delayed ACK.
+    disable_nagle_algorithm = True
+
     def log(self, type: str, message: str, *args: Any) -> None:
         """Write no access log."""
 
@@ -60,6 +63,8 @@ class S3Server:
         self.answer_instead: Callable[[str, str], str | None] = lambda _method, _path: None
         """Returns a status such as `503 Slow Down` for a request that is not to be executed."""
         self.ignores_conditions = False
+        self.refuses_the_dead = False
+        """Whether a request is not executed once its client has closed the connection: a fence for any client."""
         self.requests: list[tuple[str, str]] = []
 
     @property
@@ -146,6 +151,8 @@ class S3Server:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path))
         if status := self.answer_instead(method, path):
+            # What is left of it would be taken for the connection's next request.
+            _take_body(environ)
             start(status, [("Content-Length", "0")])
             return [b""]
         if self.ignores_conditions:
@@ -158,13 +165,17 @@ class S3Server:
         return self._execute_later(environ, start)
 
     def _execute(self, environ: Environ, start: Callable[..., Any]) -> Iterable[bytes]:
-        # One at a time: a condition and the PUT that has it are one step.
+        if self.refuses_the_dead:
+            _take_body(environ)
+        # One at a time: a condition and the PUT that has it are one step, and so are a client's life and its request.
         with self._lock:
+            if self.refuses_the_dead and not _is_alive(environ["werkzeug.socket"]):
+                start("408 Request Timeout", [("Content-Length", "0")])
+                return [b""]
             return list(self._app(environ, start))
 
     def _execute_later(self, environ: Environ, start: Callable[..., Any]) -> Iterable[bytes]:
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        environ["wsgi.input"] = io.BytesIO(body)
+        _take_body(environ)
         held = Held(environ)
         with self._holding:
             self._held.append(held)
@@ -179,3 +190,18 @@ class S3Server:
             return self._execute(environ, started)
         finally:
             held._done.set()
+
+
+def _take_body(environ: Environ) -> None:
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["wsgi.input"] = io.BytesIO(body)
+
+
+def _is_alive(connection: socket.socket) -> bool:
+    """Whether the client, whose request has been read, still has the connection."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
