@@ -9,6 +9,15 @@ from typing import Any, Self
 from support.sources.ports import HeldPort
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Each range is a connection of its own; one that finds no place in the queue is tried again a second later.
+    request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: a client that is killed resets its connection."""
+
+
 class WebServer:
     """Serves `content` at `/dir/disk.img`."""
 
@@ -48,8 +57,7 @@ class WebServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Write no access log."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port.number), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", self._port.number), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
