@@ -10,6 +10,8 @@ from support.systemd.scene import Seen
 
 # 30 s on real hardware; in the guest the shutdown's Python commands start 15 to 25 times slower.
 POWEROFF_S = 60.0
+# A busy machine is slower still: what the guest needs for one command, in addition and so many times.
+COMMANDS = 10
 # Of 8 MiB written: each CPU keeps up to 125 pages before /proc/meminfo counts them.
 DIRTY_MIN_KIB = 6144
 TIMES = re.compile(r"\d\d:\d\d:\d\d|time=")
@@ -112,12 +114,18 @@ def test_no_line_in_the_journal_has_a_time_of_its_own(first: Seen) -> None:
     assert [message for message in ours if TIMES.search(message)] == []
 
 
+def expect_short_poweroff(seen: Seen) -> None:
+    """Check that nothing was waited for, by how long the guest takes for a command."""
+    assert seen.boot.is_off
+    took_s = seen.boot.second_of(OFF) - seen.boot.second_of(POWEROFF)
+    assert took_s < POWEROFF_S + COMMANDS * float(seen.fact("seconds of a command"))
+
+
 @pytest.mark.parametrize("where", ["/srv/vol0", "/mnt/hand"])
 def test_a_poweroff_with_dirty_data_is_short(first: Seen, where: str) -> None:
     assert first.fact("hand mount") == {"status": 0, "said": ""}
     assert dirtied_kib(first)[where] >= DIRTY_MIN_KIB
-    assert first.boot.is_off
-    assert first.boot.second_of(OFF) - first.boot.second_of(POWEROFF) < POWEROFF_S
+    expect_short_poweroff(first)
 
 
 def test_the_next_boot_finds_clean_file_systems_with_all_of_the_data(second: Seen) -> None:
@@ -133,6 +141,5 @@ def test_the_next_boot_finds_clean_file_systems_with_all_of_the_data(second: See
 def test_a_poweroff_does_not_wait_for_a_backend_that_has_gone(second: Seen) -> None:
     assert second.fact("backend stop") == {"status": 0, "said": ""}
     assert dirtied_kib(second)["/mnt/hand"] >= DIRTY_MIN_KIB
-    assert second.boot.is_off
-    assert second.boot.second_of(OFF) - second.boot.second_of(POWEROFF) < POWEROFF_S
+    expect_short_poweroff(second)
     assert "vol1: no backend, and the machine goes down: requests fail" in second.log

@@ -153,7 +153,7 @@ def test_without_the_rights_a_command_says_what_is_missing(daemon: Daemon) -> No
 
 
 def test_a_device_without_a_backend_is_live_when_one_attaches(daemon: Daemon) -> None:
-    waiting = Command(daemon, "add", "later", "--size", "4M", "--wait", "60")
+    waiting = Command(daemon, "add", "later", "--size", "4M", "--wait", "600")
     eventually(lambda: len(daemon.client.devices()) == 1, "the device waits")
     assert daemon.status("later").state == "waiting" and daemon.status("later").path is None
     backend = Command(daemon, "backend", "memory", "--device", "later", "size=4M")

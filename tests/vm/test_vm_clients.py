@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.vm.daemon import Daemon, eventually, total
+from support.vm.daemon import DEADLINE_S, Daemon, eventually, total
 from support.vm.fio import finish_fio, start_fio
 from support.vm.process import Forked
 from support.vm.recovery import kill, wait_for_backend, wait_for_epoch
@@ -261,7 +261,7 @@ def test_the_example_and_fio_under_client_use_the_shared_buffer_or_are_copied(
             [sys.executable, str(EXAMPLES / "zero_copy_client.py"), status.name, str(daemon.run_dir)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=DEADLINE_S,
             check=True,
         )
         assert example.stdout == ("in place\n" if is_offered() else "copied\n")

@@ -131,7 +131,7 @@ def _bystander(daemon: Daemon) -> Iterator[None]:
     with daemon.device("bystander", "memory", options={"size": "16M"}) as status:
         assert status.path is not None
         # Paced, so that the tests have the CPUs; it only has to go on.
-        pace: dict[str, Any] = {"time_based": 1, "runtime": 900, "rate_iops": 200}
+        pace: dict[str, Any] = {"time_based": 1, "runtime": 3600, "rate_iops": 200}
         before = _reads(daemon, "bystander")
         fio = start_fio(status.path, size="16M", iodepth=8, verify_backlog=32, **pace)
         try:

@@ -22,7 +22,7 @@ MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
 """Memory that the group may use beyond its present use."""
 WRITTEN_BYTES = 40 * MIB
-WRITER_DEADLINE_S = 300
+WRITER_DEADLINE_S = 900
 CHUNK = 65536
 
 

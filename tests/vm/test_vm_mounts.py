@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def _who_has(where: Path) -> list[str]:
 
 
 def _namespace(pid: int) -> str:
-    return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+    """The mount namespace of a process; empty if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+    return ""
 
 
 @pytest.fixture(params=["private", "shared"])

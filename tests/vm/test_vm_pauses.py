@@ -10,8 +10,9 @@ from support.vm.daemon import Daemon, marked_processes, total
 from support.vm.recovery import Load
 from ublkpool.daemon.status import DeviceStatus
 
-IO_TIMEOUT_S = 2.0
-PAUSE_S = 3 * IO_TIMEOUT_S
+IO_TIMEOUT_S = 5.0
+"""Without a pause no request may take as long, even in a guest on a busy machine."""
+PAUSE_S = 1.5 * IO_TIMEOUT_S
 
 
 def _add(daemon: Daemon, name: str, rings: bool) -> DeviceStatus:

@@ -153,7 +153,8 @@ def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> N
 @pytest.mark.parametrize("placement", ["pool", "backend"])
 def test_an_overdue_request_fails_where_that_is_asked_for(daemon: Daemon, placement: str) -> None:
     small: dict[str, Any] = {"size_bytes": MIB, "max_io_bytes": 65536, "depth": 8}
-    daemon.add("slow", io_timeout_s=3, on_timeout="fail", placement=placement, **small)
+    daemon.add("slow", io_timeout_s=10, on_timeout="fail", placement=placement, **small)
+    # The requests of the partition scan must not be overdue.
     backend = _attach(daemon, placement)
     with daemon.stopped(backend.pid):
         path = str(daemon.status("slow").path)

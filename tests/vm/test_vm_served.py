@@ -3,6 +3,7 @@
 The backends are processes of a user who is only a member of the daemon's group.
 """
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -25,8 +26,8 @@ MIB = 1 << 20
 NONE_YET = "no backend is attached, requests wait"
 
 
-def _backend(daemon: Daemon, transport: Transport = "ring") -> Forked:
-    """A backend of another user, whose output goes to a file."""
+def _backend(daemon: Daemon, transport: Transport = "ring", denied_patience_s: float = 5.0) -> Forked:
+    """A backend of another user, whose output goes to a file, and which is denied for so long before it ends."""
     said = daemon.path("said")
     said.touch()
     said.chmod(0o666)
@@ -36,7 +37,9 @@ def _backend(daemon: Daemon, transport: Transport = "ring") -> Forked:
         import ublkpool.bufpool.engine.native
         import ublkpool.bufpool.sdk.ring_links
         import ublkpool.bufpool.sdk.zeromq_links  # noqa: F401
+        from ublkpool.bufpool.sdk import doors
 
+        doors._PATIENCE_S[errno.EACCES] = denied_patience_s
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -106,16 +109,21 @@ def _check_that_it_is_served_when_a_backend_has_come(daemon: Daemon, path: str, 
         assert write_block(path, 0, bytes(4096)) == 0
 
 
+def _is_attached_without_hello(status: DeviceStatus) -> bool:
+    is_named = "HELLO on queue 1 yet" in status.reason
+    return is_named and status.state == "recovering" and status.backend.attached
+
+
 def _check_that_a_backend_that_is_denied_says_so(daemon: Daemon, path: str) -> None:
     denied = next(each for each in _queues(daemon) if each.name.endswith(".1.ring"))
     os.chown(denied, 0, 0)
     eventually(lambda: not _status(daemon).backend.attached, "the last one is gone")
-    backend = _backend(daemon)
-    eventually(lambda: "HELLO on queue 1 yet" in _status(daemon).reason, "the queue is named")
-    assert _status(daemon).state == "recovering" and _status(daemon).backend.attached
+    # So long that it is still there when its status is asked for.
+    backend = _backend(daemon, denied_patience_s=20.0)
+    eventually(lambda: _is_attached_without_hello(_status(daemon)), "the queue is named")
     assert backend.wait() == 1
     said = daemon.path("said").read_text()
-    assert re.match(rf"queue 1: {denied}: Permission denied for 5 s: run this backend as root, or", said)
+    assert re.match(rf"queue 1: {denied}: Permission denied for 20 s: run this backend as root, or", said)
     os.chown(denied, 0, NOBODY)
     with _backend(daemon):
         daemon.wait_live("vol")

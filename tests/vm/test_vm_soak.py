@@ -31,7 +31,7 @@ from support.vm.soak import Death
 
 SOAK_S = float(os.environ.get("UBLKPOOL_SOAK_S", "20"))
 EXT4_KILLS = int(os.environ.get("UBLKPOOL_SOAK_KILLS", "4"))
-COPY_DEADLINE_S = 300.0
+COPY_DEADLINE_S = 900.0
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,10 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 echo 7 > /proc/sys/kernel/printk
 echo 1 > /proc/sys/kernel/sysrq
+# On a busy host a CPU of the guest stands still for seconds, and a task waits for minutes, without a fault of the kernel.
+for setting in watchdog_thresh=60 hung_task_timeout_secs=900; do
+    if [ -e "/proc/sys/kernel/${setting%=*}" ]; then echo "${setting#*=}" > "/proc/sys/kernel/${setting%=*}"; fi
+done
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o ptmxmode=0666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm

@@ -16,7 +16,7 @@ from pathlib import Path
 from support.guest.cache import Emulator
 
 READ_BYTES = 1 << 16
-SOCKET_TIMEOUT_S = 10
+SOCKET_TIMEOUT_S = 120
 KERNEL_WORDS = (
     "console=ttyS0 quiet panic=-1 oops=panic tsc=reliable no_timer_check root=root rootfstype=virtiofs"
 )

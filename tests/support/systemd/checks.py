@@ -27,7 +27,7 @@ HERE = Path("/root/check")
 FACTS = HERE / "facts"
 FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
 CGROUP = Path("/sys/fs/cgroup/system.slice/ublkpool.service")
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 DIRTY_BYTES = 8 << 20
 POWEROFF = "ublkpool-check: poweroff"
 SHOWN = "Id,ActiveState,SubState,Result,StatusText,NRestarts,MainPID,UnitFileState"
@@ -183,7 +183,14 @@ def quick_restarts() -> None:
         shell("systemctl", "restart", "--no-block", "ublkpool")
         time.sleep(0.2)
     eventually(lambda: is_live("vol0") and is_live("vol1"), "the devices serve after quick restarts")
+    eventually(is_active, "no restart is under way any more")
     say("after quick restarts", units("ublkpool.service")["ublkpool.service"])
+
+
+def is_active() -> bool:
+    """Whether the daemon's unit is active, and has no job."""
+    said = shell("systemctl", "show", "--value", "-p", "ActiveState,Job", "ublkpool")["said"]
+    return sorted(str(said).split()) == ["active"]
 
 
 def out_of_memory() -> None:
@@ -198,8 +205,7 @@ def out_of_memory() -> None:
     finally:
         limit.write_text("max")
     events = dict(line.split() for line in (CGROUP / "memory.events").read_text().splitlines())
-    # systemd hears of it through the same file; a question to it that comes later is answered after that.
-    time.sleep(2)
+    eventually(systemd_saw_the_kill, "systemd notices the kill of a process of the unit")
     say(
         "out of memory",
         {
@@ -209,6 +215,12 @@ def out_of_memory() -> None:
             "after": units("ublkpool.service")["ublkpool.service"],
         },
     )
+
+
+def systemd_saw_the_kill() -> bool:
+    """Whether systemd has logged it; it has then done what the unit's OOMPolicy says."""
+    said = shell("journalctl", "-b", "-o", "cat", "--no-pager", "-u", "ublkpool")["said"]
+    return "killed by the OOM killer" in str(said)
 
 
 def deaths() -> None:
@@ -223,6 +235,8 @@ def deaths() -> None:
 
 def journal() -> None:
     """All log lines of the daemon and the backends in this boot."""
+    # journald reads what was sent to it, before it answers.
+    shell("journalctl", "--sync")
     said = shell(
         "journalctl", "-b", "-o", "json", "--no-pager", "-u", "ublkpool", "-u", "ublkpool-backend@*"
     )["said"]

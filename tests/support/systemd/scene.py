@@ -14,7 +14,7 @@ from typing import Any
 from support.systemd.guest import Boot, boot
 from support.systemd.root import inside
 
-BOOT_TIMEOUT_S = 900
+BOOT_TIMEOUT_S = 2400
 REPORT_LINES = 400
 CHECK = "root/check"
 CHECKS = Path(__file__).with_name("checks.py")

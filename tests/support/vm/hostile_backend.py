@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.fakes.liar import Lie, Scene, posts_that_lie
+from support.vm.daemon import DEADLINE_S
 from support.vm.process import Forked
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.huge_pages import SharedMap
@@ -25,7 +26,6 @@ from ublkpool.bufpool.wire import Descriptor, Kind, Op
 
 BLOCK_BYTES = 512
 DEATH_STATUS = 7
-_ATTACH_DEADLINE_S = 60
 
 
 class Victim(NamedTuple):
@@ -291,7 +291,7 @@ def attach_by_hand(
     """Send one packet to the attach socket; returns the daemon's answer and closes the connection."""
     packet = message if isinstance(message, bytes) else wire.encode_message(message)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(_ATTACH_DEADLINE_S)
+        connection.settimeout(DEADLINE_S)
         connection.connect(str(run_dir / "attach.sock"))
         # The daemon may refuse a connection before it reads from it.
         with suppress(BrokenPipeError):

@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from support.vm.patience import be_patient
 from ublkpool.daemon.cli.commands import main
 from ublkpool.daemon.device import recovery
 from ublkpool.daemon.device.team import Team
@@ -76,6 +77,7 @@ def _heard(worker: WorkerProcess, message: messages.FromWorker) -> None:
 
 
 if __name__ == "__main__":
+    be_patient()
     setattr(Team, "fork", _remembered_fork)  # noqa: B010
     setattr(WorkerProcess, "_on_message", _heard)  # noqa: B010
     _after(BlockDevice, "start_recovery", "started", lambda *_: [])

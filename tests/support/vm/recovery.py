@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from support.vm.daemon import Daemon, eventually, total
+from support.vm.daemon import DEADLINE_S, Daemon, eventually, total
 from support.vm.fio import FioResult, drop_fio, finish_fio, start_fio
 from ublkpool.daemon.status import DeviceStatus
 
@@ -116,7 +116,7 @@ def kill_worker(daemon: Daemon, name: str, rng: random.Random) -> DeviceStatus:
     return status
 
 
-def wait_for_epoch(daemon: Daemon, name: str, epoch: int, deadline_s: float = 60.0) -> DeviceStatus:
+def wait_for_epoch(daemon: Daemon, name: str, epoch: int, deadline_s: float = DEADLINE_S) -> DeviceStatus:
     """Wait until the device is live in this epoch or a later one."""
 
     def recovered() -> bool:

@@ -4,6 +4,7 @@ import os
 import sys
 
 from support.fakes.watched_calls import is_own, print_with_stack, watch
+from support.vm.patience import be_patient
 from ublkpool.daemon.cli.commands import main
 
 
@@ -16,5 +17,6 @@ def watch_daemon() -> None:
 
 
 if __name__ == "__main__":
+    be_patient()
     watch_daemon()
     main()
