@@ -71,7 +71,9 @@ def test_a_layer_that_holds_writes_until_a_flush_loses_them_by_a_kill(tmp_path: 
     # Without WRITE_ZEROES: zeros beside its blocks may also have been written too far.
     kind = str(EXAMPLES / "file_functions.py")
     report = report_on(kind, {"path": disk}, seconds=60, deadline_s=60, layers=[layer])
-    assert report.promise == "survives-kill", report.lines()
+    # A block with older data has lost the newer one, or an older request came late: a report may name either.
+    assert report.promise in ("survives-kill", "predecessor", "fence"), report.lines()
+    assert report.counts["kill"] >= 1
     assert f" --layer {layer} {kind} path=" in report.replay
 
 

@@ -250,6 +250,7 @@ def test_answers_wait_for_room_in_a_small_ring(programs: Path, tmp_path: Path) -
             for half in (requests[:4], requests[4:]):
                 worker.send(0, half)
                 while worker.rings().get(64) != worker.rings()._written:
+                    assert process.poll() is None, process.communicate()
                     os.sched_yield()
             assert [worker.receive().tag for _ in requests] == list(range(8))
             worker.detach()
