@@ -167,10 +167,10 @@ class TakeOver:
 
     def _brokers(self) -> list[Process]:
         """The broker of the devices that go on, if it is one, lives and can be reached."""
-        known = {each for record in self._going_on for each in record.processes if each.role == "broker"}
+        known = {_broker_of(record) for record in self._going_on}
         if self._broker_socket is None or len(known) != 1:
             return []
-        return [each for each in known if is_alive(each)]
+        return [each for each in known if each is not None and is_alive(each)]
 
     def _remove_sockets(self, is_gone: Callable[[int], bool]) -> None:
         for path in self._context.queue_dir.iterdir():
@@ -183,3 +183,8 @@ class TakeOver:
         if prefix in list_orphans(self._context.instance):
             _log.info("removing the pool %s that an earlier daemon left", prefix)
             unlink_arena(prefix)
+
+
+def _broker_of(record: Record) -> Process | None:
+    """The broker that knows of this device; None if none did when the record was written."""
+    return next((each for each in record.processes if each.role == "broker"), None)

@@ -101,7 +101,7 @@ class DeviceParts:
                 epoch=resources.epoch,
                 state=life.state,
                 going=life.is_stopping,
-                broker_pid=self.context.broker.child.pid,
+                broker_pid=self._broker_pid(),
                 segments=self.backend.segments,
                 clients=resources.area.record() if resources.area else None,
                 build=self.context.build,
@@ -109,6 +109,11 @@ class DeviceParts:
             )
         )
         self._saving = None
+
+    def _broker_pid(self) -> int | None:
+        """The broker's process; None while it does not know of the device: the next daemon must not go on with it."""
+        leases, broker = self.resources.leases, self.context.broker
+        return broker.child.pid if leases is None or leases.are_told else None
 
     async def fork(self, epoch: int) -> Team:
         """The workers of this epoch.  Raises `DaemonError`, `PoolError`, `OSError`."""

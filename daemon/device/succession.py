@@ -36,7 +36,7 @@ def record_of(
     *,
     state: State,
     going: bool,
-    broker_pid: int,
+    broker_pid: int | None,
     segments: int,
     clients: AreaRecord | None,
     build: str,
@@ -46,9 +46,10 @@ def record_of(
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
+    broker = identify("broker", broker_pid) if broker_pid is not None else None
     backend = identify("backend", session.pid) if session else None
     own = identify("backend", managed_pid) if managed_pid is not None else None
-    others = dict.fromkeys((identify("broker", broker_pid), backend, own))
+    others = dict.fromkeys((broker, backend, own))
     return Record(
         config=config,
         device_number=kernel.number if kernel else None,

@@ -263,10 +263,15 @@ class Leases:
         self._queues = range(queues)
         self._control_fd = control_fd
         self._epochs: list[int] = [] if known is None else [known]
-        self._generation = 0 if known is None else pool_broker.adopted_generation
+        self._generation = self._told = 0 if known is None else pool_broker.adopted_generation
         self._closed = False
         # A restarted broker is told at once, even while the device waits for it: so calls can overlap.
         self._turn = asyncio.Lock()
+
+    @property
+    def are_told(self) -> bool:
+        """Whether the broker that runs now knows of the device and its workers."""
+        return self._told == self._broker.generation
 
     async def refresh(self) -> None:
         """Tell a broker that was restarted of the device and its workers; it reads leases from the slot headers."""
@@ -298,10 +303,11 @@ class Leases:
     async def _refresh(self) -> None:
         if self._generation == self._broker.generation:
             return
-        self._generation = self._broker.generation
+        generation = self._generation = self._broker.generation
         await self._broker.command(broker_commands.AddDevice(self._number), self._control_fd)
         for epoch in self._epochs[-1:]:
             await self._register(epoch)
+        self._told = generation
 
     async def _reclaim(self) -> None:
         for epoch in self._epochs:

@@ -21,6 +21,7 @@ from support.fakes.device_parts import (
     FakeWorkerProcess,
     ended_child,
     fake_context,
+    fake_device,
     turn,
 )
 from ublkpool.bufpool.errors import PoolError
@@ -532,6 +533,46 @@ def test_the_successor_of_a_broker_that_died_during_its_commands_gets_all_of_the
         await device.refresh()
         await device.register(1)
         assert fake.heard == ["AddDevice", "Register 1", "Register 1"]
+
+    asyncio.run(run())
+
+
+def test_a_broker_knows_of_a_device_when_it_has_answered_all_that_it_is_told() -> None:
+    async def run() -> None:
+        fake = NotingBroker()
+        device = leases(fake)
+        assert not device.are_told
+        await device.register(1)
+        assert device.are_told
+        fake.restart()
+        assert not device.are_told
+        fake.dead = True
+        with pytest.raises(PoolError):
+            await device.refresh()
+        assert not device.are_told
+        fake.restart()
+        fake.turn.clear()
+        telling = asyncio.ensure_future(device.refresh())
+        await turn()
+        assert not device.are_told
+        fake.turn.set()
+        await telling
+        assert device.are_told and Leases(fake, 7, 2, 0, known=1).are_told is False
+        fake.adopted_generation = fake.generation
+        assert Leases(fake, 7, 2, 0, known=1).are_told
+
+    asyncio.run(run())
+
+
+def test_a_record_names_the_broker_when_that_knows_of_the_device() -> None:
+    async def run() -> None:
+        parts, broker = fake_device().parts, NotingBroker()
+        parts.context.broker, broker.child = broker, FakeChild(pid=7)
+        assert parts._broker_pid() == 7, "the device has no buffers"
+        parts.resources.leases = leases(broker)
+        assert parts._broker_pid() is None
+        await parts.resources.leases.register(1)
+        assert parts._broker_pid() == 7
 
     asyncio.run(run())
 

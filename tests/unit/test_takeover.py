@@ -232,3 +232,36 @@ def test_a_broker_is_adopted_by_the_socket_that_is_held_for_it_also_under_its_ea
 
     asyncio.run(run())
     assert adopted == [(os.getpid(), True)]
+
+
+def test_a_broker_that_one_device_does_not_know_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its daemon died before it had told that broker of the device, whose requests for buffers would wait for ever."""
+    monkeypatch.setattr(takeover, "may_go_on", lambda *_: True)
+    own = identify("broker", os.getpid())
+    assert own is not None
+    started: list[bool] = []
+
+    class Next(FakeBroker):
+        async def adopt(self, pid: int, sock: socket.socket) -> bool:
+            raise AssertionError("it does not know of the other device")
+
+        def start(self) -> None:
+            started.append(True)
+
+    async def end_brokers(_records: Sequence[Record], spared: Sequence[Process]) -> None:
+        assert not spared
+
+    monkeypatch.setattr(takeover, "end_brokers", end_brokers)
+    made = context(tmp_path)
+    made.broker = Next()
+    records = [msgspec.structs.replace(RECORD, processes=(own,)), RECORD]
+
+    async def run() -> None:
+        left = TakeOver(made, records, {HELD: socket.socket(socket.AF_UNIX).detach()}, [])
+        await left.clear()
+        left.close()
+
+    asyncio.run(run())
+    assert started == [True]

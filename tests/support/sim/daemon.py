@@ -157,6 +157,7 @@ class LeftBehind(NamedTuple):
     workers: "list[SimWorker]"
     backend: SimBackend | None
     segment: int
+    broker: BrokerLife | None
     going: bool = False
     clients: None = None
     served: None = None
@@ -358,9 +359,15 @@ class SimDeviceParts(DeviceParts):
                 workers=[cast(SimWorkerProcess, each).worker for each in team.workers],
                 backend=session.backend if session else None,
                 segment=session.segment if session else 0,
+                broker=self._known_broker(),
                 going=life.is_stopping,
             )
         )
+
+    def _known_broker(self) -> BrokerLife | None:
+        if self._broker_pid() is None:
+            return None
+        return cast(SimBrokerProcess, self.context.broker).process
 
     @property
     def team(self) -> SimTeam | None:

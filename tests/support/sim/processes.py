@@ -463,6 +463,7 @@ class Processes:
         self.counts["successions" if goes_on else "recoveries of what was left"] += 1
         if not goes_on:
             self._end_left()
+        if not goes_on or left.broker is not broker:
             self._end_broker()
             broker = None
         daemon = self._begin_daemon(broker)
