@@ -84,9 +84,11 @@ def await_sent(backend: NbdBackend, count: int) -> None:
 @contextmanager
 def stopped(server: Nbdkit) -> Iterator[None]:
     """The server answers nothing, and is killed and started again at the end."""
-    server.signal(signal.SIGSTOP)
-    yield
-    server.restart()
+    server.stop()
+    try:
+        yield
+    finally:
+        server.restart()
 
 
 def every_operation(worker: FakeWorker, disk: Path) -> None:

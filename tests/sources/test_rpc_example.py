@@ -1,7 +1,6 @@
 """The RPC example: the data of a write lies inside the message that ZeroMQ sends, and no slot is used too early."""
 
 import importlib.util
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 import zmq
 
 from support.fakes.worker import DEADLINE_S, OWN_SEGMENT, BackendThread, FakeWorker, finish, spawn
+from support.stopping import stop
 from ublkpool.bufpool.sdk.backend import Backend
 from ublkpool.bufpool.wire import Flag, Kind, Op
 
@@ -181,7 +181,7 @@ def test_a_write_outlives_the_server_and_is_sent_again(tmp_path: Path, example: 
         thread = BackendThread(backend, tmp_path)
         worker.accept()
         assert worker.write(0, b"a" * 4096) == 4096
-        server.process.send_signal(signal.SIGSTOP)
+        stop(server.process.pid)
         placed, request = worker.place(4096, 4096)
         assert worker.own is not None
         worker.own[placed.buffer : placed.buffer + 4096] = b"b" * 4096

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.fakes.descriptors import no_descriptor_left
+from support.stopping import stop
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes import holder as holder_module
 from ublkpool.daemon.processes.holder import Holder, Take
@@ -89,9 +90,13 @@ async def test_a_dropped_or_replaced_descriptor_is_closed(tmp_path: Path) -> Non
         each.close()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", [kill, stop])
 def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
-    tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @in_loop
     async def run(run_dir: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_holder_that_dies_or_hangs_is_replaced_and_given_every_descriptor(
         ours, theirs = pair()
         holder.hold("vol0/session", ours.fileno())
         before = holder.child
-        os.kill(before.pid, how)
+        how(before.pid)
         with monkeypatch.context() as patched:
             patched.setattr(holder_module, "_ANSWER_TIMEOUT_S", 0.5)
             while holder.child is before:
@@ -141,7 +146,7 @@ async def test_a_holder_that_is_stopped_at_a_takeover_is_ended_with_what_it_hold
     first._forget("vol0/pool")
     begun(first)
     die(first)
-    os.kill(first.pid, signal.SIGSTOP)
+    stop(first.pid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holder_module, "_ANSWER_TIMEOUT_S", 0.1)
         second = Holder(tmp_path)
@@ -213,7 +218,7 @@ async def test_a_holder_gets_more_descriptors_than_its_socket_takes_at_once(tmp_
 async def test_what_a_supervisor_sent_before_it_died_is_in_the_answer_to_the_next(tmp_path: Path) -> None:
     first = Holder(tmp_path)
     first.start()
-    os.kill(first.pid, signal.SIGSTOP)
+    stop(first.pid)
     names = [f"vol{number}/session" for number in range(100)]
     with Path(os.devnull).open() as null:
         for name in names:

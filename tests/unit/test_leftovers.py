@@ -171,6 +171,10 @@ class StepLeases(Leases):
     def __init__(self, *_: object) -> None:
         self.machine.parts.add("leases")
 
+    @property
+    def are_told(self) -> bool:
+        return True
+
     async def register(self, epoch: int) -> None:
         self.machine.step("leases")
 

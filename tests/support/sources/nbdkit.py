@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from support.sources.ports import HeldPort
+from support.stopping import stop
 
 _DEADLINE_S = 60.0
 
@@ -72,8 +73,13 @@ class Nbdkit:
             except OSError:
                 return False
 
+    def stop(self) -> None:
+        """Let it answer nothing more."""
+        assert self._process is not None
+        stop(self._process.pid)
+
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal: SIGSTOP lets it answer nothing more."""
+        """Send a signal."""
         assert self._process is not None
         self._process.send_signal(number)
 

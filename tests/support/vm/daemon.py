@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from support.fakes.watched_calls import MARK as MAY_WAIT
+from support.stopping import stop
 from ublkpool.bufpool.pool.arena import arena_prefix
 from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
@@ -305,7 +306,7 @@ class Daemon:
     @contextmanager
     def stopped(self, pid: int) -> Iterator[None]:
         """Stop a process (SIGSTOP) for the length of a block."""
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             yield
         finally:

@@ -1,0 +1,28 @@
+"""Stopping a process for a test."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_DEADLINE_S = 60.0
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and wait until every thread has stopped: kill(2) returns before that."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline_s = time.monotonic() + _DEADLINE_S
+    while not all(state in "TtZX" for state in _states(pid)):
+        assert time.monotonic() < deadline_s, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
+def _states(pid: int) -> list[str]:
+    """The state of each thread, as in proc_pid_stat(5)."""
+    found = []
+    for each in Path(f"/proc/{pid}/task").glob("*/stat"):
+        # A thread may have ended since.
+        with suppress(OSError):
+            found.append(each.read_text().rpartition(") ")[2][0])
+    return found
