@@ -156,10 +156,11 @@ class LoopRig:
 
     def lose(self) -> None:
         """Tell the worker that the backend is dead, and wait for its confirmation."""
-        # ZeroMQ would connect again, with the token that the next backend here has, too.
-        self._end_backends()
         messages.send(self.supervisor, messages.Lost())
         assert self.news() == messages.LetGo()
+        # Not before, or the worker reports a hang-up.  Left open, ZeroMQ would connect again when the next backend
+        # takes over the token, and take it back.
+        self._end_backends()
 
     def count(self, name: str) -> int:
         block = os.pread(self.arena.control_fd, 4096, stats_offset(0))
