@@ -66,6 +66,41 @@ class CopyStats(msgspec.Struct, frozen=True, kw_only=True):
     in_place_bytes: int = 0
 
 
+class Bucket(msgspec.Struct, frozen=True, array_like=True):
+    """The durations above the bucket before and up to `upper_s` seconds; None is the bucket without an upper bound."""
+
+    upper_s: float | None
+    count: int
+
+
+class Histogram(msgspec.Struct, frozen=True, kw_only=True):
+    """Durations since the queue was made: their number, their sum in nanoseconds, and the buckets that are not empty.
+
+    Buckets are in the order of their bounds, each at most a quarter wider than its lower bound; `latency.py` has the
+    bounds.  `count` is the sum of the buckets' counts.  In JSON a bucket is `[upper_s, count]`.
+    """
+
+    count: int = 0
+    sum_ns: int = 0
+    buckets: tuple[Bucket, ...] = ()
+
+
+class Latencies(msgspec.Struct, frozen=True, kw_only=True):
+    """How long requests took, in real time, also while the worker was stopped.
+
+    `read`, `write` and `other` (flush, discard, write zeroes): from the request's arrival in the worker to its commit,
+    for each request in `requests`.  `buffer_wait`: each wait of a request for a buffer of the pool or for a region
+    that its backend names; a request that need not wait is not in it.  `backend`: from the first time that a request
+    was handed to a backend to the answer; a backend's death and the next backend's replay are part of it.
+    """
+
+    read: Histogram = Histogram()
+    write: Histogram = Histogram()
+    other: Histogram = Histogram()
+    buffer_wait: Histogram = Histogram()
+    backend: Histogram = Histogram()
+
+
 class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """One queue since its worker started; `counters` holds all of the worker's counters by name."""
 
@@ -78,6 +113,7 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     buffers_waited: int = 0
     copies: CopyStats = CopyStats()
     counters: dict[str, int] = {}
+    latency: Latencies = Latencies()
 
 
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,10 +144,11 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One device's counters; `reason`: why it does not serve, empty if it does."""
+    """One device's counters; `reason`: why it does not serve, empty if it does; `latency`: of all its queues."""
 
     name: str
     reason: str = ""
     queues: tuple[QueueStats, ...] = ()
     pool: PoolStats = PoolStats()
     clients: ClientStats = ClientStats()
+    latency: Latencies = Latencies()
