@@ -1,31 +1,29 @@
-"""The typed Python interface of the C core: one hardware queue, its ring, and process calls that Python lacks.
+"""The typed Python interface of the C core: one hardware queue, the rings that a backend shares, its io_uring.
 
 Owns the C objects' lifetime.  `Queue` is the state machine alone and needs no kernel (tests drive it with a fake
-driver); `Ring` puts it on /dev/ublkcN and is made in the process that runs it, after fork.
+driver); `IoUring` puts it on /dev/ublkcN and is made in the process that runs it, after fork.
 """
 
 import enum
 import errno
-import fcntl
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from ublkpool.ublk import _native
+from ublkpool.ublk.calls import check, ffi, lib
+from ublkpool.ublk.mappings import map_segment, sealed_memory, unmap_segment
 
-_ffi, _lib = _native.ffi, _native.lib
-NULL: Any = _ffi.NULL
-WATCH_SHIFT: int = _lib.UQ_WATCH_SHIFT
-CLASS_COUNT_MAX: int = _lib.UQ_CLASSES_MAX
+NULL: Any = ffi.NULL
+WATCH_SHIFT: int = lib.UQ_WATCH_SHIFT
+CLASS_COUNT_MAX: int = lib.UQ_CLASSES_MAX
 HELLO_TIMEOUT_MS = 30_000
 """How long a backend may be attached to a queue without a HELLO."""
 
 
 class Attention(enum.IntFlag):
-    """Why `Ring.run` came back; watched descriptors are bits from `WATCH_SHIFT` on."""
+    """Why `IoUring.run` came back; watched descriptors are bits from `WATCH_SHIFT` on."""
 
     OUTPUT = 1
     STOCK = 2
@@ -126,8 +124,8 @@ class Statistics(NamedTuple):
 
 def read_statistics(block: bytes) -> Statistics:
     """Decode a queue's block of the control segment; names are those of struct uq_stats."""
-    view = _ffi.from_buffer("struct uq_stats *", block)
-    names = [name for name, _ in _ffi.typeof("struct uq_stats").fields]
+    view = ffi.from_buffer("struct uq_stats *", block)
+    names = [name for name, _ in ffi.typeof("struct uq_stats").fields]
     counters = {name: int(getattr(view, name)) for name in names if name not in ("requests", "bytes")}
     return Statistics(tuple(view.requests), tuple(view.bytes), counters)
 
@@ -164,54 +162,54 @@ class Queue:
         """Raises `ValueError` if the core does not accept the config or memory is short (`uq_new`)."""
         self.config = config
         self._memory = memory
-        raw = _ffi.new("struct uq_config *", _fields(config))
-        raw.descriptors = _ffi.cast("struct uq_iod *", memory.descriptors)
-        raw.pool = _ffi.cast("uint8_t *", memory.pool)
-        raw.slots = _ffi.cast("struct uq_slot *", memory.slots)
-        raw.scratch = _ffi.cast("uint8_t *", memory.scratch)
-        raw.stats = _ffi.cast("struct uq_stats *", memory.statistics)
+        raw = ffi.new("struct uq_config *", _fields(config))
+        raw.descriptors = ffi.cast("struct uq_iod *", memory.descriptors)
+        raw.pool = ffi.cast("uint8_t *", memory.pool)
+        raw.slots = ffi.cast("struct uq_slot *", memory.slots)
+        raw.scratch = ffi.cast("uint8_t *", memory.scratch)
+        raw.stats = ffi.cast("struct uq_stats *", memory.statistics)
         if memory.zeros is not None:
-            raw.zeros = _ffi.cast("uint8_t *", memory.zeros)
-        self.raw = _ffi.gc(_lib.uq_new(raw), _lib.uq_free)
-        if self.raw == _ffi.NULL:
+            raw.zeros = ffi.cast("uint8_t *", memory.zeros)
+        self.raw = ffi.gc(lib.uq_new(raw), lib.uq_free)
+        if self.raw == ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
-        self._slots = _ffi.new("uint32_t[]", max(each.slot_count for each in config.classes))
-        self._first = _ffi.new("struct wire_descriptor **")
-        self._culprit = _ffi.new("struct wire_descriptor *")
+        self._slots = ffi.new("uint32_t[]", max(each.slot_count for each in config.classes))
+        self._first = ffi.new("struct wire_descriptor **")
+        self._culprit = ffi.new("struct wire_descriptor *")
 
     def start(self) -> None:
         """Fetch every tag.  Raises `RuntimeError` if need_get_data is off and the stock lacks a buffer per tag."""
-        if _lib.uq_start(self.raw):
+        if lib.uq_start(self.raw):
             raise RuntimeError(f"queue {self.config.queue}: a buffer for each tag is not in the stock yet")
 
     def complete(self, tag: int, result: int) -> None:
         """What the ring does with a completion; a fake driver calls it."""
-        _lib.uq_complete(self.raw, tag, result)
+        lib.uq_complete(self.raw, tag, result)
 
     def take_commands(self) -> list[Command]:
         """What the ring does at a submit: the commands, from then on consumed.  For fake drivers."""
-        buffer = _ffi.new("struct uq_command[]", self.config.depth)
-        count = _lib.uq_commands(self.raw, buffer, self.config.depth)
+        buffer = ffi.new("struct uq_command[]", self.config.depth)
+        count = lib.uq_commands(self.raw, buffer, self.config.depth)
         commands = [Command(c.tag, c.op, c.result, c.address) for c in buffer[0:count]]
-        _lib.uq_commands_taken(self.raw, count)
+        lib.uq_commands_taken(self.raw, count)
         return commands
 
     def output(self) -> bytes:
         """The descriptors that wait for the backend, as one block; see `sent`."""
-        count = _lib.uq_output(self.raw, self._first)
-        return bytes(_ffi.buffer(self._first[0], 64 * count))
+        count = lib.uq_output(self.raw, self._first)
+        return bytes(ffi.buffer(self._first[0], 64 * count))
 
     def sent(self, count: int) -> None:
         """The transport has taken the first `count` descriptors of `output`."""
-        _lib.uq_output_sent(self.raw, count)
+        lib.uq_output_sent(self.raw, count)
 
     def hold_output(self, hold: bool) -> None:
         """Whether the transport is full: then waiting descriptors raise no `Attention.OUTPUT`."""
-        _lib.uq_output_hold(self.raw, hold)
+        lib.uq_output_hold(self.raw, hold)
 
     def input(self, frame: bytes | memoryview) -> None:
         """The backend sent this frame; a frame that breaks the protocol cuts the link."""
-        _lib.uq_input(self.raw, _ffi.from_buffer(frame), len(frame))
+        lib.uq_input(self.raw, ffi.from_buffer(frame), len(frame))
 
     def expect(self, segment: int, base: Any, size_bytes: int, reads_own: bool, fence: bool = False) -> bool:
         """Whether the next backend can come; no while too many dead backends' segments still hold data.
@@ -219,19 +217,19 @@ class Queue:
         `fence`: it served an earlier epoch, and gets nothing before it has let go of that.  Raises `OSError` if
         memory is short.
         """
-        result = int(_lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own, fence))
+        result = int(lib.uq_link_expect(self.raw, segment, base, size_bytes, reads_own, fence))
         if result == -errno.EBUSY:
             return False
-        _check(result, f"a segment of {size_bytes} bytes")
+        check(result, f"a segment of {size_bytes} bytes")
         return True
 
     def cut(self, violation: int = 0) -> None:
         """Stop talking to the backend; what it holds stays with it until `lost`."""
-        _lib.uq_link_cut(self.raw, violation)
+        lib.uq_link_cut(self.raw, violation)
 
     def hung_up(self) -> None:
         """The connection of a backend that served has ended: nothing more is said or heard until `lost`."""
-        _lib.uq_link_hung_up(self.raw)
+        lib.uq_link_hung_up(self.raw)
 
     def change_pool(self, fd: int, size_bytes: int) -> None:
         """Replace the pool's memory, at the same address; the contents of requests' buffers are copied.
@@ -240,109 +238,109 @@ class Queue:
         pool any more and must end.
         """
         fresh = map_segment(fd, size_bytes)
-        _lib.uq_pool_copy(self.raw, _ffi.cast("uint8_t *", fresh))
-        result = int(_lib.uq_map_over(self._memory.pool, fresh, size_bytes))
+        lib.uq_pool_copy(self.raw, ffi.cast("uint8_t *", fresh))
+        result = int(lib.uq_map_over(self._memory.pool, fresh, size_bytes))
         if result:
             raise PoolLost(-result, os.strerror(-result))
 
     def count_strangers(self, count: int) -> None:
         """Count frames or connections that did not come from the backend."""
-        _lib.uq_stats_of(self.raw).strangers += count
+        lib.uq_stats_of(self.raw).strangers += count
 
     def lost(self) -> None:
         """The backend is dead or has let go: what it did not answer waits for the next."""
-        _lib.uq_link_lost(self.raw)
+        lib.uq_link_lost(self.raw)
 
     @property
     def link(self) -> LinkState:
-        return LinkState(_lib.uq_link_state(self.raw))
+        return LinkState(lib.uq_link_state(self.raw))
 
     def unmap_idle_segments(self) -> int:
         """Unmap segments of dead backends that hold nothing any more; how many."""
-        base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        base, size = ffi.new("uint8_t **"), ffi.new("uint64_t *")
         count = 0
-        while _lib.uq_segment_idle(self.raw, base, size):
-            _lib.uq_unmap_segment(base[0], size[0])
+        while lib.uq_segment_idle(self.raw, base, size):
+            lib.uq_unmap_segment(base[0], size[0])
             count += 1
         return count
 
     def stock_wants(self) -> Iterator[tuple[int, int]]:
         """(class, count) of every class that wants buffers (positive) or has some to return (negative)."""
         for index in range(len(self.config.classes)):
-            want = _lib.uq_stock_want(self.raw, index)
+            want = lib.uq_stock_want(self.raw, index)
             if want:
                 yield index, want
 
     def stock_asked(self, size_class: int, count: int) -> None:
         """Add `count` buffers to those on order at the broker."""
-        _lib.uq_stock_asked(self.raw, size_class, count)
+        lib.uq_stock_asked(self.raw, size_class, count)
 
     def stock_on_order(self, size_class: int, count: int) -> None:
         """Set the number of buffers on order at the broker."""
-        _lib.uq_stock_on_order(self.raw, size_class, count)
+        lib.uq_stock_on_order(self.raw, size_class, count)
 
     def stock_add(self, size_class: int, slots: Sequence[int]) -> None:
         """Buffers come into the stock; waiting requests take them."""
-        _lib.uq_stock_add(self.raw, size_class, list(slots), len(slots))
+        lib.uq_stock_add(self.raw, size_class, list(slots), len(slots))
 
     def stock_take(self, size_class: int, count: int) -> list[int]:
         """Take up to `count` free buffers out of the stock."""
-        taken = _lib.uq_stock_take(self.raw, size_class, self._slots, count)
+        taken = lib.uq_stock_take(self.raw, size_class, self._slots, count)
         return list(self._slots[0:taken])
 
     def stock_recall(self, size_class: int, count: int) -> None:
         """Others wait for `count` buffers that this queue holds above its reserve."""
-        _lib.uq_stock_recall(self.raw, size_class, count)
+        lib.uq_stock_recall(self.raw, size_class, count)
 
     def stock_held(self, size_class: int) -> list[int]:
         """Every slot of the class that is in the stock or lent to a tag."""
-        count = _lib.uq_stock_held(self.raw, size_class, self._slots, len(self._slots))
+        count = lib.uq_stock_held(self.raw, size_class, self._slots, len(self._slots))
         return list(self._slots[0:count])
 
     def tick(self, now_ms: int) -> None:
         """The clock; the ring calls it itself."""
-        _lib.uq_tick(self.raw, now_ms)
+        lib.uq_tick(self.raw, now_ms)
 
     def give_up(self) -> None:
         """Fail requests that would wait for a backend with EIO, until the next backend is expected."""
-        _lib.uq_give_up(self.raw)
+        lib.uq_give_up(self.raw)
 
     def attention(self) -> Attention:
-        return Attention(_lib.uq_attention(self.raw))
+        return Attention(lib.uq_attention(self.raw))
 
     def attention_bits(self) -> int:
         """`attention` as a plain number, for callers in a hot loop."""
-        return int(_lib.uq_attention(self.raw))
+        return int(lib.uq_attention(self.raw))
 
     def clear(self, bits: Attention) -> None:
         """Clear these bits, once they are dealt with."""
-        _lib.uq_attention_clear(self.raw, bits)
+        lib.uq_attention_clear(self.raw, bits)
 
     @property
     def has_violation(self) -> bool:
         """Whether the link was cut because the backend broke the protocol."""
-        return bool(_lib.uq_violation(self.raw, self._culprit))
+        return bool(lib.uq_violation(self.raw, self._culprit))
 
     def violation(self) -> str:
         """The backend's violation in words, with the descriptor that committed it."""
-        code = _lib.uq_violation(self.raw, self._culprit)
+        code = lib.uq_violation(self.raw, self._culprit)
         c = self._culprit
         named = f" (kind {c.kind}, tag {c.tag}, result {c.result}, segment {c.segment}, buffer {c.buffer})"
         return VIOLATIONS[code] + (named if c.kind else "")
 
     def fault(self) -> str:
         """The core's own error in words."""
-        tag, detail = _ffi.new("unsigned *"), _ffi.new("int *")
-        code = _lib.uq_fault(self.raw, tag, detail)
+        tag, detail = ffi.new("unsigned *"), ffi.new("int *")
+        code = lib.uq_fault(self.raw, tag, detail)
         return f"{FAULTS[code]} at tag {tag[0]} ({detail[0]})"
 
     def tag_state(self, tag: int) -> int:
         """The tag's `workers.tag_state.State`."""
-        return int(_lib.uq_tag_state(self.raw, tag))
+        return int(lib.uq_tag_state(self.raw, tag))
 
     @property
     def in_flight(self) -> int:
-        return int(_lib.uq_in_flight(self.raw))
+        return int(lib.uq_in_flight(self.raw))
 
 
 def _fields(config: QueueConfig) -> dict[str, Any]:
@@ -371,180 +369,61 @@ class Port:
 
     def __init__(self, depth: int) -> None:
         """For a queue of `depth`.  Raises `OSError`, `MemoryError`."""
-        self.entries = int(_lib.uq_port_entries(depth))
-        self._size_bytes = int(_lib.uq_port_bytes(self.entries))
+        self.entries = int(lib.uq_port_entries(depth))
+        self._size_bytes = int(lib.uq_port_bytes(self.entries))
         self.memory_fd = sealed_memory(self._size_bytes, "ublkpool-ring")
         try:
             self._memory = map_segment(self.memory_fd, self._size_bytes)
         except OSError:
             os.close(self.memory_fd)
             raise
-        raw = _lib.uq_port_new(self._memory, self.entries)
-        if raw == _ffi.NULL:
+        raw = lib.uq_port_new(self._memory, self.entries)
+        if raw == ffi.NULL:
             unmap_segment(self._memory, self._size_bytes)
             os.close(self.memory_fd)
             raise MemoryError(f"no memory for a queue's rings of {self.entries} entries")
-        self.raw = _ffi.gc(raw, _lib.uq_port_free)
+        self.raw = ffi.gc(raw, lib.uq_port_free)
 
     def turn(self, queue: Queue) -> bool:
         """Feed the backend's descriptors to the queue and send its output; whether to ring the backend's doorbell."""
-        return bool(_lib.uq_port_turn(self.raw, queue.raw))
+        return bool(lib.uq_port_turn(self.raw, queue.raw))
 
     def doze(self, queue: Queue) -> bool:
         """Whether this side may sleep: the backend rings from now on, until `wake`.  False if something has come."""
-        return bool(_lib.uq_port_doze(self.raw, queue.raw))
+        return bool(lib.uq_port_doze(self.raw, queue.raw))
 
     def wake(self) -> None:
         """This side is awake: the backend need not ring."""
-        _lib.uq_port_wake(self.raw)
+        lib.uq_port_wake(self.raw)
 
     def close(self) -> None:
         """Free the memory; no ring may use the port any more."""
-        _ffi.release(self.raw)
+        ffi.release(self.raw)
         unmap_segment(self._memory, self._size_bytes)
         os.close(self.memory_fd)
 
 
-class Ring:
+class IoUring:
     """A queue on a real driver.  Made, used and closed in one process, after fork."""
 
     def __init__(self, queue: Queue, char_fd: int, spin_us: int = 0) -> None:
         """`spin_us`: how long it looks for news before it sleeps.  Raises `OSError`."""
-        out = _ffi.new("struct uq_ring **")
-        _check(_lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, spin_us, out), "io_uring")
+        out = ffi.new("struct uq_ring **")
+        check(lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, spin_us, out), "io_uring")
         self._queue = queue
-        self._raw = _ffi.gc(out[0], _lib.uq_ring_free)
+        self._raw = ffi.gc(out[0], lib.uq_ring_free)
 
     def watch(self, index: int, fd: int) -> None:
         """Have `run` come back with bit `WATCH_SHIFT + index` when `fd` is readable; -1 stops that."""
-        _check(_lib.uq_ring_watch(self._raw, index, fd), "watch")
+        check(lib.uq_ring_watch(self._raw, index, fd), "watch")
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
         """Exchange descriptors with the backend there, without Python; the bells are eventfds (see queue_ring.h)."""
-        _lib.uq_ring_use_port(self._raw, _ffi.NULL if port is None else port.raw, bell_in, bell_out)
+        lib.uq_ring_use_port(self._raw, ffi.NULL if port is None else port.raw, bell_in, bell_out)
 
     def run(self, timeout_ms: int) -> int:
         """Serve until something needs attention; its bits, or 0 after the timeout.  Raises `OSError`."""
-        return _check(_lib.uq_ring_run(self._raw, timeout_ms), "io_uring_enter")
+        return check(lib.uq_ring_run(self._raw, timeout_ms), "io_uring_enter")
 
     def close(self) -> None:
-        _ffi.release(self._raw)
-
-
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        raise OSError(-result, f"{what}: {os.strerror(-result)}")
-    return result
-
-
-def _checked_address(address: Any, what: str) -> Any:
-    if address == _ffi.NULL:
-        raise OSError(_ffi.errno, f"{what}: {os.strerror(_ffi.errno)}")
-    return address
-
-
-def map_descriptors(char_fd: int, queue: int, depth: int) -> Any:
-    """Map a queue's descriptor array read-only; before fork, in the process that opened /dev/ublkcN."""
-    return _checked_address(
-        _lib.uq_map_descriptors(char_fd, queue, depth), f"map descriptors of queue {queue}"
-    )
-
-
-def unmap_descriptors(address: Any, depth: int) -> None:
-    """Undo `map_descriptors` in this process."""
-    _check(-errno.EINVAL if _lib.uq_unmap_descriptors(address, depth) else 0, "unmap descriptors")
-
-
-def map_segment(fd: int, size_bytes: int) -> Any:
-    """Map a segment shared, writable, populated."""
-    return _checked_address(_lib.uq_map_segment(fd, size_bytes), f"map a segment of {size_bytes} bytes")
-
-
-def sealed_memory(size_bytes: int, name: str) -> int:
-    """A memfd of zeros, fully allocated, whose size is sealed.  Raises `OSError`."""
-    fd = sealable_memory(name)
-    try:
-        allocate_sealed(fd, size_bytes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def sealable_memory(name: str) -> int:
-    """The empty memfd of `sealed_memory`, for a process that calls `allocate_sealed`.  Raises `OSError`."""
-    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-
-
-def allocate_sealed(fd: int, size_bytes: int) -> None:
-    """Allocate every page of a `sealable_memory`, and seal its size.  Raises `OSError`."""
-    os.posix_fallocate(fd, 0, size_bytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-
-
-def unmap_segment(address: Any, size_bytes: int) -> None:
-    """Undo `map_segment`."""
-    _lib.uq_unmap_segment(address, size_bytes)
-
-
-def offset(address: Any, nbytes: int) -> Any:
-    """The address `nbytes` after this one."""
-    return _ffi.cast("uint8_t *", address) + nbytes
-
-
-def map_private(size_bytes: int) -> Any:
-    """Zeroed memory of this process, populated."""
-    return _checked_address(_lib.uq_map_private(size_bytes), f"{size_bytes} bytes of memory")
-
-
-def map_zeros(size_bytes: int) -> Any:
-    """Zeroed memory of this process, mapped read-only.  Raises `OSError`."""
-    # Pages of a file: memory that was never written is the kernel's zero page, which is pinned the slow way.
-    fd = sealed_memory(size_bytes, "ublkpool-zeros")
-    try:
-        return _ffi.from_buffer(
-            mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
-        )
-    finally:
-        os.close(fd)
-
-
-def set_io_flusher() -> None:
-    """PR_SET_IO_FLUSHER: allocations of this thread never wait for its own device."""
-    _check(_lib.uq_set_io_flusher(), "PR_SET_IO_FLUSHER")
-
-
-def lock_memory() -> None:
-    """Keep what is mapped, and what will be, in memory."""
-    _check(_lib.uq_lock_memory(), "mlockall")
-
-
-def private_mounts() -> None:
-    """Unshare the mount namespace, with private propagation."""
-    _check(_lib.uq_private_mounts(), "unshare the mount namespace")
-
-
-def leave_mount(path: str) -> None:
-    """Unmount what is mounted there in this process's mount namespace, at once or when the last file is closed."""
-    _check(_lib.uq_leave_mount(os.fsencode(path)), f"umount {path}")
-
-
-def enter_mounts(fd: int) -> None:
-    """Move this process into the mount namespace behind `fd`; it stands at that namespace's root then."""
-    _check(_lib.uq_enter_mounts(fd), "enter a mount namespace")
-
-
-def close_all_but(keep: Sequence[int]) -> None:
-    """Close every descriptor of this process but these."""
-    numbers = sorted(set(keep))
-    _check(_lib.uq_close_all_but(_ffi.new("int[]", numbers), len(numbers)), "close_range")
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """KILL this process when its parent ends.  Raises `OSError` if that has ended already."""
-    _check(_lib.uq_die_with(parent_pid), "PR_SET_PDEATHSIG")
-
-
-def set_process_name(name: str) -> None:
-    """What ps and top show for this process (15 characters)."""
-    _check(_lib.uq_set_name(name.encode()), "PR_SET_NAME")
+        ffi.release(self._raw)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.way_out import explain
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import process_calls
 from ublkpool.workers.messages import Fault, send
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 
@@ -62,8 +62,8 @@ def _begin(keep_fds: Sequence[int], title: str) -> None:
         signal.signal(number, signal.SIG_DFL)
     # A terminal's Ctrl-C reaches the whole group; the supervisor decides when its children go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    core.close_all_but([0, 1, 2, *keep_fds])
-    core.set_process_name(title)
+    process_calls.close_all_but([0, 1, 2, *keep_fds])
+    process_calls.set_process_name(title)
 
 
 def _reason(error: Exception) -> str:
@@ -77,8 +77,8 @@ def run_worker(
 ) -> int:
     """A worker's whole life after the fork; its exit status."""
     try:
-        core.set_io_flusher()
-        core.lock_memory()
+        process_calls.set_io_flusher()
+        process_calls.lock_memory()
         loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)
     except Exception as error:
         send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {_reason(error)}"))

@@ -17,8 +17,9 @@ import zmq
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.size_pool import held_max
+from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, LinkState, Memory, Queue, QueueConfig, Ring
+from ublkpool.ublk.queue import Attention, IoUring, LinkState, Memory, Queue, QueueConfig
 from ublkpool.workers import messages
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.pool_link import PoolLink
@@ -93,7 +94,7 @@ class QueueLoop:
         )
         self._rings = RingLink(spec.ring_socket, self._queue, spec.socket_mode, spec.socket_group)
         self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
-        self._ring = Ring(self._queue, char_fd, spec.spin_us)
+        self._ring = IoUring(self._queue, char_fd, spec.spin_us)
         self._started = False
         self._fetched = False
         self._more = False
@@ -244,7 +245,7 @@ class QueueLoop:
     def _expect_segment(self, message: messages.Expect, fd: int | None) -> str:
         """The reason of a failure, or empty."""
         try:
-            base = core.map_segment(fd, message.segment_bytes) if fd is not None else core.NULL
+            base = mappings.map_segment(fd, message.segment_bytes) if fd is not None else core.NULL
         except OSError as error:
             return f"its segment cannot be mapped: {error}"
         finally:
@@ -261,7 +262,7 @@ class QueueLoop:
         except OSError as error:
             problem = str(error)
         if fd is not None:
-            core.unmap_segment(base, message.segment_bytes)
+            mappings.unmap_segment(base, message.segment_bytes)
         return problem
 
     def _listen_to(self, token: bytes, user: int | None = None) -> None:
@@ -297,14 +298,14 @@ def _settle(context: "zmq.Context[zmq.Socket[bytes]]", cpu: int | None) -> None:
 
 
 def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue:
-    control = core.map_segment(arena.control_fd, os.fstat(arena.control_fd).st_size)
-    pool = core.map_segment(arena.data_fd, arena.geometry.total_bytes)
+    control = mappings.map_segment(arena.control_fd, os.fstat(arena.control_fd).st_size)
+    pool = mappings.map_segment(arena.data_fd, arena.geometry.total_bytes)
     memory = Memory(
         descriptors=descriptors,
         pool=pool,
-        slots=core.offset(control, slot_header_offset(arena.queues, 0)),
-        scratch=core.map_private(config.max_io_bytes),
-        statistics=core.offset(control, stats_offset(config.queue)),
-        zeros=core.map_zeros(config.max_io_bytes) if config.answers_itself else None,
+        slots=mappings.offset(control, slot_header_offset(arena.queues, 0)),
+        scratch=mappings.map_private(config.max_io_bytes),
+        statistics=mappings.offset(control, stats_offset(config.queue)),
+        zeros=mappings.map_zeros(config.max_io_bytes) if config.answers_itself else None,
     )
     return Queue(config, memory)

@@ -28,7 +28,7 @@ _QUESTION_BYTES_MAX = 256
 
 
 class PortUser(Protocol):
-    """The queue's io_uring, which moves descriptors through a port: `ublk.queue.Ring`."""
+    """The queue's io_uring, which moves descriptors through a port: `ublk.queue.IoUring`."""
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None: ...
 

@@ -25,8 +25,7 @@ from ublkpool.daemon.check.queue import KernelQueue, Shape, frame_path, ring_pat
 from ublkpool.daemon.check.requests import Request
 from ublkpool.daemon.device.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.ublk import _native
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import _native, mappings
 
 DEVICE = "check"
 DEVICE_NUMBER = 7
@@ -291,8 +290,8 @@ class Host:
         setting = self.setting
         sizes = sorted({_SMALL_BYTES, max(_SMALL_BYTES, setting.max_io_bytes)})
         self._geometry = Geometry.build([(size, setting.queues * setting.depth) for size in sizes])
-        self._pool_fd = core.sealed_memory(self._geometry.total_bytes, "ublkpool-check")
-        self._pool = core.map_segment(self._pool_fd, self._geometry.total_bytes)
+        self._pool_fd = mappings.sealed_memory(self._geometry.total_bytes, "ublkpool-check")
+        self._pool = mappings.map_segment(self._pool_fd, self._geometry.total_bytes)
 
     def _make_queues(self) -> None:
         setting, disk = self.setting, self.disk
@@ -420,7 +419,7 @@ class Host:
             queue.close()
         self.queues, self._again, self.disk, self.epoch = [], [], None, 1
         if self._pool_fd >= 0:
-            core.unmap_segment(self._pool, self._geometry.total_bytes)
+            mappings.unmap_segment(self._pool, self._geometry.total_bytes)
             os.close(self._pool_fd)
             self._pool_fd = -1
 

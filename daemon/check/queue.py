@@ -16,7 +16,7 @@ import zmq
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.wire import Flag, Op
 from ublkpool.daemon.check.requests import Request
-from ublkpool.ublk import _native
+from ublkpool.ublk import _native, mappings
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, BufferClass, LinkState, Memory, Port, Queue, QueueConfig
 from ublkpool.workers.backend_link import BackendLink
@@ -128,11 +128,11 @@ class KernelQueue:
         self, token: bytes, segment: int, fd: int | None, size_bytes: int, reads_own: bool, fence: bool
     ) -> bool:
         """Whether the backend with this token can come.  `fd` is its own segment.  Raises `OSError`."""
-        base = core.NULL if fd is None else core.map_segment(fd, size_bytes)
+        base = core.NULL if fd is None else mappings.map_segment(fd, size_bytes)
         self.core.unmap_idle_segments()
         if not self.core.expect(segment, base, size_bytes, reads_own, fence):
             if fd is not None:
-                core.unmap_segment(base, size_bytes)
+                mappings.unmap_segment(base, size_bytes)
             return False
         self._listen_to(token)
         return True

@@ -30,7 +30,8 @@ from ublkpool.daemon.settings.affinity import cpu_for
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.settings.run_directory import restore_queues
 from ublkpool.ublk.errors import UblkError
-from ublkpool.ublk.queue import QueueConfig, map_descriptors, read_statistics, unmap_descriptors
+from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
+from ublkpool.ublk.queue import QueueConfig, read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes

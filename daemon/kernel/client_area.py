@@ -25,7 +25,7 @@ from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import slice_name
 from ublkpool.daemon.processes.open_files import FileId, file_id, processes_with
 from ublkpool.daemon.settings.config import CLIENT_SLICES
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import mappings
 
 _log = logging.getLogger("ublkpool.device")
 USER_UNKNOWN = -1
@@ -58,7 +58,7 @@ class ClientArea:
         try:
             check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
             for number in range(CLIENT_SLICES):
-                area.files[number] = core.sealable_memory("ublkpool-clients")
+                area.files[number] = mappings.sealable_memory("ublkpool-clients")
             await area._allocate(runner, device)
         except PoolError as error:
             raise DaemonError(str(error)) from error
@@ -85,7 +85,7 @@ class ClientArea:
     def _fill(self) -> str:
         """Allocate and seal every slice; an empty text.  Raises `OSError`."""
         for fd in self.descriptors():
-            core.allocate_sealed(fd, self.slice_bytes)
+            mappings.allocate_sealed(fd, self.slice_bytes)
         return ""
 
     @classmethod
@@ -147,11 +147,11 @@ class ClientArea:
         """All slices, mapped in this process, and in a child that it forks meanwhile."""
         memory: list[Any] = []
         try:
-            memory.extend(core.map_segment(fd, self.slice_bytes) for fd in self.files.values())
+            memory.extend(mappings.map_segment(fd, self.slice_bytes) for fd in self.files.values())
             yield memory
         finally:
             for each in memory:
-                core.unmap_segment(each, self.slice_bytes)
+                mappings.unmap_segment(each, self.slice_bytes)
 
     def close(self) -> None:
         """Close the slices' descriptors."""

@@ -29,7 +29,7 @@ from ublkpool.daemon.processes.backoff import Backoff, start_surely
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.readable import readable
 from ublkpool.daemon.processes.reserve import Reserve, with_room_for_one
-from ublkpool.ublk import queue
+from ublkpool.ublk import process_calls
 from ublkpool.ublk.errors import UblkError
 from ublkpool.workers.process import fork_child
 
@@ -224,7 +224,7 @@ def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
     try:
         # An END_USER_RECOVERY that outlived the supervisor would complete when the next one's workers fetch their tags,
         # before that supervisor has begun its own recovery: the device would be live without workers.
-        queue.die_with_parent(parent_pid)
+        process_calls.die_with_parent(parent_pid)
         os.write(writer, _BEGUN)
         answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))
     except UblkError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ublkpool
-from ublkpool.ublk import queue
+from ublkpool.ublk import process_calls
 
 NAMESPACE = Path("/proc/self/ns/mnt")
 KERNEL_TREES = ("/proc", "/sys", "/dev")
@@ -51,7 +51,7 @@ def leave_for_own_view(used: Iterable[Path]) -> int:
     """
     live = os.open(NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        queue.private_mounts()
+        process_calls.private_mounts()
     except OSError:
         os.close(live)
         raise
@@ -76,7 +76,7 @@ def detach_all_but(used: Iterable[Path]) -> None:
 def _detach(mount: Mount) -> str | None:
     """The reason of a failure, or None."""
     try:
-        queue.leave_mount(mount.path)
+        process_calls.leave_mount(mount.path)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -180,7 +180,7 @@ def enter_live_view(live: int, cwd: str) -> None:
     If that fails, the child ends with a line on its stderr.
     """
     try:
-        queue.enter_mounts(live)
+        process_calls.enter_mounts(live)
         os.chdir(cwd)
     except OSError as error:
         with suppress(OSError):

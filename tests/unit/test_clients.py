@@ -38,7 +38,7 @@ from ublkpool.daemon.processes.held_names import client_name, slice_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import mappings
 from ublkpool.ublk.abi import Feature
 
 AREA_BYTES = CLIENT_SLICES * PAGE
@@ -344,13 +344,13 @@ def test_a_large_area_is_allocated_by_another_process_than_the_supervisor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at_once_bytes_max: int
 ) -> None:
     """Allocating a gigabyte takes seconds, in which the supervisor would serve no other device."""
-    allocate = core.allocate_sealed
+    allocate = mappings.allocate_sealed
 
     def noted(fd: int, size_bytes: int) -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         allocate(fd, size_bytes)
 
-    monkeypatch.setattr(core, "allocate_sealed", noted)
+    monkeypatch.setattr(mappings, "allocate_sealed", noted)
     monkeypatch.setattr(client_area, "AT_ONCE_BYTES_MAX", at_once_bytes_max)
     area = created()
     assert ((tmp_path / "pid").read_text() == str(os.getpid())) == (at_once_bytes_max > 0)
@@ -369,7 +369,7 @@ def test_an_area_without_enough_memory_is_named_and_leaves_nothing(
     def scarce(fd: int, size_bytes: int) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(core, "allocate_sealed", scarce)
+    monkeypatch.setattr(mappings, "allocate_sealed", scarce)
     monkeypatch.setattr(client_area, "AT_ONCE_BYTES_MAX", at_once_bytes_max)
     words = r"no memory for client_buffers of 32768 bytes \(Cannot allocate memory\): lower it"
     with pytest.raises(DaemonError, match=words):

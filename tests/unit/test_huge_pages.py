@@ -14,8 +14,7 @@ from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import make_data
-from ublkpool.ublk import _native
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import _native, mappings
 
 MIB = 1 << 20
 MAPS = Path("/proc/self/maps")
@@ -39,7 +38,7 @@ def make(prefix: str, huge: str, geometry: Geometry = GEOMETRY) -> Arena:
 @pytest.fixture(scope="module")
 def collapses() -> None:
     """Skips where this kernel makes no huge pages."""
-    fd = core.sealed_memory(HUGE_PAGE_BYTES, "test")
+    fd = mappings.sealed_memory(HUGE_PAGE_BYTES, "test")
     with SharedMap(fd, HUGE_PAGE_BYTES) as mapping:
         mapping.collapse()
         found = mapping.huge_bytes()
@@ -50,7 +49,7 @@ def collapses() -> None:
 
 @pytest.mark.parametrize("size_bytes", [4096, HUGE_PAGE_BYTES, 5 * MIB + 4096])
 def test_a_map_shows_the_file_and_begins_where_huge_pages_fit(size_bytes: int) -> None:
-    fd = core.sealed_memory(size_bytes + 4096, "test")
+    fd = mappings.sealed_memory(size_bytes + 4096, "test")
     os.pwrite(fd, b"first", 0)
     with SharedMap(fd, size_bytes) as mapping:
         assert len(mapping.view) == size_bytes and bytes(mapping.view[:5]) == b"first"
@@ -61,7 +60,7 @@ def test_a_map_shows_the_file_and_begins_where_huge_pages_fit(size_bytes: int) -
 
 
 def test_a_view_in_use_keeps_the_memory_and_the_last_one_lets_go() -> None:
-    fd = core.sealed_memory(HUGE_PAGE_BYTES, "ublkpool-test-view")
+    fd = mappings.sealed_memory(HUGE_PAGE_BYTES, "ublkpool-test-view")
     os.pwrite(fd, b"kept", 4096)
     mapping = SharedMap(fd, HUGE_PAGE_BYTES)
     held = mapping.view[4096:8192]
@@ -76,29 +75,29 @@ def test_a_view_in_use_keeps_the_memory_and_the_last_one_lets_go() -> None:
 
 @pytest.mark.parametrize("size_bytes", [8192, HUGE_PAGE_BYTES + 4096])
 def test_a_file_that_is_too_short_is_not_mapped(size_bytes: int) -> None:
-    fd = core.sealed_memory(4096, "test")
+    fd = mappings.sealed_memory(4096, "test")
     with pytest.raises(ValueError, match="greater than file size"):
         SharedMap(fd, size_bytes)
     os.close(fd)
 
 
 def test_a_worker_maps_where_huge_pages_fit_and_unmaps_all_of_it() -> None:
-    fd = core.sealed_memory(3 * MIB + 4096, "ublkpool-test-worker")
-    at = core.map_segment(fd, 3 * MIB + 4096)
+    fd = mappings.sealed_memory(3 * MIB + 4096, "ublkpool-test-worker")
+    at = mappings.map_segment(fd, 3 * MIB + 4096)
     assert not int(_native.ffi.cast("uintptr_t", at)) % HUGE_PAGE_BYTES
-    core.unmap_segment(at, 3 * MIB + 4096)
+    mappings.unmap_segment(at, 3 * MIB + 4096)
     assert "ublkpool-test-worker" not in MAPS.read_text()
     os.close(fd)
     with pytest.raises(OSError, match="map a segment"):
-        core.map_segment(fd, 3 * MIB)
+        mappings.map_segment(fd, 3 * MIB)
 
 
 LOCKED = """
 import mmap, os, sys
 from ublkpool.bufpool.huge_pages import SharedMap
-from ublkpool.ublk import _native, queue as core
+from ublkpool.ublk import _native, mappings, process_calls
 try:
-    core.lock_memory()
+    process_calls.lock_memory()
 except OSError:
     sys.exit(77)
 def resident(address):
@@ -106,8 +105,8 @@ def resident(address):
         pages.seek(address // 4096 * 8)
         words = memoryview(pages.read(8 * 64)).cast("Q")
     return sum(word >> 63 for word in words)
-fd = core.sealed_memory(64 * 4096, "test")
-shared, private = core.map_segment(fd, 64 * 4096), core.map_private(64 * 4096)
+fd = mappings.sealed_memory(64 * 4096, "test")
+shared, private = mappings.map_segment(fd, 64 * 4096), mappings.map_private(64 * 4096)
 sdk = SharedMap(fd, 64 * 4096)
 print(*(resident(int(_native.ffi.cast("uintptr_t", each))) for each in (shared, private)), resident(sdk.address))
 """

@@ -10,7 +10,7 @@ import pytest
 
 from support.vm.process import Forked
 from ublkpool.daemon.processes.open_files import file_id, is_open_elsewhere, processes_with, reopened
-from ublkpool.ublk.queue import sealed_memory
+from ublkpool.ublk.mappings import sealed_memory
 
 SIZE_BYTES = 4096
 

@@ -9,7 +9,8 @@ from support.fakes.driver import SECTOR_BYTES, Request
 from support.fakes.queue_desk import Desk, data
 from ublkpool.bufpool.wire import Op
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import Attention, map_zeros
+from ublkpool.ublk.mappings import map_zeros
+from ublkpool.ublk.queue import Attention
 from ublkpool.workers.tag_state import State
 
 

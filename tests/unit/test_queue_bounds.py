@@ -9,6 +9,7 @@ from support.fakes.liar import STALE
 from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
+from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import HELLO_TIMEOUT_MS, Attention, LinkState
 from ublkpool.workers.tag_state import State
@@ -107,7 +108,7 @@ def test_what_requests_have_in_the_pool_comes_along_into_other_memory(need_get_d
     """A process with the old memory neither sees nor changes the next backend's data."""
     desk = Desk(spare=8, need_get_data=need_get_data, connected=False)
     size_bytes = desk.rig.pool.size_bytes
-    old, fresh = (core.sealed_memory(size_bytes, name) for name in ("old", "fresh"))
+    old, fresh = (mappings.sealed_memory(size_bytes, name) for name in ("old", "fresh"))
     desk.queue.change_pool(old, size_bytes)
     desk.connect()
     requests = [desk.write(tag, 8 * tag, DATA) for tag in range(3)]

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from support.fakes.loop_rig import LoopRig, NoRing, eventually, loop_rig_in
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import mappings
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopRig]:
-    monkeypatch.setattr(queue_loop, "Ring", NoRing)
-    monkeypatch.setattr("ublkpool.ublk.queue.lock_memory", lambda: None)
+    monkeypatch.setattr(queue_loop, "IoUring", NoRing)
+    monkeypatch.setattr("ublkpool.ublk.process_calls.lock_memory", lambda: None)
     with loop_rig_in(tmp_path) as made:
         yield made
 
@@ -38,7 +38,7 @@ def test_a_worker_changes_its_pool_memory_between_two_backends(rig: LoopRig) -> 
     size_bytes = rig.arena.geometry.total_bytes
     rig.serve()
     rig.lose()
-    fresh = core.sealed_memory(size_bytes, "fresh")
+    fresh = mappings.sealed_memory(size_bytes, "fresh")
     inode = os.fstat(fresh).st_ino
     messages.send(rig.supervisor, messages.NewPool(), fresh)
     os.close(fresh)
@@ -86,14 +86,14 @@ def test_a_worker_is_on_its_cpu_before_it_touches_memory_of_its_own_and_zeromq_i
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         pytest.skip("with one CPU everything is on it")
-    cpu, honest, seen = max(allowed), core.map_private, []
+    cpu, honest, seen = max(allowed), mappings.map_private, []
 
     def map_private(size_bytes: int) -> object:
         seen.append(os.sched_getaffinity(0))
         return honest(size_bytes)
 
-    monkeypatch.setattr(queue_loop, "Ring", NoRing)
-    monkeypatch.setattr(core, "map_private", map_private)
+    monkeypatch.setattr(queue_loop, "IoUring", NoRing)
+    monkeypatch.setattr(mappings, "map_private", map_private)
     tasks = Path("/proc/self/task")
     before = set(tasks.iterdir())
     with loop_rig_in(tmp_path, cpu) as made:

@@ -11,6 +11,7 @@ from support.fakes.queue_desk import Desk
 from support.fakes.queue_rig import DEVICE
 from support.fakes.ring_peer import CONTROL_BYTES, HEAD, SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory
 from ublkpool.bufpool.wire import Descriptor, Kind, Op, iter_frame
+from ublkpool.ublk import calls
 from ublkpool.ublk import queue as queue_module
 from ublkpool.ublk.queue import LinkState, Port
 
@@ -264,7 +265,7 @@ def test_an_allocation_failure_of_a_port_is_reported_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = open_descriptors()
-    monkeypatch.setattr(queue_module, "_lib", WithoutMemory(queue_module._lib, queue_module.NULL))
+    monkeypatch.setattr(queue_module, "lib", WithoutMemory(calls.lib, calls.ffi.NULL))
     with pytest.raises(MemoryError, match="no memory for a queue's rings of 64 entries"):
         Port(DEPTH)
     assert open_descriptors() == before

@@ -24,7 +24,7 @@ from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.engine.native import NullStorage
 from ublkpool.bufpool.engine.ring_driver import RingDriver
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
-from ublkpool.ublk.queue import Port, Ring
+from ublkpool.ublk.queue import IoUring, Port
 
 ENTRIES = 64
 DEPTH = 4
@@ -190,7 +190,7 @@ def test_the_loop_forgets_doorbells_before_they_are_closed(
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_worker_waits_for_a_doorbell_no_longer_than_it_has_the_port(ends: bool, bell: int) -> None:
     desk = Desk(need_get_data=False, depth=DEPTH)
-    ring, port, pipe = Ring(desk.queue, -1), Port(DEPTH), Pipe()
+    ring, port, pipe = IoUring(desk.queue, -1), Port(DEPTH), Pipe()
     memory = RingMemory(port.memory_fd, port.entries)
     ring.use_port(port, pipe.reader, bell)
     ring.run(0)

@@ -14,14 +14,14 @@ from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, WAIT_S, LoopRig, eventu
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import SLEEPING, TAIL, TO_BACKEND, TO_WORKER, RingMemory, RingPeer
 from ublkpool.bufpool.wire import Descriptor, Kind
-from ublkpool.ublk.queue import LinkState, Port, Ring
+from ublkpool.ublk.queue import IoUring, LinkState, Port
 from ublkpool.workers import messages
 from ublkpool.workers.ring_link import ASKING_MAX, RingLink
 
 
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopRig]:
-    monkeypatch.setattr("ublkpool.ublk.queue.lock_memory", lambda: None)
+    monkeypatch.setattr("ublkpool.ublk.process_calls.lock_memory", lambda: None)
     with loop_rig_in(tmp_path) as made:
         yield made
 
@@ -188,7 +188,7 @@ RUNGS = 700
 def _ring_often(blocked: bool) -> tuple[Desk, int]:
     """A backend that says it sleeps before each of many requests; how many were rung for until it was cut off."""
     desk, port = Desk(need_get_data=False, depth=RUNGS), Port(RUNGS)
-    ring = Ring(desk.queue, -1)
+    ring = IoUring(desk.queue, -1)
     peer = RingMemory(port.memory_fd, port.entries)
     bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     if blocked:

@@ -8,10 +8,10 @@ import pytest
 from support.fakes.queue_desk import Desk
 from support.fakes.ring_peer import RingMemory
 from ublkpool.bufpool.wire import Op
-from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Attention, LinkState, Port, Ring
+from ublkpool.ublk import calls
+from ublkpool.ublk.queue import Attention, IoUring, LinkState, Port
 
-_lib, _ffi = core._lib, core._ffi
+_lib, _ffi = calls.lib, calls.ffi
 PAUSE_MS, QUIET_MS = int(_lib.UQ_PAUSE_MS), int(_lib.UQ_QUIET_MS)
 BEGIN_MS = 1_000_000
 
@@ -89,7 +89,7 @@ class Served:
         self.desk = Desk(
             need_get_data=False, place_in_backend=False, timeout_ms=TIMEOUT_MS, fail_on_timeout=True
         )
-        self.ring = Ring(self.desk.queue, -1)
+        self.ring = IoUring(self.desk.queue, -1)
         self.port = Port(4)
         self.ring.use_port(self.port, -1, -1)
         self.peer = RingMemory(self.port.memory_fd, self.port.entries)

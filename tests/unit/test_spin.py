@@ -16,7 +16,7 @@ from ublkpool.bufpool.engine.ring_driver import DriverStatistics
 from ublkpool.bufpool.wire import Kind, Op
 from ublkpool.daemon.device.team import SPIN_CPUS_MIN, SPIN_DEFAULT_US, spin_us
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.ublk.queue import Attention, LinkState, Port, Ring
+from ublkpool.ublk.queue import Attention, IoUring, LinkState, Port
 
 MOST_NS = 16_000
 SKIPS = 64
@@ -95,7 +95,7 @@ def test_a_polling_backend_needs_no_system_call_for_a_request(
 
 
 def _serve(desk: Desk, port: Port) -> None:
-    ring = Ring(desk.queue, -1, LONG_US)
+    ring = IoUring(desk.queue, -1, LONG_US)
     bells = [os.eventfd(0) for _ in range(2)]
     ring.use_port(port, *bells)
     while desk.queue.link is LinkState.UP:

@@ -14,8 +14,7 @@ from ublkpool.bufpool.pool.lease import Grant, LeaseTable, Owner, Recall
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS
-from ublkpool.ublk import _native
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import _native, mappings
 from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
 from ublkpool.workers.pool_link import Orders
 
@@ -100,12 +99,12 @@ def new_area(number: int, size_bytes: int, queue: int | None = None) -> Area:
 
 
 def _mapped_area(number: int, size_bytes: int) -> Area:
-    fd = core.sealed_memory(size_bytes, "test-pool")
+    fd = mappings.sealed_memory(size_bytes, "test-pool")
     try:
-        base = _ffi.cast("uint8_t *", core.map_segment(fd, size_bytes))
+        base = _ffi.cast("uint8_t *", mappings.map_segment(fd, size_bytes))
     finally:
         os.close(fd)
-    return Area(number, _ffi.gc(base, lambda at: core.unmap_segment(at, size_bytes)), size_bytes)
+    return Area(number, _ffi.gc(base, lambda at: mappings.unmap_segment(at, size_bytes)), size_bytes)
 
 
 class Ledger:

@@ -17,8 +17,8 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.sdk.links import Polled
 from ublkpool.bufpool.sdk.ring_links import QueueRings, RingConnection, RingLinks
-from ublkpool.ublk import queue as core
-from ublkpool.ublk.queue import Port, Queue
+from ublkpool.ublk import calls
+from ublkpool.ublk.queue import LinkState, Port, Queue
 
 LOST = "a wake-up is lost"
 
@@ -49,12 +49,12 @@ class SimPort:
         """Fall asleep, if the worker is about to."""
         if self._is_drowsy:
             self._is_drowsy = False
-            may_sleep = bool(core._lib.uq_port_doze(self._port.raw, queue.raw))
+            may_sleep = bool(calls.lib.uq_port_doze(self._port.raw, queue.raw))
             self.sleeps = may_sleep or self._defect == DOZES_BLINDLY
 
     def wake(self) -> None:
         self.sleeps = False
-        core._lib.uq_port_wake(self._port.raw)
+        calls.lib.uq_port_wake(self._port.raw)
 
     def is_rung(self) -> bool:
         return _is_readable(self._bell_in)
@@ -67,9 +67,9 @@ class SimPort:
     def assert_no_wakeup_lost(self, name: str, queue: Queue) -> None:
         """Raises `AssertionError` if it sleeps on something that it listens to."""
         listens = queue.link in (
-            core.LinkState.EXPECTED,
-            core.LinkState.UP,
-            core.LinkState.FENCING,
+            LinkState.EXPECTED,
+            LinkState.UP,
+            LinkState.FENCING,
         )
         lost = self.sleeps and listens and self.memory.waiting(TO_WORKER) and not self.is_rung()
         assert not lost, f"{LOST}: {name} sleeps on {self.memory.waiting(TO_WORKER)} entries"

@@ -27,16 +27,18 @@ from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.questions import Questions
 from ublkpool.daemon.processes.worker_process import WorkerProcess
-from ublkpool.ublk import queue as core
+from ublkpool.ublk import calls, mappings
 from ublkpool.ublk.queue import (
+    NULL,
+    WATCH_SHIFT,
     Attention,
     Command,
+    IoUring,
     LinkState,
     Memory,
     Port,
     Queue,
     QueueConfig,
-    Ring,
     read_statistics,
 )
 from ublkpool.workers import messages
@@ -44,8 +46,8 @@ from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 from ublkpool.workers.ring_link import RingLink
 
-_ffi = core._ffi
-_SUPERVISOR, _POOL, _RINGS = (1 << core.WATCH_SHIFT + index for index in (0, 1, 5))
+_ffi = calls.ffi
+_SUPERVISOR, _POOL, _RINGS = (1 << WATCH_SHIFT + index for index in (0, 1, 5))
 
 
 class PoolMemory:
@@ -55,11 +57,11 @@ class PoolMemory:
         self.arena = arena
         self._sizes = (arena.geometry.total_bytes, control_bytes)
         self._maps = [self.map_data()]
-        self.control = core.map_segment(arena.control_fd, self._sizes[1])
+        self.control = mappings.map_segment(arena.control_fd, self._sizes[1])
 
     def map_data(self) -> Any:
         """Another mapping of the present data; the caller unmaps its `data_bytes`."""
-        return core.map_segment(self.arena.data_fd, self.data_bytes)
+        return mappings.map_segment(self.arena.data_fd, self.data_bytes)
 
     @property
     def data_bytes(self) -> int:
@@ -84,12 +86,12 @@ class PoolMemory:
 
     def close(self) -> None:
         for each in self._maps:
-            core.unmap_segment(each, self.data_bytes)
-        core.unmap_segment(self.control, self._sizes[1])
+            mappings.unmap_segment(each, self.data_bytes)
+        mappings.unmap_segment(self.control, self._sizes[1])
 
 
 class SimRing:
-    """What `Ring.run` does in one pass, with a driver that is made up."""
+    """What `IoUring.run` does in one pass, with a driver that is made up."""
 
     def __init__(self, worker: "SimWorker") -> None:
         self._worker = worker
@@ -111,7 +113,7 @@ class SimRing:
     def run(self, timeout_ms: int) -> int:
         worker, port = self._worker, self.port
         now_ms = self._now_ms()
-        core._lib.uq_set_time(worker.queue.raw, now_ms)
+        calls.lib.uq_set_time(worker.queue.raw, now_ms)
         if port is not None:
             port.exchange(worker.queue)
         worker.queue.tick(now_ms)
@@ -128,7 +130,7 @@ class SimRing:
         system_ms = 1 + int(self._worker.clock.now_s * 1000)
         if self._worker.defect == PAUSES_COUNT:
             return system_ms
-        return int(core._lib.uq_clock_read(self._clock, system_ms, int(1000 * TURN_S)))
+        return int(calls.lib.uq_clock_read(self._clock, system_ms, int(1000 * TURN_S)))
 
     def _bits(self) -> int:
         worker = self._worker
@@ -160,10 +162,10 @@ class SimRing:
                 worker.consume(each)
             return
         buffer = _ffi.new("struct uq_command[]", worker.queue.config.depth)
-        count = core._lib.uq_commands(worker.queue.raw, buffer, worker.queue.config.depth)
+        count = calls.lib.uq_commands(worker.queue.raw, buffer, worker.queue.config.depth)
         for c in buffer[0:count]:
             worker.consume(Command(c.tag, c.op, c.result, c.address))
-        core._lib.uq_commands_taken(worker.queue.raw, count)
+        calls.lib.uq_commands_taken(worker.queue.raw, count)
 
     def _harvest(self) -> None:
         worker = self._worker
@@ -186,7 +188,7 @@ class SimQueueLoop(QueueLoop):
         self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
         self.ring = SimRing(worker)
-        self._ring = cast(Ring, self.ring)
+        self._ring = cast(IoUring, self.ring)
         self._rings = RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None)
         self._rings.serve_on(self.ring)
         self._started = self._fetched = self._more = False
@@ -224,7 +226,7 @@ class SimQueueLoop(QueueLoop):
 
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
         # As the real one, but every process has the segment mapped already.
-        base = self._worker.segment_base(message.token) if message.segment else core.NULL
+        base = self._worker.segment_base(message.token) if message.segment else NULL
         if self._queue.link is LinkState.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
@@ -247,7 +249,7 @@ class SimQueue(Queue):
     def unmap_idle_segments(self) -> int:
         base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
         count = 0
-        while core._lib.uq_segment_idle(self.raw, base, size):
+        while calls.lib.uq_segment_idle(self.raw, base, size):
             count += 1
         return count
 
@@ -291,9 +293,9 @@ class SimWorker:
         return Memory(
             descriptors=self.kernel.queues[config.queue].descriptors,
             pool=self._data,
-            slots=core.offset(pool.control, slot_header_offset(queues, 0)),
+            slots=mappings.offset(pool.control, slot_header_offset(queues, 0)),
             scratch=self.scratch.base,
-            statistics=core.offset(pool.control, stats_offset(config.queue)),
+            statistics=mappings.offset(pool.control, stats_offset(config.queue)),
         )
 
     @property
@@ -303,7 +305,7 @@ class SimWorker:
 
     def unmap(self) -> None:
         """At the end of the run: until then the kernel may still write there."""
-        core.unmap_segment(self._data, self.pool.data_bytes)
+        mappings.unmap_segment(self._data, self.pool.data_bytes)
 
     def check(self) -> None:
         """Raises `AssertionError` if the worker is at fault, or asleep on arrived work."""
@@ -313,7 +315,7 @@ class SimWorker:
             self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
 
     def has_fault(self) -> bool:
-        return bool(core._lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
+        return bool(calls.lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
 
     def held(self) -> list[int]:
         """Every buffer that it has, in its stock or lent to a tag."""
