@@ -46,6 +46,17 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 1
     """Incremented by each recovery from a worker's death."""
     answers: Literal["backend", "worker"] = "backend"
+    differs: tuple[str, ...] = ()
+    """`KEY=VALUE (config: VALUE)` for each setting that is not what the config says."""
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """A setting of a device by the user's key: its value, the config's, and when a changed value takes effect."""
+
+    key: str
+    value: str
+    configured: str
+    applies: str
 
 
 class OpCounts(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -38,9 +38,10 @@ from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
 from ublkpool.daemon.replacement import check_before, check_sockets, group_number
+from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
-from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
@@ -149,6 +150,13 @@ class Supervisor:
 
     def _binding(self, name: str) -> Binding:
         return Binding(name, self._context.states, self._context.boot_id)
+
+    async def set(self, name: str, values: Mapping[str, Scalar]) -> Sequence[Setting]:
+        """Change settings of a device, all or none; all of its settings then.  Raises `DaemonError`, `OSError`."""
+        device = self._table.device(name)
+        if values:
+            await device.set(values)
+        return device.settings()
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live.  Raises `DaemonError` if it fails, or is not live after `timeout_s`."""
@@ -324,6 +332,7 @@ async def _begin(
     stop: asyncio.Event,
 ) -> Supervisor:
     context, held = await _make_context(config, directory, live_mounts, ending)
+    context.configured = {device.name: device for device in config.devices}
     run_dir, broker = context.run_dir, context.broker
     left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()

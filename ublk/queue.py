@@ -305,6 +305,10 @@ class Queue:
         """Fail requests that would wait for a backend with EIO, until the next backend is expected."""
         lib.uq_give_up(self.raw)
 
+    def set_deadlines(self, timeout_ms: int, fail_on_timeout: bool, absent_ms: int) -> None:
+        """Replace these fields of the config, also for the requests that have arrived."""
+        lib.uq_set_deadlines(self.raw, timeout_ms, fail_on_timeout, absent_ms)
+
     def attention(self) -> Attention:
         return Attention(lib.uq_attention(self.raw))
 

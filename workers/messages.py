@@ -46,6 +46,15 @@ class GiveUp(msgspec.Struct, tag="give_up", tag_field="type", frozen=True):
     """The device is being deleted: fail requests that would wait for a backend."""
 
 
+class SetDeadlines(msgspec.Struct, tag="set_deadlines", tag_field="type", frozen=True):
+    """Replace the queue's deadlines, in milliseconds, as in `QueueConfig`."""
+
+    timeout_ms: int
+    fail_on_timeout: bool
+    absent_ms: int
+    id: int = 0
+
+
 class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
     """Another supervisor has taken over: answer with `Standing`."""
 
@@ -80,6 +89,12 @@ class PoolChanged(msgspec.Struct, tag="pool_changed", tag_field="type", frozen=T
     id: int = 0
 
 
+class DeadlinesSet(msgspec.Struct, tag="deadlines_set", tag_field="type", frozen=True):
+    """The answer to `SetDeadlines`: they hold from now on."""
+
+    id: int = 0
+
+
 class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """The answer to `Report`; every message before it was meant for the earlier supervisor."""
 
@@ -91,6 +106,8 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     id: int = 0
     knows_new_pool: bool = False
     """Whether the worker understands `NewPool`; false from a worker of an earlier version."""
+    knows_deadlines: bool = False
+    """Whether the worker understands `SetDeadlines`; false from a worker of an earlier version."""
 
 
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
@@ -117,16 +134,28 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     reason: str
 
 
-ToWorker = Expect | Lost | NewPool | GiveUp | Report
+ToWorker = Expect | Lost | NewPool | SetDeadlines | GiveUp | Report
 FromWorker = (
-    Fetched | Expecting | Linked | LetGo | PoolChanged | Standing | Cut | HungUp | Silent | Absent | Fault
+    Fetched
+    | Expecting
+    | Linked
+    | LetGo
+    | PoolChanged
+    | DeadlinesSet
+    | Standing
+    | Cut
+    | HungUp
+    | Silent
+    | Absent
+    | Fault
 )
-Question = Expect | Lost | NewPool | Report
-Answer = Expecting | LetGo | PoolChanged | Standing
+Question = Expect | Lost | NewPool | SetDeadlines | Report
+Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Standing
 ANSWERS: dict[type[Question], type[Answer]] = {
     Expect: Expecting,
     Lost: LetGo,
     NewPool: PoolChanged,
+    SetDeadlines: DeadlinesSet,
     Report: Standing,
 }
 """The type of the answer to each question; a worker of an earlier version repeats no `id`."""

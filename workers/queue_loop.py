@@ -200,13 +200,21 @@ class QueueLoop:
                 self._tell(messages.LetGo(message.id))
             case messages.NewPool():
                 self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
+            case messages.SetDeadlines(timeout_ms, fail_on_timeout, absent_ms):
+                self._queue.set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
+                self._tell(messages.DeadlinesSet(message.id))
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
                 is_linked = self._queue.link is LinkState.UP
                 self._tell(
                     messages.Standing(
-                        self._fetched, self._backend.token.hex(), is_linked, message.id, knows_new_pool=True
+                        self._fetched,
+                        self._backend.token.hex(),
+                        is_linked,
+                        message.id,
+                        knows_new_pool=True,
+                        knows_deadlines=True,
                     )
                 )
             case None:

@@ -4,7 +4,7 @@ Owns the error texts for a daemon that cannot be reached.  Must not import async
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from ublkpool.daemon.admin.wire import (
     RebindRequest,
     Reply,
     Request,
+    SetRequest,
     ShutdownRequest,
     StatsRequest,
     StopRequest,
@@ -27,8 +28,9 @@ from ublkpool.daemon.admin.wire import (
     encode_line,
 )
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
 
 CONNECT_TIMEOUT_S = 10.0
 QUERY_TIMEOUT_S = 30.0
@@ -68,6 +70,10 @@ class AdminClient:
     def rebind(self, name: str) -> None:
         """Let the next attach give this device another store."""
         self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
+
+    def set(self, name: str, values: Mapping[str, Scalar]) -> list[Setting]:
+        """Change settings of the device, all or none; all of its settings then."""
+        return self._call(SetRequest(name=name, values=dict(values)), list[Setting])
 
     def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
         """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""

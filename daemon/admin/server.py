@@ -9,7 +9,7 @@ import asyncio
 import logging
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from ublkpool.daemon.admin.wire import (
     Progress,
     RebindRequest,
     Request,
+    SetRequest,
     ShutdownRequest,
     StatsRequest,
     StopRequest,
@@ -34,8 +35,9 @@ from ublkpool.daemon.admin.wire import (
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
+from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
@@ -58,6 +60,9 @@ class DeviceService(Protocol):
 
     async def rebind(self, name: str) -> None:
         """Let the next attach give this device another store."""
+
+    async def set(self, name: str, values: Mapping[str, Scalar]) -> Sequence[Setting]:
+        """Change settings of a device, all or none; all of its settings then."""
 
     def list(self) -> Sequence[DeviceStatus]:
         """The status of all devices."""
@@ -170,6 +175,8 @@ class AdminServer:
             case RebindRequest():
                 await self._service.rebind(request.name)
                 return None
+            case SetRequest():
+                return await self._service.set(request.name, request.values)
             case ListRequest():
                 return self._service.list()
             case StatsRequest():

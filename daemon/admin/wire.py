@@ -54,6 +54,16 @@ class RebindRequest(_Request, frozen=True, kw_only=True, tag="rebind"):
     name: str
 
 
+class SetRequest(_Request, frozen=True, kw_only=True, tag="set"):
+    """Change settings of a device that exists, all or none, by the user's keys; the result is a list of Setting.
+
+    Without values nothing changes.
+    """
+
+    name: str
+    values: dict[str, bool | int | float | str] = {}
+
+
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
     """Show all devices; the result is a list of DeviceStatus."""
 
@@ -84,6 +94,7 @@ Request = (
     | DeleteRequest
     | WaitRequest
     | RebindRequest
+    | SetRequest
     | ListRequest
     | StatsRequest
     | StopRequest

@@ -49,7 +49,7 @@ class BackendProcess(SupervisedProcess):
         """
         super().__init__(f"{device}: backend {config.kind}", _log, RESTART_MIN_S, RESTART_MAX_S)
         self._device = device
-        self._config = config
+        self.config = config
         self._run_dir = run_dir
         self._hold = hold
         self._live_mounts = live_mounts
@@ -65,13 +65,11 @@ class BackendProcess(SupervisedProcess):
 
     def _start(self) -> None:
         reader, writer = os.pipe()
-        options = [
-            f"{key}={value}" for key, given in self._config.options.items() for value in _values(given)
-        ]
+        options = [f"{key}={value}" for key, given in self.config.options.items() for value in _values(given)]
         command = [
-            *_program(self._config.python),
-            *("backend", self._config.kind, "--log-format", "json"),
-            *(word for each in self._config.layers for word in ("--layer", each)),
+            *_program(self.config.python),
+            *("backend", self.config.kind, "--log-format", "json"),
+            *(word for each in self.config.layers for word in ("--layer", each)),
             *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
         ]
         keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
@@ -116,9 +114,9 @@ class BackendProcess(SupervisedProcess):
     def _enter_place(self) -> None:
         """Enter the mount namespace and the working directory, whose path is looked up in that namespace."""
         if self._live_mounts is not None:
-            enter_live_view(self._live_mounts, self._config.cwd or "/")
-        elif self._config.cwd is not None:
-            os.chdir(self._config.cwd)
+            enter_live_view(self._live_mounts, self.config.cwd or "/")
+        elif self.config.cwd is not None:
+            os.chdir(self.config.cwd)
 
     def _listen(self, reader: int) -> None:
         self._hold(reader)
@@ -129,13 +127,13 @@ class BackendProcess(SupervisedProcess):
         self._words.drain()
         how = describe_exit(self.child.exit_status or 0)
         why = f": {self._words.last_error}" if self._words.last_error else ""
-        return f"backend {self._config.kind} ended: {how}{why}"
+        return f"backend {self.config.kind} ended: {how}{why}"
 
     @property
     def trouble(self) -> str:
         """Why it does not serve: the last warning of the running process, else how the one before it ended."""
         warning = self._words.last_warning
-        return f"backend {self._config.kind}: {warning}" if warning and not self._is_over else self._last_end
+        return f"backend {self.config.kind}: {warning}" if warning and not self._is_over else self._last_end
 
     @property
     def _is_over(self) -> bool:

@@ -62,6 +62,10 @@ class ManagedBackend:
         """Why it does not serve; empty if no reason is known."""
         return self._process.trouble if self._process.is_started else ""
 
+    def use(self, config: BackendConfig) -> None:
+        """Give it these options from its next start on."""
+        self._process.config = config
+
     def serves(self) -> None:
         """It has attached: how its predecessor ended is no trouble any more."""
         self._process.serves()

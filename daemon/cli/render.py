@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 from ublkpool.bufpool.sizes import format_size
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueStats
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueStats, Setting
 
 OPS = OpCounts.__struct_fields__
 
@@ -90,7 +90,7 @@ def _width(out: TextIO) -> int:
 
 def device_table(devices: Sequence[DeviceStatus]) -> Table:
     """The table of `list`."""
-    headers = (
+    headers: tuple[str, ...] = (
         "NAME",
         "PATH",
         "STATE",
@@ -102,7 +102,20 @@ def device_table(devices: Sequence[DeviceStatus]) -> Table:
         "BACKEND",
         "REASON",
     )
-    return Table(headers, [_device_row(device) for device in devices], keys=3)
+    rows = [_device_row(device) for device in devices]
+    if any(device.differs for device in devices):
+        headers = (*headers, "DIFFERS")
+        rows = [(*row, ", ".join(each.differs)) for row, each in zip(rows, devices, strict=True)]
+    return Table(headers, rows, keys=3)
+
+
+def settings_table(settings: Sequence[Setting]) -> Table:
+    """The table of `set NAME`; CONFIG is empty for a value that is the config's."""
+    rows: list[tuple[str, ...]] = [
+        (each.key, each.value, "" if each.value == each.configured else each.configured, each.applies)
+        for each in settings
+    ]
+    return Table(("KEY", "VALUE", "CONFIG", "A CHANGE APPLIES"), rows)
 
 
 def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:

@@ -23,6 +23,9 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     if session is not None:
         parts.resources.pool.had_by(session.uid)
     await _agree_on_backend(parts, record, team)
+    if team.can_set_deadlines:
+        # The earlier daemon may have died between the record of new ones and the workers.
+        await team.set_deadlines(parts.config)
     return team
 
 

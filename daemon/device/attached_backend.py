@@ -42,7 +42,7 @@ class AttachedBackend:
         """Why the last backend that came was refused; empty once one was taken."""
         self.farewell: asyncio.Task[None] | None = None
         """Ends when the workers have taken back what the attached backend held; None if no backend is attached."""
-        self._config = config
+        self.config = config
         self._life = life
         self._holder = holder
         self._background = background
@@ -52,8 +52,8 @@ class AttachedBackend:
 
     def check_free(self) -> None:
         """Raise `AttachRefused` unless a backend may attach, now or after the attached one's farewell."""
-        name, life, session = self._config.name, self._life, self.session
-        if self._config.answers == "worker":
+        name, life, session = self.config.name, self._life, self.session
+        if self.config.answers == "worker":
             raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
         if life.is_stopping or life.state == "failed":
             raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
@@ -77,7 +77,7 @@ class AttachedBackend:
     def hold(self, session: Session) -> None:
         """Have the holder keep the connection, once the backend has its answer: else the next daemon owes it one."""
         for name, fd in zip(
-            session_names(self._config.name), (session.fileno(), session.segment_fd), strict=True
+            session_names(self.config.name), (session.fileno(), session.segment_fd), strict=True
         ):
             if fd is not None:
                 self._holder.hold(name, fd)
@@ -94,7 +94,7 @@ class AttachedBackend:
 
     def await_first(self) -> None:
         """At a takeover: the device counts as served once a backend, the earlier daemon's or a new one, serves it."""
-        if self._config.answers == "backend":
+        if self.config.answers == "backend":
             self._is_first_due = True
             self._life.serve(False)
 
@@ -134,7 +134,7 @@ class AttachedBackend:
 
     def hear(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         """A worker reports something of the backend, or that none is attached."""
-        name = self._config.name
+        name = self.config.name
         if isinstance(news, messages.Cut):
             _log.error("%s queue %d: backend cut off: %s", name, worker.queue, news.reason)
             self.cut_off_soon()
@@ -142,7 +142,7 @@ class AttachedBackend:
             if self.session is not None:
                 self._background.spawn(self.session.hung_up(HANGUP_PATIENCE_S))
         elif isinstance(news, messages.Silent):
-            timeout_s = self._config.io_timeout_s
+            timeout_s = self.config.io_timeout_s
             _log.warning(
                 "%s queue %d: a request has waited longer than io_timeout = %g s",
                 name,
@@ -162,9 +162,13 @@ class AttachedBackend:
             self._is_absence_logged = True
             _log.error(
                 "%s: no backend for %g s: requests fail until one attaches",
-                self._config.name,
-                self._config.absent_timeout_s,
+                self.config.name,
+                self.config.absent_timeout_s,
             )
+
+    def note_new_deadlines(self) -> None:
+        """The workers judge the absence of a backend anew."""
+        self._is_absence_logged = False
 
     def cut_off_soon(self) -> None:
         """Have the backend killed, without waiting for its death."""
@@ -187,16 +191,14 @@ class AttachedBackend:
                 )
             except TimeoutError:
                 # It waits for its own storage, which no signal ends; the device's memory serves no other backend.
-                _log.error(
-                    "%s: process %d was killed and waits in the kernel", self._config.name, session.pid
-                )
+                _log.error("%s: process %d was killed and waits in the kernel", self.config.name, session.pid)
             if self.farewell is not None:
                 self.farewell.cancel()
             self.drop(session)
 
     def drop(self, session: Session) -> None:
         """The workers have taken back what this backend held, or end with it: the next one may attach."""
-        for name in session_names(self._config.name):
+        for name in session_names(self.config.name):
             self._holder.drop(name)
         session.close()
         self.session = self.farewell = None

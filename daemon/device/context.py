@@ -11,6 +11,7 @@ from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.settings.config import DeviceConfig
 
 
 class DaemonContext:
@@ -40,3 +41,5 @@ class DaemonContext:
         self.build = build_id()
         self.records = Records(run_dir / "devices")
         self.queue_dir = run_dir / "queues"
+        self.configured: dict[str, DeviceConfig] = {}
+        """What the config file, as it was last read, says of the devices in it."""

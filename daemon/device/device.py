@@ -343,6 +343,7 @@ class Device(DeviceService):
     def await_takeover(self, record: Record) -> None:
         """List the device that an earlier daemon left; `go_on`, `recover_left` or `delete` comes next."""
         self.parts.left = record
+        self.parts.added = record.added or record.config
         if record.device_number is not None:
             self.parts.life.state = "recovering"
 

@@ -35,6 +35,8 @@ class DeviceParts:
     def __init__(self, config: DeviceConfig, context: DaemonContext) -> None:
         """Nothing runs yet."""
         self.config = config
+        self.added = config
+        """What the device was added with, before any `set`."""
         self.context = context
         self.background = Background(config.name)
         self.life = Lifecycle(config.name)
@@ -47,6 +49,17 @@ class DeviceParts:
         """What an earlier daemon left of the device, until it is taken over or removed."""
         self._saving: asyncio.Task[None] | None = None
         """Saves the record that could not be written; None if none is owed."""
+
+    @property
+    def configured(self) -> DeviceConfig:
+        """What the config file says of the device, or what it was added with if it is not in the file."""
+        return self.context.configured.get(self.config.name, self.added)
+
+    def use(self, config: DeviceConfig) -> None:
+        """Have every part go on with this config; the workers are told separately."""
+        self.config = self.backend.config = self.resources.config = config
+        if self.managed is not None and config.backend is not None:
+            self.managed.use(config.backend)
 
     def enter(self, state: State) -> None:
         """The device is in this state: first on record, then to clients."""
@@ -106,6 +119,7 @@ class DeviceParts:
                 clients=resources.area.record() if resources.area else None,
                 build=self.context.build,
                 data_lost=self.backend.data_lost,
+                added=self.added,
             )
         )
         self._saving = None

@@ -53,7 +53,7 @@ class DeviceResources:
         self.team: Team | None = None
         self.epoch = FIRST_EPOCH
         """The last that has begun."""
-        self._config = config
+        self.config = config
         self._context = context
         self._backend = backend
 
@@ -65,8 +65,8 @@ class DeviceResources:
     async def add_kernel(self, attach: wire.Attach) -> None:
         """ADD_DEV and SET_PARAMS for the disk that this backend makes.  Raises `DaemonError`, `OSError`."""
         assert self.disk is not None
-        asked = parameters(self._config, self.disk.size_bytes, attach)
-        self.kernel = await BlockDevice.create(self._context.runner, self._config, asked, self.mark)
+        asked = parameters(self.config, self.disk.size_bytes, attach)
+        self.kernel = await BlockDevice.create(self._context.runner, self.config, asked, self.mark)
 
     async def equip(self) -> None:
         """Pool, client area and leases.  Raises `DaemonError`, `PoolError`, `OSError`; what was made stays."""
@@ -79,8 +79,8 @@ class DeviceResources:
         """Go on with an earlier daemon's workers and pool.  Raises `DaemonError`, `PoolError`, `OSError`."""
         record, kernel = adopted.record, adopted.kernel
         self.kernel, self.disk = kernel, record.disk
-        data_fd = adopted.held.get(pool_name(self._config.name))
-        arena = Arena.open(self._arena_prefix(kernel), data_fd, self._config.huge_pages)
+        data_fd = adopted.held.get(pool_name(self.config.name))
+        arena = Arena.open(self._arena_prefix(kernel), data_fd, self.config.huge_pages)
         self.pool.resume(arena)
         await self.find_area(record, adopted.held)
         self.leases = Leases(
@@ -93,12 +93,12 @@ class DeviceResources:
 
     async def _make_area(self, kernel: BlockDevice) -> None:
         """Make the memory that clients share with the backend, if the driver supports it; else requests are copied."""
-        if not self._config.client_buffers_bytes or not kernel.info.flags & Feature.SHMEM_ZC:
+        if not self.config.client_buffers_bytes or not kernel.info.flags & Feature.SHMEM_ZC:
             return
-        config = self._config
+        config = self.config
         self.area = await ClientArea.create(self._context.runner, config.name, config.client_buffers_bytes)
         if not await kernel.register(self.area):
-            raise DaemonError(f"{self._config.name}: the driver does not number registered buffers as we do")
+            raise DaemonError(f"{self.config.name}: the driver does not number registered buffers as we do")
         self._hold_area(self.area)
 
     async def find_area(self, record: Record, held: Mapping[str, int]) -> None:
@@ -110,7 +110,7 @@ class DeviceResources:
     def _hold_area(self, area: ClientArea) -> None:
         self.area = area
         for number, fd in area.files.items():
-            self._context.holder.hold(slice_name(self._config.name, number), fd)
+            self._context.holder.hold(slice_name(self.config.name, number), fd)
 
     async def try_stop(self) -> bool:
         """Stop the disk unless it is open; whether it stopped.  Raises `ControlFailed`: it may still stop later."""
@@ -122,7 +122,7 @@ class DeviceResources:
     async def _give_up_once_going(self, team: Team, kernel: BlockDevice) -> None:
         """Not before the kernel has decided: a disk that stays keeps its requests for the next backend."""
         await self._backend.gone()
-        with logged(self._config.name):
+        with logged(self.config.name):
             while not await kernel.has_gone():
                 await asyncio.sleep(GOING_POLL_S)
             await self._give_up_without_backend(team)
@@ -135,7 +135,7 @@ class DeviceResources:
         team, kernel = self.team, self.kernel
         if team is None or kernel is None:
             return
-        with logged(self._config.name):
+        with logged(self.config.name):
             async with beside(self._give_up_without_backend(team)):
                 await kernel.stop(STOP_DEADLINE_S)
         await team.end(WORKER_PATIENCE_S)
@@ -154,10 +154,10 @@ class DeviceResources:
             await self.remove_kernel()
         finally:
             if self.leases is not None:
-                with logged(self._config.name):
+                with logged(self.config.name):
                     await self.leases.close()
                 self.leases = None
-            with logged(self._config.name):
+            with logged(self.config.name):
                 self.pool.remove()
             self._close_area()
             self.team, self.epoch = None, FIRST_EPOCH
@@ -165,7 +165,7 @@ class DeviceResources:
     async def remove_kernel(self) -> None:
         """DEL_DEV, also for a device that an ADD_DEV without an answer may have made.  Raises `DaemonError`."""
         if self.kernel is None and self.mark:
-            self.kernel = await BlockDevice.find_marked(self._context.runner, self._config.name, self.mark)
+            self.kernel = await BlockDevice.find_marked(self._context.runner, self.config.name, self.mark)
         if self.kernel is not None:
             try:
                 await self.kernel.delete()
@@ -177,7 +177,7 @@ class DeviceResources:
     async def discard(self) -> None:
         """STOP_DEV and DEL_DEV for a device without workers.  Raises `DaemonError` if it stays."""
         if self.kernel is not None:
-            with logged(self._config.name):
+            with logged(self.config.name):
                 await self.kernel.stop(STOP_DEADLINE_S)
         await self.remove_kernel()
 
@@ -204,7 +204,7 @@ class DeviceResources:
         return self.leases
 
     async def _make_arena(self, kernel: BlockDevice) -> Arena:
-        info, config = kernel.info, self._config
+        info, config = kernel.info, self.config
         geometry, reserve = pool_geometry(
             info.queues,
             info.depth,
@@ -226,7 +226,7 @@ class DeviceResources:
         kernel, arena, disk, context = self.kernel, self.arena, self.disk, self._context
         assert kernel is not None and arena is not None and disk is not None
         plan = Plan(
-            self._config,
+            self.config,
             kernel,
             arena,
             disk,
@@ -241,4 +241,4 @@ class DeviceResources:
     def hold_workers(self, team: Team) -> None:
         """Have the holder keep the sockets of workers on record; a worker on no record must see this daemon's end."""
         for worker in team.workers:
-            self._context.holder.hold(worker_name(self._config.name, worker.queue), worker.fileno())
+            self._context.holder.hold(worker_name(self.config.name, worker.queue), worker.fileno())

@@ -1,14 +1,17 @@
-"""What others ask of a device at any time, in any state and without its turn; none of it changes the state.
+"""What others ask of a device at any time, in any state; none of it changes the state.
 
 Runs on the supervisor's asyncio loop.
 """
 
 import socket
+from collections.abc import Mapping, Sequence
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon.device import client_buffers, teardown
+from ublkpool.daemon.device import client_buffers, live_changes, teardown
 from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.processes.background import logged
+from ublkpool.daemon.settings.changes import Scalar
+from ublkpool.daemon.status import Setting
 
 
 class DeviceService(DeviceView):
@@ -21,6 +24,14 @@ class DeviceService(DeviceView):
     def save_or_retry(self) -> None:
         """See `DeviceParts.save_or_retry`."""
         self.parts.save_or_retry()
+
+    async def set(self, values: Mapping[str, Scalar]) -> None:
+        """See `live_changes.apply`."""
+        await live_changes.apply(self.parts, values)
+
+    def settings(self) -> Sequence[Setting]:
+        """See `live_changes.settings`."""
+        return live_changes.settings(self.parts)
 
     async def check_unused(self) -> None:
         """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users."""

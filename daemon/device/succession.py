@@ -43,6 +43,7 @@ def record_of(
     epoch: int,
     mark: int = 0,
     data_lost: str = "",
+    added: DeviceConfig | None = None,
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
@@ -66,6 +67,7 @@ def record_of(
         clients=clients,
         build=build,
         data_lost=data_lost,
+        added=added,
     )
 
 

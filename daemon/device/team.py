@@ -165,6 +165,17 @@ class Team:
             if isinstance(answer, messages.PoolChanged) and answer.reason:
                 raise AttachRefused(f"device {self.plan.config.name}: {answer.reason}")
 
+    @property
+    def can_set_deadlines(self) -> bool:
+        """Whether all workers are of a version that can change their deadlines."""
+        return all(each.knows_deadlines for each in self.workers)
+
+    async def set_deadlines(self, config: DeviceConfig) -> None:
+        """Have every living worker use this config's deadlines; the next epoch's workers begin with them."""
+        deadlines = messages.SetDeadlines(*_deadlines(config))
+        # A worker that ends or does not answer is dead: its successor has the config.
+        await asyncio.gather(*(each.ask(deadlines) for each in self.workers), return_exceptions=True)
+
     def attached(self, session: Session) -> wire.Attached:
         """What the backend that these workers expect is told."""
         plan, info = self.plan, self.plan.kernel.info
@@ -287,6 +298,7 @@ class Team:
         plan, info = self.plan, self.plan.kernel.info
         answers_itself = plan.config.answers == "worker"
         offers_rings = plan.config.rings and not answers_itself
+        timeout_ms, fail_on_timeout, absent_ms = _deadlines(plan.config)
         return WorkerSpec(
             name=plan.config.name,
             queue=QueueConfig(
@@ -299,9 +311,9 @@ class Team:
                 block_bytes=plan.disk.block_bytes,
                 need_get_data=plan.config.need_get_data,
                 place_in_backend=plan.config.placement == "backend",
-                timeout_ms=max(1, int(plan.config.io_timeout_s * 1000)),
-                fail_on_timeout=plan.config.on_timeout == "fail",
-                absent_ms=_absent_ms(plan.config),
+                timeout_ms=timeout_ms,
+                fail_on_timeout=fail_on_timeout,
+                absent_ms=absent_ms,
                 slice_bytes=plan.area.slice_bytes if plan.area else 0,
                 slices=plan.area.bits if plan.area else 0,
                 classes=buffer_classes(plan.arena),
@@ -322,9 +334,11 @@ class Team:
         return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}.ring"
 
 
-def _absent_ms(config: DeviceConfig) -> int:
+def _deadlines(config: DeviceConfig) -> tuple[int, bool, int]:
+    """`timeout_ms`, `fail_on_timeout` and `absent_ms` of `QueueConfig`."""
     can_be_absent = config.answers == "backend" and config.on_absent == "fail"
-    return max(1, int(config.absent_timeout_s * 1000)) if can_be_absent else 0
+    absent_ms = max(1, int(config.absent_timeout_s * 1000)) if can_be_absent else 0
+    return max(1, int(config.io_timeout_s * 1000)), config.on_timeout == "fail", absent_ms
 
 
 def spin_us(config: DeviceConfig) -> int:

@@ -9,6 +9,8 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.settings.changes import differences, shown
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import BackendStatus, ClientStats, DeviceStatus, State, WorkerStatus
 from ublkpool.ublk import abi
 
@@ -17,12 +19,16 @@ class DeviceView:
     """A device, as far as it only tells."""
 
     def __init__(self, parts: DeviceParts) -> None:
-        self.config = parts.config
         self.parts = parts
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Have `call` called after every change of the state; the last one given counts."""
         self.parts.life.on_change = call
+
+    @property
+    def config(self) -> DeviceConfig:
+        """Its present settings."""
+        return self.parts.config
 
     @property
     def name(self) -> str:
@@ -104,6 +110,7 @@ class DeviceView:
             backend=_backend_status(self.parts),
             reason=self.trouble,
             epoch=resources.epoch,
+            differs=tuple(_differs(self.parts)),
         )
 
     def client_stats(self) -> ClientStats:
@@ -136,6 +143,14 @@ class DeviceView:
     async def settled(self) -> None:
         """Return when no task changes this device."""
         await self.parts.life.settled()
+
+
+def _differs(parts: DeviceParts) -> list[str]:
+    config, configured = parts.config, parts.configured
+    return [
+        f"{key}={shown(config, key)} (config: {shown(configured, key)})"
+        for key in differences(config, configured)
+    ]
 
 
 def _backend_status(parts: DeviceParts) -> BackendStatus:

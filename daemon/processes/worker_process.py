@@ -26,6 +26,8 @@ class WorkerProcess:
 
     knows_new_pool = True
     """Whether it understands `messages.NewPool`: a worker of an earlier version does not."""
+    knows_deadlines = True
+    """Whether it understands `messages.SetDeadlines`: a worker of an earlier version does not."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class WorkerProcess:
         standing = await self.ask(messages.Report())
         assert isinstance(standing, messages.Standing)
         self.knows_new_pool = standing.knows_new_pool
+        self.knows_deadlines = standing.knows_deadlines
         if standing.fetched:
             _resolve(self._fetched)
         return standing
@@ -145,6 +148,8 @@ class WorkerProcess:
                 _resolve(self._linked)
             case messages.Expecting() | messages.LetGo() | messages.PoolChanged():
                 self._unlink()
+                self._channel.answer(message.id, message)
+            case messages.DeadlinesSet():
                 self._channel.answer(message.id, message)
             case messages.Standing():
                 self._unlink()

@@ -234,8 +234,12 @@ def check_fields(
     path: KeyPath,
     problems: list[Problem],
     apart: frozenset[str] = frozenset(),
+    required: bool = True,
 ) -> dict[str, Any]:
-    """The valid values of `table`, by field name of `shape`; the caller checks the keys in `apart`."""
+    """The valid values of `table`, by field name of `shape`; the caller checks the keys in `apart`.
+
+    Unless `required`, no key need be there.
+    """
     fields = {USER_KEYS.get(field.name, field.name): field for field in msgspec.structs.fields(shape)}
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -251,7 +255,7 @@ def check_fields(
     problems.extend(
         Problem((*path, key), "is missing")
         for key, field in fields.items()
-        if field.required and key not in table
+        if required and field.required and key not in table
     )
     return values
 
@@ -292,7 +296,7 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
         problem = 'expected a built-in kind or FILE.py, as in kind = "file"'
         problems.append(Problem((*path, "kind"), problem if kind is None else f"{problem}, {_got(kind)}"))
         return None
-    texts_of, lists = (_option_text, "") if kind in WITHOUT_LISTS else (_option_texts, ", or a list of them")
+    texts_of, lists = (option_text, "") if kind in WITHOUT_LISTS else (_option_texts, ", or a list of them")
     options = {key: texts_of(value) for key, value in table.items() if key not in _OWN_KEYS}
     problems.extend(
         Problem((*path, key), f"expected a string, a number or a bool{lists}, {_got(table[key])}")
@@ -348,12 +352,13 @@ def _resolved_backend(
 def _option_texts(value: object) -> str | list[str] | None:
     """The option's text, or those of a list; None if it is neither."""
     if not isinstance(value, list):
-        return _option_text(value)
-    texts = [text for each in value if (text := _option_text(each)) is not None]
+        return option_text(value)
+    texts = [text for each in value if (text := option_text(each)) is not None]
     return texts if len(texts) == len(value) else None
 
 
-def _option_text(value: object) -> str | None:
+def option_text(value: object) -> str | None:
+    """The text of a backend's option with this value; None if the value is neither a string, a number nor a bool."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, str | int | float) else None

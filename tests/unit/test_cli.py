@@ -233,6 +233,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "backend": {"kind": "memory", "pid": 99, "attached": True},
         "reason": "",
         "epoch": 1,
+        "differs": [],
     }
     assert (second["state"], second["backend"]) == ("waiting", {"kind": None, "pid": None, "attached": False})
 
@@ -344,6 +345,52 @@ def test_rebind_asks_the_daemon_and_prints_nothing(daemon: FakeDaemon, tmp_path:
     assert complaint(run("rebind", "other", run_dir=tmp_path), 1) == "other: no such device"
 
 
+def test_set_sends_numbers_bools_and_texts_and_prints_nothing(daemon: FakeDaemon, tmp_path: Path) -> None:
+    run("add", "vol0", "--backend", "memory", "size=1M", run_dir=tmp_path)
+    result = run("set", "vol0", "io_timeout=2.5", "absent_timeout=7", "on_absent=fail", run_dir=tmp_path)
+    assert (result.exit_code, result.output) == (0, "")
+    config = daemon.service.configs["vol0"]
+    assert (config.io_timeout_s, config.absent_timeout_s, config.on_absent) == (2.5, 7.0, "fail")
+    result = run("set", "vol0", "backend.size=2M", run_dir=tmp_path)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "ublkpool: the backend of vol0 gets its new options at its next start\n"
+    assert daemon.service.configs["vol0"].backend.options == {"size": "2M"}  # type: ignore[union-attr]
+
+
+def test_set_without_values_shows_every_setting(daemon: FakeDaemon, tmp_path: Path) -> None:
+    run("add", "vol0", run_dir=tmp_path)
+    rows = [line.split(maxsplit=2) for line in run("set", "vol0", run_dir=tmp_path).stdout.splitlines()]
+    assert rows[0] == ["KEY", "VALUE", "CONFIG  A CHANGE APPLIES"]
+    assert ["io_timeout", "30", "now"] in rows and ["queues", "1", "to a new device"] in rows
+    as_json = json.loads(run("set", "vol0", "--json", run_dir=tmp_path).stdout)
+    assert {"key": "on_absent", "value": "wait", "configured": "wait", "applies": "now"} in as_json
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (["io_timeout=inf"], 'io_timeout: expected float, got "inf"'),
+        (["io_timeout=nan"], 'io_timeout: expected float, got "nan"'),
+        (["io_timeout=-1", "on_timeout=fail"], "io_timeout: expected float > 0.0, got -1"),
+        (["io_timeout"], "expected KEY=VALUE, got 'io_timeout'"),
+        (["=5"], "expected KEY=VALUE, got '=5'"),
+        (["io_timeout=5", "io_timeout=6"], "io_timeout= is given twice"),
+        (
+            ["depth=4"],
+            "depth: is fixed when the device is made: del the device, then add it with the new value",
+        ),
+        (["backend.x=1"], "backend.x: the daemon runs no backend for this device"),
+    ],
+)
+def test_set_refuses_a_mistake_in_one_line_and_changes_nothing(
+    daemon: FakeDaemon, tmp_path: Path, values: list[str], error: str
+) -> None:
+    run("add", "vol0", run_dir=tmp_path)
+    before = daemon.service.configs["vol0"]
+    assert error in complaint(run("set", "vol0", *values, run_dir=tmp_path), 2)
+    assert daemon.service.configs["vol0"] is before
+
+
 def test_serve_reads_the_config_and_the_run_dir_option_wins(
     served: list[ServeConfig], tmp_path: Path
 ) -> None:
@@ -437,7 +484,19 @@ def test_help_and_version() -> None:
 
 def test_the_commands_are_the_contract() -> None:
     assert list(COMMANDS) == [
-        *("serve", "add", "del", "rebind", "list", "stats", "backend", "shutdown", "client", "features"),
+        *(
+            "serve",
+            "add",
+            "del",
+            "rebind",
+            "set",
+            "list",
+            "stats",
+            "backend",
+            "shutdown",
+            "client",
+            "features",
+        ),
         "doctor",
     ]
 

@@ -59,12 +59,16 @@ class FakeDevice(Device):
     """A device whose steps take a random number of turns, and some of which fail."""
 
     def __init__(self, cfg: DeviceConfig, world: World) -> None:
-        self.config = cfg
+        self._cfg = cfg
         self._state: State = "waiting"
         self._reason = ""
         self.hangs = False
         self.outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._world = world
+
+    @property
+    def config(self) -> DeviceConfig:
+        return self._cfg
 
     @property
     def state(self) -> State:

@@ -131,3 +131,81 @@ def test_giving_up_lets_a_living_backend_finish() -> None:
     desk.queue.give_up()
     desk.serve(0)
     assert request.result == SECTOR_BYTES
+
+
+def test_a_shorter_timeout_holds_for_a_request_that_waits() -> None:
+    desk = Desk(connected=False, timeout_ms=60_000)
+    request = desk.read(0, 0)
+    desk.queue.tick(2000)
+    desk.queue.set_deadlines(1000, True, 0)
+    desk.queue.tick(2200)
+    desk.driver.consume()
+    assert request.result == -errno.ETIMEDOUT
+
+
+def test_a_request_that_is_late_no_more_is_reported_again_when_the_new_timeout_has_passed() -> None:
+    desk = Desk(timeout_ms=1000)
+    desk.read(0, 0)
+    desk.send()
+    desk.queue.tick(1200)
+    desk.queue.clear(Attention.SILENT)
+    desk.queue.set_deadlines(5000, False, 0)
+    desk.queue.tick(4900)
+    assert not desk.queue.attention() & Attention.SILENT
+    desk.queue.tick(5000)
+    assert desk.queue.attention() & Attention.SILENT and desk.side.statistics.timeouts == 2
+
+
+def test_a_request_that_stays_late_is_reported_once() -> None:
+    desk = Desk(timeout_ms=1000)
+    desk.read(0, 0)
+    desk.send()
+    desk.queue.tick(1200)
+    desk.queue.clear(Attention.SILENT)
+    desk.queue.set_deadlines(1100, False, 0)
+    desk.queue.tick(1400)
+    assert not desk.queue.attention() & Attention.SILENT and desk.side.statistics.timeouts == 1
+
+
+def absent_desk() -> Desk:
+    """A queue whose requests fail because its backend has been absent for a second."""
+    desk = Desk(connected=False, absent_ms=1000)
+    desk.queue.tick(0)
+    desk.queue.tick(1000)
+    desk.queue.clear(Attention.ABSENT)
+    failed = desk.read(0, 0)
+    desk.driver.consume()
+    assert failed.result == -errno.EIO
+    return desk
+
+
+def test_requests_wait_again_when_absence_is_no_reason_to_fail_any_more() -> None:
+    desk = absent_desk()
+    desk.queue.set_deadlines(0, False, 0)
+    desk.queue.tick(9000)
+    request = desk.read(1, 0)
+    desk.driver.consume()
+    assert request.result is None and desk.state(1) is State.WAIT_LINK
+
+
+@pytest.mark.parametrize(("absent_ms", "at_ms"), [(500, 1000), (3000, 3000)])
+def test_an_absence_is_judged_anew_by_the_new_deadline(absent_ms: int, at_ms: int) -> None:
+    desk = absent_desk()
+    desk.queue.set_deadlines(0, False, absent_ms)
+    request = desk.read(1, 0)
+    desk.queue.tick(at_ms - 1)
+    desk.driver.consume()
+    assert request.result == (None if at_ms > 1000 else -errno.EIO)
+    desk.queue.tick(at_ms)
+    assert desk.queue.attention() & Attention.ABSENT
+    desk.driver.consume()
+    assert request.result == -errno.EIO
+
+
+def test_new_deadlines_do_not_bring_back_a_device_that_is_going() -> None:
+    desk = absent_desk()
+    desk.queue.give_up()
+    desk.queue.set_deadlines(0, False, 0)
+    request = desk.read(1, 0)
+    desk.driver.consume()
+    assert request.result == -errno.EIO

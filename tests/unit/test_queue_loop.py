@@ -8,6 +8,7 @@ import pytest
 
 from support.fakes.loop_rig import LoopRig, NoRing, eventually, loop_rig_in
 from ublkpool.ublk import mappings
+from ublkpool.ublk.queue import Queue
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 
@@ -103,3 +104,16 @@ def test_a_worker_is_on_its_cpu_before_it_touches_memory_of_its_own_and_zeromq_i
     # The worker's own thread, and those of its context and of the rig's.
     assert seen == [{cpu}] and where.count({cpu}) == 1 and len(where) == 5
     assert all(each in ({cpu}, allowed) for each in where)
+
+
+def test_a_worker_uses_its_new_deadlines_before_it_answers(
+    rig: LoopRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Queue, "set_deadlines", lambda _queue, *deadlines: used.append(deadlines))
+    messages.send(rig.supervisor, messages.SetDeadlines(1000, True, 20, id=7))
+    assert rig.news() == messages.DeadlinesSet(7)
+    assert used == [(1000, True, 20)]
+    messages.send(rig.supervisor, messages.Report(id=8))
+    said = rig.news()
+    assert isinstance(said, messages.Standing) and said.knows_deadlines

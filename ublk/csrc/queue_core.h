@@ -232,6 +232,9 @@ void uq_set_time(struct uq *q, uint64_t now_ms);
 void uq_tick(struct uq *q, uint64_t now_ms);
 /* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
+/* Replace these deadlines of uq_config.  They hold for the requests that have arrived, too, from their arrival on; what
+ * fails for want of a backend waits again until the next uq_tick() has judged the backend's absence anew. */
+void uq_set_deadlines(struct uq *q, uint32_t timeout_ms, int fail_on_timeout, uint32_t absent_ms);
 
 unsigned uq_attention(struct uq *q);
 void uq_attention_clear(struct uq *q, unsigned bits);

@@ -239,7 +239,7 @@ int uq_link_expect(struct uq *q, uint32_t segment, uint8_t *base, uint64_t bytes
 	q->link = UQ_LINK_EXPECTED;
 	q->expected_ms = q->now_ms;
 	q->stale = 0;
-	q->giving_up = q->is_absent = false;
+	q->giving_up = q->is_absent = q->absence_gave_up = false;
 	q->violation = UQ_V_NONE;
 	memset(&q->culprit, 0, sizeof q->culprit);
 	return 0;

@@ -417,6 +417,7 @@ void uq_request_lost(struct uq *q, struct uq_tag *t)
 void uq_give_up(struct uq *q)
 {
 	q->giving_up = true;
+	q->absence_gave_up = false;
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		struct uq_tag *t = &q->tags[i];
 		bool waits = waits_for_link(t) || t->state == UQ_WAIT_BUFFER;

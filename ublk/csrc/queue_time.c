@@ -62,6 +62,23 @@ static void watch_absence(struct uq *q)
 	} else if (q->now_ms - q->absent_since_ms >= q->config.absent_ms) {
 		q->attention |= UQ_ATT_ABSENT;
 		uq_give_up(q);
+		q->absence_gave_up = true;
+	}
+}
+
+void uq_set_deadlines(struct uq *q, uint32_t timeout_ms, int fail_on_timeout, uint32_t absent_ms)
+{
+	q->config.timeout_ms = timeout_ms;
+	q->config.fail_on_timeout = fail_on_timeout != 0;
+	q->config.absent_ms = absent_ms;
+	if (q->absence_gave_up)
+		q->giving_up = q->absence_gave_up = false;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+
+		/* A request that is within the new deadline is reported again when that has passed. */
+		if (!timeout_ms || q->now_ms - t->arrived_ms < timeout_ms)
+			t->overdue = false;
 	}
 }
 

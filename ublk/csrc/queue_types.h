@@ -87,7 +87,8 @@ struct uq {
 	uint8_t link;
 	unsigned stale; /* answers of this backend that were dropped */
 	bool reads_own, fence, giving_up;
-	bool is_absent; /* since absent_since_ms */
+	bool is_absent;       /* since absent_since_ms */
+	bool absence_gave_up; /* `giving_up` is due to that absence, and not to uq_give_up()'s caller */
 	bool output_held;
 	bool output_overflowed; /* a descriptor found no room: no more is sent, and the link must be cut */
 	int violation, fault, fault_detail;

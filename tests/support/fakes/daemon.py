@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.daemon.admin.server import AdminServer
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, shown
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import (
     BackendStatus,
@@ -19,6 +20,7 @@ from ublkpool.daemon.status import (
     OpCounts,
     PoolStats,
     QueueStats,
+    Setting,
     State,
     WorkerStatus,
 )
@@ -88,6 +90,15 @@ class FakeService:
         if name not in self.configs:
             raise DaemonError(f"{name}: no such device")
         self.rebound.append(name)
+
+    async def set(self, name: str, values: Mapping[str, Scalar]) -> Sequence[Setting]:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        added, self.configs[name] = self.configs[name], changed(self.configs[name], values)
+        return [
+            Setting(key=key, value=shown(self.configs[name], key), configured=shown(added, key), applies=when)
+            for key, when in APPLIES.items()
+        ]
 
     def list(self) -> Sequence[DeviceStatus]:
         return [self._status(name) for name in self.configs]

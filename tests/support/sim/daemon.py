@@ -163,6 +163,7 @@ class LeftBehind(NamedTuple):
     served: None = None
     processes: tuple[()] = ()
     data_lost: str = ""
+    added: DeviceConfig | None = None
 
     @property
     def may_go_on(self) -> bool:
@@ -434,16 +435,17 @@ class Daemon:
                 file.unlink()
         runner = SimRunner(scenery.rng, scenery.jobs, scenery.defect)
         self._context = SimContext(scenery, runner, self.broker)
-        self.device = self._new_device()
+        self.device = self._new_device(scenery.config)
         restarted = self.broker.keep_running(lambda: self.device.broker_restarted())
         self.broker_watch = self.loop.create_task(restarted)
 
-    def _new_device(self) -> SimDevice:
-        return SimDevice(self.scenery.config, self._context)
+    def _new_device(self, config: DeviceConfig) -> SimDevice:
+        return SimDevice(config, self._context)
 
     async def take_over(self, left: LeftBehind, goes_on: bool, end_left: Callable[[], None]) -> bool:
         """As `takeover.TakeOver` does with one device: go on with what was left, or recover it."""
         record = cast(Any, left)
+        self.device = self._new_device(left.config)
         if goes_on:
             try:
                 await self.device.go_on(record, {})
@@ -453,7 +455,7 @@ class Daemon:
                 end_left()
                 with suppress(PoolError):
                     await self.broker.forget_all_but([])
-                self.device = self._new_device()
+                self.device = self._new_device(left.config)
         return await self.device.recover_left(record, {})
 
     def _run_now(self, work: Callable[[], None]) -> None:

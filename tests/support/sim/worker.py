@@ -246,6 +246,14 @@ class SimQueueLoop(QueueLoop):
 class SimQueue(Queue):
     """The real core; segments stay mapped for the whole run."""
 
+    def __init__(self, config: QueueConfig, memory: Memory) -> None:
+        super().__init__(config, memory)
+        self.deadlines = (config.timeout_ms, config.fail_on_timeout, config.absent_ms)
+
+    def set_deadlines(self, timeout_ms: int, fail_on_timeout: bool, absent_ms: int) -> None:
+        super().set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
+        self.deadlines = (timeout_ms, fail_on_timeout, absent_ms)
+
     def unmap_idle_segments(self) -> int:
         base, size = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
         count = 0
