@@ -9,6 +9,9 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from ublkpool.daemon.events.kinds import RequestsFail
+from ublkpool.daemon.events.tell import DeviceEvents
+
 PATIENCE_S = 3.0
 """How long a device may lack its backend, so that one which is just restarted loses no request."""
 LOOK_S = 0.5
@@ -25,6 +28,10 @@ class Absentable(Protocol):
     @property
     def lacks_backend(self) -> bool:
         """Whether requests wait for a backend to attach."""
+
+    @property
+    def events(self) -> DeviceEvents:
+        """Takes what happens to the device."""
 
     def give_up(self) -> None:
         """Fail the requests that wait for a backend, and new ones, until one attaches."""
@@ -49,14 +56,15 @@ class GoingDown:
                 continue
             since_s = self._absent_since_s.setdefault(device.name, self._clock())
             if self._clock() - since_s >= PATIENCE_S:
-                self._say_once(device.name)
+                self._say_once(device)
                 # At each look: a recovery may have replaced the workers that were told.
                 device.give_up()
 
-    def _say_once(self, name: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            _log.error("%s: no backend, and the machine goes down: requests fail", name)
+    def _say_once(self, device: Absentable) -> None:
+        if device.name not in self._said:
+            self._said.add(device.name)
+            text = "no backend, and the machine goes down: requests fail"
+            device.events.tell(_log, RequestsFail(why="machine-goes-down", after_s=PATIENCE_S), text)
 
     async def watch(self) -> None:
         """Look every `LOOK_S`, until cancelled."""

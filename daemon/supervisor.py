@@ -27,6 +27,9 @@ from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.device.state import StateDirectory, candidates
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.kinds import BrokerReplaced, CommandHung, MachineGoesDown, StoreRebound
+from ublkpool.daemon.events.tell import Events
+from ublkpool.daemon.events_kept import EventsKept
 from ublkpool.daemon.going_down import GoingDown
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.lost_devices import LostDevices
@@ -56,11 +59,14 @@ _Names = list[str]
 class Supervisor:
     """The devices of one daemon: what the admin socket asks for, and where backends attach."""
 
-    def __init__(self, context: DaemonContext, background: Background) -> None:
-        """`background` ends with the daemon."""
+    def __init__(
+        self, context: DaemonContext, background: Background, keeper: EventsKept | None = None
+    ) -> None:
+        """`background` ends with the daemon; without `keeper` the events are in memory only."""
         self._context = context
+        self._keeper = keeper
         self._background = background
-        self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status)
+        self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status, context.events)
         self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
         self.stopped = asyncio.Event()
         self.leaves = False
@@ -142,6 +148,13 @@ class Supervisor:
             await self._table.device(name).rebind()
         else:
             await self._binding(name).rebind()
+        text = "the next store that attaches becomes its own"
+        self.events.record(StoreRebound(), text, device=name)
+
+    @property
+    def events(self) -> Events:
+        """What happens to the daemon and to its devices."""
+        return self._context.events
 
     def _check_known(self, name: str) -> None:
         """Raise `DaemonError` for an unknown name.  After a refused add a name has a store and no device."""
@@ -191,13 +204,18 @@ class Supervisor:
         """The machine goes down: no device waits for a backend any more; with `final` devices and daemon end."""
         if not self._is_going_down:
             self._is_going_down = True
-            _log.info("the machine goes down")
+            self.events.tell(_log, MachineGoesDown(), "the machine goes down")
             watch = GoingDown(self._table.devices, asyncio.get_running_loop().time)
             self._background.spawn(watch.watch())
         if final:
             self.ends = True
             await self.delete_all()
             self.end()
+
+    async def end_events(self) -> None:
+        """The daemon leaves its devices to the next one: write what has happened."""
+        if self._keeper is not None:
+            await self._keeper.end(leaves=True)
 
     async def settled(self) -> None:
         """Return when no task changes a device, and the holder has what the next daemon needs."""
@@ -231,6 +249,10 @@ class Supervisor:
 
     async def broker_restarted(self) -> None:
         """Tell a new broker about every device."""
+        broker = self._context.broker
+        replaced = BrokerReplaced(pid=broker.child.pid, reason=broker.last_end)
+        text = f"another pool broker runs (process {broker.child.pid}), since the one before ended: {broker.last_end}"
+        self.events.record(replaced, text)
         for device in self._table.devices():
             await device.broker_restarted()
 
@@ -290,6 +312,7 @@ async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
         # The next daemon recovers the device, as after a crash.
         _log.warning("a device is still changing after %.0f s; leaving it so", SETTLE_DEADLINE_S)
     ending.pop_all()
+    await supervisor.end_events()
 
 
 async def _start(
@@ -331,14 +354,14 @@ async def _begin(
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
-    context, held = await _make_context(config, directory, live_mounts, ending)
+    context, held, keeper = await _make_context(config, directory, live_mounts, ending)
     context.configured = {device.name: device for device in config.devices}
     run_dir, broker = context.run_dir, context.broker
     left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)
     background = Background("the daemon")
-    supervisor = Supervisor(context, background)
+    supervisor = Supervisor(context, background, keeper)
     ending.push_async_callback(supervisor.delete_all)
     ending.callback(background.cancel)
     for restarting in (broker.keep_running(supervisor.broker_restarted), context.holder.keep_running()):
@@ -366,8 +389,8 @@ async def _begin(
 
 async def _make_context(
     config: ServeConfig, directory: RunDirectory, live_mounts: int | None, ending: AsyncExitStack
-) -> tuple[DaemonContext, dict[str, int]]:
-    """The parts that all devices share, and the descriptors that an earlier daemon's holder kept, by name.
+) -> tuple[DaemonContext, dict[str, int], EventsKept]:
+    """The parts that all devices share, the descriptors that an earlier daemon's holder kept, and who keeps the events.
 
     The holder runs then, the broker does not.
     """
@@ -377,16 +400,22 @@ async def _make_context(
     check_sockets(run_dir)
     reserve = Reserve()
     ending.callback(reserve.close)
-    runner = ControlRunner(reserve)
+    runner = ControlRunner(reserve, lambda what, text: events.record(CommandHung(what=what), text))
     states = await StateDirectory.open(candidates(run_dir, config.state_dir), runner)
     ending.callback(states.close)
+    keeper = EventsKept(states.directory, runner, config.events_bytes)
+    ending.push_async_callback(keeper.end, leaves=False)
+    events = keeper.events
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
-    return DaemonContext(run_dir, instance, group, runner, broker, holder, states, live_mounts), held
+    context = DaemonContext(
+        run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events
+    )
+    return context, held, keeper
 
 
 async def _within_patience(taking: Sequence["asyncio.Task[None]"], stop: asyncio.Event) -> None:
@@ -407,7 +436,9 @@ async def _after_takeover(
     taking: Sequence["asyncio.Task[None]"], left: TakeOver, supervisor: Supervisor, config: ServeConfig
 ) -> None:
     if taking:
+        begun_s = asyncio.get_running_loop().time()
         await asyncio.wait(taking)
+        left.tell_end(asyncio.get_running_loop().time() - begun_s)
     left.close()
     # Devices of the config that the kernel no longer has are made anew.
     if not supervisor.stopped.is_set():

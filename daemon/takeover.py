@@ -18,11 +18,14 @@ from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record, end_brokers, end_left
 from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
+from ublkpool.daemon.events.kinds import TakeoverEnded
 from ublkpool.daemon.processes.broker_process import EARLIER_HELD, HELD, HELD_PROCESS
 from ublkpool.daemon.processes.left_behind import Process, is_alive, kill_process
 
 SHORTAGE_PAUSE_S = 1.0
 CLEAR_PAUSE_S = 0.5
+NAMES_MAX = 50
+"""In an event."""
 _log = logging.getLogger("ublkpool.takeover")
 
 
@@ -46,6 +49,9 @@ class TakeOver:
         self._going_on = [record for record in left if may_go_on(record, held)]
         self.gone: list[str] = []
         """The devices that are not taken over, since the kernel has lost them or the config adds them anew."""
+        self.adopted: list[str] = []
+        """The devices that go on as they were."""
+        self.recovered: list[str] = []
         self.outdated: list[str] = []
         """The devices that go on with workers of another version of the code."""
 
@@ -88,6 +94,7 @@ class TakeOver:
                 if not await self._may_pass(record, failure):
                     break
             else:
+                self.adopted.append(record.config.name)
                 return True
             # If the broker has just died its successor never knew the device.
             with suppress(PoolError):
@@ -100,7 +107,25 @@ class TakeOver:
             self.gone.append(record.config.name)
             return False
         device.save_or_retry()
+        if device.state != "failed" and record.device_number is not None:
+            self.recovered.append(record.config.name)
         return True
+
+    def tell_end(self, seconds: float) -> None:
+        """Every device was taken over or given up, after `seconds`."""
+        names = [each.config.name for each in self.records]
+        failed = [each for each in names if each not in (*self.adopted, *self.recovered, *self.gone)]
+        text = f"took over: {len(self.adopted)} go on, {len(self.recovered)} recovered, {len(failed)} failed"
+        ended = TakeoverEnded(
+            adopted=tuple(self.adopted[:NAMES_MAX]),
+            recovered=tuple(self.recovered[:NAMES_MAX]),
+            failed=tuple(failed[:NAMES_MAX]),
+            adopted_count=len(self.adopted),
+            recovered_count=len(self.recovered),
+            failed_count=len(failed),
+            seconds=round(seconds, 3),
+        )
+        self._context.events.record(ended, text, severity="warning" if failed else "info")
 
     def close(self) -> None:
         """Close the descriptors of the earlier daemon, once every device was taken over or given up."""

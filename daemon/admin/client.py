@@ -14,6 +14,7 @@ from ublkpool.daemon.admin.patience import DaemonLines, explain_missing
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
+    EventsRequest,
     ListRequest,
     RebindRequest,
     Reply,
@@ -28,6 +29,7 @@ from ublkpool.daemon.admin.wire import (
     encode_line,
 )
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
@@ -49,11 +51,16 @@ class AdminClient:
         run_dir: Path,
         on_progress: Callable[[str], None] = lambda text: None,
         on_wait: Callable[[str], None] = lambda text: None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_progress` gets the daemon's progress texts, `on_wait` the reason why the daemon is silent."""
+        """`on_progress` gets the daemon's progress texts, `on_wait` the reason why the daemon is silent.
+
+        `on_idle` is called after each second in which the daemon says nothing.
+        """
         self._run_dir = run_dir
         self._on_progress = on_progress
         self._on_wait = on_wait
+        self._on_idle = on_idle
 
     def add(self, device: DeviceConfig) -> DeviceStatus:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
@@ -83,6 +90,16 @@ class AdminClient:
         """The counters of one device, or of all."""
         return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
 
+    def events(self, request: EventsRequest, on_event: Callable[[Event], None]) -> None:
+        """Have `on_event` called with each event that the request asks for.
+
+        One that follows returns when the daemon ends in order; the caller asks its successor, from the number that it
+        has.
+        """
+        reply = self._exchange(encode_line(request), None if request.follow else QUERY_TIMEOUT_S, on_event)
+        if not reply.ok:
+            raise RemoteError(reply.error, reply.status)
+
     def stop(self, leave: bool = False) -> None:
         """Ask the daemon to end; with `leave` it leaves its devices for the next daemon, else it deletes them."""
         self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
@@ -101,14 +118,22 @@ class AdminClient:
             raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
         return answer
 
-    def _exchange(self, line: bytes, timeout_s: float | None) -> Reply:
+    def _exchange(
+        self,
+        line: bytes,
+        timeout_s: float | None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Reply:
         path = admin_socket(self._run_dir)
         with _connect(path) as connection:
-            lines = DaemonLines(path, connection, timeout_s, self._on_wait)
+            lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle)
             try:
                 connection.sendall(line)
                 while (reply := decode_reply(lines.next_line())).ok is None:
-                    self._on_progress(reply.progress)
+                    if reply.event is not None:
+                        on_event(reply.event)
+                    else:
+                        self._on_progress(reply.progress)
                 return reply
             except ConnectionError as error:
                 raise DaemonUnreachable(f"{path}: the daemon hung up: {error.strerror}") from error

@@ -26,13 +26,22 @@ class DaemonLines:
     """The lines that the daemon sends on one connection; tells the user while the daemon is silent."""
 
     def __init__(
-        self, path: Path, connection: socket.socket, timeout_s: float | None, say: Callable[[str], None]
+        self,
+        path: Path,
+        connection: socket.socket,
+        timeout_s: float | None,
+        say: Callable[[str], None],
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`timeout_s`: longest silence before an error; None: no limit, because the operation may take long."""
+        """`timeout_s`: longest silence before an error; None: no limit, because the operation may take long.
+
+        `on_idle` is called after each second of silence, and may raise to end the wait.
+        """
         self._path = path
         self._connection = connection
         self._timeout_s = timeout_s
         self._say = say
+        self._on_idle = on_idle
         self._said = ""
         self._buffer = bytearray()
         self._pid = credentials_of(connection).pid
@@ -45,6 +54,7 @@ class DaemonLines:
             try:
                 received = self._connection.recv(_RECEIVED_BYTES)
             except TimeoutError:
+                self._on_idle()
                 self._check_silence(time.monotonic() - since_s)
                 continue
             if not received:

@@ -1,8 +1,9 @@
 """The server of the admin socket: reads requests, calls a `DeviceService`, writes answers.
 
 Owns the socket file (mode 0600), the connections and the tasks of running operations; must not know what a device is.
-Runs on the supervisor's asyncio loop.  If the client disconnects, `wait` and `add` are cancelled: `add` may wait for a
-backend without limit, and a device that its user gave up must not appear later.  Other operations run to their end.
+Runs on the supervisor's asyncio loop.  If the client disconnects, `wait`, `events` and `add` are cancelled: `add` may
+wait for a backend without limit, and a device that its user gave up must not appear later.  Other operations run to
+their end.
 """
 
 import asyncio
@@ -13,11 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ublkpool.daemon.admin.followers import Followers
 from ublkpool.daemon.admin.wire import (
     REQUEST_BYTES_MAX,
     AddRequest,
     DeleteRequest,
     Done,
+    EventsRequest,
     Failed,
     ListRequest,
     Progress,
@@ -33,6 +36,7 @@ from ublkpool.daemon.admin.wire import (
     encode_line,
 )
 from ublkpool.daemon.errors import STATUS_FAILED, STATUS_USAGE, ConfigError, DaemonError, one_line, status_of
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 from ublkpool.daemon.settings.changes import Scalar
@@ -64,6 +68,10 @@ class DeviceService(Protocol):
     async def set(self, name: str, values: Mapping[str, Scalar]) -> Sequence[Setting]:
         """Change settings of a device, all or none; all of its settings then."""
 
+    @property
+    def events(self) -> Events:
+        """What has happened to the devices."""
+
     def list(self) -> Sequence[DeviceStatus]:
         """The status of all devices."""
 
@@ -86,6 +94,7 @@ class AdminServer:
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
         self._operations = Background("admin")
+        self._followers = Followers(service.events)
         self._request_count = 0
         self._failure_count = 0
 
@@ -103,6 +112,7 @@ class AdminServer:
         self._server.close()
         self._server = None
         self._path.unlink(missing_ok=True)
+        self._followers.end()
         for reader, writer in self._connections.values():
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             reader.feed_eof()
@@ -156,7 +166,7 @@ class AdminServer:
         except ConfigError as error:
             return _failed(error)
         operation = self._operations.spawn_awaited(self._perform(request, writer))
-        if isinstance(request, WaitRequest | AddRequest):
+        if isinstance(request, WaitRequest | AddRequest | EventsRequest):
             await _end_with_client(operation, writer)
         await asyncio.wait({operation})
         if operation.cancelled():
@@ -181,12 +191,19 @@ class AdminServer:
                 return self._service.list()
             case StatsRequest():
                 return self._service.stats(request.name)
+            case EventsRequest():
+                await self._followers.tell(request, writer)
+                return None
+            case _:
+                await self._perform_end(request)
+                return None
+
+    async def _perform_end(self, request: StopRequest | ShutdownRequest) -> None:
+        match request:
             case StopRequest():
                 await self._service.stop(request.leave)
-                return None
             case ShutdownRequest():
                 await self._service.shut_down(request.final)
-                return None
 
 
 def _failed(error: BaseException) -> Failed:

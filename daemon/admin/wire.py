@@ -3,7 +3,7 @@
 Owns the messages and their framing, for client and server.  JSON, one message per line:
 
     client:  {"v":1,"op":"add","device":{...}}
-    daemon:  {"progress":"..."}                                 any number of times
+    daemon:  {"progress":"..."} or {"event":{...}}              any number of times
              {"ok":true,"result":...}                           or
              {"ok":false,"error":"one line","status":1 or 2}
 
@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from ublkpool.daemon.errors import ConfigError, DaemonError
+from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.config import DeviceConfig
 
 ADMIN_VERSION = 1
@@ -89,6 +90,19 @@ class ShutdownRequest(_Request, frozen=True, kw_only=True, tag="shutdown"):
     final: bool = False
 
 
+class EventsRequest(_Request, frozen=True, kw_only=True, tag="events"):
+    """Tell the events with a number above `after`, of these devices, each on a line of its own (`Told`), oldest first.
+
+    With `follow` also those to come, until the client disconnects or the daemon ends, which answers then.
+    """
+
+    after: Annotated[int, Meta(ge=0)] = 0
+    names: list[str] | None = None
+    since: Annotated[str, Meta(max_length=64)] = ""
+    """A time as in `Event.time`; older events are left out."""
+    follow: bool = False
+
+
 Request = (
     AddRequest
     | DeleteRequest
@@ -99,6 +113,7 @@ Request = (
     | StatsRequest
     | StopRequest
     | ShutdownRequest
+    | EventsRequest
 )
 
 
@@ -106,6 +121,12 @@ class Progress(msgspec.Struct, frozen=True):
     """A text to show while the operation runs."""
 
     progress: str
+
+
+class Told(msgspec.Struct, frozen=True):
+    """An event, see `daemon/events/event.py`."""
+
+    event: msgspec.Raw
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,10 +145,11 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A daemon's line as the client decodes it: Progress (`ok` is None), Done or Failed."""
+    """A daemon's line as the client decodes it: Progress or Told (`ok` is None), Done or Failed."""
 
     ok: bool | None = None
     progress: str = ""
+    event: Event | None = None
     result: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""
     status: int = 1
@@ -148,7 +170,7 @@ def admin_socket(run_dir: Path) -> Path:
     return run_dir / "admin.sock"
 
 
-def encode_line(message: Request | Progress | Done | Failed) -> bytes:
+def encode_line(message: Request | Progress | Told | Done | Failed) -> bytes:
     """The message as one line with its newline."""
     return _encoder.encode(message) + b"\n"
 

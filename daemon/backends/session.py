@@ -12,7 +12,7 @@ import secrets
 import select
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Self
 
@@ -34,6 +34,12 @@ class Session:
 
     generation = 0
     """The generation of its attach; the device sets it."""
+    is_detaching = False
+    """Whether the daemon has asked it to leave."""
+    was_cut_off = False
+    """Whether the daemon has killed it."""
+    on_blame: Callable[[str], None] | None = None
+    """Takes what `blame` is told; the device sets it."""
 
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
         """Takes over `sock` and `segment_fd`, unless no pidfd of the process can be opened: then `OSError`.
@@ -55,8 +61,7 @@ class Session:
         self._sock = sock
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._left: asyncio.Future[None] = self._loop.create_future()
-        self._has_memory = self._hung_up = self._detaching = False
-        self._is_cut_off = False
+        self._has_memory = self._hung_up = False
         self._undue_packets = 0
         self._background = Background(attach.device)
         if self._pidfd is None:
@@ -91,7 +96,7 @@ class Session:
     @property
     def is_leaving(self) -> bool:
         """Whether it has closed its connection or is being killed; its successor waits for its death."""
-        return self._left.done() or self._is_cut_off
+        return self._left.done() or self.was_cut_off
 
     def fileno(self) -> int:
         """The connection."""
@@ -125,21 +130,19 @@ class Session:
 
         The end of its connection is enough here: the device ends, and no other backend uses its memory.
         """
-        self._detaching = True
+        self.is_detaching = True
         self.say(wire.Detach(reason=reason, keep=keep))
         if not await self._leaves(patience_s):
             await self.cut_off()
 
     async def hung_up(self, patience_s: float) -> None:
         """Its connection to a queue has ended: cut it off, unless it leaves within `patience_s`."""
-        if self._hung_up or self._detaching:
+        if self._hung_up or self.is_detaching:
             return
         self._hung_up = True
         if await self._leaves(patience_s):
             return
-        _log.error(
-            "%s: backend cut off: process %d has hung up on a queue and stays", self.attach.device, self.pid
-        )
+        self.blame(f"backend cut off: process {self.pid} has hung up on a queue and stays")
         await self.cut_off()
 
     async def _leaves(self, patience_s: float) -> bool:
@@ -158,9 +161,16 @@ class Session:
         await self.gone()
 
     def _cut_off_soon(self) -> None:
-        if not self._is_cut_off:
-            self._is_cut_off = True
+        if not self.was_cut_off:
+            self.was_cut_off = True
             self._kill()
+
+    def blame(self, text: str) -> None:
+        """Tell why it is to be cut off."""
+        if self.on_blame is not None:
+            self.on_blame(text)
+        else:
+            _log.error("%s: %s", self.attach.device, text)
 
     def _kill(self) -> None:
         if self._pidfd is not None and not self.is_gone:
@@ -191,7 +201,7 @@ class Session:
         except BlockingIOError:
             return
         except UndueDescriptors:
-            _log.error("%s: backend cut off: it sends descriptors after its attach", self.attach.device)
+            self.blame("backend cut off: it sends descriptors after its attach")
             if self._has_memory:
                 self._cut_off_soon()
             self._on_close()
@@ -203,7 +213,7 @@ class Session:
             return
         self._undue_packets += 1
         if self._undue_packets > UNDUE_PACKETS_MAX and not self.is_leaving:
-            _log.error("%s: backend cut off: it talks on its attach connection", self.attach.device)
+            self.blame("backend cut off: it talks on its attach connection")
             if self._has_memory:
                 self._cut_off_soon()
             else:
@@ -216,18 +226,14 @@ class Session:
             self._end()
             return
         _resolve(self._left)
-        if not self.is_gone and not self._is_cut_off:
+        if not self.is_gone and not self.was_cut_off:
             self._background.spawn(self._end_or_kill())
 
     async def _end_or_kill(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.gone(), LEAVE_PATIENCE_S)
             return
-        _log.error(
-            "%s: backend cut off: process %d has closed its connection and lives on",
-            self.attach.device,
-            self.pid,
-        )
+        self.blame(f"backend cut off: process {self.pid} has closed its connection and lives on")
         await self.cut_off()
 
     def _on_death(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line, a contract: `ublkpool serve | add | del | rebind | set | list | stats | backend | shutdown | ...`.
+"""The command line, a contract: `ublkpool serve | add | del | rebind | set | list | stats | events | backend | ...`.
 
 Owns the list of commands and what becomes of an error: lines on stderr and an exit status (0 done, 1 failed, 2 wrong
 usage or config, 130 interrupted).  Imports a command's module only when that command runs or the help lists it, because
@@ -23,6 +23,7 @@ _COMMANDS = {
     "set": "set:set_device",
     "list": "devices:list_devices",
     "stats": "devices:stats",
+    "events": "events:events",
     "backend": "attach:backend",
     "shutdown": "serve:shutdown",
     "client": "attach:client",

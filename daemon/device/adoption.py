@@ -21,6 +21,7 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     team = await parts.resources.adopt(adopted)
     parts.backend.session = session = adopted.session()
     if session is not None:
+        parts.backend.watch(session)
         parts.resources.pool.had_by(session.uid)
     await _agree_on_backend(parts, record, team)
     if team.can_set_deadlines:

@@ -7,7 +7,9 @@ process of a backend that the daemon runs itself `managed_backend.py`'s.  Runs o
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
@@ -15,6 +17,15 @@ from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.lifecycle import Lifecycle
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.kinds import (
+    BackendCutOff,
+    BackendDetached,
+    BackendDied,
+    BackendReplaced,
+    RequestLate,
+    RequestsFail,
+)
+from ublkpool.daemon.events.tell import DeviceEvents
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.held_names import session_names
 from ublkpool.daemon.processes.holder import Holder
@@ -26,13 +37,29 @@ DETACH_PATIENCE_S = 10.0
 DEATH_PATIENCE_S = 10.0
 """After SIGKILL, for a backend that waits in the kernel."""
 HANGUP_PATIENCE_S = 5.0
+_CUT_OFF = "backend cut off: "
 _log = logging.getLogger("ublkpool.device")
+
+
+class _Ended(NamedTuple):
+    """A backend that has ended: its process, when that was, and the workers' count of replays then."""
+
+    pid: int
+    at_s: float
+    replays: int
 
 
 class AttachedBackend:
     """A device's attached backend; `session` is None while no backend is attached."""
 
-    def __init__(self, config: DeviceConfig, life: Lifecycle, holder: Holder, background: Background) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        life: Lifecycle,
+        holder: Holder,
+        background: Background,
+        events: DeviceEvents,
+    ) -> None:
         self.session: Session | None = None
         self.segments = wire.SEGMENT_POOL
         """The highest segment number that a backend was given."""
@@ -46,9 +73,14 @@ class AttachedBackend:
         self._life = life
         self._holder = holder
         self._background = background
+        self._events = events
+        self._before: _Ended | None = None
+        """The backend that ended last, until another has taken its place."""
         self._is_absence_logged = False
         self._is_first_due = False
         """No backend has served since a takeover."""
+        self.replays: Callable[[], int] = lambda: 0
+        """How many requests the workers have sent again to a backend's successor, since the device was made."""
 
     def check_free(self) -> None:
         """Raise `AttachRefused` unless a backend may attach, now or after the attached one's farewell."""
@@ -71,6 +103,7 @@ class AttachedBackend:
     def begin(self, session: Session) -> None:
         """The workers expect this backend."""
         self.session = session
+        self.watch(session)
         self.refusal = ""
         self._is_absence_logged = False
 
@@ -124,8 +157,27 @@ class AttachedBackend:
         return f"backend {session.attach.kind} has attached and not said HELLO on queue {queues} yet"
 
     def _served(self) -> None:
+        self._note_replacement()
         self._is_first_due = False
         self._life.serve(True)
+
+    def _note_replacement(self) -> None:
+        """The attached backend serves in the place of one that has ended."""
+        before, session = self._before, self.session
+        if before is None or session is None:
+            return
+        self._before = None
+        replayed = max(0, self.replays() - before.replays)
+        kind, pid, seconds = session.attach.kind, session.pid, round(self._clock() - before.at_s, 3)
+        self._events.record(
+            BackendReplaced(kind=kind, pid=pid, earlier_pid=before.pid, seconds=seconds, replayed=replayed),
+            f"backend {kind} (process {pid}) serves in the place of process {before.pid}, after {seconds:g} s; "
+            f"requests sent again: {replayed}",
+        )
+
+    @staticmethod
+    def _clock() -> float:
+        return asyncio.get_running_loop().time()
 
     def say_live(self, team: Team) -> None:
         """Tell the backend, if one is attached, that the disk exists."""
@@ -134,20 +186,19 @@ class AttachedBackend:
 
     def hear(self, worker: WorkerProcess, news: messages.FromWorker) -> None:
         """A worker reports something of the backend, or that none is attached."""
-        name = self.config.name
         if isinstance(news, messages.Cut):
-            _log.error("%s queue %d: backend cut off: %s", name, worker.queue, news.reason)
+            self._note_cut(worker, news.reason)
             self.cut_off_soon()
         elif isinstance(news, messages.HungUp):
             if self.session is not None:
                 self._background.spawn(self.session.hung_up(HANGUP_PATIENCE_S))
         elif isinstance(news, messages.Silent):
             timeout_s = self.config.io_timeout_s
-            _log.warning(
-                "%s queue %d: a request has waited longer than io_timeout = %g s",
-                name,
-                worker.queue,
-                timeout_s,
+            self._events.tell(
+                _log,
+                RequestLate(queue=worker.queue, io_timeout_s=timeout_s),
+                f"a request has waited longer than io_timeout = {timeout_s:g} s",
+                place=f"{self.config.name} queue {worker.queue}",
             )
         elif isinstance(news, messages.Absent):
             self._note_absence()
@@ -160,10 +211,11 @@ class AttachedBackend:
         """
         if not self._life.is_stopping and not self._is_absence_logged:
             self._is_absence_logged = True
-            _log.error(
-                "%s: no backend for %g s: requests fail until one attaches",
-                self.config.name,
-                self.config.absent_timeout_s,
+            absent_s = self.config.absent_timeout_s
+            self._events.tell(
+                _log,
+                RequestsFail(why="no-backend", after_s=absent_s),
+                f"no backend for {absent_s:g} s: requests fail until one attaches",
             )
 
     def note_new_deadlines(self) -> None:
@@ -196,8 +248,38 @@ class AttachedBackend:
                 self.farewell.cancel()
             self.drop(session)
 
+    def watch(self, session: Session) -> None:
+        """Have this backend's cut-offs told as the device's events."""
+        session.on_blame = lambda text: self._events.tell(
+            _log, BackendCutOff(reason=text.removeprefix(_CUT_OFF), pid=session.pid), text
+        )
+
+    def _note_cut(self, worker: WorkerProcess, reason: str) -> None:
+        pid = self.session.pid if self.session is not None else 0
+        self._events.tell(
+            _log,
+            BackendCutOff(reason=reason, pid=pid, queue=worker.queue),
+            f"backend cut off: {reason}",
+            place=f"{self.config.name} queue {worker.queue}",
+        )
+
+    def _note_end(self, session: Session) -> None:
+        """A backend is gone: an event for each that was attached."""
+        kind, pid = session.attach.kind, session.pid
+        if session.is_detaching or self._life.is_stopping:
+            self._events.record(
+                BackendDetached(kind=kind, pid=pid), f"backend {kind} has left (process {pid})"
+            )
+            return
+        self._events.record(
+            BackendDied(kind=kind, pid=pid, was_cut_off=session.was_cut_off),
+            f"backend {kind} has ended (process {pid})",
+        )
+        self._before = _Ended(pid, self._clock(), self.replays())
+
     def drop(self, session: Session) -> None:
         """The workers have taken back what this backend held, or end with it: the next one may attach."""
+        self._note_end(session)
         for name in session_names(self.config.name):
             self._holder.drop(name)
         session.close()

@@ -1,4 +1,5 @@
-"""What all devices of a daemon share: directories, the runner of control commands, the broker, the holder.
+"""What all devices of a daemon share: directories, the runner of control commands, the broker, the holder, the
+events.
 
 The supervisor makes it once; devices use it and never change it.
 """
@@ -8,6 +9,7 @@ from pathlib import Path
 from ublkpool.daemon.device.binding import boot_id
 from ublkpool.daemon.device.records import Records, build_id
 from ublkpool.daemon.device.state import StateDirectory
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
@@ -27,6 +29,7 @@ class DaemonContext:
         holder: Holder,
         states: StateDirectory,
         live_mounts: int | None = None,
+        events: Events | None = None,
     ) -> None:
         """`live_mounts`: a descriptor of the mount namespace that backends run in, see `daemon/processes/mounts.py`."""
         self.run_dir = run_dir
@@ -39,6 +42,7 @@ class DaemonContext:
         self.boot_id = boot_id()
         self.live_mounts = live_mounts
         self.build = build_id()
+        self.events = events or Events()
         self.records = Records(run_dir / "devices")
         self.queue_dir = run_dir / "queues"
         self.configured: dict[str, DeviceConfig] = {}

@@ -27,10 +27,18 @@ from ublkpool.daemon.device.introduction import introduce, watch_backend
 from ublkpool.daemon.device.kept_memory import drop_kept
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
-from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RestartLimit, next_epoch, retire
+from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RecoveryAccount, RestartLimit, next_epoch, retire
 from ublkpool.daemon.device.service import DeviceService
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line, without_name
+from ublkpool.daemon.events.kinds import (
+    DeviceAdopted,
+    DeviceFailed,
+    DeviceLive,
+    DeviceNotStarted,
+    WorkerDied,
+    WorkersReplaced,
+)
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.backoff import Backoff
 from ublkpool.daemon.processes.held_names import stderr_name
@@ -96,7 +104,8 @@ class Device(DeviceService):
     async def _undo_start(self, reason: str) -> None:
         parts = self.parts
         parts.life.is_stopping = True
-        self._log_failure(reason)
+        parts.life.reason = reason = without_name(self.config.name, reason)
+        parts.events.tell(_log, DeviceNotStarted(reason=reason), reason)
         is_gone = await teardown.tear_down_failed(parts)
         with logged(self.config.name):
             await parts.binding.undo()
@@ -181,7 +190,9 @@ class Device(DeviceService):
             self._set_io_timeout(team)
             self._now_live(team)
             client_buffers.begin(parts)
-            _log.info("%s: live as %s", self.config.name, team.plan.kernel.node)
+            node = str(team.plan.kernel.node)
+            live = DeviceLive(path=node, size_bytes=team.plan.disk.size_bytes)
+            parts.events.tell(_log, live, f"live as {node}")
 
     def _set_io_timeout(self, team: Team) -> None:
         # Not awaited: the write to sysfs waits for the disk's requests, and these may need the supervisor.
@@ -203,16 +214,21 @@ class Device(DeviceService):
     async def _until_worker_dies(self, team: Team) -> None:
         # A worker that the kernel left without tags has not failed; its siblings will follow.
         worker = await team.ended()
-        await self._recover_or_fail(team, worker.obituary())
+        reason = worker.obituary()
+        died = WorkerDied(queue=worker.queue, pid=worker.child.pid, reason=reason)
+        await self._recover_or_fail(team, reason, died)
 
     # Recovery
 
-    async def _recover_or_fail(self, dead: Team, reason: str) -> None:
+    async def _recover_or_fail(self, dead: Team, reason: str, died: WorkerDied | None = None) -> None:
         """One worker's end is the whole team's: the driver gives up all of the device's queues."""
         parts = self.parts
         async with parts.life.turn:
             if parts.life.is_stopping or parts.resources.team is not dead or self.state == "failed":
                 return
+            if died is not None:
+                # The line in the log is that of the recovery or of the failure.
+                parts.events.record(died, reason)
             has_disk = self.state == "live" or dead.plan.kernel.is_started
             if has_disk and self.config.recovery != "none":
                 await self._recover(reason)
@@ -225,14 +241,22 @@ class Device(DeviceService):
         `reason` is empty if an earlier daemon left the device.
         """
         reason = without_name(self.config.name, reason)
+        account = None
         while not self._restart_limit.died():
-            if reason:
+            if account is None:
+                account = RecoveryAccount(self.parts)
+                account.begin(reason)
+            elif reason:
                 _log.error("%s: %s; recovering", self.config.name, reason)
+            if reason:
                 self.parts.life.trouble = reason
             self.parts.enter("recovering")
             if not (reason := await self._try_next_epoch()):
+                account.end(served=True)
                 return
             await asyncio.sleep(RETRY_PAUSE_S)
+        if account is not None:
+            account.end(served=False, why=reason)
         await self._fail(given_up + reason)
 
     async def _try_next_epoch(self) -> str:
@@ -260,7 +284,6 @@ class Device(DeviceService):
         else:
             # The partition scan, and with it the device's start, goes on with these workers.
             self.parts.enter("waiting")
-        _log.info("%s: recovered, epoch %d", self.config.name, team.epoch)
         return ""
 
     # Renewal
@@ -275,9 +298,15 @@ class Device(DeviceService):
                 return
             _log.info("%s: its workers are of another version; replacing them", self.config.name)
             parts.enter("quiesced")
+            clock = asyncio.get_running_loop().time
+            begun_s = clock()
             await retire(team, self.config.name)
             if reason := await self._try_next_epoch():
                 await self._recover(reason)
+            else:
+                epoch, seconds = parts.resources.epoch, round(clock() - begun_s, 3)
+                replaced = WorkersReplaced(epoch=epoch, seconds=seconds)
+                parts.events.tell(_log, replaced, f"recovered, epoch {epoch}, after {seconds:g} s")
         session = parts.backend.session
         if parts.managed is not None and (session is None or session.attach.survives_death):
             await parts.managed.end()
@@ -287,7 +316,8 @@ class Device(DeviceService):
     async def _fail(self, reason: str) -> None:
         """The device cannot go on: end it in the kernel, keep it in the list with its reason."""
         parts = self.parts
-        self._log_failure(reason)
+        parts.life.reason = reason = without_name(self.config.name, reason)
+        parts.events.tell(_log, DeviceFailed(reason=reason), reason)
         parts.enter("failed")
         # STOP_DEV waits for a dead worker's requests, which the driver gives up only without its siblings.
         if parts.resources.team is not None:
@@ -296,13 +326,10 @@ class Device(DeviceService):
             await teardown.end_backend(parts, keep=True)
         await teardown.tear_down_failed(parts)
 
-    def _log_failure(self, reason: str) -> None:
-        self.parts.life.reason = without_name(self.config.name, reason)
-        _log.error("%s: %s", self.config.name, self.parts.life.reason)
-
     def note_failure(self, reason: str) -> None:
         """The device cannot be made, taken over or removed: it stays in the list with the reason."""
-        self.parts.life.reason = without_name(self.config.name, reason)
+        self.parts.life.reason = reason = without_name(self.config.name, reason)
+        self.parts.events.record(DeviceFailed(reason=reason), reason)
         self.parts.enter("failed")
 
     # Deletion
@@ -374,7 +401,7 @@ class Device(DeviceService):
             parts.managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
         parts.left = None
         parts.save_or_retry()
-        _log.info("%s: goes on, epoch %d", self.config.name, team.epoch)
+        parts.events.tell(_log, DeviceAdopted(epoch=team.epoch), f"goes on, epoch {team.epoch}")
 
     def abandon(self) -> None:
         """After a `go_on` that failed: close everything here; processes and kernel device stay as they are."""

@@ -11,6 +11,7 @@ from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.events.kinds import BackendAttached
 from ublkpool.daemon.processes.background import logged
 
 _log = logging.getLogger("ublkpool.device")
@@ -48,7 +49,9 @@ async def introduce(parts: DeviceParts, team: Team, session: Session, fail: Fail
         backend.hold(session)
     if parts.life.state == "live":
         backend.say_live(team)
-    _log.info("%s: backend %s attached (process %d)", name, session.attach.kind, session.pid)
+    kind, pid = session.attach.kind, session.pid
+    attached = BackendAttached(kind=kind, pid=pid, generation=session.generation)
+    parts.events.tell(_log, attached, f"backend {kind} attached (process {pid})")
 
 
 def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:

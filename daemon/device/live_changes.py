@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.kinds import SettingsChanged
 from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, differences, shown
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import Setting
@@ -45,7 +46,9 @@ async def use(parts: DeviceParts, config: DeviceConfig) -> None:
     if team is not None:
         await team.set_deadlines(config)
     parts.backend.note_new_deadlines()
-    _log.info("%s: set %s", name, ", ".join(f"{key}={shown(config, key)}" for key in keys))
+    values = {key: shown(config, key) for key in keys}
+    told = ", ".join(f"{key}={value}" for key, value in values.items())
+    parts.events.tell(_log, SettingsChanged(values=values), f"set {told}")
 
 
 def _why_not(parts: DeviceParts) -> str:

@@ -39,9 +39,11 @@ class DeviceParts:
         """What the device was added with, before any `set`."""
         self.context = context
         self.background = Background(config.name)
+        self.events = context.events.of(config.name)
         self.life = Lifecycle(config.name)
-        self.backend = AttachedBackend(config, self.life, context.holder, self.background)
+        self.backend = AttachedBackend(config, self.life, context.holder, self.background, self.events)
         self.resources = DeviceResources(config, context, self.backend)
+        self.backend.replays = lambda: self.resources.counted("replays")
         self.managed = _managed(config, context, self.background)
         self.clients = Clients(config.name, context.holder, self.background)
         self.binding = Binding(config.name, context.states, context.boot_id)

@@ -13,6 +13,7 @@ from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.kinds import RecoveryBegun, RecoveryEnded
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import Leases
@@ -47,6 +48,39 @@ class RestartLimit:
         return self._count > RESTARTS_MAX
 
 
+class RecoveryAccount:
+    """Tells the beginning and the end of one recovery as events: how long it took, and what is sent again."""
+
+    def __init__(self, parts: DeviceParts) -> None:
+        self._parts = parts
+        self._clock = asyncio.get_running_loop().time
+        self._begun_s = self._clock()
+        self._has_workers = parts.resources.team is not None
+        parts.resources.left_requests = 0
+
+    def begin(self, reason: str) -> None:
+        """A worker has ended for this reason; it is empty if an earlier daemon left the device."""
+        told = reason or "left by an earlier daemon"
+        begun = RecoveryBegun(reason=told, epoch=self._parts.resources.epoch)
+        if reason:
+            self._parts.events.tell(_log, begun, f"{reason}; recovering")
+        else:
+            self._parts.events.record(begun, f"{told}; recovering", severity="warning")
+
+    def end(self, served: bool, why: str = "") -> None:
+        """The new workers serve, or the recovery was given up, `why`."""
+        resources, seconds = self._parts.resources, round(self._clock() - self._begun_s, 3)
+        replayed = resources.left_requests if self._has_workers else None
+        ended = RecoveryEnded(served=served, epoch=resources.epoch, seconds=seconds, replayed=replayed)
+        if served:
+            again = "" if replayed is None else f", {replayed} requests are sent again"
+            self._parts.events.tell(
+                _log, ended, f"recovered, epoch {resources.epoch}, after {seconds:g} s{again}"
+            )
+        else:
+            self._parts.events.record(ended, f"not recovered after {seconds:g} s: {why}", severity="error")
+
+
 async def retire(team: Team, name: str) -> None:
     """Have workers end with no request left, where the driver has QUIESCE_DEV; `next_epoch` kills those that stay."""
     try:
@@ -67,6 +101,8 @@ async def next_epoch(parts: DeviceParts) -> Team:
     if resources.team is not None:
         await resources.team.drain(DRAIN_PATIENCE_S)
         await resources.team.kill()
+        # The gauges of the dead: their successors reset them.
+        resources.left_requests = max(resources.left_requests, resources.counted("in_flight"))
     await kernel.wait_quiesced(RECOVERY_DEADLINE_S)
     await kernel.start_recovery(RECOVERY_DEADLINE_S)
     team = await parts.fork(resources.epoch + 1)
@@ -87,7 +123,7 @@ async def _fence(team: Team, session: Session | None) -> None:
         if fenced.done():
             fenced.result()
         elif not gone.done():
-            _log.error("backend %s did not confirm the fence: cutting it off", session.attach.kind)
+            session.blame(f"backend {session.attach.kind} did not confirm the fence: cutting it off")
             await session.cut_off()
 
 

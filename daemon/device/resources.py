@@ -31,6 +31,7 @@ from ublkpool.daemon.processes.broker_process import Leases
 from ublkpool.daemon.processes.held_names import pool_name, slice_name, worker_name
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import Feature
+from ublkpool.ublk.queue import read_statistics
 
 STOP_DEADLINE_S = 60.0
 WORKER_PATIENCE_S = 10.0
@@ -53,6 +54,8 @@ class DeviceResources:
         self.team: Team | None = None
         self.epoch = FIRST_EPOCH
         """The last that has begun."""
+        self.left_requests = 0
+        """Requests that the last dead workers held, which the kernel sends again."""
         self.config = config
         self._context = context
         self._backend = backend
@@ -61,6 +64,14 @@ class DeviceResources:
     def arena(self) -> Arena | None:
         """The pool's memory."""
         return self.pool.arena
+
+    def counted(self, name: str) -> int:
+        """The sum of one of the workers' counters over the queues; they go on over a recovery."""
+        arena = self.arena
+        if arena is None:
+            return 0
+        blocks = (arena.control.statistics_block(queue) for queue in range(arena.queues))
+        return sum(read_statistics(block).counters[name] for block in blocks)
 
     async def add_kernel(self, attach: wire.Attach) -> None:
         """ADD_DEV and SET_PARAMS for the disk that this backend makes.  Raises `DaemonError`, `OSError`."""

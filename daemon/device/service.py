@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device import client_buffers, live_changes, teardown
 from ublkpool.daemon.device.view import DeviceView
+from ublkpool.daemon.events.kinds import BackendRefused
+from ublkpool.daemon.events.tell import DeviceEvents
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.status import Setting
@@ -48,6 +50,13 @@ class DeviceService(DeviceView):
     def note_refusal(self, reason: str) -> None:
         """A backend that came was refused."""
         self.parts.backend.note_refusal(reason)
+        # The line in the log is that of `Refusals`.
+        self.parts.events.record(BackendRefused(reason=reason), reason)
+
+    @property
+    def events(self) -> DeviceEvents:
+        """Takes what happens to the device."""
+        return self.parts.events
 
     def give_up(self) -> None:
         """Fail the requests that wait for a backend, and new ones, until one attaches."""

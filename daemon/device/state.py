@@ -35,7 +35,7 @@ _LOCK = "lock"
 _STATE = re.compile(r"[^.].*\.json\Z", re.DOTALL)
 _UNFINISHED = re.compile(r"\.[A-Za-z0-9_.-]+\.json\.\d+-\d+\.new\Z")
 """The name that `Write` gives a file before it replaces a state."""
-_OTHERS = re.compile(r"(lost\+found|at|\..*)\Z", re.DOTALL)
+_OTHERS = re.compile(r"(lost\+found|at|events(\.old)?\.jsonl|\..*)\Z", re.DOTALL)
 """`at` has the state directories of other run directories, see `candidates`."""
 _GENERATION = re.compile(rb'"generation"\s*:\s*(\d{1,18})\s*[,}]')
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.events.kinds import DeviceAdded, DeviceDeleted
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
 
@@ -57,10 +59,16 @@ class _Entry:
 class DeviceTable:
     """The devices by name."""
 
-    def __init__(self, make: Callable[[DeviceConfig], Device], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        make: Callable[[DeviceConfig], Device],
+        changed: Callable[[], None],
+        events: Events | None = None,
+    ) -> None:
         """`make` makes a device that runs nothing yet; `changed` is called at each new, removed or changed device."""
         self._make = make
         self._changed = changed
+        self._events = events or Events()
         self._entries: dict[str, _Entry] = {}
         self._background = Background("device table")
         self._closed = False
@@ -191,6 +199,9 @@ class DeviceTable:
     def _begin(self, cfg: DeviceConfig, progress: Callable[[str], None], keeps_failed: bool) -> _Entry:
         before = self._replaceable(cfg.name)
         entry = self._enter(cfg, before)
+        kind = cfg.backend.kind if cfg.backend else ""
+        text = f"added, {f'backend {kind}' if kind else 'without a backend of the daemon'}"
+        self._events.record(DeviceAdded(backend=kind, queues=cfg.queues), text, device=cfg.name)
         entry.making = self._background.spawn_awaited(self._add(entry, cfg, progress, keeps_failed))
         return entry
 
@@ -270,7 +281,7 @@ class DeviceTable:
         elif before is not None:
             entry.device = before
         else:
-            self._entries.pop(name, None)
+            self._leave_out(name)
 
     async def _take_over(self, entry: _Entry, work: Callable[[Show], Awaitable[bool]]) -> None:
         name = entry.device.config.name
@@ -282,7 +293,7 @@ class DeviceTable:
         try:
             entry.begin()
             if not await work(show):
-                self._entries.pop(name, None)
+                self._leave_out(name)
         except asyncio.CancelledError:
             # A `del` comes next, and may be refused.
             entry.device.note_failure("left by an earlier daemon, and its takeover was given up")
@@ -299,9 +310,14 @@ class DeviceTable:
         try:
             await self._delete(entry, force)
             if self._entries.get(device.config.name) is entry:
-                del self._entries[device.config.name]
+                self._leave_out(device.config.name)
         finally:
             self._changed()
+
+    def _leave_out(self, name: str) -> None:
+        """The device is off the list."""
+        if self._entries.pop(name, None) is not None:
+            self._events.record(DeviceDeleted(), "deleted", device=name)
 
     async def _delete(self, entry: _Entry, force: bool) -> None:
         try:

@@ -16,8 +16,8 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,11 +86,17 @@ class _Started(NamedTuple):
 class ControlRunner:
     """Runs control commands (functions of `ublk.control`, or made of them) and looks."""
 
-    def __init__(self, reserve: Reserve | None = None) -> None:
-        """With a `reserve`, commands find descriptors even when the daemon has reached its limit."""
+    def __init__(
+        self, reserve: Reserve | None = None, on_hang: Callable[[str, str], None] = lambda what, text: None
+    ) -> None:
+        """With a `reserve`, commands find descriptors even when the daemon has reached its limit.
+
+        `on_hang` is called with the name of each call that hung, and with the error's text.
+        """
         self._turn = asyncio.Lock()
         self._looks: dict[str, set[Child]] = {}
         self._reserve = reserve
+        self._on_hang = on_hang
 
     async def run(
         self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
@@ -129,7 +135,16 @@ class ControlRunner:
             pauses = Backoff(loop.time, START_PAUSE_S, START_PAUSE_S)
             started = await start_surely("a control command", start, pauses, _log, START_PATIENCE_S)
             unfinished.add(started.child)
-            return await _finish(what, started, result, deadline_s, begun)
+            with self._telling_hang(what):
+                return await _finish(what, started, result, deadline_s, begun)
+
+    @contextmanager
+    def _telling_hang(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CallHung as error:
+            self._on_hang(what, str(error))
+            raise
 
     async def look(
         self,
@@ -152,7 +167,8 @@ class ControlRunner:
         started = _start(what, work, LOOK_TITLE, keep_fds)
         looks.add(started.child)
         try:
-            return await _finish(what, started, result, deadline_s)
+            with self._telling_hang(what):
+                return await _finish(what, started, result, deadline_s)
         except CallHung as error:
             _log.error("%s", error)
             raise

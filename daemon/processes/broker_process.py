@@ -57,6 +57,8 @@ class BrokerProcess(SupervisedProcess):
         """Raised at every start; a broker knows only the devices that were added since its own."""
         self.adopted_generation = 0
         """The generation of an adopted broker, which knows the devices that an earlier daemon added; else 0."""
+        self.last_end = ""
+        """How the broker before this one ended; empty without one."""
         self._holder = holder
         self._turn = asyncio.Lock()
         self._replacing = asyncio.Lock()
@@ -164,7 +166,8 @@ class BrokerProcess(SupervisedProcess):
         status = self.child.exit_status or 0
         # Status 0: it was told to end, as by an upgrade.
         level = logging.ERROR if status else logging.INFO
-        _log.log(level, "the pool broker ended: %s; starting it again", describe_exit(status))
+        self.last_end = describe_exit(status)
+        _log.log(level, "the pool broker ended: %s; starting it again", self.last_end)
         self._channel.close()
 
     def _on_restart(self) -> None:

@@ -46,6 +46,8 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SECONDS_MIN = 0.001
 """Deadlines are kept in milliseconds, and 0 is none."""
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
+EventBytes = Annotated[int, Meta(ge=64 * KIB, le=64 * MIB)]
+EVENT_BYTES_DEFAULT = MIB
 Placement = Literal["pool", "backend"]
 Answers = Literal["backend", "worker"]
 Affinity = Annotated[
@@ -174,6 +176,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     state_dir: str | None = None
+    events_bytes: EventBytes = EVENT_BYTES_DEFAULT
 
 
 class ServeConfig(NamedTuple):
@@ -188,6 +191,8 @@ class ServeConfig(NamedTuple):
     replace: bool = False
     state_dir: Path | None = None
     """None: one of the directories of `device.state.candidates`."""
+    events_bytes: int = EVENT_BYTES_DEFAULT
+    """The bound of the events in the state directory, and in memory."""
 
 
 class Problem(NamedTuple):
@@ -204,6 +209,7 @@ USER_KEYS = {
     "max_io_bytes": "max_io",
     "pool_bytes": "pool",
     "client_buffers_bytes": "client_buffers",
+    "events_bytes": "events",
     "io_timeout_s": "io_timeout",
     "absent_timeout_s": "absent_timeout",
     "spin_us": "spin",

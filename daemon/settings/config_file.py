@@ -55,6 +55,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         log_format=daemon.log_format,
         on_stop=daemon.on_stop,
         state_dir=Path(daemon.state_dir) if daemon.state_dir else None,
+        events_bytes=daemon.events_bytes,
         devices=tuple(devices),
     )
 

@@ -492,6 +492,7 @@ def test_the_commands_are_the_contract() -> None:
             "set",
             "list",
             "stats",
+            "events",
             "backend",
             "shutdown",
             "client",

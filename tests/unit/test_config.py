@@ -232,7 +232,7 @@ def test_unknown_tables_are_named(tmp_path: Path) -> None:
     assert complaints(tmp_path, text) == [
         "demon: unknown table; known: [daemon], [[device]]",
         "daemon.log_levle: unknown key, did you mean log_level?; "
-        "known: run_dir, group, on_stop, log_level, log_format, state_dir",
+        "known: run_dir, group, on_stop, log_level, log_format, state_dir, events",
     ]
 
 

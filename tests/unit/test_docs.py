@@ -29,7 +29,10 @@ SYSTEM = (
     "tools/testing/selftests/ublk umount.target"
 )
 """Names of libraries, programs, systemd and processors."""
-PLACEHOLDERS = "FILE.py KIND RUN_DIR.state bench/out BIT_n memory.NAME ipc://... mycache speed-exact-7.3.json"
+PLACEHOLDERS = (
+    "FILE.py KIND RUN_DIR.state bench/out BIT_n events.jsonl events.old.jsonl memory.NAME ipc://... mycache "
+    "speed-exact-7.3.json"
+)
 """What stands for a name that the reader chooses, or that a run makes."""
 PEERS = "ublk_recover_disk kublk nbdublk"
 """Names of the programs that the README and the benchmark compare with."""

@@ -8,6 +8,7 @@ import pytest
 from support.fakes.daemon import running_daemon
 from ublkpool.daemon.cli import shutdown
 from ublkpool.daemon.errors import DaemonUnreachable
+from ublkpool.daemon.events.tell import DeviceEvents, Events
 from ublkpool.daemon.going_down import PATIENCE_S, GoingDown
 from ublkpool.daemon.settings.config import DeviceConfig
 
@@ -18,6 +19,10 @@ class FakeDevice:
     lacks_backend: bool
     given_up: list[float] = field(default_factory=list)
     clock: "Clock | None" = None
+
+    @property
+    def events(self) -> DeviceEvents:
+        return Events().of(self.name)
 
     def give_up(self) -> None:
         assert self.clock is not None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.daemon.admin.server import AdminServer
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, shown
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import (
@@ -43,6 +44,7 @@ class FakeService:
         self.rebound: list[str] = []
         self.waits_cancelled = 0
         self.stopped = False
+        self.events = Events()
         self.shutdowns: _Bools = []
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
@@ -150,9 +152,10 @@ def _stats(name: str) -> DeviceStats:
 class FakeDaemon:
     """The service, the server, and their loop."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, events: Events | None = None) -> None:
         self.run_dir = run_dir
         self.service = FakeService()
+        self.service.events = events or self.service.events
         self.server = AdminServer(self.service, run_dir)
         self.loop = asyncio.new_event_loop()
 
@@ -162,9 +165,9 @@ class FakeDaemon:
 
 
 @contextmanager
-def running_daemon(run_dir: Path) -> Iterator[FakeDaemon]:
-    """A fake daemon that answers on `run_dir`."""
-    daemon = FakeDaemon(run_dir)
+def running_daemon(run_dir: Path, events: Events | None = None) -> Iterator[FakeDaemon]:
+    """A fake daemon that answers on `run_dir`, with these events or none."""
+    daemon = FakeDaemon(run_dir, events)
     thread = threading.Thread(target=daemon.loop.run_forever)
     thread.start()
     try:

@@ -43,6 +43,7 @@ from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.kernel import block_device, device_commands
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
@@ -401,6 +402,7 @@ class SimContext(DaemonContext):
         self.holder = SimHolder(scenery.hold_backend)
         self.states = StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner())
         self.records = SimRecords(_RUN_DIR)
+        self.events = Events()
 
 
 class SimTime:

@@ -1,0 +1,182 @@
+"""`ublkpool events`: what has happened to the devices, from the daemon or, without one, from its state directory."""
+
+import os
+import re
+import select
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ublkpool.daemon.cli.complaints import complain
+from ublkpool.daemon.cli.options import check_directory, run_dir_option
+
+if TYPE_CHECKING:
+    from ublkpool.daemon.admin.wire import EventsRequest
+    from ublkpool.daemon.events.event import Event
+
+RECONNECT_S = 0.5
+FILE_BYTES_MAX = 64 << 20
+"""As much as a config can have a daemon keep."""
+_AGO = re.compile(r"(\d{1,9})([smhd])\Z")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+@click.command(short_help="Show what has happened to the devices.")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("--follow", "-f", is_flag=True, help="Go on with the events to come, also of the next daemon.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each event, one on a line.")
+@click.option(
+    "--since", metavar="TIME", help="Not older: 30s, 10m, 2h, 7d, or a UTC time as 2026-11-26T15:44."
+)
+@click.option(
+    "--after", metavar="SEQ", type=click.IntRange(min=0), default=0, help="Only later numbers (`seq`)."
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    envvar="UBLKPOOL_STATE_DIR",
+    callback=check_directory,
+    help="Where a daemon that does not run has left its events.  [default: as for `serve`]",
+)
+@run_dir_option()
+def events(
+    names: tuple[str, ...],
+    follow: bool,
+    as_json: bool,
+    since: str | None,
+    after: int,
+    state_dir: Path | None,
+    run_dir: Path,
+) -> None:
+    """Show what has happened: devices, backends, workers, recoveries, takeovers.  All devices, or those named.
+
+    Each event has a number that rises, a code that no version renames, and details; docs/EVENTS.md explains each code.
+    If no daemon runs, the events are read from its state directory.
+
+    \b
+    ublkpool events vol0 --since 2h
+    ublkpool events --follow
+    ublkpool events --json | jq -r 'select(.code == "recovery-ended").details.seconds'
+    """
+    from ublkpool.daemon.admin.wire import EventsRequest
+    from ublkpool.daemon.events.event import render, render_json
+
+    request = EventsRequest(
+        after=after, names=list(names) or None, since=_time(since) if since else "", follow=follow
+    )
+    show = render_json if as_json else render
+
+    def print_event(event: "Event") -> None:
+        try:
+            click.echo(show(event))
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    shown = _Shown(request, print_event)
+    try:
+        shown.run(run_dir, state_dir)
+    except _ReaderGone:
+        # The reader has what it wanted; Python's own flush at the exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
+
+class _ReaderGone(Exception):
+    """No process reads what is printed; not a failure of the connection to the daemon, as BrokenPipeError is."""
+
+
+class _Shown:
+    """The events that were shown, so that none is shown twice."""
+
+    def __init__(self, request: "EventsRequest", show: "Callable[[Event], None]") -> None:
+        self._request = request
+        self._show = show
+        self._last = request.after
+
+    def run(self, run_dir: Path, state_dir: Path | None) -> None:
+        """Raises `DaemonError` if there is neither a daemon nor a file of events, or if the daemon refuses."""
+        from ublkpool.daemon.errors import DaemonUnreachable
+
+        try:
+            self._ask(run_dir)
+        except DaemonUnreachable as error:
+            self._read_file(run_dir, state_dir, error)
+        said = ""
+        while self._request.follow:
+            time.sleep(RECONNECT_S)
+            _check_reader()
+            try:
+                self._ask(run_dir)
+                said = ""
+            except DaemonUnreachable as error:
+                if str(error) != said:
+                    said = str(error)
+                    complain([f"{said}; waiting for it"])
+
+    def _ask(self, run_dir: Path) -> None:
+        import msgspec
+
+        from ublkpool.daemon.admin.client import AdminClient
+
+        def warn(text: str) -> None:
+            complain([text])
+
+        client = AdminClient(run_dir, warn, warn, _check_reader)
+        client.events(msgspec.structs.replace(self._request, after=self._last), self._take)
+
+    def _take(self, event: "Event") -> None:
+        if event.seq > self._last:
+            self._last = event.seq
+            self._show(event)
+
+    def _read_file(self, run_dir: Path, state_dir: Path | None, unreachable: Exception) -> None:
+        from ublkpool.bufpool.way_out import explain
+        from ublkpool.daemon.device.state import candidates
+        from ublkpool.daemon.errors import DaemonError
+        from ublkpool.daemon.events.event_file import has_events, load
+
+        places = candidates(run_dir, state_dir)
+        try:
+            found = [each for each in places if has_events(each)]
+            kept = load(found[0], FILE_BYTES_MAX) if found else []
+        except OSError as error:
+            raise DaemonError(f"{unreachable}; and {error.filename}: {explain(error)}") from error
+        if not found:
+            where = " or ".join(map(str, places))
+            raise DaemonError(
+                f"{unreachable}; and no events in {where}: name the daemon's directory with --state-dir"
+            )
+        complain([f"{unreachable}; these events are those in {found[0]}"])
+        names = self._request.names
+        for event in kept:
+            if (names is None or event.device in names) and event.time >= self._request.since:
+                self._take(event)
+
+
+def _check_reader() -> None:
+    """Raise `_ReaderGone` if the pipe to which events are printed has no reader any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if any(seen & select.POLLERR for _, seen in poll.poll(0)):
+        raise _ReaderGone
+
+
+def _time(text: str) -> str:
+    """The time that the user means, as an event has it.  Raises `click.UsageError`."""
+    from ublkpool.daemon.events.event import shown_time
+
+    try:
+        if match := _AGO.match(text):
+            moment = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        else:
+            moment = datetime.fromisoformat(text)
+            moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+        return shown_time(moment.timestamp())
+    except (ValueError, OverflowError):
+        raise click.UsageError(
+            f"--since {text!r}: expected 30s, 10m, 2h, 7d, or a time such as 2026-11-26T15:44"
+        ) from None
