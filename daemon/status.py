@@ -48,6 +48,10 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     answers: Literal["backend", "worker"] = "backend"
     differs: tuple[str, ...] = ()
     """`KEY=VALUE (config: VALUE)` for each setting that is not what the config says."""
+    iops_max: int = 0
+    bytes_per_s_max: int = 0
+    burst_s: float = 0.0
+    """The limits that hold now; 0: none."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):

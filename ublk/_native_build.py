@@ -42,6 +42,7 @@ _SOURCE_FILES = (
     "queue_check.c",
     "queue_stock.c",
     "queue_region.c",
+    "queue_limit.c",
     "queue_request.c",
     "queue_link.c",
     "queue_time.c",

@@ -95,6 +95,8 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     device_number: int
     queue: int
     depth: int
+    queues: int = 1
+    """Of the device; they share its limits."""
     epoch: int
     max_io_bytes: int
     block_bytes: int
@@ -153,6 +155,8 @@ class Memory(NamedTuple):
     statistics: Any
     zeros: Any = None
     """Read by a queue that answers itself; otherwise None."""
+    limits: Any = None
+    """The device's limits; None: it never has any."""
 
 
 class Queue:
@@ -170,6 +174,8 @@ class Queue:
         raw.stats = ffi.cast("struct uq_stats *", memory.statistics)
         if memory.zeros is not None:
             raw.zeros = ffi.cast("uint8_t *", memory.zeros)
+        if memory.limits is not None:
+            raw.limits = ffi.cast("struct uq_limits *", memory.limits)
         self.raw = ffi.gc(lib.uq_new(raw), lib.uq_free)
         if self.raw == ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
@@ -301,6 +307,14 @@ class Queue:
         """The clock; the ring calls it itself."""
         lib.uq_tick(self.raw, now_ms)
 
+    def limit_tick(self, now_ns: int) -> None:
+        """The clock of the device's limits; the ring calls it itself."""
+        lib.uq_limit_tick(self.raw, now_ns)
+
+    def limit_wait_ms(self, most_ms: int) -> int:
+        """How long the queue may sleep before `limit_tick`."""
+        return int(lib.uq_limit_wait_ms(self.raw, most_ms))
+
     def give_up(self) -> None:
         """Fail requests that would wait for a backend with EIO, until the next backend is expected."""
         lib.uq_give_up(self.raw)
@@ -352,6 +366,7 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
         "device": config.device_number,
         "queue": config.queue,
         "depth": config.depth,
+        "queues": config.queues,
         "epoch": config.epoch,
         "max_io_bytes": config.max_io_bytes,
         "block_bytes": config.block_bytes,

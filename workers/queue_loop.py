@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from ublkpool.bufpool.pool.arena import Arena
-from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
+from ublkpool.bufpool.pool.control import LIMITS_OFFSET, slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
@@ -314,6 +314,7 @@ def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue
         slots=mappings.offset(control, slot_header_offset(arena.queues, 0)),
         scratch=mappings.map_private(config.max_io_bytes),
         statistics=mappings.offset(control, stats_offset(config.queue)),
+        limits=mappings.offset(control, LIMITS_OFFSET),
         zeros=mappings.map_zeros(config.max_io_bytes) if config.answers_itself else None,
     )
     return Queue(config, memory)

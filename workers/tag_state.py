@@ -5,6 +5,8 @@ entry by entry.  The numbers are those of the C enums.
 
     KERNEL --request--> WAIT_BUFFER --> COPYING --> WAIT_LINK --> SERVING --> COMMITTING --> KERNEL
                         WAIT_PLACE --> PLACING --^      (the whole road of a write that asks for its data)
+
+On a device with limits a request is in WAIT_LIMIT first, and leaves it as it would have left KERNEL.
 """
 
 import enum
@@ -33,6 +35,8 @@ class State(enum.IntEnum):
     """The commit is written and not yet consumed: its buffer is still lent."""
     GONE = 9
     """The kernel took it away: the device stops."""
+    WAIT_LIMIT = 10
+    """It waits until the device's limits let it pass."""
 
 
 class Event(enum.IntEnum):
@@ -63,6 +67,8 @@ class Event(enum.IntEnum):
     """The worker answers itself: the write is copied into scratch and forgotten."""
     IN_PLACE = 18
     """A write whose data lies in the client area: the kernel wants its NEED_GET_DATA and copies nothing."""
+    LIMITED = 19
+    """The device has limits, and each request but FLUSH waits its turn, perhaps for no time."""
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -74,6 +80,14 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.KERNEL, Event.FAIL_UNCOPIED): State.FAILING,
     (State.KERNEL, Event.FINISH): State.COMMITTING,
     (State.KERNEL, Event.ABORTED): State.GONE,
+    (State.KERNEL, Event.LIMITED): State.WAIT_LIMIT,
+    (State.WAIT_LIMIT, Event.NEEDS_BUFFER): State.WAIT_BUFFER,
+    (State.WAIT_LIMIT, Event.NEEDS_PLACE): State.WAIT_PLACE,
+    (State.WAIT_LIMIT, Event.READY): State.WAIT_LINK,
+    (State.WAIT_LIMIT, Event.THROW_AWAY): State.COPYING,
+    (State.WAIT_LIMIT, Event.IN_PLACE): State.COPYING,
+    (State.WAIT_LIMIT, Event.FAIL_UNCOPIED): State.FAILING,
+    (State.WAIT_LIMIT, Event.FINISH): State.COMMITTING,
     (State.WAIT_BUFFER, Event.BUFFER_TO_COPY): State.COPYING,
     (State.WAIT_BUFFER, Event.BUFFER_TO_SERVE): State.WAIT_LINK,
     (State.WAIT_BUFFER, Event.FAIL_UNCOPIED): State.FAILING,

@@ -11,6 +11,10 @@ The control segment, little-endian; blocks begin at multiples of 4096:
       64  | one class of 32 bytes, up to 8: u64 base_offset, u32 buffer_bytes, u32 count,
           |                                 u32 first_slot, u32 reserve per queue, u64 0
           +---------------------------------------------------------------------------------------------
+    1024  | the device's limits, 0 for none: u64 generation, raised after each change (daemon)
+          |   u64 I/Os a second, u64 bytes a second, u64 burst in ns                  (daemon)
+    1088  |   u64, u64: how far the I/Os and the bytes that passed fill the rates     (workers)
+          +---------------------------------------------------------------------------------------------
     4096  | `queues` blocks of 4096: a queue's statistics, written by its worker only
           +---------------------------------------------------------------------------------------------
     4096  | `slots` headers of 16 bytes:  u32 owner      0 free, queue + 1 leased   (broker)
@@ -39,6 +43,8 @@ assert sys.byteorder == "little", "slot headers are single 32-bit stores in nati
 CONTROL_MAGIC = b"UBLKPOOL"
 CONTROL_VERSION = 1
 CLASSES_OFFSET = 64
+LIMITS_OFFSET = 1024
+"""Earlier versions leave zeros here."""
 SLOT_HEADER_BYTES = 16
 
 _HEADER = struct.Struct("<8sIIIIIIQ")
@@ -47,7 +53,16 @@ _FIELDS = SLOT_HEADER_BYTES // 4
 _OWNER, _EPOCH, _TAG, _SEQUENCE = range(_FIELDS)
 assert _HEADER.size <= CLASSES_OFFSET
 assert _CLASS.size == 32
-assert CLASSES_OFFSET + CLASS_COUNT_MAX * _CLASS.size <= PAGE_BYTES
+assert CLASSES_OFFSET + CLASS_COUNT_MAX * _CLASS.size <= LIMITS_OFFSET
+
+
+class Limits(NamedTuple):
+    """What a device's queues let through together; 0: no limit."""
+
+    iops: int = 0
+    bytes_per_s: int = 0
+    burst_ns: int = 0
+    """The time whose worth of I/Os and bytes may pass at once after a pause."""
 
 
 class SlotHeader(NamedTuple):
@@ -148,6 +163,7 @@ class Control:
             raise
         self._view = memoryview(self._map)
         self._words = self._view.cast("I")
+        self._limits = self._view[LIMITS_OFFSET : LIMITS_OFFSET + 8 * (1 + len(Limits._fields))].cast("Q")
 
     def slot_header(self, slot: int) -> SlotHeader:
         """The slot's header now."""
@@ -180,9 +196,22 @@ class Control:
             raise PoolError(f"queue {queue} is none of the {self.header.queues} of this device")
         return self._map[stats_offset(queue) : stats_offset(queue) + PAGE_BYTES]
 
+    @property
+    def limits(self) -> Limits:
+        """The limits that were set last."""
+        return Limits(*self._limits[1:])
+
+    def set_limits(self, limits: Limits) -> None:
+        """Set the device's limits, which hold from now on, also for requests that wait; called by the daemon only."""
+        # A worker reads the values when the generation has changed.
+        for at, value in enumerate(limits, 1):
+            self._limits[at] = value
+        self._limits[0] = (self._limits[0] + 1) % 2**64
+
     def close(self) -> None:
         """Unmap.  Harmless twice."""
         self._words.release()
+        self._limits.release()
         self._view.release()
         self._map.close()
 

@@ -100,6 +100,23 @@ _OPTIONS = (
         help="Time that requests wait for a backend, with --on-absent fail.  [default: 60]",
     ),
     click.option(
+        "--iops-max",
+        type=int,
+        metavar="N",
+        help="Requests a second, reads and writes together, of all queues together.  [default: 0, no limit]",
+    ),
+    click.option(
+        "--bytes-per-s-max",
+        metavar="N",
+        help="Bytes a second, read and written together, as in 100M; at least 64K.  [default: 0, no limit]",
+    ),
+    click.option(
+        "--burst",
+        type=float,
+        metavar="SECONDS",
+        help="After a pause, as much as the limits let through in this time passes at once.  [default: 0.1]",
+    ),
+    click.option(
         "--backend",
         metavar="KIND|FILE.py",
         help="Backend that the daemon runs for the device, with the KEY=VALUE options.",

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, data_name
+from ublkpool.bufpool.pool.control import Limits
 from ublkpool.bufpool.pool.limits import pool_geometry
 from ublkpool.bufpool.pool.memory import DataPlan
 from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.limits import limits_of
 from ublkpool.daemon.device.pool import Pool
 from ublkpool.daemon.device.records import FIRST_EPOCH, Record
 from ublkpool.daemon.device.succession import AdoptedDevice
@@ -93,6 +95,7 @@ class DeviceResources:
         data_fd = adopted.held.get(pool_name(self.config.name))
         arena = Arena.open(self._arena_prefix(kernel), data_fd, self.config.huge_pages)
         self.pool.resume(arena)
+        self.set_limits(limits_of(self.config))
         await self.find_area(record, adopted.held)
         self.leases = Leases(
             self._context.broker, kernel.number, kernel.info.queues, arena.control_fd, record.epoch
@@ -101,6 +104,16 @@ class DeviceResources:
         team = self.new_team(record.epoch)
         team.adopt(adopted.workers)
         return team
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that hold now; before the device has a pool those of its config."""
+        return self.arena.control.limits if self.arena is not None else limits_of(self.config)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Set what the queues let through together; workers that run and requests that wait follow within 0.1 s."""
+        if self.arena is not None:
+            self.arena.control.set_limits(limits)
 
     async def _make_area(self, kernel: BlockDevice) -> None:
         """Make the memory that clients share with the backend, if the driver supports it; else requests are copied."""
@@ -127,7 +140,10 @@ class DeviceResources:
         """Stop the disk unless it is open; whether it stopped.  Raises `ControlFailed`: it may still stop later."""
         team, kernel = self.team, self.kernel
         assert team is not None and kernel is not None
-        async with beside(self._give_up_once_going(team, kernel)):
+        async with (
+            beside(self._lift_limits_once_going(kernel)),
+            beside(self._give_up_once_going(team, kernel)),
+        ):
             return await kernel.try_stop(STOP_DEADLINE_S)
 
     async def _give_up_once_going(self, team: Team, kernel: BlockDevice) -> None:
@@ -138,6 +154,15 @@ class DeviceResources:
                 await asyncio.sleep(GOING_POLL_S)
             await self._give_up_without_backend(team)
 
+    async def _lift_limits_once_going(self, kernel: BlockDevice) -> None:
+        """A disk that goes does not wait for requests that its limits hold back; one that stays keeps its limits."""
+        if limits_of(self.config) == Limits():
+            return
+        with logged(self.config.name):
+            while not await kernel.has_gone():
+                await asyncio.sleep(GOING_POLL_S)
+            self.set_limits(Limits())
+
     async def stop(self) -> None:
         """STOP_DEV while workers and backend serve the last requests, then the workers end; no other order is safe.
 
@@ -146,6 +171,7 @@ class DeviceResources:
         team, kernel = self.team, self.kernel
         if team is None or kernel is None:
             return
+        self.set_limits(Limits())
         with logged(self.config.name):
             async with beside(self._give_up_without_backend(team)):
                 await kernel.stop(STOP_DEADLINE_S)
@@ -210,6 +236,7 @@ class DeviceResources:
         if self.leases is None:
             arena = await self._make_arena(self.kernel)
             self.pool.begin(arena)
+            self.set_limits(limits_of(self.config))
             info = self.kernel.info
             self.leases = Leases(self._context.broker, self.kernel.number, info.queues, arena.control_fd)
         return self.leases

@@ -269,8 +269,9 @@ class Team:
                 path.unlink(missing_ok=True)
 
     def _is_busy(self, worker: WorkerProcess) -> bool:
-        block = self.plan.arena.control.statistics_block(worker.queue)
-        return worker.child.exit_status is None and read_statistics(block).counters["in_flight"] > 0
+        counters = read_statistics(self.plan.arena.control.statistics_block(worker.queue)).counters
+        # What the limits hold back may take long, and the next epoch's worker gets it again.
+        return worker.child.exit_status is None and counters["in_flight"] > counters["limit_waiting"]
 
     def _fork_worker(self, queue: int, char_fd: int, descriptors: list[object]) -> WorkerProcess:
         arena, kernel = self.plan.arena, self.plan.kernel
@@ -305,6 +306,7 @@ class Team:
                 device_number=plan.kernel.number,
                 queue=queue,
                 depth=info.depth,
+                queues=info.queues,
                 epoch=self.epoch,
                 max_io_bytes=info.max_io_bytes,
                 answers_itself=answers_itself,

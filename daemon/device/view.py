@@ -90,6 +90,7 @@ class DeviceView:
         config, resources = self.config, self.parts.resources
         kernel, disk, team = resources.kernel, resources.disk, resources.team
         info = kernel.info if kernel else None
+        limits = resources.limits
         return DeviceStatus(
             name=config.name,
             id=info.device_number if info else config.id,
@@ -111,6 +112,9 @@ class DeviceView:
             reason=self.trouble,
             epoch=resources.epoch,
             differs=tuple(_differs(self.parts)),
+            iops_max=limits.iops,
+            bytes_per_s_max=limits.bytes_per_s,
+            burst_s=limits.burst_ns / 1e9,
         )
 
     def client_stats(self) -> ClientStats:

@@ -45,6 +45,11 @@ PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SECONDS_MIN = 0.001
 """Deadlines are kept in milliseconds, and 0 is none."""
+IopsMax = Annotated[int, Meta(ge=0, le=10**8)]
+BytesPerSecond = Annotated[int, Meta(ge=0, le=1 << 40)]
+LIMITED_BYTES_MIN = 64 * KIB
+"""The smallest limit in bytes a second: below it a request of ordinary size would wait for minutes."""
+BurstSeconds = Annotated[float, Meta(ge=0.01, le=3600)]
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
 EventBytes = Annotated[int, Meta(ge=64 * KIB, le=64 * MIB)]
 EVENT_BYTES_DEFAULT = MIB
@@ -122,6 +127,9 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     on_timeout: OnTimeout = "wait"
     absent_timeout_s: Seconds = 60.0
     on_absent: OnAbsent = "wait"
+    iops_max: IopsMax = 0
+    bytes_per_s_max: BytesPerSecond = 0
+    burst_s: BurstSeconds = 0.1
     backend: BackendConfig | None = None
 
     def __post_init__(self) -> None:
@@ -136,6 +144,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 parse_cpus(self.affinity)
             except ValueError as error:
                 raise Conflict("affinity", str(error)) from error
+        if 0 < self.bytes_per_s_max < LIMITED_BYTES_MIN:
+            raise Conflict(
+                "bytes_per_s_max",
+                f"expected at least {LIMITED_BYTES_MIN} bytes a second, or 0 for no limit, got {self.bytes_per_s_max}",
+            )
         if self.pool_bytes is not None and self.pool_bytes < self.max_io_bytes:
             raise Conflict(
                 "pool", f"expected at least one request's {self.max_io_bytes} bytes, got {self.pool_bytes}"
@@ -213,6 +226,7 @@ USER_KEYS = {
     "io_timeout_s": "io_timeout",
     "absent_timeout_s": "absent_timeout",
     "spin_us": "spin",
+    "burst_s": "burst",
 }
 """The user's keys for fields whose names end in a unit: `size = "1G"` sets `size_bytes`."""
 
@@ -269,7 +283,7 @@ def check_fields(
 def _check_value(value: object, field: str, wanted: Any) -> Any:
     """The value converted to its field's type, or a `Problem` without a path."""
     try:
-        if field.endswith("_bytes") and isinstance(value, str):
+        if field.endswith(("_bytes", "bytes_per_s_max")) and isinstance(value, str):
             value = _parse_size(value)
         return _checked_further(field, msgspec.convert(value, wanted))
     except msgspec.ValidationError as error:

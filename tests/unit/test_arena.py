@@ -18,6 +18,7 @@ from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans, unlin
 from ublkpool.bufpool.pool.control import (
     Control,
     ControlHeader,
+    Limits,
     SlotHeader,
     control_bytes,
     slot_header_offset,
@@ -26,6 +27,7 @@ from ublkpool.bufpool.pool.control import (
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.pool.memory import make_data
+from ublkpool.ublk import _native
 
 INSTANCE = f"test-arena-{os.getpid()}"
 GEOMETRY = Geometry.build([(4096, 6), (65536, 3)])
@@ -60,6 +62,25 @@ def test_the_control_segment_has_the_documented_layout(arena: Arena) -> None:
     assert struct.unpack_from("<QIIIIQ", raw, 96) == (6 * 4096, 65536, 3, 6, 1, 0)
     assert not any(raw[128:])
     assert len(raw) == 4096 * (1 + 2 + 1)
+
+
+def test_limits_lie_where_earlier_versions_left_zeros_and_each_change_has_a_new_generation(
+    arena: Arena,
+) -> None:
+    assert arena.control.limits == Limits()
+    os.pwrite(arena.control_fd, struct.pack("<QQ", 11, 12), 1088)
+    arena.control.set_limits(Limits(5, 6, 7))
+    arena.control.set_limits(Limits(500, 100 << 20, 10**8))
+    raw = os.pread(arena.control_fd, 4096, 0)
+    assert struct.unpack_from("<QQQQ", raw, 1024) == (2, 500, 100 << 20, 10**8)
+    assert struct.unpack_from("<QQ", raw, 1088) == (11, 12), "the workers' words stay"
+    assert arena.control.limits == Limits(500, 100 << 20, 10**8)
+
+
+def test_the_core_reads_the_limits_where_they_are_written() -> None:
+    names = [name for name, _ in _native.ffi.typeof("struct uq_limits").fields]
+    at = {name: _native.ffi.offsetof("struct uq_limits", name) for name in names}
+    assert (at["generation"], at["per_s"], at["burst_ns"], at["paid_until"]) == (0, 8, 24, 64)
 
 
 def test_slot_headers_and_statistics_have_the_documented_layout(arena: Arena) -> None:

@@ -234,6 +234,9 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "reason": "",
         "epoch": 1,
         "differs": [],
+        "iops_max": 0,
+        "bytes_per_s_max": 0,
+        "burst_s": 0.0,
     }
     assert (second["state"], second["backend"]) == ("waiting", {"kind": None, "pid": None, "attached": False})
 

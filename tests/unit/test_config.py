@@ -60,6 +60,9 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         io_timeout = 5
         on_timeout = "fail"
         absent_timeout = 2.5
+        iops_max = 500
+        bytes_per_s_max = "100M"
+        burst = 2
         client_buffers = "16M"
         on_absent = "fail"
         [device.backend]
@@ -86,6 +89,9 @@ def test_a_full_config_is_read(tmp_path: Path) -> None:
         io_timeout_s=5.0,
         on_timeout="fail",
         absent_timeout_s=2.5,
+        iops_max=500,
+        bytes_per_s_max=100 << 20,
+        burst_s=2.0,
         client_buffers_bytes=16 << 20,
         on_absent="fail",
         backend=BackendConfig(
@@ -174,6 +180,15 @@ def test_a_backend_s_new_keys_are_not_sent_unless_they_are_used() -> None:
         ("io_timeout = 0", "io_timeout: expected float > 0.0, got 0"),
         ("io_timeout = 0.0005", "io_timeout: expected at least 0.001 (a millisecond), got 0.0005"),
         ("absent_timeout = 1e-9", "absent_timeout: expected at least 0.001 (a millisecond), got 1e-09"),
+        ("iops_max = -1", "iops_max: expected int >= 0, got -1"),
+        ("iops_max = 1.5", "iops_max: expected int, got 1.5"),
+        (
+            'bytes_per_s_max = "4K"',
+            "bytes_per_s_max: expected at least 65536 bytes a second, or 0 for no limit, got 4096",
+        ),
+        ('bytes_per_s_max = "2T"', "bytes_per_s_max: expected int <= 1099511627776, got 2199023255552"),
+        ("burst = 0.001", "burst: expected float >= 0.01, got 0.001"),
+        ("burst = nan", "burst: expected float >= 0.01, got nan"),
         ("io_timeout = inf", "io_timeout: expected float <= 86400.0, got inf"),
         ("io_timeout = nan", "io_timeout: expected float > 0.0, got nan"),
         ('pool = "4K"', "pool: expected at least one request's 524288 bytes, got 4096"),

@@ -13,6 +13,7 @@ FROM_THE_GROUND_UP = (
     "queue_check",
     "queue_stock",
     "queue_region",
+    "queue_limit",
     "queue_request",
     "queue_link",
     "queue_time",

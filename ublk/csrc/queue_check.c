@@ -66,6 +66,30 @@ static void check_waiters(struct uq *q, unsigned class)
 	HOLDS(!listed || s->last_waiter == last);
 }
 
+/* Tags that wait for the limits are in their list, each once and without a buffer, and no other tag is. */
+static void check_limited(struct uq *q)
+{
+	const struct uq_limit *l = &q->limit;
+	unsigned listed = 0, waiting = 0;
+	uint16_t last = UQ_NO_TAG;
+
+	for (uint16_t i = l->first; i != UQ_NO_TAG; i = q->tags[i].next_waiter) {
+		HOLDS(i < q->config.depth && listed < q->config.depth);
+		HOLDS(q->tags[i].state == UQ_WAIT_LIMIT);
+		HOLDS(!q->config.need_get_data || !has_slot(&q->tags[i]));
+		HOLDS(!q->tags[i].own_segment);
+		last = i;
+		listed++;
+	}
+	for (unsigned i = 0; i < q->config.depth; i++)
+		waiting += q->tags[i].state == UQ_WAIT_LIMIT;
+	HOLDS(listed == waiting && listed == q->config.stats->limit_waiting);
+	HOLDS(!listed || l->last == last);
+	HOLDS(l->paid <= listed);
+	HOLDS(!listed || l->is_set);
+	HOLDS(!listed || !q->giving_up);
+}
+
 /* A tag has at most one command on its way; one that is committing has its commit there. */
 static void check_commands(struct uq *q)
 {
@@ -147,6 +171,7 @@ void uq_check(struct uq *q)
 		check_buffers(q, c);
 		check_waiters(q, c);
 	}
+	check_limited(q);
 	check_commands(q);
 	check_segments(q);
 	check_regions(q);

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "queue_limit.h"
 #include "queue_link.h"
 #include "queue_region.h"
 #include "queue_stock.h"
@@ -57,7 +58,7 @@ static bool allocate(struct uq *q)
 /* Counters go on over a recovery; the broker has taken back what an earlier worker held. */
 static void reset_gauges(struct uq_stats *s)
 {
-	s->in_flight = s->buffers_held = s->buffers_lent = s->buffers_waiting = s->tags_gone = 0;
+	s->in_flight = s->buffers_held = s->buffers_lent = s->buffers_waiting = s->tags_gone = s->limit_waiting = 0;
 	s->returned_total = s->lent_total;
 }
 
@@ -68,12 +69,15 @@ struct uq *uq_new(const struct uq_config *config)
 	if (!q)
 		return NULL;
 	q->config = *config;
+	if (!q->config.limits)
+		q->config.limits = &q->no_limits;
 	if (!allocate(q)) {
 		uq_free(q);
 		return NULL;
 	}
 	for (unsigned i = 0; i < config->depth; i++)
 		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG };
+	uq_limit_begin(q);
 	reset_gauges(config->stats);
 	return q;
 }

@@ -43,6 +43,7 @@ enum uq_state {
 	UQ_FAILING,     /* NEED_GET_DATA sent into scratch: the only way to fail a write that waits for its data */
 	UQ_COMMITTING,  /* commit written, not yet taken by the kernel */
 	UQ_GONE,        /* the kernel took the tag away */
+	UQ_WAIT_LIMIT,  /* waits until the device's limits let it pass; has no buffer, and its deadline has not begun */
 	UQ_STATES,
 };
 
@@ -66,6 +67,7 @@ enum uq_event {
 	UQ_EV_POSTED,
 	UQ_EV_THROW_AWAY,
 	UQ_EV_IN_PLACE,
+	UQ_EV_LIMITED,
 	UQ_EVENTS,
 };
 #define UQ_ILLEGAL 0xff
@@ -120,12 +122,26 @@ struct uq_stats {
 	uint64_t tags_gone;                    /* tags that the kernel took away from this worker */
 	uint64_t posts, posts_used;            /* regions that backends posted, and writes that landed in one */
 	uint64_t zero_copies, zero_copy_bytes; /* reads and writes whose data lay in the client area all the time */
+	uint64_t limit_waiting, limited, limited_ns; /* requests that wait for the limits; that did, and for how long */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 
 /* A slot's header in the control segment, see bufpool/pool/arena.py. */
 struct uq_slot {
 	uint32_t owner, epoch, tag, sequence;
+};
+
+/* What a device's limits count. */
+enum { UQ_LIMIT_IOS, UQ_LIMIT_BYTES, UQ_LIMITS };
+
+/* The limits of a device in its control segment, see bufpool/pool/control.py: the daemon writes the first part, and
+ * raises `generation` after each change; the workers of all queues share the words of the second. */
+struct uq_limits {
+	uint64_t generation;
+	uint64_t per_s[UQ_LIMITS]; /* 0: no limit */
+	uint64_t burst_ns;
+	uint64_t unused[4];
+	uint64_t paid_until[UQ_LIMITS]; /* see queue_limit.c */
 };
 
 struct uq_class {
@@ -146,6 +162,7 @@ struct uq_command {
 struct uq_config {
 	uint32_t device, epoch, max_io_bytes, block_bytes;
 	uint16_t queue, depth;
+	uint16_t queues; /* of the device */
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
 	uint32_t timeout_ms;       /* 0: none */
 	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
@@ -160,6 +177,7 @@ struct uq_config {
 	const uint8_t *zeros;
 	uint64_t slice_bytes; /* of the client area, whose slices are registered with the driver by their numbers */
 	uint16_t slices;      /* a bit for each registered slice */
+	struct uq_limits *limits; /* NULL: none, ever */
 	struct uq_stats *stats;
 };
 
@@ -235,6 +253,14 @@ void uq_give_up(struct uq *q);
 /* Replace these deadlines of uq_config.  They hold for the requests that have arrived, too, from their arrival on; what
  * fails for want of a backend waits again until the next uq_tick() has judged the backend's absence anew. */
 void uq_set_deadlines(struct uq *q, uint32_t timeout_ms, int fail_on_timeout, uint32_t absent_ms);
+
+/* Whether limits are set, or have changed: then the owner calls uq_limit_tick() after each wait, and its next wait is
+ * to end after uq_limit_wait_ms(), which is `most_ms` at most. */
+int uq_limit_is_used(const struct uq *q);
+/* Set the clock of the limits, in nanoseconds: one clock for all workers of a machine, which goes on while a worker is
+ * stopped.  Requests whose time has come pass. */
+void uq_limit_tick(struct uq *q, uint64_t now_ns);
+unsigned uq_limit_wait_ms(const struct uq *q, unsigned most_ms);
 
 unsigned uq_attention(struct uq *q);
 void uq_attention_clear(struct uq *q, unsigned bits);

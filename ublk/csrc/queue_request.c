@@ -1,7 +1,7 @@
 /*
  * A request's road, in the order in which a request takes it:
  *
- *     arrive > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready > hand_over
+ *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready > hand_over
  *     > uq_request_done > finish > commit_taken > let_go
  *
  * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails
@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "queue_check.h"
+#include "queue_limit.h"
 #include "queue_region.h"
 #include "queue_stock.h"
 #include "queue_tag.h"
@@ -25,7 +26,8 @@
 #define IOD_SHMEM_ZC (1u << 19)
 #define RES_NEED_GET_DATA 1
 
-static void route(struct uq *q, struct uq_tag *t, int res);
+static void admit(struct uq *q, struct uq_tag *t);
+static void route(struct uq *q, struct uq_tag *t);
 static void route_write(struct uq *q, struct uq_tag *t);
 static void answer_alone(struct uq *q, struct uq_tag *t);
 static void ask_place(struct uq *q, struct uq_tag *t);
@@ -37,6 +39,11 @@ static void hand_over(struct uq *q, struct uq_tag *t);
 static void finish(struct uq *q, struct uq_tag *t, int result);
 static void let_go(struct uq *q, struct uq_tag *t);
 static void release_region(struct uq *q, struct uq_tag *t);
+
+static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
+{
+	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
+}
 
 static bool has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
 
@@ -114,19 +121,39 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 	} else if (!usable) {
 		q->config.stats->unsupported++;
 		uq_request_fail(q, t, t->op == WIRE_READ || t->op == WIRE_WRITE ? -EINVAL : -EOPNOTSUPP);
-	} else if (q->config.zeros) {
-		answer_alone(q, t);
-	} else {
-		route(q, t, res);
+	} else if (!uq_limit_holds(q, t->op)) {
+		admit(q, t);
+	} else if (uq_move(q, t, UQ_EV_LIMITED)) {
+		uq_limit_enqueue(q, t);
+		uq_requests_pass(q);
 	}
 }
 
-static void route(struct uq *q, struct uq_tag *t, int res)
+static void admit(struct uq *q, struct uq_tag *t)
+{
+	if (q->config.zeros)
+		answer_alone(q, t);
+	else
+		route(q, t);
+}
+
+/* The time in which a request waits for the limits does not count against its deadline. */
+void uq_requests_pass(struct uq *q)
+{
+	struct uq_tag *t;
+
+	while ((t = uq_limit_next(q))) {
+		t->arrived_ms = q->now_ms;
+		admit(q, t);
+	}
+}
+
+static void route(struct uq *q, struct uq_tag *t)
 {
 	bool needs_buffer =
 		t->op == WIRE_READ && !t->in_place && q->config.need_get_data && has_link(q) && !q->reads_own;
 
-	if (res == RES_NEED_GET_DATA) {
+	if (waits_for_data(q, t)) {
 		route_write(q, t);
 		return;
 	}
@@ -372,11 +399,6 @@ static void fail_uncopied(struct uq *q, struct uq_tag *t, int error)
 	get_data(q, t, q->config.scratch);
 }
 
-static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
-{
-	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
-}
-
 void uq_request_fail(struct uq *q, struct uq_tag *t, int error)
 {
 	if (t->state == UQ_WAIT_BUFFER)
@@ -425,6 +447,8 @@ void uq_give_up(struct uq *q)
 		if (waits && !has_link(q))
 			uq_request_fail(q, t, -EIO);
 	}
+	/* Without a backend they fail. */
+	uq_requests_pass(q);
 	uq_check(q);
 }
 

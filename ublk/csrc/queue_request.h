@@ -8,6 +8,8 @@
 void uq_request_placed(struct uq *q, struct uq_tag *t, uint64_t buffer);
 /* The backend has answered; with `named` the data of a read lies in the region at `buffer`. */
 void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uint64_t buffer);
+/* Requests whose turn under the limits has come go on, in the order of their arrival. */
+void uq_requests_pass(struct uq *q);
 /* Ends the request with an error, as soon as the driver takes one. */
 void uq_request_fail(struct uq *q, struct uq_tag *t, int error);
 /* The backend that had the request, or its region, is dead. */

@@ -16,6 +16,7 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
 		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
 		[UQ_EV_ABORTED] = TO(UQ_GONE),
+		[UQ_EV_LIMITED] = TO(UQ_WAIT_LIMIT),
 	},
 	[UQ_WAIT_BUFFER] = {
 		[UQ_EV_BUFFER_TO_COPY] = TO(UQ_COPYING),
@@ -58,6 +59,15 @@ static const uint8_t transitions[UQ_STATES][UQ_EVENTS] = {
 	},
 	[UQ_COMMITTING] = { [UQ_EV_TAKEN] = TO(UQ_KERNEL) },
 	[UQ_GONE] = { 0 },
+	[UQ_WAIT_LIMIT] = {
+		[UQ_EV_NEEDS_BUFFER] = TO(UQ_WAIT_BUFFER),
+		[UQ_EV_NEEDS_PLACE] = TO(UQ_WAIT_PLACE),
+		[UQ_EV_READY] = TO(UQ_WAIT_LINK),
+		[UQ_EV_THROW_AWAY] = TO(UQ_COPYING),
+		[UQ_EV_IN_PLACE] = TO(UQ_COPYING),
+		[UQ_EV_FAIL_UNCOPIED] = TO(UQ_FAILING),
+		[UQ_EV_FINISH] = TO(UQ_COMMITTING),
+	},
 };
 
 int uq_next_state(unsigned state, unsigned event)

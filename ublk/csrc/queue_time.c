@@ -4,6 +4,8 @@
 
 #include <errno.h>
 
+#include "queue_check.h"
+#include "queue_limit.h"
 #include "queue_link.h"
 #include "queue_request.h"
 #include "queue_stock.h"
@@ -41,7 +43,8 @@ static void overdue(struct uq *q, struct uq_tag *t)
 
 static bool pending(const struct uq_tag *t)
 {
-	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING;
+	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING &&
+	       t->state != UQ_WAIT_LIMIT;
 }
 
 static bool is_mute(const struct uq *q)
@@ -80,6 +83,13 @@ void uq_set_deadlines(struct uq *q, uint32_t timeout_ms, int fail_on_timeout, ui
 		if (!timeout_ms || q->now_ms - t->arrived_ms < timeout_ms)
 			t->overdue = false;
 	}
+}
+
+void uq_limit_tick(struct uq *q, uint64_t now_ns)
+{
+	uq_limit_time(q, now_ns);
+	uq_requests_pass(q);
+	uq_check(q);
 }
 
 void uq_set_time(struct uq *q, uint64_t now_ms) { q->now_ms = now_ms; }

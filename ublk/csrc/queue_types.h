@@ -5,6 +5,7 @@
  *     queue_tag.c                       a tag's transitions; commands and descriptors on their way out
  *     queue_check.c                     the invariants, asserted in the checked build
  *     queue_stock.c  queue_region.c     containers of pool buffers and of regions, which call only upwards in this list
+ *     queue_limit.c                     the device's limits, and the tags that wait for them
  *     queue_request.c                   a request's road, from its arrival to the return of its buffer
  *     queue_link.c                      the backend's descriptors, judged; the link's states
  *     queue_time.c                      deadlines
@@ -31,6 +32,7 @@ struct uq_tag {
 	uint64_t own_buffer;    /* offset in own_segment, bytes */
 	uint64_t client_buffer; /* offset in slice `slice` of the client area, if `in_place` */
 	uint64_t own_bytes;     /* of the region, which may be larger than the request */
+	uint64_t limited_since; /* on the clock of the limits */
 	uint32_t own_segment;   /* the segment of the region that a backend named, 0 for none */
 	uint32_t slice;
 	uint32_t slot; /* pool buffer, UQ_BUFFER_NONE for none */
@@ -60,6 +62,16 @@ struct uq_posts {
 	unsigned count;
 };
 
+/* The limits as this queue has read them, and its tags that wait for them; times in the ticks of queue_limit.c. */
+struct uq_limit {
+	bool is_set;
+	bool doubted; /* a shared word made no sense at the last look */
+	uint16_t first, last;
+	unsigned paid; /* the tags at the head of the list that have been charged, and pass at `passes` */
+	uint64_t generation, per_s[UQ_LIMITS], burst, batch;
+	uint64_t now, passes;
+};
+
 struct uq_segment {
 	uint8_t *base;
 	uint64_t bytes;
@@ -84,6 +96,8 @@ struct uq {
 	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
 	uint32_t own_segment; /* the attached backend's, 0 for none */
+	struct uq_limit limit;
+	struct uq_limits no_limits; /* of a queue that was given none */
 	uint8_t link;
 	unsigned stale; /* answers of this backend that were dropped */
 	bool reads_own, fence, giving_up;

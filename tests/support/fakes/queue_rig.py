@@ -142,6 +142,7 @@ class Side:
             device_number=DEVICE,
             queue=number,
             depth=plan.depth,
+            queues=plan.queues,
             epoch=plan.epoch,
             max_io_bytes=plan.max_io_bytes,
             block_bytes=plan.block_bytes,
@@ -155,7 +156,14 @@ class Side:
             slices=1 << SLICE if plan.slice_bytes else 0,
             classes=plan.classes(),
         )
-        memory = Memory(self.descriptors, rig.pool.base, rig.headers, self.scratch.base, self.statistics)
+        memory = Memory(
+            self.descriptors,
+            rig.pool.base,
+            rig.headers,
+            self.scratch.base,
+            self.statistics,
+            limits=rig.limits,
+        )
         self.queue = Queue(config, memory._replace(zeros=self.zeros.base) if plan.answers_itself else memory)
 
     def describe(self, tag: int, op: int, flags: int, sector: int, sectors: int, address: int = 0) -> None:
@@ -213,6 +221,7 @@ class Rig:
         # A file mapping, as a real pool is, so that other memory can replace its pages.
         self.pool = _mapped_area(1, self.geometry.total_bytes)
         self.headers = _ffi.new("struct uq_slot[]", self.geometry.slot_count)
+        self.limits = _ffi.new("struct uq_limits *")
         self.ledger = Ledger()
         self.table = LeaseTable(
             self.geometry, (plan.reserve,) * len(self.geometry.classes), queues=plan.queues
@@ -231,6 +240,11 @@ class Rig:
         for number in range(plan.queues):
             while self.deliver_mail(number):
                 pass
+
+    def limit(self, iops: int = 0, bytes_per_s: int = 0, burst_ns: int = 0) -> None:
+        """What the daemon does to set the device's limits."""
+        self.limits.per_s, self.limits.burst_ns = (iops, bytes_per_s), burst_ns
+        self.limits.generation += 1
 
     def slot_at(self, offset: int, length: int) -> int:
         """The slot of a pool address; asserts that one buffer covers all of it."""
