@@ -22,8 +22,8 @@ def set_device(name: str, pairs: tuple[str, ...], as_json: bool, run_dir: Path) 
     """Change settings of the device NAME while it serves; without KEY=VALUE show its settings.
 
     io_timeout, on_timeout, absent_timeout and on_absent, as in the config file, hold in every worker when the command
-    returns, also for requests that wait.  backend.KEY is an option of the backend that the daemon runs; that backend
-    gets it at its next start.  If one value is wrong, none is changed.
+    returns, also for requests that wait; iops_max, bytes_per_s_max and burst hold 0.1 s later.  backend.KEY is an
+    option of the backend that the daemon runs, which gets it at its next start.  If one value is wrong, none is changed.
 
     What was set holds for as long as the device exists, also over restarts of the daemon.  A device that is made anew
     has what the config file says.
@@ -31,6 +31,7 @@ def set_device(name: str, pairs: tuple[str, ...], as_json: bool, run_dir: Path) 
     \b
     ublkpool set vol0
     ublkpool set vol0 io_timeout=5 on_timeout=fail
+    ublkpool set vol0 iops_max=500 bytes_per_s_max=100M
     ublkpool set vol0 backend.cache=1G
     """
     settings = admin_client(run_dir).set(name, _values(pairs))

@@ -7,6 +7,7 @@ the supervisor's asyncio loop.
 import logging
 from collections.abc import Mapping, Sequence
 
+from ublkpool.daemon.device.limits import limits_of
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import SettingsChanged
@@ -43,6 +44,7 @@ async def use(parts: DeviceParts, config: DeviceConfig) -> None:
     except BaseException:
         parts.use(before)
         raise
+    parts.resources.set_limits(limits_of(config))
     if team is not None:
         await team.set_deadlines(config)
     parts.backend.note_new_deadlines()

@@ -22,7 +22,15 @@ from ublkpool.daemon.settings.config import (
 
 Applies = Literal["now", "at the backend's next start", "to a new device"]
 Scalar = bool | int | float | str
-_NOW = ("io_timeout_s", "on_timeout", "absent_timeout_s", "on_absent")
+_NOW = (
+    "io_timeout_s",
+    "on_timeout",
+    "absent_timeout_s",
+    "on_absent",
+    "iops_max",
+    "bytes_per_s_max",
+    "burst_s",
+)
 _BACKEND = "backend."
 _DEFAULT = "-"
 

@@ -13,6 +13,8 @@ from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.daemon.device import resources
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.limits import limits_of
+from ublkpool.daemon.device.records import NotRecorded
+from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.settings.config import DeviceConfig
 
 CONFIG = DeviceConfig(name="vol", size_bytes=1 << 20, iops_max=500, burst_s=0.25)
@@ -49,6 +51,42 @@ def test_list_shows_the_limits_that_hold(arena: Arena) -> None:
         device.parts.resources.set_limits(Limits(7, 1 << 20, 10**9))
         shown = device.status()
         assert (shown.iops_max, shown.bytes_per_s_max, shown.burst_s) == (7, 1 << 20, 1.0)
+
+    asyncio.run(scenario())
+
+
+def test_set_changes_the_limits_once_they_are_on_record(arena: Arena) -> None:
+    async def scenario() -> None:
+        device = limited(arena)
+        device.parts.life.state = "live"
+        recorded: list[Limits] = []
+
+        def record() -> None:
+            assert arena.control.limits == HELD
+            recorded.append(limits_of(device.config))
+
+        device.parts.save = record  # type: ignore[method-assign]
+        await device.set({"iops_max": 0, "bytes_per_s_max": "1M"})
+        assert recorded == [arena.control.limits] == [Limits(0, 1 << 20, HELD.burst_ns)]
+        with pytest.raises(ConfigError, match="bytes_per_s_max: expected at least 65536"):
+            await device.set({"bytes_per_s_max": 1})
+        assert arena.control.limits == recorded[0]
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_recorded_leaves_the_limits_as_they_are(arena: Arena) -> None:
+    async def scenario() -> None:
+        device = limited(arena)
+        device.parts.life.state = "live"
+
+        def fail() -> None:
+            raise NotRecorded("no room")
+
+        device.parts.save = fail  # type: ignore[method-assign]
+        with pytest.raises(NotRecorded):
+            await device.set({"iops_max": 7})
+        assert arena.control.limits == HELD
 
     asyncio.run(scenario())
 
