@@ -23,7 +23,7 @@ def set_device(name: str, pairs: tuple[str, ...], as_json: bool, run_dir: Path) 
 
     io_timeout, on_timeout, absent_timeout and on_absent, as in the config file, hold in every worker when the command
     returns, also for requests that wait; iops_max, bytes_per_s_max and burst hold 0.1 s later.  backend.KEY is an
-    option of the backend that the daemon runs, which gets it at its next start.  If one value is wrong, none is changed.
+    option of the backend that the daemon runs, which gets it at its next start.  If one value is wrong, none changes.
 
     What was set holds for as long as the device exists, also over restarts of the daemon.  A device that is made anew
     has what the config file says.
