@@ -19,11 +19,11 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
     test_admin.py test_admin_patience.py test_async_methods.py test_author_output.py test_backend_process.py \
     test_batches.py test_claim.py test_cut_store.py test_doctor.py test_doors.py test_ending.py test_examples.py \
     test_exclusive.py test_file_backend.py test_guarded_socket.py test_holder.py test_memory_backend.py \
-    test_nbdkit_plugin.py test_nbdkit_requests.py test_no_descriptors.py test_null_backend.py \
+    test_metrics.py test_metrics_http.py test_metrics_process.py test_nbdkit_plugin.py test_nbdkit_requests.py test_no_descriptors.py test_null_backend.py \
     test_parallel.py test_sdk_ring.py test_sdk_serving.py test_serving_clock.py test_spread.py \
     test_takeover.py test_watched_calls.py
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
-UNSANITIZED_UNIT_TESTS := test_docs.py test_spread.py
+UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
 # `make bench`: quick, full, growth, doorbell, exact or nbd; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out

@@ -158,6 +158,21 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     free_count: int = 0
 
 
+class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of the daemon that belongs to no device."""
+
+    role: str
+    """`supervisor`, `broker`, `holder` or `metrics`."""
+    pid: int
+
+
+class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon itself."""
+
+    version: str
+    processes: tuple[ProcessStatus, ...] = ()
+
+
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     """One device's counters; `reason`: why it does not serve, empty if it does; `latency`: of all its queues."""
 

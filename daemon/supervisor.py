@@ -7,12 +7,14 @@ loop; never in the data path.  Signal handlers only set an event.
 import asyncio
 import hashlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
+from ublkpool import __version__
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin.client import AdminClient
@@ -37,6 +39,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.metrics_process import MetricsProcess, end_left
 from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
@@ -44,7 +47,7 @@ from ublkpool.daemon.replacement import check_before, check_sockets, group_numbe
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, ProcessStatus, Setting
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
@@ -69,6 +72,8 @@ class Supervisor:
         self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status, context.events)
         self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
         self.stopped = asyncio.Event()
+        self.metrics: MetricsProcess | None = None
+        """None where no metrics are served."""
         self.leaves = False
         self.ends = False
         """Whether the devices end with the daemon, whatever `on_stop` says."""
@@ -185,6 +190,20 @@ class Supervisor:
         """All devices."""
         return [device.status() for device in self._table.devices()]
 
+    def daemon(self) -> DaemonStatus:
+        """The version, and the processes that belong to no device."""
+        context, metrics = self._context, self.metrics
+        found = (
+            ("supervisor", os.getpid()),
+            ("broker", context.broker.child.pid if context.broker.is_started else None),
+            ("holder", context.holder.pid or None),
+            ("metrics", metrics.pid if metrics is not None else None),
+        )
+        return DaemonStatus(
+            version=__version__,
+            processes=tuple(ProcessStatus(role=role, pid=pid) for role, pid in found if pid is not None),
+        )
+
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         """The numbers of one device, or of all."""
         devices = self._table.devices() if name is None else [self._table.device(name)]
@@ -278,7 +297,8 @@ def serve(config: ServeConfig) -> int:
     control.get_features()
     raise_descriptor_limit()
     state_dirs = candidates(config.run_dir, config.state_dir)
-    live_mounts = leave_for_own_view([config.run_dir, *state_dirs])
+    socket_dirs = [config.metrics.path.parent] if config.metrics and config.metrics.path else []
+    live_mounts = leave_for_own_view([config.run_dir, *state_dirs, *socket_dirs])
     share_heap()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
         return runner.run(_serve(config, live_mounts))
@@ -384,7 +404,27 @@ async def _begin(
     admin = AdminServer(supervisor, run_dir)
     await admin.start()
     leaving.push_async_callback(admin.close)
+    _begin_metrics(config, context, supervisor, admin, background, ending)
     return supervisor
+
+
+def _begin_metrics(
+    config: ServeConfig,
+    context: DaemonContext,
+    supervisor: Supervisor,
+    admin: AdminServer,
+    background: Background,
+    ending: AsyncExitStack,
+) -> None:
+    """Have metrics served if the config says so, and an earlier daemon's exporter ended in any case."""
+    if config.metrics is None:
+        background.spawn(end_left(context.run_dir))
+        return
+    log = (config.log_level, config.log_format)
+    metrics = MetricsProcess(context.run_dir, config.metrics, context.group, admin.serve_watcher, log)
+    ending.push_async_callback(metrics.stop)
+    supervisor.metrics = metrics
+    metrics.begin()
 
 
 async def _make_context(

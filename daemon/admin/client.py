@@ -13,6 +13,7 @@ import msgspec
 from ublkpool.daemon.admin.patience import DaemonLines, explain_missing
 from ublkpool.daemon.admin.wire import (
     AddRequest,
+    DaemonRequest,
     DeleteRequest,
     EventsRequest,
     ListRequest,
@@ -32,7 +33,7 @@ from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Setting
 
 CONNECT_TIMEOUT_S = 10.0
 QUERY_TIMEOUT_S = 30.0
@@ -99,6 +100,10 @@ class AdminClient:
         reply = self._exchange(encode_line(request), None if request.follow else QUERY_TIMEOUT_S, on_event)
         if not reply.ok:
             raise RemoteError(reply.error, reply.status)
+
+    def daemon(self) -> DaemonStatus:
+        """The daemon's version and processes; `RemoteError` from a daemon of an earlier version."""
+        return self._call(DaemonRequest(), DaemonStatus, QUERY_TIMEOUT_S)
 
     def stop(self, leave: bool = False) -> None:
         """Ask the daemon to end; with `leave` it leaves its devices for the next daemon, else it deletes them."""

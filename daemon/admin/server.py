@@ -18,6 +18,7 @@ from ublkpool.daemon.admin.followers import Followers
 from ublkpool.daemon.admin.wire import (
     REQUEST_BYTES_MAX,
     AddRequest,
+    DaemonRequest,
     DeleteRequest,
     Done,
     EventsRequest,
@@ -41,13 +42,17 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Setting
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
 
+WATCHER_MAY = (ListRequest, StatsRequest, DaemonRequest)
+"""Requests that change nothing: all that a watcher's connection may ask."""
+
 _log = logging.getLogger("ublkpool.admin")
 _Names = list[str]
+_Kinds = tuple[type[Request], ...]
 
 
 class DeviceService(Protocol):
@@ -78,6 +83,9 @@ class DeviceService(Protocol):
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         """The counters of one device, or of all."""
 
+    def daemon(self) -> DaemonStatus:
+        """The daemon's version and processes."""
+
     async def stop(self, leave: bool) -> None:
         """Ask the daemon to end, with its devices left for the next daemon or deleted; may return before it ends."""
 
@@ -105,6 +113,11 @@ class AdminServer:
             self._serve_connection, sock=listener, limit=REQUEST_BYTES_MAX
         )
 
+    async def serve_watcher(self, sock: socket.socket) -> None:
+        """Serve this connection, which takes over `sock`, until it ends; it may ask only what changes nothing."""
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=REQUEST_BYTES_MAX)
+        await self._serve_connection(reader, writer, may=WATCHER_MAY)
+
     async def close(self, drain_s: float = DRAIN_S) -> None:
         """Stop listening, remove the socket, give running operations `drain_s` seconds to answer, and disconnect."""
         if self._server is None:
@@ -128,12 +141,14 @@ class AdminServer:
             "failures": self._failure_count,
         }
 
-    async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may: _Kinds | None = None
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = (reader, writer)
         try:
-            while await self._serve_line(reader, writer):
+            while await self._serve_line(reader, writer, may):
                 pass
         except (ConnectionError, asyncio.CancelledError):
             writer.transport.abort()
@@ -141,7 +156,9 @@ class AdminServer:
             del self._connections[task]
             writer.close()
 
-    async def _serve_line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _serve_line(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, may: _Kinds | None
+    ) -> bool:
         """Answer one request; False at the end of the connection."""
         try:
             line = await reader.readline()
@@ -152,7 +169,7 @@ class AdminServer:
         if not line:
             return False
         self._request_count += 1
-        await self._send(writer, await self._answer(line, writer))
+        await self._send(writer, await self._answer(line, writer, may))
         return True
 
     async def _send(self, writer: asyncio.StreamWriter, message: Done | Failed) -> None:
@@ -160,11 +177,13 @@ class AdminServer:
         writer.write(encode_line(message))
         await writer.drain()
 
-    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> Done | Failed:
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter, may: _Kinds | None) -> Done | Failed:
         try:
             request = decode_request(line)
         except ConfigError as error:
             return _failed(error)
+        if may is not None and not isinstance(request, may):
+            return Failed(error="this connection may only look: use the admin socket", status=STATUS_USAGE)
         operation = self._operations.spawn_awaited(self._perform(request, writer))
         if isinstance(request, WaitRequest | AddRequest | EventsRequest):
             await _end_with_client(operation, writer)
@@ -187,10 +206,8 @@ class AdminServer:
                 return None
             case SetRequest():
                 return await self._service.set(request.name, request.values)
-            case ListRequest():
-                return self._service.list()
-            case StatsRequest():
-                return self._service.stats(request.name)
+            case ListRequest() | StatsRequest() | DaemonRequest():
+                return self._look(request)
             case EventsRequest():
                 await self._followers.tell(request, writer)
                 return None
@@ -204,6 +221,15 @@ class AdminServer:
                 await self._service.stop(request.leave)
             case ShutdownRequest():
                 await self._service.shut_down(request.final)
+
+    def _look(self, request: ListRequest | StatsRequest | DaemonRequest) -> object:
+        match request:
+            case ListRequest():
+                return self._service.list()
+            case StatsRequest():
+                return self._service.stats(request.name)
+            case DaemonRequest():
+                return self._service.daemon()
 
 
 def _failed(error: BaseException) -> Failed:

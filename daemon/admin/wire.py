@@ -75,6 +75,10 @@ class StatsRequest(_Request, frozen=True, kw_only=True, tag="stats"):
     name: str | None = None
 
 
+class DaemonRequest(_Request, frozen=True, kw_only=True, tag="daemon"):
+    """Show the daemon itself; the result is its DaemonStatus."""
+
+
 class StopRequest(_Request, frozen=True, kw_only=True, tag="stop"):
     """End the daemon; with `leave` its workers go on serving the devices until the next daemon takes them over."""
 
@@ -111,6 +115,7 @@ Request = (
     | SetRequest
     | ListRequest
     | StatsRequest
+    | DaemonRequest
     | StopRequest
     | ShutdownRequest
     | EventsRequest

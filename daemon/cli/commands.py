@@ -1,4 +1,4 @@
-"""The command line, a contract: `ublkpool serve | add | del | rebind | set | list | stats | events | backend | ...`.
+"""The command line, a contract: `ublkpool serve | add | del | rebind | set | list | stats | events | metrics | ...`.
 
 Owns the list of commands and what becomes of an error: lines on stderr and an exit status (0 done, 1 failed, 2 wrong
 usage or config, 130 interrupted).  Imports a command's module only when that command runs or the help lists it, because
@@ -25,6 +25,7 @@ _COMMANDS = {
     "stats": "devices:stats",
     "events": "events:events",
     "backend": "attach:backend",
+    "metrics": "metrics:metrics",
     "shutdown": "serve:shutdown",
     "client": "attach:client",
     "features": "features:features",

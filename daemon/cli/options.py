@@ -12,7 +12,10 @@ from ublkpool.daemon.cli.complaints import complain
 
 if TYPE_CHECKING:
     from ublkpool.daemon.admin.client import AdminClient
+    from ublkpool.daemon.settings.listen import ListenAddress
 
+METRICS_PACKAGES = ("prometheus_client", "h11")
+"""What the extra `metrics` brings."""
 _Command = Callable[..., Any]
 
 
@@ -87,6 +90,25 @@ def admin_client(run_dir: Path) -> "AdminClient":
         complain([text])
 
     return AdminClient(run_dir, show_progress, warn)
+
+
+def listen_address(listen: str, run_dir: Path) -> "ListenAddress":
+    """The address of an option.  Raises `click.UsageError`."""
+    from ublkpool.daemon.settings.listen import parse_listen
+
+    try:
+        return parse_listen(listen, run_dir)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def check_library() -> None:
+    """Raise `click.UsageError` if this environment lacks what serves metrics."""
+    from importlib.util import find_spec
+
+    for name in METRICS_PACKAGES:
+        if find_spec(name) is None:
+            raise click.UsageError(f"metrics need the Python package {name}: pip install 'ublkpool[metrics]'")
 
 
 def print_json(value: object) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ublkpool import RUN_DIR_DEFAULT
-from ublkpool.daemon.cli.options import check_directory, run_dir_option
+from ublkpool.daemon.cli.options import check_directory, check_library, listen_address, run_dir_option
 
 if TYPE_CHECKING:
     from ublkpool.daemon.settings.config import OnStop, ServeConfig
@@ -40,12 +40,20 @@ if TYPE_CHECKING:
     help="Where the daemon records, across reboots, which store each device has; also read from UBLKPOOL_STATE_DIR.  "
     "[default: the config's, or /var/lib/ublkpool; below that for another run directory]",
 )
+@click.option(
+    "--metrics",
+    "listen",
+    metavar="ADDRESS",
+    help="Serve metrics for Prometheus there: ADDRESS:PORT such as 127.0.0.1:9847, unix for a socket in the run "
+    "directory, or unix:PATH.  [default: the config's, or none]",
+)
 @run_dir_option(default=None)
 def serve(
     config_file: Path | None,
     on_stop: "OnStop | None",
     replace: bool,
     state_dir: Path | None,
+    listen: str | None,
     run_dir: Path | None,
 ) -> int:
     """Run the daemon in the foreground, until SIGTERM.
@@ -64,6 +72,10 @@ def serve(
         config = config._replace(on_stop=on_stop)
     if state_dir is not None:
         config = config._replace(state_dir=state_dir)
+    if listen is not None:
+        config = config._replace(metrics=listen_address(listen, config.run_dir))
+    if config.metrics is not None:
+        check_library()
     from ublkpool.daemon import logs
     from ublkpool.daemon.supervisor import serve as serve_devices
 

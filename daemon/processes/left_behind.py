@@ -12,7 +12,7 @@ import msgspec
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
 
-Role = Literal["worker", "backend", "broker"]
+Role = Literal["worker", "backend", "broker", "metrics"]
 PATIENCE_S = 10.0
 KILL_PATIENCE_S = 60.0
 _START_TIME_FIELD = 19

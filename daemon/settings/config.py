@@ -17,6 +17,7 @@ from msgspec import Meta
 from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.daemon.settings.affinity import parse_cpus
+from ublkpool.daemon.settings.listen import ListenAddress
 
 KeyPath = tuple[str | int, ...]
 """Path of a key in the TOML document: `("device", 0, "queues")`."""
@@ -192,6 +193,12 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
     events_bytes: EventBytes = EVENT_BYTES_DEFAULT
 
 
+class MetricsTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The `[metrics]` table; `listen` is checked by `listen.parse_listen`."""
+
+    listen: str
+
+
 class ServeConfig(NamedTuple):
     """The configuration of `ublkpool serve`."""
 
@@ -206,6 +213,8 @@ class ServeConfig(NamedTuple):
     """None: one of the directories of `device.state.candidates`."""
     events_bytes: int = EVENT_BYTES_DEFAULT
     """The bound of the events in the state directory, and in memory."""
+    metrics: ListenAddress | None = None
+    """Where metrics are served; None: nowhere."""
 
 
 class Problem(NamedTuple):

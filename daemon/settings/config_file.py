@@ -21,11 +21,13 @@ from ublkpool.daemon.settings.config import (
     DeviceConfig,
     DeviceName,
     KeyPath,
+    MetricsTable,
     Problem,
     ServeConfig,
     check_device,
     check_fields,
 )
+from ublkpool.daemon.settings.listen import ListenAddress, parse_listen
 
 
 class _Named(msgspec.Struct):
@@ -39,17 +41,19 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
     """The config in this file; `run_dir` overrides the file's.  Raises `ConfigError` with one line per mistake."""
     document = _parse(_read(file), file)
     problems = [
-        Problem((key,), "unknown table; known: [daemon], [[device]]")
+        Problem((key,), "unknown table; known: [daemon], [metrics], [[device]]")
         for key in document
-        if key not in ("daemon", "device")
+        if key not in ("daemon", "metrics", "device")
     ]
     daemon = _check_daemon(document.get("daemon", {}), problems)
+    run_dir = (run_dir or Path(daemon.run_dir or RUN_DIR_DEFAULT)).absolute()
+    metrics = _check_metrics(document.get("metrics"), problems, run_dir)
     devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
     if problems:
         titles = _device_titles(document.get("device"))
         raise ConfigError([f"{file}: {_shown(path, titles)}: {message}" for path, message in problems])
     return ServeConfig(
-        run_dir=(run_dir or Path(daemon.run_dir or RUN_DIR_DEFAULT)).absolute(),
+        run_dir=run_dir,
         group=daemon.group,
         log_level=daemon.log_level,
         log_format=daemon.log_format,
@@ -57,6 +61,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         state_dir=Path(daemon.state_dir) if daemon.state_dir else None,
         events_bytes=daemon.events_bytes,
         devices=tuple(devices),
+        metrics=metrics,
     )
 
 
@@ -123,6 +128,21 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
         problem = f"no such group: {daemon.group}; create it with: groupadd --system {daemon.group}"
         problems.append(Problem(("daemon", "group"), problem))
     return daemon
+
+
+def _check_metrics(table: object, problems: list[Problem], run_dir: Path) -> ListenAddress | None:
+    if table is None:
+        return None
+    if not isinstance(table, Mapping):
+        problems.append(Problem(("metrics",), "expected a table: write [metrics]"))
+        return None
+    values = check_fields(table, MetricsTable, ("metrics",), problems)
+    if "listen" in values:
+        try:
+            return parse_listen(values["listen"], run_dir)
+        except ValueError as error:
+            problems.append(Problem(("metrics", "listen"), str(error)))
+    return None
 
 
 def _group_exists(name: str) -> bool:

@@ -31,7 +31,7 @@ _LOCK = "lock"
 _MADE, _FOUND = b"made\n", b"found\n"
 SOCKETS = ("admin.sock", "attach.sock", "held.sock", "pool.sock")
 _ENTRY = re.compile(
-    r"(lock|queues|devices|(admin|attach|held|pool)\.sock|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
+    r"(lock|queues|devices|(admin|attach|held|pool|metrics)\.sock|metrics\.(json|new)|memory-[A-Za-z0-9_.-]+\.keep|lost\+found)\Z"
 )
 _QUEUE_SOCKET = re.compile(r"\d+\.\d+(\.ring)?\Z")
 _UNFINISHED = re.compile(r".+\.(new|old|unreadable)\Z")

@@ -497,6 +497,7 @@ def test_the_commands_are_the_contract() -> None:
             "stats",
             "events",
             "backend",
+            "metrics",
             "shutdown",
             "client",
             "features",

@@ -245,7 +245,7 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path) -> None:
 def test_unknown_tables_are_named(tmp_path: Path) -> None:
     text = "[demon]\nlog_level = 'info'\n[daemon]\nlog_levle = 'info'\n"
     assert complaints(tmp_path, text) == [
-        "demon: unknown table; known: [daemon], [[device]]",
+        "demon: unknown table; known: [daemon], [metrics], [[device]]",
         "daemon.log_levle: unknown key, did you mean log_level?; "
         "known: run_dir, group, on_stop, log_level, log_format, state_dir, events",
     ]

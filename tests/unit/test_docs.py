@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.documented_names import Repository
+from ublkpool.daemon.metrics.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = Repository(ROOT)
@@ -24,7 +25,8 @@ KERNEL = (
 """Functions, fields, files and settings of the kernel: its source is not here."""
 SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
-    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b df dmesg erms final.target fsrm io_uring_prep_uring_cmd "
+    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b df dmesg erms final.target fsrm h11.RemoteProtocolError hidepid "
+    "io_uring_prep_uring_cmd "
     "liburing.a mkfs modules.dep nowatch numactl preexec_fn sources.list taskset "
     "tools/testing/selftests/ublk umount.target"
 )
@@ -36,7 +38,8 @@ PLACEHOLDERS = (
 """What stands for a name that the reader chooses, or that a run makes."""
 PEERS = "ublk_recover_disk kublk nbdublk"
 """Names of the programs that the README and the benchmark compare with."""
-ALLOWED = frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS} {PEERS}".split())
+METRICS = frozenset(each.exposed for each in FAMILIES)
+ALLOWED = METRICS | frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS} {PEERS}".split())
 CODE = ("bufpool", "backends", "daemon", "workers", "ublk", "examples", "tests")
 _VARIABLE = re.compile(
     r"\.\.\.|\bvol[01]\b|/[\w./-]+|\bublkpool-\S*|[\d.]+|\bN\b|\bSIGKILL\b|\bfile\b|[:;()]|\bbackends?\b"

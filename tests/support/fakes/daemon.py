@@ -1,6 +1,7 @@
 """A device service made of dictionaries, behind the real admin server on a real socket, in a thread of its own."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import (
     BackendStatus,
     CopyStats,
+    DaemonStatus,
     DeviceStats,
     DeviceStatus,
     OpCounts,
     PoolStats,
+    ProcessStatus,
     QueueStats,
     Setting,
     State,
@@ -109,6 +112,10 @@ class FakeService:
         if name is not None and name not in self.configs:
             raise DaemonError(f"{name}: no such device")
         return [_stats(each) for each in self.configs if name in (None, each)]
+
+    def daemon(self) -> DaemonStatus:
+        processes = (ProcessStatus(role="supervisor", pid=os.getpid()),)
+        return DaemonStatus(version="1.2.3", processes=processes)
 
     async def stop(self, leave: bool) -> None:
         self.stopped = True

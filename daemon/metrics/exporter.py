@@ -1,0 +1,87 @@
+"""The exporter's process: from its start to SIGTERM.
+
+Owns the order of its start: listen, connect, give up every privilege, then serve.  Started by the daemon it inherits
+the listening socket and its connection; started by hand it makes both.  One asyncio loop; it forks nothing.
+"""
+
+import asyncio
+import logging
+import os
+import pwd
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from ublkpool.daemon.metrics.collector import render
+from ublkpool.daemon.metrics.http_server import HttpServer
+from ublkpool.daemon.metrics.pages import Pages
+from ublkpool.daemon.metrics.source import Snapshot, Source, by_connection, by_path, open_streams
+from ublkpool.daemon.processes.listeners import listen_at, remove_left, shown
+from ublkpool.daemon.settings.listen import ListenAddress
+
+USER = "nobody"
+_USER_NUMBER = 65534
+"""Where the system has no user of that name."""
+_NICE = 5
+_log = logging.getLogger("ublkpool.metrics")
+
+
+def run_inherited(listener: int, connection: int) -> int:
+    """The daemon's child: serve on this socket what the daemon at the other end of `connection` tells."""
+    with suppress(OSError):
+        # The daemon is spared when memory runs out; its exporter need not be.
+        Path("/proc/self/oom_score_adj").write_text("0")
+        Path("/proc/self/comm").write_text("ublkpool-metric")
+        os.nice(_NICE)
+    sock, daemon = socket.socket(fileno=listener), socket.socket(fileno=connection)
+    # Whatever the library imports at its first use is read while that may be read.
+    for accept in ("", "application/openmetrics-text"):
+        render(Snapshot(False, 0.0), accept)
+    become_ordinary()
+
+    async def serve() -> None:
+        daemon.setblocking(False)
+        await _serve(by_connection(await open_streams(daemon)), sock)
+
+    asyncio.run(serve())
+    return 0
+
+
+def run(run_dir: Path, address: ListenAddress) -> int:
+    """By hand, or by a unit: serve at `address` what the daemon of `run_dir` tells.  Raises `DaemonError`."""
+    sock = listen_at(address)
+    _log.info("metrics of %s at %s", run_dir, shown(sock))
+    try:
+        asyncio.run(_serve(by_path(run_dir), sock))
+    finally:
+        if address.path is not None:
+            remove_left(address.path)
+    return 0
+
+
+async def _serve(source: Source, listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = HttpServer(Pages(source.take).page)
+    await server.start(listener)
+    await stop.wait()
+    await server.close()
+
+
+def become_ordinary() -> None:
+    """Become the user nobody, if this is root; where the user namespace has no such user it stays root, and says so."""
+    if os.geteuid() != 0:
+        return
+    try:
+        user = pwd.getpwnam(USER)
+        uid, gid = user.pw_uid, user.pw_gid
+    except KeyError:
+        uid = gid = _USER_NUMBER
+    try:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        _log.warning("the exporter stays root: it cannot become user %d: %s", uid, error.strerror)
