@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+Drain = Literal["", "draining", "drained"]
 State = Literal["waiting", "live", "quiesced", "recovering", "failed"]
 
 
@@ -46,6 +47,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 1
     """Incremented by each recovery from a worker's death."""
     answers: Literal["backend", "worker"] = "backend"
+    drain: Drain = ""
+    """drained: requests wait, and no backend may attach, until `ublkpool resume`."""
     differs: tuple[str, ...] = ()
     """`KEY=VALUE (config: VALUE)` for each setting that is not what the config says."""
     iops_max: int = 0

@@ -176,6 +176,17 @@ class Supervisor:
             await device.set(values)
         return device.settings()
 
+    async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
+        """See `drain.drain`.  Raises `DaemonError`, `OSError`."""
+        device = self._table.device(name)
+        if self._is_going_down:
+            raise DaemonError(f"{name}: the machine goes down, so its requests must not wait")
+        await device.drain(flush, timeout_s)
+
+    async def resume(self, name: str) -> None:
+        """See `drain.resume`.  Raises `DaemonError`, `OSError`."""
+        await self._table.device(name).resume()
+
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live.  Raises `DaemonError` if it fails, or is not live after `timeout_s`."""
         try:
@@ -226,6 +237,8 @@ class Supervisor:
             self.events.tell(_log, MachineGoesDown(), "the machine goes down")
             watch = GoingDown(self._table.devices, asyncio.get_running_loop().time)
             self._background.spawn(watch.watch())
+            for device in self._table.devices():
+                self._background.spawn(device.end_drain())
         if final:
             self.ends = True
             await self.delete_all()

@@ -33,6 +33,8 @@ class Attention(enum.IntFlag):
     SILENT = 32
     LINK = 64
     ABSENT = 128
+    QUIET = 256
+    FLUSHED = 512
 
 
 class LinkState(enum.IntEnum):
@@ -107,6 +109,8 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     hello_timeout_ms: int = HELLO_TIMEOUT_MS
     absent_ms: int = 0
     """How long requests wait without a backend, in milliseconds; 0: without limit."""
+    held: bool = False
+    """Whether requests wait from the start, until `Queue.hold` ends that."""
     answers_itself: bool = False
     """The queue never has a backend: it drops writes and reads `Memory.zeros`."""
     slice_bytes: int = 0
@@ -179,6 +183,7 @@ class Queue:
         self.raw = ffi.gc(lib.uq_new(raw), lib.uq_free)
         if self.raw == ffi.NULL:
             raise ValueError(f"queue {config.queue}: the core does not accept {config}")
+        lib.uq_hold(self.raw, config.held)
         self._slots = ffi.new("uint32_t[]", max(each.slot_count for each in config.classes))
         self._first = ffi.new("struct wire_descriptor **")
         self._culprit = ffi.new("struct wire_descriptor *")
@@ -318,6 +323,18 @@ class Queue:
     def give_up(self) -> None:
         """Fail requests that would wait for a backend with EIO, until the next backend is expected."""
         lib.uq_give_up(self.raw)
+
+    def hold(self, on: bool) -> None:
+        """Whether requests wait although there is a backend; `Attention.QUIET` once it has none.  See queue_core.h."""
+        lib.uq_hold(self.raw, on)
+
+    def flush(self) -> bool:
+        """Send the backend of a quiet queue a FLUSH, which `Attention.FLUSHED` ends; False if none is linked."""
+        return not lib.uq_flush(self.raw)
+
+    def flush_result(self) -> int:
+        """The result of the last FLUSH of `flush`: 0, or a negative errno."""
+        return int(lib.uq_flush_result(self.raw))
 
     def set_deadlines(self, timeout_ms: int, fail_on_timeout: bool, absent_ms: int) -> None:
         """Replace these fields of the config, also for the requests that have arrived."""

@@ -55,6 +55,19 @@ class SetDeadlines(msgspec.Struct, tag="set_deadlines", tag_field="type", frozen
     id: int = 0
 
 
+class Hold(msgspec.Struct, tag="hold", tag_field="type", frozen=True):
+    """Have requests wait, or go on: see `Queue.hold`.  `Quiet` follows once the backend has none."""
+
+    on: bool
+    id: int = 0
+
+
+class FlushBackend(msgspec.Struct, tag="flush", tag_field="type", frozen=True):
+    """Send the backend of a quiet queue a FLUSH; `Flushed` follows."""
+
+    id: int = 0
+
+
 class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
     """Another supervisor has taken over: answer with `Standing`."""
 
@@ -95,6 +108,19 @@ class DeadlinesSet(msgspec.Struct, tag="deadlines_set", tag_field="type", frozen
     id: int = 0
 
 
+class Holding(msgspec.Struct, tag="holding", tag_field="type", frozen=True):
+    """The answer to `Hold`: it is so from now on."""
+
+    id: int = 0
+
+
+class Flushing(msgspec.Struct, tag="flushing", tag_field="type", frozen=True):
+    """The answer to `FlushBackend`: whether it was sent; if not, the queue has no linked backend."""
+
+    was_sent: bool
+    id: int = 0
+
+
 class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """The answer to `Report`; every message before it was meant for the earlier supervisor."""
 
@@ -108,6 +134,18 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """Whether the worker understands `NewPool`; false from a worker of an earlier version."""
     knows_deadlines: bool = False
     """Whether the worker understands `SetDeadlines`; false from a worker of an earlier version."""
+    knows_hold: bool = False
+    """Whether the worker understands `Hold` and `FlushBackend`; false from a worker of an earlier version."""
+
+
+class Quiet(msgspec.Struct, tag="quiet", tag_field="type", frozen=True):
+    """After `Hold`: the backend has no request of this queue."""
+
+
+class Flushed(msgspec.Struct, tag="flushed", tag_field="type", frozen=True):
+    """After `FlushBackend`: the backend has answered with this result, or is lost (-ENOTCONN)."""
+
+    result: int
 
 
 class Cut(msgspec.Struct, tag="cut", tag_field="type", frozen=True):
@@ -134,7 +172,7 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     reason: str
 
 
-ToWorker = Expect | Lost | NewPool | SetDeadlines | GiveUp | Report
+ToWorker = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | GiveUp | Report
 FromWorker = (
     Fetched
     | Expecting
@@ -142,20 +180,26 @@ FromWorker = (
     | LetGo
     | PoolChanged
     | DeadlinesSet
+    | Holding
+    | Flushing
     | Standing
+    | Quiet
+    | Flushed
     | Cut
     | HungUp
     | Silent
     | Absent
     | Fault
 )
-Question = Expect | Lost | NewPool | SetDeadlines | Report
-Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Standing
+Question = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | Report
+Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Holding | Flushing | Standing
 ANSWERS: dict[type[Question], type[Answer]] = {
     Expect: Expecting,
     Lost: LetGo,
     NewPool: PoolChanged,
     SetDeadlines: DeadlinesSet,
+    Hold: Holding,
+    FlushBackend: Flushing,
     Report: Standing,
 }
 """The type of the answer to each question; a worker of an earlier version repeats no `id`."""

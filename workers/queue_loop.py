@@ -33,7 +33,9 @@ _CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
 _WATCH_RINGS = _WATCH_BACKEND + 3
 # Plain numbers, tested at every turn: an enum's arithmetic costs more than all other Python of the turn.
 _POOL_READABLE = 1 << core.WATCH_SHIFT + _WATCH_POOL
-_TO_REPORT = int(Attention.CUT | Attention.SILENT | Attention.ABSENT | Attention.LINK)
+_TO_REPORT = int(
+    Attention.CUT | Attention.SILENT | Attention.ABSENT | Attention.LINK | Attention.QUIET | Attention.FLUSHED
+)
 _FAULT, _GONE = int(Attention.FAULT), int(Attention.GONE)
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
@@ -179,6 +181,12 @@ class QueueLoop:
         if attention & Attention.LINK:
             self._queue.clear(Attention.LINK)
             self._tell(messages.Linked())
+        if attention & Attention.QUIET:
+            self._queue.clear(Attention.QUIET)
+            self._tell(messages.Quiet())
+        if attention & Attention.FLUSHED:
+            self._queue.clear(Attention.FLUSHED)
+            self._tell(messages.Flushed(self._queue.flush_result()))
 
     def _hear_supervisor(self) -> None:
         while self._supervisor is not None:
@@ -203,6 +211,11 @@ class QueueLoop:
             case messages.SetDeadlines(timeout_ms, fail_on_timeout, absent_ms):
                 self._queue.set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
                 self._tell(messages.DeadlinesSet(message.id))
+            case messages.Hold(on):
+                self._queue.hold(on)
+                self._tell(messages.Holding(message.id))
+            case messages.FlushBackend():
+                self._tell(messages.Flushing(self._queue.flush(), message.id))
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
@@ -215,6 +228,7 @@ class QueueLoop:
                         message.id,
                         knows_new_pool=True,
                         knows_deadlines=True,
+                        knows_hold=True,
                     )
                 )
             case None:

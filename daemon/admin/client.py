@@ -15,11 +15,13 @@ from ublkpool.daemon.admin.wire import (
     AddRequest,
     DaemonRequest,
     DeleteRequest,
+    DrainRequest,
     EventsRequest,
     ListRequest,
     RebindRequest,
     Reply,
     Request,
+    ResumeRequest,
     SetRequest,
     ShutdownRequest,
     StatsRequest,
@@ -82,6 +84,14 @@ class AdminClient:
     def set(self, name: str, values: Mapping[str, Scalar]) -> list[Setting]:
         """Change settings of the device, all or none; all of its settings then."""
         return self._call(SetRequest(name=name, values=dict(values)), list[Setting])
+
+    def drain(self, name: str, flush: bool = True, timeout_s: float | None = None) -> None:
+        """Return when the device's requests wait and its backend has left."""
+        self._call(DrainRequest(name=name, flush=flush, timeout_s=timeout_s), None)
+
+    def resume(self, name: str) -> None:
+        """Have the requests of a drained device served again."""
+        self._call(ResumeRequest(name=name), None)
 
     def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
         """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""

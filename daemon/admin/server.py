@@ -1,9 +1,9 @@
 """The server of the admin socket: reads requests, calls a `DeviceService`, writes answers.
 
 Owns the socket file (mode 0600), the connections and the tasks of running operations; must not know what a device is.
-Runs on the supervisor's asyncio loop.  If the client disconnects, `wait`, `events` and `add` are cancelled: `add` may
-wait for a backend without limit, and a device that its user gave up must not appear later.  Other operations run to
-their end.
+Runs on the supervisor's asyncio loop.  If the client disconnects, `wait`, `events`, `add` and `drain` are cancelled:
+`add` may wait for a backend without limit, and a device that its user gave up must not appear later.  Other operations
+run to their end.
 """
 
 import asyncio
@@ -21,12 +21,14 @@ from ublkpool.daemon.admin.wire import (
     DaemonRequest,
     DeleteRequest,
     Done,
+    DrainRequest,
     EventsRequest,
     Failed,
     ListRequest,
     Progress,
     RebindRequest,
     Request,
+    ResumeRequest,
     SetRequest,
     ShutdownRequest,
     StatsRequest,
@@ -76,6 +78,12 @@ class DeviceService(Protocol):
     @property
     def events(self) -> Events:
         """What has happened to the devices."""
+
+    async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
+        """Have a device's requests wait and its backend leave; if cancelled before that, it goes on as before."""
+
+    async def resume(self, name: str) -> None:
+        """Have the requests of a drained device served again."""
 
     def list(self) -> Sequence[DeviceStatus]:
         """The status of all devices."""
@@ -185,7 +193,7 @@ class AdminServer:
         if may is not None and not isinstance(request, may):
             return Failed(error="this connection may only look: use the admin socket", status=STATUS_USAGE)
         operation = self._operations.spawn_awaited(self._perform(request, writer))
-        if isinstance(request, WaitRequest | AddRequest | EventsRequest):
+        if isinstance(request, WaitRequest | AddRequest | DrainRequest | EventsRequest):
             await _end_with_client(operation, writer)
         await asyncio.wait({operation})
         if operation.cancelled():
@@ -204,8 +212,8 @@ class AdminServer:
             case RebindRequest():
                 await self._service.rebind(request.name)
                 return None
-            case SetRequest():
-                return await self._service.set(request.name, request.values)
+            case SetRequest() | DrainRequest() | ResumeRequest():
+                return await self._change(request)
             case ListRequest() | StatsRequest() | DaemonRequest():
                 return self._look(request)
             case EventsRequest():
@@ -230,6 +238,17 @@ class AdminServer:
                 return self._service.stats(request.name)
             case DaemonRequest():
                 return self._service.daemon()
+
+    async def _change(self, request: SetRequest | DrainRequest | ResumeRequest) -> object:
+        match request:
+            case SetRequest():
+                return await self._service.set(request.name, request.values)
+            case DrainRequest():
+                await self._service.drain(request.name, request.flush, request.timeout_s)
+                return None
+            case ResumeRequest():
+                await self._service.resume(request.name)
+                return None
 
 
 def _failed(error: BaseException) -> Failed:

@@ -65,6 +65,20 @@ class SetRequest(_Request, frozen=True, kw_only=True, tag="set"):
     values: dict[str, bool | int | float | str] = {}
 
 
+class DrainRequest(_Request, frozen=True, kw_only=True, tag="drain"):
+    """Have the device's requests wait and its backend leave.  Given up when the client disconnects before that."""
+
+    name: str
+    flush: bool = True
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+
+
+class ResumeRequest(_Request, frozen=True, kw_only=True, tag="resume"):
+    """Have the requests of a drained device served again."""
+
+    name: str
+
+
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
     """Show all devices; the result is a list of DeviceStatus."""
 
@@ -113,6 +127,8 @@ Request = (
     | WaitRequest
     | RebindRequest
     | SetRequest
+    | DrainRequest
+    | ResumeRequest
     | ListRequest
     | StatsRequest
     | DaemonRequest

@@ -7,6 +7,7 @@ Owns that it runs for as long as the device needs one, and is not started again 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,12 @@ class ManagedBackend:
             self.start()
         else:
             self._supervise(self._process.keep_running())
+
+    def adopt_to_end(self, left: Process | None, stderr: int | None) -> None:
+        """Adopt an earlier daemon's process, if it lives, only for `end`; none is started."""
+        if left is not None and stderr is not None and is_alive(left):
+            with suppress(ProcessLookupError):
+                self._process.adopt(left.pid, stderr)
 
     def let_end(self) -> None:
         """From now on it is not started again."""

@@ -21,6 +21,8 @@ _COMMANDS = {
     "del": "devices:delete",
     "rebind": "devices:rebind",
     "set": "set:set_device",
+    "drain": "drain:drain",
+    "resume": "drain:resume",
     "list": "devices:list_devices",
     "stats": "devices:stats",
     "events": "events:events",

@@ -24,6 +24,9 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
         parts.backend.watch(session)
         parts.resources.pool.had_by(session.uid)
     await _agree_on_backend(parts, record, team)
+    if team.can_hold:
+        # The same of a drain or a resume.
+        await team.hold(parts.resources.holds)
     if team.can_set_deadlines:
         # The earlier daemon may have died between the record of new ones and the workers.
         await team.set_deadlines(parts.config)

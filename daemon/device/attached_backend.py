@@ -76,6 +76,8 @@ class AttachedBackend:
         self._events = events
         self._before: _Ended | None = None
         """The backend that ended last, until another has taken its place."""
+        self.may_attach = True
+        """False while the device is drained."""
         self._is_absence_logged = False
         self._is_first_due = False
         """No backend has served since a takeover."""
@@ -89,6 +91,8 @@ class AttachedBackend:
             raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
         if life.is_stopping or life.state == "failed":
             raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
+        if not self.may_attach:
+            raise AttachRefused(f"device {name} is drained: ublkpool resume {name} first")
         if session is not None and not session.is_gone and not session.is_leaving:
             raise AttachRefused(
                 f"device {name} has a backend already ({session.attach.kind}, process {session.pid})"

@@ -19,7 +19,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.sdk.keeper import keeper_path
 from ublkpool.daemon.backends.session import Session
-from ublkpool.daemon.device import adoption, client_buffers, teardown
+from ublkpool.daemon.device import adoption, client_buffers, drain, teardown
 from ublkpool.daemon.device.build import build
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import alone, check_fits, disk_of
@@ -345,6 +345,7 @@ class Device(DeviceService):
             self._begin_to_end()
         else:
             await self.check_unused()
+        await drain.cancel(parts)
         state, waits = life.state, life.turn.locked()
         async with life.turn:
             if not force:
@@ -371,6 +372,8 @@ class Device(DeviceService):
         """List the device that an earlier daemon left; `go_on`, `recover_left` or `delete` comes next."""
         self.parts.left = record
         self.parts.added = record.added or record.config
+        if record.drained:
+            self.parts.hold("drained")
         if record.device_number is not None:
             self.parts.life.state = "recovering"
 
@@ -380,7 +383,8 @@ class Device(DeviceService):
         Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
         """
         parts = self.parts
-        parts.backend.await_first()
+        if not record.drained:
+            parts.backend.await_first()
         async with parts.life.turn:
             team = await adoption.go_on(parts, record, held)
             if reason := adoption.data_lost(parts, record):
@@ -397,8 +401,14 @@ class Device(DeviceService):
             parts.resources.hold_workers(team)
             await adoption.learn(parts, record)
             client_buffers.resume(parts, held)
-        if parts.managed is not None:
-            parts.managed.go_on(record.managed, held.get(stderr_name(self.config.name)))
+        stderr = held.get(stderr_name(self.config.name))
+        if parts.managed is not None and not record.drained:
+            parts.managed.go_on(record.managed, stderr)
+        elif parts.managed is not None:
+            parts.managed.adopt_to_end(record.managed, stderr)
+        if record.drained:
+            # The earlier daemon may have died before its backend was gone.
+            parts.background.spawn(drain.let_backend_go(parts))
         parts.left = None
         parts.save_or_retry()
         parts.events.tell(_log, DeviceAdopted(epoch=team.epoch), f"goes on, epoch {team.epoch}")
@@ -436,13 +446,14 @@ class Device(DeviceService):
                 await self._fail(reason)
                 return True
             parts.left = None
-            parts.backend.await_first()
+            if not record.drained:
+                parts.backend.await_first()
             await adoption.learn(parts, record)
             self._is_open = True
             await self._recover("", given_up=_LEFT_AND_LOST)
             if self.state == "failed":
                 return True
             client_buffers.resume(parts, held)
-        if parts.managed is not None:
+        if parts.managed is not None and not record.drained:
             parts.managed.start()
         return True

@@ -58,6 +58,12 @@ class Lifecycle:
         if self.state != "live":
             raise DaemonError(f"{self._name}: {self.reason or 'the device is being deleted'}")
 
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Return when this holds, which only a change of the state makes it."""
+        while not is_so():
+            self._changed.clear()
+            await self._changed.wait()
+
     async def settled(self) -> None:
         """Return when no task changes the device."""
         async with self.turn:

@@ -22,7 +22,7 @@ from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.backoff import Backoff
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import State
+from ublkpool.daemon.status import Drain, State
 
 SAVE_PAUSE_S = 1.0
 SAVE_PAUSE_MAX_S = 30.0
@@ -47,6 +47,9 @@ class DeviceParts:
         self.managed = _managed(config, context, self.background)
         self.clients = Clients(config.name, context.holder, self.background)
         self.binding = Binding(config.name, context.states, context.boot_id)
+        self.drain: Drain = ""
+        self.draining: asyncio.Task[None] | None = None
+        """The last task that drains or drained the device."""
         self.left: Record | None = None
         """What an earlier daemon left of the device, until it is taken over or removed."""
         self._saving: asyncio.Task[None] | None = None
@@ -62,6 +65,13 @@ class DeviceParts:
         self.config = self.backend.config = self.resources.config = config
         if self.managed is not None and config.backend is not None:
             self.managed.use(config.backend)
+
+    def hold(self, drain: Drain) -> None:
+        """The device is being drained, is drained, or neither; the workers are told separately."""
+        self.drain = drain
+        self.resources.holds = bool(drain)
+        self.backend.may_attach = drain != "drained"
+        self.life.changed()
 
     def enter(self, state: State) -> None:
         """The device is in this state: first on record, then to clients."""
@@ -122,6 +132,7 @@ class DeviceParts:
                 build=self.context.build,
                 data_lost=self.backend.data_lost,
                 added=self.added,
+                drained=self.drain == "drained",
             )
         )
         self._saving = None

@@ -75,6 +75,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Why no backend can serve the device any more; it is to be removed, and listed as failed with this reason."""
     build: str = ""
     """The code that the workers run."""
+    drained: bool = False
+    """Requests wait, and no backend may attach, until `resume`."""
     added: DeviceConfig | None = None
     """What the device was added with; `config` has what was set since.  None in the record of an earlier version."""
 

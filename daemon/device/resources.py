@@ -58,6 +58,8 @@ class DeviceResources:
         """The last that has begun."""
         self.left_requests = 0
         """Requests that the last dead workers held, which the kernel sends again."""
+        self.holds = False
+        """Whether the next workers' requests wait, since the device is drained or about to be."""
         self.config = config
         self._context = context
         self._backend = backend
@@ -272,6 +274,7 @@ class DeviceResources:
             context.queue_dir,
             context.group,
             self.area,
+            self.holds,
         )
         self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
         return self.team

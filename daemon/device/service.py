@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from ublkpool.bufpool import wire
-from ublkpool.daemon.device import client_buffers, live_changes, teardown
+from ublkpool.daemon.device import client_buffers, drain, live_changes, teardown
 from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.events.kinds import BackendRefused
 from ublkpool.daemon.events.tell import DeviceEvents
@@ -30,6 +30,21 @@ class DeviceService(DeviceView):
     async def set(self, values: Mapping[str, Scalar]) -> None:
         """See `live_changes.apply`."""
         await live_changes.apply(self.parts, values)
+
+    async def drain(self, flush: bool, timeout_s: float | None) -> None:
+        """See `drain.drain`."""
+        await drain.drain(self.parts, flush, timeout_s)
+
+    async def resume(self) -> None:
+        """See `drain.resume`."""
+        await drain.resume(self.parts)
+
+    async def end_drain(self) -> None:
+        """The machine goes down: the device is neither drained nor about to be.  A failure is logged."""
+        await drain.cancel(self.parts)
+        if self.parts.drain:
+            with logged(self.config.name):
+                await drain.resume(self.parts)
 
     def settings(self) -> Sequence[Setting]:
         """See `live_changes.settings`."""

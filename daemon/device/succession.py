@@ -44,6 +44,7 @@ def record_of(
     mark: int = 0,
     data_lost: str = "",
     added: DeviceConfig | None = None,
+    drained: bool = False,
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
@@ -68,6 +69,7 @@ def record_of(
         build=build,
         data_lost=data_lost,
         added=added,
+        drained=drained,
     )
 
 

@@ -54,6 +54,8 @@ class Plan(NamedTuple):
     queue_dir: Path
     group: int | None
     area: ClientArea | None = None
+    held: bool = False
+    """Whether requests wait from the workers' start, since the device is drained."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -175,6 +177,27 @@ class Team:
         deadlines = messages.SetDeadlines(*_deadlines(config))
         # A worker that ends or does not answer is dead: its successor has the config.
         await asyncio.gather(*(each.ask(deadlines) for each in self.workers), return_exceptions=True)
+
+    @property
+    def can_hold(self) -> bool:
+        """Whether all workers are of a version that can hold requests."""
+        return all(each.knows_hold for each in self.workers)
+
+    async def hold(self, on: bool) -> None:
+        """Have every worker's requests wait, or go on.  Raises `DaemonError` if a worker ends before."""
+        await asyncio.gather(*(each.hold(on) for each in self.workers))
+
+    async def release(self) -> None:
+        """Have every living worker's requests go on; the next epoch's workers begin so."""
+        await asyncio.gather(*(each.hold(False) for each in self.workers), return_exceptions=True)
+
+    async def quiet(self) -> None:
+        """After `hold`: wait until the backend has no request.  Raises `DaemonError` if a worker ends before."""
+        await asyncio.gather(*(each.quiet() for each in self.workers))
+
+    async def flush(self) -> int:
+        """The backend's result of one FLUSH, see `WorkerProcess.flush`; it covers what every queue was answered."""
+        return await self.workers[0].flush()
 
     def attached(self, session: Session) -> wire.Attached:
         """What the backend that these workers expect is told."""
@@ -316,6 +339,7 @@ class Team:
                 timeout_ms=timeout_ms,
                 fail_on_timeout=fail_on_timeout,
                 absent_ms=absent_ms,
+                held=plan.held,
                 slice_bytes=plan.area.slice_bytes if plan.area else 0,
                 slices=plan.area.bits if plan.area else 0,
                 classes=buffer_classes(plan.arena),

@@ -111,6 +111,7 @@ class DeviceView:
             backend=_backend_status(self.parts),
             reason=self.trouble,
             epoch=resources.epoch,
+            drain=self.parts.drain,
             differs=tuple(_differs(self.parts)),
             iops_max=limits.iops,
             bytes_per_s_max=limits.bytes_per_s,
@@ -165,6 +166,8 @@ def _backend_status(parts: DeviceParts) -> BackendStatus:
 
 
 def _why_no_backend(parts: DeviceParts) -> str:
+    if parts.drain == "drained":
+        return f"drained: requests wait for: ublkpool resume {parts.config.name}"
     known = (parts.managed.trouble if parts.managed else "") or parts.backend.refusal
     if parts.life.state == "waiting":
         return known or parts.life.reason

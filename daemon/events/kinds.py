@@ -96,6 +96,18 @@ class SettingsChanged(Details, frozen=True, kw_only=True):
     values: dict[str, str]
 
 
+class DeviceDrained(Details, frozen=True, kw_only=True):
+    """`ublkpool drain`: requests wait, and the backend has left."""
+
+    code = "device-drained"
+
+
+class DeviceResumed(Details, frozen=True, kw_only=True):
+    """`ublkpool resume`, or the machine goes down: requests go to the next backend."""
+
+    code = "device-resumed"
+
+
 class StoreRebound(Details, frozen=True, kw_only=True):
     """`ublkpool rebind`: the next store that attaches becomes the device's."""
 

@@ -5,6 +5,7 @@ asyncio loop.
 """
 
 import asyncio
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ class WorkerProcess:
     """Whether it understands `messages.NewPool`: a worker of an earlier version does not."""
     knows_deadlines = True
     """Whether it understands `messages.SetDeadlines`: a worker of an earlier version does not."""
+    knows_hold = True
+    """Whether it understands `messages.Hold`: a worker of an earlier version does not."""
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self._fetched: asyncio.Future[None] = self._loop.create_future()
         self._linked: asyncio.Future[None] = self._loop.create_future()
+        self._quiet: asyncio.Future[None] = self._loop.create_future()
+        self._flushed: asyncio.Future[int] = self._loop.create_future()
         self._channel: Channel[messages.ToWorker, messages.FromWorker] = Channel(
             sock, messages.decode_from_worker
         )
@@ -67,12 +72,33 @@ class WorkerProcess:
         """Whether its backend has greeted it, and the worker has not reported that backend gone since."""
         return self._linked.done()
 
+    async def hold(self, on: bool) -> None:
+        """Have its requests wait, or go on.  Raises `DaemonError` if the worker ends before."""
+        # What came before the answer was said of an earlier hold.
+        self._quiet = self._loop.create_future()
+        await self.ask(messages.Hold(on))
+
+    async def quiet(self) -> None:
+        """After `hold`: wait until its backend has no request.  Raises `DaemonError` if the worker ends before."""
+        await self._or_end(self._quiet)
+
+    async def flush(self) -> int:
+        """The backend's result of a FLUSH, -ENOTCONN without a backend; for a quiet queue.
+
+        Raises `DaemonError` if the worker ends before.
+        """
+        self._flushed = self._loop.create_future()
+        answer = await self.ask(messages.FlushBackend())
+        assert isinstance(answer, messages.Flushing)
+        return await self._or_end(self._flushed) if answer.was_sent else -errno.ENOTCONN
+
     async def report(self) -> messages.Standing:
         """The state of an earlier supervisor's worker; to be asked first, and once.  Raises `DaemonError`."""
         standing = await self.ask(messages.Report())
         assert isinstance(standing, messages.Standing)
         self.knows_new_pool = standing.knows_new_pool
         self.knows_deadlines = standing.knows_deadlines
+        self.knows_hold = standing.knows_hold
         if standing.fetched:
             _resolve(self._fetched)
         return standing
@@ -141,27 +167,34 @@ class WorkerProcess:
             self._on_message(message)
 
     def _on_message(self, message: messages.FromWorker) -> None:
+        if isinstance(message, messages.Answer):
+            self._on_answer(message)
+            return
         match message:
             case messages.Fetched():
                 _resolve(self._fetched)
             case messages.Linked():
                 _resolve(self._linked)
-            case messages.Expecting() | messages.LetGo() | messages.PoolChanged():
-                self._unlink()
-                self._channel.answer(message.id, message)
-            case messages.DeadlinesSet():
-                self._channel.answer(message.id, message)
-            case messages.Standing():
-                self._unlink()
-                if message.token and message.linked is not False:
-                    _resolve(self._linked)
-                self._channel.answer(message.id, message)
+            case messages.Quiet():
+                _resolve(self._quiet)
+            case messages.Flushed(result=result):
+                if not self._flushed.done():
+                    self._flushed.set_result(result)
             case messages.Fault(reason=reason):
                 self.fault = reason
             case _:
                 if isinstance(message, messages.Cut | messages.HungUp):
                     self._unlink()
                 self._on_news(self, message)
+
+    def _on_answer(self, message: messages.Answer) -> None:
+        if isinstance(
+            message, messages.Expecting | messages.LetGo | messages.PoolChanged | messages.Standing
+        ):
+            self._unlink()
+        if isinstance(message, messages.Standing) and message.token and message.linked is not False:
+            _resolve(self._linked)
+        self._channel.answer(message.id, message)
 
     def _unlink(self) -> None:
         """The next `Linked` is about the next backend."""

@@ -233,6 +233,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "backend": {"kind": "memory", "pid": 99, "attached": True},
         "reason": "",
         "epoch": 1,
+        "drain": "",
         "differs": [],
         "iops_max": 0,
         "bytes_per_s_max": 0,
@@ -394,6 +395,18 @@ def test_set_refuses_a_mistake_in_one_line_and_changes_nothing(
     assert daemon.service.configs["vol0"] is before
 
 
+def test_drain_says_so_and_resume_says_nothing(daemon: FakeDaemon, tmp_path: Path) -> None:
+    run("add", "vol0", run_dir=tmp_path)
+    assert run("drain", "vol0", run_dir=tmp_path).stdout == "drained\n"
+    assert run("drain", "vol0", "--no-flush", "--timeout", "2.5", run_dir=tmp_path).stdout == "drained\n"
+    assert daemon.service.drains == [("vol0", True, None), ("vol0", False, 2.5)]
+    result = run("resume", "vol0", run_dir=tmp_path)
+    assert (result.exit_code, result.output, daemon.service.resumed) == (0, "", ["vol0"])
+    assert complaint(run("drain", "other", run_dir=tmp_path), 1) == "other: no such device"
+    assert complaint(run("resume", "other", run_dir=tmp_path), 1) == "other: no such device"
+    assert "is not in the range x>0" in complaint(run("drain", "vol0", "--timeout", "0", run_dir=tmp_path), 2)
+
+
 def test_serve_reads_the_config_and_the_run_dir_option_wins(
     served: list[ServeConfig], tmp_path: Path
 ) -> None:
@@ -493,6 +506,8 @@ def test_the_commands_are_the_contract() -> None:
             "del",
             "rebind",
             "set",
+            "drain",
+            "resume",
             "list",
             "stats",
             "events",

@@ -8,9 +8,26 @@
 #include "queue_region.h"
 #include "queue_stock.h"
 
+/* The backend has no request, and none that waits has its data in the backend's memory. */
+static bool is_quiet(const struct uq *q)
+{
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		const struct uq_tag *t = &q->tags[i];
+		bool is_in_its_memory = t->own_segment && t->own_segment == q->own_segment;
+
+		if (t->state == UQ_PLACING || t->state == UQ_SERVING || is_in_its_memory)
+			return false;
+	}
+	return !q->flush_sequence;
+}
+
 unsigned uq_attention(struct uq *q)
 {
 	uq_link_settle(q);
+	if (q->held && !q->quiet && is_quiet(q)) {
+		q->quiet = true;
+		q->attention |= UQ_ATT_QUIET;
+	}
 	return q->attention | (q->output_count && !q->output_held ? UQ_ATT_OUTPUT : 0) |
 	       (uq_stock_wanting(q) ? UQ_ATT_STOCK : 0);
 }

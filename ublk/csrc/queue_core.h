@@ -84,6 +84,8 @@ enum uq_attention {
 	UQ_ATT_SILENT = 32,  /* a request is past its deadline */
 	UQ_ATT_LINK = 64,    /* the link came up */
 	UQ_ATT_ABSENT = 128, /* no backend for absent_ms: requests fail until the next is expected */
+	UQ_ATT_QUIET = 256,  /* after uq_hold(): the backend has no request and no region in use */
+	UQ_ATT_FLUSHED = 512, /* see uq_flush_result() */
 };
 
 enum uq_violation {
@@ -250,6 +252,14 @@ void uq_set_time(struct uq *q, uint64_t now_ms);
 void uq_tick(struct uq *q, uint64_t now_ms);
 /* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
+/* With `on`, requests that arrive wait, for as long as it takes: neither their deadline nor that of the backend's
+ * absence passes.  What the backend has is finished; then UQ_ATT_QUIET says so, once for each call.  Without `on` they go on in order of
+ * arrival, and their deadlines begin anew.  uq_give_up() ends it as well. */
+void uq_hold(struct uq *q, int on);
+/* Send the linked backend of a held and quiet queue a FLUSH of the queue's own; UQ_ATT_FLUSHED announces its result, a
+ * negative errno or 0: -ENOTCONN if the backend is lost before it answers.  Returns 0 or -ENOTCONN. */
+int uq_flush(struct uq *q);
+int uq_flush_result(const struct uq *q);
 /* Replace these deadlines of uq_config.  They hold for the requests that have arrived, too, from their arrival on; what
  * fails for want of a backend waits again until the next uq_tick() has judged the backend's absence anew. */
 void uq_set_deadlines(struct uq *q, uint32_t timeout_ms, int fail_on_timeout, uint32_t absent_ms);

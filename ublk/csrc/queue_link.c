@@ -16,6 +16,15 @@
 #define STALE_PER_TAG 8u
 #define STALE_MORE 64u
 
+static void end_flush(struct uq *q, int result)
+{
+	if (!q->flush_sequence)
+		return;
+	q->flush_sequence = 0;
+	q->flush_result = result;
+	q->attention |= UQ_ATT_FLUSHED;
+}
+
 void uq_link_cut(struct uq *q, int violation)
 {
 	if (!uq_link_talks(q))
@@ -24,6 +33,7 @@ void uq_link_cut(struct uq *q, int violation)
 	q->violation = violation;
 	uq_output_clear(q);
 	uq_posts_forget(q);
+	end_flush(q, -ENOTCONN);
 	q->config.stats->violations += violation != UQ_V_NONE;
 	q->attention |= UQ_ATT_CUT;
 }
@@ -185,6 +195,42 @@ static void answer(struct uq *q, const struct wire_descriptor *d)
 		violate(q, UQ_V_UNEXPECTED, d);
 }
 
+/* Of an earlier HELLO's link it cannot be: that link's end has ended the flush. */
+static bool is_own_flush(const struct uq *q, const struct wire_descriptor *d)
+{
+	return q->flush_sequence && d->kind == WIRE_DONE && d->tag == UQ_FLUSH_TAG && d->epoch == q->config.epoch &&
+	       d->sequence == q->flush_sequence;
+}
+
+static void flushed(struct uq *q, const struct wire_descriptor *d)
+{
+	if (d->result > 0 || d->result < -ERRNO_MAX) {
+		violate(q, UQ_V_RESULT, d);
+		return;
+	}
+	end_flush(q, d->result);
+	/* A request of the flush's tag may have come since the queue is held no more. */
+	uq_requests_resume(q);
+}
+
+int uq_flush(struct uq *q)
+{
+	struct wire_descriptor *d;
+
+	if (!q->held || !q->quiet || q->flush_sequence || q->link != UQ_LINK_UP)
+		return -ENOTCONN;
+	d = uq_put(q, &q->tags[UQ_FLUSH_TAG], WIRE_REQUEST);
+	d->op = WIRE_FLUSH;
+	d->flags = 0;
+	d->offset = d->length = 0;
+	d->sequence = q->flush_sequence = ++q->sequence;
+	q->flush_since_ms = q->now_ms;
+	q->flush_overdue = false;
+	return 0;
+}
+
+int uq_flush_result(const struct uq *q) { return q->flush_result; }
+
 static void receive(struct uq *q, const struct wire_descriptor *d)
 {
 	bool known = d->kind == WIRE_PLACED || d->kind == WIRE_REJECT || d->kind == WIRE_DONE;
@@ -199,6 +245,8 @@ static void receive(struct uq *q, const struct wire_descriptor *d)
 		posted(q, d);
 	else if (!known)
 		violate(q, UQ_V_KIND, d);
+	else if (is_own_flush(q, d))
+		flushed(q, d);
 	else if (is_stale(q, d)) /* perhaps an answer to an earlier worker, before any HELLO */
 		stale(q, d);
 	else if (q->link != UQ_LINK_UP)
@@ -259,6 +307,7 @@ void uq_link_lost(struct uq *q)
 		return;
 	q->link = UQ_LINK_NONE;
 	q->reads_own = false;
+	end_flush(q, -ENOTCONN);
 	uq_output_clear(q);
 	uq_regions_end(q);
 	for (unsigned i = 0; i < q->config.depth; i++)

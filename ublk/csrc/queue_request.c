@@ -47,6 +47,12 @@ static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
 
 static bool has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
 
+/* A held queue lets pass what it takes to free the backend's memory.  The tag of the queue's own FLUSH is in use. */
+static bool may_pass(const struct uq *q, const struct uq_tag *t)
+{
+	return has_link(q) && (!q->held || t->own_segment) && !(q->flush_sequence && uq_index(q, t) == UQ_FLUSH_TAG);
+}
+
 /* Requests that have no backend fail instead of waiting for one. */
 static bool gives_up(const struct uq *q) { return q->giving_up && !has_link(q); }
 
@@ -151,7 +157,7 @@ void uq_requests_pass(struct uq *q)
 static void route(struct uq *q, struct uq_tag *t)
 {
 	bool needs_buffer =
-		t->op == WIRE_READ && !t->in_place && q->config.need_get_data && has_link(q) && !q->reads_own;
+		t->op == WIRE_READ && !t->in_place && q->config.need_get_data && may_pass(q, t) && !q->reads_own;
 
 	if (waits_for_data(q, t)) {
 		route_write(q, t);
@@ -176,7 +182,7 @@ static void route_write(struct uq *q, struct uq_tag *t)
 		if (uq_move(q, t, UQ_EV_IN_PLACE))
 			get_data(q, t, q->config.scratch);
 	} else if (q->config.place_in_backend) {
-		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && has_link(q))
+		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && may_pass(q, t))
 			ask_place(q, t);
 	} else {
 		need_buffer(q, t);
@@ -308,7 +314,7 @@ static void ready(struct uq *q, struct uq_tag *t)
 {
 	if (t->must_fail || gives_up(q))
 		uq_request_fail(q, t, why_failed(q, t));
-	else if (has_link(q))
+	else if (may_pass(q, t))
 		hand_over(q, t);
 }
 
@@ -371,7 +377,7 @@ void uq_requests_resume(struct uq *q)
 
 		if (t->state == UQ_WAIT_LINK)
 			ready(q, t);
-		else if (t->state == UQ_WAIT_PLACE)
+		else if (t->state == UQ_WAIT_PLACE && may_pass(q, t))
 			ask_place(q, t);
 	}
 }
@@ -436,8 +442,33 @@ void uq_request_lost(struct uq *q, struct uq_tag *t)
 	}
 }
 
+void uq_hold(struct uq *q, int on)
+{
+	if (on) {
+		q->held = true;
+		q->quiet = false;
+		if (q->absence_gave_up)
+			q->giving_up = q->absence_gave_up = false;
+	} else if (q->held) {
+		q->held = q->is_absent = false;
+		q->attention &= ~(unsigned)UQ_ATT_QUIET;
+		for (unsigned i = 0; i < q->config.depth; i++) {
+			struct uq_tag *t = &q->tags[i];
+
+			if (waits_for_link(t) || t->state == UQ_WAIT_BUFFER) {
+				t->arrived_ms = q->now_ms;
+				t->overdue = false;
+			}
+		}
+		if (has_link(q))
+			uq_requests_resume(q);
+	}
+	uq_check(q);
+}
+
 void uq_give_up(struct uq *q)
 {
+	uq_hold(q, 0);
 	q->giving_up = true;
 	q->absence_gave_up = false;
 	for (unsigned i = 0; i < q->config.depth; i++) {

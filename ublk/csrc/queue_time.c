@@ -47,6 +47,27 @@ static bool pending(const struct uq_tag *t)
 	       t->state != UQ_WAIT_LIMIT;
 }
 
+/* What a held queue keeps from the backend is not late. */
+static bool is_kept(const struct uq *q, const struct uq_tag *t)
+{
+	return q->held && (t->state == UQ_WAIT_BUFFER || t->state == UQ_WAIT_PLACE || t->state == UQ_WAIT_LINK);
+}
+
+static void watch_flush(struct uq *q)
+{
+	uint32_t most = q->config.timeout_ms;
+
+	if (!q->flush_sequence || !most || q->now_ms - q->flush_since_ms < most)
+		return;
+	if (!q->flush_overdue) {
+		q->flush_overdue = true;
+		q->config.stats->timeouts++;
+		q->attention |= UQ_ATT_SILENT;
+	}
+	if (q->config.fail_on_timeout)
+		uq_link_cut(q, UQ_V_SILENT);
+}
+
 static bool is_mute(const struct uq *q)
 {
 	uint32_t most = q->config.hello_timeout_ms;
@@ -57,7 +78,7 @@ static bool is_mute(const struct uq *q)
 /* A backend that was cut off counts as absent; for one that is expected or fencing io_timeout holds. */
 static void watch_absence(struct uq *q)
 {
-	if (!q->config.absent_ms || q->giving_up || uq_link_talks(q))
+	if (!q->config.absent_ms || q->giving_up || q->held || uq_link_talks(q))
 		return;
 	if (!q->is_absent) {
 		q->is_absent = true;
@@ -100,6 +121,7 @@ void uq_tick(struct uq *q, uint64_t now_ms)
 	if (is_mute(q))
 		uq_link_cut(q, UQ_V_MUTE);
 	watch_absence(q);
+	watch_flush(q);
 	if (now_ms - q->stock_looked_ms >= STOCK_IDLE_MS) {
 		q->stock_looked_ms = now_ms;
 		uq_stock_look(q);
@@ -110,7 +132,7 @@ void uq_tick(struct uq *q, uint64_t now_ms)
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		struct uq_tag *t = &q->tags[i];
 
-		if (pending(t) && now_ms - t->arrived_ms >= q->config.timeout_ms)
+		if (pending(t) && !is_kept(q, t) && now_ms - t->arrived_ms >= q->config.timeout_ms)
 			overdue(q, t);
 	}
 }

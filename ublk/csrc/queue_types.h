@@ -26,6 +26,8 @@
 #include <stdbool.h>
 
 #define UQ_NO_TAG 0xffffu
+/* The tag that uq_flush() uses while no request does. */
+#define UQ_FLUSH_TAG 0u
 
 struct uq_tag {
 	uint64_t sequence, offset, length, arrived_ms;
@@ -103,6 +105,11 @@ struct uq {
 	bool reads_own, fence, giving_up;
 	bool is_absent;       /* since absent_since_ms */
 	bool absence_gave_up; /* `giving_up` is due to that absence, and not to uq_give_up()'s caller */
+	bool held;  /* requests wait, except those whose data lies in the backend's memory already */
+	bool quiet; /* while `held`: UQ_ATT_QUIET was raised */
+	bool flush_overdue;
+	int flush_result;
+	uint64_t flush_sequence, flush_since_ms; /* of the FLUSH of uq_flush() that the backend has; 0: none */
 	bool output_held;
 	bool output_overflowed; /* a descriptor found no room: no more is sent, and the link must be cut */
 	int violation, fault, fault_detail;

@@ -46,6 +46,8 @@ class FakeService:
         self.forced: set[bool] = set()
         self.rebound: list[str] = []
         self.waits_cancelled = 0
+        self.drains: list[tuple[str, bool, float | None]] = []
+        self.resumed: list[str] = []
         self.stopped = False
         self.events = Events()
         self.shutdowns: _Bools = []
@@ -104,6 +106,16 @@ class FakeService:
             Setting(key=key, value=shown(self.configs[name], key), configured=shown(added, key), applies=when)
             for key, when in APPLIES.items()
         ]
+
+    async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        self.drains.append((name, flush, timeout_s))
+
+    async def resume(self, name: str) -> None:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        self.resumed.append(name)
 
     def list(self) -> Sequence[DeviceStatus]:
         return [self._status(name) for name in self.configs]

@@ -38,6 +38,7 @@ from ublkpool.daemon.device import parts as parts_module
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.drain import NotDrained
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.device.state import StateDirectory
@@ -165,6 +166,8 @@ class LeftBehind(NamedTuple):
     processes: tuple[()] = ()
     data_lost: str = ""
     added: DeviceConfig | None = None
+    drained: bool = False
+    managed: None = None
 
     @property
     def may_go_on(self) -> bool:
@@ -335,7 +338,7 @@ class SimBackground(Background):
     def _finished(self, task: "asyncio.Task[None]") -> None:
         super()._finished(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, Killed):
+        if error is not None and not isinstance(error, Killed | NotDrained):
             cast(SimLoop, task.get_loop()).failures.append(repr(error))
 
 
@@ -363,6 +366,7 @@ class SimDeviceParts(DeviceParts):
                 segment=session.segment if session else 0,
                 broker=self._known_broker(),
                 going=life.is_stopping,
+                drained=self.drain == "drained",
             )
         )
 
@@ -448,6 +452,7 @@ class Daemon:
         """As `takeover.TakeOver` does with one device: go on with what was left, or recover it."""
         record = cast(Any, left)
         self.device = self._new_device(left.config)
+        self.device.await_takeover(record)
         if goes_on:
             try:
                 await self.device.go_on(record, {})
@@ -458,6 +463,7 @@ class Daemon:
                 with suppress(PoolError):
                     await self.broker.forget_all_but([])
                 self.device = self._new_device(left.config)
+                self.device.await_takeover(record)
         return await self.device.recover_left(record, {})
 
     def _run_now(self, work: Callable[[], None]) -> None:

@@ -429,6 +429,8 @@ class SimWorkerProcess(WorkerProcess):
         self._loop = asyncio.get_running_loop()
         self._fetched = self._loop.create_future()
         self._linked = self._loop.create_future()
+        self._quiet = self._loop.create_future()
+        self._flushed = self._loop.create_future()
         self._channel = SimChannel(worker)
 
     def close(self) -> None:

@@ -1,0 +1,397 @@
+"""Draining a device and resuming it, step by step, on made-up parts: each refusal, each failure, each order."""
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import pytest
+
+from support.fakes.device_parts import SIZE_BYTES, FakeSession, FakeTeam, fake_device, turn
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.backends.managed_backend import ManagedBackend
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.drain import cancel
+from ublkpool.daemon.device.records import NotRecorded, Record
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.config import DeviceConfig
+
+DEADLINE_S = 60
+CACHED = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=True, read_only=False)
+
+
+def in_loop(test: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        await asyncio.wait_for(test(), DEADLINE_S)
+
+    asyncio.run(run())
+
+
+class HeldTeam(FakeTeam):
+    """Workers that note what they are told; they are quiet once the test says so, or end."""
+
+    def __init__(self, steps: list[str], quiet: bool = True) -> None:
+        super().__init__()
+        self.steps, self.heard = steps, steps
+        self.result = 0
+        self.knows = True
+        self.is_quiet = asyncio.Event()
+        if quiet:
+            self.is_quiet.set()
+
+    @property
+    def can_hold(self) -> bool:
+        return self.knows
+
+    async def hold(self, on: bool) -> None:
+        if self._has_ended:
+            raise DaemonError("queue 0: its worker ended")
+        self.steps.append(f"hold {on}")
+
+    async def release(self) -> None:
+        self.steps.append("release")
+
+    async def quiet(self) -> None:
+        await self.is_quiet.wait()
+        if self._has_ended:
+            raise DaemonError("queue 0: its worker ended")
+
+    async def flush(self) -> int:
+        self.steps.append("flush")
+        return self.result
+
+    def ends(self) -> None:
+        super().ends()
+        self.is_quiet.set()
+
+
+class LeavingSession(FakeSession):
+    """A backend that ends when it is told to."""
+
+    def __init__(self, steps: list[str]) -> None:
+        super().__init__()
+        self._steps = steps
+
+    async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
+        self._steps.append(f"detach, keep {keep}")
+        self.dies()
+
+
+class FakeManaged(ManagedBackend):
+    """The daemon's own backend, which does nothing but note it."""
+
+    def __init__(self, steps: list[str]) -> None:
+        self._steps = steps
+
+    def let_end(self) -> None:
+        self._steps.append("not started again")
+
+    async def end(self) -> None:
+        self._steps.append("process ended")
+
+    def start(self) -> None:
+        self._steps.append("started")
+
+    @property
+    def pid(self) -> int | None:
+        return None
+
+    @property
+    def trouble(self) -> str:
+        return ""
+
+    def serves(self) -> None:
+        """It attached."""
+
+
+class Scene:
+    """A live device with workers and a backend, and what becomes of them in order."""
+
+    def __init__(self, managed: bool = False, attached: bool = True, quiet: bool = True) -> None:
+        self.steps: list[str] = []
+        self.attached = attached
+        self.device: Device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES))
+        self.parts = self.device.parts
+        self.team = HeldTeam(self.steps, quiet)
+        self.parts.resources.team = self.team
+        self.parts.resources.disk = CACHED
+        self.parts.save = lambda: self.steps.append(  # type: ignore[method-assign]
+            f"record {self.parts.drain or 'no drain'}"
+        )
+        if managed:
+            self.parts.managed = FakeManaged(self.steps)
+
+    async def begin(self) -> "Scene":
+        self.parts.life.state = "live"
+        if self.attached:
+            await self.device.attach(LeavingSession(self.steps))
+        self.steps.clear()
+        return self
+
+
+def test_a_device_is_drained_in_an_order_that_any_death_may_interrupt() -> None:
+    async def run() -> None:
+        scene = await Scene(managed=True).begin()
+        await scene.device.drain(True, None)
+        assert scene.steps == [
+            "hold True",
+            "flush",
+            "record drained",
+            "not started again",
+            "detach, keep True",
+            "lost",
+            "process ended",
+        ]
+        assert scene.device.session is None and scene.parts.resources.holds
+        status = scene.device.status()
+        assert (status.state, status.drain) == ("live", "drained")
+        assert status.reason == "drained: requests wait for: ublkpool resume vol"
+
+    in_loop(run)
+
+
+def test_a_drained_device_takes_no_backend_until_it_is_resumed() -> None:
+    async def run() -> None:
+        scene = await Scene(managed=True).begin()
+        await scene.device.drain(True, None)
+        await scene.device.drain(True, None)
+        with pytest.raises(AttachRefused, match=r"^device vol is drained: ublkpool resume vol first$"):
+            await scene.device.attach(FakeSession())
+        scene.steps.clear()
+        await scene.device.resume()
+        assert scene.steps == ["record no drain", "release", "started"]
+        await scene.device.attach(FakeSession())
+        assert scene.device.status().drain == "" and not scene.parts.resources.holds
+
+    in_loop(run)
+
+
+def test_a_disk_that_caches_nothing_and_a_caller_that_wants_none_need_no_flush() -> None:
+    async def run() -> None:
+        for flush, disk in ((False, CACHED), (True, msgspec.structs.replace(CACHED, volatile_cache=False))):
+            scene = await Scene().begin()
+            scene.parts.resources.disk = disk
+            await scene.device.drain(flush, None)
+            assert "flush" not in scene.steps and scene.parts.drain == "drained"
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (-errno.EIO, "vol: not drained: its backend answered the FLUSH with Input/output error"),
+        (-errno.ENOTCONN, "vol: not drained: its backend ended before it confirmed a FLUSH; try again"),
+    ],
+)
+def test_a_device_whose_store_may_not_be_whole_goes_on(result: int, reason: str) -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+        scene.team.result = result
+        with pytest.raises(DaemonError, match=f"^{reason}$"):
+            await scene.device.drain(True, None)
+        assert scene.steps == ["hold True", "flush", "release"]
+        assert scene.parts.drain == "" and not scene.parts.resources.holds
+
+    in_loop(run)
+
+
+def test_without_a_backend_only_a_drain_without_a_flush_is_possible() -> None:
+    async def run() -> None:
+        scene = await Scene(attached=False).begin()
+        with pytest.raises(DaemonError, match="no backend is attached that could confirm a FLUSH"):
+            await scene.device.drain(True, None)
+        await scene.device.drain(False, None)
+        assert scene.parts.drain == "drained"
+
+    in_loop(run)
+
+
+def test_a_drain_that_takes_too_long_is_given_up() -> None:
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        with pytest.raises(DaemonError, match=r"not finished its requests after 0.01 s$"):
+            await scene.device.drain(True, 0.01)
+        assert scene.steps == ["hold True", "release"] and scene.parts.drain == ""
+        assert scene.device.session is not None
+
+    in_loop(run)
+
+
+def test_a_drain_whose_client_has_gone_is_given_up() -> None:
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await turn()
+        assert scene.device.status().drain == "draining"
+        with pytest.raises(DaemonError, match="being drained already"):
+            await scene.device.drain(True, None)
+        with pytest.raises(DaemonError, match="interrupt that command instead"):
+            await scene.device.resume()
+        draining.cancel()
+        await asyncio.wait({draining})
+        assert draining.cancelled() and scene.steps == ["hold True", "release"]
+
+    in_loop(run)
+
+
+def test_a_deletion_ends_a_drain_and_says_so_to_its_client() -> None:
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await turn()
+        await cancel(scene.parts)
+        with pytest.raises(DaemonError, match="it is being deleted, or the machine goes down"):
+            await draining
+        assert scene.steps == ["hold True", "release"]
+
+    in_loop(run)
+
+
+def test_a_client_that_goes_once_the_backend_leaves_does_not_stop_it() -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+
+        def save() -> None:
+            scene.steps.append("record")
+            draining.cancel()
+
+        scene.parts.save = save  # type: ignore[method-assign]
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await asyncio.wait({draining})
+        await turn()
+        assert scene.parts.drain == "drained" and scene.device.session is None
+        assert scene.steps == ["hold True", "flush", "record", "detach, keep True", "lost"]
+
+    in_loop(run)
+
+
+def test_a_drain_that_cannot_be_recorded_leaves_the_backend_there() -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+
+        def save() -> None:
+            raise NotRecorded("no room")
+
+        scene.parts.save = save  # type: ignore[method-assign]
+        with pytest.raises(NotRecorded, match="no room"):
+            await scene.device.drain(True, None)
+        assert scene.steps == ["hold True", "flush", "release"]
+        assert scene.parts.drain == "" and scene.device.session is not None
+
+    in_loop(run)
+
+
+def test_a_resume_that_cannot_be_recorded_leaves_the_device_drained() -> None:
+    async def run() -> None:
+        scene = await Scene(managed=True).begin()
+        await scene.device.drain(True, None)
+        scene.steps.clear()
+
+        def save() -> None:
+            raise NotRecorded("no room")
+
+        scene.parts.save = save  # type: ignore[method-assign]
+        with pytest.raises(NotRecorded, match="no room"):
+            await scene.device.resume()
+        assert scene.steps == [] and scene.parts.drain == "drained" and scene.parts.resources.holds
+
+    in_loop(run)
+
+
+def test_a_drain_goes_on_with_the_workers_that_follow_dead_ones() -> None:
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await turn()
+        async with scene.parts.life.turn:
+            scene.parts.enter("recovering")
+            scene.team.ends()
+            await turn()
+            assert not draining.done()
+            scene.parts.resources.team = HeldTeam(scene.steps)
+            scene.parts.enter("live")
+        await draining
+        assert scene.parts.drain == "drained"
+        assert scene.steps.count("flush") == 1 and scene.steps.count("hold True") == 2
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: setattr(s.parts.life, "is_stopping", True), "it is being deleted"),
+        (lambda s: setattr(s.parts.life, "state", "failed"), "it has failed and has no disk"),
+        (lambda s: setattr(s.parts.life, "state", "recovering"), "it is recovering, not live"),
+        (lambda s: setattr(s.parts.life, "state", "waiting"), "it is waiting, not live"),
+        (lambda s: setattr(s.team, "knows", False), "its workers run an earlier version"),
+        (
+            lambda s: setattr(
+                s.device.session, "attach", wire.Attach(v=1, device="vol", kind="x", survives_death=False)
+            ),
+            "its data ends with the process of its backend",
+        ),
+    ],
+)
+def test_a_device_that_cannot_be_drained_says_why(change: Callable[[Scene], None], reason: str) -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+        change(scene)
+        with pytest.raises(DaemonError, match=f"^vol: {reason}"):
+            await scene.device.drain(True, None)
+        assert scene.steps == [] and scene.parts.drain == ""
+
+    in_loop(run)
+
+
+def test_workers_that_answer_have_no_backend_to_exchange() -> None:
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES, answers="worker"))
+        with pytest.raises(DaemonError, match="its workers answer requests"):
+            await device.drain(True, None)
+
+    in_loop(run)
+
+
+def test_a_device_that_is_not_drained_is_not_resumed() -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+        with pytest.raises(DaemonError, match=r"^vol: it is not drained$"):
+            await scene.device.resume()
+        assert scene.steps == []
+
+    in_loop(run)
+
+
+def test_the_machines_shutdown_resumes_a_drained_device_and_ends_a_drain() -> None:
+    """Dirty data of a mounted file system must still find a backend."""
+
+    async def run() -> None:
+        drained = await Scene(managed=True).begin()
+        await drained.device.drain(True, None)
+        await drained.device.end_drain()
+        assert drained.parts.drain == "" and drained.steps[-2:] == ["release", "started"]
+        draining = await Scene(quiet=False).begin()
+        asking = asyncio.ensure_future(draining.device.drain(True, None))
+        await turn()
+        await draining.device.end_drain()
+        await asyncio.wait({asking})
+        assert draining.parts.drain == "" and draining.steps == ["hold True", "release"]
+
+    in_loop(run)
+
+
+def test_the_next_daemon_finds_a_drained_device_drained_and_resumes_none_during_its_takeover() -> None:
+    async def run() -> None:
+        device = fake_device()
+        device.await_takeover(Record(config=device.config, device_number=3, drained=True))
+        assert device.parts.drain == "drained" and device.parts.resources.holds
+        with pytest.raises(AttachRefused, match="is drained"):
+            await device.attach(FakeSession())
+        with pytest.raises(DaemonError, match="taken over"):
+            await device.resume()
+
+    in_loop(run)
