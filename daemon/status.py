@@ -126,7 +126,11 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     requests: OpCounts = OpCounts()
     bytes: OpCounts = OpCounts()
     errors: int = 0
+    failed: OpCounts = OpCounts()
+    """The same by operation, of workers that know it."""
     in_flight: int = 0
+    oldest_request_s: float = 0.0
+    """Seconds since the arrival of the oldest request in the worker, half a second too few at most; 0 without one."""
     buffers_held: int = 0
     buffers_waited: int = 0
     copies: CopyStats = CopyStats()
@@ -176,6 +180,31 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     processes: tuple[ProcessStatus, ...] = ()
 
 
+CUT_OFF_REASONS = (
+    "frame",
+    "kind",
+    "identity",
+    "unsolicited",
+    "result",
+    "foreign-segment",
+    "range",
+    "alignment",
+    "lent",
+    "region",
+    "silence",
+    "flood",
+    "no-hello",
+    "ring",
+    "doorbell",
+    "post",
+    "fence",
+    "stays",
+    "attach-connection",
+    "other",
+)
+"""Why a backend is cut off; docs/METRICS.md explains each."""
+
+
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     """One device's counters; `reason`: why it does not serve, empty if it does; `latency`: of all its queues."""
 
@@ -184,4 +213,6 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueStats, ...] = ()
     pool: PoolStats = PoolStats()
     clients: ClientStats = ClientStats()
+    cut_offs: dict[str, int] = {}
+    """How often this daemon has cut a backend off, for each of `CUT_OFF_REASONS` for which it has."""
     latency: Latencies = Latencies()

@@ -121,19 +121,23 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Statistics(NamedTuple):
-    """A queue's counters, which continue over a recovery; `requests` and `moved_bytes` by operation (`wire.Op`)."""
+    """A queue's counters, which continue over a recovery; the first three by operation (`wire.Op`)."""
 
     requests: tuple[int, ...]
     moved_bytes: tuple[int, ...]
+    failed: tuple[int, ...]
     counters: dict[str, int]
+
+
+_BY_OPERATION = ("requests", "bytes", "failed")
 
 
 def read_statistics(block: bytes) -> Statistics:
     """Decode a queue's block of the control segment; names are those of struct uq_stats."""
     view = ffi.from_buffer("struct uq_stats *", block)
     names = [name for name, _ in ffi.typeof("struct uq_stats").fields]
-    counters = {name: int(getattr(view, name)) for name in names if name not in ("requests", "bytes")}
-    return Statistics(tuple(view.requests), tuple(view.bytes), counters)
+    counters = {name: int(getattr(view, name)) for name in names if name not in _BY_OPERATION}
+    return Statistics(tuple(view.requests), tuple(view.bytes), tuple(view.failed), counters)
 
 
 class PoolLost(OSError):

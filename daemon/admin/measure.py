@@ -15,7 +15,7 @@ from ublkpool.ublk.queue import Statistics, read_statistics
 def device_stats(device: Device) -> DeviceStats:
     """The device's counters now; without queues and pool before the device has started."""
     if device.arena is None:
-        return DeviceStats(name=device.config.name, reason=device.trouble)
+        return DeviceStats(name=device.config.name, reason=device.trouble, cut_offs=device.cut_offs)
     arena = device.arena
     read = [read_statistics(arena.control.statistics_block(queue)) for queue in range(arena.queues)]
     queues = tuple(_queue_stats(queue, each) for queue, each in enumerate(read))
@@ -25,6 +25,7 @@ def device_stats(device: Device) -> DeviceStats:
         queues=queues,
         pool=_pool_stats(arena, read),
         clients=device.client_stats(),
+        cut_offs=device.cut_offs,
     )
 
 
@@ -35,7 +36,10 @@ def _queue_stats(queue: int, read: Statistics) -> QueueStats:
         requests=_by_op(read.requests),
         bytes=_by_op(read.moved_bytes),
         errors=counters["errors"],
+        failed=_by_op(read.failed),
         in_flight=counters["in_flight"],
+        # Deadlines are judged only while requests are in flight.
+        oldest_request_s=counters["oldest_ms"] / 1000 if counters["in_flight"] else 0.0,
         buffers_held=counters["buffers_held"],
         buffers_waited=counters["buffers_waited"],
         copies=CopyStats(

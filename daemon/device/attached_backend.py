@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.cut_offs import CutOffs
 from ublkpool.daemon.device.lifecycle import Lifecycle
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -61,6 +62,7 @@ class AttachedBackend:
         events: DeviceEvents,
     ) -> None:
         self.session: Session | None = None
+        self.cut_offs = CutOffs()
         self.segments = wire.SEGMENT_POOL
         """The highest segment number that a backend was given."""
         self.data_lost = ""
@@ -254,11 +256,14 @@ class AttachedBackend:
 
     def watch(self, session: Session) -> None:
         """Have this backend's cut-offs told as the device's events."""
-        session.on_blame = lambda text: self._events.tell(
-            _log, BackendCutOff(reason=text.removeprefix(_CUT_OFF), pid=session.pid), text
-        )
+        session.on_blame = lambda text: self._note_blame(session, text)
+
+    def _note_blame(self, session: Session, text: str) -> None:
+        self.cut_offs.note(text)
+        self._events.tell(_log, BackendCutOff(reason=text.removeprefix(_CUT_OFF), pid=session.pid), text)
 
     def _note_cut(self, worker: WorkerProcess, reason: str) -> None:
+        self.cut_offs.note(reason)
         pid = self.session.pid if self.session is not None else 0
         self._events.tell(
             _log,

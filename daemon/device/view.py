@@ -118,6 +118,11 @@ class DeviceView:
             burst_s=limits.burst_ns / 1e9,
         )
 
+    @property
+    def cut_offs(self) -> dict[str, int]:
+        """How often its backends were cut off, by reason."""
+        return self.parts.backend.cut_offs.counts()
+
     def client_stats(self) -> ClientStats:
         """How many slices of the client area are lent, resting and free."""
         area, (lent, resting, free) = self.parts.resources.area, self.parts.clients.counts()

@@ -11,7 +11,15 @@ from typing import Literal, NamedTuple, get_args
 from ublkpool.daemon.latency import BOUNDS_NS, NS_PER_S
 from ublkpool.daemon.metrics.source import Snapshot
 from ublkpool.daemon.metrics.usage import ProcessUsage
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, Histogram, OpCounts, QueueStats, State
+from ublkpool.daemon.status import (
+    CUT_OFF_REASONS,
+    DeviceStats,
+    DeviceStatus,
+    Histogram,
+    OpCounts,
+    QueueStats,
+    State,
+)
 
 Kind = Literal["counter", "gauge", "info", "stateset", "histogram"]
 Labels = tuple[str, ...]
@@ -253,6 +261,13 @@ FAMILIES = _all(
             "Recoveries from a worker's death: the epoch less one.",
             lambda status, _: status.epoch - 1,
         ),
+        _device_words(
+            "ublkpool_device_cut_offs",
+            "counter",
+            "reason",
+            "Backends cut off by this daemon, by reason.",
+            lambda _, stats: {each: stats.cut_offs.get(each, 0) for each in CUT_OFF_REASONS},
+        ),
         _device(
             "ublkpool_pool_size_bytes",
             "gauge",
@@ -285,9 +300,15 @@ FAMILIES = _all(
         _operations(
             "ublkpool_request_bytes", "Bytes of the requests answered without an error.", lambda q: q.bytes
         ),
-        _queue("ublkpool_request_errors", "counter", "Requests answered with an error.", lambda q: q.errors),
+        _operations("ublkpool_request_errors", "Requests answered with an error.", lambda q: q.failed),
         _queue(
             "ublkpool_requests_in_flight", "gauge", "Requests with the worker now.", lambda q: q.in_flight
+        ),
+        _queue(
+            "ublkpool_oldest_request_age_seconds",
+            "gauge",
+            "Time since the oldest request arrived in the worker, to half a second; 0 without one.",
+            lambda q: q.oldest_request_s,
         ),
         Family(
             "ublkpool_request_duration_seconds",

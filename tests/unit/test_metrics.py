@@ -78,7 +78,8 @@ def full_snapshot() -> Snapshot:
         queue=1,
         requests=OpCounts(read=3, write=2, flush=1),
         bytes=OpCounts(read=12288, write=8192),
-        errors=4,
+        failed=OpCounts(write=4),
+        oldest_request_s=2.5,
         in_flight=5,
         buffers_held=6,
         latency=Latencies(read=durations, buffer_wait=durations, backend=durations),
@@ -88,6 +89,7 @@ def full_snapshot() -> Snapshot:
         name="vol0",
         queues=(queue,),
         pool=PoolStats(size_bytes=1 << 23, huge_bytes=1 << 21, buffer_count=20, free_count=14, lent_count=2),
+        cut_offs={"silence": 3},
         clients=ClientStats(slice_bytes=4096, lent_count=1, resting_count=2, free_count=5),
     )
     status = DaemonStatus(version="1.2.3", processes=(ProcessStatus(role="supervisor", pid=1),))
@@ -148,7 +150,10 @@ def test_the_values_are_those_of_the_daemon() -> None:
     assert of(text, "ublkpool_requests_total", op="read", **queue) == 3
     assert of(text, "ublkpool_requests_total", op="flush", **queue) == 1
     assert of(text, "ublkpool_request_bytes_total", op="write", **queue) == 8192
-    assert of(text, "ublkpool_request_errors_total", **queue) == 4
+    assert of(text, "ublkpool_request_errors_total", op="write", **queue) == 4
+    assert of(text, "ublkpool_oldest_request_age_seconds", **queue) == 2.5
+    assert of(text, "ublkpool_device_cut_offs_total", device="vol0", reason="silence") == 3
+    assert of(text, "ublkpool_device_cut_offs_total", device="vol0", reason="fence") == 0
     assert of(text, "ublkpool_requests_in_flight", **queue) == 5
     assert of(text, "ublkpool_buffers_held", **queue) == 6
     assert of(text, "ublkpool_replays_total", **queue) == 7

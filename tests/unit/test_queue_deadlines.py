@@ -6,6 +6,7 @@ import pytest
 
 from support.fakes.driver import SECTOR_BYTES
 from support.fakes.queue_desk import Desk, data
+from ublkpool.bufpool.wire import Op
 from ublkpool.ublk.queue import Attention, LinkState
 from ublkpool.workers.tag_state import State
 
@@ -209,3 +210,26 @@ def test_new_deadlines_do_not_bring_back_a_device_that_is_going() -> None:
     request = desk.read(1, 0)
     desk.driver.consume()
     assert request.result == -errno.EIO
+
+
+def test_the_age_of_the_oldest_request_is_noted_and_failures_are_counted_by_operation() -> None:
+    desk = Desk(timeout_ms=100_000, fail_on_timeout=True)
+    statistics = desk.side.statistics
+    desk.queue.tick(1000)
+    first = desk.read(0, 0)
+    desk.queue.tick(1500)
+    desk.read(1, 8)
+    desk.queue.tick(3000)
+    assert statistics.oldest_ms == 2000
+    desk.serve(0)
+    desk.driver.consume()
+    assert first.result == SECTOR_BYTES
+    desk.queue.tick(4000)
+    assert statistics.oldest_ms == 2500
+    assert not any(statistics.failed)
+    desk.send()
+    desk.queue.tick(200_000)
+    desk.kill()
+    desk.driver.consume()
+    assert list(statistics.failed) == [int(op == Op.READ) for op in range(len(statistics.failed))]
+    assert statistics.errors == 1

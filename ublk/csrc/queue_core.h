@@ -125,6 +125,8 @@ struct uq_stats {
 	uint64_t posts, posts_used;            /* regions that backends posted, and writes that landed in one */
 	uint64_t zero_copies, zero_copy_bytes; /* reads and writes whose data lay in the client area all the time */
 	uint64_t limit_waiting, limited, limited_ns; /* requests that wait for the limits; that did, and for how long */
+	uint64_t failed[UQ_OPS];                     /* the part of `requests` that was answered with an error */
+	uint64_t oldest_ms;                          /* the age of the oldest request when deadlines were last judged */
 };
 _Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
 

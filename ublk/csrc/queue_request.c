@@ -504,6 +504,7 @@ static void count_result(struct uq *q, const struct uq_tag *t)
 	s->requests[t->op]++;
 	if (t->result < 0) {
 		s->errors++;
+		s->failed[t->op]++;
 		return;
 	}
 	s->bytes[t->op] += t->op == WIRE_READ || t->op == WIRE_WRITE ? (uint64_t)t->result : t->length;

@@ -115,6 +115,25 @@ void uq_limit_tick(struct uq *q, uint64_t now_ns)
 
 void uq_set_time(struct uq *q, uint64_t now_ms) { q->now_ms = now_ms; }
 
+/* Judges each request's deadline, and notes how old the oldest one is. */
+static void scan(struct uq *q)
+{
+	uint64_t oldest_ms = 0;
+
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+		uint64_t age_ms = q->now_ms - t->arrived_ms;
+
+		if (!pending(t))
+			continue;
+		if (age_ms > oldest_ms)
+			oldest_ms = age_ms;
+		if (!is_kept(q, t) && age_ms >= q->config.timeout_ms)
+			overdue(q, t);
+	}
+	q->config.stats->oldest_ms = oldest_ms;
+}
+
 void uq_tick(struct uq *q, uint64_t now_ms)
 {
 	q->now_ms = now_ms;
@@ -129,10 +148,5 @@ void uq_tick(struct uq *q, uint64_t now_ms)
 	if (!q->config.timeout_ms || !q->config.stats->in_flight || now_ms - q->scanned_ms < SCAN_MS)
 		return;
 	q->scanned_ms = now_ms;
-	for (unsigned i = 0; i < q->config.depth; i++) {
-		struct uq_tag *t = &q->tags[i];
-
-		if (pending(t) && !is_kept(q, t) && now_ms - t->arrived_ms >= q->config.timeout_ms)
-			overdue(q, t);
-	}
+	scan(q);
 }
