@@ -2,16 +2,22 @@
 
 The daemon starts a backend again after an upgrade, and its author's imports must still work.  Python asks this finder
 only for modules that no other finder has.
+
+importlib.abc is for the type checker alone, because it imports a dozen modules at each start of a command.
 """
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+else:
+    Loader = object
 
 _BUFPOOL = "ublkpool.bufpool"
 _SDK = (
@@ -39,7 +45,7 @@ MOVED = {
 """The earlier name of each module, and today's."""
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(Loader):
     """Fills a module with the names of another module."""
 
     def __init__(self, name: str) -> None:
@@ -54,7 +60,7 @@ class _Loader(importlib.abc.Loader):
         module.__dict__.update({key: value for key, value in vars(moved).items() if not key.startswith("__")})
 
 
-class EarlierNames(importlib.abc.MetaPathFinder):
+class EarlierNames:
     """Finds a moved module under its earlier name, with a `DeprecationWarning`."""
 
     def find_spec(
@@ -65,7 +71,7 @@ class EarlierNames(importlib.abc.MetaPathFinder):
         if name is None:
             return None
         warnings.warn(f"{fullname} is now {name}", DeprecationWarning, stacklevel=2)
-        return importlib.util.spec_from_loader(fullname, _Loader(name))
+        return ModuleSpec(fullname, _Loader(name))
 
 
 def find_earlier_names() -> None:

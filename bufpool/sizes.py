@@ -1,11 +1,10 @@
 """Sizes as people write them: `64M`, `1.5G`, `4096`.  Pure; powers of 1024, results in whole bytes."""
 
 import re
-from fractions import Fraction
 from typing import Annotated
 
 _UNITS = "KMGTPE"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d+)(?:\.(\d+))?\s*([KMGTPE]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
 
 
 ByteSize = Annotated[int, "written as a size"]
@@ -17,11 +16,13 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size (write 4096, 64M or 1.5G)")
-    number, unit = match.groups()
-    size_bytes = Fraction(number) * 1024 ** (_UNITS.index(unit.upper()) + 1 if unit else 0)
-    if size_bytes.denominator != 1:
+    whole, decimals, unit = match.groups(default="")
+    unit_bytes = 1 << 10 * (_UNITS.index(unit.upper()) + 1 if unit else 0)
+    parts: int = 10 ** len(decimals)
+    size_bytes, rest = divmod(int(whole + decimals) * unit_bytes, parts)
+    if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
-    return int(size_bytes)
+    return size_bytes
 
 
 def format_size(size_bytes: int) -> str:
