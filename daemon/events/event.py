@@ -6,20 +6,23 @@ because an event may be of another version of ublkpool.
 
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from ublkpool.daemon.events.kinds import Details, Severity, kinds
 
 TEXT_MAX = 500
 LINE_BYTES_MAX = 16384
+SEQ_MAX = 1 << 62
+"""A damaged file must not use the numbers up."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to `device`, or to the daemon if that is empty."""
 
-    seq: int
+    seq: Annotated[int, Meta(ge=0, le=SEQ_MAX)]
     """Rises with every event, over restarts of the daemon, too; not by one."""
     time: str
     """The wall clock in UTC with milliseconds, such as 2026-11-26T15:44:25.123Z: two of them compare as texts."""

@@ -124,6 +124,17 @@ def test_what_is_no_event_is_passed_over(line: bytes) -> None:
     assert decode(line) is None
 
 
+def test_a_damaged_number_does_not_end_the_numbers() -> None:
+    known = msgspec.to_builtins(make_event(5, 0.0, "", DIED, "x", None))
+    for seq in (-1, 1 << 63, (1 << 64) - 1, 1.5, "7"):
+        assert decode(msgspec.json.encode(known | {"seq": seq})) is None
+    last = decode(msgspec.json.encode(known | {"seq": 1 << 62}))
+    assert last is not None
+    events = Events(earlier=[last])
+    events.record(DIED, "gone")
+    assert len(events.after(last.seq).lines) == 1
+
+
 def test_one_call_logs_a_line_and_records_an_event(caplog: pytest.LogCaptureFixture) -> None:
     events = Events()
     with caplog.at_level(logging.INFO, "ublkpool"):
