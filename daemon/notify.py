@@ -6,6 +6,7 @@ Without NOTIFY_SOCKET in the environment it does nothing.
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterable
 
 from ublkpool.daemon.status import State
@@ -18,6 +19,16 @@ _log = logging.getLogger("ublkpool.supervisor")
 def ready(status: str = "") -> None:
     """The service answers requests."""
     _send("READY=1", status)
+
+
+def reloading() -> None:
+    """The service reads its config again; `ready` ends that."""
+    _send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def alive() -> None:
+    """For the manager's watchdog: the service's loop turns."""
+    _send("WATCHDOG=1")
 
 
 def status(text: str) -> None:

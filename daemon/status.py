@@ -57,6 +57,14 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The limits that hold now; 0: none."""
 
 
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload did with a device, or with the daemon's own settings, and what is left to do; empty if nothing."""
+
+    name: str
+    done: str = ""
+    needs: str = ""
+
+
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """A setting of a device by the user's key: its value, the config's, and when a changed value takes effect."""
 

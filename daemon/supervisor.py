@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 from ublkpool import __version__
@@ -43,12 +43,14 @@ from ublkpool.daemon.processes.metrics_process import MetricsProcess, end_left
 from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
+from ublkpool.daemon.reload import Reload
 from ublkpool.daemon.replacement import check_before, check_sockets, group_number
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, ProcessStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, ProcessStatus, Reloaded, Setting
 from ublkpool.daemon.takeover import TakeOver
+from ublkpool.daemon.watchdog import period_us, petting
 from ublkpool.ublk import control
 from ublkpool.workers.process import share_heap
 
@@ -63,13 +65,18 @@ class Supervisor:
     """The devices of one daemon: what the admin socket asks for, and where backends attach."""
 
     def __init__(
-        self, context: DaemonContext, background: Background, keeper: EventsKept | None = None
+        self,
+        context: DaemonContext,
+        background: Background,
+        keeper: EventsKept | None = None,
+        config: ServeConfig | None = None,
     ) -> None:
         """`background` ends with the daemon; without `keeper` the events are in memory only."""
         self._context = context
         self._keeper = keeper
         self._background = background
         self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status, context.events)
+        self.config_file = Reload(config or ServeConfig(), context, self._table)
         self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
         self.stopped = asyncio.Event()
         self.metrics: MetricsProcess | None = None
@@ -90,7 +97,8 @@ class Supervisor:
             notify.status(self._status())
 
     def _status(self) -> str:
-        return notify.describe([(each.config.name, each.shown) for each in self._table.devices()])
+        devices = [(each.config.name, each.shown) for each in self._table.devices()]
+        return "; ".join(filter(None, (notify.describe(devices), self.config_file.problem)))
 
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         """Create a device; one with a backend of the daemon's is live at the return.
@@ -175,6 +183,25 @@ class Supervisor:
         if values:
             await device.set(values)
         return device.settings()
+
+    async def reload(self) -> Sequence[Reloaded]:
+        """Read the config file again.  Raises `ConfigError`, `DaemonError`; then nothing has changed."""
+        notify.reloading()
+        try:
+            return await self.config_file.reload()
+        finally:
+            if self._is_ready:
+                notify.ready(self._status())
+
+    def reload_soon(self) -> None:
+        """SIGHUP: the same, with the result in the log."""
+
+        async def reload() -> None:
+            # The reason is in the log already.
+            with suppress(DaemonError):
+                await self.reload()
+
+        self._background.spawn(reload())
 
     async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
         """See `drain.drain`.  Raises `DaemonError`, `OSError`."""
@@ -322,11 +349,17 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    hung_up = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
     async with AsyncExitStack() as ending, AsyncExitStack() as leaving:
         supervisor = await _start(config, live_mounts, ending, leaving, stop)
         supervisor.ready()
+        loop.add_signal_handler(signal.SIGHUP, supervisor.reload_soon)
+        if hung_up.is_set():
+            supervisor.reload_soon()
         _log.info("serving in %s", config.run_dir)
-        await _first_of(stop, supervisor.stopped)
+        with petting(period_us(os.environ, os.getpid()), notify.alive):
+            await _first_of(stop, supervisor.stopped)
         notify.stopping()
         supervisor.end()
         if not supervisor.ends and (supervisor.leaves or config.on_stop == "leave"):
@@ -394,7 +427,7 @@ async def _begin(
     await left.clear()
     ending.push_async_callback(broker.stop)
     background = Background("the daemon")
-    supervisor = Supervisor(context, background, keeper)
+    supervisor = Supervisor(context, background, keeper, config)
     ending.push_async_callback(supervisor.delete_all)
     ending.callback(background.cancel)
     for restarting in (broker.keep_running(supervisor.broker_restarted), context.holder.keep_running()):

@@ -19,6 +19,7 @@ from ublkpool.daemon.admin.wire import (
     EventsRequest,
     ListRequest,
     RebindRequest,
+    ReloadRequest,
     Reply,
     Request,
     ResumeRequest,
@@ -35,7 +36,7 @@ from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, Setting
 
 CONNECT_TIMEOUT_S = 10.0
 QUERY_TIMEOUT_S = 30.0
@@ -92,6 +93,10 @@ class AdminClient:
     def resume(self, name: str) -> None:
         """Have the requests of a drained device served again."""
         self._call(ResumeRequest(name=name), None)
+
+    def reload(self) -> list[Reloaded]:
+        """Have the daemon read its config file again; what became of each device."""
+        return self._call(ReloadRequest(), list[Reloaded])
 
     def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
         """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""

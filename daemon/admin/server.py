@@ -27,6 +27,7 @@ from ublkpool.daemon.admin.wire import (
     ListRequest,
     Progress,
     RebindRequest,
+    ReloadRequest,
     Request,
     ResumeRequest,
     SetRequest,
@@ -44,7 +45,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, Setting
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
@@ -78,6 +79,9 @@ class DeviceService(Protocol):
     @property
     def events(self) -> Events:
         """What has happened to the devices."""
+
+    async def reload(self) -> Sequence[Reloaded]:
+        """Read the config file again; what became of each device."""
 
     async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
         """Have a device's requests wait and its backend leave; if cancelled before that, it goes on as before."""
@@ -212,7 +216,7 @@ class AdminServer:
             case RebindRequest():
                 await self._service.rebind(request.name)
                 return None
-            case SetRequest() | DrainRequest() | ResumeRequest():
+            case SetRequest() | DrainRequest() | ResumeRequest() | ReloadRequest():
                 return await self._change(request)
             case ListRequest() | StatsRequest() | DaemonRequest():
                 return self._look(request)
@@ -239,8 +243,10 @@ class AdminServer:
             case DaemonRequest():
                 return self._service.daemon()
 
-    async def _change(self, request: SetRequest | DrainRequest | ResumeRequest) -> object:
+    async def _change(self, request: SetRequest | DrainRequest | ResumeRequest | ReloadRequest) -> object:
         match request:
+            case ReloadRequest():
+                return await self._service.reload()
             case SetRequest():
                 return await self._service.set(request.name, request.values)
             case DrainRequest():

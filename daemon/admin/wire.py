@@ -65,6 +65,10 @@ class SetRequest(_Request, frozen=True, kw_only=True, tag="set"):
     values: dict[str, bool | int | float | str] = {}
 
 
+class ReloadRequest(_Request, frozen=True, kw_only=True, tag="reload"):
+    """Read the config file again; the result is a list of Reloaded."""
+
+
 class DrainRequest(_Request, frozen=True, kw_only=True, tag="drain"):
     """Have the device's requests wait and its backend leave.  Given up when the client disconnects before that."""
 
@@ -128,6 +132,7 @@ Request = (
     | RebindRequest
     | SetRequest
     | DrainRequest
+    | ReloadRequest
     | ResumeRequest
     | ListRequest
     | StatsRequest

@@ -23,6 +23,7 @@ _COMMANDS = {
     "set": "set:set_device",
     "drain": "drain:drain",
     "resume": "drain:resume",
+    "reload": "reload:reload",
     "list": "devices:list_devices",
     "stats": "devices:stats",
     "events": "events:events",

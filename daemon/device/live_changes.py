@@ -11,7 +11,7 @@ from ublkpool.daemon.device.limits import limits_of
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import SettingsChanged
-from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, differences, shown
+from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, differences, shown, wanted_now
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import Setting
 
@@ -28,6 +28,12 @@ async def apply(parts: DeviceParts, values: Mapping[str, Scalar]) -> None:
     changed(parts.config, values)
     async with parts.life.turn:
         await use(parts, changed(parts.config, values))
+
+
+async def use_config(parts: DeviceParts, wanted: DeviceConfig) -> None:
+    """Give the device what can change of this config.  Raises as `apply`."""
+    async with parts.life.turn:
+        await use(parts, wanted_now(parts.config, wanted))
 
 
 async def use(parts: DeviceParts, config: DeviceConfig) -> None:

@@ -13,6 +13,7 @@ from ublkpool.daemon.events.kinds import BackendRefused
 from ublkpool.daemon.events.tell import DeviceEvents
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.settings.changes import Scalar
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import Setting
 
 
@@ -30,6 +31,10 @@ class DeviceService(DeviceView):
     async def set(self, values: Mapping[str, Scalar]) -> None:
         """See `live_changes.apply`."""
         await live_changes.apply(self.parts, values)
+
+    async def use_config(self, wanted: DeviceConfig) -> None:
+        """See `live_changes.use_config`."""
+        await live_changes.use_config(self.parts, wanted)
 
     async def drain(self, flush: bool, timeout_s: float | None) -> None:
         """See `drain.drain`."""

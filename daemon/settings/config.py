@@ -211,6 +211,10 @@ class ServeConfig(NamedTuple):
     replace: bool = False
     state_dir: Path | None = None
     """None: one of the directories of `device.state.candidates`."""
+    file: Path | None = None
+    """The config file that `devices` and `table` were read from, which a reload reads again."""
+    table: DaemonTable = DaemonTable()
+    """The file's `[daemon]`, before any option of the command line."""
     events_bytes: int = EVENT_BYTES_DEFAULT
     """The bound of the events in the state directory, and in memory."""
     metrics: ListenAddress | None = None

@@ -61,6 +61,8 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         state_dir=Path(daemon.state_dir) if daemon.state_dir else None,
         events_bytes=daemon.events_bytes,
         devices=tuple(devices),
+        file=file.absolute(),
+        table=daemon,
         metrics=metrics,
     )
 

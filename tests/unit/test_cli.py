@@ -508,6 +508,7 @@ def test_the_commands_are_the_contract() -> None:
             "set",
             "drain",
             "resume",
+            "reload",
             "list",
             "stats",
             "events",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.daemon.admin.server import AdminServer
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, shown
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -24,6 +24,7 @@ from ublkpool.daemon.status import (
     PoolStats,
     ProcessStatus,
     QueueStats,
+    Reloaded,
     Setting,
     State,
     WorkerStatus,
@@ -46,6 +47,8 @@ class FakeService:
         self.forced: set[bool] = set()
         self.rebound: list[str] = []
         self.waits_cancelled = 0
+        self.config_problems: _Names = []
+        self.reloaded: Sequence[Reloaded] = []
         self.drains: list[tuple[str, bool, float | None]] = []
         self.resumed: list[str] = []
         self.stopped = False
@@ -106,6 +109,11 @@ class FakeService:
             Setting(key=key, value=shown(self.configs[name], key), configured=shown(added, key), applies=when)
             for key, when in APPLIES.items()
         ]
+
+    async def reload(self) -> Sequence[Reloaded]:
+        if self.config_problems:
+            raise ConfigError(self.config_problems)
+        return self.reloaded
 
     async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
         if name not in self.configs:

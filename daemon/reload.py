@@ -1,0 +1,129 @@
+"""Reading the config file again while the daemon runs, and what becomes of each device.
+
+Owns that the file is checked as a whole before anything of it is used, and what is said of a device whose change needs
+more than that.  The file is read by a process of its own, since its file system may not answer.  Runs on the
+supervisor's asyncio loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.table import DeviceTable
+from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_name
+from ublkpool.daemon.settings.changes import APPLIES, differences
+from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, ServeConfig
+from ublkpool.daemon.settings.config_file import load_config
+from ublkpool.daemon.status import Reloaded
+
+_log = logging.getLogger("ublkpool.supervisor")
+
+
+class Read(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file says, or the mistakes in it."""
+
+    problems: list[str] = []
+    devices: list[DeviceConfig] = []
+    table: DaemonTable = DaemonTable()
+
+
+class Reload:
+    """The config file of one daemon."""
+
+    def __init__(self, config: ServeConfig, context: DaemonContext, table: DeviceTable) -> None:
+        self._config = config
+        self._context = context
+        self._table = table
+        self._turn = asyncio.Lock()
+        self._named = {device.name for device in config.devices}
+        """The devices that are in the file, or were and have not been deleted since."""
+        self.problem = ""
+        """Why the file was not used when it was last read; empty if it was."""
+
+    async def reload(self) -> Sequence[Reloaded]:
+        """Use the config file as it is now: what became of each device, and of the daemon's own settings.
+
+        Raises `ConfigError` with a line for each mistake in the file, `DaemonError`; then nothing has changed.
+        """
+        async with self._turn:
+            try:
+                read = await self._read()
+            except DaemonError as error:
+                self.problem = f"the config was not read again: {one_line(error)}"
+                _log.error("%s", self.problem)
+                raise
+            self.problem = ""
+            self._context.configured = {device.name: device for device in read.devices}
+            gone = [name for name in self._named - self._context.configured.keys() if name in self._table]
+            self._named = {*self._context.configured, *gone}
+            # Side by side: one of them may be in a long recovery.
+            done = await asyncio.gather(*(self._apply(device) for device in read.devices))
+            done += map(_gone, sorted(gone))
+            done += _of_daemon(self._config.table, read.table)
+            for each in done:
+                _say(each)
+            return done
+
+    async def _read(self) -> Read:
+        file = self._config.file
+        if file is None:
+            raise DaemonError("the daemon was started without a config file: nothing to read again")
+        what = f"the config file {file}"
+        read = await self._context.runner.look("the config", what, lambda: _load(file), Read)
+        if read.problems:
+            raise ConfigError(read.problems)
+        return read
+
+    async def _apply(self, wanted: DeviceConfig) -> Reloaded:
+        name = wanted.name
+        try:
+            if name not in self._table or self._table.device(name).state == "failed":
+                self._table.add_configured(wanted, _log.info)
+                return Reloaded(name=name, done="is being added")
+            return await _change(self._table.device(name), wanted)
+        except (DaemonError, OSError) as error:
+            return Reloaded(name=name, needs=without_name(name, one_line(error)))
+
+
+def _load(file: Path) -> Read:
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        return Read(problems=error.lines)
+    return Read(devices=list(config.devices), table=config.table)
+
+
+async def _change(device: Device, wanted: DeviceConfig) -> Reloaded:
+    """Have the device use what can change; what it needs for the rest."""
+    before = device.config
+    await device.use_config(wanted)
+    changed = differences(before, device.config)
+    notes = [f"{key} (at its next start)" if APPLIES[key] != "now" else key for key in changed]
+    done = f"set {', '.join(notes)}" if notes else ""
+    fixed = differences(device.config, wanted)
+    way_out = f"ublkpool del {device.name}, then read the config again"
+    needs = f"{', '.join(fixed)}: needs a new device: {way_out}" if fixed else ""
+    return Reloaded(name=device.name, done=done, needs=needs)
+
+
+def _gone(name: str) -> Reloaded:
+    return Reloaded(name=name, needs=f"is no longer in the config; delete it with: ublkpool del {name}")
+
+
+def _of_daemon(before: DaemonTable, now: DaemonTable) -> list[Reloaded]:
+    keys = [key for key in DaemonTable.__struct_fields__ if getattr(before, key) != getattr(now, key)]
+    return (
+        [Reloaded(name="daemon", needs=f"{', '.join(keys)}: needs a restart of the daemon")] if keys else []
+    )
+
+
+def _say(each: Reloaded) -> None:
+    if each.done:
+        _log.info("%s: %s", each.name, each.done)
+    if each.needs:
+        _log.warning("%s: %s", each.name, each.needs)

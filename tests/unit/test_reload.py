@@ -1,0 +1,197 @@
+"""The config file read again: checked as a whole, applied as far as it can be, and each device told what is left."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from support.fakes.daemon import running_daemon
+from ublkpool.daemon.admin.wire import ReloadRequest, SetRequest
+from ublkpool.daemon.cli.commands import cli
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.config import ServeConfig
+from ublkpool.daemon.settings.config_file import load_config
+from ublkpool.daemon.status import Reloaded
+from unit.test_supervisor import Client, Systemd, serving, systemd
+
+__all__ = ["systemd"]
+BEFORE = """
+[daemon]
+run_dir = "{run}"
+state_dir = "{state}"
+
+[[device]]
+name = "vol0"
+size = "1M"
+
+[[device]]
+name = "vol1"
+size = "1M"
+"""
+NEW_WAY_OUT = "needs a new device: ublkpool del vol0, then read the config again"
+
+
+class File:
+    """A config file of two devices that wait for their backends, and the daemon that serves it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "ublkpool.toml"
+        self._before = BEFORE.format(run=directory / "run", state=directory / "state")
+        self.write()
+
+    def write(self, *changes: tuple[str, str], more: str = "") -> None:
+        text = self._before
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        self.path.write_text(text + more)
+
+    def serve(self, test: Callable[[Client], Awaitable[None]]) -> None:
+        serving(load_config(self.path), test)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> File:
+    return File(tmp_path)
+
+
+async def reload(client: Client) -> dict[str, tuple[str, str]]:
+    return {each["name"]: (each["done"], each["needs"]) for each in await client.ask(ReloadRequest())}
+
+
+async def setting(client: Client, name: str, key: str) -> Any:
+    settings = await client.ask(SetRequest(name=name))
+    return next(each["value"] for each in settings if each["key"] == key)
+
+
+def test_an_unchanged_file_changes_nothing(file: File) -> None:
+    async def test(client: Client) -> None:
+        assert await reload(client) == {"vol0": ("", ""), "vol1": ("", "")}
+
+    file.serve(test)
+
+
+def test_each_device_gets_what_can_change_and_is_told_what_needs_more(file: File) -> None:
+    async def test(client: Client) -> None:
+        file.write(
+            ('size = "1M"', 'size = "1M"\nio_timeout = 5\nqueues = 4'),
+            ('name = "vol1"', 'name = "vol2"'),
+            ("[daemon]", '[daemon]\nlog_level = "debug"'),
+        )
+        assert await reload(client) == {
+            "vol0": ("set io_timeout", f"queues: {NEW_WAY_OUT}"),
+            "vol2": ("is being added", ""),
+            "vol1": ("", "is no longer in the config; delete it with: ublkpool del vol1"),
+            "daemon": ("", "log_level: needs a restart of the daemon"),
+        }
+        assert await setting(client, "vol0", "io_timeout") == "5"
+        assert await setting(client, "vol0", "queues") == "1"
+        assert await client.states() == {"vol0": "waiting", "vol1": "waiting", "vol2": "waiting"}
+
+    file.serve(test)
+
+
+def test_a_reload_makes_the_values_of_the_file_hold_again(file: File) -> None:
+    async def test(client: Client) -> None:
+        await client.ask(SetRequest(name="vol0", values={"on_absent": "fail"}))
+        assert (await reload(client))["vol0"] == ("set on_absent", "")
+        assert await setting(client, "vol0", "on_absent") == "wait"
+
+    file.serve(test)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("[daemon]", "[daemon", "not TOML"),
+        (
+            'name = "vol1"',
+            'name = "vol1"\nio_timeout = -1',
+            'device "vol1": io_timeout: expected float > 0.0',
+        ),
+        ('name = "vol1"', 'name = "vol0"', "'vol0' is already taken"),
+    ],
+)
+def test_a_file_with_a_mistake_changes_nothing(
+    file: File, old: str, new: str, said: str, systemd: Systemd, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(client: Client) -> None:
+        systemd.told()
+        file.write(('size = "1M"', 'size = "1M"\nio_timeout = 5'), (old, new))
+        with pytest.raises(DaemonError, match=said):
+            await reload(client)
+        assert await setting(client, "vol0", "io_timeout") == "30"
+        assert len([each for each in caplog.messages if "the config was not read again" in each]) == 1
+        begun, ended = systemd.told()
+        assert begun.startswith("RELOADING=1\nMONOTONIC_USEC=")
+        assert ended.startswith("READY=1\nSTATUS=") and "the config was not read again: " in ended
+        file.write()
+        await reload(client)
+        assert "not read again" not in systemd.told()[-1]
+
+    file.serve(test)
+
+
+def test_a_file_that_is_gone_is_one_line_and_changes_nothing(file: File) -> None:
+    async def test(client: Client) -> None:
+        file.path.unlink()
+        with pytest.raises(DaemonError, match="No such file or directory"):
+            await reload(client)
+        assert await client.states() == {"vol0": "waiting", "vol1": "waiting"}
+
+    file.serve(test)
+
+
+def test_a_daemon_without_a_config_file_has_none_to_read(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        with pytest.raises(DaemonError, match="without a config file"):
+            await reload(client)
+
+    serving(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), test)
+
+
+def test_sighup_reads_the_file_and_the_log_has_the_result(
+    file: File, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def test(client: Client) -> None:
+        file.write(('size = "1M"', 'size = "1M"\nio_timeout = 5\nqueues = 4'))
+        os.kill(os.getpid(), signal.SIGHUP)
+        while await setting(client, "vol0", "io_timeout") != "5":
+            await asyncio.sleep(0.01)
+        while f"vol0: queues: {NEW_WAY_OUT}" not in caplog.messages:
+            await asyncio.sleep(0.01)
+        assert "vol0: set io_timeout" in caplog.messages
+        file.path.write_text("[")
+        os.kill(os.getpid(), signal.SIGHUP)
+        while not any("not TOML" in each for each in caplog.messages):
+            await asyncio.sleep(0.01)
+
+    file.serve(test)
+
+
+def test_reload_prints_what_became_of_each_device_and_fails_if_something_is_left(tmp_path: Path) -> None:
+    with running_daemon(tmp_path) as daemon:
+        arguments = ["reload", "--run-dir", str(tmp_path)]
+        daemon.service.reloaded = [
+            Reloaded(name="vol0", done="set io_timeout"),
+            Reloaded(name="vol1", done="is being added"),
+            Reloaded(name="vol2"),
+        ]
+        result = CliRunner().invoke(cli, arguments)
+        assert (result.exit_code, result.output) == (0, "vol0: set io_timeout\nvol1: is being added\n")
+        daemon.service.reloaded = [Reloaded(name="vol0", done="set io_timeout", needs="queues: needs more")]
+        result = CliRunner().invoke(cli, arguments)
+        assert (result.exit_code, result.output) == (
+            1,
+            "vol0: set io_timeout\nvol0: queues: needs more\n",
+        )
+        daemon.service.config_problems = ["x.toml: device[0].size: is missing"]
+        result = CliRunner().invoke(cli, arguments)
+        assert (result.exit_code, result.stderr) == (2, "ublkpool: x.toml: device[0].size: is missing\n")
