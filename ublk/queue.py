@@ -316,6 +316,11 @@ class Queue:
         """The clock; the ring calls it itself."""
         lib.uq_tick(self.raw, now_ms)
 
+    @property
+    def limit_is_used(self) -> bool:
+        """Whether the device has limits, or had when this queue read them last."""
+        return bool(lib.uq_limit_is_used(self.raw))
+
     def limit_tick(self, now_ns: int) -> None:
         """The clock of the device's limits; the ring calls it itself."""
         lib.uq_limit_tick(self.raw, now_ns)

@@ -105,6 +105,24 @@ def test_requests_in_clients_own_memory_are_served_there_in_any_order_of_events(
     assert sum(each.replays for each in statistics) > 0
 
 
+def with_limits(seed: int, rng: random.Random) -> Scenario:
+    """As `scenario`, with limits."""
+    drawn = scenario(seed, rng)
+    return msgspec.structs.replace(
+        drawn,
+        iops=rng.choice((0, 100, 1000)),
+        bytes_per_s=rng.choice((0, 200_000, 2_000_000)),
+        burst_ns=rng.choice((0, 10_000_000, 100_000_000)),
+    )
+
+
+@pytest.mark.parametrize("seeds", sim_play.chunks(2 * len(SHAPES)), ids=repr)
+def test_limits_are_never_exceeded_and_lose_no_request_in_any_order_of_events(seeds: range) -> None:
+    worlds = [sim_play.play(seed, with_limits, World) for seed in seeds]
+    statistics = [side.statistics for world in worlds for side in world.rig.sides]
+    assert sum(each.limited for each in statistics) > len(seeds)
+
+
 def test_writes_land_in_what_was_posted_and_are_rescued_from_there() -> None:
     worlds = [play(seed) for seed in range(len(SHAPES), 2 * len(SHAPES))]
     statistics = [side.statistics for world in worlds for side in world.rig.sides]

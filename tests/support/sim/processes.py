@@ -77,6 +77,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Whether all processes stop now and then for longer than any deadline, and a late backend is cut off."""
     slow_state: bool = False
     """Whether writing a device's state takes a separate process some steps; else it takes none."""
+    iops_max: int = 0
+    bytes_per_s_max: int = 0
     defect: str = ""
     blind: bool = False
     """The witness is off, so that only wrong data shows a defect."""
@@ -125,6 +127,8 @@ class Processes:
             rings=scenario.rings,
             io_timeout_s=IO_TIMEOUT_S,
             on_timeout="fail" if scenario.pauses else "wait",
+            iops_max=scenario.iops_max,
+            bytes_per_s_max=scenario.bytes_per_s_max,
         )
         # In memory: a simulation has no power failures.
         self.state_dir = Path(tempfile.mkdtemp(prefix="ublkpool-sim-state-", dir="/dev/shm"))

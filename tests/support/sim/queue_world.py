@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from support.fakes.backend import FakeBackend, Key, Store
-from support.fakes.driver import FakeDriver, Holder, Request
+from support.fakes.driver import SECTOR_BYTES, FakeDriver, Holder, Request
 from support.fakes.liar import CUT, STALE, Lie, Scene, lies_about, posts_that_lie
 from support.fakes.queue_rig import SEGMENT_SLICE, Plan, Rig
 from support.vm.shadow_disk import ShadowDisk
@@ -37,6 +37,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     temper: Temper
     end: str
     steps: int
+    iops: int = 0
+    bytes_per_s: int = 0
+    burst_ns: int = 0
+    """The device's limits, see `Rig.limit`."""
     reuses_answered: bool = False
     """Backends that break the protocol in a way that no worker can see; see `FakeBackend`."""
 
@@ -48,6 +52,10 @@ class World:
         self.scenario, self.rng = scenario, rng
         plan = scenario.plan
         self.rig = Rig(plan)
+        self.rig.limit(scenario.iops, scenario.bytes_per_s, scenario.burst_ns)
+        self.limit_ns = 0
+        self.passed = [0, 0]
+        """I/Os and bytes that were answered, other than FLUSH."""
         self.drivers = [FakeDriver(side) for side in self.rig.sides]
         block = plan.block_bytes // 512
         first, sectors = rng.choice(FIRST_SECTORS), 512
@@ -81,6 +89,7 @@ class World:
             (self._link, 2),
             (self._tick, 1),
             *([(self._post, 4)] if plan.posts else []),
+            *([(self._pass_limited, 4)] if scenario.iops or scenario.bytes_per_s else []),
         )
 
     def run(self) -> None:
@@ -314,6 +323,24 @@ class World:
                 self.absent.add(side.number)
                 self.absences += 1
 
+    def _pass_limited(self, queue: int) -> None:
+        """One worker reads the clock; those of the others are old."""
+        self.limit_ns += self.rng.randrange(4_000_000)
+        self.rig.sides[queue].queue.limit_tick(self.limit_ns)
+
+    def _meter(self, request: Request) -> None:
+        scenario, queues = self.scenario, len(self.drivers)
+        is_over = scenario.end == "given up" and self.ending
+        if is_over or request.op == Op.FLUSH or (request.result or 0) < 0:
+            return
+        moved = request.sectors * SECTOR_BYTES if request.op in (Op.READ, Op.WRITE) else 0
+        self.passed = [self.passed[0] + 1, self.passed[1] + moved]
+        for_s = (self.limit_ns + scenario.burst_ns + queues * 4_000_000) / 1e9
+        for passed, rate, largest in zip(
+            self.passed, (scenario.iops, scenario.bytes_per_s), (1, scenario.plan.max_io_bytes), strict=True
+        ):
+            assert not rate or passed <= rate * for_s + (queues + 1) * largest, f"{passed} in {for_s} s"
+
     def _link(self, queue: int) -> None:
         """The supervisor: end backends that were cut off, and admit the next one."""
         if self.backend is None:
@@ -381,6 +408,7 @@ class World:
     def _judge(self, request: Request) -> None:
         assert request.result is not None
         self.disk.end(request)
+        self._meter(request)
         if request.result < 0 and request.op in (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES):
             assert request.may_fail or self.scenario.plan.fail_on_timeout or self.ending, f"{request} failed"
         elif request.op not in list(Op):

@@ -22,7 +22,7 @@ from support.sim.loop import TURN_S, Clock
 from support.sim.rings import SimPort
 from support.sim.wire import Context, Killed, Life, SimBackendLink
 from ublkpool.bufpool.pool.arena import Arena
-from ublkpool.bufpool.pool.control import slot_header_offset, stats_offset
+from ublkpool.bufpool.pool.control import LIMITS_OFFSET, slot_header_offset, stats_offset
 from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.questions import Questions
@@ -114,15 +114,22 @@ class SimRing:
         worker, port = self._worker, self.port
         now_ms = self._now_ms()
         calls.lib.uq_set_time(worker.queue.raw, now_ms)
+        self._pass_limited()
         if port is not None:
             port.exchange(worker.queue)
         worker.queue.tick(now_ms)
         self._submit()
         if port is not None and timeout_ms and not worker.task.completions and not self._bits():
             port.grow_drowsy()
-            self._sleeps_until_s = worker.clock.now_s + timeout_ms / 1000
+            self._sleeps_until_s = worker.clock.now_s + worker.queue.limit_wait_ms(timeout_ms) / 1000
+            self._pass_limited()
         self._harvest()
         return self._bits()
+
+    def _pass_limited(self) -> None:
+        worker = self._worker
+        if worker.queue.limit_is_used:
+            worker.queue.limit_tick(int(worker.clock.now_s * 1e9))
 
     def _now_ms(self) -> int:
         """The clock of the core's deadlines."""
@@ -304,6 +311,7 @@ class SimWorker:
             slots=mappings.offset(pool.control, slot_header_offset(queues, 0)),
             scratch=self.scratch.base,
             statistics=mappings.offset(pool.control, stats_offset(config.queue)),
+            limits=mappings.offset(pool.control, LIMITS_OFFSET),
         )
 
     @property
