@@ -9,6 +9,7 @@ from support.fakes import few_regions
 from support.vm.daemon import Daemon, eventually, total
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
+pytestmark = pytest.mark.one_kernel("6.12")
 POOL_BYTES = 1 << 20
 BURST = 64
 BURSTS = 4

@@ -26,6 +26,8 @@ from ublkpool.ublk.control import get_features
 
 MIB = 1 << 20
 NOBODY = 65534
+# Of tests about what the commands say.
+ON_ONE_KERNEL = pytest.mark.one_kernel("6.12")
 LIST_FIELDS = [
     "name",
     "id",
@@ -131,6 +133,7 @@ def test_the_doctor_finds_a_served_device_in_order(daemon: Daemon) -> None:
     assert ("daemon", "ok") in found and ("lost-devices", "ok") in found, report
 
 
+@ON_ONE_KERNEL
 def test_a_machine_that_forbids_io_uring_is_told_how_to_allow_it(daemon: Daemon) -> None:
     setting = Path("/proc/sys/kernel/io_uring_disabled")
     before = setting.read_text()
@@ -146,12 +149,14 @@ def test_a_machine_that_forbids_io_uring_is_told_how_to_allow_it(daemon: Daemon)
         assert "kernel.io_uring_disabled = 2" in _complaint(each)
 
 
+@ON_ONE_KERNEL
 def test_without_the_rights_a_command_says_what_is_missing(daemon: Daemon) -> None:
     denied = _complaint(run_command(daemon, "features", user=NOBODY))
     assert "/dev/ublk-control" in denied and "ermission denied" in denied
     assert "usually with sudo" in _complaint(run_command(daemon, "list", user=NOBODY))
 
 
+@ON_ONE_KERNEL
 def test_a_device_without_a_backend_is_live_when_one_attaches(daemon: Daemon) -> None:
     waiting = Command(daemon, "add", "later", "--size", "4M", "--wait", "600")
     eventually(lambda: len(daemon.client.devices()) == 1, "the device waits")
@@ -164,6 +169,7 @@ def test_a_device_without_a_backend_is_live_when_one_attaches(daemon: Daemon) ->
     assert backend.wait().status == 0
 
 
+@ON_ONE_KERNEL
 def test_add_does_not_wait_for_a_backend_unless_told_to(daemon: Daemon) -> None:
     ran = run_command(daemon, "add", "idle", "--size", "4M")
     assert (ran.status, ran.out) == (0, "") and "waits for a backend" in ran.err
@@ -173,6 +179,7 @@ def test_add_does_not_wait_for_a_backend_unless_told_to(daemon: Daemon) -> None:
     assert _succeeded(run_command(daemon, "del", "--all")).split() == ["idle", "late"]
 
 
+@ON_ONE_KERNEL
 def test_what_cannot_be_added_is_refused_in_one_line_and_leaves_nothing(daemon: Daemon) -> None:
     daemon.add("taken", size_bytes=MIB)
     assert "device taken exists already" in _complaint(run_command(daemon, "add", "taken", "--size", "1M"))
@@ -193,6 +200,7 @@ CRASHING = {
 }
 
 
+@ON_ONE_KERNEL
 def test_a_backend_that_cannot_start_makes_add_fail_with_its_reason(daemon: Daemon) -> None:
     for name, (text, _, _) in CRASHING.items():
         daemon.path(name).write_text(text)
@@ -246,6 +254,7 @@ def test_a_mounted_device_is_deleted_only_by_force(daemon: Daemon) -> None:
         assert _succeeded(run_command(daemon, "del", "--force", "busy")) == "busy\n"
 
 
+@ON_ONE_KERNEL
 @pytest.mark.parametrize("command", [("serve",), ("backend", "null", "--device", "nobody")])
 def test_a_second_daemon_and_a_backend_without_a_device_say_why_they_end(
     daemon: Daemon, command: tuple[str, ...]

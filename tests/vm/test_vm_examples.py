@@ -3,10 +3,13 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from support.vm.daemon import Daemon, total
 from support.vm.fio import run_fio
 from ublkpool.daemon.status import DeviceStatus
 
+pytestmark = pytest.mark.one_kernel("6.12")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MIB = 1 << 20
 
@@ -15,7 +18,8 @@ def _add(daemon: Daemon, example: str, name: str, need_get_data: bool, placement
     options = {"size": "16M", "placement": placement}
     if example == "demo_batch":
         options["path"] = str(daemon.path(f"{example}-{name}.img"))
-    config = {"need_get_data": need_get_data, "placement": placement, "queues": 2, "depth": 32}
+    shape = {"queues": 2, "depth": 32, "rings": need_get_data}
+    config = {"need_get_data": need_get_data, "placement": placement, **shape}
     return daemon.add(name, str(EXAMPLES / f"{example}.py"), options, **config)
 
 

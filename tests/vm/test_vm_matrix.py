@@ -39,6 +39,12 @@ class Way(NamedTuple):
 
 
 WAYS = (Way(False, "pool"), Way(True, "pool"), Way(True, "backend"))
+# Each kernel's driver sees every way on every number of queues; the kind of the backend is invisible to it.  Of the
+# three devices of a test some have rings and some frames (`has_rings`).
+BACKENDS = [
+    pytest.param("memory", marks=pytest.mark.one_kernel("6.12")),
+    pytest.param("file", marks=pytest.mark.one_kernel("7.3")),
+]
 
 
 def _options(daemon: Daemon, backend: str, way: Way, queues: int) -> Mapping[str, object]:
@@ -68,7 +74,7 @@ def _assert_counted(stats: DeviceStats, written: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("backend", ["memory", "file"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_fio_wrote_comes_back_from_devices_of_one_two_and_four_queues(
     daemon: Daemon, backend: str, way: Way
 ) -> None:

@@ -18,6 +18,7 @@ from support.vm.files import check_file_system, forget_cached, make_file_system,
 from support.vm.process import Forked, flusher_flags, process_flags, status_field
 from support.vm.recovery import loaded, wait_for_backend, wait_for_epoch
 
+pytestmark = pytest.mark.one_kernel("6.12")
 MIB = 1 << 20
 ROOM_BYTES = 16 * MIB
 """Memory that the group may use beyond its present use."""

@@ -28,6 +28,8 @@ from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES
 from ublkpool.daemon.status import DeviceStatus
 
 MIB = 1 << 20
+# Of tests in which only the worker's own deadline counts.
+ON_ONE_KERNEL = pytest.mark.one_kernel("6.12")
 
 
 def _mount_namespace(pid: int) -> str:
@@ -133,6 +135,7 @@ def _attach(daemon: Daemon, placement: str) -> Forked:
     return backend
 
 
+@ON_ONE_KERNEL
 def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> None:
     daemon.add("slow", size_bytes=MIB, io_timeout_s=1, max_io_bytes=65536, depth=8)
     backend = _attach(daemon, "pool")
@@ -150,7 +153,7 @@ def test_an_overdue_request_is_reported_and_goes_on_waiting(daemon: Daemon) -> N
     assert backend.wait() == 0
 
 
-@pytest.mark.parametrize("placement", ["pool", "backend"])
+@pytest.mark.parametrize("placement", [pytest.param("pool", marks=ON_ONE_KERNEL), "backend"])
 def test_an_overdue_request_fails_where_that_is_asked_for(daemon: Daemon, placement: str) -> None:
     small: dict[str, Any] = {"size_bytes": MIB, "max_io_bytes": 65536, "depth": 8}
     daemon.add("slow", io_timeout_s=10, on_timeout="fail", placement=placement, **small)

@@ -196,6 +196,7 @@ def test_a_broker_that_dies_twice_during_a_recovery_does_not_block_it(daemon: Da
     scene.end()
 
 
+@pytest.mark.one_kernel("6.12")
 def test_a_killed_broker_is_replaced_while_io_goes_on(daemon: Daemon) -> None:
     device = add_disk(daemon, "memory", "pool", 2)
     with loaded(daemon, [device]) as (load,):
