@@ -26,6 +26,7 @@ RETRY_MAX_S = 30.0
 WRITE_DEADLINE_S = 10.0
 FLUSH_S = 3.0
 BATCH_BYTES = 16384
+TITLE = "ublkpool-events"
 _OWNER = "the events"
 _log = logging.getLogger("ublkpool.events")
 
@@ -34,7 +35,14 @@ class Runner(Protocol):
     """Runs a function in a separate process; see `ControlRunner`."""
 
     async def look(
-        self, owner: str, what: str, work: Append, result: type[None], deadline_s: float = WRITE_DEADLINE_S
+        self,
+        owner: str,
+        what: str,
+        work: Append,
+        result: type[None],
+        deadline_s: float = WRITE_DEADLINE_S,
+        *,
+        title: str = TITLE,
     ) -> None:
         """Raises `DaemonError` if the function fails, takes longer than `deadline_s`, or too many of `owner` hang."""
 
@@ -97,7 +105,9 @@ class EventKeeper:
                 return True
             append = Append(self._directory, [each.line for each in batch], self._bytes_max)
             try:
-                await self._runner.look(_OWNER, "writing the events", append, type(None), WRITE_DEADLINE_S)
+                await self._runner.look(
+                    _OWNER, "writing the events", append, type(None), WRITE_DEADLINE_S, title=TITLE
+                )
             except DaemonError as error:
                 self._note_trouble(one_line(error))
                 return False

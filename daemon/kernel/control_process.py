@@ -154,17 +154,19 @@ class ControlRunner:
         result: type[T],
         deadline_s: float = LOOK_DEADLINE_S,
         keep_fds: Sequence[int] = (),
+        title: str = LOOK_TITLE,
     ) -> T:
         """The result of `work`, for which a disk or a file system may keep the process waiting for ever.
 
-        `work` has the descriptors `keep_fds`, and no others of this process; `what` begins errors.
+        `work` has the descriptors `keep_fds`, and no others of this process; `what` begins errors, and `title`
+        names the process.
 
         `owner` is a device's name: at most `LOOKS_MAX` looks of one owner run at once, so that a device that does not
         answer costs a bounded number of processes, and other devices' looks go on.  Raises `CallHung` at the deadline,
         `ControlFailed` for an `OSError` of `work` and if too many looks are unfinished.
         """
         looks = self._with_room(owner, what, "processes wait for this disk")
-        started = _start(what, work, LOOK_TITLE, keep_fds)
+        started = _start(what, work, title, keep_fds)
         looks.add(started.child)
         try:
             with self._telling_hang(what):

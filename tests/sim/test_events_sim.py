@@ -58,7 +58,14 @@ class EventsWorld(DeviceWorld):
         return daemon
 
     async def look(
-        self, owner: str, what: str, work: Append, result: type[None], deadline_s: float = 0.0
+        self,
+        owner: str,
+        what: str,
+        work: Append,
+        result: type[None],
+        deadline_s: float = 0.0,
+        *,
+        title: str = "",
     ) -> None:
         """The process that writes takes a while."""
         self._writing = work

@@ -35,7 +35,14 @@ class FakeRunner:
         self.writes = 0
 
     async def look(
-        self, owner: str, what: str, work: Append, result: type[None], deadline_s: float = 0.0
+        self,
+        owner: str,
+        what: str,
+        work: Append,
+        result: type[None],
+        deadline_s: float = 0.0,
+        *,
+        title: str = "",
     ) -> None:
         self.writes += 1
         if self.hangs is not None:

@@ -28,6 +28,7 @@ from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.keeper import TITLE as WRITER
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
@@ -67,14 +68,18 @@ def pools() -> set[str]:
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """The live processes that carry this mark, with their command lines."""
+    """The live processes that carry this mark, with their command lines.
+
+    Not those that write events: each lasts a moment, at any time after something has happened.
+    """
     wanted = f"{MARK}={mark}".encode()
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if wanted in (directory / "environ").read_bytes().split(b"\0"):
+            pid = int(directory.name)
+            if _name(pid) != WRITER and wanted in (directory / "environ").read_bytes().split(b"\0"):
                 words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(directory.name)] = words.decode(errors="replace").strip()
+                found[pid] = words.decode(errors="replace").strip()
     return found
 
 
