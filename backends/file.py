@@ -66,13 +66,13 @@ class FileBackend(Backend):
     def __init__(self, options: FileOptions) -> None:
         self.options: FileOptions = options
         self._opened: Opened | None = None
+        self._device: Device | None = None
 
     def open(self, hint: Hint) -> Properties:
         """Open, lock and measure the file."""
         options = self.options
         refuse_own_disk(options.path, hint.node)
-        if not options.size:
-            options = msgspec.structs.replace(options, size=hint.size_bytes)
+        options = msgspec.structs.replace(options, size=hint.asked_bytes(options.size))
         self._opened = opened = open_file(options, hint.may_create)
         placement = hint.placement if options.placement == "auto" else options.placement
         return Properties(
@@ -91,7 +91,7 @@ class FileBackend(Backend):
 
     def engine(self, device: Device) -> FrameEngine:
         """The native engine on the open file."""
-        opened = self._opened
+        opened, self._device = self._opened, device
         assert opened is not None
         needed_bytes = slot_bytes(device.max_io_bytes)
         if device.placement == "backend" and len(device.own) < needed_bytes:
@@ -106,6 +106,11 @@ class FileBackend(Backend):
         log.info("%s: %s I/O", self.options.path, "direct" if opened.direct else "buffered")
         storage = FileStorage(opened.file, opened.is_block_device)
         return NativeEngine(device, storage, read_only=self.options.readonly)
+
+    def resize(self, size_bytes: int) -> None:
+        """Grow the file, allocated or sparse as it was made; a block device must have grown already."""
+        assert self._opened is not None and self._device is not None
+        grow(self._opened, self.options, self._device.size_bytes, size_bytes)
 
     def close(self) -> None:
         """Close the file, and with it release its lock."""
@@ -216,6 +221,35 @@ def _give_size(file: int, options: FileOptions) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def grow(opened: Opened, options: FileOptions, served_bytes: int, wanted_bytes: int) -> None:
+    """Make the store at least `wanted_bytes` large, of which `served_bytes` are served now, and sync it.
+
+    Raises `BackendError`, `OSError`.
+    """
+    if opened.is_block_device:
+        found_bytes = block_device(opened.file).size_bytes
+        if found_bytes < wanted_bytes:
+            raise BackendError(
+                f"path={options.path}: the block device has {format_size(found_bytes)} ({found_bytes}): "
+                "grow it first (lvextend, for example), then try again"
+            )
+        return
+    status = os.fstat(opened.file)
+    if status.st_size < served_bytes:
+        raise BackendError(
+            f"path={options.path}: has {status.st_size} bytes, fewer than the device: growing it would hide the loss"
+        )
+    if status.st_size < wanted_bytes:
+        if options.readonly:
+            raise BackendError(f"path={options.path}: has {status.st_size} bytes, and readonly keeps it so")
+        if status.st_blocks * 512 >= status.st_size:
+            os.posix_fallocate(opened.file, status.st_size, wanted_bytes - status.st_size)
+        else:
+            os.ftruncate(opened.file, wanted_bytes)
+    if not options.readonly:
+        os.fsync(opened.file)
 
 
 def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Opened:

@@ -45,11 +45,11 @@ class MemoryBackend(Backend):
     def __init__(self, options: MemoryOptions) -> None:
         self.options: MemoryOptions = options
         self._keeper: Keeper | None = None
-        self._disk_bytes = 0
+        self._disk_bytes = self._segment_bytes = 0
 
     def open(self, hint: Hint) -> Properties:
         """Adopt the disk that a predecessor left, or make one."""
-        size_bytes = self.options.size or hint.size_bytes
+        size_bytes = hint.asked_bytes(self.options.size)
         if not size_bytes:
             raise BackendError(f"memory: device {hint.device} has no size of its own: give size=SIZE")
         if size_bytes < 0 or size_bytes % _PAGE_BYTES:
@@ -59,7 +59,7 @@ class MemoryBackend(Backend):
             if self.options.keep
             else OwnSegment.create(size_bytes, f"disk-{hint.device}")
         )
-        self._disk_bytes = size_bytes
+        self._disk_bytes, self._segment_bytes = size_bytes, segment.size_bytes
         return Properties(
             size_bytes=size_bytes,
             discard_granularity_bytes=_PAGE_BYTES,
@@ -107,6 +107,17 @@ class MemoryBackend(Backend):
             raise BackendError(
                 f"memory: size={format_size(self._disk_bytes)}, "
                 f"device {device.name} has {format_size(device.size_bytes)}"
+            )
+
+    def resize(self, size_bytes: int) -> None:
+        """Serve more of a kept disk that is larger than the device; the disk itself never grows.
+
+        Raises `BackendError` beyond that: the workers have the sealed memory mapped.
+        """
+        if size_bytes > self._segment_bytes:
+            raise BackendError(
+                f"memory: the disk is sealed memory of {format_size(self._segment_bytes)} and cannot grow: "
+                "add another device of the new size and copy the data"
             )
 
     def engine(self, device: Device) -> FrameEngine:

@@ -37,7 +37,7 @@ class NullBackend(Backend):
         placement = hint.placement if options.placement == "auto" else options.placement
         everything = options.size or (1 << 40)
         return Properties(
-            size_bytes=options.size,
+            size_bytes=max(options.size, hint.resized_bytes) if options.size else 0,
             discard_granularity_bytes=4096,
             discard_max_bytes=everything,
             write_zeroes_max_bytes=everything,
@@ -45,6 +45,9 @@ class NullBackend(Backend):
             segment_bytes=options.segment if placement != "pool" else 0,
             identity=Identity(value="null", store="nothing: null stores no data", ends_with_device=True),
         )
+
+    def resize(self, size_bytes: int) -> None:
+        """Nothing to grow."""
 
     def engine(self, device: Device) -> FrameEngine:
         """The native engine on nothing."""

@@ -55,6 +55,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_s_max: int = 0
     burst_s: float = 0.0
     """The limits that hold now; 0: none."""
+    config_size_bytes: int | None = None
+    """The config's size, if `ublkpool resize` has given the device another, which wins."""
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +74,13 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     value: str
     configured: str
     applies: str
+
+
+class ResizeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's size before and after a resize, in bytes; equal if nothing changed."""
+
+    before_bytes: int
+    after_bytes: int
 
 
 class OpCounts(msgspec.Struct, frozen=True, kw_only=True):

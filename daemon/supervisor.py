@@ -48,7 +48,15 @@ from ublkpool.daemon.replacement import check_before, check_sockets, group_numbe
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, ProcessStatus, Reloaded, Setting
+from ublkpool.daemon.status import (
+    DaemonStatus,
+    DeviceStats,
+    DeviceStatus,
+    ProcessStatus,
+    Reloaded,
+    ResizeResult,
+    Setting,
+)
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.daemon.watchdog import period_us, petting
 from ublkpool.ublk import control
@@ -168,6 +176,10 @@ class Supervisor:
     def events(self) -> Events:
         """What happens to the daemon and to its devices."""
         return self._context.events
+
+    async def resize(self, name: str, size_bytes: int, is_relative: bool) -> ResizeResult:
+        """Give a live device this size, or that many bytes more.  Raises `DaemonError` that says why not."""
+        return await self._table.device(name).resize(size_bytes, is_relative)
 
     def _check_known(self, name: str) -> None:
         """Raise `DaemonError` for an unknown name.  After a refused add a name has a store and no device."""

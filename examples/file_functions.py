@@ -54,5 +54,15 @@ def flush() -> None:
     os.fdatasync(file)
 
 
+def resize(size_bytes: int) -> None:
+    """`ublkpool resize`: answered when the new size is on the disk, and called on a thread of its own."""
+    global size
+    check_is_whole()
+    if get_size() < size_bytes:
+        os.ftruncate(file, size_bytes)
+    os.fsync(file)
+    size = max(size, size_bytes)
+
+
 def close() -> None:
     os.close(file)

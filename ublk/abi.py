@@ -151,6 +151,8 @@ SHARED_BUFFER = struct.Struct("<QQII")
 _PARAM_BASIC, _PARAM_DISCARD = 1, 2
 _PARAMS = struct.Struct("<2II4B2I2Q4I2H")
 PARAMS_BYTES = _PARAMS.size
+_DEV_SECTORS = 9
+"""The place of the disk's sectors in `_PARAMS`."""
 _SECTORS_MAX = 0xFFFFFFFF
 
 
@@ -165,6 +167,11 @@ class Parameters(NamedTuple):
     discard_granularity_bytes: int = 0
     discard_max_bytes: int = 0
     write_zeroes_max_bytes: int = 0
+
+    @staticmethod
+    def size_of(raw: bytes) -> int:
+        """The disk's bytes in a struct ublk_params."""
+        return int(_PARAMS.unpack_from(raw)[_DEV_SECTORS]) << SECTOR_SHIFT
 
     def pack(self) -> bytes:
         """The head of struct ublk_params: basic and discard parameters."""

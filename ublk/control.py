@@ -18,6 +18,7 @@ from ublkpool.ublk.abi import (
     DEVICE_INFO_BYTES,
     PARAMS_BYTES,
     QUEUE_NONE,
+    SECTOR_SHIFT,
     SHARED_BUFFER,
     Control,
     DeviceInfo,
@@ -73,6 +74,23 @@ def delete_device_later(device: int) -> None:
 def set_parameters(device: int, parameters: Parameters) -> None:
     """SET_PARAMS: once, before START_DEV."""
     _send(Control.SET_PARAMS, device, bytearray(parameters.pack().ljust(PARAMS_BYTES, b"\0")))
+
+
+def disk_bytes(device: int) -> int:
+    """GET_PARAMS: the disk's size, which UPDATE_SIZE changes as well; 0 before SET_PARAMS."""
+    buffer = bytearray(PARAMS_BYTES.to_bytes(4, "little").ljust(PARAMS_BYTES, b"\0"))
+    _send(Control.GET_PARAMS, device, buffer)
+    return Parameters.size_of(bytes(buffer))
+
+
+def update_size(device: int, size_bytes: int) -> None:
+    """UPDATE_SIZE (Linux 6.16, `Feature.UPDATE_SIZE`): change the disk's size, in whole sectors, while it is in use.
+
+    The driver checks nothing and takes any size.  It sets the capacity (set_capacity_and_notify), so that udev hears
+    a `change` event with RESIZE=1; no request waits for it.  Only after START_DEV: a driver before 7.0, or without the
+    fix "ublk: fix NULL pointer dereference in ublk_ctrl_set_size()", crashes if there is no disk.
+    """
+    _send(Control.UPDATE_SIZE, device, data=size_bytes >> SECTOR_SHIFT)
 
 
 def register_buffer(device: int, memory: Any, size_bytes: int) -> int:

@@ -97,6 +97,18 @@ class NbdBackend(Backend):
         self._session = Session(self.options, self._export, self._connections, device)
         self._connections = []
 
+    def resize(self, size_bytes: int) -> None:
+        """Serve more of an export that is larger than the device.
+
+        Raises `BackendError` beyond that: a client learns an export's size only when it connects.
+        """
+        assert self._export is not None
+        if size_bytes > self._export.size_bytes:
+            raise BackendError(
+                f"nbd: {self.options.server}: had {self._export.size_bytes} bytes when this backend connected: "
+                "grow the export, restart the backend (requests wait meanwhile), then try again"
+            )
+
     def submit(self, batch: Sequence[Request]) -> None:
         """Pass requests on to the server."""
         assert self._session is not None

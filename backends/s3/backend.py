@@ -162,6 +162,10 @@ class S3Backend(Backend):
             cache,
         )
 
+    async def resize(self, size_bytes: int) -> None:
+        """Write the new size into the header object; the new chunks are absent and read as zeros."""
+        await self._disk.resize(size_bytes)
+
     async def pread(self, buf: memoryview, offset: int) -> None:
         """Fill the buffer from the chunks."""
 

@@ -105,6 +105,18 @@ class Disk:
             if await self._replace(raised):
                 return wanted
 
+    async def resize(self, size_bytes: int) -> None:
+        """Raise the size in the header.  Raises `BackendError` if a successor has attached."""
+        assert self.header is not None
+        generation = self.header.generation
+        while self.header.size_bytes < size_bytes:
+            if self.header.generation != generation:
+                raise BackendError(
+                    f"s3: {self._where}: generation {self.header.generation} has been attached: "
+                    "another backend serves this disk"
+                )
+            await self._replace(msgspec.structs.replace(self.header, size_bytes=size_bytes))
+
     async def _replace(self, header: Header) -> bool:
         """Replace the header; False if it was changed meanwhile, also by a PUT of ours whose answer was lost."""
         try:

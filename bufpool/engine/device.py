@@ -9,7 +9,8 @@ from typing import Literal
 class Device:
     """The device that a backend is attached to, and the loop that serves it; sizes are bytes.
 
-    Tags of a queue run from 0 to `depth` - 1; no read or write is longer than `max_io_bytes`.
+    Tags of a queue run from 0 to `depth` - 1; no read or write is longer than `max_io_bytes`.  `size_bytes` rises when
+    the store has grown: no request exceeds it.
     """
 
     name: str
@@ -46,3 +47,6 @@ class Device:
     """Thread-safe: `place` and `read_in_place` are called again for every request that was answered "not now"."""
     stop: Callable[[str], None] = field(default=lambda reason: None)
     """`stop(reason)`: end the backend after the executing requests, as SIGTERM does.  Thread-safe."""
+    resized: Callable[[int], None] = field(default=lambda size_bytes: None)
+    """`resized(size_bytes)`: the store has grown to this size, also after a power failure; the daemon makes the device
+    as large, if its driver can.  Thread-safe."""

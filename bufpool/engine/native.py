@@ -135,6 +135,10 @@ class NativeEngine:
         """The native engine, for a loop in C; see `csrc/engine.h`."""
         return self._engine
 
+    def resize(self, size_bytes: int) -> None:
+        """The store has grown to at least `size_bytes`: execute requests up to there."""
+        lib.engine_resize(self._engine, size_bytes)
+
     def fileno(self) -> int:
         """The engine's eventfd: readable when a completion waits."""
         return lib.engine_file(self._engine)

@@ -51,7 +51,10 @@ Done = None | Awaitable[None]
 
 SERVING = ("pread", "pwrite", "store_placed", "flush", "trim", "zero")
 """The methods that execute requests: `parallel` threads run them, or an asyncio loop."""
-METHODS = (*SERVING, "open", "started", "detached", "close", "place", "read_in_place", "released", "submit")
+METHODS = (
+    *(*SERVING, "open", "started", "resize", "detached", "close"),
+    *("place", "read_in_place", "released", "submit"),
+)
 """All methods that may be looked at before a backend is opened."""
 
 
@@ -115,6 +118,17 @@ class Backend:
 
     def started(self, device: Device) -> Done:
         """The device is attached; requests follow."""
+
+    def resize(self, size_bytes: int) -> Done:
+        """Make the store at least `size_bytes` large, which is more than the device has: `ublkpool resize` asks for it.
+
+        A backend that does not override this is not asked.  Return when the size survives a power failure; requests
+        beyond the old size come after that.  Called on a thread of its own, beside requests, and again for the same
+        size if the daemon heard no answer.  An exception refuses: its text goes to the user, and the device stays as
+        it is.  A store that has grown already needs nothing.  An `engine` of your own needs a method
+        `resize(size_bytes)` as well; it is called on the loop's thread right after this.
+        """
+        raise OSError(errno.EOPNOTSUPP, "this backend cannot grow")
 
     def engine(self, device: Device) -> FrameEngine | None:
         """The frame level: an engine of your own, or None for one of the other levels."""

@@ -87,6 +87,10 @@ class CallEngine:
         """See `NativeEngine.raw`."""
         return self._native.raw
 
+    def resize(self, size_bytes: int) -> None:
+        """See `NativeEngine.resize`."""
+        self._native.resize(size_bytes)
+
     def fileno(self) -> int:
         """The outbox's eventfd."""
         return self._outbox.descriptor

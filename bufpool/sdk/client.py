@@ -309,6 +309,11 @@ class DeviceConnection:
             return None
         return wire.decode_daemon_message(packet) if packet else None
 
+    def tell(self, message: wire.SessionMessage) -> None:
+        """Send a message on the attach connection; it is lost if the daemon is gone or does not read."""
+        with suppress(OSError):
+            self._connection.send(wire.encode_message(message))
+
     def fileno(self) -> int:
         """The descriptor of the attach connection."""
         return self._connection.fileno()

@@ -22,10 +22,11 @@ FUNCTIONS: Mapping[str, tuple[str, ...] | None] = {
     "flush": (),
     "trim": ("offset", "length"),
     "zero": ("offset", "length"),
+    "resize": ("size_bytes",),
     "close": (),
 }
 """The functions of a module and their parameters; those of `open` are the author's options."""
-ASYNC = frozenset(FUNCTIONS) | {*SERVING, "started", "detached"}
+ASYNC = frozenset(FUNCTIONS) | {*SERVING, "started", "resize", "detached"}
 """The functions and methods that may be `async def`."""
 _OTHER_NAMES = {
     "discard": "trim",

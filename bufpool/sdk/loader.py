@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "ublkpool.backends"
 _BUILT_IN = "ublkpool.backends"
 _FUNCTIONS_NEEDED = ("get_size", "pread")
-_FUNCTIONS = (*_FUNCTIONS_NEEDED, "open", "identity", "pwrite", "flush", "trim", "zero", "close")
+_FUNCTIONS = (*_FUNCTIONS_NEEDED, "open", "identity", "pwrite", "flush", "trim", "zero", "resize", "close")
 
 
 def entry_points(group: str, name: str | None = None) -> "EntryPoints":
@@ -242,9 +242,9 @@ class FunctionBackend(Backend):
 
     `get_size() -> int` and `pread(buf, offset)` are required; without `pwrite(buf, offset)` the device is read-only.
     Optional: `open(option, ...)`, called first, `identity()`, which names the store (`Properties.identity`), `flush()`,
-    `trim(offset, length)`, `zero(offset, length)`, `close()`.  With `flush` the device has a volatile cache, and each
-    write with FUA is followed by a flush.  All may be `async def`; `parallel` and `exclusive_bytes` are those of
-    `Backend`, as names of the module.
+    `trim(offset, length)`, `zero(offset, length)`, `resize(size_bytes)`, `close()`.  With `flush` the device has a
+    volatile cache, and each write with FUA is followed by a flush.  All may be `async def`; `parallel` and
+    `exclusive_bytes` are those of `Backend`, as names of the module.
     """
 
     def __init__(self, module: ModuleType, values: Mapping[str, Any]) -> None:

@@ -31,6 +31,13 @@ class Hint(NamedTuple):
     """The disk, /dev/ublkbN, if it exists already; nothing of the backend's store may lie on it."""
     may_create: bool = True
     takes_next: bool = False
+    resized_bytes: int = 0
+    """The size that `ublkpool resize` gave the device: serve at least this much, whatever a smaller option says; 0 if
+    it was never resized."""
+
+    def asked_bytes(self, option_bytes: int) -> int:
+        """The bytes to serve, of a backend whose option `size` is `option_bytes` (0: none); 0: the whole store."""
+        return max(option_bytes, self.resized_bytes) or self.size_bytes
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):

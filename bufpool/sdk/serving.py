@@ -18,7 +18,7 @@ from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine.ring_driver import nothing_to_serve
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk import process
+from ublkpool.bufpool.sdk import growth, process
 from ublkpool.bufpool.sdk.backend import (
     Backend,
     Device,
@@ -80,12 +80,15 @@ def serve(
             properties, device, kind or type(backend).__name__.lower(), tells=known.may_create is not None
         )
         attach = _with_survival(attach, backend, known)
+        if known.knows_resize and growth.can_resize(backend):
+            attach = msgspec.structs.replace(attach, resizes=True)
         attachment = DeviceConnection.open(
             run_dir, device, attach, segment, wait_s=wait_s, transport=transport
         )
         stack.callback(attachment.close)
         _harden(lock_memory)
         loop = stack.enter_context(Loop(backend, attachment, properties.post_max_bytes, events))
+        loop.tells_growth = known.knows_resize
         if handle_signals:
             heard = stack.enter_context(signals(loop))
             watch = EndWatch(loop, attachment.fileno(), heard, end_patience_s)
@@ -112,6 +115,7 @@ def _hint(run_dir: Path, known: wire.Described) -> Hint:
         Path(known.path) if known.path else None,
         may_create,
         known.takes_next,
+        known.resized_bytes,
     )
 
 
@@ -214,11 +218,14 @@ class Loop:
         self._is_driven = False
         self._collect = _nothing
         self._post_max_bytes = post_max_bytes
+        self._growth = growth.Growth(backend, self._events, self._outbox.wake)
+        self.tells_growth = False
+        """Whether the daemon knows `wire.Grown`."""
 
     def __enter__(self) -> "Loop":
         failures.forget()
         try:
-            self._events.start(is_async(self._backend))
+            self._events.start(is_async(self._backend) or growth.is_async(self._backend))
             with authors_code("when the device was attached"):
                 self._events.settle(self._backend.started(self.device))
                 engine = self._backend.engine(self.device)
@@ -253,7 +260,7 @@ class Loop:
             self._links.drive(None)
         self._end_runner()
         if self._engine is not None:
-            is_idle = not self._engine.running()
+            is_idle = not self._engine.running() and not self._growth.is_busy
             self._engine.close()
             # A thread that still executes a request after an error writes to this descriptor, whatever has its number.
             if is_idle:
@@ -348,6 +355,8 @@ class Loop:
         self._send_answers(engine)
         if ready.control:
             self._hear()
+        if self._growth.has_news:
+            self._grow()
         if self._orphaned and not self._stopping and not self._links.linked:
             self._status = 1
             self.stop("the end of the daemon and its workers")
@@ -379,11 +388,30 @@ class Loop:
         elif isinstance(message, wire.Detach):
             self._detached = not message.keep
             self.stop(f"the daemon's detach: {message.reason}")
+        elif isinstance(message, wire.Resize):
+            self._growth.begin(message.size_bytes)
         elif message is None:
             self._attachment.forget_connection()
             self._orphaned = True
             if not self._stopping:
                 log.error("%s: the daemon is gone; serving on while there are workers", self.device.name)
+
+    def grown(self, size_bytes: int) -> None:
+        """See `Device.resized`."""
+        self._growth.announce(size_bytes)
+
+    def _grow(self) -> None:
+        """Serve up to the size that the store has by now, then tell the daemon."""
+        for message in self._growth.news():
+            is_refusal = isinstance(message, wire.Resized) and message.reason
+            if message.size_bytes > self.device.size_bytes and not is_refusal:
+                resize = getattr(self._engine, "resize", None)
+                if resize is not None:
+                    resize(message.size_bytes)
+                # Frozen for its users only.
+                object.__setattr__(self.device, "size_bytes", message.size_bytes)
+            if self.tells_growth or isinstance(message, wire.Resized):
+                self._attachment.tell(message)
 
     def statistics(self) -> ServeStatistics:
         """Counters of the links, the engine and the backend."""
@@ -436,4 +464,5 @@ def _device(attachment: DeviceConnection, loop: Loop, own_from: int) -> Device:
         unwatch=loop.unwatch,
         wake=loop.wake,
         stop=loop.stop,
+        resized=loop.grown,
     )

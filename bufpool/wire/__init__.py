@@ -38,6 +38,9 @@ from ublkpool.bufpool.wire.attach import (
     Detach as Detach,
 )
 from ublkpool.bufpool.wire.attach import (
+    Grown as Grown,
+)
+from ublkpool.bufpool.wire.attach import (
     Identity as Identity,
 )
 from ublkpool.bufpool.wire.attach import (
@@ -53,16 +56,28 @@ from ublkpool.bufpool.wire.attach import (
     Refused as Refused,
 )
 from ublkpool.bufpool.wire.attach import (
+    Resize as Resize,
+)
+from ublkpool.bufpool.wire.attach import (
+    Resized as Resized,
+)
+from ublkpool.bufpool.wire.attach import (
     RingOpened as RingOpened,
 )
 from ublkpool.bufpool.wire.attach import (
     Segment as Segment,
 )
 from ublkpool.bufpool.wire.attach import (
+    SessionMessage as SessionMessage,
+)
+from ublkpool.bufpool.wire.attach import (
     decode_backend_message as decode_backend_message,
 )
 from ublkpool.bufpool.wire.attach import (
     decode_daemon_message as decode_daemon_message,
+)
+from ublkpool.bufpool.wire.attach import (
+    decode_session_message as decode_session_message,
 )
 from ublkpool.bufpool.wire.attach import (
     encode_message as encode_message,

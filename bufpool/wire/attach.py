@@ -72,6 +72,8 @@ class Attach(
     """False: what was answered is lost when the process ends.  Sent only if `Described` has `knows_survival`."""
     stores_data: bool = True
     """False: reads return anything.  Sent only if `Described` has `is_check`."""
+    resizes: bool = False
+    """The backend answers `Resize`.  Sent only if `Described` has `knows_resize`."""
 
 
 class Describe(
@@ -105,6 +107,10 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     """The daemon knows `Attach.survives_death`; False: an older daemon."""
     is_check: bool = False
     """It is no daemon but `ublkpool backend check`, which knows `Attach.stores_data`."""
+    knows_resize: bool = False
+    """The daemon knows `Attach.resizes`, `Resized` and `Grown`; False: an older daemon."""
+    resized_bytes: int = 0
+    """The size that `ublkpool resize` gave the device, which a smaller size of the backend's options gives way to."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +188,34 @@ class Detach(msgspec.Struct, tag="detach", tag_field="type", frozen=True, kw_onl
     """The device failed and may be made again: keep what a successor needs."""
 
 
+class Resize(msgspec.Struct, tag="resize", tag_field="type", frozen=True, kw_only=True):
+    """The store shall have at least `size_bytes`, more than the device has now; the backend answers with `Resized`.
+
+    Sent only to a backend whose `Attach` has `resizes`.
+    """
+
+    size_bytes: int
+
+
+class Resized(
+    msgspec.Struct, tag="resized", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """The answer to `Resize`: the store has `size_bytes`, also after a power failure, and requests up to there are
+    executed; or `reason` says why not."""
+
+    size_bytes: int
+    """As in the question."""
+    reason: str = ""
+
+
+class Grown(
+    msgspec.Struct, tag="grown", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """From a backend: its store has grown to `size_bytes`, under the promise of `Resized`; no answer."""
+
+    size_bytes: int
+
+
 class LeaseBuffer(
     msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
@@ -200,14 +234,17 @@ class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, 
     """Of the slice; 0: no slice is available, use ordinary memory."""
 
 
-DaemonMessage = Attached | Described | Refused | Live | Detach | BufferLeased
+DaemonMessage = Attached | Described | Refused | Live | Detach | Resize | BufferLeased
 BackendMessage = Attach | Describe | LeaseBuffer
+SessionMessage = Resized | Grown
+"""What an attached backend may send."""
 _encoder = msgspec.json.Encoder()
 _backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)
+_session_decoder: msgspec.json.Decoder[SessionMessage] = msgspec.json.Decoder(SessionMessage)
 _daemon_decoder: msgspec.json.Decoder[DaemonMessage] = msgspec.json.Decoder(DaemonMessage)
 
 
-def encode_message(message: BackendMessage | DaemonMessage) -> bytes:
+def encode_message(message: BackendMessage | SessionMessage | DaemonMessage) -> bytes:
     """One attach-socket packet (JSON, UTF-8)."""
     return _encoder.encode(message)
 
@@ -221,6 +258,14 @@ def decode_backend_message(packet: bytes) -> BackendMessage:
     if message.v != PROTOCOL_VERSION:
         raise WireError(f"attach: protocol version {message.v} is not {PROTOCOL_VERSION}")
     return message
+
+
+def decode_session_message(packet: bytes) -> SessionMessage:
+    """A packet of an attached backend's.  Raises `WireError`."""
+    try:
+        return _session_decoder.decode(packet)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"backend: {error}") from error
 
 
 def decode_daemon_message(packet: bytes) -> DaemonMessage:

@@ -22,6 +22,7 @@ from ublkpool.daemon.admin.wire import (
     ReloadRequest,
     Reply,
     Request,
+    ResizeRequest,
     ResumeRequest,
     SetRequest,
     ShutdownRequest,
@@ -36,7 +37,7 @@ from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, ResizeResult, Setting
 
 CONNECT_TIMEOUT_S = 10.0
 QUERY_TIMEOUT_S = 30.0
@@ -97,6 +98,11 @@ class AdminClient:
     def reload(self) -> list[Reloaded]:
         """Have the daemon read its config file again; what became of each device."""
         return self._call(ReloadRequest(), list[Reloaded])
+
+    def resize(self, name: str, size_bytes: int, is_relative: bool = False) -> ResizeResult:
+        """Give a live device this size, or with `is_relative` that many bytes more."""
+        request = ResizeRequest(name=name, size_bytes=size_bytes, is_relative=is_relative)
+        return self._call(request, ResizeResult)
 
     def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
         """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""

@@ -29,6 +29,7 @@ from ublkpool.daemon.admin.wire import (
     RebindRequest,
     ReloadRequest,
     Request,
+    ResizeRequest,
     ResumeRequest,
     SetRequest,
     ShutdownRequest,
@@ -45,7 +46,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.unix_socket import ReservedListener, listen
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, Setting
+from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, ResizeResult, Setting
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
@@ -88,6 +89,9 @@ class DeviceService(Protocol):
 
     async def resume(self, name: str) -> None:
         """Have the requests of a drained device served again."""
+
+    async def resize(self, name: str, size_bytes: int, is_relative: bool) -> ResizeResult:
+        """Give a live device this size, or with `is_relative` that many bytes more."""
 
     def list(self) -> Sequence[DeviceStatus]:
         """The status of all devices."""
@@ -216,7 +220,7 @@ class AdminServer:
             case RebindRequest():
                 await self._service.rebind(request.name)
                 return None
-            case SetRequest() | DrainRequest() | ResumeRequest() | ReloadRequest():
+            case SetRequest() | ResizeRequest() | DrainRequest() | ResumeRequest() | ReloadRequest():
                 return await self._change(request)
             case ListRequest() | StatsRequest() | DaemonRequest():
                 return self._look(request)
@@ -243,12 +247,16 @@ class AdminServer:
             case DaemonRequest():
                 return self._service.daemon()
 
-    async def _change(self, request: SetRequest | DrainRequest | ResumeRequest | ReloadRequest) -> object:
+    async def _change(
+        self, request: SetRequest | ResizeRequest | DrainRequest | ResumeRequest | ReloadRequest
+    ) -> object:
         match request:
             case ReloadRequest():
                 return await self._service.reload()
             case SetRequest():
                 return await self._service.set(request.name, request.values)
+            case ResizeRequest():
+                return await self._service.resize(request.name, request.size_bytes, request.is_relative)
             case DrainRequest():
                 await self._service.drain(request.name, request.flush, request.timeout_s)
                 return None

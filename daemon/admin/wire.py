@@ -83,6 +83,14 @@ class ResumeRequest(_Request, frozen=True, kw_only=True, tag="resume"):
     name: str
 
 
+class ResizeRequest(_Request, frozen=True, kw_only=True, tag="resize"):
+    """Give a live device this size, or with `is_relative` this many bytes more; the result is a ResizeResult."""
+
+    name: str
+    size_bytes: int
+    is_relative: bool = False
+
+
 class ListRequest(_Request, frozen=True, kw_only=True, tag="list"):
     """Show all devices; the result is a list of DeviceStatus."""
 
@@ -134,6 +142,7 @@ Request = (
     | DrainRequest
     | ReloadRequest
     | ResumeRequest
+    | ResizeRequest
     | ListRequest
     | StatsRequest
     | DaemonRequest

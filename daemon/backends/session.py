@@ -17,15 +17,19 @@ from contextlib import suppress
 from typing import Self
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import WireError
 from ublkpool.daemon.backends.peer import Peer, peer_of
+from ublkpool.daemon.backends.refusals import plain
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.background import Background
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.guarded_socket import GuardedSocket, UndueDescriptors
 from ublkpool.workers.credentials import peer_pidfd
 
 LEAVE_PATIENCE_S = 10.0
 """A backend that has closed its connection is killed if it has not ended after this time."""
 UNDUE_PACKETS_MAX = 16
-"""A backend has nothing to send after its attach message; one that sends more packets than this is cut off."""
+"""A backend that sends more packets than this that the daemon does not expect is cut off."""
 _log = logging.getLogger("ublkpool.attach")
 
 
@@ -40,6 +44,10 @@ class Session:
     """Whether the daemon has killed it."""
     on_blame: Callable[[str], None] | None = None
     """Takes what `blame` is told; the device sets it."""
+    on_grown: Callable[[int], None] = staticmethod(lambda size_bytes: None)
+    """Called with the size that its store has grown to, in bytes; the device sets it."""
+    _grown_bytes = _asked_bytes = 0
+    _growing: "asyncio.Future[wire.Resized] | None" = None
 
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
         """Takes over `sock` and `segment_fd`, unless no pidfd of the process can be opened: then `OSError`.
@@ -195,9 +203,57 @@ class Session:
                 os.close(fd)
         self.segment_fd = self._pidfd = None
 
+    async def resize(self, size_bytes: int, patience_s: float) -> None:
+        """Have its store grow to `size_bytes`.  One call at a time.
+
+        Raises `DaemonError` with its reason if it refuses, or if it ends or does not answer within `patience_s`.
+        """
+        kind = self.attach.kind
+        growing = self._growing = self._loop.create_future()
+        self._asked_bytes = size_bytes
+        self.say(wire.Resize(size_bytes=size_bytes))
+        try:
+            async with beside(self.gone()) as gone:
+                await asyncio.wait({growing, gone}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            if not growing.done():
+                how = (
+                    "ended before it answered"
+                    if self.is_gone
+                    else f"has not answered within {patience_s:g} s"
+                )
+                raise DaemonError(f"its backend {kind} {how}: try again")
+            if reason := growing.result().reason:
+                raise DaemonError(f"its backend {kind} refuses: {plain(reason)}")
+        finally:
+            self._growing = None
+
+    def _take(self, packet: bytes) -> bool:
+        """Take a packet that a backend may send; whether it was one."""
+        try:
+            message = wire.decode_session_message(packet)
+        except WireError:
+            return False
+        if isinstance(message, wire.Resized):
+            return self._resized(message)
+        # A store that grows in small steps may say so often, but never twice the same.
+        if not self._grown_bytes < message.size_bytes < 1 << 63:
+            return False
+        self._grown_bytes = message.size_bytes
+        self.on_grown(message.size_bytes)
+        return True
+
+    def _resized(self, answer: wire.Resized) -> bool:
+        growing = self._growing
+        if growing is None or growing.done():
+            # The answer to a question that was given up, perhaps by an earlier daemon.
+            return False
+        if answer.size_bytes == self._asked_bytes:
+            growing.set_result(answer)
+        return True
+
     def _hear(self) -> None:
         try:
-            packet = self._sock.recv(1)
+            packet = self._sock.recv(wire.ATTACH_MESSAGE_BYTES_MAX)
         except BlockingIOError:
             return
         except UndueDescriptors:
@@ -210,6 +266,8 @@ class Session:
             packet = b""
         if not packet:
             self._on_close()
+            return
+        if self._take(packet):
             return
         self._undue_packets += 1
         if self._undue_packets > UNDUE_PACKETS_MAX and not self.is_leaving:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "drain": "drain:drain",
     "resume": "drain:resume",
     "reload": "reload:reload",
+    "resize": "resize:resize",
     "list": "devices:list_devices",
     "stats": "devices:stats",
     "events": "events:events",

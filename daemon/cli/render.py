@@ -152,7 +152,7 @@ def _device_row(device: DeviceStatus) -> tuple[str, ...]:
         device.name,
         device.path or "-",
         device.state,
-        _size(device.size_bytes),
+        _device_size(device),
         str(device.queues),
         str(device.depth),
         device.placement if device.need_get_data else "at fetch",
@@ -160,6 +160,12 @@ def _device_row(device: DeviceStatus) -> tuple[str, ...]:
         _backend(device),
         device.reason,
     )
+
+
+def _device_size(device: DeviceStatus) -> str:
+    shown = _size(device.size_bytes)
+    overruled = device.config_size_bytes
+    return shown if overruled is None else f"{shown} (config: {_size(overruled)})"
 
 
 def _backend(device: DeviceStatus) -> str:

@@ -7,6 +7,7 @@ ended the processes of a device that is recovered.  The caller has the device's 
 from collections.abc import Mapping
 
 from ublkpool.daemon.device.attached_backend import why_data_is_lost
+from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record, end_left
 from ublkpool.daemon.device.succession import AdoptedDevice
@@ -18,7 +19,7 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     """The team of what was left running, with its backend.  Raises `DaemonError`, `PoolError`, `OSError`."""
     adopted = await AdoptedDevice.of(record, held, parts.context.runner)
     parts.backend.segments = record.segments
-    team = await parts.resources.adopt(adopted)
+    team = await parts.resources.adopt(adopted, _disk_of(parts, record))
     parts.backend.session = session = adopted.session()
     if session is not None:
         parts.backend.watch(session)
@@ -47,13 +48,18 @@ async def _agree_on_backend(parts: DeviceParts, record: Record, team: Team) -> N
         await team.lost()
 
 
+def _disk_of(parts: DeviceParts, record: Record) -> Disk | None:
+    """The disk on record, with the size that a resize has put into the state directory before anything else."""
+    return record.disk.grown(parts.binding.resized_bytes) if record.disk else None
+
+
 async def find(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> bool:
     """Whether the kernel has a device to be recovered; else what it has is removed.  Raises `DaemonError`."""
     resources = parts.resources
     assert record.device_number is not None
     name, number = record.config.name, record.device_number
     kernel = await BlockDevice.find(parts.context.runner, name, number, record.device_mark)
-    resources.kernel, resources.disk, resources.epoch = kernel, record.disk, record.epoch
+    resources.kernel, resources.disk, resources.epoch = kernel, _disk_of(parts, record), record.epoch
     parts.backend.segments = record.segments
     wanted = record.config.recovery != "none" and not record.going
     if kernel is not None and wanted and kernel.is_started:
@@ -78,4 +84,5 @@ async def learn(parts: DeviceParts, record: Record) -> None:
         record.disk.size_bytes if record.disk else 0,
         backend.kind if backend else "",
         served.generation if served else 0,
+        record.disk.resized_bytes if record.disk else 0,
     )

@@ -59,8 +59,32 @@ class Binding:
         """Whether the operator accepted the next store, whatever it is.  Raises `DaemonError` as `may_create`."""
         return self._states.get(self._name).takes_next
 
-    async def bind(self, attach: wire.Attach, size_bytes: int) -> int:
+    @property
+    def resized_bytes(self) -> int:
+        """The size that the device was given while it was live; 0: none, or another store comes next."""
+        try:
+            state = self._states.get(self._name)
+        except DaemonError:
+            return 0
+        store = state.store
+        return 0 if store is None or state.takes_next or self._has_ended(store) else store.resized_bytes
+
+    async def resize(self, size_bytes: int) -> None:
+        """From now on the device has this size, also if the daemon is killed.
+
+        Raises `DaemonError` if that cannot be written: the size is the old one then.
+        """
+        async with self._states.turn(self._name):
+            state = self._states.get(self._name)
+            if state.store is None:
+                raise DaemonError(f"{self._name}: no store is on record")
+            store = msgspec.structs.replace(state.store, size_bytes=size_bytes, resized_bytes=size_bytes)
+            await self._states.save(msgspec.structs.replace(state, store=store))
+
+    async def bind(self, attach: wire.Attach, size_bytes: int, resized_bytes: int = 0) -> int:
         """Bind this store to the device, which has `size_bytes`; the attach's generation.
+
+        `resized_bytes`: see `Store`.
 
         Raises `AttachRefused` if the device is bound to another store, `DaemonError` if the state cannot be written.
         """
@@ -79,6 +103,7 @@ class Binding:
                 size_bytes=size_bytes,
                 identity=attach.identity or wire.Identity(),
                 boot=self._boot,
+                resized_bytes=resized_bytes,
             )
             bound = DeviceState(name=self._name, generation=generation, store=store)
             await self._states.save(bound)
@@ -115,7 +140,14 @@ class Binding:
             if before is not None:
                 await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
 
-    async def learn(self, served: wire.Attach | None, size_bytes: int, kind: str, generation: int) -> None:
+    async def learn(
+        self,
+        served: wire.Attach | None,
+        size_bytes: int,
+        kind: str,
+        generation: int,
+        resized_bytes: int = 0,
+    ) -> None:
         """Bind the store that an earlier daemon served the device from, if no store is bound; a failure is logged.
 
         The state directory may have been lost, or that daemon kept none.
@@ -131,6 +163,7 @@ class Binding:
                 size_bytes=size_bytes,
                 identity=(served.identity if served else None) or wire.Identity(),
                 boot=self._boot,
+                resized_bytes=resized_bytes,
             )
             learnt = msgspec.structs.replace(state, store=known, generation=max(generation, state.generation))
             if learnt != state:

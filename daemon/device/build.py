@@ -18,7 +18,8 @@ async def build(parts: DeviceParts, attach: wire.Attach) -> Team:
     Raises `DaemonError`, `PoolError`, `OSError`; what was made by then stays.
     """
     resources = parts.resources
-    resources.disk = disk_of(parts.config, attach)
+    resources.disk = disk_of(parts.config, attach, parts.binding.resized_bytes)
+    parts.tell_size()
     # A device that an earlier attempt could not remove must go before its mark is replaced.
     await resources.remove_kernel()
     resources.mark = new_mark(parts.context.instance)

@@ -28,6 +28,7 @@ from ublkpool.daemon.device.kept_memory import drop_kept
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RecoveryAccount, RestartLimit, next_epoch, retire
+from ublkpool.daemon.device.resize import repair_soon
 from ublkpool.daemon.device.service import DeviceService
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line, without_name
@@ -84,8 +85,9 @@ class Device(DeviceService):
 
         Raises `AttachRefused` if it is another than before, `DaemonError` if that cannot be put on record.
         """
-        disk = self.parts.resources.disk or disk_of(self.config, attach)
-        return await self.parts.binding.bind(attach, disk.size_bytes)
+        resized_bytes = self.parts.binding.resized_bytes
+        disk = self.parts.resources.disk or disk_of(self.config, attach, resized_bytes)
+        return await self.parts.binding.bind(attach, disk.size_bytes, disk.resized_bytes)
 
     async def _start(self, attach: wire.Attach, session: Session | None) -> None:
         """Build the device and introduce its backend; without a session the workers answer requests themselves."""
@@ -136,7 +138,7 @@ class Device(DeviceService):
 
     async def _take(self, session: Session) -> None:
         parts, resources = self.parts, self.parts.resources
-        check_fits(self.config, resources.disk, session.attach)
+        check_fits(self.config, resources.disk, session.attach, parts.binding.resized_bytes)
         session.generation = await self._bind(session.attach)
         parts.backend.number_segment(session)
         if resources.team is None:
@@ -279,6 +281,7 @@ class Device(DeviceService):
                 self.parts.life.trouble = reason
             await asyncio.sleep(delays.ended())
         self._watch(team)
+        repair_soon(self.parts)
         if self._is_open:
             self._now_live(team)
         else:
@@ -411,6 +414,8 @@ class Device(DeviceService):
             parts.background.spawn(drain.let_backend_go(parts))
         parts.left = None
         parts.save_or_retry()
+        parts.tell_size()
+        repair_soon(parts)
         parts.events.tell(_log, DeviceAdopted(epoch=team.epoch), f"goes on, epoch {team.epoch}")
 
     def abandon(self) -> None:

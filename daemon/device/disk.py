@@ -20,6 +20,19 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int
     volatile_cache: bool
     read_only: bool
+    resized_bytes: int = 0
+    """The size that it was given while it was live; 0: it has the size that it was made with."""
+
+    def grown(self, size_bytes: int) -> "Disk":
+        """The disk with this size, given while it was live; itself if it is as large already."""
+        if size_bytes <= self.size_bytes:
+            return self
+        return msgspec.structs.replace(self, size_bytes=size_bytes, resized_bytes=size_bytes)
+
+
+def wanted_bytes(config: DeviceConfig, resized_bytes: int) -> int:
+    """The size to make the disk with: the config's, or the one on record if a resize gave it more; 0: the backend's."""
+    return max(config.size_bytes or 0, resized_bytes)
 
 
 def alone(device: str) -> wire.Attach:
@@ -37,20 +50,22 @@ def alone(device: str) -> wire.Attach:
     )
 
 
-def disk_of(config: DeviceConfig, attach: wire.Attach) -> Disk:
-    """The disk that this config and this backend define."""
+def disk_of(config: DeviceConfig, attach: wire.Attach, resized_bytes: int = 0) -> Disk:
+    """The disk that this config and this backend define; `resized_bytes`: what a resize gave it, on record."""
     return Disk(
-        size_bytes=config.size_bytes or attach.size_bytes,
+        size_bytes=wanted_bytes(config, resized_bytes) or attach.size_bytes,
+        resized_bytes=resized_bytes,
         block_bytes=attach.logical_block_bytes,
         volatile_cache=attach.volatile_cache,
         read_only=config.read_only or attach.read_only,
     )
 
 
-def check_fits(config: DeviceConfig, disk: Disk | None, attach: wire.Attach) -> None:
+def check_fits(config: DeviceConfig, disk: Disk | None, attach: wire.Attach, resized_bytes: int = 0) -> None:
     """Raise `AttachRefused` with the reason if this backend cannot serve the device."""
     _check_placement(config, attach)
-    _check_size(config.name, disk.size_bytes if disk else config.size_bytes or attach.size_bytes, attach)
+    wanted = wanted_bytes(config, resized_bytes) or attach.size_bytes
+    _check_size(config.name, disk.size_bytes if disk else wanted, attach)
     if disk is not None:
         _check_successor(config.name, disk, attach)
 

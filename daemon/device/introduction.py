@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.resize import Announcements
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.events.kinds import BackendAttached
 from ublkpool.daemon.processes.background import logged
@@ -55,7 +56,11 @@ async def introduce(parts: DeviceParts, team: Team, session: Session, fail: Fail
 
 
 def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:
-    """Take leave of the backend when its process has ended; the device fails if its data ended with that."""
+    """Follow its store's growth, and take leave of the backend when its process has ended.
+
+    The device fails if its data ended with that.
+    """
+    session.on_grown = Announcements(parts).hear
     parts.backend.farewell = parts.background.spawn(_take_leave(parts, session, fail))
 
 

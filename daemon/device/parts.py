@@ -46,6 +46,8 @@ class DeviceParts:
         self.backend.replays = lambda: self.resources.counted("replays")
         self.managed = _managed(config, context, self.background)
         self.clients = Clients(config.name, context.holder, self.background)
+        self.growing = asyncio.Lock()
+        """One resize at a time; taken before the turn."""
         self.binding = Binding(config.name, context.states, context.boot_id)
         self.drain: Drain = ""
         self.draining: asyncio.Task[None] | None = None
@@ -72,6 +74,17 @@ class DeviceParts:
         self.resources.holds = bool(drain)
         self.backend.may_attach = drain != "drained"
         self.life.changed()
+
+    def tell_size(self) -> None:
+        """Log that the size on record is used and not the config's, if they differ."""
+        disk, asked_bytes = self.resources.disk, self.configured.size_bytes
+        if disk is not None and asked_bytes is not None and disk.resized_bytes > asked_bytes:
+            _log.info(
+                "%s: its size on record, %d bytes, is used, and not the config's %d: it was resized",
+                self.config.name,
+                disk.size_bytes,
+                asked_bytes,
+            )
 
     def enter(self, state: State) -> None:
         """The device is in this state: first on record, then to clients."""

@@ -47,6 +47,8 @@ class Served(msgspec.Struct, frozen=True):
     token: str
     segment: int
     generation: int = 0
+    resizes: bool = False
+    """See `wire.Attach`."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -90,10 +90,10 @@ class DeviceResources:
         await self._make_area(self.kernel)
         await leases.register(FIRST_EPOCH)
 
-    async def adopt(self, adopted: AdoptedDevice) -> Team:
-        """Go on with an earlier daemon's workers and pool.  Raises `DaemonError`, `PoolError`, `OSError`."""
+    async def adopt(self, adopted: AdoptedDevice, disk: Disk | None) -> Team:
+        """Go on with an earlier daemon's workers, pool and disk.  Raises `DaemonError`, `PoolError`, `OSError`."""
         record, kernel = adopted.record, adopted.kernel
-        self.kernel, self.disk = kernel, record.disk
+        self.kernel, self.disk = kernel, disk
         data_fd = adopted.held.get(pool_name(self.config.name))
         arena = Arena.open(self._arena_prefix(kernel), data_fd, self.config.huge_pages)
         self.pool.resume(arena)
@@ -278,6 +278,13 @@ class DeviceResources:
         )
         self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
         return self.team
+
+    def grow(self, size_bytes: int) -> None:
+        """The disk has this size for every backend that attaches from now on."""
+        assert self.disk is not None
+        self.disk = self.disk.grown(size_bytes)
+        if self.team is not None:
+            self.team.plan = self.team.plan._replace(disk=self.disk)
 
     def hold_workers(self, team: Team) -> None:
         """Have the holder keep the sockets of workers on record; a worker on no record must see this daemon's end."""

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device import client_buffers, drain, live_changes, teardown
+from ublkpool.daemon.device.resize import resize
 from ublkpool.daemon.device.view import DeviceView
 from ublkpool.daemon.events.kinds import BackendRefused
 from ublkpool.daemon.events.tell import DeviceEvents
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import Setting
+from ublkpool.daemon.status import ResizeResult, Setting
 
 
 class DeviceService(DeviceView):
@@ -77,6 +78,10 @@ class DeviceService(DeviceView):
     def events(self) -> DeviceEvents:
         """Takes what happens to the device."""
         return self.parts.events
+
+    async def resize(self, size_bytes: int, is_relative: bool) -> ResizeResult:
+        """See `resize.resize`."""
+        return await resize(self.parts, size_bytes, is_relative)
 
     def give_up(self) -> None:
         """Fail the requests that wait for a backend, and new ones, until one attaches."""

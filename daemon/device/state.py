@@ -43,13 +43,15 @@ _log = logging.getLogger("ublkpool.state")
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
-    """The store that a device is bound to; `size_bytes` is the device's size at that attach."""
+    """The store that a device is bound to; `size_bytes` is the device's size at that attach, or since a resize."""
 
     kind: str
     size_bytes: int
     identity: wire.Identity = wire.Identity()
     boot: str = ""
     """The boot in which `identity.in_boot` was seen."""
+    resized_bytes: int = 0
+    """The size that the device was given while it was live; it wins over a smaller one of the config.  0: none."""
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):

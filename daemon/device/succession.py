@@ -11,6 +11,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
+import msgspec
+
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Record, Served, Worker
@@ -84,7 +86,10 @@ def _workers_of(team: Team | None) -> tuple[Worker, ...]:
 def _served_by(session: Session | None) -> Served | None:
     if session is None:
         return None
-    return Served(session.attach, session.token.hex(), session.segment, session.generation)
+    # An earlier version reads the attach message, and refuses fields that it does not know.
+    attach = msgspec.structs.replace(session.attach, resizes=False)
+    token, generation = session.token.hex(), session.generation
+    return Served(attach, token, session.segment, generation, session.attach.resizes)
 
 
 def may_go_on(record: Record, held: Mapping[str, int]) -> bool:
@@ -130,7 +135,8 @@ class AdoptedDevice(NamedTuple):
         sock = None
         try:
             sock = _socket(connection)
-            return Session.adopt(sock, served.attach, own, token, served.segment, served.generation)
+            attach = msgspec.structs.replace(served.attach, resizes=served.resizes)
+            return Session.adopt(sock, attach, own, token, served.segment, served.generation)
         except OSError:
             # Without a pidfd this daemon could not see the backend's death.
             if own is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.disk import wanted_bytes
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.settings.changes import differences, shown
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -88,7 +89,7 @@ class DeviceView:
     def status(self) -> DeviceStatus:
         """What `list` shows."""
         config, resources = self.config, self.parts.resources
-        kernel, disk, team = resources.kernel, resources.disk, resources.team
+        kernel, team = resources.kernel, resources.team
         info = kernel.info if kernel else None
         limits = resources.limits
         return DeviceStatus(
@@ -96,7 +97,8 @@ class DeviceView:
             id=info.device_number if info else config.id,
             path=str(kernel.node) if kernel and self.state != "waiting" else None,
             state=self.shown,
-            size_bytes=disk.size_bytes if disk else config.size_bytes,
+            size_bytes=_size_bytes(self.parts),
+            config_size_bytes=_overruled_bytes(self.parts),
             queues=info.queues if info else config.queues,
             depth=config.depth,
             need_get_data=config.need_get_data,
@@ -131,11 +133,11 @@ class DeviceView:
 
     def describe(self) -> wire.Described:
         """What a backend may know before it attaches."""
-        config, disk, kernel = self.config, self.parts.resources.disk, self.parts.resources.kernel
+        config, kernel = self.config, self.parts.resources.kernel
         return wire.Described(
             v=wire.PROTOCOL_VERSION,
             device=config.name,
-            size_bytes=disk.size_bytes if disk else config.size_bytes or 0,
+            size_bytes=_size_bytes(self.parts) or 0,
             max_io_bytes=config.max_io_bytes,
             need_get_data=config.need_get_data,
             placement=config.placement,
@@ -144,6 +146,8 @@ class DeviceView:
             may_create=_may_create(self.parts),
             takes_next=self.parts.binding.takes_next(),
             knows_survival=True,
+            knows_resize=True,
+            resized_bytes=_resized_bytes(self.parts),
         )
 
     async def live(self) -> None:
@@ -161,6 +165,23 @@ def _differs(parts: DeviceParts) -> list[str]:
         f"{key}={shown(config, key)} (config: {shown(configured, key)})"
         for key in differences(config, configured)
     ]
+
+
+def _size_bytes(parts: DeviceParts) -> int | None:
+    """The disk's size, or the one that it is to be made with; None: the backend's."""
+    disk = parts.resources.disk
+    return disk.size_bytes if disk else wanted_bytes(parts.config, parts.binding.resized_bytes) or None
+
+
+def _resized_bytes(parts: DeviceParts) -> int:
+    disk = parts.resources.disk
+    return disk.resized_bytes if disk else parts.binding.resized_bytes
+
+
+def _overruled_bytes(parts: DeviceParts) -> int | None:
+    """The config's size, if a resize has given the device another."""
+    wanted = parts.configured.size_bytes
+    return wanted if wanted is not None and wanted < _resized_bytes(parts) else None
 
 
 def _backend_status(parts: DeviceParts) -> BackendStatus:

@@ -48,6 +48,12 @@ NEEDS = (
         "an upgrade whose workers end with no request left to answer; else they are replaced as after a death",
     ),
     Need(
+        Feature.UPDATE_SIZE,
+        "warn",
+        "6.16",
+        "ublkpool resize; elsewhere a device grows when it is added again",
+    ),
+    Need(
         Feature.SAFE_STOP_DEV,
         "warn",
         "7.0",

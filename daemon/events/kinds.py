@@ -108,6 +108,14 @@ class DeviceResumed(Details, frozen=True, kw_only=True):
     code = "device-resumed"
 
 
+class DeviceResized(Details, frozen=True, kw_only=True):
+    """A live device has grown, by `ublkpool resize` or because its backend announced it; sizes are bytes."""
+
+    code = "device-resized"
+    before_bytes: int
+    after_bytes: int
+
+
 class StoreRebound(Details, frozen=True, kw_only=True):
     """`ublkpool rebind`: the next store that attaches becomes the device's."""
 

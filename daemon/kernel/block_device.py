@@ -35,6 +35,8 @@ class BlockDevice(DiskView):
         self.info = created.info
         self.queue_cpus = created.queue_cpus
         self._features = created.features
+        self.size_bytes = created.size_bytes
+        """The disk's, as far as this daemon knows."""
         self.is_started = created.info.state != abi.DeviceState.DEAD
         """Whether the kernel has a disk for it, so that its workers can be recovered."""
 
@@ -148,6 +150,19 @@ class BlockDevice(DiskView):
 
         await self._command_beside("START_DEV", command, deadline_s)
         self.is_started = True
+
+    @property
+    def can_update_size(self) -> bool:
+        """Whether the driver has UPDATE_SIZE (Linux 6.16), and a disk to change."""
+        return self.is_started and bool(self._features & Feature.UPDATE_SIZE)
+
+    async def update_size(self, size_bytes: int, deadline_s: float) -> None:
+        """UPDATE_SIZE.  Raises `ControlFailed`; whether the disk has the new size is unknown then."""
+        number = self.number
+        await self._command_beside(
+            "UPDATE_SIZE", lambda: device_commands.grow(number, size_bytes), deadline_s
+        )
+        self.size_bytes = size_bytes
 
     async def quiesce(self, deadline_s: float) -> bool:
         """QUIESCE_DEV: new requests wait, and workers end once they have answered theirs; false without the feature.

@@ -28,11 +28,13 @@ _POLL_S = 0.02
 
 
 class Created(NamedTuple):
-    """The device as ADD_DEV made it, the CPUs that each queue serves, and the features that the driver offers."""
+    """The device as ADD_DEV made it, the CPUs that each queue serves, the features that the driver offers, the disk's
+    size."""
 
     info: DeviceInfo
     queue_cpus: list[list[int]]
     features: Feature
+    size_bytes: int = 0
 
 
 class Owned(NamedTuple):
@@ -75,7 +77,7 @@ def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -
     except BaseException:
         control.delete_device(info.device_number)
         raise
-    return Created(info, cpus, Feature(offered))
+    return Created(info, cpus, Feature(offered), disk.size_bytes)
 
 
 def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
@@ -93,7 +95,20 @@ def find(number: int) -> Created:
     """The device with this number, any server's.  Raises `UblkError`, ENODEV if the number is free."""
     info = control.device_info(number)
     cpus = [control.queue_cpus(number, queue) for queue in range(info.queues)]
-    return Created(info, cpus, Feature(control.get_features()))
+    return Created(info, cpus, Feature(control.get_features()), _disk_bytes(number))
+
+
+def _disk_bytes(number: int) -> int:
+    """The disk's size, 0 if there is none.  Not by GET_PARAMS, which waits for a START_DEV or STOP_DEV that hangs."""
+    with suppress(OSError, ValueError):
+        return int(Path(f"/sys/block/ublkb{number}/size").read_text()) << abi.SECTOR_SHIFT
+    return 0
+
+
+def grow(number: int, size_bytes: int) -> None:
+    """UPDATE_SIZE, unless the disk is as large: a command that was late must not undo a later one."""
+    if control.disk_bytes(number) < size_bytes:
+        control.update_size(number, size_bytes)
 
 
 def find_marked(mark: int) -> int:

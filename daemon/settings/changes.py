@@ -87,6 +87,8 @@ def changed(config: DeviceConfig, values: Mapping[str, Scalar]) -> DeviceConfig:
 def _why_fixed(key: str) -> str:
     if key == "backend":
         return "write backend.KEY=VALUE, for an option of the backend that the daemon runs"
+    if key == "size":
+        return "a live device grows with: ublkpool resize NAME SIZE"
     return "is fixed when the device is made: del the device, then add it with the new value"
 
 

@@ -431,6 +431,10 @@ def test_an_export_smaller_than_its_device_is_refused(tmp_path: Path, server: Nb
         backend_for(server).open(Hint("vol0", tmp_path, 2 * SIZE_BYTES))
     backend = backend_for(server)
     assert backend.open(Hint("vol0", tmp_path, SIZE_BYTES // 2)).size_bytes == SIZE_BYTES // 2
+    # `ublkpool resize` gives the device what the export had when the backend connected.
+    backend.resize(SIZE_BYTES)
+    with pytest.raises(BackendError, match="grow the export, restart the backend"):
+        backend.resize(2 * SIZE_BYTES)
     backend.close()
 
 

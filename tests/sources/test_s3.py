@@ -12,6 +12,7 @@ from support.fakes.worker import DEADLINE_S, BackendThread, FakeWorker, finish, 
 from support.sources.s3 import BUCKET, CREDENTIALS, S3Server
 from ublkpool.backends.s3.backend import S3Backend
 from ublkpool.backends.s3.chunks import name_of
+from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.wire import Descriptor, Kind, Op
@@ -95,6 +96,25 @@ def test_what_is_written_is_read_by_a_successor(tmp_path: Path, server: S3Server
         assert worker.read(CHUNK - BLOCK, 2 * BLOCK) == block(1) + block(2)
         assert worker.read(2 * CHUNK, CHUNK) == bytes([3]) * CHUNK
         assert worker.read(3 * CHUNK, BLOCK) == bytes(512) + bytes([4]) * 512 + bytes(3072)
+
+
+def test_a_disk_grows_and_a_successor_has_its_new_size_whatever_its_option_says(
+    tmp_path: Path, server: S3Server, worker: FakeWorker
+) -> None:
+    worker.described = {"knows_resize": True}
+    with serving(worker, backend_for(server, tmp_path)):
+        assert worker.write(SIZE_BYTES - BLOCK, block(1)) == BLOCK
+        worker.tell(wire.Resize(size_bytes=2 * SIZE_BYTES))
+        assert worker.connection is not None
+        answer = wire.decode_session_message(worker.connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))
+        assert answer == wire.Resized(size_bytes=2 * SIZE_BYTES)
+        assert worker.write(SIZE_BYTES, block(2)) == BLOCK
+        assert worker.read(SIZE_BYTES - BLOCK, 3 * BLOCK) == block(1) + block(2) + bytes(BLOCK)
+    next_attach(worker)
+    worker.size_bytes, worker.described["resized_bytes"] = 2 * SIZE_BYTES, 2 * SIZE_BYTES
+    with serving(worker, backend_for(server, tmp_path)):
+        assert worker.attach is not None and worker.attach.size_bytes == 2 * SIZE_BYTES
+        assert worker.read(SIZE_BYTES, BLOCK) == block(2)
 
 
 def test_zeroed_and_trimmed_chunks_are_zeros_and_stay_so(

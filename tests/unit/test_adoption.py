@@ -53,7 +53,7 @@ class Scene:
 
         return Adopted(FakeKernel(), (), record, {})
 
-    async def _adopt(self, _adopted: object) -> Team:
+    async def _adopt(self, _adopted: object, _disk: object) -> Team:
         self.team = LeftTeam(self._tokens)
         return self.team
 

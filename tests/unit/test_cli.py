@@ -227,6 +227,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "need_get_data": True,
         "placement": "pool",
         "answers": "backend",
+        "config_size_bytes": None,
         "recovery": "reissue",
         "flags": ["URING_CMD_COMP_IN_TASK"],
         "workers": [{"queue": 0, "pid": 100, "cpu": 0}],
@@ -407,6 +408,37 @@ def test_drain_says_so_and_resume_says_nothing(daemon: FakeDaemon, tmp_path: Pat
     assert "is not in the range x>0" in complaint(run("drain", "vol0", "--timeout", "0", run_dir=tmp_path), 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("20G", "vol0: grew from 10G to 20G (21474836480 bytes)"),
+        ("+5G", "vol0: grew from 10G to 15G (16106127360 bytes)"),
+        ("10240M", "vol0: has 10G (10737418240 bytes) already, nothing changes"),
+        ("+0", "vol0: has 10G (10737418240 bytes) already, nothing changes"),
+    ],
+)
+def test_resize_prints_the_change(daemon: FakeDaemon, tmp_path: Path, size: str, said: str) -> None:
+    run("add", "vol0", "--size", "10G", run_dir=tmp_path)
+    result = run("resize", "vol0", size, run_dir=tmp_path)
+    assert (result.exit_code, result.output) == (0, f"{said}\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("-5G", "'-5G': a device never shrinks: write its new size, or +SIZE for that much more"),
+        ("ten", "'ten' is not a size (write 4096, 64M or 1.5G)"),
+        ("+", "'' is not a size"),
+        ("++5G", "'+5G' is not a size"),
+        ("0.3", "'0.3' is not a whole number of bytes"),
+    ],
+)
+def test_resize_refuses_what_is_no_size(daemon: FakeDaemon, tmp_path: Path, size: str, reason: str) -> None:
+    run("add", "vol0", "--size", "10G", run_dir=tmp_path)
+    assert reason in complaint(run("resize", "vol0", size, run_dir=tmp_path), 2)
+    assert complaint(run("resize", "other", "20G", run_dir=tmp_path), 1) == "other: no such device"
+
+
 def test_serve_reads_the_config_and_the_run_dir_option_wins(
     served: list[ServeConfig], tmp_path: Path
 ) -> None:
@@ -509,6 +541,7 @@ def test_the_commands_are_the_contract() -> None:
             "drain",
             "resume",
             "reload",
+            "resize",
             "list",
             "stats",
             "events",

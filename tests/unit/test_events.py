@@ -36,7 +36,7 @@ CODES = (
         "device-deleted",
         "device-adopted",
     ),
-    *("settings-changed", "device-drained", "device-resumed", "store-rebound"),
+    *("settings-changed", "device-drained", "device-resumed", "device-resized", "store-rebound"),
     *("backend-attached", "backend-replaced", "backend-detached", "backend-died", "backend-refused"),
     *("backend-cut-off", "request-late", "requests-fail"),
     *("worker-died", "workers-replaced", "recovery-begun", "recovery-ended", "broker-replaced"),

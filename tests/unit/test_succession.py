@@ -1,5 +1,6 @@
 """A supervisor's record for the next one, and when the next one can go on by it."""
 
+import asyncio
 import errno
 import os
 import socket
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 
 from support.fakes.descriptors import open_descriptors
+from support.fakes.device_parts import FakeSession
 from ublkpool.bufpool import wire
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
@@ -127,3 +129,34 @@ def test_a_record_of_an_earlier_version_names_no_slice_s_user() -> None:
 
 def test_the_pool_s_descriptor_is_dropped_with_its_device() -> None:
     assert pool_name("a").startswith("a/") and pool_name("a") not in session_names("a")
+
+
+async def _growing() -> FakeSession:
+    session = FakeSession()
+    session.attach = msgspec.structs.replace(session.attach, resizes=True)
+    return session
+
+
+def test_a_backend_that_can_grow_is_on_record_in_words_that_an_earlier_version_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = asyncio.run(_growing())
+    found = record_of(
+        DeviceConfig(name="vol0"), None, DISK, None, session, None, state="live", going=False,
+        broker_pid=None, epoch=1, segments=1, clients=None, build="x",
+    )  # fmt: skip
+    served = msgspec.json.decode(msgspec.json.encode(found), type=Record).served
+    assert served is not None and served.resizes
+    assert b"resizes" not in msgspec.json.encode(served.attach)
+    adopted: list[wire.Attach] = []
+
+    def adopt(sock: socket.socket, attach: wire.Attach, *_: object) -> None:
+        sock.close()
+        adopted.append(attach)
+
+    monkeypatch.setattr(Session, "adopt", adopt)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    held = {session_names("vol0")[0]: ours.fileno()}
+    with ours, theirs:
+        AdoptedDevice(cast(Any, None), (), record(served=served), held).session()
+    assert adopted[0] == session.attach

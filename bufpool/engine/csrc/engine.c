@@ -241,6 +241,13 @@ int engine_file(const struct engine *e) { return e->event_file; }
 
 int engine_error(const struct engine *e) { return e->error; }
 
+void engine_resize(struct engine *e, uint64_t size_bytes)
+{
+	e->setup.size_bytes = size_bytes;
+	if (e->storage->ops->resize)
+		e->storage->ops->resize(e->storage, size_bytes);
+}
+
 void engine_fail(struct engine *e, int error)
 {
 	if (!e->error)

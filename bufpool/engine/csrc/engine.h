@@ -76,6 +76,8 @@ void engine_complete(struct engine *engine, uint64_t user_data, int32_t result);
 uint32_t engine_hand_out(struct engine *engine);
 /* Finishes the requests of the batch, which the caller has executed. */
 void engine_collect(struct engine *engine);
+/* The store has grown to `size_bytes`, at least the present size: from now on requests up to there are executed. */
+void engine_resize(struct engine *engine, uint64_t size_bytes);
 /* Tries again to name a region for each request that waits for one. */
 void engine_ask_again(struct engine *engine);
 /* Whether a request waits for a region, so that a RELEASE must wake the backend. */

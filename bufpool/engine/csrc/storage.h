@@ -32,6 +32,8 @@ struct storage_ops {
 	/* Forgets that the request waits for a region; the engine asks again for those that still wait.  NULL: the
 	 * storage keeps no note of waiting requests. */
 	void (*forget)(struct storage *s, const struct storage_request *r);
+	/* See engine_resize().  NULL: the storage does not know its size. */
+	void (*resize)(struct storage *s, uint64_t size_bytes);
 	/* See engine_use_ring() and the functions below it.  All NULL: the storage needs no io_uring. */
 	int (*use_ring)(struct storage *s, struct io_uring *ring);
 	uint32_t (*prepare)(struct storage *s);

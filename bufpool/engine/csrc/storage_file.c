@@ -349,6 +349,8 @@ static int file_open(struct storage *s, const struct engine_setup *setup)
 	return f->work && f->zeroes && fifo_open(&f->runnable, f->requests) ? slots_open(&f->slots, setup) : -ENOMEM;
 }
 
+static void file_resize(struct storage *s, uint64_t size_bytes) { file_of(s)->size_bytes = size_bytes; }
+
 static void file_close(struct storage *s)
 {
 	struct file_storage *f = file_of(s);
@@ -364,6 +366,7 @@ static void file_close(struct storage *s)
 static const struct storage_ops file_ops = {
 	.open = file_open,
 	.start = file_start,
+	.resize = file_resize,
 	.use_ring = file_use_ring,
 	.prepare = file_prepare,
 	.complete = file_complete,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.daemon.admin.server import AdminServer
 from ublkpool.daemon.errors import ConfigError, DaemonError
@@ -25,6 +27,7 @@ from ublkpool.daemon.status import (
     ProcessStatus,
     QueueStats,
     Reloaded,
+    ResizeResult,
     Setting,
     State,
     WorkerStatus,
@@ -124,6 +127,14 @@ class FakeService:
         if name not in self.configs:
             raise DaemonError(f"{name}: no such device")
         self.resumed.append(name)
+
+    async def resize(self, name: str, size_bytes: int, is_relative: bool) -> ResizeResult:
+        if name not in self.configs:
+            raise DaemonError(f"{name}: no such device")
+        before = self.configs[name].size_bytes or 0
+        after = before + size_bytes if is_relative else size_bytes
+        self.configs[name] = msgspec.structs.replace(self.configs[name], size_bytes=after)
+        return ResizeResult(before_bytes=before, after_bytes=after)
 
     def list(self) -> Sequence[DeviceStatus]:
         return [self._status(name) for name in self.configs]

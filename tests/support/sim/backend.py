@@ -167,6 +167,9 @@ class SimAttachment(DeviceConnection):
     def message(self) -> wire.DaemonMessage | None:
         return self._backend.control.popleft()
 
+    def tell(self, message: wire.SessionMessage) -> None:
+        self._backend.tells(wire.encode_message(message))
+
     def forget_connection(self) -> None:
         """The end of the daemon is reported once."""
 
@@ -374,6 +377,12 @@ class SimBackend:
             self.app.complete(self.rng)
         elif self.app.given:
             self.app.execute(self.rng, self._clock.now_s)
+
+    def tells(self, packet: bytes) -> None:
+        """Send a packet on the attach connection; the supervisor reads it in a later turn."""
+        session = self.session
+        if session is not None and not session._loop.is_closed():
+            session._loop.call_soon(session._take, packet)
 
     def send(self, queue: int, frame: bytes) -> None:
         self.life.effect()

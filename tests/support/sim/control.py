@@ -75,7 +75,13 @@ class SimControl:
         self._kernel = kernel
 
     def get_features(self) -> int:
-        return 0 if self._kernel.model == "6.12" else int(Feature.QUIESCE)
+        return 0 if self._kernel.model == "6.12" else int(Feature.QUIESCE | Feature.UPDATE_SIZE)
+
+    def disk_bytes(self, _device: int) -> int:
+        return self._kernel.size_bytes
+
+    def update_size(self, _device: int, size_bytes: int) -> None:
+        self._kernel.update_size(size_bytes)
 
     def device_info(self, _device: int) -> DeviceInfo:
         if self._kernel.gone and self._kernel.state is DeviceState.DEAD:

@@ -135,15 +135,16 @@ class BrokerLife:
 class SimHolder(Holder):
     """Keeps sockets over a supervisor's death; in a simulation only a backend's could be closed."""
 
-    def __init__(self, hold_backend: Callable[[int], None]) -> None:
-        self._hold_backend = hold_backend
+    def __init__(self, hold_backend: Callable[[int], None], drop_backend: Callable[[], None]) -> None:
+        self._hold_backend, self._drop_backend = hold_backend, drop_backend
 
     def hold(self, name: str, fd: int) -> None:
         if name == session_names("sim")[0]:
             self._hold_backend(fd)
 
     def drop(self, name: str) -> None:
-        """The simulation never looks for a dropped socket."""
+        if name == session_names("sim")[0]:
+            self._drop_backend()
 
 
 class LeftBehind(NamedTuple):
@@ -258,6 +259,7 @@ class Scenery(NamedTuple):
     end_broker: Callable[[], None]
     end_backend: Callable[[], None]
     hold_backend: Callable[[int], None]
+    drop_backend: Callable[[], None]
     save: Callable[[LeftBehind], None]
     jobs: list[ControlJob]
     defect: str
@@ -312,6 +314,7 @@ class SimBlockDevice(BlockDevice):
             "info": info,
             "queue_cpus": [[0]] * info.queues,
             "features": Feature(control.get_features()),
+            "size_bytes": control.disk_bytes(0),
         }
         return cls(runner, name, Created(**{name: found[name] for name in Created._fields}))
 
@@ -319,6 +322,7 @@ class SimBlockDevice(BlockDevice):
     async def create(
         cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int | None = None
     ) -> "BlockDevice":
+        cls.scenery.kernel.size_bytes = disk.size_bytes
         return cls._made(runner, config.name)
 
     @classmethod
@@ -402,8 +406,9 @@ class SimContext(DaemonContext):
         self.run_dir, self.queue_dir = _RUN_DIR, scenery.queue_dir
         self.instance, self.boot_id, self.build = "sim", "this boot", ""
         self.group = self.live_mounts = None
+        self.configured = {}
         self.runner, self.broker = runner, broker
-        self.holder = SimHolder(scenery.hold_backend)
+        self.holder = SimHolder(scenery.hold_backend, scenery.drop_backend)
         self.states = StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner())
         self.records = SimRecords(_RUN_DIR)
         self.events = Events()

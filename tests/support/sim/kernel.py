@@ -137,6 +137,7 @@ class SimKernel:
         self.quiescing = self.cancelling = self.all_fetched = self.gone = False
         self._tears = False
         """6.12's quiesce work is due on a device that does not serve: it cancels the dead worker's siblings."""
+        self.size_bytes = 0
         self.finished: list[Request] = []
         self._endings: list[Ending] = []
         self._memory = memory
@@ -351,6 +352,13 @@ class SimKernel:
         """START_DEV, once every tag is fetched."""
         assert self.all_fetched
         self.state = DeviceState.LIVE
+
+    def update_size(self, size_bytes: int) -> None:
+        """UPDATE_SIZE; the driver takes any size, and crashes without a disk."""
+        assert self.model != "6.12" and self.state is not DeviceState.DEAD, (
+            "UPDATE_SIZE without a disk: a crash"
+        )
+        self.size_bytes = size_bytes
 
     def start_recovery(self) -> None:
         """START_USER_RECOVERY."""

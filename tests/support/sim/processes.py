@@ -103,6 +103,9 @@ class Stranger:
 class Processes:
     """The processes, which can be killed, and the kernel, which cannot; every choice comes from `rng`."""
 
+    first_sectors = SECTORS
+    """The config's size of the device."""
+
     def __init__(self, scenario: DeviceScenario, rng: random.Random) -> None:
         self.scenario, self.rng = scenario, rng
         self.clock = Clock()
@@ -118,7 +121,7 @@ class Processes:
         )
         self.config = DeviceConfig(
             name="sim",
-            size_bytes=SECTORS * SECTOR_BYTES,
+            size_bytes=self.first_sectors * SECTOR_BYTES,
             queues=scenario.queues,
             depth=scenario.depth,
             max_io_bytes=MAX_IO_BYTES,
@@ -170,6 +173,7 @@ class Processes:
             self._end_broker,
             self._end_backend,
             self._hold_backend,
+            self._drop_backend,
             self._save,
             self.jobs,
             scenario.defect,
@@ -371,6 +375,7 @@ class Processes:
             segment_bytes=cells * MAX_IO_BYTES if own else 0,
             identity=wire.Identity(value="the store of the simulation"),
         )
+        attach = self._offered(attach, daemon)
         backend = SimBackend(
             1 + len(self.backends),
             self.witness,
@@ -401,6 +406,10 @@ class Processes:
 
         daemon.spawn(admit)
 
+    def _offered(self, attach: wire.Attach, daemon: Daemon) -> wire.Attach:
+        """What a backend attaches with."""
+        return attach
+
     def _end_backend(self) -> None:
         backend = self.backend
         if backend is None:
@@ -414,6 +423,11 @@ class Processes:
 
     def _hold_backend(self, pid: int) -> None:
         self.backends[pid - 1].is_held = True
+
+    def _drop_backend(self) -> None:
+        """The holder lets go of the connection of the backend that was taken leave of."""
+        for each in self.backends:
+            each.is_held = False
 
     def _forget_backend(self, backend: SimBackend) -> None:
         """The backend has ended; with a defect the other processes only believe that."""

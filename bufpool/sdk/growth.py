@@ -1,0 +1,85 @@
+"""A store that grows while it is served: the daemon's `Resize`, and what the backend announces itself.
+
+Owns the thread that runs `Backend.resize`, so that no request waits for the store meanwhile, and what the loop has to
+tell the daemon.  `begin` and `news` are the loop's; `announce` may be called from any thread.
+"""
+
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.sdk.backend import Backend, log
+from ublkpool.bufpool.sdk.event_loop import EventLoop
+from ublkpool.bufpool.way_out import explain
+
+REASON_LENGTH_MAX = 1024
+
+
+def is_async(backend: Backend) -> bool:
+    """Whether its `resize` is `async def`."""
+    return inspect.iscoroutinefunction(backend.callables().get("resize"))
+
+
+def can_resize(backend: Backend) -> bool:
+    """Whether its author wrote a `resize`."""
+    function = backend.callables().get("resize")
+    return function is not None and getattr(function, "__func__", None) is not Backend.resize
+
+
+class Growth:
+    """What becomes of one backend's store."""
+
+    def __init__(self, backend: Backend, events: EventLoop, wake: Callable[[], None]) -> None:
+        """`wake` has the loop call `news`, from any thread."""
+        self._backend, self._events, self._wake = backend, events, wake
+        self._news: deque[wire.SessionMessage] = deque()
+        self._thread: threading.Thread | None = None
+        self._asked_bytes = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the store is growing now."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `news` has something to tell."""
+        return bool(self._news)
+
+    def begin(self, size_bytes: int) -> None:
+        """Have the store grow to `size_bytes`; `news` has the answer later."""
+        if self.is_busy:
+            self._answer(size_bytes, f"the store is still growing to {self._asked_bytes} bytes: try again")
+            return
+        self._asked_bytes = size_bytes
+        self._thread = threading.Thread(
+            target=self._run, args=(size_bytes,), name="ublkpool-resize", daemon=True
+        )
+        self._thread.start()
+
+    def announce(self, size_bytes: int) -> None:
+        """See `Device.resized`."""
+        self._news.append(wire.Grown(size_bytes=int(size_bytes)))
+        self._wake()
+
+    def news(self) -> list[wire.SessionMessage]:
+        """What happened since the last call."""
+        return [self._news.popleft() for _ in range(len(self._news))]
+
+    def _run(self, size_bytes: int) -> None:
+        try:
+            self._events.settle(self._backend.callables()["resize"](size_bytes))
+        except BaseException as error:
+            if not isinstance(error, PoolError | OSError):
+                log.exception("resize to %d bytes failed", size_bytes)
+            text = explain(error) if isinstance(error, OSError) else str(error)
+            self._answer(size_bytes, " ".join(text.split()) or type(error).__name__)
+        else:
+            self._answer(size_bytes, "")
+
+    def _answer(self, size_bytes: int, reason: str) -> None:
+        self._news.append(wire.Resized(size_bytes=size_bytes, reason=reason[:REASON_LENGTH_MAX]))
+        self._wake()
