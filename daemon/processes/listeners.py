@@ -1,6 +1,7 @@
 """The socket on which metrics are served, and its removal.
 
-Owns that a unix socket there replaces a socket and no other file, for the daemon's user and its group alone.
+Owns that a unix socket there replaces a dead process's socket and nothing else, for the daemon's user and its group
+alone.
 """
 
 import socket
@@ -18,6 +19,8 @@ BACKLOG = 64
 def listen_at(address: ListenAddress, group: int | None = None) -> socket.socket:
     """A socket that listens there; a unix socket also for members of `group`.  Raises `DaemonError`."""
     if address.path is not None:
+        if _is_listened_on(address.path):
+            raise DaemonError(f"{address}: cannot listen: another process does")
         try:
             return unix_socket.listen(address.path, socket.SOCK_STREAM, group, BACKLOG)
         except OSError as error:
@@ -33,6 +36,21 @@ def listen_at(address: ListenAddress, group: int | None = None) -> socket.socket
         listener.close()
         raise DaemonError(f"{address}: cannot listen: {explain(error)}") from error
     return listener
+
+
+def _is_listened_on(path: Path) -> bool:
+    """Whether a process would accept a connection there; returns at once."""
+    with socket.socket(
+        socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    ) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            # So many connections wait that no more fit.
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def shown(listener: socket.socket) -> str:

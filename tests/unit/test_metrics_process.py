@@ -214,6 +214,8 @@ def test_a_listener_says_where_it_listens_and_why_it_cannot(tmp_path: Path) -> N
     path = tmp_path / "x.sock"
     with listen_at(ListenAddress(path=path)) as listener:
         assert shown(listener) == f"unix:{path}"
+        with pytest.raises(DaemonError, match=rf"^unix:{path}: cannot listen: another process does$"):
+            listen_at(ListenAddress(path=path))
     # A socket that a dead process left is replaced.
     with listen_at(ListenAddress(path=path)), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
