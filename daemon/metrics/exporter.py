@@ -10,13 +10,16 @@ import os
 import pwd
 import signal
 import socket
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ublkpool.daemon.metrics.collector import render
 from ublkpool.daemon.metrics.http_server import HttpServer
 from ublkpool.daemon.metrics.pages import Pages
 from ublkpool.daemon.metrics.source import Snapshot, Source, by_connection, by_path, open_streams
+from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.listeners import listen_at, remove_left, shown
 from ublkpool.daemon.settings.listen import ListenAddress
 
@@ -24,11 +27,19 @@ USER = "nobody"
 _USER_NUMBER = 65534
 """Where the system has no user of that name."""
 _NICE = 5
+LOOK_S = 1.0
+"""Between two looks whether the run directory is still there."""
 _log = logging.getLogger("ublkpool.metrics")
 
 
-def run_inherited(listener: int, connection: int) -> int:
-    """The daemon's child: serve on this socket what the daemon at the other end of `connection` tells."""
+def run_inherited(run_dir: Path, listener: int, connection: int) -> int:
+    """The daemon's child: serve on this socket what the daemon at the other end of `connection` tells.
+
+    It ends when the run directory is removed: no later daemon would find it there to end it.
+    """
+    directory = None
+    with suppress(OSError):
+        directory = os.open(run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     with suppress(OSError):
         # The daemon is spared when memory runs out; its exporter need not be.
         Path("/proc/self/oom_score_adj").write_text("0")
@@ -42,7 +53,7 @@ def run_inherited(listener: int, connection: int) -> int:
 
     async def serve() -> None:
         daemon.setblocking(False)
-        await _serve(by_connection(await open_streams(daemon)), sock)
+        await _serve(by_connection(await open_streams(daemon)), sock, _removal(directory))
 
     asyncio.run(serve())
     return 0
@@ -53,21 +64,32 @@ def run(run_dir: Path, address: ListenAddress) -> int:
     sock = listen_at(address)
     _log.info("metrics of %s at %s", run_dir, shown(sock))
     try:
-        asyncio.run(_serve(by_path(run_dir), sock))
+        asyncio.run(_serve(by_path(run_dir), sock, asyncio.Event().wait()))
     finally:
         if address.path is not None:
             remove_left(address.path)
     return 0
 
 
-async def _serve(source: Source, listener: socket.socket) -> None:
+async def _serve(source: Source, listener: socket.socket, end: Coroutine[Any, Any, object]) -> None:
+    """Serve until SIGTERM, or until `end` returns."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server = HttpServer(Pages(source.take).page)
     await server.start(listener)
-    await stop.wait()
+    async with beside(stop.wait()) as stopped, beside(end) as ended:
+        await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
     await server.close()
+
+
+async def _removal(directory: int | None) -> None:
+    """Return when this open directory has been removed; never for one that was gone from the start.
+
+    A daemon that runs without its run directory keeps its exporter.
+    """
+    while directory is None or os.fstat(directory).st_nlink:
+        await asyncio.sleep(LOOK_S)
 
 
 def become_ordinary() -> None:

@@ -107,7 +107,14 @@ class MetricsProcess(SupervisedProcess):
             socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
         inherited = (listener.fileno(), theirs.fileno())
-        command = [sys.executable, "-m", "ublkpool.daemon.metrics", *map(str, inherited), *self._log_as]
+        command = [
+            sys.executable,
+            "-m",
+            "ublkpool.daemon.metrics",
+            str(self._run_dir),
+            *map(str, inherited),
+            *self._log_as,
+        ]
         fork = with_room_for_one(
             lambda: fork_child(lambda: _become(command, inherited), inherited, "ublkpool-metrics")
         )

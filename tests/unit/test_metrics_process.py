@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pwd
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -138,6 +139,23 @@ def test_an_exporter_outlives_its_daemon_and_the_next_one_replaces_it(tmp_path: 
             assert other != pid
             assert identify("metrics", pid) is None
         assert list(tmp_path.iterdir()) == []
+
+    in_loop(test)
+
+
+def test_an_exporter_whose_run_directory_is_removed_ends(tmp_path: Path) -> None:
+    async def test() -> None:
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        rig = Rig(run_dir)
+        await rig.server.start()
+        rig.exporter.begin()
+        await rig.until_up(1)
+        rig.exporter.let_end()
+        shutil.rmtree(run_dir)
+        assert await rig.exporter.child.wait() == 0
+        await rig.exporter.stop()
+        await rig.server.close(0)
 
     in_loop(test)
 
