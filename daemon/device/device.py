@@ -173,6 +173,8 @@ class Device(DeviceService):
                 await team.linked()
             self.parts.binding.starting()
             await team.plan.kernel.start(START_DEADLINE_S, team.check_whole)
+            # Before the wait for udev, which then covers the links: when `ublkpool add` returns they are there.
+            await team.plan.kernel.publish_name()
             await team.plan.kernel.wait_for_node()
         except DaemonError as error:
             await self._end_start(one_line(error))
@@ -404,6 +406,7 @@ class Device(DeviceService):
             parts.resources.hold_workers(team)
             await adoption.learn(parts, record)
             client_buffers.resume(parts, held)
+        parts.background.spawn(team.plan.kernel.publish_name())
         stderr = held.get(stderr_name(self.config.name))
         if parts.managed is not None and not record.drained:
             parts.managed.go_on(record.managed, stderr)
@@ -459,6 +462,8 @@ class Device(DeviceService):
             if self.state == "failed":
                 return True
             client_buffers.resume(parts, held)
+            if parts.resources.kernel is not None:
+                parts.background.spawn(parts.resources.kernel.publish_name())
         if parts.managed is not None and not record.drained:
             parts.managed.start()
         return True

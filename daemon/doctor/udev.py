@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ublkpool.daemon.doctor.finding import Finding, some
 from ublkpool.daemon.doctor.system import System
+from ublkpool.daemon.kernel.disk_names import DiskNames
 
 CHECK = "udev"
 RULES = "99-ublkpool.rules"
@@ -17,7 +18,9 @@ DIRECTORIES = (
     "lib/udev/rules.d",
 )
 """As udev(7) orders them: of files with the same name, only the first counts."""
+_INSTALL = f"install -m 644 config/{RULES} /etc/udev/rules.d/ && udevadm control --reload && udevadm trigger -s block"
 _NOWATCH = re.compile(r'^[^#\n]*"ublkb\*"[^#\n]*"nowatch"', re.MULTILINE)
+_NAMES = re.compile(r'^[^#\n]*"ublkb\*"[^#\n]*IMPORT\{file\}="/run/ublkpool-names/', re.MULTILINE)
 
 
 def udev_findings(system: System) -> list[Finding]:
@@ -31,12 +34,25 @@ def udev_findings(system: System) -> list[Finding]:
             f"install config/{RULES}, then: udevadm control --reload; udevadm trigger --action=change NAME"
         )
         return [Finding(CHECK, "warn", says, way_out)]
-    where = next((path for path in _effective(system) if _NOWATCH.search(_text(path))), None)
+    texts = {path: _text(path) for path in _effective(system)}
+    where = next((path for path, text in texts.items() if _NOWATCH.search(text)), None)
     if where is None:
         says = "udev has no rule that turns its watch on ublk disks off, with which it opens a disk behind each writer"
-        way_out = f"install -m 644 config/{RULES} /etc/udev/rules.d/ && udevadm control --reload"
-        return [Finding(CHECK, "warn", says, way_out)]
-    return [Finding(CHECK, "ok", f"/{where.relative_to(system.root)} turns the watch on ublk disks off")]
+        return [Finding(CHECK, "warn", says, _INSTALL)]
+    if not any(_NAMES.search(text) for text in texts.values()):
+        return [Finding(CHECK, "warn", "udev has no rule that links /dev/ublkpool/NAME to disks", _INSTALL)]
+    if unlinked := _unlinked(system):
+        says = f"udev has not linked {some(f'/dev/ublkpool/{name} to {disk}' for name, disk in unlinked)}"
+        disks = " ".join(f"/dev/{disk}" for _, disk in unlinked)
+        return [Finding(CHECK, "warn", says, f"udevadm control --reload; udevadm trigger {disks}")]
+    about = f"/{where.relative_to(system.root)} turns the watch on ublk disks off"
+    return [Finding(CHECK, "ok", f"{about}, and /dev/ublkpool has their names")]
+
+
+def _unlinked(system: System) -> list[tuple[str, str]]:
+    """The disks whose daemon has told udev a name, and which have no link of that name."""
+    names = DiskNames(system.root)
+    return sorted((name, disk) for name, disk in names.published().items() if names.linked(name) != disk)
 
 
 def _effective(system: System) -> list[Path]:

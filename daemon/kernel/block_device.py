@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ublkpool.bufpool.way_out import explain
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import DaemonError, without_name
 from ublkpool.daemon.kernel import device_commands
 from ublkpool.daemon.kernel.client_area import ClientArea
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
+from ublkpool.daemon.kernel.disk_names import DiskNames
 from ublkpool.daemon.kernel.disk_view import NODE_DEADLINE_S, DiskView
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi, control
@@ -292,15 +293,48 @@ class BlockDevice(DiskView):
         number = self.number
         await self._command_beside("STOP_DEV", lambda: control.stop_device(number), deadline_s)
 
+    async def publish_name(self) -> None:
+        """Have udev link the disk as /dev/ublkpool/NAME (`disk_names`); if it cannot be, the reason is logged."""
+        names, name, disk = DiskNames(), self._name, self.node.name
+        if not names.are_wanted:
+            return
+        number, mark = self.number, self.mark
+        try:
+            why = await self._look(
+                f"naming {disk}",
+                lambda: names.publish(name, disk, lambda: control.expect_mark(number, mark)),
+                str,
+            )
+        except ControlFailed as error:
+            why = without_name(name, str(error))
+        if why:
+            _log.warning("%s: it has no link /dev/ublkpool/%s: %s", name, name, why)
+
+    async def _withdraw_name(self) -> bool:
+        """After the disk's end: return when no link leads to its number; false if the disk has not ended."""
+        names, name, disk = DiskNames(), self._name, self.node.name
+        if not names.are_wanted:
+            return True
+        try:
+            return await self._look(f"removing the links to {disk}", lambda: names.withdraw(name, disk), bool)
+        except ControlFailed as error:
+            _log.warning("%s: links to %s may be left: %s", name, disk, without_name(name, str(error)))
+            return True
+
     async def delete(self) -> None:
         """DEL_DEV_ASYNC, when no worker has /dev/ublkcN open any more.  Raises `ControlFailed`.
 
         DEL_DEV would wait until no process has the disk mounted or open, and make every other command wait.
         """
         number, mark = self.number, self.mark
-        if not await self._runner.run(
+        # Another server may get the number as soon as it is free.
+        is_withdrawn = await self._withdraw_name()
+        is_free = await self._runner.run(
             f"{self._name}: DEL_DEV", lambda: device_commands.delete(number, mark), bool
-        ):
+        )
+        if not is_withdrawn:
+            await self._withdraw_name()
+        if not is_free:
             _log.warning(
                 "%s: a process still has its disk mounted or open; number %d is free when it lets go",
                 self._name,

@@ -27,7 +27,7 @@ SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
     "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b df dmesg erms final.target fsrm h11.RemoteProtocolError hidepid "
     "io_uring_prep_uring_cmd "
-    "liburing.a mkfs modules.dep nowatch numactl preexec_fn sources.list taskset "
+    "liburing.a mkfs modules.dep nofail nowatch numactl preexec_fn sources.list taskset "
     "tools/testing/selftests/ublk umount.target"
 )
 """Names of libraries, programs, systemd and processors."""

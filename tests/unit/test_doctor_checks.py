@@ -271,7 +271,9 @@ def test_the_driver_s_limit_of_devices_counts_before_6_15(
     the_one(limit_findings(system, release(kernel), Limited(7, "x"))[2:], level, "ublks_max", str(count))
 
 
-RULE = 'SUBSYSTEM=="block", KERNEL=="ublkb*", OPTIONS+="nowatch"\n'
+NOWATCH = 'SUBSYSTEM=="block", KERNEL=="ublkb*", OPTIONS+="nowatch"\n'
+NAMES = 'KERNEL=="ublkb*", ENV{DISKSEQ}=="?*", \\\n  IMPORT{file}="/run/ublkpool-names/$env{DISKSEQ}"\n'
+RULE = NOWATCH + NAMES
 
 
 def test_the_rules_are_in_force_in_the_first_of_udev_s_directories(system: System) -> None:
@@ -288,6 +290,10 @@ def test_the_rules_are_in_force_in_the_first_of_udev_s_directories(system: Syste
     os.mkfifo(system.root / "etc/udev/rules.d/50-pipe.rules")
     write(system, {"etc/udev/rules.d/60-mine.rules": RULE})
     the_one(udev_findings(system), "ok", "60-mine.rules")
+    write(system, {"etc/udev/rules.d/60-mine.rules": NOWATCH})
+    the_one(udev_findings(system), "warn", "/dev/ublkpool/NAME", "install -m 644")
+    write(system, {"etc/udev/rules.d/61-mine.rules": NAMES})
+    the_one(udev_findings(system), "ok", "60-mine.rules")
     write(system, {"etc/udev/rules.d/60-mine.rules.off": RULE, "etc/udev/rules.d/60-mine.rules": ""})
     the_one(udev_findings(system), "warn")
 
@@ -295,6 +301,19 @@ def test_the_rules_are_in_force_in_the_first_of_udev_s_directories(system: Syste
 def test_the_shipped_rules_are_recognised(system: System) -> None:
     shipped = Path(__file__).parents[2] / "config" / "99-ublkpool.rules"
     write(system, {"run/udev/control": "", "etc/udev/rules.d/99-ublkpool.rules": shipped.read_text()})
+    the_one(udev_findings(system), "ok")
+
+
+def test_a_disk_that_udev_has_not_linked_is_named(system: System) -> None:
+    write(system, {"run/udev/control": "", "etc/udev/rules.d/99-ublkpool.rules": RULE})
+    write(system, {"sys/class/block/ublkb0/diskseq": "12\n", "sys/class/block/ublkb1/diskseq": "13\n"})
+    write(system, {f"run/ublkpool-names/1{n}": f"UBLKPOOL_NAME=vol{n}\n" for n in range(4)})
+    (system.root / "dev/ublkpool").mkdir(parents=True)
+    (system.root / "dev/ublkpool/vol2").symlink_to("../ublkb0")
+    found = the_one(udev_findings(system), "warn", "/dev/ublkpool/vol3 to ublkb1", "trigger /dev/ublkb1")
+    # Disks 10 and 11 are gone.
+    assert not {"vol0", "vol1", "vol2"} & set(found.says.replace("/", " ").split())
+    (system.root / "dev/ublkpool/vol3").symlink_to("../ublkb1")
     the_one(udev_findings(system), "ok")
 
 

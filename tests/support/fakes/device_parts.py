@@ -143,6 +143,9 @@ class FakeKernel(BlockDevice):
     async def set_io_timeout(self, timeout_ms: int) -> None:
         self.io_timeouts_ms.append(timeout_ms)
 
+    async def publish_name(self) -> None:
+        """No udev runs here."""
+
     async def stop(self, deadline_s: float) -> None:
         """STOP_DEV has nothing to wait for."""
 

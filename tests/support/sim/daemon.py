@@ -332,6 +332,9 @@ class SimBlockDevice(BlockDevice):
     async def wait_for_node(self) -> None:
         """The disk has no node."""
 
+    async def publish_name(self) -> None:
+        """No udev runs in the simulation."""
+
     async def set_io_timeout(self, timeout_ms: int) -> None:
         """The simulation decides when the driver looks."""
 
