@@ -175,7 +175,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 
 systemd-%:
 	@echo "test: systemd, in a guest with Linux $*"
-	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* PYTHONDONTWRITEBYTECODE=1 \
+	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* UBLKPOOL_ALL_KERNELS="$(KERNELS)" PYTHONDONTWRITEBYTECODE=1 \
 	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/systemd $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised

@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 
 from support.guest.cache import GuestCache
+from support.guest.one_kernel import guest_for
 from support.systemd.checks import POWEROFF
 from support.systemd.guest import OFF
 from support.systemd.root import SystemdRoot
 from support.systemd.scene import Seen, prepare, run_boot
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
+ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
+"""The kernels of this `make test-systemd`, which runs this folder once for each."""
 HERE = Path(__file__).parent
+NAMES_KERNEL = "7.3"
 _shown: set[int] = set()
 _measured: list[str] = []
 
@@ -23,9 +27,16 @@ _measured: list[str] = []
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`make test-systemd` sets the variable; a plain pytest boots nothing."""
     ours = [item for item in items if HERE in item.path.parents]
-    if ours and not KERNELS:
-        config.hook.pytest_deselected(items=ours)
-        items[:] = [item for item in items if item not in ours]
+    gone = ours if not KERNELS else [item for item in ours if not is_wanted(item)]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
+
+
+def is_wanted(item: pytest.Item) -> bool:
+    """Whether the test runs with the kernel that it is for: a test with `one_kernel` in one guest only."""
+    marker, call = item.get_closest_marker("one_kernel"), getattr(item, "callspec", None)
+    return marker is None or call is None or runs_here(call.params["kernel"], marker.args[0])
 
 
 @pytest.fixture(scope="session", params=KERNELS or ["none"])
@@ -48,8 +59,14 @@ def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture(scope="session")
 def first(root: Path, kernel: str) -> Seen:
-    """The first boot: restarts, deaths, and a poweroff with dirty data."""
-    return measured(run_boot(root, kernel, "first"), f"Linux {kernel}, first boot")
+    """The first boot: restarts, deaths, and a poweroff with dirty data; in one guest also devices that come and go."""
+    further = ("names",) if runs_here(kernel, NAMES_KERNEL) else ()
+    return measured(run_boot(root, kernel, "first", *further), f"Linux {kernel}, first boot")
+
+
+def runs_here(kernel: str, named: str) -> bool:
+    """Whether the guest of this kernel runs what does not depend on the kernel, and names that one."""
+    return guest_for(named, ALL_KERNELS) == kernel
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,50 @@ def test_systemd_finds_nothing_wrong_with_the_units(first: Seen) -> None:
     assert found["said"] == ""
     assert found["status"] == 0
     assert len(found["units"]) == 4
+    assert first.fact("verified rules")["status"] == 0, first.fact("verified rules")
+
+
+def linked(nodes: dict[str, str]) -> dict[str, str]:
+    """The links that these names of devices or partitions have, each to its node."""
+    return {
+        f"{prefix}{name}": node
+        for name, node in nodes.items()
+        for prefix in ("ublkpool/", "disk/by-id/ublkpool-")
+    }
+
+
+LASTING = {"vol0": "ublkb0", "vol1": "ublkb1", "vol2": "ublkb2"}
+
+
+def test_disks_have_links_with_their_names_at_each_boot(first: Seen, second: Seen) -> None:
+    for seen in (first, second):
+        assert seen.fact("links at start") == linked(LASTING)
+
+
+@pytest.mark.one_kernel("7.3")
+def test_links_stay_while_daemon_workers_and_backends_die_and_are_replaced(first: Seen) -> None:
+    assert first.fact("links after deaths") == linked(LASTING)
+    properties = first.fact("properties")
+    assert (properties["ID_SERIAL"], properties["ID_MODEL"]) == ("vol0", "ublkpool")
+    # The file system is mounted by that link, and systemd unmounts what loses its device.
+    assert first.fact("fio ran through")
+
+
+@pytest.mark.one_kernel("7.3")
+def test_the_next_device_with_a_number_has_its_own_links_only_even_if_udev_stood_still(first: Seen) -> None:
+    assert first.fact("links of one") == linked(LASTING | {"one": "ublkb40"})
+    assert first.fact("links without udev") == linked(LASTING)
+    assert first.fact("links of two") == linked(LASTING | {"two": "ublkb40"})
+    assert first.fact("links after all") == linked(LASTING)
+
+
+@pytest.mark.one_kernel("7.3")
+def test_a_partition_is_linked_and_by_uuid_knows_a_new_file_system_after_a_trigger(first: Seen) -> None:
+    partition = {"one": "ublkb40", "one-part1": "ublkb40p1"}
+    assert first.fact("links of a partition") == linked(LASTING | partition)
+    assert first.fact("mkfs")["status"] == 0, first.fact("mkfs")
+    assert first.fact("trigger")["status"] == 0, first.fact("trigger")
+    assert first.fact("by-uuid") == "ublkb40p1"
 
 
 def test_a_restart_of_the_daemon_and_then_of_a_backend_costs_a_writer_no_error(first: Seen) -> None:

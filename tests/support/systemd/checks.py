@@ -4,6 +4,7 @@ Run by the Python in the guest's root, with the installed ublkpool.  It writes f
 tests on the host check them.  A step that fails leaves its traceback as its fact, and the next step runs.
 """
 
+import fcntl
 import grp
 import hashlib
 import json
@@ -11,6 +12,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from typing import Any
 
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStatus
 
 HERE = Path("/root/check")
@@ -29,6 +32,10 @@ FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
 CGROUP = Path("/sys/fs/cgroup/system.slice/ublkpool.service")
 DEADLINE_S = 600.0
 DIRTY_BYTES = 8 << 20
+BLKRRPART = 0x125F
+REUSED = 40
+"""A device number that two devices get, one after the other."""
+UUID = "6f7d1c52-0d4f-4a53-9d0e-57a1b7a3c001"
 POWEROFF = "ublkpool-check: poweroff"
 SHOWN = "Id,ActiveState,SubState,Result,StatusText,NRestarts,MainPID,UnitFileState"
 FIO = (
@@ -125,6 +132,8 @@ def at_start() -> None:
     required = shell("systemctl", "show", "--value", "-p", "Requires,BindsTo,PartOf,Requisite", *names[:3])
     say("required", str(required["said"]).split())
     say("mounted", FSTAB_MOUNT.is_mount())
+    linked("vol0", "vol1", "vol2")
+    say("links at start", links())
     say("states", {each.name: each.state for each in client.devices()})
 
 
@@ -233,6 +242,64 @@ def deaths() -> None:
     eventually(lambda: is_live("vol2", not_pid=found.backend.pid), "vol2 has another backend")
 
 
+def links() -> dict[str, str]:
+    """The nodes to which the links with our devices' names lead, by the links' paths below /dev."""
+    found = [*Path("/dev/ublkpool").glob("*"), *Path("/dev/disk/by-id").glob("ublkpool-*")]
+    return {str(each.relative_to("/dev")): each.readlink().name for each in sorted(found)}
+
+
+def linked(*names: str) -> None:
+    """Wait until udev, which may be slow, has made the links to these devices or partitions."""
+    wanted = {f"{prefix}{name}" for name in names for prefix in ("ublkpool/", "disk/by-id/ublkpool-")}
+    eventually(lambda: wanted <= links().keys(), f"links to {', '.join(names)}")
+
+
+def names() -> None:
+    """Devices that get each other's numbers, with partitions and with a udev that does nothing for a while."""
+    say("links after deaths", links())
+    said = str(shell("udevadm", "info", "--query=property", "/dev/ublkpool/vol0")["said"])
+    say("properties", dict(line.split("=", 1) for line in said.splitlines()))
+    add("one")
+    linked("one")
+    say("links of one", links())
+    partition_table("/dev/ublkpool/one")
+    linked("one-part1")
+    say("links of a partition", links())
+    say("mkfs", shell("mkfs.ext4", "-q", "-U", UUID, "/dev/ublkpool/one-part1"))
+    say("trigger", shell("udevadm", "trigger", "--settle", "/dev/ublkpool/one-part1"))
+    by_uuid = Path("/dev/disk/by-uuid") / UUID
+    say("by-uuid", by_uuid.readlink().name if by_uuid.is_symlink() else "")
+    shell("udevadm", "control", "--stop-exec-queue")
+    try:
+        client.delete(["one"])
+        say("links without udev", links())
+        add("two")
+    finally:
+        shell("udevadm", "control", "--start-exec-queue")
+    linked("two")
+    say("links of two", links())
+    client.delete(["two"])
+    say("links after all", links())
+
+
+def add(name: str) -> None:
+    """A device with the reused number, live when this returns."""
+    backend = BackendConfig(kind="memory", options={"size": "16M"})
+    client.add(DeviceConfig(name=name, id=REUSED, backend=backend))
+
+
+def partition_table(disk: str) -> None:
+    """Give the disk one partition, from 1 MiB to 15 MiB, and have the kernel read it."""
+    entry = struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), 2048, 28672)
+    fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, bytes(446) + entry + bytes(48) + b"\x55\xaa", 0)
+        os.fsync(fd)
+        fcntl.ioctl(fd, BLKRRPART)
+    finally:
+        os.close(fd)
+
+
 def journal() -> None:
     """All log lines of the daemon and the backends in this boot."""
     # journald reads what was sent to it, before it answers.
@@ -249,6 +316,7 @@ def verify() -> None:
     shipped = [str(each) for each in sorted(Path("/etc/systemd/system").glob("ublkpool*.service"))]
     named = [each.replace("@.service", "@vol0.service") for each in shipped]
     say("verify", {"units": named, **shell("systemd-analyze", "verify", "--man=no", *named)})
+    say("verified rules", shell("udevadm", "verify", "/etc/udev/rules.d/99-ublkpool.rules"))
 
 
 def write_dirty(where: Path, seed: int) -> None:
@@ -324,18 +392,23 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
         quick_restarts,
         out_of_memory,
         deaths,
+        names,
         journal,
         verify,
         leave_dirty,
     ),
     "second": (at_start, after_poweroff, leave_without_backend),
 }
+IN_ONE_GUEST = (names,)
+"""Steps that run only if they are named."""
 
 
-def main(boot: str) -> None:
+def main(boot: str, *named: str) -> None:
     """Run all steps of one boot."""
     try:
         for step in STEPS[boot]:
+            if step in IN_ONE_GUEST and step.__name__ not in named:
+                continue
             began_s = time.monotonic()
             try:
                 step()
@@ -348,4 +421,4 @@ def main(boot: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

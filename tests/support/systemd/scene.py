@@ -66,7 +66,7 @@ def pread(buf: memoryview, offset: int) -> None:
     raise OSError("it was never opened")
 """
 # The timeout counts from the beginning of the boot; in a guest on a busy machine the daemon takes minutes to start.
-FSTAB = "/dev/ublkb0 /srv/vol0 ext4 _netdev,x-systemd.device-timeout=600 0 0\n"
+FSTAB = "/dev/ublkpool/vol0 /srv/vol0 ext4 _netdev,x-systemd.device-timeout=600 0 0\n"
 # At each start systemd logs which of our processes it finds, and on the console repeatedly what it waits for.
 _LEFT_OVER = re.compile(r"Found left-over process|This usually indicates unclean termination")
 _PROGRESS = re.compile(r"\] (?:\(\d+ of \d+\) )?Job \S+ running \(")
@@ -77,7 +77,7 @@ After=multi-user.target
 
 [Service]
 Type=oneshot
-ExecStart=/opt/ublkpool/bin/python /root/check/checks.py {boot}
+ExecStart=/opt/ublkpool/bin/python /root/check/checks.py {script}
 ExecStopPost=/bin/systemctl --no-block poweroff
 TimeoutStartSec=infinity
 StandardOutput=journal+console
@@ -149,8 +149,8 @@ class Seen:
         return "\n".join(line for title, lines in shown.items() for line in (f"--- {title}", *lines))
 
 
-def run_boot(root: Path, kernel: str, name: str) -> Seen:
-    """Boot the root, run the script of that name, and collect the facts."""
+def run_boot(root: Path, kernel: str, *script: str) -> Seen:
+    """Boot the root, run the script with these arguments, and collect the facts."""
     check = root / CHECK
     check.mkdir(exist_ok=True)
     shutil.copy(CHECKS, check)
@@ -159,7 +159,7 @@ def run_boot(root: Path, kernel: str, name: str) -> Seen:
     # One boot only, because a journal of several has no current boot when it is read from the host.
     shutil.rmtree(root / "var/log/journal", ignore_errors=True)
     (root / "var/log/journal").mkdir()
-    write(root / "etc/systemd/system/check.service", CHECK_UNIT.format(boot=name))
+    write(root / "etc/systemd/system/check.service", CHECK_UNIT.format(script=shlex.join(script)))
     seen = boot(root, kernel, timeout_s=BOOT_TIMEOUT_S)
     lines = facts.read_text().splitlines() if facts.exists() else []
     found = {each["fact"]: each["value"] for each in map(json.loads, lines)}
