@@ -166,7 +166,8 @@ def test_a_backend_ends_although_its_store_still_grows(tmp_path: Path) -> None:
 def test_a_backend_announces_that_its_store_has_grown(tmp_path: Path) -> None:
     backend = Growing()
     with knowing(tmp_path) as worker, serving(worker, backend):
-        assert backend.device is not None
+        # Its first answer says that it has been told of the device.
+        assert result_at(worker, 0) == 4096 and backend.device is not None
         backend.disk.extend(bytes(SIZE_BYTES))
         backend.device.resized(2 * SIZE_BYTES)
         assert heard(worker) == wire.Grown(size_bytes=2 * SIZE_BYTES)
@@ -177,7 +178,7 @@ def test_an_older_daemon_hears_nothing_of_it(tmp_path: Path) -> None:
     backend = Growing()
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
         assert worker.attach is not None and b"resizes" not in wire.encode_message(worker.attach)
-        assert backend.device is not None
+        assert result_at(worker, 0) == 4096 and backend.device is not None
         backend.device.resized(2 * SIZE_BYTES)
         assert result_at(worker, 0) == 4096
         assert worker.connection is not None
