@@ -15,6 +15,7 @@ _BUFPOOL = _SOURCES.parents[1] / "bufpool"
 _SHARED = _BUFPOOL / "wire" / "csrc"
 _HEADERS = (
     "wire.h",
+    "queue_latency.h",
     "queue_core.h",
     "queue_port.h",
     "queue_clock.h",
@@ -38,6 +39,7 @@ def _declarations(name: str) -> str:
 # Hidden and linked as one, functions of one file are inlined into another's.
 _WHOLE = ["-O2", "-flto", "-fvisibility=hidden"]
 _SOURCE_FILES = (
+    "queue_latency.c",
     "queue_tag.c",
     "queue_check.c",
     "queue_stock.c",

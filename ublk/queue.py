@@ -120,26 +120,6 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     classes: tuple[BufferClass, ...]
 
 
-class Statistics(NamedTuple):
-    """A queue's counters, which continue over a recovery; the first three by operation (`wire.Op`)."""
-
-    requests: tuple[int, ...]
-    moved_bytes: tuple[int, ...]
-    failed: tuple[int, ...]
-    counters: dict[str, int]
-
-
-_BY_OPERATION = ("requests", "bytes", "failed")
-
-
-def read_statistics(block: bytes) -> Statistics:
-    """Decode a queue's block of the control segment; names are those of struct uq_stats."""
-    view = ffi.from_buffer("struct uq_stats *", block)
-    names = [name for name, _ in ffi.typeof("struct uq_stats").fields]
-    counters = {name: int(getattr(view, name)) for name in names if name not in _BY_OPERATION}
-    return Statistics(tuple(view.requests), tuple(view.bytes), tuple(view.failed), counters)
-
-
 class PoolLost(OSError):
     """The pool's old memory may be unmapped, and the new is not there."""
 
@@ -154,7 +134,7 @@ class Command(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Addresses in this process: the descriptor array, the pool, slot headers, scratch, statistics, zeros."""
+    """Addresses in this process: descriptor array, pool, slot headers, scratch, statistics block, zeros."""
 
     descriptors: Any
     pool: Any
@@ -179,7 +159,9 @@ class Queue:
         raw.pool = ffi.cast("uint8_t *", memory.pool)
         raw.slots = ffi.cast("struct uq_slot *", memory.slots)
         raw.scratch = ffi.cast("uint8_t *", memory.scratch)
-        raw.stats = ffi.cast("struct uq_stats *", memory.statistics)
+        block = ffi.cast("struct uq_block *", memory.statistics)
+        raw.stats = ffi.addressof(block, "stats")
+        raw.latencies = ffi.addressof(block, "latencies")
         if memory.zeros is not None:
             raw.zeros = ffi.cast("uint8_t *", memory.zeros)
         if memory.limits is not None:
@@ -328,6 +310,10 @@ class Queue:
     def limit_wait_ms(self, most_ms: int) -> int:
         """How long the queue may sleep before `limit_tick`."""
         return int(lib.uq_limit_wait_ms(self.raw, most_ms))
+
+    def set_real_time(self, now_ns: int) -> None:
+        """The clock of the histograms; the ring sets it itself."""
+        lib.uq_set_real_time(self.raw, now_ns)
 
     def give_up(self) -> None:
         """Fail requests that would wait for a backend with EIO, until the next backend is expected."""

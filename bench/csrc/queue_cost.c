@@ -28,7 +28,8 @@ static const struct kind {
 
 static struct uq_iod descriptors[DEPTH];
 static struct uq_slot slots[DEPTH];
-static struct uq_stats stats;
+static struct uq_block block;
+static const struct uq_stats *const stats = &block.stats;
 static uint8_t pool[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t own[DEPTH * IO_BYTES] __attribute__((aligned(4096)));
 static uint8_t scratch[IO_BYTES] __attribute__((aligned(4096)));
@@ -195,7 +196,8 @@ static struct uq *make(const struct kind *k)
 		.pool = pool,
 		.slots = slots,
 		.scratch = scratch,
-		.stats = &stats,
+		.stats = &block.stats,
+		.latencies = &block.latencies,
 		.zeros = k->alone ? zeros : NULL,
 	};
 	uint32_t all[DEPTH];
@@ -247,8 +249,8 @@ int main(int argc, char **argv)
 		if (!kinds[i].alone)
 			attach(&l, &kinds[i], rings);
 		rounds(&l, &kinds[i], batch, count);
-		if (stats.requests[kinds[i].op] != (uint64_t)batch * count || stats.errors || stats.violations ||
-		    uq_in_flight(l.q) || stats.posts_used != (kinds[i].posts ? stats.requests[kinds[i].op] : 0))
+		if (stats->requests[kinds[i].op] != (uint64_t)batch * count || stats->errors || stats->violations ||
+		    uq_in_flight(l.q) || stats->posts_used != (kinds[i].posts ? stats->requests[kinds[i].op] : 0))
 			fail("not every request was served");
 		return 0;
 	}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.wire import Op
 from ublkpool.daemon.device.device import Device
-from ublkpool.daemon.status import CopyStats, DeviceStats, OpCounts, PoolStats, QueueStats
-from ublkpool.ublk.queue import Statistics, read_statistics
+from ublkpool.daemon.latency import from_counts, merge_latencies
+from ublkpool.daemon.status import CopyStats, DeviceStats, Latencies, OpCounts, PoolStats, QueueStats
+from ublkpool.ublk.statistics import Statistics, read_statistics
 
 
 def device_stats(device: Device) -> DeviceStats:
@@ -25,6 +26,7 @@ def device_stats(device: Device) -> DeviceStats:
         queues=queues,
         pool=_pool_stats(arena, read),
         clients=device.client_stats(),
+        latency=merge_latencies([queue.latency for queue in queues]),
         cut_offs=device.cut_offs,
     )
 
@@ -48,6 +50,7 @@ def _queue_stats(queue: int, read: Statistics) -> QueueStats:
             in_place_bytes=counters["zero_copy_bytes"],
         ),
         counters=counters,
+        latency=Latencies(**{name: from_counts(*each) for name, each in read.latencies.items()}),
     )
 
 

@@ -89,7 +89,7 @@ class KernelQueue:
         self.holds_copies = False
         """Whether data of writes is not copied now: the backend has named its place and waits for it."""
         self._descriptors = _ffi.new("struct uq_iod[]", shape.depth)
-        self._statistics = _ffi.new("struct uq_stats *")
+        self._statistics = _ffi.new("struct uq_block *")
         self._headers = _ffi.new("struct uq_slot[]", shape.geometry.slot_count)
         self._scratch = _ffi.new("uint8_t[]", shape.max_io_bytes)
         self.core = Queue(

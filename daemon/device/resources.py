@@ -33,7 +33,7 @@ from ublkpool.daemon.processes.broker_process import Leases
 from ublkpool.daemon.processes.held_names import pool_name, slice_name, worker_name
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import Feature
-from ublkpool.ublk.queue import read_statistics
+from ublkpool.ublk.statistics import read_statistics
 
 STOP_DEADLINE_S = 60.0
 WORKER_PATIENCE_S = 10.0

@@ -31,7 +31,8 @@ from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.settings.run_directory import restore_queues
 from ublkpool.ublk.errors import UblkError
 from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
-from ublkpool.ublk.queue import QueueConfig, read_statistics
+from ublkpool.ublk.queue import QueueConfig
+from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes

@@ -37,7 +37,7 @@ struct rig {
 	struct uq *q;
 	struct uq_port *port;
 	struct uq_config config;
-	struct uq_stats stats;
+	struct uq_block block;
 	struct uq_iod descriptors[DEPTH];
 	struct uq_slot slots[CLASSES * SLOTS];
 	uint8_t *pool, *scratch;
@@ -421,6 +421,7 @@ static void step(struct rig *r)
 	case 4:
 		r->now_ms += (uint64_t)input_byte(&r->in) * 8;
 		uq_tick(r->q, r->now_ms);
+		uq_set_real_time(r->q, r->now_ms * 1000000u);
 		break;
 	case 5:
 		if (r->port || !RINGS)
@@ -456,7 +457,8 @@ static void configure(struct rig *r)
 				 .pool = r->pool,
 				 .slots = r->slots,
 				 .scratch = r->scratch,
-				 .stats = &r->stats };
+				 .stats = &r->block.stats,
+				 .latencies = &r->block.latencies };
 	r->reads_own = shape & 1 && shape & 32;
 }
 

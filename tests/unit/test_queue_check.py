@@ -27,3 +27,10 @@ def test_a_wrong_gauge_is_found(gauge: str) -> None:
     desk = Desk()
     setattr(desk.side.statistics, gauge, 7)
     assert_broken(desk, 0)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_request_without_its_duration_is_found(kind: int) -> None:
+    desk = Desk()
+    desk.side.block.latencies.of[kind].low[9] += 1
+    assert_broken(desk, 0)

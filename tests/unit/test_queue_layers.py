@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "ublk" / "csrc"
 FROM_THE_GROUND_UP = (
+    "queue_latency",
     "queue_tag",
     "queue_check",
     "queue_stock",

@@ -150,17 +150,49 @@ static void check_regions(struct uq *q)
 	HOLDS(q->link == UQ_LINK_CUT ? marked >= expected : marked == expected);
 }
 
+static bool waits_for_buffer(const struct uq_tag *t)
+{
+	return t->state == UQ_WAIT_BUFFER || t->state == UQ_WAIT_PLACE || t->state == UQ_PLACING;
+}
+
 static void check_gauges(struct uq *q)
 {
 	unsigned requests = 0, lent = 0;
 
 	for (unsigned i = 0; i < q->config.depth; i++) {
+		HOLDS(q->tags[i].waits == waits_for_buffer(&q->tags[i]));
 		requests += is_request(&q->tags[i]);
 		lent += has_slot(&q->tags[i]);
 	}
 	HOLDS(q->config.stats->in_flight == requests);
 	HOLDS(q->config.stats->buffers_lent == lent);
 }
+
+/* How many more requests than durations there are, by kind. */
+static void count_missing(const struct uq *q, uint64_t *missing)
+{
+	uint64_t counts[UQ_BUCKETS];
+
+	for (unsigned kind = UQ_LATENCY_READ; kind <= UQ_LATENCY_OTHER; kind++) {
+		uq_histogram_read(&q->config.latencies->of[kind], counts);
+		missing[kind] = 0;
+		for (unsigned i = 0; i < UQ_BUCKETS; i++)
+			missing[kind] -= counts[i];
+	}
+	for (unsigned op = 0; op < UQ_OPS; op++)
+		missing[op < UQ_LATENCY_OTHER ? op : UQ_LATENCY_OTHER] += q->config.stats->requests[op];
+}
+
+static void check_durations(struct uq *q)
+{
+	uint64_t missing[UQ_LATENCY_OTHER + 1];
+
+	count_missing(q, missing);
+	for (unsigned kind = UQ_LATENCY_READ; kind <= UQ_LATENCY_OTHER; kind++)
+		HOLDS(missing[kind] == q->without_duration[kind]);
+}
+
+void uq_check_begin(struct uq *q) { count_missing(q, q->without_duration); }
 
 void uq_check(struct uq *q)
 {
@@ -176,6 +208,7 @@ void uq_check(struct uq *q)
 	check_segments(q);
 	check_regions(q);
 	check_gauges(q);
+	check_durations(q);
 }
 
 #endif

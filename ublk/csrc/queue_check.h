@@ -9,8 +9,11 @@
 /* Makes an invariant that does not hold the queue's fault, and names it on stderr; does nothing once there is a fault.
  */
 void uq_check(struct uq *q);
+/* Called once, when the queue is made. */
+void uq_check_begin(struct uq *q);
 #else
 static inline void uq_check(struct uq *q) {}
+static inline void uq_check_begin(struct uq *q) {}
 #endif
 
 #endif

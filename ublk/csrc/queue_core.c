@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "queue_check.h"
 #include "queue_limit.h"
 #include "queue_link.h"
 #include "queue_region.h"
@@ -51,7 +52,7 @@ int uq_commit_is_awaited(const struct uq *q)
 static bool usable(const struct uq_config *c)
 {
 	return c->depth && c->depth <= 4096 && c->classes && c->classes <= UQ_CLASSES_MAX && c->block_bytes >= 512 &&
-	       c->descriptors && c->pool && c->slots && c->scratch && c->stats &&
+	       c->descriptors && c->pool && c->slots && c->scratch && c->stats && c->latencies &&
 	       c->class[c->classes - 1].buffer_bytes >= c->max_io_bytes &&
 	       (c->need_get_data || (!c->place_in_backend && !c->zeros));
 }
@@ -96,6 +97,7 @@ struct uq *uq_new(const struct uq_config *config)
 		q->tags[i] = (struct uq_tag){ .slot = UQ_BUFFER_NONE, .next_waiter = UQ_NO_TAG };
 	uq_limit_begin(q);
 	reset_gauges(config->stats);
+	uq_check_begin(q);
 	return q;
 }
 

@@ -13,12 +13,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "queue_latency.h"
 #include "wire.h"
 
 enum {
 	UQ_CLASSES_MAX = 8,
 	UQ_SEGMENTS_MAX = 8,
 	UQ_STATS_BYTES = 4096,
+	UQ_LATENCIES_AT = 816,
 	UQ_BUFFER_NONE = 0xffffffffu,
 };
 
@@ -76,15 +78,15 @@ enum uq_link { UQ_LINK_NONE, UQ_LINK_EXPECTED, UQ_LINK_UP, UQ_LINK_CUT, UQ_LINK_
 
 /* What uq_attention() asks of the owner, as bits. */
 enum uq_attention {
-	UQ_ATT_OUTPUT = 1,   /* descriptors wait to be sent */
-	UQ_ATT_STOCK = 2,    /* buffers should be leased or returned */
-	UQ_ATT_CUT = 4,      /* the backend broke the protocol: see uq_violation() */
-	UQ_ATT_GONE = 8,     /* every tag is gone: the device stopped */
-	UQ_ATT_FAULT = 16,   /* our own error: see uq_fault() */
-	UQ_ATT_SILENT = 32,  /* a request is past its deadline */
-	UQ_ATT_LINK = 64,    /* the link came up */
-	UQ_ATT_ABSENT = 128, /* no backend for absent_ms: requests fail until the next is expected */
-	UQ_ATT_QUIET = 256,  /* after uq_hold(): the backend has no request and no region in use */
+	UQ_ATT_OUTPUT = 1,    /* descriptors wait to be sent */
+	UQ_ATT_STOCK = 2,     /* buffers should be leased or returned */
+	UQ_ATT_CUT = 4,       /* the backend broke the protocol: see uq_violation() */
+	UQ_ATT_GONE = 8,      /* every tag is gone: the device stopped */
+	UQ_ATT_FAULT = 16,    /* our own error: see uq_fault() */
+	UQ_ATT_SILENT = 32,   /* a request is past its deadline */
+	UQ_ATT_LINK = 64,     /* the link came up */
+	UQ_ATT_ABSENT = 128,  /* no backend for absent_ms: requests fail until the next is expected */
+	UQ_ATT_QUIET = 256,   /* after uq_hold(): the backend has no request and no region in use */
 	UQ_ATT_FLUSHED = 512, /* see uq_flush_result() */
 };
 
@@ -128,7 +130,17 @@ struct uq_stats {
 	uint64_t failed[UQ_OPS];                     /* the part of `requests` that was answered with an error */
 	uint64_t oldest_ms;                          /* the age of the oldest request when deadlines were last judged */
 };
-_Static_assert(sizeof(struct uq_stats) <= UQ_STATS_BYTES, "statistics block");
+_Static_assert(sizeof(struct uq_stats) <= UQ_LATENCIES_AT, "room before the histograms");
+
+/* A queue's statistics block.  The histograms have their place at its end, whatever counters a later version adds. */
+struct uq_block {
+	union {
+		struct uq_stats stats;
+		uint8_t room[UQ_LATENCIES_AT];
+	};
+	struct uq_latencies latencies;
+};
+_Static_assert(sizeof(struct uq_block) == UQ_STATS_BYTES, "statistics block");
 
 /* A slot's header in the control segment, see bufpool/pool/arena.py. */
 struct uq_slot {
@@ -179,10 +191,11 @@ struct uq_config {
 	uint8_t *scratch;      /* max_io_bytes, private */
 	/* max_io_bytes of zeros, which reads return on a queue that answers by itself, without a backend; else NULL. */
 	const uint8_t *zeros;
-	uint64_t slice_bytes; /* of the client area, whose slices are registered with the driver by their numbers */
-	uint16_t slices;      /* a bit for each registered slice */
+	uint64_t slice_bytes;     /* of the client area, whose slices are registered with the driver by their numbers */
+	uint16_t slices;          /* a bit for each registered slice */
 	struct uq_limits *limits; /* NULL: none, ever */
 	struct uq_stats *stats;
+	struct uq_latencies *latencies;
 };
 
 struct uq;
@@ -248,6 +261,9 @@ unsigned uq_stock_held(const struct uq *q, unsigned class, uint32_t *slots, unsi
 /* Set the clock, in milliseconds, without judging deadlines: later arrivals are stamped with it.  Called after a wait.
  */
 void uq_set_time(struct uq *q, uint64_t now_ms);
+/* Set the clock of the histograms, in nanoseconds: the system's, on which a pause of the process counts too, because
+ * the client waits during the pause. */
+void uq_set_real_time(struct uq *q, uint64_t now_ns);
 /* Set the clock, in milliseconds, and judge deadlines: of requests, of a HELLO, of a backend's absence.  The owner
  * feeds the backend's descriptors first, so that an answer that has arrived is in time, and takes the time from
  * uq_clock_read(), in which a pause of its own process does not count. */
@@ -255,8 +271,8 @@ void uq_tick(struct uq *q, uint64_t now_ms);
 /* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
 /* With `on`, requests that arrive wait, for as long as it takes: neither their deadline nor that of the backend's
- * absence passes.  What the backend has is finished; then UQ_ATT_QUIET says so, once for each call.  Without `on` they go on in order of
- * arrival, and their deadlines begin anew.  uq_give_up() ends it as well. */
+ * absence passes.  What the backend has is finished; then UQ_ATT_QUIET says so, once for each call.  Without `on` they
+ * go on in order of arrival, and their deadlines begin anew.  uq_give_up() ends it as well. */
 void uq_hold(struct uq *q, int on);
 /* Send the linked backend of a held and quiet queue a FLUSH of the queue's own; UQ_ATT_FLUSHED announces its result, a
  * negative errno or 0: -ENOTCONN if the backend is lost before it answers.  Returns 0 or -ENOTCONN. */

@@ -43,10 +43,7 @@ static uint64_t price(const struct uq_limit *l, unsigned which, uint64_t amount)
 }
 
 /* DISCARD and WRITE_ZEROES move no data: each is one I/O without bytes, whatever its length. */
-static uint64_t bytes_of(const struct uq_tag *t)
-{
-	return t->op == WIRE_READ || t->op == WIRE_WRITE ? t->length : 0;
-}
+static uint64_t bytes_of(const struct uq_tag *t) { return t->op == WIRE_READ || t->op == WIRE_WRITE ? t->length : 0; }
 
 static uint64_t cost(const struct uq_limit *l, unsigned which, const struct uq_tag *t)
 {

@@ -1,8 +1,8 @@
 /*
  * A request's road, in the order in which a request takes it:
  *
- *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready > hand_over
- *     > uq_request_done > finish > commit_taken > let_go
+ *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready >
+ * hand_over > uq_request_done > finish > commit_taken > let_go
  *
  * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails
  * too. See queue_types.h for the order of files, queue_core.h for the public contract.
@@ -43,6 +43,26 @@ static void release_region(struct uq *q, struct uq_tag *t);
 static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
 {
 	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
+}
+
+static void count_duration(struct uq *q, enum uq_latency which, uint64_t since_ns)
+{
+	uq_histogram_add(&q->config.latencies->of[which], since_ns, q->now_ns);
+}
+
+/* A wait for a buffer goes on over the death of the backend that was to name a region. */
+static void begin_wait(struct uq *q, struct uq_tag *t)
+{
+	if (!t->waits)
+		t->waits_ns = q->now_ns;
+	t->waits = true;
+}
+
+static void end_wait(struct uq *q, struct uq_tag *t)
+{
+	if (t->waits)
+		count_duration(q, UQ_LATENCY_BUFFER_WAIT, t->waits_ns);
+	t->waits = false;
 }
 
 static bool has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
@@ -109,7 +129,8 @@ static void begin(struct uq *q, struct uq_tag *t)
 
 	t->sequence = ++q->sequence;
 	t->arrived_ms = q->now_ms;
-	t->copied = t->sent_to_backend = t->must_fail = t->overdue = false;
+	t->arrived_ns = q->now_ns;
+	t->copied = t->sent_to_backend = t->must_fail = t->overdue = t->waits = false;
 	if (++s->in_flight > s->in_flight_max)
 		s->in_flight_max = s->in_flight;
 }
@@ -182,8 +203,12 @@ static void route_write(struct uq *q, struct uq_tag *t)
 		if (uq_move(q, t, UQ_EV_IN_PLACE))
 			get_data(q, t, q->config.scratch);
 	} else if (q->config.place_in_backend) {
-		if (uq_move(q, t, UQ_EV_NEEDS_PLACE) && may_pass(q, t))
+		if (!uq_move(q, t, UQ_EV_NEEDS_PLACE))
+			return;
+		if (may_pass(q, t))
 			ask_place(q, t);
+		else
+			begin_wait(q, t);
 	} else {
 		need_buffer(q, t);
 	}
@@ -204,6 +229,7 @@ static void copy_to_region(struct uq *q, struct uq_tag *t, enum uq_event event, 
 {
 	if (!uq_move(q, t, event))
 		return;
+	end_wait(q, t);
 	uq_region_take(q, t, buffer, bytes);
 	get_data(q, t, uq_region_address(q, t));
 }
@@ -215,8 +241,10 @@ static void ask_place(struct uq *q, struct uq_tag *t)
 
 	if (uq_post_take(q, t->length, &buffer, &bytes))
 		copy_to_region(q, t, UQ_EV_POSTED, buffer, bytes);
-	else if (uq_move(q, t, UQ_EV_ASK))
+	else if (uq_move(q, t, UQ_EV_ASK)) {
+		begin_wait(q, t);
 		uq_put(q, t, WIRE_PLACE);
+	}
 }
 
 void uq_request_placed(struct uq *q, struct uq_tag *t, uint64_t buffer)
@@ -230,10 +258,12 @@ static void need_buffer(struct uq *q, struct uq_tag *t)
 	t->class = (uint8_t)uq_class_for(q, t->length);
 	if (t->state != UQ_WAIT_BUFFER && !uq_move(q, t, UQ_EV_NEEDS_BUFFER))
 		return;
-	if (uq_stock_lend(q, t))
+	if (uq_stock_lend(q, t)) {
 		got_buffer(q, t);
-	else
+	} else {
+		begin_wait(q, t);
 		uq_stock_enqueue(q, t);
+	}
 }
 
 /* The backend that named the region is dead, so nothing writes there any more: the data moves to the pool. */
@@ -262,8 +292,10 @@ static void serve_waiters(struct uq *q, unsigned class)
 {
 	struct uq_tag *t;
 
-	while ((t = uq_stock_serve(q, class)))
+	while ((t = uq_stock_serve(q, class))) {
+		end_wait(q, t);
 		got_buffer(q, t);
+	}
 }
 
 int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count)
@@ -350,6 +382,8 @@ static void hand_over(struct uq *q, struct uq_tag *t)
 	if (t->sent_to_backend) {
 		d->flags |= WIRE_REPLAY;
 		q->config.stats->replays++;
+	} else {
+		t->handed_ns = q->now_ns;
 	}
 	t->sent_to_backend = true;
 }
@@ -388,6 +422,7 @@ void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uin
 	 * in a client's registered buffer, as done whole whatever its commit says (__ublk_complete_rq). */
 	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 
+	count_duration(q, UQ_LATENCY_BACKEND, t->handed_ns);
 	/* Only after the answer was judged: the data of an unanswered write is rescued from its region. */
 	if (t->op == WIRE_WRITE && t->own_segment)
 		release_region(q, t);
@@ -409,6 +444,7 @@ void uq_request_fail(struct uq *q, struct uq_tag *t, int error)
 {
 	if (t->state == UQ_WAIT_BUFFER)
 		uq_stock_forget(q, t);
+	end_wait(q, t);
 	if (waits_for_data(q, t))
 		fail_uncopied(q, t, error);
 	else
@@ -495,6 +531,11 @@ static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
 	return q->config.zeros ? q->config.zeros : q->config.scratch;
 }
 
+static enum uq_latency latency_of(const struct uq_tag *t)
+{
+	return t->op == WIRE_READ ? UQ_LATENCY_READ : t->op == WIRE_WRITE ? UQ_LATENCY_WRITE : UQ_LATENCY_OTHER;
+}
+
 static void count_result(struct uq *q, const struct uq_tag *t)
 {
 	struct uq_stats *s = q->config.stats;
@@ -502,6 +543,7 @@ static void count_result(struct uq *q, const struct uq_tag *t)
 	if (t->op >= UQ_OPS)
 		return;
 	s->requests[t->op]++;
+	count_duration(q, latency_of(t), t->arrived_ns);
 	if (t->result < 0) {
 		s->errors++;
 		s->failed[t->op]++;

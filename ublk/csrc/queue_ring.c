@@ -43,28 +43,31 @@ struct uq_ring {
 	struct spin for_answers, for_requests;
 	struct uq_clock clock; /* the core's deadlines are measured on it */
 	struct __kernel_timespec timer;
-	uint64_t now_ms, timer_ms; /* timer_ms: when the armed timer ends, 0 for none */
+	uint64_t now_ns, now_ms; /* the system's clock, read once a turn */
+	uint64_t serving_ms;     /* this worker's at that time */
+	uint64_t timer_ms;       /* when the armed timer ends, 0 for none */
 	struct uq_command commands[];
 };
 
-static uint64_t now_ms(void)
+/* Since the last read the ring meant to wait for `waited_ms`. */
+static void read_time(struct uq_ring *r, unsigned waited_ms)
 {
 	struct timespec t;
 
-	/* Milliseconds suffice for deadlines, and the coarse clock does not read the hardware. */
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+	/* Deadlines would do with the coarse clock; histograms and limits would not: it ticks every 1 to 10 ms. */
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	r->now_ms = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+	r->serving_ms = uq_clock_read(&r->clock, r->now_ms, waited_ms);
+	uq_set_time(r->q, r->serving_ms);
+	r->now_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+	uq_set_real_time(r->q, r->now_ns);
 }
 
-/* Requests that wait for the device's limits pass; the coarse clock would let them pass in fits. */
+/* Requests that wait for the device's limits pass. */
 static void pass_limited(struct uq_ring *r)
 {
-	struct timespec t;
-
-	if (!uq_limit_is_used(r->q))
-		return;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	uq_limit_tick(r->q, (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec);
+	if (uq_limit_is_used(r->q))
+		uq_limit_tick(r->q, r->now_ns);
 }
 
 static int begin(struct uq_ring *r, int char_fd)
@@ -106,7 +109,8 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, str
 		free(r);
 		return e;
 	}
-	uq_tick(q, uq_clock_read(&r->clock, now_ms(), 0));
+	read_time(r, 0);
+	uq_tick(q, r->serving_ms);
 	*out = r;
 	return 0;
 }
@@ -407,11 +411,11 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 		e = submit(r, wait_ms);
 	if (e < 0)
 		return e;
-	/* Completions are stamped with the end of the wait, which may have been long, or a pause of this process. */
-	if (wait_ms) {
-		uq_set_time(r->q, uq_clock_read(&r->clock, now_ms(), wait_ms));
+	/* Completions are stamped with the end of the enter: the wait in it may have been long, or a pause of this
+	 * process.  The backend's answers, which are read next, are stamped with the same time. */
+	read_time(r, wait_ms);
+	if (wait_ms)
 		pass_limited(r);
-	}
 	taken(r);
 	uq_stats_of(r->q)->turns++;
 	harvest_all(r);
@@ -421,20 +425,19 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 {
 	struct uq_stats *s = uq_stats_of(r->q);
-	uint64_t deadline = now_ms() + timeout_ms;
+	uint64_t deadline;
 
+	read_time(r, 0);
+	deadline = r->now_ms + timeout_ms;
 	for (;;) {
-		uint64_t now = now_ms(), serving = uq_clock_read(&r->clock, now, 0);
-		unsigned attention, left = now < deadline ? (unsigned)(deadline - now) : 0;
+		unsigned attention, left = r->now_ms < deadline ? (unsigned)(deadline - r->now_ms) : 0;
 		bool waits;
 		int e;
 
-		r->now_ms = now;
-		uq_set_time(r->q, serving);
 		pass_limited(r);
 		/* The backend's answers are read before its deadlines are judged. */
 		exchange(r);
-		uq_tick(r->q, serving);
+		uq_tick(r->q, r->serving_ms);
 		write_commands(r);
 		arm_watches(r);
 		arm_bell(r);

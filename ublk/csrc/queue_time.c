@@ -43,8 +43,7 @@ static void overdue(struct uq *q, struct uq_tag *t)
 
 static bool pending(const struct uq_tag *t)
 {
-	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING &&
-	       t->state != UQ_WAIT_LIMIT;
+	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING && t->state != UQ_WAIT_LIMIT;
 }
 
 /* What a held queue keeps from the backend is not late. */
@@ -114,6 +113,8 @@ void uq_limit_tick(struct uq *q, uint64_t now_ns)
 }
 
 void uq_set_time(struct uq *q, uint64_t now_ms) { q->now_ms = now_ms; }
+
+void uq_set_real_time(struct uq *q, uint64_t now_ns) { q->now_ns = now_ns; }
 
 /* Judges each request's deadline, and notes how old the oldest one is. */
 static void scan(struct uq *q)

@@ -2,6 +2,7 @@
  *
  * The core's files call in one direction only, from a line of this list to the lines above it:
  *
+ *     queue_latency.c                   histograms of durations
  *     queue_tag.c                       a tag's transitions; commands and descriptors on their way out
  *     queue_check.c                     the invariants, asserted in the checked build
  *     queue_stock.c  queue_region.c     containers of pool buffers and of regions, which call only upwards in this list
@@ -31,6 +32,9 @@
 
 struct uq_tag {
 	uint64_t sequence, offset, length, arrived_ms;
+	uint64_t arrived_ns;
+	uint64_t waits_ns;      /* since when it waits for a buffer, if it does */
+	uint64_t handed_ns;     /* when a backend first got it */
 	uint64_t own_buffer;    /* offset in own_segment, bytes */
 	uint64_t client_buffer; /* offset in slice `slice` of the client area, if `in_place` */
 	uint64_t own_bytes;     /* of the region, which may be larger than the request */
@@ -47,6 +51,7 @@ struct uq_tag {
 	bool sent_to_backend;
 	bool must_fail; /* fails as soon as neither kernel nor backend touches its buffer */
 	bool overdue;
+	bool waits; /* for a buffer, since waits_ns */
 };
 
 struct uq_stock {
@@ -95,6 +100,7 @@ struct uq {
 	struct uq_posts posts[UQ_CLASSES_MAX];
 	struct blocks occupied; /* of the attached backend's segment: lent to a write's tag, or posted */
 	uint16_t *replay;       /* room to sort the tags that wait */
+	uint64_t now_ns;        /* of the histograms */
 	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
 	uint32_t own_segment; /* the attached backend's, 0 for none */
@@ -105,8 +111,8 @@ struct uq {
 	bool reads_own, fence, giving_up;
 	bool is_absent;       /* since absent_since_ms */
 	bool absence_gave_up; /* `giving_up` is due to that absence, and not to uq_give_up()'s caller */
-	bool held;  /* requests wait, except those whose data lies in the backend's memory already */
-	bool quiet; /* while `held`: UQ_ATT_QUIET was raised */
+	bool held;            /* requests wait, except those whose data lies in the backend's memory already */
+	bool quiet;           /* while `held`: UQ_ATT_QUIET was raised */
 	bool flush_overdue;
 	int flush_result;
 	uint64_t flush_sequence, flush_since_ms; /* of the FLUSH of uq_flush() that the backend has; 0: none */
@@ -115,6 +121,9 @@ struct uq {
 	int violation, fault, fault_detail;
 	unsigned fault_tag;
 	struct wire_descriptor culprit;
+#ifdef UQ_CHECKED
+	uint64_t without_duration[UQ_LATENCY_OTHER + 1]; /* requests of a worker that counted no durations */
+#endif
 };
 
 static inline unsigned uq_index(const struct uq *q, const struct uq_tag *t) { return (unsigned)(t - q->tags); }

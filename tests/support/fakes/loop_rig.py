@@ -17,7 +17,8 @@ from ublkpool.bufpool.pool.control import stats_offset
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue, QueueConfig, read_statistics
+from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue, QueueConfig
+from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
 

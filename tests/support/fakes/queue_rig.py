@@ -16,6 +16,7 @@ from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS
 from ublkpool.ublk import _native, mappings
 from ublkpool.ublk.queue import Attention, BufferClass, Command, Memory, Queue, QueueConfig
+from ublkpool.ublk.statistics import Statistics, read_statistics
 from ublkpool.workers.pool_link import Orders
 
 _ffi, _lib = _native.ffi, _native.lib
@@ -127,6 +128,14 @@ class Ledger:
         return slot
 
 
+def check_durations(statistics: Statistics) -> None:
+    """Check that every request that ended has a duration, whatever ended it."""
+    read, write, *others = statistics.requests
+    expected = {"read": read, "write": write, "other": sum(others)}
+    counted = {name: sum(statistics.latencies[name].counts) for name in expected}
+    assert counted == expected
+
+
 class Side:
     """One queue's core and the memory around it."""
 
@@ -135,7 +144,8 @@ class Side:
         self.rig, self.number = rig, number
         self.owner = Owner(number, plan.epoch)
         self.descriptors = _ffi.new("struct uq_iod[]", plan.depth)
-        self.statistics = _ffi.new("struct uq_stats *")
+        self.block = _ffi.new("struct uq_block *")
+        self.statistics = _ffi.addressof(self.block, "stats")
         self.scratch = new_area(0, plan.max_io_bytes, number)
         self.zeros = new_area(ZEROS, plan.max_io_bytes, number)
         config = QueueConfig(
@@ -161,7 +171,7 @@ class Side:
             rig.pool.base,
             rig.headers,
             self.scratch.base,
-            self.statistics,
+            self.block,
             limits=rig.limits,
         )
         self.queue = Queue(config, memory._replace(zeros=self.zeros.base) if plan.answers_itself else memory)
@@ -188,6 +198,18 @@ class Side:
         while number := _lib.uq_segment_idle(self.queue.raw, base, size):
             found.append(int(number))
         return found
+
+    def block_bytes(self) -> bytes:
+        """A copy of its statistics block, as the daemon reads it."""
+        return bytes(_ffi.buffer(self.block))
+
+    def check_durations(self) -> None:
+        """Check that each request that ended has a duration, and each wait for a buffer."""
+        statistics = read_statistics(self.block_bytes())
+        check_durations(statistics)
+        waits = sum(statistics.latencies["buffer_wait"].counts)
+        over = self.statistics.buffers_waited - self.statistics.buffers_waiting
+        assert waits == over or (self.rig.plan.place_in_backend and waits > over)
 
     def check(self) -> None:
         """Check: no fault, one owner for every buffer, and gauges that match."""

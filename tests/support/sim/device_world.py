@@ -71,6 +71,8 @@ class DeviceWorld(Processes):
         self._until(lambda: not self._is_busy(), "a request is never answered")
         self._until(self._is_settled, "the broker and the workers do not settle")
         self._check_buffers_at_rest()
+        for worker in self.workers:
+            worker.check_durations()
         self.disk.check_stored(self.store.read)
         self.counts["pools replaced"] = sum(each.changes for each in self.witness.pools)
         self._delete()

@@ -14,10 +14,11 @@ import msgspec
 from support.fakes.backend import FakeBackend, Key, Store
 from support.fakes.driver import SECTOR_BYTES, FakeDriver, Holder, Request
 from support.fakes.liar import CUT, STALE, Lie, Scene, lies_about, posts_that_lie
-from support.fakes.queue_rig import SEGMENT_SLICE, Plan, Rig
+from support.fakes.queue_rig import SEGMENT_SLICE, Plan, Rig, Side
 from support.vm.shadow_disk import ShadowDisk
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, Descriptor, Kind, Op
 from ublkpool.ublk.queue import Attention, LinkState
+from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers.tag_state import State
 
 Temper = Literal["honest", "dying", "lying"]
@@ -67,6 +68,8 @@ class World:
         self.late: list[list[bytes]] = [[] for _ in self.drivers]
         self.segment = 1
         self.now_ms = 0
+        self.waited_ns = [0 for _ in self.drivers]
+        """Summed over the requests of each queue: how long the core has not answered them."""
         self.ages: dict[Request, int] = {}
         self.trace: deque[str] = deque(maxlen=TRACE_LINES)
         self.lies = 0
@@ -311,8 +314,15 @@ class World:
         self.rig.deliver_mail(queue)
 
     def _tick(self, queue: int) -> None:
-        self.now_ms += self.rng.randrange(60)
+        passes_ms = self.rng.randrange(60)
+        self.now_ms += passes_ms
         for side in self.rig.sides:
+            unanswered = sum(
+                side.queue.tag_state(tag) not in (State.KERNEL, State.COMMITTING, State.GONE)
+                for tag in range(self.scenario.plan.depth)
+            )
+            self.waited_ns[side.number] += unanswered * passes_ms * 1_000_000
+            side.queue.set_real_time(self.now_ms * 1_000_000)
             side.queue.tick(self.now_ms)
             if side.queue.attention() & Attention.ABSENT:
                 side.queue.clear(Attention.ABSENT)
@@ -476,8 +486,23 @@ class World:
         for side in self.rig.sides:
             assert side.queue.attention() & Attention.GONE
             assert all(side.queue.tag_state(tag) == State.GONE for tag in range(self.scenario.plan.depth))
+            self._check_durations(side)
             if not self.scenario.plan.need_get_data:
                 self.rig.table.reclaim(side.owner)
         self.rig.give_all_back()
         for each in self.rig.table.statistics().classes:
             assert each.free == each.count, f"buffers of {each.buffer_bytes} bytes are lost"
+
+    def _check_durations(self, side: Side) -> None:
+        """Durations of requests sum up to the time in which they were unanswered.
+
+        A write that the driver sends again counts as a new request, and a tag that goes away while a write is copied
+        takes the write with it.
+        """
+        side.check_durations()
+        kinds = read_statistics(side.block_bytes()).latencies
+        counted_ns = sum(kinds[kind].sum_ns for kind in ("read", "write", "other"))
+        waited_ns = self.waited_ns[side.number]
+        is_whole = not side.statistics.requeues and self.scenario.end == "drained"
+        assert counted_ns == waited_ns if is_whole else counted_ns <= waited_ns
+        assert kinds["backend"].sum_ns <= counted_ns

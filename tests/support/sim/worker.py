@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import zmq
 
-from support.fakes.queue_rig import new_area
+from support.fakes.queue_rig import check_durations, new_area
 from support.fakes.ring_peer import TO_BACKEND
 from support.sim.defects import BUFFER_FREE_EARLY, COMPLETION_LOST, PAUSES_COUNT
 from support.sim.kernel import SimKernel, Task
@@ -39,8 +39,8 @@ from ublkpool.ublk.queue import (
     Port,
     Queue,
     QueueConfig,
-    read_statistics,
 )
+from ublkpool.ublk.statistics import Statistics, read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
@@ -114,6 +114,7 @@ class SimRing:
         worker, port = self._worker, self.port
         now_ms = self._now_ms()
         calls.lib.uq_set_time(worker.queue.raw, now_ms)
+        worker.queue.set_real_time(int(worker.clock.now_s * 1_000_000_000))
         self._pass_limited()
         if port is not None:
             port.exchange(worker.queue)
@@ -330,6 +331,10 @@ class SimWorker:
         if self.loop.ring.port is not None and not self.loop.hears_rings:
             self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
 
+    def check_durations(self) -> None:
+        """Raises `AssertionError` if a request that this worker or an earlier one answered has no duration."""
+        check_durations(self._statistics())
+
     def has_fault(self) -> bool:
         return bool(calls.lib.uq_attention(self.queue.raw) & int(Attention.FAULT))
 
@@ -344,7 +349,10 @@ class SimWorker:
 
     def counter(self, name: str) -> int:
         """One of the queue's counters, which its workers continue one after another."""
-        return read_statistics(self.pool.arena.control.statistics_block(self.task.queue)).counters[name]
+        return self._statistics().counters[name]
+
+    def _statistics(self) -> Statistics:
+        return read_statistics(self.pool.arena.control.statistics_block(self.task.queue))
 
     def turn(self) -> int | None:
         """One turn of the loop, unless it sleeps; the exit status if it was the last."""
