@@ -12,6 +12,7 @@ import pytest
 from support.fakes.device_parts import FakeChild, FakeHolder, FakeKernel, FakeTeam, fake_context
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.control import Control, Limits
 from ublkpool.daemon.device import resources, teardown
 from ublkpool.daemon.device.build import build
 from ublkpool.daemon.device.device import Device
@@ -126,6 +127,16 @@ class StepKernel(FakeKernel):
             raise ControlFailed("vol: no such device", errno.ENODEV)
 
 
+class StepControl(Control):
+    """The control segment of a pool that has no memory."""
+
+    def __init__(self) -> None:
+        self.limits = Limits()
+
+    def set_limits(self, limits: Limits) -> None:
+        self.limits = limits
+
+
 class StepArena(Arena):
     """A pool that exists until it is closed."""
 
@@ -134,6 +145,7 @@ class StepArena(Arena):
         machine.parts.add("pool")
         self._machine = machine
         self.data_fd = self.control_fd = -1
+        self.control = StepControl()
 
     def unlink(self) -> None:
         """It has no name."""
