@@ -89,12 +89,12 @@ class KernelQueue:
         self.holds_copies = False
         """Whether data of writes is not copied now: the backend has named its place and waits for it."""
         self._descriptors = _ffi.new("struct uq_iod[]", shape.depth)
-        self._statistics = _ffi.new("struct uq_block *")
+        self._block = _ffi.new("struct uq_block *")
         self._headers = _ffi.new("struct uq_slot[]", shape.geometry.slot_count)
         self._scratch = _ffi.new("uint8_t[]", shape.max_io_bytes)
         self.core = Queue(
             _config(shape, number, epoch),
-            Memory(self._descriptors, pool, self._headers, self._scratch, self._statistics),
+            Memory(self._descriptors, pool, self._headers, self._scratch, self._block),
         )
         self._ports = _Ports(unwatch)
         self._rings: RingLink | None = None
@@ -155,7 +155,7 @@ class KernelQueue:
     @property
     def stale_answers(self) -> int:
         """Answers to requests that were over."""
-        return int(self._statistics.stale_answers)
+        return int(self._block.stats.stale_answers)
 
     def violation(self) -> str:
         """How the backend broke the protocol, empty if it did not."""
@@ -190,7 +190,7 @@ class KernelQueue:
 
     def turn(self) -> bool:
         """Exchange descriptors, do what the driver would; whether anything moved."""
-        before = self._statistics.descriptors_in + self._statistics.descriptors_out
+        before = self._block.stats.descriptors_in + self._block.stats.descriptors_out
         if self._rings is not None:
             self._rings.turn()
             if (port := self._ports.port) is not None and port.turn(self.core):
@@ -203,7 +203,7 @@ class KernelQueue:
         if self.core.attention() & Attention.FAULT:
             raise RuntimeError(f"the check's own queue failed: {self.core.fault()}")
         self.core.clear(Attention.LINK)
-        return moved or before != self._statistics.descriptors_in + self._statistics.descriptors_out
+        return moved or before != self._block.stats.descriptors_in + self._block.stats.descriptors_out
 
     def doze(self) -> bool:
         """Whether this side may sleep until a descriptor of `filenos` is readable; `wake` ends that."""

@@ -131,10 +131,10 @@ class StepControl(Control):
     """The control segment of a pool that has no memory."""
 
     def __init__(self) -> None:
-        self.limits = Limits()
+        self.given = Limits()
 
     def set_limits(self, limits: Limits) -> None:
-        self.limits = limits
+        self.given = limits
 
 
 class StepArena(Arena):
