@@ -203,7 +203,7 @@ DEFECTS: tuple[tuple[str, int, dict[str, Any], str], ...] = (
         {"rings": True, "place_in_backend": True, "need_get_data": True, "scarce": True},
         LOST,
     ),
-    (STATE_LOST, 5, {"kills": ("supervisor", "backend") * 3}, "generation 1 comes after"),
+    (STATE_LOST, 5, {"kills": ("supervisor", "backend") * 3}, "generation [12] comes after"),
 )
 SEARCHED_MAX = 500
 

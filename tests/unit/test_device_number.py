@@ -81,6 +81,8 @@ class Runner(ControlRunner):
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     made = Driver()
     monkeypatch.setattr(control, "_send", made.send)
+    # `Runner` runs commands in this process; the disk's size is for a control process to read.
+    monkeypatch.setattr(device_commands, "_disk_bytes", lambda number: 0)
     yield made
 
 
@@ -96,6 +98,7 @@ COMMANDS: dict[str, Callable[[BlockDevice], Awaitable[object]]] = {
     "DEL_DEV": lambda device: device.delete(),
     "QUIESCE_DEV": lambda device: device.quiesce(1.0),
     "START_USER_RECOVERY": lambda device: device.start_recovery(1.0),
+    "UPDATE_SIZE": lambda device: device.update_size(2 << 20, 1.0),
     "END_USER_RECOVERY": lambda device: device.end_recovery(1.0, asyncio.Event()),
 }
 
