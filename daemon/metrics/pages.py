@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ublkpool.daemon.metrics.collector import render
 from ublkpool.daemon.metrics.source import Snapshot
+from ublkpool.daemon.processes.background import Background
 
 FRESH_S = 1.0
 TEXTS_MAX = 4
@@ -42,6 +43,7 @@ class Pages:
         self._snapshot: Snapshot | None = None
         self._taken_s = 0.0
         self._taking: asyncio.Task[Snapshot] | None = None
+        self._tasks = Background("metrics")
         self._texts: dict[tuple[str, bool], Page] = {}
         self._trouble = ""
 
@@ -61,7 +63,7 @@ class Pages:
         if self._snapshot is not None and self._clock() - self._taken_s < FRESH_S:
             return self._snapshot
         if self._taking is None:
-            self._taking = asyncio.ensure_future(self._take_one())
+            self._taking = self._tasks.spawn_awaited(self._take_one())
         # Another scrape may wait for it after this one was given up.
         return await asyncio.shield(self._taking)
 

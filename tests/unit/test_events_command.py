@@ -62,6 +62,8 @@ def shown(capsys: pytest.CaptureFixture[str], *args: str, status: int = 0) -> li
 def follower(run_dir: Path, *args: str) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
         [
+            # Tests that run in the background of a script inherit that SIGINT is ignored.
+            *("env", "--default-signal=INT"),
             *COMMAND,
             "--follow",
             "--json",
