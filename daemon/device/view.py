@@ -188,7 +188,9 @@ def _backend_status(parts: DeviceParts) -> BackendStatus:
     if session := parts.backend.session:
         return BackendStatus(kind=session.attach.kind, pid=session.pid, attached=True)
     kind = parts.config.backend.kind if parts.config.backend else None
-    return BackendStatus(kind=kind, pid=parts.managed.pid if parts.managed else None, attached=False)
+    # The process of a drained device's backend has ended, and none is started before `resume`.
+    runs = parts.managed if parts.drain != "drained" else None
+    return BackendStatus(kind=kind, pid=runs.pid if runs else None, attached=False)
 
 
 def _why_no_backend(parts: DeviceParts) -> str:

@@ -146,7 +146,7 @@ def test_a_device_is_drained_in_an_order_that_any_death_may_interrupt() -> None:
         ]
         assert scene.device.session is None and scene.parts.resources.holds
         status = scene.device.status()
-        assert (status.state, status.drain) == ("live", "drained")
+        assert (status.state, status.drain, status.backend.pid) == ("live", "drained", None)
         assert status.reason == "drained: requests wait for: ublkpool resume vol"
 
     in_loop(run)
