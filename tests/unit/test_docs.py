@@ -12,7 +12,11 @@ from ublkpool.daemon.metrics.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = Repository(ROOT)
-DOCUMENTS = ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "bench/README.md")
+DOCUMENTS = (
+    "README.md",
+    *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+    "bench/README.md",
+)
 KERNEL = (
     "UBLK_IO_F_SHMEM_ZC __ublk_complete_rq alloc_file bd_prepare_to_claim bdev_open bdi blk_mq_freeze_queue_wait "
     "canceling check_conflicting_open deny drivers/block/ublk_drv.c errno_to_blk_status fuse_encode_fh "
@@ -25,10 +29,9 @@ KERNEL = (
 """Functions, fields, files and settings of the kernel: its source is not here."""
 SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
-    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b df dmesg erms final.target fsrm h11.RemoteProtocolError hidepid "
-    "io_uring_prep_uring_cmd "
-    "liburing.a mkfs modules.dep nofail nowatch numactl preexec_fn sources.list taskset "
-    "tools/testing/selftests/ublk umount.target"
+    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl df dmesg erms final.target fsck fsrm "
+    "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep nofail nowatch numactl "
+    "preexec_fn ps sources.list taskset tools/testing/selftests/ublk umount.target xfs_growfs"
 )
 """Names of libraries, programs, systemd and processors."""
 PLACEHOLDERS = (
