@@ -245,11 +245,28 @@ def grow(opened: Opened, options: FileOptions, served_bytes: int, wanted_bytes: 
         if options.readonly:
             raise BackendError(f"path={options.path}: has {status.st_size} bytes, and readonly keeps it so")
         if status.st_blocks * 512 >= status.st_size:
-            os.posix_fallocate(opened.file, status.st_size, wanted_bytes - status.st_size)
+            _allocate(opened.file, status.st_size, wanted_bytes, options)
         else:
             os.ftruncate(opened.file, wanted_bytes)
     if not options.readonly:
         os.fsync(opened.file)
+
+
+def _allocate(file: int, before_bytes: int, wanted_bytes: int, options: FileOptions) -> None:
+    """Grow the file by allocated blocks, or leave it as it was.  Raises `BackendError`, `OSError`."""
+    room = os.fstatvfs(file)
+    free_bytes = room.f_bavail * room.f_frsize
+    if wanted_bytes - before_bytes > free_bytes:
+        raise BackendError(
+            f"path={options.path}: its file system has {format_size(free_bytes)} ({free_bytes} bytes) left, and growing "
+            f"needs {wanted_bytes - before_bytes} bytes: make room first"
+        )
+    try:
+        os.posix_fallocate(file, before_bytes, wanted_bytes - before_bytes)
+    except OSError:
+        # What was allocated before the error would be missing to every other store on that file system.
+        os.ftruncate(file, before_bytes)
+        raise
 
 
 def _measure_block_device(file: int, direct: bool, options: FileOptions) -> Opened:

@@ -103,8 +103,12 @@ class BackendConfig(
     """Each `NAME:key=value,...`; the first gets each request first."""
 
 
-class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device.  If fields are None, the kernel chooses `id`, the backend gives the size, others are derived."""
+class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One device.  If fields are None, the kernel chooses `id`, the backend gives the size, others are derived.
+
+    A field at its default is left out of records and requests, so that an earlier version, which refuses fields that it
+    does not know, reads those of a device that uses nothing new.  So a default never changes.
+    """
 
     name: DeviceName
     size_bytes: DeviceBytes | None = None

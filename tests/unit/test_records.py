@@ -53,6 +53,43 @@ def known(role: Role, pid: int) -> Process:
     return found
 
 
+DEFAULTS = {
+    "size_bytes": None,
+    "queues": 1,
+    "depth": 128,
+    "id": None,
+    "max_io_bytes": 512 << 10,
+    "need_get_data": True,
+    "placement": "pool",
+    "answers": "backend",
+    "recovery": "reissue",
+    "read_only": False,
+    "partitions": True,
+    "rings": True,
+    "spin_us": None,
+    "pool_bytes": None,
+    "huge_pages": "auto",
+    "affinity": "auto",
+    "client_buffers_bytes": 0,
+    "io_timeout_s": 30.0,
+    "on_timeout": "wait",
+    "absent_timeout_s": 60.0,
+    "on_absent": "wait",
+    "iops_max": 0,
+    "bytes_per_s_max": 0,
+    "burst_s": 0.1,
+    "backend": None,
+}
+"""Records leave these out: one that changed would change the devices of earlier versions."""
+
+
+def test_a_record_has_only_the_fields_of_its_config_that_differ_from_the_defaults() -> None:
+    """An earlier version refuses fields that it does not know, and with them the device."""
+    written = msgspec.json.decode(msgspec.json.encode(Record(config=DeviceConfig(name="vol0", depth=64))))
+    assert written["config"] == {"name": "vol0", "depth": 64}
+    assert msgspec.structs.asdict(DeviceConfig(name="vol0")) == {"name": "vol0", **DEFAULTS}
+
+
 def test_a_record_comes_back_as_it_was_and_the_last_one_counts(tmp_path: Path) -> None:
     store = Records(tmp_path / "devices")
     store.save(record())

@@ -18,6 +18,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, Hint
 from ublkpool.bufpool.sdk.growth import can_resize
+from ublkpool.bufpool.sdk.layers.stack import layered
 from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.wire import Kind, Op
 
@@ -174,6 +175,23 @@ def test_a_backend_announces_that_its_store_has_grown(tmp_path: Path) -> None:
         assert result_at(worker, SIZE_BYTES) == 4096, "it serves what it announces"
 
 
+def test_below_layers_a_store_that_has_grown_keeps_the_size_that_the_layers_know(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache would fill the rest of its last block with zeros, and read those beyond the old end."""
+    backend = Growing()
+    with knowing(tmp_path) as worker, serving(worker, layered(backend, ["cache"])):
+        assert result_at(worker, 0) == 4096 and backend.device is not None
+        backend.device.resized(2 * SIZE_BYTES)
+        assert "has its old size until its backend is started again" in caplog.text
+        assert result_at(worker, SIZE_BYTES) == -errno.EINVAL
+        assert worker.connection is not None
+        worker.connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            worker.connection.recv(1)
+        worker.connection.settimeout(DEADLINE_S)
+
+
 def test_an_older_daemon_hears_nothing_of_it(tmp_path: Path) -> None:
     backend = Growing()
     with FakeWorker(tmp_path) as worker, serving(worker, backend):
@@ -229,6 +247,29 @@ def test_a_file_grows_allocated_or_sparse_as_it_is(tmp_path: Path, is_allocated:
         assert (status.st_blocks * 512 >= 4 * MIB) is is_allocated
         assert worker.write(4 * MIB - 4096, b"e" * 4096) == 4096
         assert result_at(worker, 4 * MIB) == -errno.EINVAL
+
+
+def test_a_file_that_finds_no_room_to_grow_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that is far too large nor one that fails half way costs others on that file system their room."""
+    path = tmp_path / "store"
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, MIB)
+    allocate = os.posix_fallocate
+
+    def no_room(fd: int, offset: int, nbytes: int) -> None:
+        allocate(fd, offset, nbytes // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with knowing(tmp_path) as worker, serving(worker, FileBackend(FileOptions(path=path))):
+        assert "No space left on device" in resize(worker, 2 * MIB)
+        assert path.stat().st_size == MIB and path.stat().st_blocks * 512 == MIB
+        assert result_at(worker, 0) == 4096
+    with knowing(tmp_path) as worker, serving(worker, FileBackend(FileOptions(path=path))):
+        assert "make room first" in resize(worker, 1 << 50)
+        assert path.stat().st_size == MIB and result_at(worker, 0) == 4096
 
 
 def test_a_file_that_lost_data_is_not_grown_over_the_loss(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class Bottom(Plain):
 
     def started(self, device: Device) -> None:
         """Start the backend on a device of its own, whose pool has one buffer."""
+        # The layers and the engine below them know the size of the start: beyond it they would fail requests.
+        device = replace(device, resized=_keeps_size)
         self._outbox = Outbox()
         if not self.has_own_level:
             self._events.start(is_async(self.backend))
@@ -139,6 +141,13 @@ class Bottom(Plain):
     def statistics(self) -> Mapping[str, int]:
         """See `Backend.statistics`."""
         return self.backend.statistics()
+
+
+def _keeps_size(size_bytes: int) -> None:
+    log.warning(
+        "the store has grown to %d bytes: a device with layers has its old size until its backend is started again",
+        size_bytes,
+    )
 
 
 class _OneByOne:
