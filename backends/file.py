@@ -258,8 +258,8 @@ def _allocate(file: int, before_bytes: int, wanted_bytes: int, options: FileOpti
     free_bytes = room.f_bavail * room.f_frsize
     if wanted_bytes - before_bytes > free_bytes:
         raise BackendError(
-            f"path={options.path}: its file system has {format_size(free_bytes)} ({free_bytes} bytes) left, and growing "
-            f"needs {wanted_bytes - before_bytes} bytes: make room first"
+            f"path={options.path}: its file system has {format_size(free_bytes)} ({free_bytes} bytes) left, and "
+            f"growing needs {wanted_bytes - before_bytes} bytes: make room first"
         )
     try:
         os.posix_fallocate(file, before_bytes, wanted_bytes - before_bytes)

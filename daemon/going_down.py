@@ -1,7 +1,8 @@
-"""While the machine goes down: a device without a backend fails its requests, since no backend will come.
+"""While the machine goes down: a device without a backend fails its requests, since no backend will come, and no
+request waits for limits.
 
 Owns that decision.  Otherwise the umount of a file system on such a device, and with it the shutdown, would wait for
-ever.  Runs on the supervisor's asyncio loop.
+ever, or for as long as the limits make the last dirty data take.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -33,6 +34,9 @@ class Absentable(Protocol):
     def events(self) -> DeviceEvents:
         """Takes what happens to the device."""
 
+    def lift_limits(self) -> None:
+        """From now on no request waits for the device's limits."""
+
     def give_up(self) -> None:
         """Fail the requests that wait for a backend, and new ones, until one attaches."""
 
@@ -48,8 +52,10 @@ class GoingDown:
         self._said: set[str] = set()
 
     def look(self) -> None:
-        """Give up each device that has lacked its backend for `PATIENCE_S`."""
+        """Lift the limits of all devices, and give up each that has lacked its backend for `PATIENCE_S`."""
         for device in self._devices():
+            # At each look: a change of the device's settings may have set them again.
+            device.lift_limits()
             if not device.lacks_backend:
                 self._absent_since_s.pop(device.name, None)
                 self._said.discard(device.name)

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.pool.control import Limits
 from ublkpool.daemon.device import client_buffers, drain, live_changes, teardown
 from ublkpool.daemon.device.resize import resize
 from ublkpool.daemon.device.view import DeviceView
@@ -87,6 +88,11 @@ class DeviceService(DeviceView):
         """Fail the requests that wait for a backend, and new ones, until one attaches."""
         if self.parts.resources.team is not None:
             self.parts.resources.team.give_up()
+
+    def lift_limits(self) -> None:
+        """From now on no request waits for the device's limits."""
+        if self.parts.resources.limits != Limits():
+            self.parts.resources.set_limits(Limits())
 
     async def broker_restarted(self) -> None:
         """Tell the new broker of this device's leases; a failure is logged."""

@@ -55,6 +55,15 @@ def test_list_shows_the_limits_that_hold(arena: Arena) -> None:
     asyncio.run(scenario())
 
 
+def test_the_machines_shutdown_lifts_the_limits(arena: Arena) -> None:
+    async def run() -> None:
+        device = limited(arena)
+        device.lift_limits()
+        assert arena.control.limits == Limits()
+
+    asyncio.run(run())
+
+
 def test_set_changes_the_limits_once_they_are_on_record(arena: Arena) -> None:
     async def scenario() -> None:
         device = limited(arena)

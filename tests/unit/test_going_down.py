@@ -19,10 +19,14 @@ class FakeDevice:
     lacks_backend: bool
     given_up: list[float] = field(default_factory=list)
     clock: "Clock | None" = None
+    is_limited: bool = True
 
     @property
     def events(self) -> DeviceEvents:
         return Events().of(self.name)
+
+    def lift_limits(self) -> None:
+        self.is_limited = False
 
     def give_up(self) -> None:
         assert self.clock is not None
@@ -52,6 +56,18 @@ def test_a_device_without_a_backend_is_given_up_after_the_wait(clock: Clock) -> 
     watch.look()
     assert absent.given_up == [100.0 + PATIENCE_S]
     assert served.given_up == []
+
+
+def test_no_device_keeps_its_limits_and_one_that_gets_them_again_loses_them_at_the_next_look(
+    clock: Clock,
+) -> None:
+    """Or else the last dirty data of a slow device would outlast the patience of an umount."""
+    devices = [FakeDevice("a", True, clock=clock), FakeDevice("b", False, clock=clock)]
+    watch = GoingDown(lambda: devices, clock)
+    for _ in range(2):
+        watch.look()
+        assert not any(each.is_limited for each in devices)
+        devices[1].is_limited = True
 
 
 def test_a_backend_that_is_started_again_in_time_goes_on(clock: Clock) -> None:

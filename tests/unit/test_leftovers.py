@@ -131,10 +131,14 @@ class StepControl(Control):
     """The control segment of a pool that has no memory."""
 
     def __init__(self) -> None:
-        self.given = Limits()
+        self._given = Limits()
+
+    @property
+    def limits(self) -> Limits:
+        return self._given
 
     def set_limits(self, limits: Limits) -> None:
-        self.given = limits
+        self._given = limits
 
 
 class StepArena(Arena):
