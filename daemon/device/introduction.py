@@ -60,7 +60,7 @@ def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:
 
     The device fails if its data ended with that.
     """
-    session.on_grown = Announcements(parts).hear
+    session.on_grown = Announcements(parts, session).hear
     parts.backend.farewell = parts.background.spawn(_take_leave(parts, session, fail))
 
 

@@ -12,6 +12,7 @@ import asyncio
 import logging
 
 from ublkpool.bufpool.sizes import format_size
+from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_name
@@ -39,8 +40,9 @@ async def resize(parts: DeviceParts, size_bytes: int, is_relative: bool) -> Resi
         _check_size(parts.config.name, disk, wanted_bytes)
         if wanted_bytes > disk.size_bytes:
             _check_driver(parts)
+            session = parts.backend.session
             await _grow_store(parts, wanted_bytes)
-            return await _grow_device(parts, wanted_bytes)
+            return await _grow_device(parts, wanted_bytes, session)
         return await _finish_earlier(parts, wanted_bytes)
 
 
@@ -113,16 +115,25 @@ async def _grow_store(parts: DeviceParts, wanted_bytes: int) -> None:
         raise DaemonError(f"{name}: keeps its size: {error}") from error
 
 
-async def _grow_device(parts: DeviceParts, wanted_bytes: int) -> ResizeResult:
-    """The store has this size: put that on record and tell the driver.  Raises `DaemonError`."""
+async def _grow_device(parts: DeviceParts, wanted_bytes: int, session: Session | None) -> ResizeResult:
+    """This backend's store has this size: put that on record and tell the driver.  Raises `DaemonError`."""
     async with parts.life.turn:
         # The device may have failed while the store grew.
         disk, _ = _live(parts)
+        _check_serves(parts, session)
         await parts.binding.resize(wanted_bytes)
         parts.resources.grow(wanted_bytes)
         await _update(parts)
     _tell(parts, disk.size_bytes, wanted_bytes)
     return ResizeResult(before_bytes=disk.size_bytes, after_bytes=wanted_bytes)
+
+
+def _check_serves(parts: DeviceParts, session: Session | None) -> None:
+    """Raise `DaemonError` unless this backend serves the device: its successor has attached with the old size."""
+    if parts.backend.session is not session or (session is not None and session.is_gone):
+        raise DaemonError(
+            f"{parts.config.name}: keeps its size: the backend whose store grew is gone: try again"
+        )
 
 
 def _tell(parts: DeviceParts, before_bytes: int, after_bytes: int) -> None:
@@ -167,8 +178,8 @@ async def _repair(parts: DeviceParts) -> None:
 class Announcements:
     """The sizes to which one backend's store grows by itself: the device follows, to the last one announced."""
 
-    def __init__(self, parts: DeviceParts) -> None:
-        self._parts = parts
+    def __init__(self, parts: DeviceParts, session: Session) -> None:
+        self._parts, self._session = parts, session
         self._announced_bytes = 0
         self._following: asyncio.Task[None] | None = None
 
@@ -196,4 +207,4 @@ class Announcements:
             if wanted_bytes > disk.size_bytes:
                 _check_size(parts.config.name, disk, wanted_bytes)
                 _check_driver(parts)
-                await _grow_device(parts, wanted_bytes)
+                await _grow_device(parts, wanted_bytes, self._session)

@@ -400,6 +400,62 @@ def test_a_store_that_grows_by_itself_takes_the_device_with_it(monkeypatch: pyte
     in_loop(run)
 
 
+@pytest.mark.parametrize("has_successor", [True, False])
+def test_the_announcement_of_a_dead_backend_grows_no_device(
+    has_successor: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "ANNOUNCE_PAUSE_S", 0.0)
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        await bound(device, world)
+        dead = GrowingSession(world)
+        await device.attach(dead)
+        world.steps.clear()
+        # The announcement is followed when the device is live, or when it has its turn.
+        device.parts.life.state = "recovering" if has_successor else "live"
+        async with device.parts.life.turn:
+            dead.on_grown(BIGGER)
+            await turn()
+            dead.dies()
+            await turn()
+        if has_successor:
+            await device.attach(GrowingSession(world))
+            device.parts.enter("live")
+        await turn()
+        store = device.parts.binding.store
+        assert store is not None and store.size_bytes == SIZE_BYTES == world.disk_bytes
+        assert "disk" not in world.steps and device.status().size_bytes == SIZE_BYTES
+
+    in_loop(run)
+    assert caplog.text.count("the backend whose store grew is gone") == 1
+
+
+def test_a_backend_that_dies_when_its_store_has_grown_leaves_the_old_size() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        await bound(device, world)
+        session = GrowingSession(world)
+        await device.attach(session)
+        world.steps.clear()
+        async with device.parts.life.turn:
+            resizing = asyncio.ensure_future(device.resize(BIG, False))
+            await turn()
+            assert world.steps == ["store"]
+            session.dies()
+            await turn()
+        with pytest.raises(DaemonError, match="the backend whose store grew is gone: try again"):
+            await resizing
+        await device.attach(GrowingSession(world))
+        assert (await device.resize(BIG, False)).after_bytes == BIG
+        world.check()
+
+    in_loop(run)
+
+
 def test_an_announcement_that_cannot_be_followed_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
