@@ -25,7 +25,7 @@ PAUSE_S = 1.0
 RETRY_MAX_S = 30.0
 WRITE_DEADLINE_S = 10.0
 FLUSH_S = 3.0
-BATCH_BYTES = 16384
+BATCH_BYTES = 256 << 10
 TITLE = "ublkpool-events"
 _OWNER = "the events"
 _log = logging.getLogger("ublkpool.events")
@@ -79,7 +79,7 @@ class EventKeeper:
             if not self._events.unwritten():
                 await self._stirred()
             await asyncio.sleep(GATHER_S)
-            await self._write()
+            await self._write_waiting()
             await asyncio.sleep(self._pause_s)
 
     async def flush(self) -> None:
@@ -88,6 +88,13 @@ class EventKeeper:
             async with asyncio.timeout(FLUSH_S):
                 while self._events.unwritten() and await self._write():
                     pass
+
+    async def _write_waiting(self) -> None:
+        """Write what waits now, in as many batches as that takes; a write that fails ends it."""
+        waiting = self._events.unwritten()
+        last_seq = waiting[-1].seq if waiting else 0
+        while waiting and waiting[0].seq <= last_seq and await self._write():
+            waiting = self._events.unwritten()
 
     async def _stirred(self) -> None:
         """Return when an event may wait to be written."""
@@ -124,8 +131,10 @@ class EventKeeper:
     def _end_trouble(self) -> None:
         self._pause_s = PAUSE_S
         if lost := self._events.take_lost():
-            text = f"{lost} events are in no file: {self._trouble or 'they came too fast'}"
-            self._events.tell(_log, EventsLost(count=lost, reason=self._trouble), text)
+            reason = self._trouble or "they came too fast"
+            self._events.tell(
+                _log, EventsLost(count=lost, reason=reason), f"{lost} events are in no file: {reason}"
+            )
         self._trouble = ""
 
 

@@ -17,8 +17,6 @@ from ublkpool.daemon.events.history import History, Kept
 from ublkpool.daemon.events.kinds import Details, EventsSuppressed, Severity
 
 BYTES_DEFAULT = 1 << 20
-UNWRITTEN_MAX = 500
-"""Events that wait for the file; those that come when there are so many never get there."""
 _LEVELS: dict[Severity, int] = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -47,6 +45,9 @@ class Events:
         # many milliseconds after the epoch, and not a thousand in a second.
         self._next_seq = max(self._history.last_seq + 1, int(wall() * 1000))
         self._unwritten: deque[Kept] = deque()
+        self._unwritten_bytes = 0
+        # Events that come when so many bytes wait never get into the file.
+        self._unwritten_bytes_max = bytes_max // 2
         self._lost = 0
         self.coming = asyncio.Event()
         """Set by the next event; the one after that has another."""
@@ -117,7 +118,7 @@ class Events:
     def written(self, last_seq: int) -> None:
         """The file has the events up to this number."""
         while self._unwritten and self._unwritten[0].seq <= last_seq:
-            self._unwritten.popleft()
+            self._unwritten_bytes -= len(self._unwritten.popleft().line)
 
     def take_lost(self) -> int:
         """The number of events that no file has, since the last call."""
@@ -128,8 +129,9 @@ class Events:
         kept = Kept(make_event(self._next_seq, self._wall(), device, details, text, severity))
         self._next_seq += 1
         self._history.append(kept)
-        if len(self._unwritten) < UNWRITTEN_MAX:
+        if self._unwritten_bytes + len(kept.line) <= self._unwritten_bytes_max:
             self._unwritten.append(kept)
+            self._unwritten_bytes += len(kept.line)
         else:
             self._lost += 1
         came, self.coming = self.coming, asyncio.Event()

@@ -18,7 +18,7 @@ from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.events.event_file import NAME, Append, load
 from ublkpool.daemon.events.keeper import EventKeeper, earlier_events, has_died
 from ublkpool.daemon.events.kinds import BackendDied, DaemonStarted, DaemonStopped
-from ublkpool.daemon.events.tell import UNWRITTEN_MAX, Events
+from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.events_kept import EventsKept
 from ublkpool.daemon.kernel.control_process import ControlRunner
 
@@ -95,18 +95,40 @@ def test_events_reach_the_file_in_batches(tmp_path: Path) -> None:
     in_loop(run)
 
 
+def test_a_thousand_devices_at_once_lose_no_event_on_a_healthy_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No second round: one must take all.
+    monkeypatch.setattr(module, "PAUSE_S", 3600.0)
+
+    async def run() -> None:
+        bytes_max = 1 << 20
+        events, runner = Events(bytes_max), FakeRunner()
+        task = asyncio.create_task(EventKeeper(events, tmp_path, runner, bytes_max).keep())
+        for number in range(2000):
+            events.record(DIED, "gone", device=f"vol{number % 1000}")
+        await until(lambda: not events.unwritten())
+        assert len(load(tmp_path, bytes_max)) == 2000
+        assert events.take_lost() == 0 and runner.writes <= 4
+        task.cancel()
+
+    in_loop(run)
+
+
 def test_a_hanging_disk_holds_nobody_up_and_what_is_lost_is_counted(tmp_path: Path) -> None:
     async def run() -> None:
-        events, runner = Events(), FakeRunner()
+        events, runner = Events(BYTES_MAX), FakeRunner()
         runner.hangs = asyncio.Event()
         keeper = EventKeeper(events, tmp_path, runner, BYTES_MAX)
         task = asyncio.create_task(keeper.keep())
-        for number in range(UNWRITTEN_MAX + 50):
+        for number in range(300):
             events.record(DIED, f"event {number}", device=f"vol{number}")
             await asyncio.sleep(0)
-        assert len(events.unwritten()) == UNWRITTEN_MAX and runner.writes <= 1
+        lost = 300 - len(events.unwritten())
+        assert lost > 0 and runner.writes <= 1
         runner.hangs.set()
-        await until(lambda: texts(tmp_path)[-1:] == ["50 events are in no file: they came too fast"])
+        await until(lambda: texts(tmp_path)[-1:] == [f"{lost} events are in no file: they came too fast"])
+        assert load(tmp_path, BYTES_MAX)[-1].details == {"count": lost, "reason": "they came too fast"}
         task.cancel()
 
     in_loop(run)

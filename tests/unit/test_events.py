@@ -23,7 +23,7 @@ from ublkpool.daemon.events.event import (
 from ublkpool.daemon.events.flood import EVENTS_MAX, KEYS_MAX, WINDOW_S, FloodLimit
 from ublkpool.daemon.events.history import History, Kept
 from ublkpool.daemon.events.kinds import BackendDied, DaemonStarted, DeviceFailed, TakeoverEnded, kinds
-from ublkpool.daemon.events.tell import UNWRITTEN_MAX, Events
+from ublkpool.daemon.events.tell import Events
 
 ROOT = Path(__file__).parents[2]
 CODES = (
@@ -45,6 +45,7 @@ CODES = (
 """Scripts rely on them: a code may be added here, and none is taken away."""
 DIED = BackendDied(kind="file", pid=7, was_cut_off=False)
 MINUTES = 120
+BYTES_MAX = 64 << 10
 _log = logging.getLogger("ublkpool.device")
 
 
@@ -231,15 +232,19 @@ def test_many_names_grow_nothing() -> None:
 
 def test_what_waits_for_the_file_is_bounded_and_what_is_lost_is_counted() -> None:
     clock = Clock()
-    events = Events(clock=clock)
-    for number in range(UNWRITTEN_MAX + 7):
+    events = Events(BYTES_MAX, clock=clock)
+    for number in range(200):
         events.record(DIED, "gone", device=f"vol{number}")
     waiting = events.unwritten()
-    assert len(waiting) == UNWRITTEN_MAX and waiting[0].device == "vol0"
-    assert events.take_lost() == 7 and events.take_lost() == 0
+    size = sum(len(each.line) for each in waiting)
+    assert BYTES_MAX // 2 - 1000 < size <= BYTES_MAX // 2 and waiting[0].device == "vol0"
+    assert events.take_lost() == 200 - len(waiting) and events.take_lost() == 0
+    assert len(told(events)) == 200, "what is shown does not depend on the file"
     events.written(waiting[9].seq)
     assert events.unwritten()[0] is waiting[10]
-    assert len(told(events)) == UNWRITTEN_MAX + 7, "what is shown does not depend on the file"
+    for _ in range(3):
+        events.record(DIED, "gone", device="later")
+    assert len(events.unwritten()) == len(waiting) - 7 and events.take_lost() == 0
 
 
 def test_the_history_is_bounded_in_bytes_and_says_what_is_gone() -> None:
