@@ -27,7 +27,6 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import kernel_log
 from ublkpool.daemon.processes.backoff import Backoff, start_surely
 from ublkpool.daemon.processes.children import Child
-from ublkpool.daemon.processes.readable import readable
 from ublkpool.daemon.processes.reserve import Reserve, with_room_for_one
 from ublkpool.ublk import process_calls
 from ublkpool.ublk.errors import UblkError
@@ -43,6 +42,9 @@ LOOK_DEADLINE_S = 20.0
 LOOK_TITLE = "ublkpool-look"
 LOOKS_MAX = 4
 """Unfinished looks of one owner, hung ones included."""
+ANSWER_BYTES_MAX = 16 << 20
+"""Of one answer.  The largest is that of a config file: some 600 bytes for each device, so 27 000 devices."""
+_PIPE_BYTES = 65536
 _BEGUN = b"\n"
 """Sent before the answer, which is JSON and may begin with white space."""
 _log = logging.getLogger("ublkpool.control")
@@ -195,12 +197,12 @@ async def _finish(
 ) -> T:
     """The answer of the process.  Raises `CallHung` at the deadline, `ControlFailed`."""
     child, reader = started
+    answer = _Inbox(reader, begun)
     try:
+        answer.collect()
         async with asyncio.timeout(deadline_s):
-            if begun is not None:
-                await readable(reader)
-                begun.set()
             await child.wait()
+        answer.read_all()
     except TimeoutError:
         stack = _kernel_stack(child.pid)
         child.send(signal.SIGKILL)
@@ -214,9 +216,47 @@ async def _finish(
             await asyncio.wait_for(child.wait(), KILL_PATIENCE_S)
         raise
     finally:
-        # After the exit the pipe holds the whole answer, which is far smaller than a pipe.
-        raw = _drain(reader, child.exit_status is not None)
-    return _decode(what, raw, result)
+        answer.close()
+    return _decode(what, bytes(answer.raw), result)
+
+
+class _Inbox:
+    """What the process has sent so far: taken while it runs, since a process that fills the pipe waits in its write."""
+
+    def __init__(self, reader: int, begun: asyncio.Event | None) -> None:
+        """`begun` is set by the first byte, or by the end of the process if it sent none."""
+        self.raw = bytearray()
+        self._reader = reader
+        self._begun = begun
+        self._loop = asyncio.get_running_loop()
+
+    def collect(self) -> None:
+        """Have the loop read what arrives.  Raises `OSError`."""
+        os.set_blocking(self._reader, False)
+        self._loop.add_reader(self._reader, self._read)
+
+    def read_all(self) -> None:
+        """The process has ended: read what the loop has not."""
+        while self._read():
+            pass
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self._loop.remove_reader(self._reader)
+        os.close(self._reader)
+
+    def _read(self) -> bool:
+        """Read once; whether there was something."""
+        try:
+            piece = os.read(self._reader, _PIPE_BYTES)
+        except BlockingIOError:
+            return False
+        if self._begun is not None:
+            self._begun.set()
+        if not piece:
+            self._loop.remove_reader(self._reader)
+        self.raw += piece
+        return bool(piece)
 
 
 def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence[int]) -> _Started:
@@ -227,7 +267,7 @@ def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence
     except OSError as error:
         raise CannotStart(what, error) from error
     fork = with_room_for_one(
-        lambda: fork_child(lambda: _execute(command, writer, parent), [writer, *keep_fds], title)
+        lambda: fork_child(lambda: _execute(what, command, writer, parent), [writer, *keep_fds], title)
     )
     try:
         return _Started(Child(fork()), reader)
@@ -238,7 +278,7 @@ def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence
         os.close(writer)
 
 
-def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
+def _execute(what: str, command: Callable[[], Any], writer: int, parent_pid: int) -> int:
     try:
         # An END_USER_RECOVERY that outlived the supervisor would complete when the next one's workers fetch their tags,
         # before that supervisor has begun its own recovery: the device would be live without workers.
@@ -249,21 +289,25 @@ def _execute(command: Callable[[], Any], writer: int, parent_pid: int) -> int:
         answer = _Answer(error=str(error), errno=error.errno)
     except OSError as error:
         answer = _Answer(error=str(error), errno=error.errno or 0)
-    os.write(writer, msgspec.json.encode(answer))
+    _send(what, writer, msgspec.json.encode(answer))
     return 0
 
 
-def _drain(reader: int, finished: bool) -> bytes:
-    try:
-        return os.read(reader, 65536) if finished else b""
-    finally:
-        os.close(reader)
+def _send(what: str, writer: int, raw: bytes) -> None:
+    """Send the answer, or one in its place that says that it is too large."""
+    if len(raw) > ANSWER_BYTES_MAX:
+        error = f"{what}: its answer has {len(raw)} bytes, and at most {ANSWER_BYTES_MAX} are taken"
+        raw = msgspec.json.encode(_Answer(error=error))
+    with os.fdopen(writer, "wb") as stream:
+        stream.write(raw)
 
 
 def _decode(what: str, raw: bytes, result: type[T]) -> T:
-    if raw in (b"", _BEGUN):
-        raise ControlFailed(f"{what}: its process died without an answer", 0)
-    answer = msgspec.json.decode(raw, type=_Answer)
+    try:
+        answer = msgspec.json.decode(raw, type=_Answer)
+    except msgspec.DecodeError:
+        # Nothing, or the beginning of an answer.
+        raise ControlFailed(f"{what}: its process died without an answer", 0) from None
     if answer.error:
         raise ControlFailed(answer.error, answer.errno)
     return msgspec.json.decode(answer.value, type=result)

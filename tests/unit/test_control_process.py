@@ -83,6 +83,50 @@ def test_a_look_has_its_result_or_the_reason_of_its_failure() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("length", [100, 65536, 1 << 20])
+def test_an_answer_that_is_larger_than_a_pipe_arrives_whole_and_leaves_no_descriptor(length: int) -> None:
+    async def run() -> None:
+        runner = ControlRunner()
+        before, begun = open_descriptors(), asyncio.Event()
+        assert await runner.look("vol0", "text", lambda: "x" * length, str, DEADLINE_S) == "x" * length
+        text = await runner.run_beside("text", lambda: "y" * length, str, DEADLINE_S, begun)
+        assert text == "y" * length and begun.is_set()
+        assert open_descriptors() == before
+
+    asyncio.run(run())
+
+
+def test_an_answer_over_the_bound_is_an_error_that_names_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_process, "ANSWER_BYTES_MAX", 1000)
+
+    async def run() -> None:
+        with pytest.raises(
+            ControlFailed, match=r"^text: its answer has \d{4} bytes, and at most 1000 are taken$"
+        ):
+            await ControlRunner().look("vol0", "text", lambda: "x" * 2000, str, DEADLINE_S)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sent", [0, 1, 100_000])
+def test_a_process_that_is_killed_before_its_answer_is_whole_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    def die(_: str, writer: int, raw: bytes) -> None:
+        assert len(raw) > os.write(writer, raw[:sent]) == sent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(control_process, "_send", die)
+
+    async def run() -> None:
+        before = open_descriptors()
+        with pytest.raises(ControlFailed, match=r"^text: its process died without an answer$"):
+            await ControlRunner().look("vol0", "text", lambda: "x" * 200_000, str, DEADLINE_S)
+        assert open_descriptors() == before
+
+    asyncio.run(run())
+
+
 def test_hung_looks_are_bounded_for_each_owner_and_named_and_block_no_other_owner() -> None:
     """A process in D state ignores SIGKILL; here no signal is sent to it."""
 
