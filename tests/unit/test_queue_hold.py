@@ -138,6 +138,48 @@ def test_deadlines_begin_anew_when_a_queue_is_held_no_more() -> None:
     assert request.result == -errno.ETIMEDOUT
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["wait", "fail"])
+def test_a_write_that_gets_its_buffer_late_in_a_held_queue_is_not_late(fails: bool) -> None:
+    desk = Desk(timeout_ms=1000, fail_on_timeout=fails)
+    desk.queue.hold(True)
+    writes = [desk.write(tag, 8 * tag, data(tag)) for tag in (0, 1)]
+    assert desk.state(1) is State.WAIT_BUFFER
+    desk.queue.tick(HOUR_MS)
+    desk.rig.settle(0)
+    assert desk.state(1) is State.COPYING
+    desk.queue.tick(HOUR_MS + 500)
+    desk.queue.hold(False)
+    desk.queue.tick(HOUR_MS + 1400)
+    assert not desk.queue.attention() & Attention.SILENT and desk.side.statistics.timeouts == 0
+    for tag in (0, 1):
+        desk.copy(tag)
+        desk.serve(tag)
+    assert [each.result for each in writes] == [SECTOR_BYTES] * 2
+
+
+def test_a_copy_that_was_late_is_reported_anew_after_a_hold() -> None:
+    desk = Desk(timeout_ms=1000)
+    desk.write(0, 0, data(1))
+    for now_ms, timeouts in ((1000, 1), (2900, 1), (3000, 2)):
+        desk.queue.tick(now_ms)
+        assert desk.state(0) is State.COPYING and desk.side.statistics.timeouts == timeouts
+        if now_ms == 1000:
+            desk.queue.hold(True)
+            desk.queue.tick(2000)
+            desk.queue.hold(False)
+
+
+def test_a_copy_that_was_too_late_for_a_queue_fails_for_that_reason_after_a_hold() -> None:
+    desk = Desk(timeout_ms=1000, fail_on_timeout=True)
+    request = desk.write(0, 0, data(1))
+    desk.queue.tick(1000)
+    desk.queue.hold(True)
+    desk.queue.hold(False)
+    desk.copy(0)
+    desk.driver.consume()
+    assert request.result == -errno.ETIMEDOUT
+
+
 def test_what_the_backend_has_keeps_its_deadline_in_a_held_queue() -> None:
     desk = Desk(timeout_ms=1000)
     desk.read(0, 0)

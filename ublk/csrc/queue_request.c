@@ -478,6 +478,12 @@ void uq_request_lost(struct uq *q, struct uq_tag *t)
 	}
 }
 
+/* No backend has it, but one is to have it. */
+static bool is_unsent(const struct uq_tag *t)
+{
+	return waits_for_link(t) || t->state == UQ_WAIT_BUFFER || t->state == UQ_COPYING;
+}
+
 void uq_hold(struct uq *q, int on)
 {
 	if (on) {
@@ -491,7 +497,8 @@ void uq_hold(struct uq *q, int on)
 		for (unsigned i = 0; i < q->config.depth; i++) {
 			struct uq_tag *t = &q->tags[i];
 
-			if (waits_for_link(t) || t->state == UQ_WAIT_BUFFER) {
+			/* A write that must fail keeps the reason for which it does. */
+			if (is_unsent(t) && !t->must_fail) {
 				t->arrived_ms = q->now_ms;
 				t->overdue = false;
 			}

@@ -46,10 +46,10 @@ static bool pending(const struct uq_tag *t)
 	return t->state != UQ_KERNEL && t->state != UQ_GONE && t->state != UQ_COMMITTING && t->state != UQ_WAIT_LIMIT;
 }
 
-/* What a held queue keeps from the backend is not late. */
+/* In a held queue only what the backend has can be late. */
 static bool is_kept(const struct uq *q, const struct uq_tag *t)
 {
-	return q->held && (t->state == UQ_WAIT_BUFFER || t->state == UQ_WAIT_PLACE || t->state == UQ_WAIT_LINK);
+	return q->held && t->state != UQ_PLACING && t->state != UQ_SERVING;
 }
 
 static void watch_flush(struct uq *q)
