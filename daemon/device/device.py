@@ -414,7 +414,7 @@ class Device(DeviceService):
             parts.managed.adopt_to_end(record.managed, stderr)
         if record.drained:
             # The earlier daemon may have died before its backend was gone.
-            parts.background.spawn(drain.let_backend_go(parts))
+            drain.let_backend_go(parts)
         parts.left = None
         parts.save_or_retry()
         parts.tell_size()

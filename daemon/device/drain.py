@@ -29,10 +29,13 @@ class NotDrained(DaemonError):
 async def drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> None:
     """Return when the device is drained: the backend has left, requests wait.  A device that is drained stays so.
 
+    The backend of a device that was drained before may still be leaving: the call waits for that.
+
     With `flush` the backend must have confirmed a FLUSH.  After `timeout_s`, if that fails, or if the caller is
     cancelled before the backend was told to leave, the device goes on as before.  Raises `DaemonError`, `OSError`.
     """
     if parts.drain == "drained":
+        await _stay_drained(parts)
         return
     name = parts.config.name
     if parts.draining is not None and not parts.draining.done():
@@ -45,6 +48,30 @@ async def drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> Non
             raise DaemonError(f"{name}: not drained: it is being deleted, or the machine goes down") from None
         await cancel(parts)
         raise
+    _check_drained(parts)
+
+
+async def _stay_drained(parts: DeviceParts) -> None:
+    """Return when the backend of a drained device has left.  Raises `DaemonError` if the device is not drained then."""
+    _check_drained(parts)
+    if parts.left is not None:
+        # The earlier daemon may have died before the backend was gone.
+        raise _being_taken_over(parts)
+    await _has_left(parts)
+    _check_drained(parts)
+
+
+def _check_drained(parts: DeviceParts) -> None:
+    """Raise `NotDrained` unless the device is drained."""
+    name = parts.config.name
+    if _is_over(parts):
+        raise NotDrained(f"{name}: not drained: {parts.life.reason or 'it is being deleted'}")
+    if parts.drain != "drained":
+        raise NotDrained(f"{name}: not drained: it was resumed meanwhile")
+
+
+def _being_taken_over(parts: DeviceParts) -> DaemonError:
+    return DaemonError(f"{parts.config.name}: it is being taken over from an earlier daemon: try again")
 
 
 async def cancel(parts: DeviceParts) -> None:
@@ -155,12 +182,28 @@ async def _leave(parts: DeviceParts) -> None:
         except BaseException:
             parts.hold("draining")
             raise
-    await let_backend_go(parts)
+        let_backend_go(parts)
+    await _has_left(parts)
     parts.events.tell(_log, DeviceDrained(), "drained; requests wait until it is resumed")
 
 
-async def let_backend_go(parts: DeviceParts) -> None:
-    """End the backend of a drained device, which has no request; what it keeps for a successor stays."""
+def let_backend_go(parts: DeviceParts) -> None:
+    """Begin to end the backend of a drained device, which has no request; what it keeps for a successor stays."""
+    parts.leaving = parts.background.spawn(_let_backend_go(parts))
+
+
+async def _has_left(parts: DeviceParts) -> None:
+    """Return when the backend of a drained device has ended, or will not: the device is deleted then.
+
+    Not in the device's turn, which the backend's farewell takes.
+    """
+    if (task := parts.leaving) is not None:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+
+
+async def _let_backend_go(parts: DeviceParts) -> None:
     if parts.managed is not None:
         parts.managed.let_end()
     session, farewell = parts.backend.session, parts.backend.farewell
@@ -173,12 +216,17 @@ async def let_backend_go(parts: DeviceParts) -> None:
 
 
 async def resume(parts: DeviceParts) -> None:
-    """Have the requests of a drained device served again, by the next backend.  Raises `DaemonError`, `OSError`."""
+    """Have the requests of a drained device served again, by the next backend.  Raises `DaemonError`, `OSError`.
+
+    Returns after the earlier backend has left.
+    """
+    await _has_left(parts)
     async with parts.life.turn:
         if parts.left is not None:
-            raise DaemonError(
-                f"{parts.config.name}: it is being taken over from an earlier daemon: try again"
-            )
+            raise _being_taken_over(parts)
+        if parts.leaving is not None and not parts.leaving.done():
+            # Another client has resumed and drained the device meanwhile.
+            raise DaemonError(f"{parts.config.name}: its backend is leaving: try again")
         if parts.drain == "draining":
             raise DaemonError(f"{parts.config.name}: it is being drained: interrupt that command instead")
         if not parts.drain:

@@ -52,6 +52,8 @@ class DeviceParts:
         self.drain: Drain = ""
         self.draining: asyncio.Task[None] | None = None
         """The last task that drains or drained the device."""
+        self.leaving: asyncio.Task[None] | None = None
+        """The last task that ends or ended the backend of the drained device."""
         self.left: Record | None = None
         """What an earlier daemon left of the device, until it is taken over or removed."""
         self._saving: asyncio.Task[None] | None = None
