@@ -222,6 +222,8 @@ async def resume(parts: DeviceParts) -> None:
     """
     await _has_left(parts)
     async with parts.life.turn:
+        if parts.life.state == "failed":
+            raise DaemonError(f"{parts.config.name}: it has failed: {parts.life.reason}")
         if parts.left is not None:
             raise _being_taken_over(parts)
         if parts.leaving is not None and not parts.leaving.done():

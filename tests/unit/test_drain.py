@@ -361,7 +361,9 @@ def test_the_next_daemon_says_drained_only_once_the_earlier_ones_backend_has_lef
         monkeypatch.setattr("ublkpool.daemon.device.adoption.go_on", go_on)
         monkeypatch.setattr("ublkpool.daemon.device.adoption.learn", learn)
         scene.device.await_takeover(record)
-        with pytest.raises(DaemonError, match=r"^vol: it is being taken over from an earlier daemon: try again$"):
+        with pytest.raises(
+            DaemonError, match=r"^vol: it is being taken over from an earlier daemon: try again$"
+        ):
             await scene.device.drain(True, None)
         await scene.device.go_on(record, {})
         again = asyncio.ensure_future(scene.device.drain(True, None))
@@ -469,6 +471,24 @@ def test_a_device_that_is_not_drained_is_not_resumed() -> None:
         scene = await Scene().begin()
         with pytest.raises(DaemonError, match=r"^vol: it is not drained$"):
             await scene.device.resume()
+        assert scene.steps == []
+
+    in_loop(run)
+
+
+def test_a_drained_device_that_has_failed_is_neither_drained_nor_resumed() -> None:
+    """Its backend would be refused, and started again until the device is deleted."""
+
+    async def run() -> None:
+        scene = await Scene(managed=True).begin()
+        await scene.device.drain(True, None)
+        scene.device.note_failure("no disk")
+        scene.steps.clear()
+        with pytest.raises(DaemonError, match=r"^vol: it has failed: no disk$"):
+            await scene.device.resume()
+        with pytest.raises(DaemonError, match=r"^vol: not drained: no disk$"):
+            await scene.device.drain(True, None)
+        await scene.device.end_drain()
         assert scene.steps == []
 
     in_loop(run)
