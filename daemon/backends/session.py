@@ -46,7 +46,9 @@ class Session:
     """Takes what `blame` is told; the device sets it."""
     on_grown: Callable[[int], None] = staticmethod(lambda size_bytes: None)
     """Called with the size that its store has grown to, in bytes; the device sets it."""
-    _grown_bytes = _asked_bytes = 0
+    grown_bytes = 0
+    """The largest size that it has announced, also before `on_grown` was set; 0: none."""
+    _asked_bytes = 0
     _growing: "asyncio.Future[wire.Resized] | None" = None
 
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
@@ -236,9 +238,9 @@ class Session:
         if isinstance(message, wire.Resized):
             return self._resized(message)
         # A store that grows in small steps may say so often, but never twice the same.
-        if not self._grown_bytes < message.size_bytes < 1 << 63:
+        if not self.grown_bytes < message.size_bytes < 1 << 63:
             return False
-        self._grown_bytes = message.size_bytes
+        self.grown_bytes = message.size_bytes
         self.on_grown(message.size_bytes)
         return True
 

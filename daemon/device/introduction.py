@@ -60,7 +60,10 @@ def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:
 
     The device fails if its data ended with that.
     """
-    session.on_grown = Announcements(parts, session).hear
+    session.on_grown = hear = Announcements(parts, session).hear
+    if session.grown_bytes:
+        # An adopted session has read since its takeover began, and a backend announces a size only once.
+        hear(session.grown_bytes)
     parts.backend.farewell = parts.background.spawn(_take_leave(parts, session, fail))
 
 

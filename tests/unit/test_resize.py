@@ -14,6 +14,7 @@ from ublkpool.daemon.device import adoption
 from ublkpool.daemon.device import resize as module
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.introduction import watch_backend
 from ublkpool.daemon.device.records import NotRecorded, Record
 from ublkpool.daemon.device.resize import repair_soon
 from ublkpool.daemon.errors import ConfigError, DaemonError, status_of
@@ -396,6 +397,27 @@ def test_a_store_that_grows_by_itself_takes_the_device_with_it(monkeypatch: pyte
         await turn()
         assert world.disk_bytes == BIGGER, "a smaller size is no news"
         world.check()
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("announced_bytes", [0, BIG])
+def test_an_announcement_from_before_the_takeover_of_its_device_is_followed(announced_bytes: int) -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        await bound(device, world)
+        # An adopted session reads before its device watches it.
+        session = device.parts.backend.session = GrowingSession(world)
+        session.grown_bytes = announced_bytes
+        world.steps.clear()
+        watch_backend(device.parts, session, device._fail)
+        await turn()
+        assert world.disk_bytes == (announced_bytes or SIZE_BYTES)
+        assert world.steps == (["state", "record", "disk"] if announced_bytes else [])
+        # The announcement pauses, and must not outlive the loop.
+        device.parts.background.cancel()
 
     in_loop(run)
 

@@ -76,6 +76,16 @@ def test_a_backend_that_ends_ends_the_question(tmp_path: Path) -> None:
     with_backend(tmp_path, scene)
 
 
+def test_a_size_announced_before_the_device_watches_is_remembered(tmp_path: Path) -> None:
+    async def scene(session: Session, connection: socket.socket) -> None:
+        assert session.grown_bytes == 0
+        for size_bytes in (512, 1024):
+            say(connection, wire.Grown(size_bytes=size_bytes))
+        await until(lambda: session.grown_bytes == 1024, "the last one is known")
+
+    with_backend(tmp_path, scene)
+
+
 def test_sizes_that_rise_are_announcements_and_anything_else_is_undue(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
