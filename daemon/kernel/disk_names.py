@@ -23,6 +23,8 @@ _KEY = "UBLKPOOL_NAME="
 _LIKE_A_PARTITION = re.compile(r"-part\d+\Z")
 _LINKS = (("ublkpool", ""), ("disk/by-id", "ublkpool-"))
 """Directories in /dev, and what comes before the name there."""
+_MODE = 0o700
+"""For root alone, as which udev reads: a user who can open the directory can lock it for ever (flock(2))."""
 _ATTEMPTS = 16
 _POLL_S = 0.02
 
@@ -174,7 +176,7 @@ class DiskNames:
     def _lock(self) -> int:
         for _ in range(_ATTEMPTS):
             with suppress(FileExistsError):
-                self._directory.mkdir(0o755)
+                self._directory.mkdir(_MODE)
             # Another process may remove it, empty, before it is opened or before it is locked.
             with suppress(FileNotFoundError):
                 fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -189,10 +191,11 @@ class DiskNames:
 
 
 def _check_owner(fd: int, path: Path) -> None:
-    """Raise `OSError` if another user could write what udev reads as root."""
+    """Raise `OSError` if another user could write what udev reads as root; no other user opens it from now on."""
     if os.fstat(fd).st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
-    os.fchmod(fd, 0o755)
+    # An earlier version made it readable for all.
+    os.fchmod(fd, _MODE)
 
 
 def _text(path: Path) -> str:

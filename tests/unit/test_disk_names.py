@@ -85,9 +85,43 @@ def test_a_disk_is_named_by_its_sequence_number_and_udev_looks_at_it_and_its_par
     assert machine.names.publish("vol.0-a_b", "ublkb1", ours) == ""
     assert machine.published() == {"41": "UBLKPOOL_NAME=vol.0-a_b\n"}
     assert machine.announced() == ["ublkb1", "ublkb1p1", "ublkb1p2"]
-    # udev reads it as root, and no other user writes to it.
     assert stat.S_IMODE((machine.files / "41").stat().st_mode) == 0o644
-    assert stat.S_IMODE(machine.files.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("mode", [None, 0o755, 0o777])
+def test_no_other_user_can_open_the_directory_and_so_hold_its_lock(
+    machine: Machine, mode: int | None
+) -> None:
+    if mode is not None:
+        machine.files.mkdir()
+        machine.files.chmod(mode)
+    machine.add("ublkb0", 7)
+    umask = os.umask(0)
+    try:
+        assert machine.names.publish("vol0", "ublkb0", ours) == ""
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(machine.files.stat().st_mode) == 0o700
+
+
+def test_the_directory_is_closed_to_other_users_from_its_first_moment(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.add("ublkb0", 7)
+    modes = []
+    opened = os.open
+
+    def note(path: Path, flags: int, *mode: int) -> int:
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", note)
+    umask = os.umask(0)
+    try:
+        machine.names.publish("vol0", "ublkb0", ours)
+    finally:
+        os.umask(umask)
+    assert modes == [0o700]
 
 
 def test_a_disk_that_is_named_and_linked_is_not_announced_again(machine: Machine) -> None:

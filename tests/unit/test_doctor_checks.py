@@ -314,7 +314,12 @@ def test_a_disk_that_udev_has_not_linked_is_named(system: System) -> None:
     # Disks 10 and 11 are gone.
     assert not {"vol0", "vol1", "vol2"} & set(found.says.replace("/", " ").split())
     (system.root / "dev/ublkpool/vol3").symlink_to("../ublkb1")
-    the_one(udev_findings(system), "ok")
+    the_one(udev_findings(system), "ok", "has their names")
+
+
+def test_without_root_doctor_says_that_it_does_not_know_the_names_which_udev_was_told(system: System) -> None:
+    write(system, {"run/udev/control": "", "etc/udev/rules.d/99-ublkpool.rules": RULE})
+    the_one(udev_findings(system._replace(is_root=False)), "ok", "only root may look")
 
 
 @pytest.mark.parametrize("link", [("7", "b259:3"), ("b259:3", "7")])
