@@ -40,19 +40,25 @@ def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlo
     """
     remove_socket(path)
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    umask = os.umask(0o177)
     try:
-        listener.bind(str(path))
+        _bind(listener, path, 0o600 if group is None else 0o660)
         if group is not None:
-            os.chown(path, -1, group)
-            path.chmod(0o660)
+            # The owner of the directory may have put a link in the socket's place.
+            os.chown(path, -1, group, follow_symlinks=False)
         listener.listen(backlog)
     except OSError as error:
         listener.close()
         raise DaemonError(f"{path}: cannot listen: {explain(error)}") from error
-    finally:
-        os.umask(umask)
     return listener
+
+
+def _bind(listener: socket.socket, path: Path, mode: int) -> None:
+    """Make the socket at `path` with this mode, which chmod(2) would give to the file that a link there leads to."""
+    before = os.umask(0o777 & ~mode)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
 
 
 class ReservedListener(socket.socket):

@@ -310,6 +310,48 @@ def test_a_socket_replaces_a_socket_and_nothing_else(tmp_path: Path) -> None:
     remove_socket(tmp_path / "none")
 
 
+def group_for_sockets() -> int:
+    """A group that this process may give files to; another than its own if it is root."""
+    return NOBODY if os.geteuid() == 0 else os.getegid()
+
+
+@pytest.mark.parametrize("umask_before", [0, 0o022, 0o777])
+def test_a_socket_is_for_its_user_and_group_whatever_the_umask(tmp_path: Path, umask_before: int) -> None:
+    group = group_for_sockets()
+    os.umask(umask_before)
+    listen(tmp_path / "own.sock", socket.SOCK_STREAM).close()
+    listen(tmp_path / "shared.sock", socket.SOCK_STREAM, group).close()
+    assert os.umask(0o022) == umask_before
+    assert mode(tmp_path / "own.sock") == 0o600
+    assert mode(tmp_path / "shared.sock") == 0o660
+    assert (tmp_path / "shared.sock").stat().st_gid == group
+
+
+def test_a_link_put_in_the_place_of_a_new_socket_gives_no_other_file_to_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, secret = tmp_path / "metrics.sock", tmp_path / "secret"
+    secret.touch(0o600)
+    before = secret.stat()
+    bind = socket.socket.bind
+
+    def bind_and_swap(listener: socket.socket, address: str) -> None:
+        bind(listener, address)
+        path.unlink()
+        path.symlink_to(secret)
+
+    monkeypatch.setattr(socket.socket, "bind", bind_and_swap)
+    listen(path, socket.SOCK_STREAM, group_for_sockets()).close()
+    after = secret.stat()
+    assert (after.st_mode, after.st_gid, path.is_symlink()) == (before.st_mode, before.st_gid, True)
+
+
+def test_the_umask_is_as_before_when_a_socket_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(DaemonError, match="cannot listen"):
+        listen(tmp_path / "none" / "x.sock", socket.SOCK_STREAM, os.getegid())
+    assert os.umask(0o022) == 0o022
+
+
 @pytest.mark.parametrize("given", ["", ".", "./"])
 @pytest.mark.parametrize("command", [["serve"], ["list"]])
 def test_the_current_directory_is_no_run_directory(tmp_path: Path, given: str, command: list[str]) -> None:
