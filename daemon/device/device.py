@@ -25,6 +25,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import alone, check_fits, disk_of
 from ublkpool.daemon.device.introduction import introduce, watch_backend
 from ublkpool.daemon.device.kept_memory import drop_kept
+from ublkpool.daemon.device.naming import name_when_served
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RecoveryAccount, RestartLimit, next_epoch, retire
@@ -406,7 +407,7 @@ class Device(DeviceService):
             parts.resources.hold_workers(team)
             await adoption.learn(parts, record)
             client_buffers.resume(parts, held)
-        parts.background.spawn(team.plan.kernel.publish_name())
+        parts.background.spawn(name_when_served(parts))
         stderr = held.get(stderr_name(self.config.name))
         if parts.managed is not None and not record.drained:
             parts.managed.go_on(record.managed, stderr)
@@ -462,8 +463,7 @@ class Device(DeviceService):
             if self.state == "failed":
                 return True
             client_buffers.resume(parts, held)
-            if parts.resources.kernel is not None:
-                parts.background.spawn(parts.resources.kernel.publish_name())
+            parts.background.spawn(name_when_served(parts))
         if parts.managed is not None and not record.drained:
             parts.managed.start()
         return True

@@ -129,7 +129,10 @@ class FakeSession(Session):
 
 
 class FakeKernel(BlockDevice):
-    """Kernel device 3 with two queues; `io_timeouts_ms` are those that were set."""
+    """Kernel device 3 with two queues.
+
+    `io_timeouts_ms` are those that were set; `times_named`: how often udev was told of the disk.
+    """
 
     def __init__(self) -> None:
         info = DeviceInfo(
@@ -139,12 +142,13 @@ class FakeKernel(BlockDevice):
         self.node = Path("/dev/null")
         self.is_started = True
         self.io_timeouts_ms: list[int] = []
+        self.times_named = 0
 
     async def set_io_timeout(self, timeout_ms: int) -> None:
         self.io_timeouts_ms.append(timeout_ms)
 
     async def publish_name(self) -> None:
-        """No udev runs here."""
+        self.times_named += 1
 
     async def stop(self, deadline_s: float) -> None:
         """STOP_DEV has nothing to wait for."""
