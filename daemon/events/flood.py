@@ -4,12 +4,13 @@ Owns the limit: the first `EVENTS_MAX` of a code and device in `WINDOW_S` are re
 window after one in which events were left out, a single event is recorded.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
 EVENTS_MAX = 20
 WINDOW_S = 600.0
-KEYS_MAX = 1024
+KEYS_MAX = 64 << 10
 """Pairs of code and device; all further pairs share one count."""
 _OTHERS = ("", "")
 _Key = tuple[str, str]
@@ -40,7 +41,8 @@ class FloodLimit:
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` is in seconds."""
         self._clock = clock
-        self._windows: dict[_Key, _Window] = {}
+        self._windows: OrderedDict[_Key, _Window] = OrderedDict()
+        """In the order of their ends, since all are equally long: no event costs a look at all windows."""
 
     def admits(self, code: str, device: str) -> bool:
         """Count an event; whether it is to be recorded.  `due` comes first."""
@@ -54,10 +56,8 @@ class FloodLimit:
     def due(self) -> list[Suppressed]:
         """What was left out in the windows that have ended."""
         now_s, found = self._clock(), []
-        for key, window in list(self._windows.items()):
-            if window.end_s > now_s:
-                continue
-            del self._windows[key]
+        while self._windows and next(iter(self._windows.values())).end_s <= now_s:
+            key, window = self._windows.popitem(last=False)
             if window.left_out:
                 found.append(Suppressed(*key, window.left_out))
                 self._windows[key] = _Window(now_s + WINDOW_S, 1)
@@ -65,4 +65,4 @@ class FloodLimit:
 
     def next_s(self) -> float | None:
         """When `due` will have something; None if no event was left out."""
-        return min((each.end_s for each in self._windows.values() if each.left_out), default=None)
+        return next((each.end_s for each in self._windows.values() if each.left_out), None)

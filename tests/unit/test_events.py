@@ -20,7 +20,7 @@ from ublkpool.daemon.events.event import (
     render,
     render_json,
 )
-from ublkpool.daemon.events.flood import EVENTS_MAX, KEYS_MAX, WINDOW_S, FloodLimit
+from ublkpool.daemon.events.flood import EVENTS_MAX, WINDOW_S, FloodLimit
 from ublkpool.daemon.events.history import History, Kept
 from ublkpool.daemon.events.kinds import BackendDied, DaemonStarted, DeviceFailed, TakeoverEnded, kinds
 from ublkpool.daemon.events.tell import Events
@@ -219,12 +219,38 @@ def test_after_a_quiet_window_a_flood_is_recorded_anew() -> None:
     assert limit.admits("code", "vol0") and limit.admits("code", "vol0")
 
 
-def test_many_names_grow_nothing() -> None:
+def test_an_incident_of_a_thousand_devices_is_recorded_whole() -> None:
+    limit = FloodLimit(Clock())
+    for code in kinds():
+        assert all(limit.admits(code, f"vol{number}") for number in range(1000)), code
+
+
+def test_windows_end_in_the_order_of_their_begin_and_each_tells_its_own_count() -> None:
+    clock, rng = Clock(), random.Random(4)
+    limit = FloodLimit(clock)
+    told_of, counted, admitted = dict.fromkeys("abc", 0), dict.fromkeys("abc", 0), dict.fromkeys("abc", 0)
+    for _ in range(20_000):
+        clock.now_s += rng.choice((0.0, 1.0, 40.0))
+        for each in limit.due():
+            assert each.left_out > 0
+            told_of[each.device] += each.left_out
+        device = rng.choice("abc")
+        counted[device] += 1
+        admitted[device] += limit.admits("code", device)
+        assert (limit.next_s() or clock.now_s) >= clock.now_s
+    clock.now_s += WINDOW_S
+    for each in limit.due():
+        told_of[each.device] += each.left_out
+    assert counted == {each: told_of[each] + admitted[each] for each in "abc"} and all(told_of.values())
+
+
+def test_many_names_grow_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flood, "KEYS_MAX", 1024)
     clock = Clock()
     limit = FloodLimit(clock)
-    admitted = sum(limit.admits("device-added", f"vol{number}") for number in range(10 * KEYS_MAX))
-    assert KEYS_MAX <= admitted <= KEYS_MAX + EVENTS_MAX
-    assert len(limit._windows) <= KEYS_MAX + 1
+    admitted = sum(limit.admits("device-added", f"vol{number}") for number in range(10_000))
+    assert 1024 <= admitted <= 1024 + EVENTS_MAX
+    assert len(limit._windows) <= 1025
     clock.now_s += WINDOW_S
     limit.due()
     assert len(limit._windows) <= 1
