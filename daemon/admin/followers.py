@@ -54,13 +54,16 @@ class Followers:
         while True:
             if 0 < at < events.gone_seq:
                 raise DaemonError(f"cut off: events after {at} are gone before this client has read them")
+            before = at
             lines, at = events.after(at, names, request.since)
             # Before the first await: an event that comes meanwhile is not missed.
             coming = events.coming
             for line in lines:
                 writer.write(encode_line(Told(msgspec.Raw(line.rstrip()))))
             await self._drain(writer)
-            if lines:
+            if at != before:
+                # A client that reads fast makes `drain` return at once each time: others run meanwhile.
+                await asyncio.sleep(0)
                 continue
             if not request.follow or self._is_ending.is_set():
                 return

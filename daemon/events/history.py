@@ -1,7 +1,8 @@
 """The newest events in memory, bounded in bytes: what followers and `ublkpool events` are shown."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable
+from operator import attrgetter
 
 from ublkpool.daemon.events.event import Event, encode
 
@@ -16,12 +17,15 @@ class Kept:
         self.line = encode(event)
 
 
+_seq = attrgetter("seq")
+
+
 class History:
     """Events in the order of their numbers."""
 
     def __init__(self, bytes_max: int, events: Iterable[Event] = ()) -> None:
         self._bytes_max = bytes_max
-        self._kept: deque[Kept] = deque()
+        self._kept: list[Kept] = []
         self._bytes = 0
         self.gone_seq = 0
         """The number of the newest event that is kept no more; 0 if there is none."""
@@ -32,19 +36,19 @@ class History:
         """Keep the event; the oldest ones go if there are too many bytes."""
         self._kept.append(kept)
         self._bytes += len(kept.line)
-        while self._bytes > self._bytes_max and len(self._kept) > 1:
-            oldest = self._kept.popleft()
+        count = 0
+        while self._bytes > self._bytes_max and count < len(self._kept) - 1:
+            oldest = self._kept[count]
             self._bytes -= len(oldest.line)
             self.gone_seq = oldest.seq
+            count += 1
+        # A deque would make `after` walk; this moves 8 bytes for each event that is kept.
+        del self._kept[:count]
 
-    def after(self, seq: int) -> Iterator[Kept]:
-        """The events with a higher number, oldest first."""
-        newer = []
-        for each in reversed(self._kept):
-            if each.seq <= seq:
-                break
-            newer.append(each)
-        return reversed(newer)
+    def after(self, seq: int, most: int) -> list[Kept]:
+        """The first `most` events with a higher number, oldest first."""
+        start = bisect_right(self._kept, seq, key=_seq)
+        return self._kept[start : start + most]
 
     @property
     def last_seq(self) -> int:

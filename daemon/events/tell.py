@@ -20,8 +20,12 @@ BYTES_DEFAULT = 1 << 20
 _LEVELS: dict[Severity, int] = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+LOOKED_AT_MAX = 1024
+"""Events that one call of `Events.after` looks at, so that it costs the loop a moment, however few are asked for."""
+
+
 class Slice(NamedTuple):
-    """Events after a number, and the last number that was looked at."""
+    """Events after a number, and the last number that was looked at: the number itself if there is no newer event."""
 
     lines: Sequence[bytes]
     last_seq: int
@@ -95,10 +99,13 @@ class Events:
         return None if at_s is None else max(0.0, at_s - self._clock())
 
     def after(self, seq: int, names: frozenset[str] | None = None, since: str = "", most: int = 64) -> Slice:
-        """At most `most` events with a higher number, of these devices, that are not older than the time `since`."""
+        """At most `most` events with a higher number, of these devices, that are not older than the time `since`.
+
+        There may be more of them while any event is newer than the last one looked at.
+        """
         lines: list[bytes] = []
         last = seq
-        for each in self._history.after(seq):
+        for each in self._history.after(seq, max(most, LOOKED_AT_MAX)):
             last = each.seq
             if (names is None or each.device in names) and each.time >= since:
                 lines.append(each.line)

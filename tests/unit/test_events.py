@@ -23,7 +23,7 @@ from ublkpool.daemon.events.event import (
 from ublkpool.daemon.events.flood import EVENTS_MAX, WINDOW_S, FloodLimit
 from ublkpool.daemon.events.history import History, Kept
 from ublkpool.daemon.events.kinds import BackendDied, DaemonStarted, DeviceFailed, TakeoverEnded, kinds
-from ublkpool.daemon.events.tell import Events
+from ublkpool.daemon.events.tell import LOOKED_AT_MAX, Events
 
 ROOT = Path(__file__).parents[2]
 CODES = (
@@ -280,9 +280,11 @@ def test_the_history_is_bounded_in_bytes_and_says_what_is_gone() -> None:
         text = "x" * rng.randrange(400)
         history.append(Kept(make_event(seq, 0.0, "vol0", DIED, text, None)))
         assert history.size_bytes <= 10_000
-    kept = [each.seq for each in history.after(0)]
+    kept = [each.seq for each in history.after(0, 2000)]
     assert kept == list(range(history.gone_seq + 1, 2000)) and len(kept) > 10
-    assert [each.seq for each in history.after(1990)] == list(range(1991, 2000))
+    assert [each.seq for each in history.after(1990, 100)] == list(range(1991, 2000))
+    assert [each.seq for each in history.after(1990, 3)] == [1991, 1992, 1993]
+    assert history.after(1999, 3) == []
     assert history.last_seq == 1999
 
 
@@ -304,3 +306,42 @@ def test_a_slice_has_the_asked_devices_and_goes_on_after_the_last_event_looked_a
     assert at <= told(events)[-1].seq
     late = told(events)[20].time
     assert len(events.after(0, since=late).lines) == 10
+
+
+def test_a_slice_looks_at_a_bounded_number_of_events_and_says_how_far() -> None:
+    events = Events()
+    count = 3 * LOOKED_AT_MAX // EVENTS_MAX * EVENTS_MAX
+    for number in range(count):
+        events.record(DIED, "gone", device=f"vol{number // EVENTS_MAX}")
+    last = f"vol{count // EVENTS_MAX - 1}"
+    seqs = [each.seq for each in told(events)]
+    first = events.after(0, frozenset({last}))
+    assert first.lines == [] and first.last_seq == seqs[LOOKED_AT_MAX - 1]
+    found, before, at = 0, -1, 0
+    while at != before:
+        before = at
+        lines, at = events.after(at, frozenset({last}), most=7)
+        found += len(lines)
+    assert found == EVENTS_MAX and at == seqs[-1]
+
+
+def test_what_is_asked_for_in_slices_looks_at_each_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events()
+    for number in range(4000):
+        events.record(DIED, "gone", device=f"vol{number}")
+    looked = 0
+    kept_after = History.after
+
+    def counted(history: History, seq: int, most: int) -> list[Kept]:
+        nonlocal looked
+        found = kept_after(history, seq, most)
+        looked += len(found)
+        return found
+
+    monkeypatch.setattr(History, "after", counted)
+    before, at, lines = -1, 0, 0
+    while at != before:
+        before = at
+        part = events.after(at)
+        at, lines = part.last_seq, lines + len(part.lines)
+    assert lines == 4000 and looked <= 4000 // 64 * LOOKED_AT_MAX + 2 * LOOKED_AT_MAX

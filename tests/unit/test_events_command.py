@@ -23,7 +23,7 @@ from ublkpool.daemon.errors import RemoteError
 from ublkpool.daemon.events.event import Event, decode
 from ublkpool.daemon.events.event_file import NAME, Append
 from ublkpool.daemon.events.kinds import BackendDied
-from ublkpool.daemon.events.tell import Events
+from ublkpool.daemon.events.tell import LOOKED_AT_MAX, Events
 
 COMMAND = (sys.executable, "-m", "ublkpool.daemon", "events")
 DIED = BackendDied(kind="file", pid=7, was_cut_off=False)
@@ -97,6 +97,13 @@ def test_the_events_of_the_asked_devices_come_oldest_first(daemon: FakeDaemon) -
     assert ask(daemon.run_dir) == [f"event {number}" for number in range(200)]
     assert ask(daemon.run_dir, names=["vol7", "vol90", "none"]) == ["event 7", "event 90"]
     assert ask(daemon.run_dir, since="9999") == []
+
+
+def test_a_device_whose_events_come_after_many_others_is_found(daemon: FakeDaemon) -> None:
+    for number in range(LOOKED_AT_MAX + 1):
+        record(daemon, "event", device=f"vol{number}")
+    record(daemon, "the one", device="last")
+    assert ask(daemon.run_dir, names=["last"]) == ["the one"]
 
 
 def test_what_comes_after_a_number_is_asked_for_with_it(
