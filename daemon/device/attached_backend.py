@@ -76,6 +76,8 @@ class AttachedBackend:
         self._holder = holder
         self._background = background
         self._events = events
+        self._cut: Session | None = None
+        """The session whose cut-off a worker was the first to report."""
         self._before: _Ended | None = None
         """The backend that ended last, until another has taken its place."""
         self.may_attach = True
@@ -263,8 +265,13 @@ class AttachedBackend:
         self._events.tell(_log, BackendCutOff(reason=text.removeprefix(_CUT_OFF), pid=session.pid), text)
 
     def _note_cut(self, worker: WorkerProcess, reason: str) -> None:
+        """Every worker may report the same backend; one cut-off is told and counted once."""
+        session = self.session
+        if session is not None and (session.was_cut_off or self._cut is session):
+            return
+        self._cut = session
         self.cut_offs.note(reason)
-        pid = self.session.pid if self.session is not None else 0
+        pid = session.pid if session is not None else 0
         self._events.tell(
             _log,
             BackendCutOff(reason=reason, pid=pid, queue=worker.queue),
@@ -292,7 +299,7 @@ class AttachedBackend:
         for name in session_names(self.config.name):
             self._holder.drop(name)
         session.close()
-        self.session = self.farewell = None
+        self.session = self.farewell = self._cut = None
         self._life.serve(not self._is_first_due)
 
     def abandon(self) -> None:

@@ -137,6 +137,27 @@ def test_what_a_worker_reports_of_a_backend_is_told() -> None:
     in_loop(run)
 
 
+def test_a_backend_that_every_worker_reports_is_cut_off_once() -> None:
+    async def run() -> None:
+        device = served(FakeTeam())
+        backend = device.parts.backend
+        for pid in (1, 2):
+            session = FakeSession("file")
+            session.pid = pid
+            await device.attach(session)
+            # The second report comes before the loop has turned, the third after the kill.
+            for queue in (0, 1):
+                backend.hear(FakeWorkerProcess(queue, FakeChild()), messages.Cut("answers twice"))
+            session.was_cut_off = True
+            backend.hear(FakeWorkerProcess(2, FakeChild()), messages.Cut("answers twice"))
+            await turn()
+        found = [each for each in told(device) if isinstance(each, BackendCutOff)]
+        assert found == [BackendCutOff(reason="answers twice", pid=pid, queue=0) for pid in (1, 2)]
+        assert sum(backend.cut_offs.counts().values()) == 2
+
+    in_loop(run)
+
+
 class Attempts:
     """Takes the place of `next_epoch`: the first `failures` attempts fail; dead workers held 3 requests."""
 
