@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ublkpool.daemon.cli.options import admin_client, json_option, print_json, run_dir_option
+from ublkpool.daemon.cli.watch_option import WatchCommand, check_seconds
 
 
 @click.command(name="del")
@@ -63,19 +64,42 @@ def list_devices(as_json: bool, run_dir: Path) -> None:
     print_table(device_table(devices))
 
 
-@click.command(short_help="Show the counters of queues and pools.")
+@click.command(cls=WatchCommand, short_help="Show the counters of queues and pools, or rates as they change.")
 @click.argument("name", required=False)
+@click.option(
+    "--watch",
+    "interval_s",
+    metavar="[SECONDS]",
+    callback=check_seconds,
+    help="Show the rates of each interval of so many seconds (0.1 to 86400; 1 if left out), until Ctrl-C.",
+)
 @json_option
 @run_dir_option()
-def stats(name: str | None, as_json: bool, run_dir: Path) -> None:
+def stats(name: str | None, interval_s: float | None, as_json: bool, run_dir: Path) -> None:
     """Show the counters of each queue of each device, or of the device NAME.
 
-    Requests and bytes by operation, errors, requests in flight, buffers, and bytes copied.
+    Requests and bytes by operation, errors, requests in flight, buffers, bytes copied, and what 50 % and 99 % of the
+    reads and of the writes did not exceed (P50, P99), since the queue was made.
+
+    With --watch: a row for each device at each interval's end, with requests and bytes a second and the interval's own
+    P50 and P99; on a terminal in place.  With --json: a line for each device and interval, with `time` (UTC),
+    `interval_s` (its real length), `requests_per_s`, `bytes_per_s`, `errors_per_s`, `latency`, and the counters so far.
+    A device that is new, or that was made anew, has rates from the second reading on.  A daemon that ends is waited
+    for, with a line on stderr; rates then begin anew.
 
     \b
     ublkpool stats
     ublkpool stats vol0 --json | jq '.[0].queues[].requests.write'
+    ublkpool stats vol0 --watch
+    ublkpool stats --watch 10 --json | jq '[.name, .requests_per_s.read, .latency.read.p99_s]'
+
+    docs/OPERATIONS.md explains the numbers.
     """
+    if interval_s is not None:
+        from ublkpool.daemon.cli.watch import watch
+
+        watch(name, interval_s, as_json, run_dir)
+        return
     devices = admin_client(run_dir).stats(name)
     if as_json:
         print_json(devices)

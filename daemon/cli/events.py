@@ -1,10 +1,6 @@
 """`ublkpool events`: what has happened to the devices, from the daemon or, without one, from its state directory."""
 
-import os
 import re
-import select
-import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +10,7 @@ import click
 
 from ublkpool.daemon.cli.complaints import complain
 from ublkpool.daemon.cli.options import check_directory, run_dir_option
+from ublkpool.daemon.cli.reader import check_reader, ends_with_reader, print_text, wait_while_read
 
 if TYPE_CHECKING:
     from ublkpool.daemon.admin.wire import EventsRequest
@@ -71,22 +68,8 @@ def events(
     )
     show = render_json if as_json else render
 
-    def print_event(event: "Event") -> None:
-        try:
-            click.echo(show(event))
-        except BrokenPipeError:
-            raise _ReaderGone from None
-
-    shown = _Shown(request, print_event)
-    try:
-        shown.run(run_dir, state_dir)
-    except _ReaderGone:
-        # The reader has what it wanted; Python's own flush at the exit must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
-
-
-class _ReaderGone(Exception):
-    """No process reads what is printed; not a failure of the connection to the daemon, as BrokenPipeError is."""
+    with ends_with_reader():
+        _Shown(request, lambda event: print_text(f"{show(event)}\n")).run(run_dir, state_dir)
 
 
 class _Shown:
@@ -107,8 +90,7 @@ class _Shown:
             self._read_file(run_dir, state_dir, error)
         said = ""
         while self._request.follow:
-            time.sleep(RECONNECT_S)
-            _check_reader()
+            wait_while_read(RECONNECT_S)
             try:
                 self._ask(run_dir)
                 said = ""
@@ -125,7 +107,7 @@ class _Shown:
         def warn(text: str) -> None:
             complain([text])
 
-        client = AdminClient(run_dir, warn, warn, _check_reader)
+        client = AdminClient(run_dir, warn, warn, check_reader)
         client.events(msgspec.structs.replace(self._request, after=self._last), self._take)
 
     def _take(self, event: "Event") -> None:
@@ -155,14 +137,6 @@ class _Shown:
         for event in kept:
             if (names is None or event.device in names) and event.time >= self._request.since:
                 self._take(event)
-
-
-def _check_reader() -> None:
-    """Raise `_ReaderGone` if the pipe to which events are printed has no reader any more."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if any(seen & select.POLLERR for _, seen in poll.poll(0)):
-        raise _ReaderGone
 
 
 def _time(text: str) -> str:

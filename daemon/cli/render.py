@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 from ublkpool.bufpool.sizes import format_size
-from ublkpool.daemon.status import DeviceStats, DeviceStatus, OpCounts, QueueStats, Setting
+from ublkpool.daemon.latency import quantile
+from ublkpool.daemon.status import DeviceStats, DeviceStatus, Histogram, OpCounts, QueueStats, Setting
 
 OPS = OpCounts.__struct_fields__
 
 
 _GAP = "  "
 _INDENT = "    "
-_WIDTH_FALLBACK = 80
+_WIDTH_FALLBACK, _HEIGHT_FALLBACK = 80, 24
 
 
 class Table(NamedTuple):
@@ -31,7 +32,7 @@ class Table(NamedTuple):
 def print_table(table: Table, out: TextIO | None = None) -> None:
     """Write the table to `out` (default stdout)."""
     out = out if out is not None else sys.stdout
-    out.write(plain_text(table, _width(out) if out.isatty() else None))
+    out.write(plain_text(table, terminal_size(out)[0] if out.isatty() else None))
 
 
 def plain_text(table: Table, width: int | None = None) -> str:
@@ -77,15 +78,38 @@ def _below(headers: Sequence[str], values: Sequence[str], width: int) -> list[st
     return lines
 
 
-def _width(out: TextIO) -> int:
-    """The width in characters: COLUMNS, else the terminal's."""
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns):
-        return int(columns)
+def terminal_size(out: TextIO) -> tuple[int, int]:
+    """Columns and lines, each at least 1: those in COLUMNS and LINES, else the terminal's."""
     try:
-        return os.get_terminal_size(out.fileno()).columns or _WIDTH_FALLBACK
+        columns, lines = os.get_terminal_size(out.fileno())
     except OSError:
-        return _WIDTH_FALLBACK
+        columns, lines = 0, 0
+    return (
+        _number("COLUMNS") or columns or _WIDTH_FALLBACK,
+        _number("LINES") or lines or _HEIGHT_FALLBACK,
+    )
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def format_duration(seconds: float | None) -> str:
+    """Three digits and a unit: `0.45us`, `85.3us`, `1.20ms`, `12.5s`; empty for None."""
+    if seconds is None:
+        return ""
+    for unit, unit_s in (("us", 1e-6), ("ms", 1e-3)):
+        # What would be rounded to 1000 is written in the next unit.
+        if seconds / unit_s < 999.5:
+            return _three_digits(seconds / unit_s) + unit
+    return _three_digits(seconds) + "s"
+
+
+def _three_digits(value: float) -> str:
+    if value < 9.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def device_table(devices: Sequence[DeviceStatus]) -> Table:
@@ -119,7 +143,7 @@ def settings_table(settings: Sequence[Setting]) -> Table:
 
 
 def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
-    """The tables of `stats`: one row per queue, then one row per pool."""
+    """The tables of `stats`: one row per queue, then one row per pool; no latency where none was counted."""
     headers = (
         "NAME",
         "QUEUE",
@@ -130,6 +154,7 @@ def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
         "KERNEL COPIED",
         "WE COPIED",
         "IN PLACE",
+        *("READ P50", "READ P99", "WRITE P50", "WRITE P99"),
     )
     queues = [_queue_row(device.name, queue) for device in devices for queue in device.queues]
     pool_headers = (
@@ -189,7 +214,13 @@ def _queue_row(name: str, queue: QueueStats) -> tuple[str, ...]:
         _size(queue.copies.kernel_bytes),
         _size(queue.copies.own_bytes),
         _size(queue.copies.in_place_bytes),
+        *_quantiles(queue.latency.read),
+        *_quantiles(queue.latency.write),
     )
+
+
+def _quantiles(histogram: Histogram) -> tuple[str, str]:
+    return (format_duration(quantile(histogram, 0.5)), format_duration(quantile(histogram, 0.99)))
 
 
 def _op(request_count: int, size_bytes: int) -> str:
