@@ -1,8 +1,9 @@
 """Reading the config file again while the daemon runs, and what becomes of each device.
 
 Owns that the file is checked as a whole before anything of it is used, and what is said of a device whose change needs
-more than that.  The file is read by a process of its own, since its file system may not answer.  Runs on the
-supervisor's asyncio loop.
+more than that.  The file is read by a process of its own, since its file system may not answer, in the mount namespace
+in which backends run: the file and the programs that it names may be on mounts that the daemon's own namespace has not
+(`daemon/processes/mounts.py`).  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from ublkpool.daemon.settings.changes import APPLIES, differences
 from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.status import Reloaded
+from ublkpool.ublk import process_calls
 
 _log = logging.getLogger("ublkpool.supervisor")
 
@@ -73,8 +75,10 @@ class Reload:
         file = self._config.file
         if file is None:
             raise DaemonError("the daemon was started without a config file: nothing to read again")
-        what = f"the config file {file}"
-        read = await self._context.runner.look("the config", what, lambda: _load(file), Read)
+        live, what = self._context.live_mounts, f"the config file {file}"
+        read = await self._context.runner.look(
+            "the config", what, lambda: _load(file, live), Read, keep_fds=() if live is None else (live,)
+        )
         if read.problems:
             raise ConfigError(read.problems)
         return read
@@ -90,7 +94,10 @@ class Reload:
             return Reloaded(name=name, needs=without_name(name, one_line(error)))
 
 
-def _load(file: Path) -> Read:
+def _load(file: Path, live_mounts: int | None) -> Read:
+    """Runs in the look's process.  Raises `OSError` if it cannot enter the mount namespace."""
+    if live_mounts is not None:
+        process_calls.enter_mounts(live_mounts)
     try:
         config = load_config(file)
     except ConfigError as error:

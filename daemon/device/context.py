@@ -31,7 +31,9 @@ class DaemonContext:
         live_mounts: int | None = None,
         events: Events | None = None,
     ) -> None:
-        """`live_mounts`: a descriptor of the mount namespace that backends run in, see `daemon/processes/mounts.py`."""
+        """`live_mounts`: a descriptor of the mount namespace in which backends run and a reload reads the config, see
+        `daemon/processes/mounts.py`.
+        """
         self.run_dir = run_dir
         self.instance = instance
         self.group = group

@@ -5,7 +5,8 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +14,16 @@ from click.testing import CliRunner
 from support.fakes.daemon import running_daemon
 from ublkpool.daemon.admin.wire import ReloadRequest, SetRequest
 from ublkpool.daemon.cli.commands import cli
+from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.mounts import NAMESPACE
+from ublkpool.daemon.reload import Read, Reload
 from ublkpool.daemon.settings.config import ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.status import Reloaded
+from ublkpool.ublk import process_calls
 from unit.test_supervisor import Client, Systemd, serving, systemd
 
 __all__ = ["systemd"]
@@ -146,6 +153,35 @@ def test_a_file_that_is_gone_is_one_line_and_changes_nothing(file: File) -> None
         assert await client.states() == {"vol0": "waiting", "vol1": "waiting"}
 
     file.serve(test)
+
+
+def read_again(file: Path, live_mounts: int) -> Read:
+    """What a daemon reads whose backends run in this mount namespace."""
+    context = cast(DaemonContext, SimpleNamespace(runner=ControlRunner(), live_mounts=live_mounts))
+    return asyncio.run(Reload(ServeConfig(file=file), context, cast(DeviceTable, {}))._read())
+
+
+def test_the_file_is_read_in_the_mount_namespace_in_which_backends_run(
+    file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = file.path.rename(tmp_path / "elsewhere")
+    live = os.open(NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+
+    def enter(fd: int) -> None:
+        """The file appears when the process enters that namespace."""
+        assert os.path.sameopenfile(fd, live)
+        elsewhere.rename(file.path)
+
+    monkeypatch.setattr(process_calls, "enter_mounts", enter)
+    try:
+        assert [each.name for each in read_again(file.path, live).devices] == ["vol0", "vol1"]
+    finally:
+        os.close(live)
+
+
+def test_a_mount_namespace_that_cannot_be_entered_is_an_error_and_the_file_is_not_read(file: File) -> None:
+    with file.path.open() as no_namespace, pytest.raises(DaemonError, match="enter a mount namespace"):
+        read_again(file.path, no_namespace.fileno())
 
 
 def test_a_daemon_without_a_config_file_has_none_to_read(tmp_path: Path) -> None:
