@@ -181,12 +181,14 @@ class QueueLoop:
         if attention & Attention.LINK:
             self._queue.clear(Attention.LINK)
             self._tell(messages.Linked())
-        if attention & Attention.QUIET:
-            self._queue.clear(Attention.QUIET)
-            self._tell(messages.Quiet())
+        # An interrupted drain's FLUSH ends before the queue is quiet for the next drain, which then asks for its own.
         if attention & Attention.FLUSHED:
             self._queue.clear(Attention.FLUSHED)
             self._tell(messages.Flushed(self._queue.flush_result()))
+        # The supervisor may have let the queue go, or held it anew, since these bits were read.
+        if attention & self._queue.attention() & Attention.QUIET:
+            self._queue.clear(Attention.QUIET)
+            self._tell(messages.Quiet())
 
     def _hear_supervisor(self) -> None:
         while self._supervisor is not None:

@@ -74,8 +74,6 @@ class WorkerProcess:
 
     async def hold(self, on: bool) -> None:
         """Have its requests wait, or go on.  Raises `DaemonError` if the worker ends before."""
-        # What came before the answer was said of an earlier hold.
-        self._quiet = self._loop.create_future()
         await self.ask(messages.Hold(on))
 
     async def quiet(self) -> None:
@@ -87,7 +85,6 @@ class WorkerProcess:
 
         Raises `DaemonError` if the worker ends before.
         """
-        self._flushed = self._loop.create_future()
         answer = await self.ask(messages.FlushBackend())
         assert isinstance(answer, messages.Flushing)
         return await self._or_end(self._flushed) if answer.was_sent else -errno.ENOTCONN
@@ -192,6 +189,11 @@ class WorkerProcess:
             message, messages.Expecting | messages.LetGo | messages.PoolChanged | messages.Standing
         ):
             self._unlink()
+        # What came before the answer was said of an earlier hold, or of the FLUSH of an interrupted drain.
+        if isinstance(message, messages.Holding):
+            self._quiet = self._loop.create_future()
+        if isinstance(message, messages.Flushing):
+            self._flushed = self._loop.create_future()
         if isinstance(message, messages.Standing) and message.token and message.linked is not False:
             _resolve(self._linked)
         self._channel.answer(message.id, message)

@@ -129,6 +129,29 @@ def test_questions_of_two_kinds_at_once_each_get_their_own_answer() -> None:
     in_loop(run)
 
 
+def test_news_of_an_interrupted_drain_is_not_taken_for_the_next_drain_s() -> None:
+    async def run() -> None:
+        worker = Worker()
+        holding = asyncio.ensure_future(worker.seen.hold(True))
+        question = await worker.hears()
+        worker.says(messages.Quiet())
+        worker.says(messages.Holding(question.id))
+        await holding
+        quiet = asyncio.ensure_future(worker.seen.quiet())
+        assert not (await asyncio.wait({quiet}, timeout=0.02))[0]
+        worker.says(messages.Quiet())
+        await quiet
+        flushing = asyncio.ensure_future(worker.seen.flush())
+        question = await worker.hears()
+        worker.says(messages.Flushed(0))
+        worker.says(messages.Flushing(True, question.id))
+        worker.says(messages.Flushed(-5))
+        assert await flushing == -5
+        await worker.end()
+
+    in_loop(run)
+
+
 def test_a_worker_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "ANSWER_DEADLINE_S", 0.01)
 

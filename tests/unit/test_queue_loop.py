@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from support.fakes.loop_rig import LoopRig, NoRing, eventually, loop_rig_in
+from ublkpool.bufpool.wire import Kind, Op, iter_frame
 from ublkpool.ublk import mappings
-from ublkpool.ublk.queue import Queue
+from ublkpool.ublk.queue import Attention, Queue
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 
@@ -117,3 +118,38 @@ def test_a_worker_uses_its_new_deadlines_before_it_answers(
     messages.send(rig.supervisor, messages.Report(id=8))
     said = rig.news()
     assert isinstance(said, messages.Standing) and said.knows_deadlines
+
+
+def test_the_flush_of_an_interrupted_drain_ends_before_the_queue_is_quiet_for_the_next_drain(
+    rig: LoopRig,
+) -> None:
+    backend = rig.serve()
+    messages.send(rig.supervisor, messages.Hold(True))
+    assert [rig.news(), rig.news()] == [messages.Holding(), messages.Quiet()]
+    messages.send(rig.supervisor, messages.FlushBackend())
+    assert rig.news() == messages.Flushing(True)
+    (flush,) = iter_frame(backend.recv())
+    assert flush.op == Op.FLUSH
+    for on in (False, True):
+        messages.send(rig.supervisor, messages.Hold(on))
+        assert rig.news() == messages.Holding()
+    backend.send(flush._replace(kind=Kind.DONE, result=0).pack())
+    assert [rig.news(), rig.news()] == [messages.Flushed(0), messages.Quiet()]
+
+
+def test_a_queue_that_was_let_go_in_the_moment_in_which_it_was_quiet_is_not_reported_quiet(
+    rig: LoopRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = NoRing.run
+
+    def run(ring: NoRing, timeout_ms: int) -> int:
+        if ring._queue.attention() & Attention.QUIET:
+            messages.send(rig.supervisor, messages.Hold(False, id=2))
+        return honest(ring, timeout_ms)
+
+    rig.serve()
+    monkeypatch.setattr(NoRing, "run", run)
+    messages.send(rig.supervisor, messages.Hold(True, id=1))
+    assert [rig.news(), rig.news()] == [messages.Holding(1), messages.Holding(2)]
+    messages.send(rig.supervisor, messages.Report())
+    assert isinstance(rig.news(), messages.Standing)
