@@ -18,6 +18,8 @@ from ublkpool.daemon.processes.beside import beside
 
 FOLLOWERS_MAX = 32
 PATIENCE_S = 60.0
+END_PATIENCE_S = 1.0
+"""At the daemon's end."""
 _log = logging.getLogger("ublkpool.admin")
 
 
@@ -27,22 +29,33 @@ class Followers:
     def __init__(self, events: Events, patience_s: float = PATIENCE_S) -> None:
         self._events = events
         self._patience_s = patience_s
-        self._count = 0
+        self._writers: set[asyncio.StreamWriter] = set()
         self._is_ending = asyncio.Event()
 
     def end(self) -> None:
-        """Have every client that follows answered, since the daemon ends."""
+        """Have every client that follows answered, since the daemon ends; soon cut those off that do not read."""
         self._is_ending.set()
+        asyncio.get_running_loop().call_later(END_PATIENCE_S, self._cut_off_unread)
+
+    def _cut_off_unread(self) -> None:
+        for writer in self._writers:
+            if writer.transport.get_write_buffer_size():
+                writer.transport.abort()
+
+    @property
+    def count(self) -> int:
+        """The number of clients that are told events now."""
+        return len(self._writers)
 
     async def tell(self, request: EventsRequest, writer: asyncio.StreamWriter) -> None:
         """Tell what the client asks for.  Raises `DaemonError` if it is cut off, or if too many clients follow."""
-        if self._count >= FOLLOWERS_MAX:
+        if self.count >= FOLLOWERS_MAX:
             raise DaemonError(f"{FOLLOWERS_MAX} clients are told events already: end one of them")
-        self._count += 1
+        self._writers.add(writer)
         try:
             await self._tell(request, writer)
         finally:
-            self._count -= 1
+            self._writers.discard(writer)
 
     async def _tell(self, request: EventsRequest, writer: asyncio.StreamWriter) -> None:
         names = None if request.names is None else frozenset(request.names)
@@ -73,7 +86,10 @@ class Followers:
     async def _drain(self, writer: asyncio.StreamWriter) -> None:
         """Wait until the client has read most of what it was sent."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(writer.drain(), self._patience_s)
+            with suppress(ConnectionError):
+                await asyncio.wait_for(writer.drain(), self._patience_s)
+            if writer.is_closing():
+                raise DaemonError("this client is gone, or has read no event while the daemon ends")
             return
         text = f"cut off: this client has read no event for {self._patience_s:g} s"
         _log.warning("a client that follows events is %s", text)

@@ -211,7 +211,7 @@ def test_a_follower_that_reads_nothing_is_cut_off_and_bounded(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         for number in range(4000):
             record(daemon, "x" * 400, device=f"vol{number % 1000}")
-        daemon.call(_until(lambda: daemon.server._followers._count == 0))
+        daemon.call(_until(lambda: daemon.server._followers.count == 0))
         daemon.call(_until(lambda: not daemon.server._connections))
     assert len([each for each in caplog.records if "has read no event" in each.getMessage()]) == 1
     assert len(ask(daemon.run_dir, after=0)) > 100, "the others are served"
@@ -234,10 +234,10 @@ def test_a_follower_whose_events_are_gone_is_told_so(daemon: FakeDaemon) -> None
 def test_too_many_followers_are_refused(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followers, "FOLLOWERS_MAX", 1)
     with connected(daemon, follow=True):
-        daemon.call(_until(lambda: daemon.server._followers._count == 1))
+        daemon.call(_until(lambda: daemon.server._followers.count == 1))
         with pytest.raises(RemoteError, match="1 clients are told events already"):
             ask(daemon.run_dir)
-    daemon.call(_until(lambda: daemon.server._followers._count == 0))
+    daemon.call(_until(lambda: daemon.server._followers.count == 0))
     assert ask(daemon.run_dir) == []
 
 
@@ -250,7 +250,24 @@ def test_a_follower_does_not_delay_the_daemons_end(daemon: FakeDaemon) -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    daemon.call(_until(lambda: daemon.server._followers._count == 1))
+    daemon.call(_until(lambda: daemon.server._followers.count == 1))
     daemon.call(daemon.server.close(drain_s=DEADLINE_S))
     thread.join(DEADLINE_S)
     assert ended.is_set(), "it was answered, not hung up on"
+
+
+def test_a_client_that_reads_nothing_does_not_delay_the_daemons_end(
+    daemon: FakeDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connected(daemon, follow=True) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for number in range(1500):
+            record(daemon, "x" * 400, device=f"vol{number % 1000}")
+        daemon.call(_until(lambda: any(each.transport.get_write_buffer_size() for each in writers(daemon))))
+        daemon.call(asyncio.wait_for(daemon.server.close(drain_s=10 * DEADLINE_S), DEADLINE_S))
+        assert daemon.server.statistics()["connections"] == 0
+    assert "failed unexpectedly" not in caplog.text
+
+
+def writers(daemon: FakeDaemon) -> set[asyncio.StreamWriter]:
+    return daemon.server._followers._writers
