@@ -81,14 +81,20 @@ class _Shown:
         self._last = request.after
 
     def run(self, run_dir: Path, state_dir: Path | None) -> None:
-        """Raises `DaemonError` if there is neither a daemon nor a file of events, or if the daemon refuses."""
-        from ublkpool.daemon.errors import DaemonUnreachable
+        """Raises `DaemonError` if the daemon refuses, or unless it follows if there is neither a daemon nor a file."""
+        from ublkpool.daemon.errors import DaemonError, DaemonUnreachable
 
+        said = ""
         try:
             self._ask(run_dir)
-        except DaemonUnreachable as error:
-            self._read_file(run_dir, state_dir, error)
-        said = ""
+        except DaemonUnreachable as unreachable:
+            try:
+                self._read_file(run_dir, state_dir, unreachable)
+            except DaemonError as error:
+                if not self._request.follow:
+                    raise
+                said = str(unreachable)
+                complain([f"{error}; waiting for the daemon"])
         while self._request.follow:
             wait_while_read(RECONNECT_S)
             try:

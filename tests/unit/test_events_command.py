@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.fakes.daemon import FakeDaemon, running_daemon
 from ublkpool.daemon.admin import followers
 from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.admin.wire import EventsRequest, admin_socket, encode_line
+from ublkpool.daemon.admin.wire import EventsRequest, Told, admin_socket, encode_line
 from ublkpool.daemon.cli.commands import INTERRUPTED, cli
 from ublkpool.daemon.errors import RemoteError
-from ublkpool.daemon.events.event import Event, decode
+from ublkpool.daemon.events.event import Event, decode, encode, make_event
 from ublkpool.daemon.events.event_file import NAME, Append
 from ublkpool.daemon.events.kinds import BackendDied
 from ublkpool.daemon.events.tell import LOOKED_AT_MAX, Events
@@ -167,6 +168,30 @@ def test_a_follower_goes_on_with_the_next_daemon_without_loss_or_repeat(tmp_path
             lines = events.after(0, most=100).lines
             events = Events(earlier=[event for line in lines if (event := decode(line.rstrip()))])
     assert texts == ["0 a", "0 b", "0 c", "1 a", "1 b", "1 c", "2 a", "2 b"]
+
+
+def test_a_follower_outlives_a_daemon_that_is_killed_and_left_no_file(tmp_path: Path) -> None:
+    def told_by_a_daemon_that_dies(seq: int) -> None:
+        line = encode(make_event(seq, 0.0, "vol0", DIED, f"event {seq}", None)).rstrip()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.settimeout(DEADLINE_S)
+            listener.bind(str(path))
+            listener.listen()
+            client, _ = listener.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(encode_line(Told(msgspec.Raw(line))))
+                assert next_text(process) == f"event {seq}"
+        path.unlink()
+
+    path = admin_socket(tmp_path)
+    with follower(tmp_path) as process:
+        for seq in (1, 2, 3):
+            told_by_a_daemon_that_dies(seq)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == INTERRUPTED and "Traceback" not in error
+        assert "waiting for the daemon" in error and error.count("no events in") == 1
 
 
 def test_ctrl_c_ends_a_follower(daemon: FakeDaemon) -> None:
