@@ -35,7 +35,8 @@ _log = logging.getLogger("ublkpool.metrics")
 def run_inherited(run_dir: Path, listener: int, connection: int) -> int:
     """The daemon's child: serve on this socket what the daemon at the other end of `connection` tells.
 
-    It ends when the run directory is removed: no later daemon would find it there to end it.
+    It ends with 0 when the run directory is removed, where no later daemon would find it to end it; and with 1 when the
+    daemon answers nonsense, since that daemon starts another one, with another connection.
     """
     directory = None
     with suppress(OSError):
@@ -51,12 +52,13 @@ def run_inherited(run_dir: Path, listener: int, connection: int) -> int:
         render(Snapshot(False, 0.0), accept)
     become_ordinary()
 
-    async def serve() -> None:
+    async def serve() -> int:
         daemon.setblocking(False)
-        await _serve(by_connection(await open_streams(daemon)), sock, _removal(directory))
+        source = by_connection(await open_streams(daemon))
+        await _serve(source, sock, _end(source, directory))
+        return int(source.broken.is_set())
 
-    asyncio.run(serve())
-    return 0
+    return asyncio.run(serve())
 
 
 def run(run_dir: Path, address: ListenAddress) -> int:
@@ -81,6 +83,12 @@ async def _serve(source: Source, listener: socket.socket, end: Coroutine[Any, An
     async with beside(stop.wait()) as stopped, beside(end) as ended:
         await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
     await server.close()
+
+
+async def _end(source: Source, directory: int | None) -> None:
+    """Return when the run directory is removed, or the connection to the daemon is of no more use."""
+    async with beside(_removal(directory)) as removed, beside(source.broken.wait()) as broken:
+        await asyncio.wait({removed, broken}, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _removal(directory: int | None) -> None:

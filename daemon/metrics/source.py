@@ -58,6 +58,8 @@ class Source:
         self._streams: Streams | None = None
         self._owed = 0
         """Answers to questions of an earlier scrape, which gave up."""
+        self.broken = asyncio.Event()
+        """Set once the only connection is of no more use although the daemon at its other end may live."""
 
     async def take(self) -> Snapshot:
         """Everything now.  Never fails: a daemon that does not answer in time is down."""
@@ -68,9 +70,14 @@ class Source:
                 snapshot = await self._ask_everything()
         except TimeoutError:
             trouble = f"the daemon has not answered after {DEADLINE_S:.0f} s"
+        except (DaemonUnreachable, ConnectionError) as error:
+            self._end()
+            trouble = one_line(error)
         except (DaemonError, OSError, asyncio.IncompleteReadError, ValueError) as error:
             self._end()
             trouble = one_line(error)
+            if self._is_only:
+                self.broken.set()
         else:
             return snapshot._replace(duration_s=time.monotonic() - begun_s)
         finally:

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,39 @@ def test_a_daemon_that_answers_nonsense_is_down(answer: bytes, tmp_path: Path) -
             snapshot = await by_path(tmp_path).take()
         assert not snapshot.is_up
         assert snapshot.trouble
+
+    in_loop(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_broken"),
+    [
+        (b"nonsense\n", True),
+        (b'{"ok":true,"result":5}\n', True),
+        (b"\xff\n", True),
+        (b'{"ok":true', False),
+        (b"", False),
+    ],
+    ids=["no JSON", "no list", "binary", "cut short", "hung up"],
+)
+def test_the_only_connection_is_broken_by_nonsense_and_not_by_the_daemons_end(
+    answer: bytes, is_broken: bool
+) -> None:
+    async def test() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        scraped = by_connection(await open_streams(ours))
+
+        async def answered() -> None:
+            with theirs, suppress(ConnectionError):
+                await asyncio.get_running_loop().sock_recv(theirs, 4096)
+                await asyncio.get_running_loop().sock_sendall(theirs, answer)
+
+        answering = asyncio.ensure_future(answered())
+        for _ in range(2):
+            assert not (await scraped.take()).is_up
+        assert scraped.broken.is_set() == is_broken
+        await answering
 
     in_loop(test)
 

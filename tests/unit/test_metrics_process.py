@@ -118,6 +118,29 @@ def test_a_killed_exporter_is_started_again_at_the_same_address(tmp_path: Path) 
     in_loop(test)
 
 
+def test_an_exporter_that_is_told_nonsense_ends_and_the_daemon_starts_another(tmp_path: Path) -> None:
+    async def test() -> None:
+        rig = Rig(tmp_path)
+        told: list[int] = []
+
+        async def watch(sock: socket.socket) -> None:
+            told.append(1)
+            if len(told) > 1:
+                await rig.server.serve_watcher(sock)
+                return
+            with sock:
+                await asyncio.get_running_loop().sock_recv(sock, 4096)
+                await asyncio.get_running_loop().sock_sendall(sock, b"nonsense\n")
+                # The daemon does not hang up.
+                await asyncio.Event().wait()
+
+        rig.exporter = MetricsProcess(tmp_path, ListenAddress(path=rig.path), None, watch)
+        async with running(rig):
+            assert len(told) == 2
+
+    in_loop(test)
+
+
 def test_an_exporter_outlives_its_daemon_and_the_next_one_replaces_it(tmp_path: Path) -> None:
     async def test() -> None:
         rig = Rig(tmp_path)
