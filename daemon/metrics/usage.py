@@ -8,6 +8,7 @@ or another one than before.
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +43,7 @@ class Usages:
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
         self._starts: dict[tuple[Owner, int], int] = {}
-        # Once, since a start that changed in its last digits would look like another process's.
-        self._booted_s = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._booted_s = _boot(proc)
 
     def ticks(self) -> int:
         """Now, in the unit of a process's start."""
@@ -75,6 +75,20 @@ class Usages:
             return None
         fields = text.rpartition(") ")[2].split()
         return fields if len(fields) > _PAGES else None
+
+
+def _boot(proc: Path) -> float:
+    """When the machine was booted, in seconds since the epoch, by the kernel's btime (proc_stat(5)).
+
+    Each exporter must find the same: a start that changed in its last digits would look like another process's.
+    """
+    with suppress(OSError):
+        for line in (proc / "stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "btime":
+                return float(value)
+    # A /proc that shows processes only.
+    return round(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def _owners(devices: Sequence[DeviceStatus], daemon: DaemonStatus | None) -> Iterator[tuple[Owner, int]]:

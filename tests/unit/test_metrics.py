@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -270,6 +271,26 @@ def test_a_process_that_has_ended_or_has_another_s_number_is_left_out(tmp_path: 
     assert [each.owner.role for each in usages.of([status], None, asked_ticks=1000)] == ["backend"]
     (tmp_path / "99" / "stat").write_text("")
     assert usages.of([status], None, asked_ticks=1000) == []
+
+
+def test_each_exporter_finds_the_same_start_of_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stat").write_text("cpu  1 2 3\nbtime 1795700000\nprocesses 9\n")
+    write_stat(tmp_path, 99, start=250 * os.sysconf("SC_CLK_TCK"))
+    status = DaemonStatus(version="1", processes=(ProcessStatus(role="supervisor", pid=99),))
+    now_s = time.time()
+    for passed_s in (0.0, 0.4, 0.9):
+        monkeypatch.setattr(time, "time", lambda passed_s=passed_s: now_s + passed_s)
+        (usage,) = Usages(tmp_path).of([], status, asked_ticks=1 << 60)
+        assert usage.start_s == 1795700250.0
+
+
+def test_without_the_kernels_boot_time_a_process_has_a_start_all_the_same(tmp_path: Path) -> None:
+    write_stat(tmp_path, 99, start=0)
+    status = DaemonStatus(version="1", processes=(ProcessStatus(role="supervisor", pid=99),))
+    (usage,) = Usages(tmp_path).of([], status, asked_ticks=1 << 60)
+    assert abs(usage.start_s - (time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))) < 60
 
 
 def test_a_process_of_this_machine_has_time_and_memory() -> None:
