@@ -258,7 +258,7 @@ FAMILIES = _all(
         _device(
             "ublkpool_device_recoveries",
             "counter",
-            "Recoveries from a worker's death: the epoch less one.",
+            "Replacements of the device's workers, the epoch less one: recoveries, attempts that failed, and upgrades.",
             lambda status, _: status.epoch - 1,
         ),
         _device_words(
@@ -307,7 +307,8 @@ FAMILIES = _all(
         _queue(
             "ublkpool_oldest_request_age_seconds",
             "gauge",
-            "Time since the oldest request arrived in the worker, to half a second; 0 without one.",
+            "Time since the oldest request arrived in the worker, to half a second; 0 without one; "
+            "stands still while the worker is stopped or dead.",
             lambda q: q.oldest_request_s,
         ),
         Family(
