@@ -112,10 +112,24 @@ async def _change(device: Device, wanted: DeviceConfig) -> Reloaded:
     changed = differences(before, device.config)
     notes = [f"{key} (at its next start)" if APPLIES[key] != "now" else key for key in changed]
     done = f"set {', '.join(notes)}" if notes else ""
-    fixed = differences(device.config, wanted)
-    way_out = f"ublkpool del {device.name}, then read the config again"
-    needs = f"{', '.join(fixed)}: needs a new device: {way_out}" if fixed else ""
-    return Reloaded(name=device.name, done=done, needs=needs)
+    return Reloaded(name=device.name, done=done, needs=_needs(device, wanted))
+
+
+def _needs(device: Device, wanted: DeviceConfig) -> str:
+    """What is left to do for the device to have this config; empty if nothing."""
+    name, status = device.name, device.status()
+    fixed, needs = differences(device.config, wanted), []
+    has_bytes, wanted_bytes = status.size_bytes, wanted.size_bytes
+    # A resize has given the disk another size than its config's.
+    if "size" in fixed and has_bytes is not None and wanted_bytes is not None:
+        if wanted_bytes > has_bytes and device.state == "live":
+            needs.append(f"size: grow it with: ublkpool resize {name} {wanted_bytes}")
+        if needs or wanted_bytes == has_bytes:
+            fixed.remove("size")
+    if fixed:
+        way_out = f"ublkpool del {name}, then read the config again"
+        needs.insert(0, f"{', '.join(fixed)}: needs a new device: {way_out}")
+    return "; ".join(needs)
 
 
 def _gone(name: str) -> Reloaded:

@@ -12,15 +12,17 @@ import pytest
 from click.testing import CliRunner
 
 from support.fakes.daemon import running_daemon
+from support.fakes.device_parts import SIZE_BYTES, fake_device
 from ublkpool.daemon.admin.wire import ReloadRequest, SetRequest
 from ublkpool.daemon.cli.commands import cli
 from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.mounts import NAMESPACE
-from ublkpool.daemon.reload import Read, Reload
-from ublkpool.daemon.settings.config import ServeConfig
+from ublkpool.daemon.reload import Read, Reload, _change
+from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.status import Reloaded
 from ublkpool.ublk import process_calls
@@ -101,6 +103,28 @@ def test_each_device_gets_what_can_change_and_is_told_what_needs_more(file: File
         assert await client.states() == {"vol0": "waiting", "vol1": "waiting", "vol2": "waiting"}
 
     file.serve(test)
+
+
+@pytest.mark.parametrize(
+    ("size", "needs"),
+    [
+        (2 * SIZE_BYTES, ""),
+        (3 * SIZE_BYTES, f"size: grow it with: ublkpool resize vol {3 * SIZE_BYTES}"),
+        (SIZE_BYTES // 2, "size: needs a new device: ublkpool del vol, then read the config again"),
+    ],
+)
+def test_a_size_in_the_file_is_compared_with_the_disks_which_a_resize_may_have_grown(
+    size: int, needs: str
+) -> None:
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES))
+        disk = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=False, read_only=False)
+        device.parts.resources.disk = disk.grown(2 * SIZE_BYTES)
+        device.parts.life.state = "live"
+        wanted = DeviceConfig(name="vol", size_bytes=size)
+        assert await _change(device, wanted) == Reloaded(name="vol", needs=needs)
+
+    asyncio.run(run())
 
 
 def test_a_reload_makes_the_values_of_the_file_hold_again(file: File) -> None:
