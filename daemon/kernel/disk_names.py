@@ -12,8 +12,9 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -55,11 +56,14 @@ class DiskNames:
         check()
         sequence = self._sequence(disk)
         check()
-        if not sequence:
+        # All devices of a takeover come at once, most of them with name and link: these need not wait for the lock.
+        if not sequence or (
+            self._is_right(sequence, name) and self._is_closed() and self.linked(name) == disk
+        ):
             return ""
         with self._locked():
-            self._sweep()
-            other = self.published().get(name, disk)
+            found = self._sweep()
+            other = _named(self._texts(), found).get(name, disk)
             if other != disk:
                 return f"{other}, perhaps of another daemon, has this name: give one of the two devices another name"
             is_new = self._write(sequence, name)
@@ -93,13 +97,8 @@ class DiskNames:
 
     def published(self) -> dict[str, str]:
         """The disks that exist, such as `ublkb0`, by their published names."""
-        texts = {each.name: _text(each) for each in self._files()}
-        found = self._sequences()
-        return {
-            text.removeprefix(_KEY).strip(): found[sequence]
-            for sequence, text in texts.items()
-            if sequence in found and text.startswith(_KEY)
-        }
+        texts = self._texts()
+        return _named(texts, self._sequences())
 
     def linked(self, name: str) -> str:
         """The disk or partition to which the link of this name in /dev leads, such as `ublkb0`; empty if none does."""
@@ -120,8 +119,23 @@ class DiskNames:
             return [each for each in self._directory.iterdir() if each.name.isdecimal()]
         return []
 
-    def _sweep(self) -> None:
-        """Remove the files of disks that are gone; the caller has the lock."""
+    def _texts(self) -> dict[str, str]:
+        """What the files say, by the sequence numbers of their disks."""
+        return {each.name: _text(each) for each in self._files()}
+
+    def _is_closed(self) -> bool:
+        """Whether the directory is as `_check_owner` makes it."""
+        with suppress(OSError):
+            about = self._directory.lstat()
+            return (about.st_uid, about.st_mode) == (os.geteuid(), stat.S_IFDIR | _MODE)
+        return False
+
+    def _is_right(self, sequence: str, name: str) -> bool:
+        """Whether the disk's file gives it this name."""
+        return _text(self._directory / sequence) == f"{_KEY}{name}\n"
+
+    def _sweep(self) -> dict[str, str]:
+        """Remove the files of disks that are gone; the caller has the lock.  Returns what `_sequences` does."""
         # Listed first: each of these disks existed when its file was written.
         files = self._files()
         found = self._sequences()
@@ -129,16 +143,17 @@ class DiskNames:
             if each.name not in found:
                 each.unlink(missing_ok=True)
         (self._directory / ".new").unlink(missing_ok=True)
+        return found
 
     def _write(self, sequence: str, name: str) -> bool:
         """Write the file as a whole; false if it was right."""
-        path, fresh, text = self._directory / sequence, self._directory / ".new", f"{_KEY}{name}\n"
-        if _text(path) == text:
+        if self._is_right(sequence, name):
             return False
+        fresh = self._directory / ".new"
         try:
-            fresh.write_text(text)
+            fresh.write_text(f"{_KEY}{name}\n")
             fresh.chmod(0o644)
-            fresh.replace(path)
+            fresh.replace(self._directory / sequence)
         finally:
             fresh.unlink(missing_ok=True)
         return True
@@ -188,6 +203,15 @@ class DiskNames:
                         opened.pop_all()
                         return fd
         raise OSError(errno.EAGAIN, "other processes remove it again and again", str(self._directory))
+
+
+def _named(texts: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """Of the disks in `found`, by sequence number as `texts` are, those that have a name, by that name."""
+    return {
+        text.removeprefix(_KEY).strip(): found[sequence]
+        for sequence, text in texts.items()
+        if sequence in found and text.startswith(_KEY)
+    }
 
 
 def _check_owner(fd: int, path: Path) -> None:

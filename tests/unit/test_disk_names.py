@@ -136,6 +136,44 @@ def test_a_disk_that_is_named_and_linked_is_not_announced_again(machine: Machine
     assert machine.announced() == ["ublkb0"]
 
 
+@pytest.mark.parametrize("missing", ["", "file", "link", "mode"])
+def test_only_a_disk_without_its_name_or_link_waits_for_the_lock(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    machine.add("ublkb0", 7)
+    machine.names.publish("vol0", "ublkb0", ours)
+    link = machine.link("ublkpool/vol0", "ublkb0")
+    locked = []
+    monkeypatch.setattr(fcntl, "flock", lambda *_: locked.append(1))
+    if missing == "file":
+        (machine.files / "7").unlink()
+    elif missing == "link":
+        link.unlink()
+    elif missing == "mode":
+        machine.files.chmod(0o755)
+    assert machine.names.publish("vol0", "ublkb0", ours) == ""
+    assert bool(locked) == bool(missing)
+    assert machine.published() == {"7": "UBLKPOOL_NAME=vol0\n"}
+    assert stat.S_IMODE(machine.files.stat().st_mode) == 0o700
+
+
+def test_the_numbers_of_other_disks_are_read_once_for_a_name(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        machine.add(f"ublkb{number}", 40 + number)
+    reads: list[str] = []
+    sequence = DiskNames._sequence
+
+    def note(names: DiskNames, disk: str) -> str:
+        reads.append(disk)
+        return sequence(names, disk)
+
+    monkeypatch.setattr(DiskNames, "_sequence", note)
+    assert machine.names.publish("vol0", "ublkb0", ours) == ""
+    assert sorted(each for each in reads if each != "ublkb0") == ["ublkb1", "ublkb2", "ublkb3", "ublkb4"]
+
+
 def test_the_next_disk_with_the_number_has_no_name_of_a_killed_daemon_s(machine: Machine) -> None:
     machine.add("ublkb0", 7)
     machine.names.publish("vol0", "ublkb0", ours)
