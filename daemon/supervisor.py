@@ -76,12 +76,10 @@ class Supervisor:
         self,
         context: DaemonContext,
         background: Background,
-        keeper: EventsKept | None = None,
         config: ServeConfig | None = None,
     ) -> None:
-        """`background` ends with the daemon; without `keeper` the events are in memory only."""
+        """`background` ends with the daemon."""
         self._context = context
-        self._keeper = keeper
         self._background = background
         self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status, context.events)
         self.config_file = Reload(config or ServeConfig(), context, self._table)
@@ -283,11 +281,6 @@ class Supervisor:
             await self.delete_all()
             self.end()
 
-    async def end_events(self) -> None:
-        """The daemon leaves its devices to the next one: write what has happened."""
-        if self._keeper is not None:
-            await self._keeper.end(leaves=True)
-
     async def settled(self) -> None:
         """Return when no task changes a device, and the holder has what the next daemon needs."""
         await self._table.settled()
@@ -343,6 +336,19 @@ async def _check_all_unused(devices: Sequence[Device]) -> None:
         raise DaemonError(f"nothing was deleted: {'; '.join(refusals)}")
 
 
+class _Ending(AsyncExitStack):
+    """Ends what could outlive the daemon, or leaves it to the next one."""
+
+    keeper: EventsKept | None = None
+    """None until the state directory is open."""
+
+    async def leave(self) -> None:
+        """Leave everything to the next daemon, and write what has happened."""
+        self.pop_all()
+        if self.keeper is not None:
+            await self.keeper.end(leaves=True)
+
+
 def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Fails without the driver or the rights, with a better reason than any later step would give.
@@ -363,7 +369,7 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
         loop.add_signal_handler(number, stop.set)
     hung_up = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, hung_up.set)
-    async with AsyncExitStack() as ending, AsyncExitStack() as leaving:
+    async with _Ending() as ending, AsyncExitStack() as leaving:
         supervisor = await _start(config, live_mounts, ending, leaving, stop)
         supervisor.ready()
         loop.add_signal_handler(signal.SIGHUP, supervisor.reload_soon)
@@ -381,7 +387,7 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
     return 0
 
 
-async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
+async def _leave(supervisor: Supervisor, ending: _Ending) -> None:
     """End the daemon; workers, broker and backends serve on until the next daemon."""
     _log.info("leaving the devices to the next daemon")
     try:
@@ -389,14 +395,13 @@ async def _leave(supervisor: Supervisor, ending: AsyncExitStack) -> None:
     except TimeoutError:
         # The next daemon recovers the device, as after a crash.
         _log.warning("a device is still changing after %.0f s; leaving it so", SETTLE_DEADLINE_S)
-    ending.pop_all()
-    await supervisor.end_events()
+    await ending.leave()
 
 
 async def _start(
     config: ServeConfig,
     live_mounts: int | None,
-    ending: AsyncExitStack,
+    ending: _Ending,
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
@@ -413,7 +418,7 @@ async def _start(
     except BaseException:
         if records:
             # The earlier daemon's processes serve on, and the next start may succeed.
-            ending.pop_all()
+            await ending.leave()
         raise
 
 
@@ -428,18 +433,18 @@ async def _begin(
     directory: RunDirectory,
     records: Sequence[Record],
     live_mounts: int | None,
-    ending: AsyncExitStack,
+    ending: _Ending,
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
-    context, held, keeper = await _make_context(config, directory, live_mounts, ending)
+    context, held = await _make_context(config, directory, live_mounts, ending)
     context.configured = {device.name: device for device in config.devices}
     run_dir, broker = context.run_dir, context.broker
     left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()
     ending.push_async_callback(broker.stop)
     background = Background("the daemon")
-    supervisor = Supervisor(context, background, keeper, config)
+    supervisor = Supervisor(context, background, config)
     ending.push_async_callback(supervisor.delete_all)
     ending.callback(background.cancel)
     for restarting in (broker.keep_running(supervisor.broker_restarted), context.holder.keep_running()):
@@ -472,7 +477,7 @@ def _begin_metrics(
     supervisor: Supervisor,
     admin: AdminServer,
     background: Background,
-    ending: AsyncExitStack,
+    ending: _Ending,
 ) -> None:
     """Have metrics served if the config says so, and an earlier daemon's exporter ended in any case."""
     if config.metrics is None:
@@ -486,9 +491,9 @@ def _begin_metrics(
 
 
 async def _make_context(
-    config: ServeConfig, directory: RunDirectory, live_mounts: int | None, ending: AsyncExitStack
-) -> tuple[DaemonContext, dict[str, int], EventsKept]:
-    """The parts that all devices share, the descriptors that an earlier daemon's holder kept, and who keeps the events.
+    config: ServeConfig, directory: RunDirectory, live_mounts: int | None, ending: _Ending
+) -> tuple[DaemonContext, dict[str, int]]:
+    """The parts that all devices share, and the descriptors that an earlier daemon's holder kept.
 
     The holder runs then, the broker does not.
     """
@@ -501,7 +506,7 @@ async def _make_context(
     runner = ControlRunner(reserve, lambda what, text: events.record(CommandHung(what=what), text))
     states = await StateDirectory.open(candidates(run_dir, config.state_dir), runner)
     ending.callback(states.close)
-    keeper = EventsKept(states.directory, runner, config.events_bytes)
+    keeper = ending.keeper = EventsKept(states.directory, runner, config.events_bytes)
     ending.push_async_callback(keeper.end, leaves=False)
     events = keeper.events
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
@@ -513,7 +518,7 @@ async def _make_context(
     context = DaemonContext(
         run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events
     )
-    return context, held, keeper
+    return context, held
 
 
 async def _within_patience(taking: Sequence["asyncio.Task[None]"], stop: asyncio.Event) -> None:

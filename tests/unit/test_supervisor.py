@@ -24,6 +24,8 @@ from ublkpool.daemon.admin.wire import (
 )
 from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.events.keeper import earlier_events
+from ublkpool.daemon.events.kinds import DaemonStopped
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
 from ublkpool.daemon.takeover import TakeOver
@@ -297,6 +299,8 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
         )
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
+    ended = earlier_events(tmp_path / "state", 1 << 20)[-1]
+    assert (ended.code, ended.details["leaves"]) == (DaemonStopped.code, True), "the daemon has not died"
     # As the end of the process would.
     assert holders[0]._channel is not None
     holders[0]._channel.close()
