@@ -49,4 +49,4 @@ class Device:
     """`stop(reason)`: end the backend after the executing requests, as SIGTERM does.  Thread-safe."""
     resized: Callable[[int], None] = field(default=lambda size_bytes: None)
     """`resized(size_bytes)`: the store has grown to this size, also after a power failure; the daemon makes the device
-    as large, if its driver can.  Thread-safe."""
+    as large, if its driver can.  Thread-safe.  At most once a second, or the backend may be cut off."""

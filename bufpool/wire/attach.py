@@ -211,7 +211,10 @@ class Resized(
 class Grown(
     msgspec.Struct, tag="grown", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
-    """From a backend: its store has grown to `size_bytes`, under the promise of `Resized`; no answer."""
+    """From a backend: its store has grown to `size_bytes`, under the promise of `Resized`; no answer.
+
+    At most one a second, after the first 16: further ones count as packets that the daemon does not expect.
+    """
 
     size_bytes: int
 

@@ -30,6 +30,8 @@ LEAVE_PATIENCE_S = 10.0
 """A backend that has closed its connection is killed if it has not ended after this time."""
 UNDUE_PACKETS_MAX = 16
 """A backend that sends more packets than this that the daemon does not expect is cut off."""
+GROWN_PACKETS_MAX = 16
+"""So many sizes a backend may announce at once; further ones, above one a second, are packets not expected."""
 _log = logging.getLogger("ublkpool.attach")
 
 
@@ -49,6 +51,7 @@ class Session:
     grown_bytes = 0
     """The largest size that it has announced, also before `on_grown` was set; 0: none."""
     _asked_bytes = 0
+    _grown_left, _grown_at_s = float(GROWN_PACKETS_MAX), 0.0
     _growing: "asyncio.Future[wire.Resized] | None" = None
 
     def __init__(self, sock: socket.socket, peer: Peer, attach: wire.Attach, segment_fd: int | None) -> None:
@@ -68,6 +71,7 @@ class Session:
         # Routing ids that begin with 0 are reserved to ZeroMQ.
         self.token = b"\x01" + secrets.token_bytes(wire.TOKEN_BYTES - 1)
         self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._sock = sock
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._left: asyncio.Future[None] = self._loop.create_future()
@@ -237,20 +241,29 @@ class Session:
             return False
         if isinstance(message, wire.Resized):
             return self._resized(message)
-        # A store that grows in small steps may say so often, but never twice the same.
+        # A store that grows in small steps may say so again, but never twice the same.
         if not self.grown_bytes < message.size_bytes < 1 << 63:
             return False
         self.grown_bytes = message.size_bytes
         self.on_grown(message.size_bytes)
+        return self._may_announce()
+
+    def _may_announce(self) -> bool:
+        """Whether it has announced no more than it may; one more each second."""
+        now_s = self._clock()
+        self._grown_left = min(GROWN_PACKETS_MAX, self._grown_left + now_s - self._grown_at_s)
+        self._grown_at_s = now_s
+        if self._grown_left < 1:
+            return False
+        self._grown_left -= 1
         return True
 
     def _resized(self, answer: wire.Resized) -> bool:
         growing = self._growing
-        if growing is None or growing.done():
+        if growing is None or growing.done() or answer.size_bytes != self._asked_bytes:
             # The answer to a question that was given up, perhaps by an earlier daemon.
             return False
-        if answer.size_bytes == self._asked_bytes:
-            growing.set_result(answer)
+        growing.set_result(answer)
         return True
 
     def _hear(self) -> None:

@@ -1,6 +1,7 @@
 """The store's growth on an attach connection: questions to the backend, its answers, what it may announce."""
 
 import asyncio
+import itertools
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from support.fakes.attach_door import ATTACH, DEADLINE_S, Door, answer, at_the_door, until
 from ublkpool.bufpool import wire
-from ublkpool.daemon.backends.session import UNDUE_PACKETS_MAX, Session
+from ublkpool.daemon.backends.session import GROWN_PACKETS_MAX, UNDUE_PACKETS_MAX, Session
 from ublkpool.daemon.errors import DaemonError
 
 Scene = Callable[[Session, socket.socket], Awaitable[None]]
@@ -92,7 +93,7 @@ def test_sizes_that_rise_are_announcements_and_anything_else_is_undue(
     async def scene(session: Session, connection: socket.socket) -> None:
         heard: list[int] = []
         session.on_grown = heard.append
-        rising = range(512, 512 * 3 * UNDUE_PACKETS_MAX, 512)
+        rising = range(512, 512 * (GROWN_PACKETS_MAX + 1), 512)
         for size_bytes in rising:
             say(connection, wire.Grown(size_bytes=size_bytes))
         await until(lambda: heard == list(rising), "every rising size is heard")
@@ -116,3 +117,44 @@ def test_sizes_that_rise_are_announcements_and_anything_else_is_undue(
 
     with_backend(tmp_path, scene)
     assert "it talks on its attach connection" in caplog.text
+
+
+def test_a_backend_that_announces_more_than_it_may_is_cut_off(tmp_path: Path) -> None:
+    async def scene(session: Session, connection: socket.socket) -> None:
+        now_s, sizes, heard = [1000.0], itertools.count(512, 512), list[int]()
+        session._clock = lambda: now_s[0]
+        session.on_grown = heard.append
+
+        async def announce(count: int) -> None:
+            said = [next(sizes) for _ in range(count)]
+            for size_bytes in said:
+                say(connection, wire.Grown(size_bytes=size_bytes))
+            await until(lambda: heard[-count:] == said, "every size is heard")
+
+        await announce(GROWN_PACKETS_MAX)
+        for _ in range(2 * UNDUE_PACKETS_MAX):
+            now_s[0] += 1
+            await announce(1)
+        assert not session.is_leaving, "one a second is no burden"
+        now_s[0] += 10 * GROWN_PACKETS_MAX
+        # A burst after a rest, and what every backend may send that is not expected.
+        await announce(GROWN_PACKETS_MAX)
+        await announce(UNDUE_PACKETS_MAX)
+        assert not session.is_leaving
+        await announce(1)
+        assert session.is_leaving
+
+    with_backend(tmp_path, scene)
+
+
+def test_answers_to_other_questions_are_undue(tmp_path: Path) -> None:
+    async def scene(session: Session, connection: socket.socket) -> None:
+        asked = asyncio.ensure_future(session.resize(4096, DEADLINE_S))
+        assert await answer(connection) == wire.Resize(size_bytes=4096)
+        for _ in range(UNDUE_PACKETS_MAX + 1):
+            say(connection, wire.Resized(size_bytes=8192))
+        with pytest.raises(DaemonError, match="ended before it answered"):
+            await asked
+        assert session.is_leaving
+
+    with_backend(tmp_path, scene)
