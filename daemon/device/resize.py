@@ -48,12 +48,14 @@ async def resize(parts: DeviceParts, size_bytes: int, is_relative: bool) -> Resi
 
 async def _finish_earlier(parts: DeviceParts, wanted_bytes: int) -> ResizeResult:
     """The device has this size on record; the driver may not know it yet."""
-    _, kernel = _live(parts)
-    before_bytes = kernel.size_bytes
-    if before_bytes < wanted_bytes:
-        _check_driver(parts)
-        await _update(parts)
-        _tell(parts, before_bytes, wanted_bytes)
+    # A deletion holds the turn, and its STOP_DEV must not come between the two commands of `kernel.update_size`.
+    async with parts.life.turn:
+        _, kernel = _live(parts)
+        before_bytes = kernel.size_bytes
+        if before_bytes < wanted_bytes:
+            _check_driver(parts)
+            await _update(parts)
+            _tell(parts, before_bytes, wanted_bytes)
     return ResizeResult(before_bytes=min(before_bytes, wanted_bytes), after_bytes=wanted_bytes)
 
 

@@ -106,9 +106,16 @@ def _disk_bytes(number: int) -> int:
 
 
 def grow(number: int, size_bytes: int) -> None:
-    """UPDATE_SIZE, unless the disk is as large: a command that was late must not undo a later one."""
-    if control.disk_bytes(number) < size_bytes:
-        control.update_size(number, size_bytes)
+    """UPDATE_SIZE, unless the disk is as large: a command that was late must not undo a later one.
+
+    Raises `UblkError`, ENODEV for a device without a disk, for which an old driver crashes (`control.update_size`).
+    """
+    if control.disk_bytes(number) >= size_bytes:
+        return
+    # GET_PARAMS waits for a STOP_DEV that has begun.
+    if control.device_info(number).state == abi.DeviceState.DEAD:
+        raise UblkError(f"UPDATE_SIZE of device {number}: it has no disk any more", errno.ENODEV)
+    control.update_size(number, size_bytes)
 
 
 def find_marked(mark: int) -> int:

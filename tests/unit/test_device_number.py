@@ -110,6 +110,8 @@ async def _call(command: Callable[[BlockDevice], Awaitable[object]], device: Blo
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_reaches_our_device(driver: Driver, command: str) -> None:
     device = create()
+    assert driver.device is not None
+    driver.device = driver.device._replace(state=DeviceState.LIVE)
     driver.sent.clear()
     asyncio.run(_call(COMMANDS[command], device))
     assert driver.sent and driver.sent[-1].name.startswith(command)

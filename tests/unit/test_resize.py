@@ -18,10 +18,13 @@ from ublkpool.daemon.device.introduction import watch_backend
 from ublkpool.daemon.device.records import NotRecorded, Record
 from ublkpool.daemon.device.resize import repair_soon
 from ublkpool.daemon.errors import ConfigError, DaemonError, status_of
+from ublkpool.daemon.kernel import device_commands
 from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.settings.config import DEVICE_BYTES_MAX, DeviceConfig
 from ublkpool.daemon.status import ResizeResult
-from ublkpool.ublk.abi import Feature
+from ublkpool.ublk import control
+from ublkpool.ublk.abi import DeviceInfo, DeviceState, Feature
+from ublkpool.ublk.errors import UblkError
 
 DEADLINE_S = 60
 BIG = 2 * SIZE_BYTES
@@ -252,6 +255,47 @@ def test_a_step_that_fails_is_told_and_a_retry_succeeds(fail_at: str, error: Exc
         world.check()
 
     in_loop(run)
+
+
+def test_a_resize_that_a_failed_one_left_waits_for_a_deletion_that_has_the_turn() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world, GrowingSession(world))
+        await bound(device, world)
+        world.fail_at = {"disk": ControlFailed("UPDATE_SIZE has hung", 0)}
+        with pytest.raises(DaemonError, match="has hung"):
+            await device.resize(BIG, False)
+        world.fail_at = {}
+        world.steps.clear()
+        async with device.parts.life.turn:
+            again = asyncio.ensure_future(device.resize(BIG, False))
+            await turn()
+            assert not again.done()
+            device.parts.life.is_stopping = True
+        with pytest.raises(DaemonError, match="is being deleted"):
+            await again
+        assert world.steps == [] and world.disk_bytes == SIZE_BYTES
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("state", DeviceState)
+def test_update_size_is_sent_only_for_a_disk(state: DeviceState, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    info = DeviceInfo(queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
+    monkeypatch.setattr(control, "disk_bytes", lambda number: SIZE_BYTES)
+    monkeypatch.setattr(control, "device_info", lambda number: info._replace(state=state))
+    monkeypatch.setattr(control, "update_size", lambda *sending: sent.append(sending))
+    device_commands.grow(3, SIZE_BYTES)
+    assert sent == []
+    if state == DeviceState.DEAD:
+        with pytest.raises(UblkError, match="UPDATE_SIZE of device 3: it has no disk any more"):
+            device_commands.grow(3, BIG)
+        assert sent == []
+    else:
+        device_commands.grow(3, BIG)
+        assert sent == [(3, BIG)]
 
 
 def test_a_backend_that_dies_while_its_store_grows_leaves_the_old_size() -> None:
