@@ -17,8 +17,8 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_name
-from ublkpool.daemon.settings.changes import APPLIES, differences
-from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, ServeConfig
+from ublkpool.daemon.settings.changes import APPLIES, differences, user_key
+from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, MetricsTable, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.status import Reloaded
 from ublkpool.ublk import process_calls
@@ -32,6 +32,7 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str] = []
     devices: list[DeviceConfig] = []
     table: DaemonTable = DaemonTable()
+    metrics: MetricsTable | None = None
 
 
 class Reload:
@@ -66,7 +67,7 @@ class Reload:
             # Side by side: one of them may be in a long recovery.
             done = await asyncio.gather(*(self._apply(device) for device in read.devices))
             done += map(_gone, sorted(gone))
-            done += _of_daemon(self._config.table, read.table)
+            done += _of_daemon(self._config, read)
             for each in done:
                 _say(each)
             return done
@@ -102,7 +103,7 @@ def _load(file: Path, live_mounts: int | None) -> Read:
         config = load_config(file)
     except ConfigError as error:
         return Read(problems=error.lines)
-    return Read(devices=list(config.devices), table=config.table)
+    return Read(devices=list(config.devices), table=config.table, metrics=config.metrics_table)
 
 
 async def _change(device: Device, wanted: DeviceConfig) -> Reloaded:
@@ -136,8 +137,10 @@ def _gone(name: str) -> Reloaded:
     return Reloaded(name=name, needs=f"is no longer in the config; delete it with: ublkpool del {name}")
 
 
-def _of_daemon(before: DaemonTable, now: DaemonTable) -> list[Reloaded]:
-    keys = [key for key in DaemonTable.__struct_fields__ if getattr(before, key) != getattr(now, key)]
+def _of_daemon(before: ServeConfig, now: Read) -> list[Reloaded]:
+    fields = DaemonTable.__struct_fields__
+    keys = [user_key(each) for each in fields if getattr(before.table, each) != getattr(now.table, each)]
+    keys += ["metrics"] if before.metrics_table != now.metrics else []
     return (
         [Reloaded(name="daemon", needs=f"{', '.join(keys)}: needs a restart of the daemon")] if keys else []
     )

@@ -223,6 +223,8 @@ class ServeConfig(NamedTuple):
     """The bound of the events in the state directory, and in memory."""
     metrics: ListenAddress | None = None
     """Where metrics are served; None: nowhere."""
+    metrics_table: MetricsTable | None = None
+    """The file's `[metrics]`, before any option of the command line; None: the file has none."""
 
 
 class Problem(NamedTuple):

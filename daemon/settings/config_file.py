@@ -47,7 +47,8 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
     ]
     daemon = _check_daemon(document.get("daemon", {}), problems)
     run_dir = (run_dir or Path(daemon.run_dir or RUN_DIR_DEFAULT)).absolute()
-    metrics = _check_metrics(document.get("metrics"), problems, run_dir)
+    metrics = _check_metrics(document.get("metrics"), problems)
+    address = _check_listen(metrics, problems, run_dir)
     devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
     if problems:
         titles = _device_titles(document.get("device"))
@@ -63,7 +64,8 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         devices=tuple(devices),
         file=file.absolute(),
         table=daemon,
-        metrics=metrics,
+        metrics_table=metrics,
+        metrics=address,
     )
 
 
@@ -132,19 +134,26 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
     return daemon
 
 
-def _check_metrics(table: object, problems: list[Problem], run_dir: Path) -> ListenAddress | None:
+def _check_metrics(table: object, problems: list[Problem]) -> MetricsTable | None:
     if table is None:
         return None
     if not isinstance(table, Mapping):
         problems.append(Problem(("metrics",), "expected a table: write [metrics]"))
         return None
     values = check_fields(table, MetricsTable, ("metrics",), problems)
-    if "listen" in values:
-        try:
-            return parse_listen(values["listen"], run_dir)
-        except ValueError as error:
-            problems.append(Problem(("metrics", "listen"), str(error)))
-    return None
+    return MetricsTable(**values) if "listen" in values else None
+
+
+def _check_listen(
+    metrics: MetricsTable | None, problems: list[Problem], run_dir: Path
+) -> ListenAddress | None:
+    if metrics is None:
+        return None
+    try:
+        return parse_listen(metrics.listen, run_dir)
+    except ValueError as error:
+        problems.append(Problem(("metrics", "listen"), str(error)))
+        return None
 
 
 def _group_exists(name: str) -> bool:

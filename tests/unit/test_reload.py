@@ -127,6 +127,16 @@ def test_a_size_in_the_file_is_compared_with_the_disks_which_a_resize_may_have_g
     asyncio.run(run())
 
 
+def test_changed_metrics_are_named_as_needing_a_restart(file: File) -> None:
+    async def test(client: Client) -> None:
+        file.write(more='[metrics]\nlisten = "unix"\n')
+        assert (await reload(client))["daemon"] == ("", "metrics: needs a restart of the daemon")
+        file.write()
+        assert "daemon" not in await reload(client)
+
+    file.serve(test)
+
+
 def test_a_reload_makes_the_values_of_the_file_hold_again(file: File) -> None:
     async def test(client: Client) -> None:
         await client.ask(SetRequest(name="vol0", values={"on_absent": "fail"}))
