@@ -275,11 +275,16 @@ class Supervisor:
             watch = GoingDown(self._table.devices, asyncio.get_running_loop().time)
             self._background.spawn(watch.watch())
             for device in self._table.devices():
-                self._background.spawn(device.end_drain())
+                self._background.spawn(self._end_drain(device.name))
         if final:
             self.ends = True
             await self.delete_all()
             self.end()
+
+    async def _end_drain(self, name: str) -> None:
+        """See `DeviceService.end_drain`; a device that is being taken over is resumed after that."""
+        if (device := await self._table.at_rest(name)) is not None:
+            await device.end_drain()
 
     async def settled(self) -> None:
         """Return when no task changes a device, and the holder has what the next daemon needs."""

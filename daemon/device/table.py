@@ -184,6 +184,12 @@ class DeviceTable:
         names = list(self._entries)
         return all(await asyncio.gather(*(self._delete_at_end(name) for name in names)))
 
+    async def at_rest(self, name: str) -> Device | None:
+        """The device of this name when no task makes, takes over or removes it; None if there is none then."""
+        while (entry := self._entries.get(name)) is not None and (busy := _running(entry)):
+            await asyncio.wait(busy)
+        return None if entry is None else entry.device
+
     async def settled(self) -> None:
         """Return when no task changes a device."""
         while busy := [each for entry in self._entries.values() for each in _running(entry)]:

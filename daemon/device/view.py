@@ -79,6 +79,9 @@ class DeviceView:
     @property
     def lacks_backend(self) -> bool:
         """Whether requests wait for a backend to attach."""
+        if self.parts.drain and self.parts.left is not None:
+            # Its takeover comes first, and only then can it be resumed.
+            return False
         return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
 
     @property

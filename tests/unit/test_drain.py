@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from support.fakes.device_parts import SIZE_BYTES, FakeSession, FakeTeam, fake_device, turn
+from support.fakes.device_parts import SIZE_BYTES, FakeSession, FakeTeam, fake_context, fake_device, turn
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
@@ -16,10 +16,13 @@ from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.drain import cancel
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import NotRecorded, Record
+from ublkpool.daemon.device.table import Show
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.supervisor import Supervisor
 
 DEADLINE_S = 60
 CACHED = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=True, read_only=False)
@@ -508,6 +511,55 @@ def test_the_machines_shutdown_resumes_a_drained_device_and_ends_a_drain() -> No
         await draining.device.end_drain()
         await asyncio.wait({asking})
         assert draining.parts.drain == "" and draining.steps == ["hold True", "release"]
+
+    in_loop(run)
+
+
+def test_the_machines_shutdown_resumes_a_device_whose_takeover_ends_later() -> None:
+    async def run() -> None:
+        supervisor = Supervisor(fake_context(), Background("the daemon"))
+        is_taken = asyncio.Event()
+        scene = await Scene(managed=True, attached=False).begin()
+        scene.parts.hold("drained")
+
+        async def work(show: Show) -> bool:
+            await is_taken.wait()
+            # As after a `go_on` that failed: another `Device` stands for the name from now on.
+            show(scene.device)
+            return True
+
+        record = Record(config=scene.device.config, device_number=3, drained=True)
+        taking = supervisor._table.take_over(record, work)
+        left = supervisor._table.device("vol")
+        await supervisor.shut_down(final=False)
+        await turn()
+        assert scene.device.status().drain == "drained" and scene.steps == []
+        assert not left.lacks_backend, "its dirty data fails before it was resumed"
+        is_taken.set()
+        await taking
+        await turn()
+        assert scene.device.status().drain == "" and scene.steps == ["record no drain", "release", "started"]
+        assert scene.device.lacks_backend
+        supervisor._background.cancel()
+
+    in_loop(run)
+
+
+def test_the_machines_shutdown_waits_for_no_device_that_is_gone() -> None:
+    async def run() -> None:
+        supervisor = Supervisor(fake_context(), Background("the daemon"))
+
+        async def work(_show: Show) -> bool:
+            await turn()
+            return False
+
+        record = Record(config=fake_device().config, device_number=3, drained=True)
+        taking = supervisor._table.take_over(record, work)
+        await supervisor.shut_down(final=False)
+        await taking
+        await turn()
+        assert await supervisor._table.at_rest("vol") is None
+        supervisor._background.cancel()
 
     in_loop(run)
 
