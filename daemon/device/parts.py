@@ -75,6 +75,8 @@ class DeviceParts:
         self.drain = drain
         self.resources.holds = bool(drain)
         self.backend.may_attach = drain != "drained"
+        # `on_absent` begins anew when the hold ends.
+        self.backend.note_new_deadlines()
         self.life.changed()
 
     def tell_size(self) -> None:

@@ -7,7 +7,16 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from support.fakes.device_parts import SIZE_BYTES, FakeSession, FakeTeam, fake_context, fake_device, turn
+from support.fakes.device_parts import (
+    SIZE_BYTES,
+    FakeChild,
+    FakeSession,
+    FakeTeam,
+    FakeWorkerProcess,
+    fake_context,
+    fake_device,
+    turn,
+)
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
@@ -23,6 +32,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.supervisor import Supervisor
+from ublkpool.workers import messages
 
 DEADLINE_S = 60
 CACHED = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=True, read_only=False)
@@ -493,6 +503,22 @@ def test_a_drained_device_that_has_failed_is_neither_drained_nor_resumed() -> No
             await scene.device.drain(True, None)
         await scene.device.end_drain()
         assert scene.steps == []
+
+    in_loop(run)
+
+
+def test_a_resumed_devices_requests_wait_until_a_backend_is_absent_for_long_again() -> None:
+    async def run() -> None:
+        device = (await Scene(attached=False).begin()).device
+        worker = FakeWorkerProcess(0, FakeChild())
+        for _ in range(2):
+            device.parts.backend.hear(worker, messages.Absent())
+            assert device.trouble == "no backend is attached, requests fail"
+            await device.drain(False, None)
+            await device.resume()
+            assert device.trouble == "no backend is attached, requests wait"
+        lines = device.parts.context.events.after(0, most=1000).lines
+        assert sum(b"requests-fail" in line for line in lines) == 2
 
     in_loop(run)
 
