@@ -302,6 +302,11 @@ class Device(DeviceService):
             is_live = self.state == "live" and not parts.life.is_stopping
             if not is_live or self.config.recovery == "none" or team is None:
                 return
+            if parts.drain and self.config.recovery != "reissue":
+                # The waiting requests do not end, and the driver fails those that a worker has when it is killed.
+                _log.info("%s: its workers are of another version and stay until `resume`", self.config.name)
+                parts.background.spawn(self._renew_after_drain())
+                return
             _log.info("%s: its workers are of another version; replacing them", self.config.name)
             parts.enter("quiesced")
             clock = asyncio.get_running_loop().time
@@ -316,6 +321,12 @@ class Device(DeviceService):
         session = parts.backend.session
         if parts.managed is not None and (session is None or session.attach.survives_death):
             await parts.managed.end()
+
+    async def _renew_after_drain(self) -> None:
+        """The same once a backend serves the device again, so that the workers' requests end."""
+        parts, life = self.parts, self.parts.life
+        await life.until(lambda: not parts.drain and parts.backend.session is not None and life.is_served)
+        await self.renew()
 
     # Failure
 

@@ -30,7 +30,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.left_behind import Process
-from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.settings.config import DeviceConfig, Recovery
 from ublkpool.daemon.supervisor import Supervisor
 from ublkpool.workers import messages
 
@@ -519,6 +519,37 @@ def test_a_resumed_devices_requests_wait_until_a_backend_is_absent_for_long_agai
             assert device.trouble == "no backend is attached, requests wait"
         lines = device.parts.context.events.after(0, most=1000).lines
         assert sum(b"requests-fail" in line for line in lines) == 2
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize(("recovery", "waits"), [("reissue", False), ("abort", True), ("fail", True)])
+def test_an_upgrade_replaces_a_drained_devices_workers_only_if_the_driver_keeps_their_requests(
+    monkeypatch: pytest.MonkeyPatch, recovery: Recovery, waits: bool
+) -> None:
+    async def run() -> None:
+        scene = await Scene().begin()
+        scene.parts.use(msgspec.structs.replace(scene.parts.config, recovery=recovery))
+
+        async def retire(*_: object) -> None:
+            scene.steps.append("retired")
+
+        async def next_epoch() -> str:
+            return ""
+
+        monkeypatch.setattr("ublkpool.daemon.device.device.retire", retire)
+        monkeypatch.setattr(scene.device, "_try_next_epoch", next_epoch)
+        await scene.device.drain(True, None)
+        await scene.device.renew()
+        await turn()
+        assert ("retired" in scene.steps) != waits and scene.device.state == ("live" if waits else "quiesced")
+        scene.parts.enter("live")
+        await scene.device.resume()
+        await turn()
+        assert scene.steps.count("retired") == (not waits), "its requests wait for the next backend"
+        await scene.device.attach(FakeSession())
+        await turn()
+        assert scene.steps.count("retired") == 1
 
     in_loop(run)
 
