@@ -38,10 +38,11 @@ class Growth:
         self._news: deque[wire.SessionMessage] = deque()
         self._thread: threading.Thread | None = None
         self._asked_bytes = 0
+        self._grows = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether the store is growing now."""
+        """Whether a thread may still call `wake`."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
@@ -51,10 +52,10 @@ class Growth:
 
     def begin(self, size_bytes: int) -> None:
         """Have the store grow to `size_bytes`; `news` has the answer later."""
-        if self.is_busy:
+        if self._grows:
             self._answer(size_bytes, f"the store is still growing to {self._asked_bytes} bytes: try again")
             return
-        self._asked_bytes = size_bytes
+        self._asked_bytes, self._grows = size_bytes, True
         self._thread = threading.Thread(
             target=self._run, args=(size_bytes,), name="ublkpool-resize", daemon=True
         )
@@ -70,15 +71,21 @@ class Growth:
         return [self._news.popleft() for _ in range(len(self._news))]
 
     def _run(self, size_bytes: int) -> None:
+        reason = self._grow(size_bytes)
+        # Before the answer: the daemon may ask again at once.
+        self._grows = False
+        self._answer(size_bytes, reason)
+
+    def _grow(self, size_bytes: int) -> str:
+        """Have the store grow; why it could not, empty if it did."""
         try:
             self._events.settle(self._backend.callables()["resize"](size_bytes))
         except BaseException as error:
             if not isinstance(error, PoolError | OSError):
                 log.exception("resize to %d bytes failed", size_bytes)
             text = explain(error) if isinstance(error, OSError) else str(error)
-            self._answer(size_bytes, " ".join(text.split()) or type(error).__name__)
-        else:
-            self._answer(size_bytes, "")
+            return " ".join(text.split()) or type(error).__name__
+        return ""
 
     def _answer(self, size_bytes: int, reason: str) -> None:
         self._news.append(wire.Resized(size_bytes=size_bytes, reason=reason[:REASON_LENGTH_MAX]))
