@@ -58,7 +58,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-vm test-systemd test-power test-guests soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-vm test-systemd test-power soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -129,7 +129,9 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) test-sanitized
 	@$(MAKE) fuzz
 	@$(MAKE) package
-	@$(MAKE) test-guests
+	@$(MAKE) test-vm
+	@$(MAKE) test-systemd
+	@$(MAKE) test-power
 
 test-unit: setup ## unit and sim tests, `backend check`, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: unit, sim, check, sources and languages"
@@ -171,7 +173,7 @@ vm-%:
 # Debian 13's systemd always runs in a guest of its own.
 test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, poweroff with dirty data, in guests
 	@$(PY) -m support.guest fetch
-	@$(MAKE) -j$(words $(KERNELS)) $(addprefix systemd-,$(KERNELS))
+	@$(MAKE) -j1 $(addprefix systemd-,$(KERNELS))
 
 systemd-%:
 	@echo "test: systemd, in a guest with Linux $*"
@@ -180,27 +182,12 @@ systemd-%:
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
 	@$(PY) -m support.guest fetch
-	@$(MAKE) -j$(words $(KERNELS)) $(addprefix power-,$(KERNELS))
+	@$(MAKE) -j1 $(addprefix power-,$(KERNELS))
 
 power-%:
 	@echo "test: power failure, in a guest with Linux $*"
 	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) PYTHONDONTWRITEBYTECODE=1 \
 	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
-
-# What `make test` runs: each kernel's guests one after the other, and the kernels at once, so that no CPU waits for the
-# slower kernel between the parts.
-test-guests: compiled ## test-vm, test-systemd and test-power
-	@if $(HAS_DRIVER); then \
-	    $(MAKE) test-vm; $(MAKE) test-systemd; $(MAKE) test-power; \
-	else \
-	    $(PY) -m support.guest fetch; \
-	    $(MAKE) -j$(words $(KERNELS)) $(addprefix guests-,$(KERNELS)); \
-	fi
-
-guests-%:
-	@$(MAKE) vm-$*
-	@$(MAKE) systemd-$*
-	@$(MAKE) power-$*
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS
 	@$(MAKE) test-vm VM_TESTS=tests/vm/test_vm_soak.py VM_TIMEOUT_S=$$(( 2 * $(DURATION) + 900 )) \
