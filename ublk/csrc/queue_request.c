@@ -1,8 +1,8 @@
 /*
  * A request's road, in the order in which a request takes it:
  *
- *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready >
- * hand_over > uq_request_done > finish > commit_taken > let_go
+ *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready
+ *     > hand_over > uq_request_done > finish > commit_taken > let_go
  *
  * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails
  * too. See queue_types.h for the order of files, queue_core.h for the public contract.
