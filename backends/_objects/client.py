@@ -6,17 +6,16 @@ off, because it gives up after some minutes.
 """
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Device, log
+from ublkpool.bufpool.sdk.wakeup import Wakeup
 
 _T = TypeVar("_T")
 _PAUSE_S_MIN, _PAUSE_S_MAX = 0.05, 5.0
@@ -86,9 +85,9 @@ class Ending:
 
     def __init__(self, device: Device) -> None:
         """Raises `OSError` without a free descriptor."""
-        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wakeup = Wakeup()
         self._reason = ""
-        device.watch(self._descriptor, self._end)
+        device.watch(self._wakeup.descriptor, self._end)
 
     def _end(self) -> None:
         raise BackendError(self._reason)
@@ -96,14 +95,13 @@ class Ending:
     async def end(self, reason: str) -> NoReturn:
         """End the process with this reason; the caller's request is never answered."""
         self._reason = self._reason or reason
-        os.eventfd_write(self._descriptor, 1)
+        self._wakeup.signal()
         while True:
             await asyncio.sleep(3600)
 
     def close(self) -> None:
-        """Close the descriptor, after the loop has ended."""
-        with suppress(OSError):
-            os.close(self._descriptor)
+        """Close the descriptor, after the loop has ended; coroutines may still call `end`."""
+        self._wakeup.close()
 
 
 class Patience:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Protocol
 
 from ublkpool.bufpool.sdk.blame import lines_of_threads
+from ublkpool.bufpool.sdk.wakeup import Wakeup
 
 END_PATIENCE_S = 8.0
 """From SIGTERM, SIGINT or the daemon's detach to the end without all answers; the daemon itself kills after 10 s."""
@@ -24,7 +25,6 @@ STUCK_PATIENCE_S = 30.0
 """From the daemon's end to that of a backend whose loop is held up by the author's code; otherwise the loop decides."""
 STATUS_UNANSWERED = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_TOLD, _CLOSED = 0, 255
 _DIE_S = 5
 log = logging.getLogger("ublkpool.backend")
 
@@ -109,7 +109,8 @@ class EndWatch:
         self._loop, self._connection, self._signals = loop, connection, signals
         self._patience_s = END_PATIENCE_S if patience_s is None else patience_s
         self._stuck_patience_s = STUCK_PATIENCE_S
-        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._news = Wakeup()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._watch, name="ublkpool-end", daemon=True)
         self._end_at = self._stuck_at = float("inf")
         self._poll = select.poll()
@@ -119,25 +120,18 @@ class EndWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tell(_CLOSED)
+        self._is_closed = True
+        self._news.signal()
         self._thread.join()
-        os.close(self._reader)
-        os.close(self._writer)
+        self._news.close()
 
     def told(self) -> None:
         """The loop was told to stop: its time runs.  Safe to call from a signal handler and from any thread."""
-        self._tell(_TOLD)
-
-    def _tell(self, what: int) -> None:
-        try:
-            os.write(self._writer, bytes([what]))
-        except BlockingIOError:
-            # The pipe is full of reasons to look already.
-            return
+        self._news.signal()
 
     def _watch(self) -> None:
         poll = self._poll
-        poll.register(self._reader, select.POLLIN)
+        poll.register(self._news.descriptor, select.POLLIN)
         poll.register(self._signals, select.POLLIN)
         poll.register(self._connection, 0)
         while True:
@@ -158,8 +152,11 @@ class EndWatch:
         if descriptor == self._signals:
             # Readable until the loop turns: it is looked at again when the time is over.
             self._poll.unregister(descriptor)
-        elif _CLOSED in os.read(self._reader, 4096):
-            return False
+        else:
+            # Drained first, so that a `_is_closed` that is set after the look makes the descriptor readable again.
+            self._news.drain()
+            if self._is_closed:
+                return False
         self._end_at = min(self._end_at, now + self._patience_s)
         return True
 

@@ -3,14 +3,13 @@
 Owns `Request` and the `Outbox` that carries results from any thread to the loop.  Knows no backend.
 """
 
-import os
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 from ublkpool.bufpool.sdk.failures import errno_of as errno_of
 from ublkpool.bufpool.sdk.failures import log as log
+from ublkpool.bufpool.sdk.wakeup import Wakeup
 from ublkpool.bufpool.wire import Flag, Op
 
 _WRITE = int(Op.WRITE)
@@ -26,12 +25,13 @@ def op_name(op: int) -> str:
 class Outbox:
     """Results on their way from any thread to the loop, and the eventfd that wakes the loop."""
 
-    __slots__ = ("_awake", "_loop_thread", "descriptor", "results")
+    __slots__ = ("_awake", "_loop_thread", "_wakeup", "descriptor", "results")
 
     def __init__(self) -> None:
         """Made on the loop's thread.  Raises `OSError` without a free descriptor."""
         self.results: deque[tuple[Request, int]] = deque()
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wakeup = Wakeup()
+        self.descriptor = self._wakeup.descriptor
         self._loop_thread = threading.get_ident()
         self._awake = False
 
@@ -45,7 +45,7 @@ class Outbox:
         """Make the loop turn once.  Thread-safe; several wakes before that turn cost one system call."""
         if not self._awake:
             self._awake = True
-            os.eventfd_write(self.descriptor, 1)
+            self._wakeup.signal()
 
     @property
     def is_awake(self) -> bool:
@@ -59,14 +59,13 @@ class Outbox:
 
     def drain(self) -> None:
         """Called by the loop when the eventfd is readable: an interrupted waker may write after `acknowledge`."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.descriptor)
+        self._wakeup.drain()
         self._awake = False
 
     def close(self) -> None:
-        """Close the eventfd; a later `wake` does nothing."""
+        """Close the eventfd; a `wake` that is under way or comes later does nothing."""
         self._awake = True
-        os.close(self.descriptor)
+        self._wakeup.close()
 
 
 class Request:
