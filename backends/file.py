@@ -72,8 +72,9 @@ class FileBackend(Backend):
         """Open, lock and measure the file."""
         options = self.options
         refuse_own_disk(options.path, hint.node)
+        accepted_bytes = (options.size or hint.size_bytes) if hint.takes_next else None
         options = msgspec.structs.replace(options, size=hint.asked_bytes(options.size))
-        self._opened = opened = open_file(options, hint.may_create)
+        self._opened = opened = open_file(options, hint.may_create, accepted_bytes)
         placement = hint.placement if options.placement == "auto" else options.placement
         return Properties(
             size_bytes=opened.size_bytes,
@@ -119,8 +120,11 @@ class FileBackend(Backend):
             self._opened = None
 
 
-def open_file(options: FileOptions, may_create: bool = True) -> Opened:
+def open_file(options: FileOptions, may_create: bool = True, accepted_bytes: int | None = None) -> Opened:
     """Open as the options say; with `may_create` and a size, make the file if there is none.
+
+    With `accepted_bytes` a file with less than the options' size is served up to this size (0: as a whole): the
+    operator accepted it.
 
     Raises `BackendError` naming the path and what is wrong.
     """
@@ -130,7 +134,7 @@ def open_file(options: FileOptions, may_create: bool = True) -> Opened:
         raise BackendError(f"path={options.path}: {explain(error)}") from error
     try:
         lock(file, options.path, shared=options.readonly)
-        return _measure(file, direct, options, may_create)
+        return _measure(file, direct, options, may_create, accepted_bytes)
     except OSError as error:
         os.close(file)
         raise BackendError(f"path={options.path}: {explain(error)}") from error
@@ -182,9 +186,12 @@ def _check_type(status: os.stat_result, options: FileOptions) -> None:
         raise BackendError(f"path={options.path}: neither a regular file nor a block device")
 
 
-def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) -> Opened:
+def _measure(
+    file: int, direct: bool, options: FileOptions, may_create: bool, accepted_bytes: int | None
+) -> Opened:
     status = os.fstat(file)
     if stat.S_ISBLK(status.st_mode):
+        options = _accepting(options, block_device(file).size_bytes, accepted_bytes)
         return _measure_block_device(file, direct, options)
     _check_type(status, options)
     size_bytes = status.st_size
@@ -193,6 +200,8 @@ def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) ->
             f"path={options.path}: the file is empty, and this device has been served before: it is not grown; "
             "bring the content back"
         )
+    if size_bytes:
+        options = _accepting(options, size_bytes, accepted_bytes)
     if size_bytes == 0 and options.size and not options.readonly:
         _refuse_below_dev(options)
         _give_size(file, options)
@@ -210,6 +219,19 @@ def _measure(file: int, direct: bool, options: FileOptions, may_create: bool) ->
         direct=direct,
         identity=identify(file, options.path),
     )
+
+
+def _accepting(options: FileOptions, found_bytes: int, accepted_bytes: int | None) -> FileOptions:
+    """The options, with the accepted size if the store has less than they ask for."""
+    if accepted_bytes is None or found_bytes >= options.size:
+        return options
+    log.warning(
+        "%s: has %d bytes, and the device was grown to %d; it was accepted with rebind",
+        options.path,
+        found_bytes,
+        options.size,
+    )
+    return msgspec.structs.replace(options, size=accepted_bytes)
 
 
 def _give_size(file: int, options: FileOptions) -> None:

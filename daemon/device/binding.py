@@ -61,13 +61,20 @@ class Binding:
 
     @property
     def resized_bytes(self) -> int:
-        """The size that the device was given while it was live; 0: none, or another store comes next."""
+        """The size that the device was given while it was live, also for the store that `rebind` accepts; 0: none."""
         try:
             state = self._states.get(self._name)
         except DaemonError:
             return 0
         store = state.store
-        return 0 if store is None or state.takes_next or self._has_ended(store) else store.resized_bytes
+        return 0 if store is None or self._has_ended(store) else store.resized_bytes
+
+    def resized_for(self, attach: wire.Attach) -> int:
+        """The same for this backend: the operator may have accepted a store with less (`rebind`)."""
+        resized_bytes = self.resized_bytes
+        if resized_bytes and attach.size_bytes and self.takes_next():
+            return min(resized_bytes, attach.size_bytes)
+        return resized_bytes
 
     async def resize(self, size_bytes: int) -> None:
         """From now on the device has this size, also if the daemon is killed.

@@ -86,7 +86,7 @@ class Device(DeviceService):
 
         Raises `AttachRefused` if it is another than before, `DaemonError` if that cannot be put on record.
         """
-        resized_bytes = self.parts.binding.resized_bytes
+        resized_bytes = self.parts.binding.resized_for(attach)
         disk = self.parts.resources.disk or disk_of(self.config, attach, resized_bytes)
         return await self.parts.binding.bind(attach, disk.size_bytes, disk.resized_bytes)
 
@@ -139,7 +139,7 @@ class Device(DeviceService):
 
     async def _take(self, session: Session) -> None:
         parts, resources = self.parts, self.parts.resources
-        check_fits(self.config, resources.disk, session.attach, parts.binding.resized_bytes)
+        check_fits(self.config, resources.disk, session.attach, parts.binding.resized_for(session.attach))
         session.generation = await self._bind(session.attach)
         parts.backend.number_segment(session)
         if resources.team is None:

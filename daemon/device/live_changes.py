@@ -75,7 +75,7 @@ def _why_not(parts: DeviceParts) -> str:
 
 def settings(parts: DeviceParts) -> Sequence[Setting]:
     """Every setting of the device, and what its config says."""
-    config, configured = parts.config, parts.configured
+    config, configured = parts.in_use, parts.configured
     return [
         Setting(key=key, value=shown(config, key), configured=shown(configured, key), applies=applies)
         for key, applies in APPLIES.items()

@@ -8,6 +8,8 @@ import asyncio
 import logging
 from contextlib import suppress
 
+import msgspec
+
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.binding import Binding
@@ -63,6 +65,19 @@ class DeviceParts:
     def configured(self) -> DeviceConfig:
         """What the config file says of the device, or what it was added with if it is not in the file."""
         return self.context.configured.get(self.config.name, self.added)
+
+    @property
+    def resized_bytes(self) -> int:
+        """The size that the device was given while it was live; 0: none."""
+        disk = self.resources.disk
+        return disk.resized_bytes if disk else self.binding.resized_bytes
+
+    @property
+    def in_use(self) -> DeviceConfig:
+        """The settings with the size that the device has: one that it was given while it was live wins."""
+        if self.resized_bytes <= (self.config.size_bytes or 0):
+            return self.config
+        return msgspec.structs.replace(self.config, size_bytes=self.resized_bytes)
 
     def use(self, config: DeviceConfig) -> None:
         """Have every part go on with this config; the workers are told separately."""

@@ -140,7 +140,7 @@ class DeviceView:
         return wire.Described(
             v=wire.PROTOCOL_VERSION,
             device=config.name,
-            size_bytes=_size_bytes(self.parts) or 0,
+            size_bytes=_described_bytes(self.parts),
             max_io_bytes=config.max_io_bytes,
             need_get_data=config.need_get_data,
             placement=config.placement,
@@ -150,7 +150,7 @@ class DeviceView:
             takes_next=self.parts.binding.takes_next(),
             knows_survival=True,
             knows_resize=True,
-            resized_bytes=_resized_bytes(self.parts),
+            resized_bytes=self.parts.resized_bytes,
         )
 
     async def live(self) -> None:
@@ -163,11 +163,13 @@ class DeviceView:
 
 
 def _differs(parts: DeviceParts) -> list[str]:
-    config, configured = parts.config, parts.configured
-    return [
-        f"{key}={shown(config, key)} (config: {shown(configured, key)})"
-        for key in differences(config, configured)
-    ]
+    config, configured = parts.in_use, parts.configured
+    keys = differences(config, configured)
+    is_grown = config is not parts.config
+    if "size" in keys and is_grown and parts.resized_bytes >= (configured.size_bytes or 0):
+        # The size on record wins: `config_size_bytes` tells it.
+        keys.remove("size")
+    return [f"{key}={shown(config, key)} (config: {shown(configured, key)})" for key in keys]
 
 
 def _size_bytes(parts: DeviceParts) -> int | None:
@@ -176,15 +178,18 @@ def _size_bytes(parts: DeviceParts) -> int | None:
     return disk.size_bytes if disk else wanted_bytes(parts.config, parts.binding.resized_bytes) or None
 
 
-def _resized_bytes(parts: DeviceParts) -> int:
-    disk = parts.resources.disk
-    return disk.resized_bytes if disk else parts.binding.resized_bytes
+def _described_bytes(parts: DeviceParts) -> int:
+    """The bytes that a backend must serve at least; 0: its own size."""
+    if parts.resources.disk is None and parts.binding.takes_next():
+        # The operator accepted the next store, also one that a resize has not reached.
+        return parts.config.size_bytes or 0
+    return _size_bytes(parts) or 0
 
 
 def _overruled_bytes(parts: DeviceParts) -> int | None:
     """The config's size, if a resize has given the device another."""
     wanted = parts.configured.size_bytes
-    return wanted if wanted is not None and wanted < _resized_bytes(parts) else None
+    return wanted if wanted is not None and wanted < parts.resized_bytes else None
 
 
 def _backend_status(parts: DeviceParts) -> BackendStatus:

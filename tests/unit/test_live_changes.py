@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from support.fakes.device_parts import SIZE_BYTES, FakeTeam, fake_device, turn
+from support.fakes.device_parts import DISK, SIZE_BYTES, FakeTeam, fake_device, turn
 from ublkpool.daemon.device import live_changes
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import NotRecorded, Record
@@ -211,5 +211,67 @@ def test_an_absence_is_logged_again_after_its_deadline_was_changed() -> None:
         device.parts.backend._is_absence_logged = True
         await live_changes.apply(device.parts, {"on_absent": "fail"})
         assert not device.parts.backend.is_absent_too_long
+
+    in_loop(run)
+
+
+# The size
+
+
+@pytest.mark.parametrize(
+    ("added", "in_file", "shown", "differs", "overruled"),
+    [
+        (1, 1, (2, 1), False, 1),
+        (1, 2, (2, 2), False, None),
+        (1, 3, (2, 3), True, None),
+        (1, None, (2, None), False, None),
+        (None, None, (2, None), False, None),
+        (3, 3, (3, 3), False, None),
+        (3, 1, (3, 1), True, 1),
+    ],
+)
+def test_the_size_that_a_resize_or_a_grown_store_gave_is_shown_and_does_not_differ_from_the_file(
+    added: int | None,
+    in_file: int | None,
+    shown: tuple[int, int | None],
+    differs: bool,
+    overruled: int | None,
+) -> None:
+    def size(count: int | None) -> int | None:
+        return None if count is None else count * SIZE_BYTES
+
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", size_bytes=size(added)))
+        device.parts.resources.disk = DISK
+        device.parts.resources.grow(2 * SIZE_BYTES)
+        device.parts.context.configured = {"vol": DeviceConfig(name="vol", size_bytes=size(in_file))}
+        seen, status = setting(device, "size"), device.status()
+        assert (seen.value, seen.configured) == tuple(str(size(each)) if each else "-" for each in shown)
+        assert bool(status.differs) == differs
+        assert status.config_size_bytes == size(overruled)
+
+    in_loop(run)
+
+
+def test_a_size_that_the_file_no_longer_has_differs_unless_the_device_was_grown() -> None:
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES))
+        device.parts.resources.disk = DISK
+        device.parts.context.configured = {"vol": DeviceConfig(name="vol")}
+        assert device.status().differs == (f"size={SIZE_BYTES} (config: -)",)
+
+    in_loop(run)
+
+
+def test_an_option_of_a_grown_device_changes_without_its_size() -> None:
+    async def run() -> None:
+        steps: list[str] = []
+        device = live_device(steps)
+        device.parts.resources.disk = DISK
+        device.parts.resources.grow(2 * SIZE_BYTES)
+        await device.set({"io_timeout": 5})
+        assert device.config.size_bytes == SIZE_BYTES, "the record keeps what the device was made with"
+        assert setting(device, "size").value == str(2 * SIZE_BYTES)
+        assert device.status().differs == ("io_timeout=5 (config: 30)",)
 
     in_loop(run)

@@ -10,10 +10,11 @@ import pytest
 from support.fakes.device_parts import SIZE_BYTES, FakeKernel, FakeSession, FakeTeam, fake_device, turn
 from support.fakes.states import FakeStates
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.daemon.device import adoption
 from ublkpool.daemon.device import resize as module
 from ublkpool.daemon.device.device import Device
-from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.disk import Disk, check_fits, disk_of
 from ublkpool.daemon.device.introduction import watch_backend
 from ublkpool.daemon.device.records import NotRecorded, Record
 from ublkpool.daemon.device.resize import repair_soon
@@ -587,6 +588,69 @@ def test_a_backend_with_less_than_the_size_on_record_is_refused() -> None:
         small = FakeSession()
         small.attach = wire.Attach(v=1, device="vol", kind="file", size_bytes=SIZE_BYTES)
         with pytest.raises(Exception, match=f"device vol has {BIG} bytes, this backend only {SIZE_BYTES}"):
+            await device.attach(small)
+
+    in_loop(run)
+
+
+def _cold(world: World, **config: Any) -> Device:
+    """A daemon that starts with nothing but the state directory."""
+    world.record = None
+    device = daemon_on(world, **config)
+    device.parts.life.state = "waiting"
+    device.parts.resources.disk = device.parts.resources.team = None
+    return device
+
+
+def test_a_copy_that_rebind_accepts_is_served_with_the_size_on_record() -> None:
+    world = World()
+    grown(world)
+
+    async def run() -> None:
+        device = _cold(world)
+        await device.rebind()
+        described = device.describe()
+        assert (described.takes_next, described.resized_bytes) == (True, BIG)
+        assert device.status().size_bytes == BIG
+        copy = wire.Attach(
+            v=1, device="vol", kind="file", size_bytes=BIG, identity=wire.Identity(value="file:copy")
+        )
+        await device._bind(copy)
+        store = world.states.get("vol").store
+        assert store is not None and (store.size_bytes, store.resized_bytes) == (BIG, BIG)
+        assert disk_of(device.config, copy, device.parts.binding.resized_bytes).size_bytes == BIG
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("offered_bytes", [SIZE_BYTES, SIZE_BYTES + 4096])
+def test_rebind_accepts_a_store_that_a_resize_has_not_reached(offered_bytes: int) -> None:
+    world = World()
+    grown(world)
+
+    async def run() -> None:
+        device = _cold(world)
+        await device.rebind()
+        assert device.describe().size_bytes == SIZE_BYTES
+        earlier = wire.Attach(v=1, device="vol", kind="file", size_bytes=offered_bytes)
+        check_fits(device.config, None, earlier, device.parts.binding.resized_for(earlier))
+        await device._bind(earlier)
+        store = world.states.get("vol").store
+        assert store is not None and (store.size_bytes, store.resized_bytes) == (offered_bytes,) * 2
+
+    in_loop(run)
+
+
+def test_a_store_below_the_configs_size_is_refused_after_rebind_too() -> None:
+    world = World()
+    grown(world)
+
+    async def run() -> None:
+        device = _cold(world)
+        await device.rebind()
+        small = FakeSession()
+        small.attach = wire.Attach(v=1, device="vol", kind="file", size_bytes=SIZE_BYTES - 4096)
+        with pytest.raises(AttachRefused, match=f"has {SIZE_BYTES} bytes, this backend only"):
             await device.attach(small)
 
     in_loop(run)

@@ -200,3 +200,31 @@ def test_a_refusal_ends_the_backend_with_the_reason(tmp_path: Path) -> None:
         worker.tell(wire.Refused(reason="device vol0 is served from A, this backend brings B"))
         with pytest.raises(Exception, match="served from A, this backend brings B"):
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("found", "option", "size", "served"),
+    [(4, 2, 2, 3), (3, 2, 2, 3), (2, 2, 2, 2), (2, 0, 0, 2), (2, 0, 1, 1), (2, 1, 1, 1)],
+)
+def test_after_rebind_a_copy_is_served_as_the_device_was_grown_and_an_earlier_store_as_it_is(
+    tmp_path: Path, found: int, option: int, size: int, served: int
+) -> None:
+    path = tmp_path / "a.img"
+    path.write_bytes(bytes(found * MIB))
+    known = hint(tmp_path, False)._replace(resized_bytes=3 * MIB, size_bytes=size * MIB)
+    backend = FileBackend(FileOptions(path=path, size=option * MIB))
+    if found < 3:
+        with pytest.raises(BackendError, match=f"has {found * MIB} bytes, fewer than size=3M"):
+            backend.open(known)
+    properties = backend.open(known._replace(takes_next=True))
+    assert isinstance(properties, Properties) and properties.size_bytes == served * MIB
+    backend.close()
+    assert path.stat().st_size == found * MIB
+
+
+def test_rebind_accepts_no_file_that_is_shorter_than_its_own_option(tmp_path: Path) -> None:
+    path = tmp_path / "a.img"
+    path.write_bytes(bytes(MIB))
+    known = hint(tmp_path, False)._replace(resized_bytes=3 * MIB, takes_next=True)
+    with pytest.raises(BackendError, match=f"has {MIB} bytes, fewer than size=2M"):
+        FileBackend(FileOptions(path=path, size=2 * MIB)).open(known)
