@@ -22,6 +22,7 @@ from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import process_calls
 from ublkpool.workers.messages import Fault, send
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
+from ublkpool.workers.record_gate import RecordGate
 
 EXIT_FAULT = 1
 EXIT_CRASH = 70
@@ -73,9 +74,14 @@ def _reason(error: Exception) -> str:
 
 
 def run_worker(
-    spec: WorkerSpec, char_fd: int, descriptors: Sequence[object], arena: Arena, supervisor: socket.socket
+    spec: WorkerSpec,
+    char_fd: int,
+    descriptors: Sequence[object],
+    arena: Arena,
+    supervisor: socket.socket,
+    gate: RecordGate,
 ) -> int:
-    """A worker's whole life after the fork; its exit status."""
+    """A worker's whole life after the fork; its exit status.  It fetches nothing before it is on record."""
     try:
         process_calls.set_io_flusher()
         process_calls.lock_memory()
@@ -84,4 +90,4 @@ def run_worker(
         send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {_reason(error)}"))
         _log.debug("worker", exc_info=True)
         return EXIT_FAULT
-    return loop.run()
+    return loop.run() if gate.passes() else EXIT_FAULT

@@ -182,6 +182,7 @@ class DeviceParts:
         self.save()
         await team.fork()
         self.save()
+        team.recorded()
         self.resources.hold_workers(team)
         return team
 

@@ -36,6 +36,7 @@ from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
+from ublkpool.workers.record_gate import RecordGate
 
 READY_DEADLINE_S = 120.0
 REPORT_DEADLINE_S = 10.0
@@ -86,6 +87,8 @@ class Team:
         self.epoch = epoch
         self.workers: list[WorkerProcess] = []
         self._on_news = on_news
+        self._gate: RecordGate | None = None
+        """Closed from the fork until the workers are on record."""
 
     def adopt(self, left: Sequence[tuple[Worker, socket.socket]]) -> None:
         """Go on with an earlier daemon's workers and its ends of their sockets.  Raises `ProcessLookupError`."""
@@ -112,13 +115,17 @@ class Team:
         return tuple(f"ipc://{self._socket(queue)}" for queue in range(self.plan.kernel.info.queues))
 
     async def fork(self) -> None:
-        """Open the device and fork a worker per queue.  Raises `DaemonError`, `OSError`."""
+        """Open the device and fork a worker per queue, which fetch nothing before `recorded`.
+
+        Raises `DaemonError`, `OSError`.
+        """
         kernel = self.plan.kernel
         restore_queues(self.plan.queue_dir.parent, self.plan.group)
         char_fd = await kernel.open_char()
         # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
         descriptors: list[object] = []
         try:
+            self._gate = RecordGate()
             for queue in range(kernel.info.queues):
                 descriptors.append(map_descriptors(char_fd, queue, kernel.info.depth))
             for queue in range(kernel.info.queues):
@@ -128,6 +135,12 @@ class Team:
             for mapped in descriptors:
                 unmap_descriptors(mapped, kernel.info.depth)
             os.close(char_fd)
+
+    def recorded(self) -> None:
+        """The forked workers are on record, where the next daemon finds them: they may fetch."""
+        if self._gate is not None:
+            self._gate.open(len(self.workers))
+            self._gate = None
 
     async def ready(self) -> None:
         """Wait until every tag is fetched.  Raises `DaemonError` with the reason of the first worker that ended."""
@@ -285,6 +298,9 @@ class Team:
 
     async def kill(self) -> None:
         """Kill all workers, remove their sockets."""
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
         for worker in self.workers:
             await worker.child.kill()
         for worker in self.workers:
@@ -302,11 +318,13 @@ class Team:
         cpus = kernel.queue_cpus[queue]
         cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
         spec = self._spec(queue, cpu)
+        gate = self._gate
+        assert gate is not None
         ours, theirs = messages.pair()
         fork = with_room_for_one(
             lambda: fork_child(
-                lambda: run_worker(spec, char_fd, descriptors, arena, theirs),
-                [char_fd, arena.data_fd, arena.control_fd, theirs.fileno()],
+                lambda: run_worker(spec, char_fd, descriptors, arena, theirs, gate),
+                [char_fd, arena.data_fd, arena.control_fd, theirs.fileno(), gate.reader],
                 f"ublkpool-{kernel.number}.{queue}",
             )
         )

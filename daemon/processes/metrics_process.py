@@ -30,6 +30,7 @@ from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.daemon.settings.config import LogFormat, LogLevel
 from ublkpool.daemon.settings.listen import ListenAddress
 from ublkpool.workers.process import fork_child
+from ublkpool.workers.record_gate import RecordGate
 
 RECORD = "metrics.json"
 RESTART_MIN_S = 0.1
@@ -102,7 +103,15 @@ class MetricsProcess(SupervisedProcess):
         if self._listener is None:
             self._listener = listen_at(self._address, self._group)
             _log.info("metrics at %s", shown(self._listener))
-        listener = self._listener
+        gate = RecordGate()
+        try:
+            self._fork(self._listener, gate)
+            self._record()
+            gate.open()
+        finally:
+            gate.close()
+
+    def _fork(self, listener: socket.socket, gate: RecordGate) -> None:
         ours, theirs = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
@@ -116,7 +125,9 @@ class MetricsProcess(SupervisedProcess):
             *self._log_as,
         ]
         fork = with_room_for_one(
-            lambda: fork_child(lambda: _become(command, inherited), inherited, "ublkpool-metrics")
+            lambda: fork_child(
+                lambda: _become(command, inherited, gate), (*inherited, gate.reader), "ublkpool-metrics"
+            )
         )
         try:
             self.child = Child(fork())
@@ -126,7 +137,6 @@ class MetricsProcess(SupervisedProcess):
         finally:
             theirs.close()
         self._background.spawn(self._watch(ours))
-        self._record()
 
     def _record(self) -> None:
         # Without a record the next daemon's exporter waits for the address; this one serves all the same.
@@ -165,8 +175,10 @@ def _write(path: Path, left: _Left) -> None:
     new.replace(path)
 
 
-def _become(command: list[str], inherited: Sequence[int]) -> int:
-    """Runs in the forked child: become the exporter by exec; 1 if that fails."""
+def _become(command: list[str], inherited: Sequence[int], gate: RecordGate) -> int:
+    """Runs in the forked child: become the exporter by exec, once it is on record; 1 if that fails."""
+    if not gate.passes():
+        return 1
     try:
         # A terminal's Ctrl-C is the daemon's to handle.
         os.setpgid(0, 0)
