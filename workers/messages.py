@@ -56,7 +56,10 @@ class SetDeadlines(msgspec.Struct, tag="set_deadlines", tag_field="type", frozen
 
 
 class Hold(msgspec.Struct, tag="hold", tag_field="type", frozen=True):
-    """Have requests wait, or go on: see `Queue.hold`.  `Quiet` follows once the backend has none."""
+    """Have requests wait, or go on: see `Queue.hold`.  `Quiet` follows once the backend has none.
+
+    A descriptor that travels with it is the reader of a `RecordGate`: with the gate's end the hold ends, too.
+    """
 
     on: bool
     id: int = 0
@@ -136,6 +139,10 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """Whether the worker understands `SetDeadlines`; false from a worker of an earlier version."""
     knows_hold: bool = False
     """Whether the worker understands `Hold` and `FlushBackend`; false from a worker of an earlier version."""
+    knows_gate: bool = False
+    """Whether the worker takes a gate with `Hold`; false from a worker of an earlier version."""
+    has_let_go: bool = False
+    """Whether the last hold has ended with the supervisor that had begun it."""
 
 
 class Quiet(msgspec.Struct, tag="quiet", tag_field="type", frozen=True):

@@ -22,6 +22,7 @@ from ublkpool.ublk import queue as core
 from ublkpool.ublk.queue import Attention, IoUring, LinkState, Memory, Queue, QueueConfig
 from ublkpool.workers import messages
 from ublkpool.workers.backend_link import BackendLink
+from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.ring_link import RingLink
 
@@ -31,6 +32,7 @@ _WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
 _CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
 """A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
 _WATCH_RINGS = _WATCH_BACKEND + 3
+_WATCH_GATE = _WATCH_RINGS + 1
 # Plain numbers, tested at every turn: an enum's arithmetic costs more than all other Python of the turn.
 _POOL_READABLE = 1 << core.WATCH_SHIFT + _WATCH_POOL
 _TO_REPORT = int(
@@ -55,6 +57,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     cpu: int | None
     spin_us: int
     """How long the worker polls before it sleeps, in microseconds."""
+    hold_gate: int | None = None
+    """The reader of the gate of a hold from the start, see `messages.Hold`; inherited."""
 
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
@@ -107,6 +111,12 @@ class QueueLoop:
             self._ring.watch(number, fd)
         self._ring.watch(_WATCH_RINGS, self._rings.fileno())
         self._rings.serve_on(self._ring)
+        self._gate = self._make_gate()
+
+    def _make_gate(self) -> HoldGate:
+        gate = HoldGate(lambda fd: self._ring.watch(_WATCH_GATE, fd), lambda: self._queue.hold(False))
+        gate.begin(self._spec.hold_gate)
+        return gate
 
     def run(self) -> int:
         """Serve until every tag is gone (0) or the worker has failed (1)."""
@@ -138,6 +148,8 @@ class QueueLoop:
             # The next daemon may not have a record of a worker that was forked just before its supervisor ended.
             if self._supervisor is None and not self._started:
                 return 1
+        if bits >> core.WATCH_SHIFT & 1 << _WATCH_GATE:
+            self._gate.look()
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_RINGS:
             self._rings.turn()
             self._backend.is_idle = self._rings.is_open
@@ -214,6 +226,7 @@ class QueueLoop:
                 self._queue.set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
                 self._tell(messages.DeadlinesSet(message.id))
             case messages.Hold(on):
+                self._gate.begin(fd)
                 self._queue.hold(on)
                 self._tell(messages.Holding(message.id))
             case messages.FlushBackend():
@@ -221,6 +234,7 @@ class QueueLoop:
             case messages.GiveUp():
                 self._queue.give_up()
             case messages.Report():
+                self._gate.succeed()
                 is_linked = self._queue.link is LinkState.UP
                 self._tell(
                     messages.Standing(
@@ -231,6 +245,8 @@ class QueueLoop:
                         knows_new_pool=True,
                         knows_deadlines=True,
                         knows_hold=True,
+                        knows_gate=True,
+                        has_let_go=self._gate.has_let_go,
                     )
                 )
             case None:

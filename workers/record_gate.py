@@ -1,16 +1,20 @@
-"""The gate between a fork and the work of the forked process: it opens once the process is on record.
+"""The gate between a step and what depends on its record: it opens once the step is on record.
 
 A daemon that is killed in between would leave a process that no later daemon knows of, with a device, a port or a
-store in its hands.  So the process waits for a byte on a pipe, and ends if the pipe ends instead: only the daemon has
-the other end.
+store in its hands, or a device that is held and not on record as drained.  So the process waits for a byte on a pipe,
+and acts on the pipe's end instead if the daemon ends: only the daemon has the other end.  One write opens the gate for
+all processes that wait at it.
 """
 
 import os
 from contextlib import suppress
+from typing import Literal
+
+Passage = Literal["open", "closed", "ended"]
 
 
 class RecordGate:
-    """One gate, for every process that is forked while it is closed."""
+    """One gate, for every process that has its reader: by a fork, or by a message."""
 
     def __init__(self) -> None:
         """Raises `OSError` without a descriptor."""
@@ -24,14 +28,23 @@ class RecordGate:
 
     def open(self, count: int = 1) -> None:
         """In the daemon: let `count` processes pass, and close the gate's descriptors."""
-        # A process that has ended already reads nothing.
-        with suppress(BrokenPipeError):
-            os.write(self._writer, bytes(count))
-        self.close()
+        if self._writer >= 0:
+            # A process that has ended already reads nothing.
+            with suppress(BrokenPipeError):
+                os.write(self._writer, bytes(count))
+            self.close()
 
     def close(self) -> None:
-        """In the daemon: close its descriptors; a process that has not passed ends."""
+        """In the daemon: close its descriptors; for a process that has not passed the gate has ended."""
         if self._writer >= 0:
             os.close(self.reader)
             os.close(self._writer)
             self._writer = -1
+
+
+def look_at_gate(reader: int) -> Passage:
+    """In a process that has this non-blocking reader: take its byte, if the gate is open."""
+    try:
+        return "open" if os.read(reader, 1) else "ended"
+    except BlockingIOError:
+        return "closed"

@@ -4,7 +4,7 @@ Owns that workers and backend know the same before the device goes on.  `takeove
 ended the processes of a device that is recovered.  The caller has the device's turn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.disk import Disk
@@ -13,6 +13,7 @@ from ublkpool.daemon.device.records import Record, end_left
 from ublkpool.daemon.device.succession import AdoptedDevice
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.kernel.block_device import BlockDevice
+from ublkpool.workers import messages
 
 
 async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> Team:
@@ -24,7 +25,11 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     if session is not None:
         parts.backend.watch(session)
         parts.resources.pool.had_by(session.uid)
-    await _agree_on_backend(parts, record, team)
+    standings = await team.report()
+    if record.drain_is_open and any(each.has_let_go for each in standings):
+        # The earlier daemon ended before its workers knew that the device was drained.
+        parts.hold("")
+    await _agree_on_backend(parts, record, team, standings)
     if team.can_hold:
         # The same of a drain or a resume.
         await team.hold(parts.resources.holds)
@@ -34,9 +39,11 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     return team
 
 
-async def _agree_on_backend(parts: DeviceParts, record: Record, team: Team) -> None:
+async def _agree_on_backend(
+    parts: DeviceParts, record: Record, team: Team, standings: Sequence[messages.Standing]
+) -> None:
     """End a backend that some workers know and others do not: the earlier daemon died while it introduced it."""
-    tokens = {each.token for each in await team.report()}
+    tokens = {each.token for each in standings}
     session = parts.backend.session
     if session is not None:
         parts.backend.hold(session)

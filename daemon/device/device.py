@@ -400,7 +400,7 @@ class Device(DeviceService):
         Raises `DaemonError`, `PoolError`, `OSError` if that cannot be; `abandon` comes next then.
         """
         parts = self.parts
-        if not record.drained:
+        if not parts.drain:
             parts.backend.await_first()
         async with parts.life.turn:
             team = await adoption.go_on(parts, record, held)
@@ -420,11 +420,11 @@ class Device(DeviceService):
             client_buffers.resume(parts, held)
         parts.background.spawn(name_when_served(parts))
         stderr = held.get(stderr_name(self.config.name))
-        if parts.managed is not None and not record.drained:
+        if parts.managed is not None and not parts.drain:
             parts.managed.go_on(record.managed, stderr)
         elif parts.managed is not None:
             parts.managed.adopt_to_end(record.managed, stderr)
-        if record.drained:
+        if parts.drain:
             # The earlier daemon may have died before its backend was gone.
             drain.let_backend_go(parts)
         parts.left = None
@@ -457,6 +457,9 @@ class Device(DeviceService):
             if not self.config.waits_for_backend:
                 parts.forget()
             return self.config.waits_for_backend
+        if record.drain_is_open:
+            # No worker holds a request any more, and no client was told that the device is drained.
+            parts.hold("")
         async with parts.life.turn:
             if not await adoption.find(parts, record, held):
                 parts.forget()
@@ -466,7 +469,7 @@ class Device(DeviceService):
                 await self._fail(reason)
                 return True
             parts.left = None
-            if not record.drained:
+            if not parts.drain:
                 parts.backend.await_first()
             await adoption.learn(parts, record)
             self._is_open = True
@@ -475,6 +478,6 @@ class Device(DeviceService):
                 return True
             client_buffers.resume(parts, held)
             parts.background.spawn(name_when_served(parts))
-        if parts.managed is not None and not record.drained:
+        if parts.managed is not None and not parts.drain:
             parts.managed.start()
         return True

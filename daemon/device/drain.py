@@ -2,8 +2,12 @@
 
 Owns the order, so that no request is lost or late whichever process dies: the workers hold new requests; what the
 backend has is finished; it confirms a FLUSH; `drained` is on record; the backend leaves.  From then on no backend may
-attach, a worker's successor holds requests from its start, and the next daemon goes on from there.  Runs on the
-supervisor's asyncio loop.
+attach, a worker's successor holds requests from its start, and the next daemon goes on from there.
+
+Until `drained` is on record the hold ends with this daemon: the workers have the reader of a gate (`RecordGate`), and
+let their requests go on at its end.  Between the record and the gate's opening the record says so
+(`Record.drain_is_open`), and the workers tell the next daemon which of both came first.  Runs on the supervisor's
+asyncio loop.
 """
 
 import asyncio
@@ -17,6 +21,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import DeviceDrained, DeviceResumed
 from ublkpool.daemon.processes.beside import beside
+from ublkpool.workers.record_gate import RecordGate
 
 REASON = "the device is being drained"
 _log = logging.getLogger("ublkpool.device")
@@ -84,6 +89,7 @@ async def cancel(parts: DeviceParts) -> None:
 async def _drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> None:
     async with parts.life.turn:
         _check(parts)
+        gate = parts.resources.hold_gate = RecordGate()
         parts.hold("draining")
     try:
         async with asyncio.timeout(timeout_s):
@@ -96,6 +102,9 @@ async def _drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> No
             reason = f"its backend has not finished its requests after {timeout_s:g} s"
             raise NotDrained(f"{parts.config.name}: not drained: {reason}") from None
         raise
+    finally:
+        parts.resources.hold_gate = None
+        gate.close()
 
 
 async def _give_up(parts: DeviceParts) -> None:
@@ -135,7 +144,7 @@ async def _quiet(parts: DeviceParts, flush: bool) -> None:
             if _is_over(parts) or team is None:
                 raise NotDrained(f"{parts.config.name}: {life.reason or 'it is being deleted'}")
         try:
-            await team.hold(True)
+            await team.hold(True, resources.hold_gate)
             await team.quiet()
             if flush:
                 await _flush(parts, team)
@@ -182,9 +191,21 @@ async def _leave(parts: DeviceParts) -> None:
         except BaseException:
             parts.hold("draining")
             raise
+        _hold_for_good(parts)
         let_backend_go(parts)
+    await parts.saved()
     await _has_left(parts)
     parts.events.tell(_log, DeviceDrained(), "drained; requests wait until it is resumed")
+
+
+def _hold_for_good(parts: DeviceParts) -> None:
+    """The device is drained, also without this daemon."""
+    resources = parts.resources
+    if resources.hold_gate is not None:
+        # In one step for all workers: none lets go while another holds.
+        resources.hold_gate.open(len(resources.team.workers) if resources.team is not None else 0)
+        resources.hold_gate = None
+    parts.save_or_retry()
 
 
 def let_backend_go(parts: DeviceParts) -> None:

@@ -123,6 +123,11 @@ class DeviceParts:
             if self._saving is None:
                 self._saving = self.background.spawn(self._save_again())
 
+    async def saved(self) -> None:
+        """Return when what `save_or_retry` could not write is on record, or the device is gone."""
+        if (saving := self._saving) is not None:
+            await asyncio.wait({saving})
+
     async def _save_again(self) -> None:
         delays = Backoff(asyncio.get_running_loop().time, SAVE_PAUSE_S, SAVE_PAUSE_MAX_S)
         while True:
@@ -165,6 +170,7 @@ class DeviceParts:
                 data_lost=self.backend.data_lost,
                 added=self.added,
                 drained=self.drain == "drained",
+                drain_is_open=self.drain == "drained" and self.resources.hold_gate is not None,
             )
         )
         self._saving = None

@@ -79,6 +79,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The code that the workers run."""
     drained: bool = False
     """Requests wait, and no backend may attach, until `resume`."""
+    drain_is_open: bool = False
+    """With `drained`: the workers may not know it yet, and let their requests go on if the daemon ended meanwhile."""
     added: DeviceConfig | None = None
     """What the device was added with; `config` has what was set since.  None in the record of an earlier version."""
 

@@ -34,6 +34,7 @@ from ublkpool.daemon.processes.held_names import pool_name, slice_name, worker_n
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.statistics import read_statistics
+from ublkpool.workers.record_gate import RecordGate
 
 STOP_DEADLINE_S = 60.0
 WORKER_PATIENCE_S = 10.0
@@ -60,6 +61,8 @@ class DeviceResources:
         """Requests that the last dead workers held, which the kernel sends again."""
         self.holds = False
         """Whether the next workers' requests wait, since the device is drained or about to be."""
+        self.hold_gate: RecordGate | None = None
+        """Until it is on record that the device is drained; the workers' hold ends if this daemon ends before."""
         self.config = config
         self._context = context
         self._backend = backend
@@ -275,6 +278,7 @@ class DeviceResources:
             context.group,
             self.area,
             self.holds,
+            self.hold_gate,
         )
         self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
         return self.team

@@ -47,6 +47,7 @@ def record_of(
     data_lost: str = "",
     added: DeviceConfig | None = None,
     drained: bool = False,
+    drain_is_open: bool = False,
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
@@ -72,6 +73,7 @@ def record_of(
         data_lost=data_lost,
         added=added,
         drained=drained,
+        drain_is_open=drain_is_open,
     )
 
 

@@ -58,6 +58,8 @@ class Plan(NamedTuple):
     area: ClientArea | None = None
     held: bool = False
     """Whether requests wait from the workers' start, since the device is drained."""
+    hold_gate: RecordGate | None = None
+    """The gate of that hold until it is on record that the device is drained."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -197,9 +199,13 @@ class Team:
         """Whether all workers are of a version that can hold requests."""
         return all(each.knows_hold for each in self.workers)
 
-    async def hold(self, on: bool) -> None:
-        """Have every worker's requests wait, or go on.  Raises `DaemonError` if a worker ends before."""
-        await asyncio.gather(*(each.hold(on) for each in self.workers))
+    async def hold(self, on: bool, gate: RecordGate | None = None) -> None:
+        """Have every worker's requests wait, or go on; a hold with a gate ends with this daemon unless that opens.
+
+        Raises `DaemonError` if a worker ends before.
+        """
+        reader = gate.reader if gate is not None else None
+        await asyncio.gather(*(each.hold(on, reader) for each in self.workers))
 
     async def release(self) -> None:
         """Have every living worker's requests go on; the next epoch's workers begin so."""
@@ -318,13 +324,16 @@ class Team:
         cpus = kernel.queue_cpus[queue]
         cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
         spec = self._spec(queue, cpu)
+        inherited = [char_fd, arena.data_fd, arena.control_fd]
+        if spec.hold_gate is not None:
+            inherited.append(spec.hold_gate)
         gate = self._gate
         assert gate is not None
         ours, theirs = messages.pair()
         fork = with_room_for_one(
             lambda: fork_child(
                 lambda: run_worker(spec, char_fd, descriptors, arena, theirs, gate),
-                [char_fd, arena.data_fd, arena.control_fd, theirs.fileno(), gate.reader],
+                [*inherited, theirs.fileno(), gate.reader],
                 f"ublkpool-{kernel.number}.{queue}",
             )
         )
@@ -370,6 +379,7 @@ class Team:
             socket_group=plan.group,
             cpu=cpu,
             spin_us=spin_us(plan.config),
+            hold_gate=plan.hold_gate.reader if plan.hold_gate is not None else None,
         )
 
     def _socket(self, queue: int) -> Path:

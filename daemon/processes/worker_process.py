@@ -31,6 +31,8 @@ class WorkerProcess:
     """Whether it understands `messages.SetDeadlines`: a worker of an earlier version does not."""
     knows_hold = True
     """Whether it understands `messages.Hold`: a worker of an earlier version does not."""
+    knows_gate = True
+    """Whether it takes a gate with `messages.Hold`: a worker of an earlier version does not."""
 
     def __init__(
         self,
@@ -72,9 +74,12 @@ class WorkerProcess:
         """Whether its backend has greeted it, and the worker has not reported that backend gone since."""
         return self._linked.done()
 
-    async def hold(self, on: bool) -> None:
-        """Have its requests wait, or go on.  Raises `DaemonError` if the worker ends before."""
-        await self.ask(messages.Hold(on))
+    async def hold(self, on: bool, gate: int | None = None) -> None:
+        """Have its requests wait, or go on; a hold with `gate` ends with that, see `messages.Hold`.
+
+        Raises `DaemonError` if the worker ends before.
+        """
+        await self.ask(messages.Hold(on), gate if self.knows_gate else None)
 
     async def quiet(self) -> None:
         """After `hold`: wait until its backend has no request.  Raises `DaemonError` if the worker ends before."""
@@ -96,6 +101,7 @@ class WorkerProcess:
         self.knows_new_pool = standing.knows_new_pool
         self.knows_deadlines = standing.knows_deadlines
         self.knows_hold = standing.knows_hold
+        self.knows_gate = standing.knows_gate
         if standing.fetched:
             _resolve(self._fetched)
         return standing

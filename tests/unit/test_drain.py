@@ -33,6 +33,7 @@ from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig, Recovery
 from ublkpool.daemon.supervisor import Supervisor
 from ublkpool.workers import messages
+from ublkpool.workers.record_gate import RecordGate
 
 DEADLINE_S = 60
 CACHED = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=True, read_only=False)
@@ -61,9 +62,10 @@ class HeldTeam(FakeTeam):
     def can_hold(self) -> bool:
         return self.knows
 
-    async def hold(self, on: bool) -> None:
+    async def hold(self, on: bool, gate: RecordGate | None = None) -> None:
         if self._has_ended:
             raise DaemonError("queue 0: its worker ended")
+        assert (gate is not None) == on, "a hold on its way ends with its daemon"
         self.steps.append(f"hold {on}")
 
     async def release(self) -> None:
@@ -144,11 +146,13 @@ class Scene:
         self.team = HeldTeam(self.steps, quiet)
         self.parts.resources.team = self.team
         self.parts.resources.disk = CACHED
-        self.parts.save = lambda: self.steps.append(  # type: ignore[method-assign]
-            f"record {self.parts.drain or 'no drain'}"
-        )
+        self.parts.save = self._save  # type: ignore[method-assign]
         if managed:
             self.parts.managed = FakeManaged(self.steps)
+
+    def _save(self) -> None:
+        gate = ", gate closed" if self.parts.resources.hold_gate is not None else ""
+        self.steps.append(f"record {self.parts.drain or 'no drain'}{gate}")
 
     async def begin(self) -> "Scene":
         self.parts.life.state = "live"
@@ -165,6 +169,7 @@ def test_a_device_is_drained_in_an_order_that_any_death_may_interrupt() -> None:
         assert scene.steps == [
             "hold True",
             "flush",
+            "record drained, gate closed",
             "record drained",
             "not started again",
             "detach, keep True",
@@ -290,7 +295,7 @@ def test_a_client_that_goes_once_the_backend_leaves_does_not_stop_it() -> None:
         await asyncio.wait({draining})
         await turn()
         assert scene.parts.drain == "drained" and scene.device.session is None
-        assert scene.steps == ["hold True", "flush", "record", "detach, keep True", "lost"]
+        assert scene.steps == ["hold True", "flush", "record", "record", "detach, keep True", "lost"]
 
     in_loop(run)
 

@@ -145,7 +145,7 @@ class SpecTeam(Team):
     """A team whose workers need no configuration."""
 
     def _spec(self, queue: int, cpu: int | None) -> Any:
-        return None
+        return SimpleNamespace(hold_gate=None)
 
     def _socket(self, queue: int) -> Path:
         return Path("/nonexistent")

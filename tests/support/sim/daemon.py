@@ -168,6 +168,7 @@ class LeftBehind(NamedTuple):
     data_lost: str = ""
     added: DeviceConfig | None = None
     drained: bool = False
+    drain_is_open: bool = False
     managed: None = None
 
     @property
@@ -374,6 +375,7 @@ class SimDeviceParts(DeviceParts):
                 broker=self._known_broker(),
                 going=life.is_stopping,
                 drained=self.drain == "drained",
+                drain_is_open=self.drain == "drained" and self.resources.hold_gate is not None,
             )
         )
 

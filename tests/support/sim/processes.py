@@ -500,6 +500,9 @@ class Processes:
         self.note("the supervisor dies")
         assert self.daemon is not None
         self.daemon.loop.kill()
+        # The process's end closes its descriptors.
+        if (gate := self.daemon.device.parts.resources.hold_gate) is not None:
+            gate.close()
         self.daemon = self.adopting = None
         self._dies_in_fork = self._died_in_fork = False
         if self.scenario.defect != COMMANDS_LIVE_ON:

@@ -7,11 +7,13 @@ import asyncio
 import errno
 import os
 import random
+import select
 import signal
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import zmq
 
 from support.fakes.queue_rig import check_durations, new_area
@@ -42,12 +44,14 @@ from ublkpool.ublk.queue import (
 )
 from ublkpool.ublk.statistics import Statistics, read_statistics
 from ublkpool.workers import messages
+from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 from ublkpool.workers.ring_link import RingLink
 
 _ffi = calls.ffi
-_SUPERVISOR, _POOL, _RINGS = (1 << WATCH_SHIFT + index for index in (0, 1, 5))
+GATE = 6
+_SUPERVISOR, _POOL, _RINGS, _GATE = (1 << WATCH_SHIFT + index for index in (0, 1, 5, GATE))
 
 
 class PoolMemory:
@@ -98,10 +102,16 @@ class SimRing:
         self._untaken: list[Command] = []
         self.port: SimPort | None = None
         self._sleeps_until_s = 0.0
+        self._gate = -1
         self._clock = _ffi.new("struct uq_clock *")
 
-    def watch(self, _index: int, _fd: int) -> None:
-        """The simulation knows when to turn the loop."""
+    def watch(self, index: int, fd: int) -> None:
+        """The simulation knows when to turn the loop, except for the gate of a hold."""
+        if index == GATE:
+            self._gate = fd
+
+    def _gate_decides(self) -> bool:
+        return self._gate >= 0 and bool(select.select([self._gate], [], [], 0)[0])
 
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
         worker = self._worker
@@ -145,7 +155,8 @@ class SimRing:
         asked = _SUPERVISOR if worker.inbox or worker.orphaned else 0
         granted = _POOL if worker.context.pool.inbox else 0
         called = _RINGS if worker.loop.hears_rings else 0
-        return worker.queue.attention_bits() | asked | granted | called
+        decided = _GATE if self._gate_decides() else 0
+        return worker.queue.attention_bits() | asked | granted | called | decided
 
     def is_awake(self) -> bool:
         """Whether the worker may take a turn: it is awake, or something that it waits for has come."""
@@ -202,6 +213,14 @@ class SimQueueLoop(QueueLoop):
         self._started = self._fetched = self._more = False
         self._bits = 0
         self._broken = ""
+        self._gate = self._make_gate()
+
+    def _make_gate(self) -> HoldGate:
+        # As a fork does with the descriptor.
+        inherited = self._spec.hold_gate
+        if inherited is not None:
+            self._spec = msgspec.structs.replace(self._spec, hold_gate=os.dup(inherited))
+        return super()._make_gate()
 
     def _look_around(self) -> None:
         self._queue.unmap_idle_segments()
@@ -216,6 +235,11 @@ class SimQueueLoop(QueueLoop):
         return cast(SimBackendLink, self._backend)
 
     @property
+    def gate(self) -> int:
+        """The reader of its hold's gate, or -1."""
+        return self._gate._reader
+
+    @property
     def hears_rings(self) -> bool:
         """Whether a backend asks for rings, or the one that had them is gone."""
         return bool(self._rings._epoll.poll(0))
@@ -225,10 +249,15 @@ class SimQueueLoop(QueueLoop):
         if self.ring.port is not None:
             self.ring.port.memory.scribble(TO_BACKEND, self._worker.rng)
         self._rings.close()
+        self._gate.close()
+        for _, fd in self._worker.inbox:
+            if fd is not None:
+                os.close(fd)
+        self._worker.inbox.clear()
 
     def _hear_supervisor(self) -> None:
         while self._worker.inbox:
-            self._obey(self._worker.inbox.popleft(), None)
+            self._obey(*self._worker.inbox.popleft())
         if self._worker.orphaned and self._supervisor is not None:
             self._obey(None, None)
 
@@ -257,6 +286,11 @@ class SimQueue(Queue):
     def __init__(self, config: QueueConfig, memory: Memory) -> None:
         super().__init__(config, memory)
         self.deadlines = (config.timeout_ms, config.fail_on_timeout, config.absent_ms)
+        self.is_held = config.held
+
+    def hold(self, on: bool) -> None:
+        super().hold(on)
+        self.is_held = on
 
     def set_deadlines(self, timeout_ms: int, fail_on_timeout: bool, absent_ms: int) -> None:
         super().set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
@@ -290,7 +324,7 @@ class SimWorker:
         self.segment_base = segment_base
         self.life = Life()
         self.task = task
-        self.inbox: deque[messages.ToWorker] = deque()
+        self.inbox: deque[tuple[messages.ToWorker, int | None]] = deque()
         self.outbox: deque[messages.FromWorker] = deque()
         self.orphaned = False
         self.completions_to_lose = 1 if defect == COMPLETION_LOST else 0
@@ -330,6 +364,18 @@ class SimWorker:
         # If the backend dies before it rings, the worker hears of the death instead.
         if self.loop.ring.port is not None and not self.loop.hears_rings:
             self.loop.ring.port.assert_no_wakeup_lost(str(self.task), self.queue)
+
+    def will_hold(self) -> bool:
+        """Whether its requests wait once it has read what its supervisor, which has ended, has sent."""
+        holds, gate = self.queue.is_held, self.loop.gate
+        for message, fd in self.inbox:
+            if isinstance(message, messages.Hold):
+                holds, gate = message.on, -1 if fd is None else fd
+        if not holds or gate < 0:
+            return holds
+        poll = select.poll()
+        poll.register(gate, select.POLLIN)
+        return any(event & select.POLLIN for _, event in poll.poll(0))
 
     def check_durations(self) -> None:
         """Raises `AssertionError` if a request that this worker or an earlier one answered has no duration."""
@@ -419,7 +465,9 @@ class SimChannel(Channel[messages.ToWorker, messages.FromWorker]):
     def send(self, message: messages.ToWorker, fd: int | None = None) -> None:
         if not self._worker.life.alive:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        self._worker.inbox.append(message)
+        # Of memory every process has a mapping already.
+        is_gate = isinstance(message, messages.Hold) and fd is not None
+        self._worker.inbox.append((message, os.dup(fd) if is_gate and fd is not None else None))
 
     def receive(self) -> messages.FromWorker | None:
         if not self._worker.outbox:
