@@ -15,6 +15,11 @@ _SO_PASSRIGHTS = 83
 """Since Linux 6.16, for the connections of a listening socket as well; include/uapi/asm-generic/socket.h."""
 
 
+def socket_mode(group: int | None) -> int:
+    """The mode of a unix socket for this process's user and, unless that is None, for `group`."""
+    return 0o600 if group is None else 0o660
+
+
 def listen(path: Path, kind: socket.SocketKind, mode: int, group: int | None, backlog: int) -> socket.socket:
     """A socket that listens at `path`, with `mode` and, unless that is None, `group`; it replaces an earlier worker's.
 

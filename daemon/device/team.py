@@ -34,6 +34,7 @@ from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
 from ublkpool.ublk.queue import QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
+from ublkpool.workers.listening import socket_mode
 from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
 from ublkpool.workers.record_gate import RecordGate
@@ -375,7 +376,7 @@ class Team:
             queue_socket=self._socket(queue),
             ring_socket=self._ring_socket(queue) if offers_rings else None,
             pool_endpoint=plan.pool_endpoint,
-            socket_mode=0o600 if plan.group is None else 0o660,
+            socket_mode=socket_mode(plan.group),
             socket_group=plan.group,
             cpu=cpu,
             spin_us=spin_us(plan.config),

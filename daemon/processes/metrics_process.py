@@ -171,7 +171,11 @@ async def end_left(run_dir: Path) -> None:
 def _write(path: Path, left: _Left) -> None:
     """Whole or not at all."""
     new = path.with_suffix(".new")
-    new.write_bytes(msgspec.json.encode(left))
+    # A killed daemon may have left one, with another mode.
+    new.unlink(missing_ok=True)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(msgspec.json.encode(left))
     new.replace(path)
 
 

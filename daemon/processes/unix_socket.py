@@ -15,6 +15,7 @@ from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.guarded_socket import GuardedSocket
 from ublkpool.daemon.processes.reserve import Reserve
+from ublkpool.workers.listening import socket_mode
 
 
 def remove_socket(path: Path) -> None:
@@ -41,7 +42,7 @@ def listen(path: Path, kind: socket.SocketKind, group: int | None = None, backlo
     remove_socket(path)
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        _bind(listener, path, 0o600 if group is None else 0o660)
+        _bind(listener, path, socket_mode(group))
         if group is not None:
             # The owner of the directory may have put a link in the socket's place.
             os.chown(path, -1, group, follow_symlinks=False)

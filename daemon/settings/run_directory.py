@@ -19,6 +19,7 @@ from pathlib import Path
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.settings.own_directory import make_own_directory
+from ublkpool.workers.listening import socket_mode
 
 WAY_OUT = "choose another with --run-dir"
 REPLACE_DEADLINE_S = 90.0
@@ -272,7 +273,7 @@ def _restore_socket(path: Path, group: int | None) -> None:
     with suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             os.chown(path, os.geteuid(), -1 if group is None else group)
-            path.chmod(0o600 if group is None else 0o660)
+            path.chmod(socket_mode(group))
 
 
 def _open_to(path: Path, group: int | None) -> None:

@@ -62,7 +62,12 @@ def _only(dist: Path, pattern: str) -> Path:
 
 def _shipped() -> set[str]:
     """The files of the repository that belong in a source distribution."""
-    wanted = [*ROOT.glob("config/*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.py")]
+    wanted = [
+        ROOT / "SECURITY.md",
+        *ROOT.glob("config/*"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*.py"),
+    ]
     wanted += [each for kind in ("*.c", "*.h", "Makefile") for each in ROOT.glob(f"examples/c/{kind}")]
     names = {str(each.relative_to(ROOT)) for each in wanted}
     for package in ("ublk", "bufpool", "workers", "daemon", "backends"):

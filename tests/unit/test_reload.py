@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from support.fakes.daemon import running_daemon
 from support.fakes.device_parts import SIZE_BYTES, fake_device
+from support.served import Client, serving
 from ublkpool.daemon.admin.wire import ReloadRequest, SetRequest
 from ublkpool.daemon.cli.commands import cli
 from ublkpool.daemon.device.context import DaemonContext
@@ -26,7 +27,7 @@ from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.status import Reloaded
 from ublkpool.ublk import process_calls
-from unit.test_supervisor import Client, Systemd, serving, systemd
+from unit.test_supervisor import Systemd, systemd
 
 __all__ = ["systemd"]
 BEFORE = """

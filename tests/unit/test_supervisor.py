@@ -3,24 +3,19 @@
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
+from support.served import Client, serving
 from ublkpool.daemon import supervisor
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
     ListRequest,
-    Request,
-    StopRequest,
-    admin_socket,
-    decode_reply,
-    encode_line,
 )
 from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.errors import DaemonError
@@ -31,7 +26,6 @@ from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeCo
 from ublkpool.daemon.takeover import TakeOver
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root only")
-DEADLINE_S = 60
 SIZE_BYTES = 1 << 20
 
 
@@ -56,53 +50,6 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         yield Systemd(sock)
-
-
-class Client:
-    """Asks the daemon over its admin socket, without a thread: the daemon forks in this process."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = admin_socket(run_dir)
-
-    async def ask(self, request: Request) -> Any:
-        """The result.  Raises `DaemonError` with the daemon's reason, `OSError` if it does not answer."""
-        reader, writer = await asyncio.open_unix_connection(self._path)
-        try:
-            writer.write(encode_line(request))
-            while (reply := decode_reply(await reader.readline())).ok is None:
-                pass
-        finally:
-            writer.close()
-        if not reply.ok:
-            raise DaemonError(reply.error)
-        return msgspec.json.decode(reply.result)
-
-    async def states(self) -> dict[str, str]:
-        return {each["name"]: each["state"] for each in await self.ask(ListRequest())}
-
-    async def answers(self) -> bool:
-        with suppress(OSError):
-            await self.states()
-            return True
-        return False
-
-
-def serving(config: ServeConfig, test: Callable[[Client], Awaitable[None]]) -> None:
-    """Run the daemon, and the test beside it once the daemon answers; both must end."""
-
-    async def run() -> None:
-        daemon = asyncio.ensure_future(supervisor._serve(config, None))
-        client = Client(config.run_dir)
-        async with asyncio.timeout(DEADLINE_S):
-            while not await client.answers():
-                assert not daemon.done(), daemon.result()
-                await asyncio.sleep(0.01)
-            await test(client)
-        async with asyncio.timeout(DEADLINE_S):
-            await client.ask(StopRequest())
-            assert await daemon == 0
-
-    asyncio.run(run())
 
 
 def device(name: str, kind: str | None = None) -> DeviceConfig:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from support.served import Client, serving
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.settings.config import ServeConfig
 from ublkpool.daemon.watchdog import PETS_PER_PERIOD, period_us, petting
-from unit.test_supervisor import Client, Systemd, serving, systemd
+from unit.test_supervisor import Systemd, systemd
 
 __all__ = ["systemd"]
 UNIT = Path(__file__).parents[2] / "config" / "ublkpool.service"

@@ -45,7 +45,10 @@ MASKED = (
     *("systemd-journal-catalog-update.service", "modprobe@efi_pstore.service", "getty@tty1.service"),
     *("proc-sys-fs-binfmt_misc.automount", "serial-getty@ttyS0.service"),
 )
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src", "config", "docs", "examples")
+SOURCES = (
+    *("pyproject.toml", "setup.py", "README.md", "SECURITY.md", "LICENSE"),
+    *("src", "config", "docs", "examples"),
+)
 PARTS = ("backends", "bufpool", "daemon", "ublk", "workers")
 WHEELS = "root/wheels"
 _LAYOUT = 1
