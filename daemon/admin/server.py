@@ -50,6 +50,8 @@ from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Relo
 
 HANGUP_POLL_S = 0.5
 DRAIN_S = 10.0
+UNREAD_S = 1.0
+"""At the daemon's end: a client that reads nothing of its answer for so long is disconnected."""
 
 WATCHER_MAY = (ListRequest, StatsRequest, DaemonRequest)
 """Requests that change nothing: all that a watcher's connection may ask."""
@@ -121,6 +123,7 @@ class AdminServer:
         self._followers = Followers(service.events)
         self._request_count = 0
         self._failure_count = 0
+        self._is_ending = False
 
     async def start(self) -> None:
         """Listen.  Raises `DaemonError` if another daemon listens here or the socket cannot be made."""
@@ -135,9 +138,14 @@ class AdminServer:
         await self._serve_connection(reader, writer, may=WATCHER_MAY)
 
     async def close(self, drain_s: float = DRAIN_S) -> None:
-        """Stop listening, remove the socket, give running operations `drain_s` seconds to answer, and disconnect."""
+        """Stop listening, remove the socket, give running operations `drain_s` seconds to answer, and disconnect.
+
+        Requests that have not begun are answered that the daemon is stopping, each client by itself: one that does not
+        read keeps no other waiting, and the end waits `UNREAD_S` for it.
+        """
         if self._server is None:
             return
+        self._is_ending = True
         self._server.close()
         self._server = None
         self._path.unlink(missing_ok=True)
@@ -146,7 +154,20 @@ class AdminServer:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             reader.feed_eof()
         await _end_within(list(self._operations.tasks), drain_s)
-        await _end_within(list(self._connections), drain_s)
+        await self._disconnect(drain_s)
+
+    async def _disconnect(self, drain_s: float) -> None:
+        """Wait up to `drain_s` seconds for the clients to read their answers, for one that does not read less."""
+        loop = asyncio.get_running_loop()
+        until_s, unread = loop.time() + drain_s, dict[asyncio.Task[None], int]()
+        while self._connections and (left_s := until_s - loop.time()) > 0:
+            for task, (_, writer) in self._connections.items():
+                size_bytes, before = writer.transport.get_write_buffer_size(), unread.get(task, 0)
+                unread[task] = size_bytes
+                if 0 < before <= size_bytes:
+                    writer.transport.abort()
+            await asyncio.wait(list(self._connections), timeout=min(UNREAD_S, left_s))
+        await _end_within(list(self._connections), 0)
 
     def statistics(self) -> dict[str, int]:
         """The number of connections and operations now, of requests and failures since the start."""
@@ -198,6 +219,8 @@ class AdminServer:
             request = decode_request(line)
         except ConfigError as error:
             return _failed(error)
+        if self._is_ending:
+            return Failed(error="the daemon is stopping", status=STATUS_FAILED)
         if may is not None and not isinstance(request, may):
             return Failed(error="this connection may only look: use the admin socket", status=STATUS_USAGE)
         operation = self._operations.spawn_awaited(self._perform(request, writer))
