@@ -19,7 +19,8 @@ KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
 """The kernels of this `make test-systemd`, which runs this folder once for each."""
 HERE = Path(__file__).parent
-NAMES_KERNEL = "7.3"
+FURTHER = {"names": "7.3", "stacks": "6.12"}
+"""The steps of the first boot that do not depend on the kernel, each with the one under which it runs."""
 _shown: set[int] = set()
 _measured: list[str] = []
 
@@ -59,8 +60,8 @@ def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture(scope="session")
 def first(root: Path, kernel: str) -> Seen:
-    """The first boot: restarts, deaths, and a poweroff with dirty data; in one guest also devices that come and go."""
-    further = ("names",) if runs_here(kernel, NAMES_KERNEL) else ()
+    """The first boot: restarts, deaths, and a poweroff with dirty data; in one guest also FURTHER."""
+    further = [name for name, named in FURTHER.items() if runs_here(kernel, named)]
     return measured(run_boot(root, kernel, "first", *further), f"Linux {kernel}, first boot")
 
 

@@ -143,6 +143,20 @@ def test_the_kernel_s_killing_of_one_process_for_want_of_memory_leaves_the_daemo
     )
 
 
+@pytest.mark.one_kernel("6.12")
+def test_lvm_luks_md_and_swap_go_on_while_backends_daemon_and_workers_are_killed(first: Seen) -> None:
+    assert first.fact("stacks ran through")
+    fio = first.fact("stacks fio")
+    assert (fio["status"], fio["complaints"]) == (128, "")
+    assert fio["errors"] == {"lvm": 0, "crypt": 0, "md": 0}
+    assert fio["verified"] > 0
+    churn = first.fact("swap churn")
+    assert churn["status"] == 0 and churn["rounds"] >= 8
+    assert re.search(r"State : (clean|active) *\n", first.fact("mirror")), first.fact("mirror")
+    assert first.fact("volume check") == {"status": 0, "said": ""}
+    assert first.fact("stacks left") == "No devices found\n"
+
+
 def test_lines_in_the_journal_have_their_priority(first: Seen) -> None:
     assert priorities(first, "vol0: goes on, epoch") == {6}
     assert priorities(first, "vol2: recovered, epoch") == {6}

@@ -1,6 +1,6 @@
 """Runs in the systemd guest, once per boot: restarts, deaths, mounts, a poweroff, and a record of each.
 
-Run by the Python in the guest's root, with the installed ublkpool.  It writes facts as lines of JSON to FACTS; the
+Run by the Python in the guest's root, with the installed ublkpool.  It writes facts as lines of JSON to a file; the
 tests on the host check them.  A step that fails leaves its traceback as its fact, and the next step runs.
 """
 
@@ -19,25 +19,29 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.errors import DaemonError
+from support.systemd.facts import (
+    backend_pid,
+    client,
+    device,
+    eventually,
+    is_live,
+    say,
+    shell,
+    units,
+    writes_go_on,
+)
+from support.systemd.stacks import stacks
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
-from ublkpool.daemon.status import DeviceStatus
 
-HERE = Path("/root/check")
-FACTS = HERE / "facts"
 FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
 CGROUP = Path("/sys/fs/cgroup/system.slice/ublkpool.service")
-DEADLINE_S = 600.0
 DIRTY_BYTES = 8 << 20
 BLKRRPART = 0x125F
 REUSED = 40
 """A device number that two devices get, one after the other."""
 UUID = "6f7d1c52-0d4f-4a53-9d0e-57a1b7a3c001"
 POWEROFF = "ublkpool-check: poweroff"
-SHOWN = "Id,ActiveState,SubState,Result,StatusText,NRestarts,MainPID,UnitFileState"
 FIO = (
     *(
         "fio",
@@ -51,66 +55,6 @@ FIO = (
     *("--bs=4k", "--iodepth=8", "--size=32M", "--rate=200k", "--time_based", "--runtime=3600"),
     *("--verify=crc32c", "--verify_backlog=16", "--output-format=json"),
 )
-
-client = AdminClient(Path("/run/ublkpool"))
-
-
-def say(fact: str, value: object) -> None:
-    """Write a fact and sync it, so that it survives a crash."""
-    with FACTS.open("a") as facts:
-        facts.write(json.dumps({"fact": fact, "value": value}) + "\n")
-        facts.flush()
-        os.fsync(facts.fileno())
-
-
-def shell(*command: str) -> dict[str, Any]:
-    """Run a command; returns its status and output."""
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return {"status": done.returncode, "said": done.stdout}
-
-
-def eventually(condition: Callable[[], bool], what: str) -> float:
-    """Wait until the condition holds; returns the seconds it took.  Raises `TimeoutError`."""
-    began_s = time.monotonic()
-    while not condition():
-        if time.monotonic() - began_s > DEADLINE_S:
-            raise TimeoutError(f"{what}: not after {DEADLINE_S:g} s")
-        time.sleep(0.1)
-    return time.monotonic() - began_s
-
-
-def units(*names: str) -> dict[str, dict[str, str]]:
-    """The properties of these units."""
-    said = str(shell("systemctl", "show", "-p", SHOWN, *names)["said"])
-    found = [dict(line.split("=", 1) for line in each.splitlines()) for each in said.split("\n\n")]
-    return {each["Id"]: each for each in found}
-
-
-def device(name: str) -> DeviceStatus | None:
-    """A device's status; None while the daemon does not answer or has no device of that name."""
-    try:
-        return next((each for each in client.devices() if each.name == name), None)
-    except DaemonError:
-        return None
-
-
-def is_live(name: str, not_pid: int | None = None) -> bool:
-    """Whether the device is live, with a backend other than this pid."""
-    found = device(name)
-    return (
-        found is not None
-        and found.state == "live"
-        and found.backend.attached
-        and found.backend.pid != not_pid
-    )
-
-
-def backend_pid(name: str) -> int:
-    """The pid of its backend, 0 without a backend."""
-    found = device(name)
-    return (found.backend.pid or 0) if found else 0
 
 
 def queue_groups() -> dict[str, str]:
@@ -171,17 +115,6 @@ def restart_both(fio: "subprocess.Popen[str]") -> None:
     eventually(lambda: is_live("vol0", not_pid=backend), "a successor of the backend serves vol0")
     writes_go_on("fio writes after the backend's restart")
     say("fio ran through", fio.poll() is None)
-
-
-def writes_go_on(what: str) -> None:
-    """Wait until vol0's disk has done more writes than can have been in flight before."""
-    stat = Path("/sys/block/ublkb0/stat")
-
-    def writes() -> int:
-        return int(stat.read_text().split()[4])
-
-    enough = writes() + 16
-    eventually(lambda: writes() >= enough, what)
 
 
 def quick_restarts() -> None:
@@ -393,13 +326,14 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
         out_of_memory,
         deaths,
         names,
+        stacks,
         journal,
         verify,
         leave_dirty,
     ),
     "second": (at_start, after_poweroff, leave_without_backend),
 }
-IN_ONE_GUEST = (names,)
+IN_ONE_GUEST = (names, stacks)
 """Steps that run only if they are named."""
 
 

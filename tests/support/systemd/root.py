@@ -32,6 +32,7 @@ SUITE = "trixie"
 PYTHON = "3.13"
 PACKAGES = (
     *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "procps", "e2fsprogs", "fio"),
+    *("cryptsetup-bin", "lvm2", "mdadm"),
     *("python3", "python3-venv", "python3-dev", "gcc", "libc6-dev", "liburing-dev", "pkg-config"),
 )
 BUILD_PACKAGES = ("setuptools>=77", "cffi>=1.17")
@@ -44,6 +45,7 @@ MASKED = (
     *("e2scrub_reap.service", "fstrim.timer", "systemd-hwdb-update.service", "systemd-update-done.service"),
     *("systemd-journal-catalog-update.service", "modprobe@efi_pstore.service", "getty@tty1.service"),
     *("proc-sys-fs-binfmt_misc.automount", "serial-getty@ttyS0.service"),
+    *("lvm2-monitor.service", "mdmonitor.service", "mdcheck_start.timer", "mdmonitor-oneshot.timer"),
 )
 SOURCES = (
     *("pyproject.toml", "setup.py", "README.md", "SECURITY.md", "LICENSE"),

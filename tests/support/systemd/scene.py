@@ -17,7 +17,8 @@ from support.systemd.root import inside
 BOOT_TIMEOUT_S = 2400
 REPORT_LINES = 400
 CHECK = "root/check"
-CHECKS = Path(__file__).with_name("checks.py")
+INSIDE = ("checks.py", "facts.py", "stacks.py")
+"""The modules of this folder that run in the guest."""
 CONFIG = """\
 [daemon]
 group = "ublkpool"
@@ -77,7 +78,8 @@ After=multi-user.target
 
 [Service]
 Type=oneshot
-ExecStart=/opt/ublkpool/bin/python /root/check/checks.py {script}
+WorkingDirectory=/root/check
+ExecStart=/opt/ublkpool/bin/python -m support.systemd.checks {script}
 ExecStopPost=/bin/systemctl --no-block poweroff
 TimeoutStartSec=infinity
 StandardOutput=journal+console
@@ -152,8 +154,10 @@ class Seen:
 def run_boot(root: Path, kernel: str, *script: str) -> Seen:
     """Boot the root, run the script with these arguments, and collect the facts."""
     check = root / CHECK
-    check.mkdir(exist_ok=True)
-    shutil.copy(CHECKS, check)
+    modules = check / "support/systemd"
+    modules.mkdir(parents=True, exist_ok=True)
+    for name in INSIDE:
+        shutil.copy(Path(__file__).with_name(name), modules)
     facts = check / "facts"
     facts.unlink(missing_ok=True)
     # One boot only, because a journal of several has no current boot when it is read from the host.
