@@ -189,10 +189,11 @@ power-%:
 	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) PYTHONDONTWRITEBYTECODE=1 \
 	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
 
-soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS
-	@$(MAKE) test-vm VM_TESTS=tests/vm/test_vm_soak.py VM_TIMEOUT_S=$$(( 2 * $(DURATION) + 900 )) \
+soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS; none may grow in eleven minutes
+	@$(MAKE) test-vm VM_TESTS="tests/vm/test_vm_soak.py tests/vm/test_vm_growth.py" \
+	    VM_TIMEOUT_S=$$(( 3 * $(DURATION) + 900 )) \
 	    PYTEST_ARGS="-o faulthandler_timeout=$$(( 2 * $(DURATION) + 600 )) $(PYTEST_ARGS)" \
-	    SOAK="UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
+	    SOAK="UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_GROWTH_S=$$(( $(DURATION) < 660 ? $(DURATION) : 660 )) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
 
 demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \
