@@ -193,7 +193,7 @@ soak: compiled ## processes killed at random under verified I/O, DURATION second
 	@$(MAKE) test-vm VM_TESTS="tests/vm/test_vm_soak.py tests/vm/test_vm_growth.py" \
 	    VM_TIMEOUT_S=$$(( 3 * $(DURATION) + 900 )) \
 	    PYTEST_ARGS="-o faulthandler_timeout=$$(( 2 * $(DURATION) + 600 )) $(PYTEST_ARGS)" \
-	    SOAK="UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_GROWTH_S=$$(( $(DURATION) < 660 ? $(DURATION) : 660 )) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
+	    SOAK="UBLKPOOL_LONG=1 UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_GROWTH_S=$$(( $(DURATION) < 660 ? $(DURATION) : 660 )) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
 
 demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \

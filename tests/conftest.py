@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif here := os.environ.get("UBLKPOOL_GUEST"):
         guests = os.environ.get("UBLKPOOL_KERNELS", here).split()
         _deselect([item for item in items if not _runs_in(here, guests, item)], config, items)
+    if "UBLKPOOL_LONG" not in os.environ:
+        _deselect([item for item in items if item.get_closest_marker("long")], config, items)
 
 
 def _runs_in(guest: str, guests: list[str], item: pytest.Item) -> bool:

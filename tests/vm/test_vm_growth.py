@@ -1,6 +1,6 @@
 """Load, recoveries and devices that come and go: no process of the daemon grows, and its counters say what fio says.
 
-`make soak` runs it for eleven minutes (UBLKPOOL_GROWTH_S); `make test` makes a few rounds.
+`make soak` runs it, for eleven minutes at most (UBLKPOOL_GROWTH_S): a round takes half a minute in a guest.
 """
 
 import os
@@ -17,7 +17,7 @@ from support.vm.process import read_block, write_block
 from support.vm.recovery import Load, add_disk, kill, wait_for_backend, wait_for_epoch
 from ublkpool.daemon.status import DeviceStats
 
-pytestmark = pytest.mark.one_kernel("7.3")
+pytestmark = [pytest.mark.one_kernel("7.3"), pytest.mark.long]
 GROWTH_S = float(os.environ.get("UBLKPOOL_GROWTH_S", "0"))
 ROUNDS_MIN = 3
 WARM_UP = 2
