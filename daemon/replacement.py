@@ -7,6 +7,7 @@ Owns that a start that would be refused leaves the earlier daemon serving.  The 
 import grp
 from pathlib import Path
 
+from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.device.state import StateDirectory, candidates
 from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.processes.unix_socket import check_replaceable
@@ -37,3 +38,4 @@ def check_before(config: ServeConfig) -> None:
     check_prepared(config.run_dir, group_number(config))
     check_sockets(config.run_dir)
     StateDirectory.check(candidates(config.run_dir, config.state_dir))
+    Records(config.run_dir / "devices").check()

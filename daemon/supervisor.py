@@ -417,7 +417,12 @@ async def _start(
     else:
         directory = RunDirectory.claim(run_dir)
     ending.callback(directory.remove)
-    records = Records(directory.devices).load()
+    try:
+        records = Records(directory.devices).load()
+    except BaseException:
+        # What is there serves on, for a daemon that can read its records.
+        await ending.leave()
+        raise
     try:
         return await _begin(config, directory, records, live_mounts, ending, leaving, stop)
     except BaseException:

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ ROOM_BYTES = 16384
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+_NOT_KNOWN = re.compile(
+    r"Object contains unknown field (?P<field>`[^`]*`)|Invalid enum value (?P<value>'[^']*')"
+)
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -91,6 +95,17 @@ class NotRecorded(DaemonError):
     may_pass = True
 
 
+class WrittenByLater(DaemonError):
+    """A record uses what only a later version knows; a daemon without that record would lose the device."""
+
+    def __init__(self, path: Path, unknown: str) -> None:
+        super().__init__(
+            f"{path}: a later version of ublkpool wrote it, and this one does not know {unknown}: start the later "
+            f"version again, and before you go back from it set that back to its default there, or delete {path.stem}; "
+            "nothing was changed, and the devices are served on"
+        )
+
+
 class Records:
     """The records of one run directory."""
 
@@ -122,19 +137,22 @@ class Records:
         for suffix in (".json", ".new", ".old"):
             self._path(name).with_suffix(suffix).unlink(missing_ok=True)
 
-    def load(self) -> list[Record]:
-        """All records; one that cannot be read is logged and left out.  Raises `DaemonError` if none can be listed."""
-        found = []
-        # Not `Path.glob`: it takes a directory that cannot be listed for an empty one, and the devices would be lost.
-        try:
-            paths = sorted(self._directory.iterdir())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise DaemonError(f"{self._directory}: {explain(error)}") from error
-        for path in paths:
-            if path.suffix != ".json":
+    def check(self) -> None:
+        """Raise `WrittenByLater` for a later version's record, `DaemonError` if none can be listed; change nothing."""
+        for path in self._paths():
+            try:
+                msgspec.json.decode(path.read_bytes(), type=Record)
+            except msgspec.DecodeError as error:
+                if unknown := unknown_here(error):
+                    raise WrittenByLater(path, unknown) from error
+            except OSError:
                 continue
+
+    def load(self) -> list[Record]:
+        """All records; one that cannot be read is logged and left out.  Raises what `check` raises."""
+        self.check()
+        found = []
+        for path in self._paths():
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
             except OSError as error:
@@ -145,8 +163,23 @@ class Records:
                     path.replace(path.with_suffix(".unreadable"))
         return found
 
+    def _paths(self) -> list[Path]:
+        # Not `Path.glob`: it takes a directory that cannot be listed for an empty one, and the devices would be lost.
+        try:
+            return sorted(each for each in self._directory.iterdir() if each.suffix == ".json")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DaemonError(f"{self._directory}: {explain(error)}") from error
+
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def unknown_here(error: msgspec.DecodeError) -> str:
+    """The field or value of a record that only a later version knows; empty if the record is damaged."""
+    found = _NOT_KNOWN.match(str(error))
+    return "" if found is None else found["field"] or found["value"]
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 import ublkpool
-from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.records import Record, unknown_here
 from ublkpool.daemon.doctor.daemon import DaemonAnswer
 from ublkpool.daemon.doctor.finding import Finding, some
 from ublkpool.daemon.kernel.device_commands import Owned
@@ -21,11 +21,15 @@ _SHOWN_MAX = 10
 
 
 class Recorded(NamedTuple):
-    """The records of a run directory, the files that are none, and whether all could be read."""
+    """The records of a run directory, the files that are none, and whether all could be read.
+
+    `later` are records of a later version, each with what this version does not know.
+    """
 
     records: Sequence[Record] = ()
     unreadable: Sequence[str] = ()
     denied: bool = False
+    later: Sequence[str] = ()
 
 
 def read_records(run_dir: Path) -> Recorded:
@@ -37,7 +41,10 @@ def read_records(run_dir: Path) -> Recorded:
         return Recorded()
     except OSError:
         return Recorded(denied=True)
-    records, unreadable, denied = [], [name for name in names if name.endswith(".unreadable")], False
+    unreadable = [name for name in names if name.endswith(".unreadable")]
+    records: list[Record] = []
+    later: list[str] = []
+    denied = False
     for name in (each for each in names if each.endswith(".json")):
         try:
             records.append(msgspec.json.decode((directory / name).read_bytes(), type=Record))
@@ -45,9 +52,12 @@ def read_records(run_dir: Path) -> Recorded:
             continue
         except OSError:
             denied = True
-        except (msgspec.DecodeError, RecursionError):
+        except RecursionError:
             unreadable.append(name)
-    return Recorded(records, unreadable, denied)
+        except msgspec.DecodeError as error:
+            unknown = unknown_here(error)
+            (later if unknown else unreadable).append(f"{name} ({unknown})" if unknown else name)
+    return Recorded(records, unreadable, denied, later)
 
 
 def leftover_findings(
@@ -58,6 +68,9 @@ def leftover_findings(
     if recorded.denied:
         says = f"the records in {run_dir} cannot be read by this user"
         found.append(Finding(CHECK, "warn", says, "sudo ublkpool doctor"))
+    if recorded.later:
+        says = f"{run_dir}/devices has records of a later version, which this one refuses: {some(recorded.later)}"
+        found.append(Finding(CHECK, "fail", says, "start the daemon of that version again"))
     if recorded.unreadable:
         says = f"{run_dir}/devices has records that no daemon can read: {some(recorded.unreadable)}"
         way_out = "if the kernel still has their devices, `lost-devices` names them; then remove the files"

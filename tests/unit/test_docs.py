@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 REPOSITORY = Repository(ROOT)
 DOCUMENTS = (
     "README.md",
+    "CHANGELOG.md",
     "SECURITY.md",
     *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
     "bench/README.md",
