@@ -2,164 +2,29 @@
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 import pytest
 
 from support.fakes.device_parts import (
     SIZE_BYTES,
-    FakeChild,
     FakeSession,
-    FakeTeam,
-    FakeWorkerProcess,
-    fake_context,
     fake_device,
     turn,
 )
+from support.fakes.drain_scene import (
+    CACHED,
+    HeldTeam,
+    Scene,
+    in_loop,
+)
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon.backends.managed_backend import ManagedBackend
-from ublkpool.daemon.device.device import Device
-from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.drain import cancel
-from ublkpool.daemon.device.parts import DeviceParts
-from ublkpool.daemon.device.records import NotRecorded, Record
-from ublkpool.daemon.device.table import Show
-from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.device.records import NotRecorded
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.processes.background import Background
-from ublkpool.daemon.processes.left_behind import Process
-from ublkpool.daemon.settings.config import DeviceConfig, Recovery
-from ublkpool.daemon.supervisor import Supervisor
-from ublkpool.workers import messages
-from ublkpool.workers.record_gate import RecordGate
-
-DEADLINE_S = 60
-CACHED = Disk(size_bytes=SIZE_BYTES, block_bytes=512, volatile_cache=True, read_only=False)
-
-
-def in_loop(test: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await asyncio.wait_for(test(), DEADLINE_S)
-
-    asyncio.run(run())
-
-
-class HeldTeam(FakeTeam):
-    """Workers that note what they are told; they are quiet once the test says so, or end."""
-
-    def __init__(self, steps: list[str], quiet: bool = True) -> None:
-        super().__init__()
-        self.steps, self.heard = steps, steps
-        self.result = 0
-        self.knows = True
-        self.is_quiet = asyncio.Event()
-        if quiet:
-            self.is_quiet.set()
-
-    @property
-    def can_hold(self) -> bool:
-        return self.knows
-
-    async def hold(self, on: bool, gate: RecordGate | None = None) -> None:
-        if self._has_ended:
-            raise DaemonError("queue 0: its worker ended")
-        assert (gate is not None) == on, "a hold on its way ends with its daemon"
-        self.steps.append(f"hold {on}")
-
-    async def release(self) -> None:
-        self.steps.append("release")
-
-    async def quiet(self) -> None:
-        await self.is_quiet.wait()
-        if self._has_ended:
-            raise DaemonError("queue 0: its worker ended")
-
-    async def flush(self) -> int:
-        self.steps.append("flush")
-        return self.result
-
-    def ends(self) -> None:
-        super().ends()
-        self.is_quiet.set()
-
-
-class LeavingSession(FakeSession):
-    """A backend that ends when it is told to."""
-
-    def __init__(self, steps: list[str]) -> None:
-        super().__init__()
-        self._steps = steps
-
-    async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
-        self._steps.append(f"detach, keep {keep}")
-        self.dies()
-
-
-class SlowSession(LeavingSession):
-    """A backend that was told to leave, and writes to its store until the test says that it is dead."""
-
-    async def detach(self, reason: str, patience_s: float, keep: bool) -> None:
-        self._steps.append(f"detach, keep {keep}")
-        await self.gone()
-
-
-class FakeManaged(ManagedBackend):
-    """The daemon's own backend, which does nothing but note it."""
-
-    def __init__(self, steps: list[str]) -> None:
-        self._steps = steps
-
-    def adopt_to_end(self, left: Process | None, stderr: int | None) -> None:
-        """Its process was the earlier daemon's."""
-
-    def let_end(self) -> None:
-        self._steps.append("not started again")
-
-    async def end(self) -> None:
-        self._steps.append("process ended")
-
-    def start(self) -> None:
-        self._steps.append("started")
-
-    @property
-    def pid(self) -> int | None:
-        return None
-
-    @property
-    def trouble(self) -> str:
-        return ""
-
-    def serves(self) -> None:
-        """It attached."""
-
-
-class Scene:
-    """A live device with workers and a backend, and what becomes of them in order."""
-
-    def __init__(self, managed: bool = False, attached: bool = True, quiet: bool = True) -> None:
-        self.steps: list[str] = []
-        self.attached = attached
-        self.device: Device = fake_device(DeviceConfig(name="vol", size_bytes=SIZE_BYTES))
-        self.parts = self.device.parts
-        self.team = HeldTeam(self.steps, quiet)
-        self.parts.resources.team = self.team
-        self.parts.resources.disk = CACHED
-        self.parts.save = self._save  # type: ignore[method-assign]
-        if managed:
-            self.parts.managed = FakeManaged(self.steps)
-
-    def _save(self) -> None:
-        gate = ", gate closed" if self.parts.resources.hold_gate is not None else ""
-        self.steps.append(f"record {self.parts.drain or 'no drain'}{gate}")
-
-    async def begin(self) -> "Scene":
-        self.parts.life.state = "live"
-        if self.attached:
-            await self.device.attach(LeavingSession(self.steps))
-        self.steps.clear()
-        return self
+from ublkpool.daemon.settings.config import DeviceConfig
 
 
 def test_a_device_is_drained_in_an_order_that_any_death_may_interrupt() -> None:
@@ -300,102 +165,6 @@ def test_a_client_that_goes_once_the_backend_leaves_does_not_stop_it() -> None:
     in_loop(run)
 
 
-async def _leaving(scene: Scene) -> SlowSession:
-    """The device's backend, which leaves for a drain whose client has gone."""
-    session = SlowSession(scene.steps)
-    await scene.device.attach(session)
-    scene.steps.clear()
-    draining = asyncio.ensure_future(scene.device.drain(True, None))
-    await turn()
-    assert scene.parts.drain == "drained" and scene.steps[-1] == "detach, keep True"
-    draining.cancel()
-    await asyncio.wait({draining})
-    return session
-
-
-def test_a_device_whose_backend_still_leaves_is_not_said_to_be_drained() -> None:
-    """The store may be copied only after the backend's last write."""
-
-    async def run() -> None:
-        scene = await Scene(managed=True, attached=False).begin()
-        session = await _leaving(scene)
-        again = asyncio.ensure_future(scene.device.drain(True, None))
-        await turn()
-        assert not again.done() and scene.device.session is session
-        session.dies()
-        await again
-        assert scene.steps[-2:] == ["lost", "process ended"] and scene.device.session is None
-
-    in_loop(run)
-
-
-def test_a_resume_starts_the_next_backend_only_after_the_earlier_one_has_left() -> None:
-    async def run() -> None:
-        scene = await Scene(managed=True, attached=False).begin()
-        session = await _leaving(scene)
-        resuming = asyncio.ensure_future(scene.device.resume())
-        ending = asyncio.ensure_future(scene.device.end_drain())
-        again = asyncio.ensure_future(scene.device.drain(True, None))
-        await turn()
-        assert scene.parts.drain == "drained" and not (resuming.done() or ending.done() or again.done())
-        session.dies()
-        await asyncio.wait({resuming, ending, again})
-        assert scene.steps[-5:] == ["lost", "process ended", "record no drain", "release", "started"]
-        with pytest.raises(DaemonError, match=r"^vol: not drained: it was resumed meanwhile$"):
-            await again
-
-    in_loop(run)
-
-
-def test_a_deletion_while_the_backend_leaves_is_told_to_the_next_drain() -> None:
-    async def run() -> None:
-        scene = await Scene(attached=False).begin()
-        await _leaving(scene)
-        again = asyncio.ensure_future(scene.device.drain(True, None))
-        await turn()
-        scene.parts.life.is_stopping = True
-        scene.parts.background.cancel()
-        with pytest.raises(DaemonError, match="not drained: it is being deleted"):
-            await again
-
-    in_loop(run)
-
-
-def test_the_next_daemon_says_drained_only_once_the_earlier_ones_backend_has_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def run() -> None:
-        scene = Scene(managed=True, attached=False)
-        session = SlowSession(scene.steps)
-        record = Record(config=scene.device.config, device_number=3, drained=True)
-
-        async def go_on(parts: DeviceParts, *_: object) -> Team:
-            parts.backend.session = session
-            return scene.team
-
-        async def learn(*_: object) -> None:
-            """No store is known."""
-
-        monkeypatch.setattr("ublkpool.daemon.device.adoption.go_on", go_on)
-        monkeypatch.setattr("ublkpool.daemon.device.adoption.learn", learn)
-        scene.device.await_takeover(record)
-        with pytest.raises(
-            DaemonError, match=r"^vol: it is being taken over from an earlier daemon: try again$"
-        ):
-            await scene.device.drain(True, None)
-        await scene.device.go_on(record, {})
-        again = asyncio.ensure_future(scene.device.drain(True, None))
-        resuming = asyncio.ensure_future(scene.device.resume())
-        await turn()
-        assert not again.done() and not resuming.done() and scene.parts.drain == "drained"
-        session.dies()
-        await again
-        await resuming
-        assert scene.steps.index("process ended") < scene.steps.index("started")
-
-    in_loop(run)
-
-
 def test_a_drain_that_cannot_be_recorded_leaves_the_backend_there() -> None:
     async def run() -> None:
         scene = await Scene().begin()
@@ -508,132 +277,5 @@ def test_a_drained_device_that_has_failed_is_neither_drained_nor_resumed() -> No
             await scene.device.drain(True, None)
         await scene.device.end_drain()
         assert scene.steps == []
-
-    in_loop(run)
-
-
-def test_a_resumed_devices_requests_wait_until_a_backend_is_absent_for_long_again() -> None:
-    async def run() -> None:
-        device = (await Scene(attached=False).begin()).device
-        worker = FakeWorkerProcess(0, FakeChild())
-        for _ in range(2):
-            device.parts.backend.hear(worker, messages.Absent())
-            assert device.trouble == "no backend is attached, requests fail"
-            await device.drain(False, None)
-            await device.resume()
-            assert device.trouble == "no backend is attached, requests wait"
-        lines = device.parts.context.events.after(0, most=1000).lines
-        assert sum(b"requests-fail" in line for line in lines) == 2
-
-    in_loop(run)
-
-
-@pytest.mark.parametrize(("recovery", "waits"), [("reissue", False), ("abort", True), ("fail", True)])
-def test_an_upgrade_replaces_a_drained_devices_workers_only_if_the_driver_keeps_their_requests(
-    monkeypatch: pytest.MonkeyPatch, recovery: Recovery, waits: bool
-) -> None:
-    async def run() -> None:
-        scene = await Scene().begin()
-        scene.parts.use(msgspec.structs.replace(scene.parts.config, recovery=recovery))
-
-        async def retire(*_: object) -> None:
-            scene.steps.append("retired")
-
-        async def next_epoch() -> str:
-            return ""
-
-        monkeypatch.setattr("ublkpool.daemon.device.device.retire", retire)
-        monkeypatch.setattr(scene.device, "_try_next_epoch", next_epoch)
-        await scene.device.drain(True, None)
-        await scene.device.renew()
-        await turn()
-        assert ("retired" in scene.steps) != waits and scene.device.state == ("live" if waits else "quiesced")
-        scene.parts.enter("live")
-        await scene.device.resume()
-        await turn()
-        assert scene.steps.count("retired") == (not waits), "its requests wait for the next backend"
-        await scene.device.attach(FakeSession())
-        await turn()
-        assert scene.steps.count("retired") == 1
-
-    in_loop(run)
-
-
-def test_the_machines_shutdown_resumes_a_drained_device_and_ends_a_drain() -> None:
-    """Dirty data of a mounted file system must still find a backend."""
-
-    async def run() -> None:
-        drained = await Scene(managed=True).begin()
-        await drained.device.drain(True, None)
-        await drained.device.end_drain()
-        assert drained.parts.drain == "" and drained.steps[-2:] == ["release", "started"]
-        draining = await Scene(quiet=False).begin()
-        asking = asyncio.ensure_future(draining.device.drain(True, None))
-        await turn()
-        await draining.device.end_drain()
-        await asyncio.wait({asking})
-        assert draining.parts.drain == "" and draining.steps == ["hold True", "release"]
-
-    in_loop(run)
-
-
-def test_the_machines_shutdown_resumes_a_device_whose_takeover_ends_later() -> None:
-    async def run() -> None:
-        supervisor = Supervisor(fake_context(), Background("the daemon"))
-        is_taken = asyncio.Event()
-        scene = await Scene(managed=True, attached=False).begin()
-        scene.parts.hold("drained")
-
-        async def work(show: Show) -> bool:
-            await is_taken.wait()
-            # As after a `go_on` that failed: another `Device` stands for the name from now on.
-            show(scene.device)
-            return True
-
-        record = Record(config=scene.device.config, device_number=3, drained=True)
-        taking = supervisor._table.take_over(record, work)
-        left = supervisor._table.device("vol")
-        await supervisor.shut_down(final=False)
-        await turn()
-        assert scene.device.status().drain == "drained" and scene.steps == []
-        assert not left.lacks_backend, "its dirty data fails before it was resumed"
-        is_taken.set()
-        await taking
-        await turn()
-        assert scene.device.status().drain == "" and scene.steps == ["record no drain", "release", "started"]
-        assert scene.device.lacks_backend
-        supervisor._background.cancel()
-
-    in_loop(run)
-
-
-def test_the_machines_shutdown_waits_for_no_device_that_is_gone() -> None:
-    async def run() -> None:
-        supervisor = Supervisor(fake_context(), Background("the daemon"))
-
-        async def work(_show: Show) -> bool:
-            await turn()
-            return False
-
-        record = Record(config=fake_device().config, device_number=3, drained=True)
-        taking = supervisor._table.take_over(record, work)
-        await supervisor.shut_down(final=False)
-        await taking
-        await turn()
-        assert await supervisor._table.at_rest("vol") is None
-        supervisor._background.cancel()
-
-    in_loop(run)
-
-
-def test_the_next_daemon_finds_a_drained_device_drained_and_resumes_none_during_its_takeover() -> None:
-    async def run() -> None:
-        device = fake_device()
-        device.await_takeover(Record(config=device.config, device_number=3, drained=True))
-        assert device.parts.drain == "drained" and device.parts.resources.holds
-        with pytest.raises(AttachRefused, match="is drained"):
-            await device.attach(FakeSession())
-        with pytest.raises(DaemonError, match="taken over"):
-            await device.resume()
 
     in_loop(run)
