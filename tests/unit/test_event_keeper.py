@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,8 +269,11 @@ def _wait_for_growth(directory: Path, size: int) -> None:
     path = directory / NAME
 
     def facts() -> tuple[int, int]:
-        about = path.stat() if path.exists() else None
-        return (about.st_size, about.st_ino) if about else (0, 0)
+        # Between two files there is none for a moment.
+        with suppress(FileNotFoundError):
+            about = path.stat()
+            return about.st_size, about.st_ino
+        return 0, 0
 
     first, inode = facts()
     while True:
