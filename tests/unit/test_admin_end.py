@@ -76,7 +76,8 @@ def test_a_client_that_reads_gets_every_answer_though_another_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow reader has as long as it goes on reading."""
-    monkeypatch.setattr(module, "UNREAD_S", 0.2)
+    # So long that this process does not stand still for it: then the reader would be taken for the other.
+    monkeypatch.setattr(module, "UNREAD_S", 2.0)
 
     async def run() -> None:
         server = AdminServer(ManyDevices(), tmp_path)

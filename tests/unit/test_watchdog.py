@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.descriptors import open_descriptors
 from support.served import Client, serving
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.settings.config import ServeConfig
@@ -35,16 +36,12 @@ def test_the_watchdog_is_that_of_this_process_or_none(environment: dict[str, str
     assert period_us(environment, 7) == expected
 
 
-def _descriptors() -> list[str]:
-    return sorted(each.name for each in Path("/proc/self/fd").iterdir())
-
-
 def test_without_a_watchdog_no_timer_runs() -> None:
     async def run() -> None:
-        before = _descriptors()
+        before = open_descriptors()
         pets: list[float] = []
         with petting(0, lambda: pets.append(0.0)):
-            assert _descriptors() == before
+            assert open_descriptors() == before
         assert pets == []
 
     asyncio.run(run())
