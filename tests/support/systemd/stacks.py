@@ -35,8 +35,8 @@ SIZES = {"lvm": "32M", "half0": "24M", "half1": "24M", "swap": "96M"}
 VOLUME, CRYPTED, ARRAY = "/dev/stack/plain", "/dev/mapper/stack-crypted", "/dev/md/stack"
 KEY = Path("/run/stack-key")
 GROUP = Path("/sys/fs/cgroup/stack")
-GROUP_MAX_BYTES = 10 * MIB
-TOUCHED_BYTES = 20 * MIB
+GROUP_HIGH_BYTES = 16 * MIB
+TOUCHED_BYTES = 24 * MIB
 _FORK = multiprocessing.get_context("fork")
 _STAMP = struct.Struct("<QQ")
 FIO = (
@@ -111,13 +111,21 @@ def take_apart() -> None:
     say("stacks left", shell("dmsetup", "ls")["said"])
 
 
+def swapped_in() -> int:
+    """How many pages have come back from swap since the boot."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("pswpin "))
+
+
 class Churn:
     """A process with more memory than its group may have, so that its pages go to swap and come back, each checked."""
 
     def __init__(self) -> None:
         self._shared = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         GROUP.mkdir()
-        (GROUP / "memory.max").write_text(str(GROUP_MAX_BYTES))
+        # Not `memory.max`: while all pages are on their way to a disk without a server, the kernel would kill for memory.
+        (GROUP / "memory.high").write_text(str(GROUP_HIGH_BYTES))
+        self._swapped_in = swapped_in()
         self._process = _FORK.Process(target=self._run, daemon=True)
         self._process.start()
 
@@ -144,7 +152,8 @@ class Churn:
         """Let the process end; say how."""
         self._shared[1] = 1
         self._process.join()
-        say("swap churn", {"status": self._process.exitcode, "rounds": self._shared[0]})
+        pages = swapped_in() - self._swapped_in
+        say("swap churn", {"status": self._process.exitcode, "rounds": self._shared[0], "swapped in": pages})
         eventually(lambda: not (GROUP / "cgroup.procs").read_text(), "the group is empty")
         GROUP.rmdir()
 
