@@ -123,7 +123,7 @@ class Churn:
     def __init__(self) -> None:
         self._shared = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         GROUP.mkdir()
-        # Not `memory.max`: while all pages are on their way to a disk without a server, the kernel would kill for memory.
+        # Not `memory.max`: the kernel would kill while all pages are on their way to a disk without a server.
         (GROUP / "memory.high").write_text(str(GROUP_HIGH_BYTES))
         self._swapped_in = swapped_in()
         self._process = _FORK.Process(target=self._run, daemon=True)
