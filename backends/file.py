@@ -226,7 +226,8 @@ def _accepting(options: FileOptions, found_bytes: int, accepted_bytes: int | Non
     if accepted_bytes is None or found_bytes >= options.size:
         return options
     log.warning(
-        "%s: has %d bytes, and the device was grown to %d; it was accepted with rebind",
+        "%s: has %d bytes, fewer than the %d to which the device was grown: served as it is, since the operator "
+        "accepted this store with rebind",
         options.path,
         found_bytes,
         options.size,

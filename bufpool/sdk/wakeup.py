@@ -32,7 +32,7 @@ class Wakeup:
                 os.eventfd_write(self.descriptor, 1)
 
     def drain(self) -> None:
-        """Make the descriptor unreadable.  Called by the thread that closes it."""
+        """Make the descriptor unreadable; never while another thread may close it."""
         with suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)
 

@@ -89,7 +89,7 @@ async def cancel(parts: DeviceParts) -> None:
 async def _drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> None:
     async with parts.life.turn:
         _check(parts)
-        gate = parts.resources.hold_gate = RecordGate()
+        parts.resources.hold_gate = RecordGate()
         parts.hold("draining")
     try:
         async with asyncio.timeout(timeout_s):
@@ -102,16 +102,21 @@ async def _drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> No
             reason = f"its backend has not finished its requests after {timeout_s:g} s"
             raise NotDrained(f"{parts.config.name}: not drained: {reason}") from None
         raise
-    finally:
-        parts.resources.hold_gate = None
-        gate.close()
 
 
 async def _give_up(parts: DeviceParts) -> None:
-    """The device goes on as before the drain."""
+    """The device goes on as before the drain, unless it is drained already.
+
+    The turn comes after that of `_leave`, which may still need the gate although `_drain` was cancelled.
+    """
     async with parts.life.turn:
-        if parts.drain == "draining":
-            await _release(parts)
+        try:
+            if parts.drain == "draining":
+                await _release(parts)
+        finally:
+            if (gate := parts.resources.hold_gate) is not None:
+                parts.resources.hold_gate = None
+                gate.close()
 
 
 def _check(parts: DeviceParts) -> None:

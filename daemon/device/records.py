@@ -32,6 +32,8 @@ ROOM_BYTES = 16384
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
+NO_RECORD = (ValueError, RecursionError)
+"""What msgspec raises for content that is no record: no JSON, no text, nested without end, or of another structure."""
 _NOT_KNOWN = re.compile(
     r"Object contains unknown field (?P<field>`[^`]*`)|Invalid enum value (?P<value>'[^']*')"
 )
@@ -102,7 +104,7 @@ class WrittenByLater(DaemonError):
         super().__init__(
             f"{path}: a later version of ublkpool wrote it, and this one does not know {unknown}: start the later "
             f"version again, and before you go back from it set that back to its default there, or delete {path.stem}; "
-            "nothing was changed, and the devices are served on"
+            "nothing was changed, and workers and backends go on serving the devices"
         )
 
 
@@ -142,7 +144,7 @@ class Records:
         for path in self._paths():
             try:
                 msgspec.json.decode(path.read_bytes(), type=Record)
-            except msgspec.DecodeError as error:
+            except NO_RECORD as error:
                 if unknown := unknown_here(error):
                     raise WrittenByLater(path, unknown) from error
             except OSError:
@@ -157,7 +159,7 @@ class Records:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Record))
             except OSError as error:
                 _log.error("%s: cannot be read: %s", path, error.strerror)
-            except msgspec.DecodeError as error:
+            except NO_RECORD as error:
                 _log.error("%s: not a record: %s; it is kept as *.unreadable", path, error)
                 with suppress(OSError):
                     path.replace(path.with_suffix(".unreadable"))
@@ -176,7 +178,7 @@ class Records:
         return self._directory / f"{name}.json"
 
 
-def unknown_here(error: msgspec.DecodeError) -> str:
+def unknown_here(error: Exception) -> str:
     """The field or value of a record that only a later version knows; empty if the record is damaged."""
     found = _NOT_KNOWN.match(str(error))
     return "" if found is None else found["field"] or found["value"]

@@ -189,7 +189,7 @@ class StateDirectory:
         try:
             content = path.read_bytes()
             self._states[name] = _decoded(content, name)
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             self._unreadable[name] = " ".join(reason.split())
             self._last_seen[name] = max(map(int, _GENERATION.findall(content)), default=0)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 import ublkpool
-from ublkpool.daemon.device.records import Record, unknown_here
+from ublkpool.daemon.device.records import NO_RECORD, Record, unknown_here
 from ublkpool.daemon.doctor.daemon import DaemonAnswer
 from ublkpool.daemon.doctor.finding import Finding, some
 from ublkpool.daemon.kernel.device_commands import Owned
@@ -52,9 +52,7 @@ def read_records(run_dir: Path) -> Recorded:
             continue
         except OSError:
             denied = True
-        except RecursionError:
-            unreadable.append(name)
-        except msgspec.DecodeError as error:
+        except NO_RECORD as error:
             unknown = unknown_here(error)
             (later if unknown else unreadable).append(f"{name} ({unknown})" if unknown else name)
     return Recorded(records, unreadable, denied, later)

@@ -157,7 +157,7 @@ async def end_left(run_dir: Path) -> None:
         left = msgspec.json.decode(record.read_bytes(), type=_Left)
     except FileNotFoundError:
         return
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _log.warning("%s: not an exporter's record: %s", record, error)
     else:
         with logged(_TITLE):

@@ -63,6 +63,7 @@ def _only(dist: Path, pattern: str) -> Path:
 def _shipped() -> set[str]:
     """The files of the repository that belong in a source distribution."""
     wanted = [
+        ROOT / "CHANGELOG.md",
         ROOT / "SECURITY.md",
         *ROOT.glob("config/*"),
         *ROOT.glob("docs/**/*.md"),

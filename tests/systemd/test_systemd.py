@@ -116,7 +116,7 @@ def test_a_restart_of_the_daemon_and_then_of_a_backend_costs_a_writer_no_error(f
     assert first.fact("fio ran through")
     fio = first.fact("fio")
     # 128: fio was interrupted, after both restarts.
-    assert (fio["status"], fio["complaints"], fio["errors"]) == (128, "", [0])
+    assert (fio["status"], fio["complaints"], fio["errors"]) == (128, "", {"check": 0})
     assert fio["verified"] > 0
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -25,6 +27,7 @@ from ublkpool.daemon.device.drain import cancel
 from ublkpool.daemon.device.records import NotRecorded
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.workers.record_gate import look_at_gate
 
 
 def test_a_device_is_drained_in_an_order_that_any_death_may_interrupt() -> None:
@@ -143,6 +146,49 @@ def test_a_deletion_ends_a_drain_and_says_so_to_its_client() -> None:
         with pytest.raises(DaemonError, match="it is being deleted, or the machine goes down"):
             await draining
         assert scene.steps == ["hold True", "release"]
+
+    in_loop(run)
+
+
+def test_a_drain_that_is_cancelled_twice_before_its_record_still_holds_for_good() -> None:
+    """The step that puts it on record waits for the device's turn; the second cancellation ends the wait for it."""
+
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        scene.team.workers = [cast(Any, "a worker")]
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await turn()
+        gate, task = scene.parts.resources.hold_gate, scene.parts.draining
+        assert gate is not None and task is not None
+        reader = os.dup(gate.reader)
+        os.set_blocking(reader, False)
+        async with scene.parts.life.turn:
+            scene.team.is_quiet.set()
+            await turn()
+            for _ in range(2):
+                task.cancel()
+                await turn()
+            await asyncio.wait({draining})
+            assert look_at_gate(reader) == "closed", "no worker lets go of what is about to be drained"
+        await turn()
+        assert (scene.parts.drain, look_at_gate(reader)) == ("drained", "open")
+        os.close(reader)
+
+    in_loop(run)
+
+
+def test_a_drain_that_is_given_up_closes_its_gate() -> None:
+    async def run() -> None:
+        scene = await Scene(quiet=False).begin()
+        draining = asyncio.ensure_future(scene.device.drain(True, None))
+        await turn()
+        gate = scene.parts.resources.hold_gate
+        assert gate is not None
+        reader = os.dup(gate.reader)
+        draining.cancel()
+        await asyncio.wait({draining})
+        assert scene.parts.resources.hold_gate is None and look_at_gate(reader) == "ended"
+        os.close(reader)
 
     in_loop(run)
 

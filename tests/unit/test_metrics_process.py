@@ -197,7 +197,9 @@ def test_a_daemon_without_metrics_ends_the_exporter_of_an_earlier_one(tmp_path: 
     in_loop(test)
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"\xff", b'{"process":["metrics"]}', b"[]"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"\xff", b'{"process":["metrics"]}', b"[]", b'{"x":' + b"[" * 100_000]
+)
 def test_a_damaged_record_is_removed_with_a_warning(
     text: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

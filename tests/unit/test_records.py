@@ -19,6 +19,7 @@ from support.fakes.descriptors import no_descriptor_left
 from ublkpool.daemon.device import records
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Record, Records, end_left
+from ublkpool.daemon.doctor.leftovers import read_records
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes import left_behind
 from ublkpool.daemon.processes.left_behind import Process, Role, identify
@@ -155,10 +156,23 @@ def test_a_forgotten_device_has_no_record(tmp_path: Path) -> None:
     assert store.load() == []
 
 
-def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+BAD = msgspec.json.encode(record(name="bad"))
+DAMAGED = {
+    "cut": BAD[:-9],
+    "no text": BAD.replace(b"bad", b"b\xffd"),
+    "nested": b'{"processes":' + b'[{"x":' * 100_000,
+    "nested where fields are skipped": b'{"disk":{"x":' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_does_not_hide_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
     store = Records(tmp_path / "devices")
     store.save(record(name="good"))
-    (tmp_path / "devices" / "bad.json").write_bytes(msgspec.json.encode(record(name="bad"))[:-9])
+    (tmp_path / "devices" / "bad.json").write_bytes(content)
+    assert read_records(tmp_path).unreadable == ["bad.json"]
     assert [each.config.name for each in store.load()] == ["good"]
     assert "bad.json: not a record" in caplog.text
 

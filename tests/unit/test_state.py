@@ -224,7 +224,8 @@ def test_the_reserve_is_made_when_the_directory_is_opened(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"name":"vol1"}', b'{"name":"vol0","v":2}', b"\xff\xfe", b"[]"]
+    "content",
+    [b"", b"{", b'{"name":"vol1"}', b'{"name":"vol0","v":2}', b"\xff\xfe", b"[]", b'{"x":' + b"[" * 100_000],
 )
 def test_a_file_that_cannot_be_read_keeps_its_device_from_being_served_and_no_other(
     tmp_path: Path, content: bytes

@@ -26,6 +26,7 @@ from support.systemd.facts import (
     device,
     eventually,
     is_live,
+    running_fio,
     say,
     shell,
     units,
@@ -83,22 +84,8 @@ def at_start() -> None:
 
 def restarts_under_fio() -> None:
     """Restart the daemon while fio writes, then the backend of another user."""
-    with subprocess.Popen(FIO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fio:
-        try:
-            restart_both(fio)
-        finally:
-            fio.send_signal(signal.SIGINT)
-            said, complained = fio.communicate()
-    jobs = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["jobs"]
-    say(
-        "fio",
-        {
-            "status": fio.returncode,
-            "complaints": complained,
-            "errors": [each["error"] for each in jobs],
-            "verified": min(each["read"]["total_ios"] for each in jobs),
-        },
-    )
+    with running_fio("fio", FIO) as fio:
+        restart_both(fio)
 
 
 def restart_both(fio: "subprocess.Popen[str]") -> None:

@@ -5,9 +5,11 @@ Runs in the guest, by the Python in its root, with the installed ublkpool.
 
 import json
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,24 @@ def writes_go_on(what: str, disk: str = "ublkb0") -> None:
 
     enough = writes() + 16
     eventually(lambda: writes() >= enough, what)
+
+
+@contextmanager
+def running_fio(fact: str, command: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Run fio for the length of a block, interrupt it, and write how it ended and what it verified as this fact."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fio:
+        try:
+            yield fio
+        finally:
+            fio.send_signal(signal.SIGINT)
+            said, complained = fio.communicate()
+    jobs = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["jobs"]
+    say(
+        fact,
+        {
+            "status": fio.returncode,
+            "complaints": complained,
+            "errors": {each["jobname"]: each["error"] for each in jobs},
+            "verified": min(each["read"]["total_ios"] for each in jobs),
+        },
+    )

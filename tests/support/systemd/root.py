@@ -48,7 +48,7 @@ MASKED = (
     *("lvm2-monitor.service", "mdmonitor.service", "mdcheck_start.timer", "mdmonitor-oneshot.timer"),
 )
 SOURCES = (
-    *("pyproject.toml", "setup.py", "README.md", "SECURITY.md", "LICENSE"),
+    *("pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE"),
     *("src", "config", "docs", "examples"),
 )
 PARTS = ("backends", "bufpool", "daemon", "ublk", "workers")

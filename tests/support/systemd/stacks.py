@@ -3,7 +3,6 @@
 Runs in the systemd guest as one step of a boot.
 """
 
-import json
 import mmap
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from support.systemd.facts import (
     device,
     eventually,
     is_live,
+    running_fio,
     say,
     shell,
     units,
@@ -45,8 +45,9 @@ FIO = (
     *("--rate=100k", "--time_based", "--runtime=3600", "--verify=crc32c", "--verify_backlog=16"),
     "--output-format=json",
     *(
-        f"--name={name}\n--filename={path}"
+        word
         for name, path in (("lvm", VOLUME), ("crypt", CRYPTED), ("md", ARRAY))
+        for word in (f"--name={name}", f"--filename={path}")
     ),
 )
 
@@ -174,25 +175,12 @@ class Load(NamedTuple):
 @contextmanager
 def loaded() -> Iterator[Load]:
     """Use all layers for the length of a block; say what fio found."""
-    words = [word for each in FIO for word in each.split("\n")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fio:
+    with running_fio("stacks fio", FIO) as fio:
         churn = Churn()
         try:
             yield Load(fio, churn)
         finally:
             churn.end()
-            fio.send_signal(signal.SIGINT)
-            said, complained = fio.communicate()
-    jobs = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["jobs"]
-    say(
-        "stacks fio",
-        {
-            "status": fio.returncode,
-            "complaints": complained,
-            "errors": {each["jobname"]: each["error"] for each in jobs},
-            "verified": min(each["read"]["total_ios"] for each in jobs),
-        },
-    )
 
 
 def kill_everything_once(load: Load) -> None:
