@@ -58,7 +58,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-vm test-systemd test-power soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -129,9 +129,7 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) test-sanitized
 	@$(MAKE) fuzz
 	@$(MAKE) package
-	@$(MAKE) test-vm
-	@$(MAKE) test-systemd
-	@$(MAKE) test-power
+	@$(MAKE) test-guests
 
 test-unit: setup ## unit and sim tests, `backend check`, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: unit, sim, check, sources and languages"
@@ -164,7 +162,19 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	    $(MAKE) -j$(words $(KERNELS)) $(addprefix vm-,$(KERNELS)); \
 	fi
 
-# Guests wait more than they compute, so those of all kernels run at once; each output line begins with its kernel.
+# Guests wait more than they compute, so all kernels' run at once, and beside them one that boots Debian or loses its
+# power.  Each output line begins with its guest.
+test-guests: compiled ## test-vm, and at the same time test-systemd and test-power
+	@$(PY) -m support.guest fetch
+	@if $(HAS_DRIVER); then \
+	    $(MAKE) test-vm booted; \
+	else \
+	    $(MAKE) -j$(words $(KERNELS) booted) $(addprefix vm-,$(KERNELS)) booted; \
+	fi
+
+booted:
+	@for each in $(addprefix systemd-,$(KERNELS)) $(addprefix power-,$(KERNELS)); do $(MAKE) $$each; done
+
 vm-%:
 	@echo "test: vm, in a guest with Linux $*"
 	@$(GUEST) run --kernel $* --timeout $(VM_TIMEOUT_S) -- \
@@ -178,7 +188,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 systemd-%:
 	@echo "test: systemd, in a guest with Linux $*"
 	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* UBLKPOOL_ALL_KERNELS="$(KERNELS)" PYTHONDONTWRITEBYTECODE=1 \
-	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/systemd $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
+	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/systemd $(PYTEST_ARGS) 2>&1 | sed -u 's/^/systemd $*: /'
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised
 	@$(PY) -m support.guest fetch
@@ -187,7 +197,7 @@ test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA pr
 power-%:
 	@echo "test: power failure, in a guest with Linux $*"
 	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) PYTHONDONTWRITEBYTECODE=1 \
-	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
+	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS) 2>&1 | sed -u 's/^/power $*: /'
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS; none may grow in eleven minutes
 	@$(MAKE) test-vm VM_TESTS="tests/vm/test_vm_soak.py tests/vm/test_vm_growth.py" \

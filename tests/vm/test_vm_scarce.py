@@ -9,7 +9,7 @@ from support.vm.daemon import Daemon, eventually_nothing, nodes
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
-pytestmark = pytest.mark.one_kernel("7.3")
+pytestmark = pytest.mark.one_kernel("6.12")
 ADDS_MAX = 20
 
 

@@ -15,7 +15,7 @@ from support.vm.files import make_file_system, mounted, run
 from support.vm.process import Command, Forked, read_block, run_command, write_block
 from support.vm.recovery import kill, loaded, wait_for_backend
 
-pytestmark = pytest.mark.one_kernel("7.3")
+pytestmark = pytest.mark.one_kernel("6.12")
 MIB = 1 << 20
 BLOCK = 4096
 EXT4_MAGIC_AT = 1024 + 0x38
