@@ -45,6 +45,9 @@ def merge_latencies(latencies: Sequence[Latencies]) -> Latencies:
 
 def difference(now: Histogram, before: Histogram) -> Histogram | None:
     """The durations that were counted between two readings; None if a count fell: the two are of different queues."""
+    if now == before:
+        # Most devices of many are idle.
+        return Histogram()
     counts = {bucket.upper_s: bucket.count for bucket in now.buckets}
     for bucket in before.buckets:
         counts[bucket.upper_s] = counts.get(bucket.upper_s, 0) - bucket.count

@@ -9,6 +9,7 @@ from math import floor
 from typing import NamedTuple
 
 import msgspec
+from msgspec import structs
 
 from ublkpool.daemon.latency import difference, merge, quantile
 from ublkpool.daemon.status import DeviceStats, Histogram, Latencies, OpCounts, QueueStats
@@ -71,10 +72,15 @@ class DeviceRates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(NamedTuple):
-    """A device's reading; `rates` is None if the interval before it is not whole."""
+    """A device's reading; `rates` is None if the interval before it is not whole.
+
+    `before`: the reading at the interval's beginning, if there is one.  `latencies`: the interval's durations.
+    """
 
     stats: DeviceStats
     rates: DeviceRates | None
+    before: DeviceStats | None = None
+    latencies: Latencies | None = None
 
 
 class Interval(NamedTuple):
@@ -95,7 +101,7 @@ class Meter:
     def read(self, devices: Sequence[DeviceStats], at_s: float, time: str) -> Interval:
         """What the devices did since the last reading; `at_s`: the reading's time on the monotonic clock."""
         elapsed_s = None if self._at_s is None else at_s - self._at_s
-        measured = [Measured(each, self._rates(each, elapsed_s, time)) for each in devices]
+        measured = [self._measured(each, elapsed_s, time) for each in devices]
         self._before = {each.name: each for each in devices}
         self._at_s = at_s
         return Interval(time, elapsed_s, measured)
@@ -104,18 +110,28 @@ class Meter:
         """Have the next reading be a first one: the daemon was away, and its devices may be others of their names."""
         self._before, self._at_s = {}, None
 
-    def _rates(self, now: DeviceStats, elapsed_s: float | None, time: str) -> DeviceRates | None:
+    def _measured(self, now: DeviceStats, elapsed_s: float | None, time: str) -> Measured:
         before = self._before.get(now.name)
         if before is None or not elapsed_s:
-            return None
-        return rates_between(before, now, elapsed_s, time)
+            return Measured(now, None)
+        return measure(before, now, elapsed_s, time)
 
 
 def rates_between(before: DeviceStats, now: DeviceStats, elapsed_s: float, time: str) -> DeviceRates | None:
     """The device's rates; None if a counter fell or the queues are others: the device was made anew."""
-    latency = _latency_between(before.queues, now.queues)
-    if latency is None:
-        return None
+    return measure(before, now, elapsed_s, time).rates
+
+
+def measure(before: DeviceStats, now: DeviceStats, elapsed_s: float, time: str) -> Measured:
+    """The device over the interval between the two readings."""
+    latencies = latencies_between(before.queues, now.queues)
+    rates = None if latencies is None else _rates(before, now, latencies, elapsed_s, time)
+    return Measured(now, rates, before, latencies)
+
+
+def _rates(
+    before: DeviceStats, now: DeviceStats, latencies: Latencies, elapsed_s: float, time: str
+) -> DeviceRates:
     was, is_now = _totals(before.queues), _totals(now.queues)
     return DeviceRates(
         time=time,
@@ -125,7 +141,7 @@ def rates_between(before: DeviceStats, now: DeviceStats, elapsed_s: float, time:
         requests_per_s=_per_s(was.requests, is_now.requests, elapsed_s),
         bytes_per_s=_per_s(was.bytes, is_now.bytes, elapsed_s),
         errors_per_s=round((is_now.errors - was.errors) / elapsed_s, 3),
-        latency=latency,
+        latency=_latency_quantiles(latencies),
         in_flight=is_now.in_flight,
         requests=is_now.requests,
         bytes=is_now.bytes,
@@ -142,11 +158,23 @@ def following(due_s: float, now_s: float, interval_s: float) -> float:
     return due_s + (max(0, floor((now_s - due_s) / interval_s)) + 1) * interval_s
 
 
-def _latency_between(before: Sequence[QueueStats], now: Sequence[QueueStats]) -> LatencyQuantiles | None:
-    """The quantiles of all queues; None if a counter of one queue fell, which a sum of queues would hide."""
+def queues_between(measured: Measured, elapsed_s: float, time: str) -> list[Measured]:
+    """Each queue of a device by itself, as a device of one queue, over the interval that `measured` ends."""
+    before, now = measured.before, measured.stats
+    alone = [structs.replace(now, queues=(queue,)) for queue in now.queues]
+    if before is None or len(before.queues) != len(now.queues):
+        return [Measured(each, None) for each in alone]
+    found = []
+    for queue, each in zip(before.queues, alone, strict=True):
+        found.append(measure(structs.replace(before, queues=(queue,)), each, elapsed_s, time))
+    return found
+
+
+def latencies_between(before: Sequence[QueueStats], now: Sequence[QueueStats]) -> Latencies | None:
+    """The durations of all queues in the interval; None if a counter of one queue fell, which a sum would hide."""
     if len(before) != len(now) or any(map(_has_fallen, before, now)):
         return None
-    found: dict[str, Quantiles] = {}
+    found: dict[str, Histogram] = {}
     for kind in Latencies.__struct_fields__:
         grown = [
             difference(getattr(after.latency, kind), getattr(earlier.latency, kind))
@@ -155,8 +183,18 @@ def _latency_between(before: Sequence[QueueStats], now: Sequence[QueueStats]) ->
         whole = [each for each in grown if each is not None]
         if len(whole) < len(grown):
             return None
-        found[kind] = _quantiles(merge(whole))
-    return LatencyQuantiles(**found)
+        found[kind] = merge(whole) if len(whole) != 1 else whole[0]
+    return Latencies(**found)
+
+
+def whole_request(latencies: Latencies) -> Histogram:
+    """The durations of all requests, whatever their operation."""
+    return merge((latencies.read, latencies.write, latencies.other))
+
+
+def _latency_quantiles(latencies: Latencies) -> LatencyQuantiles:
+    kinds = Latencies.__struct_fields__
+    return LatencyQuantiles(**{kind: _quantiles(getattr(latencies, kind)) for kind in kinds})
 
 
 def _has_fallen(before: QueueStats, now: QueueStats) -> bool:

@@ -102,11 +102,17 @@ def format_duration(seconds: float | None) -> str:
     for unit, unit_s in (("us", 1e-6), ("ms", 1e-3)):
         # What would be rounded to 1000 is written in the next unit.
         if seconds / unit_s < 999.5:
-            return _three_digits(seconds / unit_s) + unit
-    return _three_digits(seconds) + "s"
+            return three_digits(seconds / unit_s) + unit
+    return three_digits(seconds) + "s"
 
 
-def _three_digits(value: float) -> str:
+def format_rate(per_s: float) -> str:
+    """Whole requests a second, and a decimal where that would show few as none."""
+    return f"{per_s:.1f}" if 0 < per_s < 9.95 else f"{per_s:.0f}"
+
+
+def three_digits(value: float) -> str:
+    """The value, from 0 to 999, in three digits at most."""
     if value < 9.995:
         return f"{value:.2f}"
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

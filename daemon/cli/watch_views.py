@@ -9,7 +9,7 @@ import msgspec
 from ublkpool.bufpool.sizes import format_size
 from ublkpool.daemon.cli.complaints import complain
 from ublkpool.daemon.cli.reader import check_reader, print_text
-from ublkpool.daemon.cli.render import Table, format_duration, plain_text, terminal_size
+from ublkpool.daemon.cli.render import Table, format_duration, format_rate, plain_text, terminal_size
 from ublkpool.daemon.rates import DeviceRates, Interval, Measured
 
 _CLEAR = "\x1b[H\x1b[J"
@@ -125,7 +125,7 @@ def rates_table(interval: Interval) -> Table:
 
 
 def _row(measured: Measured) -> tuple[str, ...]:
-    stats, rates = measured
+    stats, rates = measured.stats, measured.rates
     values, rare = (("",) * 8, ("", "")) if rates is None else (_values(rates), _rare_values(rates))
     return (stats.name, *values, str(sum(queue.in_flight for queue in stats.queues)), *rare, stats.reason)
 
@@ -134,8 +134,8 @@ def _values(rates: DeviceRates) -> tuple[str, ...]:
     requests, size, latency = rates.requests_per_s, rates.bytes_per_s, rates.latency
     durations = (latency.read.p50_s, latency.read.p99_s, latency.write.p50_s, latency.write.p99_s)
     return (
-        _rate(requests.read),
-        _rate(requests.write),
+        format_rate(requests.read),
+        format_rate(requests.write),
         format_size(round(size.read)),
         format_size(round(size.write)),
         *map(format_duration, durations),
@@ -146,9 +146,4 @@ def _rare_values(rates: DeviceRates) -> tuple[str, ...]:
     """Empty for 0, so that most devices have one line of 80 columns."""
     requests = rates.requests_per_s
     rare = (requests.flush + requests.discard + requests.write_zeroes, rates.errors_per_s)
-    return tuple(_rate(each) if each else "" for each in rare)
-
-
-def _rate(per_s: float) -> str:
-    """Whole requests a second, and a decimal where that would show few as none."""
-    return f"{per_s:.1f}" if 0 < per_s < 9.95 else f"{per_s:.0f}"
+    return tuple(format_rate(each) if each else "" for each in rare)
