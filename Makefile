@@ -58,7 +58,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -131,9 +131,13 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) package
 	@$(MAKE) test-guests
 
-test-unit: setup ## unit and sim tests, `backend check`, backends against real servers and in other languages; no driver and no root needed
+test-unit: setup ## unit and sim tests, `backend check`, the screen of top, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: unit, sim, check, sources and languages"
-	@$(PY) -m support.spread --timeout 240 tests/check tests/sim tests/sources tests/languages tests/unit $(PYTEST_ARGS)
+	@$(PY) -m support.spread --timeout 240 tests/check tests/sim tests/sources tests/languages tests/screen tests/unit $(PYTEST_ARGS)
+
+pictures: setup ## draw the documents' pictures and the golden texts of `ublkpool top` anew; look at the difference
+	@UBLKPOOL_PICTURES=write $(PY) -m pytest -q -p no:cacheprovider tests/screen/test_top_board.py tests/screen/test_top_pictures.py
+	@git --no-pager diff --stat -- docs/pictures tests/screen/golden
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: unit and sim, sanitized"

@@ -27,6 +27,7 @@ _COMMANDS = {
     "resize": "resize:resize",
     "list": "devices:list_devices",
     "stats": "devices:stats",
+    "top": "top.command:top",
     "events": "events:events",
     "backend": "attach:backend",
     "metrics": "metrics:metrics",

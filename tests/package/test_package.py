@@ -67,6 +67,7 @@ def _shipped() -> set[str]:
         ROOT / "SECURITY.md",
         *ROOT.glob("config/*"),
         *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("docs/**/*.svg"),
         *ROOT.glob("examples/*.py"),
     ]
     wanted += [each for kind in ("*.c", "*.h", "Makefile") for each in ROOT.glob(f"examples/c/{kind}")]
@@ -130,7 +131,8 @@ def test_it_installs_and_runs_where_there_is_no_compiler(dist: Path, tmp_path: P
     assert run(str(python), "-c", _PROBE).splitlines() == [str(site / "ublkpool" / "__init__.py")]
     for name in ("ublkpool.service", "99-ublkpool.rules", "ublkpool.toml", "examples/demo_null.py"):
         assert (prefix / "share" / "ublkpool" / name).is_file(), name
-    assert (prefix / "share" / "doc" / "ublkpool" / "OPERATIONS.md").is_file()
+    for name in ("OPERATIONS.md", "pictures/top.svg"):
+        assert (prefix / "share" / "doc" / "ublkpool" / name).is_file(), name
     # With the compiler of this machine: the installed examples find the installed header.
     examples = prefix / "share" / "ublkpool" / "examples" / "c"
     subprocess.run(["make", "-s", "-C", examples, f"BUILD={tmp_path}"], check=True)

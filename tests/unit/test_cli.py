@@ -544,6 +544,7 @@ def test_the_commands_are_the_contract() -> None:
             "resize",
             "list",
             "stats",
+            "top",
             "events",
             "backend",
             "metrics",

@@ -1,4 +1,7 @@
-"""A device's limits on a real driver: never exceeded, over deaths of worker and backend; changed and lifted at once."""
+"""A device's limits on a real driver: never exceeded, over deaths of worker and backend; changed and lifted at once.
+
+The screen of `ublkpool top` shows the device meanwhile.
+"""
 
 import os
 import time
@@ -6,9 +9,13 @@ from functools import partial
 
 import pytest
 
+from support.screen import cell_of, press, text_of
 from support.vm.daemon import Daemon, eventually, total
 from support.vm.process import Forked, write_block
 from support.vm.recovery import Load, kill, seeded, wait_for_backend, wait_for_epoch
+from ublkpool.daemon.cli.top.session import Session
+from ublkpool.daemon.cli.top.source import Source
+from ublkpool.daemon.metrics.usage import Owner
 from ublkpool.daemon.status import DeviceStats
 
 pytestmark = pytest.mark.one_kernel("7.3")
@@ -74,6 +81,7 @@ def test_limits_hold_over_deaths_and_a_change_holds_for_what_waits(daemon: Daemo
         with seeded() as rng:
             _kill_under(daemon, load, rng.randrange(QUEUES))
         meter.check()
+        _check_screen(daemon)
         load.goes_on()
         load.end()
         meter.check()
@@ -94,6 +102,22 @@ def test_limits_hold_over_deaths_and_a_change_holds_for_what_waits(daemon: Daemo
     _wait_for_waiters(daemon)
     daemon.client.delete(["held"], force=True)
     assert [each.wait() for each in writers] == [0] * WRITERS, "a disk that goes serves what waits"
+
+
+def _check_screen(daemon: Daemon) -> None:
+    """What `ublkpool top` shows, without the library that draws it, whose start takes half a minute in a guest."""
+    source, session = Source(daemon.run_dir), Session(str(daemon.run_dir))
+
+    def is_busy() -> bool:
+        session.take(source.read("held"))
+        return any(cell_of(session, "held", column) not in ("", "0") for column in ("R/S", "W/S"))
+
+    eventually(is_busy, "the screen shows the device's rate")
+    assert cell_of(session, "held", "STATE") == "live"
+    shown = "\n".join(text_of(press(session, "enter"), 120, 60))
+    assert "limits   40 requests/s, 256K/s, burst 0.5 s" in shown, shown
+    assert "its worker ended: killed by SIGKILL; recovering" in shown, shown
+    assert session.model.shares.keys() >= {Owner("supervisor"), Owner("backend", "held")}
 
 
 def _kill_under(daemon: Daemon, load: Load, queue: int) -> None:

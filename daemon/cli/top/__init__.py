@@ -1,0 +1,1 @@
+"""`ublkpool top`: devices, queues and events on a live screen."""
