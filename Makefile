@@ -136,7 +136,8 @@ test-unit: setup ## unit and sim tests, `backend check`, the screen of top, back
 	@$(PY) -m support.spread --timeout 240 tests/check tests/sim tests/sources tests/languages tests/screen tests/unit $(PYTEST_ARGS)
 
 pictures: setup ## draw the documents' pictures and the golden texts of `ublkpool top` anew; look at the difference
-	@UBLKPOOL_PICTURES=write $(PY) -m pytest -q -p no:cacheprovider tests/screen/test_top_board.py tests/screen/test_top_pictures.py
+	@UBLKPOOL_PICTURES=write $(PY) -m pytest -q -p no:cacheprovider tests/screen/test_top_board.py \
+	    tests/screen/test_top_pictures.py tests/screen/test_symptom_pictures.py
 	@git --no-pager diff --stat -- docs/pictures tests/screen/golden
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch

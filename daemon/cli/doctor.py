@@ -47,8 +47,13 @@ def doctor(as_json: bool, state_dir: Path | None, run_dir: Path) -> int:
     if as_json:
         print_json(report)
     else:
-        click.echo("\n".join([*(line for each in report.findings for line in _lines(each)), _sum(report)]))
+        click.echo(as_text(report))
     return _FAILED if report.level == "fail" else 0
+
+
+def as_text(report: "Report") -> str:
+    """The findings for people, and their counts."""
+    return "\n".join([*(line for each in report.findings for line in _lines(each)), _sum(report)])
 
 
 def _lines(finding: "Finding") -> list[str]:

@@ -93,7 +93,7 @@ def readings(loads: Sequence[Load] = LOADS, interval_s: float = 1.0) -> Iterator
     meter, totals = Meter(), {each.name: [_idle(queue) for queue in range(each.queues)] for each in loads}
     second = 0
     while True:
-        now = [_stats(load, totals[load.name], second) for load in loads]
+        now = [_stats(load, totals[load.name], second, interval_s) for load in loads]
         interval = meter.read(now, second * interval_s, shown_time(BEGIN_S + second * interval_s))
         shares = {owner: share for load in loads for owner, share in _shares(load, second)}
         events = _story(second)
@@ -112,12 +112,12 @@ def _idle(queue: int) -> QueueStats:
     return QueueStats(queue=queue)
 
 
-def _stats(load: Load, queues: list[QueueStats], second: int) -> DeviceStats:
+def _stats(load: Load, queues: list[QueueStats], second: int, interval_s: float) -> DeviceStats:
     chance = random.Random(f"{load.name} {second}")
     is_served = load.state == "live"
     if second:
         for number, before in enumerate(queues):
-            queues[number] = _grown(load, before, second, chance) if is_served else before
+            queues[number] = _grown(load, before, second, interval_s, chance) if is_served else before
     count = load.buffers * load.queues
     lent = min(count, sum(each.in_flight for each in queues))
     held = min(count, lent + 12 * load.queues)
@@ -137,11 +137,13 @@ def _stats(load: Load, queues: list[QueueStats], second: int) -> DeviceStats:
     )
 
 
-def _grown(load: Load, before: QueueStats, second: int, chance: random.Random) -> QueueStats:
+def _grown(
+    load: Load, before: QueueStats, second: int, interval_s: float, chance: random.Random
+) -> QueueStats:
     # A wave, so that sparklines have a shape, with a few slow moments.
     wave = 1 + 0.35 * math.sin(second / 5 + len(load.name)) + chance.uniform(-0.08, 0.08)
     slow = 3.5 if chance.random() < 0.07 else wave
-    reads, writes = (round(each * wave / load.queues) for each in (load.reads, load.writes))
+    reads, writes = (round(each * wave * interval_s / load.queues) for each in (load.reads, load.writes))
     counts = {"read": reads, "write": writes, "other": writes // 40}
     waits = (reads + writes) // 25 if load.buffers < 64 else 0
     grown = {
@@ -155,7 +157,7 @@ def _grown(load: Load, before: QueueStats, second: int, chance: random.Random) -
         )
     }
     replays = 17 if load.epoch > 1 and before.queue == 1 else 0
-    in_flight = max(1, round((reads + writes) * load.median_us * slow * 1.5e-6))
+    in_flight = max(1, round((reads + writes) / interval_s * load.median_us * slow * 1.5e-6))
     return QueueStats(
         queue=before.queue,
         requests=_plus(before.requests, reads, writes, counts["other"]),
