@@ -13,7 +13,7 @@ packages=(
     # to fuzz the C modules
     clang
     # programs that the tests run
-    curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps util-linux xfsprogs
+    curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps systemd util-linux xfsprogs
     # the servers that backends are tested against, and a backend's library
     libnbd0 nbdkit nbdkit-plugin-python
     # to fetch and verify the guests' kernels

@@ -1,6 +1,7 @@
 """The shipped units on a booted Debian 13: restarts, deaths, the journal, poweroff with dirty data, the next boot."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,20 @@ POWEROFF_S = 60.0
 COMMANDS = 10
 # Of 8 MiB written: each CPU keeps up to 125 pages before /proc/meminfo counts them.
 DIRTY_MIN_KIB = 6144
+PROJECT = Path(__file__).parents[2]
+CAPABILITIES = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_KILL": 5,
+    "CAP_SETGID": 6,
+    "CAP_SETUID": 7,
+    "CAP_SETPCAP": 8,
+    "CAP_SYS_CHROOT": 18,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
+}
+"""Their numbers in include/uapi/linux/capability.h."""
 TIMES = re.compile(r"\d\d:\d\d:\d\d|time=")
 
 
@@ -124,6 +139,31 @@ def test_after_a_restart_the_queues_are_the_group_s_still(first: Seen) -> None:
     groups = first.fact("queue groups")
     assert groups
     assert set(groups.values()) == {"ublkpool"}
+
+
+@pytest.mark.one_kernel("7.3")
+def test_the_hardening_drop_in_holds_for_every_process_of_the_unit(first: Seen) -> None:
+    left = bounding_set(PROJECT / "config/ublkpool-hardening.conf")
+    for name, status in first.fact("confined").items():
+        assert int(status["CapBnd"], 16) & ~left == 0, name
+        # Mode 2: system calls are filtered.
+        assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1"), name
+
+
+@pytest.mark.one_kernel("7.3")
+def test_a_reload_and_a_scrape_over_http_work_under_the_drop_in(first: Seen) -> None:
+    assert first.fact("reload") == {"status": 0, "said": ""}
+    scraped = first.fact("scraped")
+    assert "ublkpool_up 1.0" in scraped
+    # The exporter, an ordinary user, reads other users' processes.
+    assert [line for line in scraped if 'role="worker"' in line and "resident" in line]
+
+
+def bounding_set(drop_in: Path) -> int:
+    """The capabilities that a drop-in leaves, as the kernel shows them."""
+    lines = drop_in.read_text().splitlines()
+    names = " ".join(line.partition("=")[2] for line in lines if line.startswith("CapabilityBoundingSet="))
+    return sum(1 << CAPABILITIES[each] for each in names.split())
 
 
 def test_many_quick_restarts_meet_no_start_limit(first: Seen) -> None:

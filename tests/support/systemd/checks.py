@@ -18,7 +18,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 from support.systemd.facts import (
     backend_pid,
@@ -43,6 +45,7 @@ REUSED = 40
 """A device number that two devices get, one after the other."""
 UUID = "6f7d1c52-0d4f-4a53-9d0e-57a1b7a3c001"
 POWEROFF = "ublkpool-check: poweroff"
+METRICS_URL = "http://127.0.0.1:9847/metrics"
 FIO = (
     *(
         "fio",
@@ -220,6 +223,37 @@ def partition_table(disk: str) -> None:
         os.close(fd)
 
 
+def confinement() -> None:
+    """What the drop-in leaves to the unit's processes, and that a reload and the metrics' port work under it."""
+    found = device("vol2")
+    assert found is not None and found.backend.pid
+    daemon = int(units("ublkpool.service")["ublkpool.service"]["MainPID"])
+    pids = {"daemon": daemon, "worker": found.workers[0].pid, "backend": found.backend.pid}
+    say("confined", {name: status_of(pid) for name, pid in pids.items()})
+    say("reload", shell("systemctl", "reload", "ublkpool"))
+    say("scraped", scraped())
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What the kernel says of a process: /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def scraped() -> list[str]:
+    """The metrics that the exporter serves at its port."""
+    text = ""
+
+    def is_served() -> bool:
+        nonlocal text
+        with suppress(OSError), urlopen(METRICS_URL, timeout=60) as answer:
+            text = answer.read().decode()
+        return bool(text)
+
+    eventually(is_served, "the exporter answers")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
 def journal() -> None:
     """All log lines of the daemon and the backends in this boot."""
     # journald reads what was sent to it, before it answers.
@@ -312,6 +346,7 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
         quick_restarts,
         out_of_memory,
         deaths,
+        confinement,
         names,
         stacks,
         journal,
@@ -320,7 +355,7 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
     ),
     "second": (at_start, after_poweroff, leave_without_backend),
 }
-IN_ONE_GUEST = (names, stacks)
+IN_ONE_GUEST = (confinement, names, stacks)
 """Steps that run only if they are named."""
 
 

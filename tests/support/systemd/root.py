@@ -53,6 +53,7 @@ SOURCES = (
 )
 PARTS = ("backends", "bufpool", "daemon", "ublk", "workers")
 WHEELS = "root/wheels"
+DROP_INS = "/etc/systemd/system/ublkpool.service.d"
 _LAYOUT = 1
 """Increase this when the build changes other than by the lists above."""
 
@@ -172,6 +173,7 @@ def install(root: Path) -> None:
         "install -D -m 644 config/ublkpool.toml /etc/ublkpool/ublkpool.toml",
         "install -m 644 config/*.service /etc/systemd/system/",
         "install -m 644 config/99-ublkpool.rules /etc/udev/rules.d/",
+        f"install -D -m 644 config/ublkpool-hardening.conf {DROP_INS}/hardening.conf",
         "groupadd --system ublkpool",
     )
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h11
+import prometheus_client
+
 from support.systemd.guest import Boot, boot
 from support.systemd.root import inside
 
@@ -22,6 +25,9 @@ INSIDE = ("checks.py", "facts.py", "stacks.py")
 CONFIG = """\
 [daemon]
 group = "ublkpool"
+
+[metrics]
+listen = "127.0.0.1:9847"
 
 # Its backend is of another user, its file system is in fstab.
 [[device]]
@@ -104,6 +110,11 @@ def prepare(root: Path) -> None:
         write(
             root / f"etc/ublkpool/backends/{name}.conf", f"KIND=file\nOPTIONS=path=/var/lib/{name}/disk.img\n"
         )
+    # Of Python alone: the same files serve the guest's Python.
+    (packages,) = (root / "opt/ublkpool/lib").glob("python*/site-packages")
+    for each in (h11, prometheus_client):
+        source = Path(str(each.__file__)).parent
+        shutil.copytree(source, packages / source.name)
     user = "[Service]\nUser=vol0\nSupplementaryGroups=ublkpool\n"
     write(root / "etc/systemd/system/ublkpool-backend@vol0.service.d/user.conf", user)
     write(root / "etc/systemd/system/check.target", CHECK_TARGET)
