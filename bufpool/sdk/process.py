@@ -8,6 +8,9 @@ without CAP_SYS_RESOURCE or a sufficient memlock limit the backend works all the
 import ctypes
 import os
 
+IO_FLUSHER_SET = "UBLKPOOL_IO_FLUSHER_SET"
+"""In the environment of a process for which its daemon has set the flag: it stays over an exec, and the process, an
+ordinary user, can neither set nor ask for it."""
 _PR_SET_IO_FLUSHER = 57
 _MCL_CURRENT = 1
 _MCL_ONFAULT = 4
@@ -16,6 +19,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def set_io_flusher() -> str | None:
     """Set PR_SET_IO_FLUSHER for this process.  Returns the reason if that fails, else None."""
+    if os.environ.get(IO_FLUSHER_SET):
+        return None
     return _reason("PR_SET_IO_FLUSHER", _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 
 

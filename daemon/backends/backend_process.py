@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ublkpool.daemon.backends.backend_log import BackendLog
+from ublkpool.daemon.backends.backend_user import change_user, check_can_run
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.mounts import enter_live_view
 from ublkpool.daemon.processes.reserve import restore_descriptor_limit, with_room_for_one
@@ -42,10 +43,12 @@ class BackendProcess(SupervisedProcess):
         run_dir: Path,
         hold: Callable[[int], None],
         live_mounts: int | None = None,
+        group: int | None = None,
     ) -> None:
         """Nothing runs yet: `start` or `adopt`.  `hold` is called with the descriptor from which its stderr is read.
 
         `live_mounts`: the mount namespace that it runs in (`daemon/processes/mounts.py`); None for the daemon's.
+        `group`: that of the daemon's config, by which a backend of another user gets in.
         """
         super().__init__(f"{device}: backend {config.kind}", _log, RESTART_MIN_S, RESTART_MAX_S)
         self._device = device
@@ -53,6 +56,7 @@ class BackendProcess(SupervisedProcess):
         self._run_dir = run_dir
         self._hold = hold
         self._live_mounts = live_mounts
+        self._group = group
         self._last_end = ""
 
     def adopt(self, pid: int, stderr: int) -> None:
@@ -64,6 +68,7 @@ class BackendProcess(SupervisedProcess):
         self._listen(os.dup(stderr))
 
     def _start(self) -> None:
+        check_can_run(self._device, self.config, self._group)
         reader, writer = os.pipe()
         options = [f"{key}={value}" for key, given in self.config.options.items() for value in _values(given)]
         command = [
@@ -106,8 +111,9 @@ class BackendProcess(SupervisedProcess):
             os.dup2(stderr, 2)
             self._enter_place()
             restore_descriptor_limit()
-            os.execv(command[0], command)
-        except (OSError, ValueError) as error:
+            environment = change_user(self.config, self._group)
+            os.execve(command[0], command, environment)
+        except (OSError, ValueError, LookupError) as error:
             os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
         return 1
 

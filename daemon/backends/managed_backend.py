@@ -37,10 +37,12 @@ class ManagedBackend:
         holder: Holder,
         live_mounts: int | None,
         background: Background,
+        group: int | None = None,
     ) -> None:
         """Nothing runs yet: `run`, `start` or `go_on`.
 
-        `live_mounts` is a descriptor of the mount namespace that backends run in, see `processes/mounts.py`.
+        `live_mounts` is a descriptor of the mount namespace that backends run in, see `processes/mounts.py`; `group`
+        that of the daemon's config, by which a backend of another user gets in.
         """
         self._device = device
         self._background = background
@@ -50,6 +52,7 @@ class ManagedBackend:
             run_dir,
             lambda fd: holder.hold(stderr_name(device), fd),
             live_mounts,
+            group,
         )
         self._supervision: asyncio.Task[None] | None = None
 
@@ -75,7 +78,7 @@ class ManagedBackend:
         """Start it as soon as there is room for a process, and again whenever it ends."""
         try:
             self._process.start()
-        except OSError:
+        except (DaemonError, OSError):
             self._supervise(self._start_and_keep())
         else:
             self._supervise(self._process.keep_running())

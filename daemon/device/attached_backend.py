@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.daemon.backends.backend_user import check_may_serve
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.cut_offs import CutOffs
 from ublkpool.daemon.device.lifecycle import Lifecycle
@@ -101,6 +102,10 @@ class AttachedBackend:
             raise AttachRefused(
                 f"device {name} has a backend already ({session.attach.kind}, process {session.pid})"
             )
+
+    def check_user(self, user: int) -> None:
+        """Raise `AttachRefused` if the device's backend runs as another user than this one."""
+        check_may_serve(self.config.name, self.config.backend, user)
 
     def number_segment(self, session: Session) -> None:
         """Give the backend's own segment, if it has one, a number that no earlier backend had."""

@@ -197,5 +197,11 @@ def _managed(config: DeviceConfig, context: DaemonContext, background: Backgroun
     if config.backend is None:
         return None
     return ManagedBackend(
-        config.name, config.backend, context.run_dir, context.holder, context.live_mounts, background
+        config.name,
+        config.backend,
+        context.run_dir,
+        context.holder,
+        context.live_mounts,
+        background,
+        context.group,
     )

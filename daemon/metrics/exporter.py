@@ -7,7 +7,6 @@ the listening socket and its connection; started by hand it makes both.  One asy
 import asyncio
 import logging
 import os
-import pwd
 import signal
 import socket
 from collections.abc import Coroutine
@@ -22,6 +21,13 @@ from ublkpool.daemon.metrics.source import Snapshot, Source, by_connection, by_p
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.listeners import listen_at, remove_left, shown
 from ublkpool.daemon.settings.listen import ListenAddress
+from ublkpool.workers.privileges import (
+    Account,
+    account_of,
+    become,
+    forbid_new_rights,
+    give_up_capabilities,
+)
 
 USER = "nobody"
 _USER_NUMBER = 65534
@@ -101,17 +107,20 @@ async def _removal(directory: int | None) -> None:
 
 
 def become_ordinary() -> None:
-    """Become the user nobody, if this is root; where the user namespace has no such user it stays root, and says so."""
-    if os.geteuid() != 0:
-        return
-    try:
-        user = pwd.getpwnam(USER)
-        uid, gid = user.pw_uid, user.pw_gid
-    except KeyError:
-        uid = gid = _USER_NUMBER
-    try:
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-    except OSError as error:
-        _log.warning("the exporter stays root: it cannot become user %d: %s", uid, error.strerror)
+    """Become the user nobody, if this is root; where the user namespace has no such user it stays root, and says so.
+
+    Whichever user it is, it has no capability any more.
+    """
+    forbid_new_rights()
+    if os.geteuid() == 0:
+        try:
+            account = account_of(USER)._replace(groups=())
+        except LookupError:
+            account = Account(USER, _USER_NUMBER, _USER_NUMBER, ())
+        try:
+            become(account)
+        except OSError as error:
+            _log.warning(
+                "the exporter stays root: it cannot become user %d: %s", account.user, error.strerror
+            )
+    give_up_capabilities()

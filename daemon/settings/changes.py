@@ -104,7 +104,7 @@ def _with_options(
             )
         )
         return None
-    for key in ("kind", "layers", "python", "cwd", ""):
+    for key in ("kind", "layers", "python", "user", "group", "cwd", ""):
         if key in options:
             problems.append(Problem((f"{_BACKEND}{key}",), "is no option of a backend"))
     texts = {key: option_text(value) or "" for key, value in options.items()}

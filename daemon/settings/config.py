@@ -99,6 +99,10 @@ class BackendConfig(
     cwd: str | None = None
     python: str | None = None
     """The interpreter that runs it, of an environment that has ublkpool, too; None for the daemon's own."""
+    user: str | None = None
+    """The user, by name or number, as which it runs; None for the daemon's."""
+    group: str | None = None
+    """The group, by name or number, in place of the user's first one."""
     layers: tuple[str, ...] = ()
     """Each `NAME:key=value,...`; the first gets each request first."""
 
@@ -234,7 +238,7 @@ class Problem(NamedTuple):
     message: str
 
 
-_OWN_KEYS = ("kind", "python", "layers")
+_OWN_KEYS = ("kind", "python", "user", "group", "layers")
 """Keys of a backend's table that are no options of the backend."""
 USER_KEYS = {
     "size_bytes": "size",
@@ -345,8 +349,30 @@ def _check_backend(table: object, path: KeyPath, problems: list[Problem], cwd: P
     texts = {key: text for key, text in options.items() if text is not None}
     python = _check_python(table.get("python"), (*path, "python"), problems, cwd)
     layers = _check_layers(table.get("layers", ()), (*path, "layers"), problems)
+    user, group = check_user(table, path, problems)
     config = _resolved_backend(kind, texts, path, problems, cwd)
-    return msgspec.structs.replace(config, python=python, layers=layers)
+    return msgspec.structs.replace(config, python=python, user=user, group=group, layers=layers)
+
+
+def check_user(
+    table: Mapping[Any, object], path: KeyPath, problems: list[Problem]
+) -> tuple[str | None, str | None]:
+    """The backend's user and group; adds a problem for one that does not exist, or for a group without a user."""
+    user, group = (table.get(key) for key in ("user", "group"))
+    for key, value in (("user", user), ("group", group)):
+        if value is not None and not (isinstance(value, str) and value):
+            problems.append(Problem((*path, key), f"expected a name, or a number in quotes, {_got(value)}"))
+            return None, None
+    if group is not None and user is None:
+        problems.append(Problem((*path, "group"), "is the group of another user: set user as well"))
+    if user is not None:
+        from ublkpool.workers.privileges import account_of
+
+        try:
+            account_of(str(user), None if group is None else str(group))
+        except LookupError as error:
+            problems.append(Problem((*path, "user"), str(error)))
+    return (None if user is None else str(user)), (None if group is None else str(group))
 
 
 def _check_layers(value: object, path: KeyPath, problems: list[Problem]) -> tuple[str, ...]:

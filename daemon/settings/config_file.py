@@ -7,7 +7,7 @@ config file start at the file's own directory.
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
     metrics = _check_metrics(document.get("metrics"), problems)
     address = _check_listen(metrics, problems, run_dir)
     devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
+    if daemon.group is None and devices:
+        problems.extend(_without_group(devices, document["device"]))
     if problems:
         titles = _device_titles(document.get("device"))
         raise ConfigError([f"{file}: {_shown(path, titles)}: {message}" for path, message in problems])
@@ -164,6 +166,16 @@ def _group_exists(name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _without_group(devices: Sequence[DeviceConfig], tables: Sequence[object]) -> Iterator[Problem]:
+    """A problem for each backend that is to run as another user, whom the daemon's sockets would not let in."""
+    users = {device.name for device in devices if device.backend is not None and device.backend.user}
+    for index, table in enumerate(tables):
+        if _valid_name(table) in users:
+            yield Problem(
+                ("device", index, "backend", "user"), "needs group in [daemon]: by it the backend gets in"
+            )
 
 
 def _check_devices(tables: object, problems: list[Problem], cwd: Path) -> list[DeviceConfig]:

@@ -96,7 +96,9 @@ def test_the_exporter_serves_without_rights_until_its_daemon_stops_it(tmp_path: 
                 assert ids(pid, "Gid") == {nobody.pw_gid}
                 assert ids(pid, "Groups") == set()
                 status = Path(f"/proc/{pid}/status").read_text()
-                assert "CapEff:\t0000000000000000\n" in status
+                for name in ("CapEff", "CapPrm", "CapBnd"):
+                    assert f"{name}:\t0000000000000000\n" in status
+                assert "NoNewPrivs:\t1\n" in status
             assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "0\n"
         assert identify("metrics", pid) is None
         assert list(tmp_path.iterdir()) == []

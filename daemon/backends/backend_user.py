@@ -1,0 +1,72 @@
+"""The user as which the daemon runs a device's backend: whether that can be, and the change to it.
+
+Owns what such a process gets besides its user: the group by which the daemon's sockets let it in, and what root
+alone may set for it (locked memory, PR_SET_IO_FLUSHER).  It has no capability and gets none.
+"""
+
+import os
+import resource
+from collections.abc import Mapping
+from contextlib import suppress
+
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.bufpool.sdk.process import IO_FLUSHER_SET
+from ublkpool.daemon.errors import ConfigError
+from ublkpool.daemon.settings.config import BackendConfig
+from ublkpool.ublk import process_calls
+from ublkpool.workers.privileges import account_of, become, forbid_new_rights
+
+
+def check_can_run(device: str, config: BackendConfig, group: int | None) -> None:
+    """Raise `ConfigError` if this daemon, whose config has this `group`, cannot run the backend as its user."""
+    if config.user is None:
+        return
+    if os.geteuid() != 0:
+        raise ConfigError(
+            [f"{device}: backend.user: only a daemon that runs as root can run a backend as {config.user}"]
+        )
+    if group is None:
+        raise ConfigError(
+            [
+                f"{device}: backend.user: set group in the config's [daemon]: by that group the daemon's sockets let "
+                f"a backend of user {config.user} in"
+            ]
+        )
+    try:
+        account_of(config.user, config.group)
+    except LookupError as error:
+        raise ConfigError([f"{device}: backend.user: {error}"]) from error
+
+
+def change_user(config: BackendConfig, group: int | None) -> Mapping[str, str]:
+    """In the forked child, before its exec: become the backend's user, if it has one; the new program's environment.
+
+    Raises `OSError`, `LookupError`.
+    """
+    if config.user is None:
+        return os.environ
+    account = account_of(config.user, config.group)
+    groups = account.groups if group is None else (*account.groups, group)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    environment = {**os.environ, "HOME": account.home, "USER": account.name, "LOGNAME": account.name}
+    with suppress(OSError):
+        process_calls.set_io_flusher()
+        environment[IO_FLUSHER_SET] = "1"
+    forbid_new_rights()
+    become(account._replace(groups=groups))
+    return environment
+
+
+def check_may_serve(device: str, config: BackendConfig | None, user: int) -> None:
+    """Raise `AttachRefused` if the daemon runs this device's backend as one user and another attaches."""
+    if config is None or config.user is None or user in (0, os.geteuid()):
+        return
+    try:
+        wanted = account_of(config.user).user
+    except LookupError as error:
+        raise AttachRefused(f"device {device}: {error}") from error
+    if user != wanted:
+        raise AttachRefused(
+            f"device {device}: user {user} may not serve it: the daemon runs its backend as user {config.user}"
+        )
