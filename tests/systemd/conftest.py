@@ -19,7 +19,7 @@ KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
 """The kernels of this `make test-systemd`, which runs this folder once for each."""
 HERE = Path(__file__).parent
-FURTHER = {"confinement": "7.3", "names": "7.3", "stacks": "6.12"}
+FURTHER = {"confinement": "7.3", "no_network": "7.3", "names": "7.3", "stacks": "6.12"}
 """The steps of the first boot that do not depend on the kernel, each with the one under which it runs."""
 _shown: set[int] = set()
 _measured: list[str] = []

@@ -37,6 +37,11 @@ def priorities(seen: Seen, text: str) -> set[int]:
     return {priority for _, priority, message in seen.fact("journal") if text in message}
 
 
+def messages(seen: Seen, text: str) -> list[str]:
+    """The messages of all journal lines with this text."""
+    return [message for _, _, message in seen.fact("journal") if text in message]
+
+
 def dirtied_kib(seen: Seen) -> dict[str, int]:
     """The dirty data that each of the two writes before the poweroff left."""
     fstab, both = seen.fact("dirty KiB /srv/vol0"), seen.fact("dirty KiB /mnt/hand")
@@ -148,12 +153,38 @@ def test_the_hardening_drop_in_holds_for_every_process_of_the_unit(first: Seen) 
         assert int(status["CapBnd"], 16) & ~left == 0, name
         # Mode 2: system calls are filtered.
         assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1"), name
+    # At most 4.0.
+    assert first.fact("exposure")["status"] == 0, first.fact("exposure")
+
+
+@pytest.mark.one_kernel("7.3")
+def test_a_backend_with_a_user_serves_without_rights_also_after_its_death(first: Seen) -> None:
+    status, numbers = first.fact("confined")["backend"], first.fact("numbers")
+    assert set(status["Uid"].split()) == {str(numbers["vol2"])}
+    assert str(numbers["ublkpool"]) in status["Groups"].split()
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+    # What root alone may set was set before.
+    assert int(status["VmLck"].removesuffix(" kB")) > 0
+    assert [each for each in messages(first, "vol2: ") if "PR_SET_IO_FLUSHER" in each] == []
 
 
 @pytest.mark.one_kernel("7.3")
 def test_a_reload_and_a_scrape_over_http_work_under_the_drop_in(first: Seen) -> None:
     assert first.fact("reload") == {"status": 0, "said": ""}
-    scraped = first.fact("scraped")
+    expect_metrics(first.fact("scraped"))
+
+
+@pytest.mark.one_kernel("7.3")
+def test_a_daemon_without_a_network_goes_on_with_devices_and_starts_others(first: Seen) -> None:
+    assert first.fact("restart without network") == {"status": 0, "said": ""}
+    networks = first.fact("networks")
+    assert networks["backend"] == networks["daemon"] != networks["host"]
+    expect_metrics(first.fact("scraped without network"))
+
+
+def expect_metrics(scraped: list[str]) -> None:
+    """Check that these are a working daemon's metrics."""
     assert "ublkpool_up 1.0" in scraped
     # The exporter, an ordinary user, reads other users' processes.
     assert [line for line in scraped if 'role="worker"' in line and "resident" in line]

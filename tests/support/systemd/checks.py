@@ -9,9 +9,12 @@ import grp
 import hashlib
 import json
 import os
+import pwd
 import random
 import re
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +23,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from urllib.request import urlopen
 
 from support.systemd.facts import (
     backend_pid,
@@ -45,7 +47,10 @@ REUSED = 40
 """A device number that two devices get, one after the other."""
 UUID = "6f7d1c52-0d4f-4a53-9d0e-57a1b7a3c001"
 POWEROFF = "ublkpool-check: poweroff"
-METRICS_URL = "http://127.0.0.1:9847/metrics"
+METRICS = ("127.0.0.1", 9847)
+CONFIG_FILE = Path("/etc/ublkpool/ublkpool.toml")
+NO_NETWORK = Path("/root/ublkpool/config/ublkpool-no-network.conf")
+DROP_INS = Path("/etc/systemd/system/ublkpool.service.d")
 FIO = (
     *(
         "fio",
@@ -227,11 +232,36 @@ def confinement() -> None:
     """What the drop-in leaves to the unit's processes, and that a reload and the metrics' port work under it."""
     found = device("vol2")
     assert found is not None and found.backend.pid
-    daemon = int(units("ublkpool.service")["ublkpool.service"]["MainPID"])
-    pids = {"daemon": daemon, "worker": found.workers[0].pid, "backend": found.backend.pid}
+    pids = {"daemon": daemon_pid(), "worker": found.workers[0].pid, "backend": found.backend.pid}
     say("confined", {name: status_of(pid) for name, pid in pids.items()})
+    say("numbers", {"vol2": pwd.getpwnam("vol2").pw_uid, "ublkpool": grp.getgrnam("ublkpool").gr_gid})
+    exposed = shell("systemd-analyze", "security", "--no-pager", "--threshold=40", "ublkpool.service")
+    say("exposure", {"status": exposed["status"], "said": str(exposed["said"])[-200:]})
     say("reload", shell("systemctl", "reload", "ublkpool"))
-    say("scraped", scraped())
+    say("scraped", scraped(lambda: socket.create_connection(METRICS)))
+
+
+def no_network() -> None:
+    """Give the unit no network either; what the daemon then starts has none, and what was started before serves on."""
+    before = device("vol2")
+    assert before is not None and before.backend.pid
+    shutil.copy(NO_NETWORK, DROP_INS)
+    config = CONFIG_FILE.read_text()
+    CONFIG_FILE.write_text(config.replace(f'"{METRICS[0]}:{METRICS[1]}"', '"unix"'))
+    shell("systemctl", "daemon-reload")
+    say("restart without network", shell("systemctl", "restart", "ublkpool"))
+    eventually(lambda: is_live("vol0") and is_live("vol1"), "backends of other units serve on")
+    eventually(lambda: is_live("vol2"), "the backend that an earlier daemon started serves on")
+    os.kill(before.backend.pid, signal.SIGKILL)
+    eventually(lambda: is_live("vol2", not_pid=before.backend.pid), "vol2 has a backend without a network")
+    pids = {"daemon": daemon_pid(), "backend": backend_pid("vol2"), "host": os.getpid()}
+    say("networks", {name: str(Path(f"/proc/{pid}/ns/net").readlink()) for name, pid in pids.items()})
+    say("scraped without network", scraped(metrics_socket))
+
+
+def daemon_pid() -> int:
+    """The daemon's process."""
+    return int(units("ublkpool.service")["ublkpool.service"]["MainPID"])
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -240,15 +270,28 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def scraped() -> list[str]:
-    """The metrics that the exporter serves at its port."""
+def metrics_socket() -> socket.socket:
+    """A connection to the exporter's unix socket."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect("/run/ublkpool/metrics.sock")
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def scraped(connect: Callable[[], socket.socket]) -> list[str]:
+    """The metrics that the exporter serves there."""
     text = ""
 
     def is_served() -> bool:
         nonlocal text
-        with suppress(OSError), urlopen(METRICS_URL, timeout=60) as answer:
+        with suppress(OSError), connect() as sock, sock.makefile("rb") as answer:
+            sock.settimeout(60)
+            sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             text = answer.read().decode()
-        return bool(text)
+        return "\n" in text
 
     eventually(is_served, "the exporter answers")
     return [line for line in text.splitlines() if not line.startswith("#")]
@@ -347,6 +390,7 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
         out_of_memory,
         deaths,
         confinement,
+        no_network,
         names,
         stacks,
         journal,
@@ -355,7 +399,7 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
     ),
     "second": (at_start, after_poweroff, leave_without_backend),
 }
-IN_ONE_GUEST = (confinement, names, stacks)
+IN_ONE_GUEST = (confinement, no_network, names, stacks)
 """Steps that run only if they are named."""
 
 

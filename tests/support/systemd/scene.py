@@ -39,14 +39,16 @@ id = 0
 name = "vol1"
 id = 1
 
+# The daemon runs its backend, as a user of its own.
 [[device]]
 name = "vol2"
 id = 2
 
 [device.backend]
 kind = "file"
-path = "/var/lib/vol2.img"
+path = "/var/lib/vol2/vol2.img"
 size = "64M"
+user = "vol2"
 
 # Its backend never ends opening.
 [[device]]
@@ -121,11 +123,14 @@ def prepare(root: Path) -> None:
     inside(
         root,
         "useradd --system --groups ublkpool vol0",
-        "mkdir -p /srv/vol0 /var/lib/vol0 /var/lib/vol1",
+        # The daemon itself makes its backends members of the group.
+        "useradd --system vol2",
+        "mkdir -p /srv/vol0 /var/lib/vol0 /var/lib/vol1 /var/lib/vol2",
         "for each in vol0 vol1; do truncate -s 96M /var/lib/$each/disk.img; done",
         # With lazy initialization the kernel writes to the disk on its own, which would spoil the count of writes.
         "for each in vol0 vol1; do mkfs.ext4 -q -E lazy_itable_init=0 /var/lib/$each/disk.img; done",
         "chown -R vol0 /var/lib/vol0",
+        "chown vol2 /var/lib/vol2",
         "systemctl --quiet enable ublkpool ublkpool-backend@vol0 ublkpool-backend@vol1 2>&1",
         "ln -sf /etc/systemd/system/check.target /etc/systemd/system/default.target",
     )
