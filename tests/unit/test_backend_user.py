@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from support.fakes.device_parts import FakeSession, FakeTeam, fake_device
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.sdk import process as sdk_process
 from ublkpool.daemon.backends.backend_process import BackendProcess
@@ -112,6 +113,18 @@ def test_a_device_whose_backend_has_a_user_is_served_by_no_other(monkeypatch: py
         AttachRefused, match="user 4711 may not serve it: the daemon runs its backend as user nobody"
     ):
         check_may_serve("vol0", config, 4711)
+
+
+def test_an_attach_of_another_user_changes_nothing_at_that_device() -> None:
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol", backend=BackendConfig(kind="null", user=NOBODY)))
+        device.parts.resources.team = team = FakeTeam()
+        session = FakeSession("null")
+        with pytest.raises(AttachRefused, match=f"user {session.uid} may not serve it"):
+            await device.attach(session)
+        assert device.session is None and team.heard == []
+
+    asyncio.run(run())
 
 
 def problems_of(backend: dict[str, object], place: Path) -> list[str]:
