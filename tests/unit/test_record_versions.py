@@ -174,7 +174,7 @@ def test_the_version_before_refuses_a_device_with_limits_which_is_set_back_befor
 LATER = {
     "a field": (lambda record: record["config"].update(mirrors=2), "`mirrors`"),
     "a value": (lambda record: record["config"].update(recovery="mirror"), "'mirror'"),
-    "a field of the backend": (lambda record: record["config"]["backend"].update(user="vol0"), "`user`"),
+    "a field of the backend": (lambda record: record["config"]["backend"].update(mirror="vol1"), "`mirror`"),
 }
 
 
