@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.guest.kernel_selftests import fetch_selftests
-from support.vm import bpftrace_shim, kublk_shim
+from support.vm import bpftrace_shim, kublk_shim, slow_writes
 from support.vm.daemon import Daemon
 from ublkpool.ublk.abi import Feature, feature_names
 from ublkpool.ublk.control import get_features
@@ -85,9 +85,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of the selftests and of the programs that they call."""
     made = tmp_path_factory.mktemp("selftests")
     shutil.copytree(fetch_selftests(), made / "ublk")
-    # generic_06 kills the server during a request of 2 s, and distinguishes an immediate error from one after the block
-    # layer's timeout of 30 s.  In the guest a process takes seconds to start.
-    for limit, here in (("--delay_us 2000000", "--delay_us 8000000"), ("-ge 5 ", "-ge 25 ")):
+    # generic_06 kills the server during a request of 2 s, and distinguishes an error of that moment from a later one.
+    # In the guest the programs that kill it take many seconds to start.
+    for limit, here in (
+        ("-t fault_inject", "-t slow_writes"),
+        ("--delay_us 2000000", "--delay_us 600000000"),
+        ("-ge 5 ", "-ge 300 "),
+    ):
         _replace(made / "ublk" / "test_generic_06.sh", limit, here)
     _await_rather_than_sleep(made / "ublk")
     (made / "bin").mkdir()
@@ -101,6 +105,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     names = feature_names(get_features())
     (made / "state" / "features").write_text("\n".join(names))
     (made / "state" / "DELAY").write_text(str(ROOT / "examples" / "demo_event.py"))
+    (made / "state" / "SLOW_WRITES").write_text(slow_writes.__file__)
     (made / "state" / "PYTHON").write_text(sys.executable)
     yield made
     shutil.rmtree(made)

@@ -3,8 +3,8 @@
 Runs in a bare interpreter, because a selftest calls it dozens of times and each import costs.  It sends the admin
 requests of `ublkpool add`, `del` and `list`, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
 directory, KUBLK_STATE a directory of the shim: file NUMBER is its record of the device with that number, `features` the
-output of `ublkpool features`, DELAY the path of the backend that delays answers, PYTHON the interpreter that has
-ublkpool.  KUBLK_SYS_BLOCK stands in for /sys/block in this program's own tests.
+output of `ublkpool features`, DELAY and SLOW_WRITES the paths of backends that delay answers, PYTHON the interpreter
+that has ublkpool.  KUBLK_SYS_BLOCK stands in for /sys/block in this program's own tests.
 
 The shim hides three differences.  A device of kublk waits QUIESCED for `kublk recover`, while ublkpool recovers by
 itself: the shim reports QUIESCED from the next epoch on, until `recover` is called.  kublk has a target that stripes
@@ -124,8 +124,8 @@ def backend(options: Options, files: Sequence[str]) -> tuple[str, Options, int |
     if kind == "stripe":
         size = sum(Path(each).stat().st_size for each in files)
         return "memory", {"size": str(size), "keep": "off"}, None
-    if kind == "fault_inject":
-        path = Path(STATE, "DELAY").read_text()
+    if kind in ("fault_inject", "slow_writes"):
+        path = Path(STATE, "DELAY" if kind == "fault_inject" else "SLOW_WRITES").read_text()
         delay_ms = int(options.get("--delay_us", "0")) / 1000
         return path, {"size": str(FAULT_BYTES), "delay_ms": str(delay_ms)}, None
     raise Refused(f"no target {kind}")
