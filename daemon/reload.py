@@ -62,15 +62,25 @@ class Reload:
                 raise
             self.problem = ""
             self._context.configured = {device.name: device for device in read.devices}
+            budget = self._set_budget(read.table.memory_max_bytes)
             gone = [name for name in self._named - self._context.configured.keys() if name in self._table]
             self._named = {*self._context.configured, *gone}
             # Side by side: one of them may be in a long recovery.
             done = await asyncio.gather(*(self._apply(device) for device in read.devices))
             done += map(_gone, sorted(gone))
+            done += budget
             done += _of_daemon(self._config, read)
             for each in done:
                 _say(each)
             return done
+
+    def _set_budget(self, memory_max_bytes: int) -> list[Reloaded]:
+        """Use this budget, before any device of the file is added; devices that exist are served in any case."""
+        budget = self._context.budget
+        if budget.max_bytes == memory_max_bytes:
+            return []
+        budget.max_bytes = memory_max_bytes
+        return [Reloaded(name="daemon", done=f"set memory_max to {memory_max_bytes}", needs=budget.excess)]
 
     async def _read(self) -> Read:
         file = self._config.file
@@ -138,7 +148,7 @@ def _gone(name: str) -> Reloaded:
 
 
 def _of_daemon(before: ServeConfig, now: Read) -> list[Reloaded]:
-    fields = DaemonTable.__struct_fields__
+    fields = [each for each in DaemonTable.__struct_fields__ if each != "memory_max_bytes"]
     keys = [user_key(each) for each in fields if getattr(before.table, each) != getattr(now.table, each)]
     keys += ["metrics"] if before.metrics_table != now.metrics else []
     return (

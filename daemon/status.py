@@ -57,6 +57,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The limits that hold now; 0: none."""
     config_size_bytes: int | None = None
     """The config's size, if `ublkpool resize` has given the device another, which wins."""
+    memory_bytes: int = 0
+    """The memory that counts for `memory_max`."""
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +197,10 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str
     processes: tuple[ProcessStatus, ...] = ()
+    memory_bytes: int = 0
+    """Memory of all devices that counts for `memory_max`."""
+    memory_max_bytes: int = 0
+    """`memory_max`; 0: none."""
 
 
 CUT_OFF_REASONS = (
@@ -230,6 +236,8 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueStats, ...] = ()
     pool: PoolStats = PoolStats()
     clients: ClientStats = ClientStats()
+    memory_bytes: int = 0
+    """The memory that counts for `memory_max`."""
     cut_offs: dict[str, int] = {}
     """How often this daemon has cut a backend off, for each of `CUT_OFF_REASONS` for which it has."""
     latency: Latencies = Latencies()

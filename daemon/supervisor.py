@@ -81,7 +81,10 @@ class Supervisor:
         """`background` ends with the daemon."""
         self._context = context
         self._background = background
-        self._table = DeviceTable(lambda cfg: Device(cfg, context), self._tell_status, context.events)
+        self._table = DeviceTable(
+            lambda cfg: Device(cfg, context), self._tell_status, context.events, context.budget.refusal_of
+        )
+        context.budget.devices = self._table.devices
         self.config_file = Reload(config or ServeConfig(), context, self._table)
         self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
         self.stopped = asyncio.Event()
@@ -250,7 +253,14 @@ class Supervisor:
         return DaemonStatus(
             version=__version__,
             processes=tuple(ProcessStatus(role=role, pid=pid) for role, pid in found if pid is not None),
+            memory_bytes=context.budget.used_bytes,
+            memory_max_bytes=context.budget.max_bytes,
         )
+
+    def tell_memory(self) -> None:
+        """Log that the devices have more memory than the budget, if they have."""
+        if excess := self._context.budget.excess:
+            _log.warning("%s", excess)
 
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         """The numbers of one device, or of all."""
@@ -449,6 +459,7 @@ async def _begin(
 ) -> Supervisor:
     context, held = await _make_context(config, directory, live_mounts, ending)
     context.configured = {device.name: device for device in config.devices}
+    context.budget.max_bytes = config.memory_max_bytes
     run_dir, broker = context.run_dir, context.broker
     left = TakeOver(context, records, held, {device.name for device in config.devices})
     await left.clear()
@@ -552,6 +563,7 @@ async def _after_takeover(
         begun_s = asyncio.get_running_loop().time()
         await asyncio.wait(taking)
         left.tell_end(asyncio.get_running_loop().time() - begun_s)
+        supervisor.tell_memory()
     left.close()
     # Devices of the config that the kernel no longer has are made anew.
     if not supervisor.stopped.is_set():

@@ -122,9 +122,9 @@ class AdminClient:
         if not reply.ok:
             raise RemoteError(reply.error, reply.status)
 
-    def daemon(self) -> DaemonStatus:
-        """The daemon's version and processes; `RemoteError` from a daemon of an earlier version."""
-        return self._call(DaemonRequest(), DaemonStatus, QUERY_TIMEOUT_S)
+    def daemon(self, timeout_s: float | None = None) -> DaemonStatus:
+        """The daemon itself; `RemoteError` from a daemon of an earlier version."""
+        return self._call(DaemonRequest(), DaemonStatus, timeout_s or QUERY_TIMEOUT_S)
 
     def stop(self, leave: bool = False) -> None:
         """Ask the daemon to end; with `leave` it leaves its devices for the next daemon, else it deletes them."""

@@ -16,7 +16,12 @@ from ublkpool.ublk.statistics import Statistics, read_statistics
 def device_stats(device: Device) -> DeviceStats:
     """The device's counters now; without queues and pool before the device has started."""
     if device.arena is None:
-        return DeviceStats(name=device.config.name, reason=device.trouble, cut_offs=device.cut_offs)
+        return DeviceStats(
+            name=device.config.name,
+            reason=device.trouble,
+            memory_bytes=device.memory_bytes,
+            cut_offs=device.cut_offs,
+        )
     arena = device.arena
     read = [read_statistics(arena.control.statistics_block(queue)) for queue in range(arena.queues)]
     queues = tuple(_queue_stats(queue, each) for queue, each in enumerate(read))
@@ -26,6 +31,7 @@ def device_stats(device: Device) -> DeviceStats:
         queues=queues,
         pool=_pool_stats(arena, read),
         clients=device.client_stats(),
+        memory_bytes=device.memory_bytes,
         latency=merge_latencies([queue.latency for queue in queues]),
         cut_offs=device.cut_offs,
     )

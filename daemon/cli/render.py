@@ -165,6 +165,7 @@ def stats_tables(devices: Sequence[DeviceStats]) -> list[Table]:
     queues = [_queue_row(device.name, queue) for device in devices for queue in device.queues]
     pool_headers = (
         "NAME",
+        "MEMORY",
         "POOL",
         "HUGE PAGES",
         "BUFFERS",
@@ -236,7 +237,11 @@ def _op(request_count: int, size_bytes: int) -> str:
 def _pool_row(device: DeviceStats) -> tuple[str, ...]:
     pool = device.pool
     counts = (pool.buffer_count, pool.free_count, pool.lent_count, pool.waiting_count)
-    sizes = (_size(pool.size_bytes), _size(pool.huge_bytes) if pool.huge_bytes else "-")
+    sizes = (
+        _size(device.memory_bytes),
+        _size(pool.size_bytes),
+        _size(pool.huge_bytes) if pool.huge_bytes else "-",
+    )
     return (device.name, *sizes, *map(str, (*counts, pool.lent_total, pool.returned_total)), device.reason)
 
 

@@ -25,6 +25,7 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     if session is not None:
         parts.backend.watch(session)
         parts.resources.pool.had_by(session.uid)
+        parts.resources.segment_bytes = session.attach.segment_bytes
     standings = await team.report()
     if record.drain_is_open and any(each.has_let_go for each in standings):
         # The earlier daemon ended before its workers knew that the device was drained.

@@ -7,6 +7,7 @@ The supervisor makes it once; devices use it and never change it.
 from pathlib import Path
 
 from ublkpool.daemon.device.binding import boot_id
+from ublkpool.daemon.device.memory import MemoryBudget
 from ublkpool.daemon.device.records import Records, build_id
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.events.tell import Events
@@ -49,3 +50,4 @@ class DaemonContext:
         self.queue_dir = run_dir / "queues"
         self.configured: dict[str, DeviceConfig] = {}
         """What the config file, as it was last read, says of the devices in it."""
+        self.budget = MemoryBudget()

@@ -18,6 +18,7 @@ from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.limits import limits_of
+from ublkpool.daemon.device.memory import Made, memory_of
 from ublkpool.daemon.device.pool import Pool
 from ublkpool.daemon.device.records import FIRST_EPOCH, Record
 from ublkpool.daemon.device.succession import AdoptedDevice
@@ -31,7 +32,7 @@ from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import Leases
 from ublkpool.daemon.processes.held_names import pool_name, slice_name, worker_name
-from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers.record_gate import RecordGate
@@ -63,6 +64,8 @@ class DeviceResources:
         """Whether the next workers' requests wait, since the device is drained or about to be."""
         self.hold_gate: RecordGate | None = None
         """Until it is on record that the device is drained; the workers' hold ends if this daemon ends before."""
+        self.segment_bytes = 0
+        """The size of the segment that its last backend has brought."""
         self.config = config
         self._context = context
         self._backend = backend
@@ -71,6 +74,17 @@ class DeviceResources:
     def arena(self) -> Arena | None:
         """The pool's memory."""
         return self.pool.arena
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the daemon makes for the device, see `memory.py`; before it is made, what will be."""
+        arena, area = self.arena, self.area
+        slices_bytes = area.slice_bytes * CLIENT_SLICES if area else 0
+        if area is None and self.team is None:
+            # Whether the driver supports it is known only when the device is made.
+            slices_bytes = self.config.client_buffers_bytes
+        made = Made(arena.geometry, arena.queues) if arena is not None else None
+        return memory_of(self.config, slices_bytes, made) + self.segment_bytes
 
     def counted(self, name: str) -> int:
         """The sum of one of the workers' counters over the queues; they go on over a recovery."""
@@ -202,7 +216,7 @@ class DeviceResources:
             with logged(self.config.name):
                 self.pool.remove()
             self._close_area()
-            self.team, self.epoch = None, FIRST_EPOCH
+            self.team, self.epoch, self.segment_bytes = None, FIRST_EPOCH, 0
 
     async def remove_kernel(self) -> None:
         """DEL_DEV, also for a device that an ADD_DEV without an answer may have made.  Raises `DaemonError`."""

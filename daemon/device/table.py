@@ -64,11 +64,15 @@ class DeviceTable:
         make: Callable[[DeviceConfig], Device],
         changed: Callable[[], None],
         events: Events | None = None,
+        refusal: Callable[[DeviceConfig], str] = lambda _: "",
     ) -> None:
-        """`make` makes a device that runs nothing yet; `changed` is called at each new, removed or changed device."""
+        """`make` makes a device that runs nothing yet; `changed` is called at each new, removed or changed device;
+        `refusal` says why a new device cannot be made, or nothing.
+        """
         self._make = make
         self._changed = changed
         self._events = events or Events()
+        self._refusal = refusal
         self._entries: dict[str, _Entry] = {}
         self._background = Background("device table")
         self._closed = False
@@ -110,7 +114,10 @@ class DeviceTable:
         Raises `DaemonError` and leaves the name as it was, also if the device is deleted meanwhile.  If the caller is
         cancelled, the add is undone.
         """
-        entry = self._begin(cfg, progress, keeps_failed=False)
+        before = self._replaceable(cfg.name)
+        if reason := self._refusal(cfg):
+            raise DaemonError(f"{cfg.name}: {reason}")
+        entry = self._begin(cfg, progress, before, keeps_failed=False)
         making = entry.making
         assert making is not None
         try:
@@ -124,7 +131,14 @@ class DeviceTable:
 
     def add_configured(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> None:
         """The same without waiting; a device that cannot start stays in the list, failed, with its reason."""
-        self._begin(cfg, progress, keeps_failed=True)
+        before = self._replaceable(cfg.name)
+        if reason := self._refusal(cfg):
+            _log.error("device %s of the config: %s", cfg.name, reason)
+            if before is None:
+                self._enter(cfg, None).device.note_failure(reason)
+                self._changed()
+            return
+        self._begin(cfg, progress, before, keeps_failed=True)
 
     def take_over(self, left: Record, work: Callable[[Show], Awaitable[bool]]) -> "asyncio.Task[None]":
         """Have `work` take over what an earlier daemon left of this device; its result says whether a device is left.
@@ -202,8 +216,9 @@ class DeviceTable:
             raise DaemonError(f"no device {name!r}; there is {known}")
         return self._entries[name]
 
-    def _begin(self, cfg: DeviceConfig, progress: Callable[[str], None], keeps_failed: bool) -> _Entry:
-        before = self._replaceable(cfg.name)
+    def _begin(
+        self, cfg: DeviceConfig, progress: Callable[[str], None], before: Device | None, keeps_failed: bool
+    ) -> _Entry:
         entry = self._enter(cfg, before)
         kind = cfg.backend.kind if cfg.backend else ""
         text = f"added, {f'backend {kind}' if kind else 'without a backend of the daemon'}"

@@ -85,6 +85,12 @@ class DeviceView:
         return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
 
     @property
+    def memory_bytes(self) -> int:
+        """What the daemon has made or will make for the device, see `memory.py`; 0 once it has failed."""
+        resources = self.parts.resources
+        return 0 if self.state == "failed" and resources.arena is None else resources.memory_bytes
+
+    @property
     def arena(self) -> Arena | None:
         """The pool."""
         return self.parts.resources.arena
@@ -121,6 +127,7 @@ class DeviceView:
             iops_max=limits.iops,
             bytes_per_s_max=limits.bytes_per_s,
             burst_s=limits.burst_ns / 1e9,
+            memory_bytes=self.memory_bytes,
         )
 
     @property

@@ -7,16 +7,20 @@ from typing import Literal
 
 import msgspec
 
+from ublkpool.bufpool.memory_room import mib
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.admin.patience import explain_missing
 from ublkpool.daemon.admin.wire import admin_socket
 from ublkpool.daemon.doctor.finding import Finding, printable, some
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import DaemonError, RemoteError
+from ublkpool.daemon.status import DaemonStatus
 from ublkpool.workers.credentials import credentials_of
 
 CHECK = "daemon"
 ASK_S = 3.0
 _FAILED_MAX, _REASON_MAX = 20, 200
+_FULL = 0.9
+"""Above this part of the budget little of it is left."""
 
 
 class DaemonAnswer(msgspec.Struct, frozen=True):
@@ -24,6 +28,7 @@ class DaemonAnswer(msgspec.Struct, frozen=True):
 
     `state`: none listens (absent), a killed one left its socket (dead), this user may not ask (hidden), it answers no
     request (silent) or answers.  `pid` is 0 if it is not known.  `failed`: devices that need a hand, with the reason.
+    `memory_bytes` and `memory_max_bytes` are those of `DaemonStatus`.
     """
 
     state: Literal["absent", "dead", "hidden", "silent", "answers"]
@@ -31,6 +36,8 @@ class DaemonAnswer(msgspec.Struct, frozen=True):
     says: str = ""
     count: int = 0
     failed: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    memory_max_bytes: int = 0
 
     @property
     def is_gone(self) -> bool:
@@ -54,11 +61,27 @@ def ask_daemon(run_dir: Path, patience_s: float = ASK_S) -> DaemonAnswer:
     except OSError as error:
         return DaemonAnswer("silent", says=printable(f"{path}: {error.strerror or error}"))
     try:
-        devices = AdminClient(run_dir).devices(patience_s)
+        client = AdminClient(run_dir)
+        devices = client.devices(patience_s)
+        daemon = _status(client, patience_s)
     except DaemonError as error:
         return DaemonAnswer("silent", pid, says=printable(str(error)))
     failed = [f"{each.name}: {each.reason}"[:_REASON_MAX] for each in devices if each.state == "failed"]
-    return DaemonAnswer("answers", pid, count=len(devices), failed=tuple(failed[:_FAILED_MAX]))
+    return DaemonAnswer(
+        "answers",
+        pid,
+        count=len(devices),
+        failed=tuple(failed[:_FAILED_MAX]),
+        memory_bytes=daemon.memory_bytes,
+        memory_max_bytes=daemon.memory_max_bytes,
+    )
+
+
+def _status(client: AdminClient, patience_s: float) -> DaemonStatus:
+    """Of a daemon of an earlier version nothing is known.  Raises `DaemonError`."""
+    with suppress(RemoteError):
+        return client.daemon(patience_s)
+    return DaemonStatus(version="")
 
 
 def _listener(path: Path, patience_s: float) -> int:
@@ -87,4 +110,18 @@ def daemon_findings(run_dir: Path, answer: DaemonAnswer) -> list[Finding]:
     if answer.failed:
         says = f"devices have failed: {some(answer.failed)}"
         found.append(Finding(CHECK, "fail", says, "ublkpool list; then add the device again, or delete it"))
-    return found
+    return [*found, *_memory(answer)]
+
+
+def _memory(answer: DaemonAnswer) -> list[Finding]:
+    """How much of the budget of memory the devices have; nothing without a budget."""
+    used_bytes, max_bytes = answer.memory_bytes, answer.memory_max_bytes
+    if not max_bytes:
+        return []
+    says = f"the devices have {mib(used_bytes)} of memory, of {mib(max_bytes)} (memory_max)"
+    way_out = "delete a device, or raise memory_max in the config, then ublkpool reload"
+    if used_bytes > max_bytes:
+        return [Finding(CHECK, "warn", f"{says}: all are served, and no device is added", way_out)]
+    if used_bytes > max_bytes * _FULL:
+        return [Finding(CHECK, "warn", f"{says}: little is left", way_out)]
+    return [Finding(CHECK, "ok", says)]

@@ -217,6 +217,18 @@ FAMILIES = _all(
             "The daemon's version.",
             lambda s: {"version": s.daemon.version} if s.daemon is not None else None,
         ),
+        _daemon(
+            "ublkpool_memory_bytes",
+            "gauge",
+            "Memory of all devices that counts for memory_max.",
+            lambda s: s.daemon.memory_bytes if s.daemon is not None else None,
+        ),
+        _daemon(
+            "ublkpool_memory_max_bytes",
+            "gauge",
+            "The budget of the devices' memory, memory_max; no value without one.",
+            lambda s: (s.daemon.memory_max_bytes or None) if s.daemon is not None else None,
+        ),
     ),
     (
         _device(
@@ -248,6 +260,12 @@ FAMILIES = _all(
             "gauge",
             "The size of the disk; no value before it is known.",
             lambda status, _: status.size_bytes,
+        ),
+        _device(
+            "ublkpool_device_memory_bytes",
+            "gauge",
+            "Memory of the device that counts for memory_max.",
+            lambda status, _: status.memory_bytes,
         ),
         _device(
             "ublkpool_device_queue_depth",

@@ -42,6 +42,7 @@ Depth = Annotated[int, Meta(ge=1, le=4096)]
 DeviceId = Annotated[int, Meta(ge=0, le=2**20 - 1)]
 IoBytes = Annotated[int, Meta(ge=4 * KIB, le=32 * MIB, multiple_of=4 * KIB)]
 ClientBytes = Annotated[int, Meta(ge=0, le=CLIENT_SLICES << 32, multiple_of=CLIENT_SLICES * 4 * KIB)]
+MemoryBytes = Annotated[int, Meta(ge=0, le=1 << 62)]
 PoolBytes = Annotated[int, Meta(ge=4 * KIB, multiple_of=4 * KIB)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 SECONDS_MIN = 0.001
@@ -199,6 +200,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat = "auto"
     state_dir: str | None = None
     events_bytes: EventBytes = EVENT_BYTES_DEFAULT
+    memory_max_bytes: MemoryBytes = 0
 
 
 class MetricsTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +227,8 @@ class ServeConfig(NamedTuple):
     """The file's `[daemon]`, before any option of the command line."""
     events_bytes: int = EVENT_BYTES_DEFAULT
     """The bound of the events in the state directory, and in memory."""
+    memory_max_bytes: int = 0
+    """What all devices may have together, see `device/memory.py`; 0: no budget."""
     metrics: ListenAddress | None = None
     """Where metrics are served; None: nowhere."""
     metrics_table: MetricsTable | None = None
@@ -246,6 +250,7 @@ USER_KEYS = {
     "pool_bytes": "pool",
     "client_buffers_bytes": "client_buffers",
     "events_bytes": "events",
+    "memory_max_bytes": "memory_max",
     "io_timeout_s": "io_timeout",
     "absent_timeout_s": "absent_timeout",
     "spin_us": "spin",

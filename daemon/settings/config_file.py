@@ -63,6 +63,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         on_stop=daemon.on_stop,
         state_dir=Path(daemon.state_dir) if daemon.state_dir else None,
         events_bytes=daemon.events_bytes,
+        memory_max_bytes=daemon.memory_max_bytes,
         devices=tuple(devices),
         file=file.absolute(),
         table=daemon,

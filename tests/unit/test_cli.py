@@ -228,6 +228,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "placement": "pool",
         "answers": "backend",
         "config_size_bytes": None,
+        "memory_bytes": 0,
         "recovery": "reissue",
         "flags": ["URING_CMD_COMP_IN_TASK"],
         "workers": [{"queue": 0, "pid": 100, "cpu": 0}],

@@ -254,7 +254,7 @@ def test_unknown_tables_are_named(tmp_path: Path) -> None:
     assert complaints(tmp_path, text) == [
         "demon: unknown table; known: [daemon], [metrics], [[device]]",
         "daemon.log_levle: unknown key, did you mean log_level?; "
-        "known: run_dir, group, on_stop, log_level, log_format, state_dir, events",
+        "known: run_dir, group, on_stop, log_level, log_format, state_dir, events, memory_max",
     ]
 
 

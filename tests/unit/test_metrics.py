@@ -94,7 +94,12 @@ def full_snapshot() -> Snapshot:
         cut_offs={"silence": 3},
         clients=ClientStats(slice_bytes=4096, lent_count=1, resting_count=2, free_count=5),
     )
-    status = DaemonStatus(version="1.2.3", processes=(ProcessStatus(role="supervisor", pid=1),))
+    status = DaemonStatus(
+        version="1.2.3",
+        processes=(ProcessStatus(role="supervisor", pid=1),),
+        memory_bytes=7,
+        memory_max_bytes=9,
+    )
     usage = ProcessUsage(Owner("worker", "vol0", "1"), 1.5, 4096, 1000.25)
     return Snapshot(True, 0.25, ((device("vol0"), stats),), status, (usage,))
 
