@@ -34,6 +34,10 @@ BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
 BENCH_TIMEOUT_S = $(if $(filter quick nbd,$(MODE)),3600,10800)
 BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
 BENCH_GUEST = $(if $(filter exact,$(MODE)),--exact,--cpus $(BENCH_CPUS))
+# What the wheel and the Debian package are made of.
+PACKAGED = $(shell find backends bufpool daemon ublk workers src config docs examples debian packaging -type f \
+    ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name '_native*.c' ! -name '_engine.c' ! -path '*.egg-info/*') \
+    pyproject.toml setup.py MANIFEST.in README.md CHANGELOG.md SECURITY.md
 # What `make soak` sets in the tests' environment.
 SOAK ?=
 VM_TESTS ?= tests/vm
@@ -58,7 +62,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -151,12 +155,33 @@ fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, fr
 test-long: ## what takes longer than `make test` may, by hand before a release: a soak of an hour, fuzzing for half an hour
 	@$(MAKE) fuzz FUZZ_S=$(if $(filter file,$(origin FUZZ_S)),1800,$(FUZZ_S))
 	@$(MAKE) test-sanitized
+	@$(MAKE) package LONG=1
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
-package: setup ## build the source distribution and the wheel, install them where there is no compiler
+wheel: dist/.wheel ## the source distribution and the wheel for every Python from 3.11 on, in dist
+
+dist/.wheel: $(PACKAGED) | setup
+	@echo "package: building the wheel"
+	@rm -rf dist
+	@PYTHON=$(PY) packaging/wheel.sh dist
+	@touch $@
+	@ls dist/*.whl
+
+deb: dist/.deb ## the Debian package, in dist
+
+dist/.deb: dist/.wheel
+	@echo "package: building the Debian package"
+	@rm -f dist/*.deb
+	@PYTHON=$(PY) packaging/deb.sh dist
+	@touch $@
+	@ls dist/*.deb
+
+package: dist/.deb ## the wheel where there is no compiler, the Debian package in a clean root of Debian 13; with LONG=1 also of 12, and lintian
 	@echo "test: package"
-	@$(PY) -m pytest tests/package $(PYTEST_ARGS)
+	@$(if $(LONG),tests/package/setup_host.sh)
+	@$(PY) -m support.guest fetch
+	@$(AS_ROOT) env $(if $(LONG),UBLKPOOL_LONG=1) PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -p no:cacheprovider tests/package $(PYTEST_ARGS)
 
 test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \
@@ -252,4 +277,4 @@ bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=q
 	exit $$status
 
 clean: ## remove what was built, keep the guest's cache
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */*/_*.so */_*.[oc] */*/_*.[oc]
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info */_*.so */*/_*.so */_*.[oc] */*/_*.[oc]

@@ -127,8 +127,11 @@ class Supervisor:
         """Take over every device of an earlier daemon, side by side."""
         return [self._table.take_over(record, partial(left.device, record)) for record in left.records]
 
-    async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
-        """Delete these devices, or all.  Raises `DaemonError` if one does not exist or is in use; then all stay."""
+    async def delete(self, names: _Names | None, force: bool, *, forget: bool = True) -> Sequence[str]:
+        """Delete these devices, or all, and forget their stores; returns the names.
+
+        Raises `DaemonError` if one does not exist or is in use; then all stay.
+        """
         if names is not None and await self._delete_lost(names, force):
             return names
         wanted = [each.config.name for each in self._table.devices()] if names is None else names
@@ -141,7 +144,7 @@ class Supervisor:
         gone: _Names = []
         for name in dict.fromkeys(wanted):
             try:
-                await self._delete_one(name, force, is_known=name in devices)
+                await self._delete_one(name, force, forget=forget, is_known=name in devices)
             except DaemonError as error:
                 if gone:
                     raise DaemonError(f"{error} (deleted before that: {', '.join(gone)})") from error
@@ -156,11 +159,11 @@ class Supervisor:
         await self._table.delete_lost(left, force)
         return True
 
-    async def _delete_one(self, name: str, force: bool, is_known: bool) -> None:
+    async def _delete_one(self, name: str, force: bool, *, forget: bool, is_known: bool) -> None:
         # Another client may have removed the device meanwhile.
         if name in self._table:
-            await self._table.delete(name, force, forget=True)
-        elif not is_known:
+            await self._table.delete(name, force, forget=forget)
+        elif forget and not is_known:
             await self._binding(name).forget(lambda: name in self._table)
 
     async def rebind(self, name: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from ublkpool.daemon.admin.patience import DaemonLines, explain_missing
 from ublkpool.daemon.admin.wire import (
@@ -71,9 +72,13 @@ class AdminClient:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
         return self._call(AddRequest(device=device), DeviceStatus)
 
-    def delete(self, names: list[str] | None, force: bool = False) -> list[str]:
-        """Delete these devices, or all if `names` is None; returns the names."""
-        return self._call(DeleteRequest(names=names, force=force), list[str])
+    def delete(
+        self, names: list[str] | None, force: bool = False, *, keeps_stores: bool = False
+    ) -> list[str]:
+        """Delete these devices, or all if `names` is None; returns the names, which may keep their stores."""
+        return self._call(
+            DeleteRequest(names=names, force=force, keeps_stores=keeps_stores or UNSET), list[str]
+        )
 
     def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
         """Return when the device is live; raises `DaemonError` after `timeout_s` seconds (None: no limit)."""

@@ -67,8 +67,8 @@ class DeviceService(Protocol):
     async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
 
-    async def delete(self, names: _Names | None, force: bool) -> Sequence[str]:
-        """Delete these devices, or all if `names` is None; returns the names."""
+    async def delete(self, names: _Names | None, force: bool, *, forget: bool = True) -> Sequence[str]:
+        """Delete these devices, or all if `names` is None, and forget their stores; returns the names."""
 
     async def wait_live(self, name: str, timeout_s: float | None) -> DeviceStatus:
         """Return when the device is live; raises `DaemonError` after `timeout_s` seconds (None: no limit)."""
@@ -237,7 +237,9 @@ class AdminServer:
             case AddRequest():
                 return await self._service.add(request.device, _progress_to(writer))
             case DeleteRequest():
-                return await self._service.delete(request.names, request.force)
+                return await self._service.delete(
+                    request.names, request.force, forget=request.keeps_stores is not True
+                )
             case WaitRequest():
                 return await self._service.wait_live(request.name, request.timeout_s)
             case RebindRequest():

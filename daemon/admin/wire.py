@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.events.event import Event
@@ -40,6 +40,8 @@ class DeleteRequest(_Request, frozen=True, kw_only=True, tag="del"):
 
     names: list[str] | None
     force: bool = False
+    keeps_stores: bool | UnsetType = UNSET
+    """The names keep their stores, as at the daemon's end; unset in what an earlier daemon may be asked, too."""
 
 
 class WaitRequest(_Request, frozen=True, kw_only=True, tag="wait"):

@@ -12,8 +12,11 @@ from ublkpool.daemon.cli.watch_option import WatchCommand, check_seconds
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--all", "delete_all", is_flag=True, help="Delete every device of this daemon.")
 @click.option("--force", is_flag=True, help="Delete devices in use, too; their requests in flight fail.")
+@click.option(
+    "--keep-stores", is_flag=True, help="Do not forget which store each name has, as at the daemon's end."
+)
 @run_dir_option()
-def delete(names: tuple[str, ...], delete_all: bool, force: bool, run_dir: Path) -> None:
+def delete(names: tuple[str, ...], delete_all: bool, force: bool, keep_stores: bool, run_dir: Path) -> None:
     """Delete devices, and print their names.
 
     A device in use is not deleted, and the error names its users (mounts, holders, swap, processes).  If one of several
@@ -25,7 +28,8 @@ def delete(names: tuple[str, ...], delete_all: bool, force: bool, run_dir: Path)
     """
     if delete_all == bool(names):
         raise click.UsageError("name the devices to delete, or say --all" + (", not both" if names else ""))
-    for name in admin_client(run_dir).delete(None if delete_all else list(names), force):
+    client = admin_client(run_dir)
+    for name in client.delete(None if delete_all else list(names), force, keeps_stores=keep_stores):
         click.echo(name)
 
 

@@ -28,6 +28,7 @@ _FOLDERS = (
     "daemon",
     "docs",
     "examples",
+    "packaging",
     "tests",
     "ublk",
     "workers",

@@ -14,6 +14,8 @@ packages=(
     clang
     # programs that the tests run
     curl dmsetup e2fsprogs fdisk fio iproute2 kmod procps systemd util-linux xfsprogs
+    # to build the Debian package
+    debhelper dpkg-dev
     # the servers that backends are tested against, and a backend's library
     libnbd0 nbdkit nbdkit-plugin-python
     # to fetch and verify the guests' kernels

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.fakes.daemon import FakeDaemon, running_daemon
 from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.admin.wire import REQUEST_BYTES_MAX
+from ublkpool.daemon.admin.wire import REQUEST_BYTES_MAX, DeleteRequest
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
@@ -93,6 +94,18 @@ def test_all_devices_are_deleted_with_names_null(client: AdminClient) -> None:
     for name in ("a", "b"):
         client.add(DeviceConfig(name=name))
     assert client.delete(None) == ["a", "b"]
+
+
+def test_a_deletion_keeps_the_stores_if_asked_and_an_earlier_daemon_reads_one_that_does_not(
+    daemon: FakeDaemon,
+) -> None:
+    client = AdminClient(daemon.run_dir)
+    for keeps in (True, False):
+        client.add(DeviceConfig(name="a"))
+        client.delete(["a"], keeps_stores=keeps)
+    assert daemon.service.forgot == [False, True]
+    sent = msgspec.json.decode(msgspec.json.encode(DeleteRequest(names=["a"])))
+    assert sent == {"op": "del", "v": 1, "names": ["a"], "force": False}
 
 
 def test_errors_keep_their_status_and_text(client: AdminClient) -> None:

@@ -303,6 +303,10 @@ def test_del_prints_what_it_deleted(daemon: FakeDaemon, tmp_path: Path) -> None:
     assert daemon.service.forced == {False}
     assert run("del", "--all", "--force", run_dir=tmp_path).stdout == "a\nc\n"
     assert daemon.service.forced == {False, True}
+    assert daemon.service.forgot == [True, True]
+    run("add", "a", run_dir=tmp_path)
+    assert run("del", "--all", "--keep-stores", run_dir=tmp_path).stdout == "a\n"
+    assert daemon.service.forgot == [True, True, False]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:

@@ -275,6 +275,7 @@ class Table(DeviceTable):
     def __init__(self, seen: dict[str, str], counted: dict[str, str]) -> None:
         super().__init__(lambda config: Used(config.name, ""), lambda: None)
         self._counted = counted
+        self.forgotten: dict[str, bool] = {}
         self.left = {name: Used(name, seen.get(name, "")) for name in ("first", "second", "third")}
 
     def __contains__(self, name: str) -> bool:
@@ -287,7 +288,7 @@ class Table(DeviceTable):
         return self.left[name]
 
     async def delete(self, name: str, force: bool, forget: bool = False) -> None:
-        assert forget
+        self.forgotten[name] = forget
         if not force and name in self._counted:
             raise DaemonError(f"{name}: in use: {self._counted[name]}")
         del self.left[name]
@@ -323,6 +324,17 @@ def test_all_devices_are_checked_before_one_is_removed_and_every_refusal_is_repo
 
     assert asyncio.run(deletions(force, seen=seen, counted={})) == []
     assert forced == [["first", "second", "third"]]
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_a_deletion_forgets_the_stores_unless_it_is_told_to_keep_them(forget: bool) -> None:
+    async def delete() -> dict[str, bool]:
+        supervisor = Supervisor(fake_context(), Background("the daemon"))
+        table = supervisor._table = Table({}, {})
+        await supervisor.delete(None, force=False, forget=forget)
+        return table.forgotten
+
+    assert asyncio.run(delete()) == dict.fromkeys(("first", "second", "third"), forget)
 
 
 def test_a_refusal_reports_the_devices_that_were_removed_before_it() -> None:

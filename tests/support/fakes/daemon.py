@@ -48,6 +48,7 @@ class FakeService:
         self.hold_deletes: asyncio.Event | None = None
         self.adds_cancelled = 0
         self.forced: set[bool] = set()
+        self.forgot: _Bools = []
         self.rebound: list[str] = []
         self.waits_cancelled = 0
         self.config_problems: _Names = []
@@ -76,10 +77,11 @@ class FakeService:
         self.states[cfg.name] = "live" if cfg.backend else "waiting"
         return self._status(cfg.name)
 
-    async def delete(self, names: _Names | None, force: bool) -> _Names:
+    async def delete(self, names: _Names | None, force: bool, *, forget: bool = True) -> _Names:
         if self.hold_deletes is not None:
             await self.hold_deletes.wait()
         self.forced.add(force)
+        self.forgot.append(forget)
         names = _Names(self.configs) if names is None else names
         for name in names:
             if name not in self.configs:

@@ -92,8 +92,20 @@ class SystemdRoot:
 
     def copy(self, into: Path) -> None:
         """A root for one run, with this checkout installed in it as the README says.  Raises `CacheError`."""
-        run(["cp", "-a", "--reflink=auto", str(self.path), str(into)])
+        copy_root(self.path, into)
         install(into)
+
+    def copy_debian(self, into: Path) -> None:
+        """A root for one run that has Debian's packages only.  Raises `CacheError`."""
+        copy_root(self.path, into)
+        for made in ("opt/ublkpool", WHEELS):
+            shutil.rmtree(into / made)
+        (into / "usr/local/bin/ublkpool").unlink()
+
+
+def copy_root(root: Path, into: Path) -> None:
+    """Copy a root, by reference where the file system can.  Raises `CacheError`."""
+    run(["cp", "-a", "--reflink=auto", str(root), str(into)])
 
 
 def dependencies() -> list[str]:
@@ -102,7 +114,7 @@ def dependencies() -> list[str]:
     return [str(each) for each in project["dependencies"]]
 
 
-def bootstrap(root: Path) -> None:
+def bootstrap(root: Path, suite: str = SUITE, packages: Sequence[str] = PACKAGES) -> None:
     """Install Debian's files with debootstrap.  Raises `CacheError`."""
     mirrors = candidate_mirrors(read_sources(), release_codename(OS_RELEASE.read_text()))
     proxies = {f"{scheme}_proxy": proxy for scheme, proxy in apt_proxies().items()}
@@ -113,10 +125,10 @@ def bootstrap(root: Path) -> None:
             "debootstrap",
             "--variant=minbase",
             f"--keyring={KEYRING}",
-            f"--include={','.join(PACKAGES)}",
+            f"--include={','.join(packages)}",
         ]
         try:
-            privately([*command, SUITE, str(root), mirror], proxies | dict(os.environ))
+            privately([*command, suite, str(root), mirror], proxies | dict(os.environ))
             return
         except CacheError as error:
             problems.append(str(error))
@@ -197,7 +209,7 @@ def inside(root: Path, *lines: str) -> None:
     chroot = shlex.join(["chroot", str(root), "/bin/bash", "-euc", "\n".join(lines)])
     mounts = [
         f"mount -t proc proc {shlex.quote(str(root / 'proc'))}",
-        f"mount --bind /dev {shlex.quote(str(root / 'dev'))}",
+        f"mount --rbind /dev {shlex.quote(str(root / 'dev'))}",
     ]
     environ = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     privately(["bash", "-euc", "\n".join([*mounts, f"exec {chroot}"])], environ)

@@ -1,0 +1,96 @@
+"""The Debian package in a clean Debian, through its life; `make package`.
+
+Needs root, for the chroot.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from support.package import STATE, STORE, Life, debian_root, live, package_file
+from ublkpool.daemon.cli.commands import cli
+
+COMPLETION = (
+    "usr/share/bash-completion/completions/ublkpool",
+    "usr/share/zsh/vendor-completions/_ublkpool",
+    "usr/share/fish/vendor_completions.d/ublkpool.fish",
+)
+BESIDES = (
+    "usr/lib/systemd/system/ublkpool-backend@.service",
+    "usr/lib/systemd/system/ublkpool-shutdown.service",
+    "usr/lib/udev/rules.d/99-ublkpool.rules",
+    "usr/lib/sysusers.d/ublkpool.conf",
+    "usr/lib/modules-load.d/ublkpool.conf",
+    "usr/share/ublkpool/examples/demo_null.py",
+    "usr/share/doc/ublkpool/OPERATIONS.md",
+    "usr/share/doc/ublkpool/copyright",
+    *COMPLETION,
+)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("bookworm", marks=pytest.mark.long), "trixie"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+    """The life of the package that `make deb` built in a clean root of the suite."""
+    scratch = tmp_path_factory.mktemp("deb")
+    root = scratch / "root"
+    debian_root(request.param, root)
+    yield live(root, package_file(), scratch)
+    subprocess.run(["rm", "-rf", str(root)], check=True)
+
+
+# Its installation takes longer than all of these tests.
+@pytest.mark.long
+def test_lintian_finds_no_error() -> None:
+    command = ["lintian", "--fail-on=error", "--allow-root", str(package_file())]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_it_runs_without_a_driver_with_nothing_but_debian_s_python(seen: Life) -> None:
+    version = seen.said["python"].strip()
+    assert seen.said["version"].split() == ["ublkpool", version]
+    assert package_file().name.startswith(f"ublkpool_{version}_")
+    report = json.loads(seen.said["doctor"])
+    assert {"driver", "run-directory", "state-directory"} <= {each["check"] for each in report["findings"]}
+    assert "every promise was kept" in seen.said["check"]
+
+
+def test_each_command_has_its_page_and_all_that_a_machine_needs_is_there(seen: Life) -> None:
+    files = seen.files["installed"].keys()
+    pages = {each.rpartition("/")[2] for each in files if each.startswith("usr/share/man/man1/ublkpool")}
+    names = [*cli.list_commands(click.Context(cli)), "backend check"]
+    assert pages == {"ublkpool.1.gz", *(f"ublkpool-{name.replace(' ', '-')}.1.gz" for name in names)}
+    assert [each for each in BESIDES if each not in files] == []
+    assert seen.said["group"].startswith("ublkpool:")
+    assert "ublkpool" not in seen.said["units"], seen.said["units"]
+
+
+def test_a_unit_of_an_installation_by_hand_is_named(seen: Life) -> None:
+    assert "/etc/systemd/system/ublkpool.service is used in place" in seen.said["by hand"]
+
+
+def test_an_upgrade_and_a_removal_keep_the_config(seen: Life) -> None:
+    assert seen.config["mine"].endswith("# mine\n")
+    assert seen.config["upgrade"] == seen.config["remove"] == seen.config["mine"]
+
+
+def test_it_is_not_removed_while_devices_are_served_without_a_daemon(seen: Life) -> None:
+    assert "is not removed: no daemon answers, and its devices" in seen.said["remove without daemon"]
+    assert seen.said["version after refusal"] == seen.said["version"]
+
+
+def test_a_removal_keeps_what_the_daemon_knows_and_a_purge_keeps_the_operator_s_files(seen: Life) -> None:
+    removed = seen.files["removed"].keys()
+    assert [each for each in (*STATE, STORE) if f"var/lib/ublkpool/{each}" not in removed] == []
+    assert [each for each in removed if each.startswith(("usr/bin/ublkpool", "usr/lib/ublkpool"))] == []
+    assert seen.said["kept"] == STORE
+    assert "/var/lib/ublkpool has files of others, which stay" in seen.said["purge"]
+
+
+def test_a_purge_leaves_nothing_else(seen: Life) -> None:
+    clean, purged = seen.files["clean"], seen.files["purged"]
+    assert sorted(purged.keys() ^ clean.keys()) == []
+    assert purged == clean
