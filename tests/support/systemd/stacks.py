@@ -29,6 +29,7 @@ from support.systemd.facts import (
     writes_go_on,
 )
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
+from ublkpool.daemon.status import DeviceStatus
 
 MIB = 1 << 20
 SIZES = {"lvm": "32M", "half0": "24M", "half1": "24M", "swap": "96M"}
@@ -69,10 +70,8 @@ def disk(name: str) -> str:
 
 
 def node(name: str) -> str:
-    """The kernel's name of a device's disk."""
-    found = device(name)
-    assert found is not None and found.path is not None
-    return Path(found.path).name
+    """The kernel's name of a device's disk, for which no daemon need answer."""
+    return Path(disk(name)).readlink().name
 
 
 def add(name: str) -> None:
@@ -210,11 +209,24 @@ def new_daemon(pid: int) -> bool:
 
 def kill_workers(name: str) -> int:
     """Kill a device's workers; returns the epoch that they served."""
-    found = device(name)
-    assert found is not None
+    found = status(name)
     for each in found.workers:
         os.kill(each.pid, signal.SIGKILL)
     return found.epoch
+
+
+def status(name: str) -> DeviceStatus:
+    """A device's status, as soon as a daemon answers."""
+    answers: list[DeviceStatus] = []
+
+    def is_answered() -> bool:
+        found = device(name)
+        if found is not None:
+            answers.append(found)
+        return found is not None
+
+    eventually(is_answered, f"a daemon answers about {name}")
+    return answers[0]
 
 
 def is_later(name: str, epoch: int) -> bool:
