@@ -39,6 +39,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.drain import NotDrained
+from ublkpool.daemon.device.memory import MemoryBudget
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Records
 from ublkpool.daemon.device.state import StateDirectory
@@ -417,6 +418,7 @@ class SimContext(DaemonContext):
         self.states = StateDirectory(scenery.state_dir, runner if scenery.slow_state else DirectRunner())
         self.records = SimRecords(_RUN_DIR)
         self.events = Events()
+        self.budget = MemoryBudget()
 
 
 class SimTime:
