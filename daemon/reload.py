@@ -98,8 +98,8 @@ class Reload:
         name = wanted.name
         try:
             if name not in self._table or self._table.device(name).state == "failed":
-                self._table.add_configured(wanted, _log.info)
-                return Reloaded(name=name, done="is being added")
+                refusal = self._table.add_configured(wanted, _log.info)
+                return Reloaded(name=name, done="" if refusal else "is being added", needs=refusal)
             return await _change(self._table.device(name), wanted)
         except (DaemonError, OSError) as error:
             return Reloaded(name=name, needs=without_name(name, one_line(error)))

@@ -117,11 +117,14 @@ class Supervisor:
         """
         return (await self._table.add(cfg, progress)).status()
 
-    def add_configured(self, devices: Sequence[DeviceConfig]) -> None:
-        """Add the config's devices side by side, without waiting; a failed one stays in the list with its reason."""
+    def add_configured(self, devices: Sequence[DeviceConfig], were_there: bool = False) -> None:
+        """Add the config's devices side by side, without waiting; a failed one stays in the list with its reason.
+
+        Those that `were_there` under the daemon before this one are added whatever the budget of memory is.
+        """
         for cfg in devices:
             if cfg.name not in self._table:
-                self._table.add_configured(cfg, _log.info)
+                self._table.add_configured(cfg, _log.info, were_there)
 
     def take_over(self, left: TakeOver) -> Sequence["asyncio.Task[None]"]:
         """Take over every device of an earlier daemon, side by side."""
@@ -570,7 +573,8 @@ async def _after_takeover(
     left.close()
     # Devices of the config that the kernel no longer has are made anew.
     if not supervisor.stopped.is_set():
-        supervisor.add_configured([each for each in config.devices if each.name in left.gone])
+        devices = [each for each in config.devices if each.name in left.gone]
+        supervisor.add_configured(devices, were_there=True)
     if left.outdated:
         await supervisor.renew(left.outdated)
 

@@ -44,7 +44,7 @@ def account_of(user: str, group: str | None = None) -> Account:
     """
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
+    except (KeyError, ValueError, OverflowError):
         raise LookupError(f"no such user: {user}; create it with: useradd --system {user}") from None
     first = entry.pw_gid if group is None else _group_of(group)
     return Account(
@@ -55,7 +55,7 @@ def account_of(user: str, group: str | None = None) -> Account:
 def _group_of(group: str) -> int:
     try:
         return (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
-    except (KeyError, OverflowError):
+    except (KeyError, ValueError, OverflowError):
         raise LookupError(f"no such group: {group}; create it with: groupadd --system {group}") from None
 
 

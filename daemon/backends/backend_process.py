@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ublkpool.daemon.backends.backend_log import BackendLog
 from ublkpool.daemon.backends.backend_user import change_user, check_can_run
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.mounts import enter_live_view
 from ublkpool.daemon.processes.reserve import restore_descriptor_limit, with_room_for_one
@@ -58,6 +59,17 @@ class BackendProcess(SupervisedProcess):
         self._live_mounts = live_mounts
         self._group = group
         self._last_end = ""
+        self._no_start = ""
+        """Why the last try to start it failed."""
+
+    def start(self) -> None:
+        """See `SupervisedProcess`."""
+        try:
+            super().start()
+        except (OSError, DaemonError) as error:
+            self._no_start = without_name(self._device, one_line(error))
+            raise
+        self._no_start = ""
 
     def adopt(self, pid: int, stderr: int) -> None:
         """Go on with an earlier daemon's process, whose stderr is read from a duplicate of `stderr`.
@@ -137,7 +149,13 @@ class BackendProcess(SupervisedProcess):
 
     @property
     def trouble(self) -> str:
-        """Why it does not serve: the last warning of the running process, else how the one before it ended."""
+        """Why it does not serve: what keeps it from starting, the last warning of the running process, or else how the
+        one before it ended; empty if no reason is known.
+        """
+        if self._no_start:
+            return f"backend {self.config.kind} cannot be started: {self._no_start}"
+        if not self.is_started:
+            return ""
         warning = self._words.last_warning
         return f"backend {self.config.kind}: {warning}" if warning and not self._is_over else self._last_end
 

@@ -64,7 +64,7 @@ class ManagedBackend:
     @property
     def trouble(self) -> str:
         """Why it does not serve; empty if no reason is known."""
-        return self._process.trouble if self._process.is_started else ""
+        return self._process.trouble
 
     def use(self, config: BackendConfig) -> None:
         """Give it these options from its next start on."""

@@ -145,11 +145,11 @@ class Device(DeviceService):
         check_fits(self.config, resources.disk, session.attach, parts.binding.resized_for(session.attach))
         with self._segment_counted(session.attach):
             session.generation = await self._bind(session.attach)
-        parts.backend.number_segment(session)
-        if resources.team is None:
-            await self._start(session.attach, session)
-        else:
-            await self._introduce_next(resources.team, session)
+            parts.backend.number_segment(session)
+            if resources.team is None:
+                await self._start(session.attach, session)
+            else:
+                await self._introduce_next(resources.team, session)
         if parts.managed is not None:
             parts.managed.serves()
         if self.state == "live":

@@ -129,16 +129,24 @@ class DeviceTable:
             raise
         return entry.device
 
-    def add_configured(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> None:
-        """The same without waiting; a device that cannot start stays in the list, failed, with its reason."""
+    def add_configured(
+        self, cfg: DeviceConfig, progress: Callable[[str], None], was_there: bool = False
+    ) -> str:
+        """The same without waiting; a device that cannot start stays in the list, failed, with its reason.
+
+        Returns why the device is not even tried; empty if it is being made.  One that `was_there` under the daemon
+        before this one is always tried.
+        """
         before = self._replaceable(cfg.name)
-        if reason := self._refusal(cfg):
+        if not was_there and (reason := self._refusal(cfg)):
             _log.error("device %s of the config: %s", cfg.name, reason)
-            if before is None:
-                self._enter(cfg, None).device.note_failure(reason)
+            entry = self._entries.get(cfg.name) or self._enter(cfg, None)
+            if not entry.has_made:
+                entry.device.note_failure(reason)
                 self._changed()
-            return
+            return reason
         self._begin(cfg, progress, before, keeps_failed=True)
+        return ""
 
     def take_over(self, left: Record, work: Callable[[Show], Awaitable[bool]]) -> "asyncio.Task[None]":
         """Have `work` take over what an earlier daemon left of this device; its result says whether a device is left.

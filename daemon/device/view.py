@@ -86,9 +86,13 @@ class DeviceView:
 
     @property
     def memory_bytes(self) -> int:
-        """What the daemon has made or will make for the device, see `memory.py`; 0 once it has failed."""
-        resources = self.parts.resources
-        return 0 if self.state == "failed" and resources.arena is None else resources.memory_bytes
+        """What the daemon has made or will make for the device, see `memory.py`; 0 once it has failed.
+
+        A device that could not be taken over may still have what an earlier daemon made.
+        """
+        resources, is_left = self.parts.resources, self.parts.left is not None
+        has_none = self.state == "failed" and resources.arena is None and not is_left
+        return 0 if has_none else resources.memory_bytes
 
     @property
     def arena(self) -> Arena | None:

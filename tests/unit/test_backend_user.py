@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,30 @@ def test_a_config_file_without_a_group_is_refused_if_a_backend_has_a_user(tmp_pa
     assert (device.backend.user, device.backend.group) == (NOBODY, None)
     # A record of a device that uses neither can be read by an earlier version.
     assert b"user" not in msgspec.json.encode(BackendConfig(kind="null"))
+
+
+def test_a_name_that_no_user_can_have_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "ublkpool.toml"
+    file.write_text('[[device]]\nname = "vol0"\n[device.backend]\nkind = "null"\nuser = "a\\u0000b"\n')
+    with pytest.raises(ConfigError, match=r'device "vol0": backend.user: no such user'):
+        load_config(file)
+
+
+@needs_root
+def test_a_backend_whose_user_is_gone_says_so_and_is_started_once_there_is_one(tmp_path: Path) -> None:
+    async def run() -> None:
+        gone = BackendConfig(kind="null", user="no-such-user", cwd="/")
+        process = BackendProcess("vol0", gone, tmp_path, lambda _fd: None, None, GROUP)
+        with pytest.raises(ConfigError):
+            process.start()
+        assert process.trouble.startswith("backend null cannot be started: backend.user: no such user")
+        process.config = msgspec.structs.replace(gone, user=None)
+        process.start()
+        assert "cannot be started" not in process.trouble
+        process.child.send(signal.SIGKILL)
+        await asyncio.wait_for(process.child.wait(), DEADLINE_S)
+
+    asyncio.run(run())
 
 
 def test_a_user_cannot_be_set_as_an_option() -> None:

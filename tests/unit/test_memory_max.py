@@ -179,8 +179,47 @@ def test_a_device_of_the_config_that_is_refused_is_listed_with_the_reason_and_ca
         refused = world.table.device("vol1")
         assert world.table.device("vol0").state == "live" and refused.state == "failed"
         assert refused.reason.startswith("it needs ")
-        world.table.add_configured(managed("vol1"), nothing)
-        assert world.table.device("vol1") is refused
+        await world.table.delete("vol0", force=False)
+        await world.table.add(managed("vol2"), nothing)
+        refused.note_failure("figures of another time")
+        assert "memory_max" in world.table.add_configured(managed("vol1"), nothing)
+        assert world.table.device("vol1") is refused and refused.reason.startswith("it needs ")
+        await world.table.delete("vol2", force=False)
+        assert world.table.add_configured(managed("vol1"), nothing) == ""
+        await world.table.settled()
+        assert world.table.device("vol1").state == "live"
+
+    in_loop(run)
+
+
+def test_a_device_that_was_there_under_the_daemon_before_is_made_whatever_the_budget_is() -> None:
+    async def run() -> None:
+        world = with_budget(ONE_BYTES)
+        await world.table.add(managed("vol0"), nothing)
+        assert world.table.add_configured(managed("vol1"), nothing, was_there=True) == ""
+        await world.table.settled()
+        assert world.table.device("vol1").state == "live"
+
+    in_loop(run)
+
+
+def test_a_device_that_could_not_be_taken_over_still_has_its_memory() -> None:
+    async def run() -> None:
+        device = fake_device()
+        needed_bytes = device.memory_bytes
+        device.await_takeover(Record(config=device.config))
+        device.note_failure("left by an earlier daemon")
+        assert device.state == "failed" and device.memory_bytes == needed_bytes > 0
+
+    in_loop(run)
+
+
+def test_a_refused_device_of_the_config_is_made_by_a_later_try() -> None:
+    async def run() -> None:
+        world = with_budget(ONE_BYTES)
+        for name in ("vol0", "vol1"):
+            world.table.add_configured(managed(name), nothing)
+        await world.table.settled()
         await world.table.delete("vol0", force=False)
         world.table.add_configured(managed("vol1"), nothing)
         await world.table.settled()
@@ -273,6 +312,22 @@ def test_the_segment_of_a_backend_that_is_refused_for_another_reason_does_not_co
     in_loop(run)
 
 
+def test_the_segment_of_a_successor_that_the_workers_cannot_be_told_of_does_not_count() -> None:
+    async def run() -> None:
+        device = fake_device()
+        device.parts.resources.team = FakeTeam()
+
+        async def introduce_next(*_: object) -> None:
+            raise DaemonError("a worker has just died")
+
+        device._introduce_next = introduce_next  # type: ignore[method-assign]
+        with pytest.raises(DaemonError, match="just died"):
+            await device.attach(segmented(2 * MIB))
+        assert device.parts.resources.segment_bytes == 0
+
+    in_loop(run)
+
+
 # The daemon
 
 CONFIG = """
@@ -325,23 +380,33 @@ def test_a_daemon_refuses_what_its_file_does_not_allow_and_a_reload_changes_that
     serving(load_config(written(tmp_path, ONE_BYTES)), test)
 
 
+@pytest.mark.parametrize("are_configured", [False, True])
 def test_a_daemon_serves_devices_above_its_budget_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, are_configured: bool
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir(0o700)
-    for name in ("vol0", "vol1"):
+    devices = [DeviceConfig(name=name, size_bytes=SIZE_BYTES) for name in ("vol0", "vol1")]
+    for each in devices:
         # An earlier daemon was killed while these waited for their backends.
-        Records(run_dir / "devices").save(Record(config=DeviceConfig(name=name, size_bytes=SIZE_BYTES)))
+        Records(run_dir / "devices").save(Record(config=each))
 
     async def test(client: Client) -> None:
-        while "memory_max is" not in caplog.text:
+        while await client.states() != {"vol0": "waiting", "vol1": "waiting"}:
             await asyncio.sleep(0.01)
-        assert await client.states() == {"vol0": "waiting", "vol1": "waiting"}
+        if not are_configured:
+            # Those of the config are made anew after the takeover, of which this is the end.
+            while "memory_max is" not in caplog.text:
+                await asyncio.sleep(0.01)
         with pytest.raises(DaemonError, match="vol2: it needs "):
             await client.ask(added("vol2"))
 
-    config = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state", memory_max_bytes=ONE_BYTES)
+    config = ServeConfig(
+        run_dir=run_dir,
+        state_dir=tmp_path / "state",
+        memory_max_bytes=ONE_BYTES,
+        devices=tuple(devices) if are_configured else (),
+    )
     serving(config, test)
 
 

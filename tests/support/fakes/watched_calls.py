@@ -27,7 +27,7 @@ _DISK = re.compile(
 _OWN = re.compile(
     r"/dev/(shm\b|null$|urandom$|kmsg$|ublkc\d+$)"
     r"|/proc/(self|\d+/(stat|status|comm|stack)$|meminfo$|sys/)"
-    r"|/sys/(kernel/mm|fs/cgroup)\b|/etc/|/run/|/usr/(lib|share)/|/var/lib/ublkpool\b"
+    r"|/sys/(kernel/mm|fs/cgroup|devices/system/cpu)\b|/etc/|/run/|/usr/(lib|share)/|/var/lib/ublkpool\b"
 )
 _AUDITED = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chdir"}
 _UNAUDITED = ("stat", "lstat", "access", "readlink", "statvfs")
