@@ -181,7 +181,8 @@ package: dist/.deb ## the wheel where there is no compiler, the Debian package i
 	@echo "test: package"
 	@$(if $(LONG),tests/package/setup_host.sh)
 	@$(PY) -m support.guest fetch
-	@$(AS_ROOT) env $(if $(LONG),UBLKPOOL_LONG=1) PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest -p no:cacheprovider tests/package $(PYTEST_ARGS)
+	@$(AS_ROOT) env $(if $(LONG),UBLKPOOL_LONG=1) PYTHONDONTWRITEBYTECODE=1 \
+	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/package $(PYTEST_ARGS)
 
 test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \

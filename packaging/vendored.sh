@@ -3,6 +3,10 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3} machine=$(uname -m)
+if [ "$machine" != x86_64 ]; then
+    echo "deb: packaging/vendored.txt has wheels for x86_64, and this machine is $machine: build the package on x86_64" >&2
+    exit 1
+fi
 mapfile -t pythons < "$here/pythons.txt"
 cache=${UBLKPOOL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}}/ublkpool-vendored
 folder=$cache/$(cat "$here/vendored.txt" "$here/pythons.txt" | sha256sum | cut -c1-12)-$machine
@@ -20,6 +24,9 @@ if [ ! -d "$folder" ]; then
     done
     chmod 755 "$partial"
     # Another build may have fetched them meanwhile.
-    mv -T "$partial" "$folder" 2> /dev/null || true
+    if ! moved=$(mv -T "$partial" "$folder" 2>&1) && [ ! -d "$folder" ]; then
+        echo "deb: the fetched wheels have no place in the cache: $moved: set UBLKPOOL_CACHE to another folder" >&2
+        exit 1
+    fi
 fi
 echo "$folder"
