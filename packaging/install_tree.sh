@@ -49,11 +49,11 @@ echo "units, rules, config"
 units=$root/usr/lib/systemd/system
 share=$root/usr/share/ublkpool
 install -D -m 644 -t "$units" config/*.service
+# The package's own command: systemd would find one in /usr/local/bin first.
+sed -E -i 's,^(Exec[A-Za-z]+=[-+!:@]*)ublkpool ,\1/usr/bin/ublkpool ,' "$units"/*.service
 install -D -m 644 -t "$root/usr/lib/udev/rules.d" config/99-ublkpool.rules
 install -D -m 644 config/ublkpool.toml "$root/etc/ublkpool/ublkpool.toml"
 mkdir -p "$root/etc/ublkpool/backends"
-mkdir -p "$root/usr/lib/modules-load.d"
-echo ublk_drv > "$root/usr/lib/modules-load.d/ublkpool.conf"
 # They are where systemd and udev find them.
 rm "$share"/*.service "$share"/*.rules
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import click
 import pytest
 
-from support.package import STATE, STORE, Life, debian_root, live, package_file
+from support.package import BY_HAND, STATE, STORES, Life, debian_root, live, package_file
 from ublkpool.daemon.cli.commands import cli
 
 COMPLETION = (
@@ -23,7 +23,7 @@ BESIDES = (
     "usr/lib/systemd/system/ublkpool-shutdown.service",
     "usr/lib/udev/rules.d/99-ublkpool.rules",
     "usr/lib/sysusers.d/ublkpool.conf",
-    "usr/lib/modules-load.d/ublkpool.conf",
+    "usr/share/ublkpool/ublkpool-hardening.conf",
     "usr/share/ublkpool/examples/demo_null.py",
     "usr/share/doc/ublkpool/OPERATIONS.md",
     "usr/share/doc/ublkpool/copyright",
@@ -36,9 +36,11 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The life of the package that `make deb` built in a clean root of the suite."""
     scratch = tmp_path_factory.mktemp("deb")
     root = scratch / "root"
-    debian_root(request.param, root)
-    yield live(root, package_file(), scratch)
-    subprocess.run(["rm", "-rf", str(root)], check=True)
+    try:
+        debian_root(request.param, root)
+        yield live(root, package_file(), scratch)
+    finally:
+        subprocess.run(["rm", "-rf", str(root)], check=True)
 
 
 # Its installation takes longer than all of these tests.
@@ -70,8 +72,16 @@ def test_each_command_has_its_page_and_all_that_a_machine_needs_is_there(seen: L
     assert [each for each in said if "ublkpool" in each] == []
 
 
-def test_a_unit_of_an_installation_by_hand_is_named(seen: Life) -> None:
+def test_its_units_run_its_own_command(seen: Life) -> None:
+    commands = [each.partition("=")[2] for each in seen.said["commands"].splitlines()]
+    ours = [each for each in commands if not each.startswith("-systemctl kill")]
+    assert len(ours) >= 5
+    assert [each for each in ours if not each.startswith("/usr/bin/ublkpool ")] == []
+
+
+def test_what_was_installed_by_hand_is_named(seen: Life) -> None:
     assert "/etc/systemd/system/ublkpool.service is used in place" in seen.said["by hand"]
+    assert "/usr/local/bin/ublkpool answers to the command ublkpool" in seen.said["by hand"]
 
 
 def test_an_upgrade_and_a_removal_keep_the_config(seen: Life) -> None:
@@ -84,12 +94,17 @@ def test_it_is_not_removed_while_devices_are_served_without_a_daemon(seen: Life)
     assert seen.said["version after refusal"] == seen.said["version"]
 
 
+def test_a_purge_beside_an_installation_by_hand_keeps_all_that_it_may_use(seen: Life) -> None:
+    assert f"/{BY_HAND[0]} is not the package's" in seen.said["purge by hand"]
+    assert seen.files["purged by hand"] == seen.files["removed"]
+
+
 def test_a_removal_keeps_what_the_daemon_knows_and_a_purge_keeps_the_operator_s_files(seen: Life) -> None:
     removed = seen.files["removed"].keys()
-    assert [each for each in (*STATE, STORE) if f"var/lib/ublkpool/{each}" not in removed] == []
+    assert [each for each in (*STATE, *STORES) if f"var/lib/ublkpool/{each}" not in removed] == []
     assert [each for each in removed if each.startswith(("usr/bin/ublkpool", "usr/lib/ublkpool"))] == []
-    assert seen.said["kept"] == STORE
-    assert "/var/lib/ublkpool has files of others, which stay" in seen.said["purge"]
+    assert seen.said["kept"].split() == sorted(STORES)
+    assert "/var/lib/ublkpool stays: it has files that no daemon wrote" in seen.said["purge"]
 
 
 def test_a_purge_leaves_nothing_else(seen: Life) -> None:

@@ -27,10 +27,12 @@ NOT_OURS = (
 )
 CONFIG = "etc/ublkpool/ublkpool.toml"
 RECORD = "run/ublkpool/devices/vol0.json"
-STATE = ("vol0.json", "lock", "events.jsonl", ".room-0", "at/run-other/vol1.json")
+STATE = ("vol0.json", "lock", "events.jsonl", ".room-0", "at/run/other/vol1.json", "at/run/other/lock")
 """Files that daemons write into the state directory."""
-STORE = "vol0.img"
-"""A disk's data that an operator has put there."""
+STORES = ("vol0.img", "vol0/index.json")
+"""Files of disks' data that an operator has put there."""
+BY_HAND = ("etc/systemd/system/ublkpool.service", "usr/local/bin/ublkpool")
+"""Files of an installation by hand."""
 
 
 def package_file(directory: Path = DIST) -> Path:
@@ -137,6 +139,7 @@ PROBES = {
     # A backend's process, its rings, its ZeroMQ and its memory.
     "check": "ublkpool backend check memory size=16M --seconds 0.2",
     "group": "getent group ublkpool",
+    "commands": "grep -h '^Exec.*ublkpool' /usr/lib/systemd/system/ublkpool*.service",
     "units": "systemd-analyze verify --man=no /usr/lib/systemd/system/ublkpool.service",
 }
 """Commands that run with the package installed."""
@@ -159,11 +162,12 @@ def live(root: Path, package: Path, scratch: Path) -> Life:
 
 
 def _install_older(root: Path, package: Path, seen: Life) -> None:
-    """Install an earlier version beside a unit that is there by hand; then the operator writes the config."""
-    by_hand = root / "etc/systemd/system/ublkpool.service"
-    by_hand.write_text("[Service]\nExecStart=true\n")
+    """Install an earlier version beside what is there by hand; then the operator writes the config."""
+    for each in BY_HAND:
+        (root / each).write_text("[Service]\nExecStart=true\n")
     seen.said["by hand"] = install(root, package)
-    by_hand.unlink()
+    for each in BY_HAND:
+        (root / each).unlink()
     config = root / CONFIG
     config.write_text(config.read_text() + "\n# mine\n")
     seen.config["mine"] = config.read_text()
@@ -178,18 +182,25 @@ def _remove(root: Path, seen: Life) -> None:
     seen.said["remove without daemon"] = refused_in(root, "dpkg -r ublkpool")
     seen.said["version after refusal"] = said_in(root, "ublkpool --version")
     record.unlink()
-    for name in (*STATE, STORE):
+    for name in (*STATE, *STORES):
         file = root / "var/lib/ublkpool" / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("{}")
+        file.write_text("" if file.name == "lock" else "{}")
     said_in(root, "dpkg -r ublkpool")
     seen.config["remove"] = (root / CONFIG).read_text()
     seen.files["removed"] = listing(root)
 
 
 def _purge(root: Path, seen: Life) -> None:
-    """Purge the package; a store in the state directory is of the operator."""
+    """Purge the package, first beside a unit that was installed by hand; the operator's stores stay."""
+    by_hand = root / BY_HAND[0]
+    by_hand.write_text("")
+    seen.said["purge by hand"] = said_in(root, "/var/lib/dpkg/info/ublkpool.postrm purge")
+    by_hand.unlink()
+    seen.files["purged by hand"] = listing(root)
     seen.said["purge"] = said_in(root, "dpkg -P ublkpool")
     state = root / "var/lib/ublkpool"
-    seen.said["kept"] = " ".join(sorted(each.name for each in state.iterdir()))
+    seen.said["kept"] = " ".join(
+        sorted(str(each.relative_to(state)) for each in state.rglob("*") if each.is_file())
+    )
     shutil.rmtree(state)
