@@ -320,7 +320,7 @@ def test_the_segment_of_a_successor_that_the_workers_cannot_be_told_of_does_not_
         async def introduce_next(*_: object) -> None:
             raise DaemonError("a worker has just died")
 
-        device._introduce_next = introduce_next  # type: ignore[method-assign]
+        device._introduce_next = introduce_next  # type: ignore[assignment, method-assign]
         with pytest.raises(DaemonError, match="just died"):
             await device.attach(segmented(2 * MIB))
         assert device.parts.resources.segment_bytes == 0
