@@ -193,9 +193,10 @@ test-vm: compiled ## tests with the driver: here if it is loaded and we are root
 	    $(MAKE) -j$(words $(KERNELS)) $(addprefix vm-,$(KERNELS)); \
 	fi
 
-# Guests wait more than they compute, so all kernels' run at once, and beside them one that boots Debian or loses its
-# power.  Each output line begins with its guest.
-test-guests: compiled ## test-vm, and at the same time test-systemd and test-power
+# Guests wait more than they compute, so all kernels' guests of test-vm run at once.  Beside them run those that boot Debian
+# or lose their power, one after the other.  With the driver on this machine all run in turn: test-vm, then the others.
+# Each output line begins with its guest.
+test-guests: compiled ## test-vm, beside it test-systemd and then test-power; with the driver here all in turn
 	@$(PY) -m support.guest fetch
 	@if $(HAS_DRIVER); then \
 	    $(MAKE) test-vm booted; \
