@@ -106,6 +106,9 @@ def test_the_daemons_absence_is_told_until_it_is_back(session: Session, minute: 
     async def steps(app: Top, pilot: "Pilot[Exception]") -> None:
         await hand(app, pilot, DaemonUnreachable("none is running"))
         assert shown(app)[4] == " waiting for the daemon: none is running"
+        await pilot.press("p")
+        assert shown(app)[4] == " PAUSED, p goes on  none is running"
+        await pilot.press("p")
         app.post_message(Said("the daemon, process 7, is stopped (SIGSTOP); waiting"))
         await pilot.pause(0)
         assert shown(app)[4] == " the daemon, process 7, is stopped (SIGSTOP); waiting"

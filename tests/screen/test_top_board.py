@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from support.fakes.top_readings import LOADS, reading
+from support.fakes.top_readings import LOADS, REFUSED, reading
 from support.screen import IS_WRITING, press
 from support.screen import text_of as lines
 from ublkpool.daemon.cli.top import device_columns
@@ -78,6 +78,19 @@ def test_nothing_at_all_is_drawn_as_well() -> None:
     session = Session("/run/ublkpool")
     session.take(reading(1, loads=())[0])
     assert any("ublkpool add" in line for line in lines(session))
+    assert "--run-dir" not in "\n".join(lines(session))
+    session = Session("/srv/other daemon")
+    session.take(reading(1, loads=())[0])
+    text = " ".join(line.strip() for line in lines(session))
+    assert "ublkpool add NAME --size 1G --backend memory --run-dir '/srv/other daemon'" in text
+
+
+def test_devices_that_recover_without_a_reason_are_counted_as_well(minute: Sequence[Reading]) -> None:
+    session = Session("/run/ublkpool")
+    session.take(reading(1, LOADS[:2])[0])
+    assert "devices 2, all serve" in lines(session)[1]
+    session.take(reading(1, [LOADS[0], LOADS[1]._replace(state="recovering")])[0])
+    assert "devices 2, 1 with trouble" in lines(session)[1]
 
 
 def test_an_absent_daemon_is_told_and_what_it_told_last_stays(
@@ -96,6 +109,36 @@ def test_an_absent_daemon_is_told_and_what_it_told_last_stays(
 def test_trouble_is_told_on_a_small_screen_too(session: Session, height: int) -> None:
     session.lose("the daemon is away")
     assert any("the daemon is away" in line for line in lines(session, 60, height))
+
+
+AWAY = (
+    "/run/ublkpool/admin.sock: gone, but a daemon (process 4711) listens there: its run directory was emptied or "
+    "replaced; kill 4711, then start the daemon again"
+)
+
+
+@pytest.mark.parametrize("height", [6, 10, 24])
+def test_a_long_trouble_is_told_to_its_end_with_the_way_out(session: Session, height: int) -> None:
+    session.lose(AWAY, has_failed=True)
+    for keys in ((), ("enter",), ("escape", "e")):
+        press(session, *keys)
+        assert f" waiting for the daemon: {AWAY}" in "".join(lines(session, 80, height))
+
+
+def test_a_long_reason_is_told_to_its_end_with_the_way_out(session: Session) -> None:
+    press(session, *["down"] * 7, "enter")
+    assert session.looked_at == "vm-old" and f" {REFUSED}" in "".join(lines(session))
+
+
+def test_a_pause_and_the_filter_are_told_beside_trouble(session: Session) -> None:
+    session.lose("none is running", has_failed=True)
+    press(session, "/", "v")
+    text = "".join(lines(session)[4:6])
+    assert text.startswith(" filter: v_") and "waiting for the daemon: none is running" in text
+    press(session, "enter", "p")
+    text = "".join(lines(session)[4:6])
+    assert text.startswith(" PAUSED, p goes on  filter: v  4 of 10 devices  none is running")
+    assert "waiting" not in text, "a paused screen asks for nothing"
 
 
 def test_a_device_in_depth_says_why_it_does_not_serve(session: Session) -> None:

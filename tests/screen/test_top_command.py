@@ -26,12 +26,14 @@ def complaint(*args: str) -> str:
 def test_without_a_terminal_one_line_names_the_command_for_scripts(tmp_path: Path) -> None:
     line = complaint("--run-dir", str(tmp_path))
     assert line.startswith("ublkpool: top needs a terminal") and "ublkpool stats --watch" in line
+    assert "stdin, stdout and stderr" in line
 
 
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "textual", None)
     line = complaint()
     assert "pip install 'ublkpool[top]'" in line and "ublkpool stats --watch" in line
+    assert '"The Debian package" in docs/OPERATIONS.md' in line, "its environment has no pip"
 
 
 def test_a_column_that_is_none_is_refused_with_those_that_are() -> None:

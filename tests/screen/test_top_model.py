@@ -86,6 +86,24 @@ def test_a_first_reading_has_no_rates_but_everything_else() -> None:
     assert [each.device.rates for each in made.queues("db-data")] == [None] * 4
 
 
+def test_what_is_not_known_is_a_gap_and_what_is_known_is_summed(minute: Sequence[Reading]) -> None:
+    made = model(reading(2))
+    assert [each.reads is None for each in made.totals] == [True, False]
+    assert [each.writes is None for each in made.devices["db-data"].history] == [True, False]
+    made.take(without(minute[-1], "images"))
+    made.take(minute[0])
+    made.take(
+        minute[-1]._replace(interval=minute[-1].interval._replace(devices=minute[0].interval.devices[:1]))
+    )
+    assert made.totals[-1].reads is None and made.totals[-2].reads is None
+    mixed = [*minute[-1].interval.devices[1:], minute[0].interval.devices[0]]
+    made.take(minute[-1]._replace(interval=minute[-1].interval._replace(devices=mixed)))
+    known = [each.rates.requests_per_s.read for each in minute[-1].interval.devices[1:] if each.rates]
+    assert made.totals[-1].reads == pytest.approx(sum(known))
+    made.take(reading(1, loads=())[0])
+    assert made.totals[-1].reads == 0
+
+
 def test_a_device_of_which_only_one_answer_knows_waits_for_the_next_reading(
     minute: Sequence[Reading],
 ) -> None:
@@ -113,6 +131,23 @@ def test_histories_are_bounded_and_kept_over_an_absence(minute: Sequence[Reading
     assert made.trouble == "gone" and len(made.devices) == len(LOADS)
     made.take(minute[0])
     assert made.trouble == "" and len(made.devices["images"].history) == HISTORY
+
+
+@pytest.mark.parametrize(
+    ("changed", "serves"),
+    [
+        ({}, True),
+        ({"state": "recovering"}, False),
+        ({"state": "failed"}, False),
+        ({"reason": "no backend is attached"}, False),
+        ({"drain": "drained"}, False),
+    ],
+)
+def test_only_a_live_device_without_a_reason_serves(
+    session: Session, changed: dict[str, str], serves: bool
+) -> None:
+    live = session.model.devices["db-data"]
+    assert live._replace(status=structs.replace(live.status, **changed)).serves == serves
 
 
 def test_the_state_is_a_word_and_says_when_a_live_device_does_not_serve(session: Session) -> None:

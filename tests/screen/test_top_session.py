@@ -169,6 +169,13 @@ def test_a_click_chooses_opens_and_sorts(session: Session) -> None:
     assert session.looked_at == "vm-build"
 
 
+def test_a_click_that_opens_a_device_ends_the_editing_of_the_filter(session: Session) -> None:
+    press(session, "/", "v")
+    session.click(0)
+    assert session.looked_at == "vm-alpine" and not session.is_editing and session.filter == "v"
+    assert press(session, "q").has_ended, "letters are keys again"
+
+
 def test_a_device_that_is_deleted_is_told_of_and_followed_again(
     session: Session, minute: Sequence[Reading]
 ) -> None:

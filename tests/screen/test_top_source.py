@@ -116,6 +116,14 @@ def test_a_daemon_of_an_earlier_version_is_shown_without_its_own_processes(
     assert found.shares == {}
 
 
+def test_an_answer_of_another_version_names_the_way_out(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon.service, "list", lambda: [{"name": 7}])
+    with pytest.raises(DaemonError, match=r"makes no sense.*start the `ublkpool top` of its installation"):
+        Source(daemon.run_dir).read("")
+
+
 def test_events_that_are_refused_are_no_reason_to_show_nothing(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """`ublkpool top` in a real terminal: what it shows, and that the terminal is usable however the command ends."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from ublkpool.daemon.admin.wire import admin_socket
 from ublkpool.daemon.cli.commands import INTERRUPTED
 
 # Tests that run in the background of a script inherit that SIGINT is ignored.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {more}"
-    "from ublkpool.daemon.cli.commands import main; main()"
-)
+START = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{more}
+from ublkpool.daemon.cli.commands import main
+main()
+"""
 FIRST_SCREEN_AGAIN, CURSOR_ON, MOUSE_OFF, WRAP_ON = b"\x1b[?1049l", b"\x1b[?25h", b"\x1b[?1000l", b"\x1b[?7h"
+REPORTS_OFF = (b"\x1b[?1016l", b"\x1b[?2048l", b"\x1b[?2026l")
 
 
 def command(run_dir: Path, *args: str, more: str = "") -> list[str]:
@@ -73,7 +78,8 @@ def test_it_shows_the_devices_and_outlives_the_daemon(tmp_path: Path) -> None:
                 terminal.until_shown("vm-alpine  live")
                 stop_and_go_on(terminal)
                 terminal.type("q")
-                assert terminal.end() == 0 and is_usable(terminal)
+                assert terminal.end() == 0
+                terminal.until(lambda: is_usable(terminal))
                 assert b"Traceback" not in terminal.received
 
 
@@ -81,8 +87,7 @@ def stop_and_go_on(terminal: PtyTerminal) -> None:
     """Ctrl-Z gives the terminal back, and fg takes it again."""
     terminal.type("\x1a")
     terminal.until(lambda: terminal.state() == "T")
-    terminal.drain()
-    assert is_usable(terminal)
+    terminal.until(lambda: is_usable(terminal))
     terminal.received = b""
     terminal.process.send_signal(signal.SIGCONT)
     terminal.until_shown("vm-alpine  live")
@@ -102,14 +107,38 @@ def test_a_signal_leaves_the_terminal_usable(daemon: FakeDaemon, number: int, st
         terminal.until_shown("db-journal live")
         assert all(line.isascii() for line in terminal.text()) == (term == "linux")
         terminal.process.send_signal(number)
-        assert terminal.end() == status and is_usable(terminal)
+        assert terminal.end() == status
+        terminal.until(lambda: is_usable(terminal))
         assert b"Traceback" not in terminal.received
 
 
-@pytest.mark.parametrize("more", ["", "signal.signal(signal.SIGHUP, signal.SIG_IGN); "], ids=["", "nohup"])
+NOHUP = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize("more", ["", NOHUP], ids=["", "nohup"])
 def test_it_ends_with_its_terminal(daemon: FakeDaemon, more: str) -> None:
     with pty_terminal(command(daemon.run_dir, more=more)) as terminal:
         terminal.until_shown("db-journal live")
+        terminal.hang_up()
+        assert terminal.process.wait(DEADLINE_S) == 128 + signal.SIGHUP
+
+
+FAILS = f"""
+{NOHUP}
+import time
+from ublkpool.daemon.cli.top import app, terminal
+def run(self):
+    print("drawn", flush=True)
+    while not terminal.is_gone():
+        time.sleep(0.01)
+    raise OSError(5, "the terminal is closed")
+app.Top.run = run
+"""
+
+
+def test_a_library_that_fails_on_the_closed_terminal_changes_nothing(daemon: FakeDaemon) -> None:
+    with pty_terminal(command(daemon.run_dir, more=FAILS)) as terminal:
+        terminal.until_shown("drawn")
         terminal.hang_up()
         assert terminal.process.wait(DEADLINE_S) == 128 + signal.SIGHUP
 
@@ -122,6 +151,8 @@ def test_a_terminal_that_takes_no_output_is_left_usable_too(daemon: FakeDaemon) 
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.process.wait(DEADLINE_S) == 128 + signal.SIGTERM
         assert terminal.modes() == terminal.before
+        assert os.get_blocking(terminal.slave), "the shell has the same open file"
+        terminal.until(lambda: is_usable(terminal))
 
 
 HANGS = """
@@ -140,14 +171,39 @@ def test_an_ordered_end_that_does_not_come_is_not_waited_for() -> None:
         terminal.until_shown("raw")
         assert terminal.modes() != terminal.before
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.end() == 128 + signal.SIGTERM and is_usable(terminal)
+        assert terminal.end() == 128 + signal.SIGTERM
+        terminal.until(lambda: is_usable(terminal) and all(each in terminal.received for each in REPORTS_OFF))
+
+
+ENDS = """
+import os, signal, threading, tty
+from ublkpool.daemon.cli.top import terminal
+terminal.END_S = 100_000
+with terminal.ends_by_signals() as ending:
+    ending.when_asked(lambda: None)
+    tty.setraw(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    [timer] = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+timer.join()
+ending.force()
+print("goes on", flush=True)
+"""
+
+
+def test_an_ordered_end_restores_the_modes_and_ends_the_wait_for_it() -> None:
+    with pty_terminal([sys.executable, "-c", ENDS]) as terminal:
+        assert terminal.end() == 0
+        terminal.until_shown("goes on")
+        assert terminal.modes() == terminal.before
 
 
 def test_a_dumb_terminal_and_an_absent_daemon_are_one_line(tmp_path: Path) -> None:
     with pty_terminal(command(tmp_path), columns=300, TERM="dumb") as terminal:
         assert terminal.end() == 2
-        assert terminal.text()[0].startswith("ublkpool: top needs a terminal") and terminal.text()[1] == ""
+        terminal.until(lambda: terminal.text()[0].startswith("ublkpool: top needs a terminal"))
+        assert terminal.text()[1] == ""
     with pty_terminal(command(tmp_path), columns=300) as terminal:
         assert terminal.end() == 1
-        assert "the daemon is not running; start it with" in terminal.text()[0] and terminal.text()[1] == ""
+        terminal.until(lambda: "the daemon is not running; start it with" in terminal.text()[0])
+        assert terminal.text()[1] == ""
         assert FIRST_SCREEN_AGAIN not in terminal.received

@@ -18,6 +18,7 @@ from ublkpool.daemon.cli.top.text import (
     short_share,
     short_size,
     spark,
+    wrap,
 )
 
 NASTY = st.text(st.sampled_from("ab\x1b\n\t磁盘é\u0301\U0001f4be"), max_size=20)
@@ -34,6 +35,29 @@ def test_a_cell_has_its_width_and_nothing_that_a_terminal_acts_on(
 @given(st.lists(st.tuples(NASTY, st.just("")), max_size=5), st.integers(0, 40))
 def test_a_line_has_its_width(line: list[tuple[str, str]], width: int) -> None:
     assert sum(cells(text) for text, _ in crop(line, width, "…")) == width
+
+
+@pytest.mark.parametrize("mark", ["\u0301", "\ufe0f", "\u0e31", "\u20dd", "\u034f"])
+def test_a_mark_on_a_character_takes_no_cell_of_its_own(mark: str) -> None:
+    assert cells(f"a{mark}b") == 2 and fit(f"a{mark}b", 3) == f"a{mark}b "
+
+
+def test_a_long_line_goes_on_below_between_words() -> None:
+    assert wrap([(" a bc", "x"), (" def", "y")], 5, 3) == [[(" a bc", "x")], [(" def", "y")]]
+    assert wrap([(" a bcd ef", "x")], 4, 2) == [[(" a", "x")], [(" bcd ef", "x")]], "the last has the rest"
+    assert wrap([(" abcdefgh", "x")], 4, 3) == [[(" abc", "x")], [("defg", "x")], [("h", "x")]]
+    assert wrap([(" a", "x")], 4, 3) == [[(" a", "x")]] and wrap([], 4, 3) == [[]]
+
+
+@given(st.lists(st.tuples(NASTY, st.just("")), max_size=5), st.integers(0, 40), st.integers(1, 5))
+def test_lines_that_go_on_below_lose_nothing_and_have_their_width(
+    line: list[tuple[str, str]], width: int, most: int
+) -> None:
+    found = wrap(line, width, most)
+    assert 1 <= len(found) <= most
+    assert all(sum(cells(text) for text, _ in each) <= width for each in found[:-1])
+    whole = "".join(text for each in found for text, _ in each)
+    assert len(whole) == sum(len(text) for text, _ in line) and (whole.isprintable() or not whole)
 
 
 def test_what_does_not_fit_ends_with_a_mark() -> None:

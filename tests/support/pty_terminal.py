@@ -70,20 +70,17 @@ class PtyTerminal:
         self.until(lambda: any(text in line for line in self.text()))
 
     def end(self) -> int:
-        """The process's exit status, once it has ended; what it wrote until then is shown."""
+        """The process's exit status, once it has ended.
+
+        What it wrote last may come later, since the kernel hands it over in a worker of its own: wait with `until`.
+        """
         self.until(lambda: self.process.poll() is not None)
-        self.drain()
         return self.process.returncode
 
     def state(self) -> str:
         """The process's state as /proc has it, such as T for stopped."""
         stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         return stat.rpartition(") ")[2][:1]
-
-    def drain(self) -> None:
-        """Show what has come so far."""
-        while self._feed(0):
-            pass
 
     def wait_until_full(self) -> None:
         """Return when the kernel takes no more output, which this test does not read."""

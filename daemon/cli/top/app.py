@@ -6,6 +6,7 @@ readings over by messages.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ClassVar
 
 from rich.segment import Segment
@@ -167,7 +168,9 @@ class Top(App[Exception]):
     def end_soon(self) -> None:
         """End in order; for signal handlers, which run between any two steps of the loop."""
         if self._in is not None:
-            self._in.call_soon_threadsafe(self.exit)
+            # A loop that has ended already needs no telling.
+            with suppress(RuntimeError):
+                self._in.call_soon_threadsafe(self.exit)
 
     def on_handed(self, message: Handed) -> None:
         """Show the reading, or why there is none."""
@@ -175,7 +178,7 @@ class Top(App[Exception]):
         if isinstance(found, Reading):
             self.session.take(found)
         elif isinstance(found, DaemonUnreachable | RemoteError):
-            self.session.lose(f"waiting for the daemon: {found}")
+            self.session.lose(str(found), has_failed=True)
         else:
             self.exit(found)
         self.view.show()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ublkpool.daemon.cli.top import device_view, event_view, help_view, overview
 from ublkpool.daemon.cli.top.columns import column_at
-from ublkpool.daemon.cli.top.lines import keys_line, last_events
+from ublkpool.daemon.cli.top.lines import Head, keys_line, last_events
 from ublkpool.daemon.cli.top.session import Session
 from ublkpool.daemon.cli.top.text import Line, crop
 
@@ -23,7 +23,7 @@ class Board(NamedTuple):
 def draw(session: Session, width: int, height: int) -> Board:
     """Exactly `height` lines of `width` cells each."""
     view = _VIEWS[session.page]
-    head = _shortened(view.head(session, width), max(1, height - 1 - _ROWS_MIN))
+    head = _shortened(view.head(session, width), height - 1 - _ROWS_MIN)
     tail_height = _tail_height(session, height - len(head) - 1, height)
     body_height = max(0, height - len(head) - tail_height - 1)
     body = view.body(session, width, body_height)[:body_height]
@@ -54,9 +54,10 @@ def _column_name(session: Session, x: int, width: int) -> str:
     return queues.name if queues else ""
 
 
-def _shortened(head: list[Line], height: int) -> list[Line]:
-    """The head in at most so many lines; its last line, which tells of trouble, stays."""
-    return head if len(head) <= height else [*head[: height - 1], head[-1]]
+def _shortened(head: Head, height: int) -> list[Line]:
+    """The head in at most so many lines, but with the whole notice, and at least one line."""
+    left = max(0 if head.notice else 1, height - len(head.notice))
+    return [*head.lines[:left], *head.notice]
 
 
 def _tail_height(session: Session, left: int, height: int) -> int:

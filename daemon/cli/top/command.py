@@ -24,14 +24,20 @@ from ublkpool.daemon.cli.watch_option import check_seconds
     default="NAME",
     help="Sort by the column of this name, such as P99 or R/S.  [default: NAME]",
 )
-@click.option("--ascii", "is_ascii", is_flag=True, help="Draw with ASCII characters only.")
+@click.option(
+    "--ascii",
+    "is_ascii",
+    is_flag=True,
+    help="Draw with ASCII characters only; names, reasons and events keep theirs.",
+)
 @run_dir_option()
 def top(interval_s: float, sort_by: str, is_ascii: bool, run_dir: Path) -> int:
     """Show the devices, their queues and the last events on a live screen.
 
     Requests and bytes a second, P50 and P99 of the interval, requests in flight, buffers, recoveries; Enter shows one
     device in depth, `?` the keys and what the numbers mean, q ends.  80x24 is enough; a larger screen shows more.  A
-    daemon that ends is waited for.  It needs a terminal, and the extra package of ublkpool[top].
+    daemon that ends is waited for.  stdin, stdout and stderr must be a terminal, and the Python package textual be
+    installed, which ublkpool[top] brings.
 
     \b
     ublkpool top
@@ -60,6 +66,6 @@ def _check_library() -> None:
 
     if find_spec("textual") is None:
         raise click.UsageError(
-            "top needs the Python package textual: pip install 'ublkpool[top]'; "
-            "without it use: ublkpool stats --watch"
+            "top needs the Python package textual: pip install 'ublkpool[top]', or with the Debian package what "
+            '"The Debian package" in docs/OPERATIONS.md says; without it use: ublkpool stats --watch'
         )

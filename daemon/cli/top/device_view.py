@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from ublkpool.daemon.cli.render import format_duration
 from ublkpool.daemon.cli.top.columns import Placed, heading, place, row, shifts
 from ublkpool.daemon.cli.top.device_columns import backend, pool_share, state, state_style
-from ublkpool.daemon.cli.top.lines import notice, title
+from ublkpool.daemon.cli.top.lines import Head, notice, title
 from ublkpool.daemon.cli.top.model import KINDS, Device, Queue
 from ublkpool.daemon.cli.top.session import Session
 from ublkpool.daemon.cli.top.text import (
@@ -38,14 +38,14 @@ _NAMES = {"buffer_wait": "waits", "backend": "backend"}
 """What the kinds of durations are called, where not by their own names."""
 
 
-def head(session: Session, width: int) -> list[Line]:
+def head(session: Session, width: int) -> Head:
     """Everything about the device but its queues."""
     device = session.model.devices.get(session.looked_at)
     if device is None:
-        return [
-            title(session, [(session.looked_at, "title")], width),
-            notice(session, [(" no such device now", "alarm")]),
-        ]
+        return Head(
+            [title(session, [(session.looked_at, "title")], width)],
+            notice(session, [(" no such device now", "alarm")], width),
+        )
     status = device.status
     lead: Line = [
         (device.name, "title"),
@@ -57,7 +57,7 @@ def head(session: Session, width: int) -> list[Line]:
         *_facts(session, device, width),
         *_latencies(session, device, width),
     ]
-    return [*lines, notice(session, [(f" {device.reason}", "alarm")] if device.reason else [])]
+    return Head(lines, notice(session, [(f" {device.reason}", "alarm")] if device.reason else [], width))
 
 
 def columns(session: Session, width: int) -> Placed[Queue]:

@@ -1,6 +1,6 @@
 """The page of help.  Pure."""
 
-from ublkpool.daemon.cli.top.lines import title
+from ublkpool.daemon.cli.top.lines import Head, title
 from ublkpool.daemon.cli.top.session import Session
 from ublkpool.daemon.cli.top.text import Line, crop, fit
 
@@ -22,7 +22,8 @@ _WORDS = (
     ("R/S W/S", "reads and writes a second; R B/S, W B/S: their bytes"),
     ("P50 P99", "what 50 and 99 of 100 requests of the interval did not exceed"),
     ("TREND", "P99 of the last intervals, from 0 to the greatest that is shown"),
-    ("ACTIVE", "requests with the workers now; OLDEST: the age of the oldest one"),
+    ("ACTIVE", "requests with the workers now"),
+    ("OLDEST", "the age of the oldest one; needs the device's io_timeout"),
     ("POOL", "the share of the pool's buffers that is lent to requests"),
     ("HELD", "buffers that the queues hold, lent ones included"),
     ("WAITED", "times that a request had to wait for a buffer"),
@@ -33,9 +34,9 @@ _WORDS = (
 )
 
 
-def head(session: Session, width: int) -> list[Line]:
+def head(session: Session, width: int) -> Head:
     """The title."""
-    return [title(session, [("help", "title")], width)]
+    return Head([title(session, [("help", "title")], width)], [])
 
 
 def body(session: Session, width: int, height: int) -> list[Line]:

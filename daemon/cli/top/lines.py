@@ -1,13 +1,23 @@
 """Lines that several pages have: the title, what to know now, events, the keys.  Pure."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ublkpool.daemon.cli.top.session import Session
-from ublkpool.daemon.cli.top.text import Line, cells, crop, fit
+from ublkpool.daemon.cli.top.text import Line, cells, crop, fit, wrap
 from ublkpool.daemon.events.event import Event
 
 _SEVERITIES = {"info": "dim", "warning": "warn", "error": "bad"}
 _LAST_KEYS = (("?", "help"), ("q", "quit"))
+NOTICE_LINES = 3
+"""Lines that a notice has at most; its end names the way out."""
+
+
+class Head(NamedTuple):
+    """The upper part of a page: its lines, and below them the notice, which a small screen keeps longest."""
+
+    lines: list[Line]
+    notice: list[Line]
 
 
 def beside(left: Line, right: Line, at: int) -> Line:
@@ -26,25 +36,37 @@ def title(session: Session, text: Line, width: int) -> Line:
     return [(part, style or "title") for part, style in crop(line, width, session.marks.cut)]
 
 
-def notice(session: Session, otherwise: Line) -> Line:
-    """The line for what the user must know: an absent daemon, a pause, a filter; `otherwise` without any of them."""
-    model = session.model
-    if model.trouble:
-        return [(f" {model.trouble}", "alarm")]
-    found: Line = []
-    if session.is_paused:
-        found.append((" PAUSED, p goes on ", "alarm"))
+def notice(session: Session, otherwise: Line, width: int) -> list[Line]:
+    """What the user must know: a pause, a filter, an absent daemon; `otherwise` without any of them."""
+    found: Line = [*_pause(session), *_filter(session), *_trouble(session)]
+    return wrap(found or otherwise, width, NOTICE_LINES)
+
+
+def _pause(session: Session) -> Line:
+    return [(" PAUSED, p goes on ", "alarm")] if session.is_paused else []
+
+
+def _filter(session: Session) -> Line:
     if session.is_editing:
-        found += [
+        return [
             (" filter: ", "key"),
             (session.filter, ""),
             ("_", "cursor"),
-            ("  Enter keeps it, Esc removes it", "dim"),
+            ("  Enter keeps it, Esc removes it ", "dim"),
         ]
-    elif session.filter and session.page != "device":
-        shown, count = len(session.devices), len(model.devices)
-        found += [(" filter: ", "key"), (session.filter, ""), (f"  {shown} of {count} devices", "dim")]
-    return found or otherwise
+    if session.filter and session.page != "device":
+        shown, count = len(session.devices), len(session.model.devices)
+        return [(" filter: ", "key"), (session.filter, ""), (f"  {shown} of {count} devices ", "dim")]
+    return []
+
+
+def _trouble(session: Session) -> Line:
+    model = session.model
+    if not model.trouble:
+        return []
+    # A screen that is paused asks the daemon nothing, so it waits for nothing.
+    waits = model.has_failed and not session.is_paused
+    return [(f" waiting for the daemon: {model.trouble}" if waits else f" {model.trouble}", "alarm")]
 
 
 def event_line(event: Event, width: int, cut: str, is_whole: bool) -> Line:

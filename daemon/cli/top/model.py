@@ -18,10 +18,13 @@ KINDS = ("read", "write", "other", "buffer_wait", "backend")
 
 
 class Point(NamedTuple):
-    """One interval of a device: requests a second, and P99 in seconds, of all requests and of each kind of KINDS."""
+    """One interval of a device: requests a second, and P99 in seconds, of all requests and of each kind of KINDS.
 
-    reads: float
-    writes: float
+    None stands for what is not known, because no interval was whole, and for the P99 of no requests.
+    """
+
+    reads: float | None
+    writes: float | None
     p99_s: float | None
     kinds: tuple[float | None, ...]
 
@@ -46,6 +49,11 @@ class Device(NamedTuple):
     def reason(self) -> str:
         """Why the device does not serve; empty if it does."""
         return self.status.reason or self.stats.reason
+
+    @property
+    def serves(self) -> bool:
+        """Whether its requests are served: no other state than `live` does so, even without a reason."""
+        return self.status.state == "live" and not self.reason and not self.status.drain
 
     @property
     def in_flight(self) -> int:
@@ -88,7 +96,9 @@ class Model:
         self.totals: deque[Point] = deque(maxlen=HISTORY)
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.trouble = ""
-        """Why the last reading failed."""
+        """Why the last reading failed, or why the daemon is silent."""
+        self.has_failed = False
+        """Whether that reading is over, and the daemon is asked again at the end of an interval."""
         self._measured: dict[str, Measured] = {}
         self._histories: dict[str, deque[Point]] = {}
 
@@ -107,9 +117,9 @@ class Model:
         self.devices = {name: self._device(statuses[name], self._measured[name]) for name in names}
         self.totals.append(_total(self.devices.values()))
 
-    def lose(self, trouble: str) -> None:
+    def lose(self, trouble: str, has_failed: bool = False) -> None:
         """The daemon does not answer; what it told last stays."""
-        self.trouble = trouble
+        self.trouble, self.has_failed = trouble, has_failed
 
     def queues(self, name: str) -> list[Queue]:
         """The queues of this device, each by itself."""
@@ -144,7 +154,7 @@ def _alone(status: DeviceStatus, measured: Measured, history: Sequence[Point]) -
 def _point(device: Device) -> Point:
     rates = device.rates
     if rates is None:
-        return Point(0.0, 0.0, None, (None,) * len(KINDS))
+        return Point(None, None, None, (None,) * len(KINDS))
     kinds = tuple(getattr(rates.latency, kind).p99_s for kind in KINDS)
     return Point(rates.requests_per_s.read, rates.requests_per_s.write, device.p99_s, kinds)
 
@@ -152,4 +162,10 @@ def _point(device: Device) -> Point:
 def _total(devices: Iterable[Device]) -> Point:
     last = [each.history[-1] for each in devices]
     slowest = max((each.p99_s for each in last if each.p99_s is not None), default=None)
-    return Point(sum(each.reads for each in last), sum(each.writes for each in last), slowest, ())
+    return Point(_sum([each.reads for each in last]), _sum([each.writes for each in last]), slowest, ())
+
+
+def _sum(rates: Sequence[float | None]) -> float | None:
+    """The sum of the rates that are known; None if there are rates, but none is known."""
+    known = [each for each in rates if each is not None]
+    return sum(known) if known or not rates else None

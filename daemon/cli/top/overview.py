@@ -1,11 +1,23 @@
 """The page of all devices.  Pure."""
 
+import shlex
+
+from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.daemon.cli.render import format_duration
 from ublkpool.daemon.cli.top.columns import Placed, heading, place, row, shifts
-from ublkpool.daemon.cli.top.lines import beside, notice, title
+from ublkpool.daemon.cli.top.lines import NOTICE_LINES, Head, beside, notice, title
 from ublkpool.daemon.cli.top.model import Device
 from ublkpool.daemon.cli.top.session import Session
-from ublkpool.daemon.cli.top.text import Line, fit, short_rate, short_seconds, short_share, short_size, spark
+from ublkpool.daemon.cli.top.text import (
+    Line,
+    fit,
+    short_rate,
+    short_seconds,
+    short_share,
+    short_size,
+    spark,
+    wrap,
+)
 
 NAME_MIN, NAME_MAX = 10, 24
 KEYS = (
@@ -20,19 +32,19 @@ KEYS = (
 _LABEL = 8
 
 
-def head(session: Session, width: int) -> list[Line]:
+def head(session: Session, width: int) -> Head:
     """What all devices do together."""
     daemon = session.model.daemon
     version = f" {daemon.version}" if daemon else ""
     at = width // 2
     reads, writes = _traffic(session, "read", at), _traffic(session, "write", at)
-    return [
+    lines = [
         title(session, [(f"ublkpool{version}", "title"), (f"  {session.run_dir}", "title")], width),
         beside(reads, _counts(session), at),
         beside(writes, _pools(session), at),
         beside(_slowest(session, at), _active(session), at),
-        notice(session, _processes(session)),
     ]
+    return Head(lines, notice(session, _processes(session), width))
 
 
 def columns(session: Session, width: int) -> Placed[Device]:
@@ -55,18 +67,18 @@ def body(session: Session, width: int, height: int) -> list[Line]:
     lines = [heading(placed, table.sort_by, table.is_reversed, marks)]
     lines += [row(placed, session.devices[index], index == chosen, width, marks) for index in shown]
     if not session.devices:
-        lines.append([(_why_empty(session), "dim")])
+        lines += wrap([(_why_empty(session), "dim")], width, NOTICE_LINES)
     return lines
 
 
 def _why_empty(session: Session) -> str:
     if session.model.devices:
         return "  no device has this in its name"
-    return (
-        ""
-        if session.model.trouble
-        else "  no devices; add one with: ublkpool add NAME --size 1G --backend memory"
-    )
+    if session.model.trouble:
+        return ""
+    is_usual = session.run_dir == str(RUN_DIR_DEFAULT)
+    where = "" if is_usual else f" --run-dir {shlex.quote(session.run_dir)}"
+    return f"  no devices; add one with: ublkpool add NAME --size 1G --backend memory{where}"
 
 
 def _traffic(session: Session, op: str, width: int) -> Line:
@@ -84,7 +96,7 @@ def _traffic(session: Session, op: str, width: int) -> Line:
 
 def _counts(session: Session) -> Line:
     devices = session.model.devices.values()
-    bad = sum(bool(each.reason) for each in devices)
+    bad = sum(not each.serves for each in devices)
     recoveries = sum(each.recoveries for each in devices)
     return [
         ("devices ", "head"),

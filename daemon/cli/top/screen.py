@@ -50,6 +50,8 @@ class _Screen:
             failure = self.app.run()
         finally:
             self.pump.end()
+            # The library's threads may fail on a closed terminal before SIGHUP comes.
+            self._check_terminal()
         if failure is not None:
             raise failure
         return 128 + self._ending.signal if self._ending.signal else self.app.return_code or 0

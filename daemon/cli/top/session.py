@@ -99,9 +99,9 @@ class Session:
         self.model.take(reading)
         self._arrange()
 
-    def lose(self, trouble: str) -> None:
-        """Say why there is no reading."""
-        self.model.lose(trouble)
+    def lose(self, trouble: str, has_failed: bool = False) -> None:
+        """Say why there is no reading; `has_failed`: the next one is asked for at the end of an interval."""
+        self.model.lose(trouble, has_failed)
 
     @property
     def table(self) -> Table[Device] | Table[Queue]:
@@ -172,6 +172,7 @@ class Session:
     def open(self) -> None:
         """Look at the chosen device in depth."""
         if self.page == "devices" and self.names:
+            self.is_editing = False
             self.looked_at = self.names[self.devices_table.window.at(self.names)]
             self.queues_table.window = Window()
             self._go("device")

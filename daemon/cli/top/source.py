@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ublkpool import __version__
 from ublkpool.daemon.admin.client import AdminClient
 from ublkpool.daemon.admin.wire import EventsRequest
 from ublkpool.daemon.cli.top.reading import Reading, Shares
-from ublkpool.daemon.errors import DaemonError, RemoteError
+from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.events.event import Event, shown_time
 from ublkpool.daemon.metrics.usage import Usages
 from ublkpool.daemon.rates import Meter
@@ -40,9 +41,15 @@ class Source:
         """
         try:
             return self._read(looked_at)
-        except DaemonError:
+        except (DaemonUnreachable, RemoteError):
             self._meter.forget()
             raise
+        except DaemonError as error:
+            # The daemon answers, and what it says cannot be decoded.
+            raise DaemonError(
+                f"{error}; this is the `ublkpool top` of version {__version__}: if the daemon is of another one, "
+                "start the `ublkpool top` of its installation"
+            ) from error
 
     def _read(self, looked_at: str) -> Reading:
         asked_ticks = self._usages.ticks()

@@ -11,6 +11,7 @@ import signal
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -25,9 +26,16 @@ HANGUP = signal.SIGHUP
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _RESTORE = b"\x1b[<u" + b"".join(
     b"\x1b[?%s" % each
-    for each in (b"1000l", b"1003l", b"1015l", b"1006l", b"2004l", b"1004l", b"7h", b"1049l", b"25h")
+    for each in (
+        *(b"1000l", b"1003l", b"1015l", b"1006l", b"1016l", b"2004l", b"1004l", b"2048l", b"2026l"),
+        *(b"7h", b"1049l", b"25h"),
+    )
 )
-"""Kitty's keyboard protocol, mouse, paste and focus reports off; line wrap, the first screen and the cursor on."""
+"""Kitty's keyboard protocol, reports of mouse, paste, focus and size, and held-back output off.
+
+Line wrap, the first screen and the cursor on.
+"""
+_WRITE_TRIES, _WRITE_PAUSE_S = 25, 0.02
 
 
 def check_terminal() -> None:
@@ -39,7 +47,7 @@ def check_terminal() -> None:
     ):
         return
     raise click.UsageError(
-        "top needs a terminal for its input and output that can do more than TERM=dumb; "
+        "top needs a terminal that can do more than TERM=dumb as its stdin, stdout and stderr; "
         "elsewhere use: ublkpool stats --watch, with --json for scripts"
     )
 
@@ -68,6 +76,10 @@ class Ending:
         self._terminal = os.dup(0)
         self._before = termios.tcgetattr(self._terminal)
         self._end: Callable[[], None] | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        """Held by a thread that uses the terminal, so that another does not close it meanwhile."""
+        self._is_closed = False
 
     def when_asked(self, end: Callable[[], None]) -> None:
         """Call `end`, which begins an ordered end and does not wait, when a signal has come."""
@@ -81,27 +93,69 @@ class Ending:
             os._exit(128 + number)
         if not self.signal:
             self.signal = number
-            timer = threading.Timer(END_S, self.force)
-            timer.daemon = True
-            timer.start()
+            self._timer = threading.Timer(END_S, self.force)
+            self._timer.daemon = True
+            self._timer.start()
             if self._end is not None:
                 self._end()
 
     def force(self) -> None:
-        """Restore the terminal and end the process at once."""
-        with suppress(termios.error):
-            # Output that no reader takes would be in the way.
-            termios.tcflush(self._terminal, termios.TCOFLUSH)
-            termios.tcsetattr(self._terminal, termios.TCSANOW, self._before)
-        with suppress(OSError):
-            os.set_blocking(self._terminal, False)
-            os.write(self._terminal, _RESTORE)
-            os.set_blocking(self._terminal, True)
-        os._exit(128 + self.signal)
+        """Restore the terminal and end the process at once; nothing if `close` was called before."""
+        with self._lock:
+            if self._is_closed:
+                return
+            try:
+                with suppress(OSError):
+                    self._write_restore()
+                self._restore_modes()
+            finally:
+                os._exit(128 + self.signal)
 
     def close(self) -> None:
-        """Let the terminal go."""
-        os.close(self._terminal)
+        """Restore the terminal's modes, which the library does not know after SIGSTOP and SIGCONT; let it go."""
+        with self._lock:
+            self._is_closed = True
+            self._restore_modes()
+            os.close(self._terminal)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _write_restore(self) -> None:
+        # A thread that waits in a write holds the kernel's lock for writers.  When it is woken it leaves the write only
+        # if there is room, or if the terminal does not block.
+        os.set_blocking(self._terminal, False)
+        try:
+            for _ in range(_WRITE_TRIES):
+                self._make_room()
+                with suppress(BlockingIOError):
+                    if os.write(self._terminal, _RESTORE) == len(_RESTORE):
+                        return
+                time.sleep(_WRITE_PAUSE_S)
+        finally:
+            # Others, such as the shell, have the same open file.
+            os.set_blocking(self._terminal, True)
+
+    def _make_room(self) -> None:
+        """Drop output that no reader takes, and wake the thread that waits in a write."""
+        if self._is_in_front():
+            with suppress(termios.error):
+                termios.tcflush(self._terminal, termios.TCOFLUSH)
+                # The flush wakes no writer (tty_buffer_flush), the end of a stop does (__start_tty).
+                termios.tcflow(self._terminal, termios.TCOOFF)
+                termios.tcflow(self._terminal, termios.TCOON)
+
+    def _restore_modes(self) -> None:
+        """Restore the modes from before the start; another job that has the terminal by now has modes of its own."""
+        if self._is_in_front():
+            with suppress(termios.error):
+                termios.tcsetattr(self._terminal, termios.TCSANOW, self._before)
+
+    def _is_in_front(self) -> bool:
+        """Whether this job has the terminal; the kernel stops another that changes it (SIGTTOU)."""
+        try:
+            return os.tcgetpgrp(self._terminal) == os.getpgrp()
+        except OSError:
+            return True
 
 
 @contextmanager
@@ -116,6 +170,6 @@ def ends_by_signals() -> Iterator[Ending]:
     try:
         yield ending
     finally:
+        ending.close()
         for each, handler in before.items():
             signal.signal(each, handler)
-        ending.close()

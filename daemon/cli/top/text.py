@@ -40,7 +40,7 @@ def cells(text: str) -> int:
 
 
 def _cells(char: str) -> int:
-    if unicodedata.combining(char):
+    if unicodedata.category(char) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
@@ -80,6 +80,37 @@ def crop(line: Line, width: int, cut: str) -> Line:
         found.append((plain(text), style))
         left -= used
     return [*found, (" " * left, "")] if left else found
+
+
+def wrap(line: Line, width: int, most: int) -> list[Line]:
+    """The line in at most `most` lines, broken between words where one would exceed `width` cells.
+
+    The last line has all that is left, so it alone may be too long.  Each of the others begins with a space.
+    """
+    line = [(plain(text), style) for text, style in line]
+    text = "".join(each for each, _ in line)
+    found: list[Line] = []
+    begin = 0
+    while len(found) < most - 1 and cells(text[begin:]) > width > 1:
+        end = begin + len(_beginning(text[begin:], width))
+        # A word that is as long as the line is broken.
+        between = text.rfind(" ", begin + 1, end + 1)
+        end = between if between > begin else end
+        found.append(_part(line, begin, end))
+        begin = end
+    return [*found, _part(line, begin, len(text))]
+
+
+def _part(line: Line, begin: int, end: int) -> Line:
+    """The line's characters from `begin` to before `end`."""
+    found: Line = []
+    at = 0
+    for text, style in line:
+        piece = text[max(0, begin - at) : max(0, end - at)]
+        if piece:
+            found.append((piece, style))
+        at += len(text)
+    return found
 
 
 def short_rate(per_s: float) -> str:
