@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 from ublkpool.daemon.cli.render import format_duration
-from ublkpool.daemon.cli.top.columns import Placed, heading, place, row, shifts
+from ublkpool.daemon.cli.top.columns import Placed
 from ublkpool.daemon.cli.top.device_columns import backend, pool_share, state, state_style
 from ublkpool.daemon.cli.top.lines import Head, notice, title
 from ublkpool.daemon.cli.top.model import KINDS, Device, Queue
 from ublkpool.daemon.cli.top.session import Session
+from ublkpool.daemon.cli.top.table_view import draw, place_columns
 from ublkpool.daemon.cli.top.text import (
     Line,
     bar,
@@ -61,23 +62,13 @@ def head(session: Session, width: int) -> Head:
 
 
 def columns(session: Session, width: int) -> Placed[Queue]:
-    """The columns that fit, as far as the user has scrolled them."""
-    table = session.queues_table
-    name_width = table.columns[0].width
-    table.first_max = shifts(table.columns, width, name_width)
-    table.first = min(table.first, table.first_max)
-    return place(table.columns, width, table.first, name_width)
+    """The columns that fit."""
+    return place_columns(session.queues_table, width, session.queues_table.columns[0].width)
 
 
 def body(session: Session, width: int, height: int) -> list[Line]:
     """The columns' names and the queues on the screen."""
-    table, marks = session.queues_table, session.marks
-    placed = columns(session, width)
-    session.body_height, session.body_count = height - 1, len(session.queues)
-    shown = table.window.shown(session.queue_names, height - 1)
-    chosen = table.window.at(session.queue_names)
-    lines = [heading(placed, table.sort_by, table.is_reversed, marks)]
-    return lines + [row(placed, session.queues[index], index == chosen, width, marks) for index in shown]
+    return draw(session, session.queues_table, columns(session, width), session.queues, width, height)
 
 
 def _size(size_bytes: int | None) -> str:

@@ -4,10 +4,11 @@ import shlex
 
 from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.daemon.cli.render import format_duration
-from ublkpool.daemon.cli.top.columns import Placed, heading, place, row, shifts
+from ublkpool.daemon.cli.top.columns import Placed
 from ublkpool.daemon.cli.top.lines import NOTICE_LINES, Head, beside, notice, title
 from ublkpool.daemon.cli.top.model import Device
 from ublkpool.daemon.cli.top.session import Session
+from ublkpool.daemon.cli.top.table_view import draw, place_columns
 from ublkpool.daemon.cli.top.text import (
     Line,
     fit,
@@ -48,24 +49,15 @@ def head(session: Session, width: int) -> Head:
 
 
 def columns(session: Session, width: int) -> Placed[Device]:
-    """The columns that fit, as far as the user has scrolled them."""
-    table = session.devices_table
+    """The columns that fit; names get the width that they need."""
     longest = max((len(each) for each in session.names), default=0)
-    name_width = min(NAME_MAX, max(NAME_MIN, longest))
-    table.first_max = shifts(table.columns, width, name_width)
-    table.first = min(table.first, table.first_max)
-    return place(table.columns, width, table.first, name_width)
+    return place_columns(session.devices_table, width, min(NAME_MAX, max(NAME_MIN, longest)))
 
 
 def body(session: Session, width: int, height: int) -> list[Line]:
-    """The columns' names and the rows on the screen."""
-    table, marks = session.devices_table, session.marks
+    """The columns' names and the devices on the screen."""
     placed = columns(session, width)
-    session.body_height, session.body_count = height - 1, len(session.devices)
-    shown = table.window.shown(session.names, height - 1)
-    chosen = table.window.at(session.names)
-    lines = [heading(placed, table.sort_by, table.is_reversed, marks)]
-    lines += [row(placed, session.devices[index], index == chosen, width, marks) for index in shown]
+    lines = draw(session, session.devices_table, placed, session.devices, width, height)
     if not session.devices:
         lines += wrap([(_why_empty(session), "dim")], width, NOTICE_LINES)
     return lines
