@@ -38,7 +38,7 @@ BENCH_GUEST = $(if $(filter exact,$(MODE)),--exact,--cpus $(BENCH_CPUS))
 PACKAGED = $(shell find backends bufpool daemon ublk workers src config docs examples debian packaging -type f \
     ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name '_native*.c' ! -name '_engine.c' ! -path '*.egg-info/*') \
     pyproject.toml setup.py MANIFEST.in README.md CHANGELOG.md SECURITY.md
-# What `make soak` sets in the tests' environment.
+# What `make soak` and `make test-long` set in the tests' environment.
 SOAK ?=
 VM_TESTS ?= tests/vm
 # Extra arguments for pytest, such as PYTEST_ARGS='-k recovery'.
@@ -152,11 +152,12 @@ fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, fr
 	@echo "fuzz: $(FUZZ_S) s"
 	@tests/fuzz/run.sh $(FUZZ_S)
 
-test-long: ## what takes longer than `make test` may, by hand before a release: a soak of an hour, fuzzing for half an hour
+test-long: ## what takes longer than `make test` may, by hand before a release: every vm test on every kernel, a soak of an hour, fuzzing for half an hour
 	@$(MAKE) fuzz FUZZ_S=$(if $(filter file,$(origin FUZZ_S)),1800,$(FUZZ_S))
 	@$(MAKE) test-sanitized
 	@$(MAKE) package LONG=1
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
+	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
 wheel: dist/.wheel ## the source distribution and the wheel for every Python from 3.11 on, in dist
@@ -235,7 +236,7 @@ soak: compiled ## processes killed at random under verified I/O, DURATION second
 	@$(MAKE) test-vm VM_TESTS="tests/vm/test_vm_soak.py tests/vm/test_vm_growth.py" \
 	    VM_TIMEOUT_S=$$(( 3 * $(DURATION) + 900 )) \
 	    PYTEST_ARGS="-o faulthandler_timeout=$$(( 2 * $(DURATION) + 600 )) $(PYTEST_ARGS)" \
-	    SOAK="UBLKPOOL_LONG=1 UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_GROWTH_S=$$(( $(DURATION) < 660 ? $(DURATION) : 660 )) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
+	    SOAK="UBLKPOOL_LONG=1 UBLKPOOL_EVERY_KERNEL=1 UBLKPOOL_SOAK_S=$(DURATION) UBLKPOOL_GROWTH_S=$$(( $(DURATION) < 660 ? $(DURATION) : 660 )) UBLKPOOL_SOAK_KILLS=50 UBLKPOOL_SEED=$${UBLKPOOL_SEED:-0}"
 
 demo: compiled ## a short tour on a real driver, here or in a guest
 	@if $(HAS_DRIVER); then \

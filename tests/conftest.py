@@ -58,6 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _runs_in(guest: str, guests: list[str], item: pytest.Item) -> bool:
     marker = item.get_closest_marker("one_kernel")
+    if "UBLKPOOL_EVERY_KERNEL" in os.environ:
+        return True
     return marker is None or guest_for(marker.args[0], guests) == guest
 
 

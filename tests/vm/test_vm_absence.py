@@ -6,6 +6,8 @@ import os
 from functools import partial
 from typing import Any
 
+import pytest
+
 from support.vm.daemon import Daemon, eventually, total
 from support.vm.hostile_backend import start_hostile
 from support.vm.process import Forked, read_block, write_block
@@ -29,6 +31,7 @@ def _is_busy(daemon: Daemon, name: str) -> bool:
     return total(daemon.stats(name), "in_flight") > 0
 
 
+@pytest.mark.one_kernel("7.3")
 def test_without_a_backend_requests_fail_after_absent_timeout_until_the_next_one_attaches(
     daemon: Daemon,
 ) -> None:

@@ -18,6 +18,7 @@ def _serves(path: str) -> None:
     assert read_block(path, 0, 2 * CHUNK) == bytes(2 * CHUNK)
 
 
+@pytest.mark.one_kernel("6.12")
 def test_workers_answer_without_a_backend_through_a_recovery_and_a_new_daemon(daemon: Daemon) -> None:
     status = daemon.add("alone", answers="worker", size_bytes=DISK_BYTES, queues=2, depth=8)
     path = status.path or ""

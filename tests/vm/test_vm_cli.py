@@ -217,6 +217,7 @@ def test_a_backend_that_cannot_start_makes_add_fail_with_its_reason(daemon: Daem
     assert daemon.client.devices() == []
 
 
+@pytest.mark.one_kernel("6.12")
 def test_a_device_number_is_given_once(daemon: Daemon) -> None:
     add = ("add", "--backend", "null", "--size", "1M", "--id", "37")
     with daemon.device("first", "null", size_bytes=MIB, id=37) as status:
@@ -224,6 +225,7 @@ def test_a_device_number_is_given_once(daemon: Daemon) -> None:
         assert "37 is taken" in _complaint(run_command(daemon, *add, "second"))
 
 
+@pytest.mark.one_kernel("7.3")
 def test_more_queues_than_cpus_are_cut_to_what_the_kernel_gives(daemon: Daemon) -> None:
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().rpartition("-")[2]
     cpus = int(last) + 1
@@ -243,6 +245,7 @@ def test_a_recovery_that_this_kernel_does_not_offer_is_refused_by_name(daemon: D
         assert "does not offer USER_RECOVERY_FAIL_IO" in _complaint(ran)
 
 
+@pytest.mark.one_kernel("7.3")
 def test_a_mounted_device_is_deleted_only_by_force(daemon: Daemon) -> None:
     path = daemon.add("busy", "memory", {"size": "16M"}).path
     assert path is not None

@@ -62,11 +62,12 @@ class Disk:
 @pytest.mark.parametrize(
     ("backend", "config"),
     [
-        ("memory", {}),
-        ("memory", {"placement": "backend", "queues": 2}),
-        ("memory", {"need_get_data": False, "depth": 32}),
+        pytest.param("memory", {}, id="pool", marks=pytest.mark.one_kernel("7.3")),
+        pytest.param("memory", {"placement": "backend", "queues": 2}, id="backend"),
+        pytest.param(
+            "memory", {"need_get_data": False, "depth": 32}, id="off", marks=pytest.mark.one_kernel("7.3")
+        ),
     ],
-    ids=["pool", "backend", "off"],
 )
 def test_what_a_client_writes_from_a_shared_buffer_comes_back_and_nothing_is_copied(
     daemon: Daemon, backend: str, config: dict[str, object]
@@ -117,6 +118,7 @@ def _fio_in_a_buffer(daemon: Daemon, name: str) -> "subprocess.Popen[bytes]":
     )  # fmt: skip
 
 
+@pytest.mark.one_kernel("7.3")
 def test_a_dead_clients_slice_is_not_lent_while_its_requests_are_in_flight(
     daemon: Daemon, shared: str
 ) -> None:
@@ -145,6 +147,7 @@ def is_lent(daemon: Daemon, name: str) -> bool:
     return daemon.stats(name).clients.lent_count > 0
 
 
+@pytest.mark.one_kernel("6.12")
 def test_a_slice_that_a_process_still_maps_is_not_lent_again(daemon: Daemon, shared: str) -> None:
     buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
     keeper = Forked(lambda: _keep(buffer))
@@ -173,6 +176,7 @@ def _gets_one(daemon: Daemon, name: str) -> bool:
         return buffer.is_shared
 
 
+@pytest.mark.one_kernel("7.3")
 def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_killed(
     daemon: Daemon, shared: str
 ) -> None:
@@ -204,6 +208,7 @@ def line_of_daemons() -> Iterator[Daemon]:
         yield daemon
 
 
+@pytest.mark.one_kernel("7.3")
 def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
     line_of_daemons: Daemon,
 ) -> None:
@@ -244,6 +249,7 @@ def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
     daemon.delete(name)
 
 
+@pytest.mark.one_kernel("7.3")
 def test_the_example_and_fio_under_client_use_the_shared_buffer_or_are_copied(
     daemon: Daemon,
 ) -> None:

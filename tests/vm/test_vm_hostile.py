@@ -150,7 +150,10 @@ def _bystander(daemon: Daemon) -> Iterator[None]:
 
 
 # With pool placement the backend uses frames whatever the kernel is.
-@pytest.mark.parametrize("placement", [pytest.param("pool", marks=ON_ONE_KERNEL), "backend"])
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param("pool", marks=ON_ONE_KERNEL), pytest.param("backend", marks=pytest.mark.one_kernel("7.3"))],
+)
 def test_every_breach_cuts_its_backend_off_and_harms_at_most_its_own_request(
     daemon: Daemon, placement: str
 ) -> None:
@@ -189,7 +192,7 @@ def test_a_stale_answer_is_dropped_and_its_backend_stays(daemon: Daemon) -> None
     daemon.delete("victim")
 
 
-@pytest.mark.parametrize("placement", ["pool", "backend"])
+@pytest.mark.parametrize("placement", ["pool", pytest.param("backend", marks=pytest.mark.one_kernel("7.3"))])
 def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon, placement: str) -> None:
     scenes = Scenes(daemon, placement)
     half_hearted = scenes.attach(hostile.answering_half, Victim(0), Victim(CHUNK, Op.READ))
@@ -202,6 +205,7 @@ def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon
     assert half_hearted.wait() == 0
 
 
+@pytest.mark.one_kernel("7.3")
 def test_a_region_named_twice_fails_the_second_write_and_saves_the_first(daemon: Daemon) -> None:
     scenes = Scenes(daemon, "backend")
     thief = scenes.attach(hostile.placing_at_zero, Victim(0), Victim(CHUNK))
@@ -384,6 +388,7 @@ def _flood(daemon: Daemon) -> None:
     assert successor.wait() == 0
 
 
+@pytest.mark.one_kernel("7.3")
 def test_neither_holes_in_the_pool_nor_a_flood_disturb_another_device(daemon: Daemon) -> None:
     with _bystander(daemon):
         _resize_the_pool(daemon)

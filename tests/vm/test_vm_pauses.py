@@ -31,7 +31,13 @@ def _add(daemon: Daemon, name: str, rings: bool) -> DeviceStatus:
     )
 
 
-@pytest.fixture(params=[True, False], ids=["rings", "frames"])
+LINKS = [
+    pytest.param(True, id="rings", marks=pytest.mark.one_kernel("7.3")),
+    pytest.param(False, id="frames", marks=pytest.mark.one_kernel("6.12")),
+]
+
+
+@pytest.fixture(params=LINKS)
 def load(request: pytest.FixtureRequest, daemon: Daemon) -> Iterator[Load]:
     """fio's verified writes to a disk; afterwards no request has failed and the backend is the same."""
     before = _add(daemon, "paused", request.param)

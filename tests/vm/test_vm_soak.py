@@ -74,6 +74,7 @@ def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
     )
 
 
+@pytest.mark.one_kernel("7.3")
 def test_ext4_in_use_survives_every_death(mortal: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"path": mortal.path("fs.img"), "size": "160M"}
     path = mortal.add("fs", "file", options, queues=2).path

@@ -143,6 +143,7 @@ def suspended_file(lower: str) -> Iterator[str]:
         run("dmsetup", "remove", "--noudevsync", "--retry", SUSPENDED)
 
 
+@pytest.mark.one_kernel("6.12")
 def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_stop() -> None:
     lower = Daemon(name="lower")
     with lower.life():

@@ -1,7 +1,7 @@
 """Which guest runs a vm test that does not depend on the kernel.
 
 Such a test has the marker `one_kernel("6.12")`: it names the guest, so that the guests, which run at the same time,
-take about as long as each other.
+take about as long as each other.  `make test-long` sets UBLKPOOL_EVERY_KERNEL, so that every guest runs every test.
 """
 
 from collections.abc import Sequence
