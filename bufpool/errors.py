@@ -28,3 +28,9 @@ class BackendError(PoolError):
     """
 
     errno = errno.EINVAL
+
+
+class StoreTaken(BackendError):
+    """Another client has taken the store over while this backend served it: no successor may serve the device."""
+
+    errno = errno.ESHUTDOWN

@@ -109,13 +109,24 @@ class Supervisor:
         devices = [(each.config.name, each.shown) for each in self._table.devices()]
         return "; ".join(filter(None, (notify.describe(devices), self.config_file.problem)))
 
-    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+    async def add(
+        self, cfg: DeviceConfig, progress: Callable[[str], None], take_over: bool = False
+    ) -> DeviceStatus:
         """Create a device; one with a backend of the daemon's is live at the return.
 
-        A failed device of that name is made again, and its backend finds what the one before kept.  Raises
-        `DaemonError`, and leaves nothing then.
+        A failed device of that name is made again, and its backend finds what the one before kept.  With `take_over`
+        its backend breaks its store's lock, whoever holds it.  Raises `DaemonError`, and leaves nothing then.
         """
-        return (await self._table.add(cfg, progress)).status()
+        if not take_over:
+            return (await self._table.add(cfg, progress)).status()
+        binding = self._binding(cfg.name)
+        await binding.take_over(True)
+        try:
+            return (await self._table.add(cfg, progress)).status()
+        except BaseException:
+            # A later add must not break a lock without the operator's word.
+            await asyncio.shield(binding.take_over(False))
+            raise
 
     def add_configured(self, devices: Sequence[DeviceConfig], were_there: bool = False) -> None:
         """Add the config's devices side by side, without waiting; a failed one stays in the list with its reason.

@@ -35,7 +35,7 @@ class Growth:
     def __init__(self, backend: Backend, events: EventLoop, wake: Callable[[], None]) -> None:
         """`wake` has the loop call `news`, from any thread."""
         self._backend, self._events, self._wake = backend, events, wake
-        self._news: deque[wire.SessionMessage] = deque()
+        self._news: deque[wire.Resized | wire.Grown] = deque()
         self._thread: threading.Thread | None = None
         self._asked_bytes = 0
         self._grows = False
@@ -66,7 +66,7 @@ class Growth:
         self._news.append(wire.Grown(size_bytes=int(size_bytes)))
         self._wake()
 
-    def news(self) -> list[wire.SessionMessage]:
+    def news(self) -> list[wire.Resized | wire.Grown]:
         """What happened since the last call."""
         return [self._news.popleft() for _ in range(len(self._news))]
 

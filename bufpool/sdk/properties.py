@@ -34,6 +34,11 @@ class Hint(NamedTuple):
     resized_bytes: int = 0
     """The size that `ublkpool resize` gave the device: serve at least this much, whatever a smaller option says; 0 if
     it was never resized."""
+    former_owner: str | None = None
+    """`Properties.owner` of the last backend, whose process has ended: its lock, and no other, may be broken.  Empty:
+    none is known.  None: the daemon is too old to keep an owner."""
+    takes_over: bool = False
+    """The operator wants the store's lock broken, whoever holds it (`ublkpool add --take-over`)."""
 
     def asked_bytes(self, option_bytes: int) -> int:
         """The bytes to serve, of a backend whose option `size` is `option_bytes` (0: none); 0: the whole store."""
@@ -54,7 +59,8 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
 
     `identity` names the store: the daemon refuses a successor with another identity.  A string is a strong identity;
     without one the successor must only be of the same kind.  `generation_seen` is the highest `Device.generation` that
-    the store has on record; the daemon answers with a higher one.
+    the store has on record; the daemon answers with a higher one.  `owner` is the name under which this process holds
+    the store's lock in its cluster; the daemon has it on record before the first request.
     """
 
     size_bytes: int = 0
@@ -73,6 +79,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     post_max_bytes: int = 0
     identity: Identity | str | None = None
     generation_seen: int = 0
+    owner: str = ""
 
 
 def check_properties(properties: Properties) -> Properties:

@@ -17,7 +17,7 @@ import msgspec
 from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.engine.ring_driver import nothing_to_serve
-from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.errors import BackendError, StoreTaken
 from ublkpool.bufpool.sdk import growth, process
 from ublkpool.bufpool.sdk.backend import (
     Backend,
@@ -40,7 +40,7 @@ from ublkpool.bufpool.sdk.failures import failures
 from ublkpool.bufpool.sdk.runner import Runner, check_methods, is_async, make_runner
 
 _PAGE_BYTES = 4096
-_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen")
+_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen", "owner")
 
 
 def serve(
@@ -82,6 +82,8 @@ def serve(
         attach = _with_survival(attach, backend, known)
         if known.knows_resize and growth.can_resize(backend):
             attach = msgspec.structs.replace(attach, resizes=True)
+        if known.former_owner is not None:
+            attach = msgspec.structs.replace(attach, owner=properties.owner)
         attachment = DeviceConnection.open(
             run_dir, device, attach, segment, wait_s=wait_s, transport=transport
         )
@@ -93,7 +95,12 @@ def serve(
             heard = stack.enter_context(signals(loop))
             watch = EndWatch(loop, attachment.fileno(), heard, end_patience_s)
             loop.watch_end(stack.enter_context(watch))
-        return loop.run()
+        try:
+            return loop.run()
+        except StoreTaken as error:
+            if known.former_owner is not None:
+                attachment.tell(wire.Excluded(reason=str(error)[: growth.REASON_LENGTH_MAX]))
+            raise
 
 
 def open_store(backend: Backend, hint: Hint, events: EventLoop | None = None) -> Properties:
@@ -116,6 +123,8 @@ def _hint(run_dir: Path, known: wire.Described) -> Hint:
         may_create,
         known.takes_next,
         known.resized_bytes,
+        known.former_owner,
+        known.takes_over,
     )
 
 

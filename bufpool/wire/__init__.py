@@ -38,6 +38,9 @@ from ublkpool.bufpool.wire.attach import (
     Detach as Detach,
 )
 from ublkpool.bufpool.wire.attach import (
+    Excluded as Excluded,
+)
+from ublkpool.bufpool.wire.attach import (
     Grown as Grown,
 )
 from ublkpool.bufpool.wire.attach import (

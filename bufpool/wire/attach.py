@@ -74,6 +74,9 @@ class Attach(
     """False: reads return anything.  Sent only if `Described` has `is_check`."""
     resizes: bool = False
     """The backend answers `Resize`.  Sent only if `Described` has `knows_resize`."""
+    owner: str = ""
+    """The name under which this process holds the store's lock in its cluster; on record before the answer.  Sent only
+    if `Described` has `former_owner`."""
 
 
 class Describe(
@@ -111,6 +114,11 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     """The daemon knows `Attach.resizes`, `Resized` and `Grown`; False: an older daemon."""
     resized_bytes: int = 0
     """The size that `ublkpool resize` gave the device, which a smaller size of the backend's options gives way to."""
+    former_owner: str | None = None
+    """`Attach.owner` of the last backend, whose process has ended, so that its lock may be broken; empty: none is
+    known, or it may live.  None: an older daemon, which does not know `Attach.owner` and `Excluded`."""
+    takes_over: bool = False
+    """The operator wants the store's lock broken, whoever holds it (`ublkpool add --take-over`)."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +227,18 @@ class Grown(
     size_bytes: int
 
 
+class Excluded(
+    msgspec.Struct, tag="excluded", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """From a backend that is about to end: another client has taken the store over, so no successor may serve the
+    device, whose clients know data that may have changed since; no answer.
+
+    Sent only if `Described` has `former_owner`.
+    """
+
+    reason: str
+
+
 class LeaseBuffer(
     msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
@@ -239,7 +259,7 @@ class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, 
 
 DaemonMessage = Attached | Described | Refused | Live | Detach | Resize | BufferLeased
 BackendMessage = Attach | Describe | LeaseBuffer
-SessionMessage = Resized | Grown
+SessionMessage = Resized | Grown | Excluded
 """What an attached backend may send."""
 _encoder = msgspec.json.Encoder()
 _backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)

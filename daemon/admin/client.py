@@ -68,9 +68,12 @@ class AdminClient:
         self._on_wait = on_wait
         self._on_idle = on_idle
 
-    def add(self, device: DeviceConfig) -> DeviceStatus:
-        """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
-        return self._call(AddRequest(device=device), DeviceStatus)
+    def add(self, device: DeviceConfig, take_over: bool = False) -> DeviceStatus:
+        """Create a device; returns when it is live, or at once if the daemon runs no backend for it.
+
+        With `take_over` its backend breaks its store's lock, whoever holds it.
+        """
+        return self._call(AddRequest(device=device, take_over=take_over or UNSET), DeviceStatus)
 
     def delete(
         self, names: list[str] | None, force: bool = False, *, keeps_stores: bool = False

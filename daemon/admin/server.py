@@ -64,7 +64,9 @@ _Kinds = tuple[type[Request], ...]
 class DeviceService(Protocol):
     """The supervisor's operations; an exception becomes the error of the request."""
 
-    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+    async def add(
+        self, cfg: DeviceConfig, progress: Callable[[str], None], take_over: bool = False
+    ) -> DeviceStatus:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it."""
 
     async def delete(self, names: _Names | None, force: bool, *, forget: bool = True) -> Sequence[str]:
@@ -235,7 +237,8 @@ class AdminServer:
     async def _perform(self, request: Request, writer: asyncio.StreamWriter) -> object:
         match request:
             case AddRequest():
-                return await self._service.add(request.device, _progress_to(writer))
+                take_over = request.take_over is True
+                return await self._service.add(request.device, _progress_to(writer), take_over)
             case DeleteRequest():
                 return await self._service.delete(
                     request.names, request.force, forget=request.keeps_stores is not True

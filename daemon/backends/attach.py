@@ -70,6 +70,7 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
             raise AttachRefused(f"{name} {value} is out of range")
     if not 0 <= attach.generation_seen < GENERATION_SEEN_MAX:
         raise AttachRefused(f"generation_seen {attach.generation_seen} is out of range")
+    _check_text("owner", attach.owner)
     _check_identity(attach.identity or wire.Identity())
     if attach.size_bytes % logical:
         raise AttachRefused(f"size_bytes {attach.size_bytes} is no multiple of {logical}")
@@ -83,8 +84,12 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
 def _check_identity(identity: wire.Identity) -> None:
     texts = {"value": identity.value, "in_boot": identity.in_boot, "store": identity.store}
     for name, text in texts.items():
-        if len(text) > IDENTITY_LENGTH_MAX or not (text.isprintable() or not text):
-            raise AttachRefused(f"identity.{name} must be at most {IDENTITY_LENGTH_MAX} printable characters")
+        _check_text(f"identity.{name}", text)
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > IDENTITY_LENGTH_MAX or not (text.isprintable() or not text):
+        raise AttachRefused(f"{name} must be at most {IDENTITY_LENGTH_MAX} printable characters")
 
 
 def _check_segment(segment_bytes: int, fd: int | None) -> None:

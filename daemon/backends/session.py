@@ -50,6 +50,8 @@ class Session:
     """Called with the size that its store has grown to, in bytes; the device sets it."""
     grown_bytes = 0
     """The largest size that it has announced, also before `on_grown` was set; 0: none."""
+    excluded = ""
+    """Why no backend may serve the device after this one: another client has taken its store over."""
     _asked_bytes = 0
     _grown_left, _grown_at_s = float(GROWN_PACKETS_MAX), 0.0
     _growing: "asyncio.Future[wire.Resized] | None" = None
@@ -241,12 +243,20 @@ class Session:
             return False
         if isinstance(message, wire.Resized):
             return self._resized(message)
+        if isinstance(message, wire.Excluded):
+            return self._excluded(message)
         # A store that grows in small steps may say so again, but never twice the same.
         if not self.grown_bytes < message.size_bytes < 1 << 63:
             return False
         self.grown_bytes = message.size_bytes
         self.on_grown(message.size_bytes)
         return self._may_announce()
+
+    def _excluded(self, message: wire.Excluded) -> bool:
+        if self.excluded:
+            return False
+        self.excluded = plain(message.reason) or "another client has taken its store over"
+        return True
 
     def _may_announce(self) -> bool:
         """Whether it has announced no more than it may; one more each second."""

@@ -112,6 +112,7 @@ class Host:
             may_create=self._state.attach is None,
             knows_survival=True,
             is_check=True,
+            former_owner=self._state.owner,
         )
 
     def _check(self, attach: wire.Attach) -> None:
@@ -441,6 +442,11 @@ class State:
         """The last one; None before the first and after the store's end."""
         self._generation = 0
         self._size_bytes = 0
+
+    @property
+    def owner(self) -> str:
+        """The owner of the store's lock at the last attach."""
+        return self.attach.owner if self.attach is not None else ""
 
     def attached(self, attach: wire.Attach) -> None:
         """A backend attached.  Raises `Broken` if its size is another than before."""

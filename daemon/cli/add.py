@@ -41,12 +41,19 @@ def _with_wait_value(arg: str, following: str) -> str:
     metavar="[SECONDS]",
     help="Without --backend: return only when a backend has attached and the device is live.",
 )
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Break the lock that another client has on the store, such as a host that is cut off.  That client can write "
+    "no more.",
+)
 @run_dir_option()
 def add(
     name: str,
     options: tuple[str, ...],
     layers: tuple[str, ...],
     wait_s: float | None,
+    take_over: bool,
     run_dir: Path,
     **described: object,
 ) -> None:
@@ -65,7 +72,7 @@ def add(
     """
     device = _device_config({"name": name, **described}, options, layers)
     client = admin_client(run_dir)
-    status = client.add(device)
+    status = client.add(device, take_over)
     if status.state == "waiting" and wait_s is not None:
         status = client.wait_live(name, None if wait_s == float("inf") else wait_s)
     _show_added(status)

@@ -60,6 +60,18 @@ class Binding:
         return self._states.get(self._name).takes_next
 
     @property
+    def owner(self) -> str:
+        """The owner of the store's lock at the last attach; empty: none is known."""
+        try:
+            return self._states.get(self._name).owner
+        except DaemonError:
+            return ""
+
+    def takes_over(self) -> bool:
+        """Whether the next backend breaks its store's lock.  Raises `DaemonError` as `may_create`."""
+        return self._states.get(self._name).takes_over
+
+    @property
     def resized_bytes(self) -> int:
         """The size that the device was given while it was live, also for the store that `rebind` accepts; 0: none."""
         try:
@@ -112,7 +124,7 @@ class Binding:
                 boot=self._boot,
                 resized_bytes=resized_bytes,
             )
-            bound = DeviceState(name=self._name, generation=generation, store=store)
+            bound = DeviceState(name=self._name, generation=generation, store=store, owner=attach.owner)
             await self._states.save(bound)
             if self._before is None:
                 self._before = state
@@ -145,7 +157,9 @@ class Binding:
         async with self._states.turn(self._name):
             before, self._before, self._is_starting = self._before, None, False
             if before is not None:
-                await self._try_to_save(msgspec.structs.replace(before, generation=self.generation))
+                # The owner stays: its lock may still be held, and the next backend may break exactly that one.
+                undone = msgspec.structs.replace(before, generation=self.generation, owner=self.owner)
+                await self._try_to_save(undone)
 
     async def learn(
         self,
@@ -188,6 +202,20 @@ class Binding:
                 await self._states.save(msgspec.structs.replace(state, takes_next=True))
                 _log.warning("%s: the next store that attaches becomes its own", self._name)
 
+    async def take_over(self, takes_over: bool) -> None:
+        """Whether the next backend breaks its store's lock, whoever holds it.
+
+        Raises `DaemonError` if that cannot be written, or if the name's state cannot be read.
+        """
+        async with self._states.turn(self._name):
+            state = self._states.get(self._name)
+            if state.takes_over != takes_over:
+                await self._states.save(msgspec.structs.replace(state, takes_over=takes_over))
+                if takes_over:
+                    _log.warning(
+                        "%s: the next backend takes its store over from any other client", self._name
+                    )
+
     async def forget(self, has_device: Callable[[], bool] = lambda: False) -> None:
         """Unbind the store of a device deleted on purpose; the name keeps its generation.  A failure is logged.
 
@@ -195,7 +223,9 @@ class Binding:
         """
         async with self._states.turn(self._name):
             if self._states.knows(self._name) and not has_device():
-                await self._try_to_save(DeviceState(name=self._name, generation=self.generation))
+                await self._try_to_save(
+                    DeviceState(name=self._name, generation=self.generation, owner=self.owner)
+                )
 
     async def end(self) -> None:
         """The device ends with its daemon: unbind a store that ends with its device.  A failure is logged."""

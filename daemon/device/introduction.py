@@ -79,16 +79,22 @@ async def _take_leave(parts: DeviceParts, session: Session, fail: Fail) -> None:
         if parts.resources.team is not None:
             await parts.resources.team.lost()
         parts.backend.drop(session)
-        if _has_lost_data(parts, session):
+        if reason := _why_none_may_follow(parts, session):
             # In the same turn, so that no other backend is introduced before.
-            parts.backend.data_lost = why_data_is_lost(session.attach)
-            await fail(parts.backend.data_lost)
+            parts.backend.data_lost = reason
+            await fail(reason)
         elif life.state == "waiting":
             await parts.binding.backend_ended()
 
 
-def _has_lost_data(parts: DeviceParts, session: Session) -> bool:
-    """Whether clients may have written to a store that ended with this backend."""
+def _why_none_may_follow(parts: DeviceParts, session: Session) -> str:
+    """Why no backend may serve the device after this one; empty if one may.
+
+    Clients may have written to a store that ended with this backend, or know data of a store that another client has
+    changed since.
+    """
     life = parts.life
     was_served = life.state not in ("waiting", "failed") or parts.binding.is_starting
-    return not session.attach.survives_death and was_served and not life.is_stopping
+    if not was_served or life.is_stopping:
+        return ""
+    return session.excluded or why_data_is_lost(session.attach)

@@ -65,6 +65,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     """None: the device was never served, or it was deleted since."""
     takes_next: bool = False
     """Whether the next store that attaches becomes the device's, whatever its identity."""
+    owner: str = ""
+    """See `wire.Attach.owner`; of the last attach."""
+    takes_over: bool = False
+    """Whether the next backend breaks its store's lock, whoever holds it."""
 
 
 class _Version(msgspec.Struct):

@@ -89,7 +89,7 @@ def _served_by(session: Session | None) -> Served | None:
     if session is None:
         return None
     # An earlier version reads the attach message, and refuses fields that it does not know.
-    attach = msgspec.structs.replace(session.attach, resizes=False)
+    attach = msgspec.structs.replace(session.attach, resizes=False, owner="")
     token, generation = session.token.hex(), session.generation
     return Served(attach, token, session.segment, generation, session.attach.resizes)
 

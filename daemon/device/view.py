@@ -162,6 +162,8 @@ class DeviceView:
             knows_survival=True,
             knows_resize=True,
             resized_bytes=self.parts.resized_bytes,
+            former_owner=_former_owner(self.parts),
+            takes_over=self.parts.binding.takes_over(),
         )
 
     async def live(self) -> None:
@@ -195,6 +197,12 @@ def _described_bytes(parts: DeviceParts) -> int:
         # The operator accepted the next store, also one that a resize has not reached.
         return parts.config.size_bytes or 0
     return _size_bytes(parts) or 0
+
+
+def _former_owner(parts: DeviceParts) -> str:
+    """The owner on record, if its process has ended: only then may its lock be broken."""
+    session = parts.backend.session
+    return parts.binding.owner if session is None or session.is_gone else ""
 
 
 def _overruled_bytes(parts: DeviceParts) -> int | None:

@@ -168,6 +168,13 @@ def test_an_endless_line_is_refused_and_the_connection_closed(daemon: FakeDaemon
     assert daemon.server.statistics()["failures"] == 1
 
 
+def test_an_add_takes_its_store_over_only_on_command(daemon: FakeDaemon) -> None:
+    client = AdminClient(daemon.run_dir)
+    client.add(DeviceConfig(name="a", backend=MEMORY))
+    client.add(DeviceConfig(name="b", backend=MEMORY), take_over=True)
+    assert daemon.service.take_overs == [False, True]
+
+
 def test_an_add_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: AdminClient) -> None:
     daemon.service.hold_adds = asyncio.Event()
     with connect(daemon) as connection:

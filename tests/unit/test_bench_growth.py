@@ -38,7 +38,7 @@ class FakeDaemon:
     def client(self) -> "FakeDaemon":
         return self
 
-    def add(self, config: DeviceConfig) -> DeviceStatus:
+    def add(self, config: DeviceConfig, take_over: bool = False) -> DeviceStatus:
         self.configs[config.name] = config
         self.added.append(config)
         return self._status(config)

@@ -367,3 +367,39 @@ def test_a_store_is_not_forgotten_once_the_name_has_a_device(name: Name) -> None
 
 def brings(identity: wire.Identity) -> wire.Attach:
     return wire.Attach(v=1, device="vol", kind="file", identity=identity)
+
+
+def test_the_owner_of_the_lock_is_on_record_and_stays_until_the_next_attach(name: Name) -> None:
+    name.attach(A, owner="10.0.0.1:0/7")
+    for event in ("restart", "reboot", "undo", "rebind", "forget"):
+        getattr(name, event)() if event in ("restart", "reboot", "rebind") else name.do(event)
+        assert name.binding.owner == "10.0.0.1:0/7", event
+    name.attach(A, owner="10.0.0.1:0/8")
+    assert name.binding.owner == "10.0.0.1:0/8"
+    name.attach(A)
+    assert name.binding.owner == ""
+
+
+def test_an_owner_that_cannot_be_put_on_record_serves_nothing(name: Name) -> None:
+    name.states.broken = "state directory /s: cannot write vol0.json: No space left on device"
+    with pytest.raises(DaemonError, match="No space left"):
+        name.attach(A, owner="10.0.0.1:0/7")
+    assert name.binding.owner == ""
+
+
+def test_a_start_that_is_undone_leaves_its_owner_on_record(name: Name) -> None:
+    name.attach(A, live=False, owner="10.0.0.1:0/7")
+    name.do("undo")
+    assert (name.binding.owner, name.binding.store) == ("10.0.0.1:0/7", None)
+
+
+def test_a_takeover_is_for_one_attach(name: Name) -> None:
+    assert not name.binding.takes_over()
+    asyncio.run(name.binding.take_over(True))
+    name.restart()
+    assert name.binding.takes_over()
+    name.attach(A)
+    assert not name.binding.takes_over()
+    asyncio.run(name.binding.take_over(True))
+    asyncio.run(name.binding.take_over(False))
+    assert not name.binding.takes_over()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from support.fakes.device_parts import (
     turn,
 )
 from support.fakes.plain_backend import Plain
-from support.fakes.worker import FakeWorker, finish, serving, spawn
+from support.fakes.worker import BackendThread, FakeWorker, finish, serving, spawn
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.bufpool.sdk.backend import Backend
+from ublkpool.bufpool.errors import AttachRefused, StoreTaken
+from ublkpool.bufpool.sdk.backend import Backend, Hint, Properties
+from ublkpool.bufpool.sdk.backend import Device as AttachedDevice
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.device import adoption, teardown
 from ublkpool.daemon.device.device import Device
@@ -340,3 +342,88 @@ def test_a_module_of_functions_declares_it_by_a_name(tmp_path: Path) -> None:
         assert not worker.accept().survives_death
         worker.detach()
         assert finish(process)[0] == 0
+
+
+# A store that another client has taken over.
+
+
+TAKEN = "pool/vol: another client has taken the image over"
+
+
+class Locked(Plain):
+    """Holds a lock in its cluster."""
+
+    def open(self, hint: Hint) -> Properties:
+        """See `Backend.open`."""
+        self.hint = hint
+        return msgspec.structs.replace(super().open(hint), owner="10.0.0.1:0/7")
+
+
+@pytest.mark.parametrize("former", ["", "10.0.0.1:0/6"])
+def test_a_backend_hears_the_former_owner_and_tells_its_own(tmp_path: Path, former: str) -> None:
+    backend = Locked()
+    attach = attach_of(tmp_path, backend, former_owner=former, takes_over=True)
+    assert attach.owner == "10.0.0.1:0/7"
+    assert (backend.hint.former_owner, backend.hint.takes_over) == (former, True)
+
+
+def test_a_daemon_that_does_not_know_owners_is_not_told_one(tmp_path: Path) -> None:
+    attach = attach_of(tmp_path, Locked())
+    assert "owner" not in wire.encode_message(attach).decode()
+
+
+def test_a_device_whose_store_was_taken_over_fails_and_takes_no_successor(
+    torn_down: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        device = live_device(Dying())
+        session = FakeSession("rbd")
+        session.excluded = TAKEN
+        await device.attach(session)
+        session.dies()
+        await turn()
+        assert (device.state, device.reason, torn_down) == ("failed", TAKEN, ["failed"])
+        with pytest.raises(AttachRefused, match="taken the image over"):
+            await device.attach(FakeSession("rbd"))
+
+    with caplog.at_level(logging.ERROR, "ublkpool"):
+        in_loop(run)
+
+
+def test_the_former_owner_is_told_only_when_its_process_has_ended() -> None:
+    async def run() -> None:
+        device = live_device(Dying())
+        session = FakeSession("rbd")
+        session.attach = wire.Attach(v=1, device="vol", kind="rbd", owner="10.0.0.1:0/7")
+        assert device.describe().former_owner == ""
+        await device.attach(session)
+        assert device.parts.binding.owner == "10.0.0.1:0/7"
+        assert device.describe().former_owner == "", "its process lives"
+        session.dies()
+        await turn()
+        assert device.describe().former_owner == "10.0.0.1:0/7"
+
+    in_loop(run)
+
+
+def test_a_backend_whose_store_was_taken_says_so_before_it_ends(tmp_path: Path) -> None:
+    class Taken(Locked):
+        def started(self, device: AttachedDevice) -> None:
+            self.news = os.eventfd(1, os.EFD_CLOEXEC)
+            device.watch(self.news, self._raise)
+
+        def _raise(self) -> None:
+            raise StoreTaken(TAKEN)
+
+        def close(self) -> None:
+            os.close(self.news)
+
+    with FakeWorker(tmp_path) as worker:
+        worker.described = {"former_owner": ""}
+        thread = BackendThread(Taken(), worker.run_dir)
+        worker.accept()
+        assert worker.connection is not None
+        said = wire.decode_session_message(worker.connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))
+        assert said == wire.Excluded(reason=TAKEN)
+        with pytest.raises(StoreTaken, match="taken the image over"):
+            thread.join()

@@ -58,9 +58,13 @@ class FakeService:
         self.stopped = False
         self.events = Events()
         self.shutdowns: _Bools = []
+        self.take_overs: _Bools = []
 
-    async def add(self, cfg: DeviceConfig, progress: Callable[[str], None]) -> DeviceStatus:
+    async def add(
+        self, cfg: DeviceConfig, progress: Callable[[str], None], take_over: bool = False
+    ) -> DeviceStatus:
         progress(f"creating {cfg.name}")
+        self.take_overs.append(take_over)
         if self.hold_adds is not None:
             try:
                 await self.hold_adds.wait()
