@@ -17,7 +17,7 @@ packages=(
     # to build the Debian package
     debhelper dpkg-dev
     # the servers that backends are tested against, and a backend's library
-    libnbd0 nbdkit nbdkit-plugin-python
+    libnbd0 nbdkit nbdkit-plugin-python librados2 libradosstriper1 librbd1
     # to fetch and verify the guests' kernels
     ca-certificates debian-archive-keyring debootstrap gpgv xz-utils
 )
@@ -45,3 +45,29 @@ install_packages setup "${missing[@]}"
 # The package's name contains clang's version, known once clang is installed.
 mapfile -t missing < <(missing_packages "libclang-rt-$(clang -dumpversion | cut -d. -f1)-dev")
 install_packages setup "${missing[@]}"
+
+# Ceph's servers and commands for the tests, unpacked rather than installed: the packages would start services (smartd,
+# ceph-crash), add a user and bring LVM.  The version is that of the libraries, with which they share an interface.
+ceph_cache="${UBLKPOOL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}}/ublkpool-ceph"
+ceph_version() { dpkg-query -W -f '${Version}' librados2; }
+if [ ! -d "$ceph_cache/$(ceph_version)" ]; then
+    mkdir -p "$ceph_cache"
+    exec 9> "$ceph_cache/lock"
+    flock 9
+fi
+if [ ! -d "$ceph_cache/$(ceph_version)" ]; then
+    # The servers' libraries have other names in each release; these three are upgraded to what the archive has.
+    mapfile -t libraries < <(apt-cache depends ceph-mon ceph-osd | sed -n 's/^ *Depends: \(lib[^ ]*\)$/\1/p' | sort -u)
+    mapfile -t missing < <(missing_packages "${libraries[@]}")
+    install_packages setup librados2 libradosstriper1 librbd1 "${missing[@]}"
+    version=$(ceph_version)
+    echo "setup: unpacking Ceph $version into $ceph_cache"
+    partial=$(mktemp -d "$ceph_cache/partial.XXXXXX")
+    trap 'rm -rf "$partial"' EXIT
+    mkdir "$partial/root"
+    unpacked=(ceph-mon ceph-osd ceph-base ceph-common)
+    (cd "$partial" && apt-get download -qq -o APT::Sandbox::User=root "${unpacked[@]/%/=$version}")
+    for package in "$partial"/*.deb; do dpkg -x "$package" "$partial/root"; done
+    rm -rf "$ceph_cache"/[0-9]*
+    mv -T "$partial/root" "$ceph_cache/$version"
+fi

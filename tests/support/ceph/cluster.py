@@ -1,0 +1,280 @@
+"""A Ceph cluster for tests: monitors and OSDs as plain processes, with everything in one directory.
+
+As a class for fixtures, and by `python -m support.ceph` (see __main__.py).  cephx is on; the network is the loopback or
+an address of a network namespace; no systemd, no mgr, no root.  An OSD keeps its data in its memory (`memstore`, the
+faster start; it is empty after `kill` and `revive`) or in a sparse file (`bluestore`).
+
+In the directory: `ceph.conf`, `keyring` (every key, so that `conf=` and `id=` are all that a client needs), the data
+and logs of the servers.  `stop` ends every process by its pid and removes the directory.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from support.ceph.keyring import keyring_entry, new_key
+from support.ceph.programs import library_settings, program
+from support.ceph.servers import Servers
+from support.sources.ports import HeldPort
+
+POOL = "rbd"
+CLIENT = "ublkpool"
+CLIENT_CAPS = {"mon": "profile rbd", "osd": f"profile rbd pool={POOL}"}
+"""What docs/CEPH.md gives a client of ours."""
+_COMMAND_S = 150.0
+_ADMIN = {"mon": "allow *", "osd": "allow *", "mgr": "allow *"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a cluster is made of; kept in its directory for later commands."""
+
+    stores: tuple[str, ...] = ("memstore", "memstore", "memstore")
+    """For each OSD `memstore` or `bluestore`."""
+    monitors: int = 1
+    replicas: int = 2
+    store_bytes: int = 1 << 30
+    """How much an OSD has room for."""
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    """Put before each server's command, such as `ip netns exec NAME`."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """More lines for [global] of ceph.conf."""
+
+
+class Cluster:
+    """A cluster; as a context manager it is started, and stopped at the end."""
+
+    def __init__(self, directory: Path, shape: Shape = Shape(), *, outlive_us: bool = False) -> None:
+        self.directory = directory.absolute()
+        self.shape = shape
+        self.servers = Servers(self.directory, shape.prefix, outlive_us=outlive_us)
+        self._ports: list[HeldPort] = []
+
+    @classmethod
+    def found_in(cls, directory: Path) -> Self:
+        """The cluster that another process has started in a directory."""
+        shape = json.loads((directory / "shape.json").read_text())
+        shape.update(stores=tuple(shape["stores"]), prefix=tuple(shape["prefix"]))
+        return cls(directory, Shape(**shape), outlive_us=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def conf(self) -> Path:
+        """The file for a client's `conf=`."""
+        return self.directory / "ceph.conf"
+
+    @property
+    def monitor_names(self) -> list[str]:
+        """`mon.a` and so on."""
+        return [f"mon.{chr(ord('a') + number)}" for number in range(self.shape.monitors)]
+
+    @property
+    def osd_names(self) -> list[str]:
+        """`osd.0` and so on."""
+        return [f"osd.{number}" for number in range(len(self.shape.stores))]
+
+    def start(self) -> None:
+        """Make the cluster and its pool; returns when every OSD is up."""
+        self.directory.mkdir(parents=True)
+        (self.directory / "shape.json").write_text(json.dumps(asdict(self.shape)))
+        self._write_conf()
+        self._write_keyring()
+        self._make_monitors()
+        for name in self.monitor_names:
+            self.servers.start(name, *self._config())
+        self._at_once([self._make_osd_command(name) for name in self.osd_names])
+        for name in self.osd_names:
+            self.servers.start(name, *self._config())
+        pool: list[dict[str, Any]] = [
+            {"prefix": "osd pool create", "pool": POOL, "pg_num": 4, "size": self.shape.replicas},
+            {"prefix": "osd pool application enable", "pool": POOL, "app": "rbd"},
+        ]
+        self._ask(pool, "--until-up", str(len(self.shape.stores)))
+
+    def stop(self) -> None:
+        """End every server and remove the directory."""
+        self.servers.end()
+        for port in self._ports:
+            port.close()
+        self._ports.clear()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of `osd.1` or `mon.a`."""
+        self.servers.kill(name)
+
+    def revive(self, name: str) -> None:
+        """Start a killed server again, an OSD in memory as an empty one; returns before it is up."""
+        kind, _, number = name.partition(".")
+        if kind == "osd" and self.shape.stores[int(number)] == "memstore":
+            shutil.rmtree(self.directory / name)
+            self._at_once([self._make_osd_command(name)])
+        self.servers.start(name, *self._config())
+
+    def wait_until_up(self, count: int) -> None:
+        """Wait until exactly as many OSDs are up for the monitors."""
+        self._ask([], "--until-up", str(count))
+
+    def command(self, prefix: str, **arguments: Any) -> Any:
+        """One command for the monitors, such as `osd set` with key="full"; returns its answer, from JSON."""
+        return self.commands({"prefix": prefix, "format": "json", **arguments})[0]
+
+    def commands(self, *commands: Mapping[str, Any]) -> list[Any]:
+        """Several commands in one go."""
+        return self._ask(commands)
+
+    def _ask(self, commands: Sequence[Mapping[str, Any]], *wait: str) -> list[Any]:
+        script = str(Path(__file__).with_name("mon_commands.py"))
+        asked = [*self.shape.prefix, sys.executable, script, str(self.conf), *wait]
+        answers: list[Any] = json.loads(self._run(asked, text=json.dumps(commands)))
+        return answers
+
+    def add_client(self, name: str, caps: Mapping[str, str]) -> None:
+        """Make client.NAME with rights of its own; `id=NAME` then finds its key."""
+        rights = [text for pair in caps.items() for text in pair]
+        self.command("auth get-or-create", entity=f"client.{name}", caps=rights)
+        key = self.command("auth get-key", entity=f"client.{name}")["key"]
+        with (self.directory / "keyring").open("a") as keyring:
+            keyring.write(keyring_entry(f"client.{name}", key, {}))
+
+    def rbd(self, *arguments: str, client: str = "admin", text: str | None = None) -> str:
+        """Run Ceph's own `rbd`; returns what it prints."""
+        return self._run([program("rbd"), *self._config(), "--id", client, *arguments], text=text)
+
+    def rados(self, *arguments: str, client: str = "admin", text: str | None = None) -> str:
+        """Run Ceph's own `rados`; returns what it prints."""
+        return self._run([program("rados"), *self._config(), "--id", client, *arguments], text=text)
+
+    def _config(self) -> list[str]:
+        return ["-c", str(self.conf)]
+
+    def _write_conf(self) -> None:
+        here = self.directory
+        self._ports = [HeldPort(self.shape.address) for _ in self.monitor_names]
+        addresses = ",".join(f"v2:{self.shape.address}:{port.number}" for port in self._ports)
+        settings = {
+            "fsid": str(uuid.uuid4()),
+            "mon_host": addresses,
+            "public_addr": self.shape.address,
+            "auth_cluster_required": "cephx",
+            "auth_service_required": "cephx",
+            "auth_client_required": "cephx",
+            "auth_allow_insecure_global_id_reclaim": "false",
+            "keyring": str(here / "keyring"),
+            "run_dir": str(here),
+            "crash_dir": str(here),
+            "admin_socket": "",
+            "log_to_stderr": "false",
+            "osd_pool_default_size": str(self.shape.replicas),
+            "osd_pool_default_min_size": "1",
+            "osd_pool_default_pg_autoscale_mode": "off",
+            "osd_crush_chooseleaf_type": "0",
+            **library_settings(),
+            **self.shape.settings,
+        }
+        self.conf.write_text(
+            _section("global", settings)
+            + _section("mon", _MONITOR | {"mon_data": f"{here}/$name", "log_file": f"{here}/$name.log"})
+            + _section("osd", _OSD | {"osd_data": f"{here}/$name", "log_file": f"{here}/$name.log"})
+            + _section("osd", {key: str(self.shape.store_bytes) for key in _STORE_SIZES})
+        )
+
+    def _write_keyring(self) -> None:
+        caps = {"mon.": {"mon": "allow *"}, "client.admin": _ADMIN, f"client.{CLIENT}": CLIENT_CAPS}
+        caps |= {name: {"mon": "allow profile osd", "osd": "allow *"} for name in self.osd_names}
+        path = self.directory / "keyring"
+        path.touch(mode=0o600)
+        path.write_text("".join(keyring_entry(name, new_key(), rights) for name, rights in caps.items()))
+
+    def _make_monitors(self) -> None:
+        monmap, osdmap = str(self.directory / "monmap"), str(self.directory / "osdmap")
+        fsid = self.conf.read_text().partition("fsid = ")[2].partition("\n")[0]
+        places = []
+        for name, port in zip(self.monitor_names, self._ports, strict=True):
+            places += ["--addv", name.removeprefix("mon."), f"v2:{self.shape.address}:{port.number}"]
+        self._run([program("monmaptool"), "--create", "--fsid", fsid, *places, monmap])
+        # The OSDs are known from the start: that saves a command for each.
+        count = str(len(self.shape.stores))
+        self._run([program("osdmaptool"), *self._config(), osdmap, "--createsimple", count])
+        made = [
+            "--mkfs",
+            "--monmap",
+            monmap,
+            "--osdmap",
+            osdmap,
+            "--keyring",
+            str(self.directory / "keyring"),
+        ]
+        self._at_once(
+            [
+                [program("ceph-mon"), *self._config(), "-i", name.removeprefix("mon."), *made]
+                for name in self.monitor_names
+            ]
+        )
+
+    def _make_osd_command(self, name: str) -> list[str]:
+        number = name.removeprefix("osd.")
+        (self.directory / name).mkdir()
+        store = ["--osd-objectstore", self.shape.stores[int(number)]]
+        # The same each time: the monitors take an OSD with another for a foreign one.
+        identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.directory}/{name}"))
+        made = ["-i", number, "--mkfs", "--osd-uuid", identity]
+        return [*self.shape.prefix, program("ceph-osd"), *self._config(), *store, *made]
+
+    def _at_once(self, commands: Sequence[Sequence[str]]) -> None:
+        with ThreadPoolExecutor(len(commands)) as threads:
+            list(threads.map(self._run, commands))
+
+    def _run(self, command: Sequence[str], text: str | None = None) -> str:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_COMMAND_S)
+        if done.returncode:
+            raise ClusterError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
+
+
+class ClusterError(Exception):
+    """One of Ceph's programs failed."""
+
+
+_MONITOR = {
+    "mon_allow_pool_delete": "true",
+    "mon_data_avail_crit": "0",
+    "mon_data_avail_warn": "0",
+    "mon_osd_min_down_reporters": "1",
+    "mon_osd_reporter_subtree_level": "osd",
+    # Each change of the cluster's maps waits for this long.
+    "paxos_propose_interval": "0.05",
+}
+_OSD = {
+    "bluestore_block_create": "true",
+    "bluestore_block_preallocate_file": "false",
+    "bluestore_cache_size": str(64 << 20),
+    "osd_class_load_list": "*",
+    "osd_class_default_list": "*",
+    "osd_crush_update_on_start": "false",
+    "osd_heartbeat_grace": "6",
+    "osd_heartbeat_interval": "1",
+}
+_STORE_SIZES = ("bluestore_block_size", "memstore_device_bytes")
+
+
+def _section(name: str, settings: Mapping[str, str]) -> str:
+    return f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
