@@ -13,6 +13,7 @@ from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.processes.unix_socket import check_replaceable
 from ublkpool.daemon.settings.config import ServeConfig
 from ublkpool.daemon.settings.run_directory import SOCKETS, check_prepared
+from ublkpool.daemon.settings.worker_account import check_account
 
 
 def group_number(config: ServeConfig) -> int | None:
@@ -37,5 +38,6 @@ def check_before(config: ServeConfig) -> None:
     """Raise `DaemonError`, `ConfigError` or `OSError` if a daemon with this config would be refused here."""
     check_prepared(config.run_dir, group_number(config))
     check_sockets(config.run_dir)
+    check_account(config.user, group_number(config), config.run_dir)
     StateDirectory.check(candidates(config.run_dir, config.state_dir))
     Records(config.run_dir / "devices").check()

@@ -47,7 +47,8 @@ from ublkpool.daemon.reload import Reload
 from ublkpool.daemon.replacement import check_before, check_sockets, group_number
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
-from ublkpool.daemon.settings.run_directory import RunDirectory
+from ublkpool.daemon.settings.run_directory import RunDirectory, let_workers_connect
+from ublkpool.daemon.settings.worker_account import choose_account, wanted_accounts
 from ublkpool.daemon.status import (
     DaemonStatus,
     DeviceStats,
@@ -537,7 +538,8 @@ async def _make_context(
     """
     run_dir = config.run_dir
     group = group_number(config)
-    directory.prepare(group)
+    wanted = wanted_accounts(config.user, group)
+    directory.prepare(group, workers_enter=any(each.user for each in wanted))
     check_sockets(run_dir)
     reserve = Reserve()
     ending.callback(reserve.close)
@@ -548,13 +550,16 @@ async def _make_context(
     ending.push_async_callback(keeper.end, leaves=False)
     events = keeper.events
     instance = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+    account = choose_account(wanted, config.user, run_dir)
+    if account is not None:
+        let_workers_connect(run_dir / "pool.sock", account)
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
     ending.push_async_callback(holder.stop)
-    broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder)
+    broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder, account)
     context = DaemonContext(
-        run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events
+        run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events, account
     )
     return context, held
 

@@ -20,7 +20,7 @@ from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
 from ublkpool.daemon.events.kinds import TakeoverEnded
 from ublkpool.daemon.processes.broker_process import EARLIER_HELD, HELD, HELD_PROCESS
-from ublkpool.daemon.processes.left_behind import Process, is_alive, kill_process
+from ublkpool.daemon.processes.left_behind import Process, is_alive, kill_process, user_of
 
 SHORTAGE_PAUSE_S = 1.0
 CLEAR_PAUSE_S = 0.5
@@ -53,7 +53,7 @@ class TakeOver:
         """The devices that go on as they were."""
         self.recovered: list[str] = []
         self.outdated: list[str] = []
-        """The devices that go on with workers of another version of the code."""
+        """The devices that go on with workers of another version of the code, or of another user."""
 
     async def clear(self) -> None:
         """Remove what belongs to no recorded device, and adopt or start a broker.
@@ -140,9 +140,15 @@ class TakeOver:
         except Exception as error:
             # Every exception: a nonsensical record may raise any, and recovery relies on less of the record.
             return error
-        if record.build != self._context.build:
+        if record.build != self._context.build or not self._has_account(record):
             self.outdated.append(record.config.name)
         return None
+
+    def _has_account(self, record: Record) -> bool:
+        """Whether its workers are of the user that this daemon's are."""
+        account = self._context.account
+        workers = [each for each in record.processes if each.role == "worker"]
+        return account is None or all(user_of(each.pid) in (account.user, None) for each in workers)
 
     async def _may_pass(self, record: Record, failure: Exception) -> bool:
         """Return after a pause if going on may succeed later; its workers serve meanwhile.

@@ -13,7 +13,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ublkpool.bufpool.wire import DESCRIPTOR_BYTES, DESCRIPTORS_PER_FRAME_MAX
 from ublkpool.ublk.queue import LinkState, Queue
-from ublkpool.workers.listening import listen
+from ublkpool.workers.listening import Place
 from ublkpool.workers.queue_gate import QueueGate
 
 FRAME_BYTES_MAX = DESCRIPTOR_BYTES * DESCRIPTORS_PER_FRAME_MAX
@@ -39,7 +39,7 @@ class BackendLink:
     ) -> None:
         """The unix socket will be `path`, with `mode` and, unless that is None, `group`."""
         self._queue = queue
-        self._path, self._mode, self._group = path, mode, group
+        self._place = Place(path, socket.SOCK_STREAM, mode, group, _BACKLOG)
         self._bound = False
         self._token = b""
         self._connection: int | None = None
@@ -89,11 +89,16 @@ class BackendLink:
         if token and not self._bound:
             self._bind()
 
+    def take_place(self) -> None:
+        """Make the socket now, since this process is about to give up the right to; it listens when one is expected."""
+        if not self._bound:
+            self._place.take()
+
     def _bind(self) -> None:
-        listener = listen(self._path, socket.SOCK_STREAM, self._mode, self._group, _BACKLOG)
+        listener = self._place.listen()
         try:
             self.socket.set(zmq.USE_FD, listener.fileno())
-            self.socket.bind(f"ipc://{self._path}")
+            self.socket.bind(f"ipc://{self._place.path}")
         except zmq.ZMQError:
             listener.close()
             raise
@@ -179,6 +184,7 @@ class BackendLink:
 
     def close(self) -> None:
         self._token = b""
+        self._place.close()
         self.socket.disable_monitor()
         for each in (self._monitor, self._gate.socket, self.socket):
             each.close()

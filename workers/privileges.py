@@ -13,6 +13,8 @@ import errno
 import grp
 import os
 import pwd
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 _PR_CAPBSET_DROP = 24
@@ -94,6 +96,32 @@ def give_up_capabilities() -> None:
     none = (ctypes.c_uint32 * 6)()
     if _libc.capset(header, none):
         raise _failure("capset")
+
+
+def give_up_rights(account: Account) -> None:
+    """Be this user, or stay root, without a capability.  Raises `OSError`; then it may still be root.
+
+    A change of the user ends the capabilities of every thread; for root they end in this thread only, so that the
+    others must come from `run_without_capabilities`.
+    """
+    if account.user:
+        become(account)
+    else:
+        give_up_capabilities()
+
+
+def run_without_capabilities(work: Callable[[], None]) -> None:
+    """Run this in a thread that has no capability, as then no thread has that it starts.  Raises what it raises.
+
+    Not for a process that becomes another user later: the C library ends a process in which a thread cannot follow.
+    """
+
+    def run() -> None:
+        give_up_capabilities()
+        work()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
 
 
 def _prctl(option: int, value: int) -> None:

@@ -12,6 +12,7 @@ handlers runs twice.
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import process_calls
 from ublkpool.workers.messages import Fault, send
+from ublkpool.workers.privileges import forbid_new_rights
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 from ublkpool.workers.record_gate import RecordGate
 
@@ -73,6 +75,14 @@ def _reason(error: Exception) -> str:
     return f"{error.filename}: {explain(error)}" if error.filename else explain(error)
 
 
+def _prepare_to_give_up_rights() -> None:
+    """What an ordinary user could not do, and what must come before the first thread.  Raises `OSError`."""
+    forbid_new_rights()
+    # All of its memory is locked, also what it maps later; and one user runs the workers of all devices.
+    for limit in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NPROC):
+        resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def run_worker(
     spec: WorkerSpec,
     char_fd: int,
@@ -83,6 +93,8 @@ def run_worker(
 ) -> int:
     """A worker's whole life after the fork; its exit status.  It fetches nothing before it is on record."""
     try:
+        if spec.account is not None:
+            _prepare_to_give_up_rights()
         process_calls.set_io_flusher()
         process_calls.lock_memory()
         loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)

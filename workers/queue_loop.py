@@ -24,6 +24,7 @@ from ublkpool.workers import messages
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
+from ublkpool.workers.privileges import Account, give_up_rights, run_without_capabilities
 from ublkpool.workers.ring_link import RingLink
 
 TICK_MS = 500
@@ -59,6 +60,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How long the worker polls before it sleeps, in microseconds."""
     hold_gate: int | None = None
     """The reader of the gate of a hold from the start, see `messages.Hold`; inherited."""
+    account: Account | None = None
+    """The user that the worker becomes once its tags are fetched; None: it keeps the daemon's rights."""
 
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
@@ -90,7 +93,7 @@ class QueueLoop:
         self._spec = spec
         self._supervisor: socket.socket | None = supervisor
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        _settle(self._context, spec.cpu)
+        _settle(self._context, spec)
         self._queue = _make_queue(spec.queue, descriptors, arena)
         self._arena = arena
         self._look_at_s = 0.0
@@ -137,6 +140,8 @@ class QueueLoop:
         bits = self._bits = self._ring.run(0 if self._more or fetching else TICK_MS)
         if fetching:
             self._fetched = True
+            if problem := self._give_up_rights():
+                return self._fail(problem)
             self._tell(messages.Fetched())
         attention = self._queue.attention_bits()
         if attention & _FAULT:
@@ -158,6 +163,23 @@ class QueueLoop:
         if attention & _TO_REPORT:
             self._report(Attention(attention))
         return 0 if attention & _GONE else None
+
+    def _give_up_rights(self) -> str:
+        """Become the worker's user; the reason of a failure, or empty.
+
+        Not before the last tag is fetched: the driver notes then whether the worker had CAP_SYS_ADMIN, without which no
+        partitions are looked for.  And not after `Fetched`: no request comes before the supervisor has that.
+        """
+        account = self._spec.account
+        if account is None:
+            return ""
+        self._backend.take_place()
+        self._rings.take_place()
+        try:
+            give_up_rights(account)
+        except OSError as error:
+            return f"queue {self._spec.queue.queue}: its worker cannot become user {account.name}: {error}"
+        return ""
 
     def _service_links(self) -> None:
         # Every send to the broker is followed by a receive, so a later message makes its descriptor readable.
@@ -329,12 +351,19 @@ class QueueLoop:
         return 1
 
 
-def _settle(context: "zmq.Context[zmq.Socket[bytes]]", cpu: int | None) -> None:
+def _settle(context: "zmq.Context[zmq.Socket[bytes]]", spec: WorkerSpec) -> None:
     """Move to the queue's CPU before the worker touches memory of its own, which is then allocated near it."""
+
+    def start_threads() -> None:
+        context.socket(zmq.PAIR).close()
+
     # ZeroMQ's threads start with its first socket, and must not be bound to the queue's CPU.
-    context.socket(zmq.PAIR).close()
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
+    if spec.account is not None and spec.account.user == 0:
+        run_without_capabilities(start_threads)
+    else:
+        start_threads()
+    if spec.cpu is not None:
+        os.sched_setaffinity(0, {spec.cpu})
 
 
 def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue:

@@ -18,7 +18,7 @@ import msgspec
 from ublkpool.bufpool.wire import PROTOCOL_VERSION, OpenRing, RingOpened
 from ublkpool.ublk.queue import LinkState, Port, Queue
 from ublkpool.workers.credentials import credentials_of
-from ublkpool.workers.listening import listen
+from ublkpool.workers.listening import Place
 
 ASKING_MAX = 8
 """Connections that have not sent their request; one more closes the oldest."""
@@ -66,7 +66,8 @@ class RingLink:
 
     def __init__(self, path: Path | None, queue: Queue, mode: int, group: int | None) -> None:
         """The unix socket will be `path` (None: no rings), with `mode` and, unless that is None, `group`."""
-        self._queue, self._path, self._mode, self._group = queue, path, mode, group
+        self._queue = queue
+        self._place = Place(path, socket.SOCK_SEQPACKET, mode, group, _BACKLOG) if path is not None else None
         self._user: PortUser | None = None
         self._token = ""
         self._peer_uid: int | None = None
@@ -95,12 +96,17 @@ class RingLink:
         """
         self._drop_rings()
         self._token, self._peer_uid = token.hex(), user
-        if token and self._listener is None and self._path is not None:
-            self._listener = listen(self._path, socket.SOCK_SEQPACKET, self._mode, self._group, _BACKLOG)
+        if token and self._listener is None and self._place is not None:
+            self._listener = self._place.listen()
             self._epoll.register(self._listener, select.EPOLLIN)
         # While no backend is expected, connections wait: a dead worker's backend may come early.
         if self._listener is not None:
             self._epoll.modify(self._listener, select.EPOLLIN if token else 0)
+
+    def take_place(self) -> None:
+        """As `BackendLink.take_place`."""
+        if self._listener is None and self._place is not None:
+            self._place.take()
 
     def turn(self) -> None:
         """Accept connections, answer requests for rings, and notice the end of the rings' connection."""
@@ -188,6 +194,8 @@ class RingLink:
         self._drop_rings()
         for each in [*self._asking]:
             self._turn_away(each)
+        if self._place is not None:
+            self._place.close()
         if self._listener is not None:
             self._listener.close()
         self._epoll.close()

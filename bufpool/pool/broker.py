@@ -258,10 +258,16 @@ class Broker:
             _log.warning("%s; further ones are only counted", text)
 
 
-def run_broker(endpoint: str, control_sock: socket.socket, exit_on_eof: bool = True) -> None:
+def run_broker(
+    endpoint: str,
+    control_sock: socket.socket,
+    exit_on_eof: bool = True,
+    bound: Callable[[], None] = lambda: None,
+) -> None:
     """Run the broker until it is told to stop: bind `endpoint` (ipc), take commands from `control_sock`.
 
-    Sets the process's signal handlers and umask.  Raises `PoolError` if it cannot bind.
+    Calls `bound` before it takes the first command.  Sets the process's signal handlers and umask.  Raises `PoolError`
+    if it cannot bind, and what `bound` raises.
     """
     os.umask(0o077)
     with contextlib.ExitStack() as stack:
@@ -271,6 +277,7 @@ def run_broker(endpoint: str, control_sock: socket.socket, exit_on_eof: bool = T
         router = stack.enter_context(context.socket(zmq.ROUTER))
         _bind(router, endpoint)
         stack.callback(_remove_socket, endpoint)
+        bound()
         broker = Broker(router, control_sock, exit_on_eof)
         stack.callback(broker.close)
         broker.run(wakeup_fd)
@@ -293,8 +300,9 @@ def _bind(router: "zmq.Socket[bytes]", endpoint: str) -> None:
 
 
 def _remove_socket(endpoint: str) -> None:
-    # libzmq replaces a stale socket when it binds, and leaves its own.
-    Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+    # libzmq replaces a stale socket when it binds, and leaves its own.  An ordinary user leaves it to the daemon.
+    with contextlib.suppress(PermissionError):
+        Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.workers import messages
+from ublkpool.workers.privileges import Account
 
 DETACH_PATIENCE_S = 10.0
 DEATH_PATIENCE_S = 10.0
@@ -86,6 +87,8 @@ class AttachedBackend:
         self._is_absence_logged = False
         self._is_first_due = False
         """No backend has served since a takeover."""
+        self.account: Account | None = None
+        """The user that the workers become; None: they keep the daemon's rights."""
         self.replays: Callable[[], int] = lambda: 0
         """How many requests the workers have sent again to a backend's successor, since the device was made."""
 
@@ -104,7 +107,12 @@ class AttachedBackend:
             )
 
     def check_user(self, user: int) -> None:
-        """Raise `AttachRefused` if the device's backend runs as another user than this one."""
+        """Raise `AttachRefused` unless a backend of this user may serve the device."""
+        if self.account is not None and self.account.user and user == self.account.user:
+            raise AttachRefused(
+                f"device {self.config.name}: user {self.account.name} is the workers' own, whom a backend of that user "
+                "could end: run the backend as another user"
+            )
         check_may_serve(self.config.name, self.config.backend, user)
 
     def number_segment(self, session: Session) -> None:

@@ -15,6 +15,7 @@ from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.workers.privileges import Account
 
 
 class DaemonContext:
@@ -31,13 +32,16 @@ class DaemonContext:
         states: StateDirectory,
         live_mounts: int | None = None,
         events: Events | None = None,
+        account: Account | None = None,
     ) -> None:
         """`live_mounts`: a descriptor of the mount namespace in which backends run and a reload reads the config, see
-        `daemon/processes/mounts.py`.
+        `daemon/processes/mounts.py`.  `account`: the user that workers and broker become; None: they keep the daemon's
+        rights.
         """
         self.run_dir = run_dir
         self.instance = instance
         self.group = group
+        self.account = account
         self.runner = runner
         self.broker = pool_broker
         self.holder = holder

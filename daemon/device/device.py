@@ -327,10 +327,12 @@ class Device(DeviceService):
                 return
             if parts.drain and self.config.recovery != "reissue":
                 # The waiting requests do not end, and the driver fails those that a worker has when it is killed.
-                _log.info("%s: its workers are of another version and stay until `resume`", self.config.name)
+                _log.info(
+                    "%s: its workers are of another version or user and stay until `resume`", self.config.name
+                )
                 parts.background.spawn(self._renew_after_drain())
                 return
-            _log.info("%s: its workers are of another version; replacing them", self.config.name)
+            _log.info("%s: its workers are of another version or user; replacing them", self.config.name)
             parts.enter("quiesced")
             clock = asyncio.get_running_loop().time
             begun_s = clock()

@@ -44,6 +44,7 @@ class DeviceParts:
         self.events = context.events.of(config.name)
         self.life = Lifecycle(config.name)
         self.backend = AttachedBackend(config, self.life, context.holder, self.background, self.events)
+        self.backend.account = context.account
         self.resources = DeviceResources(config, context, self.backend)
         self.backend.replays = lambda: self.resources.counted("replays")
         self.managed = _managed(config, context, self.background)

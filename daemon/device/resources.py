@@ -293,6 +293,7 @@ class DeviceResources:
             self.area,
             self.holds,
             self.hold_gate,
+            context.account,
         )
         self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
         return self.team

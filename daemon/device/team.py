@@ -35,6 +35,7 @@ from ublkpool.ublk.queue import QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.listening import socket_mode
+from ublkpool.workers.privileges import Account
 from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
 from ublkpool.workers.record_gate import RecordGate
@@ -61,6 +62,8 @@ class Plan(NamedTuple):
     """Whether requests wait from the workers' start, since the device is drained."""
     hold_gate: RecordGate | None = None
     """The gate of that hold until it is on record that the device is drained."""
+    account: Account | None = None
+    """The user that the workers become; None: they keep the daemon's rights."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -123,7 +126,10 @@ class Team:
         Raises `DaemonError`, `OSError`.
         """
         kernel = self.plan.kernel
-        restore_queues(self.plan.queue_dir.parent, self.plan.group)
+        account = self.plan.account
+        restore_queues(
+            self.plan.queue_dir.parent, self.plan.group, workers_enter=bool(account and account.user)
+        )
         char_fd = await kernel.open_char()
         # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
         descriptors: list[object] = []
@@ -381,6 +387,7 @@ class Team:
             cpu=cpu,
             spin_us=spin_us(plan.config),
             hold_gate=plan.hold_gate.reader if plan.hold_gate is not None else None,
+            account=plan.account,
         )
 
     def _socket(self, queue: int) -> Path:

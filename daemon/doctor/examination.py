@@ -30,6 +30,7 @@ from ublkpool.daemon.doctor.leftovers import (
 from ublkpool.daemon.doctor.limits import Limited, limit_findings
 from ublkpool.daemon.doctor.probes import Probes
 from ublkpool.daemon.doctor.release import parse_release
+from ublkpool.daemon.doctor.rights import rights_findings
 from ublkpool.daemon.doctor.system import DEVICES, System, instance_of
 from ublkpool.daemon.doctor.udev import udev_findings
 from ublkpool.daemon.errors import one_line
@@ -83,6 +84,7 @@ def checks(
     yield "shm", lambda: _shm(system, answer)
     yield "daemon", lambda: daemon_findings(system.run_dir, answer)
     yield "leftovers", lambda: leftover_findings(system.run_dir, answer, read(), probes.is_alive)
+    yield "rights", lambda: rights_findings(system, read(), probes.is_alive)
     yield "lost-devices", lambda: lost_findings(look, read, may_ask)
     yield "versions", lambda: version_findings(read(), probes.build())
 

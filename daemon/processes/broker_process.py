@@ -8,8 +8,8 @@ import logging
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Collection, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.supervised import SupervisedProcess
-from ublkpool.workers.process import fork_child
+from ublkpool.daemon.settings.run_directory import let_workers_connect
+from ublkpool.workers.privileges import Account, forbid_new_rights, give_up_rights
+from ublkpool.workers.process import EXIT_FAULT, fork_child
 
 HELD_PROCESS = "/broker"
 """The name under which the holder has the broker's pidfd: it is found though no record names it yet.
@@ -49,10 +51,14 @@ class BrokerProcess(SupervisedProcess):
 
     _channel: _Channel
 
-    def __init__(self, endpoint: str, holder: Holder) -> None:
-        """Nothing runs yet: `adopt` or `start`.  The broker listens on `endpoint` (`ipc://...`)."""
+    def __init__(self, endpoint: str, holder: Holder, account: Account | None = None) -> None:
+        """Nothing runs yet: `adopt` or `start`.  The broker listens on `endpoint` (`ipc://...`).
+
+        `account`: the user that it becomes, as the workers do; None: it keeps the daemon's rights.
+        """
         super().__init__(_TITLE, _log, RESTART_MIN_S, RESTART_MAX_S)
         self.endpoint = endpoint
+        self._account = account
         self.generation = 0
         """Raised at every start; a broker knows only the devices that were added since its own."""
         self.adopted_generation = 0
@@ -129,7 +135,9 @@ class BrokerProcess(SupervisedProcess):
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
         fork = with_room_for_one(
-            lambda: fork_child(lambda: _serve(self.endpoint, theirs), [theirs.fileno()], "ublkpool-broker")
+            lambda: fork_child(
+                lambda: _serve(self.endpoint, theirs, self._account), [theirs.fileno()], "ublkpool-broker"
+            )
         )
         try:
             child = Child(fork())
@@ -323,7 +331,32 @@ class Leases:
             await self._broker.command(broker_commands.Register(self._number, queue, epoch))
 
 
-def _serve(endpoint: str, control_sock: socket.socket) -> int:
-    # I/O goes on while no supervisor runs, and the next one adopts or ends this broker.
-    run_broker(endpoint, control_sock, exit_on_eof=False)
+def _serve(endpoint: str, control_sock: socket.socket, account: Account | None) -> int:
+    def bound() -> None:
+        if account is not None and account.user:
+            # Workers connect again whenever a broker has ended.
+            let_workers_connect(Path(endpoint.removeprefix("ipc://")), account)
+            with _naming_user(account):
+                give_up_rights(account)
+
+    try:
+        if account is not None:
+            # Before ZeroMQ's threads, which inherit it.
+            with _naming_user(account):
+                forbid_new_rights()
+                if not account.user:
+                    give_up_rights(account)
+        # I/O goes on while no supervisor runs, and the next one adopts or ends this broker.
+        run_broker(endpoint, control_sock, exit_on_eof=False, bound=bound)
+    except PoolError as error:
+        _log.critical("%s", error)
+        return EXIT_FAULT
     return 0
+
+
+@contextmanager
+def _naming_user(account: Account) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PoolError(f"the pool broker cannot become user {account.name}: {error}") from error

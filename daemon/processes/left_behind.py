@@ -44,6 +44,15 @@ def is_alive(process: Process) -> bool:
     return identify(process.role, process.pid) == process
 
 
+def user_of(pid: int) -> int | None:
+    """The user as which this process runs; None if it has ended.  Raises `OSError` as `identify` does."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.partition("\nUid:\t")[2].split()[0])
+
+
 async def end_process(process: Process) -> None:
     """SIGTERM, then SIGKILL; a worker gets SIGKILL at once, since the kernel gives its requests to the next one.
 

@@ -201,6 +201,7 @@ class DaemonTable(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: str | None = None
     events_bytes: EventBytes = EVENT_BYTES_DEFAULT
     memory_max_bytes: MemoryBytes = 0
+    user: str | None = None
 
 
 class MetricsTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,6 +234,8 @@ class ServeConfig(NamedTuple):
     """Where metrics are served; None: nowhere."""
     metrics_table: MetricsTable | None = None
     """The file's `[metrics]`, before any option of the command line; None: the file has none."""
+    user: str | None = None
+    """The user that workers and broker become; None: see `settings/worker_account.py`."""
 
 
 class Problem(NamedTuple):

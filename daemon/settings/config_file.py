@@ -69,6 +69,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         table=daemon,
         metrics_table=metrics,
         metrics=address,
+        user=daemon.user,
     )
 
 
@@ -134,6 +135,8 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
     if daemon.group is not None and not _group_exists(daemon.group):
         problem = f"no such group: {daemon.group}; create it with: groupadd --system {daemon.group}"
         problems.append(Problem(("daemon", "group"), problem))
+    if daemon.user is not None and (problem := _why_no_user(daemon.user)):
+        problems.append(Problem(("daemon", "user"), problem))
     return daemon
 
 
@@ -167,6 +170,16 @@ def _group_exists(name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _why_no_user(name: str) -> str:
+    from ublkpool.workers.privileges import account_of
+
+    try:
+        account_of(name)
+    except LookupError as error:
+        return str(error)
+    return ""
 
 
 def _without_group(devices: Sequence[DeviceConfig], tables: Sequence[object]) -> Iterator[Problem]:

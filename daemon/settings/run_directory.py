@@ -20,6 +20,7 @@ from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.settings.own_directory import make_own_directory
 from ublkpool.workers.listening import socket_mode
+from ublkpool.workers.privileges import Account
 
 WAY_OUT = "choose another with --run-dir"
 REPLACE_DEADLINE_S = 90.0
@@ -90,8 +91,10 @@ class RunDirectory:
             await asyncio.sleep(_POLL_S)
         raise DaemonError(f"{path}: the daemon that runs here has not left after {REPLACE_DEADLINE_S:.0f} s")
 
-    def prepare(self, group: int | None) -> None:
+    def prepare(self, group: int | None, workers_enter: bool = False) -> None:
         """Make the subdirectories, with modes that let members of `group` reach the sockets for backends.
+
+        `workers_enter`: every user may pass the directory, since workers that are no root connect to the broker there.
 
         Sockets of an earlier daemon's workers get their owner and mode back, because systemd gives every entry of a
         RuntimeDirectory= to root at each start.  Raises `ConfigError` if the group cannot enter an existing directory.
@@ -99,6 +102,8 @@ class RunDirectory:
         with _naming_failure(self.path):
             if group is not None:
                 self._admit(group)
+            if workers_enter and _may_be_opened(self.path, self._made):
+                _let_pass(self.path)
             _make_entry(self.queues, group)
             _make_entry(self.devices, None)
             for each in self.queues.iterdir():
@@ -170,7 +175,7 @@ def _check_lets_in(path: Path, group: int) -> None:
         )
 
 
-def restore_queues(path: Path, group: int | None) -> None:
+def restore_queues(path: Path, group: int | None, workers_enter: bool = False) -> None:
     """Make the workers' directory again if another program removed it while the daemon runs.  Raises `OSError`."""
     queues = path / "queues"
     if queues.is_dir():
@@ -179,6 +184,8 @@ def restore_queues(path: Path, group: int | None) -> None:
     if not path.is_dir():
         path.mkdir(0o700)
         _open_to(path, group)
+        if workers_enter:
+            _let_pass(path)
     _make_entry(queues, group)
 
 
@@ -274,6 +281,21 @@ def _restore_socket(path: Path, group: int | None) -> None:
         if stat.S_ISSOCK(path.lstat().st_mode):
             os.chown(path, os.geteuid(), -1 if group is None else group)
             path.chmod(socket_mode(group))
+
+
+def let_workers_connect(pool_socket: Path, account: Account) -> None:
+    """Set group and mode of the broker's socket, so that workers of this account can connect, and root's as well.
+
+    At every start: systemd gives it to root.  Harmless without a socket.
+    """
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(pool_socket.lstat().st_mode):
+            os.chown(pool_socket, -1, account.group)
+            pool_socket.chmod(0o770 if account.user else 0o700)
+
+
+def _let_pass(path: Path) -> None:
+    path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IXOTH)
 
 
 def _open_to(path: Path, group: int | None) -> None:

@@ -67,6 +67,7 @@ def test_each_command_has_its_page_and_all_that_a_machine_needs_is_there(seen: L
     assert pages == {"ublkpool.1.gz", *(f"ublkpool-{name.replace(' ', '-')}.1.gz" for name in names)}
     assert [each for each in BESIDES if each not in files] == []
     assert seen.said["group"].startswith("ublkpool:")
+    assert seen.said["user"].startswith("ublkpool-worker:")
     # Debian 12's systemd ignores keys that it does not know.
     said = [each for each in seen.said["units"].splitlines() if "Unknown key" not in each]
     assert [each for each in said if "ublkpool" in each] == []

@@ -139,6 +139,7 @@ PROBES = {
     # A backend's process, its rings, its ZeroMQ and its memory.
     "check": "ublkpool backend check memory size=16M --seconds 0.2",
     "group": "getent group ublkpool",
+    "user": "getent passwd ublkpool-worker",
     "commands": "grep -h '^Exec.*ublkpool' /usr/lib/systemd/system/ublkpool*.service",
     "units": "systemd-analyze verify --man=no /usr/lib/systemd/system/ublkpool.service",
 }

@@ -158,6 +158,15 @@ def test_the_hardening_drop_in_holds_for_every_process_of_the_unit(first: Seen) 
 
 
 @pytest.mark.one_kernel("7.3")
+def test_a_worker_is_an_ordinary_user_without_rights(first: Seen) -> None:
+    status, numbers = first.fact("confined")["worker"], first.fact("numbers")
+    assert set(status["Uid"].split()) == {str(numbers["ublkpool-worker"])}
+    assert status["Groups"] == ""
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[name], 16) == 0, name
+
+
+@pytest.mark.one_kernel("7.3")
 def test_a_backend_with_a_user_serves_without_rights_also_after_its_death(first: Seen) -> None:
     status, numbers = first.fact("confined")["backend"], first.fact("numbers")
     assert set(status["Uid"].split()) == {str(numbers["vol2"])}

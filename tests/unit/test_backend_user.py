@@ -16,10 +16,12 @@ from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.sdk import process as sdk_process
 from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.backends.backend_user import check_can_run, check_may_serve
+from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.errors import STATUS_USAGE, ConfigError
 from ublkpool.daemon.settings.changes import changed
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, Problem, check_device
 from ublkpool.daemon.settings.config_file import load_config
+from ublkpool.workers.privileges import Account
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs a backend as another user")
 NOBODY = "nobody"
@@ -198,3 +200,18 @@ def test_a_backend_for_which_its_daemon_set_the_flag_does_not_set_it(monkeypatch
     assert sdk_process.set_io_flusher() is not None
     monkeypatch.setenv(sdk_process.IO_FLUSHER_SET, "1")
     assert sdk_process.set_io_flusher() is None
+
+
+def test_no_backend_attaches_as_the_workers_user() -> None:
+    async def made() -> AttachedBackend:
+        return fake_device(DeviceConfig(name="vol0")).parts.backend
+
+    backend = asyncio.run(made())
+    for account in (None, Account("root", 0, 0, ()), Account("ublkpool-worker", 4711, 4711, ())):
+        backend.account = account
+        for user in (0, 4712):
+            backend.check_user(user)
+    with pytest.raises(
+        AttachRefused, match=r"device vol0: user ublkpool-worker is the workers' own.*another user"
+    ):
+        backend.check_user(4711)

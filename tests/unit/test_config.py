@@ -121,7 +121,7 @@ def test_the_sample_config_loads_and_shows_the_defaults() -> None:
 def test_the_sample_config_still_loads_with_every_example_uncommented(tmp_path: Path) -> None:
     lines = (ROOT / "config" / "ublkpool.toml").read_text().splitlines()
     shown = [line.removeprefix("# ") for line in lines if line.startswith(("# [", "[")) or " = " in line]
-    text = "\n".join(line for line in shown if not line.startswith("group"))
+    text = "\n".join(line for line in shown if not line.startswith(("group", "user")))
     config = load_config(write(tmp_path, text))
     assert [device.name for device in config.devices] == ["vol0", "scratch"]
     assert config.devices[0].size_bytes == 10 << 30
@@ -254,7 +254,7 @@ def test_unknown_tables_are_named(tmp_path: Path) -> None:
     assert complaints(tmp_path, text) == [
         "demon: unknown table; known: [daemon], [metrics], [[device]]",
         "daemon.log_levle: unknown key, did you mean log_level?; "
-        "known: run_dir, group, on_stop, log_level, log_format, state_dir, events, memory_max",
+        "known: run_dir, group, on_stop, log_level, log_format, state_dir, events, memory_max, user",
     ]
 
 

@@ -26,7 +26,8 @@ KERNEL = (
     "kernel.io_uring_disabled limits_lock locks_translate_pid loop_info64 memory.max open_mutex "
     "populate_vma_page_range process_vm_writev queue_limits_commit_update_frozen schedule shmem_enabled "
     "sk_getsockopt smaps_rollup st_dev sun_path try_to_wake_up ublk_cancel_dev ublk_cdev_rel ublk_get_data "
-    "ublk_lock_buf_tree ublk_partition_scan_work ublk_queue_reinit ublks_max ublksrv_flags vm.nr_hugepages write_iter"
+    "fs.suid_dumpable no_new_privs ublk_lock_buf_tree ublk_mark_io_ready ublk_partition_scan_work "
+    "ublk_queue_reinit ublks_max ublksrv_flags vm.nr_hugepages write_iter"
 )
 """Functions, fields, files and settings of the kernel: its source is not here."""
 SYSTEM = (

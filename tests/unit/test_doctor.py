@@ -29,9 +29,10 @@ from ublkpool.daemon.doctor.leftovers import (
     version_findings,
 )
 from ublkpool.daemon.doctor.probes import Probes, running_probes
+from ublkpool.daemon.doctor.rights import rights_findings
 from ublkpool.daemon.doctor.system import System, instance_of
 from ublkpool.daemon.kernel.device_commands import Owned
-from ublkpool.daemon.processes.left_behind import Process
+from ublkpool.daemon.processes.left_behind import Process, Role
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.ublk.abi import DeviceState
 from ublkpool.ublk.errors import UblkError
@@ -195,6 +196,34 @@ def test_a_daemon_of_another_user_is_not_judged(tmp_path: Path, monkeypatch: pyt
     the_one(daemon_findings(tmp_path, answer), "warn", "permission denied", "sudo")
 
 
+def test_who_serves_as_root_or_with_capabilities_is_named(system: System) -> None:
+    def shown(pid: int, user: int, held: int) -> None:
+        (system.root / f"proc/{pid}").mkdir(parents=True, exist_ok=True)
+        text = f"Name:\tx\nUid:\t{user}\t{user}\t{user}\t{user}\nCapEff:\t{held:016x}\n"
+        (system.root / f"proc/{pid}/status").write_text(text)
+
+    def found() -> list[Finding]:
+        return rights_findings(system, Recorded([record]), lives)
+
+    roles: tuple[Role, ...] = ("worker", "broker", "backend", "worker")
+    processes = [Process(role, pid, 0) for role, pid in zip(roles, (7, 8, 9, 100), strict=True)]
+    record = device("vol0", processes=tuple(processes))
+    the_one(rights_findings(system, Recorded(), lives), "ok")
+    # The backend has a user of its own or not, and the last one has ended.
+    for pid, user in ((7, 998), (8, 998), (9, 0), (100, 0)):
+        shown(pid, user, 0)
+    the_one(found(), "ok")
+    shown(7, 0, 0)
+    the_one(
+        found(), "warn", "are root, without its capabilities: worker 7", "useradd --system", "ublkpool-worker"
+    )
+    shown(7, 998, 1)
+    the_one(found(), "warn", "have capabilities: worker 7", "restart the daemon")
+    shown(7, 0, 1)
+    shown(8, 0, 0)
+    assert [each.says.rpartition(": ")[2] for each in found()] == ["worker 7", "broker 8"]
+
+
 @pytest.fixture
 def system(tmp_path: Path) -> System:
     """A machine of which nothing is known."""
@@ -209,7 +238,7 @@ def fakes() -> Probes:
 ALL = Offered(0x1FFFFF)
 CHECKS = [
     *("kernel", "driver", "features", "known-kernels", "io_uring", "limits", "udev"),
-    *("run-directory", "state-directory", "shm", "daemon", "leftovers", "lost-devices", "versions"),
+    *("run-directory", "state-directory", "shm", "daemon", "leftovers", "rights", "lost-devices", "versions"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 _PATHS = re.compile(r"(?<![\w./}*])/(?=(?:etc|run|sys|usr|var)/|dev/ublkb)")
-_RECORDED = "systemctl deb-systemd-invoke udevadm getent groupdel py3compile py3clean"
+_RECORDED = "systemctl deb-systemd-invoke udevadm getent groupdel userdel py3compile py3clean"
 """Commands that are replaced: each writes its arguments into `calls`, and fails if `fails/COMMAND ARGUMENT` exists."""
 _RECORDER = """#!/bin/sh
 echo "${0##*/} $*" >> ROOT/calls
@@ -190,6 +190,7 @@ def test_a_purge_deletes_what_daemons_wrote_and_no_file_of_an_operator(machine: 
     assert (machine.root / STATE / "vol1").is_dir()
     assert not wants.exists() and not (machine.root / "etc/ublkpool").exists()
     assert "groupdel ublkpool" in machine.calls()
+    assert "userdel ublkpool-worker" in machine.calls()
 
 
 def test_a_purge_leaves_no_state_directory_that_only_daemons_have_used(machine: Machine) -> None:

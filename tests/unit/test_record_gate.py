@@ -118,7 +118,9 @@ class ForkedParts(FakeParts):
         self._told, self._on_save = told, on_save
 
     def _new_team(self, epoch: int) -> Team:
-        plan = cast(Any, SimpleNamespace(kernel=OpenKernel(), arena=Descriptors(self._told), group=None))
+        plan = cast(
+            Any, SimpleNamespace(kernel=OpenKernel(), arena=Descriptors(self._told), group=None, account=None)
+        )
         plan.queue_dir, plan.config = Path("/nonexistent/queues"), self.config
         self.team = SpecTeam(plan, epoch, lambda *_: None)
         return self.team
@@ -165,7 +167,7 @@ def test_workers_fetch_only_once_they_are_on_record(
 ) -> None:
     monkeypatch.setattr(team_module, "map_descriptors", lambda *_: None)
     monkeypatch.setattr(team_module, "unmap_descriptors", lambda *_: None)
-    monkeypatch.setattr(team_module, "restore_queues", lambda *_: None)
+    monkeypatch.setattr(team_module, "restore_queues", lambda *_, **__: None)
     monkeypatch.setattr(team_module, "run_worker", _fake_worker)
 
     async def run() -> None:
@@ -220,7 +222,7 @@ def test_a_worker_whose_daemon_ends_before_the_record_ends_without_a_fetch(
     reader = os.dup(gate.reader)
     (gate.open if opens else gate.close)()
     gate.reader = reader
-    spec: Any = SimpleNamespace(queue=SimpleNamespace(queue=0))
+    spec: Any = SimpleNamespace(queue=SimpleNamespace(queue=0), account=None)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         status = run_worker(spec, -1, [None], cast(Any, None), theirs, gate)

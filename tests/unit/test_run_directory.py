@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -390,4 +391,28 @@ def test_an_entry_of_another_user_is_refused_and_stays_as_it_is(tmp_path: Path, 
     with pytest.raises(ConfigError, match="belongs to user 65534"):
         directory.prepare(None)
     assert stat.S_IMODE(entry.stat().st_mode) == 0o777
+    directory.remove()
+
+
+@pytest.mark.parametrize(("group", "wanted"), [(None, 0o701), (os.getgid(), 0o751)])
+def test_workers_of_another_user_may_pass_the_directory_and_nothing_in_it(
+    tmp_path: Path, group: int | None, wanted: int
+) -> None:
+    run_dir = tmp_path / "run"
+    directory = RunDirectory.claim(run_dir)
+    directory.prepare(group, workers_enter=True)
+    assert mode(run_dir) == wanted
+    assert not (mode(directory.queues) | mode(directory.devices)) & 0o007
+    # Another program has removed it.
+    shutil.rmtree(run_dir)
+    restore_queues(run_dir, group, workers_enter=True)
+    assert mode(run_dir) == wanted
+    assert not mode(directory.queues) & 0o007
+
+
+def test_an_operator_s_directory_is_not_opened_to_workers(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    directory = RunDirectory.claim(tmp_path)
+    directory.prepare(None, workers_enter=True)
+    assert mode(tmp_path) == 0o700
     directory.remove()

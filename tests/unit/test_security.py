@@ -3,9 +3,11 @@
 import asyncio
 import grp
 import os
+import pwd
 import re
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,10 @@ from ublkpool.daemon.settings.listen import ListenAddress
 from ublkpool.workers.listening import listen, socket_mode
 
 DOCUMENT = Path(__file__).parents[2] / "SECURITY.md"
-_ROW = re.compile(r"^\| `([^`]+)` \| (\d{4})( group)? \| (\d{4})( group)? \| .* \|$", re.MULTILINE)
+WORKERS = "daemon"
+"""A user of every system, as which the broker runs in one of the tests."""
+_ROW = re.compile(r"^\| `([^`]+)` \| (\d{4})( group)? \| (\d{4})( group)? \| (.*) \|$", re.MULTILINE)
+_OF_WORKERS = re.compile(r"(\d{4})(?: or (\d{4}))?( of their group)? if workers have a user")
 _PLACEHOLDERS = {"NAME": "[a-z][a-z0-9.]*", "N": r"\d+", "Q": r"\d+", "SEQUENCE": r"\d+"}
 NAME = "vol0"
 
@@ -36,6 +41,8 @@ class Entry(NamedTuple):
     path: str
     mode: int
     is_group_s: bool
+    is_workers: bool = False
+    """Whether it is the group's of the workers' user."""
 
     def covers(self, path: str) -> bool:
         """Whether this row is about the path."""
@@ -43,18 +50,24 @@ class Entry(NamedTuple):
         return bool(re.fullmatch("".join(_PLACEHOLDERS.get(each, re.escape(each)) for each in parts), path))
 
 
-def table(with_group: bool) -> list[Entry]:
-    """The document's rows about a daemon with or without a group."""
-    rows = _ROW.findall(DOCUMENT.read_text())
-    return [
-        Entry(path, int(group_mode if with_group else mode, 8), bool(by_group if with_group else by_none))
-        for path, mode, by_none, group_mode, by_group in rows
-    ]
+def table(with_group: bool, with_user: bool = False) -> list[Entry]:
+    """The document's rows about a daemon with or without a group, and with or without a user for its workers."""
+    made = []
+    for path, mode, by_none, group_mode, by_group, text in _ROW.findall(DOCUMENT.read_text()):
+        entry = Entry(
+            path, int(group_mode if with_group else mode, 8), bool(by_group if with_group else by_none)
+        )
+        if with_user and (other := _OF_WORKERS.search(text)):
+            shown = other[2] if with_group and other[2] else other[1]
+            entry = entry._replace(mode=int(shown, 8), is_workers=bool(other[3]))
+        made.append(entry)
+    return made
 
 
 def a_group() -> grp.struct_group:
     """A group that this process may give files to, and that is not its own if it is root."""
-    known = [each for each in grp.getgrall() if each.gr_gid != os.getegid()]
+    others = (os.getegid(), pwd.getpwnam(WORKERS).pw_gid)
+    known = [each for each in grp.getgrall() if each.gr_gid not in others]
     return known[0] if os.geteuid() == 0 and known else grp.getgrgid(os.getegid())
 
 
@@ -79,10 +92,23 @@ def add_devices_things(run_dir: Path, state_dir: Path, root: Path, group: int | 
     DiskNames(root).publish(NAME, "ublkb0", lambda: None)
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can pass, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o711)
+        yield Path(made)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root's workers become another user")
+
+
+@pytest.mark.parametrize("with_user", [False, pytest.param(True, marks=needs_root)])
 @pytest.mark.parametrize("with_group", [False, True])
 def test_every_socket_and_file_has_the_mode_and_group_that_the_document_says(
-    tmp_path: Path, with_group: bool
+    place: Path, with_group: bool, with_user: bool
 ) -> None:
+    tmp_path = place
     run_dir, state_dir, root = tmp_path / "run", tmp_path / "state", tmp_path / "root"
     group = a_group() if with_group else None
     shm = f"/ublkpool-test{os.getpid()}-0-ctl"
@@ -95,6 +121,8 @@ def test_every_socket_and_file_has_the_mode_and_group_that_the_document_says(
     async def look(_: Client) -> None:
         while not all(each.exists() for each in later):
             await asyncio.sleep(0.01)
+        while with_user and (run_dir / "pool.sock").stat().st_gid != pwd.getpwnam(WORKERS).pw_gid:
+            await asyncio.sleep(0.01)
         add_devices_things(run_dir, state_dir, root, group and group.gr_gid)
         segment = OwnSegment.create(4096)
         keeper.keep(segment)
@@ -105,7 +133,7 @@ def test_every_socket_and_file_has_the_mode_and_group_that_the_document_says(
             found.update(below(state_dir, "STATE_DIR"))
             found.update(below(root / "run/ublkpool-names", "/run/ublkpool-names"))
             found[f"/dev/shm{shm}"] = SHM_DIRECTORY / shm[1:]
-            check(found, with_group, group)
+            check(found, table(with_group, with_user), group)
         finally:
             os.close(descriptor)
             posix_ipc.unlink_shared_memory(shm)
@@ -117,13 +145,13 @@ def test_every_socket_and_file_has_the_mode_and_group_that_the_document_says(
         state_dir=state_dir,
         group=group and group.gr_name,
         metrics=ListenAddress(path=run_dir / "metrics.sock"),
+        user=WORKERS if with_user else None,
     )
     serving(config, look)
 
 
-def check(found: dict[str, Path], with_group: bool, group: grp.struct_group | None) -> None:
+def check(found: dict[str, Path], entries: list[Entry], group: grp.struct_group | None) -> None:
     """Compare all that was found with the table, and the table with all that was found."""
-    entries = table(with_group)
     matching = {shown: [each for each in entries if each.covers(shown)] for shown in found}
     assert [shown for shown, rows in matching.items() if len(rows) != 1] == []
     seen = {rows[0].path for rows in matching.values()}
@@ -132,7 +160,10 @@ def check(found: dict[str, Path], with_group: bool, group: grp.struct_group | No
     wrong = []
     for shown, path in found.items():
         (row,), about = matching[shown], path.lstat()
-        wanted = (row.mode, owner, group.gr_gid if row.is_group_s and group else own_group)
+        wanted_group = group.gr_gid if row.is_group_s and group else own_group
+        if row.is_workers:
+            wanted_group = pwd.getpwnam(WORKERS).pw_gid
+        wanted = (row.mode, owner, wanted_group)
         if (stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid) != wanted:
             wrong.append((shown, oct(about.st_mode), about.st_uid, about.st_gid))
     assert wrong == []

@@ -27,6 +27,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.left_behind import Process, identify
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.takeover import TakeOver
+from ublkpool.workers.privileges import Account
 
 RECORD = Record(config=DeviceConfig(name="vol", size_bytes=4096), device_number=3)
 
@@ -265,3 +266,34 @@ def test_a_broker_that_one_device_does_not_know_is_replaced(
 
     asyncio.run(run())
     assert started == [True]
+
+
+@pytest.mark.parametrize(
+    ("account", "is_outdated"),
+    [(None, False), (Account("me", os.geteuid(), 0, ()), False), (Account("other", 4711, 0, ()), True)],
+)
+def test_a_device_whose_workers_have_another_user_is_to_be_renewed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    steps: list[str],
+    account: Account | None,
+    is_outdated: bool,
+) -> None:
+    async def go_on(_device: Device, _record: Record, _held: Mapping[str, int]) -> None:
+        steps.append("go on")
+
+    monkeypatch.setattr(LeftDevice, "go_on", go_on)
+    monkeypatch.setattr(takeover, "may_go_on", lambda *_: True)
+    made = context(tmp_path)
+    made.account = account
+    # A backend's user does not count, nor a worker that has ended: it is about to be replaced.
+    workers = (Process("worker", os.getpid(), 0), Process("backend", 1, 0), Process("worker", 2**30, 0))
+    record = msgspec.structs.replace(RECORD, build=made.build, processes=workers)
+
+    async def run() -> None:
+        left = TakeOver(made, [record], {}, [])
+        assert await left.device(record, lambda _: None)
+        assert left.outdated == (["vol"] if is_outdated else [])
+
+    asyncio.run(run())
+    assert steps == ["go on"]

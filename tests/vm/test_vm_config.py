@@ -9,11 +9,13 @@ import pytest
 
 from support.vm.daemon import Daemon, eventually, eventually_nothing
 from support.vm.process import read_block, write_block
+from support.vm.rights import expect_no_rights
 
 pytestmark = pytest.mark.one_kernel("7.3")
 MIB = 1 << 20
 CONFIG = """
 [daemon]
+user = "root"
 log_level = "debug"
 log_format = "json"
 
@@ -50,6 +52,7 @@ def test_the_configs_devices_are_served_except_broken_ones_and_deleted_with_the_
         daemon.start()
         for name in ("paper", "smoke"):
             _check_that_it_stores(daemon, name)
+            expect_no_rights(daemon, name, "root")
         # A relative path in a config file starts at the file's directory.
         assert daemon.path("paper.img").stat().st_size == 16 * MIB
         assert (daemon.status("paper").queues, daemon.status("paper").depth) == (2, 32)

@@ -24,6 +24,7 @@ from support.vm.process import (
     write_block,
 )
 from support.vm.recovery import kill_broker, kill_worker, wait_for_epoch
+from support.vm.rights import expect_no_rights
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES
 from ublkpool.daemon.status import DeviceStatus
 
@@ -44,6 +45,8 @@ def test_processes_cannot_wait_for_their_own_disk_nor_keep_it_from_going(daemon:
         _check_that_each_worker_has_a_cpu_of_its_queue(status)
         _check_that_only_workers_hold_the_device(daemon, status)
         _check_that_mounts_stay_apart(daemon, status)
+        assert write_block(str(status.path), 0, bytes(4096)) == 0
+        expect_no_rights(daemon, "p")
 
 
 def _check_that_serving_needs_no_reclaim(daemon: Daemon) -> None:
@@ -117,6 +120,10 @@ def test_no_process_ever_holds_a_device_that_it_does_not_serve(daemon: Daemon) -
         kill_broker(daemon)
         after = wait_for_epoch(daemon, "other", before.epoch + 1)
         assert holders_of_device(f"ublkc{after.id}") == {each.pid for each in after.workers}
+        expect_no_rights(daemon, "other")
+        # Of the workers that have seen two brokers.
+        assert write_block(str(held.path), 0, bytes(4096)) == 0
+        expect_no_rights(daemon, "held")
     assert watch.looks and not watch.others
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from support.vm.daemon import Daemon, eventually
 from support.vm.recovery import kill, kill_broker, loaded, wait_for_backend, wait_for_epoch
+from support.vm.rights import expect_no_rights
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import Feature
 
@@ -63,6 +64,7 @@ def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_k
             assert daemon.status("left") == status, "the same workers, backend and epoch"
             assert daemon.broker_pid == broker
             load.goes_on()
+            expect_no_rights(daemon, "left")
         assert daemon.status("waits").state == "waiting"
         with daemon.device("other", "null", size_bytes=16 * MIB):
             load.goes_on()
@@ -74,6 +76,7 @@ def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_k
         wait_for_backend(daemon, "left", status.backend.pid)
         kill_broker(daemon)
         load.goes_on()
+        expect_no_rights(daemon, "left")
 
         daemon.add("gone", "null", size_bytes=16 * MIB, recovery="none")
         daemon.crash_everything()
@@ -81,6 +84,7 @@ def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_k
         assert {each.name for each in daemon.client.devices()} == {"left", "waits"}
         assert daemon.status("left").epoch == 3
         load.goes_on()
+        expect_no_rights(daemon, "left")
     daemon.client.delete(["waits"])
 
 
@@ -97,6 +101,7 @@ def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daem
         eventually(lambda: daemon.broker_pid not in (0, broker), "another broker")
         assert {each.pid for each in after.workers}.isdisjoint(each.pid for each in status.workers)
         load.goes_on()
+        expect_no_rights(daemon, "left")
         assert Path(status.path).stat().st_ino == disk.st_ino, "the node has never gone"
     if control.get_features() & Feature.QUIESCE:
         assert "QUIESCE" in status.flags

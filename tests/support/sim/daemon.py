@@ -411,7 +411,7 @@ class SimContext(DaemonContext):
     def __init__(self, scenery: Scenery, runner: SimRunner, broker: SimBrokerProcess) -> None:
         self.run_dir, self.queue_dir = _RUN_DIR, scenery.queue_dir
         self.instance, self.boot_id, self.build = "sim", "this boot", ""
-        self.group = self.live_mounts = None
+        self.group = self.live_mounts = self.account = None
         self.configured = {}
         self.runner, self.broker = runner, broker
         self.holder = SimHolder(scenery.hold_backend, scenery.drop_backend)

@@ -234,7 +234,8 @@ def confinement() -> None:
     assert found is not None and found.backend.pid
     pids = {"daemon": daemon_pid(), "worker": found.workers[0].pid, "backend": found.backend.pid}
     say("confined", {name: status_of(pid) for name, pid in pids.items()})
-    say("numbers", {"vol2": pwd.getpwnam("vol2").pw_uid, "ublkpool": grp.getgrnam("ublkpool").gr_gid})
+    users = {name: pwd.getpwnam(name).pw_uid for name in ("vol2", "ublkpool-worker")}
+    say("numbers", {**users, "ublkpool": grp.getgrnam("ublkpool").gr_gid})
     exposed = shell("systemd-analyze", "security", "--no-pager", "--threshold=40", "ublkpool.service")
     say("exposure", {"status": exposed["status"], "said": str(exposed["said"])[-200:]})
     say("reload", shell("systemctl", "reload", "ublkpool"))

@@ -187,6 +187,7 @@ def install(root: Path) -> None:
         "install -m 644 config/99-ublkpool.rules /etc/udev/rules.d/",
         f"install -D -m 644 config/ublkpool-hardening.conf {DROP_INS}/hardening.conf",
         "groupadd --system ublkpool",
+        "useradd --system --no-create-home ublkpool-worker",
     )
 
 

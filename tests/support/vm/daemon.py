@@ -34,6 +34,8 @@ from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
 DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "300"))
 """Seconds; a longer wait is a hang, even with two guests on two CPUs."""
+WORKER_USER = "daemon"
+"""As which workers and broker run in the tests: an account of every system, which no test uses for a backend."""
 MARK = "UBLKPOOL_TEST_MARK"
 _POLL_S = 0.02
 _T = TypeVar("_T")
@@ -55,6 +57,14 @@ def eventually_nothing(find: Callable[[], object], what: str, deadline_s: float 
     while found := find():
         assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
         time.sleep(_POLL_S)
+
+
+def with_user(config: str) -> str:
+    """The config with a user for the workers, unless it names one."""
+    line = f'user = "{WORKER_USER}"\n'
+    if "[daemon]" not in config:
+        return f"[daemon]\n{line}{config}"
+    return config if "\nuser = " in config else config.replace("[daemon]\n", f"[daemon]\n{line}", 1)
 
 
 def nodes() -> set[str]:
@@ -126,6 +136,8 @@ class Daemon:
     ) -> None:
         _wait_long_for_answers()
         self._scratch = Path(tempfile.mkdtemp(prefix="ublkpool-vm-"))
+        # The workers' user must be able to reach the run directory in it.
+        self._scratch.chmod(0o711)
         self.run_dir = self._scratch / name
         self.state_dir = self._scratch / "state"
         self.log = self._scratch / "daemon.log"
@@ -163,13 +175,13 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        arguments = []
-        if self._config:
-            self.path("config.toml").write_text(self._config)
-            arguments = ["-c", str(self.path("config.toml"))]
-        command = [sys.executable, "-m", self._module, *self.addressed(["serve", *arguments])]
+        self.path("config.toml").write_text(with_user(self._config))
+        command = [sys.executable, "-m", self._module, *self._serve()]
         self._process = self._spawn(command, self.log)
         eventually(self._answers, "the daemon answers")
+
+    def _serve(self, *options: str) -> list[str]:
+        return self.addressed(["serve", "-c", str(self.path("config.toml")), *options])
 
     @contextmanager
     def life(self) -> Iterator[Self]:
@@ -387,9 +399,7 @@ class Daemon:
         """Start another daemon with `--replace`, which takes over from the running one."""
         before = self._process
         assert before is not None
-        self._process = self._spawn(
-            [sys.executable, "-m", module, *self.addressed(["serve", "--replace"])], self.log
-        )
+        self._process = self._spawn([sys.executable, "-m", module, *self._serve("--replace")], self.log)
         assert before.wait(2 * DEADLINE_S) == 0, self.said()
         eventually(self._answers, "the next daemon answers")
 
