@@ -55,7 +55,8 @@ def test_an_add_into_a_full_run_directory_leaves_nothing_and_what_is_there_can_b
     run_dir.mkdir(mode=0o700)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k,mode=0700", "none", str(run_dir)], check=True)
     try:
-        daemon = Daemon(name="full")
+        # An operator's directory, which no other user can enter.
+        daemon = Daemon(config='[daemon]\nuser = "root"\n', name="full")
         daemon.run_dir = run_dir
         daemon.client = type(daemon.client)(run_dir)
         try:
