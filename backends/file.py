@@ -62,6 +62,7 @@ class FileBackend(Backend):
     """A regular file or a block device."""
 
     Options = FileOptions
+    volumes = "ublkpool.backends._file_volumes:FileVolumes"
 
     def __init__(self, options: FileOptions) -> None:
         self.options: FileOptions = options
@@ -167,16 +168,16 @@ def _create_flags(options: FileOptions, may_create: bool) -> int:
         )
     if not options.size or options.readonly:
         raise BackendError(f"path={options.path}: no such file; with size=SIZE it is created")
-    _refuse_below_dev(options)
+    refuse_below_dev(options.path)
     return os.O_CREAT
 
 
-def _refuse_below_dev(options: FileOptions) -> None:
-    """A missing node of a block device must not become a file in devtmpfs, whose content ends with the boot."""
-    place = options.path.resolve()
+def refuse_below_dev(path: Path) -> None:
+    """Raise `BackendError` for a missing node of a block device: as a file in devtmpfs it would end with the boot."""
+    place = path.resolve()
     if place.is_relative_to(_DEV) and not place.is_relative_to(_DEV_SHM):
         raise BackendError(
-            f"path={options.path}: no such block device, and no file is made below {_DEV}: its content would be in "
+            f"path={path}: no such block device, and no file is made below {_DEV}: its content would be in "
             "memory and end with the boot; correct the path, or attach the disk"
         )
 
@@ -203,7 +204,7 @@ def _measure(
     if size_bytes:
         options = _accepting(options, size_bytes, accepted_bytes)
     if size_bytes == 0 and options.size and not options.readonly:
-        _refuse_below_dev(options)
+        refuse_below_dev(options.path)
         _give_size(file, options)
         size_bytes = options.size
     block_bytes = _direct_block_bytes(file, options) if direct else _BLOCK_BYTES_MIN

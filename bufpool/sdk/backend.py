@@ -94,6 +94,9 @@ class Backend:
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     """A frozen `msgspec.Struct` whose fields are the backend's options; type `sizes.ByteSize` reads `64M`."""
 
+    volumes: ClassVar[str] = ""
+    """`module:Class`, a subclass of `volumes.Volumes` for `ublkpool volume`; empty: this kind has none."""
+
     parallel: int = 1
     """How many threads run the methods that serve requests, 1 to 1024; with 1, plain methods run on the loop's thread,
     one after the other.  May be set until `open` returns."""

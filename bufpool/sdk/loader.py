@@ -46,6 +46,8 @@ from ublkpool.bufpool.wire import Op
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
+    from ublkpool.bufpool.sdk.volumes import Volumes
+
 ENTRY_POINTS = "ublkpool.backends"
 _BUILT_IN = "ublkpool.backends"
 _FUNCTIONS_NEEDED = ("get_size", "pread")
@@ -100,6 +102,22 @@ def _load(kind_or_file: str, given: Given) -> Backend:
     options = parse_options(name, found.Options, given)
     with authors_code("when the backend was made"):
         return found(options)
+
+
+def load_volumes(kind_or_file: str, given: Given) -> "Volumes":
+    """The volumes of a kind, with the options that lead to one.  Raises `BackendError`."""
+    from ublkpool.bufpool.sdk.volumes import Volumes
+
+    found = _find(kind_or_file)
+    name = backend_name(kind_or_file)
+    where = "" if isinstance(found, ModuleType) else found.volumes
+    if not where:
+        raise BackendError(f"{name}: has no volumes; ublkpool volume is for kinds such as file")
+    module, _, attribute = where.partition(":")
+    volumes = getattr(importlib.import_module(module), attribute)
+    assert issubclass(volumes, Volumes)
+    made: Volumes = volumes(parse_options(name, volumes.Options, given))
+    return made
 
 
 def backend_name(kind_or_file: str) -> str:

@@ -30,6 +30,7 @@ _COMMANDS = {
     "top": "top.command:top",
     "events": "events:events",
     "backend": "attach:backend",
+    "volume": "volume:volume",
     "metrics": "metrics:metrics",
     "shutdown": "serve:shutdown",
     "client": "attach:client",

@@ -194,7 +194,8 @@ def test_help_of_a_command_names_each_option_and_shows_an_example(command: click
             assert name in text or isinstance(parameter, click.Argument)
         assert not isinstance(parameter, click.Option) or parameter.help
     assert f"\n  ublkpool {command.name} " in text
-    assert "--run-dir" in text
+    # Volumes are managed without a daemon.
+    assert ("--run-dir" in text) == (command.name != "volume")
 
 
 def test_help_and_version() -> None:
@@ -220,6 +221,7 @@ def test_the_commands_are_the_contract() -> None:
             "top",
             "events",
             "backend",
+            "volume",
             "metrics",
             "shutdown",
             "client",

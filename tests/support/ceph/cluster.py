@@ -4,8 +4,8 @@ As a class for fixtures, and by `python -m support.ceph` (see __main__.py).  cep
 an address of a network namespace; no systemd, no mgr, no root.  An OSD keeps its data in its memory (`memstore`, the
 faster start; it is empty after `kill` and `revive`) or in a sparse file (`bluestore`).
 
-In the directory: `ceph.conf`, `keyring` (every key, so that `conf=` and `id=` are all that a client needs), the data
-and logs of the servers.  `stop` ends every process by its pid and removes the directory.
+In the directory: the file for clients (`conf`), `keyring` (every key, so that `conf=` and `id=` are all that a client
+needs), the data and logs of the servers.  `stop` ends every process by its pid and removes the directory.
 """
 
 import json
@@ -27,7 +27,7 @@ from support.sources.ports import HeldPort
 POOL = "rbd"
 CLIENT = "ublkpool"
 CLIENT_CAPS = {"mon": "profile rbd", "osd": f"profile rbd pool={POOL}"}
-"""What docs/CEPH.md gives a client of ours."""
+"""The caps that a client of ours needs."""
 _COMMAND_S = 150.0
 _ADMIN = {"mon": "allow *", "osd": "allow *", "mgr": "allow *"}
 

@@ -1,6 +1,6 @@
 """The processes of a test's cluster: started, killed and found again by a record in the cluster's directory.
 
-Owns `processes.json` there: names, pids and start times, so that another command ends exactly the recorded processes.
+Owns the record there: names, pids and start times, so that another command ends exactly the recorded processes.
 """
 
 import json

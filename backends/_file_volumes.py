@@ -1,0 +1,208 @@
+"""Files as volumes: sparse, locked by whoever serves them, cloned by the file system where it can share blocks.
+
+A new file gets its name when it is complete and on the disk, so that an interrupted clone leaves no volume.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from ublkpool.backends.file import refuse_below_dev
+from ublkpool.bufpool.sdk import store_users
+from ublkpool.bufpool.sdk.volumes import Progress, Volume, VolumeError, Volumes, whole_blocks
+from ublkpool.bufpool.sizes import format_size
+
+_FICLONE = 0x40049409
+_STEP_BYTES = 16 << 20
+_NO_COPY_IN_THE_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class FileVolumeOptions(msgspec.Struct, frozen=True):
+    """The file; for `list` the directory."""
+
+    path: Path
+
+
+class FileVolumes(Volumes):
+    """Regular files."""
+
+    kind = "file"
+    Options = FileVolumeOptions
+
+    def __init__(self, options: FileVolumeOptions) -> None:
+        self.path = options.path
+
+    def create(self, size_bytes: int) -> str:
+        """See `Volumes`: a sparse file that only its owner may read."""
+        with _new_file(self.path) as file:
+            os.ftruncate(file, whole_blocks(size_bytes))
+        return f"path={self.path}"
+
+    def list(self) -> list[Volume]:
+        """See `Volumes`: the regular files of the directory, not of those below it."""
+        if not self.path.is_dir():
+            raise VolumeError(f"path={self.path}: no directory: list shows the files of one")
+        found = []
+        for each in sorted(self.path.iterdir()):
+            # A file may be deleted meanwhile.
+            with suppress(FileNotFoundError):
+                status = each.stat()
+                if stat.S_ISREG(status.st_mode) and not each.name.startswith("."):
+                    found.append(_described(each, status))
+        return found
+
+    def resize(self, size_bytes: int) -> int:
+        """See `Volumes`: sparse."""
+        with _alone(self.path, os.O_RDWR) as file:
+            before_bytes = os.fstat(file).st_size
+            if whole_blocks(size_bytes) < before_bytes:
+                raise VolumeError(
+                    f"path={self.path}: has {format_size(before_bytes)} ({before_bytes} bytes), and a volume never "
+                    "shrinks: its end would be lost"
+                )
+            os.ftruncate(file, size_bytes)
+            os.fsync(file)
+        return before_bytes
+
+    def snapshot(self, name: str) -> str:
+        """See `Volumes`."""
+        raise VolumeError(
+            f"path={self.path}: a file has no snapshots; `ublkpool volume clone file path={self.path} --to PATH` "
+            "copies it, at once on btrfs and XFS"
+        )
+
+    def clone(self, target: str, progress: Progress) -> str:
+        """See `Volumes`: the blocks are shared where the file system can, else copied, and holes stay holes."""
+        with _alone(self.path, os.O_RDONLY) as source, _new_file(Path(target)) as file:
+            try:
+                fcntl.ioctl(file, _FICLONE, source)
+            except OSError:
+                _copy(source, file, progress)
+        return f"path={target}"
+
+    def delete(self) -> None:
+        """See `Volumes`."""
+        with _alone(self.path, os.O_RDWR) as file:
+            # Another command may have replaced it before the lock was there.
+            if not os.path.samestat(self.path.stat(), os.fstat(file)):
+                raise VolumeError(f"path={self.path}: was replaced by another file just now: try again")
+            self.path.unlink()
+        _sync_directory(self.path)
+
+
+def _described(path: Path, status: os.stat_result) -> Volume:
+    users = [store_users.name_process(pid) for pid in store_users.lockers(path)]
+    users += store_users.users_without_a_claim(path)
+    return Volume(
+        name=path.name, size_bytes=status.st_size, used_bytes=status.st_blocks * 512, users=tuple(users)
+    )
+
+
+@contextmanager
+def _alone(path: Path, flags: int) -> Iterator[int]:
+    """The open file, locked: alone if it is opened for writing, else with other readers.  Raises `VolumeError`."""
+    try:
+        # Opening a FIFO would wait for its other end.
+        file = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise VolumeError(f"path={path}: no such volume") from None
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise VolumeError(f"path={path}: not a regular file: only files are volumes")
+        shared = flags & os.O_ACCMODE == os.O_RDONLY
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path, map(store_users.name_process, store_users.lockers(path))) from None
+        if users := store_users.users_without_a_claim(path):
+            raise _in_use(path, users)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _in_use(path: Path, users: Iterator[str] | list[str]) -> VolumeError:
+    who = ", ".join(users) or "a process that cannot be seen from here"
+    return VolumeError(
+        f"path={path}: in use by {who}: end that first (`ublkpool del` if it serves a device; `ublkpool resize` grows "
+        "a live one)"
+    )
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A file that gets this name, which must be free, once the block has filled it and it is synced."""
+    refuse_below_dev(path)
+    _refuse_existing(path)
+    directory = path.resolve().parent
+    if not directory.is_dir():
+        raise VolumeError(f"path={path}: no directory {directory}: make it first")
+    file, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=directory)
+    try:
+        yield file
+        os.fsync(file)
+        try:
+            # Unlike a rename, this replaces nothing.
+            Path(path).hardlink_to(partial)
+        except FileExistsError:
+            _refuse_existing(path)
+    finally:
+        os.close(file)
+        Path(partial).unlink()
+    _sync_directory(path)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise VolumeError(f"path={path}: exists already: choose another name, or delete that one first")
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _copy(source: int, target: int, progress: Progress) -> None:
+    """Copy everything but the holes."""
+    size_bytes = os.fstat(source).st_size
+    os.ftruncate(target, size_bytes)
+    at = 0
+    while at < size_bytes and (data := _next_data(source, at)) is not None:
+        at, end = data
+        while at < end:
+            copied = _copy_part(source, target, at, min(_STEP_BYTES, end - at))
+            if copied == 0:
+                raise VolumeError("the file that is cloned became shorter meanwhile: try again")
+            at += copied
+            progress(at, size_bytes)
+
+
+def _next_data(file: int, at: int) -> tuple[int, int] | None:
+    """Where the next data begins and ends; None if only a hole follows."""
+    try:
+        start = os.lseek(file, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+    return start, os.lseek(file, start, os.SEEK_HOLE)
+
+
+def _copy_part(source: int, target: int, at: int, length: int) -> int:
+    try:
+        return os.copy_file_range(source, target, length, at, at)
+    except OSError as error:
+        if error.errno not in _NO_COPY_IN_THE_KERNEL:
+            raise
+    data = os.pread(source, min(length, 1 << 20), at)
+    return os.pwrite(target, data, at)
