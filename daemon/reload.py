@@ -20,6 +20,7 @@ from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_n
 from ublkpool.daemon.settings.changes import APPLIES, differences, user_key
 from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, MetricsTable, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
+from ublkpool.daemon.settings.user_devices import all_fitted
 from ublkpool.daemon.status import Reloaded
 from ublkpool.ublk import process_calls
 
@@ -87,8 +88,13 @@ class Reload:
         if file is None:
             raise DaemonError("the daemon was started without a config file: nothing to read again")
         live, what = self._context.live_mounts, f"the config file {file}"
+        is_privileged = self._context.is_privileged
         read = await self._context.runner.look(
-            "the config", what, lambda: _load(file, live), Read, keep_fds=() if live is None else (live,)
+            "the config",
+            what,
+            lambda: _load(file, live, is_privileged),
+            Read,
+            keep_fds=() if live is None else (live,),
         )
         if read.problems:
             raise ConfigError(read.problems)
@@ -105,15 +111,16 @@ class Reload:
             return Reloaded(name=name, needs=without_name(name, one_line(error)))
 
 
-def _load(file: Path, live_mounts: int | None) -> Read:
+def _load(file: Path, live_mounts: int | None, is_privileged: bool) -> Read:
     """Runs in the look's process.  Raises `OSError` if it cannot enter the mount namespace."""
     if live_mounts is not None:
         process_calls.enter_mounts(live_mounts)
     try:
         config = load_config(file)
+        devices = config.devices if is_privileged else all_fitted(config.devices)
     except ConfigError as error:
         return Read(problems=error.lines)
-    return Read(devices=list(config.devices), table=config.table, metrics=config.metrics_table)
+    return Read(devices=list(devices), table=config.table, metrics=config.metrics_table)
 
 
 async def _change(device: Device, wanted: DeviceConfig) -> Reloaded:

@@ -48,6 +48,7 @@ from ublkpool.daemon.replacement import check_before, check_sockets, group_numbe
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig, ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory, let_workers_connect
+from ublkpool.daemon.settings.user_devices import NO_DRAIN, NOTE, all_fitted, fitted
 from ublkpool.daemon.settings.worker_account import choose_account, wanted_accounts
 from ublkpool.daemon.status import (
     DaemonStatus,
@@ -61,6 +62,7 @@ from ublkpool.daemon.status import (
 from ublkpool.daemon.takeover import TakeOver
 from ublkpool.daemon.watchdog import period_us, petting
 from ublkpool.ublk import control
+from ublkpool.ublk.privilege import is_privileged
 from ublkpool.workers.process import share_heap
 
 SETTLE_DEADLINE_S = 60.0
@@ -118,6 +120,10 @@ class Supervisor:
         A failed device of that name is made again, and its backend finds what the one before kept.  With `take_over`
         its backend breaks its store's lock, whoever holds it.  Raises `DaemonError`, and leaves nothing then.
         """
+        if not self._context.is_privileged:
+            cfg = fitted(cfg)
+            progress(f"{cfg.name}: {NOTE}")
+            _log.info("%s: %s", cfg.name, NOTE)
         if not take_over:
             return (await self._table.add(cfg, progress)).status()
         binding = self._binding(cfg.name)
@@ -239,6 +245,8 @@ class Supervisor:
         device = self._table.device(name)
         if self._is_going_down:
             raise DaemonError(f"{name}: the machine goes down, so its requests must not wait")
+        if not self._context.is_privileged:
+            raise DaemonError(f"{name}: {NO_DRAIN}")
         await device.drain(flush, timeout_s)
 
     async def resume(self, name: str) -> None:
@@ -389,7 +397,12 @@ def serve(config: ServeConfig) -> int:
     raise_descriptor_limit()
     state_dirs = candidates(config.run_dir, config.state_dir)
     socket_dirs = [config.metrics.path.parent] if config.metrics and config.metrics.path else []
-    live_mounts = leave_for_own_view([config.run_dir, *state_dirs, *socket_dirs])
+    live_mounts = None
+    if is_privileged():
+        live_mounts = leave_for_own_view([config.run_dir, *state_dirs, *socket_dirs])
+    else:
+        config = config._replace(devices=all_fitted(config.devices))
+        _log.info("an ordinary user's daemon: each device is %s", NOTE)
     share_heap()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
         return runner.run(_serve(config, live_mounts))
@@ -561,6 +574,7 @@ async def _make_context(
     context = DaemonContext(
         run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events, account
     )
+    context.is_privileged = is_privileged()
     return context, held
 
 

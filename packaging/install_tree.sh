@@ -49,13 +49,15 @@ echo "units, rules, config"
 units=$root/usr/lib/systemd/system
 share=$root/usr/share/ublkpool
 install -D -m 644 -t "$units" config/*.service
+users=$root/usr/lib/systemd/user
+install -D -m 644 config/ublkpool.service.user "$users/ublkpool.service"
 # The package's own command: systemd would find one in /usr/local/bin first.
-sed -E -i 's,^(Exec[A-Za-z]+=[-+!:@]*)ublkpool ,\1/usr/bin/ublkpool ,' "$units"/*.service
+sed -E -i 's,^(Exec[A-Za-z]+=[-+!:@]*)ublkpool ,\1/usr/bin/ublkpool ,' "$units"/*.service "$users"/*.service
 install -D -m 644 -t "$root/usr/lib/udev/rules.d" config/99-ublkpool.rules
 install -D -m 644 config/ublkpool.toml "$root/etc/ublkpool/ublkpool.toml"
 mkdir -p "$root/etc/ublkpool/backends"
-# They are where systemd and udev find them.
-rm "$share"/*.service "$share"/*.rules
+# They are where systemd and udev find them.  The rules for ordinary users are for the administrator to install.
+rm "$share"/*.service "$share"/*.service.user "$share"/99-ublkpool.rules
 
 echo "documents"
 docs=$root/usr/share/doc/ublkpool

@@ -5,6 +5,9 @@ does (START_DEV until every tag is fetched, STOP_DEV until requests drain, DEL_D
 daemon calls these in a disposable process (`daemon/kernel/control_process.py`).
 
 Raises `UblkError` with the kernel's errno.
+
+Of an ordinary user (`privilege.py`) the driver wants the path of the device's node before a command's own data, and
+judges by the node's mode and owner what that user may do.
 """
 
 import errno
@@ -25,21 +28,47 @@ from ublkpool.ublk.abi import (
     Parameters,
 )
 from ublkpool.ublk.errors import UblkError
+from ublkpool.ublk.privilege import is_privileged
 
 _CPU_MASK_BYTES = 512
+_WITH_PATH = (Control.GET_DEV_INFO2,)
+"""The commands that want it of root as well."""
+_WITHOUT_PATH = (Control.GET_FEATURES, Control.ADD_DEV)
+"""Those that are about no device."""
+
+
+def node_path(device: int) -> str:
+    """The device's character node, which its server opens."""
+    return f"/dev/ublkc{device}"
 
 
 def _send(
-    command: Control, device: int, buffer: bytearray | None = None, data: int = 0, queue: int = QUEUE_NONE
+    command: Control,
+    device: int,
+    buffer: bytearray | None = None,
+    data: int = 0,
+    queue: int = QUEUE_NONE,
+) -> int:
+    """Send the command; its data comes back in `buffer`."""
+    has_path = command in _WITH_PATH or not (is_privileged() or command in _WITHOUT_PATH)
+    path = node_path(device).encode() if has_path else b""
+    sent = bytearray(path) + (buffer or b"")
+    result = _exchange(command, device, sent, len(path), data, queue)
+    if buffer is not None:
+        buffer[:] = sent[len(path) :]
+    return result
+
+
+def _exchange(
+    command: Control, device: int, sent: bytearray, path_bytes: int, data: int, queue: int = QUEUE_NONE
 ) -> int:
     try:
         fd = os.open(CONTROL_PATH, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise UblkError(CONTROL_PATH, error.errno or 0) from error
     try:
-        view = _native.ffi.NULL if buffer is None else _native.ffi.from_buffer(buffer)
-        size = 0 if buffer is None else len(buffer)
-        result: int = _native.lib.uq_control(fd, command, device, queue, view, size, data)
+        view = _native.ffi.from_buffer(sent) if sent else _native.ffi.NULL
+        result: int = _native.lib.uq_control(fd, command, device, queue, view, len(sent), path_bytes, data)
     finally:
         os.close(fd)
     if result < 0:
@@ -62,12 +91,15 @@ def add_device(info: DeviceInfo) -> DeviceInfo:
 
 
 def delete_device(device: int) -> None:
-    """DEL_DEV: blocks until no process holds /dev/ublkcN."""
+    """DEL_DEV: blocks until no process holds /dev/ublkcN; the device has gone before that, and its node with it."""
     _send(Control.DEL_DEV, device)
 
 
 def delete_device_later(device: int) -> None:
-    """DEL_DEV_ASYNC (Linux 6.9): the same without waiting; the number is free when the last holder has let go."""
+    """DEL_DEV_ASYNC (Linux 6.9): the same without waiting; the number is free when the last holder has let go.
+
+    The driver refuses it to ordinary users (ublk_ctrl_uring_cmd_permission does not know it): EINVAL.
+    """
     _send(Control.DEL_DEV_ASYNC, device)
 
 
@@ -142,7 +174,7 @@ def complete_fetch_round(device: int, queues: int, depth: int) -> None:
     again.  Once every queue has, or had, a task, START_USER_RECOVERY makes all of them new.  Raises `UblkError`: EBUSY
     while another process holds /dev/ublkcN.
     """
-    path = f"/dev/ublkc{device}"
+    path = node_path(device)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -170,6 +202,13 @@ def device_info(device: int) -> DeviceInfo:
     """GET_DEV_INFO."""
     buffer = bytearray(DEVICE_INFO_BYTES)
     _send(Control.GET_DEV_INFO, device, buffer)
+    return DeviceInfo.unpack(bytes(buffer))
+
+
+def device_info_by_path(device: int) -> DeviceInfo:
+    """GET_DEV_INFO2 (Linux 6.5): the same of any device, a user's too, for root and for its owner."""
+    buffer = bytearray(DEVICE_INFO_BYTES)
+    _send(Control.GET_DEV_INFO2, device, buffer)
     return DeviceInfo.unpack(bytes(buffer))
 
 

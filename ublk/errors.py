@@ -8,7 +8,7 @@ from pathlib import Path
 _HINTS = {
     errno.ENOENT: "the ublk driver is not loaded: modprobe ublk_drv (Linux 6.12 or newer with CONFIG_BLK_DEV_UBLK)",
     errno.ENXIO: "the ublk driver is not loaded: modprobe ublk_drv (Linux 6.12 or newer with CONFIG_BLK_DEV_UBLK)",
-    errno.EACCES: "run as root, or give this user /dev/ublk-control",
+    errno.EACCES: "run as root, or have root install config/99-ublkpool.users.rules, which lets a group of users in",
     errno.EPERM: "run as root (CAP_SYS_ADMIN)",
     errno.ENOSYS: "this kernel has no io_uring (CONFIG_IO_URING), or a seccomp filter forbids it",
     errno.EMFILE: "start it with a higher limit of open files (ulimit -n, LimitNOFILE= in its unit)",

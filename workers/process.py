@@ -9,6 +9,7 @@ child lives; then the child's own work.  The child ends in `os._exit`: nothing o
 handlers runs twice.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import process_calls
+from ublkpool.ublk.privilege import is_privileged
 from ublkpool.workers.messages import Fault, send
 from ublkpool.workers.privileges import forbid_new_rights
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
@@ -83,6 +85,17 @@ def _prepare_to_give_up_rights() -> None:
         resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def _harden() -> None:
+    """Never wait for memory.  An ordinary user's worker goes on with less.  Raises `OSError`."""
+    for call in (process_calls.set_io_flusher, process_calls.lock_memory):
+        try:
+            call()
+        except OSError as error:
+            if is_privileged() or error.errno not in (errno.EPERM, errno.ENOMEM):
+                raise
+            _log.debug("an ordinary user's worker goes on without %s", error)
+
+
 def run_worker(
     spec: WorkerSpec,
     char_fd: int,
@@ -95,8 +108,7 @@ def run_worker(
     try:
         if spec.account is not None:
             _prepare_to_give_up_rights()
-        process_calls.set_io_flusher()
-        process_calls.lock_memory()
+        _harden()
         loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)
     except Exception as error:
         send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {_reason(error)}"))

@@ -36,6 +36,7 @@ _COMMANDS = {
     "client": "attach:client",
     "features": "features:features",
     "doctor": "doctor:doctor",
+    "node-owner": "node_owner:node_owner",
 }
 """The module below `ublkpool.daemon.cli` and the function of each command, in the order of the help."""
 

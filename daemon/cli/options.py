@@ -36,9 +36,18 @@ def check_directory(ctx: click.Context, param: click.Parameter, value: Path | No
     return value.absolute()
 
 
-def run_dir_option(default: Path | None = RUN_DIR_DEFAULT) -> Callable[[_Command], _Command]:
+def _usual_run_dir() -> Path:
+    from ublkpool.daemon.settings.user_directories import usual_run_dir
+
+    return usual_run_dir()
+
+
+def run_dir_option(
+    default: Callable[[], Path] | None = _usual_run_dir,
+) -> Callable[[_Command], _Command]:
     """`--run-dir`; without a default, the config file's directory is used."""
-    shown = f"the config's, or {RUN_DIR_DEFAULT}" if default is None else str(default)
+    own = f"an ordinary user's own daemon has $XDG_RUNTIME_DIR/{RUN_DIR_DEFAULT.name}"
+    shown = ("" if default else "the config's, or ") + f"{RUN_DIR_DEFAULT}; {own}"
     return click.option(
         "--run-dir",
         type=click.Path(path_type=Path),

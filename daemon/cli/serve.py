@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.daemon.cli.options import check_directory, check_library, listen_address, run_dir_option
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfi
 
     if config_file is not None:
         return load_config(config_file, run_dir)
-    return ServeConfig(run_dir=run_dir or RUN_DIR_DEFAULT)
+    from ublkpool.daemon.settings.user_directories import usual_run_dir
+
+    return ServeConfig(run_dir=run_dir or usual_run_dir(serves=True))
 
 
 @click.command(short_help="Tell the daemon that the machine goes down.")

@@ -55,3 +55,5 @@ class DaemonContext:
         self.configured: dict[str, DeviceConfig] = {}
         """What the config file, as it was last read, says of the devices in it."""
         self.budget = MemoryBudget()
+        self.is_privileged = True
+        """Whether the driver takes this daemon for root's; else its devices are an ordinary user's."""

@@ -13,6 +13,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import SettingsChanged
 from ublkpool.daemon.settings.changes import APPLIES, Scalar, changed, differences, shown, wanted_now
 from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.daemon.settings.user_devices import check_fits
 from ublkpool.daemon.status import Setting
 
 _log = logging.getLogger("ublkpool.device")
@@ -25,7 +26,9 @@ async def apply(parts: DeviceParts, values: Mapping[str, Scalar]) -> None:
     if the device cannot be changed now; then it keeps what it had.
     """
     # Judged at once as well: a mistake need not wait for a recovery to end.
-    changed(parts.config, values)
+    wanted = changed(parts.config, values)
+    if not parts.context.is_privileged:
+        check_fits(wanted)
     async with parts.life.turn:
         await use(parts, changed(parts.config, values))
 

@@ -228,6 +228,7 @@ class DeviceResources:
             except ControlFailed as error:
                 if error.errno != errno.ENODEV:
                     raise
+            self.kernel.let_go()
         self.kernel, self.mark = None, 0
 
     async def discard(self) -> None:
@@ -241,6 +242,8 @@ class DeviceResources:
         """Close everything here; workers, pool and kernel device stay as they are."""
         if self.team is not None:
             self.team.let_go()
+        if self.kernel is not None:
+            self.kernel.let_go()
         self.pool.close()
         self._close_area()
 

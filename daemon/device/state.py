@@ -18,12 +18,12 @@ from typing import Literal, Protocol, Self
 
 import msgspec
 
-from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.device.state_file import Write, keep_room
 from ublkpool.daemon.errors import ConfigError, DaemonError
 from ublkpool.daemon.settings.own_directory import make_own_directory
+from ublkpool.daemon.settings.user_directories import usual_run_dir, usual_state_dir
 
 STATE_DIR_DEFAULT = Path("/var/lib/ublkpool")
 VERSION = 1
@@ -307,14 +307,15 @@ def candidates(run_dir: Path, given: Path | None) -> list[Path]:
     """The directories for the state of a daemon in this run directory, in order; no two daemons share one.
 
     `given` is the user's choice.  For a run directory other than the default, such as a test's, the second one lies
-    beside it, for machines on which `/var/lib` cannot be written to.
+    beside it, for machines on which `/var/lib` cannot be written to.  An ordinary user's are below the user's home.
     """
     if given is not None:
         return [given]
+    own = usual_state_dir() or STATE_DIR_DEFAULT
     run_dir = run_dir.resolve()
-    if run_dir == RUN_DIR_DEFAULT:
-        return [STATE_DIR_DEFAULT]
+    if run_dir == usual_run_dir(serves=True).resolve():
+        return [own]
     return [
-        STATE_DIR_DEFAULT / "at" / run_dir.relative_to("/"),
+        own / "at" / run_dir.relative_to("/"),
         run_dir.with_name(f"{run_dir.name}.state"),
     ]

@@ -7,6 +7,7 @@ no child forked elsewhere inherits the device.  Runs on the supervisor's asyncio
 import asyncio
 import errno
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -22,6 +23,7 @@ from ublkpool.daemon.device.records import Worker
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import ClientArea
+from ublkpool.daemon.kernel.opener import SERVER_KILLED, Opener
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.processes.reserve import with_room_for_one
@@ -279,6 +281,20 @@ class Team:
 
     async def ended(self) -> WorkerProcess:
         """The first worker that ends; of several that ended meanwhile, one whose exit status is not 0."""
+        opener = self.plan.kernel.opener
+        if opener is None:
+            return await self._first_ended()
+        async with beside(self._end_with(opener)):
+            return await self._first_ended()
+
+    async def _end_with(self, opener: Opener) -> None:
+        """The kernel has ended what it takes for the server: so end the device, whose requests it watches no more."""
+        await opener.ended()
+        for worker in self.workers:
+            worker.fault = SERVER_KILLED
+            worker.child.send(signal.SIGKILL)
+
+    async def _first_ended(self) -> WorkerProcess:
         async with AsyncExitStack() as stack:
             waits = {
                 await stack.enter_async_context(beside(each.child.wait())): each for each in self.workers
@@ -332,6 +348,8 @@ class Team:
         cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
         spec = self._spec(queue, cpu)
         inherited = [char_fd, arena.data_fd, arena.control_fd]
+        if kernel.opener is not None:
+            inherited.append(kernel.opener.life)
         if spec.hold_gate is not None:
             inherited.append(spec.hold_gate)
         gate = self._gate

@@ -4,11 +4,12 @@ import stat
 
 from ublkpool.daemon.doctor.finding import Finding
 from ublkpool.daemon.doctor.release import Release
-from ublkpool.daemon.doctor.system import System
+from ublkpool.daemon.doctor.system import RULES_DIRECTORIES, System
 
 TESTED_SINCE = (6, 12, 0)
 MODULE = "ublk_drv"
 CONTROL = "dev/ublk-control"
+USERS_RULES = "99-ublkpool.users.rules"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -64,14 +65,21 @@ def _control(system: System) -> list[Finding]:
         says = f"{MODULE} is loaded, and /{CONTROL} is not there: {error.strerror}"
         way_out = "in a container, pass the device on; elsewhere: udevadm trigger --name-match=ublk-control"
         return [Finding("driver", "fail", says, way_out)]
-    return [control_finding(about.st_mode)]
+    return [control_finding(about.st_mode, _lets_users_in(system))]
 
 
-def control_finding(mode: int) -> Finding:
-    """The control device with this mode (`st_mode`)."""
+def _lets_users_in(system: System) -> bool:
+    return any(USERS_RULES in system.names(each) for each in RULES_DIRECTORIES)
+
+
+def control_finding(mode: int, lets_users_in: bool = False) -> Finding:
+    """The control device with this mode (`st_mode`), where the rules for ordinary users are installed or not."""
     if not stat.S_ISCHR(mode):
         says = f"/{CONTROL} is no character device"
         return Finding("driver", "fail", says, f"remove it, then: modprobe -r {MODULE}; modprobe {MODULE}")
+    if lets_users_in and not mode & stat.S_IRWXO:
+        says = f"/{CONTROL} is there, for root and the group of {USERS_RULES}, whose members serve disks of their own"
+        return Finding("driver", "ok", says)
     if mode & _OTHERS:
         says = f"/{CONTROL} may be opened by other users than its owner (mode {stat.S_IMODE(mode):04o})"
         return Finding("driver", "warn", says, "install config/99-ublkpool.rules, then: udevadm trigger")

@@ -12,6 +12,14 @@ from typing import NamedTuple
 
 DEVICES = "sys/class/ublk-char"
 """Has an entry for each device of the driver, of any program."""
+RULES_DIRECTORIES = (
+    "etc/udev/rules.d",
+    "run/udev/rules.d",
+    "usr/local/lib/udev/rules.d",
+    "usr/lib/udev/rules.d",
+    "lib/udev/rules.d",
+)
+"""As udev(7) orders them: of files with the same name, only the first counts."""
 StatVfs = Callable[[Path], os.statvfs_result]
 
 

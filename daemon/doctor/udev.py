@@ -5,19 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from ublkpool.daemon.doctor.finding import Finding, some
-from ublkpool.daemon.doctor.system import System
+from ublkpool.daemon.doctor.system import RULES_DIRECTORIES, System
 from ublkpool.daemon.kernel.disk_names import DiskNames
 
 CHECK = "udev"
 RULES = "99-ublkpool.rules"
-DIRECTORIES = (
-    "etc/udev/rules.d",
-    "run/udev/rules.d",
-    "usr/local/lib/udev/rules.d",
-    "usr/lib/udev/rules.d",
-    "lib/udev/rules.d",
-)
-"""As udev(7) orders them: of files with the same name, only the first counts."""
 _INSTALL = f"install -m 644 config/{RULES} /etc/udev/rules.d/ && udevadm control --reload && udevadm trigger -s block"
 _NOWATCH = re.compile(r'^[^#\n]*"ublkb\*"[^#\n]*"nowatch"', re.MULTILINE)
 _NAMES = re.compile(r'^[^#\n]*"ublkb\*"[^#\n]*IMPORT\{file\}="/run/ublkpool-names/', re.MULTILINE)
@@ -60,7 +52,7 @@ def _unlinked(system: System) -> list[tuple[str, str]]:
 def _effective(system: System) -> list[Path]:
     """The rules files that udev reads, in the order of their names."""
     found: dict[str, Path] = {}
-    for directory in DIRECTORIES:
+    for directory in RULES_DIRECTORIES:
         for name in system.names(directory):
             if name.endswith(".rules"):
                 found.setdefault(name, system.root / directory / name)

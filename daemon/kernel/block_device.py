@@ -19,6 +19,7 @@ from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.kernel.disk_names import DiskNames
 from ublkpool.daemon.kernel.disk_view import NODE_DEADLINE_S, DiskView
+from ublkpool.daemon.kernel.opener import Opener
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import DeviceInfo, Feature, Parameters
@@ -40,6 +41,13 @@ class BlockDevice(DiskView):
         """The disk's, as far as this daemon knows."""
         self.is_started = created.info.state != abi.DeviceState.DEAD
         """Whether the kernel has a disk for it, so that its workers can be recovered."""
+        self.opener: Opener | None = None
+        """The process that the driver takes for the server of a user's device, from `open_char` on."""
+
+    @property
+    def is_a_users(self) -> bool:
+        """Whether an ordinary user added it, see `ublk/privilege.py`."""
+        return bool(self.info.flags & Feature.UNPRIVILEGED_DEV)
 
     @property
     def mark(self) -> int:
@@ -111,7 +119,10 @@ class BlockDevice(DiskView):
         On the loop, since the driver wants the process that opened it to be the one that started it: the driver's open
         does not wait (ublk_ch_open tests a bit), and /dev is in memory.
         """
-        path = f"/dev/ublkc{self.number}"
+        path = control.node_path(self.number)
+        if self.is_a_users:
+            self.opener, fd = await Opener.start(path, NODE_DEADLINE_S)
+            return fd
         deadline_s = asyncio.get_running_loop().time() + NODE_DEADLINE_S
         while True:
             try:
@@ -143,7 +154,7 @@ class BlockDevice(DiskView):
         `check` runs right before the command.  An old driver counts a tag whose worker has died meanwhile as fetched,
         and crashes at the first request.
         """
-        number, pid = self.number, os.getpid()
+        number, pid = self.number, self.opener.pid if self.opener is not None else os.getpid()
 
         def command() -> None:
             check()
@@ -320,6 +331,11 @@ class BlockDevice(DiskView):
         except ControlFailed as error:
             _log.warning("%s: links to %s may be left: %s", name, disk, without_name(name, str(error)))
             return True
+
+    def let_go(self) -> None:
+        """This daemon serves it no more."""
+        if self.opener is not None:
+            self.opener.let_end()
 
     async def delete(self) -> None:
         """DEL_DEV_ASYNC, when no worker has /dev/ublkcN open any more.  Raises `ControlFailed`.

@@ -7,24 +7,30 @@ command runs in a disposable process (`ControlRunner`).
 
 import errno
 import hashlib
+import os
 import secrets
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ublkpool.daemon.kernel.disk_parameters import wanted_flags
+from ublkpool.daemon.kernel.own_node import await_own_node
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import DeviceInfo, Feature, Parameters
 from ublkpool.ublk.errors import UblkError, UnsupportedError
+from ublkpool.ublk.privilege import is_privileged
+from ublkpool.workers.process import fork_child
 
 DELETE_PATIENCE_S = 5.0
 MARK_BITS = 63
 _RANDOM_BITS = 32
 _OWNER_BITS = MARK_BITS - _RANDOM_BITS
 _POLL_S = 0.02
+_USERS_DEVICES_MAX = Path("/sys/module/ublk_drv/parameters/ublks_max")
 
 
 class Created(NamedTuple):
@@ -59,7 +65,7 @@ def _owner(instance: str) -> int:
 def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -> Created:
     """ADD_DEV and SET_PARAMS; if a step fails, the device is deleted.  Raises `UblkError`."""
     offered = control.get_features()
-    flags = wanted_flags(config, offered)
+    flags = wanted_flags(config, offered, is_privileged())
     asked = DeviceInfo(
         queues=config.queues,
         depth=config.depth,
@@ -69,7 +75,10 @@ def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -
         flags=flags,
         server_flags=mark,
     )
-    info = control.add_device(asked)
+    info = _added(asked)
+    if not is_privileged():
+        # Before that the driver takes no command for it, not even DEL_DEV.
+        await_own_node(info.device_number)
     try:
         _check_granted(config, info, flags)
         control.set_parameters(info.device_number, disk._replace(max_io_bytes=info.max_io_bytes))
@@ -78,6 +87,20 @@ def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -
         control.delete_device(info.device_number)
         raise
     return Created(info, cpus, Feature(offered), disk.size_bytes)
+
+
+def _added(asked: DeviceInfo) -> DeviceInfo:
+    """ADD_DEV.  Raises `UblkError`."""
+    try:
+        return control.add_device(asked)
+    except UblkError as error:
+        # Not of an open: the control node has just been opened for GET_FEATURES.
+        if error.errno == errno.EACCES and not is_privileged():
+            most = _USERS_DEVICES_MAX.read_text().strip()
+            raise UnsupportedError(
+                f"ordinary users have as many ublk devices as they may ({most}): as root raise {_USERS_DEVICES_MAX}"
+            ) from error
+        raise
 
 
 def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> None:
@@ -144,8 +167,10 @@ def _devices() -> Iterator[DeviceInfo]:
 def delete(number: int, mark: int) -> bool:
     """DEL_DEV_ASYNC; whether the number is free after `DELETE_PATIENCE_S` at most.  Raises `UblkError`."""
     control.expect_mark(number, mark)
-    control.delete_device_later(number)
     deadline_s = time.monotonic() + DELETE_PATIENCE_S
+    if not is_privileged():
+        return _delete_in_child(number, deadline_s)
+    control.delete_device_later(number)
     while time.monotonic() < deadline_s:
         try:
             control.expect_mark(number, mark)
@@ -155,3 +180,28 @@ def delete(number: int, mark: int) -> bool:
             raise
         time.sleep(_POLL_S)
     return False
+
+
+def _delete_in_child(number: int, deadline_s: float) -> bool:
+    """DEL_DEV, which a user must send instead, and which waits for the last holder of the number; whether it is free.
+
+    A child sends it: the device has gone before the wait, so that an end of the child changes nothing.
+    """
+    pid = fork_child(lambda: _errno_of(lambda: control.delete_device(number)), [], "ublkpool-ctl")
+    while time.monotonic() < deadline_s:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            if code := os.waitstatus_to_exitcode(status):
+                raise UblkError(f"DEL_DEV of device {number}", code)
+            return True
+        time.sleep(_POLL_S)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def _errno_of(command: Callable[[], None]) -> int:
+    try:
+        command()
+    except UblkError as error:
+        return error.errno
+    return 0

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from ublkpool.ublk.privilege import is_in_user_namespace
+
 LINK_PATIENCE_S = 3.0
 """How long udev may take to remove the links to a disk that is gone."""
 _KEY = "UBLKPOOL_NAME="
@@ -43,7 +45,9 @@ class DiskNames:
     @property
     def are_wanted(self) -> bool:
         """Whether udev runs here, or left names behind, and this process may tell it any.  Does not wait for a disk."""
-        return os.geteuid() == 0 and (self._udev.exists() or self._directory.is_dir())
+        if os.geteuid() != 0 or is_in_user_namespace():
+            return False
+        return self._udev.exists() or self._directory.is_dir()
 
     def publish(self, name: str, disk: str, check: Callable[[], None]) -> str:
         """Give the disk this name, and have udev link it unless it has; why that cannot be, or nothing.

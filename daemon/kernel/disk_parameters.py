@@ -36,9 +36,11 @@ def parameters(config: DeviceConfig, size_bytes: int, attach: wire.Attach) -> Pa
     )
 
 
-def wanted_flags(config: DeviceConfig, offered: int) -> Feature:
+def wanted_flags(config: DeviceConfig, offered: int, is_privileged: bool = True) -> Feature:
     """The flags for ADD_DEV.  Raises `UnsupportedError` naming the setting that this kernel does not offer."""
     flags = Feature.CMD_IOCTL_ENCODE | _RECOVERY_FLAGS[config.recovery]
+    if not is_privileged:
+        flags |= Feature.UNPRIVILEGED_DEV
     if config.need_get_data:
         flags |= Feature.NEED_GET_DATA
     if config.recovery != "none":

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.bufpool.way_out import too_long_for_sockets
 from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.settings.config import (
@@ -28,6 +27,7 @@ from ublkpool.daemon.settings.config import (
     check_fields,
 )
 from ublkpool.daemon.settings.listen import ListenAddress, parse_listen
+from ublkpool.daemon.settings.user_directories import usual_run_dir
 
 
 class _Named(msgspec.Struct):
@@ -46,7 +46,7 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         if key not in ("daemon", "metrics", "device")
     ]
     daemon = _check_daemon(document.get("daemon", {}), problems)
-    run_dir = (run_dir or Path(daemon.run_dir or RUN_DIR_DEFAULT)).absolute()
+    run_dir = (run_dir or Path(daemon.run_dir or usual_run_dir(serves=True))).absolute()
     metrics = _check_metrics(document.get("metrics"), problems)
     address = _check_listen(metrics, problems, run_dir)
     devices = _check_devices(document.get("device", []), problems, file.absolute().parent)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError
+from ublkpool.ublk.privilege import is_in_user_namespace
 
 SYSTEM_DIRECTORIES = frozenset(
     [
@@ -136,7 +137,7 @@ def _why_replaceable(path: Path) -> str:
         kind = "the symbolic link" if stat.S_ISLNK(about.st_mode) else "the directory"
         if parent == path.absolute() and not _is_ours(about):
             return f"it is a symbolic link of {owner}"
-        if not _is_ours(about):
+        if not _is_ours(about) and not _may_be_roots(about):
             return f"{kind} {parent} on its way belongs to {owner}, who could put another in its place"
         if not stat.S_ISLNK(about.st_mode) and _may_be_written_by_others(about):
             about_it = f"mode {mode:04o}, owner {owner}, group {about.st_gid}"
@@ -183,6 +184,18 @@ def _may_be_written_by_others(about: os.stat_result) -> bool:
 
 def _is_ours(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid())
+
+
+def _may_be_roots(about: os.stat_result) -> bool:
+    """Whether this is a user namespace that knows root no better than `about`'s owner, who is then trusted as root is.
+
+    Where root is not mapped the kernel shows all such owners as one and the same.
+    """
+    return is_in_user_namespace() and about.st_uid == _roots_owner()
+
+
+def _roots_owner() -> int:
+    return Path("/").stat().st_uid
 
 
 def _user(uid: int) -> str:

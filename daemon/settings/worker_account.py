@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import ConfigError
+from ublkpool.daemon.settings.user_directories import is_ordinary
 from ublkpool.workers.privileges import Account, account_of, forbid_new_rights, give_up_rights
 from ublkpool.workers.process import fork_child
 
@@ -29,7 +30,7 @@ def wanted_accounts(user: str | None, group: int | None) -> Sequence[Account]:
 
     `user` and `group` are the config's.  Raises `ConfigError` for a user that workers cannot be.
     """
-    if os.geteuid() != 0:
+    if is_ordinary():
         _check_is_own(user)
         return ()
     if user is not None:

@@ -23,6 +23,8 @@ BESIDES = (
     "usr/lib/systemd/system/ublkpool-shutdown.service",
     "usr/lib/udev/rules.d/99-ublkpool.rules",
     "usr/lib/sysusers.d/ublkpool.conf",
+    "usr/lib/systemd/user/ublkpool.service",
+    "usr/share/ublkpool/99-ublkpool.users.rules",
     "usr/share/ublkpool/ublkpool-hardening.conf",
     "usr/share/ublkpool/examples/demo_null.py",
     "usr/share/doc/ublkpool/OPERATIONS.md",

@@ -228,6 +228,7 @@ def test_the_commands_are_the_contract() -> None:
             "features",
         ),
         "doctor",
+        "node-owner",
     ]
 
 

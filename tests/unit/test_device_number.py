@@ -81,6 +81,7 @@ class Runner(ControlRunner):
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     made = Driver()
     monkeypatch.setattr(control, "_send", made.send)
+    monkeypatch.setattr(device_commands, "is_privileged", lambda: True)
     # `Runner` runs commands in this process; the disk's size is for a control process to read.
     monkeypatch.setattr(device_commands, "_disk_bytes", lambda number: 0)
     yield made

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ublkpool.bufpool.pool.arena import arena_prefix
+from ublkpool.daemon.doctor import kernel
 from ublkpool.daemon.doctor.directories import (
     run_directory_findings,
     shm_findings,
@@ -160,6 +161,14 @@ def test_the_control_device_is_for_its_owner_alone() -> None:
     the_one([control_finding(stat.S_IFCHR | 0o600)], "ok")
     the_one([control_finding(stat.S_IFCHR | 0o660)], "warn", "0660", "99-ublkpool.rules")
     the_one([control_finding(stat.S_IFREG | 0o600)], "fail")
+
+
+def test_the_control_device_is_a_groups_where_the_rules_for_users_say_so(system: System) -> None:
+    the_one([control_finding(stat.S_IFCHR | 0o660, lets_users_in=True)], "ok", "99-ublkpool.users.rules")
+    the_one([control_finding(stat.S_IFCHR | 0o666, lets_users_in=True)], "warn", "0666")
+    assert not kernel._lets_users_in(system)
+    write(system, {"etc/udev/rules.d/99-ublkpool.users.rules": ""})
+    assert kernel._lets_users_in(system)
 
 
 def test_a_driver_that_can_be_loaded(system: System) -> None:

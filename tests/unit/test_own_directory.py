@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.settings import own_directory
 from ublkpool.daemon.settings.own_directory import make_own_directory
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a directory away")
@@ -187,3 +188,23 @@ def test_a_new_directory_is_durable_with_its_parents(tmp_path: Path, monkeypatch
     assert {str(tmp_path), str(tmp_path / "lib"), str(tmp_path / "lib" / "at")} <= set(synced)
     synced.clear()
     assert not make(tmp_path / "lib" / "at" / "own") and synced == []
+
+
+@needs_root
+def test_in_a_user_namespace_that_does_not_know_root_its_directories_are_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the directories of root have the owner that / has: the number that stands for all who are not mapped."""
+    (tmp_path / "of-root").mkdir()
+    os.chown(tmp_path / "of-root", 65534, 65534)
+    own = tmp_path / "of-root/run"
+    with pytest.raises(DaemonError, match="belongs to"):
+        make_own_directory(own, "run directory", "--run-dir")
+    monkeypatch.setattr(own_directory, "is_in_user_namespace", lambda: True)
+    with pytest.raises(DaemonError, match="belongs to"):
+        make_own_directory(own, "run directory", "--run-dir")
+    monkeypatch.setattr(own_directory, "_roots_owner", lambda: 65534)
+    assert make_own_directory(own, "run directory", "--run-dir")
+    os.chown(own, 65534, 65534)
+    with pytest.raises(DaemonError, match="belongs to"):
+        make_own_directory(own, "run directory", "--run-dir")

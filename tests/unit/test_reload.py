@@ -192,7 +192,9 @@ def test_a_file_that_is_gone_is_one_line_and_changes_nothing(file: File) -> None
 
 def read_again(file: Path, live_mounts: int) -> Read:
     """What a daemon reads whose backends run in this mount namespace."""
-    context = cast(DaemonContext, SimpleNamespace(runner=ControlRunner(), live_mounts=live_mounts))
+    context = cast(
+        DaemonContext, SimpleNamespace(runner=ControlRunner(), live_mounts=live_mounts, is_privileged=True)
+    )
     return asyncio.run(Reload(ServeConfig(file=file), context, cast(DeviceTable, {}))._read())
 
 

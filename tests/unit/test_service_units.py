@@ -1,5 +1,6 @@
 """The shipped units: servers of disks outlive the shutdown's stops, messages get enough time, few rights are left."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -71,3 +72,20 @@ def test_the_drop_in_knows_every_reason_for_a_capability_it_leaves() -> None:
     comments = " ".join(line for line in lines if line.startswith("#"))
     assert len(left) == len(set(left)) <= CAPABILITIES_MAX
     assert [each for each in left if each not in comments.replace(",", " ").replace(":", " ").split()] == []
+
+
+def test_a_users_unit_is_one_that_the_users_systemd_takes(tmp_path: Path) -> None:
+    unit = tmp_path / "ublkpool.service"
+    text = (CONFIG / "ublkpool.service.user").read_text()
+    # The command need not be installed here.
+    unit.write_text(text.replace("=ublkpool ", "=/bin/true "))
+    command = ["systemd-analyze", "verify", "--user", "--man=no", str(unit)]
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_stop_of_a_users_unit_leaves_what_serves_the_disks() -> None:
+    found = settings("ublkpool.service.user")
+    assert found["ExecStart"].endswith("--on-stop leave")
+    assert (found["KillMode"], found["WantedBy"]) == ("process", "default.target")

@@ -41,11 +41,14 @@ static int run(struct io_uring *ring)
 }
 
 int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes,
-	       uint64_t data)
+	       uint16_t path_bytes, uint64_t data)
 {
-	struct control_command c = {
-		.device = device, .queue = queue, .bytes = bytes, .buffer = (uintptr_t)buffer, .data = data
-	};
+	struct control_command c = { .device = device,
+				     .queue = queue,
+				     .bytes = bytes,
+				     .buffer = (uintptr_t)buffer,
+				     .data = data,
+				     .path_bytes = path_bytes };
 	struct io_uring_sqe *s;
 	struct io_uring ring;
 	int e = io_uring_queue_init(4, &ring, IORING_SETUP_SQE128);

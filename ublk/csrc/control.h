@@ -6,10 +6,11 @@
 
 /*
  * Sends control command `op` (ioctl-encoded) for `device` and waits for it.  `queue` is 0xffff for most commands.
+ * The first `path_bytes` of `buffer` are the path of the device's node, which the driver wants of an ordinary user.
  * The ring lives for this call only.  Returns the command's result: 0 or more, or a negative errno.
  */
 int uq_control(int control_fd, uint32_t op, uint32_t device, uint16_t queue, void *buffer, uint16_t bytes,
-	       uint64_t data);
+	       uint16_t path_bytes, uint64_t data);
 
 /* PR_SET_IO_FLUSHER (Linux 5.6, needs CAP_SYS_RESOURCE): this thread's allocations never wait for its own device.
  * Returns 0 or a negative errno. */
