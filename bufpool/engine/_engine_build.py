@@ -13,7 +13,16 @@ _ENGINE = Path(__file__).parent.resolve()
 _BUFPOOL = _ENGINE.parent
 # The engine's own first; what both ends of a link must agree on is the wire's.
 _FOLDERS = (_ENGINE / "csrc", _BUFPOOL / "wire" / "csrc")
-_HEADERS = ("wire.h", "engine.h", "calls.h", "file_facts.h", "port.h", "ring_loop.h")
+_HEADERS = (
+    "wire.h",
+    "engine.h",
+    "calls.h",
+    "storage_rbd.h",
+    "boot_timer.h",
+    "file_facts.h",
+    "port.h",
+    "ring_loop.h",
+)
 _SOURCES = (
     "engine.c",
     "engine_answers.c",
@@ -23,6 +32,8 @@ _SOURCES = (
     "storage_null.c",
     "storage_file.c",
     "storage_memory.c",
+    "storage_rbd.c",
+    "boot_timer.c",
     "calls.c",
     "file_facts.c",
     "port.c",

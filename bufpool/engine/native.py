@@ -6,14 +6,14 @@ submissions only from the thread that made it.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from ublkpool.bufpool.engine._engine import ffi, lib
 from ublkpool.bufpool.engine.device import Device
-from ublkpool.bufpool.errors import BackendError, WireError
+from ublkpool.bufpool.errors import BackendError, StoreTaken, WireError
 from ublkpool.bufpool.way_out import why_no_ring
 from ublkpool.bufpool.wire import (
     CLIENT_SLICES_MAX,
@@ -61,6 +61,24 @@ class MemoryStorage(NamedTuple):
     def new(self, device: Device) -> Any:
         """See `Storage`."""
         return lib.storage_memory_new(self.names_reads)
+
+
+class RbdStorage(NamedTuple):
+    """An open image of a Ceph cluster, and the addresses of librbd's functions by their names in `struct rbd_calls`.
+
+    Placed writes land in slots of the own segment.
+    """
+
+    image: int
+    functions: Mapping[str, int]
+
+    def new(self, device: Device) -> Any:
+        """See `Storage`."""
+        calls = ffi.new("struct rbd_calls *")
+        addresses = {**self.functions, "image": self.image}
+        for name, field in ffi.typeof("struct rbd_calls").fields:
+            setattr(calls, name, ffi.cast(field.type, addresses[name]))
+        return lib.storage_rbd_new(calls, slot_bytes(device.max_io_bytes))
 
 
 class NativeStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,12 +227,19 @@ def _memory_of(view: memoryview | None) -> Any:
 
 
 def engine_failure(number: int) -> BackendError | OSError:
-    """Why a native engine ended: its store is shorter than the device (ENODATA), or io_uring failed with this errno."""
+    """Why a native engine ended, by errno: ENODATA, its store is shorter than the device; ESHUTDOWN, its cluster has
+    excluded it; EROFS, it has lost its store's lock; another, io_uring failed with it."""
     if number == errno.ENODATA:
         return BackendError(
             "the store became shorter than its device while it was served: nothing more is read or written, "
             "since lost data must not read as zeros; bring it back at its full size"
         )
+    if number == errno.ESHUTDOWN:
+        return StoreTaken(
+            "another client has taken the store over: the cluster accepts nothing more from this one (blocklisted)"
+        )
+    if number == errno.EROFS:
+        return BackendError("the lock of the store was lost: nothing more is written without it")
     return OSError(number, f"io_uring: {os.strerror(number)}")
 
 

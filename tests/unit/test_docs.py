@@ -34,7 +34,8 @@ SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
     "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl df dmesg erms final.target fsck fsrm "
     "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep nofail nowatch numactl "
-    "preexec_fn ps sources.list taskset tools/testing/selftests/ublk umount.target xfs_growfs"
+    "preexec_fn ps rados_osd_op_timeout rbd_config_image_list rbd_lock_acquire sources.list taskset "
+    "tools/testing/selftests/ublk umount.target xfs_growfs"
 )
 """Names of libraries, programs, systemd and processors."""
 PLACEHOLDERS = (

@@ -5,6 +5,7 @@ Owns the pool, the own segment and a slice of a client area, each between two gu
 
 from collections.abc import Iterable
 
+from ublkpool.bufpool.engine._engine import ffi
 from ublkpool.bufpool.engine.native import NativeEngine, Storage
 from ublkpool.bufpool.sdk.backend import Device
 from ublkpool.bufpool.wire import SEGMENT_CLIENTS, Descriptor, iter_frame, pack_frame
@@ -23,6 +24,11 @@ class Area:
     def __init__(self, size_bytes: int) -> None:
         self._all = bytearray(_GUARD + bytes(size_bytes) + _GUARD)
         self.view = memoryview(self._all)[GUARD_BYTES : GUARD_BYTES + size_bytes]
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return int(ffi.cast("uintptr_t", ffi.from_buffer("char[]", self.view)))
 
     def is_intact(self) -> bool:
         """Whether the guard areas are unchanged."""
@@ -73,6 +79,10 @@ class NativeRig:
     def say(self, descriptors: Iterable[Descriptor]) -> list[Descriptor]:
         """Send one frame; returns all answers."""
         self.engine.take(0, pack_frame(descriptors))
+        return self.hear()
+
+    def hear(self) -> list[Descriptor]:
+        """All answers that are due."""
         return [each for _, frame in self.engine.answers() for each in iter_frame(frame)]
 
     def close(self) -> None:

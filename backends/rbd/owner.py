@@ -1,0 +1,103 @@
+"""Who may have an image's lock: this process, after a predecessor whose process has ended, or on the operator's word.
+
+A lock that is broken excludes its owner from the cluster, so that it writes no more.  So the lock of the owner on
+record, whose process the daemon knows to be dead, is broken at once, and no other: another client's is left to the
+cluster, which counts a client as dead when it has not been heard for half a minute.
+"""
+
+import errno
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Hint, log
+
+LIVE_PATIENCE_S = 45.0
+"""How long another owner is awaited; the cluster takes 30 s to notice a client's end."""
+_PAUSE_S = 0.5
+_MOVED = (errno.EBUSY, errno.EROFS, errno.ENOENT, errno.EAGAIN)
+"""What librbd says if the lock's owner is another by now."""
+
+
+class Lockable(Protocol):
+    """An image, as far as its lock is concerned."""
+
+    def lock_owners(self) -> list[str]:
+        """The addresses of the clients that have its lock."""
+
+    def watchers(self) -> list[str]:
+        """The addresses of the clients that have it open."""
+
+    def acquire_lock(self) -> None:
+        """Take its lock and keep it.  Raises `OSError`."""
+
+    def break_lock(self, owner: str) -> None:
+        """Exclude this client and end its lock.  Raises `OSError`."""
+
+
+class Claim:
+    """The way to an image's lock."""
+
+    def __init__(
+        self,
+        image: Lockable,
+        name: str,
+        hint: Hint,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`name` is the image's, for people; `clock` and `sleep` are in seconds."""
+        self._image, self._name, self._hint = image, name, hint
+        self._clock, self._sleep = clock, sleep
+        self._since_s: float | None = None
+
+    def take(self) -> str:
+        """Take the lock; returns the address under which this process has it.
+
+        Raises `BackendError` that says who has it and how to take it over, `OSError`.
+        """
+        while not self._took():
+            continue
+        return self._image.lock_owners()[0]
+
+    def _took(self) -> bool:
+        """One step; whether the lock is this process's."""
+        owner = next(iter(self._image.lock_owners()), "")
+        if owner and (owner == self._hint.former_owner or self._hint.takes_over):
+            self._break(owner)
+            return False
+        if owner in self._image.watchers():
+            self._wait_for(owner)
+            return False
+        # Free, or its client is gone: then librbd breaks the lock itself, and excludes the client.
+        return self._try(self._image.acquire_lock)
+
+    def _break(self, owner: str) -> None:
+        whose = "the predecessor" if owner == self._hint.former_owner else "another client"
+        log.warning("%s: taking over from %s, %s", self._name, whose, owner)
+        self._try(lambda: self._image.break_lock(owner))
+
+    def _try(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except OSError as error:
+            if error.errno not in _MOVED:
+                raise
+            self._wait_for("another client")
+            return False
+        return True
+
+    def _wait_for(self, owner: str) -> None:
+        now_s = self._clock()
+        if self._since_s is None:
+            self._since_s = now_s
+            log.warning(
+                "%s: locked by %s; waiting up to %g s for its end", self._name, owner, LIVE_PATIENCE_S
+            )
+        elif now_s - self._since_s >= LIVE_PATIENCE_S:
+            raise BackendError(
+                f"rbd: {self._name}: locked by {owner}, which this daemon does not know: end it there, or exclude it "
+                f"and take the image over with: ublkpool add {self._hint.device} ... --take-over"
+            )
+        self._sleep(_PAUSE_S)

@@ -1,0 +1,102 @@
+"""Whose lock a backend breaks, whom it waits for, and when it gives up."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ublkpool.backends.rbd.owner import LIVE_PATIENCE_S, Claim
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.backend import Hint
+
+ME, BEFORE, OTHER = "10.0.0.1:0/9", "10.0.0.1:0/8", "10.0.0.2:0/5"
+
+
+class FakeImage:
+    """An image whose lock and watchers are in memory; `sleep` is the passing of time."""
+
+    def __init__(self, owner: str = "", watchers: tuple[str, ...] = ()) -> None:
+        self.owner, self.open_by = owner, [ME, *watchers]
+        self.broken: list[str] = []
+        self.now_s = 0.0
+        self.ends_at_s: float | None = None
+        self.errors: list[int] = []
+
+    def lock_owners(self) -> list[str]:
+        return [self.owner] if self.owner else []
+
+    def watchers(self) -> list[str]:
+        return self.open_by
+
+    def acquire_lock(self) -> None:
+        if self.errors:
+            raise OSError(self.errors.pop(0), "lock")
+        assert not self.owner or self.owner not in self.open_by, (
+            "librbd would ask a living owner for its lock"
+        )
+        self.owner = ME
+
+    def break_lock(self, owner: str) -> None:
+        if owner != self.owner:
+            raise OSError(errno.EBUSY, "lock")
+        self.broken.append(owner)
+        self.owner = ""
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        if self.ends_at_s is not None and self.now_s >= self.ends_at_s:
+            self.open_by = [ME]
+
+
+def take(image: FakeImage, former: str | None = "", takes_over: bool = False) -> str:
+    hint = Hint("vol0", Path("/run"), former_owner=former, takes_over=takes_over)
+    return Claim(image, "pool/img", hint, lambda: image.now_s, image.sleep).take()
+
+
+def test_a_lock_that_is_free_is_taken() -> None:
+    image = FakeImage()
+    assert take(image) == ME
+    assert (image.broken, image.now_s) == ([], 0)
+
+
+def test_the_lock_of_the_owner_on_record_is_broken_at_once_though_the_cluster_counts_it_as_alive() -> None:
+    image = FakeImage(BEFORE, watchers=(BEFORE,))
+    assert take(image, former=BEFORE) == ME
+    assert (image.broken, image.now_s) == ([BEFORE], 0)
+
+
+@pytest.mark.parametrize("former", ["", None, BEFORE])
+def test_another_living_owner_s_lock_is_not_broken_and_the_line_says_how(former: str | None) -> None:
+    image = FakeImage(OTHER, watchers=(OTHER,))
+    with pytest.raises(BackendError, match=rf"locked by {OTHER}.*ublkpool add vol0 \.\.\. --take-over"):
+        take(image, former=former)
+    assert (image.broken, image.owner) == ([], OTHER)
+    assert image.now_s >= LIVE_PATIENCE_S
+
+
+def test_another_owner_that_ends_meanwhile_is_followed() -> None:
+    image = FakeImage(OTHER, watchers=(OTHER,))
+    image.ends_at_s = 30
+    assert take(image) == ME
+    assert image.broken == [], "librbd breaks the lock of a dead client itself"
+
+
+def test_an_operator_s_takeover_breaks_any_lock() -> None:
+    image = FakeImage(OTHER, watchers=(OTHER,))
+    assert take(image, takes_over=True) == ME
+    assert image.broken == [OTHER]
+
+
+@pytest.mark.parametrize("moved", [errno.EROFS, errno.EBUSY])
+def test_a_lock_that_another_client_takes_meanwhile_is_looked_at_again(moved: int) -> None:
+    image = FakeImage()
+    image.errors = [moved, moved]
+    assert take(image) == ME
+    assert image.now_s > 0
+
+
+def test_another_error_is_raised() -> None:
+    image = FakeImage()
+    image.errors = [errno.ESHUTDOWN]
+    with pytest.raises(OSError, match="lock"):
+        take(image)
