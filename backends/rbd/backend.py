@@ -16,10 +16,11 @@ from ublkpool.backends.rbd.cluster import Cluster
 from ublkpool.backends.rbd.image import Image
 from ublkpool.backends.rbd.libraries import libraries
 from ublkpool.backends.rbd.options import RbdOptions, check_options
-from ublkpool.backends.rbd.owner import Claim
+from ublkpool.backends.rbd.owner import Claim, check_not_served_elsewhere, served_by
 from ublkpool.backends.rbd.pulse import BootAlarm, Pulse
 from ublkpool.bufpool.engine.native import NativeEngine, RbdStorage, slot_bytes
 from ublkpool.bufpool.errors import BackendError, StoreTaken
+from ublkpool.bufpool.sdk import process
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sizes import format_size
 from ublkpool.bufpool.way_out import explain
@@ -31,7 +32,8 @@ _LENGTH_MAX = 1 << 30
 _DISCARD_BYTES = 64 << 10
 """librbd leaves smaller parts as they are (rbd_discard_granularity_bytes)."""
 _SEGMENT_BYTES = 64 << 20
-_GENERATION = "ublkpool_generation"
+_GENERATION, _OWNER = "ublkpool_generation", "ublkpool_owner"
+"""Keys of the image's metadata."""
 _CLOSE_S = 5.0
 
 
@@ -54,6 +56,8 @@ class RbdBackend(Backend):
 
     def open(self, hint: Hint) -> Properties:
         """Connect, open the image and take its lock."""
+        # Before librbd has threads, which inherit it; the SDK, which sets it after this, says why it cannot be set.
+        process.set_io_flusher()
         try:
             return self._open(hint)
         except OSError as error:
@@ -83,6 +87,8 @@ class RbdBackend(Backend):
                 )
             self._pulse = Pulse(partial(cluster.ask, header), cluster.expire_s, options.name, BootAlarm())
             owner = Claim(image, options.name, hint).take()
+            check_not_served_elsewhere(hint, image.metadata(_OWNER), options.name)
+            image.set_metadata(_OWNER, served_by(hint, owner))
         return self._properties(cluster, image, hint, owner)
 
     def _properties(self, cluster: Cluster, image: Image, hint: Hint, owner: str) -> Properties:

@@ -20,6 +20,26 @@ _MOVED = (errno.EBUSY, errno.EROFS, errno.ENOENT, errno.EAGAIN)
 """What librbd says if the lock's owner is another by now."""
 
 
+def served_by(hint: Hint, owner: str) -> str:
+    """What the image has on record of its clients: this one, and the one before on this machine."""
+    return f"{owner} {hint.former_owner or ''}".strip()
+
+
+def check_not_served_elsewhere(hint: Hint, on_record: str, name: str) -> None:
+    """Raise `BackendError` if another machine has served the image while this device's disk was there.
+
+    The lock may be free again by then.  The disk's clients know data from before, and their unanswered requests would
+    be executed on top of what was written since.
+    """
+    has_disk, known = hint.node is not None, on_record.split()
+    if not has_disk or hint.takes_next or not (hint.former_owner and known) or hint.former_owner in known:
+        return
+    raise BackendError(
+        f"rbd: {name}: {known[0]} has served the image since this device's last backend, so that what the disk's "
+        f"clients know of it may be outdated: ublkpool del --force {hint.device}, then add it again"
+    )
+
+
 class Lockable(Protocol):
     """An image, as far as its lock is concerned."""
 

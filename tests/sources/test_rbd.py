@@ -265,6 +265,26 @@ def test_a_host_that_comes_back_waits_for_the_one_that_took_over_and_says_who_it
         b.stop()
 
 
+def test_an_image_that_another_host_has_served_meanwhile_is_not_served_to_a_disk_that_was_there(
+    cluster: Cluster, image: str, tmp_path: Path
+) -> None:
+    with host(tmp_path / "a", cluster, image) as a, host(tmp_path / "b", cluster, image) as b:
+        a.serve()
+        a.kill()
+        b.takes_over = True
+        b.serve()
+        b.stop()
+        # The lock is free, and A's clients know data from before.
+        again = a.start()
+        a.worker.described = {**a.worker.described, "path": "/dev/ublkb0"}
+        a.worker.answer_question()
+        status, log = finish(again)
+        assert status != 0 and f"{b.owner} has served the image since" in log
+        # Another disk, whose clients know nothing yet.
+        a.serve()
+        a.stop()
+
+
 def test_a_write_that_is_on_its_way_while_another_host_takes_over_is_refused(
     cluster: Cluster, image: str, tmp_path: Path
 ) -> None:

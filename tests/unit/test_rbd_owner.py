@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.backends.rbd.owner import LIVE_PATIENCE_S, Claim
+from ublkpool.backends.rbd.owner import LIVE_PATIENCE_S, Claim, check_not_served_elsewhere, served_by
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Hint
 
@@ -93,6 +93,42 @@ def test_a_lock_that_another_client_takes_meanwhile_is_looked_at_again(moved: in
     image.errors = [moved, moved]
     assert take(image) == ME
     assert image.now_s > 0
+
+
+NODE = Path("/dev/ublkb0")
+
+
+def hint(former: str = BEFORE, node: Path | None = NODE, **more: object) -> Hint:
+    return Hint("vol0", Path("/run"), node=node, former_owner=former, **more)  # type: ignore[arg-type]
+
+
+def test_an_image_that_another_machine_has_served_since_is_refused_though_its_lock_is_free() -> None:
+    elsewhere = served_by(Hint("vol0", Path("/run"), former_owner=""), OTHER)
+    with pytest.raises(BackendError, match=rf"{OTHER} has served the image since.*del --force vol0"):
+        check_not_served_elsewhere(hint(), elsewhere, "pool/img")
+
+
+@pytest.mark.parametrize(
+    ("known", "on_record"),
+    [
+        (hint(), served_by(hint(), ME)),
+        (hint(ME), served_by(hint(), ME)),
+        (hint(), ""),
+        (hint(""), OTHER),
+        (hint(node=None), OTHER),
+        (hint(takes_next=True), OTHER),
+    ],
+    ids=[
+        "a successor that died before it was on record",
+        "one that died after that",
+        "an image of an earlier version",
+        "no owner is known",
+        "no disk, whose clients know nothing",
+        "rebind",
+    ],
+)
+def test_an_image_that_only_this_machine_has_served_since_is_not_refused(known: Hint, on_record: str) -> None:
+    check_not_served_elsewhere(known, on_record, "pool/img")
 
 
 def test_another_error_is_raised() -> None:
