@@ -42,19 +42,21 @@ class Account(NamedTuple):
 def account_of(user: str, group: str | None = None) -> Account:
     """The account of this name, or number, with `group` in place of its first group.
 
-    Raises `LookupError` with one line that names the way out, if there is no such user or group.
+    Raises `LookupError` with one line that names the way out, if there is no such user or group.  May wait for another
+    machine that knows the users (nsswitch.conf(5)), so never on an asyncio loop.
     """
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except (KeyError, ValueError, OverflowError):
         raise LookupError(f"no such user: {user}; create it with: useradd --system {user}") from None
-    first = entry.pw_gid if group is None else _group_of(group)
+    first = entry.pw_gid if group is None else group_of(group)
     return Account(
         entry.pw_name, entry.pw_uid, first, tuple(os.getgrouplist(entry.pw_name, first)), entry.pw_dir
     )
 
 
-def _group_of(group: str) -> int:
+def group_of(group: str) -> int:
+    """The number of the group of this name, or number.  Raises `LookupError` as `account_of`."""
     try:
         return (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
     except (KeyError, ValueError, OverflowError):

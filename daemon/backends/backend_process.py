@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ublkpool.daemon.backends.backend_log import BackendLog
 from ublkpool.daemon.backends.backend_user import change_user, check_can_run
-from ublkpool.daemon.errors import DaemonError, one_line, without_name
+from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line, without_name
 from ublkpool.daemon.processes.children import Child, describe_exit
 from ublkpool.daemon.processes.mounts import enter_live_view
 from ublkpool.daemon.processes.reserve import restore_descriptor_limit, with_room_for_one
@@ -125,7 +125,10 @@ class BackendProcess(SupervisedProcess):
             restore_descriptor_limit()
             environment = change_user(self.config, self._group)
             os.execve(command[0], command, environment)
-        except (OSError, ValueError, LookupError) as error:
+        except LookupError as error:
+            os.write(2, f"ublkpool: cannot start it: backend.user: {error}\n".encode())
+            return STATUS_USAGE
+        except (OSError, ValueError) as error:
             os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
         return 1
 

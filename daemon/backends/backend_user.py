@@ -9,7 +9,6 @@ import resource
 from collections.abc import Mapping
 from contextlib import suppress
 
-from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.sdk.process import IO_FLUSHER_SET
 from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.settings.config import BackendConfig
@@ -18,7 +17,10 @@ from ublkpool.workers.privileges import account_of, become, forbid_new_rights
 
 
 def check_can_run(device: str, config: BackendConfig, group: int | None) -> None:
-    """Raise `ConfigError` if this daemon, whose config has this `group`, cannot run the backend as its user."""
+    """Raise `ConfigError` if this daemon, whose config has this `group`, can run no backend as another user.
+
+    Whether there is such a user the forked child finds out (`change_user`).
+    """
     if config.user is None:
         return
     if os.geteuid() != 0:
@@ -32,10 +34,6 @@ def check_can_run(device: str, config: BackendConfig, group: int | None) -> None
                 f"a backend of user {config.user} in"
             ]
         )
-    try:
-        account_of(config.user, config.group)
-    except LookupError as error:
-        raise ConfigError([f"{device}: backend.user: {error}"]) from error
 
 
 def change_user(config: BackendConfig, group: int | None) -> Mapping[str, str]:
@@ -58,15 +56,22 @@ def change_user(config: BackendConfig, group: int | None) -> Mapping[str, str]:
     return environment
 
 
-def check_may_serve(device: str, config: BackendConfig | None, user: int) -> None:
-    """Raise `AttachRefused` if the daemon runs this device's backend as one user and another attaches."""
-    if config is None or config.user is None or user in (0, os.geteuid()):
-        return
+def asked_for(config: BackendConfig | None, user: int) -> str | None:
+    """The user that a process of `user` must be in order to serve the device; None if it may serve it as it is."""
+    return None if config is None or user in (0, os.geteuid()) else config.user
+
+
+def why_not(wanted: str, user: int) -> str:
+    """Why a process of this user may not serve a device whose backend runs as `wanted`; empty if it may.
+
+    Asks for that user, see `account_of`.
+    """
     try:
-        wanted = account_of(config.user).user
+        number = account_of(wanted).user
     except LookupError as error:
-        raise AttachRefused(f"device {device}: {error}") from error
-    if user != wanted:
-        raise AttachRefused(
-            f"device {device}: user {user} may not serve it: the daemon runs its backend as user {config.user}"
-        )
+        return str(error)
+    return (
+        ""
+        if user == number
+        else f"user {user} may not serve it: the daemon runs its backend as user {wanted}"
+    )

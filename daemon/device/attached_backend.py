@@ -9,11 +9,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
-from ublkpool.daemon.backends.backend_user import check_may_serve
+from ublkpool.daemon.backends.backend_user import asked_for, why_not
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.cut_offs import CutOffs
 from ublkpool.daemon.device.lifecycle import Lifecycle
@@ -28,6 +29,7 @@ from ublkpool.daemon.events.kinds import (
     RequestsFail,
 )
 from ublkpool.daemon.events.tell import DeviceEvents
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.held_names import session_names
 from ublkpool.daemon.processes.holder import Holder
@@ -106,14 +108,24 @@ class AttachedBackend:
                 f"device {name} has a backend already ({session.attach.kind}, process {session.pid})"
             )
 
-    def check_user(self, user: int) -> None:
-        """Raise `AttachRefused` unless a backend of this user may serve the device."""
+    async def check_user(self, user: int, runner: ControlRunner) -> None:
+        """Raise `AttachRefused` unless a backend of this user may serve the device.
+
+        Raises `CallHung`, `ControlFailed` if what knows the machine's users does not answer.
+        """
+        name = self.config.name
         if self.account is not None and self.account.user and user == self.account.user:
             raise AttachRefused(
-                f"device {self.config.name}: user {self.account.name} is the workers' own, whom a backend of that user "
+                f"device {name}: user {self.account.name} is the workers' own, whom a backend of that user "
                 "could end: run the backend as another user"
             )
-        check_may_serve(self.config.name, self.config.backend, user)
+        wanted = asked_for(self.config.backend, user)
+        if wanted is None:
+            return
+        # Limited for itself: a process that may not serve the device must not use up its looks.
+        owner, what = f"{name}'s user", f"{name}: asking for user {wanted}"
+        if problem := await runner.look(owner, what, partial(why_not, wanted, user), str):
+            raise AttachRefused(f"device {name}: {problem}")
 
     def number_segment(self, session: Session) -> None:
         """Give the backend's own segment, if it has one, a number that no earlier backend had."""

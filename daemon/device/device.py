@@ -126,7 +126,7 @@ class Device(DeviceService):
         Raises `AttachRefused` or another error with the reason if it cannot serve this device.
         """
         backend, turn = self.parts.backend, self.parts.life.turn
-        backend.check_user(session.uid)
+        await backend.check_user(session.uid, self.parts.context.runner)
         while True:
             backend.check_free()
             if backend.farewell is not None:

@@ -374,12 +374,14 @@ def check_user(
     if group is not None and user is None:
         problems.append(Problem((*path, "group"), "is the group of another user: set user as well"))
     if user is not None:
-        from ublkpool.workers.privileges import account_of
+        from ublkpool.workers.privileges import account_of, group_of
 
-        try:
-            account_of(str(user), None if group is None else str(group))
-        except LookupError as error:
-            problems.append(Problem((*path, "user"), str(error)))
+        for key, value, find in (("user", user, account_of), ("group", group, group_of)):
+            try:
+                if value is not None:
+                    find(str(value))
+            except LookupError as error:
+                problems.append(Problem((*path, key), str(error)))
     return (None if user is None else str(user)), (None if group is None else str(group))
 
 

@@ -3,21 +3,23 @@
 import asyncio
 import logging
 import os
+import pwd
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pytest
 
-from support.fakes.device_parts import FakeSession, FakeTeam, fake_device
+from support.fakes.device_parts import FakeSession, FakeTeam, fake_device, turn
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.sdk import process as sdk_process
 from ublkpool.daemon.backends.backend_process import BackendProcess
-from ublkpool.daemon.backends.backend_user import check_can_run, check_may_serve
-from ublkpool.daemon.device.attached_backend import AttachedBackend
+from ublkpool.daemon.backends.backend_user import check_can_run
 from ublkpool.daemon.errors import STATUS_USAGE, ConfigError
+from ublkpool.daemon.kernel.control_process import LOOKS_MAX, ControlFailed
 from ublkpool.daemon.settings.changes import changed
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, Problem, check_device
 from ublkpool.daemon.settings.config_file import load_config
@@ -98,24 +100,34 @@ def test_a_daemon_that_cannot_run_it_says_why_and_starts_nothing(monkeypatch: py
     ) as raised:
         check_can_run("vol0", config, None)
     assert raised.value.status == STATUS_USAGE
-    gone = BackendConfig(kind="null", user="no-such-user")
-    with pytest.raises(ConfigError, match=r"vol0: backend.user: no such user: no-such-user; create it with"):
-        check_can_run("vol0", gone, GROUP)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="only a daemon that runs as root can run a backend as nobody"):
         check_can_run("vol0", config, GROUP)
 
 
-def test_a_device_whose_backend_has_a_user_is_served_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def attach_as(user: int, backend: BackendConfig | None, workers: Account | None = None) -> None:
+    """What a device with this backend and its workers' account says to a process of the user that would serve it."""
+
+    async def run() -> None:
+        device = fake_device(DeviceConfig(name="vol0", backend=backend))
+        device.parts.backend.account = workers
+        await device.parts.backend.check_user(user, device.parts.context.runner)
+
+    asyncio.run(run())
+
+
+def test_a_device_whose_backend_has_a_user_is_served_by_no_other() -> None:
     config = BackendConfig(kind="null", user=NOBODY)
     for user in (0, os.geteuid(), 65534):
-        check_may_serve("vol0", config, user)
+        attach_as(user, config)
     for anybody in (None, BackendConfig(kind="null")):
-        check_may_serve("vol0", anybody, 4711)
+        attach_as(4711, anybody)
     with pytest.raises(
-        AttachRefused, match="user 4711 may not serve it: the daemon runs its backend as user nobody"
+        AttachRefused, match="vol0: user 4711 may not serve it: the daemon runs its backend as user nobody"
     ):
-        check_may_serve("vol0", config, 4711)
+        attach_as(4711, config)
+    with pytest.raises(AttachRefused, match="vol0: no such user: no-such-user; create it with"):
+        attach_as(4711, BackendConfig(kind="null", user="no-such-user"))
 
 
 def test_an_attach_of_another_user_changes_nothing_at_that_device() -> None:
@@ -126,6 +138,58 @@ def test_an_attach_of_another_user_changes_nothing_at_that_device() -> None:
         with pytest.raises(AttachRefused, match=f"user {session.uid} may not serve it"):
             await device.attach(session)
         assert device.session is None and team.heard == []
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def hung_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that knows the machine's users and does not answer; this process must not ask it at all."""
+    ours = os.getpid()
+
+    def hang(_user: object) -> NoReturn:
+        assert os.getpid() != ours, "asked for a user on the loop"
+        while True:
+            signal.pause()
+
+    monkeypatch.setattr(pwd, "getpwnam", hang)
+
+
+@pytest.mark.usefixtures("hung_users")
+def test_a_service_of_users_that_hangs_keeps_that_device_s_attach_waiting_alone() -> None:
+    async def run() -> None:
+        owned = fake_device(DeviceConfig(name="vol0", backend=BackendConfig(kind="null", user=NOBODY)))
+        runner = owned.parts.context.runner
+        waiting = [
+            asyncio.create_task(owned.parts.backend.check_user(4711, runner)) for _ in range(LOOKS_MAX)
+        ]
+        try:
+            await turn()
+            # No more processes than that, whatever a user tries.
+            with pytest.raises(ControlFailed, match="asking for user nobody"):
+                await owned.parts.backend.check_user(4711, runner)
+            # What the device itself looks at is not among them.
+            assert await runner.look("vol0", "vol0: a look", lambda: 7, int) == 7
+            assert not any(each.done() for each in waiting)
+        finally:
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+@needs_root
+@pytest.mark.usefixtures("hung_users")
+def test_a_start_asks_for_the_user_in_the_new_process(place: Path) -> None:
+    async def run() -> None:
+        backend = BackendConfig(kind="null", user=NOBODY, cwd="/")
+        process = BackendProcess("vol0", backend, place, lambda _fd: None, None, GROUP)
+        process.start()
+        assert process.child.exit_status is None
+        process.child.send(signal.SIGKILL)
+        await asyncio.wait_for(process.child.wait(), DEADLINE_S)
+        assert process.child.exit_status == 128 + signal.SIGKILL
 
     asyncio.run(run())
 
@@ -148,7 +212,7 @@ def test_the_config_s_mistakes_about_a_user_are_one_line_each(tmp_path: Path) ->
         "backend.group: is the group of another user: set user as well"
     ]
     assert problems_of({"user": NOBODY, "group": "no-such-group"}, tmp_path) == [
-        "backend.user: no such group: no-such-group; create it with: groupadd --system no-such-group"
+        "backend.group: no such group: no-such-group; create it with: groupadd --system no-such-group"
     ]
 
 
@@ -177,12 +241,12 @@ def test_a_backend_whose_user_is_gone_says_so_and_is_started_once_there_is_one(t
     async def run() -> None:
         gone = BackendConfig(kind="null", user="no-such-user", cwd="/")
         process = BackendProcess("vol0", gone, tmp_path, lambda _fd: None, None, GROUP)
-        with pytest.raises(ConfigError):
-            process.start()
-        assert process.trouble.startswith("backend null cannot be started: backend.user: no such user")
+        process.start()
+        await asyncio.wait_for(process.child.wait(), DEADLINE_S)
+        assert process.child.exit_status == STATUS_USAGE
+        assert "cannot start it: backend.user: no such user: no-such-user; create it" in process.obituary()
         process.config = msgspec.structs.replace(gone, user=None)
         process.start()
-        assert "cannot be started" not in process.trouble
         process.child.send(signal.SIGKILL)
         await asyncio.wait_for(process.child.wait(), DEADLINE_S)
 
@@ -203,15 +267,11 @@ def test_a_backend_for_which_its_daemon_set_the_flag_does_not_set_it(monkeypatch
 
 
 def test_no_backend_attaches_as_the_workers_user() -> None:
-    async def made() -> AttachedBackend:
-        return fake_device(DeviceConfig(name="vol0")).parts.backend
-
-    backend = asyncio.run(made())
-    for account in (None, Account("root", 0, 0, ()), Account("ublkpool-worker", 4711, 4711, ())):
-        backend.account = account
+    workers = Account("ublkpool-worker", 4711, 4711, ())
+    for account in (None, Account("root", 0, 0, ()), workers):
         for user in (0, 4712):
-            backend.check_user(user)
+            attach_as(user, None, account)
     with pytest.raises(
         AttachRefused, match=r"device vol0: user ublkpool-worker is the workers' own.*another user"
     ):
-        backend.check_user(4711)
+        attach_as(4711, None, workers)
