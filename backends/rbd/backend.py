@@ -41,6 +41,7 @@ class RbdBackend(Backend):
     """An image of a Ceph cluster."""
 
     Options = RbdOptions
+    volumes = "ublkpool.backends.rbd.volumes:RbdVolumes"
 
     def __init__(self, options: RbdOptions) -> None:
         """Raises `BackendError` for options that no image can have."""

@@ -4,6 +4,7 @@ Owns the rados handles.  Its calls wait for the cluster as long as that takes, a
 """
 
 import errno
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ublkpool.backends.rbd.libraries import check, ffi, libraries, text
@@ -43,8 +44,9 @@ class Question(Protocol):
 class Cluster:
     """A connection with one pool."""
 
-    def __init__(self, options: RbdOptions) -> None:
-        """Connect.  Raises `BackendError` that names the option or file."""
+    def __init__(self, options: RbdOptions, settings: Mapping[str, str] | None = None) -> None:
+        """Connect, with more settings of librados.  Raises `BackendError` that names the option or file."""
+        self._settings = {**SETTINGS, **_LIMITS, **(settings or {})}
         self._lib = libraries().rados
         self._options = options
         self._handle: Any = None
@@ -74,7 +76,7 @@ class Cluster:
             )
             raise BackendError(f"rbd: {where}: {explain(error)}") from error
         lib.rados_conf_parse_env(self._handle, ffi.NULL)
-        for key, value in {**SETTINGS, **_LIMITS}.items():
+        for key, value in self._settings.items():
             # A library that does not know a setting has nothing to be set.
             lib.rados_conf_set(self._handle, key.encode(), value.encode())
         try:

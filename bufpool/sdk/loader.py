@@ -112,7 +112,7 @@ def load_volumes(kind_or_file: str, given: Given) -> "Volumes":
     name = backend_name(kind_or_file)
     where = "" if isinstance(found, ModuleType) else found.volumes
     if not where:
-        raise BackendError(f"{name}: has no volumes; ublkpool volume is for kinds such as file")
+        raise BackendError(f"{name}: has no volumes; ublkpool volume is for kinds such as file and rbd")
     module, _, attribute = where.partition(":")
     volumes = getattr(importlib.import_module(module), attribute)
     assert issubclass(volumes, Volumes)

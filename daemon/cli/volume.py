@@ -31,17 +31,19 @@ _options = click.argument("options", nargs=-1, metavar="KEY=VALUE ...")
 def volume() -> None:
     """Make, list, grow, snapshot, clone and delete the volumes that devices are served from.
 
-    KIND and KEY=VALUE lead to a volume as in `ublkpool backend`: for file path=.  No daemon is needed.  A volume in
-    use is refused, whoever uses it.
+    KIND and KEY=VALUE lead to a volume as in `ublkpool backend`: for file path=, for rbd pool=, namespace=, image=,
+    snapshot=, conf= and id=.  No daemon is needed.  A volume in use is refused, whoever uses it.
 
     \b
     ublkpool volume create file path=/var/lib/vol0.img --size 10G
     ublkpool volume clone file path=/var/lib/golden.img --to /var/lib/vm7.img
-    ublkpool volume list file path=/var/lib
+    ublkpool volume clone rbd pool=vms image=golden --to vm7
+    ublkpool volume list rbd pool=vms
 
     \b
               create  list  resize  snapshot  clone  delete
     file      yes     yes   grow    no        yes    yes
+    rbd       yes     yes   grow    yes       yes    yes
 
     Exit status: 0 done, 1 failed, 2 wrong usage, or a volume that is missing, in use or there already.
     """
@@ -54,7 +56,7 @@ def volume() -> None:
 def create(kind: str, options: tuple[str, ...], size_bytes: int) -> None:
     """Make a volume, which must not exist yet, and print what leads to it.
 
-    It takes no room before it is written (a sparse file).
+    It takes no room before it is written (a sparse file, an image without objects).
 
     \b
     ublkpool volume create file path=/var/lib/vol0.img --size 10G
@@ -70,10 +72,11 @@ def create(kind: str, options: tuple[str, ...], size_bytes: int) -> None:
 def list_volumes(kind: str, options: tuple[str, ...], as_json: bool) -> None:
     """List volumes with their sizes and who uses them, as far as their store shows it.
 
-    For file path= is a directory.
+    For file path= is a directory, for rbd pool= and namespace= say where.
 
     \b
-    ublkpool volume list file path=/var/lib/images --json
+    ublkpool volume list file path=/var/lib/images
+    ublkpool volume list rbd pool=vms --json
     """
     found = _volumes(kind, options).list()
     if as_json:
@@ -113,10 +116,14 @@ def resize(kind: str, options: tuple[str, ...], size_bytes: int) -> None:
 @_options
 @click.option("--name", required=True, help="The snapshot's name.")
 def snapshot(kind: str, options: tuple[str, ...], name: str) -> None:
-    """Keep a volume's content of now as a snapshot, where the store has snapshots, and print what leads to it.
+    """Keep a volume's content of now as a snapshot, and print what leads to it.
 
     A device in use goes on; what its file system has not written yet is not in the snapshot: `ublkpool drain` and
     fsfreeze(8) before it make it consistent.
+
+    \b
+    ublkpool volume snapshot rbd pool=vms image=golden --name monday
+    ublkpool add old --backend rbd pool=vms image=golden snapshot=monday
     """
     click.echo(_volumes(kind, options).snapshot(name))
 
@@ -124,16 +131,17 @@ def snapshot(kind: str, options: tuple[str, ...], name: str) -> None:
 @volume.command(short_help="Make a volume with another one's content.")
 @_kind
 @_options
-@click.option("--to", "target", required=True, metavar="PATH", help="The new volume.")
+@click.option("--to", "target", required=True, metavar="PATH|IMAGE", help="The new volume.")
 def clone(kind: str, options: tuple[str, ...], target: str) -> None:
     """Make a new volume with the content of this one, and print what leads to it.
 
     A file is cloned at once where its file system shares blocks (btrfs, XFS), else copied, and must not be written
-    meanwhile.
+    meanwhile.  An image is cloned at once, from snapshot= or from its content of now, and shares with it what neither
+    has written.
 
     \b
-    ublkpool volume clone file path=/var/lib/golden.img --to /var/lib/vm7.img
-    ublkpool add vm7 --backend file path=/var/lib/vm7.img
+    ublkpool volume clone rbd pool=vms image=golden --to vm7
+    ublkpool add vm7 --backend rbd pool=vms image=vm7
     """
     progress = _Progress()
     try:
@@ -147,10 +155,11 @@ def clone(kind: str, options: tuple[str, ...], target: str) -> None:
 @_kind
 @_options
 def delete(kind: str, options: tuple[str, ...]) -> None:
-    """Delete a volume that nothing uses.  Its content is lost.
+    """Delete a volume, or with snapshot= a snapshot, that nothing uses.  Its content is lost.
 
     \b
     ublkpool volume delete file path=/var/lib/vol0.img
+    ublkpool volume delete rbd pool=vms image=golden snapshot=monday
     """
     _volumes(kind, options).delete()
 

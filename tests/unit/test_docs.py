@@ -34,7 +34,8 @@ SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
     "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl df dmesg erms final.target fsck fsrm "
     "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep nofail nowatch numactl "
-    "preexec_fn ps rados_osd_op_timeout rbd_config_image_list rbd_lock_acquire sources.list taskset "
+    "osd_client_watch_timeout osd_request_timeout preexec_fn ps rados_mon_op_timeout "
+    "rados_osd_op_timeout rbd_config_image_list rbd_lock_acquire sources.list taskset "
     "tools/testing/selftests/ublk umount.target xfs_growfs"
 )
 """Names of libraries, programs, systemd and processors."""
@@ -43,7 +44,7 @@ PLACEHOLDERS = (
     "speed-exact-7.3.json"
 )
 """What stands for a name that the reader chooses, or that a run makes."""
-PEERS = "ublk_recover_disk kublk nbdublk"
+PEERS = "ublk_recover_disk kublk nbdublk --reattach-timeout --exclusive --io-timeout"
 """Names of the programs that the README and the benchmark compare with."""
 METRICS = frozenset(each.exposed for each in FAMILIES)
 ALLOWED = METRICS | frozenset(f"{KERNEL} {SYSTEM} {PLACEHOLDERS} {PEERS}".split())
