@@ -382,6 +382,32 @@ def set_full_ratio(cluster: Cluster, full: float) -> None:
     cluster.commands(*({"prefix": f"osd set-{name}-ratio", "ratio": ratio} for name, ratio in ratios.items()))
 
 
+def test_osds_and_monitors_that_die_and_come_back_cost_no_answered_write(tmp_path: Path) -> None:
+    shape = Shape(stores=("memstore", "memstore"), replicas=2)
+    with Cluster(tmp_path / "cluster", shape) as cluster, host(tmp_path / "a", cluster, "vol") as a:
+        cluster.rbd("create", "--size", "16M", f"{POOL}/vol")
+        a.serve()
+        wanted = dict.fromkeys(range(16), 0)
+        write_all(a.worker, wanted)
+        sent = start_all(a.worker, wanted)
+        # Requests for it wait until the monitor counts it as dead; one copy is enough then.
+        cluster.kill("osd.1")
+        answered(a.worker, len(sent))
+        write_all(a.worker, wanted)
+        cluster.revive("osd.1")
+        cluster.wait_until_up(2)
+        write_all(a.worker, wanted)
+        # The data path does not need the monitor.
+        cluster.kill("mon.a")
+        write_all(a.worker, wanted)
+        cluster.revive("mon.a")
+        cluster.wait_until_up(2)
+        write_all(a.worker, wanted)
+        for tag, number in wanted.items():
+            assert a.worker.read(tag * BLOCK, BLOCK, tag=tag) == block(number)
+        a.stop()
+
+
 def test_an_end_while_the_cluster_does_not_answer_is_bounded(
     cluster: Cluster, image: str, tmp_path: Path
 ) -> None:
