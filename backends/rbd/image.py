@@ -43,8 +43,15 @@ class Image:
 
     def _missing(self) -> str:
         options = self._options
-        what = "no such snapshot or image" if options.snapshot else "no such image, and a start makes none"
-        return f"rbd: {options.name}: {what}: create it first (rbd create --size SIZE {options.name.partition('@')[0]})"
+        if options.snapshot:
+            return f"rbd: {options.name}: no such snapshot or image"
+        given = {"pool": options.pool, "namespace": options.namespace, "image": options.image}
+        given |= {"conf": str(options.conf or ""), "id": options.id}
+        words = " ".join(f"{key}={value}" for key, value in given.items() if value)
+        return (
+            f"rbd: {options.name}: no such image, and a start makes none: "
+            f"ublkpool volume create rbd {words} --size SIZE"
+        )
 
     @property
     def address(self) -> int:

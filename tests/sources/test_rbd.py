@@ -51,7 +51,7 @@ class Host:
     """A daemon's half of one device: what it has on record, and its backend's process."""
 
     def __init__(self, worker: FakeWorker, given: Mapping[str, str]) -> None:
-        self.worker, self.given = worker, given
+        self.worker, self.given = worker, dict(given)
         self.process: subprocess.Popen[str] | None = None
         self.owner = ""
         self.takes_over = False
@@ -431,10 +431,18 @@ def test_a_snapshot_is_read_only_and_stays_as_it_was(cluster: Cluster, image: st
         assert a.worker.write(0, block(1)) == BLOCK
         cluster.rbd("snap", "create", f"{POOL}/{image}@before", "--no-progress")
         assert a.worker.write(0, block(2)) == BLOCK
-        with host(tmp_path / "b", cluster, image, snapshot="before") as b:
+        caps = {"mon": "profile rbd", "osd": f"profile rbd-read-only pool={POOL}"}
+        cluster.add_client("reader", caps)
+        with host(tmp_path / "b", cluster, image, snapshot="before", id="reader") as b:
             attach = b.serve()
             assert (attach.read_only, attach.owner, attach.discard_max_bytes) == (True, "", 0)
             assert b.worker.read(0, BLOCK) == block(1)
+            b.stop()
+            # Beside the writer, with its data of now.
+            del b.given["snapshot"]
+            b.given["readonly"] = "on"
+            assert b.serve().read_only
+            assert b.worker.read(0, BLOCK) == block(2)
             b.stop()
         a.stop()
 
@@ -473,7 +481,7 @@ def test_an_image_that_became_shorter_than_its_device_ends_the_backend(
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"image": "none"}, "no such image, and a start makes none"),
+        ({"image": "none"}, "ublkpool volume create rbd pool=rbd image=none"),
         ({"pool": "none"}, "no such pool"),
         ({"snapshot": "none"}, "no such snapshot"),
         ({"conf": "/none/ceph.conf"}, "conf=/none/ceph.conf: configuration: No such file"),
