@@ -1,8 +1,9 @@
 """A Ceph cluster for tests: monitors and OSDs as plain processes, with everything in one directory.
 
-As a class for fixtures, and by `python -m support.ceph` (see __main__.py).  cephx is on; the network is the loopback or
-an address of a network namespace; no systemd, no mgr, no root.  An OSD keeps its data in its memory (`memstore`, the
-faster start; it is empty after `kill` and `revive`) or in a sparse file (`bluestore`).
+As a class for fixtures, and by `python -m support.ceph` (see __main__.py).  cephx is on; the network is the loopback,
+or a network namespace whose link can be cut; no systemd, no mgr, and no root but for that namespace.  An OSD keeps its
+data in its memory (`memstore`, the faster start; it is empty after `kill` and `revive`) or in a sparse file
+(`bluestore`).
 
 In the directory: the file for clients (`conf`), `keyring` (every key, so that `conf=` and `id=` are all that a client
 needs), the data and logs of the servers.  `stop` ends every process by its pid and removes the directory.
@@ -12,7 +13,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from support.ceph.keyring import keyring_entry, new_key
+from support.ceph.network import Network, cut, heal
 from support.ceph.programs import library_settings, program
 from support.ceph.servers import Servers
 from support.sources.ports import HeldPort
@@ -29,6 +33,7 @@ CLIENT = "ublkpool"
 CLIENT_CAPS = {"mon": "profile rbd", "osd": f"profile rbd pool={POOL}"}
 """The caps that a client of ours needs."""
 _COMMAND_S = 150.0
+_FILLER_BYTES = 8 << 20
 _ADMIN = {"mon": "allow *", "osd": "allow *", "mgr": "allow *"}
 
 
@@ -42,9 +47,8 @@ class Shape:
     replicas: int = 2
     store_bytes: int = 1 << 30
     """How much an OSD has room for."""
-    address: str = "127.0.0.1"
-    prefix: tuple[str, ...] = ()
-    """Put before each server's command, such as `ip netns exec NAME`."""
+    network: bool = False
+    """Whether the servers have a network namespace of their own, for `cut` and `heal`; needs root."""
     settings: dict[str, str] = field(default_factory=dict)
     """More lines for [global] of ceph.conf."""
 
@@ -55,15 +59,16 @@ class Cluster:
     def __init__(self, directory: Path, shape: Shape = Shape(), *, outlive_us: bool = False) -> None:
         self.directory = directory.absolute()
         self.shape = shape
-        self.servers = Servers(self.directory, shape.prefix, outlive_us=outlive_us)
-        self._ports: list[HeldPort] = []
+        self._network = Network(network_name(self.directory)) if shape.network else None
+        self._prefix = self._network.prefix if self._network else ()
+        self.servers = Servers(self.directory, self._prefix, outlive_us=outlive_us)
+        self._held: list[HeldPort] = []
 
     @classmethod
     def found_in(cls, directory: Path) -> Self:
         """The cluster that another process has started in a directory."""
         shape = json.loads((directory / "shape.json").read_text())
-        shape.update(stores=tuple(shape["stores"]), prefix=tuple(shape["prefix"]))
-        return cls(directory, Shape(**shape), outlive_us=True)
+        return cls(directory, Shape(**{**shape, "stores": tuple(shape["stores"])}), outlive_us=True)
 
     def __enter__(self) -> Self:
         try:
@@ -95,6 +100,8 @@ class Cluster:
         """Make the cluster and its pool; returns when every OSD is up."""
         self.directory.mkdir(parents=True)
         (self.directory / "shape.json").write_text(json.dumps(asdict(self.shape)))
+        if self._network is not None:
+            self._network.make()
         self._write_conf()
         self._write_keyring()
         self._make_monitors()
@@ -112,9 +119,11 @@ class Cluster:
     def stop(self) -> None:
         """End every server and remove the directory."""
         self.servers.end()
-        for port in self._ports:
+        if self._network is not None:
+            self._network.remove()
+        for port in self._held:
             port.close()
-        self._ports.clear()
+        self._held.clear()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def kill(self, name: str) -> None:
@@ -128,6 +137,35 @@ class Cluster:
             shutil.rmtree(self.directory / name)
             self._at_once([self._make_osd_command(name)])
         self.servers.start(name, *self._config())
+
+    def cut(self) -> None:
+        """Cut the servers off from this side; among themselves they are joined."""
+        cut(network_name(self.directory))
+
+    def heal(self) -> None:
+        """Join them again."""
+        heal(network_name(self.directory))
+
+    def fill(self) -> None:
+        """Let the cluster count as full: by some data, and a low bound for it; returns when it does."""
+        self.rados("put", "-p", POOL, "filler", "-", text="f" * _FILLER_BYTES)
+        self._set_full_ratio(_FILLER_BYTES / self.shape.store_bytes / 2)
+        deadline_s = time.monotonic() + _COMMAND_S
+        while "full osd" not in self.commands({"prefix": "health"})[0]:
+            if time.monotonic() > deadline_s:
+                raise ClusterError("the cluster does not count as full")
+            time.sleep(0.1)
+
+    def make_room(self) -> None:
+        """Let it have room again, as much as it had at the beginning."""
+        self._set_full_ratio(0.95)
+        self.rados("rm", "-p", POOL, "filler")
+
+    def _set_full_ratio(self, full: float) -> None:
+        ratios = {"full": full, "backfillfull": full * 0.9, "nearfull": full * 0.8}
+        self.commands(
+            *({"prefix": f"osd set-{name}-ratio", "ratio": ratio} for name, ratio in ratios.items())
+        )
 
     def wait_until_up(self, count: int) -> None:
         """Wait until exactly as many OSDs are up for the monitors."""
@@ -143,7 +181,7 @@ class Cluster:
 
     def _ask(self, commands: Sequence[Mapping[str, Any]], *wait: str) -> list[Any]:
         script = str(Path(__file__).with_name("mon_commands.py"))
-        asked = [*self.shape.prefix, sys.executable, script, str(self.conf), *wait]
+        asked = [*self._prefix, sys.executable, script, str(self.conf), *wait]
         answers: list[Any] = json.loads(self._run(asked, text=json.dumps(commands)))
         return answers
 
@@ -168,12 +206,15 @@ class Cluster:
 
     def _write_conf(self) -> None:
         here = self.directory
-        self._ports = [HeldPort(self.shape.address) for _ in self.monitor_names]
-        addresses = ",".join(f"v2:{self.shape.address}:{port.number}" for port in self._ports)
+        address = self._network.address if self._network else "127.0.0.1"
+        if self._network is None:
+            self._held = [HeldPort() for _ in self.monitor_names]
+        ports = [each.number for each in self._held] or range(3300, 3300 + self.shape.monitors)
+        self._monitor_addresses = [f"v2:{address}:{port}" for port in ports]
         settings = {
             "fsid": str(uuid.uuid4()),
-            "mon_host": addresses,
-            "public_addr": self.shape.address,
+            "mon_host": ",".join(self._monitor_addresses),
+            "public_addr": address,
             "auth_cluster_required": "cephx",
             "auth_service_required": "cephx",
             "auth_client_required": "cephx",
@@ -208,8 +249,8 @@ class Cluster:
         monmap, osdmap = str(self.directory / "monmap"), str(self.directory / "osdmap")
         fsid = self.conf.read_text().partition("fsid = ")[2].partition("\n")[0]
         places = []
-        for name, port in zip(self.monitor_names, self._ports, strict=True):
-            places += ["--addv", name.removeprefix("mon."), f"v2:{self.shape.address}:{port.number}"]
+        for name, address in zip(self.monitor_names, self._monitor_addresses, strict=True):
+            places += ["--addv", name.removeprefix("mon."), address]
         self._run([program("monmaptool"), "--create", "--fsid", fsid, *places, monmap])
         # The OSDs are known from the start: that saves a command for each.
         count = str(len(self.shape.stores))
@@ -237,7 +278,7 @@ class Cluster:
         # The same each time: the monitors take an OSD with another for a foreign one.
         identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.directory}/{name}"))
         made = ["-i", number, "--mkfs", "--osd-uuid", identity]
-        return [*self.shape.prefix, program("ceph-osd"), *self._config(), *store, *made]
+        return [*self._prefix, program("ceph-osd"), *self._config(), *store, *made]
 
     def _at_once(self, commands: Sequence[Sequence[str]]) -> None:
         with ThreadPoolExecutor(len(commands)) as threads:
@@ -248,6 +289,11 @@ class Cluster:
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip()}")
         return done.stdout
+
+
+def network_name(directory: Path) -> str:
+    """The name of the namespace of the cluster in a directory."""
+    return f"ceph{zlib.crc32(bytes(directory.absolute())):08x}"
 
 
 class ClusterError(Exception):
