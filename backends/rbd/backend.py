@@ -213,6 +213,9 @@ class RbdBackend(Backend):
             atexit.register(_end_at_once)
 
     def _leave(self) -> None:
+        if self._pulse is not None:
+            # It uses the image.
+            self._pulse.join()
         if self._image is not None:
             self._image.close()
         if self._cluster is not None:

@@ -86,7 +86,7 @@ class Pulse:
         self._on_excluded: Callable[[], None] = lambda: None
         self._on_turn: Callable[[], None] = lambda: None
         self._wake = threading.Event()
-        self._is_closed = False
+        self._closed = threading.Event()
         self._heard_s = clock()
         self._thread = threading.Thread(target=self._run, name="ublkpool-pulse", daemon=True)
         alarm.set(self._heard_s + self.limit_s)
@@ -108,8 +108,13 @@ class Pulse:
 
     def close(self) -> None:
         """Stop asking; the alarm stays, since a write may still be on its way until the client has left."""
-        self._is_closed = True
+        self._closed.set()
         self._wake.set()
+
+    def join(self) -> None:
+        """Wait until it asks nothing more; for ever if librbd does not answer a question of `on_turn`."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def forget_alarm(self) -> None:
         """The client has left the cluster, and writes no more."""
@@ -117,8 +122,9 @@ class Pulse:
 
     def _run(self) -> None:
         try:
-            while not self._is_closed and self._beat():
+            while self._beat():
                 self._wake.wait(self._interval_s)
+                # Before the look at `_closed`, which is set first.
                 self._wake.clear()
         except Exception:
             # The alarm ends the process if nothing is heard any more.
@@ -126,6 +132,8 @@ class Pulse:
 
     def _beat(self) -> bool:
         """Ask once; whether to go on."""
+        if self._closed.is_set():
+            return False
         asked_s = self._clock()
         question = self._ask()
         try:
@@ -146,7 +154,7 @@ class Pulse:
 
     def _awaited(self, question: Question) -> int | None:
         look_s, said = _LOOK_MIN_S, 0.0
-        while (answer := question.answer()) is None and not self._is_closed:
+        while (answer := question.answer()) is None and not self._closed.is_set():
             if not said and self.silent_s >= min(_SILENT_S, self.limit_s / 2):
                 said = self.silent_s
                 log.warning(
@@ -160,8 +168,7 @@ class Pulse:
                     "%s: not heard from the cluster for %.1f s: ending; requests wait for the next backend",
                     *(self._name, said),
                 )
-            self._wake.wait(look_s)
-            self._wake.clear()
+            self._closed.wait(look_s)
             look_s = min(2 * look_s, _LOOK_MAX_S)
         if said and answer is not None:
             log.warning("%s: the cluster is heard again", self._name)

@@ -133,11 +133,25 @@ def test_any_other_answer_is_one_of_a_cluster_that_hears_this_client(felt: Felt)
 
 
 def test_a_pulse_that_is_closed_leaves_the_alarm_until_the_client_has_left(felt: Felt) -> None:
+    felt.cluster.result = None
     felt.start()
     felt.pulse.close()
+    felt.pulse.join()
+    assert felt.cluster.closed == felt.cluster.asked, "no question is left"
     assert not felt.alarm.is_closed
     felt.pulse.forget_alarm()
     assert felt.alarm.is_closed
+
+
+def test_a_pulse_ends_at_once_whenever_it_is_closed() -> None:
+    for _ in range(50):
+        felt = Felt()
+        felt.pulse._interval_s = 3600
+        felt.start()
+        felt.pulse.wake()
+        felt.pulse.close()
+        felt.pulse._thread.join(DEADLINE_S)
+        assert not felt.pulse._thread.is_alive(), "it waits for its next question"
 
 
 def test_the_kernel_kills_a_process_at_its_time_and_not_before_it_is_moved() -> None:
