@@ -156,6 +156,7 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@$(MAKE) fuzz FUZZ_S=$(if $(filter file,$(origin FUZZ_S)),1800,$(FUZZ_S))
 	@$(MAKE) test-sanitized
 	@$(MAKE) package LONG=1
+	@UBLKPOOL_LONG=1 $(PY) -m pytest -m long -o faulthandler_timeout=1200 tests/sources
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
 	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))

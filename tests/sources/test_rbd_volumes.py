@@ -223,3 +223,22 @@ def test_a_client_in_its_namespace_sees_nothing_of_the_pool(ceph: Cluster, golde
     listed = alice.other("").does("list", "--json", namespace="alice")
     assert [each["name"] for each in json.loads(listed)] == ["copy", "own"]
     assert "Operation not permitted" in alice.other("").refuses("list")
+
+
+@pytest.mark.long
+def test_a_client_that_may_not_exclude_others_cannot_take_over(
+    ceph: Cluster, golden: Volume, tmp_path: Path
+) -> None:
+    ceph.add_client("weak", {"mon": "allow r", "osd": f"profile rbd pool={POOL}"})
+    given = {"pool": POOL, "image": golden.image, "conf": str(ceph.conf), "id": "weak"}
+    with FakeWorker(tmp_path) as worker:
+        first = spawn(worker.run_dir, "rbd", given)
+        owner = worker.accept().owner
+        first.kill()
+        finish(first)
+        worker.described = {"former_owner": owner, "takes_over": False}
+        second = spawn(worker.run_dir, "rbd", given)
+        worker.answer_question()
+        status, log = finish(second)
+        assert status != 0
+        assert f"rbd: {POOL}/{golden.image}: lock: Permission denied" in log
