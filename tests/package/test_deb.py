@@ -12,6 +12,7 @@ import pytest
 
 from support.package import BY_HAND, STATE, STORES, Life, debian_root, live, package_file
 from ublkpool.daemon.cli.commands import cli
+from ublkpool.daemon.cli.volume import volume
 
 COMPLETION = (
     "usr/share/bash-completion/completions/ublkpool",
@@ -65,7 +66,8 @@ def test_it_runs_without_a_driver_with_nothing_but_debian_s_python(seen: Life) -
 def test_each_command_has_its_page_and_all_that_a_machine_needs_is_there(seen: Life) -> None:
     files = seen.files["installed"].keys()
     pages = {each.rpartition("/")[2] for each in files if each.startswith("usr/share/man/man1/ublkpool")}
-    names = [*cli.list_commands(click.Context(cli)), "backend check"]
+    of_volumes = [f"volume {each}" for each in volume.commands]
+    names = [*cli.list_commands(click.Context(cli)), "backend check", *of_volumes]
     assert pages == {"ublkpool.1.gz", *(f"ublkpool-{name.replace(' ', '-')}.1.gz" for name in names)}
     assert [each for each in BESIDES if each not in files] == []
     assert seen.said["group"].startswith("ublkpool:")
