@@ -342,6 +342,8 @@ def test_names_are_told_to_a_udev_that_runs_or_has_run_and_by_root(
     (machine.root / "run/udev").mkdir()
     (machine.root / "run/udev/control").touch()
     assert machine.names.are_wanted == (user == 0)
+    monkeypatch.setattr(disk_names, "is_in_user_namespace", lambda: True)
+    assert not machine.names.are_wanted
 
 
 @pytest.fixture

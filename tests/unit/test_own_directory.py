@@ -200,10 +200,11 @@ def test_in_a_user_namespace_that_does_not_know_root_its_directories_are_on_the_
     own = tmp_path / "of-root/run"
     with pytest.raises(DaemonError, match="belongs to"):
         make_own_directory(own, "run directory", "--run-dir")
-    monkeypatch.setattr(own_directory, "is_in_user_namespace", lambda: True)
+    monkeypatch.setattr(own_directory, "_roots_owner", lambda: 65534)
+    monkeypatch.setattr(own_directory, "is_in_user_namespace", lambda: False)
     with pytest.raises(DaemonError, match="belongs to"):
         make_own_directory(own, "run directory", "--run-dir")
-    monkeypatch.setattr(own_directory, "_roots_owner", lambda: 65534)
+    monkeypatch.setattr(own_directory, "is_in_user_namespace", lambda: True)
     assert make_own_directory(own, "run directory", "--run-dir")
     os.chown(own, 65534, 65534)
     with pytest.raises(DaemonError, match="belongs to"):

@@ -28,5 +28,5 @@ def test_root_of_a_user_namespace_serves_a_disk_that_it_may_not_mount() -> None:
         made = user.run("mkfs.ext4", "-q", path)
         assert made.returncode == 0, made
         mounted = user.run("unshare", "-m", "mount", path, str(user.home))
-        assert mounted.returncode != 0 and path in mounted.stderr, mounted
+        assert mounted.returncode != 0 and "permission denied" in mounted.stderr, mounted
         user.delete("vol")
