@@ -70,6 +70,7 @@ def test_a_user_adds_uses_and_deletes_a_device(user: UserDaemon) -> None:
     assert not Path(path).exists()
 
 
+@pytest.mark.long
 def test_a_killed_daemon_is_followed_by_one_that_goes_on(user: UserDaemon) -> None:
     path = user.add("vol", "memory", {"size": "8M"}).path
     assert path is not None
@@ -82,6 +83,7 @@ def test_a_killed_daemon_is_followed_by_one_that_goes_on(user: UserDaemon) -> No
     user.delete("vol")
 
 
+@pytest.mark.long
 def test_a_workers_death_ends_the_disk_and_the_device_says_so(user: UserDaemon) -> None:
     path = user.add("vol", "memory", {"size": "8M"}).path
     assert path is not None
@@ -92,6 +94,7 @@ def test_a_workers_death_ends_the_disk_and_the_device_says_so(user: UserDaemon) 
     user.client.delete(["vol"])
 
 
+@pytest.mark.long
 def test_a_request_that_is_30_s_old_ends_its_disk_and_not_the_daemon(user: UserDaemon) -> None:
     path = user.add("vol", "memory", {"size": "8M"}).path
     assert path is not None

@@ -18,6 +18,7 @@ assert os.pread(fd, len(data), 1 << 20) == data
 """
 
 
+@pytest.mark.long
 @pytest.mark.one_kernel("7.3")
 def test_root_of_a_user_namespace_serves_a_disk_that_it_may_not_mount() -> None:
     with UserDaemon(as_root_of_namespace=True).life() as user:
