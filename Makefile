@@ -159,6 +159,8 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@UBLKPOOL_LONG=1 $(PY) -m pytest -m long -o faulthandler_timeout=1200 tests/sources
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
 	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
+	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long" \
+	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py"
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
 wheel: dist/.wheel ## the source distribution and the wheel for every Python from 3.11 on, in dist
