@@ -157,7 +157,7 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@$(MAKE) test-sanitized
 	@$(MAKE) package LONG=1
 	@UBLKPOOL_LONG=1 $(PY) -m pytest -m long -o faulthandler_timeout=1200 tests/sources
-	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest tests/sim
+	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest -o faulthandler_timeout=3600 tests/sim
 	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
 	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long" \
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py"
@@ -181,7 +181,7 @@ dist/.deb: dist/.wheel
 	@touch $@
 	@ls dist/*.deb
 
-package: dist/.deb ## the wheel where there is no compiler, the Debian package in a clean root of Debian 13; with LONG=1 also of 12, and lintian
+package: dist/.deb ## the wheel where there is no compiler, the Debian package in a clean root of Debian 13; with LONG=1 also of 12, in a guest that boots, and lintian
 	@echo "test: package"
 	@$(if $(LONG),tests/package/setup_host.sh)
 	@$(PY) -m support.guest fetch

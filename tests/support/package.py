@@ -6,25 +6,20 @@ Needs root, for the chroot.  `make deb` has built the package.
 import os
 import shlex
 import shutil
-import stat
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.guest.cache import CacheError, GuestCache
+from support.listing import NOT_FILES, Listing, listing
 from support.systemd.root import SUITE, SystemdRoot, bootstrap, copy_root, inside
 
 DIST = Path(__file__).parents[2] / "dist"
 EARLIER = "0.0.9"
 OTHER_PACKAGES = ("systemd", "systemd-sysv", "udev", "kmod", "python3")
 """What a root of a suite that no guest boots has besides its smallest set."""
-NOT_OURS = (
-    *("dev", "proc", "tmp", "root", "var/lib/dpkg", "var/log", "var/cache/ldconfig/aux-cache"),
-    # systemd's own, which is gone at the next boot.
-    "run/systemd",
-    # systemd-sysusers and groupdel keep what was there before.
-    *("etc/group-", "etc/gshadow-", "etc/passwd-", "etc/shadow-", "etc/subuid-", "etc/subgid-"),
-)
+NOT_OURS = (*NOT_FILES, "dev")
+"""Besides what is on no disk the host's devices, which the chroot shows."""
 CONFIG = "etc/ublkpool/ublkpool.toml"
 RECORD = "run/ublkpool/devices/vol0.json"
 STATE = ("vol0.json", "lock", "events.jsonl", ".room-0", "at/run/other/vol1.json", "at/run/other/lock")
@@ -105,21 +100,6 @@ def refused_in(root: Path, command: str) -> str:
     return (root / "root/said").read_text()
 
 
-def listing(root: Path) -> dict[str, tuple[int, str]]:
-    """The mode of each file, by its path; of links where they lead, of lists of users and groups their lines."""
-    found = {}
-    for each in sorted(root.rglob("*")):
-        path = str(each.relative_to(root))
-        if any(path == name or path.startswith(f"{name}/") for name in NOT_OURS):
-            continue
-        mode = each.lstat().st_mode
-        about = str(each.readlink()) if stat.S_ISLNK(mode) else ""
-        if path in ("etc/group", "etc/passwd"):
-            about = "\n".join(sorted(each.read_text().splitlines()))
-        found[path] = (mode, about)
-    return found
-
-
 @dataclass
 class Life:
     """What was seen at each step of a package's life in one root."""
@@ -128,7 +108,7 @@ class Life:
     """What each command said, by the name of its step."""
     config: dict[str, str] = field(default_factory=dict)
     """The operator's config after each of these steps."""
-    files: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    files: dict[str, Listing] = field(default_factory=dict)
     """All files of the root, before the package came and after these steps."""
 
 
@@ -149,16 +129,16 @@ PROBES = {
 def live(root: Path, package: Path, scratch: Path) -> Life:
     """Take a clean root through all steps.  Raises `CacheError` if a step fails that must not."""
     seen = Life()
-    seen.files["clean"] = listing(root)
+    seen.files["clean"] = listing(str(root), NOT_OURS)
     _install_older(root, older(package, scratch), seen)
     install(root, package)
     seen.config["upgrade"] = (root / CONFIG).read_text()
-    seen.files["installed"] = listing(root)
+    seen.files["installed"] = listing(str(root), NOT_OURS)
     for name, command in PROBES.items():
         seen.said[name] = said_in(root, command)
     _remove(root, seen)
     _purge(root, seen)
-    seen.files["purged"] = listing(root)
+    seen.files["purged"] = listing(str(root), NOT_OURS)
     return seen
 
 
@@ -189,7 +169,7 @@ def _remove(root: Path, seen: Life) -> None:
         file.write_text("" if file.name == "lock" else "{}")
     said_in(root, "dpkg -r ublkpool")
     seen.config["remove"] = (root / CONFIG).read_text()
-    seen.files["removed"] = listing(root)
+    seen.files["removed"] = listing(str(root), NOT_OURS)
 
 
 def _purge(root: Path, seen: Life) -> None:
@@ -198,7 +178,7 @@ def _purge(root: Path, seen: Life) -> None:
     by_hand.write_text("")
     seen.said["purge by hand"] = said_in(root, "/var/lib/dpkg/info/ublkpool.postrm purge")
     by_hand.unlink()
-    seen.files["purged by hand"] = listing(root)
+    seen.files["purged by hand"] = listing(str(root), NOT_OURS)
     seen.said["purge"] = said_in(root, "dpkg -P ublkpool")
     state = root / "var/lib/ublkpool"
     seen.said["kept"] = " ".join(

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,10 +10,14 @@ import pytest
 
 from support.guest.cache import GuestCache
 from support.guest.one_kernel import guest_for
-from support.systemd.checks import POWEROFF
+from support.systemd.boot_reports import pytest_runtest_makereport
+from support.systemd.boots import Seen, run_boot
+from support.systemd.facts import POWEROFF
 from support.systemd.guest import OFF
 from support.systemd.root import SystemdRoot
-from support.systemd.scene import Seen, prepare, run_boot
+from support.systemd.scene import CHECKS, prepare
+
+__all__ = ["pytest_runtest_makereport"]
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
@@ -21,7 +25,6 @@ ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
 HERE = Path(__file__).parent
 FURTHER = {"confinement": "7.3", "no_network": "7.3", "names": "7.3", "stacks": "6.12"}
 """The steps of the first boot that do not depend on the kernel, each with the one under which it runs."""
-_shown: set[int] = set()
 _measured: list[str] = []
 
 
@@ -62,7 +65,7 @@ def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 def first(root: Path, kernel: str) -> Seen:
     """The first boot: restarts, deaths, and a poweroff with dirty data; in one guest also FURTHER."""
     further = [name for name, named in FURTHER.items() if runs_here(kernel, named)]
-    return measured(run_boot(root, kernel, "first", *further), f"Linux {kernel}, first boot")
+    return measured(run_boot(root, kernel, CHECKS, "first", *further), f"Linux {kernel}, first boot")
 
 
 def runs_here(kernel: str, named: str) -> bool:
@@ -73,7 +76,7 @@ def runs_here(kernel: str, named: str) -> bool:
 @pytest.fixture(scope="session")
 def second(root: Path, kernel: str, first: Seen) -> Seen:
     """The next boot, and a poweroff after a backend has ended."""
-    return measured(run_boot(root, kernel, "second"), f"Linux {kernel}, second boot")
+    return measured(run_boot(root, kernel, CHECKS, "second"), f"Linux {kernel}, second boot")
 
 
 def measured(seen: Seen, title: str) -> Seen:
@@ -89,16 +92,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the measurements."""
     for line in _measured:
         terminalreporter.write_line(line)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add a boot's log to the first failed test about that boot."""
-    report = yield
-    for name, value in getattr(item, "funcargs", {}).items():
-        if isinstance(value, Seen) and report.failed and id(value) not in _shown:
-            _shown.add(id(value))
-            report.sections.append((f"the {name} boot", value.report()))
-    return report

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from support.systemd.checks import POWEROFF
+from support.systemd.boots import Seen
+from support.systemd.facts import POWEROFF
 from support.systemd.guest import OFF
-from support.systemd.scene import Seen
 
 # 30 s on real hardware; in the guest the shutdown's Python commands start 15 to 25 times slower.
 POWEROFF_S = 60.0

@@ -6,11 +6,9 @@ tests on the host check them.  A step that fails leaves its traceback as its fac
 
 import fcntl
 import grp
-import hashlib
 import json
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
@@ -19,21 +17,21 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from support.systemd.devices import backend_pid, client, device, is_live
 from support.systemd.facts import (
-    backend_pid,
-    client,
-    device,
     eventually,
-    is_live,
+    fio_in,
+    is_known,
+    run_steps,
     running_fio,
     say,
     shell,
     units,
+    write_known,
     writes_go_on,
 )
 from support.systemd.stacks import stacks
@@ -41,29 +39,14 @@ from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
 CGROUP = Path("/sys/fs/cgroup/system.slice/ublkpool.service")
-DIRTY_BYTES = 8 << 20
 BLKRRPART = 0x125F
 REUSED = 40
 """A device number that two devices get, one after the other."""
 UUID = "6f7d1c52-0d4f-4a53-9d0e-57a1b7a3c001"
-POWEROFF = "ublkpool-check: poweroff"
 METRICS = ("127.0.0.1", 9847)
 CONFIG_FILE = Path("/etc/ublkpool/ublkpool.toml")
 NO_NETWORK = Path("/root/ublkpool/config/ublkpool-no-network.conf")
 DROP_INS = Path("/etc/systemd/system/ublkpool.service.d")
-FIO = (
-    *(
-        "fio",
-        "--name=check",
-        f"--directory={FSTAB_MOUNT}",
-        "--ioengine=libaio",
-        "--direct=1",
-        "--rw=randwrite",
-    ),
-    # fio writes until it is interrupted, each block once, and verifies along the way.
-    *("--bs=4k", "--iodepth=8", "--size=32M", "--rate=200k", "--time_based", "--runtime=3600"),
-    *("--verify=crc32c", "--verify_backlog=16", "--output-format=json"),
-)
 
 
 def queue_groups() -> dict[str, str]:
@@ -92,7 +75,7 @@ def at_start() -> None:
 
 def restarts_under_fio() -> None:
     """Restart the daemon while fio writes, then the backend of another user."""
-    with running_fio("fio", FIO) as fio:
+    with running_fio("fio", fio_in(FSTAB_MOUNT)) as fio:
         restart_both(fio)
 
 
@@ -318,17 +301,10 @@ def verify() -> None:
 
 
 def write_dirty(where: Path, seed: int) -> None:
-    """A file whose content is known on both sides of the boot, left dirty in the page cache."""
-    content = random.Random(seed).randbytes(DIRTY_BYTES)
-    (where / f"dirty-{seed}").write_bytes(content)
+    """Write a file and leave it dirty."""
+    write_known(where / f"dirty-{seed}", seed)
     dirty_kib = re.search(r"Dirty: *(\d+)", Path("/proc/meminfo").read_text())
     say(f"dirty KiB {where}", int(dirty_kib[1]) if dirty_kib else 0)
-
-
-def is_right(where: Path, seed: int) -> bool:
-    """Whether the file has the content that was written."""
-    found = hashlib.sha256((where / f"dirty-{seed}").read_bytes()).digest()
-    return found == hashlib.sha256(random.Random(seed).randbytes(DIRTY_BYTES)).digest()
 
 
 def stop_writeback() -> None:
@@ -364,12 +340,12 @@ def leave_dirty() -> None:
 
 def after_poweroff() -> None:
     """Check what the first boot left."""
-    say("fstab data", is_right(FSTAB_MOUNT, 1))
+    say("fstab data", is_known(FSTAB_MOUNT / "dirty-1", 1))
     say("umount", shell("umount", str(FSTAB_MOUNT)))
     say("fsck vol0", shell("e2fsck", "-fn", "/dev/ublkb0"))
     say("fsck vol1", shell("e2fsck", "-fn", "/dev/ublkb1"))
     mount_by_hand()
-    say("hand data", is_right(HAND_MOUNT, 2))
+    say("hand data", is_known(HAND_MOUNT / "dirty-2", 2))
 
 
 def leave_without_backend() -> None:
@@ -406,19 +382,7 @@ IN_ONE_GUEST = (confinement, no_network, names, stacks)
 
 def main(boot: str, *named: str) -> None:
     """Run all steps of one boot."""
-    try:
-        for step in STEPS[boot]:
-            if step in IN_ONE_GUEST and step.__name__ not in named:
-                continue
-            began_s = time.monotonic()
-            try:
-                step()
-            except Exception:
-                say(f"broke {step.__name__}", traceback.format_exc())
-            say(f"seconds {step.__name__}", round(time.monotonic() - began_s, 1))
-    finally:
-        # The unit of this script powers off when the script ends.
-        Path("/dev/kmsg").write_text(f"{POWEROFF}\n")
+    run_steps(step for step in STEPS[boot] if step not in IN_ONE_GUEST or step.__name__ in named)
 
 
 if __name__ == "__main__":

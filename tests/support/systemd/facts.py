@@ -1,27 +1,25 @@
 """Facts that a step of the systemd guest writes for the tests on the host, and what the steps share.
 
-Runs in the guest, by the Python in its root, with the installed ublkpool.
+Runs in the guest, by any Python there: it needs nothing of ours.
 """
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.status import DeviceStatus
-
 FACTS = Path("/root/check/facts")
-DEADLINE_S = 600.0
+DEADLINE_S = 1200.0
+POWEROFF = "ublkpool-check: poweroff"
+KNOWN_BYTES = 8 << 20
 SHOWN = "Id,ActiveState,SubState,Result,StatusText,NRestarts,MainPID,UnitFileState"
-
-client = AdminClient(Path("/run/ublkpool"))
 
 
 def say(fact: str, value: object) -> None:
@@ -57,31 +55,6 @@ def units(*names: str) -> dict[str, dict[str, str]]:
     return {each["Id"]: each for each in found}
 
 
-def device(name: str) -> DeviceStatus | None:
-    """A device's status; None while the daemon does not answer or has no device of that name."""
-    try:
-        return next((each for each in client.devices() if each.name == name), None)
-    except DaemonError:
-        return None
-
-
-def is_live(name: str, not_pid: int | None = None) -> bool:
-    """Whether the device is live, with a backend other than this pid."""
-    found = device(name)
-    return (
-        found is not None
-        and found.state == "live"
-        and found.backend.attached
-        and found.backend.pid != not_pid
-    )
-
-
-def backend_pid(name: str) -> int:
-    """The pid of its backend, 0 without a backend."""
-    found = device(name)
-    return (found.backend.pid or 0) if found else 0
-
-
 def writes_go_on(what: str, disk: str = "ublkb0") -> None:
     """Wait until this disk, by default vol0's, has done more writes than can have been in flight before."""
     stat = Path(f"/sys/block/{disk}/stat")
@@ -112,3 +85,40 @@ def running_fio(fact: str, command: Sequence[str]) -> Iterator["subprocess.Popen
             "verified": min(each["read"]["total_ios"] for each in jobs),
         },
     )
+
+
+def fio_in(directory: Path, rate: str = "200k") -> tuple[str, ...]:
+    """fio, which writes in the directory until it is interrupted, each block once, and verifies along the way.
+
+    `rate`: bytes a second, which cost the guest time.
+    """
+    return (
+        *("fio", "--name=check", f"--directory={directory}", "--ioengine=libaio", "--direct=1"),
+        *("--rw=randwrite", "--bs=4k", "--iodepth=8", "--size=32M", f"--rate={rate}", "--time_based"),
+        *("--runtime=3600", "--verify=crc32c", "--verify_backlog=16", "--output-format=json"),
+    )
+
+
+def write_known(file: Path, seed: int) -> None:
+    """Write a file whose content is known on both sides of a boot, and leave it dirty in the page cache."""
+    file.write_bytes(random.Random(seed).randbytes(KNOWN_BYTES))
+
+
+def is_known(file: Path, seed: int) -> bool:
+    """Whether the file has the content that was written."""
+    return file.read_bytes() == random.Random(seed).randbytes(KNOWN_BYTES)
+
+
+def run_steps(steps: Iterable[Callable[[], None]]) -> None:
+    """Run all steps of one boot; the traceback of a step that fails is a fact."""
+    try:
+        for step in steps:
+            began_s = time.monotonic()
+            try:
+                step()
+            except Exception:
+                say(f"broke {step.__name__}", traceback.format_exc())
+            say(f"seconds {step.__name__}", round(time.monotonic() - began_s, 1))
+    finally:
+        # The unit of the script powers off when the script ends.
+        Path("/dev/kmsg").write_text(f"{POWEROFF}\n")

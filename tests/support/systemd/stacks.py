@@ -16,18 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.systemd.facts import (
-    backend_pid,
-    client,
-    device,
-    eventually,
-    is_live,
-    running_fio,
-    say,
-    shell,
-    units,
-    writes_go_on,
-)
+from support.systemd.devices import backend_pid, client, device, is_live
+from support.systemd.facts import eventually, running_fio, say, shell, units, writes_go_on
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStatus
 
