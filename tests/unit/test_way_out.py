@@ -140,7 +140,10 @@ LONG = Path("/tmp") / ("x" * 105)
 
 def test_a_run_directory_whose_sockets_would_have_too_long_paths_is_refused_by_every_command() -> None:
     assert len(str(LONG)) == 110
-    for name, command in cli_commands().items():
+    commands = cli_commands()
+    # Volumes are made without a daemon.
+    del commands["volume"]
+    for name, command in commands.items():
         required = [
             word for each in command.params if isinstance(each, click.Argument) for word in _word(each)
         ]
