@@ -45,6 +45,9 @@ class UserDaemon(Daemon):
     def addressed(self, arguments: Sequence[str]) -> list[str]:
         return list(arguments)
 
+    def _serve(self, *options: str) -> list[str]:
+        return ["serve", *options]
+
     def environment(self) -> dict[str, str]:
         environment = {**super().environment(), "HOME": str(self.home), "XDG_RUNTIME_DIR": str(self.runtime)}
         for name in ("UBLKPOOL_STATE_DIR", "UBLKPOOL_RUN_DIR", "XDG_STATE_HOME"):
