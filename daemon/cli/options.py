@@ -50,7 +50,8 @@ def run_dir_option(
     shown = ("" if default else "the config's, or ") + f"{RUN_DIR_DEFAULT}; {own}"
     return click.option(
         "--run-dir",
-        type=click.Path(path_type=Path),
+        # The sockets in it decide who gets in: another user may pass through it without reading it.
+        type=click.Path(path_type=Path, readable=False),
         envvar="UBLKPOOL_RUN_DIR",
         default=default,
         callback=check_directory,
