@@ -1,4 +1,4 @@
-"""Files as volumes: sparse, locked by whoever serves them, cloned by the file system where it can share blocks.
+"""Files as volumes: sparse, locked by the process that serves them, cloned where the file system can share blocks.
 
 A new file gets its name when it is complete and on the disk, so that an interrupted clone leaves no volume.
 """

@@ -118,7 +118,8 @@ class Supervisor:
         """Create a device; one with a backend of the daemon's is live at the return.
 
         A failed device of that name is made again, and its backend finds what the one before kept.  With `take_over`
-        its backend breaks its store's lock, whoever holds it.  Raises `DaemonError`, and leaves nothing then.
+        its backend breaks its store's lock, no matter which client holds it.  Raises `DaemonError`, and
+        leaves nothing then.
         """
         if not self._context.is_privileged:
             cfg = fitted(cfg)

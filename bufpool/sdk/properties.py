@@ -38,7 +38,7 @@ class Hint(NamedTuple):
     """`Properties.owner` of the last backend, whose process has ended: its lock, and no other, may be broken.  Empty:
     none is known.  None: the daemon is too old to keep an owner."""
     takes_over: bool = False
-    """The operator wants the store's lock broken, whoever holds it (`ublkpool add --take-over`)."""
+    """The operator wants the store's lock broken, no matter which client holds it (`ublkpool add --take-over`)."""
 
     def asked_bytes(self, option_bytes: int) -> int:
         """The bytes to serve, of a backend whose option `size` is `option_bytes` (0: none); 0: the whole store."""

@@ -118,7 +118,7 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     """`Attach.owner` of the last backend, whose process has ended, so that its lock may be broken; empty: none is
     known, or it may live.  None: an older daemon, which does not know `Attach.owner` and `Excluded`."""
     takes_over: bool = False
-    """The operator wants the store's lock broken, whoever holds it (`ublkpool add --take-over`)."""
+    """The operator wants the store's lock broken, no matter which client holds it (`ublkpool add --take-over`)."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

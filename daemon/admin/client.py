@@ -71,7 +71,7 @@ class AdminClient:
     def add(self, device: DeviceConfig, take_over: bool = False) -> DeviceStatus:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it.
 
-        With `take_over` its backend breaks its store's lock, whoever holds it.
+        With `take_over` its backend breaks its store's lock, no matter which client holds it.
         """
         return self._call(AddRequest(device=device, take_over=take_over or UNSET), DeviceStatus)
 

@@ -34,7 +34,8 @@ class AddRequest(_Request, frozen=True, kw_only=True, tag="add"):
 
     device: DeviceConfig
     take_over: bool | UnsetType = UNSET
-    """The backend breaks its store's lock, whoever holds it; unset in what an earlier daemon may be asked, too."""
+    """The backend breaks its store's lock, no matter which client holds it; unset in what an earlier daemon may be
+    asked, too."""
 
 
 class DeleteRequest(_Request, frozen=True, kw_only=True, tag="del"):

@@ -32,7 +32,7 @@ def volume() -> None:
     """Make, list, grow, snapshot, clone and delete the volumes that devices are served from.
 
     KIND and KEY=VALUE lead to a volume as in `ublkpool backend`: for file path=, for rbd pool=, namespace=, image=,
-    snapshot=, conf= and id=.  No daemon is needed.  A volume in use is refused, whoever uses it.
+    snapshot=, conf= and id=.  No daemon is needed.  A volume in use is refused, by a device or another program.
 
     \b
     ublkpool volume create file path=/var/lib/vol0.img --size 10G

@@ -203,7 +203,7 @@ class Binding:
                 _log.warning("%s: the next store that attaches becomes its own", self._name)
 
     async def take_over(self, takes_over: bool) -> None:
-        """Whether the next backend breaks its store's lock, whoever holds it.
+        """Whether the next backend breaks its store's lock, no matter which client holds it.
 
         Raises `DaemonError` if that cannot be written, or if the name's state cannot be read.
         """

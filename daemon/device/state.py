@@ -68,7 +68,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = ""
     """See `wire.Attach.owner`; of the last attach."""
     takes_over: bool = False
-    """Whether the next backend breaks its store's lock, whoever holds it."""
+    """Whether the next backend breaks its store's lock, no matter which client holds it."""
 
 
 class _Version(msgspec.Struct):

@@ -43,8 +43,8 @@ def wanted_accounts(user: str | None, group: int | None) -> Sequence[Account]:
 def choose_account(wanted: Sequence[Account], user: str | None, run_dir: Path) -> Account | None:
     """The first account that a process can become and then reach the broker's socket in `run_dir`.
 
-    None: workers keep this daemon's rights.  Says in the log if they are root, and nobody has asked for that.  Raises
-    `ConfigError` if it is the config's `user` that cannot be.
+    None: workers keep this daemon's rights.  Logs a warning if they are root although the config does not ask for it.
+    Raises `ConfigError` if it is the config's `user` that cannot be.
     """
     for account in wanted:
         reason = why_not(account, run_dir / "lock")

@@ -164,7 +164,7 @@ def test_removed_it_serves_and_runs_nothing_and_keeps_the_config(second: Seen, f
 
 
 def kept(files: dict[str, Any]) -> dict[str, Any]:
-    """All files but what each mount and each boot leave, whoever mounts."""
+    """All files but those that any mount and any boot leave."""
     return {path: about for path, about in files.items() if not path.startswith(OF_THE_MACHINE)}
 
 
