@@ -2,16 +2,15 @@
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from support.ceph.cluster import CLIENT, POOL, Cluster, Shape
-from support.fakes.worker import DEADLINE_S, FakeWorker, finish, spawn
+from support.ceph.cluster import POOL, Cluster, Shape
+from support.ceph.serving import host, options, said
+from support.fakes.worker import DEADLINE_S, FakeWorker, finish
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.wire import Flag, Kind, Op
 from ublkpool.testing import Report
@@ -43,67 +42,8 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-def options(cluster: Cluster, image: str, **more: str) -> dict[str, str]:
-    return {"pool": POOL, "image": image, "conf": str(cluster.conf), "id": CLIENT, **more}
-
-
-class Host:
-    """A daemon's half of one device: what it has on record, and its backend's process."""
-
-    def __init__(self, worker: FakeWorker, given: Mapping[str, str]) -> None:
-        self.worker, self.given = worker, dict(given)
-        self.process: subprocess.Popen[str] | None = None
-        self.owner = ""
-        self.takes_over = False
-
-    def start(self) -> "subprocess.Popen[str]":
-        """Start a backend without waiting for its attach."""
-        self.worker.described = {"former_owner": self.owner, "takes_over": self.takes_over}
-        self.process = spawn(self.worker.run_dir, "rbd", self.given)
-        return self.process
-
-    def serve(self) -> wire.Attach:
-        """Start a backend and wait until it serves."""
-        self.start()
-        attach = self.worker.accept()
-        self.owner, self.takes_over = attach.owner, False
-        return attach
-
-    def kill(self) -> None:
-        """`kill -9` of the backend."""
-        assert self.process is not None
-        self.process.kill()
-        finish(self.process)
-
-    def stop(self) -> str:
-        """Detach the backend; its log."""
-        assert self.process is not None
-        self.worker.detach()
-        status, log = finish(self.process)
-        assert status == 0, log
-        return log
-
-
-@contextmanager
-def host(directory: Path, cluster: Cluster, image: str, **given: str) -> Iterator[Host]:
-    directory.mkdir(exist_ok=True)
-    with FakeWorker(directory, depth=16) as worker:
-        made = Host(worker, options(cluster, image, **given))
-        try:
-            yield made
-        finally:
-            if made.process is not None and made.process.poll() is None:
-                made.process.kill()
-                finish(made.process)
-
-
 def block(number: int) -> bytes:
     return number.to_bytes(4, "big") * (BLOCK // 4)
-
-
-def said(worker: FakeWorker) -> wire.SessionMessage:
-    assert worker.connection is not None
-    return wire.decode_session_message(worker.connection.recv(wire.ATTACH_MESSAGE_BYTES_MAX))
 
 
 def until(what: Callable[[], bool]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from support.ceph.keyring import keyring_entry, new_key
-from support.ceph.network import Network, cut, heal
+from support.ceph.network import Network, OtherHost, cut, heal
 from support.ceph.programs import library_settings, program
 from support.ceph.servers import Servers
 from support.sources.ports import HeldPort
@@ -145,6 +145,11 @@ class Cluster:
     def heal(self) -> None:
         """Join them again."""
         heal(network_name(self.directory))
+
+    def host(self, number: int) -> OtherHost:
+        """Another host beside this one, with a link of its own to the servers, which have a network of theirs."""
+        assert self._network is not None
+        return OtherHost(self._network, number)
 
     def fill(self) -> None:
         """Let the cluster count as full: by some data, and a low bound for it; returns when it does."""

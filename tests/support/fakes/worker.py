@@ -412,9 +412,12 @@ def serving(worker: FakeWorker, backend: Backend) -> Iterator[FakeWorker]:
 
 
 def spawn(
-    run_dir: Path, kind_or_file: str | Path, options: Mapping[str, str] | None = None
+    run_dir: Path,
+    kind_or_file: str | Path,
+    options: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> "subprocess.Popen[str]":
-    """A backend in a process of its own, as the command line runs it."""
+    """A backend in a process of its own, as the command line runs it; `prefix` is put before its command."""
     code = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
         "from ublkpool.bufpool.sdk.loader import run_backend\n"
@@ -424,7 +427,7 @@ def spawn(
     )
     arguments: Sequence[str] = [f"{name}={value}" for name, value in (options or {}).items()]
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(kind_or_file), DEVICE, str(run_dir), *arguments],
+        [*prefix, sys.executable, "-c", code, str(kind_or_file), DEVICE, str(run_dir), *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
