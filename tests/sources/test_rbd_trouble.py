@@ -115,6 +115,24 @@ def test_writes_go_on_when_osds_and_the_monitor_die_again_and_again_and_wait_whi
         writer.take(sent)
 
 
+@pytest.mark.parametrize(
+    ("times", "for_s"), [(1, 1.5), pytest.param(ROUNDS_MORE, 3.0, marks=pytest.mark.long)]
+)
+def test_writes_wait_for_an_osd_that_is_slow_and_go_on_with_it(
+    tmp_path: Path, times: int, for_s: float
+) -> None:
+    # Each pause is shorter than the grace after which the other OSD reports it dead, so every write waits for it.
+    shape = Shape(stores=("memstore", "memstore"))
+    with Cluster(tmp_path / "cluster", shape) as cluster, _serving(cluster, tmp_path / "device") as writer:
+        for _ in range(times):
+            for name in cluster.osd_names:
+                with cluster.paused(name):
+                    sent = writer.begin()
+                    assert writer.is_silent(for_s)
+                writer.take(sent)
+                writer.write(3)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a network")
 @pytest.mark.parametrize(
     ("times", "for_s"), [(1, 2.0), pytest.param(ROUNDS_MORE, 5.0, marks=pytest.mark.long)]

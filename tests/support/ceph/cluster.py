@@ -16,8 +16,9 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -137,6 +138,15 @@ class Cluster:
             shutil.rmtree(self.directory / name)
             self._at_once([self._make_osd_command(name)])
         self.servers.start(name, *self._config())
+
+    @contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """A server that does nothing meanwhile: slow, and not dead, until the others miss its heartbeats."""
+        self.servers.pause(name)
+        try:
+            yield
+        finally:
+            self.servers.resume(name)
 
     def cut(self) -> None:
         """Cut the servers off from this side; among themselves they are joined."""

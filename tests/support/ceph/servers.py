@@ -80,6 +80,14 @@ class Servers:
                 child.wait()
         self._write({name: each for name, each in self.recorded().items() if name not in names})
 
+    def pause(self, name: str) -> None:
+        """Let it do nothing, with its connections open, until `resume`."""
+        _signal(*self._found(name), signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Let it go on."""
+        _signal(*self._found(name), signal.SIGCONT)
+
     def _found(self, name: str) -> tuple[int, int]:
         if name not in (recorded := self.recorded()):
             raise NoServer(f"{name} was not started; these were: {' '.join(recorded)}")
