@@ -22,6 +22,8 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
     test_metrics.py test_metrics_http.py test_metrics_process.py test_nbdkit_plugin.py test_nbdkit_requests.py test_no_descriptors.py test_null_backend.py \
     test_parallel.py test_sdk_ring.py test_sdk_serving.py test_serving_clock.py test_spread.py \
     test_takeover.py test_watched_calls.py
+# What `make test-unit` runs.
+UNIT_SUITES ?= tests/check tests/sim tests/sources tests/languages tests/screen tests/unit
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
 # `make bench`: quick, full, growth, doorbell, exact or nbd; where the numbers go; how many CPUs a guest has.
@@ -64,7 +66,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-native test-fast test-unit test-unit-once pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -133,15 +135,25 @@ test-fast:
 
 test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm tests with the driver, systemd, power
 	@$(MAKE) lint
-	@$(MAKE) test-unit
-	@$(MAKE) test-sanitized
-	@$(MAKE) fuzz
-	@$(MAKE) package
-	@$(MAKE) test-guests
+	@# The wheel is built in the tree, which guests read.
+	@$(MAKE) compiled deb
+	@$(MAKE) -j2 test-native test-guests
+
+# Beside the guests, which take longer and go first.  A unit or sim test that runs on the sanitized modules does not run on the
+# others as well: `make test-unit` and `make test-long` do that.
+test-native:
+	@nice -n 5 $(MAKE) test-unit-once
+	@nice -n 5 $(MAKE) test-sanitized
+	@nice -n 5 $(MAKE) fuzz
+	@nice -n 5 $(MAKE) package
+
+test-unit-once:
+	@$(MAKE) test-unit UNIT_SUITES="tests/check tests/sources tests/languages tests/screen \
+	    $(addprefix tests/unit/,$(UNSANITIZED_UNIT_TESTS))"
 
 test-unit: setup ## unit and sim tests, `backend check`, the screen of top, backends against real servers and in other languages; no driver and no root needed
-	@echo "test: unit, sim, check, sources and languages"
-	@$(PY) -m support.spread --timeout 240 tests/check tests/sim tests/sources tests/languages tests/screen tests/unit $(PYTEST_ARGS)
+	@echo "test: $(UNIT_SUITES)"
+	@$(PY) -m support.spread --timeout 240 $(UNIT_SUITES) $(PYTEST_ARGS)
 
 pictures: setup ## draw the documents' pictures and the golden texts of `ublkpool top` anew; look at the difference
 	@UBLKPOOL_PICTURES=write $(PY) -m pytest -q -p no:cacheprovider tests/screen/test_top_board.py \
@@ -158,6 +170,7 @@ fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, fr
 
 test-long: ## what takes longer than `make test` may, by hand before a release: every vm test on every kernel, a soak of an hour, fuzzing for half an hour
 	@$(MAKE) fuzz FUZZ_S=$(if $(filter file,$(origin FUZZ_S)),1800,$(FUZZ_S))
+	@$(MAKE) test-unit
 	@$(MAKE) test-sanitized
 	@$(MAKE) package LONG=1
 	@UBLKPOOL_LONG=1 $(PY) -m pytest -m long -o faulthandler_timeout=1200 tests/sources
