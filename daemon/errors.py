@@ -5,6 +5,7 @@ file, an unusable backend).  Must not know which module prints the text.
 """
 
 import errno
+from typing import Literal
 
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.way_out import explain
@@ -24,12 +25,20 @@ _SHORTAGES = frozenset(
 )
 
 
+Code = Literal["", "bad-request", "exists", "in-use", "no-device", "stopping", "timeout", "version"]
+"""What went wrong, for programs; empty: the text says it.  Names are added, never renamed."""
+
+
 class DaemonError(Exception):
-    """A failure; its text is one line for the user."""
+    """A failure; its text is one line for the user, its `code` is for programs."""
 
     status = STATUS_FAILED
     may_pass = False
     """Whether it ends when the machine gets better, whatever errno it has."""
+
+    def __init__(self, message: str = "", *, code: Code = "") -> None:
+        super().__init__(message)
+        self.code: str = code
 
 
 class ConfigError(DaemonError):
@@ -37,8 +46,8 @@ class ConfigError(DaemonError):
 
     status = STATUS_USAGE
 
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("\n".join(lines))
+    def __init__(self, lines: list[str], *, code: Code = "") -> None:
+        super().__init__("\n".join(lines), code=code)
         self.lines = lines
 
 
@@ -46,12 +55,70 @@ class DaemonUnreachable(DaemonError):
     """No daemon answers on the admin socket; the text names the socket and the way out."""
 
 
-class RemoteError(DaemonError):
-    """The error that the daemon sent as its answer, with the exit status that it chose."""
+class DaemonSilent(DaemonUnreachable):
+    """The daemon has the request and has not answered in time; it is not known what becomes of the request."""
 
-    def __init__(self, message: str, status: int) -> None:
+
+class BadAnswer(DaemonError):
+    """The daemon's answer cannot be read: the daemon is of another version."""
+
+
+class RemoteError(DaemonError):
+    """The error that the daemon sent as its answer, with the exit status and the code that it chose."""
+
+    def __init__(self, message: str, status: int = STATUS_FAILED, *, code: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
+
+
+class NoSuchDevice(RemoteError):
+    """The daemon has no device of this name."""
+
+
+class DeviceExists(RemoteError):
+    """The daemon has a device of this name."""
+
+
+class DeviceInUse(RemoteError):
+    """The device has users, which the text names, and stays."""
+
+
+class DaemonStopping(RemoteError):
+    """The daemon ends, and begins nothing new."""
+
+
+class TimedOut(RemoteError):
+    """The daemon has given the operation up, because it has not happened in the time that was asked for."""
+
+
+class BadRequest(RemoteError):
+    """The daemon does not know the operation or one of its fields: it is of an earlier version."""
+
+
+class OtherVersion(RemoteError):
+    """The daemon speaks another version of the protocol: `speaks`, None if it does not say which."""
+
+    speaks: int | None = None
+
+
+_REMOTE: dict[str, type[RemoteError]] = {
+    "no-device": NoSuchDevice,
+    "exists": DeviceExists,
+    "in-use": DeviceInUse,
+    "stopping": DaemonStopping,
+    "timeout": TimedOut,
+    "bad-request": BadRequest,
+    "version": OtherVersion,
+}
+
+
+def remote_error(message: str, status: int, code: str, speaks: int | None) -> RemoteError:
+    """The daemon's error as the class of its code; a `RemoteError` itself if this version does not know the code."""
+    error = _REMOTE.get(code, RemoteError)(message, status, code=code)
+    if isinstance(error, OtherVersion):
+        error.speaks = speaks
+    return error
 
 
 def status_of(error: BaseException) -> int:

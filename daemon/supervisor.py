@@ -17,7 +17,7 @@ from functools import partial
 from ublkpool import __version__
 from ublkpool.bufpool import wire
 from ublkpool.daemon import notify
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.admin.measure import device_stats
 from ublkpool.daemon.admin.server import AdminServer
 from ublkpool.daemon.backends.attach import AttachServer
@@ -169,7 +169,7 @@ class Supervisor:
                 await self._delete_one(name, force, forget=forget, is_known=name in devices)
             except DaemonError as error:
                 if gone:
-                    raise DaemonError(f"{error} (deleted before that: {', '.join(gone)})") from error
+                    error.args = (f"{error} (deleted before that: {', '.join(gone)})",)
                 raise
             gone.append(name)
         return wanted
@@ -261,7 +261,8 @@ class Supervisor:
         except TimeoutError:
             device = self._table.device(name)
             why = f": {device.trouble}" if device.trouble else ""
-            raise DaemonError(f"{name}: still {device.shown} after {timeout_s:g} s{why}") from None
+            text = f"{name}: still {device.shown} after {timeout_s:g} s{why}"
+            raise DaemonError(text, code="timeout") from None
         return device.status()
 
     def list(self) -> Sequence[DeviceStatus]:
@@ -370,12 +371,14 @@ class Supervisor:
 async def _check_all_unused(devices: Sequence[Device]) -> None:
     """Raise `DaemonError` that names the users of every one of these devices that is in use."""
     found = await asyncio.gather(*(device.check_unused() for device in devices), return_exceptions=True)
-    refusals = [str(each) for each in found if isinstance(each, DaemonError)]
+    refusals = [each for each in found if isinstance(each, DaemonError)]
     for each in found:
         if isinstance(each, BaseException) and not isinstance(each, DaemonError):
             raise each
     if refusals:
-        raise DaemonError(f"nothing was deleted: {'; '.join(refusals)}")
+        is_in_use = all(each.code == "in-use" for each in refusals)
+        text = f"nothing was deleted: {'; '.join(map(str, refusals))}"
+        raise DaemonError(text, code="in-use" if is_in_use else "")
 
 
 class _Ending(AsyncExitStack):
@@ -477,7 +480,7 @@ async def _start(
 def _ask_to_leave(config: ServeConfig) -> None:
     """Ask the daemon that runs here to leave.  Raises what `check_before` raises; then it goes on."""
     check_before(config)
-    AdminClient(config.run_dir).stop(leave=True)
+    Client(config.run_dir).stop(leave=True)
 
 
 async def _begin(

@@ -1,199 +1,208 @@
 """The client of the admin socket, on a blocking socket, so that commands start fast.
 
-Owns the error texts for a daemon that cannot be reached.  Must not import asyncio, zmq or another slow module.
+Public in `ublkpool.client`.  Must not import asyncio, zmq or another slow module.  Keeps no connection and no state
+between calls.
 """
 
+import os
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from msgspec import UNSET
 
-from ublkpool.daemon.admin.patience import DaemonLines, explain_missing
-from ublkpool.daemon.admin.wire import (
-    AddRequest,
-    DaemonRequest,
-    DeleteRequest,
-    DrainRequest,
-    EventsRequest,
-    ListRequest,
-    RebindRequest,
-    ReloadRequest,
-    Reply,
-    Request,
-    ResizeRequest,
-    ResumeRequest,
-    SetRequest,
-    ShutdownRequest,
-    StatsRequest,
-    StopRequest,
-    WaitRequest,
-    admin_socket,
-    decode_reply,
-    encode_line,
-)
-from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
+from ublkpool.daemon.admin import calls
+from ublkpool.daemon.admin.calls import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, RECONNECT_S, Call
+from ublkpool.daemon.admin.patience import DaemonLines, why_unreachable
+from ublkpool.daemon.admin.wire import Reply, Request, admin_socket, decode_reply, encode_line, result_of
+from ublkpool.daemon.errors import DaemonStopping, DaemonUnreachable
 from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.changes import Scalar
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import DaemonStatus, DeviceStats, DeviceStatus, Reloaded, ResizeResult, Setting
 
-CONNECT_TIMEOUT_S = 10.0
-QUERY_TIMEOUT_S = 30.0
-
 _T = TypeVar("_T")
 
 
-class AdminClient:
+class Client:
     """Requests to the daemon of one run directory, each on a connection of its own; every method raises `DaemonError`.
 
-    Methods with QUERY_TIMEOUT_S give up after that many seconds without a line from the daemon; the others wait.
+    Any number of threads may use one client, also after a fork.  A method raises `DaemonSilent` after `timeout_s`
+    seconds without an answer.  By default what the daemon answers at once has 30 s and changes wait without a limit.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: str | os.PathLike[str] | None = None,
         on_progress: Callable[[str], None] = lambda text: None,
         on_wait: Callable[[str], None] = lambda text: None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_progress` gets the daemon's progress texts, `on_wait` the reason why the daemon is silent.
+        """Without a `run_dir` that of $UBLKPOOL_RUN_DIR, else the usual one.
 
-        `on_idle` is called after each second in which the daemon says nothing.
+        In the thread that called the method, `on_progress` gets the daemon's progress texts, `on_wait` the reason why
+        the daemon is silent, and `on_idle` is called about each second in which the daemon says nothing; it may raise
+        to end the call.
         """
-        self._run_dir = run_dir
+        self._run_dir = calls.directory(run_dir)
         self._on_progress = on_progress
         self._on_wait = on_wait
         self._on_idle = on_idle
 
-    def add(self, device: DeviceConfig, take_over: bool = False) -> DeviceStatus:
+    def add(
+        self,
+        device: DeviceConfig | Mapping[str, object],
+        take_over: bool = False,
+        *,
+        timeout_s: float | None = None,
+    ) -> DeviceStatus:
         """Create a device; returns when it is live, or at once if the daemon runs no backend for it.
 
-        With `take_over` its backend breaks its store's lock, no matter which client holds it.
+        A mapping has the config file's keys, see `device_config`.  With `take_over` its backend breaks its store's
+        lock, no matter which client holds it.  The daemon gives the device up if this call ends early.
         """
-        return self._call(AddRequest(device=device, take_over=take_over or UNSET), DeviceStatus)
+        return self._call(calls.add(device, take_over), timeout_s)
 
     def delete(
-        self, names: list[str] | None, force: bool = False, *, keeps_stores: bool = False
+        self,
+        names: str | Sequence[str] | None,
+        force: bool = False,
+        *,
+        keeps_stores: bool = False,
+        timeout_s: float | None = None,
     ) -> list[str]:
         """Delete these devices, or all if `names` is None; returns the names, which may keep their stores."""
-        return self._call(
-            DeleteRequest(names=names, force=force, keeps_stores=keeps_stores or UNSET), list[str]
-        )
+        return self._call(calls.delete(names, force, keeps_stores), timeout_s)
 
     def wait_live(self, name: str, timeout_s: float | None = None) -> DeviceStatus:
-        """Return when the device is live; raises `DaemonError` after `timeout_s` seconds (None: no limit)."""
-        return self._call(WaitRequest(name=name, timeout_s=timeout_s), DeviceStatus)
+        """Return when the device is live; raises `TimedOut` after `timeout_s` seconds (None: no limit)."""
+        return self._call(calls.wait_live(name, timeout_s))
 
-    def rebind(self, name: str) -> None:
+    def rebind(self, name: str, *, timeout_s: float | None = None) -> None:
         """Let the next attach give this device another store."""
-        self._call(RebindRequest(name=name), None, QUERY_TIMEOUT_S)
+        self._call(calls.rebind(name), timeout_s)
 
-    def set(self, name: str, values: Mapping[str, Scalar]) -> list[Setting]:
-        """Change settings of the device, all or none; all of its settings then."""
-        return self._call(SetRequest(name=name, values=dict(values)), list[Setting])
+    def set(
+        self, name: str, values: Mapping[str, Scalar], *, timeout_s: float | None = None
+    ) -> list[Setting]:
+        """Change settings of the device, all or none, by the config file's keys; all of its settings then."""
+        return self._call(calls.set_values(name, values), timeout_s)
 
     def drain(self, name: str, flush: bool = True, timeout_s: float | None = None) -> None:
-        """Return when the device's requests wait and its backend has left."""
-        self._call(DrainRequest(name=name, flush=flush, timeout_s=timeout_s), None)
+        """Return when the device's requests wait and its backend has left; raises `TimedOut` after `timeout_s` seconds.
 
-    def resume(self, name: str) -> None:
+        The device goes on as before if this call ends early.
+        """
+        self._call(calls.drain(name, flush, timeout_s))
+
+    def resume(self, name: str, *, timeout_s: float | None = None) -> None:
         """Have the requests of a drained device served again."""
-        self._call(ResumeRequest(name=name), None)
+        self._call(calls.resume(name), timeout_s)
 
-    def reload(self) -> list[Reloaded]:
+    def reload(self, *, timeout_s: float | None = None) -> list[Reloaded]:
         """Have the daemon read its config file again; what became of each device."""
-        return self._call(ReloadRequest(), list[Reloaded])
+        return self._call(calls.reload(), timeout_s)
 
-    def resize(self, name: str, size_bytes: int, is_relative: bool = False) -> ResizeResult:
+    def resize(
+        self, name: str, size_bytes: int, is_relative: bool = False, *, timeout_s: float | None = None
+    ) -> ResizeResult:
         """Give a live device this size, or with `is_relative` that many bytes more."""
-        request = ResizeRequest(name=name, size_bytes=size_bytes, is_relative=is_relative)
-        return self._call(request, ResizeResult)
+        return self._call(calls.resize(name, size_bytes, is_relative), timeout_s)
 
     def devices(self, timeout_s: float | None = None) -> list[DeviceStatus]:
-        """The status of all devices; `timeout_s` in place of QUERY_TIMEOUT_S."""
-        return self._call(ListRequest(), list[DeviceStatus], timeout_s or QUERY_TIMEOUT_S)
+        """The status of all devices, as in `ublkpool list`."""
+        return self._call(calls.devices(), timeout_s)
 
-    def stats(self, name: str | None = None) -> list[DeviceStats]:
+    def stats(self, name: str | None = None, *, timeout_s: float | None = None) -> list[DeviceStats]:
         """The counters of one device, or of all."""
-        return self._call(StatsRequest(name=name), list[DeviceStats], QUERY_TIMEOUT_S)
-
-    def events(self, request: EventsRequest, on_event: Callable[[Event], None]) -> None:
-        """Have `on_event` called with each event that the request asks for.
-
-        One that follows returns when the daemon ends in order; the caller asks its successor, from the number that it
-        has.
-        """
-        reply = self._exchange(encode_line(request), None if request.follow else QUERY_TIMEOUT_S, on_event)
-        if not reply.ok:
-            raise RemoteError(reply.error, reply.status)
+        return self._call(calls.stats(name), timeout_s)
 
     def daemon(self, timeout_s: float | None = None) -> DaemonStatus:
-        """The daemon itself; `RemoteError` from a daemon of an earlier version."""
-        return self._call(DaemonRequest(), DaemonStatus, timeout_s or QUERY_TIMEOUT_S)
+        """The daemon itself."""
+        return self._call(calls.daemon(), timeout_s)
 
-    def stop(self, leave: bool = False) -> None:
+    def stop(self, leave: bool = False, *, timeout_s: float | None = None) -> None:
         """Ask the daemon to end; with `leave` it leaves its devices for the next daemon, else it deletes them."""
-        self._call(StopRequest(leave=leave), None, QUERY_TIMEOUT_S)
+        self._call(calls.stop(leave), timeout_s)
 
-    def shut_down(self, final: bool) -> None:
+    def shut_down(self, final: bool, *, timeout_s: float | None = None) -> None:
         """Tell the daemon that the machine goes down; with `final` it deletes all devices and ends."""
-        self._call(ShutdownRequest(final=final), None, QUERY_TIMEOUT_S)
+        self._call(calls.shut_down(final), timeout_s)
 
-    def _call(self, request: Request, result: type[_T] | None, timeout_s: float | None = None) -> _T:
-        reply = self._exchange(encode_line(request), timeout_s)
-        if not reply.ok:
-            raise RemoteError(reply.error, reply.status)
-        try:
-            answer: _T = msgspec.json.decode(reply.result, type=result)
-        except msgspec.DecodeError as error:
-            raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
-        return answer
-
-    def _exchange(
+    def events(
         self,
-        line: bytes,
-        timeout_s: float | None,
-        on_event: Callable[[Event], None] = lambda event: None,
-    ) -> Reply:
-        path = admin_socket(self._run_dir)
-        with _connect(path) as connection:
-            lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle)
+        after: int = 0,
+        names: str | Sequence[str] | None = None,
+        since: str = "",
+        *,
+        follow: bool = False,
+        waits: bool = False,
+    ) -> Generator[Event, None, None]:
+        """The events numbered above `after`, of these devices, oldest first; `since` is a time as in `Event.time`.
+
+        With `follow` also those to come, without loss or repeat over restarts of the daemon: an absent one is waited
+        for, but the first unless `waits`.  Such an iterator ends only by an error or when its reader closes it.
+        """
+        request = calls.events(after, names, since, follow)
+        last, said, waits = after, "", waits and follow
+        while True:
             try:
-                connection.sendall(line)
-                while (reply := decode_reply(lines.next_line())).ok is None:
-                    if reply.event is not None:
-                        on_event(reply.event)
-                    else:
+                for reply in self._replies(request, None if follow else QUERY_TIMEOUT_S):
+                    said, waits = "", waits or follow
+                    if reply.event is not None and reply.event.seq > last:
+                        last = reply.event.seq
+                        yield reply.event
+                    elif reply.ok is not None:
+                        result_of(reply, None)
+                    elif reply.progress:
                         self._on_progress(reply.progress)
-                return reply
+            except (DaemonUnreachable, DaemonStopping) as error:
+                if not waits:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    self._on_wait(f"{said}; waiting for it")
+            if not follow:
+                return
+            request = msgspec.structs.replace(request, after=last)
+            self._on_idle()
+            time.sleep(RECONNECT_S)
+
+    def _call(self, call: Call[_T], timeout_s: float | None = None) -> _T:
+        patience_s = call.patience_s(timeout_s, QUERY_TIMEOUT_S)
+        for reply in self._replies(call.request, patience_s, call.is_prompt):
+            if reply.ok is not None:
+                return result_of(reply, call.result)
+            self._on_progress(reply.progress)
+        raise AssertionError("the last reply is an answer")
+
+    def _replies(self, request: Request, timeout_s: float | None, is_prompt: bool = True) -> Iterator[Reply]:
+        """What the daemon says, up to its answer."""
+        path = admin_socket(self._run_dir)
+        with _connect(path, timeout_s) as connection:
+            lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle, is_prompt)
+            try:
+                connection.sendall(encode_line(request))
+                while (reply := decode_reply(lines.next_line())).ok is None:
+                    yield reply
+                    if reply.event is not None:
+                        # The time in which the reader did not ask is not the daemon's.
+                        lines.begin_anew()
+                yield reply
             except ConnectionError as error:
                 raise DaemonUnreachable(f"{path}: the daemon hung up: {error.strerror}") from error
 
 
-def _connect(path: Path) -> socket.socket:
+def _connect(path: Path, timeout_s: float | None) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    connection.settimeout(CONNECT_TIMEOUT_S)
+    connection.settimeout(
+        CONNECT_TIMEOUT_S if timeout_s is None else min(CONNECT_TIMEOUT_S, max(timeout_s, 0.001))
+    )
     try:
         connection.connect(str(path))
     except OSError as error:
         connection.close()
-        raise DaemonUnreachable(_why_unreachable(path, error)) from error
+        raise why_unreachable(path, error) from error
     return connection
-
-
-def _why_unreachable(path: Path, error: OSError) -> str:
-    start = "start it with: ublkpool serve --run-dir " + str(path.parent)
-    match error:
-        case FileNotFoundError():
-            return explain_missing(path) or f"{path}: no such socket, the daemon is not running; {start}"
-        case ConnectionRefusedError():
-            return f"{path}: a daemon that was killed left this socket, none is running; {start}"
-        case PermissionError():
-            return f"{path}: permission denied; run this as the daemon's user, usually with sudo"
-        case TimeoutError() | BlockingIOError():
-            return f"{path}: the daemon does not accept connections; it may be hung"
-        case _:
-            return f"{path}: cannot reach the daemon: {error.strerror or error}"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ublkpool.daemon.admin.wire import REPLY_BYTES_MAX
-from ublkpool.daemon.errors import DaemonUnreachable
+from ublkpool.daemon.errors import DaemonSilent, DaemonUnreachable
 from ublkpool.workers.credentials import credentials_of
 
 STOPPED_NOTICE_S = 1.0
@@ -32,30 +32,37 @@ class DaemonLines:
         timeout_s: float | None,
         say: Callable[[str], None],
         on_idle: Callable[[], None] = lambda: None,
+        is_prompt: bool = True,
     ) -> None:
-        """`timeout_s`: longest silence before an error; None: no limit, because the operation may take long.
+        """`timeout_s`: seconds from now until the wait ends; None: no limit, because the operation may take long.
 
-        `on_idle` is called after each second of silence, and may raise to end the wait.
+        `is_prompt`: the answer is due at once, and the user is told that it has not come.  `on_idle` is called after
+        each second of silence, and may raise to end the wait.
         """
         self._path = path
         self._connection = connection
         self._timeout_s = timeout_s
         self._say = say
         self._on_idle = on_idle
+        self._is_prompt = is_prompt
         self._said = ""
+        self._since_s = time.monotonic()
         self._buffer = bytearray()
         self._pid = credentials_of(connection).pid
 
+    def begin_anew(self) -> None:
+        """Measure `timeout_s` from now."""
+        self._since_s = time.monotonic()
+
     def next_line(self) -> bytes:
-        """The daemon's next line.  Raises `DaemonUnreachable` if the daemon ends or is silent for `timeout_s`."""
-        since_s = time.monotonic()
+        """The daemon's next line.  Raises `DaemonUnreachable` if the daemon ends, `DaemonSilent` after `timeout_s`."""
         while b"\n" not in self._buffer and len(self._buffer) < REPLY_BYTES_MAX:
-            self._connection.settimeout(STOPPED_NOTICE_S)
+            self._connection.settimeout(min(STOPPED_NOTICE_S, self._left_s()))
             try:
                 received = self._connection.recv(_RECEIVED_BYTES)
             except TimeoutError:
                 self._on_idle()
-                self._check_silence(time.monotonic() - since_s)
+                self._check_silence(time.monotonic() - self._since_s)
                 continue
             if not received:
                 raise DaemonUnreachable("the daemon ended before it answered; its log says why")
@@ -64,25 +71,59 @@ class DaemonLines:
         self._buffer = rest
         return bytes(line)
 
+    def _left_s(self) -> float:
+        """Seconds until the wait is given up, but more than 0, which would mean not to wait in another way."""
+        if self._timeout_s is None:
+            return STOPPED_NOTICE_S
+        return max(self._since_s + self._timeout_s - time.monotonic(), 0.001)
+
     def _check_silence(self, silent_s: float) -> None:
         """Raise at the time limit, else tell the user why the daemon does not answer."""
-        stopped = f"is stopped (SIGSTOP): let it go on with kill -CONT {self._pid}"
-        daemon = f"the daemon, process {self._pid},"
-        is_stopped = _is_stopped(self._pid)
         if self._timeout_s is not None and silent_s >= self._timeout_s:
-            reason = stopped if is_stopped else f"may be hung: see its log, and cat /proc/{self._pid}/stack"
-            raise DaemonUnreachable(
-                f"{self._path}: {daemon} did not answer within {self._timeout_s:g} s; it {reason}"
+            raise silence(self._path, self._pid, self._timeout_s, self._is_prompt)
+        if _is_stopped(self._pid):
+            self._say_once(f"the daemon, process {self._pid}, {_stopped(self._pid)}; waiting")
+        elif self._timeout_s is not None and self._is_prompt and silent_s >= SILENT_NOTICE_S:
+            self._say_once(
+                f"the daemon, process {self._pid}, has not answered yet; waiting up to {self._timeout_s:g} s"
             )
-        if is_stopped:
-            self._say_once(f"{daemon} {stopped}; waiting")
-        elif self._timeout_s is not None and silent_s >= SILENT_NOTICE_S:
-            self._say_once(f"{daemon} has not answered yet; waiting up to {self._timeout_s:g} s")
 
     def _say_once(self, text: str) -> None:
         if text != self._said:
             self._said = text
             self._say(text)
+
+
+def silence(path: Path, pid: int, timeout_s: float, is_prompt: bool) -> DaemonSilent:
+    """The error for a daemon that did not answer in this time; `is_prompt`: the answer was due at once."""
+    if _is_stopped(pid):
+        reason = f"; it {_stopped(pid)}"
+    elif is_prompt:
+        reason = f"; it may be hung: see its log, and cat /proc/{pid}/stack"
+    else:
+        reason = ""
+    return DaemonSilent(f"{path}: the daemon, process {pid}, did not answer within {timeout_s:g} s{reason}")
+
+
+def _stopped(pid: int) -> str:
+    return f"is stopped (SIGSTOP): let it go on with kill -CONT {pid}"
+
+
+def why_unreachable(path: Path, error: OSError) -> DaemonUnreachable:
+    """The error for a connection that was not made."""
+    start = "start it with: ublkpool serve --run-dir " + str(path.parent)
+    match error:
+        case FileNotFoundError():
+            text = explain_missing(path) or f"{path}: no such socket, the daemon is not running; {start}"
+        case ConnectionRefusedError():
+            text = f"{path}: a daemon that was killed left this socket, none is running; {start}"
+        case PermissionError():
+            text = f"{path}: permission denied; run this as the daemon's user, usually with sudo"
+        case TimeoutError() | BlockingIOError():
+            text = f"{path}: the daemon does not accept connections; it may be hung"
+        case _:
+            text = f"{path}: cannot reach the daemon: {error.strerror or error}"
+    return DaemonUnreachable(text)
 
 
 def explain_missing(path: Path) -> str:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import UNSET
+
 from ublkpool.daemon.admin.followers import Followers
 from ublkpool.daemon.admin.wire import (
+    ADMIN_VERSION,
     REQUEST_BYTES_MAX,
     AddRequest,
     DaemonRequest,
@@ -57,6 +60,7 @@ WATCHER_MAY = (ListRequest, StatsRequest, DaemonRequest)
 """Requests that change nothing: all that a watcher's connection may ask."""
 
 _log = logging.getLogger("ublkpool.admin")
+_STOPPING = Failed(error="the daemon is stopping", status=STATUS_FAILED, code="stopping")
 _Names = list[str]
 _Kinds = tuple[type[Request], ...]
 
@@ -203,7 +207,7 @@ class AdminServer:
             line = await reader.readline()
         except ValueError:
             error = f"bad request: longer than {REQUEST_BYTES_MAX} bytes"
-            await self._send(writer, Failed(error=error, status=STATUS_USAGE))
+            await self._send(writer, Failed(error=error, status=STATUS_USAGE, code="bad-request"))
             return False
         if not line:
             return False
@@ -222,7 +226,7 @@ class AdminServer:
         except ConfigError as error:
             return _failed(error)
         if self._is_ending:
-            return Failed(error="the daemon is stopping", status=STATUS_FAILED)
+            return _STOPPING
         if may is not None and not isinstance(request, may):
             return Failed(error="this connection may only look: use the admin socket", status=STATUS_USAGE)
         operation = self._operations.spawn_awaited(self._perform(request, writer))
@@ -230,7 +234,7 @@ class AdminServer:
             await _end_with_client(operation, writer)
         await asyncio.wait({operation})
         if operation.cancelled():
-            return Failed(error="the daemon is stopping", status=STATUS_FAILED)
+            return _STOPPING
         failure = operation.exception()
         return Done(result=operation.result()) if failure is None else _failed(failure)
 
@@ -296,7 +300,13 @@ class AdminServer:
 def _failed(error: BaseException) -> Failed:
     if not type(error).__module__.startswith("ublkpool."):
         _log.error("a request failed unexpectedly", exc_info=error)
-    return Failed(error=one_line(error), status=status_of(error))
+    code = error.code if isinstance(error, DaemonError) else ""
+    return Failed(
+        error=one_line(error),
+        status=status_of(error),
+        code=code or UNSET,
+        speaks=ADMIN_VERSION if code == "version" else UNSET,
+    )
 
 
 def _progress_to(writer: asyncio.StreamWriter) -> Callable[[str], None]:

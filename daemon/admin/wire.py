@@ -5,24 +5,26 @@ Owns the messages and their framing, for client and server.  JSON, one message p
     client:  {"v":1,"op":"add","device":{...}}
     daemon:  {"progress":"..."} or {"event":{...}}              any number of times
              {"ok":true,"result":...}                           or
-             {"ok":false,"error":"one line","status":1 or 2}
+             {"ok":false,"error":"one line","status":1 or 2,"code":"in-use"}
 
-A connection may carry several requests, one after the other.
+A connection may carry several requests, one after the other.  docs/ADMIN_PROTOCOL.md describes it for other programs.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from ublkpool.daemon.errors import ConfigError, DaemonError
+from ublkpool.daemon.errors import BadAnswer, ConfigError, remote_error
 from ublkpool.daemon.events.event import Event
 from ublkpool.daemon.settings.config import DeviceConfig
 
 ADMIN_VERSION = 1
 REQUEST_BYTES_MAX = 64 * 1024
 REPLY_BYTES_MAX = 64 * 1024 * 1024
+
+_T = TypeVar("_T")
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", forbid_unknown_fields=True):
@@ -177,11 +179,17 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
-    """The operation failed; `status` is the exit status for the command."""
+    """The operation failed; `status` is the exit status for the command.
+
+    `code` is one of `daemon/errors.py`; with `version` the daemon `speaks` that one.  This object has the same fields
+    in every version of the protocol, so that each version can read the other's refusal.
+    """
 
     ok: bool = False
     error: str
     status: int
+    code: str | UnsetType = UNSET
+    speaks: int | UnsetType = UNSET
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +201,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""
     status: int = 1
+    code: str = ""
+    speaks: int | None = None
 
 
 class _Envelope(msgspec.Struct, frozen=True):
@@ -222,13 +232,25 @@ def decode_request(line: bytes) -> Request:
         if version == ADMIN_VERSION:
             return _request_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError([f"bad request: {error}"]) from error
-    raise ConfigError([f"bad request: version {version}, this daemon speaks {ADMIN_VERSION}"])
+        raise ConfigError([f"bad request: {error}"], code="bad-request") from error
+    text = f"bad request: version {version}, this daemon speaks {ADMIN_VERSION}"
+    raise ConfigError([text], code="version")
 
 
 def decode_reply(line: bytes) -> Reply:
-    """The message in a daemon's line.  Raises `DaemonError`."""
+    """The message in a daemon's line.  Raises `BadAnswer`."""
     try:
         return _reply_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
+        raise BadAnswer(f"the daemon's answer makes no sense: {error}") from error
+
+
+def result_of(reply: Reply, result: type[_T] | None) -> _T:
+    """What the daemon answered.  Raises its `RemoteError`, or `BadAnswer`."""
+    if not reply.ok:
+        raise remote_error(reply.error, reply.status, reply.code, reply.speaks)
+    try:
+        answer: _T = msgspec.json.decode(reply.result, type=result)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadAnswer(f"the daemon's answer makes no sense: {error}") from error
+    return answer

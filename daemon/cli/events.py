@@ -10,13 +10,11 @@ import click
 
 from ublkpool.daemon.cli.complaints import complain
 from ublkpool.daemon.cli.options import check_directory, run_dir_option
-from ublkpool.daemon.cli.reader import check_reader, ends_with_reader, print_text, wait_while_read
+from ublkpool.daemon.cli.reader import check_reader, ends_with_reader, print_text
 
 if TYPE_CHECKING:
-    from ublkpool.daemon.admin.wire import EventsRequest
     from ublkpool.daemon.events.event import Event
 
-RECONNECT_S = 0.5
 FILE_BYTES_MAX = 64 << 20
 """As much as a config can have a daemon keep."""
 _AGO = re.compile(r"(\d{1,9})([smhd])\Z")
@@ -60,61 +58,55 @@ def events(
     ublkpool events --follow
     ublkpool events --json | jq -r 'select(.code == "recovery-ended").details.seconds'
     """
-    from ublkpool.daemon.admin.wire import EventsRequest
     from ublkpool.daemon.events.event import render, render_json
 
-    request = EventsRequest(
-        after=after, names=list(names) or None, since=_time(since) if since else "", follow=follow
-    )
     show = render_json if as_json else render
-
+    shown = _Shown(
+        after,
+        list(names) or None,
+        _time(since) if since else "",
+        lambda event: print_text(f"{show(event)}\n"),
+    )
     with ends_with_reader():
-        _Shown(request, lambda event: print_text(f"{show(event)}\n")).run(run_dir, state_dir)
+        shown.run(run_dir, state_dir, follow)
 
 
 class _Shown:
     """The events that were shown, so that none is shown twice."""
 
-    def __init__(self, request: "EventsRequest", show: "Callable[[Event], None]") -> None:
-        self._request = request
+    def __init__(
+        self, after: int, names: list[str] | None, since: str, show: "Callable[[Event], None]"
+    ) -> None:
+        self._last = after
+        self._names = names
+        self._since = since
         self._show = show
-        self._last = request.after
 
-    def run(self, run_dir: Path, state_dir: Path | None) -> None:
+    def run(self, run_dir: Path, state_dir: Path | None, follow: bool) -> None:
         """Raises `DaemonError` if the daemon refuses, or unless it follows if there is neither a daemon nor a file."""
         from ublkpool.daemon.errors import DaemonError, DaemonUnreachable
 
-        said = ""
         try:
-            self._ask(run_dir)
+            self._ask(run_dir, follow)
         except DaemonUnreachable as unreachable:
             try:
                 self._read_file(run_dir, state_dir, unreachable)
             except DaemonError as error:
-                if not self._request.follow:
+                if not follow:
                     raise
-                said = str(unreachable)
-                complain([f"{error}; waiting for the daemon"])
-        while self._request.follow:
-            wait_while_read(RECONNECT_S)
-            try:
-                self._ask(run_dir)
-                said = ""
-            except DaemonUnreachable as error:
-                if str(error) != said:
-                    said = str(error)
-                    complain([f"{said}; waiting for it"])
+                complain([str(error)])
+            if follow:
+                self._ask(run_dir, follow, waits=True)
 
-    def _ask(self, run_dir: Path) -> None:
-        import msgspec
-
-        from ublkpool.daemon.admin.client import AdminClient
+    def _ask(self, run_dir: Path, follow: bool, waits: bool = False) -> None:
+        from ublkpool.client import Client
 
         def warn(text: str) -> None:
             complain([text])
 
-        client = AdminClient(run_dir, warn, warn, check_reader)
-        client.events(msgspec.structs.replace(self._request, after=self._last), self._take)
+        client = Client(run_dir, warn, warn, check_reader)
+        for event in client.events(self._last, self._names, self._since, follow=follow, waits=waits):
+            self._take(event)
 
     def _take(self, event: "Event") -> None:
         if event.seq > self._last:
@@ -139,9 +131,8 @@ class _Shown:
                 f"{unreachable}; and no events in {where}: name the daemon's directory with --state-dir"
             )
         complain([f"{unreachable}; these events are those in {found[0]}"])
-        names = self._request.names
         for event in kept:
-            if (names is None or event.device in names) and event.time >= self._request.since:
+            if (self._names is None or event.device in self._names) and event.time >= self._since:
                 self._take(event)
 
 

@@ -11,7 +11,7 @@ from ublkpool import RUN_DIR_DEFAULT
 from ublkpool.daemon.cli.complaints import complain
 
 if TYPE_CHECKING:
-    from ublkpool.daemon.admin.client import AdminClient
+    from ublkpool.client import Client
     from ublkpool.daemon.settings.listen import ListenAddress
 
 METRICS_PACKAGES = ("prometheus_client", "h11")
@@ -88,9 +88,9 @@ def parse_pairs(options: Sequence[str]) -> dict[str, str | list[str]]:
     return pairs
 
 
-def admin_client(run_dir: Path) -> "AdminClient":
+def admin_client(run_dir: Path) -> "Client":
     """A connection to the daemon in this run directory; it shows progress only on a terminal."""
-    from ublkpool.daemon.admin.client import AdminClient
+    from ublkpool.client import Client
 
     def show_progress(text: str) -> None:
         if sys.stderr.isatty():
@@ -99,7 +99,7 @@ def admin_client(run_dir: Path) -> "AdminClient":
     def warn(text: str) -> None:
         complain([text])
 
-    return AdminClient(run_dir, show_progress, warn)
+    return Client(run_dir, show_progress, warn)
 
 
 def listen_address(listen: str, run_dir: Path) -> "ListenAddress":

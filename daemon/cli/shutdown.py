@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.client import Client
 
 SYS_BLOCK = Path("/sys/dev/block")
 UNMOUNT_PATIENCE_S = 10.0
@@ -22,7 +22,7 @@ _log = logging.getLogger("ublkpool.shutdown")
 
 def begin(run_dir: Path) -> None:
     """Tell the daemon that the machine goes down.  Raises `DaemonError`."""
-    AdminClient(run_dir).shut_down(final=False)
+    Client(run_dir).shut_down(final=False)
 
 
 def finish(run_dir: Path) -> None:
@@ -30,7 +30,7 @@ def finish(run_dir: Path) -> None:
 
     Raises `DaemonError`.
     """
-    client = AdminClient(run_dir)
+    client = Client(run_dir)
     release([device.id for device in client.devices() if device.id is not None])
     client.shut_down(final=True)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.client import Client
 from ublkpool.daemon.cli.reader import check_reader, ends_with_reader, wait_while_read
 from ublkpool.daemon.cli.watch_views import View, make_view
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
@@ -25,7 +25,7 @@ def watch(name: str | None, interval_s: float, as_json: bool, run_dir: Path) -> 
     Raises `DaemonError` if the daemon does not answer the first time.
     """
     view = make_view(as_json)
-    client = AdminClient(run_dir, on_wait=view.say, on_idle=check_reader)
+    client = Client(run_dir, on_wait=view.say, on_idle=check_reader)
     with ends_with_reader():
         Watch(lambda: client.stats(name), view, interval_s).run()
 

@@ -100,7 +100,7 @@ async def _drain(parts: DeviceParts, flush: bool, timeout_s: float | None) -> No
         await asyncio.shield(parts.background.spawn(_give_up(parts)))
         if isinstance(error, TimeoutError):
             reason = f"its backend has not finished its requests after {timeout_s:g} s"
-            raise NotDrained(f"{parts.config.name}: not drained: {reason}") from None
+            raise NotDrained(f"{parts.config.name}: not drained: {reason}", code="timeout") from None
         raise
 
 

@@ -221,7 +221,7 @@ class DeviceTable:
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             known = ", ".join(self._entries) or "none"
-            raise DaemonError(f"no device {name!r}; there is {known}")
+            raise DaemonError(f"no device {name!r}; there is {known}", code="no-device")
         return self._entries[name]
 
     def _begin(
@@ -237,14 +237,16 @@ class DeviceTable:
     def _replaceable(self, name: str) -> Device | None:
         """The failed device of this name, None if the name is free.  Raises `DaemonError` otherwise."""
         if self._closed:
-            raise DaemonError("the daemon is stopping")
+            raise DaemonError("the daemon is stopping", code="stopping")
         entry = self._entries.get(name)
         if entry is None:
             return None
         if entry.removing is not None and not entry.removing.done():
-            raise DaemonError(f"device {name} is being deleted: try again when it is gone")
+            raise DaemonError(f"device {name} is being deleted: try again when it is gone", code="exists")
         if entry.device.state != "failed" or not entry.is_free:
-            raise DaemonError(f"device {name} exists already: choose another name, or delete it")
+            raise DaemonError(
+                f"device {name} exists already: choose another name, or delete it", code="exists"
+            )
         return entry.device
 
     def _enter(self, cfg: DeviceConfig, before: Device | None) -> _Entry:

@@ -35,7 +35,8 @@ async def check_unused(parts: DeviceParts) -> None:
     # Clients are asked last: one that ended meanwhile has given its slice back by now.
     if clients := parts.clients.names():
         raise DaemonError(
-            f"{name}: its client buffers are in use: {', '.join(clients)}: end these clients, or use --force"
+            f"{name}: its client buffers are in use: {', '.join(clients)}: end these clients, or use --force",
+            code="in-use",
         )
 
 

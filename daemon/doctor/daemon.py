@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from ublkpool.bufpool.memory_room import mib
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.admin.patience import explain_missing
 from ublkpool.daemon.admin.wire import admin_socket
 from ublkpool.daemon.doctor.finding import Finding, printable, some
@@ -61,7 +61,7 @@ def ask_daemon(run_dir: Path, patience_s: float = ASK_S) -> DaemonAnswer:
     except OSError as error:
         return DaemonAnswer("silent", says=printable(f"{path}: {error.strerror or error}"))
     try:
-        client = AdminClient(run_dir)
+        client = Client(run_dir)
         devices = client.devices(patience_s)
         daemon = _status(client, patience_s)
     except DaemonError as error:
@@ -77,7 +77,7 @@ def ask_daemon(run_dir: Path, patience_s: float = ASK_S) -> DaemonAnswer:
     )
 
 
-def _status(client: AdminClient, patience_s: float) -> DaemonStatus:
+def _status(client: Client, patience_s: float) -> DaemonStatus:
     """Of a daemon of an earlier version nothing is known.  Raises `DaemonError`."""
     with suppress(RemoteError):
         return client.daemon(patience_s)

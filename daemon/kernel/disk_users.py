@@ -92,4 +92,5 @@ async def _users(kernel: BlockDevice) -> Users:
 
 
 def _refusal(name: str, kernel: BlockDevice, users: Users) -> DaemonError:
-    return DaemonError(f"{name}: its disk {kernel.node} is in use: {users.words or _UNSEEN}: {_WAY_OUT}")
+    text = f"{name}: its disk {kernel.node} is in use: {users.words or _UNSEEN}: {_WAY_OUT}"
+    return DaemonError(text, code="in-use")

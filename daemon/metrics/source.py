@@ -12,8 +12,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import msgspec
-
 from ublkpool.daemon.admin.wire import (
     REPLY_BYTES_MAX,
     DaemonRequest,
@@ -24,6 +22,7 @@ from ublkpool.daemon.admin.wire import (
     admin_socket,
     decode_reply,
     encode_line,
+    result_of,
 )
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError, one_line
 from ublkpool.daemon.metrics.usage import ProcessUsage, Usages
@@ -132,13 +131,7 @@ class Source:
         self._owed += 1
         reply = await self._next_line()
         self._owed -= 1
-        if not reply.ok:
-            raise RemoteError(reply.error, reply.status)
-        try:
-            answer: _T = msgspec.json.decode(reply.result, type=result)
-        except msgspec.MsgspecError as error:
-            raise DaemonError(f"the daemon's answer makes no sense: {error}") from error
-        return answer
+        return result_of(reply, result)
 
     async def _next_line(self) -> Reply:
         assert self._streams is not None

@@ -1,7 +1,7 @@
 """The questions that a reading asks, of a real admin server: few, over the lives of several daemons."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,7 @@ from msgspec import structs
 
 from support.fakes.daemon import FakeDaemon, running_daemon
 from ublkpool.daemon.admin import followers
-from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.admin.wire import EventsRequest
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.cli.top.source import Source
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable
 from ublkpool.daemon.events.event import Event, decode
@@ -139,13 +138,13 @@ def test_the_daemon_is_asked_only_for_events_that_are_new(
     daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    events = AdminClient.events
+    events = Client.events
 
-    def noting(self: AdminClient, request: EventsRequest, on_event: Callable[[Event], None]) -> None:
-        asked.append(request.after)
-        events(self, request, on_event)
+    def noting(self: Client, after: int = 0) -> Iterator[Event]:
+        asked.append(after)
+        return events(self, after)
 
-    monkeypatch.setattr(AdminClient, "events", noting)
+    monkeypatch.setattr(Client, "events", noting)
     record(daemon, "one", "two")
     source = Source(daemon.run_dir)
     told = source.read("").events

@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -107,7 +107,7 @@ class Stage:
         self.run_dir = directory / "run"
         self.mount_point = directory / "mnt"
         self.mount_point.mkdir()
-        self.client = AdminClient(self.run_dir)
+        self.client = Client(self.run_dir)
         self.daemon: subprocess.Popen[bytes] | None = None
         self._cleanup = ExitStack()
 
@@ -453,7 +453,7 @@ def _node(device: DeviceStatus) -> str:
     return device.path
 
 
-def _answers(client: AdminClient) -> bool:
+def _answers(client: Client) -> bool:
     try:
         client.devices()
     except DaemonUnreachable:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from support.fakes.daemon import FakeDaemon, running_daemon
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.admin.wire import REQUEST_BYTES_MAX, DeleteRequest
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
@@ -30,8 +30,8 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
 
 
 @pytest.fixture
-def client(daemon: FakeDaemon) -> AdminClient:
-    return AdminClient(daemon.run_dir)
+def client(daemon: FakeDaemon) -> Client:
+    return Client(daemon.run_dir)
 
 
 def connect(daemon: FakeDaemon) -> socket.socket:
@@ -76,7 +76,7 @@ MEMORY = BackendConfig(kind="memory")
 
 def test_a_device_is_added_listed_and_deleted_through_the_socket(daemon: FakeDaemon) -> None:
     heard: list[str] = []
-    client = AdminClient(daemon.run_dir, heard.append)
+    client = Client(daemon.run_dir, heard.append)
     config = DeviceConfig(name="a", size_bytes=1 << 30, queues=2, backend=MEMORY)
     added = client.add(config)
     assert daemon.service.configs == {"a": config}
@@ -90,7 +90,7 @@ def test_a_device_is_added_listed_and_deleted_through_the_socket(daemon: FakeDae
     assert client.devices() == []
 
 
-def test_all_devices_are_deleted_with_names_null(client: AdminClient) -> None:
+def test_all_devices_are_deleted_with_names_null(client: Client) -> None:
     for name in ("a", "b"):
         client.add(DeviceConfig(name=name))
     assert client.delete(None) == ["a", "b"]
@@ -99,7 +99,7 @@ def test_all_devices_are_deleted_with_names_null(client: AdminClient) -> None:
 def test_a_deletion_keeps_the_stores_if_asked_and_an_earlier_daemon_reads_one_that_does_not(
     daemon: FakeDaemon,
 ) -> None:
-    client = AdminClient(daemon.run_dir)
+    client = Client(daemon.run_dir)
     for keeps in (True, False):
         client.add(DeviceConfig(name="a"))
         client.delete(["a"], keeps_stores=keeps)
@@ -108,7 +108,7 @@ def test_a_deletion_keeps_the_stores_if_asked_and_an_earlier_daemon_reads_one_th
     assert sent == {"op": "del", "v": 1, "names": ["a"], "force": False}
 
 
-def test_errors_keep_their_status_and_text(client: AdminClient) -> None:
+def test_errors_keep_their_status_and_text(client: Client) -> None:
     client.add(DeviceConfig(name="a"))
     with pytest.raises(RemoteError, match=r"^a: there is such a device already$") as failed:
         client.add(DeviceConfig(name="a"))
@@ -118,14 +118,14 @@ def test_errors_keep_their_status_and_text(client: AdminClient) -> None:
     assert (failed.value.status, refused.value.status) == (1, 2)
 
 
-def test_a_bug_is_one_line_and_is_logged(client: AdminClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_is_one_line_and_is_logged(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RemoteError, match=r"^internal error: ZeroDivisionError: by zero"):
         client.add(DeviceConfig(name="bug"))
     assert "ZeroDivisionError" in caplog.text
     assert client.devices() == []
 
 
-def test_stop_reaches_the_service(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_stop_reaches_the_service(daemon: FakeDaemon, client: Client) -> None:
     client.stop()
     assert daemon.service.stopped
 
@@ -169,13 +169,13 @@ def test_an_endless_line_is_refused_and_the_connection_closed(daemon: FakeDaemon
 
 
 def test_an_add_takes_its_store_over_only_on_command(daemon: FakeDaemon) -> None:
-    client = AdminClient(daemon.run_dir)
+    client = Client(daemon.run_dir)
     client.add(DeviceConfig(name="a", backend=MEMORY))
     client.add(DeviceConfig(name="b", backend=MEMORY), take_over=True)
     assert daemon.service.take_overs == [False, True]
 
 
-def test_an_add_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_an_add_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: Client) -> None:
     daemon.service.hold_adds = asyncio.Event()
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"add","device":{"name":"a"}}\n')
@@ -187,7 +187,7 @@ def test_an_add_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, cli
 
 def test_a_deletion_runs_to_its_end_when_its_client_disconnects(daemon: FakeDaemon) -> None:
     daemon.service.hold_deletes = asyncio.Event()
-    AdminClient(daemon.run_dir).add(DeviceConfig(name="a"))
+    Client(daemon.run_dir).add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"del","names":["a"]}\n')
         until(lambda: daemon.server.statistics()["operations"] == 1)
@@ -196,7 +196,7 @@ def test_a_deletion_runs_to_its_end_when_its_client_disconnects(daemon: FakeDaem
     until(lambda: not daemon.service.configs)
 
 
-def test_a_wait_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_wait_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, client: Client) -> None:
     client.add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"wait","name":"a"}\n')
@@ -206,7 +206,7 @@ def test_a_wait_is_cancelled_when_its_client_disconnects(daemon: FakeDaemon, cli
 
 
 def test_a_client_that_shuts_down_only_its_sending_side_gets_its_answer(
-    daemon: FakeDaemon, client: AdminClient
+    daemon: FakeDaemon, client: Client
 ) -> None:
     client.add(DeviceConfig(name="a"))
     with connect(daemon) as connection:
@@ -218,7 +218,7 @@ def test_a_client_that_shuts_down_only_its_sending_side_gets_its_answer(
         assert json.loads(connection.makefile("rb").readline())["result"]["state"] == "live"
 
 
-def test_a_wait_returns_when_the_backend_attaches(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_wait_returns_when_the_backend_attaches(daemon: FakeDaemon, client: Client) -> None:
     client.add(DeviceConfig(name="a"))
     timer = threading.Timer(0.1, daemon.service.states.__setitem__, ("a", "live"))
     timer.start()
@@ -226,7 +226,7 @@ def test_a_wait_returns_when_the_backend_attaches(daemon: FakeDaemon, client: Ad
     timer.join()
 
 
-def test_clients_do_not_wait_for_each_other(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_clients_do_not_wait_for_each_other(daemon: FakeDaemon, client: Client) -> None:
     daemon.service.hold_adds = asyncio.Event()
     with connect(daemon) as connection:
         connection.sendall(b'{"v":1,"op":"add","device":{"name":"a"}}\n')
@@ -238,18 +238,18 @@ def test_clients_do_not_wait_for_each_other(daemon: FakeDaemon, client: AdminCli
 
 def test_close_answers_what_is_running_and_leaves_nothing(tmp_path: Path) -> None:
     with running_daemon(tmp_path) as daemon, connect(daemon) as waiter, connect(daemon) as idle:
-        AdminClient(tmp_path).add(DeviceConfig(name="a"))
+        Client(tmp_path).add(DeviceConfig(name="a"))
         waiter.sendall(b'{"v":1,"op":"wait","name":"a"}\n')
         until(lambda: daemon.server.statistics()["operations"] == 1)
         daemon.call(daemon.server.close(drain_s=0.1))
         answer = json.loads(waiter.makefile("rb").readline())
-        assert answer == {"ok": False, "error": "the daemon is stopping", "status": 1}
+        assert answer == {"ok": False, "error": "the daemon is stopping", "status": 1, "code": "stopping"}
         assert idle.recv(1) == b""
         assert list(tmp_path.iterdir()) == []
         assert daemon.server.statistics()["operations"] == 0
 
 
-def test_a_second_daemon_is_refused_and_the_first_goes_on(daemon: FakeDaemon, client: AdminClient) -> None:
+def test_a_second_daemon_is_refused_and_the_first_goes_on(daemon: FakeDaemon, client: Client) -> None:
     with pytest.raises(DaemonError, match="another daemon is running here"), running_daemon(daemon.run_dir):
         pass
     assert client.devices() == []
@@ -263,7 +263,7 @@ def leave_stale_socket(run_dir: Path) -> None:
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     leave_stale_socket(tmp_path)
     with running_daemon(tmp_path):
-        assert AdminClient(tmp_path).devices() == []
+        assert Client(tmp_path).devices() == []
 
 
 def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -273,13 +273,13 @@ def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_a_client_says_that_no_daemon_runs(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachable, match=r"admin\.sock: no such socket.* ublkpool serve --run-dir"):
-        AdminClient(tmp_path).devices()
+        Client(tmp_path).devices()
 
 
 def test_a_client_says_that_the_socket_is_stale(tmp_path: Path) -> None:
     leave_stale_socket(tmp_path)
     with pytest.raises(DaemonUnreachable, match=r"admin\.sock: a daemon that was killed left this socket"):
-        AdminClient(tmp_path).devices()
+        Client(tmp_path).devices()
 
 
 def test_a_client_says_that_permission_is_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +288,12 @@ def test_a_client_says_that_permission_is_denied(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     with pytest.raises(DaemonUnreachable, match=r"admin\.sock: permission denied; .* sudo"):
-        AdminClient(tmp_path).devices()
+        Client(tmp_path).devices()
 
 
 def test_a_path_that_is_too_long_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachable, match="too long"):
-        AdminClient(tmp_path / ("x" * 120)).devices()
+        Client(tmp_path / ("x" * 120)).devices()
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_an_invalid_answer_of_the_daemon_is_an_error(tmp_path: Path, answer: byt
         thread = threading.Thread(target=_answer_once, args=(listener, answer))
         thread.start()
         with pytest.raises(DaemonError, match=error):
-            AdminClient(tmp_path).devices()
+            Client(tmp_path).devices()
         thread.join()
 
 

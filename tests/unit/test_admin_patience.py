@@ -15,13 +15,13 @@ import pytest
 from support.fakes.daemon import running_daemon
 from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
-from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.errors import DaemonUnreachable
+from ublkpool.daemon.admin.client import Client
+from ublkpool.daemon.errors import DaemonSilent, DaemonUnreachable
 
 LOOK_S = 0.05
 SILENT = (
     "import socket, sys, time; listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]);"
-    "listener.listen(1); print(flush=True); time.sleep(600)"
+    "listener.listen(8); print(flush=True); time.sleep(600)"
 )
 
 
@@ -51,7 +51,7 @@ def stop(pid: int) -> None:
 def test_the_client_reports_a_stopped_daemon_soon_and_then_gives_up(silent: int, tmp_path: Path) -> None:
     stop(silent)
     said: list[str] = []
-    client = AdminClient(tmp_path, on_wait=said.append)
+    client = Client(tmp_path, on_wait=said.append)
     for ask in (client.devices, client.stats):
         with pytest.raises(DaemonUnreachable) as caught:
             ask()
@@ -66,7 +66,7 @@ def test_the_client_reports_a_stopped_daemon_soon_and_then_gives_up(silent: int,
 def test_the_client_reports_a_running_daemon_that_does_not_answer(silent: int, tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(DaemonUnreachable, match=r"did not answer within 0\.3 s; it may be hung"):
-        AdminClient(tmp_path, on_wait=said.append).devices()
+        Client(tmp_path, on_wait=said.append).devices()
     assert said == [f"the daemon, process {silent}, has not answered yet; waiting up to 0.3 s"]
 
 
@@ -80,14 +80,14 @@ def test_a_change_waits_for_a_stopped_daemon_and_says_so(silent: int, tmp_path: 
         raise HeardError(text)
 
     with pytest.raises(HeardError, match=f"kill -CONT {silent}; waiting"):
-        AdminClient(tmp_path, on_wait=hear).delete(["vol0"])
+        Client(tmp_path, on_wait=hear).delete(["vol0"])
 
 
 def test_a_daemon_whose_run_directory_was_emptied_is_found_by_its_listening_socket(tmp_path: Path) -> None:
     with running_daemon(tmp_path):
         (tmp_path / "admin.sock").unlink()
         with pytest.raises(DaemonUnreachable) as caught:
-            AdminClient(tmp_path).devices()
+            Client(tmp_path).devices()
     said = str(caught.value)
     assert said.startswith(f"{tmp_path}/admin.sock: gone, but a daemon (process {os.getpid()}) listens there")
     assert f"kill {os.getpid()}, then start the daemon again" in said
@@ -98,4 +98,16 @@ def test_without_a_daemon_the_error_does_not_claim_one(tmp_path: Path) -> None:
         other.bind(str(tmp_path / "other.sock"))
         other.listen()
         with pytest.raises(DaemonUnreachable, match="the daemon is not running"):
-            AdminClient(tmp_path).devices()
+            Client(tmp_path).devices()
+
+
+def test_a_prompt_answer_is_missed_after_the_callers_time_and_a_change_after_none(
+    silent: int, tmp_path: Path
+) -> None:
+    client = Client(tmp_path)
+    with pytest.raises(DaemonSilent, match=r"did not answer within 0\.2 s; it may be hung"):
+        client.stats(timeout_s=0.2)
+    with pytest.raises(DaemonSilent, match=r"did not answer within 0\.2 s$"):
+        client.delete("vol0", timeout_s=0.2)
+    with pytest.raises(DaemonSilent, match=r"did not answer within 0\.4 s$"):
+        client.drain("vol0", timeout_s=0.1)

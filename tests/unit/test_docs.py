@@ -32,6 +32,7 @@ KERNEL = (
 """Functions, fields, files and settings of the kernel: its source is not here."""
 SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
+    "SOCK_STREAM "
     "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl df dmesg erms final.target fsck fsrm "
     "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep nofail nowatch numactl "
     "osd_client_watch_timeout osd_request_timeout preexec_fn ps rados_mon_op_timeout "

@@ -16,6 +16,7 @@ import pytest
 from support.vm.daemon import DEADLINE_S, Daemon, eventually
 from support.vm.files import make_file_system, mounted
 from support.vm.process import Command, Ran, run_command
+from ublkpool.client import AsyncClient, DeviceInUse
 from ublkpool.daemon.doctor.daemon import ask_daemon
 from ublkpool.daemon.doctor.examination import examine
 from ublkpool.daemon.doctor.probes import running_probes, running_system
@@ -252,6 +253,8 @@ def test_a_mounted_device_is_deleted_only_by_force(daemon: Daemon) -> None:
     make_file_system("ext4", path)
     with mounted(path, daemon.path("mnt"), "ro"):
         assert "in use" in _complaint(run_command(daemon, "del", "busy"))
+        with pytest.raises(DeviceInUse, match="in use"):
+            asyncio.run(AsyncClient(daemon.run_dir).delete("busy"))
         assert daemon.status("busy").state == "live"
         daemon.rest("busy")
         assert _succeeded(run_command(daemon, "del", "--force", "busy")) == "busy\n"

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ublkpool import __version__
-from ublkpool.daemon.admin.client import AdminClient
-from ublkpool.daemon.admin.wire import EventsRequest
+from ublkpool.client import Client
 from ublkpool.daemon.cli.top.reading import Reading, Shares
 from ublkpool.daemon.errors import DaemonError, DaemonUnreachable, RemoteError
 from ublkpool.daemon.events.event import Event, shown_time
@@ -27,8 +26,8 @@ class Source:
         on_wait: Callable[[str], None] = lambda text: None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_wait` and `on_idle` are those of `AdminClient`."""
-        self._client = AdminClient(run_dir, on_wait=on_wait, on_idle=on_idle)
+        """`on_wait` and `on_idle` are those of `Client`."""
+        self._client = Client(run_dir, on_wait=on_wait, on_idle=on_idle)
         self._meter = Meter()
         self._usages = Usages()
         self._shares = Shares()
@@ -71,11 +70,9 @@ class Source:
 
     def _events(self) -> list[Event]:
         """Those since the last call; none from a daemon that tells none, such as one whose clients are too many."""
-        found: list[Event] = []
         try:
-            self._client.events(EventsRequest(after=self._last_seq), found.append)
+            fresh = list(self._client.events(after=self._last_seq))
         except RemoteError:
             return []
-        fresh = [each for each in found if each.seq > self._last_seq]
         self._last_seq = max((each.seq for each in fresh), default=self._last_seq)
         return fresh

@@ -72,7 +72,7 @@ class FakeService:
                 self.adds_cancelled += 1
                 raise
         if cfg.name in self.configs:
-            raise DaemonError(f"{cfg.name}: there is such a device already")
+            raise DaemonError(f"{cfg.name}: there is such a device already", code="exists")
         if cfg.backend is not None and "bad" in cfg.backend.options:
             raise BackendError("memory: unknown option bad")
         if cfg.name == "bug":
@@ -89,7 +89,7 @@ class FakeService:
         names = _Names(self.configs) if names is None else names
         for name in names:
             if name not in self.configs:
-                raise DaemonError(f"{name}: no such device")
+                raise DaemonError(f"{name}: no such device", code="no-device")
             del self.configs[name]
         return names
 
@@ -99,7 +99,9 @@ class FakeService:
                 while self.states[name] != "live":
                     await asyncio.sleep(0.01)
         except TimeoutError as error:
-            raise DaemonError(f"{name}: no backend attached within {timeout_s:g} s") from error
+            raise DaemonError(
+                f"{name}: no backend attached within {timeout_s:g} s", code="timeout"
+            ) from error
         except asyncio.CancelledError:
             self.waits_cancelled += 1
             raise
@@ -107,12 +109,12 @@ class FakeService:
 
     async def rebind(self, name: str) -> None:
         if name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         self.rebound.append(name)
 
     async def set(self, name: str, values: Mapping[str, Scalar]) -> Sequence[Setting]:
         if name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         added, self.configs[name] = self.configs[name], changed(self.configs[name], values)
         return [
             Setting(key=key, value=shown(self.configs[name], key), configured=shown(added, key), applies=when)
@@ -126,17 +128,17 @@ class FakeService:
 
     async def drain(self, name: str, flush: bool, timeout_s: float | None) -> None:
         if name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         self.drains.append((name, flush, timeout_s))
 
     async def resume(self, name: str) -> None:
         if name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         self.resumed.append(name)
 
     async def resize(self, name: str, size_bytes: int, is_relative: bool) -> ResizeResult:
         if name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         before = self.configs[name].size_bytes or 0
         after = before + size_bytes if is_relative else size_bytes
         self.configs[name] = msgspec.structs.replace(self.configs[name], size_bytes=after)
@@ -147,7 +149,7 @@ class FakeService:
 
     def stats(self, name: str | None) -> Sequence[DeviceStats]:
         if name is not None and name not in self.configs:
-            raise DaemonError(f"{name}: no such device")
+            raise DaemonError(f"{name}: no such device", code="no-device")
         return [_stats(each) for each in self.configs if name in (None, each)]
 
     def daemon(self) -> DaemonStatus:

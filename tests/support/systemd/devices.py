@@ -5,11 +5,11 @@ Runs in the guest, by the Python in its root, with the installed ublkpool.
 
 from pathlib import Path
 
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
-client = AdminClient(Path("/run/ublkpool"))
+client = Client(Path("/run/ublkpool"))
 
 
 def device(name: str) -> DeviceStatus | None:

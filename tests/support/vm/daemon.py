@@ -26,7 +26,7 @@ from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
 from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
-from ublkpool.daemon.admin.client import AdminClient
+from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.keeper import TITLE as WRITER
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
@@ -141,7 +141,7 @@ class Daemon:
         self.run_dir = self._scratch / name
         self.state_dir = self._scratch / "state"
         self.log = self._scratch / "daemon.log"
-        self.client = AdminClient(self.run_dir)
+        self.client = Client(self.run_dir)
         self.backends: list[BackendProcess] = []
         self.nodes_before, self.pools_before = nodes(), pools()
         self._config = config
