@@ -112,8 +112,9 @@ def test_without_a_backend_only_a_drain_without_a_flush_is_possible() -> None:
 def test_a_drain_that_takes_too_long_is_given_up() -> None:
     async def run() -> None:
         scene = await Scene(quiet=False).begin()
-        with pytest.raises(DaemonError, match=r"not finished its requests after 0.01 s$"):
+        with pytest.raises(DaemonError, match=r"not finished its requests after 0.01 s$") as given_up:
             await scene.device.drain(True, 0.01)
+        assert given_up.value.code == "timeout"
         assert scene.steps == ["hold True", "release"] and scene.parts.drain == ""
         assert scene.device.session is not None
 

@@ -193,11 +193,13 @@ def test_a_lost_device_is_deleted_by_its_name_unless_it_is_in_use(
 ) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch, tmp_path)
-        with pytest.raises(DaemonError, match="no device 'lost-4'"):
+        with pytest.raises(DaemonError, match="no device 'lost-4'") as unknown:
             await scene.supervisor.delete(["lost-4"], force=False)
+        assert unknown.value.code == "no-device"
         monkeypatch.setattr(LeftKernel, "users_of_it", Users(lasting=("mounted at /srv",)))
-        with pytest.raises(DaemonError, match="mounted at /srv"):
+        with pytest.raises(DaemonError, match="mounted at /srv") as in_use:
             await scene.supervisor.delete(["lost-3"], force=False)
+        assert in_use.value.code == "in-use"
         assert scene.steps == [] and scene.supervisor.list() == [], (
             "no later step of the daemon takes it away"
         )
