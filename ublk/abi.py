@@ -167,6 +167,8 @@ class Parameters(NamedTuple):
     discard_granularity_bytes: int = 0
     discard_max_bytes: int = 0
     write_zeroes_max_bytes: int = 0
+    optimal_io_bytes: int = 0
+    """0: the physical block."""
 
     @staticmethod
     def size_of(raw: bytes) -> int:
@@ -179,11 +181,12 @@ class Parameters(NamedTuple):
             _PARAM_DISCARD if self.discard_max_bytes or self.write_zeroes_max_bytes else 0
         )
         logical, physical = self.logical_block_bytes, max(self.physical_block_bytes, self.logical_block_bytes)
+        optimal = max(self.optimal_io_bytes, physical)
         basic = (
             int(self.attributes),
             logical.bit_length() - 1,
             physical.bit_length() - 1,
-            physical.bit_length() - 1,
+            optimal.bit_length() - 1,
             logical.bit_length() - 1,
             self.max_io_bytes >> SECTOR_SHIFT,
             0,

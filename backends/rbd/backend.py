@@ -93,7 +93,7 @@ class RbdBackend(Backend):
         return self._properties(cluster, image, hint, owner)
 
     def _properties(self, cluster: Cluster, image: Image, hint: Hint, owner: str) -> Properties:
-        options, found_bytes = self.options, image.size_bytes
+        options, found_bytes, object_bytes = self.options, image.size_bytes, image.object_bytes
         if hint.size_bytes > found_bytes:
             raise BackendError(
                 f"rbd: {options.name}: has {found_bytes} bytes, fewer than device {hint.device} with "
@@ -110,7 +110,7 @@ class RbdBackend(Backend):
             logical_block_bytes=_BLOCK_BYTES,
             volatile_cache=not options.is_read_only,
             read_only=options.is_read_only,
-            discard_granularity_bytes=min(_DISCARD_BYTES, image.object_bytes),
+            discard_granularity_bytes=min(_DISCARD_BYTES, object_bytes),
             discard_max_bytes=length_max,
             write_zeroes_max_bytes=length_max,
             placement=hint.placement,
@@ -118,6 +118,7 @@ class RbdBackend(Backend):
             identity=self._identity(cluster, image),
             generation_seen=int(image.metadata(_GENERATION) or 0),
             owner=owner,
+            optimal_io_bytes=object_bytes,
         )
 
     def _identity(self, cluster: Cluster, image: Image) -> Identity:

@@ -49,7 +49,9 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     """A backend's description of itself for the daemon; sizes are bytes.
 
     `size_bytes` 0 takes the size that the device was created with.  `volatile_cache` says that an answered write may be
-    lost in a power failure until `flush`; without it the device gets no FLUSH.  DISCARD and WRITE_ZEROES are offered if
+    lost in a power failure until `flush`; without it the device gets no FLUSH.  `optimal_io_bytes` is the length of
+    requests that the store prefers, such as its object's: a power of two from the physical block to 32 MiB, 0 for the
+    physical block; the disk keeps the first backend's.  DISCARD and WRITE_ZEROES are offered if
     their maximum is not 0.
 
     `segment_bytes` makes the SDK create an own segment of that size, `segment` brings one; placement `backend` and read
@@ -80,6 +82,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity | str | None = None
     generation_seen: int = 0
     owner: str = ""
+    optimal_io_bytes: int = 0
 
 
 def check_properties(properties: Properties) -> Properties:

@@ -40,7 +40,15 @@ from ublkpool.bufpool.sdk.failures import failures
 from ublkpool.bufpool.sdk.runner import Runner, check_methods, is_async, make_runner
 
 _PAGE_BYTES = 4096
-_PROPERTIES_NOT_SENT = ("segment", "segment_bytes", "post_max_bytes", "identity", "generation_seen", "owner")
+_PROPERTIES_NOT_SENT = (
+    "segment",
+    "segment_bytes",
+    "post_max_bytes",
+    "identity",
+    "generation_seen",
+    "owner",
+    "optimal_io_bytes",
+)
 
 
 def serve(
@@ -84,6 +92,8 @@ def serve(
             attach = msgspec.structs.replace(attach, resizes=True)
         if known.former_owner is not None:
             attach = msgspec.structs.replace(attach, owner=properties.owner)
+        if known.knows_optimal_io:
+            attach = msgspec.structs.replace(attach, optimal_io_bytes=properties.optimal_io_bytes)
         attachment = DeviceConnection.open(
             run_dir, device, attach, segment, wait_s=wait_s, transport=transport
         )

@@ -77,6 +77,9 @@ class Attach(
     owner: str = ""
     """The name under which this process holds the store's lock in its cluster; on record before the answer.  Sent only
     if `Described` has `former_owner`."""
+    optimal_io_bytes: int = 0
+    """The length of requests that the store prefers; 0: the physical block.  Sent only if `Described` has
+    `knows_optimal_io`."""
 
 
 class Describe(
@@ -119,6 +122,8 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     known, or it may live.  None: an older daemon, which does not know `Attach.owner` and `Excluded`."""
     takes_over: bool = False
     """The operator wants the store's lock broken, no matter which client holds it (`ublkpool add --take-over`)."""
+    knows_optimal_io: bool = False
+    """The daemon knows `Attach.optimal_io_bytes`; False: an older daemon."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):

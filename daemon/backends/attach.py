@@ -42,6 +42,9 @@ GENERATION_SEEN_MAX = 1 << 62
 _DESCRIPTORS_MAX = 4
 _NO_MEMFD = "its segment must be a memfd with F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_SEAL"
 _BLOCK_BYTES = (512, 1024, 2048, 4096)
+OPTIMAL_IO_BYTES_MAX = 32 << 20
+"""The driver's longest request.  The kernel reads ahead twice the optimal length, so this also limits a disk's
+read-ahead to 64 MiB."""
 LendBuffer = Callable[[str, socket.socket], tuple[wire.BufferLeased, int | None]]
 """The answer to a client of this device, and memory that is the client's until its connection ends."""
 _log = logging.getLogger("ublkpool.attach")
@@ -58,6 +61,7 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
         )
     if physical < logical or physical & (physical - 1) or physical > 1 << 20:
         raise AttachRefused(f"physical_block_bytes {physical} is not a power of two from {logical} to 1 MiB")
+    _check_optimal_io(attach.optimal_io_bytes, physical)
     sizes = {
         "size_bytes": attach.size_bytes,
         "discard_max_bytes": attach.discard_max_bytes,
@@ -78,6 +82,13 @@ def check_attach(attach: wire.Attach, segment_fd: int | None) -> None:
     if not attach.segment_bytes and (attach.placement == "backend" or attach.read_buffers == "own"):
         raise AttachRefused(
             "placement backend and read_buffers own need a segment: segment_bytes and its descriptor"
+        )
+
+
+def _check_optimal_io(optimal: int, physical: int) -> None:
+    if optimal and not (physical <= optimal <= OPTIMAL_IO_BYTES_MAX and optimal & (optimal - 1) == 0):
+        raise AttachRefused(
+            f"optimal_io_bytes {optimal} is not 0 or a power of two from {physical} to {OPTIMAL_IO_BYTES_MAX >> 20} MiB"
         )
 
 

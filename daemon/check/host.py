@@ -112,6 +112,7 @@ class Host:
             may_create=self._state.attach is None,
             knows_survival=True,
             is_check=True,
+            knows_optimal_io=True,
             former_owner=self._state.owner,
         )
 

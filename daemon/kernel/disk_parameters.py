@@ -29,6 +29,7 @@ def parameters(config: DeviceConfig, size_bytes: int, attach: wire.Attach) -> Pa
         max_io_bytes=config.max_io_bytes,
         logical_block_bytes=attach.logical_block_bytes,
         physical_block_bytes=attach.physical_block_bytes,
+        optimal_io_bytes=attach.optimal_io_bytes,
         attributes=attributes,
         discard_granularity_bytes=attach.discard_granularity_bytes,
         discard_max_bytes=attach.discard_max_bytes,

@@ -365,6 +365,17 @@ def test_an_end_while_the_cluster_does_not_answer_is_bounded(
         a.stop()
 
 
+def test_the_size_of_its_objects_is_the_length_that_an_image_prefers(
+    cluster: Cluster, image: str, tmp_path: Path
+) -> None:
+    small = f"{image}small"
+    cluster.rbd("create", "--size", "16M", "--object-size", "512K", f"{POOL}/{small}")
+    for name, object_bytes in ((image, 4 << 20), (small, 512 << 10)):
+        with host(tmp_path / name, cluster, name) as a:
+            assert a.serve().optimal_io_bytes == object_bytes
+            a.stop()
+
+
 def test_a_snapshot_is_read_only_and_stays_as_it_was(cluster: Cluster, image: str, tmp_path: Path) -> None:
     with host(tmp_path / "a", cluster, image) as a:
         a.serve()

@@ -91,3 +91,12 @@ def test_the_c_core_and_the_wire_agree_on_the_descriptor() -> None:
     descriptor = wire.Descriptor(18, 1, 2, 3, 4, 5, 6, 7, 8, 9, -10, 11, 12, 0)
     seen = _native.ffi.cast("struct wire_descriptor *", _native.ffi.from_buffer(descriptor.pack()))
     assert tuple(getattr(seen, name) for name in wire.Descriptor._fields) == descriptor
+
+
+def test_the_optimal_length_is_the_physical_block_unless_said_otherwise() -> None:
+    logical, physical, optimal, minimum = 12, 13, 14, 15
+    plain = abi.Parameters(1 << 30, 4096, 512, 8192).pack()
+    assert (plain[logical], plain[physical], plain[optimal], plain[minimum]) == (9, 13, 13, 9)
+    said = abi.Parameters(1 << 30, 4096, 512, 8192, optimal_io_bytes=4 << 20).pack()
+    assert said[optimal] == 22
+    assert plain[:optimal] + said[optimal : optimal + 1] + plain[optimal + 1 :] == said

@@ -68,3 +68,9 @@ def test_a_successor_must_keep_what_the_kernel_was_promised(attach: Attach, reas
 def test_a_successor_that_promises_more_is_taken() -> None:
     cached = disk_of(POOL, backend(volatile_cache=True, logical_block_bytes=4096))
     check_fits(POOL, cached, PLAIN)
+
+
+def test_a_successor_that_prefers_another_length_is_taken() -> None:
+    disk = disk_of(POOL, backend(optimal_io_bytes=MIB))
+    for length in (0, 4096, 4 * MIB):
+        check_fits(POOL, disk, backend(optimal_io_bytes=length))

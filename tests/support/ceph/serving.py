@@ -29,6 +29,7 @@ class Host:
     def start(self) -> "subprocess.Popen[str]":
         """Start a backend without waiting for its attach."""
         self.worker.described = {"former_owner": self.owner, "takes_over": self.takes_over}
+        self.worker.described["knows_optimal_io"] = True
         self.process = spawn(self.worker.run_dir, "rbd", self.given, self._prefix)
         return self.process
 
