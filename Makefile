@@ -22,8 +22,10 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
     test_metrics.py test_metrics_http.py test_metrics_process.py test_nbdkit_plugin.py test_nbdkit_requests.py test_no_descriptors.py test_null_backend.py \
     test_parallel.py test_sdk_ring.py test_sdk_serving.py test_serving_clock.py test_spread.py \
     test_takeover.py test_watched_calls.py
-# What `make test-unit` runs.
+# What `make test-unit` and `make test-sanitized` run, and what `make test-guests` runs beside the last guests.
 UNIT_SUITES ?= tests/check tests/sim tests/sources tests/languages tests/screen tests/unit
+SANITIZED_SUITES ?= tests/sim tests/unit
+BESIDE_GUESTS ?=
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
 # `make bench`: quick, full, growth, doorbell, exact or nbd; where the numbers go; how many CPUs a guest has.
@@ -66,7 +68,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-native test-fast test-unit test-unit-once pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-without-clock test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -135,21 +137,19 @@ test-fast:
 
 test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm tests with the driver, systemd, power
 	@$(MAKE) lint
-	@# The wheel is built in the tree, which guests read.
-	@$(MAKE) compiled deb
-	@$(MAKE) -j2 test-native test-guests
-
-# Beside the guests, which take longer and go first.  A unit or sim test that runs on the sanitized modules does not run on the
-# others as well: `make test-unit` and `make test-long` do that.
-test-native:
-	@nice -n 5 $(MAKE) test-unit-once
-	@nice -n 5 $(MAKE) test-sanitized
-	@nice -n 5 $(MAKE) fuzz
-	@nice -n 5 $(MAKE) package
-
-test-unit-once:
+	@# A unit or sim test that runs on the sanitized modules does not run on the others as well: `make test-unit` does that.
 	@$(MAKE) test-unit UNIT_SUITES="tests/check tests/sources tests/languages tests/screen \
 	    $(addprefix tests/unit/,$(UNSANITIZED_UNIT_TESTS))"
+	@$(MAKE) test-sanitized SANITIZED_SUITES=tests/unit
+	@# The wheel is built in the tree, which guests read.
+	@$(MAKE) compiled deb
+	@$(MAKE) test-guests BESIDE_GUESTS=test-without-clock
+
+# What takes as long as it takes on a busy machine: the simulation has a clock of its own, and the others have no deadline.
+test-without-clock:
+	@nice -n 5 $(MAKE) test-sanitized SANITIZED_SUITES=tests/sim
+	@nice -n 5 $(MAKE) fuzz
+	@nice -n 5 $(MAKE) package
 
 test-unit: setup ## unit and sim tests, `backend check`, the screen of top, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: $(UNIT_SUITES)"
@@ -161,8 +161,8 @@ pictures: setup ## draw the documents' pictures and the golden texts of `ublkpoo
 	@git --no-pager diff --stat -- docs/pictures tests/screen/golden
 
 test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
-	@echo "test: unit and sim, sanitized"
-	@tests/support/test_sanitized.sh tests/sim tests/unit $(addprefix --ignore=tests/unit/,$(UNSANITIZED_UNIT_TESTS)) $(PYTEST_ARGS)
+	@echo "test: $(SANITIZED_SUITES), sanitized"
+	@tests/support/test_sanitized.sh $(SANITIZED_SUITES) $(addprefix --ignore=tests/unit/,$(UNSANITIZED_UNIT_TESTS)) $(PYTEST_ARGS)
 
 fuzz: setup ## what other processes send, FUZZ_S seconds in all: descriptors, frames, rings, attach, broker and admin messages
 	@echo "fuzz: $(FUZZ_S) s"
@@ -232,6 +232,7 @@ test-guests: compiled ## test-vm, beside it test-systemd and then test-power wit
 booted:
 	@$(MAKE) systemd-$(lastword $(KERNELS))
 	@$(MAKE) power-$(lastword $(KERNELS))
+	@$(if $(BESIDE_GUESTS),$(MAKE) $(BESIDE_GUESTS))
 
 vm-%:
 	@echo "test: vm, in a guest with Linux $*"
