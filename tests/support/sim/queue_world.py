@@ -99,6 +99,8 @@ class World:
         """Play the scenario to its end.  Raises `AssertionError` for each broken promise."""
         for driver in self.drivers:
             driver.side.queue.start()
+            # A worker reads limits and clock before its first request (pass_limited in queue_ring.c).
+            driver.side.queue.limit_tick(self.limit_ns)
         work, weights = zip(*self._actions, strict=True)
         queues = len(self.drivers)
         for step, action in enumerate(self.rng.choices(work, weights, k=self.scenario.steps)):
