@@ -145,7 +145,8 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) compiled deb
 	@$(MAKE) test-guests BESIDE_GUESTS=test-without-clock
 
-# What takes as long as it takes on a busy machine: the simulation has a clock of its own, and the others have no deadline.
+# On a busy machine these tests only take longer: the simulation has a clock of its own, and fuzzing and the package tests
+# have no deadline.
 test-without-clock:
 	@nice -n 5 $(MAKE) test-sanitized SANITIZED_SUITES=tests/sim
 	@nice -n 5 $(MAKE) fuzz

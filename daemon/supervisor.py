@@ -169,6 +169,7 @@ class Supervisor:
                 await self._delete_one(name, force, forget=forget, is_known=name in devices)
             except DaemonError as error:
                 if gone:
+                    # The same error, so that it keeps its class and its code.
                     error.args = (f"{error} (deleted before that: {', '.join(gone)})",)
                 raise
             gone.append(name)

@@ -6,7 +6,7 @@ Owns the request of each call, the type of its answer, and how long a client wai
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -66,7 +66,7 @@ def directory(run_dir: str | os.PathLike[str] | None) -> Path:
     named = run_dir if run_dir is not None else os.environ.get(RUN_DIR_VARIABLE)
     if named:
         return Path(named).absolute()
-    # Not needed by who names the directory, as every command does.
+    # Imported here because it takes time, and every command names its directory.
     from ublkpool.daemon.settings.user_directories import usual_run_dir
 
     return usual_run_dir()
@@ -95,13 +95,20 @@ def _checked(device: DeviceConfig | Mapping[str, object]) -> DeviceConfig:
         raise ConfigError([str(error)]) from error
 
 
+def _listed(names: str | Sequence[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    return [names] if isinstance(names, str) else list(names)
+
+
 def add(device: DeviceConfig | Mapping[str, object], take_over: bool) -> Call[DeviceStatus]:
     return Call(AddRequest(device=_checked(device), take_over=take_over or UNSET), DeviceStatus)
 
 
 def delete(names: str | Sequence[str] | None, force: bool, keeps_stores: bool) -> Call[list[str]]:
-    wanted = [names] if isinstance(names, str) else None if names is None else list(names)
-    return Call(DeleteRequest(names=wanted, force=force, keeps_stores=keeps_stores or UNSET), list[str])
+    return Call(
+        DeleteRequest(names=_listed(names), force=force, keeps_stores=keeps_stores or UNSET), list[str]
+    )
 
 
 def wait_live(name: str, timeout_s: float | None) -> Call[DeviceStatus]:
@@ -153,5 +160,4 @@ def shut_down(final: bool) -> Call[None]:
 
 
 def events(after: int, names: str | Sequence[str] | None, since: str, follow: bool) -> EventsRequest:
-    wanted: Any = [names] if isinstance(names, str) else None if names is None else list(names)
-    return EventsRequest(after=after, names=wanted, since=since, follow=follow)
+    return EventsRequest(after=after, names=_listed(names), since=since, follow=follow)

@@ -261,6 +261,19 @@ def test_an_add_that_takes_longer_than_its_caller_waits_is_given_up(daemon: Fake
     assert client.devices() == []
 
 
+def test_an_add_whose_callback_raises_is_given_up_while_the_error_is_kept(
+    daemon: FakeDaemon, make: Any
+) -> None:
+    def refuse(text: str) -> None:
+        raise ZeroDivisionError(text)
+
+    daemon.service.hold_adds = asyncio.Event()
+    with pytest.raises(ZeroDivisionError) as kept:
+        make(daemon.run_dir, on_progress=refuse).add({"name": "vol0"})
+    daemon.call(until(lambda: daemon.service.adds_cancelled == 1))
+    assert str(kept.value) == "creating vol0"
+
+
 def test_a_task_that_is_cancelled_gives_its_add_up(daemon: FakeDaemon) -> None:
     daemon.service.hold_adds = asyncio.Event()
 
