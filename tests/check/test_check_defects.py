@@ -12,16 +12,20 @@ DISK_BYTES = 8 << 20
 
 
 class Planted(NamedTuple):
-    """What a defect breaks, and with what it is found."""
+    """What a defect breaks, and with what it is found.
+
+    A defect that is late breaks another promise first if the machine stands still at the wrong moment: `or_else`.
+    """
 
     promise: str
+    or_else: tuple[str, ...] = ()
     has_path: bool = True
     asked: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 PLANTED = {
     "another_store": Planted("identity"),
-    "answered_before_stored": Planted("last-write"),
+    "answered_before_stored": Planted("last-write", or_else=("survives-kill",)),
     "answers_twice": Planted("protocol", has_path=False),
     "flush_keeps_nothing": Planted("fua"),
     "ignores_fua": Planted("fua", asked={"power_loss": "rm -f {disk}.cache"}),
@@ -29,7 +33,7 @@ PLANTED = {
     "lost_on_kill": Planted("survives-kill", has_path=False),
     "never_answers": Planted("answers", asked={"deadline_s": 2}),
     "off_by_one_block": Planted("offset"),
-    "old_epoch_after_fence": Planted("fence"),
+    "old_epoch_after_fence": Planted("fence", or_else=("last-write", "predecessor")),
     "repeats_replays": Planted("predecessor"),
     "short_reads": Planted("whole"),
     "swaps_concurrent_writes": Planted("offset"),
@@ -53,8 +57,8 @@ def test_the_defect_is_found(tmp_path: Path, name: str) -> None:
         asked["power_loss"] = asked["power_loss"].format(disk=disk)
     report = report_on(str(DEFECTS / f"{name}.py"), {"path": disk} if planted.has_path else {}, **asked)
     lines = report.lines()
-    assert report.promise == planted.promise, lines
-    assert PROMISES[planted.promise] in lines[0]
+    assert report.promise in (planted.promise, *planted.or_else), lines
+    assert PROMISES[report.promise] in lines[0]
     assert "--seed 1 --seconds 90" in lines[-1]
 
 

@@ -5,6 +5,8 @@ import threading
 import time
 from queue import SimpleQueue
 
+LATE_S = 0.2
+"""So long that the next read comes before, on a slow machine as well."""
 file = -1
 writes: SimpleQueue[tuple[bytes, int]] = SimpleQueue()
 
@@ -18,7 +20,7 @@ def open(path: str) -> None:
 def store() -> None:
     while True:
         data, offset = writes.get()
-        time.sleep(0.005)
+        time.sleep(LATE_S)
         os.pwrite(file, data, offset)
 
 
