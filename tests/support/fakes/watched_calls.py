@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def is_own(path: str, own: tuple[str, ...]) -> bool:
     return leads_there or bool(_OWN.match(path)) or path.startswith((*own, *_code()))
 
 
+@cache
 def _code() -> tuple[str, ...]:
     package = Path(ublkpool.__file__).resolve().parents[2]
     return tuple(map(str, (package, sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"))))

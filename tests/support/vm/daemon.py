@@ -38,25 +38,32 @@ WORKER_USER = "daemon"
 """As which workers and broker run in the tests: an account of every system, which no test uses for a backend."""
 MARK = "UBLKPOOL_TEST_MARK"
 _POLL_S = 0.02
+_PAUSE_SHARE = 3
+"""How much longer than a look the pause after it is."""
+_PAUSE_MAX_S = 0.3
 _T = TypeVar("_T")
 
 
 def eventually(check: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S) -> _T:
     """Wait until `check` is true, and return its value.  Raises `AssertionError` with `what` after the deadline."""
-    deadline = time.monotonic() + deadline_s
-    while True:
-        if found := check():
-            return found
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
-        time.sleep(_POLL_S)
+    return _awaited(check, bool, what, deadline_s)
 
 
 def eventually_nothing(find: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait until `find` returns nothing.  Raises `AssertionError` with what it still finds after the deadline."""
+    _awaited(find, lambda found: not found, what, deadline_s)
+
+
+def _awaited(look: Callable[[], _T], is_enough: Callable[[_T], bool], what: str, deadline_s: float) -> _T:
     deadline = time.monotonic() + deadline_s
-    while found := find():
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
-        time.sleep(_POLL_S)
+    while True:
+        began = time.monotonic()
+        if is_enough(found := look()):
+            return found
+        now = time.monotonic()
+        assert now < deadline, f"not within {deadline_s:g} s: {what}; there is {found!r}"
+        # A look may cost a slow guest much of the CPU that the awaited process needs.
+        time.sleep(min(max(_POLL_S, _PAUSE_SHARE * (now - began)), _PAUSE_MAX_S))
 
 
 def with_user(config: str) -> str:
@@ -84,13 +91,26 @@ def marked_processes(mark: str) -> dict[int, str]:
     """
     wanted = f"{MARK}={mark}".encode()
     found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
+    # Without pathlib, which takes several times as long: tests wait for this again and again.
+    for process in entries("/proc"):
         with suppress(OSError):
-            pid = int(directory.name)
-            if _name(pid) != WRITER and wanted in (directory / "environ").read_bytes().split(b"\0"):
-                words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+            pid = int(process)
+            if wanted in content(f"/proc/{pid}/environ").split(b"\0") and _name(pid) != WRITER:
+                words = content(f"/proc/{pid}/cmdline").replace(b"\0", b" ")
                 found[pid] = words.decode(errors="replace").strip()
     return found
+
+
+def entries(directory: str) -> list[str]:
+    """The numbers that a directory of /proc has as names: of processes, or of a process's tasks."""
+    with os.scandir(directory) as found:
+        return [each.name for each in found if each.name.isdigit()]
+
+
+def content(path: str) -> bytes:
+    """A file of /proc."""
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return file.readall()
 
 
 def total(stats: DeviceStats, counter: str) -> int:

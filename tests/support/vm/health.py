@@ -1,11 +1,11 @@
 """Checks that a test leaves no warning in the kernel log and no task in an unkillable wait."""
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from support.guest.console import complaints
-from support.vm.daemon import eventually_nothing
+from support.vm.daemon import content, entries, eventually_nothing
 
 _RECORD_BYTES_MAX = 8192
 
@@ -43,12 +43,21 @@ class KernelLog:
 def uninterruptible() -> set[str]:
     """Every task in D state, as `pid name`."""
     found = set()
-    for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+    for tid, path in _tasks():
         with suppress(OSError):
-            name, _, rest = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
+            name, _, rest = (
+                content(f"{path}/stat").decode(errors="replace").partition(" (")[2].rpartition(") ")
+            )
             if rest.startswith("D"):
-                found.add(f"{task.name} {name}")
+                found.add(f"{tid} {name}")
     return found
+
+
+def _tasks() -> Iterator[tuple[str, str]]:
+    """The number and the directory of every task.  Without pathlib, because this runs after each test."""
+    for pid in entries("/proc"):
+        with suppress(OSError):
+            yield from ((tid, f"/proc/{pid}/task/{tid}") for tid in entries(f"/proc/{pid}/task"))
 
 
 def expect_no_stuck_task() -> None:
