@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.guest.one_kernel import guest_for
+from support.guest.one_kernel import runs_here
 
 # Before a test imports the core: the checked build asserts the core's invariants after each call (csrc/queue_check.h).
 sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._native_checked")
@@ -49,18 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("vm")
     if not os.access(CONTROL_DEVICE, os.R_OK | os.W_OK):
         _deselect([item for item in items if item.get_closest_marker("vm")], config, items)
-    elif here := os.environ.get("UBLKPOOL_GUEST"):
-        guests = os.environ.get("UBLKPOOL_KERNELS", here).split()
-        _deselect([item for item in items if not _runs_in(here, guests, item)], config, items)
+    else:
+        _deselect([item for item in items if not _runs_here(item)], config, items)
     if "UBLKPOOL_LONG" not in os.environ:
         _deselect([item for item in items if item.get_closest_marker("long")], config, items)
 
 
-def _runs_in(guest: str, guests: list[str], item: pytest.Item) -> bool:
+def _runs_here(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("one_kernel")
-    if "UBLKPOOL_EVERY_KERNEL" in os.environ:
-        return True
-    return marker is None or guest_for(marker.args[0], guests) == guest
+    return marker is None or runs_here(marker.args[0])
 
 
 def _deselect(left_out: list[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:

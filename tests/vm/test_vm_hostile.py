@@ -192,7 +192,10 @@ def test_a_stale_answer_is_dropped_and_its_backend_stays(daemon: Daemon) -> None
     daemon.delete("victim")
 
 
-@pytest.mark.parametrize("placement", ["pool", pytest.param("backend", marks=pytest.mark.one_kernel("7.3"))])
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param("pool", marks=ON_ONE_KERNEL), pytest.param("backend", marks=pytest.mark.one_kernel("7.3"))],
+)
 def test_a_write_that_was_stored_in_part_fails_and_a_read_goes_on(daemon: Daemon, placement: str) -> None:
     scenes = Scenes(daemon, placement)
     half_hearted = scenes.attach(hostile.answering_half, Victim(0), Victim(CHUNK, Op.READ))

@@ -173,6 +173,7 @@ USES: list[Use] = [
 ]
 
 
+@pytest.mark.one_kernel("6.12")
 def test_a_disk_in_use_is_not_deleted_and_the_error_names_its_users(daemon: Daemon) -> None:
     path = daemon.add("busy", "memory", {"size": DISK_BYTES}).path
     assert path is not None
@@ -186,6 +187,7 @@ def test_a_disk_in_use_is_not_deleted_and_the_error_names_its_users(daemon: Daem
     eventually(lambda: deleted(daemon, "busy"), "the disk goes when it is not used any more")
 
 
+@pytest.mark.one_kernel("7.3")
 def test_all_devices_stay_if_one_of_them_is_in_use(daemon: Daemon) -> None:
     paths = [daemon.add(name, "null", {"size": DISK_BYTES}).path for name in ("first", "second", "third")]
     assert paths[1] is not None

@@ -104,6 +104,7 @@ class Watch:
             self.looks += 1
 
 
+@pytest.mark.one_kernel("6.12")
 def test_no_process_ever_holds_a_device_that_it_does_not_serve(daemon: Daemon) -> None:
     # Meanwhile control commands, udev, a broker, a backend and two generations of workers are forked.
     small, last_cpu = {"size": "4M"}, max(os.sched_getaffinity(0))

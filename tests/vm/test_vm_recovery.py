@@ -40,6 +40,7 @@ PLACEMENTS = [
 ]
 
 
+@pytest.mark.one_kernel("6.12")
 def test_killed_workers_and_then_killed_backends_cost_the_client_nothing(daemon: Daemon) -> None:
     ways = [("memory", "pool", 2), ("memory", "backend", 4), ("file", "pool", 4), ("file", "backend", 2)]
     devices = daemon.together(*(partial(add_disk, daemon, *way) for way in ways))
@@ -69,6 +70,7 @@ def _check_that_workers_are_replaced(daemon: Daemon, names: Sequence[str], rng: 
         assert after.backend == before.backend
 
 
+@pytest.mark.one_kernel("7.3")
 def test_the_death_of_a_worker_that_holds_every_tag_is_noticed_within_seconds(daemon: Daemon) -> None:
     status = daemon.add("full", "memory", {"size": "4M"}, depth=DEPTH)
     assert status.path is not None and status.backend.pid is not None
@@ -231,6 +233,7 @@ def _kill_backend_with_a_read(daemon: Daemon, name: str) -> tuple[int, Forked]:
     return pid, reader
 
 
+@pytest.mark.one_kernel("6.12")
 def test_without_recovery_a_device_fails_with_its_reason_and_keeps_its_content_for_the_next(
     daemon: Daemon,
 ) -> None:

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from support.vm.daemon import Daemon, total
 from support.vm.fio import finish_fio, start_fio_jobs
 
@@ -20,6 +22,7 @@ JOBS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.one_kernel("7.3")
 def test_eight_jobs_of_every_kind_on_four_queues_agree_with_what_they_wrote(daemon: Daemon) -> None:
     disk = daemon.path("stress.img")
     options = {"path": disk, "size": "256M"}

@@ -88,6 +88,7 @@ def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_k
     daemon.client.delete(["waits"])
 
 
+@pytest.mark.one_kernel("6.12")
 def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daemon) -> None:
     daemon, said = own_daemon, len(own_daemon.said())
     status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
