@@ -47,6 +47,7 @@ def _leave(daemon: Daemon) -> None:
     assert daemon.wait_end() == 0
 
 
+@pytest.mark.one_kernel("7.3")
 def test_the_next_daemon_takes_over_without_a_pause_and_recovers_after_all_was_killed(
     own_daemon: Daemon,
 ) -> None:
