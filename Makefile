@@ -28,16 +28,16 @@ SANITIZED_SUITES ?= tests/sim tests/unit
 BESIDE_GUESTS ?=
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
-# `make bench`: quick, full, growth, doorbell, exact or nbd; where the numbers go; how many CPUs a guest has.
+# `make bench`: quick, full, growth, doorbell, exact, nbd or rbd; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
 BENCH_CPUS ?= 2
 BENCH_ARGS ?=
 # One boot unless KERNELS was given.
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
-BENCH_TIMEOUT_S = $(if $(filter quick nbd,$(MODE)),3600,10800)
+BENCH_TIMEOUT_S = $(if $(filter quick nbd rbd,$(MODE)),3600,10800)
 BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
-BENCH_GUEST = $(if $(filter exact,$(MODE)),--exact,--cpus $(BENCH_CPUS))
+BENCH_GUEST = $(if $(filter exact rbd,$(MODE)),--exact,--cpus $(BENCH_CPUS))
 # What the wheel and the Debian package are made of.
 PACKAGED = $(shell find backends bufpool daemon ublk workers src config docs examples debian packaging -type f \
     ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name '_native*.c' ! -name '_engine.c' ! -path '*.egg-info/*') \
@@ -283,16 +283,16 @@ $(VENV)/.bench: $(VENV)/.built
 	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
-bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell, exact or nbd
+bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell, exact, nbd or rbd
 	@$(PY) -m compileall -q bench
 	@$(PY) -m bench fetch $(BENCH_OUT)
 	@$(PY) -m bench cost $(BENCH_OUT)
 	@revision=$$(git describe --always --dirty 2> /dev/null || true); status=0; \
 	load=$$(cut -d' ' -f1 /proc/loadavg); \
-	if [ $(MODE) = exact ] && $(HAS_DRIVER); then \
-	    echo "bench: mode exact is measured in a guest, whatever driver there is here: no machine's time is instructions"; \
+	if [ $(MODE) = exact -o $(MODE) = rbd ] && $(HAS_DRIVER); then \
+	    echo "bench: mode $(MODE) is measured in a guest, whatever driver there is here: no machine's time is instructions"; \
 	fi; \
-	if [ $(MODE) != exact ] && $(HAS_DRIVER); then \
+	if [ $(MODE) != exact -a $(MODE) != rbd ] && $(HAS_DRIVER); then \
 	    for step in $(BENCH_STEPS); do $(call BENCH_STEP,$$step) || status=$$?; done; \
 	else \
 	    $(PY) -m support.guest fetch; \

@@ -27,7 +27,7 @@ from support.guest.apt_archive import ArchiveError
 if TYPE_CHECKING:
     from bench.stage import Stage
 
-MODES = {"quick": (3, 0.7), "full": (7, 3.0), "exact": (2, 0.2), "nbd": (3, 0.7)}
+MODES = {"quick": (3, 0.7), "full": (7, 3.0), "exact": (2, 0.2), "nbd": (3, 0.7), "rbd": (2, 1.0)}
 """Rounds, and seconds for each cell."""
 KUBLK, COST, DOORBELL = "kublk", "instructions.json", "doorbell"
 _NOT_EXACT = "mode exact needs a guest in which time is instructions: `make bench MODE=exact` starts one"
@@ -76,7 +76,7 @@ def run_measure(
     out: Path,
 ) -> None:
     """Measure on this kernel; status 1 if a contestant failed."""
-    from bench.contestants import contestants, nbd_contestants, quick
+    from bench.contestants import quick, table_of
     from bench.measure import measure
     from bench.ours import transports
     from bench.results import Result, write_result
@@ -96,10 +96,10 @@ def run_measure(
         host_load=host_load,
     )
     offered = transports(_backend_help())
-    table = nbd_contestants(offered, only) if mode == "nbd" else contestants(offered, only)
+    table = table_of(mode, offered, only)
     if mode in ("quick", "exact") and not only:
         table = quick(table)
-    path = result_path(out, "nbd" if mode == "nbd" else "speed")
+    path = result_path(out, mode if mode in ("nbd", "rbd") else "speed")
     with _stage(out) as stage:
         measure(stage, table, result, say, lambda each: write_result(each, path))
     sys.exit(1 if result.failed else 0)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,8 +42,18 @@ class Books(NamedTuple):
     parts_ran_ns: Mapping[str, int] = {}
 
 
-def take_books(node: str, parts: Mapping[str, Iterable[int]]) -> Books:
-    """The counters of this moment; `parts` names groups of process ids."""
+class Threads(NamedTuple):
+    """The threads of some processes whose names begin with one of `names`."""
+
+    pids: Sequence[int]
+    names: tuple[str, ...]
+
+
+def take_books(
+    node: str, parts: Mapping[str, Iterable[int]], threads: Mapping[str, Threads] | None = None
+) -> Books:
+    """The counters of this moment; `parts` names groups of process ids, `threads` groups of their threads, which are
+    counted once more."""
     # Read first, because the scheduler has not yet counted the running task, which is this process since it woke up.
     at_ns, ran_ns = time.monotonic_ns(), machine_ran_ns()
     return Books(
@@ -52,7 +62,8 @@ def take_books(node: str, parts: Mapping[str, Iterable[int]]) -> Books:
         requests_done(node),
         at_ns,
         ran_ns,
-        {name: ran_ns_of(pids) for name, pids in parts.items()},
+        {name: ran_ns_of(pids) for name, pids in parts.items()}
+        | {name: ran_ns_of(each.pids, each.names) for name, each in (threads or {}).items()},
     )
 
 
@@ -77,13 +88,14 @@ def machine_ran_ns() -> int:
     return 0
 
 
-def ran_ns_of(pids: Iterable[int]) -> int:
-    """Run time of these processes' threads in ns; a process that has ended counts 0."""
+def ran_ns_of(pids: Iterable[int], names: tuple[str, ...] = ()) -> int:
+    """Run time of these processes' threads in ns, or of those with such names; an ended process counts 0."""
     ran_ns = 0
     for pid in pids:
         with suppress(OSError):
             for thread in Path(f"/proc/{pid}/task").iterdir():
-                ran_ns += _thread_ran_ns(thread)
+                if not names or (thread / "comm").read_text().startswith(names):
+                    ran_ns += _thread_ran_ns(thread)
     return ran_ns
 
 

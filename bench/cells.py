@@ -32,11 +32,19 @@ NBD_CELLS = (
     Cell("read 512k qd8", "read", 512 << 10, 8, 1, "MB/s"),
 )
 """The cells of mode nbd: those of the other modes, and each write as a read too."""
+RBD_CELLS = (
+    *NBD_CELLS[:2],
+    Cell("randwrite 4k qd32", "randwrite", 4096, 32, 1, "IOPS"),
+    Cell("randread 4k qd32", "randread", 4096, 32, 1, "IOPS"),
+    *NBD_CELLS[4:],
+)
+"""The cells of mode rbd; rbd-nbd has one queue, so one job."""
+EVERY_CELL = tuple(dict.fromkeys((*NBD_CELLS, *RBD_CELLS)))
 
 
 def cells_of(mode: str) -> tuple[Cell, ...]:
     """The cells that a mode measures, in their order."""
-    return NBD_CELLS if mode == "nbd" else CELLS
+    return {"nbd": NBD_CELLS, "rbd": RBD_CELLS}.get(mode, CELLS)
 
 
 class FioNumbers(NamedTuple):

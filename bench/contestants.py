@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bench import nbd_clients, ours, peers
+from bench import nbd_clients, ours, peers, rbd_clients
 from bench.ours import BACKENDS, Start
 from bench.results import Transport
 
@@ -104,6 +104,39 @@ def _nbd_over(transport: Transport) -> Iterator[Contestant]:
         name = f"{kind}, {transport}" if transport else kind
         start = nbd_clients.our_client(transport, **given)
         yield Contestant(name, start, "ublkpool", "NEED_GET_DATA, 2 connections", transport, stores=True)
+
+
+# `stores`: a client takes its image's lock at its first write.
+RBD_PEERS = (
+    Contestant(
+        "rbd-nbd", rbd_clients.rbd_nbd(), "nbd", "nbd.ko, as it comes: librbd's cache on", stores=True
+    ),
+    Contestant(
+        "rbd-nbd, no cache",
+        rbd_clients.rbd_nbd("--rbd_cache=false"),
+        "nbd",
+        "nbd.ko, rbd_cache=false",
+        stores=True,
+    ),
+    Contestant("qemu-nbd", rbd_clients.qemu_nbd, "nbd", "nbd.ko, --cache=none", stores=True),
+    Contestant("krbd", rbd_clients.krbd, "kernel", "ms_mode=prefer-crc", stores=True),
+)
+
+
+def rbd_contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
+    """The clients of one Ceph cluster, ours over rings if there are any."""
+    transport = transports[-1]
+    name = f"rbd, {transport}" if transport else "rbd"
+    own = Contestant(
+        name, rbd_clients.our_rbd(transport), "ublkpool", "NEED_GET_DATA", transport, stores=True
+    )
+    return [each for each in (*RBD_PEERS, own) if re.search(only, each.name)]
+
+
+def table_of(mode: str, transports: Sequence[Transport], only: str = "") -> list[Contestant]:
+    """The contestants of a mode whose names match the regular expression `only`."""
+    tables = {"nbd": nbd_contestants, "rbd": rbd_contestants}
+    return tables.get(mode, contestants)(transports, only)
 
 
 def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:

@@ -93,7 +93,7 @@ def _is_block_device(path: str) -> bool:
 @contextmanager
 def nbd_client(socket: Path) -> Iterator[str]:
     """The node of a disk of nbd.ko, connected to the server at a unix socket by `QUEUES` connections."""
-    node = _free_nbd()
+    node = free_nbd()
     run("nbd-client", "-unix", str(socket), node, "-C", str(QUEUES), "-N", "")
     try:
         wait_for(lambda: Path(f"/sys/block/{Path(node).name}/pid").exists(), f"{node} is connected")
@@ -126,7 +126,8 @@ class Nbdkit(NamedTuple):
             yield Disks(disk, at_depth_1)
 
 
-def _free_nbd() -> str:
+def free_nbd() -> str:
+    """The node of a disk of nbd.ko that is not connected.  Raises `StageError`."""
     for index in range(_NBDS):
         if not Path(f"/sys/block/nbd{index}/pid").exists():
             return f"/dev/nbd{index}"

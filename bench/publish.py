@@ -11,6 +11,7 @@ from bench.exact import exact_report
 from bench.growth_results import Growth, growth_report
 from bench.instructions import InstructionCost
 from bench.nbd_results import nbd_report
+from bench.rbd_results import rbd_report
 from bench.results import read_result
 from bench.tables import report
 
@@ -40,6 +41,8 @@ def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note
         sections.append(growth_report(_growth(path)))
     for path in sorted(out.glob("nbd-*.json"), reverse=True):
         sections.append(nbd_report(read_result(path)))
+    for path in sorted(out.glob("rbd-*.json"), reverse=True):
+        sections.append(rbd_report(read_result(path)))
     for path in sorted(out.glob("doorbell-*.json"), reverse=True):
         sections.append(doorbell_report(msgspec.json.decode(path.read_bytes(), type=Doorbells)))
     text = "\n".join(sections)

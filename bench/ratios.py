@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from bench.cells import NBD_CELLS, Cell
+from bench.cells import EVERY_CELL, Cell
 from bench.results import Result, Sample
 
 
@@ -26,7 +26,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 def cell_named(name: str) -> Cell:
     """Raises `StopIteration` if there is none."""
-    return next(each for each in NBD_CELLS if each.name == name)
+    return next(each for each in EVERY_CELL if each.name == name)
 
 
 def shown(sample: Sample) -> float:

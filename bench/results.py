@@ -6,6 +6,8 @@ from typing import Literal
 import msgspec
 
 Transport = Literal["", "zeromq", "ring"]
+CLUSTER = "cluster"
+"""The part of a run's processes that are the servers of a Ceph cluster."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):

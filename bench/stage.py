@@ -5,13 +5,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
+from bench.accounts import Threads
 from bench.cells import REGION_BYTES, Cell
+from bench.results import CLUSTER
 from support.vm.daemon import Daemon
 
+T = TypeVar("T")
 DEADLINE_S = 120.0
 _POLL_S = 0.02
 _PIECE_BYTES = 1 << 20
@@ -21,7 +24,12 @@ class Disk:
     """A disk that is up: its node, and the processes that serve it by part, such as worker and backend."""
 
     def __init__(
-        self, node: str, parts: Mapping[str, Sequence[int]], device: str = "", log: Path | None = None
+        self,
+        node: str,
+        parts: Mapping[str, Sequence[int]],
+        device: str = "",
+        log: Path | None = None,
+        threads: Mapping[str, Threads] | None = None,
     ) -> None:
         self.node = node
         self.parts = parts
@@ -29,14 +37,18 @@ class Disk:
         """The device's name if it is ours; empty for peers."""
         self.log = log
         """The file with the server's last words, if it has one."""
+        self.threads = threads or {}
+        """Threads among those of `parts` that are counted by themselves as well."""
 
 
 class Disks:
     """A contestant's disks; some peers have another setting for depth 1."""
 
-    def __init__(self, disk: Disk, at_depth_1: Disk | None = None) -> None:
+    def __init__(self, disk: Disk, at_depth_1: Disk | None = None, *, may_sleep: bool = True) -> None:
+        """Without `may_sleep` its processes are not stopped while others are measured."""
         self._disk = disk
         self._at_depth_1 = at_depth_1 or disk
+        self.may_sleep = may_sleep
 
     def disk_for(self, cell: Cell) -> Disk:
         """The disk to run this cell on."""
@@ -49,7 +61,7 @@ class Disks:
 
 NBDKIT = "nbdkit"
 """The part of a server that several contestants share."""
-_OTHERS = ("daemon", "kernel", NBDKIT)
+_OTHERS = ("daemon", "kernel", NBDKIT, CLUSTER)
 """Parts that serve more than one contestant, or that no signal reaches."""
 
 
@@ -64,6 +76,8 @@ def wake_up(disks: Disks) -> None:
 
 
 def _signal(disks: Disks, number: signal.Signals) -> None:
+    if not disks.may_sleep:
+        return
     pids = {
         pid for disk in disks.all() for part in disk.parts if part not in _OTHERS for pid in disk.parts[part]
     }
@@ -86,6 +100,7 @@ class Stage:
         self._cleanup = ExitStack()
         self._numbers = iter(range(100, 1000))
         self._shared: dict[str, int] = {}
+        self._contexts: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -112,6 +127,13 @@ class Stage:
         if name not in self._shared:
             self._shared[name] = self._cleanup.enter_context(process(command, self.log_of(name)))
         return self._shared[name]
+
+    def shared_context(self, name: str, make: Callable[[], AbstractContextManager[T]]) -> T:
+        """What several contestants use: the first one enters the context, the stage's end leaves it."""
+        if name not in self._contexts:
+            self._contexts[name] = self._cleanup.enter_context(make())
+        found: T = self._contexts[name]
+        return found
 
     def next_number(self) -> int:
         """A free device number."""

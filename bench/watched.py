@@ -69,9 +69,9 @@ def run_fio(disk: Disk, cell: Cell, runtime_s: float) -> tuple[FioNumbers, tuple
         while requests_done(disk.node) == idle and fio.poll() is None:
             check_served(disk)
             time.sleep(_POLL_S)
-        first = take_books(disk.node, parts)
+        first = take_books(disk.node, parts, disk.threads)
         time.sleep(max(_LEAD_S, runtime_s - 2 * _LEAD_S))
-        second = take_books(disk.node, parts)
+        second = take_books(disk.node, parts, disk.threads)
         output = _output(fio, disk)
     finally:
         end(fio)

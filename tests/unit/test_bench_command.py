@@ -22,6 +22,6 @@ def test_an_exact_result_does_not_overwrite_another(monkeypatch: pytest.MonkeyPa
     names = []
     for exact in ("", "1"):
         monkeypatch.setenv("UBLKPOOL_EXACT", exact)
-        names += [command.result_path(Path("out"), what).name for what in ("speed", "growth", "nbd")]
-    plain = ["speed-7.3.json", "growth-7.3.json", "nbd-7.3.json"]
+        names += [command.result_path(Path("out"), what).name for what in ("speed", "growth", "nbd", "rbd")]
+    plain = ["speed-7.3.json", "growth-7.3.json", "nbd-7.3.json", "rbd-7.3.json"]
     assert names == [*plain, *(each.replace("-", "-exact-") for each in plain)]

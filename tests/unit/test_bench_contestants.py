@@ -9,11 +9,22 @@ import pytest
 from bench import measure as measuring
 from bench import nbd_clients, ours
 from bench.accounts import Books, Cpu
-from bench.cells import CELLS, NBD_CELLS, Cell, FioError, FioNumbers
-from bench.contestants import ALONE, PEERS, Contestant, contestants, nbd_contestants, ours_over, quick
+from bench.cells import CELLS, NBD_CELLS, RBD_CELLS, Cell, FioError, FioNumbers
+from bench.contestants import (
+    ALONE,
+    PEERS,
+    Contestant,
+    contestants,
+    nbd_contestants,
+    ours_over,
+    quick,
+    rbd_contestants,
+    table_of,
+)
 from bench.measure import measure
 from bench.ours import transports
-from bench.results import Result
+from bench.rbd_results import RBD_BASELINE
+from bench.results import CLUSTER, Result
 from bench.stage import NBDKIT, Disk, Disks, Stage, StageError, put_to_sleep, wake_up
 from bench.syscalls import SyscallsError
 from bench.targets import TARGETS
@@ -59,7 +70,7 @@ def test_every_target_names_existing_contestants() -> None:
         assert {target.baseline, *target.kinds} <= kinds
 
 
-@pytest.mark.parametrize("part", ["daemon", NBDKIT])
+@pytest.mark.parametrize("part", ["daemon", NBDKIT, CLUSTER])
 def test_all_contestants_but_the_measured_one_are_stopped(part: str) -> None:
     with Popen(["sleep", "60"]) as own, Popen(["sleep", "60"]) as shared:
         disks = Disks(Disk("/dev/x", {"server": [own.pid], part: [shared.pid]}))
@@ -193,6 +204,54 @@ def test_mode_nbd_runs_its_own_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course(monkeypatch)
     course.measure(course.contestant("a"), mode="nbd")
     assert [cell for _, cell in course.runs] == [cell.name for _ in range(2) for cell in NBD_CELLS]
+
+
+def test_mode_rbd_runs_its_own_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = Course(monkeypatch)
+    course.measure(course.contestant("a"), mode="rbd")
+    assert [cell for _, cell in course.runs] == [cell.name for _ in range(2) for cell in RBD_CELLS]
+
+
+def test_mode_rbd_has_each_client_of_a_cluster_and_ours_over_the_faster_transport() -> None:
+    names = [each.name for each in rbd_contestants(["zeromq", "ring"])]
+    assert names == ["rbd-nbd", RBD_BASELINE, "qemu-nbd", "krbd", "rbd, ring"]
+    assert all(each.stores for each in rbd_contestants(["ring"])), (
+        "each has its image's lock before it is measured"
+    )
+    assert [each.name for each in rbd_contestants([""], "^rbd$")] == ["rbd"]
+
+
+def test_each_mode_has_its_own_table() -> None:
+    assert {each.name for each in table_of("rbd", ["ring"])} & {"krbd", "nbd-client", "loop"} == {"krbd"}
+    assert {each.name for each in table_of("nbd", ["ring"])} & {"krbd", "nbd-client", "loop"} == {
+        "nbd-client"
+    }
+    assert {each.name for each in table_of("full", ["ring"])} & {"krbd", "nbd-client", "loop"} == {"loop"}
+
+
+def test_clients_that_a_cluster_must_hear_are_never_stopped() -> None:
+    with Popen(["sleep", "60"]) as own:
+        disks = Disks(Disk("/dev/x", {"server": [own.pid]}), may_sleep=False)
+        put_to_sleep(disks)
+        # A stopped process would not end.
+        own.terminate()
+        own.wait(10)
+    assert own.returncode == -15
+
+
+def test_a_shared_context_is_entered_once_and_left_with_the_stage(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def make() -> Iterator[int]:
+        seen.append("entered")
+        yield 7
+        seen.append("left")
+
+    with Stage(tmp_path, Path("/nowhere")) as stage:
+        assert stage.shared_context("one", make) == stage.shared_context("one", make) == 7
+        assert seen == ["entered"]
+    assert seen == ["entered", "left"]
 
 
 def test_mode_nbd_has_the_kernels_client_and_ours_over_each_transport() -> None:

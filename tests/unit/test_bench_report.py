@@ -4,17 +4,19 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
 from bench.accounts import Books, Cpu, busy_share, parse_smaps, parts_shares, ran_ns_of
-from bench.cells import CELLS, NBD_CELLS
+from bench.cells import CELLS, NBD_CELLS, RBD_CELLS
 from bench.exact import exact_report
 from bench.growth_results import Growth, Idle, Step, Timing, growth_report
 from bench.instructions import InstructionCost, core_instructions
 from bench.nbd_results import nbd_report
 from bench.ratios import Spread, middle_of, ratio_spread, spread, value_spread
-from bench.results import Party, Result, Sample, Transport
+from bench.rbd_results import RBD_BASELINE, client_ratio, rbd_report
+from bench.results import CLUSTER, Party, Result, Sample, Transport
 from bench.syscalls import parse_histogram
 from bench.tables import cost_table, markdown_table, number, report
 from bench.targets import LARGE, QD1, WRITE, verdicts
@@ -319,3 +321,68 @@ def test_an_exact_report_of_mode_nbd_counts_instructions_and_not_time() -> None:
     assert text.startswith("## NBD, exact, Linux 7.3.4\n") and "1e9/IOPS" in text
     assert "| nbd | ring | worker 3,125,000, fio 6,250,000 |" in text
     assert "CPU time" not in text and "### Speed" not in text
+
+
+def _of_cluster(contestant: str, cell: str, instructions: float, servers: float, number: int = 0) -> Sample:
+    """A sample whose request takes this many instructions, this share of them in the cluster's servers."""
+    shares = {CLUSTER: servers, "librbd": 0.125}
+    return Sample(
+        contestant=contestant, cell=cell, round=number, iops=1e9 / instructions, busy=1.0, shares=shares
+    )
+
+
+def _rbd_result(ours: float) -> Result:
+    samples = [
+        each
+        for cell in RBD_CELLS
+        for each in (
+            _of_cluster(RBD_BASELINE, cell.name, 1e6, 0.5),
+            _of_cluster("rbd, ring", cell.name, ours, 0.75),
+        )
+    ]
+    own = Party(name="rbd, ring", kind="rbd", family="ublkpool", transport="ring")
+    result = _result(*samples, parties=[_party(RBD_BASELINE), own])
+    result.mode, result.exact = "rbd", True
+    return result
+
+
+def test_the_clusters_own_instructions_are_not_its_clients() -> None:
+    # 1.6 million of which a quarter is the client's, against a million of which half is.
+    assert client_ratio(_rbd_result(1.6e6), "rbd, ring", RBD_CELLS[0].name) == Spread(0.8, 0.8, 0.8)
+
+
+def test_a_cell_over_the_goal_is_named_and_one_that_was_not_measured_too() -> None:
+    assert "rbd, ring: reached in every cell." in rbd_report(_rbd_result(1.6e6))
+    missed = _rbd_result(1.62e6)
+    missed.samples = [each for each in missed.samples if each.cell != RBD_CELLS[1].name]
+    names = [f"{cell.name} (0.81)" for cell in RBD_CELLS]
+    names[1] = f"{RBD_CELLS[1].name} (not measured)"
+    assert f"rbd, ring: missed in {', '.join(names)}." in rbd_report(missed)
+
+
+def test_the_report_of_rbd_says_librbds_part_and_in_real_time_the_speed() -> None:
+    text = rbd_report(_rbd_result(1.6e6))
+    assert "## Ceph RBD, exact, Linux" in text
+    assert "| rbd | ring | 400,000 | 0.80 [0.80 to 0.80] |" in text
+    assert "librbd 200,000" in text
+    timed = _rbd_result(1.6e6)
+    timed.exact = False
+    assert "### Speed" in rbd_report(timed) and "librbd 200,000" not in rbd_report(timed)
+
+
+def test_threads_are_counted_by_their_names() -> None:
+    stop = threading.Event()
+
+    def burn() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("msgr-worker-7")
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        eventually(lambda: ran_ns_of([os.getpid()], ("other", "msgr-worker")) > 10**7, "the thread has run")
+        assert ran_ns_of([os.getpid()], ("other",)) == 0
+    finally:
+        stop.set()
+        thread.join()

@@ -60,7 +60,7 @@ def test_a_death_while_fio_runs_is_reported(
     done = iter(range(100))
     monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
 
-    def books(node: str, parts: object) -> Books:
+    def books(node: str, parts: object, threads: object) -> Books:
         server.kill()
         return Books(Cpu(0.0, 0.0), {}, 0)
 
@@ -74,7 +74,7 @@ def test_a_death_while_fios_output_is_read_is_reported(
 ) -> None:
     done, look = iter(range(100)), os.pidfd_open
     monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
-    monkeypatch.setattr(watched, "take_books", lambda node, parts: Books(Cpu(0.0, 0.0), {}, 0))
+    monkeypatch.setattr(watched, "take_books", lambda node, parts, threads: Books(Cpu(0.0, 0.0), {}, 0))
 
     def look_and_kill(pid: int) -> int:
         descriptor = look(pid)
@@ -93,7 +93,7 @@ def test_a_runs_output_is_read_to_its_end(disk: Disk, monkeypatch: pytest.Monkey
     monkeypatch.setattr(watched, "fio_command", lambda *_: [sys.executable, "-c", script])
     done = iter(range(100))
     monkeypatch.setattr(watched, "requests_done", lambda node: next(done))
-    monkeypatch.setattr(watched, "take_books", lambda node, parts: Books(Cpu(0.0, 0.0), {}, 0))
+    monkeypatch.setattr(watched, "take_books", lambda node, parts, threads: Books(Cpu(0.0, 0.0), {}, 0))
     with pytest.raises(FioError, match=r"ended with 3, errors \[5\]: x+$"):
         run_fio(disk, CELLS[0], 0.2)
 

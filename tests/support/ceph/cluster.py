@@ -64,6 +64,8 @@ class Cluster:
         self._prefix = self._network.prefix if self._network else ()
         self.servers = Servers(self.directory, self._prefix, outlive_us=outlive_us)
         self._held: list[HeldPort] = []
+        self.monitor_addresses: list[str] = []
+        """From `start` on."""
 
     @classmethod
     def found_in(cls, directory: Path) -> Self:
@@ -225,10 +227,10 @@ class Cluster:
         if self._network is None:
             self._held = [HeldPort() for _ in self.monitor_names]
         ports = [each.number for each in self._held] or range(3300, 3300 + self.shape.monitors)
-        self._monitor_addresses = [f"v2:{address}:{port}" for port in ports]
+        self.monitor_addresses = [f"v2:{address}:{port}" for port in ports]
         settings = {
             "fsid": str(uuid.uuid4()),
-            "mon_host": ",".join(self._monitor_addresses),
+            "mon_host": ",".join(self.monitor_addresses),
             "public_addr": address,
             "auth_cluster_required": "cephx",
             "auth_service_required": "cephx",
@@ -264,7 +266,7 @@ class Cluster:
         monmap, osdmap = str(self.directory / "monmap"), str(self.directory / "osdmap")
         fsid = self.conf.read_text().partition("fsid = ")[2].partition("\n")[0]
         places = []
-        for name, address in zip(self.monitor_names, self._monitor_addresses, strict=True):
+        for name, address in zip(self.monitor_names, self.monitor_addresses, strict=True):
             places += ["--addv", name.removeprefix("mon."), address]
         self._run([program("monmaptool"), "--create", "--fsid", fsid, *places, monmap])
         # The OSDs are known from the start: that saves a command for each.
