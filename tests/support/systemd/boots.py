@@ -37,8 +37,12 @@ TimeoutStartSec=infinity
 StandardOutput=journal+console
 StandardError=journal+console
 """
-# Where a unit has no limit of its own: a Python that starts takes longer than systemd's 90 s on a busy machine.
-MANAGER = "[Manager]\nDefaultTimeoutStartSec=1200\n"
+# A Python that starts takes longer than systemd's 90 s on a busy machine, and so do some of systemd's own units.
+START_LIMIT_S = 1200
+MANAGER = f"[Manager]\nDefaultTimeoutStartSec={START_LIMIT_S}\n"
+PATIENT = f"[Service]\nTimeoutStartSec={START_LIMIT_S}\n"
+UNITS = "usr/lib/systemd/system"
+_SHORT_LIMIT = re.compile(r"^Timeout(?:Start)?Sec=(?!infinity|0\b)", re.MULTILINE)
 CHECK_TARGET = """\
 [Unit]
 Description=Everything, and then the script
@@ -93,9 +97,17 @@ def start_with_script(root: Path) -> None:
     """Have each boot of the root run a script, after all units have started, and then power off."""
     write(root / "etc/systemd/system/check.target", CHECK_TARGET)
     write(root / "etc/systemd/system.conf.d/patient.conf", MANAGER)
+    for unit in limited_units(root):
+        write(root / f"etc/systemd/system/{unit}.d/patient.conf", PATIENT)
     default = root / "etc/systemd/system/default.target"
     default.unlink(missing_ok=True)
     default.symlink_to("/etc/systemd/system/check.target")
+
+
+def limited_units(root: Path) -> list[str]:
+    """Debian's services that limit their start themselves, which the manager's default does not change."""
+    services = (root / UNITS).glob("systemd-*.service")
+    return sorted(each.name for each in services if _SHORT_LIMIT.search(each.read_text()))
 
 
 def run_boot(
