@@ -360,7 +360,7 @@ class Supervisor:
         broker = self._context.broker
         replaced = BrokerReplaced(pid=broker.child.pid, reason=broker.last_end)
         text = f"another pool broker runs (process {broker.child.pid}), since the one before ended: {broker.last_end}"
-        self.events.record(replaced, text)
+        self.events.record(replaced, text, severity="info" if broker.was_replaced else None)
         for device in self._table.devices():
             await device.broker_restarted()
 

@@ -106,11 +106,14 @@ def serve(
             watch = EndWatch(loop, attachment.fileno(), heard, end_patience_s)
             loop.watch_end(stack.enter_context(watch))
         try:
-            return loop.run()
+            status = loop.run()
         except StoreTaken as error:
             if known.former_owner is not None:
                 attachment.tell(wire.Excluded(reason=str(error)[: growth.REASON_LENGTH_MAX]))
             raise
+        if known.knows_leaving:
+            attachment.tell(wire.Leaving())
+        return status
 
 
 def open_store(backend: Backend, hint: Hint, events: EventLoop | None = None) -> Properties:

@@ -50,6 +50,9 @@ from ublkpool.bufpool.wire.attach import (
     LeaseBuffer as LeaseBuffer,
 )
 from ublkpool.bufpool.wire.attach import (
+    Leaving as Leaving,
+)
+from ublkpool.bufpool.wire.attach import (
     Live as Live,
 )
 from ublkpool.bufpool.wire.attach import (

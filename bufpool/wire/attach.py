@@ -124,6 +124,8 @@ class Described(msgspec.Struct, tag="described", tag_field="type", frozen=True, 
     """The operator wants the store's lock broken, no matter which client holds it (`ublkpool add --take-over`)."""
     knows_optimal_io: bool = False
     """The daemon knows `Attach.optimal_io_bytes`; False: an older daemon."""
+    knows_leaving: bool = False
+    """The daemon knows `Leaving`; False: an older daemon."""
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -244,6 +246,15 @@ class Excluded(
     reason: str
 
 
+class Leaving(
+    msgspec.Struct, tag="leaving", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """From a backend, once, as its last packet: it has finished its requests and ends since it was told to; no answer.
+
+    Sent only if `Described` has `knows_leaving`.
+    """
+
+
 class LeaseBuffer(
     msgspec.Struct, tag="lease", tag_field="type", frozen=True, kw_only=True, forbid_unknown_fields=True
 ):
@@ -264,7 +275,7 @@ class BufferLeased(msgspec.Struct, tag="leased", tag_field="type", frozen=True, 
 
 DaemonMessage = Attached | Described | Refused | Live | Detach | Resize | BufferLeased
 BackendMessage = Attach | Describe | LeaseBuffer
-SessionMessage = Resized | Grown | Excluded
+SessionMessage = Resized | Grown | Excluded | Leaving
 """What an attached backend may send."""
 _encoder = msgspec.json.Encoder()
 _backend_decoder: msgspec.json.Decoder[BackendMessage] = msgspec.json.Decoder(BackendMessage)

@@ -172,8 +172,8 @@ class BackendProcess(SupervisedProcess):
 
     async def _clear_away(self, pause_s: float) -> None:
         self._last_end = self.obituary()
-        # Status 0: it was told to end, as by an upgrade.
-        level = logging.WARNING if self.child.exit_status else logging.INFO
+        # Status 0: it was told to end.
+        level = logging.WARNING if self.child.exit_status and not self.is_replaced else logging.INFO
         _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, pause_s)
 
 

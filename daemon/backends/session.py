@@ -42,6 +42,10 @@ class Session:
     """The generation of its attach; the device sets it."""
     is_detaching = False
     """Whether the daemon has asked it to leave."""
+    is_replaced = False
+    """Whether the daemon ends its process, so that one of another version follows."""
+    has_said_end = False
+    """Whether it has said that it ends because it was told to, as by a service manager."""
     was_cut_off = False
     """Whether the daemon has killed it."""
     on_blame: Callable[[str], None] | None = None
@@ -245,6 +249,9 @@ class Session:
             return self._resized(message)
         if isinstance(message, wire.Excluded):
             return self._excluded(message)
+        if isinstance(message, wire.Leaving):
+            first, self.has_said_end = not self.has_said_end, True
+            return first
         # A store that grows in small steps may say so again, but never twice the same.
         if not self.grown_bytes < message.size_bytes < 1 << 63:
             return False
@@ -326,7 +333,19 @@ class Session:
                 self.attach.device,
                 self.pid,
             )
+        self._hear_last()
         self._end()
+
+    def _hear_last(self) -> None:
+        """Take what it has sent before its death, which the loop may see first."""
+        for _ in range(UNDUE_PACKETS_MAX):
+            try:
+                packet = self._sock.recv(wire.ATTACH_MESSAGE_BYTES_MAX)
+            except (OSError, UndueDescriptors):
+                return
+            if not packet:
+                return
+            self._take(packet)
 
     def _end(self) -> None:
         self._stop_listening()

@@ -312,11 +312,19 @@ class AttachedBackend:
                 BackendDetached(kind=kind, pid=pid), f"backend {kind} has left (process {pid})"
             )
             return
-        self._events.record(
-            BackendDied(kind=kind, pid=pid, was_cut_off=session.was_cut_off),
-            f"backend {kind} has ended (process {pid})",
-        )
         self._before = _Ended(pid, self._clock(), self.replays())
+        if session.is_replaced and not session.was_cut_off:
+            self._events.record(
+                BackendDetached(kind=kind, pid=pid),
+                f"backend {kind} has left for its successor (process {pid})",
+            )
+            return
+        was_told = session.has_said_end and not session.was_cut_off
+        self._events.record(
+            BackendDied(kind=kind, pid=pid, was_cut_off=session.was_cut_off, was_told=was_told),
+            f"backend {kind} has ended{', as it was told to' if was_told else ''} (process {pid})",
+            severity="info" if was_told else None,
+        )
 
     def drop(self, session: Session) -> None:
         """The workers have taken back what this backend held, or end with it: the next one may attach."""

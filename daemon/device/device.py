@@ -348,7 +348,9 @@ class Device(DeviceService):
                 parts.events.tell(_log, replaced, f"recovered, epoch {epoch}, after {seconds:g} s")
         session = parts.backend.session
         if parts.managed is not None and (session is None or session.attach.survives_death):
-            await parts.managed.end()
+            if session is not None and session.pid == parts.managed.pid:
+                session.is_replaced = True
+            await parts.managed.replace()
 
     async def _renew_after_drain(self) -> None:
         """The same once a backend serves the device again, so that the workers' requests end."""

@@ -163,6 +163,7 @@ class DeviceView:
             knows_resize=True,
             resized_bytes=self.parts.resized_bytes,
             knows_optimal_io=True,
+            knows_leaving=True,
             former_owner=_former_owner(self.parts),
             takes_over=self.parts.binding.takes_over(),
         )

@@ -146,7 +146,7 @@ class BackendReplaced(Details, frozen=True, kw_only=True):
 
 
 class BackendDetached(Details, frozen=True, kw_only=True):
-    """A backend that the daemon asked to leave has ended."""
+    """A backend that the daemon asked to leave has ended; after an upgrade of the daemon, one that it runs itself."""
 
     code = "backend-detached"
     kind: str
@@ -162,6 +162,8 @@ class BackendDied(Details, frozen=True, kw_only=True):
     pid: int
     was_cut_off: bool
     """Whether the daemon killed it."""
+    was_told: bool = False
+    """Whether it said that it ends because it was told to, as by a service manager: then the severity is info."""
 
 
 class BackendRefused(Details, frozen=True, kw_only=True):
@@ -242,7 +244,7 @@ class RecoveryEnded(Details, frozen=True, kw_only=True):
 
 
 class BrokerReplaced(Details, frozen=True, kw_only=True):
-    """The pool broker has ended, and another one runs."""
+    """The pool broker has ended, and another one runs; of severity info if the daemon replaced it, as in an upgrade."""
 
     code = "broker-replaced"
     severity = "warning"

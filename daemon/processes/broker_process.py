@@ -42,6 +42,7 @@ _STOP_PATIENCE_S = 5.0
 _LISTEN_PATIENCE_S = 5.0
 _POLL_S = 0.02
 _TITLE = "the pool broker"
+REPLACED = "it is replaced by another version"
 _log = logging.getLogger("ublkpool.broker")
 _Channel = Channel[broker_commands.Command, broker_commands.Reply]
 
@@ -65,6 +66,8 @@ class BrokerProcess(SupervisedProcess):
         """The generation of an adopted broker, which knows the devices that an earlier daemon added; else 0."""
         self.last_end = ""
         """How the broker before this one ended; empty without one."""
+        self.was_replaced = False
+        """Whether the daemon ended that one, to run another version."""
         self._holder = holder
         self._turn = asyncio.Lock()
         self._replacing = asyncio.Lock()
@@ -172,9 +175,10 @@ class BrokerProcess(SupervisedProcess):
 
     async def _clear_away(self, pause_s: float) -> None:
         status = self.child.exit_status or 0
-        # Status 0: it was told to end, as by an upgrade.
-        level = logging.ERROR if status else logging.INFO
-        self.last_end = describe_exit(status)
+        self.was_replaced = self.is_replaced
+        # Status 0: it was told to end.
+        level = logging.ERROR if status and not self.was_replaced else logging.INFO
+        self.last_end = REPLACED if self.was_replaced else describe_exit(status)
         _log.log(level, "the pool broker ended: %s; starting it again", self.last_end)
         self._channel.close()
 
@@ -209,13 +213,13 @@ class BrokerProcess(SupervisedProcess):
             if await _appears(path, _LISTEN_PATIENCE_S):
                 return
             _log.error("%s was removed while the daemon runs; replacing the pool broker", path)
-            await self.renew()
+            await self.child.end(_STOP_PATIENCE_S)
             if not await _appears(path, REPLY_DEADLINE_S):
                 raise PoolError(f"the pool broker does not listen on {path}")
 
     async def renew(self) -> None:
         """Have a process of today's code take the place of this one."""
-        await self.child.end(_STOP_PATIENCE_S)
+        await self.replace(_STOP_PATIENCE_S)
 
     async def stop(self) -> None:
         """End it; leases stay in the slot headers."""

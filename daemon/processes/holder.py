@@ -90,7 +90,6 @@ class Holder(SupervisedProcess):
         self._patience: asyncio.TimerHandle | None = None
         """Runs while `_unsent` has entries: a holder that reads nothing is replaced."""
         self._loop = asyncio.get_running_loop()
-        self._renewing = False
 
     @property
     def pid(self) -> int:
@@ -150,9 +149,8 @@ class Holder(SupervisedProcess):
         self._close()
         # It may only hang.
         status = await self.child.kill()
-        level = logging.INFO if self._renewing else logging.WARNING
+        level = logging.INFO if self.is_replaced else logging.WARNING
         _log.log(level, "the holder is gone: %s; starting another", describe_exit(status))
-        self._renewing = False
 
     def _close(self) -> None:
         self._give_up_unsent()
@@ -182,7 +180,7 @@ class Holder(SupervisedProcess):
 
     def renew(self) -> None:
         """Have a process of today's code take the place of this one."""
-        self._renewing = True
+        self.is_replaced = True
         if self._channel is not None:
             self._channel.hang_up()
 

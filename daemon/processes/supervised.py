@@ -28,12 +28,14 @@ class SupervisedProcess(ABC):
         self.title = title
         self._log = log
         self._is_ending = False
+        self.is_replaced = False
+        """Whether this process ends because the daemon replaces it: no reason to warn of its end."""
         self._pauses = Backoff(asyncio.get_running_loop().time, first_s, most_s)
 
     def start(self) -> None:
         """Start the process.  Raises `OSError`, `DaemonError`; then nothing runs."""
         self._start()
-        self.is_started = True
+        self.is_started, self.is_replaced = True, False
         self._pauses.started()
 
     def _adopt(self, pid: int) -> None:
@@ -69,6 +71,11 @@ class SupervisedProcess(ABC):
         except (DaemonError, OSError):
             return False
         return True
+
+    async def replace(self, patience_s: float) -> None:
+        """End this process, so that one of today's code follows; return at its end."""
+        self.is_replaced = True
+        await self.child.end(patience_s)
 
     def let_end(self) -> None:
         """From now on an end is final: the process is not started again, and nothing is logged."""

@@ -14,6 +14,7 @@ from support.fakes.device_parts import (
     fake_device,
     turn,
 )
+from ublkpool.daemon.backends.managed_backend import ManagedBackend
 from ublkpool.daemon.device import device as module
 from ublkpool.daemon.device import teardown
 from ublkpool.daemon.device.device import Device
@@ -106,6 +107,73 @@ def test_a_backend_that_was_asked_to_leave_has_not_died() -> None:
         session.dies()
         await turn()
         assert told(device)[-1] == BackendDetached(kind="file", pid=1)
+
+    in_loop(run)
+
+
+class Managed(ManagedBackend):
+    """The daemon's own backend, a process whose session the test ends with it."""
+
+    def __init__(self, pid: int, session: FakeSession) -> None:
+        self._pid, self._session = pid, session
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def serves(self) -> None:
+        """It has attached."""
+
+    async def replace(self) -> None:
+        self._session.dies()
+
+
+@pytest.mark.parametrize(("pid", "code"), [(1, "backend-detached"), (9, "backend-died")])
+def test_the_daemons_own_backend_that_an_upgrade_replaces_is_no_reason_to_warn(
+    monkeypatch: pytest.MonkeyPatch, pid: int, code: str
+) -> None:
+    """That of another process, which dies meanwhile, is one."""
+
+    async def retire(_team: Team, _name: str) -> None:
+        """The workers end."""
+
+    async def next_epoch() -> str:
+        return ""
+
+    async def run() -> None:
+        device = served(FakeTeam())
+        device.parts.life.state = "live"
+        session, successor = FakeSession("file"), FakeSession("file")
+        successor.pid = 2
+        device.parts.managed = Managed(pid, session)
+        await device.attach(session)
+        monkeypatch.setattr(device, "_try_next_epoch", next_epoch)
+        monkeypatch.setattr(module, "retire", retire)
+        await device.renew()
+        await turn()
+        await device.attach(successor)
+        await turn()
+        (ended,) = (each for each in events(device) if each.code.startswith("backend-d"))
+        assert (ended.code, ended.severity) == (code, "info" if pid == 1 else "warning")
+        replaced = next(each for each in told(device) if isinstance(each, BackendReplaced))
+        assert (replaced.pid, replaced.earlier_pid) == (2, 1)
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize(("said", "killed"), [(False, False), (True, False), (True, True)])
+def test_a_backend_that_was_stopped_and_said_so_is_no_reason_to_warn(said: bool, killed: bool) -> None:
+    async def run() -> None:
+        device = served(FakeTeam())
+        session = FakeSession("file")
+        await device.attach(session)
+        session.has_said_end, session.was_cut_off = said, killed
+        session.dies()
+        await turn()
+        assert told(device)[-1] == BackendDied(
+            kind="file", pid=1, was_cut_off=killed, was_told=said and not killed
+        )
+        assert events(device)[-1].severity == ("info" if said and not killed else "warning")
 
     in_loop(run)
 

@@ -152,10 +152,12 @@ def test_an_upgrade_leaves_the_backend_alone(monkeypatch: pytest.MonkeyPatch) ->
         def __init__(self) -> None:
             """It runs already."""
 
+        pid = 1
+
         def serves(self) -> None:
             """It has attached."""
 
-        async def end(self) -> None:
+        async def replace(self) -> None:
             ended.append("ended")
 
     async def run(session: FakeSession) -> None:

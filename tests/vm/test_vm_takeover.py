@@ -95,6 +95,7 @@ def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daem
     status = daemon.add("left", "memory", {"size": "64M"}, queues=QUEUES)
     assert status.path is not None
     disk = Path(status.path).stat()
+    told = max(each.seq for each in daemon.client.events())
     with loaded(daemon, [status]) as (load,):
         broker = daemon.broker_pid
         daemon.replace("support.vm.newer_daemon")
@@ -105,6 +106,10 @@ def test_an_upgrade_fails_no_request_and_replaces_every_process(own_daemon: Daem
         load.goes_on()
         expect_no_rights(daemon, "left")
         assert Path(status.path).stat().st_ino == disk.st_ino, "the node has never gone"
+    events = list(daemon.client.events(told))
+    assert {"broker-replaced", "workers-replaced", "backend-detached"} <= {each.code for each in events}
+    # A daemon under a load may have late requests.
+    assert [each for each in events if each.severity != "info" and each.code != "request-late"] == []
     if control.get_features() & Feature.QUIESCE:
         assert "QUIESCE" in status.flags
         assert "ending its workers" not in daemon.said()[said:]
