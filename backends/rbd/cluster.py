@@ -107,6 +107,11 @@ class Cluster:
         return text(memory)
 
     @property
+    def client_id(self) -> int:
+        """Identifies this client in its cluster."""
+        return int(self._lib.rados_get_instance_id(self._handle))
+
+    @property
     def pool_id(self) -> int:
         """Identifies the pool in its cluster."""
         return int(self._lib.rados_ioctx_get_id(self.pool))

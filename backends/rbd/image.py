@@ -27,6 +27,7 @@ class Image:
     def __init__(self, cluster: Cluster, options: RbdOptions) -> None:
         """Open it.  Raises `BackendError` that names the image and the way out."""
         self._lib, self._options = libraries().rbd, options
+        self._client_id = cluster.client_id
         self._handle: Any = None
         self._callback: Any = None
         out = ffi.new("rbd_image_t *")
@@ -115,11 +116,19 @@ class Image:
 
     def watchers(self) -> list[str]:
         """The addresses of the clients that have it open; a dead one stays for half a minute.  Raises `OSError`."""
+        return [address for _, address in self._watchers()]
+
+    @property
+    def own_address(self) -> str:
+        """The address of this client; empty if the cluster does not list it.  Raises `OSError`."""
+        return next((address for number, address in self._watchers() if number == self._client_id), "")
+
+    def _watchers(self) -> list[tuple[int, str]]:
         count = ffi.new("size_t *", _NAMES_MAX)
         found = ffi.new("rbd_image_watcher_t[]", _NAMES_MAX)
         check(self._lib.rbd_watchers_list(self._handle, found, count), "watchers")
         try:
-            return [text(found[i].addr) for i in range(count[0])]
+            return [(int(found[i].id), text(found[i].addr)) for i in range(count[0])]
         finally:
             self._lib.rbd_watchers_list_cleanup(found, count[0])
 

@@ -29,6 +29,7 @@ ffi.cdef(
     int rados_conf_get(rados_t cluster, const char *option, char *buf, size_t len);
     int rados_connect(rados_t cluster);
     void rados_shutdown(rados_t cluster);
+    uint64_t rados_get_instance_id(rados_t cluster);
     int rados_cluster_fsid(rados_t cluster, char *buf, size_t len);
     int rados_ioctx_create(rados_t cluster, const char *pool, rados_ioctx_t *ioctx);
     void rados_ioctx_destroy(rados_ioctx_t ioctx);

@@ -1,8 +1,9 @@
 """Who may have an image's lock: this process, after a predecessor whose process has ended, or on the operator's word.
 
 A lock that is broken excludes its owner from the cluster, so that it writes no more.  So the lock of the owner on
-record, whose process the daemon knows to be dead, is broken at once, and no other: another client's is left to the
-cluster, which counts a client as dead when it has not been heard for half a minute.
+record, whose process the daemon knows to be dead, is broken at once, and that of a predecessor that died before its
+attach (`mark.py`), and no other: another client's is left to the cluster, which counts a client as dead when it has not
+been heard for half a minute.
 """
 
 import errno
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ublkpool.backends.rbd.mark import MARK, ProcessMark
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Hint, log
 
@@ -49,6 +51,16 @@ class Lockable(Protocol):
     def watchers(self) -> list[str]:
         """The addresses of the clients that have it open."""
 
+    @property
+    def own_address(self) -> str:
+        """The address of this client; empty if it is not known."""
+
+    def metadata(self, key: str) -> str:
+        """What is on record in the image under this key; empty: nothing."""
+
+    def set_metadata(self, key: str, value: str) -> None:
+        """Put something on record in the image."""
+
     def acquire_lock(self) -> None:
         """Take its lock and keep it.  Raises `OSError`."""
 
@@ -71,6 +83,8 @@ class Claim:
         self._image, self._name, self._hint = image, name, hint
         self._clock, self._sleep = clock, sleep
         self._since_s: float | None = None
+        self._mark = ProcessMark.of_this(hint)
+        self._is_marked = False
 
     def take(self) -> str:
         """Take the lock; returns the address under which this process has it.
@@ -84,17 +98,34 @@ class Claim:
     def _took(self) -> bool:
         """One step; whether the lock is this process's."""
         owner = next(iter(self._image.lock_owners()), "")
-        if owner and (owner == self._hint.former_owner or self._hint.takes_over):
-            self._break(owner)
+        if owner and self._is_predecessor(owner):
+            self._break(owner, "the predecessor")
+            return False
+        if owner and self._hint.takes_over:
+            self._break(owner, "another client")
             return False
         if owner in self._image.watchers():
             self._wait_for(owner)
             return False
         # Free, or its client is gone: then librbd breaks the lock itself, and excludes the client.
+        self._leave_mark()
         return self._try(self._image.acquire_lock)
 
-    def _break(self, owner: str) -> None:
-        whose = "the predecessor" if owner == self._hint.former_owner else "another client"
+    def _is_predecessor(self, owner: str) -> bool:
+        """Whether the owner is this device's last backend, whose process has ended."""
+        if owner == self._hint.former_owner:
+            return True
+        return self._mark is not None and self._mark.follows(self._image.metadata(MARK), owner)
+
+    def _leave_mark(self) -> None:
+        """Once, and only when the lock is to be had: the mark on record is the lock's owner's."""
+        if self._is_marked or self._mark is None:
+            return
+        if address := self._image.own_address:
+            self._image.set_metadata(MARK, self._mark.text(address))
+        self._is_marked = True
+
+    def _break(self, owner: str, whose: str) -> None:
         log.warning("%s: taking over from %s, %s", self._name, whose, owner)
         self._try(lambda: self._image.break_lock(owner))
 

@@ -1,10 +1,14 @@
 """Whose lock a backend breaks, whom it waits for, and when it gives up."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
+from ublkpool.backends.rbd.mark import MARK, ProcessMark
 from ublkpool.backends.rbd.owner import LIVE_PATIENCE_S, Claim, check_not_served_elsewhere, served_by
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Hint
@@ -21,6 +25,8 @@ class FakeImage:
         self.now_s = 0.0
         self.ends_at_s: float | None = None
         self.errors: list[int] = []
+        self.own_address = ME
+        self.on_record: dict[str, str] = {}
 
     def lock_owners(self) -> list[str]:
         return [self.owner] if self.owner else []
@@ -41,6 +47,13 @@ class FakeImage:
             raise OSError(errno.EBUSY, "lock")
         self.broken.append(owner)
         self.owner = ""
+
+    def metadata(self, key: str) -> str:
+        return self.on_record.get(key, "")
+
+    def set_metadata(self, key: str, value: str) -> None:
+        assert not self.owner or self.owner not in self.open_by, "a living owner's mark stays"
+        self.on_record[key] = value
 
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
@@ -93,6 +106,108 @@ def test_a_lock_that_another_client_takes_meanwhile_is_looked_at_again(moved: in
     image.errors = [moved, moved]
     assert take(image) == ME
     assert image.now_s > 0
+
+
+@contextmanager
+def predecessor(device: str = "vol0", run_dir: str = "/run") -> Iterator[tuple[FakeImage, Popen[bytes]]]:
+    """An image whose lock a backend of this device has that has not attached yet, and its process."""
+    hint = Hint(device, Path(run_dir), former_owner="")
+    with Popen(["sleep", "600"]) as process:
+        mark = ProcessMark.of_this(hint)
+        assert mark is not None
+        image = FakeImage(BEFORE, watchers=(BEFORE,))
+        image.on_record[MARK] = mark._replace(pid=process.pid, started_ticks=_started(process.pid)).text(
+            BEFORE
+        )
+        try:
+            yield image, process
+        finally:
+            process.kill()
+
+
+def _started(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19])
+
+
+def kill(process: Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def test_the_lock_of_a_predecessor_that_died_before_its_attach_is_broken_at_once() -> None:
+    with predecessor() as (image, process):
+        kill(process)
+        assert take(image) == ME
+        assert (image.broken, image.now_s) == ([BEFORE], 0)
+
+
+def test_a_predecessor_that_lives_keeps_its_lock_though_it_has_not_attached() -> None:
+    with predecessor() as (image, _):
+        with pytest.raises(BackendError, match=f"locked by {BEFORE}"):
+            take(image)
+        assert image.broken == []
+
+
+@pytest.mark.parametrize("other", [{"device": "vol1"}, {"run_dir": "/run/other"}])
+def test_a_dead_backend_of_another_device_or_daemon_keeps_its_lock(other: dict[str, str]) -> None:
+    with predecessor(**other) as (image, process):
+        kill(process)
+        with pytest.raises(BackendError, match=f"locked by {BEFORE}"):
+            take(image)
+        assert image.broken == []
+
+
+def test_a_mark_says_nothing_of_another_owner() -> None:
+    with predecessor() as (image, process):
+        kill(process)
+        image.owner, image.open_by = OTHER, [ME, OTHER]
+        with pytest.raises(BackendError, match=f"locked by {OTHER}"):
+            take(image)
+        assert image.broken == []
+
+
+def test_another_process_with_the_number_of_one_that_died_is_told_apart() -> None:
+    mark = ProcessMark.of_this(Hint("vol0", Path("/run")))
+    assert mark is not None
+    assert not mark.follows(mark.text(BEFORE), BEFORE)
+    earlier = mark._replace(started_ticks=mark.started_ticks - 1)
+    assert mark.follows(earlier.text(BEFORE), BEFORE)
+
+
+@pytest.mark.parametrize(
+    "record", ["", BEFORE, "{0} {1} 1", "{0} {1} x y", "{0} {1} -1 5", "{0} {1} 0x1 5 6"]
+)
+def test_a_record_that_is_no_mark_names_nobody(record: str) -> None:
+    mark = ProcessMark.of_this(Hint("vol0", Path("/run")))
+    assert mark is not None
+    assert not mark.follows(record.format(BEFORE, mark.place), BEFORE)
+
+
+def test_a_process_of_another_user_counts_as_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = ProcessMark.of_this(Hint("vol0", Path("/run")))
+    assert mark is not None
+
+    def kill_refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    # As where /proc hides the processes of other users.
+    monkeypatch.setattr("os.kill", kill_refused)
+    assert not mark._replace(pid=2**22 + 1).follows(mark._replace(pid=2**22 + 1).text(BEFORE), BEFORE)
+
+
+def test_the_mark_is_on_record_before_the_lock_and_names_this_process() -> None:
+    image = FakeImage()
+    image.errors = [errno.EROFS]
+    assert take(image) == ME
+    mark = ProcessMark.of_this(Hint("vol0", Path("/run")))
+    assert mark is not None and image.on_record == {MARK: mark.text(ME)}
+
+
+def test_without_an_own_address_the_lock_is_taken_and_no_mark_is_left() -> None:
+    image = FakeImage()
+    image.own_address = ""
+    assert take(image) == ME
+    assert image.on_record == {}
 
 
 NODE = Path("/dev/ublkb0")
