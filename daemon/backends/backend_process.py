@@ -169,6 +169,7 @@ class BackendProcess(SupervisedProcess):
     def serves(self) -> None:
         """It has attached: how its predecessor ended is no trouble any more."""
         self._last_end = ""
+        self._pauses.serves()
 
     async def _clear_away(self, pause_s: float) -> None:
         self._last_end = self.obituary()

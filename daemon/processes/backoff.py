@@ -15,12 +15,14 @@ from ublkpool.daemon.errors import DaemonError, one_line
 
 T = TypeVar("T")
 STEADY_S = 10.0
+STEADY_SERVING_S = 2.0
 
 
 class Backoff:
     """Pauses in seconds, doubled from `first_s` up to `most_s`.
 
-    A process that has run for `STEADY_S` is followed by a pause of `first_s`.  `clock` returns seconds.
+    A process that has run for `STEADY_S`, or served for `STEADY_SERVING_S`, is followed by a pause of `first_s`.
+    `clock` returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float], first_s: float, most_s: float) -> None:
@@ -28,18 +30,30 @@ class Backoff:
         self._first_s, self._most_s = first_s, most_s
         self._next_s = first_s
         self._started_s = clock()
+        self._serving_s: float | None = None
 
     def started(self) -> None:
         """The process has been started."""
-        self._started_s = self._clock()
+        self._started_s, self._serving_s = self._clock(), None
+
+    def serves(self) -> None:
+        """The process does what it is for, from now on."""
+        self._serving_s = self._clock()
 
     def ended(self) -> float:
         """The process has ended, or a start has failed: the pause in seconds before the next start."""
-        if self._clock() - self._started_s >= STEADY_S:
+        if self._was_steady():
             self._next_s = self._first_s
+        self._serving_s = None
         delay_s = self._next_s
         self._next_s = min(2 * delay_s, self._most_s)
         return delay_s
+
+    def _was_steady(self) -> bool:
+        now_s = self._clock()
+        if self._serving_s is not None and now_s - self._serving_s >= STEADY_SERVING_S:
+            return True
+        return now_s - self._started_s >= STEADY_S
 
 
 async def start_surely(

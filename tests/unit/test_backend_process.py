@@ -17,7 +17,7 @@ from support.fakes.standstill import STANDS_MAX_S, watched_loop
 from ublkpool.daemon.backends import backend_log, backend_process
 from ublkpool.daemon.backends.backend_log import LINE_BYTES_MAX, BackendLog
 from ublkpool.daemon.backends.backend_process import BackendProcess
-from ublkpool.daemon.processes.backoff import STEADY_S, Backoff
+from ublkpool.daemon.processes.backoff import STEADY_S, STEADY_SERVING_S, Backoff
 from ublkpool.daemon.settings.config import BackendConfig
 
 DEADLINE_S = 60
@@ -252,6 +252,35 @@ def test_pauses_double_until_a_process_has_lived_steadily() -> None:
         now_s += life_s
         delays.append(backoff.ended())
     assert delays == [1.0, 2.0, 4.0, 5.0, 1.0, 2.0]
+
+
+def test_a_process_that_has_served_is_followed_at_once_though_it_lived_for_a_short_time() -> None:
+    now_s = 0.0
+    backoff = Backoff(lambda: now_s, 1.0, 5.0)
+    delays = []
+    for start_s, serving_s in ((1.0, 0.0), (1.0, 0.0), (1.0, STEADY_SERVING_S), (1.0, 0.0), (2.0, 0.0)):
+        backoff.started()
+        now_s += start_s
+        backoff.serves()
+        now_s += serving_s
+        delays.append(backoff.ended())
+    # A start that took long, and one that fails after a process that served, count as before.
+    backoff.started()
+    now_s += STEADY_SERVING_S
+    delays.append(backoff.ended())
+    assert delays == [1.0, 2.0, 1.0, 2.0, 4.0, 5.0]
+
+
+@in_a_loop
+async def test_a_backend_that_has_attached_ends_the_growing_of_its_pauses(tmp_path: Path) -> None:
+    process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None)
+    process.start()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process._pauses, "serves", lambda: seen.append("serves"))
+        process.serves()
+    await process.child.wait()
+    assert seen == ["serves"]
 
 
 @in_a_loop
