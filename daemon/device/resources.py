@@ -28,10 +28,11 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import ClientArea
 from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.kernel.disk_parameters import parameters
+from ublkpool.daemon.kernel.opener import Opener
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import Leases
-from ublkpool.daemon.processes.held_names import pool_name, slice_name, worker_name
+from ublkpool.daemon.processes.held_names import opener_names, pool_name, slice_name, worker_name
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.statistics import read_statistics
@@ -111,6 +112,8 @@ class DeviceResources:
         """Go on with an earlier daemon's workers, pool and disk.  Raises `DaemonError`, `PoolError`, `OSError`."""
         record, kernel = adopted.record, adopted.kernel
         self.kernel, self.disk = kernel, disk
+        if kernel.is_a_users:
+            kernel.opener = Opener.adopt(self.config.name, adopted.held)
         data_fd = adopted.held.get(pool_name(self.config.name))
         arena = Arena.open(self._arena_prefix(kernel), data_fd, self.config.huge_pages)
         self.pool.resume(arena)
@@ -229,6 +232,7 @@ class DeviceResources:
                 if error.errno != errno.ENODEV:
                     raise
             self.kernel.let_go()
+            self._context.holder.drop(opener_names(self.config.name)[0])
         self.kernel, self.mark = None, 0
 
     async def discard(self) -> None:
@@ -310,5 +314,8 @@ class DeviceResources:
 
     def hold_workers(self, team: Team) -> None:
         """Have the holder keep the sockets of workers on record; a worker on no record must see this daemon's end."""
+        # First: the next daemon goes on with the workers if it can reach them.
+        if (opener := team.plan.kernel.opener) is not None:
+            opener.hold(self.config.name, self._context.holder)
         for worker in team.workers:
             self._context.holder.hold(worker_name(self.config.name, worker.queue), worker.fileno())

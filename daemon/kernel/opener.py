@@ -6,18 +6,23 @@ with all of its devices.  It finds the server by the number of its process, so t
 device: the number would be another process's soon.
 
 Runs: `Opener` on the supervisor's asyncio loop, `_serve` in the process.  It ends when the last process closes the
-life pipe: the supervisor has an end of it, and each worker.
+life pipe: the supervisor has an end of it, the holder for the next supervisor, and each worker.  The next supervisor
+watches the process by its pidfd, which the holder has as well.
 """
 
 import asyncio
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.held_names import opener_names
+from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.workers.process import fork_child
 
@@ -31,7 +36,7 @@ class Opener:
     """One such process."""
 
     def __init__(self, child: Child, life: int) -> None:
-        """Called by `start`; `life` is this process's end of the pipe."""
+        """Called by `start` and `adopt`; `life` is this process's end of the pipe."""
         self._child = child
         self.life = life
 
@@ -67,6 +72,30 @@ class Opener:
         finally:
             ours.close()
 
+    @classmethod
+    def adopt(cls, device: str, held: Mapping[str, int]) -> Self | None:
+        """The process that an earlier daemon started for the device; None unless its holder had it.  Raises `OSError`.
+
+        It may have ended: the driver may have killed it meanwhile.
+        """
+        pidfd, life = (held.get(name) for name in opener_names(device))
+        if pidfd is None or life is None:
+            return None
+        own = os.dup(life)
+        try:
+            watched = os.dup(pidfd)
+        except BaseException:
+            os.close(own)
+            raise
+        return cls(Child(_number(watched), watched), own)
+
+    def hold(self, device: str, holder: Holder) -> None:
+        """Have the holder keep what the next supervisor needs; nothing once the process has ended, its pidfd closed."""
+        if self._child.exit_status is not None:
+            return
+        for name, fd in zip(opener_names(device), (self._child.fileno(), self.life), strict=True):
+            holder.hold(name, fd)
+
     async def ended(self) -> None:
         """Return when the process has ended."""
         await self._child.wait()
@@ -76,6 +105,12 @@ class Opener:
         if self.life >= 0:
             os.close(self.life)
             self.life = -1
+
+
+def _number(pidfd: int) -> int:
+    """The number of the pidfd's process; -1 if that has ended and was reaped (pidfd_open(2))."""
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
 
 
 async def _received(ours: socket.socket, path: str) -> int:

@@ -1,7 +1,7 @@
 """Child processes, watched by pidfd: whether one runs, how it ended, and ending it in bounded time.
 
-Owns waitpid: no child of the daemon is reaped elsewhere.  A process that an earlier daemon started is watched in the
-same way, but its exit status is unknown: only its parent gets that.  Runs on the supervisor's asyncio loop.
+Owns the reaping: no child of the daemon is reaped elsewhere.  A process that an earlier daemon started is watched in
+the same way, but its exit status is unknown: only its parent gets that.  Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -18,12 +18,15 @@ EXIT_UNKNOWN = 255
 class Child:
     """A process that this daemon or an earlier one started, until its end."""
 
-    def __init__(self, pid: int) -> None:
-        """Raises `ProcessLookupError` if an earlier daemon's process has ended."""
+    def __init__(self, pid: int, pidfd: int | None = None) -> None:
+        """`pidfd` becomes this object's; without it the process of this number is meant.
+
+        Raises `ProcessLookupError` if an earlier daemon's process has ended.
+        """
         self.pid = pid
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
         self._loop.add_reader(self._pidfd, self._reap)
 
     def fileno(self) -> int:
@@ -69,13 +72,14 @@ class Child:
 
     def _reap(self) -> None:
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            # By the pidfd: after a process that is no child of this one its number may be another's.
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             code = EXIT_UNKNOWN
         else:
-            if not pid:
+            if ended is None:
                 return
-            code = os.waitstatus_to_exitcode(status)
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._exited.set_result(code if code >= 0 else 128 - code)

@@ -16,6 +16,11 @@ def stderr_name(device: str) -> str:
     return f"{device}/stderr"
 
 
+def opener_names(device: str) -> tuple[str, str]:
+    """The pidfd of the process that the driver takes for an ordinary user's server, and the pipe for which it lives."""
+    return f"{device}/opener", f"{device}/opener/life"
+
+
 def pool_name(device: str) -> str:
     """The memory of a device's pool."""
     return f"{device}/pool"

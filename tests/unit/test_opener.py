@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from support.fakes.device_parts import FakeKernel, FakeTeam
+from support.fakes.device_parts import FakeHolder, FakeKernel, FakeParts, FakeTeam, fake_context
 from support.vm.daemon import eventually_nothing
+from ublkpool.bufpool.errors import PoolError
+from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.daemon.device.records import Record
+from ublkpool.daemon.device.succession import AdoptedDevice
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.opener import SERVER_KILLED, Opener
 from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.held_names import opener_names
 from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.settings.config import DeviceConfig
+from ublkpool.ublk.abi import Feature
 from ublkpool.workers import messages
 from ublkpool.workers.process import fork_child
 
@@ -101,5 +108,108 @@ def test_when_the_kernel_ends_the_process_the_workers_end_with_that_reason(node:
             kernel.let_go()
             await worker.child.kill()
             worker.close()
+
+    asyncio.run(test())
+
+
+def held_of(opener: Opener) -> dict[str, int]:
+    """What the holder has of it for the next daemon."""
+    holder = KeptHolder()
+    opener.hold("vol", holder)
+    return holder.kept
+
+
+class KeptHolder(FakeHolder):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, int] = {}
+
+    def hold(self, name: str, fd: int) -> None:
+        super().hold(name, fd)
+        self.kept[name] = os.dup(fd)
+
+
+def close_all(held: dict[str, int]) -> None:
+    for fd in held.values():
+        os.close(fd)
+
+
+def test_the_next_daemon_watches_the_process_and_keeps_it_alive(node: str) -> None:
+    async def test() -> None:
+        first, fd = await Opener.start(node, DEADLINE_S)
+        os.close(fd)
+        held = held_of(first)
+        opener = Opener.adopt("vol", held)
+        assert opener is not None and opener.pid == first.pid
+        close_all(held)
+        # The daemon before has ended, and there is no worker any more.
+        first.let_end()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(opener.ended(), 0.3)
+        opener.let_end()
+        await asyncio.wait_for(opener.ended(), DEADLINE_S)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_the_next_daemon_sees_that_the_process_was_killed_also_before_it_came(
+    node: str, is_early: bool
+) -> None:
+    async def test() -> None:
+        first, fd = await Opener.start(node, DEADLINE_S)
+        os.close(fd)
+        held = held_of(first)
+        if is_early:
+            os.kill(first.pid, signal.SIGKILL)
+            await asyncio.wait_for(first.ended(), DEADLINE_S)
+        opener = Opener.adopt("vol", held)
+        close_all(held)
+        assert opener is not None and (opener.pid == -1) == is_early
+        if not is_early:
+            os.kill(first.pid, signal.SIGKILL)
+        await asyncio.wait_for(opener.ended(), DEADLINE_S)
+        assert held_of(opener) == {}, "the number of its descriptor may be another one's"
+        opener.let_end()
+        first.let_end()
+
+    asyncio.run(test())
+
+
+def test_a_daemon_before_this_one_that_held_no_process_leaves_none_to_watch() -> None:
+    assert Opener.adopt("vol", {}) is None
+    assert Opener.adopt("vol", {"vol/opener": 0, "other/opener/life": 0}) is None
+
+
+@pytest.mark.parametrize("flags", [Feature.UNPRIVILEGED_DEV, Feature(0)])
+def test_a_device_goes_on_with_the_process_and_gives_it_up_with_the_kernels_device(
+    node: str, monkeypatch: pytest.MonkeyPatch, flags: Feature
+) -> None:
+    def no_arena(*_: object) -> Arena:
+        raise PoolError("no pool")
+
+    async def test() -> None:
+        first, fd = await Opener.start(node, DEADLINE_S)
+        os.close(fd)
+        held = held_of(first)
+        kernel = FakeKernel()
+        kernel.info = kernel.info._replace(flags=flags)
+        parts = FakeParts(DeviceConfig(name="vol"), fake_context())
+        resources, holder = parts.resources, parts.context.holder
+        monkeypatch.setattr(Arena, "open", no_arena)
+        with pytest.raises(PoolError):
+            await resources.adopt(AdoptedDevice(kernel, (), Record(config=parts.config), held), None)
+        close_all(held)
+        first.let_end()
+        assert (kernel.opener is not None) == bool(flags)
+        resources.hold_workers(FakeTeam(kernel))
+        assert isinstance(holder, FakeHolder)
+        assert holder.held == (set(opener_names("vol")) if flags else set())
+        await resources.remove_kernel()
+        assert not holder.held
+        # Neither daemon keeps it alive.
+        await asyncio.wait_for(first.ended(), DEADLINE_S)
 
     asyncio.run(test())

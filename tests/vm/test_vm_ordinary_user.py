@@ -11,7 +11,7 @@ import pytest
 from support.vm.daemon import eventually, eventually_nothing
 from support.vm.user_daemon import USER, UserDaemon
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.kernel.opener import SERVER_KILLED
+from ublkpool.daemon.kernel.opener import SERVER_KILLED, TITLE
 from ublkpool.daemon.settings.user_devices import ANSWER_S_MAX, NOTE
 
 MIB = 1 << 20
@@ -80,7 +80,14 @@ def test_a_killed_daemon_is_followed_by_one_that_goes_on(user: UserDaemon) -> No
     user.wait_live("vol")
     assert [each.pid for each in user.status("vol").workers] == before
     python(user, WRITE_AND_COMPARE, path)
-    user.delete("vol")
+    # It also watches the process that the kernel takes for the server, and kills when a request is 30 s old.
+    (server,) = (
+        each.parent for each in Path("/proc").glob("[0-9]*/comm") if each.read_text().strip() == TITLE
+    )
+    os.kill(int(server.name), signal.SIGKILL)
+    eventually(lambda: user.status("vol").state == "failed", "the device fails")
+    assert SERVER_KILLED in user.status("vol").reason
+    user.client.delete(["vol"])
 
 
 @pytest.mark.long
