@@ -17,7 +17,7 @@ FUZZ_S ?= 60
 # test_docs.py and test_queue_layers.py take as long and stay, because most changes can break what they check.
 SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py broker/test_broker_questions.py \
     test_admin.py test_admin_patience.py test_async_methods.py test_author_output.py test_backend_process.py \
-    test_batches.py test_claim.py test_cut_store.py test_doctor.py test_doors.py test_ending.py test_examples.py \
+    test_batches.py test_claim.py test_cow_backend.py test_cow_crash.py test_cow_volumes.py test_cut_store.py test_doctor.py test_doors.py test_ending.py test_examples.py \
     test_exclusive.py test_file_backend.py test_guarded_socket.py test_holder.py test_memory_backend.py \
     test_metrics.py test_metrics_http.py test_metrics_process.py test_nbdkit_plugin.py test_nbdkit_requests.py test_no_descriptors.py test_null_backend.py \
     test_parallel.py test_sdk_ring.py test_sdk_serving.py test_serving_clock.py test_spread.py \

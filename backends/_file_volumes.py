@@ -41,7 +41,7 @@ class FileVolumes(Volumes):
 
     def create(self, size_bytes: int) -> str:
         """See `Volumes`: a sparse file that only its owner may read."""
-        with _new_file(self.path) as file:
+        with new_file(self.path) as file:
             os.ftruncate(file, whole_blocks(size_bytes))
         return f"path={self.path}"
 
@@ -55,12 +55,12 @@ class FileVolumes(Volumes):
             with suppress(FileNotFoundError):
                 status = each.stat()
                 if stat.S_ISREG(status.st_mode) and not each.name.startswith("."):
-                    found.append(_described(each, status))
+                    found.append(described(each, status))
         return found
 
     def resize(self, size_bytes: int) -> int:
         """See `Volumes`: sparse."""
-        with _alone(self.path, os.O_RDWR) as file:
+        with alone(self.path, os.O_RDWR) as file:
             before_bytes = os.fstat(file).st_size
             if whole_blocks(size_bytes) < before_bytes:
                 raise VolumeError(
@@ -80,7 +80,7 @@ class FileVolumes(Volumes):
 
     def clone(self, target: str, progress: Progress) -> str:
         """See `Volumes`: the blocks are shared where the file system can, else copied, and holes stay holes."""
-        with _alone(self.path, os.O_RDONLY) as source, _new_file(Path(target)) as file:
+        with alone(self.path, os.O_RDONLY) as source, new_file(Path(target)) as file:
             try:
                 fcntl.ioctl(file, _FICLONE, source)
             except OSError:
@@ -89,15 +89,15 @@ class FileVolumes(Volumes):
 
     def delete(self) -> None:
         """See `Volumes`."""
-        with _alone(self.path, os.O_RDWR) as file:
+        with alone(self.path, os.O_RDWR) as file:
             # Another command may have replaced it before the lock was there.
             if not os.path.samestat(self.path.stat(), os.fstat(file)):
                 raise VolumeError(f"path={self.path}: was replaced by another file just now: try again")
             self.path.unlink()
-        _sync_directory(self.path)
+        sync_directory(self.path)
 
 
-def _described(path: Path, status: os.stat_result) -> Volume:
+def described(path: Path, status: os.stat_result) -> Volume:
     users = [store_users.name_process(pid) for pid in store_users.lockers(path)]
     users += store_users.users_without_a_claim(path)
     return Volume(
@@ -106,38 +106,40 @@ def _described(path: Path, status: os.stat_result) -> Volume:
 
 
 @contextmanager
-def _alone(path: Path, flags: int) -> Iterator[int]:
+def alone(path: Path, flags: int, option: str = "path") -> Iterator[int]:
     """The open file, locked: alone if it is opened for writing, else with other readers.  Raises `VolumeError`."""
     try:
         # Opening a FIFO would wait for its other end.
         file = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise VolumeError(f"path={path}: no such volume") from None
+        raise VolumeError(f"{option}={path}: no such volume") from None
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise VolumeError(f"path={path}: not a regular file: only files are volumes")
+            raise VolumeError(f"{option}={path}: not a regular file: only files are volumes")
         shared = flags & os.O_ACCMODE == os.O_RDONLY
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _in_use(path, map(store_users.name_process, store_users.lockers(path))) from None
+            raise _in_use(
+                f"{option}={path}", map(store_users.name_process, store_users.lockers(path))
+            ) from None
         if users := store_users.users_without_a_claim(path):
-            raise _in_use(path, users)
+            raise _in_use(f"{option}={path}", users)
         yield file
     finally:
         os.close(file)
 
 
-def _in_use(path: Path, users: Iterator[str] | list[str]) -> VolumeError:
+def _in_use(what: str, users: Iterator[str] | list[str]) -> VolumeError:
     who = ", ".join(users) or "a process that cannot be seen from here"
     return VolumeError(
-        f"path={path}: in use by {who}: end that first (`ublkpool del` if it serves a device; `ublkpool resize` grows "
+        f"{what}: in use by {who}: end that first (`ublkpool del` if it serves a device; `ublkpool resize` grows "
         "a live one)"
     )
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[int]:
+def new_file(path: Path) -> Iterator[int]:
     """A file that gets this name, which must be free, once the block has filled it and it is synced."""
     refuse_below_dev(path)
     _refuse_existing(path)
@@ -156,7 +158,7 @@ def _new_file(path: Path) -> Iterator[int]:
     finally:
         os.close(file)
         Path(partial).unlink()
-    _sync_directory(path)
+    sync_directory(path)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -164,7 +166,7 @@ def _refuse_existing(path: Path) -> None:
         raise VolumeError(f"path={path}: exists already: choose another name, or delete that one first")
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     directory = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
@@ -177,17 +179,17 @@ def _copy(source: int, target: int, progress: Progress) -> None:
     size_bytes = os.fstat(source).st_size
     os.ftruncate(target, size_bytes)
     at = 0
-    while at < size_bytes and (data := _next_data(source, at)) is not None:
+    while at < size_bytes and (data := next_data(source, at)) is not None:
         at, end = data
         while at < end:
-            copied = _copy_part(source, target, at, min(_STEP_BYTES, end - at))
+            copied = copy_part(source, target, at, at, min(_STEP_BYTES, end - at))
             if copied == 0:
                 raise VolumeError("the file that is cloned became shorter meanwhile: try again")
             at += copied
             progress(at, size_bytes)
 
 
-def _next_data(file: int, at: int) -> tuple[int, int] | None:
+def next_data(file: int, at: int) -> tuple[int, int] | None:
     """Where the next data begins and ends; None if only a hole follows."""
     try:
         start = os.lseek(file, at, os.SEEK_DATA)
@@ -198,11 +200,12 @@ def _next_data(file: int, at: int) -> tuple[int, int] | None:
     return start, os.lseek(file, start, os.SEEK_HOLE)
 
 
-def _copy_part(source: int, target: int, at: int, length: int) -> int:
+def copy_part(source: int, target: int, source_at: int, target_at: int, length: int) -> int:
+    """Copy some of the bytes, shared where the file system can; returns how many, 0 at the source's end."""
     try:
-        return os.copy_file_range(source, target, length, at, at)
+        return os.copy_file_range(source, target, length, source_at, target_at)
     except OSError as error:
         if error.errno not in _NO_COPY_IN_THE_KERNEL:
             raise
-    data = os.pread(source, min(length, 1 << 20), at)
-    return os.pwrite(target, data, at)
+    data = os.pread(source, min(length, 1 << 20), source_at)
+    return os.pwrite(target, data, target_at)

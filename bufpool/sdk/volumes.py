@@ -35,6 +35,23 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
     """Who has it open, as far as the store shows."""
 
 
+class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What `ublkpool volume info` shows of a volume that shares content with a parent."""
+
+    name: str
+    size_bytes: int
+    used_bytes: int | None = None
+    """What it takes in the store."""
+    parent: str
+    own_bytes: int
+    """How much of the disk lies in the volume itself."""
+    zero_bytes: int
+    """How much of the disk is zeros that take no room."""
+    users: tuple[str, ...] = ()
+    trouble: str = ""
+    """Why it cannot be served as it is."""
+
+
 class Volumes:
     """The volumes of one kind; override what the kind can do.  Each method raises `VolumeError` or `OSError`."""
 
@@ -68,6 +85,18 @@ class Volumes:
     def delete(self) -> None:
         """Delete the volume, or the snapshot that the options name, while no device uses it."""
         raise self._cannot("delete volumes")
+
+    def reset(self) -> str:
+        """Throw away what the volume holds beyond its parent; returns what leads to it, as KEY=VALUE."""
+        raise self._cannot("reset volumes")
+
+    def commit(self, target: str, progress: Progress) -> str:
+        """Write volume and parent together into the new parent `target`; returns what leads to that, as KEY=VALUE."""
+        raise self._cannot("commit volumes")
+
+    def info(self) -> VolumeInfo:
+        """How much of the disk lies in the volume itself, and what keeps it from being served."""
+        raise self._cannot("tell what lies in a volume")
 
     def _cannot(self, what: str) -> VolumeError:
         return VolumeError(f"{self.kind}: cannot {what}")

@@ -1,4 +1,4 @@
-"""The commands `volume create|list|resize|snapshot|clone|delete`: the stores of devices, without a daemon."""
+"""The commands `volume create|list|...|info`: the stores of devices, without a daemon."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -31,8 +31,9 @@ _options = click.argument("options", nargs=-1, metavar="KEY=VALUE ...")
 def volume() -> None:
     """Make, list, grow, snapshot, clone and delete the volumes that devices are served from.
 
-    KIND and KEY=VALUE lead to a volume as in `ublkpool backend`: for file path=, for rbd pool=, namespace=, image=,
-    snapshot=, conf= and id=.  No daemon is needed.  A volume in use is refused, by a device or another program.
+    KIND and KEY=VALUE lead to a volume as in `ublkpool backend`: for file path=, for cow overlay= and base=, for rbd
+    pool=, namespace=, image=, snapshot=, conf= and id=.  No daemon is needed.  A volume in use is refused, by a device
+    or another program.
 
     \b
     ublkpool volume create file path=/var/lib/vol0.img --size 10G
@@ -43,7 +44,10 @@ def volume() -> None:
     \b
               create  list  resize  snapshot  clone  delete
     file      yes     yes   grow    no        yes    yes
+    cow       yes     yes   grow    no        no     yes
     rbd       yes     yes   grow    yes       yes    yes
+
+    An overlay of cow can also be reset and committed into a new base, and info tells how much of its disk it holds.
 
     Exit status: 0 done, 1 failed, 2 wrong usage, or a volume that is missing, in use or there already.
     """
@@ -162,6 +166,70 @@ def delete(kind: str, options: tuple[str, ...]) -> None:
     ublkpool volume delete rbd pool=vms image=golden snapshot=monday
     """
     _volumes(kind, options).delete()
+
+
+@volume.command(short_help="Throw an overlay's content away.")
+@_kind
+@_options
+def reset(kind: str, options: tuple[str, ...]) -> None:
+    """Throw away what was written to an overlay that no device uses: its disk reads as its base again.
+
+    With base= the overlay gets another base, such as the one that commit made.
+
+    \b
+    ublkpool volume reset cow overlay=/var/lib/vm7.cow
+    ublkpool volume reset cow overlay=/var/lib/vm7.cow base=/var/lib/golden2.img
+    """
+    click.echo(_volumes(kind, options).reset())
+
+
+@volume.command(short_help="Write an overlay and its base into a new base.")
+@_kind
+@_options
+@click.option("--to", "target", required=True, metavar="PATH", help="The new base.")
+def commit(kind: str, options: tuple[str, ...], target: str) -> None:
+    """Write the disk of an overlay that no device uses into a new file, and print what leads to it.
+
+    Overlay and base stay as they are.  An interrupted commit leaves no file of that name.
+
+    \b
+    ublkpool volume commit cow overlay=/var/lib/vm7.cow --to /var/lib/golden2.img
+    ublkpool volume create cow overlay=/var/lib/vm8.cow base=/var/lib/golden2.img --size 10G
+    """
+    progress = _Progress()
+    try:
+        made = _volumes(kind, options).commit(target, progress.show)
+    finally:
+        progress.end()
+    click.echo(made)
+
+
+@volume.command(short_help="Tell how much of its disk an overlay holds.")
+@_kind
+@_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def info(kind: str, options: tuple[str, ...], as_json: bool) -> None:
+    """Tell how much of its disk an overlay holds, and what keeps it from being served; also while it is served.
+
+    \b
+    ublkpool volume info cow overlay=/var/lib/vm7.cow
+    """
+    found = _volumes(kind, options).info()
+    if as_json:
+        print_json(found)
+        return
+    of = 100 * found.own_bytes // max(found.size_bytes, 1)
+    click.echo(f"disk:     {format_size(found.size_bytes)} ({found.size_bytes} bytes)")
+    click.echo(f"base:     {found.parent}")
+    click.echo(f"overlay:  {format_size(found.own_bytes)} of the disk ({of} %), {_zeros(found.zero_bytes)}")
+    click.echo(f"takes:    {format_size(found.used_bytes or 0)}")
+    click.echo(f"used by:  {'; '.join(found.users) or '-'}")
+    if found.trouble:
+        click.echo(f"trouble:  {found.trouble}")
+
+
+def _zeros(zero_bytes: int) -> str:
+    return f"and {format_size(zero_bytes)} of zeros that take no room"
 
 
 def _volumes(kind: str, options: tuple[str, ...]) -> "Volumes":

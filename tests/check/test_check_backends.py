@@ -16,6 +16,7 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "null": ("null", {"size": "64M"}),
     "file": ("file", {"path": "DISK"}),
     "file, read only": ("file", {"path": "DISK", "readonly": "on"}),
+    "cow": ("cow", {"base": "DISK", "overlay": "DISK.cow"}),
     "memory": ("memory", {"size": "16M"}),
     "memory that names reads": ("memory", {"size": "16M", "reads": "own"}),
     "demo_null": (str(EXAMPLES / "demo_null.py"), {}),
@@ -45,7 +46,7 @@ def test_the_backend_keeps_every_promise(
     assert report.counts["kill"] >= 2
     assert report.counts["fence"] >= 1
     assert report.counts["stop"] >= 2
-    if "memory" in name or name in ("null", "file"):
+    if "memory" in name or name in ("null", "file", "cow"):
         assert report.placements == ("backend", "pool")
 
 
