@@ -123,7 +123,9 @@ static int judge_pages(struct cow_map *m, bool trusts_live)
 		/* A file system that knows no holes names all pages; the unused ones may have no room yet. */
 		if (!is_used)
 			m->flags[page] &= (uint8_t)~COW_RESERVED;
-		if (trusts_live && memcmp(words, durable, COW_PAGE_BYTES) != 0)
+		/* Also where the copies are equal: a flush that was killed may have written the durable one without the
+		 * sync behind it, and a write with FUA would rely on it. */
+		if (trusts_live && is_used)
 			m->flags[page] |= COW_DIRTY;
 	}
 	return 0;
