@@ -98,3 +98,19 @@ def test_every_end_at_every_moment_leaves_what_was_promised(disk: CowDisk, scrip
         looked += disk.check_power_failures(0, SECTORS, OUTCOMES_MAX)
     assert not (disk.changes or disk.reads or disk.flushes or disk.failed)
     assert looked > 50
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_what_a_killed_flush_wrote_is_not_taken_for_synced(disk: CowDisk, done: int) -> None:
+    disk.write(8, 8)
+    disk.settle()
+    disk.flush()
+    for _ in range(min(done, len(disk.flying))):
+        disk.finish(0)
+    disk.killed()
+    # The flush is sent again, and the write is answered before it.
+    disk.write(8, 8, fua=True)
+    while disk.flying:
+        disk.finish(-1)
+        disk.check_power_failures(0, SECTORS, OUTCOMES_MAX)
+    assert not (disk.changes or disk.flushes or disk.failed)
