@@ -12,6 +12,7 @@ import pytest
 from support.ceph.cluster import POOL, Cluster, Shape
 from support.ceph.serving import host, options, said
 from support.fakes.worker import DEADLINE_S, FakeWorker, finish
+from support.stopping import stop
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.wire import Flag, Kind, Op
 from ublkpool.testing import Report
@@ -264,7 +265,7 @@ def test_a_write_that_is_on_its_way_while_another_host_takes_over_is_refused(
         assert a.process is not None
         late = a.worker.describe(Kind.REQUEST, Op.WRITE, 0, BLOCK)
         a.worker.pool[late.buffer : late.buffer + BLOCK] = block(1)
-        os.kill(a.process.pid, signal.SIGSTOP)
+        stop(a.process.pid)
         a.worker.send(0, [late])
         b.takes_over = True
         b.serve()
@@ -300,7 +301,7 @@ def stopped_servers(cluster: Cluster) -> Callable[[], None]:
     """Stop every process of the cluster, as a network that is cut would; call the result to let them go on."""
     pids = [pid for pid, _ in cluster.servers.recorded().values()]
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
 
     def go_on() -> None:
         for pid in pids:

@@ -246,6 +246,7 @@ class Cluster:
             "osd_pool_default_pg_autoscale_mode": "off",
             "osd_crush_chooseleaf_type": "0",
             **library_settings(),
+            **(_NO_READ_LEASE if self.shape.replicas == 1 else {}),
             **self.shape.settings,
         }
         self.conf.write_text(
@@ -336,6 +337,9 @@ _OSD = {
     "osd_heartbeat_grace": "6",
     "osd_heartbeat_interval": "1",
 }
+# Ceph 16 never again serves reads that came after the lease had run out, as in a pause, of a pool whose OSD has no
+# peer to renew it with (tracker.ceph.com/issues/53806).  The lease keeps a second OSD waiting, and there is none.
+_NO_READ_LEASE = {"osd_pool_default_read_lease_ratio": "10000"}
 _STORE_SIZES = ("bluestore_block_size", "memstore_device_bytes")
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.ceph.programs import program
+from support.stopping import wait_until_stopped
 
 _END_S = 60.0
 
@@ -82,7 +83,9 @@ class Servers:
 
     def pause(self, name: str) -> None:
         """Let it do nothing, with its connections open, until `resume`."""
-        _signal(*self._found(name), signal.SIGSTOP)
+        pid, started_at = self._found(name)
+        _signal(pid, started_at, signal.SIGSTOP)
+        wait_until_stopped(pid)
 
     def resume(self, name: str) -> None:
         """Let it go on."""
