@@ -145,10 +145,10 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@$(MAKE) compiled deb
 	@$(MAKE) test-guests BESIDE_GUESTS=test-without-clock
 
-# On a busy machine these tests only take longer: the simulation has a clock of its own, and fuzzing and the package tests
-# have no deadline.
+# On a busy machine these tests only take longer, several times as long beside the guests: the simulation has a clock of its
+# own, and fuzzing and the package tests have no deadline.
 test-without-clock:
-	@nice -n 5 $(MAKE) test-sanitized SANITIZED_SUITES=tests/sim
+	@nice -n 5 $(MAKE) test-sanitized SANITIZED_SUITES=tests/sim PYTEST_ARGS="--timeout 1200 $(PYTEST_ARGS)"
 	@nice -n 5 $(MAKE) fuzz
 	@nice -n 5 $(MAKE) package
 
