@@ -181,7 +181,8 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@$(MAKE) test-power
 	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long -o faulthandler_timeout=3600" \
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py \
-	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_optimal_io.py"
+	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_rbd_trouble.py \
+	        tests/vm/test_vm_optimal_io.py"
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
 wheel: dist/.wheel ## the source distribution and the wheel for every Python from 3.11 on, in dist
