@@ -63,6 +63,15 @@ def test_it_runs_without_a_driver_with_nothing_but_debian_s_python(seen: Life) -
     assert "every promise was kept" in seen.said["check"]
 
 
+def test_it_enables_no_daemon_in_users_sessions(seen: Life) -> None:
+    installed, clean = (
+        {each for each in seen.files[when] if each.startswith("etc/systemd/user/")}
+        for when in ("installed", "clean")
+    )
+    assert installed == clean
+    assert "usr/lib/systemd/user/ublkpool.service" in seen.files["installed"]
+
+
 def test_each_command_has_its_page_and_all_that_a_machine_needs_is_there(seen: Life) -> None:
     files = seen.files["installed"].keys()
     pages = {each.rpartition("/")[2] for each in files if each.startswith("usr/share/man/man1/ublkpool")}

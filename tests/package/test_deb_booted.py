@@ -28,7 +28,7 @@ FAILURES = (
 )
 """Events that a restart and an upgrade must not have."""
 OF_THE_MACHINE = re.compile(
-    r"run/mount/utab$|var/tmp/systemd-private-"
+    r"run/mount/utab(\.event|\.lock)?$|var/tmp/systemd-private-"
     # udev's entries of keyboard and mouse, which the kernel numbers as it finds them; 13 is the major number of input.
     r"|run/udev/(data|tags/[^/]+)/(\+input:input|c13:)[0-9]+$"
 )
@@ -83,12 +83,20 @@ def test_every_step_ran_through_and_the_machine_goes_off(first: Seen, second: Se
         assert seen.boot.is_off
 
 
+def test_the_shutdowns_units_do_their_work(first: Seen) -> None:
+    for unit in OURS[2:]:
+        assert f"{unit}: Deactivated successfully" in first.log
+        assert f"{unit}: Failed" not in first.log
+
+
 def test_an_installation_starts_and_enables_nothing(first: Seen) -> None:
     assert first.fact("install")["status"] == 0, first.fact("install")
     assert first.fact("installed") == f"{EARLIER} installed"
     units = first.fact("units after install")
     expect_service(units, active=False)
     assert {units[name]["UnitFileState"] for name in OURS} == {"disabled"}
+    # Neither in users' sessions.
+    assert first.fact("users' unit") == {"status": 1, "said": "disabled\n"}
     before, after = first.fact("before"), first.fact("running after install")
     assert after == {name: before[name] for name in after}
 

@@ -155,6 +155,7 @@ def install() -> None:
     say("install", shell("dpkg", "-i", str(EARLIER)))
     say("installed", installed())
     say("units after install", units(*OURS))
+    say("users' unit", shell("systemctl", "--global", "is-enabled", SERVICE))
     say("running after install", running())
 
 
