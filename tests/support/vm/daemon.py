@@ -27,7 +27,7 @@ from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
 from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import Client
-from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.errors import DaemonError, RemoteError
 from ublkpool.daemon.events.keeper import TITLE as WRITER
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
@@ -37,6 +37,7 @@ DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "300"))
 WORKER_USER = "daemon"
 """As which workers and broker run in the tests: an account of every system, which no test uses for a backend."""
 MARK = "UBLKPOOL_TEST_MARK"
+CANNOT_TELL = "it cannot be told whether its disk is in use"
 _POLL_S = 0.02
 _PAUSE_SHARE = 3
 """How much longer than a look the pause after it is."""
@@ -274,7 +275,17 @@ class Daemon:
     def delete(self, name: str) -> None:
         """Wait until a device is at rest, then delete it.  Raises `AssertionError` if a lease does not come back."""
         self.rest(name)
-        self.client.delete([name])
+        eventually(lambda: self._deleted(name), f"{name} is deleted")
+
+    def _deleted(self, name: str) -> bool:
+        """Delete a device; False if a busy machine had no time to look for the users of its disk, so that it stays."""
+        try:
+            self.client.delete([name])
+        except RemoteError as error:
+            if CANNOT_TELL not in str(error):
+                raise
+            return False
+        return True
 
     def rest(self, name: str) -> DeviceStats:
         """Wait until no request is in flight and every lease has come back; returns the counters."""
