@@ -1,6 +1,7 @@
 """The shipped units: servers of disks outlive the shutdown's stops, messages get enough time, few rights are left."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -89,3 +90,12 @@ def test_a_stop_of_a_users_unit_leaves_what_serves_the_disks() -> None:
     found = settings("ublkpool.service.user")
     assert found["ExecStart"].endswith("--on-stop leave")
     assert (found["KillMode"], found["WantedBy"]) == ("process", "default.target")
+
+
+def test_a_users_unit_has_the_config_that_its_reload_reads_again() -> None:
+    found = settings("ublkpool.service.user")
+    assert found["ExecReload"] == "ublkpool reload"
+    (config,) = re.findall(r"-c (\S+)", found["ExecStart"])
+    # It is there at the first start.
+    assert found["ConfigurationDirectory"] == "ublkpool"
+    assert found["ExecStartPre"] == f"-touch {config}" == "-touch %E/ublkpool/ublkpool.toml"
