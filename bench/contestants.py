@@ -10,6 +10,7 @@ from typing import NamedTuple
 from bench import nbd_clients, ours, peers, rbd_clients
 from bench.ours import BACKENDS, Start
 from bench.results import Transport
+from ublkpool.backends.rbd.cluster import LEAN
 
 
 class Contestant(NamedTuple):
@@ -118,6 +119,13 @@ RBD_PEERS = (
         "nbd.ko, rbd_cache=false",
         stores=True,
     ),
+    Contestant(
+        "rbd-nbd, our settings",
+        rbd_clients.rbd_nbd("--rbd_cache=false", *(f"--{key}={value}" for key, value in LEAN.items())),
+        "nbd",
+        "nbd.ko, rbd_cache=false and what our backend sets for speed",
+        stores=True,
+    ),
     Contestant("qemu-nbd", rbd_clients.qemu_nbd, "nbd", "nbd.ko, --cache=none", stores=True),
     Contestant("krbd", rbd_clients.krbd, "kernel", "ms_mode=prefer-crc", stores=True),
 )
@@ -126,11 +134,19 @@ RBD_PEERS = (
 def rbd_contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
     """The clients of one Ceph cluster, ours over rings if there are any."""
     transport = transports[-1]
-    name = f"rbd, {transport}" if transport else "rbd"
-    own = Contestant(
-        name, rbd_clients.our_rbd(transport), "ublkpool", "NEED_GET_DATA", transport, stores=True
-    )
-    return [each for each in (*RBD_PEERS, own) if re.search(only, each.name)]
+    given: Mapping[str, Mapping[str, str]] = {"rbd": {}, "rbd, ceph_defaults=on": {"ceph_defaults": "on"}}
+    own = [
+        Contestant(
+            f"{kind}, {transport}" if transport else kind,
+            rbd_clients.our_rbd(transport, **options),
+            "ublkpool",
+            "NEED_GET_DATA",
+            transport,
+            stores=True,
+        )
+        for kind, options in given.items()
+    ]
+    return [each for each in (*RBD_PEERS, *own) if re.search(only, each.name)]
 
 
 def table_of(mode: str, transports: Sequence[Transport], only: str = "") -> list[Contestant]:

@@ -116,13 +116,13 @@ def _krbd_number(image: str) -> str:
     raise StageError(f"the kernel has no device of the image {image}")
 
 
-def our_rbd(transport: Transport) -> Start:
-    """The backend rbd as it comes."""
+def our_rbd(transport: Transport, **more: str) -> Start:
+    """The backend rbd, with these options besides its image's."""
 
     @contextmanager
     def start(stage: Stage, name: str) -> Iterator[Disks]:
         cluster = _image(stage, name)
-        given = options(cluster, name)
+        given = options(cluster, name, **more)
         with ours.backend("rbd", transport=transport, options=given)(stage, name) as disks:
             disk = disks.all()[0]
             parts = {part: list(pids) for part, pids in disk.parts.items()}

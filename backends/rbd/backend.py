@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 
-from ublkpool.backends.rbd.cluster import Cluster
+from ublkpool.backends.rbd.cluster import LEAN, Cluster
 from ublkpool.backends.rbd.image import Image
 from ublkpool.backends.rbd.libraries import libraries
 from ublkpool.backends.rbd.options import RbdOptions, check_options
@@ -70,7 +70,7 @@ class RbdBackend(Backend):
 
     def _open(self, hint: Hint) -> Properties:
         options = self.options
-        self._cluster = cluster = Cluster(options)
+        self._cluster = cluster = Cluster(options, defaults={} if options.ceph_defaults else LEAN)
         self._image = image = Image(cluster, options)
         if wrong := image.wrong_setting():
             key = wrong.partition(" ")[0]

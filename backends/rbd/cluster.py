@@ -28,6 +28,15 @@ _LIMITS = {
     "objecter_inflight_ops": "0",
     "objecter_inflight_op_bytes": "0",
 }
+LEAN = {
+    # librbd hands each request from thread to thread.  The engine's thread never waits in librbd (see _LIMITS) and so
+    # needs none to submit for it; of several threads for answers each is in the way of the others.
+    "rbd_non_blocking_aio": "false",
+    "librados_thread_count": "1",
+    # "simple" delays a write to an object with a write under way, to join adjacent ones: the kernel has done so.
+    "rbd_io_scheduler": "none",
+}
+"""Instead of Ceph's own defaults, for a client with one image: they cost time in every request."""
 _VALUE_BYTES = 256
 
 
@@ -44,9 +53,19 @@ class Question(Protocol):
 class Cluster:
     """A connection with one pool."""
 
-    def __init__(self, options: RbdOptions, settings: Mapping[str, str] | None = None) -> None:
-        """Connect, with more settings of librados.  Raises `BackendError` that names the option or file."""
+    def __init__(
+        self,
+        options: RbdOptions,
+        settings: Mapping[str, str] | None = None,
+        defaults: Mapping[str, str] | None = None,
+    ) -> None:
+        """Connect.  Raises `BackendError` that names the option or file.
+
+        `settings` are more settings of librados; `defaults` are for settings that neither the configuration nor the
+        cluster has.
+        """
         self._settings = {**SETTINGS, **_LIMITS, **(settings or {})}
+        self._defaults = dict(defaults or {})
         self._lib = libraries().rados
         self._options = options
         self._handle: Any = None
@@ -67,6 +86,7 @@ class Cluster:
 
     def _connect(self) -> None:
         lib, conf = self._lib, self._options.conf
+        self._set_defaults()
         path = bytes(conf.absolute()) if conf is not None else ffi.NULL
         try:
             check(lib.rados_conf_read_file(self._handle, path), "configuration")
@@ -86,6 +106,12 @@ class Cluster:
             raise BackendError(
                 f"rbd: the cluster is not reached as {user}: {explain(error)}: check conf=, id= and the keyring"
             ) from error
+
+    def _set_defaults(self) -> None:
+        """The way Ceph's programs are told on their command line; a library ignores what it does not know."""
+        words = ["ublkpool", *(f"--default-{key}={value}" for key, value in self._defaults.items())]
+        memory = [ffi.new("char[]", each.encode()) for each in words]
+        self._lib.rados_conf_parse_argv(self._handle, len(memory), ffi.new("const char *[]", memory))
 
     def _opened_pool(self) -> Any:
         out, options = ffi.new("rados_ioctx_t *"), self._options
@@ -119,11 +145,13 @@ class Cluster:
     @property
     def expire_s(self) -> float:
         """For how many seconds the cluster excludes a client whose lock was broken."""
+        return float(self._options.blocklist_expire or self.setting(_EXPIRE))
+
+    def setting(self, key: str) -> str:
+        """The value that a setting has for this client.  Raises `OSError`."""
         memory = ffi.new("char[]", _VALUE_BYTES)
-        if self._options.blocklist_expire:
-            return float(self._options.blocklist_expire)
-        check(self._lib.rados_conf_get(self._handle, _EXPIRE.encode(), memory, _VALUE_BYTES), _EXPIRE)
-        return float(text(memory))
+        check(self._lib.rados_conf_get(self._handle, key.encode(), memory, _VALUE_BYTES), key)
+        return text(memory)
 
     def ask(self, name: str) -> Question:
         """Ask for the object's size, of which only the answer's arrival matters.  Raises `OSError`."""

@@ -24,6 +24,7 @@ ffi.cdef(
 
     int rados_create(rados_t *cluster, const char *id);
     int rados_conf_read_file(rados_t cluster, const char *path);
+    int rados_conf_parse_argv(rados_t cluster, int argc, const char **argv);
     int rados_conf_parse_env(rados_t cluster, const char *var);
     int rados_conf_set(rados_t cluster, const char *option, const char *value);
     int rados_conf_get(rados_t cluster, const char *option, char *buf, size_t len);

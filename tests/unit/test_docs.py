@@ -33,10 +33,12 @@ KERNEL = (
 SYSTEM = (
     "CancelledError DEALER F_SEAL_GROW F_SEAL_SEAL IORING_OP_FUTEX_WAIT MADV_DONTNEED SCM_RIGHTS SOCK_SEQPACKET "
     "SOCK_STREAM "
-    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl df dmesg erms final.target fsck fsrm "
-    "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep nofail nowatch numactl "
+    "SO_PEERCRED ZMQ_ROUTING_ID _netdev cat cmpxchg16b coredumpctl "
+    "debug_ms debug_objecter debug_rbd df dmesg erms final.target fsck fsrm "
+    "h11.RemoteProtocolError hidepid io_uring_prep_uring_cmd liburing.a mkfs modules.dep ms_crc_data nofail nowatch "
+    "numactl "
     "osd_client_watch_timeout osd_request_timeout preexec_fn ps rados_mon_op_timeout "
-    "rados_osd_op_timeout rbd_config_image_list rbd_lock_acquire sources.list taskset "
+    "rados_osd_op_timeout rbd_enable_alloc_hint rbd_config_image_list rbd_lock_acquire sources.list taskset "
     "tools/testing/selftests/ublk umount.target xfs_growfs"
 )
 """Names of libraries, programs, systemd and processors."""
