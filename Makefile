@@ -183,6 +183,10 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py \
 	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_rbd_trouble.py \
 	        tests/vm/test_vm_optimal_io.py"
+	@# Where time is instructions, so that neither the host's load nor emulation is in the times that it compares.
+	@$(GUEST) run --kernel $(lastword $(KERNELS)) --exact --timeout $(VM_TIMEOUT_S) -- \
+	    env UBLKPOOL_LONG=1 UBLKPOOL_KERNELS="$(KERNELS)" $(PY) -m pytest $(IN_GUEST) \
+	    -m long -o faulthandler_timeout=3600 tests/vm/test_vm_rbd_reattach.py
 	@$(MAKE) soak DURATION=$(if $(filter file,$(origin DURATION)),3600,$(DURATION))
 
 wheel: dist/.wheel ## the source distribution and the wheel for every Python from 3.11 on, in dist
