@@ -27,8 +27,8 @@ from ublkpool.bufpool.way_out import explain
 from ublkpool.bufpool.wire import Identity
 
 _BLOCK_BYTES = 512
-_LENGTH_MAX = 1 << 30
-"""Bytes of one DISCARD or WRITE_ZEROES, which librbd divides into a request for each object."""
+_LENGTH_MAX, _OBJECTS_MAX = 1 << 30, 256
+"""Bytes and objects of one DISCARD or WRITE_ZEROES: librbd sends a request for each object from the engine's thread."""
 _DISCARD_BYTES = 64 << 10
 """librbd leaves smaller parts as they are (rbd_discard_granularity_bytes)."""
 _SEGMENT_BYTES = 64 << 20
@@ -103,7 +103,9 @@ class RbdBackend(Backend):
         if size_bytes < found_bytes:
             log.warning("%s: has %d bytes; the first %d are served", options.name, found_bytes, size_bytes)
         self._announced_bytes = size_bytes
-        length_max = 0 if options.is_read_only else min(_LENGTH_MAX, size_bytes)
+        length_max = (
+            min(_LENGTH_MAX, _OBJECTS_MAX * object_bytes, size_bytes) if not options.is_read_only else 0
+        )
         segment_bytes = max(_SEGMENT_BYTES, slot_bytes(hint.max_io_bytes))
         return Properties(
             size_bytes=size_bytes,

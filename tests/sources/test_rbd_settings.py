@@ -11,6 +11,7 @@ from support.ceph.serving import host
 from ublkpool.backends.rbd.cluster import LEAN
 from ublkpool.backends.rbd.cluster import Cluster as Client
 from ublkpool.backends.rbd.options import RbdOptions
+from ublkpool.bufpool.wire import Op
 
 
 def settings_of_a_client(conf: Path, defaults: Mapping[str, str]) -> dict[str, str]:
@@ -58,3 +59,14 @@ def test_one_thread_of_librados_answers_unless_cephs_defaults_are_to_be_kept(
 def threads_of(pid: int) -> list[str]:
     """The names of a process's threads."""
     return [(each / "comm").read_text().strip() for each in Path(f"/proc/{pid}/task").iterdir()]
+
+
+def test_a_discard_is_a_request_to_a_few_hundred_objects_at_most(ceph: Cluster, tmp_path: Path) -> None:
+    ceph.rbd("create", "--size", "64M", "--object-size", "64K", f"{POOL}/small")
+    with host(tmp_path / "a", ceph, "small") as a:
+        attach = a.serve()
+        assert attach.discard_max_bytes == attach.write_zeroes_max_bytes == 256 * (64 << 10)
+        assert a.worker.write(0, b"x" * 4096) == 4096
+        assert a.worker.do(Op.DISCARD, 0, attach.discard_max_bytes) == 0
+        assert a.worker.read(0, 4096) == bytes(4096)
+        a.stop()
