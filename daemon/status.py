@@ -220,6 +220,7 @@ CUT_OFF_REASONS = (
     "ring",
     "doorbell",
     "post",
+    "engine",
     "fence",
     "stays",
     "attach-connection",

@@ -15,9 +15,11 @@ _BUFPOOL = _SOURCES.parents[1] / "bufpool"
 _SHARED = _BUFPOOL / "wire" / "csrc"
 _HEADERS = (
     "wire.h",
+    "engine_calls.h",
     "queue_latency.h",
     "queue_core.h",
     "queue_port.h",
+    "queue_inside.h",
     "queue_clock.h",
     "queue_ring.h",
     "mappings.h",
@@ -50,6 +52,7 @@ _SOURCE_FILES = (
     "queue_time.c",
     "queue_core.c",
     "queue_port.c",
+    "queue_inside.c",
     "queue_clock.c",
     "queue_ring.c",
     "mappings.c",

@@ -65,6 +65,7 @@ VIOLATIONS = (
     "an index in its ring that makes no sense",
     "backend never drains its doorbell eventfd",
     "a region posted that no write can use: of no size that buffers have, too many, or placement is pool",
+    "the engine in the worker broke the protocol or ended",
 )
 FAULTS = (
     "none",

@@ -15,6 +15,7 @@ _BUFPOOL = _ENGINE.parent
 _FOLDERS = (_ENGINE / "csrc", _BUFPOOL / "wire" / "csrc")
 _HEADERS = (
     "wire.h",
+    "engine_calls.h",
     "engine.h",
     "calls.h",
     "cow_map.h",

@@ -20,6 +20,7 @@ FROM_THE_GROUND_UP = (
     "queue_time",
     "queue_core",
     "queue_port",
+    "queue_inside",
     "queue_clock",
     "queue_ring",
 )

@@ -108,6 +108,7 @@ enum uq_violation {
 	UQ_V_RING,
 	UQ_V_DEAF,
 	UQ_V_POST,
+	UQ_V_ENGINE, /* the engine in the worker itself has ended */
 	UQ_VIOLATIONS,
 };
 

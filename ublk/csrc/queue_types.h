@@ -12,6 +12,7 @@
  *     queue_time.c                      deadlines
  *     queue_core.c                      makes and frees a queue; the queue's attention
  *     queue_port.c                      the rings that a backend shares
+ *     queue_inside.c                    an engine in this process
  *     queue_clock.c                     the time in which the worker runs
  *     queue_ring.c                      io_uring
  *

@@ -401,3 +401,17 @@ void engine_close(struct engine *e)
 	free(e->waiting.items);
 	free(e);
 }
+
+const struct engine_calls *engine_calls(void)
+{
+	static const struct engine_calls calls = {
+		.take = engine_take,
+		.answers = engine_answers,
+		.answers_sent = engine_answers_sent,
+		.use_ring = engine_use_ring,
+		.prepare = engine_prepare,
+		.complete = engine_complete,
+		.error = engine_error,
+	};
+	return &calls;
+}

@@ -12,9 +12,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine_calls.h"
 #include "wire.h"
 
-#define ENGINE_USER_DATA (1ull << 63)
 #define ENGINE_POST_SIZES_MAX 8
 
 struct engine_setup {
@@ -43,6 +43,9 @@ struct engine_statistics {
 struct engine;
 struct storage;
 struct io_uring;
+
+/* The functions below that a loop of another native module calls. */
+const struct engine_calls *engine_calls(void);
 
 /* Takes ownership of the storage, also on failure, which returns NULL and sets *error to a negative errno. */
 struct engine *engine_open(const struct engine_setup *setup, struct storage *storage, int *error);

@@ -1,0 +1,29 @@
+/* A native engine inside another process's loop: the functions that the loop calls, without linking them.
+ *
+ * `bufpool`'s native module fills the table (engine_calls), a worker's queue calls through it (ublk/csrc/queue_inside.c).
+ * Both are one build: the table has no version.  What each function does stands in engine.h.
+ */
+#ifndef UBLKPOOL_ENGINE_CALLS_H
+#define UBLKPOOL_ENGINE_CALLS_H
+
+#include <stdint.h>
+
+#include "wire.h"
+
+/* The engine sets this bit in the user_data of its entries in the caller's io_uring; no other entry may have it. */
+#define ENGINE_USER_DATA (1ull << 63)
+
+struct engine;
+struct io_uring;
+
+struct engine_calls {
+	int (*take)(struct engine *engine, const struct wire_descriptor *descriptors, uint32_t count);
+	uint32_t (*answers)(struct engine *engine, uint32_t queue, const struct wire_descriptor **answers);
+	void (*answers_sent)(struct engine *engine, uint32_t queue, uint32_t count);
+	int (*use_ring)(struct engine *engine, struct io_uring *ring);
+	uint32_t (*prepare)(struct engine *engine);
+	void (*complete)(struct engine *engine, uint64_t user_data, int32_t result);
+	int (*error)(const struct engine *engine);
+};
+
+#endif

@@ -1,0 +1,19 @@
+/*
+ * A native engine in the worker's own process, in place of a backend: descriptors go to it and come back by function
+ * calls.  The core judges its answers as it judges any backend's.
+ *
+ * One engine serves one queue, which it knows as its queue 0.
+ */
+#ifndef UQ_QUEUE_INSIDE_H
+#define UQ_QUEUE_INSIDE_H
+
+#include "engine_calls.h"
+#include "queue_core.h"
+
+/*
+ * Hands the queue's output to the engine and its answers to the queue until neither has any.  Does nothing while the
+ * queue has no link.  An engine whose use has ended cuts the link.
+ */
+void uq_inside_turn(struct uq *q, const struct engine_calls *calls, struct engine *engine);
+
+#endif
