@@ -21,6 +21,7 @@ from ublkpool.bufpool.engine.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.claim import lock, open_exclusively, refuse_own_disk
+from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize, format_size
 from ublkpool.bufpool.way_out import explain
@@ -108,6 +109,12 @@ class FileBackend(Backend):
         log.info("%s: %s I/O", self.options.path, "direct" if opened.direct else "buffered")
         storage = FileStorage(opened.file, opened.is_block_device)
         return NativeEngine(device, storage, read_only=self.options.readonly)
+
+    def open_inside(self, hint: Hint, kept: int | None) -> Inside:
+        """Open, lock and measure the file for a device's workers; see `bufpool/sdk/inside.py`."""
+        properties, opened = self.open(hint), self._opened
+        assert opened is not None
+        return Inside(properties, FileStorage(opened.file, opened.is_block_device), opened.file)
 
     def resize(self, size_bytes: int) -> None:
         """Grow the file, allocated or sparse as it was made; a block device must have grown already."""

@@ -18,10 +18,13 @@ from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
+from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import memory_identity
 from ublkpool.bufpool.sizes import ByteSize, format_size
 from ublkpool.bufpool.wire import Identity
 
+MEMSET_BYTES_MAX = 16 << 20
+"""The longest DISCARD and WRITE_ZEROES inside a worker, which does nothing else meanwhile, for some milliseconds."""
 _PAGE_BYTES = 4096
 
 
@@ -49,16 +52,25 @@ class MemoryBackend(Backend):
 
     def open(self, hint: Hint) -> Properties:
         """Adopt the disk that a predecessor left, or make one."""
-        size_bytes = hint.asked_bytes(self.options.size)
-        if not size_bytes:
-            raise BackendError(f"memory: device {hint.device} has no size of its own: give size=SIZE")
-        if size_bytes < 0 or size_bytes % _PAGE_BYTES:
-            raise BackendError(f"memory: size={size_bytes} is not a multiple of {_PAGE_BYTES}")
+        size_bytes = self._size(hint)
         segment = (
             self._kept(hint, size_bytes)
             if self.options.keep
             else OwnSegment.create(size_bytes, f"disk-{hint.device}")
         )
+        return self._properties(hint, segment, self._identity(hint, segment))
+
+    def _size(self, hint: Hint) -> int:
+        """The disk's bytes.  Raises `BackendError`."""
+        size_bytes = hint.asked_bytes(self.options.size)
+        if not size_bytes:
+            raise BackendError(f"memory: device {hint.device} has no size of its own: give size=SIZE")
+        if size_bytes < 0 or size_bytes % _PAGE_BYTES:
+            raise BackendError(f"memory: size={size_bytes} is not a multiple of {_PAGE_BYTES}")
+        return size_bytes
+
+    def _properties(self, hint: Hint, segment: OwnSegment, identity: Identity) -> Properties:
+        size_bytes = self._size(hint)
         self._disk_bytes, self._segment_bytes = size_bytes, segment.size_bytes
         return Properties(
             size_bytes=size_bytes,
@@ -68,7 +80,7 @@ class MemoryBackend(Backend):
             placement=self.options.placement,
             read_buffers=self.options.reads,
             segment=segment,
-            identity=self._identity(hint, segment),
+            identity=identity,
         )
 
     def _identity(self, hint: Hint, segment: OwnSegment) -> Identity:
@@ -123,6 +135,26 @@ class MemoryBackend(Backend):
     def engine(self, device: Device) -> FrameEngine:
         """The native engine on the disk."""
         return NativeEngine(device, MemoryStorage(names_reads=self.options.reads == "own"))
+
+    def open_inside(self, hint: Hint, kept: int | None) -> Inside:
+        """A disk for a device's workers, which the daemon keeps instead of a keeper; see `bufpool/sdk/inside.py`."""
+        size_bytes = self._size(hint)
+        if kept is not None:
+            segment = OwnSegment.adopt(kept)
+        elif hint.may_create or hint.takes_next:
+            segment = OwnSegment.create(size_bytes, f"disk-{hint.device}")
+        else:
+            raise BackendError(
+                f"memory: the disk of {hint.device} ended with the daemon that kept it, and a new one would be empty; "
+                f"accept that with: ublkpool rebind {hint.device}"
+            )
+        properties = msgspec.structs.replace(
+            self._properties(hint, segment, memory_identity(segment.descriptor, hint.device)),
+            read_buffers="own",
+            discard_max_bytes=min(size_bytes, MEMSET_BYTES_MAX),
+            write_zeroes_max_bytes=min(size_bytes, MEMSET_BYTES_MAX),
+        )
+        return Inside(properties, MemoryStorage(names_reads=True), segment.descriptor)
 
     def detached(self) -> None:
         """The device is deleted: end the keeper and the content."""

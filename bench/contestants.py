@@ -54,6 +54,25 @@ PEERS = (
 
 ALONE = (Contestant("worker null", ours.alone, "ublkpool", "answers worker, NEED_GET_DATA, no backend"),)
 
+INSIDE = (
+    Contestant("null inside", ours.inside("null"), "ublkpool", "isolation none, NEED_GET_DATA"),
+    Contestant(
+        "memory inside",
+        ours.inside("memory", "backend"),
+        "ublkpool",
+        "isolation none, NEED_GET_DATA, placement backend",
+        stores=True,
+    ),
+    Contestant(
+        "file inside",
+        ours.inside("file", file="path"),
+        "ublkpool",
+        "isolation none, NEED_GET_DATA, tmpfs",
+        stores=True,
+    ),
+)
+"""Engines inside the workers."""
+
 
 def ours_over(transport: Transport) -> tuple[Contestant, ...]:
     """Ours over one transport; an empty transport leaves the choice to `ublkpool backend`."""
@@ -157,7 +176,7 @@ def table_of(mode: str, transports: Sequence[Transport], only: str = "") -> list
 
 def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
     """All of them, or those whose names match the regular expression `only`."""
-    found = [*PEERS, *ALONE, *(each for transport in transports for each in ours_over(transport))]
+    found = [*PEERS, *ALONE, *INSIDE, *(each for transport in transports for each in ours_over(transport))]
     return [each for each in found if re.search(only, each.name)]
 
 

@@ -60,6 +60,19 @@ def alone(stage: Stage, name: str) -> Iterator[Disks]:
     daemon.client.delete([name], force=True)
 
 
+def inside(kind: str, placement: Literal["pool", "backend"] = "pool", file: str = "") -> Start:
+    """A device whose workers run this engine themselves; `file` as in `backend`."""
+
+    @contextmanager
+    def start(stage: Stage, name: str) -> Iterator[Disks]:
+        given = {file: stage.make_file(f"{name}.img")} if file else {"size": REGION_BYTES}
+        stage.daemon.add(name, kind, given, queues=QUEUES, placement=placement, isolation="none")
+        yield Disks(_disk(stage, name, []))
+        stage.daemon.client.delete([name], force=True)
+
+    return start
+
+
 def _disk(stage: Stage, name: str, backends: list[int], log: Path | None = None) -> Disk:
     daemon = stage.daemon
     status = daemon.client.wait_live(name, DEADLINE_S)

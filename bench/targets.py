@@ -43,6 +43,10 @@ _SERVED = ("null, pool", "null, backend", "memory, pool", "memory, backend")
 _FILES = ("file, pool", "file, backend")
 TARGETS = (
     Target(("worker null",), "", "kublk null -g", 1.0, (QD1, WRITE, READ, LARGE)),
+    Target(("null inside", "memory inside"), "", "kublk null -g", 0.98, (QD1, WRITE, READ)),
+    Target(("null inside", "memory inside"), "", "kublk null -g", 1.0, (LARGE,)),
+    Target(("file inside",), "", "kublk loop -g", 1.15, (QD1, WRITE, READ)),
+    Target(("file inside",), "", "kublk loop -g", 1.05, (LARGE,)),
     Target(_SERVED, "ring", "kublk null -g", 0.8, (WRITE, READ)),
     Target(_SERVED, "ring", "kublk null -g", 0.6, (QD1,)),
     Target(_SERVED, "ring", "kublk null -g", 1.0, (LARGE,)),

@@ -47,6 +47,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 1
     """Incremented by each recovery from a worker's death."""
     answers: Literal["backend", "worker"] = "backend"
+    isolation: Literal["process", "none"] = "process"
+    """none: the workers run the backend's engine themselves, and it has no process of its own."""
     drain: Drain = ""
     """drained: requests wait, and no backend may attach, until `ublkpool resume`."""
     differs: tuple[str, ...] = ()

@@ -438,10 +438,14 @@ class Port:
 class IoUring:
     """A queue on a real driver.  Made, used and closed in one process, after fork."""
 
-    def __init__(self, queue: Queue, char_fd: int, spin_us: int = 0) -> None:
-        """`spin_us`: how long it looks for news before it sleeps.  Raises `OSError`."""
+    def __init__(self, queue: Queue, char_fd: int, spin_us: int = 0, engine_requests: int = 0) -> None:
+        """`spin_us`: how long it looks for news before it sleeps; `engine_requests`: see `use_engine`.
+
+        Raises `OSError`.
+        """
         out = ffi.new("struct uq_ring **")
-        check(lib.uq_ring_new(queue.raw, char_fd, queue.config.depth, spin_us, out), "io_uring")
+        depth = queue.config.depth
+        check(lib.uq_ring_new(queue.raw, char_fd, depth, spin_us, engine_requests, out), "io_uring")
         self._queue = queue
         self._raw = ffi.gc(out[0], lib.uq_ring_free)
 
@@ -452,6 +456,15 @@ class IoUring:
     def use_port(self, port: Port | None, bell_in: int = -1, bell_out: int = -1) -> None:
         """Exchange descriptors with the backend there, without Python; the bells are eventfds (see queue_ring.h)."""
         lib.uq_ring_use_port(self._raw, ffi.NULL if port is None else port.raw, bell_in, bell_out)
+
+    def use_engine(self, calls: int, engine: int) -> None:
+        """Have this native engine answer, in the place of a backend; addresses of its functions and of itself.
+
+        It has at most `engine_requests` requests, and lives until this is closed.  Raises `OSError`.
+        """
+        functions = ffi.cast("struct engine_calls *", calls)
+        result = lib.uq_ring_use_engine(self._raw, functions, ffi.cast("struct engine *", engine))
+        check(result, "the engine's io_uring")
 
     def run(self, timeout_ms: int) -> int:
         """Serve until something needs attention; its bits, or 0 after the timeout.  Raises `OSError`."""

@@ -19,9 +19,12 @@ from ublkpool.bufpool.pool.control import LIMITS_OFFSET, slot_header_offset, sta
 from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
+from ublkpool.ublk.calls import ffi
 from ublkpool.ublk.queue import Attention, IoUring, LinkState, Memory, Queue, QueueConfig
 from ublkpool.workers import messages
+from ublkpool.workers.backend_doors import BackendDoors
 from ublkpool.workers.backend_link import BackendLink
+from ublkpool.workers.engine_inside import EngineInside, EngineSpec
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.privileges import Account, give_up_rights, run_without_capabilities
@@ -29,17 +32,15 @@ from ublkpool.workers.ring_link import RingLink
 
 TICK_MS = 500
 LOOK_S = 0.5
-_WATCH_SUPERVISOR, _WATCH_POOL, _WATCH_BACKEND = range(3)
-_CONNECTIONS = 0b11 << core.WATCH_SHIFT + _WATCH_BACKEND + 1
-"""A connection came or ended: the second and third descriptor of `BackendLink.filenos`."""
-_WATCH_RINGS = _WATCH_BACKEND + 3
-_WATCH_GATE = _WATCH_RINGS + 1
+_WATCH_SUPERVISOR, _WATCH_POOL = range(2)
+_WATCH_GATE = 6
+"""After those of `BackendDoors`."""
 # Plain numbers, tested at every turn: an enum's arithmetic costs more than all other Python of the turn.
 _POOL_READABLE = 1 << core.WATCH_SHIFT + _WATCH_POOL
 _TO_REPORT = int(
     Attention.CUT | Attention.SILENT | Attention.ABSENT | Attention.LINK | Attention.QUIET | Attention.FLUSHED
 )
-_FAULT, _GONE = int(Attention.FAULT), int(Attention.GONE)
+_FAULT, _GONE, _CUT = int(Attention.FAULT), int(Attention.GONE), int(Attention.CUT)
 _BATCH_MAX = 32
 _log = logging.getLogger("ublkpool.worker")
 
@@ -60,6 +61,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How long the worker polls before it sleeps, in microseconds."""
     hold_gate: int | None = None
     """The reader of the gate of a hold from the start, see `messages.Hold`; inherited."""
+    engine: EngineSpec | None = None
+    """The engine that answers in this process; None: a backend in its own process does."""
     account: Account | None = None
     """The user that the worker becomes once its tags are fetched; None: it keeps the daemon's rights."""
 
@@ -94,27 +97,35 @@ class QueueLoop:
         self._supervisor: socket.socket | None = supervisor
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         _settle(self._context, spec)
-        self._queue = _make_queue(spec.queue, descriptors, arena)
+        memory = _map_memory(spec.queue, descriptors, arena)
+        self._queue = Queue(spec.queue, memory)
         self._arena = arena
         self._look_at_s = 0.0
         self._broken = ""
-        self._backend = BackendLink(
-            self._context, spec.queue_socket, self._queue, spec.socket_mode, spec.socket_group
+        self._backend: BackendDoors | EngineInside = (
+            self._doors() if spec.engine is None else self._engine(spec.engine, memory)
         )
-        self._rings = RingLink(spec.ring_socket, self._queue, spec.socket_mode, spec.socket_group)
         self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
-        self._ring = IoUring(self._queue, char_fd, spec.spin_us)
+        engine_requests = spec.queue.depth if spec.engine is not None else 0
+        self._ring = IoUring(self._queue, char_fd, spec.spin_us, engine_requests)
         self._started = False
         self._fetched = False
         self._more = False
         self._bits = 0
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
         self._ring.watch(_WATCH_POOL, self._pool.fileno())
-        for number, fd in enumerate(self._backend.filenos(), _WATCH_BACKEND):
-            self._ring.watch(number, fd)
-        self._ring.watch(_WATCH_RINGS, self._rings.fileno())
-        self._rings.serve_on(self._ring)
+        self._backend.serve_on(self._ring)
         self._gate = self._make_gate()
+
+    def _doors(self) -> BackendDoors:
+        spec = self._spec
+        where = (self._queue, spec.socket_mode, spec.socket_group)
+        frames = BackendLink(self._context, spec.queue_socket, *where)
+        return BackendDoors(frames, RingLink(spec.ring_socket, *where))
+
+    def _engine(self, spec: EngineSpec, memory: Memory) -> EngineInside:
+        pool = memoryview(ffi.buffer(memory.pool, self._arena.geometry.total_bytes))
+        return EngineInside(spec, self._spec.name, self._queue, pool)
 
     def _make_gate(self) -> HoldGate:
         gate = HoldGate(lambda fd: self._ring.watch(_WATCH_GATE, fd), lambda: self._queue.hold(False))
@@ -129,7 +140,7 @@ class QueueLoop:
 
     def close(self) -> None:
         """Close links and ring; the process's end does the same."""
-        for each in (self._rings, self._backend, self._pool, self._ring):
+        for each in (self._backend, self._pool, self._ring):
             each.close()
         self._context.term()
 
@@ -146,6 +157,8 @@ class QueueLoop:
         attention = self._queue.attention_bits()
         if attention & _FAULT:
             return self._fail(self._queue.fault())
+        if attention & _CUT:
+            self._broken = self._broken or self._backend.failure()
         if self._broken:
             return self._fail(self._broken)
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
@@ -155,10 +168,7 @@ class QueueLoop:
                 return 1
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_GATE:
             self._gate.look()
-        if bits >> core.WATCH_SHIFT & 1 << _WATCH_RINGS:
-            self._rings.turn()
-            self._backend.is_idle = self._rings.is_open
-        self._more = self._backend.turn(not bits or bool(bits & _CONNECTIONS))
+        self._more = self._backend.turn(bits)
         self._look_around()
         if attention & _TO_REPORT:
             self._report(Attention(attention))
@@ -173,8 +183,7 @@ class QueueLoop:
         account = self._spec.account
         if account is None:
             return ""
-        self._backend.take_place()
-        self._rings.take_place()
+        self._backend.take_places()
         try:
             give_up_rights(account)
         except OSError as error:
@@ -203,7 +212,7 @@ class QueueLoop:
     def _report(self, attention: Attention) -> None:
         if attention & Attention.CUT:
             self._queue.clear(Attention.CUT)
-            self._listen_to(b"")
+            self._backend.expect(b"")
             was_guilty = self._queue.has_violation
             self._tell(messages.Cut(self._queue.violation()) if was_guilty else messages.HungUp())
         if attention & Attention.SILENT:
@@ -239,7 +248,7 @@ class QueueLoop:
             case messages.Expect():
                 self._expect(message, fd)
             case messages.Lost():
-                self._listen_to(b"")
+                self._backend.expect(b"")
                 self._queue.lost()
                 self._tell(messages.LetGo(message.id))
             case messages.NewPool():
@@ -261,7 +270,7 @@ class QueueLoop:
                 self._tell(
                     messages.Standing(
                         self._fetched,
-                        self._backend.token.hex(),
+                        self._backend.token,
                         is_linked,
                         message.id,
                         knows_new_pool=True,
@@ -298,7 +307,7 @@ class QueueLoop:
         problem = self._expect_segment(message, fd)
         if not problem:
             try:
-                self._listen_to(bytes.fromhex(message.token), message.user)
+                self._backend.expect(bytes.fromhex(message.token), message.user)
             except (OSError, zmq.ZMQError) as error:
                 # The supervisor answers with `Lost`, which takes the backend and its segment back.
                 problem = f"no socket can be made at {self._spec.queue_socket}: {error.strerror or error}"
@@ -326,12 +335,6 @@ class QueueLoop:
         if fd is not None:
             mappings.unmap_segment(base, message.segment_bytes)
         return problem
-
-    def _listen_to(self, token: bytes, user: int | None = None) -> None:
-        """Accept this backend over either transport; b"" and None: no backend."""
-        self._rings.expect(token, user)
-        self._backend.expect(token, user)
-        self._backend.is_idle = False
 
     def _tell(self, message: messages.FromWorker) -> None:
         if self._supervisor is None:
@@ -366,10 +369,10 @@ def _settle(context: "zmq.Context[zmq.Socket[bytes]]", spec: WorkerSpec) -> None
         os.sched_setaffinity(0, {spec.cpu})
 
 
-def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue:
+def _map_memory(config: QueueConfig, descriptors: object, arena: Arena) -> Memory:
     control = mappings.map_segment(arena.control_fd, os.fstat(arena.control_fd).st_size)
     pool = mappings.map_segment(arena.data_fd, arena.geometry.total_bytes)
-    memory = Memory(
+    return Memory(
         descriptors=descriptors,
         pool=pool,
         slots=mappings.offset(control, slot_header_offset(arena.queues, 0)),
@@ -378,4 +381,3 @@ def _make_queue(config: QueueConfig, descriptors: object, arena: Arena) -> Queue
         limits=mappings.offset(control, LIMITS_OFFSET),
         zeros=mappings.map_zeros(config.max_io_bytes) if config.answers_itself else None,
     )
-    return Queue(config, memory)

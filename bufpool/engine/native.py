@@ -153,6 +153,17 @@ class NativeEngine:
         """The native engine, for a loop in C; see `csrc/engine.h`."""
         return self._engine
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """The engine's functions (`struct engine_calls`) and the engine, for the loop of another native module."""
+        return int(ffi.cast("uintptr_t", lib.engine_calls())), int(ffi.cast("uintptr_t", self._engine))
+
+    @property
+    def failure(self) -> str:
+        """Why the engine's use has ended; empty if it has not."""
+        error = lib.engine_error(self._engine)
+        return str(engine_failure(-error)) if error else ""
+
     def resize(self, size_bytes: int) -> None:
         """The store has grown to at least `size_bytes`: execute requests up to there."""
         lib.engine_resize(self._engine, size_bytes)

@@ -8,6 +8,7 @@ living one a few seconds.  Runs in the backend's process, before it attaches.
 
 import errno
 import fcntl
+import math
 import os
 import stat
 import time
@@ -30,6 +31,9 @@ _PAUSE_MAX_S = 0.5
 class Patience:
     """The wait for one store, from the first refusal on."""
 
+    with_the_dead_s: float = math.inf
+    """How long to wait for the I/O of a dead process; a process that only opens a store for others waits in turns."""
+
     def __init__(
         self,
         path: Path,
@@ -40,7 +44,7 @@ class Patience:
         self._path = path
         self._clock = clock
         self._sleep = sleep
-        self._since_s = clock()
+        self._begun_s = self._since_s = clock()
         self._said = ""
         self._pause_s = _PAUSE_MIN_S
 
@@ -53,7 +57,10 @@ class Patience:
         # A living process may have inherited the descriptor of one that has ended.
         alive = _living(lockers) or _living(in_use.openers(self._path))
         if lockers and not alive:
-            self._say(f"waiting until the I/O of process {lockers[0]}, which has ended, is over")
+            text = f"waiting until the I/O of process {lockers[0]}, which has ended, is over"
+            if self._clock() - self._begun_s >= self.with_the_dead_s:
+                raise BackendError(f"path={self._path}: {text}")
+            self._say(text)
             self._since_s = self._clock()
         else:
             self._wait_for_the_living(what, alive)

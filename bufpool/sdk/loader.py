@@ -104,6 +104,11 @@ def _load(kind_or_file: str, given: Given) -> Backend:
         return found(options)
 
 
+def preload(kind: str) -> None:
+    """Import a built-in kind, so that a process that is forked later need not."""
+    importlib.import_module(f"{_BUILT_IN}.{kind}")
+
+
 def load_volumes(kind_or_file: str, given: Given) -> "Volumes":
     """The volumes of a kind, with the options that lead to one.  Raises `BackendError`."""
     from ublkpool.bufpool.sdk.volumes import Volumes

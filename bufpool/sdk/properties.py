@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from ublkpool.bufpool.engine.native import Storage
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.client import OwnSegment
 from ublkpool.bufpool.sdk.requests import log
@@ -83,6 +84,17 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     generation_seen: int = 0
     owner: str = ""
     optimal_io_bytes: int = 0
+
+
+class Inside(NamedTuple):
+    """A store that was opened for a device's workers (`inside.py`).
+
+    `descriptor` is of the file, or of the memory disk, which the daemon keeps; None without either.
+    """
+
+    properties: Properties
+    storage: Storage
+    descriptor: int | None
 
 
 def check_properties(properties: Properties) -> Properties:

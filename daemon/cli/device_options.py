@@ -121,6 +121,12 @@ _OPTIONS = (
         metavar="KIND|FILE.py",
         help="Backend that the daemon runs for the device, with the KEY=VALUE options.",
     ),
+    click.option(
+        "--isolation",
+        metavar="process|none",
+        help="Run the backend in a process of its own, or the engine of null, memory or file inside the device's "
+        "workers: faster and smaller, and a crash of the engine is one of the worker.  [default: process]",
+    ),
 )
 
 

@@ -205,6 +205,8 @@ def _backend(device: DeviceStatus) -> str:
         return "its workers"
     backend = device.backend
     kind = backend.kind or "none"
+    if device.isolation == "none":
+        return f"{kind} (in its workers)"
     who = f"{kind} (pid {backend.pid})" if backend.pid is not None else kind
     return who if backend.attached or not backend.kind else f"{who}, not attached"
 

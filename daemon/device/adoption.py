@@ -20,6 +20,8 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     """The team of what was left running, with its backend.  Raises `DaemonError`, `PoolError`, `OSError`."""
     adopted = await AdoptedDevice.of(record, held, parts.context.runner)
     parts.backend.segments = record.segments
+    if parts.inside is not None:
+        parts.inside.resume(held)
     team = await parts.resources.adopt(adopted, _disk_of(parts, record))
     parts.backend.session = session = adopted.session()
     if session is not None:
@@ -69,6 +71,8 @@ async def find(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> b
     kernel = await BlockDevice.find(parts.context.runner, name, number, record.device_mark)
     resources.kernel, resources.disk, resources.epoch = kernel, _disk_of(parts, record), record.epoch
     parts.backend.segments = record.segments
+    if parts.inside is not None:
+        parts.inside.resume(held)
     wanted = record.config.recovery != "none" and not record.going
     if kernel is not None and wanted and kernel.is_started:
         await resources.find_area(record, held)

@@ -99,6 +99,10 @@ class AttachedBackend:
         name, life, session = self.config.name, self._life, self.session
         if self.config.answers == "worker":
             raise AttachRefused(f"device {name}: its workers answer: add it without --answers worker")
+        if self.config.isolation == "none":
+            raise AttachRefused(
+                f"device {name}: its workers run the engine themselves: add it without --isolation none"
+            )
         if life.is_stopping or life.state == "failed":
             raise AttachRefused(f"device {name}: {life.reason or 'it is being deleted'}")
         if not self.may_attach:
@@ -160,7 +164,7 @@ class AttachedBackend:
 
     def await_first(self) -> None:
         """At a takeover: the device counts as served once a backend, the earlier daemon's or a new one, serves it."""
-        if self.config.answers == "backend":
+        if self.config.has_backend_process:
             self._is_first_due = True
             self._life.serve(False)
 

@@ -28,6 +28,7 @@ from ublkpool.daemon.device.disk import alone, check_fits, disk_of
 from ublkpool.daemon.device.introduction import introduce, watch_backend
 from ublkpool.daemon.device.kept_memory import drop_kept
 from ublkpool.daemon.device.naming import name_when_served
+from ublkpool.daemon.device.opening import open_store
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.recovery import RETRY_PAUSE_S, RecoveryAccount, RestartLimit, next_epoch, retire
@@ -76,12 +77,18 @@ class Device(DeviceService):
             return
         try:
             async with self.parts.life.turn:
-                attach = alone(self.config.name)
-                await self._bind(attach)
-                await self._start(attach, None)
+                attach = await self._attach_of_workers()
+                with self._segment_counted(attach):
+                    await self._bind(attach)
+                    await self._start(attach, None)
         except PoolError as error:
             raise DaemonError(f"{self.config.name}: {error}") from error
         await self.live()
+
+    async def _attach_of_workers(self) -> wire.Attach:
+        """What a backend in the workers' place would attach with.  Raises `DaemonError`, `AttachRefused`."""
+        inside = self.parts.inside
+        return alone(self.config.name) if inside is None else await open_store(self.parts, inside)
 
     async def _bind(self, attach: wire.Attach) -> int:
         """Take a store for this device, on record before the backend hears of it; the attach's generation.
@@ -405,6 +412,8 @@ class Device(DeviceService):
                 self.note_failure(one_line(error))
                 raise
         parts.background.cancel()
+        if parts.inside is not None:
+            parts.inside.end(keep)
         # A backend does this itself when it is told to leave, but none may have been attached.
         if not keep:
             await drop_kept(keeper_path(parts.context.run_dir, self.config.name))
@@ -471,6 +480,8 @@ class Device(DeviceService):
         parts.clients.close()
         parts.resources.abandon()
         parts.backend.abandon()
+        if parts.inside is not None:
+            parts.inside.close()
 
     async def recover_left(self, record: Record, held: Mapping[str, int]) -> bool:
         """Recover what an earlier daemon left of the device; False if the kernel has nothing to recover.

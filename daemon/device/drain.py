@@ -125,6 +125,10 @@ def _check(parts: DeviceParts) -> None:
     reason = ""
     if parts.config.answers == "worker":
         reason = "its workers answer requests, so there is no backend to be exchanged"
+    elif parts.config.isolation == "none":
+        reason = (
+            "its workers run the engine themselves (isolation none), so there is no backend to be exchanged"
+        )
     elif life.is_stopping:
         reason = "it is being deleted"
     elif life.state == "failed":

@@ -59,7 +59,7 @@ def memory_of(config: DeviceConfig, slices_bytes: int, made: Made | None = None)
     if made is None:
         return 0
     lib = _native.lib
-    has_rings = config.rings and config.answers == "backend"
+    has_rings = config.rings and config.has_backend_process
     rings_bytes = int(lib.uq_port_bytes(lib.uq_port_entries(config.depth))) if has_rings else 0
     pool_bytes = made.geometry.total_bytes + control_bytes(made.queues, made.geometry.slot_count)
     return pool_bytes + slices_bytes + made.queues * (config.max_io_bytes + rings_bytes)

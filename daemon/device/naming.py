@@ -24,4 +24,4 @@ def _is_served(parts: DeviceParts) -> bool:
         return False
     team = parts.resources.team
     has_greeted = parts.backend.session is not None and team is not None and not team.unlinked()
-    return has_greeted or parts.config.answers != "backend"
+    return has_greeted or not parts.config.has_backend_process

@@ -15,6 +15,7 @@ from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.binding import Binding
 from ublkpool.daemon.device.clients import Clients
 from ublkpool.daemon.device.context import DaemonContext
+from ublkpool.daemon.device.inside import InsideStore
 from ublkpool.daemon.device.lifecycle import Lifecycle
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.device.resources import DeviceResources
@@ -48,6 +49,8 @@ class DeviceParts:
         self.resources = DeviceResources(config, context, self.backend)
         self.backend.replays = lambda: self.resources.counted("replays")
         self.managed = _managed(config, context, self.background)
+        self.inside = _inside(config, context)
+        """The store that the workers serve themselves; None: they do not."""
         self.clients = Clients(config.name, context.holder, self.background)
         self.growing = asyncio.Lock()
         """One resize at a time; taken before the turn."""
@@ -184,18 +187,30 @@ class DeviceParts:
     async def fork(self, epoch: int) -> Team:
         """The workers of this epoch.  Raises `DaemonError`, `PoolError`, `OSError`."""
         await self.context.broker.be_reachable()
-        team = self.resources.new_team(epoch)
+        engine = None
+        if self.inside is not None:
+            assert self.resources.disk is not None
+            engine = self.inside.engine(self.resources.disk)
+        team = self.resources.new_team(epoch, engine)
         # An epoch that has begun is never begun again, whichever process dies now.
         self.save()
         await team.fork()
+        if self.inside is not None:
+            self.inside.forked()
         self.save()
         team.recorded()
         self.resources.hold_workers(team)
         return team
 
 
+def _inside(config: DeviceConfig, context: DaemonContext) -> InsideStore | None:
+    if config.isolation == "process":
+        return None
+    return InsideStore(config, context.runner, context.holder)
+
+
 def _managed(config: DeviceConfig, context: DaemonContext, background: Background) -> ManagedBackend | None:
-    if config.backend is None:
+    if config.backend is None or config.isolation == "none":
         return None
     return ManagedBackend(
         config.name,

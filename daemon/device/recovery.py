@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.device.opening import reopen_store
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -103,6 +104,8 @@ async def next_epoch(parts: DeviceParts) -> Team:
         await resources.team.kill()
         # The gauges of the dead: their successors reset them.
         resources.left_requests = max(resources.left_requests, resources.counted("in_flight"))
+    if parts.inside is not None:
+        await reopen_store(parts, parts.inside)
     await kernel.wait_quiesced(RECOVERY_DEADLINE_S)
     await kernel.start_recovery(RECOVERY_DEADLINE_S)
     team = await parts.fork(resources.epoch + 1)

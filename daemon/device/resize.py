@@ -91,8 +91,13 @@ def _check_size(name: str, disk: Disk, wanted_bytes: int) -> None:
 
 def _check_driver(parts: DeviceParts) -> None:
     _, kernel = _live(parts)
+    name = parts.config.name
+    if parts.config.isolation == "none":
+        raise DaemonError(
+            f"{name}: with isolation none a device keeps its size: unmount the disk, delete the device "
+            f"(ublkpool del {name}), grow its store and add it again with the new size"
+        )
     if not kernel.can_update_size:
-        name = parts.config.name
         raise DaemonError(
             f"{name}: this kernel's ublk driver has no UPDATE_SIZE (Linux 6.16 has): unmount the disk, delete the "
             f"device (ublkpool del {name}), grow its store and add it again with the new size"

@@ -36,6 +36,7 @@ from ublkpool.daemon.processes.held_names import opener_names, pool_name, slice_
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.statistics import read_statistics
+from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.record_gate import RecordGate
 
 STOP_DEADLINE_S = 60.0
@@ -200,6 +201,9 @@ class DeviceResources:
         await team.end(WORKER_PATIENCE_S)
 
     async def _give_up_without_backend(self, team: Team) -> None:
+        if self.config.isolation == "none":
+            # The workers answer until the disk has stopped.
+            return
         await self._backend.gone()
         team.give_up()
         await team.lost()
@@ -285,8 +289,8 @@ class DeviceResources:
     def _arena_prefix(self, kernel: BlockDevice) -> str:
         return arena_prefix(self._context.instance, kernel.number)
 
-    def new_team(self, epoch: int) -> Team:
-        """The team of this epoch, without a worker yet."""
+    def new_team(self, epoch: int, engine: EngineSpec | None = None) -> Team:
+        """The team of this epoch, without a worker yet; its workers run this engine, if there is one."""
         kernel, arena, disk, context = self.kernel, self.arena, self.disk, self._context
         assert kernel is not None and arena is not None and disk is not None
         plan = Plan(
@@ -301,6 +305,7 @@ class DeviceResources:
             self.holds,
             self.hold_gate,
             context.account,
+            engine,
         )
         self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
         return self.team

@@ -36,6 +36,7 @@ from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
 from ublkpool.ublk.queue import QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
+from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.listening import socket_mode
 from ublkpool.workers.privileges import Account
 from ublkpool.workers.process import fork_child, run_worker
@@ -66,6 +67,8 @@ class Plan(NamedTuple):
     """The gate of that hold until it is on record that the device is drained."""
     account: Account | None = None
     """The user that the workers become; None: they keep the daemon's rights."""
+    engine: EngineSpec | None = None
+    """The engine that the workers run themselves; None: a backend's process answers, or nothing does."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -352,6 +355,8 @@ class Team:
             inherited.append(kernel.opener.life)
         if spec.hold_gate is not None:
             inherited.append(spec.hold_gate)
+        if spec.engine is not None:
+            inherited += spec.engine.descriptors()
         gate = self._gate
         assert gate is not None
         ours, theirs = messages.pair()
@@ -374,7 +379,7 @@ class Team:
     def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:
         plan, info = self.plan, self.plan.kernel.info
         answers_itself = plan.config.answers == "worker"
-        offers_rings = plan.config.rings and not answers_itself
+        offers_rings = plan.config.rings and plan.config.has_backend_process
         timeout_ms, fail_on_timeout, absent_ms = _deadlines(plan.config)
         return WorkerSpec(
             name=plan.config.name,
@@ -405,6 +410,7 @@ class Team:
             cpu=cpu,
             spin_us=spin_us(plan.config),
             hold_gate=plan.hold_gate.reader if plan.hold_gate is not None else None,
+            engine=plan.engine,
             account=plan.account,
         )
 
@@ -417,7 +423,7 @@ class Team:
 
 def _deadlines(config: DeviceConfig) -> tuple[int, bool, int]:
     """`timeout_ms`, `fail_on_timeout` and `absent_ms` of `QueueConfig`."""
-    can_be_absent = config.answers == "backend" and config.on_absent == "fail"
+    can_be_absent = config.has_backend_process and config.on_absent == "fail"
     absent_ms = max(1, int(config.absent_timeout_s * 1000)) if can_be_absent else 0
     return max(1, int(config.io_timeout_s * 1000)), config.on_timeout == "fail", absent_ms
 

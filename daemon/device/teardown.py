@@ -88,6 +88,8 @@ async def tear_down(parts: DeviceParts, keep: bool) -> None:
     with logged(name):
         await parts.resources.stop()
     await end_backend(parts, keep)
+    if parts.inside is not None:
+        parts.inside.forked()
     await parts.resources.remove()
     # The record goes last: it is what leads the next daemon to what the holder has.
     parts.context.holder.drop(name)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.daemon.backends.session import Session
-from ublkpool.daemon.device.disk import wanted_bytes
+from ublkpool.daemon.device.opening import described_bytes, may_create, size_bytes
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.settings.changes import differences, shown
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -66,7 +66,7 @@ class DeviceView:
         if life.state == "failed":
             return life.reason
         reasons = [life.trouble if life.state in ("recovering", "quiesced") else ""]
-        if backend.session is None and self.config.answers == "backend":
+        if backend.session is None and self.config.has_backend_process:
             reasons.append(_why_no_backend(self.parts))
         reasons.append(backend.due_greetings(self.parts.resources.team))
         return "; ".join(filter(None, reasons))
@@ -82,7 +82,7 @@ class DeviceView:
         if self.parts.drain and self.parts.left is not None:
             # Its takeover comes first, and only then can it be resumed.
             return False
-        return self.config.answers == "backend" and (self.session is None or self.session.is_gone)
+        return self.config.has_backend_process and (self.session is None or self.session.is_gone)
 
     @property
     def memory_bytes(self) -> int:
@@ -110,13 +110,14 @@ class DeviceView:
             id=info.device_number if info else config.id,
             path=str(kernel.node) if kernel and self.state != "waiting" else None,
             state=self.shown,
-            size_bytes=_size_bytes(self.parts),
+            size_bytes=size_bytes(self.parts),
             config_size_bytes=_overruled_bytes(self.parts),
             queues=info.queues if info else config.queues,
             depth=config.depth,
             need_get_data=config.need_get_data,
             placement=config.placement,
             answers=config.answers,
+            isolation=config.isolation,
             recovery=config.recovery,
             flags=tuple(abi.feature_names(info.flags)) if info else (),
             workers=tuple(
@@ -151,13 +152,13 @@ class DeviceView:
         return wire.Described(
             v=wire.PROTOCOL_VERSION,
             device=config.name,
-            size_bytes=_described_bytes(self.parts),
+            size_bytes=described_bytes(self.parts),
             max_io_bytes=config.max_io_bytes,
             need_get_data=config.need_get_data,
             placement=config.placement,
             read_only=config.read_only,
             path=str(kernel.node) if kernel else "",
-            may_create=_may_create(self.parts),
+            may_create=may_create(self.parts),
             takes_next=self.parts.binding.takes_next(),
             knows_survival=True,
             knows_resize=True,
@@ -187,20 +188,6 @@ def _differs(parts: DeviceParts) -> list[str]:
     return [f"{key}={shown(config, key)} (config: {shown(configured, key)})" for key in keys]
 
 
-def _size_bytes(parts: DeviceParts) -> int | None:
-    """The disk's size, or the one that it is to be made with; None: the backend's."""
-    disk = parts.resources.disk
-    return disk.size_bytes if disk else wanted_bytes(parts.config, parts.binding.resized_bytes) or None
-
-
-def _described_bytes(parts: DeviceParts) -> int:
-    """The bytes that a backend must serve at least; 0: its own size."""
-    if parts.resources.disk is None and parts.binding.takes_next():
-        # The operator accepted the next store, also one that a resize has not reached.
-        return parts.config.size_bytes or 0
-    return _size_bytes(parts) or 0
-
-
 def _former_owner(parts: DeviceParts) -> str:
     """The owner on record, if its process has ended: only then may its lock be broken."""
     session = parts.backend.session
@@ -217,6 +204,9 @@ def _backend_status(parts: DeviceParts) -> BackendStatus:
     if session := parts.backend.session:
         return BackendStatus(kind=session.attach.kind, pid=session.pid, attached=True)
     kind = parts.config.backend.kind if parts.config.backend else None
+    if parts.config.isolation == "none":
+        team = parts.resources.team
+        return BackendStatus(kind=kind, attached=team is not None and not team.unlinked())
     # The process of a drained device's backend has ended, and none is started before `resume`.
     runs = parts.managed if parts.drain != "drained" else None
     return BackendStatus(kind=kind, pid=runs.pid if runs else None, attached=False)
@@ -230,9 +220,3 @@ def _why_no_backend(parts: DeviceParts) -> str:
         return known or parts.life.reason
     then = "fail" if parts.backend.is_absent_too_long else "wait"
     return f"no backend is attached, requests {then}" + (f": {known}" if known else "")
-
-
-def _may_create(parts: DeviceParts) -> bool:
-    """Whether an empty store may be made; not for a disk that an earlier daemon served from an unknown store."""
-    has_disk = parts.life.state not in ("waiting", "failed")
-    return parts.binding.may_create() and not (has_disk and parts.binding.store is None)

@@ -26,6 +26,11 @@ def pool_name(device: str) -> str:
     return f"{device}/pool"
 
 
+def disk_memory_name(device: str) -> str:
+    """The memory disk that a device's workers serve themselves."""
+    return f"{device}/disk"
+
+
 def slice_name(device: str, number: int) -> str:
     """A slice of the client area."""
     return f"{device}/slice/{number}"

@@ -168,6 +168,10 @@ class Holder(SupervisedProcess):
         self._held[name] = os.dup(fd)
         self._send(Hold(name))
 
+    def descriptor(self, name: str) -> int | None:
+        """This process's descriptor of what is held by this name; it stays the holder's."""
+        return self._held.get(name)
+
     def drop(self, name: str) -> None:
         """Close this name's descriptor and all below it."""
         for each in _below(self._held, name):

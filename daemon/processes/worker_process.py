@@ -200,7 +200,7 @@ class WorkerProcess:
             self._quiet = self._loop.create_future()
         if isinstance(message, messages.Flushing):
             self._flushed = self._loop.create_future()
-        if isinstance(message, messages.Standing) and message.token and message.linked is not False:
+        if isinstance(message, messages.Standing) and _is_linked(message):
             _resolve(self._linked)
         self._channel.answer(message.id, message)
 
@@ -208,6 +208,11 @@ class WorkerProcess:
         """The next `Linked` is about the next backend."""
         if self._linked.done():
             self._linked = self._loop.create_future()
+
+
+def _is_linked(standing: messages.Standing) -> bool:
+    """Whether its backend, or the engine in the worker itself, has greeted it."""
+    return bool(standing.token) if standing.linked is None else standing.linked
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

@@ -57,6 +57,7 @@ EventBytes = Annotated[int, Meta(ge=64 * KIB, le=64 * MIB)]
 EVENT_BYTES_DEFAULT = MIB
 Placement = Literal["pool", "backend"]
 Answers = Literal["backend", "worker"]
+Isolation = Literal["process", "none"]
 Affinity = Annotated[
     str,
     Meta(
@@ -75,6 +76,8 @@ LogFormat = Literal["auto", "human", "logfmt", "json"]
 
 WITHOUT_LISTS = ("file", "memory", "null")
 """Backends none of whose options may be given several times; others judge that themselves."""
+INSIDE_KINDS = ("null", "memory", "file")
+"""Backends whose native engine a device's workers can run themselves."""
 
 
 class Conflict(ValueError):
@@ -141,8 +144,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     bytes_per_s_max: BytesPerSecond = 0
     burst_s: BurstSeconds = 0.1
     backend: BackendConfig | None = None
+    isolation: Isolation = "process"
 
     def __post_init__(self) -> None:
+        if self.isolation == "none":
+            self._check_isolation()
         if self.placement == "backend" and not self.need_get_data:
             raise Conflict(
                 "placement", "backend placement needs need_get_data: turn it on, or use placement pool"
@@ -168,6 +174,46 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def waits_for_backend(self) -> bool:
         """Whether the disk appears only when a backend that the daemon does not run has attached."""
         return self.backend is None and self.answers == "backend"
+
+    @property
+    def has_backend_process(self) -> bool:
+        """Whether a process of its own answers the device's requests: this daemon's backend or one that attaches."""
+        return self.answers == "backend" and self.isolation == "process"
+
+    def _check_isolation(self) -> None:
+        """Refuse settings that need a process, on a device whose workers run the backend's engine themselves."""
+        key, backend = "isolation", self.backend
+        if backend is None or backend.kind not in INSIDE_KINDS:
+            what = (
+                "no backend is given"
+                if backend is None
+                else f"{backend.kind} runs only in a process of its own"
+            )
+            kinds = ", ".join(INSIDE_KINDS)
+            raise Conflict(key, f"none is for the backends {kinds}, and {what}: use isolation process")
+        for name in ("user", "group", "python", "layers"):
+            if getattr(backend, name):
+                raise Conflict(
+                    key,
+                    f"with none the backend has no process, which its {name} needs: use isolation process",
+                )
+        if self.placement == "backend" and backend.kind != "memory":
+            raise Conflict(
+                "placement", f"with isolation none {backend.kind} uses the pool's buffers: use placement pool"
+            )
+        if not self.need_get_data and backend.kind == "memory":
+            raise Conflict(
+                "need_get_data", "with isolation none memory names the place of each write: turn it on"
+            )
+        if self.client_buffers_bytes:
+            raise Conflict(
+                "client_buffers", "they are shared with a backend's process: use isolation process"
+            )
+        if self.on_timeout == "fail":
+            raise Conflict(
+                "on_timeout",
+                "with isolation none no process can be ended while its storage hangs: use on_timeout wait",
+            )
 
     def _check_answers(self) -> None:
         """Refuse settings that need a backend, on a device whose workers answer requests themselves."""

@@ -12,6 +12,7 @@ from bench.accounts import Books, Cpu
 from bench.cells import CELLS, NBD_CELLS, RBD_CELLS, Cell, FioError, FioNumbers
 from bench.contestants import (
     ALONE,
+    INSIDE,
     PEERS,
     Contestant,
     contestants,
@@ -57,7 +58,7 @@ def test_quick_has_all_contestants_of_the_targets() -> None:
     for target in TARGETS:
         assert (target.baseline, "") in names
         assert {(kind, target.transport) for kind in target.kinds} <= names
-    assert len(names) < len(contestants(["zeromq", "ring"])) * 2 / 3
+    assert len(names) < len(contestants(["zeromq", "ring"])) * 3 / 4
 
 
 def test_quick_has_all_of_ours_with_one_transport() -> None:
@@ -65,7 +66,7 @@ def test_quick_has_all_of_ours_with_one_transport() -> None:
 
 
 def test_every_target_names_existing_contestants() -> None:
-    kinds = {each.kind for each in (*PEERS, *ALONE, *ours_over("ring"))}
+    kinds = {each.kind for each in (*PEERS, *ALONE, *INSIDE, *ours_over("ring"))}
     for target in TARGETS:
         assert {target.baseline, *target.kinds} <= kinds
 

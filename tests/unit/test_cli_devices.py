@@ -159,6 +159,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "need_get_data": True,
         "placement": "pool",
         "answers": "backend",
+        "isolation": "process",
         "config_size_bytes": None,
         "memory_bytes": 0,
         "recovery": "reissue",

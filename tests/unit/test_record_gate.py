@@ -21,6 +21,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import process_calls
 from ublkpool.workers import process
+from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.process import EXIT_FAULT, run_worker
 from ublkpool.workers.record_gate import RecordGate
 
@@ -117,9 +118,12 @@ class ForkedParts(FakeParts):
         self.resources.hold_workers = lambda team: None  # type: ignore[method-assign]
         self._told, self._on_save = told, on_save
 
-    def _new_team(self, epoch: int) -> Team:
+    def _new_team(self, epoch: int, engine: EngineSpec | None = None) -> Team:
         plan = cast(
-            Any, SimpleNamespace(kernel=OpenKernel(), arena=Descriptors(self._told), group=None, account=None)
+            Any,
+            SimpleNamespace(
+                kernel=OpenKernel(), arena=Descriptors(self._told), group=None, account=None, engine=engine
+            ),
         )
         plan.queue_dir, plan.config = Path("/nonexistent/queues"), self.config
         self.team = SpecTeam(plan, epoch, lambda *_: None)
@@ -147,7 +151,7 @@ class SpecTeam(Team):
     """A team whose workers need no configuration."""
 
     def _spec(self, queue: int, cpu: int | None) -> Any:
-        return SimpleNamespace(hold_gate=None)
+        return SimpleNamespace(hold_gate=None, engine=None)
 
     def _socket(self, queue: int) -> Path:
         return Path("/nonexistent")

@@ -12,31 +12,18 @@ import pytest
 
 from support.fakes import gated_functions
 from support.vm.daemon import DEADLINE_S, BackendProcess, Daemon, eventually, eventually_nothing
-from support.vm.files import load_module, run
 from support.vm.process import Forked, write_block
+from support.vm.stuck import (
+    DISK_BYTES,
+    expect_other_devices_served,
+    process_state,
+    resume,
+    suspend,
+    suspended_file,
+)
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.control import get_features
-
-MIB = 1 << 20
-DISK_BYTES = 16 * MIB
-SUSPENDED = "ublkpool-suspended"
-
-
-def process_state(pid: int) -> str:
-    """The state letter in /proc/PID/stat; D is a wait that no signal ends."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-
-
-def expect_other_devices_served(daemon: Daemon) -> None:
-    """Check that `list` answers, and that another device is added, recovered from its worker's death, and deleted."""
-    status = daemon.add("other", "null", {"size": DISK_BYTES})
-    os.kill(status.workers[0].pid, signal.SIGKILL)
-    eventually(lambda: daemon.status("other").epoch > status.epoch, "the other device is recovered")
-    daemon.wait_live("other")
-    daemon.delete("other")
-    # A short wait in the kernel, as for a file's page, is no wait for the disk.
-    eventually(lambda: process_state(daemon.pid) != "D", "the daemon waits for no disk")
 
 
 class Gate(NamedTuple):
@@ -130,19 +117,6 @@ def test_a_disk_whose_partition_scan_waits_for_a_dead_backend_is_not_deleted_and
         reader.wait(DEADLINE_S)
 
 
-@contextmanager
-def suspended_file(lower: str) -> Iterator[str]:
-    """A suspended device-mapper device on a disk: it accepts requests and answers none until the end of the block."""
-    load_module("dm-mod")
-    run("dmsetup", "create", "--noudevsync", SUSPENDED, "--table", f"0 {DISK_BYTES // 512} linear {lower} 0")
-    try:
-        minor = run("dmsetup", "info", "--columns", "--noheadings", "--options", "minor", SUSPENDED)
-        yield f"/dev/dm-{minor.strip()}"
-    finally:
-        run("dmsetup", "resume", "--noudevsync", SUSPENDED)
-        run("dmsetup", "remove", "--noudevsync", "--retry", SUSPENDED)
-
-
 @pytest.mark.one_kernel("6.12")
 def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_stop() -> None:
     lower = Daemon(name="lower")
@@ -155,7 +129,7 @@ def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_st
             upper.start()
             path = upper.add("above", "file", {"path": backing, "direct": "on"}).path
             assert path is not None
-            run("dmsetup", "suspend", "--noudevsync", "--nolockfs", "--noflush", SUSPENDED)
+            suspend()
             with Forked(lambda: write_block(path, 0, bytes(4096))) as writer:
                 eventually(lambda: upper.stats("above").queues[0].in_flight, "the write waits")
                 expect_other_devices_served(upper)
@@ -164,7 +138,7 @@ def test_a_suspended_disk_under_a_device_blocks_no_other_device_no_del_and_no_st
                 expect_other_devices_served(upper)
                 # Not with `del`, because the end of the daemon, which deletes it too, comes next.
                 assert upper.stop() == 0
-                run("dmsetup", "resume", "--noudevsync", SUSPENDED)
+                resume()
                 writer.wait()
             eventually_nothing(upper.remains, "nothing is left of the daemon")
         lower.client.delete(None)

@@ -12,6 +12,7 @@
 
 #include "io_command.h"
 #include "queue_clock.h"
+#include "queue_inside.h"
 #include "spin.h"
 
 #define WATCH_DATA (1ull << 32)
@@ -39,6 +40,9 @@ struct uq_ring {
 	uint32_t port_round;
 	bool bell_armed, bell_due, bell_tested;
 	unsigned bells_untested;
+	const struct engine_calls *calls;
+	struct engine *engine;    /* in this process, in the place of a backend */
+	unsigned engine_requests; /* how many it may have, so that the ring has an entry for each */
 	/* While requests are in flight the wait is for the backend's answers, otherwise for the kernel's requests. */
 	struct spin for_answers, for_requests;
 	struct uq_clock clock; /* the core's deadlines are measured on it */
@@ -76,9 +80,9 @@ static int begin(struct uq_ring *r, int char_fd)
 	 * in the middle of something else.  Of many the kernel runs twenty at a time, see harvest_all(). */
 	struct io_uring_params p = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
 					      IORING_SETUP_CQSIZE | IORING_SETUP_TASKRUN_FLAG,
-				     .cq_entries = 2 * r->depth + 2 * UQ_WATCHES_MAX + 1 };
+				     .cq_entries = 2 * (r->depth + UQ_WATCHES_MAX) + r->engine_requests + 1 };
 	/* A doorbell rung, one armed, one removed, a timer. */
-	int e = io_uring_queue_init_params(r->depth + UQ_WATCHES_MAX + 4, &r->ring, &p);
+	int e = io_uring_queue_init_params(r->depth + r->engine_requests + UQ_WATCHES_MAX + 4, &r->ring, &p);
 
 	if (e)
 		return e;
@@ -90,7 +94,8 @@ static int begin(struct uq_ring *r, int char_fd)
 	return e;
 }
 
-int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, struct uq_ring **out)
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, unsigned engine_requests,
+		struct uq_ring **out)
 {
 	struct uq_ring *r = calloc(1, sizeof *r + depth * sizeof *r->commands);
 	int e;
@@ -99,6 +104,7 @@ int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, str
 		return -ENOMEM;
 	r->q = q;
 	r->depth = depth;
+	r->engine_requests = engine_requests;
 	r->queue = (uint16_t)uq_queue_number(q);
 	spin_begin(&r->for_answers, spin_us * 1000ull);
 	spin_begin(&r->for_requests, spin_us * 1000ull);
@@ -199,6 +205,18 @@ void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int 
 	uq_output_hold(r->q, port != NULL);
 }
 
+int uq_ring_use_engine(struct uq_ring *r, const struct engine_calls *calls, struct engine *engine)
+{
+	int e = calls->use_ring(engine, &r->ring);
+
+	if (e)
+		return e;
+	r->calls = calls;
+	r->engine = engine;
+	uq_output_hold(r->q, true);
+	return 0;
+}
+
 /* Edge-triggered and never read: each write to the eventfd is a completion, and its count has room for 2^64. */
 static void arm_bell(struct uq_ring *r)
 {
@@ -241,8 +259,18 @@ static void ring_bell(struct uq_ring *r)
 	uq_stats_of(r->q)->bells++;
 }
 
+/* The engine's entries share the next enter with the queue's commands, for which there is always room. */
+static void exchange_inside(struct uq_ring *r)
+{
+	uq_inside_turn(r->q, r->calls, r->engine);
+	while (r->calls->prepare(r->engine) && io_uring_submit(&r->ring) > 0)
+		;
+}
+
 static void exchange(struct uq_ring *r)
 {
+	if (r->engine)
+		exchange_inside(r);
 	if (!r->port)
 		return;
 	r->bell_due |= uq_port_turn(r->port, r->q);
@@ -333,7 +361,9 @@ static void belled(struct uq_ring *r, const struct io_uring_cqe *cqe)
 
 static void other_completion(struct uq_ring *r, const struct io_uring_cqe *cqe)
 {
-	if (cqe->user_data & WATCH_DATA)
+	if (cqe->user_data & ENGINE_USER_DATA)
+		r->calls->complete(r->engine, cqe->user_data, cqe->res);
+	else if (cqe->user_data & WATCH_DATA)
 		watched(r, cqe->user_data, cqe->res);
 	else if (cqe->user_data & (BELL_IN_DATA | BELL_OUT_DATA))
 		belled(r, cqe);

@@ -7,6 +7,7 @@
 #ifndef UQ_QUEUE_RING_H
 #define UQ_QUEUE_RING_H
 
+#include "engine_calls.h"
 #include "queue_core.h"
 #include "queue_port.h"
 
@@ -15,8 +16,10 @@ enum { UQ_WATCHES_MAX = 8, UQ_WATCH_SHIFT = 16 };
 struct uq_ring;
 
 /* `char_fd` is /dev/ublkcN, which the ring holds open too.  Before it sleeps the ring polls for news for up to
- * `spin_us` microseconds, see spin.h.  Returns 0 or a negative errno. */
-int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, struct uq_ring **out);
+ * `spin_us` microseconds, see spin.h.  It has room for the I/O of an engine with `engine_requests` requests, see
+ * uq_ring_use_engine().  Returns 0 or a negative errno. */
+int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, unsigned engine_requests,
+		struct uq_ring **out);
 void uq_ring_free(struct uq_ring *r);
 
 /* Have uq_ring_run() return with bit (UQ_WATCH_SHIFT + index) when `fd` is readable; -1 stops watching. */
@@ -28,6 +31,12 @@ int uq_ring_watch(struct uq_ring *r, unsigned index, int fd);
  * at once after the port was replaced.
  */
 void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int bell_out);
+
+/*
+ * This engine answers from now on, in the place of a backend (queue_inside.h), and does its I/O through this ring:
+ * once, before the queue has a link.  Returns 0 or a negative errno.
+ */
+int uq_ring_use_engine(struct uq_ring *r, const struct engine_calls *calls, struct engine *engine);
 
 /*
  * Submits what is to be submitted, waits at most `timeout_ms` (0: does not wait) for completions, and feeds them to the

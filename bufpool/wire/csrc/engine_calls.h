@@ -1,7 +1,8 @@
 /* A native engine inside another process's loop: the functions that the loop calls, without linking them.
  *
- * `bufpool`'s native module fills the table (engine_calls), a worker's queue calls through it (ublk/csrc/queue_inside.c).
- * Both are one build: the table has no version.  What each function does stands in engine.h.
+ * `bufpool`'s native module fills the table (engine_calls), a worker's queue calls through it
+ * (ublk/csrc/queue_inside.c). Both are one build: the table has no version.  What each function does stands in
+ * engine.h.
  */
 #ifndef UBLKPOOL_ENGINE_CALLS_H
 #define UBLKPOOL_ENGINE_CALLS_H

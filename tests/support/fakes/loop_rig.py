@@ -39,7 +39,7 @@ def eventually(check: Callable[[], bool], what: str) -> None:
 class NoRing:
     """A ring without commands: polls the watched descriptors."""
 
-    def __init__(self, queue: Queue, _char_fd: int, spin_us: int = 0) -> None:
+    def __init__(self, queue: Queue, _char_fd: int, spin_us: int = 0, engine_requests: int = 0) -> None:
         self._queue = queue
         self._watched: dict[int, int] = {}
 

@@ -44,6 +44,7 @@ from ublkpool.ublk.queue import (
 )
 from ublkpool.ublk.statistics import Statistics, read_statistics
 from ublkpool.workers import messages
+from ublkpool.workers.backend_doors import BackendDoors
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
@@ -204,12 +205,13 @@ class SimQueueLoop(QueueLoop):
         self._worker = worker
         self._queue = worker.queue
         context = cast("zmq.Context[zmq.Socket[bytes]]", worker.context)
-        self._backend = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
+        frames = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
+        self.doors = BackendDoors(frames, RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None))
+        self._backend = self.doors
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
         self.ring = SimRing(worker)
         self._ring = cast(IoUring, self.ring)
-        self._rings = RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None)
-        self._rings.serve_on(self.ring)
+        self.doors.rings.serve_on(self.ring)
         self._started = self._fetched = self._more = False
         self._bits = 0
         self._broken = ""
@@ -232,7 +234,7 @@ class SimQueueLoop(QueueLoop):
 
     @property
     def backend_link(self) -> SimBackendLink:
-        return cast(SimBackendLink, self._backend)
+        return cast(SimBackendLink, self.doors.frames)
 
     @property
     def gate(self) -> int:
@@ -242,13 +244,13 @@ class SimQueueLoop(QueueLoop):
     @property
     def hears_rings(self) -> bool:
         """Whether a backend asks for rings, or the one that had them is gone."""
-        return bool(self._rings._epoll.poll(0))
+        return bool(self.doors.rings._epoll.poll(0))
 
     def die(self) -> None:
         """The process has died, perhaps while it wrote an entry; the kernel closes its files."""
         if self.ring.port is not None:
             self.ring.port.memory.scribble(TO_BACKEND, self._worker.rng)
-        self._rings.close()
+        self.doors.rings.close()
         self._gate.close()
         for _, fd in self._worker.inbox:
             if fd is not None:
@@ -267,7 +269,7 @@ class SimQueueLoop(QueueLoop):
         if self._queue.link is LinkState.NONE and self._queue.expect(
             message.segment, base, message.segment_bytes, message.reads_own, message.fence
         ):
-            self._listen_to(bytes.fromhex(message.token), message.user)
+            self._backend.expect(bytes.fromhex(message.token), message.user)
             self._tell(messages.Expecting(id=message.id))
             return
         self._tell(

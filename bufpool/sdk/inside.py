@@ -1,0 +1,50 @@
+"""Opening a store for a device's workers, which run its engine themselves (`isolation = "none"`).
+
+The store is opened with the same locks and the same refusals as for a backend's process, in a process that ends then:
+the descriptor goes to the workers, and with a file's its lock, which the kernel keeps until the last worker and its I/O
+are gone.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import msgspec
+
+from ublkpool.bufpool.engine.native import Storage
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.loader import load
+from ublkpool.bufpool.sdk.options import Given
+from ublkpool.bufpool.sdk.properties import Hint, Inside, check_properties
+from ublkpool.bufpool.sdk.serving import attach_message
+from ublkpool.bufpool.wire import Attach
+
+
+@runtime_checkable
+class RunsInside(Protocol):
+    """A backend whose native engine a device's workers can run."""
+
+    def open_inside(self, hint: Hint, kept: int | None) -> Inside:
+        """Open the store; `kept` is the descriptor of the memory that the daemon keeps of it, or None.
+
+        Raises `BackendError`, `OSError`.
+        """
+
+
+class OpenStore(NamedTuple):
+    """An open store: what its backend would attach with, and the descriptor of its file or memory, if it has one."""
+
+    attach: Attach
+    storage: Storage
+    descriptor: int | None
+
+
+def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = None) -> OpenStore:
+    """Open the store of this kind; `kept` as above.  Raises `BackendError`, `OSError`."""
+    backend = load(kind, options)
+    if not isinstance(backend, RunsInside):
+        raise BackendError(f"{kind}: cannot run inside a device's workers: use isolation process")
+    inside = backend.open_inside(hint, kept)
+    properties = check_properties(inside.properties)
+    attach = attach_message(properties, hint.device, kind)
+    if properties.segment is not None:
+        attach = msgspec.structs.replace(attach, segment_bytes=properties.segment.size_bytes)
+    return OpenStore(attach, inside.storage, inside.descriptor)

@@ -1,0 +1,195 @@
+"""Isolation none: what it refuses, how a store is opened for workers, and what an epoch's end leaves of it."""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from support.fakes.device_parts import DISK, FakeHolder, FakeParts, fake_context
+from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage
+from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk.inside import open_for_workers
+from ublkpool.bufpool.sdk.properties import Hint
+from ublkpool.daemon.device.inside import InsideStore, StoreAway
+from ublkpool.daemon.device.opening import open_store, reopen_store
+from ublkpool.daemon.errors import DaemonError, is_shortage
+from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.processes.held_names import disk_memory_name
+from ublkpool.daemon.settings.config import BackendConfig, Conflict, DeviceConfig
+
+MIB = 1 << 20
+
+
+def config_of(kind: str, options: dict[str, str | list[str]], **more: Any) -> DeviceConfig:
+    return DeviceConfig(
+        name="vol", backend=BackendConfig(kind=kind, options=options), isolation="none", **more
+    )
+
+
+class OpenParts(FakeParts):
+    """A device that has a real store and a made-up kernel."""
+
+    def __init__(self, config: DeviceConfig) -> None:
+        super().__init__(config, fake_context())
+        self.holder = KeepingHolder()
+        self.store = InsideStore(config, ControlRunner(), self.holder)
+        self.inside = self.store
+
+
+class KeepingHolder(FakeHolder):
+    """Keeps a descriptor by its name, as the real one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, int] = {}
+
+    def hold(self, name: str, fd: int) -> None:
+        self.kept[name] = os.dup(fd)
+
+    def descriptor(self, name: str) -> int | None:
+        return self.kept.get(name)
+
+    def drop(self, name: str) -> None:
+        os.close(self.kept.pop(name))
+
+
+def in_loop(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(run())
+
+
+def is_locked(path: Path) -> bool:
+    """Whether an open file of another process, or of this one, has the lock."""
+    with path.open("rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"backend": None}, "no backend is given"),
+        ({"backend": BackendConfig(kind="http")}, "http runs only in a process"),
+        ({"backend": BackendConfig(kind="null", user="daemon")}, "its user needs"),
+        ({"backend": BackendConfig(kind="null", python="/usr/bin/python3")}, "its python needs"),
+        ({"backend": BackendConfig(kind="null", layers=("readonly",))}, "its layers needs"),
+        ({"placement": "backend"}, "use placement pool"),
+        ({"client_buffers_bytes": 8 * MIB}, "use isolation process"),
+        ({"on_timeout": "fail"}, "use on_timeout wait"),
+        ({"backend": BackendConfig(kind="memory"), "need_get_data": False}, "turn it on"),
+        ({"answers": "worker"}, "remove backend"),
+    ],
+)
+def test_what_needs_a_process_is_refused(fields: dict[str, Any], names: str) -> None:
+    plain = config_of("file", {"path": "/x"})
+    with pytest.raises(Conflict, match=names):
+        msgspec.structs.replace(plain, **fields)
+
+
+def test_a_file_is_opened_and_locked_as_its_backend_would(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    hint = Hint("vol", tmp_path, max_io_bytes=MIB)
+    opened = open_for_workers("file", {"path": str(path), "size": "1M"}, hint)
+    assert isinstance(opened.storage, FileStorage) and opened.descriptor == opened.storage.file
+    assert (opened.attach.kind, opened.attach.size_bytes, opened.attach.placement) == ("file", MIB, "pool")
+    assert opened.attach.identity is not None and opened.attach.identity.value.startswith("file:")
+    assert is_locked(path)
+    os.close(opened.storage.file)
+    assert not is_locked(path)
+
+
+def test_a_kept_memory_disk_is_opened_again_with_its_content_and_identity(tmp_path: Path) -> None:
+    hint = Hint("vol", tmp_path, max_io_bytes=MIB)
+    first = open_for_workers("memory", {"size": "1M"}, hint)
+    assert first.descriptor is not None and isinstance(first.storage, MemoryStorage)
+    served = hint._replace(may_create=False)
+    again = open_for_workers("memory", {"size": "1M"}, served, os.dup(first.descriptor))
+    assert again.attach == first.attach and again.attach.segment_bytes == MIB
+    with pytest.raises(BackendError, match=r"ended with the daemon that kept it.*rebind vol"):
+        open_for_workers("memory", {"size": "1M"}, served)
+    assert not (tmp_path / "memory-vol.keep").exists()
+
+
+@pytest.mark.parametrize("kind", ["s3", "nbd"])
+def test_another_kind_is_no_kind_for_workers(kind: str, tmp_path: Path) -> None:
+    options = {"s3": {"url": "s3://bucket/x"}, "nbd": {"uri": "nbd://localhost"}}[kind]
+    with pytest.raises(BackendError, match=rf"^{kind}: "):
+        open_for_workers(kind, options, Hint("vol", tmp_path))
+
+
+def test_the_lock_ends_with_the_workers_that_inherited_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+
+    async def run() -> None:
+        parts = OpenParts(config_of("file", {"path": str(path), "size": "1M"}))
+        await open_store(parts, parts.store)
+        (file,) = parts.store.engine(parts.resources.disk or DISK).descriptors()
+        inherited = os.dup(file)
+        parts.store.forked()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
+        assert is_locked(path)
+        os.close(inherited)
+        assert not is_locked(path)
+
+    in_loop(run)
+
+
+def test_a_store_that_is_away_or_another_one_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+
+    async def run() -> None:
+        parts = OpenParts(config_of("file", {"path": str(path), "size": "1M"}))
+        attach = await open_store(parts, parts.store)
+        parts.resources.disk = msgspec.structs.replace(DISK, volatile_cache=True)
+        await parts.binding.bind(attach, MIB)
+        parts.binding.served()
+        parts.store.forked()
+        aside = path.rename(tmp_path / "aside")
+        with pytest.raises(StoreAway, match=r"^vol: its store cannot be opened: path=.*no such file") as away:
+            await reopen_store(parts, parts.store)
+        assert is_shortage(away.value)
+        path.write_bytes(bytes(MIB))
+        with pytest.raises(StoreAway, match=r"is served from .*rebind vol"):
+            await reopen_store(parts, parts.store)
+        assert not is_locked(path), "a store that was refused is let go of"
+        aside.rename(path)
+        before = parts.binding.generation
+        await reopen_store(parts, parts.store)
+        assert is_locked(path) and parts.binding.generation == before + 1
+        parts.store.forked()
+
+    in_loop(run)
+
+
+def test_a_memory_disk_stays_with_the_holder_until_its_device_is_gone(tmp_path: Path) -> None:
+    async def run() -> None:
+        parts = OpenParts(config_of("memory", {"size": "1M"}))
+        await open_store(parts, parts.store)
+        held = parts.holder.kept[disk_memory_name("vol")]
+        os.pwrite(held, b"kept", 0)
+        parts.store.end(keep=True)
+        successor = InsideStore(parts.config, ControlRunner(), parts.holder)
+        await successor.open(Hint("vol", tmp_path, may_create=False))
+        (memory,) = successor.engine(DISK).descriptors()
+        assert os.pread(memory, 4, 0) == b"kept"
+        successor.end(keep=False)
+        assert parts.holder.kept == {}
+
+    in_loop(run)
+
+
+def test_a_store_that_cannot_be_opened_says_so_in_one_line(tmp_path: Path) -> None:
+    async def run() -> None:
+        parts = OpenParts(config_of("file", {"path": str(tmp_path / "none")}))
+        with pytest.raises(DaemonError, match=r"^vol: path=.*no such file; with size=SIZE it is created$"):
+            await open_store(parts, parts.store)
+
+    in_loop(run)

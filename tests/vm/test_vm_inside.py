@@ -1,0 +1,133 @@
+"""Engines inside the workers (isolation none): killed workers and daemons, a store that is away, refusals."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from support.vm.daemon import Daemon, eventually, marked_processes, total
+from support.vm.process import Forked, read_block, write_block
+from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
+from support.vm.stuck import expect_other_devices_served, resume, suspend, suspended_file
+from ublkpool.daemon.errors import DaemonError
+from ublkpool.daemon.status import DeviceStatus
+
+pytestmark = pytest.mark.one_kernel("7.3")
+KIB, MIB = 1 << 10, 1 << 20
+BLOCK = 64 * KIB
+ROUNDS = 2
+
+
+def _add_file(daemon: Daemon, name: str, queues: int = 2) -> DeviceStatus:
+    options = {"path": daemon.path(f"{name}.img"), "size": "32M"}
+    return daemon.add(name, "file", options, queues=queues, isolation="none")
+
+
+def _add_memory(daemon: Daemon, name: str) -> DeviceStatus:
+    return daemon.add(name, "memory", {"size": "32M"}, queues=2, placement="backend", isolation="none")
+
+
+def _backends(daemon: Daemon) -> list[str]:
+    return [words for words in marked_processes(str(daemon.run_dir)).values() if " backend " in words]
+
+
+def _die_twice(daemon: Daemon, devices: list[DeviceStatus], kills: int) -> None:
+    """Kill workers of every device under fio, then the daemon, then workers again."""
+    names = [each.name for each in devices]
+    with seeded() as rng, loaded(daemon, devices) as loads:
+        for _ in range(kills):
+            for before in [kill_worker(daemon, name, rng) for name in names]:
+                wait_for_epoch(daemon, before.name, before.epoch + 1)
+            for load in loads:
+                load.goes_on()
+        daemon.crash()
+        daemon.start()
+        for load in loads:
+            load.goes_on()
+        for before in [kill_worker(daemon, name, rng) for name in names]:
+            wait_for_epoch(daemon, before.name, before.epoch + 1)
+        for load in loads:
+            load.goes_on()
+        assert _backends(daemon) == []
+
+
+def test_killed_workers_and_a_killed_daemon_cost_the_client_nothing(daemon: Daemon) -> None:
+    file, memory = daemon.together(partial(_add_file, daemon, "file"), partial(_add_memory, daemon, "memory"))
+    assert (file.backend.kind, file.backend.pid, file.backend.attached) == ("file", None, True)
+    assert (file.isolation, memory.isolation) == ("none", "none")
+    _die_twice(daemon, [file, memory], ROUNDS)
+    assert daemon.path("file.img").stat().st_size == 32 * MIB
+
+
+def test_requests_wait_for_a_store_that_is_away_and_no_other_takes_its_place(daemon: Daemon) -> None:
+    status = _add_file(daemon, "away", queues=1)
+    assert status.path is not None
+    path, data = status.path, os.urandom(BLOCK)
+    assert write_block(path, 0, data) == 0
+    image, aside = daemon.path("away.img"), daemon.path("aside.img")
+    refused = daemon.command_run("backend", "null", "--device", "away")
+    assert refused.returncode and "isolation none" in refused.stderr, refused
+    image.rename(aside)
+    kill_worker_of(daemon, "away")
+    eventually(lambda: "no such file" in daemon.status("away").reason, "its list names the store")
+    reader = Forked(lambda: int(read_block(path, 0, BLOCK) != data))
+    image.write_bytes(bytes(32 * MIB))
+    eventually(lambda: "is served from" in daemon.status("away").reason, "another file is refused")
+    assert daemon.status("away").state == "recovering" and reader.running
+    image.unlink()
+    aside.rename(image)
+    wait_for_epoch(daemon, "away", 2)
+    assert reader.wait() == 0
+    assert read_block(status.path, 0, BLOCK) == data
+    assert total(daemon.rest("away"), "errors") == 0
+    daemon.delete("away")
+    image.unlink()
+
+
+def test_what_a_dead_worker_has_under_way_ends_before_the_next_one_serves(daemon: Daemon) -> None:
+    """Its write waits in a disk that answers nothing; if the next epoch began now, it would land after a newer one."""
+    below = daemon.add("below", "memory", {"size": "16M"}, placement="backend", isolation="none")
+    assert below.path is not None
+    with suspended_file(below.path) as backing:
+        path = daemon.add("above", "file", {"path": backing, "direct": "on"}, isolation="none").path
+        assert path is not None
+        suspend()
+        old, new = os.urandom(BLOCK), os.urandom(BLOCK)
+        writer = Forked(partial(write_block, path, 0, old))
+        eventually(lambda: total(daemon.stats("above"), "in_flight"), "the write is under way")
+        kill_worker_of(daemon, "above")
+        eventually(
+            lambda: "which has ended, is over" in daemon.status("above").reason,
+            "its list says for what it waits",
+        )
+        expect_other_devices_served(daemon)
+        assert (daemon.status("above").state, daemon.status("above").epoch) == ("recovering", 1)
+        assert writer.running
+        resume()
+        assert writer.wait() == 0
+        assert wait_for_epoch(daemon, "above", 2).epoch == 2
+        assert read_block(below.path, 0, BLOCK) == old
+        assert write_block(path, 0, new) == 0
+        assert read_block(below.path, 0, BLOCK) == new
+        daemon.delete("above")
+    daemon.delete("below")
+
+
+def kill_worker_of(daemon: Daemon, name: str) -> None:
+    with seeded() as rng:
+        kill_worker(daemon, name, rng)
+
+
+def test_what_an_engine_in_the_workers_cannot_do_is_refused_in_one_line(daemon: Daemon) -> None:
+    status = daemon.add("null", "null", {"size": "16M"}, isolation="none")
+    assert status.path is not None
+    assert write_block(status.path, 0, bytes(BLOCK)) == 0
+    for command in (("resize", "null", "32M"), ("drain", "null")):
+        refused = daemon.command_run(*command)
+        assert refused.returncode != 0 and "isolation none" in refused.stderr, refused
+    daemon.delete("null")
+    path = daemon.path("missing.img")
+    with pytest.raises(DaemonError, match="no such file"):
+        daemon.add("missing", "file", {"path": path}, isolation="none")
+    assert daemon.client.devices() == [] and not Path(path).exists()

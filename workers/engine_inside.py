@@ -1,0 +1,112 @@
+"""A native engine inside the worker, in the place of a backend (`isolation = "none"`).
+
+Owns the engine and its memory.  The queue's core treats it as a backend that is linked from the worker's start: it gets
+the same descriptors and its answers are judged alike, but they travel by function calls (`ublk/csrc/queue_inside.h`),
+and its I/O goes through the worker's own io_uring.  An engine that fails ends its worker, and the device is recovered.
+"""
+
+from typing import Any, NamedTuple
+
+from ublkpool.bufpool.engine.device import Device
+from ublkpool.bufpool.engine.native import NativeEngine, Storage
+from ublkpool.bufpool.wire import Descriptor, Kind
+from ublkpool.ublk import mappings
+from ublkpool.ublk.calls import ffi
+from ublkpool.ublk.queue import NULL, IoUring, Queue
+
+OWN_SEGMENT = 1
+"""The number of the memory disk's segment: the first that a backend would get."""
+
+
+class EngineSpec(NamedTuple):
+    """The engine that each worker of a device opens, on descriptors that it inherits."""
+
+    storage: Storage
+    size_bytes: int
+    read_only: bool
+    own_fd: int | None = None
+    """The memory disk, which all workers share."""
+    own_bytes: int = 0
+
+    def descriptors(self) -> list[int]:
+        """What a worker inherits."""
+        file = getattr(self.storage, "file", None)
+        return [fd for fd in (file, self.own_fd) if fd is not None]
+
+
+class EngineInside:
+    """One queue's engine."""
+
+    def __init__(self, spec: EngineSpec, name: str, queue: Queue, pool: memoryview) -> None:
+        """Raises `BackendError`, `OSError`."""
+        self._queue = queue
+        self._own_bytes = spec.own_bytes
+        self._own: Any = NULL
+        if spec.own_fd is not None:
+            self._own = mappings.map_segment(spec.own_fd, spec.own_bytes)
+        self._engine = NativeEngine(
+            _device(spec, name, queue, pool, self._own), spec.storage, read_only=spec.read_only
+        )
+
+    @property
+    def token(self) -> str:
+        """Empty: no backend is expected."""
+        return ""
+
+    def serve_on(self, ring: IoUring) -> None:
+        """Answer from now on, with this io_uring.  Raises `OSError`."""
+        ring.use_engine(*self._engine.addresses)
+        has_disk, config = bool(self._own_bytes), self._queue.config
+        # Not before the io_uring has set the queue's clock, by which the HELLO is awaited.
+        self._queue.expect(OWN_SEGMENT if has_disk else 0, self._own, self._own_bytes, has_disk)
+        hello = Descriptor(Kind.HELLO, device=config.device_number, queue=config.queue, epoch=config.epoch)
+        self._queue.input(hello.pack())
+
+    def failure(self) -> str:
+        """Why the queue has cut the engine off."""
+        return self._engine.failure or self._queue.violation()
+
+    def expect(self, token: bytes, user: int | None = None) -> None:
+        """Raise `OSError`: no backend can attach."""
+        if token:
+            raise OSError("the workers run the device's engine themselves")
+
+    def take_places(self) -> None:
+        """Nothing: no backend comes."""
+
+    def turn(self, bits: int) -> bool:
+        """Nothing: the queue's io_uring serves the engine."""
+        return False
+
+    def close(self) -> None:
+        """Close the engine; the io_uring that it uses must not run any more."""
+        self._engine.close()
+
+
+def _device(spec: EngineSpec, name: str, queue: Queue, pool: memoryview, own: Any) -> Device:
+    """The device with this queue alone, which the engine knows as its queue 0."""
+    config = queue.config
+    return Device(
+        name=name,
+        number=config.device_number,
+        epoch=config.epoch,
+        size_bytes=spec.size_bytes,
+        logical_block_bytes=config.block_bytes,
+        queues=1,
+        depth=config.depth,
+        max_io_bytes=config.max_io_bytes,
+        need_get_data=config.need_get_data,
+        placement="backend" if config.place_in_backend else "pool",
+        read_only=spec.read_only,
+        pool=pool,
+        own=memoryview(ffi.buffer(own, spec.own_bytes)) if spec.own_bytes else memoryview(b""),
+        own_segment=OWN_SEGMENT if spec.own_bytes else 0,
+        watch=_never,
+        unwatch=_never,
+        wake=_never,
+    )
+
+
+def _never(*_arguments: object) -> None:
+    """For what only an engine in Python calls."""
+    raise AssertionError("a native engine has no use for the SDK's loop")
