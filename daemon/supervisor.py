@@ -22,6 +22,7 @@ from ublkpool.daemon.admin.measure import device_stats
 from ublkpool.daemon.admin.server import AdminServer
 from ublkpool.daemon.backends.attach import AttachServer
 from ublkpool.daemon.backends.session import Session
+from ublkpool.daemon.backends.template_process import BackendTemplate
 from ublkpool.daemon.device.binding import Binding
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
@@ -576,8 +577,11 @@ async def _make_context(
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder, account)
+    template = BackendTemplate(live_mounts)
+    ending.push_async_callback(template.stop)
     context = DaemonContext(
-        run_dir, instance, group, runner, broker, holder, states, live_mounts, keeper.events, account
+        *(run_dir, instance, group, runner, broker, holder),
+        *(states, live_mounts, keeper.events, account, template),
     )
     context.is_privileged = is_privileged()
     return context, held

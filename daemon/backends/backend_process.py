@@ -1,36 +1,36 @@
 """A backend that the daemon runs itself: its process and its stderr.
 
-Owns the child, an ordinary `ublkpool backend`: it attaches like any other.
+Owns the child, an ordinary `ublkpool backend`: it attaches like any other.  It is a copy of the daemon's template
+(`template_process.py`), or a new program where there is none or another interpreter runs it.
 """
 
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ublkpool.daemon.backends.backend_log import BackendLog
-from ublkpool.daemon.backends.backend_user import change_user, check_can_run
-from ublkpool.daemon.errors import STATUS_USAGE, DaemonError, one_line, without_name
+from ublkpool.daemon.backends.backend_user import check_can_run
+from ublkpool.daemon.backends.becoming import (
+    Task,
+    be_a_program,
+    cannot,
+    program,
+    take_default_signals,
+    take_place,
+)
+from ublkpool.daemon.backends.template_process import BackendTemplate, Forked
+from ublkpool.daemon.errors import DaemonError, one_line, without_name
 from ublkpool.daemon.processes.children import Child, describe_exit
-from ublkpool.daemon.processes.mounts import enter_live_view
-from ublkpool.daemon.processes.reserve import restore_descriptor_limit, with_room_for_one
+from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.supervised import SupervisedProcess
 from ublkpool.daemon.settings.config import BackendConfig
 from ublkpool.workers.process import fork_child
 
 RESTART_MIN_S = 0.1
 RESTART_MAX_S = 5.0
-_IN_ENVIRONMENT = """
-import sys
-try:
-    from ublkpool.daemon.cli.commands import main
-except ImportError as error:
-    sys.stderr.write(f"ublkpool: {sys.executable}: {error}: install ublkpool in this environment, too\\n")
-    sys.exit(2)
-main()
-"""
 _log = logging.getLogger("ublkpool.backend")
 
 
@@ -45,11 +45,13 @@ class BackendProcess(SupervisedProcess):
         hold: Callable[[int], None],
         live_mounts: int | None = None,
         group: int | None = None,
+        template: BackendTemplate | None = None,
     ) -> None:
         """Nothing runs yet: `start` or `adopt`.  `hold` is called with the descriptor from which its stderr is read.
 
         `live_mounts`: the mount namespace that it runs in (`daemon/processes/mounts.py`); None for the daemon's.
-        `group`: that of the daemon's config, by which a backend of another user gets in.
+        `group`: that of the daemon's config, by which a backend of another user gets in.  `template`: what forks a
+        backend for the interpreter of the daemon's own (`prepare`).
         """
         super().__init__(f"{device}: backend {config.kind}", _log, RESTART_MIN_S, RESTART_MAX_S)
         self._device = device
@@ -58,6 +60,9 @@ class BackendProcess(SupervisedProcess):
         self._hold = hold
         self._live_mounts = live_mounts
         self._group = group
+        self._template = template
+        self._forked: Forked | None = None
+        """What `prepare` found."""
         self._last_end = ""
         self._no_start = ""
         """Why the last try to start it failed."""
@@ -82,20 +87,8 @@ class BackendProcess(SupervisedProcess):
     def _start(self) -> None:
         check_can_run(self._device, self.config, self._group)
         reader, writer = os.pipe()
-        options = [f"{key}={value}" for key, given in self.config.options.items() for value in _values(given)]
-        command = [
-            *_program(self.config.python),
-            *("backend", self.config.kind, "--log-format", "json"),
-            *(word for each in self.config.layers for word in ("--layer", each)),
-            *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
-        ]
-        keep = [writer] if self._live_mounts is None else [writer, self._live_mounts]
-        # subprocess would wait for the child's exec, and the child may hang in a directory on a dead mount.
-        fork = with_room_for_one(
-            lambda: fork_child(lambda: self._become(command, writer), keep, "ublkpool-start")
-        )
         try:
-            child = Child(fork())
+            child = self._begin(writer)
         except BaseException:
             os.close(reader)
             raise
@@ -109,35 +102,54 @@ class BackendProcess(SupervisedProcess):
             raise
         self.child = child
 
-    def _become(self, command: list[str], stderr: int) -> int:
-        """Runs in the forked child: become the backend by exec; 1 if that fails."""
-        try:
-            # A terminal's Ctrl-C is the daemon's to handle: it ends its backends last.
-            os.setpgid(0, 0)
-            for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            with Path(os.devnull).open() as nothing:
-                os.dup2(nothing.fileno(), 0)
-            # What it prints is for the log, too.
-            os.dup2(stderr, 1)
-            os.dup2(stderr, 2)
-            self._enter_place()
-            restore_descriptor_limit()
-            environment = change_user(self.config, self._group)
-            os.execve(command[0], command, environment)
-        except LookupError as error:
-            os.write(2, f"ublkpool: cannot start it: backend.user: {error}\n".encode())
-            return STATUS_USAGE
-        except (OSError, ValueError) as error:
-            os.write(2, f"ublkpool: cannot start it: {error}\n".encode())
-        return 1
+    async def prepare(self) -> None:
+        """Have the next start find a process that waits for its task, if the template has one."""
+        if self._template is not None and self.config.python is None:
+            self.drop_prepared()
+            self._forked = await self._template.fork()
 
-    def _enter_place(self) -> None:
-        """Enter the mount namespace and the working directory, whose path is looked up in that namespace."""
-        if self._live_mounts is not None:
-            enter_live_view(self._live_mounts, self.config.cwd or "/")
-        elif self.config.cwd is not None:
-            os.chdir(self.config.cwd)
+    def drop_prepared(self) -> None:
+        """There will be no next start."""
+        forked, self._forked = self._forked, None
+        if forked is not None:
+            forked.close()
+
+    def _begin(self, stderr: int) -> Child:
+        """The process, which becomes the backend: one that was prepared, or else one by exec."""
+        options = [f"{key}={value}" for key, given in self.config.options.items() for value in _values(given)]
+        arguments = [
+            *("backend", self.config.kind, "--log-format", "json"),
+            *(word for each in self.config.layers for word in ("--layer", each)),
+            *("--device", self._device, "--run-dir", str(self._run_dir), "--", *options),
+        ]
+        task = Task(arguments, self.config, self._group)
+        forked, self._forked = self._forked, None
+        if forked is not None and self.config.python is None:
+            # It may have died meanwhile, or the task may be too long for a packet.
+            with suppress(OSError):
+                forked.begin(task, stderr)
+                return forked.child
+        elif forked is not None:
+            forked.close()
+        return self._exec(task, stderr)
+
+    def _exec(self, task: Task, stderr: int) -> Child:
+        keep = [stderr] if self._live_mounts is None else [stderr, self._live_mounts]
+        # subprocess would wait for the child's exec, and the child may hang in a directory on a dead mount.
+        fork = with_room_for_one(
+            lambda: fork_child(lambda: self._become(task, stderr), keep, "ublkpool-start")
+        )
+        return Child(fork())
+
+    def _become(self, task: Task, stderr: int) -> int:
+        """Runs in the forked child: become the backend by exec; 1 if that fails."""
+        command = [*program(self.config.python), *task.arguments]
+        try:
+            take_default_signals()
+            be_a_program(stderr)
+            os.execve(command[0], command, take_place(task, self._live_mounts))
+        except (LookupError, OSError, ValueError) as error:
+            return cannot(error)
 
     def _listen(self, reader: int) -> None:
         self._hold(reader)
@@ -176,11 +188,6 @@ class BackendProcess(SupervisedProcess):
         # Status 0: it was told to end.
         level = logging.WARNING if self.child.exit_status and not self.is_replaced else logging.INFO
         _log.log(level, "%s: %s; starting it again in %.1f s", self._device, self._last_end, pause_s)
-
-
-def _program(python: str | None) -> list[str]:
-    """The command `ublkpool`, run by another environment's interpreter if one is given."""
-    return [sys.executable, "-m", "ublkpool.daemon"] if python is None else [python, "-c", _IN_ENVIRONMENT]
 
 
 def _values(given: str | list[str]) -> list[str]:

@@ -37,7 +37,7 @@ def check_can_run(device: str, config: BackendConfig, group: int | None) -> None
 
 
 def change_user(config: BackendConfig, group: int | None) -> Mapping[str, str]:
-    """In the forked child, before its exec: become the backend's user, if it has one; the new program's environment.
+    """In the forked child: become the backend's user, if it has one; the backend's environment.
 
     Raises `OSError`, `LookupError`.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ublkpool.daemon.backends.backend_process import BackendProcess
+from ublkpool.daemon.backends.template_process import BackendTemplate
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.beside import beside
@@ -38,11 +39,12 @@ class ManagedBackend:
         live_mounts: int | None,
         background: Background,
         group: int | None = None,
+        template: BackendTemplate | None = None,
     ) -> None:
         """Nothing runs yet: `run`, `start` or `go_on`.
 
         `live_mounts` is a descriptor of the mount namespace that backends run in, see `processes/mounts.py`; `group`
-        that of the daemon's config, by which a backend of another user gets in.
+        that of the daemon's config, by which a backend of another user gets in; `template` what forks it.
         """
         self._device = device
         self._background = background
@@ -53,7 +55,9 @@ class ManagedBackend:
             lambda fd: holder.hold(stderr_name(device), fd),
             live_mounts,
             group,
+            template,
         )
+        self._has_template = template is not None
         self._supervision: asyncio.Task[None] | None = None
 
     @property
@@ -76,6 +80,9 @@ class ManagedBackend:
 
     def start(self) -> None:
         """Start it as soon as there is room for a process, and again whenever it ends."""
+        if self._has_template:
+            self._supervise(self._start_and_keep())
+            return
         try:
             self._process.start()
         except (DaemonError, OSError):
@@ -88,6 +95,7 @@ class ManagedBackend:
 
         Raises `DaemonError` if it ends before, with the device's `reason` unless that is empty; `OSError`.
         """
+        await self._process.prepare()
         self._process.start()
         async with beside(self._process.child.wait()) as ended, beside(live()) as becomes_live:
             await asyncio.wait((ended, becomes_live), return_when=asyncio.FIRST_COMPLETED)
@@ -120,6 +128,7 @@ class ManagedBackend:
         """From now on it is not started again."""
         if self._supervision is not None:
             self._supervision.cancel()
+        self._process.drop_prepared()
 
     async def replace(self) -> None:
         """Have a process of today's code take the place of this one, which ends as with `end`."""
@@ -142,6 +151,7 @@ class ManagedBackend:
         self._supervision = self._background.spawn(work)
 
     async def _start_and_keep(self) -> None:
+        await self._process.prepare()
         await self._process.start_surely()
         await self._process.keep_running()
 

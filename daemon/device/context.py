@@ -6,6 +6,7 @@ The supervisor makes it once; devices use it and never change it.
 
 from pathlib import Path
 
+from ublkpool.daemon.backends.template_process import BackendTemplate
 from ublkpool.daemon.device.binding import boot_id
 from ublkpool.daemon.device.memory import MemoryBudget
 from ublkpool.daemon.device.records import Records, build_id
@@ -33,15 +34,17 @@ class DaemonContext:
         live_mounts: int | None = None,
         events: Events | None = None,
         account: Account | None = None,
+        template: BackendTemplate | None = None,
     ) -> None:
         """`live_mounts`: a descriptor of the mount namespace in which backends run and a reload reads the config, see
         `daemon/processes/mounts.py`.  `account`: the user that workers and broker become; None: they keep the daemon's
-        rights.
+        rights.  `template`: what forks the daemon's own backends; None: they are started by exec.
         """
         self.run_dir = run_dir
         self.instance = instance
         self.group = group
         self.account = account
+        self.template = template
         self.runner = runner
         self.broker = pool_broker
         self.holder = holder

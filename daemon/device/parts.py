@@ -220,4 +220,5 @@ def _managed(config: DeviceConfig, context: DaemonContext, background: Backgroun
         context.live_mounts,
         background,
         context.group,
+        context.template,
     )

@@ -7,9 +7,9 @@ that copy every mount that holds nothing the daemon itself uses.  Workers, broke
 forked later and share this namespace.
 
 Backends have no `/dev/ublkcN` open, and the files that they serve are the operator's.  They run in the namespace that
-the daemon was started in: the daemon keeps a descriptor of it, and the forked child enters it before exec.  Each daemon
-keeps its own, so after a takeover backends are started in the new daemon's namespace.  The process that reads the
-config again enters it, too.
+the daemon was started in: the daemon keeps a descriptor of it, and the forked child, a backend or the backends'
+template, enters it before exec.  Each daemon keeps its own, so after a takeover backends are started in the new
+daemon's namespace.  The process that reads the config again enters it, too.
 """
 
 import logging

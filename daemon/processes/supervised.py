@@ -58,12 +58,17 @@ class SupervisedProcess(ABC):
                 pause_s = self._pauses.ended()
                 await self._clear_away(pause_s)
                 await asyncio.sleep(pause_s)
+                await self.prepare()
                 if self._is_ending:
                     return
                 is_started = self._try_start()
             if not is_started:
                 await self.start_surely()
             self._on_restart()
+
+    async def prepare(self) -> None:
+        """What may take a while before a first attempt to start; nothing by default.  Raises nothing."""
+        return
 
     def _try_start(self) -> bool:
         try:

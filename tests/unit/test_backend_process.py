@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support.fakes.standstill import STANDS_MAX_S, watched_loop
-from ublkpool.daemon.backends import backend_log, backend_process
+from ublkpool.daemon.backends import backend_log, becoming
 from ublkpool.daemon.backends.backend_log import LINE_BYTES_MAX, BackendLog
 from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.processes.backoff import STEADY_S, STEADY_SERVING_S, Backoff
@@ -225,7 +225,7 @@ async def test_a_backend_whose_directory_hangs_does_not_block_the_supervisor(
 ) -> None:
     """As on a mount whose server is gone: the child hangs before its exec, the supervisor's loop does not."""
     never, open_end = os.pipe()
-    monkeypatch.setattr(backend_process, "enter_live_view", lambda *_: os.read(never, 1))
+    monkeypatch.setattr(becoming, "enter_live_view", lambda *_: os.read(never, 1))
     process = BackendProcess("vol0", BackendConfig(kind="nosuch"), tmp_path, lambda fd: None, never)
     process.start()
     assert process.child.exit_status is None

@@ -10,6 +10,7 @@ from support.fakes.device_parts import FakeHolder
 from ublkpool.daemon.backends import backend_process, managed_backend
 from ublkpool.daemon.backends.backend_process import BackendProcess
 from ublkpool.daemon.backends.managed_backend import ManagedBackend
+from ublkpool.daemon.backends.template_process import BackendTemplate
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.children import Child
@@ -44,6 +45,12 @@ class FakeProcess(BackendProcess):
         super().__init__("vol", CONFIG, Path("/nonexistent"), lambda _fd: None)
         self.starts = 0
         self.fails = fails
+        self.prepared_before: list[int] = []
+        """How many starts there had been, at each call of `prepare`."""
+
+    async def prepare(self) -> None:
+        await asyncio.sleep(0)
+        self.prepared_before.append(self.starts)
 
     def _start(self) -> None:
         if self.fails:
@@ -64,6 +71,10 @@ def managed(fails: bool = False) -> tuple[ManagedBackend, FakeProcess]:
     made = ManagedBackend("vol", CONFIG, Path("/nonexistent"), FakeHolder(), None, Background("vol"))
     made._process = process = FakeProcess(fails)
     return made, process
+
+
+class NoTemplate(BackendTemplate):
+    """A template that is never asked."""
 
 
 def in_loop(test: Callable[[], Awaitable[None]]) -> None:
@@ -159,5 +170,44 @@ def test_a_backend_that_cannot_be_started_yet_is_started_later_and_supervised() 
             await asyncio.sleep(0)
         backend.let_end()
         await backend.end()
+
+    in_loop(run)
+
+
+def test_the_template_is_asked_before_each_start_and_the_loop_goes_on_meanwhile() -> None:
+    async def run() -> None:
+        made = ManagedBackend(
+            "vol", CONFIG, Path("/nonexistent"), FakeHolder(), None, Background("vol"), template=NoTemplate()
+        )
+        made._process = process = FakeProcess(fails=False)
+        made.start()
+        assert process.starts == 0 and made.pid is None
+        for starts in (1, 2, 3):
+            while process.starts < starts:
+                await asyncio.sleep(0)
+            assert process.prepared_before == list(range(starts))
+            process.child.exits(1)
+        running = asyncio.ensure_future(made.run(never, lambda: ""))
+        while process.starts < 4:
+            await asyncio.sleep(0)
+        assert len(process.prepared_before) >= 4
+        running.cancel()
+        made.let_end()
+
+    in_loop(run)
+
+
+def test_a_backend_that_is_told_to_end_while_the_template_is_asked_is_not_started() -> None:
+    async def run() -> None:
+        made = ManagedBackend(
+            "vol", CONFIG, Path("/nonexistent"), FakeHolder(), None, Background("vol"), template=NoTemplate()
+        )
+        made._process = process = FakeProcess(fails=False)
+        made.start()
+        made.let_end()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await made.end()
+        assert process.starts == 0
 
     in_loop(run)

@@ -73,7 +73,8 @@ def test_the_daemon_is_ready_though_devices_wait_and_leaves_nothing(tmp_path: Pa
         assert await client.states() == {"stuck": "waiting"}
 
     serving(config, test)
-    assert systemd.told()[-1] == "STATUS=serving 0 devices"
+    # An add whose backend does not run yet is undone before the daemon says that it stops.
+    assert [each for each in systemd.told() if each != "STOPPING=1"][-1] == "STATUS=serving 0 devices"
     assert not (tmp_path / "run").exists()
 
 

@@ -29,6 +29,10 @@ int uq_enter_mounts(int fd);
 int uq_set_name(const char *name);
 /* The kernel kills this process (SIGKILL) when `parent` ends; -ESRCH if `parent` is no longer its parent. */
 int uq_die_with(int parent);
+/* As fork(), but the child is a child of this process's parent, which gets SIGCHLD and the exit status.  For a process
+ * with one thread; pthread_atfork() handlers do not run.  Returns the child's number, 0 in the child, or a negative
+ * errno. */
+int uq_fork_beside(void);
 /* Closes every descriptor but those in `keep`, which is in ascending order.  Returns 0 or a negative errno. */
 int uq_close_all_but(const int *keep, unsigned count);
 

@@ -27,6 +27,7 @@ from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
 from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import Client
+from ublkpool.daemon.backends.becoming import TEMPLATE
 from ublkpool.daemon.errors import DaemonError, RemoteError
 from ublkpool.daemon.events.keeper import TITLE as WRITER
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
@@ -339,6 +340,12 @@ class Daemon:
         return next((pid for pid in marked if _name(pid) == "ublkpool-broker"), 0)
 
     @property
+    def template_pid(self) -> int:
+        """The pid of the template of backends, 0 while none runs."""
+        marked = marked_processes(str(self.run_dir))
+        return next((pid for pid in marked if _name(pid) == TEMPLATE), 0)
+
+    @property
     def _instance(self) -> str:
         return hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:8]
 
@@ -395,7 +402,7 @@ class Daemon:
         processes = marked_processes(str(self.run_dir))
         # The daemon, and one of each child that outlives devices.
         processes.pop(self.pid, None)
-        for name in ("ublkpool-broker", "ublkpool-hold"):
+        for name in ("ublkpool-broker", "ublkpool-hold", TEMPLATE):
             if lasting := [pid for pid in processes if _name(pid) == name]:
                 del processes[lasting[0]]
         return processes
