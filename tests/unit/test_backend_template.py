@@ -428,13 +428,13 @@ async def main():
     theirs = os.readlink(f"/proc/self/fd/{live}")
     template = BackendTemplate(live)
     (await template.fork()).close()
-    if os.fork() == 0:
+    if (pid := os.fork()) == 0:
         mounts.enter_live_view(live, "/")
         subprocess.run(["umount", f"{root}/early"], check=True)
         mount(f"{root}/late")
         Path(f"{root}/late/mine.py").write_text(PLUGIN)
         os._exit(0)
-    assert os.wait()[1] == 0
+    assert os.waitpid(pid, 0)[1] == 0
     config = BackendConfig(kind=f"{root}/late/mine.py", cwd=f"{root}/late")
     process = BackendProcess("vol", config, Path(root), lambda fd: None, live, None, template)
     await process.prepare()

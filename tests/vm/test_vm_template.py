@@ -12,7 +12,6 @@ from support.vm.recovery import kill, wait_for_backend
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 pytestmark = pytest.mark.one_kernel("7.3")
-MIB = 1 << 20
 BLOCK = 4096
 
 
