@@ -37,7 +37,7 @@ BENCH_ARGS ?=
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
 BENCH_TIMEOUT_S = $(if $(filter quick nbd rbd,$(MODE)),3600,10800)
 BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
-BENCH_GUEST = $(if $(filter exact rbd,$(MODE)),--exact,--cpus $(BENCH_CPUS))
+BENCH_GUEST = $(if $(filter exact rbd doorbell,$(MODE)),--exact,--cpus $(BENCH_CPUS))
 # What the wheel and the Debian package are made of.
 PACKAGED = $(shell find backends bufpool daemon ublk workers src config docs examples debian packaging -type f \
     ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name '_native*.c' ! -name '_engine.c' ! -path '*.egg-info/*') \

@@ -141,9 +141,9 @@ def run_doorbell(revision: str, host_load: str, out: Path) -> None:
     from bench.doorbell import Doorbells, ring_doorbells
     from bench.results import write_result
 
-    found = Doorbells(kernel=platform.release(), date=_today(), emulated=_is_emulated())
+    found = Doorbells(kernel=platform.release(), date=_today(), emulated=_is_emulated(), exact=_is_exact())
     ring_doorbells((out / DOORBELL).absolute(), found, say)
-    write_result(found, out / f"doorbell-{_series()}.json")
+    write_result(found, result_path(out, "doorbell"))
 
 
 @main.command()

@@ -28,7 +28,20 @@ def test_a_ratio_is_made_within_its_round() -> None:
         found.trips.append(Trip(way=USED, cpus=(0, 1), round=number, trips_per_s=used, cpu_us=5.0))
         found.trips.append(Trip(way="futex-call", cpus=(0, 1), round=number, trips_per_s=other, cpu_us=4.0))
     text = doorbell_report(found)
-    assert "| futex, futex(2) | 200 | 2.00 | 1.00 to 3.00 | 4.0 |" in text and "a CPU each" in text
+    assert "| futexes, futex(2) | 200 | 2.00 | 1.00 to 3.00 | 4.0 |" in text and "a CPU each" in text
+
+
+def test_where_time_is_instructions_they_are_reported_of_one_short_round(tmp_path: Path) -> None:
+    program, found = tmp_path / "doorbell", _found()
+    found.exact = True
+    program.write_text('#!/bin/sh\necho "$4" >> "$0.log"\necho 50000 20\n')
+    program.chmod(0o755)
+    ring_doorbells(program, found, lambda text: None)
+    assert {each.round for each in found.trips} == {0}
+    assert set((tmp_path / "doorbell.log").read_text().split()) == {str(doorbell.EXACT_RUN_MS)}
+    text = doorbell_report(found)
+    assert "instructions a round trip" in text and "of 1 rounds" in text
+    assert "futex(2) | 20,000 | 1.00 |" in text
 
 
 def test_a_doorbell_that_the_kernel_lacks_is_reported_and_not_tried_again(
