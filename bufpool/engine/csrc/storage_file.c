@@ -6,23 +6,19 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
-#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
-#include <sys/vfs.h>
 
 #include "fifo.h"
 #include "own_ring.h"
 #include "slots.h"
+#include "store_file.h"
 
 #define ZEROES_BYTES (1u << 20)
 #define SECTOR_BYTES 512u
-/* A longer copy is worth a kernel thread that runs beside this one. */
-#define AT_ONCE_BYTES_MAX (128u << 10)
 
 enum step { MOVE, PUNCH, ZERO_RANGE, ZERO_WRITE, SYNC };
 
@@ -42,8 +38,8 @@ struct file_storage {
 	uint8_t *zeroes;
 	uint64_t size_bytes; /* the device's */
 	uint32_t requests, writes_runnable;
-	int file;
-	bool is_block_device, is_memory, is_local, no_punch, no_zero_range;
+	struct store_file store;
+	bool is_block_device, no_punch, no_zero_range;
 	bool was_measured; /* in this turn */
 	bool was_changed;  /* since the file was measured after a change */
 	bool is_cut;       /* shorter than the device: no request is started any more */
@@ -63,20 +59,13 @@ static void run(struct file_storage *f, const struct storage_request *r, uint8_t
 	fifo_push(&f->runnable, r->index);
 }
 
-/* Whether the file is shorter than the device; false if the kernel does not say.  lseek costs far less than statx, but
- * may wait for a server (nfs_file_llseek); statx with AT_STATX_DONT_SYNC is answered from the file system's cache. */
+/* Whether the store is shorter than the device; false if the kernel does not say. */
 static bool is_short(const struct file_storage *f)
 {
-	struct statx facts;
 	uint64_t bytes;
 	if (f->is_block_device)
-		return ioctl(f->file, BLKGETSIZE64, &bytes) == 0 && bytes < f->size_bytes;
-	if (f->is_local) {
-		off_t end = lseek(f->file, 0, SEEK_END);
-		return end >= 0 && (uint64_t)end < f->size_bytes;
-	}
-	return statx(f->file, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &facts) == 0 &&
-	       facts.stx_size < f->size_bytes;
+		return ioctl(f->store.file, BLKGETSIZE64, &bytes) == 0 && bytes < f->size_bytes;
+	return store_file_is_short(&f->store, f->size_bytes);
 }
 
 /* The engine ends without answering, and the worker replays the requests to a backend that finds the whole file. */
@@ -113,10 +102,10 @@ static void prepare_move(struct file_storage *f, const struct storage_request *r
 	uint64_t moved = work_of(f, r)->moved;
 	uint32_t bytes = (uint32_t)(r->d.length - moved);
 	if (r->d.op == WIRE_READ) {
-		io_uring_prep_read(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
+		io_uring_prep_read(sqe, f->store.file, r->memory + moved, bytes, r->d.offset + moved);
 		return;
 	}
-	io_uring_prep_write(sqe, f->file, r->memory + moved, bytes, r->d.offset + moved);
+	io_uring_prep_write(sqe, f->store.file, r->memory + moved, bytes, r->d.offset + moved);
 	if (r->d.flags & WIRE_FUA)
 		sqe->rw_flags = RWF_DSYNC;
 }
@@ -130,19 +119,19 @@ static void prepare_one(struct file_storage *f, const struct storage_request *r,
 		prepare_move(f, r, sqe);
 		break;
 	case PUNCH:
-		io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
-					(off_t)d->length);
+		io_uring_prep_fallocate(sqe, f->store.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+					(off_t)d->offset, (off_t)d->length);
 		break;
 	case ZERO_RANGE:
-		io_uring_prep_fallocate(sqe, f->file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)d->offset,
-					(off_t)d->length);
+		io_uring_prep_fallocate(sqe, f->store.file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+					(off_t)d->offset, (off_t)d->length);
 		break;
 	case ZERO_WRITE:
-		io_uring_prep_write(sqe, f->file, f->zeroes, piece(d->length - work->moved, ZEROES_BYTES),
+		io_uring_prep_write(sqe, f->store.file, f->zeroes, piece(d->length - work->moved, ZEROES_BYTES),
 				    d->offset + work->moved);
 		break;
 	default: /* SYNC */
-		io_uring_prep_fsync(sqe, f->file, IORING_FSYNC_DATASYNC);
+		io_uring_prep_fsync(sqe, f->store.file, IORING_FSYNC_DATASYNC);
 	}
 	io_uring_sqe_set_data64(sqe, ENGINE_USER_DATA | r->index);
 }
@@ -192,7 +181,7 @@ static void finish_discard(struct file_storage *f, struct storage_request *r)
 	uint64_t range[2] = { r->d.offset, r->d.length };
 	if (!f->is_block_device)
 		engine_finish(f->base.engine, r, -EOPNOTSUPP);
-	else if (ioctl(f->file, BLKDISCARD, range))
+	else if (ioctl(f->store.file, BLKDISCARD, range))
 		give_up(f, r, -errno);
 	else
 		engine_finish(f->base.engine, r, 0);
@@ -292,8 +281,8 @@ static uint8_t first_step(const struct file_storage *f, const struct wire_descri
 static int32_t move_at_once(const struct file_storage *f, const struct storage_request *r)
 {
 	struct iovec data = { r->memory, r->d.length };
-	ssize_t moved = r->d.op == WIRE_READ ? preadv2(f->file, &data, 1, (off_t)r->d.offset, 0)
-					     : pwritev2(f->file, &data, 1, (off_t)r->d.offset,
+	ssize_t moved = r->d.op == WIRE_READ ? preadv2(f->store.file, &data, 1, (off_t)r->d.offset, 0)
+					     : pwritev2(f->store.file, &data, 1, (off_t)r->d.offset,
 							r->d.flags & WIRE_FUA ? RWF_DSYNC : 0);
 	return moved < 0 ? -errno : (int32_t)moved;
 }
@@ -304,27 +293,13 @@ static void file_start(struct storage *s, struct storage_request *r)
 	struct work *work = work_of(f, r);
 	work->moved = 0;
 	work->step = first_step(f, &r->d);
-	if (!f->is_memory || work->step != MOVE || r->d.length > AT_ONCE_BYTES_MAX) {
+	if (!f->store.is_memory || work->step != MOVE || r->d.length > STORE_AT_ONCE_BYTES_MAX) {
 		run(f, r, work->step);
 		return;
 	}
 	if (r->d.op == WIRE_WRITE)
 		measure(f);
 	file_complete(s, r->index, f->is_cut ? -ENODATA : move_at_once(f, r));
-}
-
-/* I/O on a file in memory never waits, but io_uring would pass each request to a kernel thread, and two context
- * switches cost more than the copy. */
-static bool is_memory_kind(const struct statfs *status)
-{
-	return status->f_type == TMPFS_MAGIC || status->f_type == RAMFS_MAGIC;
-}
-
-/* The file systems whose lseek(SEEK_END) only reads the inode's size (generic_file_llseek). */
-static bool is_local_kind(const struct statfs *status)
-{
-	return is_memory_kind(status) || status->f_type == EXT4_SUPER_MAGIC || status->f_type == XFS_SUPER_MAGIC ||
-	       status->f_type == BTRFS_SUPER_MAGIC;
 }
 
 static int file_use_ring(struct storage *s, struct io_uring *ring)
@@ -383,12 +358,8 @@ struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_by
 	f->base.ops = &file_ops;
 	f->base.slots = &f->slots;
 	f->slots.slot_bytes = slot_bytes;
-	f->file = file;
+	/* The file system of a block device's node says nothing of the device. */
+	f->store = is_block_device ? (struct store_file){ .file = file } : store_file_of(file);
 	f->is_block_device = is_block_device;
-	struct statfs status;
-	if (!is_block_device && fstatfs(file, &status) == 0) {
-		f->is_memory = is_memory_kind(&status);
-		f->is_local = is_local_kind(&status);
-	}
 	return &f->base;
 }
