@@ -10,10 +10,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
 from ublkpool.daemon.admin import calls
 from ublkpool.daemon.admin.calls import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, RECONNECT_S, Call
+from ublkpool.daemon.admin.event_stream import EventStream
 from ublkpool.daemon.admin.patience import silence, why_unreachable
 from ublkpool.daemon.admin.wire import (
     REPLY_BYTES_MAX,
@@ -143,30 +142,18 @@ class AsyncClient:
         for, but the first unless `waits`.  It ends only by an error, or when its reader closes it or is cancelled.
         """
         request = calls.events(after, names, since, follow)
-        last, said, waits = after, "", waits and follow
+        stream = EventStream(request, waits, self._on_progress, self._on_wait)
+        patience_s = None if follow else QUERY_TIMEOUT_S
         while True:
             try:
-                async with aclosing(
-                    self._replies(request, None if follow else QUERY_TIMEOUT_S, True)
-                ) as replies:
+                async with aclosing(self._replies(stream.request(), patience_s, True)) as replies:
                     async for reply in replies:
-                        said, waits = "", waits or follow
-                        if reply.event is not None and reply.event.seq > last:
-                            last = reply.event.seq
-                            yield reply.event
-                        elif reply.ok is not None:
-                            result_of(reply, None)
-                        elif reply.progress:
-                            self._on_progress(reply.progress)
+                        if (event := stream.take(reply)) is not None:
+                            yield event
             except (DaemonUnreachable, DaemonStopping) as error:
-                if not waits:
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    self._on_wait(f"{said}; waiting for it")
+                stream.interrupted(error)
             if not follow:
                 return
-            request = msgspec.structs.replace(request, after=last)
             await asyncio.sleep(RECONNECT_S)
 
     async def _call(self, call: Call[_T], timeout_s: float | None = None) -> _T:
@@ -182,10 +169,10 @@ class AsyncClient:
         self, request: Request, timeout_s: float | None, is_prompt: bool
     ) -> AsyncGenerator[Reply, None]:
         path = admin_socket(self._run_dir)
-        reader, writer = await _open(path, timeout_s)
-        pid = credentials_of(writer.get_extra_info("socket")).pid
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
+        reader, writer = await _open(path, timeout_s)
+        pid = credentials_of(writer.get_extra_info("socket")).pid
         try:
             writer.write(encode_line(request))
             while True:

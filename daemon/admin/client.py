@@ -11,10 +11,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
 from ublkpool.daemon.admin import calls
 from ublkpool.daemon.admin.calls import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, RECONNECT_S, Call
+from ublkpool.daemon.admin.event_stream import EventStream
 from ublkpool.daemon.admin.patience import DaemonLines, why_unreachable
 from ublkpool.daemon.admin.wire import Reply, Request, admin_socket, decode_reply, encode_line, result_of
 from ublkpool.daemon.errors import DaemonStopping, DaemonUnreachable
@@ -146,27 +145,16 @@ class Client:
         for, but the first unless `waits`.  Such an iterator ends only by an error or when its reader closes it.
         """
         request = calls.events(after, names, since, follow)
-        last, said, waits = after, "", waits and follow
+        stream = EventStream(request, waits, self._on_progress, self._on_wait)
         while True:
             try:
-                for reply in self._replies(request, None if follow else QUERY_TIMEOUT_S):
-                    said, waits = "", waits or follow
-                    if reply.event is not None and reply.event.seq > last:
-                        last = reply.event.seq
-                        yield reply.event
-                    elif reply.ok is not None:
-                        result_of(reply, None)
-                    elif reply.progress:
-                        self._on_progress(reply.progress)
+                for reply in self._replies(stream.request(), None if follow else QUERY_TIMEOUT_S):
+                    if (event := stream.take(reply)) is not None:
+                        yield event
             except (DaemonUnreachable, DaemonStopping) as error:
-                if not waits:
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    self._on_wait(f"{said}; waiting for it")
+                stream.interrupted(error)
             if not follow:
                 return
-            request = msgspec.structs.replace(request, after=last)
             self._on_idle()
             time.sleep(RECONNECT_S)
 
@@ -181,8 +169,9 @@ class Client:
     def _replies(self, request: Request, timeout_s: float | None, is_prompt: bool = True) -> Iterator[Reply]:
         """What the daemon says, up to its answer."""
         path = admin_socket(self._run_dir)
+        begun_s = time.monotonic()
         with _connect(path, timeout_s) as connection:
-            lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle, is_prompt)
+            lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle, is_prompt, begun_s)
             try:
                 connection.sendall(encode_line(request))
                 while (reply := decode_reply(lines.next_line())).ok is None:

@@ -33,8 +33,11 @@ class DaemonLines:
         say: Callable[[str], None],
         on_idle: Callable[[], None] = lambda: None,
         is_prompt: bool = True,
+        begun_s: float | None = None,
     ) -> None:
-        """`timeout_s`: seconds from now until the wait ends; None: no limit, because the operation may take long.
+        """`timeout_s`: seconds until the wait ends, from `begun_s`, when the client began to connect, or from now.
+
+        None: no limit, because the operation may take long.
 
         `is_prompt`: the answer is due at once, and the user is told that it has not come.  `on_idle` is called after
         each second of silence, and may raise to end the wait.
@@ -46,7 +49,7 @@ class DaemonLines:
         self._on_idle = on_idle
         self._is_prompt = is_prompt
         self._said = ""
-        self._since_s = time.monotonic()
+        self._since_s = time.monotonic() if begun_s is None else begun_s
         self._buffer = bytearray()
         self._pid = credentials_of(connection).pid
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
@@ -28,7 +29,7 @@ from ublkpool.daemon.events.kinds import BackendDied
 from ublkpool.daemon.events.tell import Events
 
 DIED = BackendDied(kind="file", pid=7, was_cut_off=False)
-DEADLINE_S = 60
+DEADLINE_S = 120
 GUIDE = Path(__file__).parents[2] / "docs/CLIENT.md"
 MEMORY = {"kind": "memory"}
 
@@ -259,6 +260,33 @@ def test_an_add_that_takes_longer_than_its_caller_waits_is_given_up(daemon: Fake
     daemon.call(until(lambda: daemon.service.adds_cancelled == 1))
     daemon.call(until(lambda: not daemon.server._operations.tasks))
     assert client.devices() == []
+
+
+def test_the_time_that_the_connection_takes_counts(
+    daemon: FakeDaemon, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection takes so long when a busy daemon's queue of connections is full."""
+    real, late_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + late_s[0])
+    connect, open_ = blocking_client._connect, async_client._open
+
+    def connect_late(path: Path, timeout_s: float | None) -> socket.socket:
+        connection = connect(path, timeout_s)
+        late_s[0] += 60
+        return connection
+
+    async def open_late(path: Path, timeout_s: float | None) -> Any:
+        streams = await open_(path, timeout_s)
+        late_s[0] += 60
+        return streams
+
+    monkeypatch.setattr(blocking_client, "_connect", connect_late)
+    monkeypatch.setattr(async_client, "_open", open_late)
+    daemon.service.hold_adds = asyncio.Event()
+    begun_s = real()
+    with pytest.raises(public.DaemonSilent, match="did not answer within 50 s"):
+        client.add({"name": "vol0"}, timeout_s=50)
+    assert real() - begun_s < 40
 
 
 def test_an_add_whose_callback_raises_is_given_up_while_the_error_is_kept(
