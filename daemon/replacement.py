@@ -1,7 +1,7 @@
 """What a new daemon checks before it asks the one that runs in its run directory to leave.
 
 Owns that a start that would be refused leaves the earlier daemon serving.  The driver and the rights are asked before
-(`supervisor.serve`), the config is read before that.  Changes nothing but that a missing state directory is made.
+(`lifetime.serve`), the config is read before that.  Changes nothing but that a missing state directory is made.
 """
 
 import grp

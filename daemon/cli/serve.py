@@ -76,7 +76,7 @@ def serve(
     if config.metrics is not None:
         check_library()
     from ublkpool.daemon import logs
-    from ublkpool.daemon.supervisor import serve as serve_devices
+    from ublkpool.daemon.lifetime import serve as serve_devices
 
     logs.configure(config.log_level, config.log_format)
     return serve_devices(config)

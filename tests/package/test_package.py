@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _MODULES = ("ublkpool.ublk._native", "ublkpool.bufpool.engine._engine")
 _PROBE = f"""
 import {", ".join(_MODULES)}
-from ublkpool.daemon import supervisor
+from ublkpool.daemon import lifetime
 from ublkpool.workers import process
 print(ublkpool.__file__)
 for line in open("/proc/self/maps"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ublkpool.daemon import supervisor
+from ublkpool.daemon import lifetime
 from ublkpool.daemon.admin.wire import (
     ListRequest,
     Request,
@@ -56,7 +56,7 @@ def serving(config: ServeConfig, test: Callable[[Client], Awaitable[None]]) -> N
     """Run the daemon, and the test beside it once the daemon answers; both must end."""
 
     async def run() -> None:
-        daemon = asyncio.ensure_future(supervisor._serve(config, None))
+        daemon = asyncio.ensure_future(lifetime._serve(config, None))
         client = Client(config.run_dir)
         async with asyncio.timeout(DEADLINE_S):
             while not await client.answers():

@@ -89,7 +89,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
         configs.append(config)
         return 3
 
-    install(monkeypatch, "ublkpool.daemon.supervisor", serve=serve)
+    install(monkeypatch, "ublkpool.daemon.lifetime", serve=serve)
     install(monkeypatch, "ublkpool.daemon.logs", configure=lambda level, log_format: None)
     return configs
 

@@ -17,7 +17,7 @@ import pytest
 
 from support.fakes.device_parts import fake_context
 from ublkpool.bufpool import wire
-from ublkpool.daemon import replacement, supervisor, takeover
+from ublkpool.daemon import lifetime, replacement, takeover
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Record, Records, Served, Worker, WrittenByLater
@@ -243,9 +243,9 @@ def test_a_refused_start_leaves_what_serves_the_devices(
     monkeypatch.setattr(RunDirectory, "claim", lambda _: Claimed())
 
     async def start() -> None:
-        async with supervisor._Ending() as ending, AsyncExitStack() as leaving:
+        async with lifetime._Ending() as ending, AsyncExitStack() as leaving:
             config = ServeConfig(run_dir=run_dir)
-            await supervisor._start(config, None, ending, leaving, asyncio.Event())
+            await lifetime._start(config, None, ending, leaving, asyncio.Event())
 
     with pytest.raises(WrittenByLater):
         asyncio.run(start())

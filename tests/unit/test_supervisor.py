@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.served import Client, serving
-from ublkpool.daemon import supervisor
+from ublkpool.daemon import lifetime
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
@@ -141,7 +141,7 @@ def test_a_daemon_that_would_be_refused_does_not_make_the_earlier_one_leave(
     async def test(client: Client) -> None:
         successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state")._replace(**hinder(run_dir))
         with pytest.raises(DaemonError, match=words):
-            await supervisor._serve(successor._replace(replace=True), None)
+            await lifetime._serve(successor._replace(replace=True), None)
         assert await client.answers()
 
     serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
@@ -157,7 +157,7 @@ def test_a_group_that_cannot_enter_the_run_directory_does_not_make_the_earlier_d
     async def test(client: Client) -> None:
         successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state", group="nogroup", replace=True)
         with pytest.raises(DaemonError, match=r"group .* cannot enter it"):
-            await supervisor._serve(successor, None)
+            await lifetime._serve(successor, None)
         assert await client.answers()
 
     serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
@@ -176,7 +176,7 @@ def test_a_file_in_the_way_of_a_socket_is_refused_before_a_takeover_has_begun(
     monkeypatch.setattr(TakeOver, "clear", note)
     with pytest.raises(DaemonError, match=r"admin\.sock: in the way"):
         asyncio.run(
-            supervisor._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+            lifetime._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
         )
     assert not begun
 
@@ -208,7 +208,7 @@ def test_a_waiting_device_is_listed_again_and_a_broken_record_harms_no_other(
 def test_a_takeover_that_hangs_delays_neither_ready_nor_the_end(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "TAKEOVER_PATIENCE_S", 0.01)
+    monkeypatch.setattr(lifetime, "TAKEOVER_PATIENCE_S", 0.01)
 
     async def hang(*_: object) -> bool:
         await asyncio.Event().wait()
@@ -239,11 +239,11 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
         holders.append(Holder(run_dir))
         return holders[0]
 
-    monkeypatch.setattr(supervisor, "Holder", new_holder)
+    monkeypatch.setattr(lifetime, "Holder", new_holder)
     monkeypatch.setattr(TakeOver, "clear", fail)
     with pytest.raises(OSError, match="no more processes"):
         asyncio.run(
-            supervisor._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+            lifetime._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
         )
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
@@ -265,7 +265,7 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
 def test_a_configured_device_deleted_during_a_takeover_stays_deleted_and_a_lost_one_is_added_anew(
     tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "TAKEOVER_PATIENCE_S", 0.01)
+    monkeypatch.setattr(lifetime, "TAKEOVER_PATIENCE_S", 0.01)
     go, over = asyncio.Event(), asyncio.Event()
     really, really_close = TakeOver.device, TakeOver.close
 

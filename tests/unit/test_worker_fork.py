@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ublkpool.daemon import supervisor
+from ublkpool.daemon import lifetime
 from ublkpool.daemon.settings.config import ServeConfig
 
 _PARENT = """
@@ -62,8 +62,8 @@ def test_the_daemon_freezes_its_heap_before_its_first_fork(monkeypatch: pytest.M
             return 0
 
     monkeypatch.setattr("ublkpool.ublk.control.get_features", lambda: 0)
-    monkeypatch.setattr(supervisor, "leave_for_own_view", lambda used: -1)
-    monkeypatch.setattr(supervisor, "share_heap", lambda: order.append("shared"))
+    monkeypatch.setattr(lifetime, "leave_for_own_view", lambda used: -1)
+    monkeypatch.setattr(lifetime, "share_heap", lambda: order.append("shared"))
     monkeypatch.setattr(asyncio, "Runner", Runner)
-    assert supervisor.serve(ServeConfig(run_dir=Path("/nowhere"))) == 0
+    assert lifetime.serve(ServeConfig(run_dir=Path("/nowhere"))) == 0
     assert order == ["shared", "serves"]

@@ -6,7 +6,7 @@ process may be that slow, and no test may depend on it.
 
 from types import ModuleType
 
-from ublkpool.daemon import supervisor
+from ublkpool.daemon import lifetime
 from ublkpool.daemon.backends import attach
 from ublkpool.daemon.device import attached_backend, recovery, team
 from ublkpool.daemon.processes import broker_process, holder, worker_process
@@ -15,7 +15,7 @@ from ublkpool.daemon.settings import run_directory
 PATIENCE_S = 600.0
 END_PATIENCE_S = 60.0
 DEADLINES: dict[ModuleType, tuple[str, ...]] = {
-    supervisor: ("TAKEOVER_PATIENCE_S",),
+    lifetime: ("TAKEOVER_PATIENCE_S",),
     recovery: ("RECOVERY_DEADLINE_S", "FENCE_DEADLINE_S", "QUIESCE_DEADLINE_S"),
     team: ("READY_DEADLINE_S", "REPORT_DEADLINE_S"),
     worker_process: ("ANSWER_DEADLINE_S",),
