@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from support.vm.daemon import DEADLINE_S, Daemon, eventually, total
 from support.vm.fio import FioResult, drop_fio, finish_fio, start_fio
@@ -46,20 +47,19 @@ def kill(pid: int) -> bool:
 
 
 class Load:
-    """fio writing to a device and verifying what it wrote, until it is told to end."""
+    """fio writing to a device and verifying what it wrote, until it is told to end; `options` go to fio."""
 
-    def __init__(self, daemon: Daemon, status: DeviceStatus) -> None:
+    def __init__(self, daemon: Daemon, status: DeviceStatus, **options: Any) -> None:
         assert status.path is not None
         self._daemon, self.name = daemon, status.name
         self.result: FioResult | None = None
-        self._fio = start_fio(
-            status.path, size=LOAD_BYTES, iodepth=IODEPTH, time_based=1, runtime=3600, verify_backlog=32
-        )
+        settings: dict[str, Any] = {"size": LOAD_BYTES, "iodepth": IODEPTH, "verify_backlog": 32, **options}
+        self._fio = start_fio(status.path, time_based=1, runtime=3600, **settings)
 
-    def goes_on(self) -> None:
-        """Wait until further requests have been answered.  Raises `AssertionError` if fio has ended."""
-        answered = self._answered()
-        eventually(lambda: self._answered() > answered or not self._runs(), f"I/O goes on on {self.name}")
+    def goes_on(self, count: int = 1) -> None:
+        """Wait until so many further requests have been answered.  Raises `AssertionError` if fio has ended."""
+        goal = self._answered() + count
+        eventually(lambda: self._answered() >= goal or not self._runs(), f"I/O goes on on {self.name}")
         assert self._runs(), finish_fio(self._fio, may_fail=True).text
 
     def end(self) -> None:
