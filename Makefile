@@ -177,7 +177,7 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@UBLKPOOL_LONG=1 $(PY) -m pytest -m long -o faulthandler_timeout=1200 tests/sources
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest -o faulthandler_timeout=3600 tests/sim
 	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
-	@$(MAKE) test-systemd
+	@$(MAKE) test-systemd SOAK=UBLKPOOL_LONG=1
 	@$(MAKE) test-power
 	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long -o faulthandler_timeout=3600" \
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py \
@@ -212,7 +212,7 @@ package: dist/.deb ## the wheel where there is no compiler, the Debian package i
 	@$(if $(LONG),tests/package/setup_host.sh)
 	@$(PY) -m support.guest fetch
 	@$(AS_ROOT) env $(if $(LONG),UBLKPOOL_LONG=1) PYTHONDONTWRITEBYTECODE=1 \
-	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/package $(PYTEST_ARGS)
+	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=$(if $(LONG),6000,1200) tests/package $(PYTEST_ARGS)
 
 test-vm: compiled ## tests with the driver: here if it is loaded and we are root, otherwise in a guest per kernel
 	@if $(HAS_DRIVER); then \
@@ -252,7 +252,7 @@ test-systemd: compiled ## the units on a booted Debian 13: restart, deaths, powe
 
 systemd-%:
 	@echo "test: systemd, in a guest with Linux $*"
-	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* UBLKPOOL_ALL_KERNELS="$(KERNELS)" PYTHONDONTWRITEBYTECODE=1 \
+	@$(AS_ROOT) env $(SOAK) UBLKPOOL_KERNELS=$* UBLKPOOL_ALL_KERNELS="$(KERNELS)" PYTHONDONTWRITEBYTECODE=1 \
 	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/systemd $(PYTEST_ARGS) 2>&1 | sed -u 's/^/systemd $*: /'
 
 test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA promised

@@ -25,6 +25,8 @@ ALL_KERNELS = os.environ.get("UBLKPOOL_ALL_KERNELS", "").split() or KERNELS
 HERE = Path(__file__).parent
 FURTHER = {"confinement": "7.3", "no_network": "7.3", "names": "7.3", "stacks": "6.12"}
 """The steps of the first boot that do not depend on the kernel, each with the one under which it runs."""
+LONG = {"user_session": "7.3", "user_comes_back": "7.3"}
+"""Those that run with UBLKPOOL_LONG only, the second in the second boot."""
 _measured: list[str] = []
 
 
@@ -64,8 +66,13 @@ def root(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 @pytest.fixture(scope="session")
 def first(root: Path, kernel: str) -> Seen:
     """The first boot: restarts, deaths, and a poweroff with dirty data; in one guest also FURTHER."""
-    further = [name for name, named in FURTHER.items() if runs_here(kernel, named)]
-    return measured(run_boot(root, kernel, CHECKS, "first", *further), f"Linux {kernel}, first boot")
+    return measured(run_boot(root, kernel, CHECKS, "first", *further(kernel)), f"Linux {kernel}, first boot")
+
+
+def further(kernel: str) -> list[str]:
+    """The steps that run in the guest of this kernel only."""
+    named = FURTHER | (LONG if "UBLKPOOL_LONG" in os.environ else {})
+    return [step for step, one in named.items() if runs_here(kernel, one)]
 
 
 def runs_here(kernel: str, named: str) -> bool:
@@ -76,7 +83,9 @@ def runs_here(kernel: str, named: str) -> bool:
 @pytest.fixture(scope="session")
 def second(root: Path, kernel: str, first: Seen) -> Seen:
     """The next boot, and a poweroff after a backend has ended."""
-    return measured(run_boot(root, kernel, CHECKS, "second"), f"Linux {kernel}, second boot")
+    return measured(
+        run_boot(root, kernel, CHECKS, "second", *further(kernel)), f"Linux {kernel}, second boot"
+    )
 
 
 def measured(seen: Seen, title: str) -> Seen:

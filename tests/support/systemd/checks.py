@@ -35,6 +35,7 @@ from support.systemd.facts import (
     writes_go_on,
 )
 from support.systemd.stacks import stacks
+from support.systemd.user_session import user_comes_back, user_session
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 FSTAB_MOUNT, HAND_MOUNT = Path("/srv/vol0"), Path("/mnt/hand")
@@ -370,13 +371,14 @@ STEPS: dict[str, tuple[Callable[[], None], ...]] = {
         no_network,
         names,
         stacks,
+        user_session,
         journal,
         verify,
         leave_dirty,
     ),
-    "second": (at_start, after_poweroff, leave_without_backend),
+    "second": (at_start, user_comes_back, after_poweroff, leave_without_backend),
 }
-IN_ONE_GUEST = (confinement, no_network, names, stacks)
+IN_ONE_GUEST = (confinement, no_network, names, stacks, user_session, user_comes_back)
 """Steps that run only if they are named."""
 
 

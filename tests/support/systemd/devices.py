@@ -12,10 +12,10 @@ from ublkpool.daemon.status import DeviceStatus
 client = Client(Path("/run/ublkpool"))
 
 
-def device(name: str) -> DeviceStatus | None:
+def device(name: str, daemon: Client = client) -> DeviceStatus | None:
     """A device's status; None while the daemon does not answer or has no device of that name."""
     try:
-        return next((each for each in client.devices() if each.name == name), None)
+        return next((each for each in daemon.devices() if each.name == name), None)
     except DaemonError:
         return None
 

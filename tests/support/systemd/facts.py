@@ -48,9 +48,9 @@ def eventually(condition: Callable[[], bool], what: str) -> float:
     return time.monotonic() - began_s
 
 
-def units(*names: str) -> dict[str, dict[str, str]]:
-    """The properties of these units."""
-    said = str(shell("systemctl", "show", "-p", SHOWN, *names)["said"])
+def units(*names: str, command: Callable[..., dict[str, Any]] = shell) -> dict[str, dict[str, str]]:
+    """The properties of these units; `command` runs another user's systemctl."""
+    said = str(command("systemctl", "show", "-p", SHOWN, *names)["said"])
     found = [dict(line.split("=", 1) for line in each.splitlines()) for each in said.split("\n\n")]
     return {each["Id"]: each for each in found}
 

@@ -31,7 +31,7 @@ PROJECT = Path(__file__).parents[3]
 SUITE = "trixie"
 PYTHON = "3.13"
 PACKAGES = (
-    *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "procps", "e2fsprogs", "fio"),
+    *("systemd", "systemd-sysv", "udev", "dbus", "libpam-systemd", "kmod", "procps", "e2fsprogs", "fio"),
     *("cryptsetup-bin", "lvm2", "mdadm"),
     *("python3", "python3-venv", "python3-dev", "gcc", "libc6-dev", "liburing-dev", "pkg-config"),
 )

@@ -15,7 +15,10 @@ from support.systemd.root import inside
 CHECKS = Script(
     "support.systemd.checks",
     "/opt/ublkpool/bin/python",
-    ("systemd/checks.py", "systemd/devices.py", "systemd/facts.py", "systemd/stacks.py"),
+    (
+        *("systemd/checks.py", "systemd/devices.py", "systemd/facts.py", "systemd/stacks.py"),
+        "systemd/user_session.py",
+    ),
 )
 CONFIG = """\
 [daemon]
