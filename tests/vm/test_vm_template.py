@@ -1,18 +1,21 @@
-"""Backends that are copies of the daemon's template: their start and deaths; the template's death."""
+"""Backends that are copies of the daemon's template: their start, rights and deaths; the template's deaths."""
 
+import pwd
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from support.vm.daemon import Daemon, eventually
+from support.vm.daemon import Daemon, eventually, marked_processes
 from support.vm.process import read_block, write_block
 from support.vm.recovery import kill, wait_for_backend
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 pytestmark = pytest.mark.one_kernel("7.3")
+MIB = 1 << 20
 BLOCK = 4096
+GROUP = "nogroup"
 
 
 def _parent(pid: int) -> int:
@@ -67,3 +70,29 @@ def test_a_backend_is_a_copy_of_the_template_and_outlives_it(daemon: Daemon) -> 
     cold_s = _killed(daemon, "cold")
     daemon.delete("cold")
     print(f"from a backend's death to its successor: {warm_s:.2f} s by the template, {cold_s:.2f} s by exec")
+
+
+def test_a_copy_has_its_users_rights_and_the_next_daemon_its_own_template() -> None:
+    with Daemon(f'[daemon]\ngroup = "{GROUP}"\n', name="template").life() as daemon:
+        backend = BackendConfig(kind="null", cwd="/", user="nobody")
+        daemon.client.add(DeviceConfig(name="vol", size_bytes=MIB, backend=backend, io_timeout_s=60))
+        pid = daemon.status("vol").backend.pid or 0
+        assert _runs_warm(daemon, "vol")
+        shown = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert set(shown["Uid"].split()) == {str(pwd.getpwnam("nobody").pw_uid)}
+        assert {int(shown[each], 16) for each in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert shown["NoNewPrivs"] == "1"
+        targets = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+        assert not [each for each in targets if "ublk" in each and "memfd" not in each]
+        first = daemon.template_pid
+        daemon.crash()
+        daemon.start()
+        assert daemon.status("vol").backend.pid == pid
+        # Not by its number: nothing reaps it in this guest.
+        eventually(
+            lambda: first not in marked_processes(str(daemon.run_dir)),
+            "the killed daemon's template has ended",
+        )
+        _killed(daemon, "vol")
+        assert _runs_warm(daemon, "vol")
+        daemon.delete("vol")
