@@ -1,10 +1,11 @@
-"""A guest that loses its power keeps what FLUSH and FUA promised, through `file` on a disk with a volatile cache."""
+"""A guest that loses its power keeps what FLUSH and FUA promised: `file` and `cow` on a disk with a volatile cache."""
 
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 from support.guest.boot import Machine
 from support.guest.cache import GuestCache
 from support.guest.qemu import Spec
-from support.power.blocks import broken_promises, parse_promises
+from support.power.blocks import base_content, broken_promises, parse_promises
 from support.vm.volatile_disk import VolatileDisk
+from ublkpool.backends._cow_format import read_head
+from ublkpool.backends._cow_volumes import CowVolumeOptions, CowVolumes
 
 KERNELS = os.environ.get("UBLKPOOL_KERNELS", "").split()
 DISK_BYTES = 64 << 20
@@ -91,20 +94,41 @@ def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
 
 def read_file(image: Path, name: str) -> bytes:
     """A file in the image, read after the journal's replay that a mount would do."""
+    with found_files(image, name) as (target,):
+        return target.read_bytes()
+
+
+@contextmanager
+def found_files(image: Path, *names: str) -> Iterator[list[Path]]:
+    """Copies of files in the image, after the journal's replay that a mount would do."""
     checked = image.with_suffix(".checked")
     checked.write_bytes(image.read_bytes())
     replayed = subprocess.run(["e2fsck", "-fp", checked], capture_output=True, text=True)
     # Status 1: e2fsck made corrections, at least the journal's replay.
     assert replayed.returncode <= 1, replayed.stdout + replayed.stderr
-    target = image.with_suffix(".file")
-    dumped = subprocess.run(
-        ["debugfs", "-R", f"dump /{name} {target}", checked], capture_output=True, text=True
-    )
-    assert target.exists(), dumped.stderr
-    content = target.read_bytes()
-    target.unlink()
-    checked.unlink()
-    return content
+    targets = [image.with_suffix(f".{name}") for name in names]
+    for name, target in zip(names, targets, strict=True):
+        dumped = subprocess.run(
+            ["debugfs", "-R", f"dump /{name} {target}", checked], capture_output=True, text=True
+        )
+        assert target.exists(), dumped.stderr
+    yield targets
+    for each in (checked, *targets):
+        each.unlink()
+
+
+def read_overlay(image: Path) -> bytes:
+    """The disk of the device `cow` as the next boot would serve it: this machine's boot is not the guest's."""
+    with found_files(image, "base", "cow") as (base, overlay):
+        assert base.read_bytes() == base_content()
+        with overlay.open("rb") as file:
+            changed_ns = read_head(file.fileno(), overlay).base_mtime_ns
+        os.utime(base, ns=(changed_ns, changed_ns))
+        committed = image.with_suffix(".committed")
+        CowVolumes(CowVolumeOptions(overlay, base)).commit(str(committed), lambda done, size: None)
+        content = committed.read_bytes()
+        committed.unlink()
+        return content
 
 
 @pytest.mark.parametrize("device", ["direct", "buffered"])
@@ -115,6 +139,14 @@ def test_what_was_promised_is_there_after_a_power_failure(guest: Failed, device:
     assert guest.disk.flush_count > 20
     for image in guest.images:
         assert broken_promises(device, promised, read_file(image, device)) == []
+
+
+def test_an_overlay_has_what_was_promised_after_a_power_failure(guest: Failed) -> None:
+    promised = guest.promised["cow"]
+    assert len(promised) > 20
+    for image in guest.images:
+        found = read_overlay(image)
+        assert broken_promises("cow", promised, found) == []
 
 
 def test_a_backend_that_ignores_flush_is_caught(guest: Failed) -> None:

@@ -1,6 +1,7 @@
 """The blocks that the power test writes, with their identity in each sector, and the check of the disks found later."""
 
 import mmap
+import random
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ def sector(device: str, number: int, version: int) -> bytes:
     return (_HEAD.pack(device.encode(), number, version) * (SECTOR_BYTES // _HEAD.size)).ljust(
         SECTOR_BYTES, b"\xaa"
     )
+
+
+def base_content() -> bytes:
+    """What the base of the device `cow` holds: no sector of any version."""
+    return random.Random(1).randbytes(BLOCKS * BLOCK_BYTES)
 
 
 def parse_promises(lines: Iterable[str]) -> dict[str, dict[int, int]]:

@@ -1,5 +1,4 @@
-"""Runs in the guest that loses its power: devices through `file` on the disk /dev/vda, and a writer that prints each
-promise.
+"""Runs in the guest that loses its power: devices on the disk /dev/vda, and a writer that prints each promise.
 
 It prints a line `P DEVICE BLOCK:VERSION ...` when a FLUSH or FUA write has been answered; these blocks must be there
 after the power failure.  Never ends: the host ends the guest.
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.power.blocks import BLOCK_BYTES, BLOCKS, block
+from support.power.blocks import BLOCK_BYTES, BLOCKS, base_content, block
 from support.vm.daemon import Daemon
 
 DISK = Path("/run/power")
@@ -74,6 +73,15 @@ class Writer:
         print(f"P {self._name} {' '.join(written)}", flush=True)
 
 
+def make_durable(path: Path, content: bytes) -> None:
+    """A file that a power failure leaves as it is."""
+    path.write_bytes(content)
+    for each, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        file = os.open(each, flags | os.O_CLOEXEC)
+        os.fsync(file)
+        os.close(file)
+
+
 def main(seed: str) -> None:
     """Set everything up, then write for ever."""
     DISK.mkdir()
@@ -85,6 +93,9 @@ def main(seed: str) -> None:
     daemon.start()
     for name, direct in (("direct", "on"), ("buffered", "off")):
         daemon.add(name, "file", {"path": DISK / name, "size": size, "direct": direct})
+    base = DISK / "base"
+    make_durable(base, base_content())
+    daemon.add("cow", "cow", {"base": base, "overlay": DISK / "cow"})
     daemon.add("liar", str(liar), {"path": DISK / "liar"})
     writers = [Writer(each.name, str(each.path), f"{seed} {each.name}") for each in daemon.client.devices()]
     print("W", flush=True)
