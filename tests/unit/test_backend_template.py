@@ -25,6 +25,7 @@ from ublkpool.daemon.settings.config import BackendConfig
 DEADLINE_S = 120
 POLL_S = 0.01
 GROUP = 7
+MAPPING_BYTES_MAX = 1 << 30
 FACTS = """
 import gc, json, logging, os, resource, signal, sys, threading
 from pathlib import Path
@@ -244,8 +245,9 @@ def _memory(pid: int) -> bytes:
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             ends, rights = line.split()[:2]
-            if rights.startswith("rw"):
-                start, end = (int(each, 16) for each in ends.split("-"))
+            start, end = (int(each, 16) for each in ends.split("-"))
+            # A larger one is AddressSanitizer's shadow, of terabytes.
+            if rights.startswith("rw") and end - start <= MAPPING_BYTES_MAX:
                 memory.seek(start)
                 found += memory.read(end - start)
     return bytes(found)
