@@ -14,7 +14,7 @@ from typing import TypeVar
 from ublkpool.daemon.admin import calls
 from ublkpool.daemon.admin.calls import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, RECONNECT_S, Call
 from ublkpool.daemon.admin.event_stream import EventStream
-from ublkpool.daemon.admin.patience import DaemonLines, why_unreachable
+from ublkpool.daemon.admin.patience import DaemonLines, now_s, why_unreachable
 from ublkpool.daemon.admin.wire import Reply, Request, admin_socket, decode_reply, encode_line, result_of
 from ublkpool.daemon.errors import DaemonStopping, DaemonUnreachable
 from ublkpool.daemon.events.event import Event
@@ -169,7 +169,7 @@ class Client:
     def _replies(self, request: Request, timeout_s: float | None, is_prompt: bool = True) -> Iterator[Reply]:
         """What the daemon says, up to its answer."""
         path = admin_socket(self._run_dir)
-        begun_s = time.monotonic()
+        begun_s = now_s()
         with _connect(path, timeout_s) as connection:
             lines = DaemonLines(path, connection, timeout_s, self._on_wait, self._on_idle, is_prompt, begun_s)
             try:

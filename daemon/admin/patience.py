@@ -22,6 +22,11 @@ _RECEIVED_BYTES = 1 << 16
 _PROC = Path("/proc")
 
 
+def now_s() -> float:
+    """The clock of `DaemonLines`."""
+    return time.monotonic()
+
+
 class DaemonLines:
     """The lines that the daemon sends on one connection; tells the user while the daemon is silent."""
 
@@ -49,7 +54,7 @@ class DaemonLines:
         self._on_idle = on_idle
         self._is_prompt = is_prompt
         self._said = ""
-        self._since_s = time.monotonic() if begun_s is None else begun_s
+        self._since_s = now_s() if begun_s is None else begun_s
         self._buffer = bytearray()
         self._pid = credentials_of(connection).pid
 

@@ -80,6 +80,7 @@ DEFAULTS = {
     "bytes_per_s_max": 0,
     "burst_s": 0.1,
     "backend": None,
+    "isolation": "process",
 }
 """Records leave these out: one that changed would change the devices of earlier versions."""
 
