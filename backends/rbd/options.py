@@ -11,7 +11,7 @@ class RbdOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which image; docs/BACKENDS.md has the table.
 
     `blocklist_expire` is for how many seconds the cluster excludes a client whose lock was broken; 0: what the
-    configuration says, `mon_osd_blocklist_default_expire`.  `ceph_defaults` leaves settings that nobody has set as
+    configuration says, `mon_osd_blocklist_default_expire`.  `ceph_defaults` leaves settings that no user has set as
     Ceph's libraries have them.
     """
 

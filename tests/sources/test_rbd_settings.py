@@ -29,7 +29,7 @@ def test_our_defaults_give_way_to_the_configuration_and_to_the_clusters(
     cephs = settings_of_a_client(ceph.conf, {})
     assert settings_of_a_client(ceph.conf, LEAN) == LEAN
     assert all(cephs[key] != value for key, value in LEAN.items()), "each of them changes something"
-    # Also where somebody has set what is Ceph's default anyway.
+    # The user has set a value that is Ceph's default: it counts as set.
     own = tmp_path / "own.conf"
     line = f"librados_thread_count = {cephs['librados_thread_count']}"
     own.write_text(ceph.conf.read_text() + f"[client]\n{line}\n")
