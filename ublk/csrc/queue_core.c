@@ -1,4 +1,4 @@
-/* Making and freeing a queue, and what it wants of its owner.  See queue_types.h for the order of files. */
+/* Making, starting and freeing a queue, and what it wants of its owner.  See queue_types.h for the order of files. */
 #include "queue_types.h"
 
 #include <stdlib.h>
@@ -8,6 +8,7 @@
 #include "queue_link.h"
 #include "queue_region.h"
 #include "queue_stock.h"
+#include "queue_tag.h"
 
 /* The backend has no request, and none that waits has its data in the backend's memory. */
 static bool is_quiet(const struct uq *q)
@@ -99,6 +100,23 @@ struct uq *uq_new(const struct uq_config *config)
 	reset_gauges(config->stats);
 	uq_check_begin(q);
 	return q;
+}
+
+int uq_start(struct uq *q)
+{
+	unsigned class = uq_class_for(q, q->config.max_io_bytes);
+
+	if (!q->config.need_get_data && q->stock[class].count < q->config.depth)
+		return -1;
+	for (unsigned i = 0; i < q->config.depth; i++) {
+		struct uq_tag *t = &q->tags[i];
+
+		t->class = (uint8_t)class;
+		if (!q->config.need_get_data && !uq_stock_lend(q, t))
+			return -1;
+		uq_command(q, t, UQ_CMD_FETCH, 0, t->slot == UQ_BUFFER_NONE ? NULL : uq_slot_address(q, t->slot));
+	}
+	return 0;
 }
 
 void uq_free(struct uq *q)

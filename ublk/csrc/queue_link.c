@@ -9,6 +9,7 @@
 #include "queue_region.h"
 #include "queue_request.h"
 #include "queue_tag.h"
+#include "queue_waiting.h"
 
 #define ERRNO_MAX 4095
 /* An honest backend may answer an earlier worker's requests late: at most a depth for each worker, and few workers die

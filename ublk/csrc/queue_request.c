@@ -2,28 +2,25 @@
  * A request's road, in the order in which a request takes it:
  *
  *     arrive > admit > route > a region (ask_place) or a pool buffer (need_buffer) > get_data > copied > ready
- *     > hand_over > uq_request_done > finish > commit_taken > let_go
+ *     > hand_over > uq_request_done > uq_finish > commit_taken > let_go
  *
- * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `finish`, one that fails
- * too. See queue_types.h for the order of files, queue_core.h for the public contract.
+ * A request whose data is there when it arrives enters at `ready`.  Every request leaves by `uq_finish`, one that
+ * fails too. See queue_types.h for the order of files, queue_core.h for the public contract.
  */
 #include "queue_request.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "queue_check.h"
+#include "queue_descriptor.h"
+#include "queue_finish.h"
 #include "queue_limit.h"
 #include "queue_region.h"
 #include "queue_stock.h"
 #include "queue_tag.h"
 
-/* Bits of ublksrv_io_desc.op_flags (include/uapi/linux/ublk_cmd.h): the operation, then positions in the same word. */
-#define IOD_OP_MASK 0xffu
-#define IOD_FUA (1u << 13)
-#define IOD_NOUNMAP (1u << 15)
-#define IOD_SHMEM_ZC (1u << 19)
+/* The result of a completion: the driver asks for a buffer (UBLK_IO_RES_NEED_GET_DATA). */
 #define RES_NEED_GET_DATA 1
 
 static void admit(struct uq *q, struct uq_tag *t);
@@ -36,18 +33,12 @@ static void got_buffer(struct uq *q, struct uq_tag *t);
 static void get_data(struct uq *q, struct uq_tag *t, uint8_t *address);
 static void ready(struct uq *q, struct uq_tag *t);
 static void hand_over(struct uq *q, struct uq_tag *t);
-static void finish(struct uq *q, struct uq_tag *t, int result);
 static void let_go(struct uq *q, struct uq_tag *t);
 static void release_region(struct uq *q, struct uq_tag *t);
 
 static bool waits_for_data(const struct uq *q, const struct uq_tag *t)
 {
 	return t->op == WIRE_WRITE && q->config.need_get_data && !t->copied;
-}
-
-static void count_duration(struct uq *q, enum uq_latency which, uint64_t since_ns)
-{
-	uq_histogram_add(&q->config.latencies->of[which], since_ns, q->now_ns);
 }
 
 /* A wait for a buffer goes on over the death of the backend that was to name a region. */
@@ -61,67 +52,18 @@ static void begin_wait(struct uq *q, struct uq_tag *t)
 static void end_wait(struct uq *q, struct uq_tag *t)
 {
 	if (t->waits)
-		count_duration(q, UQ_LATENCY_BUFFER_WAIT, t->waits_ns);
+		uq_count_duration(q, UQ_LATENCY_BUFFER_WAIT, t->waits_ns);
 	t->waits = false;
 }
-
-static bool has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
 
 /* A held queue lets pass what it takes to free the backend's memory.  The tag of the queue's own FLUSH is in use. */
 static bool may_pass(const struct uq *q, const struct uq_tag *t)
 {
-	return has_link(q) && (!q->held || t->own_segment) && !(q->flush_sequence && uq_index(q, t) == UQ_FLUSH_TAG);
+	return uq_has_link(q) && (!q->held || t->own_segment) && !(q->flush_sequence && uq_index(q, t) == UQ_FLUSH_TAG);
 }
 
 /* Requests that have no backend fail instead of waiting for one. */
-static bool gives_up(const struct uq *q) { return q->giving_up && !has_link(q); }
-
-int uq_start(struct uq *q)
-{
-	unsigned class = uq_class_for(q, q->config.max_io_bytes);
-
-	if (!q->config.need_get_data && q->stock[class].count < q->config.depth)
-		return -1;
-	for (unsigned i = 0; i < q->config.depth; i++) {
-		struct uq_tag *t = &q->tags[i];
-
-		t->class = (uint8_t)class;
-		if (!q->config.need_get_data && !uq_stock_lend(q, t))
-			return -1;
-		uq_command(q, t, UQ_CMD_FETCH, 0, t->slot == UQ_BUFFER_NONE ? NULL : uq_slot_address(q, t->slot));
-	}
-	return 0;
-}
-
-/* The high half of the address names the slice of the client area that holds the data, the low half the byte in it. */
-static bool find_client_buffer(const struct uq *q, struct uq_tag *t, uint64_t address)
-{
-	uint64_t bytes = q->config.slice_bytes, slice = address >> 32;
-
-	t->slice = (uint32_t)slice;
-	t->client_buffer = address & 0xffffffffu;
-	return slice < WIRE_CLIENT_SLICES_MAX && q->config.slices >> slice & 1 && t->length <= bytes &&
-	       t->client_buffer <= bytes - t->length && t->client_buffer % q->config.block_bytes == 0;
-}
-
-/* The driver may overwrite the descriptor once the tag is committed, so every field is copied on arrival. */
-static bool read_descriptor(struct uq *q, struct uq_tag *t)
-{
-	const struct uq_iod *d = &q->config.descriptors[uq_index(q, t)];
-	uint32_t op_flags = d->op_flags;
-
-	t->op = op_flags & IOD_OP_MASK;
-	t->flags = (op_flags & IOD_FUA ? WIRE_FUA : 0) | (op_flags & IOD_NOUNMAP ? WIRE_NOUNMAP : 0);
-	t->offset = d->start_sector << 9;
-	t->length = (uint64_t)d->sectors << 9;
-	/* NEED_GET_DATA replaces this address by the worker's own (ublk_get_data). */
-	t->in_place = op_flags & IOD_SHMEM_ZC;
-	if (t->in_place && !find_client_buffer(q, t, d->address))
-		return false;
-	if (t->op == WIRE_READ || t->op == WIRE_WRITE)
-		return t->length && t->length <= q->config.max_io_bytes;
-	return t->op == WIRE_FLUSH || t->op == WIRE_DISCARD || t->op == WIRE_WRITE_ZEROES;
-}
+static bool gives_up(const struct uq *q) { return q->giving_up && !uq_has_link(q); }
 
 static void begin(struct uq *q, struct uq_tag *t)
 {
@@ -137,7 +79,7 @@ static void begin(struct uq *q, struct uq_tag *t)
 
 static void arrive(struct uq *q, struct uq_tag *t, int res)
 {
-	bool usable = read_descriptor(q, t);
+	bool usable = uq_descriptor_read(q, t);
 	bool asks = res == RES_NEED_GET_DATA;
 
 	begin(q, t);
@@ -218,9 +160,9 @@ static void route_write(struct uq *q, struct uq_tag *t)
 static void answer_alone(struct uq *q, struct uq_tag *t)
 {
 	if (t->op == WIRE_READ)
-		finish(q, t, (int)t->length);
+		uq_finish(q, t, (int)t->length);
 	else if (t->op != WIRE_WRITE)
-		finish(q, t, 0);
+		uq_finish(q, t, 0);
 	else if (uq_move(q, t, UQ_EV_THROW_AWAY))
 		get_data(q, t, q->config.scratch);
 }
@@ -320,7 +262,7 @@ static int why_failed(const struct uq *q, const struct uq_tag *t)
 
 static void copied(struct uq *q, struct uq_tag *t)
 {
-	uint64_t length = (uint64_t)q->config.descriptors[uq_index(q, t)].sectors << 9;
+	uint64_t length = uq_descriptor_length(q, t);
 
 	/* 6.12 would send the rest of a write that is committed short; 7.3 reports it to the client as done whole. */
 	if (length < t->length) {
@@ -330,9 +272,9 @@ static void copied(struct uq *q, struct uq_tag *t)
 	q->config.stats->kernel_write_bytes += t->in_place ? 0 : length;
 	t->copied = true;
 	if (t->must_fail) {
-		finish(q, t, why_failed(q, t));
+		uq_finish(q, t, why_failed(q, t));
 	} else if (q->config.zeros) {
-		finish(q, t, (int)t->length);
+		uq_finish(q, t, (int)t->length);
 	} else if (t->own_segment && uq_region_orphaned(q, t)) {
 		if (uq_move(q, t, UQ_EV_RESCUE))
 			need_buffer(q, t);
@@ -388,32 +330,12 @@ static void hand_over(struct uq *q, struct uq_tag *t)
 	t->sent_to_backend = true;
 }
 
-static int compare_sequence(const void *a, const void *b, void *context)
+void uq_request_resume(struct uq *q, struct uq_tag *t)
 {
-	const struct uq *q = context;
-	uint64_t x = q->tags[*(const uint16_t *)a].sequence, y = q->tags[*(const uint16_t *)b].sequence;
-
-	return x < y ? -1 : x > y;
-}
-
-static bool waits_for_link(const struct uq_tag *t) { return t->state == UQ_WAIT_LINK || t->state == UQ_WAIT_PLACE; }
-
-void uq_requests_resume(struct uq *q)
-{
-	unsigned count = 0;
-
-	for (unsigned i = 0; i < q->config.depth; i++)
-		if (waits_for_link(&q->tags[i]))
-			q->replay[count++] = (uint16_t)i;
-	qsort_r(q->replay, count, sizeof *q->replay, compare_sequence, q);
-	for (unsigned i = 0; i < count; i++) {
-		struct uq_tag *t = &q->tags[q->replay[i]];
-
-		if (t->state == UQ_WAIT_LINK)
-			ready(q, t);
-		else if (t->state == UQ_WAIT_PLACE && may_pass(q, t))
-			ask_place(q, t);
-	}
+	if (t->state == UQ_WAIT_LINK)
+		ready(q, t);
+	else if (t->state == UQ_WAIT_PLACE && may_pass(q, t))
+		ask_place(q, t);
 }
 
 void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uint64_t buffer)
@@ -422,13 +344,13 @@ void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uin
 	 * in a client's registered buffer, as done whole whatever its commit says (__ublk_complete_rq). */
 	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 
-	count_duration(q, UQ_LATENCY_BACKEND, t->handed_ns);
+	uq_count_duration(q, UQ_LATENCY_BACKEND, t->handed_ns);
 	/* Only after the answer was judged: the data of an unanswered write is rescued from its region. */
 	if (t->op == WIRE_WRITE && t->own_segment)
 		release_region(q, t);
 	if (named)
 		uq_region_take(q, t, buffer, t->length);
-	finish(q, t, result >= 0 && (uint64_t)result < needed ? -EIO : result);
+	uq_finish(q, t, result >= 0 && (uint64_t)result < needed ? -EIO : result);
 }
 
 /* The driver takes no commit of a write that waits for its data: the kernel copies it into scratch first. */
@@ -448,13 +370,13 @@ void uq_request_fail(struct uq *q, struct uq_tag *t, int error)
 	if (waits_for_data(q, t))
 		fail_uncopied(q, t, error);
 	else
-		finish(q, t, error);
+		uq_finish(q, t, error);
 }
 
 static void lose_serving(struct uq *q, struct uq_tag *t)
 {
 	if (t->must_fail) {
-		finish(q, t, why_failed(q, t));
+		uq_finish(q, t, why_failed(q, t));
 	} else if (t->own_segment) {
 		if (uq_move(q, t, UQ_EV_RESCUE))
 			need_buffer(q, t);
@@ -478,102 +400,6 @@ void uq_request_lost(struct uq *q, struct uq_tag *t)
 	}
 }
 
-/* No backend has it, but one is to have it. */
-static bool is_unsent(const struct uq_tag *t)
-{
-	return waits_for_link(t) || t->state == UQ_WAIT_BUFFER || t->state == UQ_COPYING;
-}
-
-void uq_hold(struct uq *q, int on)
-{
-	if (on) {
-		q->held = true;
-		q->quiet = false;
-		if (q->absence_gave_up)
-			q->giving_up = q->absence_gave_up = false;
-	} else if (q->held) {
-		q->held = q->is_absent = false;
-		q->attention &= ~(unsigned)UQ_ATT_QUIET;
-		for (unsigned i = 0; i < q->config.depth; i++) {
-			struct uq_tag *t = &q->tags[i];
-
-			/* A write that must fail keeps the reason for which it does. */
-			if (is_unsent(t) && !t->must_fail) {
-				t->arrived_ms = q->now_ms;
-				t->overdue = false;
-			}
-		}
-		if (has_link(q))
-			uq_requests_resume(q);
-	}
-	uq_check(q);
-}
-
-void uq_give_up(struct uq *q)
-{
-	uq_hold(q, 0);
-	q->giving_up = true;
-	q->absence_gave_up = false;
-	for (unsigned i = 0; i < q->config.depth; i++) {
-		struct uq_tag *t = &q->tags[i];
-		bool waits = waits_for_link(t) || t->state == UQ_WAIT_BUFFER;
-
-		if (waits && !has_link(q))
-			uq_request_fail(q, t, -EIO);
-	}
-	/* Without a backend they fail. */
-	uq_requests_pass(q);
-	uq_check(q);
-}
-
-/* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
-static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
-{
-	if (t->op == WIRE_READ && t->own_segment)
-		return uq_region_address(q, t);
-	if (t->slot != UQ_BUFFER_NONE && (t->op == WIRE_READ || !q->config.need_get_data))
-		return uq_slot_address(q, t->slot);
-	if (t->op != WIRE_READ)
-		return NULL;
-	return q->config.zeros ? q->config.zeros : q->config.scratch;
-}
-
-static enum uq_latency latency_of(const struct uq_tag *t)
-{
-	return t->op == WIRE_READ ? UQ_LATENCY_READ : t->op == WIRE_WRITE ? UQ_LATENCY_WRITE : UQ_LATENCY_OTHER;
-}
-
-static void count_result(struct uq *q, const struct uq_tag *t)
-{
-	struct uq_stats *s = q->config.stats;
-
-	if (t->op >= UQ_OPS)
-		return;
-	s->requests[t->op]++;
-	count_duration(q, latency_of(t), t->arrived_ns);
-	if (t->result < 0) {
-		s->errors++;
-		s->failed[t->op]++;
-		return;
-	}
-	s->bytes[t->op] += t->op == WIRE_READ || t->op == WIRE_WRITE ? (uint64_t)t->result : t->length;
-	if (t->in_place) {
-		s->zero_copies++;
-		s->zero_copy_bytes += (uint64_t)t->result;
-	} else if (t->op == WIRE_READ) {
-		s->kernel_read_bytes += (uint64_t)t->result;
-	}
-}
-
-static void finish(struct uq *q, struct uq_tag *t, int result)
-{
-	if (!uq_move(q, t, UQ_EV_FINISH))
-		return;
-	t->result = result;
-	count_result(q, t);
-	uq_command(q, t, UQ_CMD_COMMIT, result, commit_address(q, t));
-}
-
 static void commit_taken(struct uq *q, struct uq_tag *t)
 {
 	q->config.stats->commits++;
@@ -593,7 +419,7 @@ void uq_commands_taken(struct uq *q, unsigned count)
 
 static void release_region(struct uq *q, struct uq_tag *t)
 {
-	if (has_link(q) && !uq_region_orphaned(q, t)) {
+	if (uq_has_link(q) && !uq_region_orphaned(q, t)) {
 		struct wire_descriptor *d = uq_put(q, t, WIRE_RELEASE);
 
 		d->segment = t->own_segment;
@@ -643,7 +469,7 @@ static void requeued(struct uq *q, struct uq_tag *t, int res)
 /* The kernel copies for writes only: result 0 with another operation is the tag's next request. */
 static bool was_copied(const struct uq *q, const struct uq_tag *t, int res)
 {
-	return res != RES_NEED_GET_DATA && (q->config.descriptors[uq_index(q, t)].op_flags & IOD_OP_MASK) == WIRE_WRITE;
+	return res != RES_NEED_GET_DATA && uq_descriptor_is_write(q, t);
 }
 
 void uq_complete(struct uq *q, unsigned tag, int res)
@@ -663,6 +489,6 @@ void uq_complete(struct uq *q, unsigned tag, int res)
 	else if (t->state == UQ_COPYING)
 		copied(q, t);
 	else
-		finish(q, t, t->result);
+		uq_finish(q, t, t->result);
 	uq_check(q);
 }

@@ -14,7 +14,7 @@ void uq_requests_pass(struct uq *q);
 void uq_request_fail(struct uq *q, struct uq_tag *t, int error);
 /* The backend that had the request, or its region, is dead. */
 void uq_request_lost(struct uq *q, struct uq_tag *t);
-/* Requests that wait for a backend go to the one whose link has come up, in the order of their arrival. */
-void uq_requests_resume(struct uq *q);
+/* A request that waits for a backend goes to the one whose link has come up. */
+void uq_request_resume(struct uq *q, struct uq_tag *t);
 
 #endif

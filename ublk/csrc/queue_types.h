@@ -7,10 +7,13 @@
  *     queue_check.c                     the invariants, asserted in the checked build
  *     queue_stock.c  queue_region.c     containers of pool buffers and of regions, which call only upwards in this list
  *     queue_limit.c                     the device's limits, and the tags that wait for them
+ *     queue_descriptor.c                what the driver's descriptor says
+ *     queue_finish.c                    a request's end: its result is counted and committed
  *     queue_request.c                   a request's road, from its arrival to the return of its buffer
+ *     queue_waiting.c                   the requests that wait for a backend go on, are held back, or fail
  *     queue_link.c                      the backend's descriptors, judged; the link's states
  *     queue_time.c                      deadlines
- *     queue_core.c                      makes and frees a queue; the queue's attention
+ *     queue_core.c                      makes, starts and frees a queue; the queue's attention
  *     queue_port.c                      the rings that a backend shares
  *     queue_inside.c                    an engine in this process
  *     queue_clock.c                     the time in which the worker runs
@@ -127,6 +130,7 @@ struct uq {
 #endif
 };
 
+static inline bool uq_has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
 static inline unsigned uq_index(const struct uq *q, const struct uq_tag *t) { return (unsigned)(t - q->tags); }
 
 #endif
