@@ -13,11 +13,12 @@ import msgspec
 
 from ublkpool.backends._cow_format import Head
 from ublkpool.backends._cow_overlay import NewOverlay, Overlay, make_overlay, open_overlay
-from ublkpool.bufpool.engine.cow import BLOCK_BYTES, CowStorage
+from ublkpool.bufpool.engine.cow import BLOCK_BYTES, CowFiles, CowStorage
 from ublkpool.bufpool.engine.native import NativeEngine, slot_bytes
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.claim import refuse_own_disk
+from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize, format_size
 
@@ -113,6 +114,21 @@ class CowBackend(Backend):
                 f"segment={format_size(len(device.own))} is less than one write of {format_size(needed_bytes)}"
             )
         return NativeEngine(device, CowStorage(overlay.base, overlay.file, overlay.map))
+
+    def open_inside(self, hint: Hint, kept: int | None) -> Inside:
+        """Open and lock base and overlay for a device's only worker; see `bufpool/sdk/inside.py`."""
+        properties, overlay = self.open(hint), self._overlay
+        assert overlay is not None
+        files = CowFiles(overlay.file, overlay.base, overlay.head.layout)
+        return Inside(properties, files, (files.overlay, files.base))
+
+    def settle(self) -> None:
+        """Make durable what a device's worker wrote, which has ended; see `bufpool/sdk/inside.py`."""
+        self._file = open_overlay(self.options.overlay)
+        try:
+            self._overlay = Overlay(self._file, self.options.overlay, self.options.base, serves=True)
+        finally:
+            self.close()
 
     def resize(self, size_bytes: int) -> None:
         """Make the disk larger; the new bytes read as zeros."""

@@ -114,7 +114,7 @@ class FileBackend(Backend):
         """Open, lock and measure the file for a device's workers; see `bufpool/sdk/inside.py`."""
         properties, opened = self.open(hint), self._opened
         assert opened is not None
-        return Inside(properties, FileStorage(opened.file, opened.is_block_device), opened.file)
+        return Inside(properties, FileStorage(opened.file, opened.is_block_device), (opened.file,))
 
     def resize(self, size_bytes: int) -> None:
         """Grow the file, allocated or sparse as it was made; a block device must have grown already."""

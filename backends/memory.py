@@ -154,7 +154,7 @@ class MemoryBackend(Backend):
             discard_max_bytes=min(size_bytes, MEMSET_BYTES_MAX),
             write_zeroes_max_bytes=min(size_bytes, MEMSET_BYTES_MAX),
         )
-        return Inside(properties, MemoryStorage(names_reads=True), segment.descriptor)
+        return Inside(properties, MemoryStorage(names_reads=True), (segment.descriptor,))
 
     def detached(self) -> None:
         """The device is deleted: end the keeper and the content."""

@@ -56,4 +56,4 @@ class NullBackend(Backend):
 
     def open_inside(self, hint: Hint, kept: int | None) -> Inside:
         """Nothing to open for a device's workers, either; see `bufpool/sdk/inside.py`."""
-        return Inside(self.open(hint), NullStorage(), None)
+        return Inside(self.open(hint), NullStorage())

@@ -7,8 +7,9 @@ and its I/O goes through the worker's own io_uring.  An engine that fails ends i
 
 from typing import Any, NamedTuple
 
+from ublkpool.bufpool.engine.cow import CowFiles, CowMap
 from ublkpool.bufpool.engine.device import Device
-from ublkpool.bufpool.engine.native import NativeEngine, Storage
+from ublkpool.bufpool.engine.native import FileStorage, NativeEngine, Storage
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import mappings
 from ublkpool.ublk.calls import ffi
@@ -30,8 +31,8 @@ class EngineSpec(NamedTuple):
 
     def descriptors(self) -> list[int]:
         """What a worker inherits."""
-        file = getattr(self.storage, "file", None)
-        return [fd for fd in (file, self.own_fd) if fd is not None]
+        memory = [] if self.own_fd is None else [self.own_fd]
+        return memory + _files(self.storage)
 
 
 class EngineInside:
@@ -44,9 +45,13 @@ class EngineInside:
         self._own: Any = NULL
         if spec.own_fd is not None:
             self._own = mappings.map_segment(spec.own_fd, spec.own_bytes)
-        self._engine = NativeEngine(
-            _device(spec, name, queue, pool, self._own), spec.storage, read_only=spec.read_only
-        )
+        storage = spec.storage
+        self._map: CowMap | None = None
+        if isinstance(storage, CowFiles):
+            storage = storage.opened()
+            self._map = storage.map
+        device = _device(spec, name, queue, pool, self._own)
+        self._engine = NativeEngine(device, storage, read_only=spec.read_only)
 
     @property
     def token(self) -> str:
@@ -81,6 +86,18 @@ class EngineInside:
     def close(self) -> None:
         """Close the engine; the io_uring that it uses must not run any more."""
         self._engine.close()
+        if self._map is not None:
+            self._map.close()
+
+
+def _files(storage: Storage) -> list[int]:
+    match storage:
+        case FileStorage(file):
+            return [file]
+        case CowFiles(overlay, base):
+            return [overlay, base]
+        case _:
+            return []
 
 
 def _device(spec: EngineSpec, name: str, queue: Queue, pool: memoryview, own: Any) -> Device:

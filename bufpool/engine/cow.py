@@ -100,6 +100,22 @@ class CowStorage(NamedTuple):
         return lib.storage_cow_new(self.base, self.overlay, self.map.raw, slot_bytes(device.max_io_bytes))
 
 
+class CowFiles(NamedTuple):
+    """An overlay and its base, open, for a process that opens the map itself: its live copy in the file counts."""
+
+    overlay: int
+    base: int
+    layout: CowLayout
+
+    def new(self, device: Device) -> Any:
+        """See `native.Storage`: not before `opened`."""
+        raise AssertionError("the overlay's map is not open")
+
+    def opened(self) -> CowStorage:
+        """With the map, which the caller closes after the engine.  Raises as `CowMap`."""
+        return CowStorage(self.base, self.overlay, CowMap(self.overlay, self.layout, trusts_live=True))
+
+
 def _check(error: int) -> None:
     if error:
         raise OSError(-error, f"the overlay's map: {os.strerror(-error)}")

@@ -1,7 +1,7 @@
 """Opening a store for a device's workers, which run its engine themselves (`isolation = "none"`).
 
 The store is opened with the same locks and the same refusals as for a backend's process, in a process that ends then:
-the descriptor goes to the workers, and with a file's its lock, which the kernel keeps until the last worker and its I/O
+the descriptors go to the workers, and with a file's its lock, which the kernel keeps until the last worker and its I/O
 are gone.
 """
 
@@ -29,12 +29,20 @@ class RunsInside(Protocol):
         """
 
 
+@runtime_checkable
+class Settles(Protocol):
+    """A backend of this kind whose store has something left to be made durable once the workers are gone."""
+
+    def settle(self) -> None:
+        """Make all of the store durable.  Raises `BackendError`, `OSError`."""
+
+
 class OpenStore(NamedTuple):
-    """An open store: what its backend would attach with, and the descriptor of its file or memory, if it has one."""
+    """An open store: what its backend would attach with, and the descriptors of its files or its memory."""
 
     attach: Attach
     storage: Storage
-    descriptor: int | None
+    descriptors: tuple[int, ...]
 
 
 def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = None) -> OpenStore:
@@ -47,4 +55,11 @@ def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = N
     attach = attach_message(properties, hint.device, kind)
     if properties.segment is not None:
         attach = msgspec.structs.replace(attach, segment_bytes=properties.segment.size_bytes)
-    return OpenStore(attach, inside.storage, inside.descriptor)
+    return OpenStore(attach, inside.storage, inside.descriptors)
+
+
+def settle_store(kind: str, options: Given) -> None:
+    """The workers are gone for good: make durable what they wrote.  Raises `BackendError`, `OSError`."""
+    backend = load(kind, options)
+    if isinstance(backend, Settles):
+        backend.settle()

@@ -89,12 +89,12 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
 class Inside(NamedTuple):
     """A store that was opened for a device's workers (`inside.py`).
 
-    `descriptor` is of the file, or of the memory disk, which the daemon keeps; None without either.
+    `descriptors` are of its files, or of the memory disk, which the daemon keeps; empty without either.
     """
 
     properties: Properties
     storage: Storage
-    descriptor: int | None
+    descriptors: tuple[int, ...] = ()
 
 
 def check_properties(properties: Properties) -> Properties:

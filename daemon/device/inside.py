@@ -1,8 +1,8 @@
 """The store of a device whose workers run its engine themselves (`isolation = "none"`): opened, handed over, kept.
 
-Owns what this daemon holds of it.  A file is opened and locked in a process of its own, since storage may keep that
+Owns what this daemon holds of it.  Files are opened and locked in a process of their own, since storage may keep that
 waiting, inherited by all workers of an epoch and closed here, so that its lock ends with these workers and their I/O.
-The next epoch's workers get a file that was opened anew: opening it waits until nothing of the dead can still write.  A
+The next epoch's workers get files that were opened anew: opening it waits until nothing of the dead can still write.  A
 memory disk's memory stays with this daemon and its holder.  Runs on the supervisor's asyncio loop.
 """
 
@@ -15,12 +15,13 @@ from functools import partial
 import msgspec
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.engine.cow import CowFiles, CowLayout
 from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage, NullStorage, Storage
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.sdk import claim
 from ublkpool.bufpool.sdk.backend import log
-from ublkpool.bufpool.sdk.inside import open_for_workers
+from ublkpool.bufpool.sdk.inside import open_for_workers, settle_store
 from ublkpool.bufpool.sdk.loader import preload
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import Disk
@@ -35,6 +36,8 @@ OPEN_DEADLINE_S = 30.0
 """Of one attempt: longer than the opener's own patience with a living process that has the store."""
 DEAD_PATIENCE_S = 2.0
 """How long one attempt waits for the I/O of the last epoch's workers; the next attempt follows."""
+SETTLED_KINDS = ("cow",)
+"""Kinds of which a power failure loses what no FLUSH covered, even if it comes long after."""
 _PACKET = b"store"
 
 
@@ -49,7 +52,16 @@ class _Opened(msgspec.Struct):
 
     problem: str = ""
     attach: wire.Attach | None = None
+    descriptors: int = 0
+    """How many it has sent."""
     is_block_device: bool = False
+    cow: CowLayout | None = None
+
+
+class _Settled(msgspec.Struct):
+    """The answer of the process that settles."""
+
+    problem: str = ""
 
 
 class InsideStore:
@@ -63,9 +75,10 @@ class InsideStore:
         self._backend: BackendConfig = config.backend
         self._runner = runner
         self._holder = holder
-        self._file: int | None = None
+        self._files: list[int] = []
+        self._opened = _Opened()
+        self._was_served = False
         self._memory: int | None = None
-        self._is_block_device = False
 
     async def open(self, hint: Hint) -> wire.Attach:
         """Open the store, or the kept memory disk; what a backend would attach with.  Raises `DaemonError`."""
@@ -88,24 +101,23 @@ class InsideStore:
         return opened.attach
 
     def _take(self, ours: socket.socket, opened: _Opened) -> None:
-        """Take the descriptor that the process has sent, if the kind has one.  Raises `DaemonError`."""
-        self._is_block_device = opened.is_block_device
-        if self._backend.kind == "null":
-            return
-        try:
-            _, fd = receive_packet(ours, len(_PACKET))
-        except OSError:
-            fd = None
-        if fd is None:
-            raise StoreAway(
-                f"{self._name}: its store could not be taken: this process has no descriptor left"
-            )
+        """Take the descriptors that the process has sent.  Raises `DaemonError`."""
+        self.forked()
+        self._opened = opened
+        for _ in range(opened.descriptors):
+            try:
+                _, fd = receive_packet(ours, len(_PACKET))
+            except OSError:
+                fd = None
+            if fd is None:
+                self.forked()
+                raise StoreAway(
+                    f"{self._name}: its store could not be taken: this process has no descriptor left"
+                )
+            self._files.append(fd)
         if self._backend.kind == "memory":
-            self._memory = fd
-            self._holder.hold(disk_memory_name(self._name), fd)
-        else:
-            self._close_file()
-            self._file = fd
+            self._memory = self._files.pop()
+            self._holder.hold(disk_memory_name(self._name), self._memory)
 
     def _kept_memory(self) -> int | None:
         """The memory disk; also that of a failed device of this name, which left it to its successor."""
@@ -116,6 +128,7 @@ class InsideStore:
 
     def resume(self, held: Mapping[str, int]) -> None:
         """Take the memory disk that an earlier daemon left with the holder, if there is one."""
+        self._was_served = True
         fd = held.get(disk_memory_name(self._name))
         if fd is not None and self._memory is None:
             self._memory = os.dup(fd)
@@ -123,6 +136,7 @@ class InsideStore:
 
     def engine(self, disk: Disk) -> EngineSpec:
         """What each worker opens its engine with, after `open`."""
+        self._was_served = True
         memory = self._memory
         return EngineSpec(
             storage=self._storage(),
@@ -137,16 +151,38 @@ class InsideStore:
             return NullStorage()
         if self._backend.kind == "memory":
             return MemoryStorage(names_reads=True)
-        assert self._file is not None
-        return FileStorage(self._file, self._is_block_device)
+        if self._opened.cow is not None:
+            overlay, base = self._files
+            return CowFiles(overlay, base, self._opened.cow)
+        (file,) = self._files
+        return FileStorage(file, self._opened.is_block_device)
 
     def forked(self) -> None:
-        """The workers have inherited what they need: a file, and with it its lock, is theirs alone from now on."""
-        self._close_file()
+        """The workers have inherited what they need: files, and with them their locks, are theirs alone from now on."""
+        while self._files:
+            os.close(self._files.pop())
+
+    async def settle(self) -> None:
+        """The workers have ended for good: make durable what they wrote, where that takes more than a write-back.
+
+        Raises `DaemonError`.
+        """
+        self.forked()
+        if self._backend.kind not in SETTLED_KINDS or not self._was_served:
+            return
+        settled = await self._runner.look(
+            self._name,
+            f"{self._name}: making its store durable",
+            partial(_settle, self._backend),
+            _Settled,
+            OPEN_DEADLINE_S,
+        )
+        if settled.problem:
+            raise DaemonError(f"{self._name}: its store cannot be made durable: {settled.problem}")
 
     def close(self) -> None:
         """Close everything here; workers, and the holder's copy, stay as they are."""
-        self._close_file()
+        self.forked()
         if self._memory is not None:
             os.close(self._memory)
             self._memory = None
@@ -160,25 +196,40 @@ class InsideStore:
             self._holder.drop(name)
         self.close()
 
-    def _close_file(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
 
 def _open(to: socket.socket, backend: BackendConfig, hint: Hint, kept: int | None) -> _Opened:
     """In the process that opens: the store's description, after its descriptor was sent."""
-    claim.Patience.with_the_dead_s = DEAD_PATIENCE_S
     if hint.node is not None:
         # Tried again and again while the store is away: the device's own line names the reason once.
         log.setLevel(logging.ERROR)
     try:
-        if backend.cwd is not None:
-            os.chdir(backend.cwd)
+        _enter(backend)
         found = open_for_workers(backend.kind, backend.options, hint, kept)
     except (PoolError, OSError) as error:
         return _Opened(problem=one_line(error))
-    if found.descriptor is not None and kept is None:
-        send_packet(to, _PACKET, found.descriptor)
-    is_block_device = isinstance(found.storage, FileStorage) and found.storage.is_block_device
-    return _Opened(attach=found.attach, is_block_device=is_block_device)
+    opened = _Opened(attach=found.attach, descriptors=len(found.descriptors))
+    if kept is None:
+        for each in found.descriptors:
+            send_packet(to, _PACKET, each)
+    match found.storage:
+        case FileStorage(_, is_block_device):
+            opened.is_block_device = is_block_device
+        case CowFiles(_, _, layout):
+            opened.cow = layout
+    return opened
+
+
+def _settle(backend: BackendConfig) -> _Settled:
+    """In a process of its own, since storage may keep it waiting."""
+    try:
+        _enter(backend)
+        settle_store(backend.kind, backend.options)
+    except (PoolError, OSError) as error:
+        return _Settled(problem=one_line(error))
+    return _Settled()
+
+
+def _enter(backend: BackendConfig) -> None:
+    claim.Patience.with_the_dead_s = DEAD_PATIENCE_S
+    if backend.cwd is not None:
+        os.chdir(backend.cwd)

@@ -89,7 +89,8 @@ async def tear_down(parts: DeviceParts, keep: bool) -> None:
         await parts.resources.stop()
     await end_backend(parts, keep)
     if parts.inside is not None:
-        parts.inside.forked()
+        with logged(name):
+            await parts.inside.settle()
     await parts.resources.remove()
     # The record goes last: it is what leads the next daemon to what the holder has.
     parts.context.holder.drop(name)

@@ -76,8 +76,10 @@ LogFormat = Literal["auto", "human", "logfmt", "json"]
 
 WITHOUT_LISTS = ("file", "memory", "null")
 """Backends none of whose options may be given several times; others judge that themselves."""
-INSIDE_KINDS = ("null", "memory", "file")
+INSIDE_KINDS = ("null", "memory", "file", "cow")
 """Backends whose native engine a device's workers can run themselves."""
+ONE_QUEUE_KINDS = ("cow",)
+"""Those of them whose store only one engine at a time can serve."""
 
 
 class Conflict(ValueError):
@@ -191,6 +193,12 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
             kinds = ", ".join(INSIDE_KINDS)
             raise Conflict(key, f"none is for the backends {kinds}, and {what}: use isolation process")
+        if backend.kind in ONE_QUEUE_KINDS and self.queues != 1:
+            raise Conflict(
+                "queues",
+                f"with isolation none each queue has an engine of its own, and one alone can serve a {backend.kind} "
+                "store: use one queue, or isolation process",
+            )
         for name in ("user", "group", "python", "layers"):
             if getattr(backend, name):
                 raise Conflict(

@@ -11,10 +11,14 @@ import msgspec
 import pytest
 
 from support.fakes.device_parts import DISK, FakeHolder, FakeParts, fake_context
+from support.fakes.native_rig import EPOCH, NativeRig
+from ublkpool.backends._cow_format import read_head
+from ublkpool.bufpool.engine.cow import DATA, CowFiles, CowMap
 from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.inside import open_for_workers
 from ublkpool.bufpool.sdk.properties import Hint
+from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Kind, Op
 from ublkpool.daemon.device.inside import InsideStore, StoreAway
 from ublkpool.daemon.device.opening import open_store, reopen_store
 from ublkpool.daemon.errors import DaemonError, is_shortage
@@ -85,6 +89,10 @@ def is_locked(path: Path) -> bool:
         ({"on_timeout": "fail"}, "use on_timeout wait"),
         ({"backend": BackendConfig(kind="memory"), "need_get_data": False}, "turn it on"),
         ({"answers": "worker"}, "remove backend"),
+        (
+            {"backend": BackendConfig(kind="cow"), "queues": 2},
+            "one alone can serve a cow store: use one queue",
+        ),
     ],
 )
 def test_what_needs_a_process_is_refused(fields: dict[str, Any], names: str) -> None:
@@ -97,7 +105,7 @@ def test_a_file_is_opened_and_locked_as_its_backend_would(tmp_path: Path) -> Non
     path = tmp_path / "disk"
     hint = Hint("vol", tmp_path, max_io_bytes=MIB)
     opened = open_for_workers("file", {"path": str(path), "size": "1M"}, hint)
-    assert isinstance(opened.storage, FileStorage) and opened.descriptor == opened.storage.file
+    assert isinstance(opened.storage, FileStorage) and opened.descriptors == (opened.storage.file,)
     assert (opened.attach.kind, opened.attach.size_bytes, opened.attach.placement) == ("file", MIB, "pool")
     assert opened.attach.identity is not None and opened.attach.identity.value.startswith("file:")
     assert is_locked(path)
@@ -105,12 +113,86 @@ def test_a_file_is_opened_and_locked_as_its_backend_would(tmp_path: Path) -> Non
     assert not is_locked(path)
 
 
+def write(files: CowFiles, content: bytes) -> None:
+    """What a worker does with its engine: write the disk's first bytes, and end without a word."""
+    opened = files.opened()
+    rig = NativeRig(opened, size_bytes=MIB, own_bytes=MIB, depth=1)
+    rig.pool.view[: len(content)] = content
+    request = Descriptor(
+        Kind.REQUEST, Op.WRITE, tag=0, device=7, epoch=EPOCH, segment=SEGMENT_POOL, length=len(content)
+    )
+    answers = rig.say([request])
+    while not answers:
+        answers = rig.hear()
+    assert [each.result for each in answers] == [len(content)]
+    rig.close()
+    opened.map.close()
+
+
+def test_a_cow_disk_is_locked_with_its_base_and_read_again_by_the_next_worker(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base", tmp_path / "overlay"
+    base.write_bytes(os.urandom(MIB))
+    hint, options = Hint("vol", tmp_path, max_io_bytes=MIB), {"base": str(base), "overlay": str(overlay)}
+    opened = open_for_workers("cow", options, hint)
+    assert isinstance(opened.storage, CowFiles)
+    assert opened.descriptors == (opened.storage.overlay, opened.storage.base)
+    assert (opened.attach.size_bytes, opened.attach.placement) == (MIB, "pool")
+    assert is_locked(overlay) and is_locked(base), "the base against writers"
+    write(opened.storage, b"\x17" * 4096)
+    for each in opened.descriptors:
+        os.close(each)
+    assert not is_locked(overlay) and not is_locked(base)
+    again = open_for_workers("cow", options, hint._replace(may_create=False))
+    assert isinstance(again.storage, CowFiles)
+    found = again.storage.opened().map
+    assert found.count_bytes(DATA) == 4096
+    found.close()
+    for each in again.descriptors:
+        os.close(each)
+
+
+def durable_bytes(overlay: Path) -> int:
+    """What of the disk a power failure would leave in the overlay."""
+    file = os.open(overlay, os.O_RDONLY)
+    found = CowMap(file, read_head(file, overlay).layout, trusts_live=False)
+    count = found.count_bytes(DATA)
+    found.close()
+    os.close(file)
+    return count
+
+
+def test_what_the_workers_of_a_cow_disk_wrote_is_durable_when_it_is_gone(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base", tmp_path / "overlay"
+    base.write_bytes(bytes(MIB))
+
+    async def run() -> None:
+        parts = OpenParts(config_of("cow", {"base": str(base), "overlay": str(overlay)}))
+        await parts.store.settle()
+        assert not overlay.exists(), "nothing was served"
+        await open_store(parts, parts.store)
+        spec = parts.store.engine(DISK)
+        assert isinstance(spec.storage, CowFiles)
+        assert spec.descriptors() == [spec.storage.overlay, spec.storage.base]
+        write(spec.storage, b"\x17" * 8192)
+        assert durable_bytes(overlay) == 0
+        await parts.store.settle()
+        assert durable_bytes(overlay) == 8192
+        assert not is_locked(overlay)
+        base.unlink()
+        with pytest.raises(
+            DaemonError, match=r"^vol: its store cannot be made durable: base=.*[Nn]o such file"
+        ):
+            await parts.store.settle()
+
+    in_loop(run)
+
+
 def test_a_kept_memory_disk_is_opened_again_with_its_content_and_identity(tmp_path: Path) -> None:
     hint = Hint("vol", tmp_path, max_io_bytes=MIB)
     first = open_for_workers("memory", {"size": "1M"}, hint)
-    assert first.descriptor is not None and isinstance(first.storage, MemoryStorage)
+    assert isinstance(first.storage, MemoryStorage)
     served = hint._replace(may_create=False)
-    again = open_for_workers("memory", {"size": "1M"}, served, os.dup(first.descriptor))
+    again = open_for_workers("memory", {"size": "1M"}, served, os.dup(first.descriptors[0]))
     assert again.attach == first.attach and again.attach.segment_bytes == MIB
     with pytest.raises(BackendError, match=r"ended with the daemon that kept it.*rebind vol"):
         open_for_workers("memory", {"size": "1M"}, served)

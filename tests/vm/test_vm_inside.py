@@ -17,6 +17,7 @@ pytestmark = pytest.mark.one_kernel("7.3")
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 64 * KIB
 ROUNDS = 2
+COW_BASE = os.urandom(8 * MIB)
 
 
 def _add_file(daemon: Daemon, name: str, queues: int = 2) -> DeviceStatus:
@@ -26,6 +27,13 @@ def _add_file(daemon: Daemon, name: str, queues: int = 2) -> DeviceStatus:
 
 def _add_memory(daemon: Daemon, name: str) -> DeviceStatus:
     return daemon.add(name, "memory", {"size": "32M"}, queues=2, placement="backend", isolation="none")
+
+
+def _add_cow(daemon: Daemon, name: str) -> DeviceStatus:
+    base = daemon.path(f"{name}.base")
+    base.write_bytes(COW_BASE)
+    options = {"base": base, "overlay": daemon.path(f"{name}.cow"), "size": "32M"}
+    return daemon.add(name, "cow", options, isolation="none")
 
 
 def _backends(daemon: Daemon) -> list[str]:
@@ -58,6 +66,11 @@ def test_killed_workers_and_a_killed_daemon_cost_the_client_nothing(daemon: Daem
     assert (file.isolation, memory.isolation) == ("none", "none")
     _die_twice(daemon, [file, memory], ROUNDS)
     assert daemon.path("file.img").stat().st_size == 32 * MIB
+
+
+def test_a_killed_worker_and_a_killed_daemon_cost_an_overlay_nothing(daemon: Daemon) -> None:
+    _die_twice(daemon, [_add_cow(daemon, "cow")], 1)
+    assert daemon.path("cow.base").read_bytes() == COW_BASE
 
 
 def test_requests_wait_for_a_store_that_is_away_and_no_other_takes_its_place(daemon: Daemon) -> None:

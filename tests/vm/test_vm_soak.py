@@ -54,10 +54,7 @@ def _report(capsys: pytest.CaptureFixture[str], what: str) -> None:
         print(f"\nsoak: Linux {platform.release()}, {what}")
 
 
-def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
-    mortal: Daemon, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ways = [("memory", "backend", 2), ("file", "pool", 4)]
+def _storm(mortal: Daemon, capsys: pytest.CaptureFixture[str], ways: list[tuple[str, str, int, str]]) -> None:
     devices = mortal.together(*(partial(add_disk, mortal, *way) for way in ways))
     with seeded() as rng, loaded(mortal, devices) as loads:
         death = Death(mortal, [each.name for each in devices], rng)
@@ -69,9 +66,25 @@ def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
             load.goes_on()
     done = [load.result for load in loads if load.result]
     moved = sum(each.written_bytes + each.read_bytes for each in done) >> 20
+    names = ", ".join(each.name for each in devices)
     _report(
-        capsys, f"fio for {SOAK_S:g} s, seed {rng.chosen}: {death.summary()}, {moved} MiB moved, 0 errors"
+        capsys,
+        f"{names}: fio for {SOAK_S:g} s, seed {rng.chosen}: {death.summary()}, {moved} MiB moved, 0 errors",
     )
+
+
+def test_processes_killed_in_any_order_at_any_moment_cost_the_client_nothing(
+    mortal: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _storm(mortal, capsys, [("memory", "backend", 2, "process"), ("file", "pool", 4, "process")])
+
+
+@pytest.mark.long
+def test_the_same_with_engines_in_the_workers_and_with_overlays_costs_nothing(
+    mortal: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = [("file", "pool", 2, "none"), ("memory", "backend", 2, "none"), ("cow", "pool", 1, "none")]
+    _storm(mortal, capsys, [*inside, ("cow", "backend", 2, "process")])
 
 
 @pytest.mark.one_kernel("7.3")

@@ -16,6 +16,7 @@ from ublkpool.daemon.status import DeviceStatus
 
 LOAD_BYTES = 16 << 20
 IODEPTH = 16
+COW_BASE_BYTES = 8 << 20
 
 
 class Seeded(random.Random):
@@ -80,13 +81,19 @@ class Load:
         return total(self._daemon.stats(self.name), "commits")
 
 
-def add_disk(daemon: Daemon, kind: str, placement: str, queues: int) -> DeviceStatus:
+def add_disk(
+    daemon: Daemon, kind: str, placement: str, queues: int, isolation: str = "process"
+) -> DeviceStatus:
     """A disk with a backend of this kind, which the daemon runs."""
-    name = f"{kind}-{placement}"
+    name = f"{kind}-{placement}" + ("-inside" if isolation == "none" else "")
     options = {"size": "32M", "placement": placement}
     if kind == "file":
         options |= {"path": str(daemon.path(f"{name}.img")), "segment": "16M"}
-    return daemon.add(name, kind, options, queues=queues, placement=placement)
+    if kind == "cow":
+        base, overlay = daemon.path(f"{name}.base"), daemon.path(f"{name}.cow")
+        base.write_bytes(random.Random(1).randbytes(COW_BASE_BYTES))
+        options |= {"base": str(base), "overlay": str(overlay)}
+    return daemon.add(name, kind, options, queues=queues, placement=placement, isolation=isolation)
 
 
 @contextmanager
@@ -132,8 +139,10 @@ def wait_for_backend(daemon: Daemon, name: str, other_than: int | None) -> None:
     """Wait until another backend serves the device."""
 
     def attached() -> bool:
-        backend = daemon.status(name).backend
-        return backend.attached and backend.pid != other_than
+        status = daemon.status(name)
+        backend = status.backend
+        # An engine in the workers has no process of its own.
+        return backend.attached and (status.isolation == "none" or backend.pid != other_than)
 
     eventually(attached, f"{name} has its next backend")
 
