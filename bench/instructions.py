@@ -1,7 +1,8 @@
 """Instructions of the queue core per request, counted by callgrind; the count is the same each time.
 
 A small C program (`csrc/queue_cost.c`) stands in for the ring and the backend.  Only its calls into the core
-count, with all further calls from there.  The difference of two runs of different length leaves out the start.
+count, with all further calls from there: an engine inside the worker counts too.  The difference of two runs of
+different length leaves out the start.
 """
 
 import re
@@ -23,18 +24,30 @@ CASES = {
     "flush": "flush",
     "discard": "discard",
 }
-TRANSPORTS = ("frames", "rings")
+TRANSPORTS = ("frames", "rings", "inside")
+_NOT_INSIDE = frozenset({"write-posted", "write-lent", "write-alone", "read-alone"})
+"""Cases without an engine, or without the NEED_GET_DATA that an engine inside has."""
 BATCHES = (1, 32, 128, 1024)
 _REQUESTS = 3200
 _ROUNDS_MAX = 100
 _HERE = Path(__file__).resolve().parent
 _CORE = _HERE.parent / "ublk" / "csrc"
 _SHARED = _HERE.parent / "bufpool" / "wire" / "csrc"
+_ENGINE = _HERE.parent / "bufpool" / "engine" / "csrc"
+_ENGINE_FILES = (
+    "engine.c",
+    "engine_answers.c",
+    "engine_regions.c",
+    "slots.c",
+    "storage_null.c",
+    "storage_memory.c",
+)
 # All of the core except its io_uring.
 _NOT_COUNTED = "queue_ring.c"
 # As ublk/_native_build.py compiles them.
 _FLAGS = ("-g", "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter")
 _WHOLE = ("-flto", "-fvisibility=hidden", "-r", "-flinker-output=nolto-rel")
+_INCLUDES = tuple(word for each in (_CORE, _SHARED, _ENGINE) for word in ("-I", str(each)))
 _HARNESS = "queue_cost.c"
 
 
@@ -56,15 +69,22 @@ def count_instructions() -> list[InstructionCost]:
     with tempfile.TemporaryDirectory(prefix="ublkpool-cost-") as directory:
         program = Path(directory) / "queue_cost"
         core = sorted(each for each in _CORE.glob("queue_*.c") if each.name != _NOT_COUNTED)
-        whole = program.with_suffix(".o")
-        _run(["gcc", *_FLAGS, *_WHOLE, "-I", _CORE, "-I", _SHARED, "-o", whole, *core])
-        _run(["gcc", *_FLAGS, "-I", _CORE, "-I", _SHARED, "-o", program, _HERE / "csrc" / _HARNESS, whole])
+        engine = [_ENGINE / name for name in _ENGINE_FILES]
+        modules = [_module(program.with_name("core.o"), core), _module(program.with_name("engine.o"), engine)]
+        _run(["gcc", *_FLAGS, *_INCLUDES, "-o", program, _HERE / "csrc" / _HARNESS, *modules])
         return [
             _cost(program, case, transport, batch)
             for case in CASES
             for transport in TRANSPORTS
+            if transport != "inside" or case not in _NOT_INSIDE
             for batch in BATCHES
         ]
+
+
+def _module(out: Path, sources: list[Path]) -> Path:
+    """One object file, linked as a whole like a native module."""
+    _run(["gcc", *_FLAGS, *_WHOLE, *_INCLUDES, "-o", out, *sources])
+    return out
 
 
 def _cost(program: Path, case: str, transport: str, batch: int) -> InstructionCost:

@@ -217,9 +217,9 @@ def memory_table(result: Result) -> str:
 def cost_table(instructions: Sequence[InstructionCost]) -> str:
     """Transports and batches side by side."""
     columns = sorted({(each.transport, each.batch) for each in instructions})
-    found = {(each.case, (each.transport, each.batch)): each.instructions for each in instructions}
+    found = {(each.case, (each.transport, each.batch)): f"{each.instructions:.0f}" for each in instructions}
     rows = [
-        [text, *(f"{found[case, column]:.0f}" for column in columns)]
+        [text, *(found.get((case, column), "") for column in columns)]
         for case, text in CASES.items()
         if (case, columns[0]) in found
     ]

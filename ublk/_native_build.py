@@ -49,6 +49,7 @@ _SOURCE_FILES = (
     "queue_limit.c",
     "queue_descriptor.c",
     "queue_finish.c",
+    "queue_run.c",
     "queue_request.c",
     "queue_waiting.c",
     "queue_link.c",

@@ -1,10 +1,12 @@
 /*
  * Drives the queue core as io_uring and a backend would, for counting its instructions:
- * `queue_cost CASE frames|rings BATCH ROUNDS`.
+ * `queue_cost CASE frames|rings|inside BATCH ROUNDS`.  Inside, the engine is the native one and counts as well.
  *
  * What is counted is what it calls in the core.  Makes no system call while it counts, and does the same each time.
  */
+#include "engine.h"
 #include "queue_core.h"
+#include "queue_inside.h"
 #include "queue_port.h"
 #include "shared_ring.h"
 
@@ -37,11 +39,12 @@ static const uint8_t zeros[IO_BYTES] __attribute__((aligned(4096)));
 static struct uq_command commands[DEPTH];
 static struct wire_descriptor requests[2 * DEPTH], answers[2 * DEPTH];
 
-/* A queue, and what leads to its backend: frames, or the two ends of rings. */
+/* A queue, and what leads to its backend: frames, the two ends of rings, or an engine in this process. */
 struct link {
 	struct uq *q;
 	struct uq_port *port;  /* NULL for frames */
 	struct sr_end in, out; /* the backend's */
+	struct engine *engine; /* NULL for a backend in its own process */
 };
 
 static _Noreturn void fail(const char *what)
@@ -147,8 +150,13 @@ static bool has_answer(const struct kind *k, unsigned kind)
 /* One way and back. */
 static void exchange(struct link *l, const struct kind *k)
 {
-	unsigned count = receive(l), answered = 0;
+	unsigned count, answered = 0;
 
+	if (l->engine) {
+		uq_inside_turn(l->q, engine_calls(), l->engine);
+		return;
+	}
+	count = receive(l);
 	for (unsigned i = 0; i < count; i++)
 		if (has_answer(k, requests[i].kind))
 			answers[answered++] = answer(k, &requests[i]);
@@ -213,6 +221,34 @@ static struct uq *make(const struct kind *k)
 	return q;
 }
 
+/* The null engine, and for what lies in its own memory the memory disk, as the workers open them. */
+static void attach_engine(struct link *l, const struct kind *k)
+{
+	bool is_disk = k->place_in_backend || k->reads_own;
+	struct engine_setup setup = {
+		.device = DEVICE,
+		.epoch = EPOCH,
+		.queues = 1,
+		.depth = DEPTH,
+		.size_bytes = sizeof own,
+		.pool = pool,
+		.pool_bytes = sizeof pool,
+		.own = is_disk ? own : NULL,
+		.own_bytes = is_disk ? sizeof own : 0,
+		.own_segment = is_disk ? SEGMENT : 0,
+	};
+	int error;
+
+	l->engine =
+		engine_open(&setup, is_disk ? storage_memory_new(k->reads_own) : storage_null_new(IO_BYTES), &error);
+	if (!l->engine)
+		fail("the engine does not open");
+	uq_inside_begin(l->q, engine_calls(), l->engine);
+	answers[0] = (struct wire_descriptor){ .kind = WIRE_HELLO, .device = DEVICE, .epoch = EPOCH };
+	uq_input(l->q, answers, sizeof answers[0]);
+	exchange(l, k);
+}
+
 static void attach(struct link *l, const struct kind *k, bool rings)
 {
 	uint32_t entries = uq_port_entries(DEPTH);
@@ -246,7 +282,9 @@ int main(int argc, char **argv)
 		if (strcmp(kinds[i].name, argv[1]))
 			continue;
 		l.q = make(&kinds[i]);
-		if (!kinds[i].alone)
+		if (argc == 5 && !strcmp(argv[2], "inside"))
+			attach_engine(&l, &kinds[i]);
+		else if (!kinds[i].alone)
 			attach(&l, &kinds[i], rings);
 		rounds(&l, &kinds[i], batch, count);
 		if (stats->requests[kinds[i].op] != (uint64_t)batch * count || stats->errors || stats->violations ||
@@ -254,5 +292,5 @@ int main(int argc, char **argv)
 			fail("not every request was served");
 		return 0;
 	}
-	fail("usage: queue_cost CASE frames|rings BATCH ROUNDS");
+	fail("usage: queue_cost CASE frames|rings|inside BATCH ROUNDS");
 }

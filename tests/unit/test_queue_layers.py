@@ -17,6 +17,7 @@ FROM_THE_GROUND_UP = (
     "queue_limit",
     "queue_descriptor",
     "queue_finish",
+    "queue_run",
     "queue_request",
     "queue_waiting",
     "queue_link",

@@ -45,6 +45,7 @@ static void check_buffers(struct uq *q, unsigned class)
 		HOLDS(q->config.slots[t->slot].tag == i + 1);
 	}
 	HOLDS(s->count + lent == s->held);
+	HOLDS(q->stock_changed >> class & 1 || (q->stock_short >> class & 1) == (s->waiting || s->recalled));
 }
 
 /* Tags that wait for a buffer are in the list of their class, each once, and no other tag is. */
@@ -119,6 +120,7 @@ static unsigned tags_in(const struct uq *q, uint32_t segment)
 
 static void check_segments(struct uq *q)
 {
+	HOLDS(q->regions == q->config.depth - tags_in(q, 0));
 	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++)
 		if (q->segments[i].number)
 			HOLDS(q->segments[i].data_tags == tags_in(q, q->segments[i].number));

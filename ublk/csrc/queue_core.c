@@ -15,7 +15,7 @@ static bool is_quiet(const struct uq *q)
 {
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		const struct uq_tag *t = &q->tags[i];
-		bool is_in_its_memory = t->own_segment && t->own_segment == q->own_segment;
+		bool is_in_its_memory = (t->own_segment && t->own_segment == q->own_segment) || t->memory;
 
 		if (t->state == UQ_PLACING || t->state == UQ_SERVING || is_in_its_memory)
 			return false;
@@ -36,10 +36,12 @@ unsigned uq_attention(struct uq *q)
 
 void uq_attention_clear(struct uq *q, unsigned bits) { q->attention &= ~bits; }
 
-int uq_commit_is_awaited(const struct uq *q)
+int uq_commit_is_awaited(struct uq *q)
 {
 	unsigned commits = 0, regions = 0;
 
+	if (!uq_stock_short(q) && !q->regions)
+		return 0;
 	for (unsigned i = 0; i < q->commands_count; i++) {
 		const struct uq_command *c = &q->commands[(q->commands_first + i) & q->commands_mask];
 

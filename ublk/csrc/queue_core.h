@@ -216,7 +216,7 @@ unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
 void uq_commands_taken(struct uq *q, unsigned count);
 /* Whether a commit among them frees a buffer or a region that a tag, the broker or the backend waits for.  It is free
  * when io_uring_enter returns, so the worker must not sleep in that enter. */
-int uq_commit_is_awaited(const struct uq *q);
+int uq_commit_is_awaited(struct uq *q);
 
 /* Descriptors for the backend: a view, and how many of them were sent. */
 unsigned uq_output(struct uq *q, const struct wire_descriptor **first);

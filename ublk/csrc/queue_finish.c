@@ -12,6 +12,8 @@ void uq_count_duration(struct uq *q, enum uq_latency which, uint64_t since_ns)
 /* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
 static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
 {
+	if (t->op == WIRE_READ && t->memory)
+		return t->memory;
 	if (t->op == WIRE_READ && t->own_segment)
 		return uq_region_address(q, t);
 	if (t->slot != UQ_BUFFER_NONE && (t->op == WIRE_READ || !q->config.need_get_data))

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "queue_link.h"
+#include "queue_run.h"
 
 /* Descriptors that travel at once. */
 #define BATCH_MAX 64u
@@ -49,6 +50,14 @@ static bool take_back(struct uq *q, const struct engine_calls *calls, struct eng
 	uq_input(q, batch, count * sizeof *batch);
 	return true;
 }
+
+void uq_inside_begin(struct uq *q, const struct engine_calls *calls, struct engine *engine)
+{
+	if (calls->can_run(engine))
+		uq_run_begin(q, calls, engine);
+}
+
+int uq_inside_is_idle(const struct uq *q) { return uq_runs(q) && !q->output_count; }
 
 void uq_inside_turn(struct uq *q, const struct engine_calls *calls, struct engine *engine)
 {

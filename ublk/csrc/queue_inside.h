@@ -10,6 +10,13 @@
 #include "engine_calls.h"
 #include "queue_core.h"
 
+/* Before the queue has a link: from then on an engine that can run requests within a call (queue_run.c) gets them so.
+ */
+void uq_inside_begin(struct uq *q, const struct engine_calls *calls, struct engine *engine);
+
+/* Whether the engine has nothing to do: one that runs requests has an answer only to what it was handed. */
+int uq_inside_is_idle(const struct uq *q);
+
 /*
  * Hands the queue's output to the engine and its answers to the queue until neither has any.  Does nothing while the
  * queue has no link.  An engine whose use has ended cuts the link.

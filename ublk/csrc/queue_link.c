@@ -48,12 +48,6 @@ static void violate(struct uq *q, int violation, const struct wire_descriptor *d
 	uq_link_cut(q, violation);
 }
 
-void uq_link_settle(struct uq *q)
-{
-	if (q->output_overflowed)
-		uq_link_cut(q, UQ_V_UNEXPECTED);
-}
-
 /* Stale answers are dropped and counted; a backend that sends too many costs the worker time and is cut off. */
 static void stale(struct uq *q, const struct wire_descriptor *d)
 {

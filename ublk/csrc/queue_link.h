@@ -7,6 +7,10 @@
 /* Whether the backend's descriptors are read and descriptors for it are sent. */
 static inline bool uq_link_talks(const struct uq *q) { return q->link != UQ_LINK_NONE && q->link != UQ_LINK_CUT; }
 /* Cuts the link if a descriptor found no room. */
-void uq_link_settle(struct uq *q);
+static inline void uq_link_settle(struct uq *q)
+{
+	if (q->output_overflowed)
+		uq_link_cut(q, UQ_V_UNEXPECTED);
+}
 
 #endif

@@ -71,6 +71,7 @@ void uq_region_take(struct uq *q, struct uq_tag *t, uint64_t buffer, uint64_t by
 	t->own_buffer = buffer;
 	t->own_bytes = bytes;
 	find_segment(q, q->own_segment)->data_tags++;
+	q->regions++;
 	if (t->op == WIRE_WRITE)
 		blocks_set(&q->occupied, buffer, bytes);
 }
@@ -87,6 +88,7 @@ void uq_region_return(struct uq *q, struct uq_tag *t)
 	struct uq_segment *s = find_segment(q, t->own_segment);
 
 	s->data_tags--;
+	q->regions--;
 	if (s->live && t->op == WIRE_WRITE)
 		blocks_clear(&q->occupied, t->own_buffer, t->own_bytes);
 	t->own_segment = 0;

@@ -17,6 +17,7 @@
 #include "queue_finish.h"
 #include "queue_limit.h"
 #include "queue_region.h"
+#include "queue_run.h"
 #include "queue_stock.h"
 #include "queue_tag.h"
 
@@ -26,7 +27,6 @@
 static void admit(struct uq *q, struct uq_tag *t);
 static void route(struct uq *q, struct uq_tag *t);
 static void route_write(struct uq *q, struct uq_tag *t);
-static void answer_alone(struct uq *q, struct uq_tag *t);
 static void ask_place(struct uq *q, struct uq_tag *t);
 static void need_buffer(struct uq *q, struct uq_tag *t);
 static void got_buffer(struct uq *q, struct uq_tag *t);
@@ -100,10 +100,16 @@ static void arrive(struct uq *q, struct uq_tag *t, int res)
 
 static void admit(struct uq *q, struct uq_tag *t)
 {
+	int error = 0;
+
 	if (q->config.zeros)
-		answer_alone(q, t);
+		uq_answer_alone(q, t);
+	else if (uq_runs(q) && may_pass(q, t))
+		error = uq_run(q, t);
 	else
 		route(q, t);
+	if (error)
+		uq_request_fail(q, t, error);
 }
 
 /* The time in which a request waits for the limits does not count against its deadline. */
@@ -154,17 +160,6 @@ static void route_write(struct uq *q, struct uq_tag *t)
 	} else {
 		need_buffer(q, t);
 	}
-}
-
-/* A worker without a backend copies a write as any other and drops it, reads zeros, and completes the rest at once. */
-static void answer_alone(struct uq *q, struct uq_tag *t)
-{
-	if (t->op == WIRE_READ)
-		uq_finish(q, t, (int)t->length);
-	else if (t->op != WIRE_WRITE)
-		uq_finish(q, t, 0);
-	else if (uq_move(q, t, UQ_EV_THROW_AWAY))
-		get_data(q, t, q->config.scratch);
 }
 
 static void copy_to_region(struct uq *q, struct uq_tag *t, enum uq_event event, uint64_t buffer, uint64_t bytes)
@@ -273,7 +268,7 @@ static void copied(struct uq *q, struct uq_tag *t)
 	t->copied = true;
 	if (t->must_fail) {
 		uq_finish(q, t, why_failed(q, t));
-	} else if (q->config.zeros) {
+	} else if (q->config.zeros || t->memory) {
 		uq_finish(q, t, (int)t->length);
 	} else if (t->own_segment && uq_region_orphaned(q, t)) {
 		if (uq_move(q, t, UQ_EV_RESCUE))
@@ -409,11 +404,11 @@ static void commit_taken(struct uq *q, struct uq_tag *t)
 
 void uq_commands_taken(struct uq *q, unsigned count)
 {
-	struct uq_command c;
+	const struct uq_command *c;
 
-	while (count-- && uq_command_pop(q, &c))
-		if (c.op == UQ_CMD_COMMIT)
-			commit_taken(q, &q->tags[c.tag]);
+	while (count-- && (c = uq_command_pop(q)))
+		if (c->op == UQ_CMD_COMMIT)
+			commit_taken(q, &q->tags[c->tag]);
 	uq_check(q);
 }
 
@@ -437,6 +432,7 @@ static void let_go(struct uq *q, struct uq_tag *t)
 		uq_stock_return(q, t);
 		serve_waiters(q, t->class);
 	}
+	t->memory = NULL;
 	q->config.stats->in_flight--;
 }
 

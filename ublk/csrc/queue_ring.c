@@ -57,14 +57,18 @@ struct uq_ring {
 static void read_time(struct uq_ring *r, unsigned waited_ms)
 {
 	struct timespec t;
+	uint64_t now_ms;
 
 	/* Deadlines would do with the coarse clock; histograms and limits would not: it ticks every 1 to 10 ms. */
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	r->now_ms = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-	r->serving_ms = uq_clock_read(&r->clock, r->now_ms, waited_ms);
-	uq_set_time(r->q, r->serving_ms);
 	r->now_ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 	uq_set_real_time(r->q, r->now_ns);
+	now_ms = (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+	if (now_ms == r->now_ms)
+		return;
+	r->now_ms = now_ms;
+	r->serving_ms = uq_clock_read(&r->clock, now_ms, waited_ms);
+	uq_set_time(r->q, r->serving_ms);
 }
 
 /* Requests that wait for the device's limits pass. */
@@ -214,6 +218,7 @@ int uq_ring_use_engine(struct uq_ring *r, const struct engine_calls *calls, stru
 	r->calls = calls;
 	r->engine = engine;
 	uq_output_hold(r->q, true);
+	uq_inside_begin(r->q, calls, engine);
 	return 0;
 }
 
@@ -269,7 +274,7 @@ static void exchange_inside(struct uq_ring *r)
 
 static void exchange(struct uq_ring *r)
 {
-	if (r->engine)
+	if (r->engine && !uq_inside_is_idle(r->q))
 		exchange_inside(r);
 	if (!r->port)
 		return;
@@ -315,7 +320,7 @@ static bool timer_ends_within(struct uq_ring *r, unsigned wait_ms)
 
 static int submit(struct uq_ring *r, unsigned wait_ms)
 {
-	struct __kernel_timespec ts = span(wait_ms);
+	struct __kernel_timespec ts;
 	struct io_uring_cqe *cqe;
 	int e;
 
@@ -325,7 +330,7 @@ static int submit(struct uq_ring *r, unsigned wait_ms)
 	else if (timer_ends_within(r, wait_ms))
 		e = io_uring_submit_and_wait(&r->ring, 1);
 	else
-		e = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
+		ts = span(wait_ms), e = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
 	return e == -ETIME || e == -EINTR || e == -EAGAIN || e == -EBUSY ? 0 : e;
 }
 
@@ -455,7 +460,7 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 {
 	struct uq_stats *s = uq_stats_of(r->q);
-	uint64_t deadline;
+	uint64_t deadline, judged_ms = UINT64_MAX; /* the owner may have changed what deadlines depend on */
 
 	read_time(r, 0);
 	deadline = r->now_ms + timeout_ms;
@@ -465,9 +470,10 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 		int e;
 
 		pass_limited(r);
-		/* The backend's answers are read before its deadlines are judged. */
+		/* The backend's answers are read before its deadlines are judged, once in a millisecond. */
 		exchange(r);
-		uq_tick(r->q, r->serving_ms);
+		if (r->serving_ms != judged_ms)
+			uq_tick(r->q, judged_ms = r->serving_ms);
 		write_commands(r);
 		arm_watches(r);
 		arm_bell(r);

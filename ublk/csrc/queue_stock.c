@@ -212,16 +212,18 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	return s->previous_low_water > reserve + 3 * batch ? -(int)(s->previous_low_water - reserve - batch) : 0;
 }
 
-/* The worker asks in every turn, so only classes that have changed are looked at. */
-bool uq_stock_wanting(struct uq *q)
+static unsigned with(unsigned bits, unsigned bit, bool on) { return on ? bits | bit : bits & ~bit; }
+
+void uq_stock_settle(struct uq *q)
 {
 	while (q->stock_changed) {
 		unsigned c = (unsigned)__builtin_ctz(q->stock_changed), bit = 1u << c;
+		const struct uq_stock *s = &q->stock[c];
 
 		q->stock_changed &= ~bit;
-		q->stock_wanting = uq_stock_want(q, c) ? q->stock_wanting | bit : q->stock_wanting & ~bit;
+		q->stock_wanting = with(q->stock_wanting, bit, uq_stock_want(q, c));
+		q->stock_short = with(q->stock_short, bit, s->waiting || s->recalled);
 	}
-	return q->stock_wanting;
 }
 
 void uq_stock_asked(struct uq *q, unsigned class, unsigned count)
@@ -247,14 +249,6 @@ bool uq_stock_fill(struct uq *q, unsigned class, const uint32_t *slots, unsigned
 	if (c)
 		touch(q, s);
 	return true;
-}
-
-bool uq_stock_short(const struct uq *q)
-{
-	for (unsigned c = 0; c < q->config.classes; c++)
-		if (q->stock[c].waiting || q->stock[c].recalled)
-			return true;
-	return false;
 }
 
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max)

@@ -25,11 +25,25 @@ void uq_stock_return(struct uq *q, struct uq_tag *t);
 /* Adds leased slots; false, and the queue's fault, if one does not belong to the class. */
 bool uq_stock_fill(struct uq *q, unsigned class, const uint32_t *slots, unsigned count);
 
-/* Whether a tag or the broker waits for a buffer. */
-bool uq_stock_short(const struct uq *q);
-/* Whether a class is to be leased or returned. */
-bool uq_stock_wanting(struct uq *q);
+/* Looks at the classes that have changed. */
+void uq_stock_settle(struct uq *q);
 /* Starts another period over which the fewest idle buffers are noted. */
 void uq_stock_look(struct uq *q);
+
+/* Whether a tag or the broker waits for a buffer.  The worker asks this and the next in every turn. */
+static inline bool uq_stock_short(struct uq *q)
+{
+	if (q->stock_changed)
+		uq_stock_settle(q);
+	return q->stock_short;
+}
+
+/* Whether a class is to be leased or returned. */
+static inline bool uq_stock_wanting(struct uq *q)
+{
+	if (q->stock_changed)
+		uq_stock_settle(q);
+	return q->stock_wanting;
+}
 
 #endif

@@ -116,14 +116,15 @@ void uq_command(struct uq *q, struct uq_tag *t, uint8_t op, int result, const ui
 	};
 }
 
-bool uq_command_pop(struct uq *q, struct uq_command *out)
+const struct uq_command *uq_command_pop(struct uq *q)
 {
+	const struct uq_command *first = &q->commands[q->commands_first];
+
 	if (!q->commands_count)
-		return false;
-	*out = q->commands[q->commands_first];
+		return NULL;
 	q->commands_first = (q->commands_first + 1) & q->commands_mask;
 	q->commands_count--;
-	return true;
+	return first;
 }
 
 unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max)

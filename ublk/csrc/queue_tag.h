@@ -9,8 +9,8 @@ bool uq_move(struct uq *q, struct uq_tag *t, enum uq_event event);
 void uq_fail_now(struct uq *q, unsigned fault, unsigned tag, int detail);
 
 void uq_command(struct uq *q, struct uq_tag *t, uint8_t op, int result, const uint8_t *address);
-/* Takes the oldest command out; false if there is none. */
-bool uq_command_pop(struct uq *q, struct uq_command *out);
+/* Takes the oldest command out, which is valid until the next one comes; NULL if there is none. */
+const struct uq_command *uq_command_pop(struct uq *q);
 
 /* A descriptor about this tag's request, to be completed by the caller.  If there is no room, `output_overflowed` is
  * set and the descriptor is written where nothing reads it. */

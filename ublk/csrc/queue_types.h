@@ -9,6 +9,7 @@
  *     queue_limit.c                     the device's limits, and the tags that wait for them
  *     queue_descriptor.c                what the driver's descriptor says
  *     queue_finish.c                    a request's end: its result is counted and committed
+ *     queue_run.c                       a request that this process answers itself
  *     queue_request.c                   a request's road, from its arrival to the return of its buffer
  *     queue_waiting.c                   the requests that wait for a backend go on, are held back, or fail
  *     queue_link.c                      the backend's descriptors, judged; the link's states
@@ -27,6 +28,7 @@
 #include "queue_core.h"
 
 #include "blocks.h"
+#include "engine_calls.h"
 
 #include <stdbool.h>
 
@@ -43,6 +45,7 @@ struct uq_tag {
 	uint64_t client_buffer; /* offset in slice `slice` of the client area, if `in_place` */
 	uint64_t own_bytes;     /* of the region, which may be larger than the request */
 	uint64_t limited_since; /* on the clock of the limits */
+	const uint8_t *memory;  /* of an engine in this process that runs the request, see queue_run.c; else NULL */
 	uint32_t own_segment;   /* the segment of the region that a backend named, 0 for none */
 	uint32_t slice;
 	uint32_t slot; /* pool buffer, UQ_BUFFER_NONE for none */
@@ -95,7 +98,8 @@ struct uq {
 	struct uq_config config;
 	struct uq_tag *tags;
 	struct uq_stock stock[UQ_CLASSES_MAX];
-	unsigned stock_changed, stock_wanting; /* a bit for each class: to look at; to lease or return */
+	/* A bit for each class: to look at; to lease or return; whose buffers a tag or the broker waits for. */
+	unsigned stock_changed, stock_wanting, stock_short;
 	struct uq_segment segments[UQ_SEGMENTS_MAX];
 	struct uq_command *commands;
 	unsigned commands_first, commands_count, commands_mask;
@@ -107,7 +111,10 @@ struct uq {
 	uint64_t now_ns;        /* of the histograms */
 	uint64_t sequence, now_ms, scanned_ms, stock_looked_ms, expected_ms, absent_since_ms;
 	unsigned attention, gone;
-	uint32_t own_segment; /* the attached backend's, 0 for none */
+	uint32_t own_segment;             /* the attached backend's, 0 for none */
+	unsigned regions;                 /* tags with a region, of whichever segment */
+	const struct engine_calls *calls; /* of an engine that runs requests; NULL without one */
+	struct engine *engine;
 	struct uq_limit limit;
 	struct uq_limits no_limits; /* of a queue that was given none */
 	uint8_t link;

@@ -52,18 +52,25 @@ static bool fits(uint64_t offset, uint64_t length, uint64_t limit)
 	return offset <= limit && length <= limit - offset;
 }
 
-static int32_t objection(const struct engine *e, const struct wire_descriptor *d)
+static int32_t objection_to(const struct engine *e, uint8_t op, uint64_t offset, uint64_t length)
 {
-	bool moves = d->op == WIRE_READ || d->op == WIRE_WRITE;
-	if (d->op > WIRE_WRITE_ZEROES || d->op == 4 || (d->kind != WIRE_REQUEST && d->op != WIRE_WRITE))
+	bool moves = op == WIRE_READ || op == WIRE_WRITE;
+	if (op > WIRE_WRITE_ZEROES || op == 4)
 		return -EOPNOTSUPP;
-	if (d->op != WIRE_FLUSH && !fits(d->offset, d->length, e->setup.size_bytes))
+	if (op != WIRE_FLUSH && !fits(offset, length, e->setup.size_bytes))
 		return -EINVAL;
-	if (moves && (d->length == 0 || d->length > INT32_MAX))
+	if (moves && (length == 0 || length > INT32_MAX))
 		return -EINVAL;
-	if (e->setup.read_only && d->op != WIRE_READ && d->op != WIRE_FLUSH)
+	if (e->setup.read_only && op != WIRE_READ && op != WIRE_FLUSH)
 		return -EPERM;
 	return 0;
+}
+
+static int32_t objection(const struct engine *e, const struct wire_descriptor *d)
+{
+	if (d->kind != WIRE_REQUEST && d->op != WIRE_WRITE)
+		return -EOPNOTSUPP;
+	return objection_to(e, d->op, d->offset, d->length);
 }
 
 static int32_t find_memory(const struct engine *e, struct storage_request *r)
@@ -241,6 +248,17 @@ int engine_file(const struct engine *e) { return e->event_file; }
 
 int engine_error(const struct engine *e) { return e->error; }
 
+int engine_can_run(const struct engine *e) { return e->storage->ops->run != NULL; }
+
+int32_t engine_run(struct engine *e, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory)
+{
+	int32_t problem = objection_to(e, op, offset, length), result = full_result_of(op, length);
+	if (!problem)
+		e->storage->ops->run(e->storage, op, offset, length, memory);
+	engine_count_run(e, op, problem ? problem : result);
+	return problem ? problem : result;
+}
+
 void engine_resize(struct engine *e, uint64_t size_bytes)
 {
 	e->setup.size_bytes = size_bytes;
@@ -412,6 +430,8 @@ const struct engine_calls *engine_calls(void)
 		.prepare = engine_prepare,
 		.complete = engine_complete,
 		.error = engine_error,
+		.can_run = engine_can_run,
+		.run = engine_run,
 	};
 	return &calls;
 }

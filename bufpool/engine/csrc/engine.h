@@ -66,6 +66,16 @@ int engine_turn(struct engine *engine);
 /* An eventfd, readable when a completion waits; a storage that completes at once never signals it. */
 int engine_file(const struct engine *engine);
 
+/* Whether the storage executes a request within a call, so that it can do without descriptors: engine_run(). */
+int engine_can_run(const struct engine *engine);
+/* Executes the request whose descriptor would have these fields: a read whose data lies in *memory, a write that is
+ * done when its data has been copied there, or another.  *memory is NULL if the storage keeps no data: any memory will
+ * do.  Returns the full length for reads and writes, 0 for other operations, or a negative errno.
+ *
+ * Neither a fence nor a region that is lent holds it up: it is for a caller whose requests all end with its own
+ * process, and which copies one request's data at a time. */
+int32_t engine_run(struct engine *engine, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory);
+
 /* Makes the engine use the caller's io_uring, which the caller submits and waits for; NULL: the engine's own again.  No
  * request may be running.  Returns 0 or a negative errno.  The engine sets ENGINE_USER_DATA in the user_data of its
  * entries; no other entry may have that bit. */

@@ -71,6 +71,18 @@ void engine_answer_done(struct engine *e, const struct storage_request *r, int32
 	}
 }
 
+void engine_count_run(struct engine *e, uint8_t op, int32_t result)
+{
+	e->count.requests++;
+	e->count.answered++;
+	if (result < 0)
+		e->count.failed++;
+	else if (op == WIRE_READ)
+		e->count.bytes_read += (uint64_t)result;
+	else
+		e->count.bytes_written += (uint64_t)result;
+}
+
 uint32_t engine_answers(struct engine *e, uint32_t queue, const struct wire_descriptor **answers)
 {
 	const struct answers *out = &e->queues[queue].answers;

@@ -45,6 +45,8 @@ static inline bool may_let_go(const struct storage_request *r)
 struct wire_descriptor *engine_answer(struct engine *e, const struct wire_descriptor *to, uint8_t kind, int32_t result);
 void engine_answer_done(struct engine *e, const struct storage_request *r, int32_t result);
 void engine_count_start(struct engine *e, const struct storage_request *r);
+/* A request of engine_run(), and its result. */
+void engine_count_run(struct engine *e, uint8_t op, int32_t result);
 void engine_name_in(const struct engine *e, struct wire_descriptor *d, const struct storage_request *r);
 
 /* engine_regions.c */

@@ -23,6 +23,8 @@ struct storage_ops {
 	/* Starts a request and calls engine_finish() once, now or later.  The engine has checked offset, length and
 	 * memory. */
 	void (*start)(struct storage *s, struct storage_request *r);
+	/* See engine_run(), whose arguments have been checked.  NULL: the storage cannot. */
+	void (*run)(struct storage *s, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory);
 	/* Names the region where a write shall land or a read's data lies.  Returns 1 and sets r->region; 0 for not
 	 * now, and the engine asks again when a region was given back; or a negative errno.  This function and the next
 	 * two are NULL in a storage with slots. */
@@ -68,9 +70,11 @@ bool engine_is_old(const struct engine *engine, const struct storage_request *re
 /* The request with this index, which is also in the user_data of the storage's ring entries. */
 struct storage_request *engine_request(struct engine *engine, uint32_t index);
 
-static inline int32_t full_result(const struct storage_request *r)
+static inline int32_t full_result_of(uint8_t op, uint64_t length)
 {
-	return r->d.op == WIRE_READ || r->d.op == WIRE_WRITE ? (int32_t)r->d.length : 0;
+	return op == WIRE_READ || op == WIRE_WRITE ? (int32_t)length : 0;
 }
+
+static inline int32_t full_result(const struct storage_request *r) { return full_result_of(r->d.op, r->d.length); }
 
 #endif

@@ -47,6 +47,14 @@ static void memory_start(struct storage *s, struct storage_request *r)
 	engine_finish(s->engine, r, full_result(r));
 }
 
+/* A write's data is copied to where it stays, a read's from there. */
+static void memory_run(struct storage *s, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory)
+{
+	*memory = memory_of(s)->disk + offset;
+	if (op == WIRE_DISCARD || op == WIRE_WRITE_ZEROES)
+		memset(*memory, 0, length);
+}
+
 static int memory_name(struct storage *s, struct storage_request *r)
 {
 	struct memory_storage *m = memory_of(s);
@@ -79,6 +87,7 @@ static void memory_close(struct storage *s)
 static const struct storage_ops memory_ops = {
 	.open = memory_open,
 	.start = memory_start,
+	.run = memory_run,
 	.name = memory_name,
 	.give_back = memory_give_back,
 	.forget = memory_forget,

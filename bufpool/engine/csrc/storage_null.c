@@ -12,13 +12,20 @@ static int null_open(struct storage *s, const struct engine_setup *setup) { retu
 
 static void null_start(struct storage *s, struct storage_request *r) { engine_finish(s->engine, r, full_result(r)); }
 
+static void null_run(struct storage *s, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory)
+{
+	*memory = NULL;
+}
+
 static void null_close(struct storage *s)
 {
 	slots_close(s->slots);
 	free(s);
 }
 
-static const struct storage_ops null_ops = { .open = null_open, .start = null_start, .close = null_close };
+static const struct storage_ops null_ops = {
+	.open = null_open, .start = null_start, .run = null_run, .close = null_close
+};
 
 struct storage *storage_null_new(uint64_t slot_bytes)
 {

@@ -25,6 +25,8 @@ struct engine_calls {
 	uint32_t (*prepare)(struct engine *engine);
 	void (*complete)(struct engine *engine, uint64_t user_data, int32_t result);
 	int (*error)(const struct engine *engine);
+	int (*can_run)(const struct engine *engine);
+	int32_t (*run)(struct engine *engine, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory);
 };
 
 #endif
