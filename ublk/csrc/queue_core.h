@@ -214,6 +214,8 @@ void uq_complete(struct uq *q, unsigned tag, int res);
 /* Copies up to `max` commands out; uq_commands_taken() says how many of them io_uring_enter has consumed. */
 unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max);
 void uq_commands_taken(struct uq *q, unsigned count);
+/* The command with this place among those that are not taken; NULL: there are fewer. */
+const struct uq_command *uq_command_at(const struct uq *q, unsigned place);
 /* Whether a commit among them frees a buffer or a region that a tag, the broker or the backend waits for.  It is free
  * when io_uring_enter returns, so the worker must not sleep in that enter. */
 int uq_commit_is_awaited(struct uq *q);

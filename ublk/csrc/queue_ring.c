@@ -50,7 +50,6 @@ struct uq_ring {
 	uint64_t now_ns, now_ms; /* the system's clock, read once a turn */
 	uint64_t serving_ms;     /* this worker's at that time */
 	uint64_t timer_ms;       /* when the armed timer ends, 0 for none */
-	struct uq_command commands[];
 };
 
 /* Since the last read the ring meant to wait for `waited_ms`. */
@@ -101,7 +100,7 @@ static int begin(struct uq_ring *r, int char_fd)
 int uq_ring_new(struct uq *q, int char_fd, unsigned depth, unsigned spin_us, unsigned engine_requests,
 		struct uq_ring **out)
 {
-	struct uq_ring *r = calloc(1, sizeof *r + depth * sizeof *r->commands);
+	struct uq_ring *r = calloc(1, sizeof *r);
 	int e;
 
 	if (!r)
@@ -286,14 +285,15 @@ static void exchange(struct uq_ring *r)
 /* Commands stay in the queue until io_uring_enter has consumed them, which is when a read's buffer becomes free. */
 static unsigned write_commands(struct uq_ring *r)
 {
-	unsigned count = uq_commands(r->q, r->commands, r->depth), written = r->queued;
+	const struct uq_command *c;
+	unsigned written = r->queued;
 
-	for (; written < count; written++) {
+	for (; (c = uq_command_at(r->q, written)); written++) {
 		struct io_uring_sqe *s = next_sqe(r);
 
 		if (!s)
 			break;
-		write_command(r, s, &r->commands[written]);
+		write_command(r, s, c);
 	}
 	r->queued = written;
 	return written;

@@ -127,12 +127,17 @@ const struct uq_command *uq_command_pop(struct uq *q)
 	return first;
 }
 
+const struct uq_command *uq_command_at(const struct uq *q, unsigned place)
+{
+	return place < q->commands_count ? &q->commands[(q->commands_first + place) & q->commands_mask] : NULL;
+}
+
 unsigned uq_commands(struct uq *q, struct uq_command *out, unsigned max)
 {
 	unsigned count = q->commands_count < max ? q->commands_count : max;
 
 	for (unsigned i = 0; i < count; i++)
-		out[i] = q->commands[(q->commands_first + i) & q->commands_mask];
+		out[i] = *uq_command_at(q, i);
 	return count;
 }
 
