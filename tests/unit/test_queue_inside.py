@@ -70,7 +70,8 @@ class Inside:
 
     def turn(self) -> None:
         """What the worker's loop does once."""
-        _native.lib.uq_inside_turn(self.queue.raw, self._calls, self._raw)
+        if not _native.lib.uq_inside_is_idle(self.queue.raw):
+            _native.lib.uq_inside_turn(self.queue.raw, self._calls, self._raw)
         self.driver.consume()
 
     def close(self) -> None:
