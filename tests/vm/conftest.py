@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from support.vm.daemon import Daemon, eventually_nothing
+from support.vm.daemon import WARM, Daemon, eventually_nothing
 from support.vm.health import KernelLog, expect_no_stuck_task
 from ublkpool.daemon.errors import DaemonError
 
@@ -14,12 +14,21 @@ _DAEMON: pytest.StashKey[Daemon] = pytest.StashKey()
 _LOG_START: pytest.StashKey[int] = pytest.StashKey()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_starts() -> Iterator[None]:
+    """The process from which daemons and backends are forked, which saves most of their start."""
+    WARM.begin()
+    yield
+    WARM.end()
+
+
 @pytest.fixture(scope="session")
 def session_daemon() -> Iterator[Daemon]:
     """The daemon of the session; its end must leave nothing behind."""
     daemon = Daemon()
     try:
-        daemon.start()
+        # As users start it, with an interpreter of its own.
+        daemon.start(warm=False)
         yield daemon
         assert daemon.stop() == 0, daemon.said()
         eventually_nothing(daemon.remains, "nothing is left of the daemon")

@@ -1,10 +1,14 @@
 """The guest has the properties that the other tests rely on."""
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from support.vm.daemon import DEADLINE_S, MARK, WARM, eventually, marked_processes
 
 ROOT_READ_ONLY_ERRNO = 30
 in_guest = pytest.mark.skipif("UBLKPOOL_GUEST" not in os.environ, reason="about the guest, not the driver")
@@ -46,3 +50,30 @@ def test_modprobe_finds_the_modules_of_the_running_kernel() -> None:
 @in_guest
 def test_the_loopback_interface_is_up() -> None:
     assert Path("/sys/class/net/lo/carrier").read_text() == "1\n"
+
+
+def test_a_copy_of_the_warm_process_is_a_child_with_a_command_line_and_an_environment_of_its_own(
+    tmp_path: Path,
+) -> None:
+    look = "import os; print(*map(ascii, (open('/proc/self/cmdline').read(), os.getppid(), os.environ))); 1/0"
+    command = [sys.executable, "-m", "timeit", "-n", "1", look]
+    with (tmp_path / "out").open("w+b") as out:
+        child = WARM.start(command, {**os.environ, "ONE": "1"}, out.fileno())
+        assert child.wait(DEADLINE_S) == 1 and child.poll() == 1
+        out.seek(0)
+        said = out.read().decode()
+    words = "\0".join([*command, ""])
+    assert said.startswith(f"{words!a} {os.getpid()} ") and "'ONE': '1'" in said
+    assert "ZeroDivisionError" in said
+
+
+def test_tests_find_a_copy_of_the_warm_process_by_its_mark(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    wait = f"open('/proc/{os.getpid()}/fd/{reader}').read()"
+    command = [sys.executable, "-m", "timeit", "-n", "1", wait]
+    with os.fdopen(reader), os.fdopen(writer, "w"), (tmp_path / "out").open("wb") as out:
+        child = WARM.start(command, {**os.environ, MARK: str(tmp_path)}, out.fileno())
+        found = eventually(lambda: marked_processes(str(tmp_path)), "the copy is found")
+        child.kill()
+        assert child.wait(DEADLINE_S) == -signal.SIGKILL
+    assert found == {child.pid: " ".join(command)}

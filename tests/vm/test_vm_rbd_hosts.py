@@ -6,7 +6,6 @@ cluster of its own.
 
 import errno
 import re
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from support.ceph.network import OtherHost
 from support.ceph.serving import options
 from support.vm.daemon import Daemon, eventually
 from support.vm.process import Forked, read_block, write_block
+from support.vm.warm_starts import Started
 
 pytestmark = [pytest.mark.one_kernel("7.3"), pytest.mark.long]
 BLOCK = 4096
@@ -31,8 +31,8 @@ class HostDaemon(Daemon):
         super().__init__(name=link.name)
         self.link = link
 
-    def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        return super()._spawn([*self.link.prefix, *command], log)
+    def _spawn(self, command: Sequence[str], log: Path, warm: bool = True) -> Started:
+        return super()._spawn([*self.link.prefix, *command], log, warm)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 from support.fakes.watched_calls import MARK as MAY_WAIT
 from support.stopping import stop
+from support.vm.warm_starts import Started, WarmStarts
 from ublkpool.bufpool.pool.arena import arena_prefix
 from ublkpool.bufpool.pool.control import Control
 from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
@@ -44,6 +45,8 @@ _PAUSE_SHARE = 3
 """How much longer than a look the pause after it is."""
 _PAUSE_MAX_S = 0.3
 _T = TypeVar("_T")
+WARM = WarmStarts()
+"""Of all daemons of this process, once `tests/vm/conftest.py` has begun it."""
 
 
 def eventually(check: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S) -> _T:
@@ -130,7 +133,7 @@ def has_rings(device: str) -> bool:
 class BackendProcess:
     """A `ublkpool backend` process that the test starts itself."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, process: Started, log: Path) -> None:
         self.process = process
         self.log = log
 
@@ -168,7 +171,7 @@ class Daemon:
         self.nodes_before, self.pools_before = nodes(), pools()
         self._config = config
         self._module = module
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Started | None = None
 
     @property
     def pid(self) -> int:
@@ -195,11 +198,11 @@ class Daemon:
             "UBLKPOOL_STATE_DIR": str(self.state_dir),
         }
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
+    def start(self, warm: bool = True) -> None:
+        """Start it, unless `warm` in the way of a user, with a new interpreter; wait until it answers."""
         self.path("config.toml").write_text(with_user(self._config))
         command = [sys.executable, "-m", self._module, *self._serve()]
-        self._process = self._spawn(command, self.log)
+        self._process = self._spawn(command, self.log, warm)
         eventually(self._answers, "the daemon answers")
 
     def _serve(self, *options: str) -> list[str]:
@@ -217,8 +220,10 @@ class Daemon:
             print(self.said())
             self.close()
 
-    def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    def _spawn(self, command: Sequence[str], log: Path, warm: bool = True) -> Started:
         with log.open("ab") as out:
+            if warm and WARM.fits(command):
+                return WARM.start(command, self.environment(), out.fileno())
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.environment()
             )

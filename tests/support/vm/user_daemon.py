@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.vm.daemon import DEADLINE_S, MARK, Daemon
+from support.vm.warm_starts import Started
 from ublkpool.ublk.abi import CONTROL_PATH
 
 USER = 1234
@@ -73,17 +74,17 @@ class UserDaemon(Daemon):
     def command(self, *arguments: str) -> list[str]:
         return self.as_user(super().command(*arguments))
 
-    def start(self) -> None:
+    def start(self, warm: bool = True) -> None:
         """Have udev's part done, too."""
         if self._owners is None:
             # Not of the daemon's processes.
             environment = {key: value for key, value in self.environment().items() if key != MARK}
             helper = [sys.executable, "-m", "support.vm.node_owners", str(USER)]
             self._owners = subprocess.Popen(helper, env=environment)
-        super().start()
+        super().start(warm)
 
-    def _spawn(self, command: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-        return super()._spawn(self.as_user(command), log)
+    def _spawn(self, command: Sequence[str], log: Path, warm: bool = True) -> Started:
+        return super()._spawn(self.as_user(command), log, warm)
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command as the user."""
