@@ -181,7 +181,7 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@$(MAKE) test-power
 	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long -o faulthandler_timeout=3600" \
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py \
-	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_rbd_trouble.py \
+	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_rbd_trouble.py tests/vm/test_vm_rbd_inside.py \
 	        tests/vm/test_vm_optimal_io.py"
 	@# Where time is instructions, so that neither the host's load nor emulation is in the times that it compares.
 	@$(GUEST) run --kernel $(lastword $(KERNELS)) --exact --timeout $(VM_TIMEOUT_S) -- \

@@ -165,7 +165,17 @@ def rbd_contestants(transports: Sequence[Transport], only: str = "") -> list[Con
         )
         for kind, options in given.items()
     ]
-    return [each for each in (*RBD_PEERS, *own) if re.search(only, each.name)]
+    inside = [
+        Contestant(
+            name,
+            rbd_clients.our_rbd_inside(need_get_data=asks),
+            "ublkpool",
+            f"isolation none, NEED_GET_DATA {'on' if asks else 'off'}",
+            stores=True,
+        )
+        for name, asks in {"rbd, inside": True, "rbd, inside, lent": False}.items()
+    ]
+    return [each for each in (*RBD_PEERS, *own, *inside) if re.search(only, each.name)]
 
 
 def table_of(mode: str, transports: Sequence[Transport], only: str = "") -> list[Contestant]:

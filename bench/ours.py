@@ -60,13 +60,22 @@ def alone(stage: Stage, name: str) -> Iterator[Disks]:
     daemon.client.delete([name], force=True)
 
 
-def inside(kind: str, placement: Literal["pool", "backend"] = "pool", file: str = "") -> Start:
+def inside(
+    kind: str,
+    placement: Literal["pool", "backend"] = "pool",
+    file: str = "",
+    options: Mapping[str, object] | None = None,
+    queues: int = QUEUES,
+    **config: Any,
+) -> Start:
     """A device whose workers run this engine themselves; `file` as in `backend`."""
 
     @contextmanager
     def start(stage: Stage, name: str) -> Iterator[Disks]:
-        given = {file: stage.make_file(f"{name}.img")} if file else {"size": REGION_BYTES}
-        stage.daemon.add(name, kind, given, queues=QUEUES, placement=placement, isolation="none")
+        given = dict(options if options is not None else {"size": REGION_BYTES})
+        if file:
+            given = {file: stage.make_file(f"{name}.img")}
+        stage.daemon.add(name, kind, given, queues=queues, placement=placement, isolation="none", **config)
         yield Disks(_disk(stage, name, []))
         stage.daemon.client.delete([name], force=True)
 

@@ -7,6 +7,7 @@ watch of one that is silent for 30 s, and with it its lock.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from bench import ours
 from bench.accounts import Threads
@@ -15,7 +16,7 @@ from bench.peers import free_nbd, load_module
 from bench.results import CLUSTER, Transport
 from bench.stage import Disk, Disks, Stage, StageError, process, wait_for
 from support.ceph.cluster import CLIENT, POOL, Cluster, Shape
-from support.ceph.serving import options
+from support.ceph.serving import let_workers_read, options
 
 LIBRBD = "librbd"
 LIBRBD_THREADS = (
@@ -114,6 +115,21 @@ def _krbd_number(image: str) -> str:
         if (each / "name").read_text().strip() == image:
             return each.name
     raise StageError(f"the kernel has no device of the image {image}")
+
+
+def our_rbd_inside(**config: Any) -> Start:
+    """The same engine inside the device's one worker."""
+
+    @contextmanager
+    def start(stage: Stage, name: str) -> Iterator[Disks]:
+        cluster = _image(stage, name)
+        let_workers_read(cluster)
+        with ours.inside("rbd", options=options(cluster, name), queues=1, **config)(stage, name) as disks:
+            disk = disks.all()[0]
+            parts = {part: list(pids) for part, pids in disk.parts.items()}
+            yield _disks(cluster, disk.node, parts, disk.device, disk.log)
+
+    return start
 
 
 def our_rbd(transport: Transport, **more: str) -> Start:

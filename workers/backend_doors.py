@@ -3,6 +3,8 @@
 Owns that one backend is expected at both, and which descriptors wake the worker for them.
 """
 
+from collections.abc import Callable
+
 from ublkpool.ublk.queue import WATCH_SHIFT, IoUring
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.ring_link import RingLink
@@ -37,6 +39,19 @@ class BackendDoors:
     def failure(self) -> str:
         """Empty: a backend's end is no failure of its worker."""
         return ""
+
+    is_excluded = False
+    """See `EngineConnected`: a backend's process tells the daemon itself."""
+
+    def connect(self, done: Callable[[str, str], None]) -> None:
+        """Nothing: the store is the backend's."""
+        done("", "this worker has no store")
+
+    def serve(self) -> None:
+        """Nothing: a backend greets the queue itself."""
+
+    def leave(self) -> None:
+        """Nothing: the process's end does what is to be done."""
 
     def expect(self, token: bytes, user: int | None = None) -> None:
         """Accept this backend over either transport; b"" and None: no backend.  Raises `OSError`, `zmq.ZMQError`."""

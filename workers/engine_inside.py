@@ -5,11 +5,13 @@ the same descriptors and its answers are judged alike, but they travel by functi
 and its I/O goes through the worker's own io_uring.  An engine that fails ends its worker, and the device is recovered.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ublkpool.bufpool.engine.cow import CowFiles, CowMap
 from ublkpool.bufpool.engine.device import Device
 from ublkpool.bufpool.engine.native import FileStorage, NativeEngine, Storage
+from ublkpool.bufpool.sdk.inside import Connect
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import mappings
 from ublkpool.ublk.calls import ffi
@@ -22,7 +24,7 @@ OWN_SEGMENT = 1
 class EngineSpec(NamedTuple):
     """The engine that each worker of a device opens, on descriptors that it inherits."""
 
-    storage: Storage
+    storage: Storage | Connect
     size_bytes: int
     read_only: bool
     own_fd: int | None = None
@@ -46,11 +48,12 @@ class EngineInside:
         if spec.own_fd is not None:
             self._own = mappings.map_segment(spec.own_fd, spec.own_bytes)
         storage = spec.storage
+        assert not isinstance(storage, Connect)
         self._map: CowMap | None = None
         if isinstance(storage, CowFiles):
             storage = storage.opened()
             self._map = storage.map
-        device = _device(spec, name, queue, pool, self._own)
+        device = device_of(spec, name, queue, pool, self._own)
         self._engine = NativeEngine(device, storage, read_only=spec.read_only)
 
     @property
@@ -61,15 +64,23 @@ class EngineInside:
     def serve_on(self, ring: IoUring) -> None:
         """Answer from now on, with this io_uring.  Raises `OSError`."""
         ring.use_engine(*self._engine.addresses)
-        has_disk, config = bool(self._own_bytes), self._queue.config
-        # Not before the io_uring has set the queue's clock, by which the HELLO is awaited.
-        self._queue.expect(OWN_SEGMENT if has_disk else 0, self._own, self._own_bytes, has_disk)
-        hello = Descriptor(Kind.HELLO, device=config.device_number, queue=config.queue, epoch=config.epoch)
-        self._queue.input(hello.pack())
+        link(self._queue, self._own, self._own_bytes)
 
     def failure(self) -> str:
         """Why the queue has cut the engine off."""
         return self._engine.failure or self._queue.violation()
+
+    @property
+    def is_excluded(self) -> bool:
+        """Whether another client has taken the store over."""
+        return False
+
+    def connect(self, done: Callable[[str, str], None]) -> None:
+        """Nothing: its store is open."""
+        done("", "this worker's store is no connection")
+
+    def serve(self) -> None:
+        """Nothing: it serves from the start."""
 
     def expect(self, token: bytes, user: int | None = None) -> None:
         """Raise `OSError`: no backend can attach."""
@@ -83,6 +94,9 @@ class EngineInside:
         """Nothing: the queue's io_uring serves the engine."""
         return False
 
+    def leave(self) -> None:
+        """Nothing: the process's end does what is to be done."""
+
     def close(self) -> None:
         """Close the engine; the io_uring that it uses must not run any more."""
         self._engine.close()
@@ -90,7 +104,7 @@ class EngineInside:
             self._map.close()
 
 
-def _files(storage: Storage) -> list[int]:
+def _files(storage: Storage | Connect) -> list[int]:
     match storage:
         case FileStorage(file):
             return [file]
@@ -100,7 +114,18 @@ def _files(storage: Storage) -> list[int]:
             return []
 
 
-def _device(spec: EngineSpec, name: str, queue: Queue, pool: memoryview, own: Any) -> Device:
+def link(queue: Queue, own: Any = NULL, own_bytes: int = 0) -> None:
+    """Have the queue treat the engine as a backend that has greeted it; `own` is the memory disk.
+
+    Not before the io_uring has set the queue's clock, by which the HELLO is awaited.
+    """
+    config = queue.config
+    queue.expect(OWN_SEGMENT if own_bytes else 0, own, own_bytes, bool(own_bytes))
+    hello = Descriptor(Kind.HELLO, device=config.device_number, queue=config.queue, epoch=config.epoch)
+    queue.input(hello.pack())
+
+
+def device_of(spec: EngineSpec, name: str, queue: Queue, pool: memoryview, own: Any = NULL) -> Device:
     """The device with this queue alone, which the engine knows as its queue 0."""
     config = queue.config
     return Device(

@@ -71,6 +71,16 @@ class FlushBackend(msgspec.Struct, tag="flush", tag_field="type", frozen=True):
     id: int = 0
 
 
+class Connect(msgspec.Struct, tag="connect", tag_field="type", frozen=True):
+    """Connect to the store, and take its lock: see `engine_connected.py`."""
+
+    id: int = 0
+
+
+class Serve(msgspec.Struct, tag="serve", tag_field="type", frozen=True):
+    """The name under which the store is locked is on record: serve requests; `Linked` follows."""
+
+
 class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
     """Another supervisor has taken over: answer with `Standing`."""
 
@@ -121,6 +131,14 @@ class Flushing(msgspec.Struct, tag="flushing", tag_field="type", frozen=True):
     """The answer to `FlushBackend`: whether it was sent; if not, the queue has no linked backend."""
 
     was_sent: bool
+    id: int = 0
+
+
+class Connected(msgspec.Struct, tag="connected", tag_field="type", frozen=True):
+    """The answer to `Connect`: the name under which the store is locked, or `reason` says why it is not."""
+
+    owner: str = ""
+    reason: str = ""
     id: int = 0
 
 
@@ -177,9 +195,11 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     """The worker ends, for this reason."""
 
     reason: str
+    excluded: bool = False
+    """Another client has taken the store over: no worker may serve the device after this one."""
 
 
-ToWorker = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | GiveUp | Report
+ToWorker = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | GiveUp | Connect | Serve | Report
 FromWorker = (
     Fetched
     | Expecting
@@ -189,6 +209,7 @@ FromWorker = (
     | DeadlinesSet
     | Holding
     | Flushing
+    | Connected
     | Standing
     | Quiet
     | Flushed
@@ -198,8 +219,8 @@ FromWorker = (
     | Absent
     | Fault
 )
-Question = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | Report
-Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Holding | Flushing | Standing
+Question = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | Connect | Report
+Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Holding | Flushing | Connected | Standing
 ANSWERS: dict[type[Question], type[Answer]] = {
     Expect: Expecting,
     Lost: LetGo,
@@ -207,6 +228,7 @@ ANSWERS: dict[type[Question], type[Answer]] = {
     SetDeadlines: DeadlinesSet,
     Hold: Holding,
     FlushBackend: Flushing,
+    Connect: Connected,
     Report: Standing,
 }
 """The type of the answer to each question; a worker of an earlier version repeats no `id`."""

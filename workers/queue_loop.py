@@ -14,9 +14,11 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from ublkpool.bufpool.errors import BackendError, StoreTaken
 from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import LIMITS_OFFSET, slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.size_pool import held_max
+from ublkpool.bufpool.sdk.inside import Connect
 from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.calls import ffi
@@ -24,6 +26,7 @@ from ublkpool.ublk.queue import Attention, IoUring, LinkState, Memory, Queue, Qu
 from ublkpool.workers import messages
 from ublkpool.workers.backend_doors import BackendDoors
 from ublkpool.workers.backend_link import BackendLink
+from ublkpool.workers.engine_connected import EngineConnected
 from ublkpool.workers.engine_inside import EngineInside, EngineSpec
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
@@ -102,7 +105,8 @@ class QueueLoop:
         self._arena = arena
         self._look_at_s = 0.0
         self._broken = ""
-        self._backend: BackendDoors | EngineInside = (
+        self._is_excluded = False
+        self._backend: BackendDoors | EngineInside | EngineConnected = (
             self._doors() if spec.engine is None else self._engine(spec.engine, memory)
         )
         self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
@@ -123,9 +127,10 @@ class QueueLoop:
         frames = BackendLink(self._context, spec.queue_socket, *where)
         return BackendDoors(frames, RingLink(spec.ring_socket, *where))
 
-    def _engine(self, spec: EngineSpec, memory: Memory) -> EngineInside:
+    def _engine(self, spec: EngineSpec, memory: Memory) -> EngineInside | EngineConnected:
         pool = memoryview(ffi.buffer(memory.pool, self._arena.geometry.total_bytes))
-        return EngineInside(spec, self._spec.name, self._queue, pool)
+        kind = EngineConnected if isinstance(spec.storage, Connect) else EngineInside
+        return kind(spec, self._spec.name, self._queue, pool)
 
     def _make_gate(self) -> HoldGate:
         gate = HoldGate(lambda fd: self._ring.watch(_WATCH_GATE, fd), lambda: self._queue.hold(False))
@@ -155,12 +160,8 @@ class QueueLoop:
                 return self._fail(problem)
             self._tell(messages.Fetched())
         attention = self._queue.attention_bits()
-        if attention & _FAULT:
-            return self._fail(self._queue.fault())
-        if attention & _CUT:
-            self._broken = self._broken or self._backend.failure()
-        if self._broken:
-            return self._fail(self._broken)
+        if self._has_failed(attention):
+            return 1
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
             self._hear_supervisor()
             # The next daemon may not have a record of a worker that was forked just before its supervisor ended.
@@ -168,11 +169,34 @@ class QueueLoop:
                 return 1
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_GATE:
             self._gate.look()
-        self._more = self._backend.turn(bits)
+        self._more = self._turn_backend(bits)
         self._look_around()
         if attention & _TO_REPORT:
             self._report(Attention(attention))
-        return 0 if attention & _GONE else None
+        if attention & _GONE:
+            self._backend.leave()
+            return 0
+        return None
+
+    def _has_failed(self, attention: int) -> bool:
+        """Whether the worker ends; it has told its supervisor why."""
+        if attention & _FAULT:
+            self._fail(self._queue.fault())
+            return True
+        if attention & _CUT:
+            self._broken = self._broken or self._backend.failure()
+        if self._broken:
+            self._fail(self._broken, self._is_excluded or self._backend.is_excluded)
+            return True
+        return False
+
+    def _turn_backend(self, bits: int) -> bool:
+        """Whether there is more to do at once."""
+        try:
+            return self._backend.turn(bits)
+        except BackendError as error:
+            self._broken, self._is_excluded = str(error), isinstance(error, StoreTaken)
+            return True
 
     def _give_up_rights(self) -> str:
         """Become the worker's user; the reason of a failure, or empty.
@@ -262,8 +286,8 @@ class QueueLoop:
                 self._tell(messages.Holding(message.id))
             case messages.FlushBackend():
                 self._tell(messages.Flushing(self._queue.flush(), message.id))
-            case messages.GiveUp():
-                self._queue.give_up()
+            case messages.Connect() | messages.Serve() | messages.GiveUp():
+                self._obey_about_store(message)
             case messages.Report():
                 self._gate.succeed()
                 is_linked = self._queue.link is LinkState.UP
@@ -286,6 +310,20 @@ class QueueLoop:
                 )
                 self._ring.watch(_WATCH_SUPERVISOR, -1)
                 self._supervisor = None
+
+    def _obey_about_store(self, message: messages.Connect | messages.Serve | messages.GiveUp) -> None:
+        match message:
+            case messages.Connect(number):
+                self._backend.connect(
+                    lambda owner, reason: self._tell(messages.Connected(owner, reason, number))
+                )
+            case messages.Serve():
+                try:
+                    self._backend.serve()
+                except (BackendError, OSError) as error:
+                    self._broken = f"queue {self._spec.queue.queue}: {error}"
+            case messages.GiveUp():
+                self._queue.give_up()
 
     def _change_pool(self, fd: int | None) -> str:
         """The reason of a failure, or empty."""
@@ -349,8 +387,8 @@ class QueueLoop:
                 error,
             )
 
-    def _fail(self, reason: str) -> int:
-        self._tell(messages.Fault(reason))
+    def _fail(self, reason: str, excluded: bool = False) -> int:
+        self._tell(messages.Fault(reason, excluded))
         return 1
 
 

@@ -9,8 +9,11 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+
+import msgspec
 
 from ublkpool.backends.rbd.cluster import LEAN, Cluster
 from ublkpool.backends.rbd.image import Image
@@ -35,6 +38,8 @@ _SEGMENT_BYTES = 64 << 20
 _GENERATION, _OWNER = "ublkpool_generation", "ublkpool_owner"
 """Keys of the image's metadata."""
 _CLOSE_S = 5.0
+_PATIENCE = {"client_mount_timeout": "20"}
+"""In seconds, where the daemon waits for this process: it says what it waits for, and tries again."""
 
 
 class RbdBackend(Backend):
@@ -55,12 +60,36 @@ class RbdBackend(Backend):
         self._end: BackendError | None = None
         self._announced_bytes = 0
 
+    def look(self, hint: Hint) -> Properties:
+        """See `ConnectsInside`: what a worker would attach with."""
+        has_disk = hint.node is not None and not self.options.is_read_only
+        with self._closed_on_failure():
+            # Only a client that may write learns who has the lock.
+            cluster, image = self._connect(_PATIENCE, readonly=not has_disk)
+            self._check_image(image)
+            if has_disk:
+                Claim(image, self.options.name, hint).check()
+                check_not_served_elsewhere(hint, image.metadata(_OWNER), self.options.name)
+            properties = self._properties(cluster, image, hint, hint.former_owner or "")
+        self.close()
+        return properties
+
+    def connect(self, hint: Hint) -> Properties:
+        """See `ConnectsInside`."""
+        with self._closed_on_failure():
+            return self._open(hint, _PATIENCE)
+
     def open(self, hint: Hint) -> Properties:
         """Connect, open the image and take its lock."""
         # Before librbd has threads, which inherit it; the SDK, which sets it after this, says why it cannot be set.
         process.set_io_flusher()
+        with self._closed_on_failure():
+            return self._open(hint, {})
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
         try:
-            return self._open(hint)
+            yield
         except OSError as error:
             self.close()
             raise BackendError(f"rbd: {self.options.name}: {explain(error)}") from error
@@ -68,24 +97,35 @@ class RbdBackend(Backend):
             self.close()
             raise
 
-    def _open(self, hint: Hint) -> Properties:
+    def _connect(self, settings: Mapping[str, str], readonly: bool = False) -> tuple[Cluster, Image]:
         options = self.options
-        self._cluster = cluster = Cluster(options, defaults={} if options.ceph_defaults else LEAN)
-        self._image = image = Image(cluster, options)
+        self._cluster = cluster = Cluster(options, settings, {} if options.ceph_defaults else LEAN)
+        as_reader = msgspec.structs.replace(options, readonly=True) if readonly else options
+        self._image = image = Image(cluster, as_reader)
+        return cluster, image
+
+    def _check_image(self, image: Image) -> None:
+        """Raise `BackendError` for an image on which this backend cannot keep its promises."""
+        options = self.options
         if wrong := image.wrong_setting():
             key = wrong.partition(" ")[0]
             raise BackendError(
                 f"rbd: {options.name}: the image or its pool has {wrong}, with which an answered write could be lost: "
                 f"rbd config image rm {options.name} {key} (pool: rbd config pool rm {options.pool} {key})"
             )
-        header = f"rbd_header.{image.id}"
+        if not options.is_read_only and not image.has_lock_feature:
+            raise BackendError(
+                f"rbd: {options.name}: without the feature exclusive-lock two clients could write: "
+                f"rbd feature enable {options.name} exclusive-lock, or serve it with readonly=on"
+            )
+
+    def _open(self, hint: Hint, settings: Mapping[str, str]) -> Properties:
+        options = self.options
+        cluster, image = self._connect(settings)
+        self._check_image(image)
         owner = ""
         if not options.is_read_only:
-            if not image.has_lock_feature:
-                raise BackendError(
-                    f"rbd: {options.name}: without the feature exclusive-lock two clients could write: "
-                    f"rbd feature enable {options.name} exclusive-lock, or serve it with readonly=on"
-                )
+            header = f"rbd_header.{image.id}"
             self._pulse = Pulse(partial(cluster.ask, header), cluster.expire_s, options.name, BootAlarm())
             owner = Claim(image, options.name, hint).take()
             check_not_served_elsewhere(hint, image.metadata(_OWNER), options.name)

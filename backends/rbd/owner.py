@@ -95,6 +95,21 @@ class Claim:
             continue
         return self._image.lock_owners()[0]
 
+    def check(self) -> None:
+        """Raise `BackendError` if `take` would wait for another client: one look, which changes nothing."""
+        owner = next(iter(self._image.lock_owners()), "")
+        if owner and not self._may_break(owner) and owner in self._image.watchers():
+            raise self._taken_by(owner)
+
+    def _may_break(self, owner: str) -> bool:
+        return self._hint.takes_over or self._is_predecessor(owner)
+
+    def _taken_by(self, owner: str) -> BackendError:
+        return BackendError(
+            f"rbd: {self._name}: locked by {owner}, which this daemon does not know: end it there, or exclude it "
+            f"and take the image over with: ublkpool add {self._hint.device} ... --take-over"
+        )
+
     def _took(self) -> bool:
         """One step; whether the lock is this process's."""
         owner = next(iter(self._image.lock_owners()), "")
@@ -147,8 +162,5 @@ class Claim:
                 "%s: locked by %s; waiting up to %g s for its end", self._name, owner, LIVE_PATIENCE_S
             )
         elif now_s - self._since_s >= LIVE_PATIENCE_S:
-            raise BackendError(
-                f"rbd: {self._name}: locked by {owner}, which this daemon does not know: end it there, or exclude it "
-                f"and take the image over with: ublkpool add {self._hint.device} ... --take-over"
-            )
+            raise self._taken_by(owner)
         self._sleep(_PAUSE_S)

@@ -161,8 +161,14 @@ class NativeEngine:
     @property
     def failure(self) -> str:
         """Why the engine's use has ended; empty if it has not."""
+        failed_by = self.failed_by
+        return str(failed_by) if failed_by is not None else ""
+
+    @property
+    def failed_by(self) -> BackendError | OSError | None:
+        """The same as an exception; None if its use goes on."""
         error = lib.engine_error(self._engine)
-        return str(engine_failure(-error)) if error else ""
+        return engine_failure(-error) if error else None
 
     def resize(self, size_bytes: int) -> None:
         """The store has grown to at least `size_bytes`: execute requests up to there."""

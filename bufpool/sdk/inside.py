@@ -3,17 +3,22 @@
 The store is opened with the same locks and the same refusals as for a backend's process, in a process that ends then:
 the descriptors go to the workers, and with a file's its lock, which the kernel keeps until the last worker and its I/O
 are gone.
+
+A store in a cluster has no descriptor: the worker connects to it itself (`Connect`), on a thread, after its fork.
 """
 
+import os
+from contextlib import suppress
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from ublkpool.bufpool.engine.native import Storage
+from ublkpool.bufpool.engine.device import Device
+from ublkpool.bufpool.engine.native import NativeEngine, Storage
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.sdk.options import Given
-from ublkpool.bufpool.sdk.properties import Hint, Inside, check_properties
+from ublkpool.bufpool.sdk.properties import Hint, Inside, Properties, check_properties
 from ublkpool.bufpool.sdk.serving import attach_message
 from ublkpool.bufpool.wire import Attach
 
@@ -37,17 +42,68 @@ class Settles(Protocol):
         """Make all of the store durable.  Raises `BackendError`, `OSError`."""
 
 
+@runtime_checkable
+class ConnectsInside(Protocol):
+    """A backend whose native engine a device's one worker can run, and whose store is a connection.
+
+    The worker connects on a thread of its own.  The other methods are those of `Backend`.
+    """
+
+    def look(self, hint: Hint) -> Properties:
+        """The store's properties, without its lock, in a process that ends then; `owner` is the hint's.
+
+        Raises `BackendError`, `OSError`, also for a store that another client has.
+        """
+
+    def connect(self, hint: Hint) -> Properties:
+        """As `Backend.open`, but give up soon if the cluster does not answer.  Raises `BackendError`, `OSError`."""
+
+    def started(self, device: Device) -> None:
+        """See `Backend`; on the same thread."""
+
+    def engine(self, device: Device) -> NativeEngine:
+        """See `Backend`; on the loop's thread."""
+
+    def close(self) -> None:
+        """See `Backend`."""
+
+
 class OpenStore(NamedTuple):
-    """An open store: what its backend would attach with, and the descriptors of its files or its memory."""
+    """An open store: what its backend would attach with, and the descriptors of its files or its memory.
+
+    Without a `storage` the worker connects to the store itself.
+    """
 
     attach: Attach
-    storage: Storage
+    storage: Storage | None
     descriptors: tuple[int, ...]
+
+
+class Connect(NamedTuple):
+    """How a worker connects to its store, complete before the fork."""
+
+    kind: str
+    options: Given
+    cwd: str | None
+    hint: Hint
+    generation: int
+
+    def backend(self) -> ConnectsInside:
+        """The backend, not connected yet; this process's directory is its own from now on.  Raises `BackendError`."""
+        # A directory that the worker's user may not enter matters only to an option with a relative path.
+        with suppress(OSError):
+            os.chdir(self.cwd or "/")
+        backend = load(self.kind, self.options)
+        assert isinstance(backend, ConnectsInside)
+        return backend
 
 
 def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = None) -> OpenStore:
     """Open the store of this kind; `kept` as above.  Raises `BackendError`, `OSError`."""
     backend = load(kind, options)
+    if isinstance(backend, ConnectsInside):
+        properties = check_properties(backend.look(hint))
+        return OpenStore(attach_message(properties, hint.device, kind), None, ())
     if not isinstance(backend, RunsInside):
         raise BackendError(f"{kind}: cannot run inside a device's workers: use isolation process")
     inside = backend.open_inside(hint, kept)

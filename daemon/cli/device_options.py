@@ -124,8 +124,8 @@ _OPTIONS = (
     click.option(
         "--isolation",
         metavar="process|none",
-        help="Run the backend in a process of its own, or the engine of null, memory, file or cow (one queue) "
-        "inside the device's workers: faster and smaller, and a crash of the engine is one of the worker.  "
+        help="Run the backend in a process of its own, or the engine of null, memory, file, cow or rbd (these two: one "
+        "queue) inside the device's workers: faster and smaller, and a crash of the engine is one of the worker.  "
         "[default: process]",
     ),
 )

@@ -12,6 +12,7 @@ from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record, end_left
 from ublkpool.daemon.device.succession import AdoptedDevice
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.workers import messages
 
@@ -32,6 +33,8 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     if record.drain_is_open and any(each.has_let_go for each in standings):
         # The earlier daemon ended before its workers knew that the device was drained.
         parts.hold("")
+    if parts.inside is not None and parts.inside.connects and team.unlinked():
+        raise DaemonError(f"{parts.config.name}: its worker has not served its store yet")
     await _agree_on_backend(parts, record, team, standings)
     if team.can_hold:
         # The same of a drain or a resume.

@@ -134,6 +134,16 @@ class Binding:
                 _log.info("%s: from now on served from %s", self._name, _words(store))
             return generation
 
+    async def locked_as(self, owner: str) -> None:
+        """The store is locked under this name, also if the daemon is killed.
+
+        Raises `DaemonError` if that cannot be written.
+        """
+        async with self._states.turn(self._name):
+            state = self._states.get(self._name)
+            if state.owner != owner:
+                await self._states.save(msgspec.structs.replace(state, owner=owner))
+
     @property
     def is_starting(self) -> bool:
         """Whether clients may have written to the store, though the device is not known to be live."""

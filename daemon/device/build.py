@@ -6,6 +6,7 @@ asyncio loop.
 
 from ublkpool.bufpool import wire
 from ublkpool.daemon.device.disk import disk_of
+from ublkpool.daemon.device.opening import connect
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import FIRST_EPOCH
 from ublkpool.daemon.device.team import Team
@@ -30,4 +31,5 @@ async def build(parts: DeviceParts, attach: wire.Attach) -> Team:
     await resources.equip()
     team = await parts.fork(FIRST_EPOCH)
     await team.ready()
+    await connect(parts, team)
     return team

@@ -254,11 +254,13 @@ class Device(DeviceService):
         worker = await team.ended()
         reason = worker.obituary()
         died = WorkerDied(queue=worker.queue, pid=worker.child.pid, reason=reason)
-        await self._recover_or_fail(team, reason, died)
+        await self._recover_or_fail(team, reason, died, may_recover=not worker.is_excluded)
 
     # Recovery
 
-    async def _recover_or_fail(self, dead: Team, reason: str, died: WorkerDied | None = None) -> None:
+    async def _recover_or_fail(
+        self, dead: Team, reason: str, died: WorkerDied | None = None, may_recover: bool = True
+    ) -> None:
         """One worker's end is the whole team's: the driver gives up all of the device's queues."""
         parts = self.parts
         async with parts.life.turn:
@@ -268,7 +270,7 @@ class Device(DeviceService):
                 # The line in the log is that of the recovery or of the failure.
                 parts.events.record(died, reason)
             has_disk = self.state == "live" or dead.plan.kernel.is_started
-            if has_disk and self.config.recovery != "none":
+            if has_disk and may_recover and self.config.recovery != "none":
                 await self._recover(reason)
             else:
                 await self._fail(reason)

@@ -3,7 +3,8 @@
 Owns what this daemon holds of it.  Files are opened and locked in a process of their own, since storage may keep that
 waiting, inherited by all workers of an epoch and closed here, so that its lock ends with these workers and their I/O.
 The next epoch's workers get files that were opened anew: opening it waits until nothing of the dead can still write.  A
-memory disk's memory stays with this daemon and its holder.  Runs on the supervisor's asyncio loop.
+memory disk's memory stays with this daemon and its holder.  A store in a cluster is only looked at here: the worker
+connects to it.  Runs on the supervisor's asyncio loop.
 """
 
 import logging
@@ -21,7 +22,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.sdk import claim
 from ublkpool.bufpool.sdk.backend import log
-from ublkpool.bufpool.sdk.inside import open_for_workers, settle_store
+from ublkpool.bufpool.sdk.inside import Connect, open_for_workers, settle_store
 from ublkpool.bufpool.sdk.loader import preload
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import Disk
@@ -29,7 +30,7 @@ from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.held_names import disk_memory_name
 from ublkpool.daemon.processes.holder import Holder
-from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
+from ublkpool.daemon.settings.config import CONNECTED_KINDS, BackendConfig, DeviceConfig
 from ublkpool.workers.engine_inside import EngineSpec
 
 OPEN_DEADLINE_S = 30.0
@@ -79,9 +80,17 @@ class InsideStore:
         self._opened = _Opened()
         self._was_served = False
         self._memory: int | None = None
+        self._hint: Hint | None = None
+        """Of the last `open`."""
+
+    @property
+    def connects(self) -> bool:
+        """Whether the store is a connection, which the worker makes itself."""
+        return self._backend.kind in CONNECTED_KINDS
 
     async def open(self, hint: Hint) -> wire.Attach:
         """Open the store, or the kept memory disk; what a backend would attach with.  Raises `DaemonError`."""
+        self._hint = hint
         kept = self._kept_memory()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with ours:
@@ -134,17 +143,22 @@ class InsideStore:
             self._memory = os.dup(fd)
             self._holder.hold(disk_memory_name(self._name), self._memory)
 
-    def engine(self, disk: Disk) -> EngineSpec:
-        """What each worker opens its engine with, after `open`."""
+    def engine(self, disk: Disk, generation: int) -> EngineSpec:
+        """What each worker opens its engine with, after `open`; `generation` is the attach's."""
         self._was_served = True
         memory = self._memory
         return EngineSpec(
-            storage=self._storage(),
+            storage=self._connect(generation) if self.connects else self._storage(),
             size_bytes=disk.size_bytes,
             read_only=disk.read_only,
             own_fd=memory,
             own_bytes=os.fstat(memory).st_size if memory is not None else 0,
         )
+
+    def _connect(self, generation: int) -> Connect:
+        assert self._hint is not None
+        backend = self._backend
+        return Connect(backend.kind, backend.options, backend.cwd, self._hint, generation)
 
     def _storage(self) -> Storage:
         if self._backend.kind == "null":

@@ -10,6 +10,7 @@ from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import check_fits, wanted_bytes
 from ublkpool.daemon.device.inside import InsideStore, StoreAway
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 
 
@@ -39,6 +40,25 @@ async def reopen_store(parts: DeviceParts, store: InsideStore) -> None:
     parts.resources.segment_bytes = attach.segment_bytes
 
 
+async def connect(parts: DeviceParts, team: Team) -> None:
+    """Have the worker connect to a store that is a connection; it serves once the lock's owner is on record.
+
+    Raises `StoreAway` if a disk has to wait for it, otherwise `DaemonError`.
+    """
+    if parts.inside is None or not parts.inside.connects:
+        return
+    name = parts.config.name
+    try:
+        await parts.binding.locked_as(await team.connect())
+        await team.serve()
+    except DaemonError as error:
+        kernel = parts.resources.kernel
+        if kernel is None or not kernel.is_started:
+            raise
+        reason = without_name(name, one_line(error))
+        raise StoreAway(f"{name}: its store cannot be served: {reason}") from error
+
+
 def hint_of(parts: DeviceParts) -> Hint:
     """What a backend may know before it attaches."""
     config, kernel = parts.config, parts.resources.kernel
@@ -53,6 +73,8 @@ def hint_of(parts: DeviceParts) -> Hint:
         may_create=may_create(parts),
         takes_next=parts.binding.takes_next(),
         resized_bytes=parts.resized_bytes,
+        former_owner=parts.binding.owner,
+        takes_over=parts.binding.takes_over(),
     )
 
 

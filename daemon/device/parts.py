@@ -190,7 +190,7 @@ class DeviceParts:
         engine = None
         if self.inside is not None:
             assert self.resources.disk is not None
-            engine = self.inside.engine(self.resources.disk)
+            engine = self.inside.engine(self.resources.disk, self.binding.generation)
         team = self.resources.new_team(epoch, engine)
         # An epoch that has begun is never begun again, whichever process dies now.
         self.save()

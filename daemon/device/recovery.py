@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 
 from ublkpool.daemon.backends.session import Session
-from ublkpool.daemon.device.opening import reopen_store
+from ublkpool.daemon.device.opening import connect, reopen_store
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -113,6 +113,7 @@ async def next_epoch(parts: DeviceParts) -> Team:
     # The fence is what allows it: until then the backend may use the dead workers' buffers.
     await leases.reclaim()
     await (_end_after_fetches if kernel.tears_siblings else _end_before_fetches)(kernel, team, leases)
+    await connect(parts, team)
     return team
 
 

@@ -202,7 +202,9 @@ class DeviceResources:
 
     async def _give_up_without_backend(self, team: Team) -> None:
         if self.config.isolation == "none":
-            # The workers answer until the disk has stopped.
+            # The workers answer until the disk has stopped, unless their store is still to come.
+            if team.unlinked():
+                team.give_up()
             return
         await self._backend.gone()
         team.give_up()

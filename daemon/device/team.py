@@ -262,6 +262,19 @@ class Team:
             return ()
         return tuple(each.buffer_bytes for each in self.plan.arena.geometry.classes)
 
+    async def connect(self) -> str:
+        """Have the one worker connect to its store; the name under which it has locked that.  Raises `DaemonError`."""
+        answer = await self.workers[0].ask(messages.Connect())
+        assert isinstance(answer, messages.Connected)
+        if answer.reason:
+            raise DaemonError(f"{self.plan.config.name}: {answer.reason}")
+        return answer.owner
+
+    async def serve(self) -> None:
+        """Have the one worker serve the store to which it has connected.  Raises `DaemonError` if it ends before."""
+        self.workers[0].tell(messages.Serve())
+        await self.linked()
+
     def unlinked(self) -> list[int]:
         """The queues that the backend has not greeted."""
         return [each.queue for each in self.workers if not each.is_linked]

@@ -47,6 +47,8 @@ class WorkerProcess:
         self.cpu = cpu
         self.child = Child(pid)
         self.fault = ""
+        self.is_excluded = False
+        """Whether it ended because another client has taken its store over."""
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()
         self._fetched: asyncio.Future[None] = self._loop.create_future()
@@ -183,8 +185,8 @@ class WorkerProcess:
             case messages.Flushed(result=result):
                 if not self._flushed.done():
                     self._flushed.set_result(result)
-            case messages.Fault(reason=reason):
-                self.fault = reason
+            case messages.Fault(reason=reason, excluded=excluded):
+                self.fault, self.is_excluded = reason, excluded
             case _:
                 if isinstance(message, messages.Cut | messages.HungUp):
                     self._unlink()

@@ -76,10 +76,12 @@ LogFormat = Literal["auto", "human", "logfmt", "json"]
 
 WITHOUT_LISTS = ("file", "memory", "null")
 """Backends none of whose options may be given several times; others judge that themselves."""
-INSIDE_KINDS = ("null", "memory", "file", "cow")
+INSIDE_KINDS = ("null", "memory", "file", "cow", "rbd")
 """Backends whose native engine a device's workers can run themselves."""
-ONE_QUEUE_KINDS = ("cow",)
+ONE_QUEUE_KINDS = ("cow", "rbd")
 """Those of them whose store only one engine at a time can serve."""
+CONNECTED_KINDS = ("rbd",)
+"""Those of them whose store is a connection: the worker makes it, and has the store's lock."""
 
 
 class Conflict(ValueError):

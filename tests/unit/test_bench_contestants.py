@@ -216,7 +216,8 @@ def test_mode_rbd_runs_its_own_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mode_rbd_has_each_client_of_a_cluster_and_ours_over_the_faster_transport() -> None:
     peers = ["rbd-nbd", RBD_BASELINE, "rbd-nbd, our settings", "qemu-nbd", "krbd"]
     names = [each.name for each in rbd_contestants(["zeromq", "ring"])]
-    assert names == [*peers, "rbd, ring", "rbd, ceph_defaults=on, ring"]
+    ours = ["rbd, ring", "rbd, ceph_defaults=on, ring", "rbd, inside", "rbd, inside, lent"]
+    assert names == [*peers, *ours]
     assert all(each.stores for each in rbd_contestants(["ring"])), (
         "each has its image's lock before it is measured"
     )

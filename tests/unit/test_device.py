@@ -304,6 +304,22 @@ def test_a_device_shows_why_it_is_recovered_until_it_is_live(monkeypatch: pytest
     in_loop(run)
 
 
+def test_a_device_whose_store_another_client_has_taken_is_not_recovered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        dead = FakeTeam()
+        device = with_team(dead)
+        await device._end_start("")
+        recoveries = Recoveries(monkeypatch, device)
+        monkeypatch.setattr(teardown, "tear_down", no_tear_down)
+        await device._recover_or_fail(dead, "another client has taken it", may_recover=False)
+        assert device.state == "failed" and recoveries.reasons == []
+        assert device.status().reason == "another client has taken it"
+
+    in_loop(run)
+
+
 @pytest.mark.parametrize("is_started", [False, True])
 def test_a_worker_that_dies_in_the_partition_scan_is_recovered_and_the_start_goes_on(
     is_started: bool, monkeypatch: pytest.MonkeyPatch

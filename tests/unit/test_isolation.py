@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.fakes.device_parts import DISK, FakeHolder, FakeParts, fake_context
+from support.fakes.device_parts import DISK, FakeHolder, FakeKernel, FakeParts, FakeTeam, fake_context
 from support.fakes.native_rig import EPOCH, NativeRig
 from ublkpool.backends._cow_format import read_head
 from ublkpool.bufpool.engine.cow import DATA, CowFiles, CowMap
 from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage
 from ublkpool.bufpool.errors import BackendError
-from ublkpool.bufpool.sdk.inside import open_for_workers
+from ublkpool.bufpool.sdk.inside import Connect, ConnectsInside, open_for_workers
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Kind, Op
 from ublkpool.daemon.device.inside import InsideStore, StoreAway
-from ublkpool.daemon.device.opening import open_store, reopen_store
+from ublkpool.daemon.device.opening import connect, hint_of, open_store, reopen_store
 from ublkpool.daemon.errors import DaemonError, is_shortage
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.held_names import disk_memory_name
@@ -88,6 +88,7 @@ def is_locked(path: Path) -> bool:
         ({"client_buffers_bytes": 8 * MIB}, "use isolation process"),
         ({"on_timeout": "fail"}, "use on_timeout wait"),
         ({"backend": BackendConfig(kind="memory"), "need_get_data": False}, "turn it on"),
+        ({"backend": BackendConfig(kind="rbd"), "queues": 2}, "serve a rbd store: use one queue"),
         ({"answers": "worker"}, "remove backend"),
         (
             {"backend": BackendConfig(kind="cow"), "queues": 2},
@@ -170,7 +171,7 @@ def test_what_the_workers_of_a_cow_disk_wrote_is_durable_when_it_is_gone(tmp_pat
         await parts.store.settle()
         assert not overlay.exists(), "nothing was served"
         await open_store(parts, parts.store)
-        spec = parts.store.engine(DISK)
+        spec = parts.store.engine(DISK, 1)
         assert isinstance(spec.storage, CowFiles)
         assert spec.descriptors() == [spec.storage.overlay, spec.storage.base]
         write(spec.storage, b"\x17" * 8192)
@@ -212,7 +213,7 @@ def test_the_lock_ends_with_the_workers_that_inherited_the_file(tmp_path: Path) 
     async def run() -> None:
         parts = OpenParts(config_of("file", {"path": str(path), "size": "1M"}))
         await open_store(parts, parts.store)
-        (file,) = parts.store.engine(parts.resources.disk or DISK).descriptors()
+        (file,) = parts.store.engine(parts.resources.disk or DISK, 1).descriptors()
         inherited = os.dup(file)
         parts.store.forked()
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -260,7 +261,7 @@ def test_a_memory_disk_stays_with_the_holder_until_its_device_is_gone(tmp_path: 
         parts.store.end(keep=True)
         successor = InsideStore(parts.config, ControlRunner(), parts.holder)
         await successor.open(Hint("vol", tmp_path, may_create=False))
-        (memory,) = successor.engine(DISK).descriptors()
+        (memory,) = successor.engine(DISK, 1).descriptors()
         assert os.pread(memory, 4, 0) == b"kept"
         successor.end(keep=False)
         assert parts.holder.kept == {}
@@ -275,3 +276,79 @@ def test_a_store_that_cannot_be_opened_says_so_in_one_line(tmp_path: Path) -> No
             await open_store(parts, parts.store)
 
     in_loop(run)
+
+
+CONNECTED = config_of("rbd", {"pool": "p", "image": "i"})
+
+
+class AskedTeam(FakeTeam):
+    """A worker that connects to its store, or says why it cannot."""
+
+    def __init__(self, parts: OpenParts, reason: str = "") -> None:
+        super().__init__()
+        self._parts, self._reason = parts, reason
+        self.owner_when_served = ""
+
+    async def connect(self) -> str:
+        if self._reason:
+            raise DaemonError(f"vol: {self._reason}")
+        return "10.0.0.1:0/9"
+
+    async def serve(self) -> None:
+        self.owner_when_served = self._parts.binding.owner
+
+
+def test_a_worker_serves_once_the_name_under_which_it_has_locked_the_store_is_on_record() -> None:
+    async def run() -> None:
+        parts = OpenParts(CONNECTED)
+        team = AskedTeam(parts)
+        await connect(parts, team)
+        assert team.owner_when_served == parts.binding.owner == "10.0.0.1:0/9"
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_store_to_which_no_worker_can_connect_is_waited_for_once_there_is_a_disk(is_started: bool) -> None:
+    async def run() -> None:
+        parts = OpenParts(CONNECTED)
+        kernel = FakeKernel()
+        kernel.is_started = is_started
+        parts.resources.kernel = kernel
+        with pytest.raises(DaemonError, match=r"^vol: .*no monitor") as failed:
+            await connect(parts, AskedTeam(parts, "no monitor"))
+        assert is_shortage(failed.value) is is_started
+
+    in_loop(run)
+
+
+def test_a_worker_connects_with_what_is_on_record_and_to_no_other_kind_of_store() -> None:
+    async def run() -> None:
+        parts = OpenParts(CONNECTED)
+        await parts.binding.locked_as("10.0.0.1:0/8")
+        hint = hint_of(parts)
+        assert (hint.former_owner, hint.takes_over) == ("10.0.0.1:0/8", False)
+        parts.store._hint = hint
+        spec = parts.store.engine(DISK, 3)
+        assert spec.storage == Connect(
+            "rbd", CONNECTED.backend.options if CONNECTED.backend else {}, None, hint, 3
+        )
+        assert spec.descriptors() == []
+        plain = OpenParts(config_of("null", {"size": "1M"}))
+        team = AskedTeam(plain)
+        await connect(plain, team)
+        assert team.owner_when_served == "" and not plain.store.connects
+
+    in_loop(run)
+
+
+def test_a_directory_that_the_workers_user_may_not_enter_keeps_no_worker_from_connecting(
+    tmp_path: Path,
+) -> None:
+    before = Path.cwd()
+    try:
+        made = Connect("rbd", {"pool": "p", "image": "i"}, str(tmp_path / "gone"), Hint("vol", tmp_path), 1)
+        assert isinstance(made.backend(), ConnectsInside) and Path.cwd() == before
+        assert made._replace(cwd=str(tmp_path)).backend() and Path.cwd() == tmp_path
+    finally:
+        os.chdir(before)

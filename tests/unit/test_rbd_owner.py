@@ -100,6 +100,22 @@ def test_an_operator_s_takeover_breaks_any_lock() -> None:
     assert image.broken == [OTHER]
 
 
+def look(image: FakeImage, former: str | None = "", takes_over: bool = False) -> None:
+    hint = Hint("vol0", Path("/run"), former_owner=former, takes_over=takes_over)
+    Claim(image, "pool/img", hint, lambda: image.now_s, image.sleep).check()
+    assert (image.broken, image.on_record, image.now_s) == ([], {}, 0), "a look changes nothing"
+
+
+def test_a_look_finds_another_living_owner_and_no_other_reason_to_wait() -> None:
+    image = FakeImage(OTHER, watchers=(OTHER,))
+    with pytest.raises(BackendError, match=rf"locked by {OTHER}.*--take-over"):
+        look(image, former=BEFORE)
+    look(image, takes_over=True)
+    look(FakeImage(BEFORE, watchers=(BEFORE,)), former=BEFORE)
+    look(FakeImage(OTHER))
+    look(FakeImage())
+
+
 @pytest.mark.parametrize("moved", [errno.EROFS, errno.EBUSY])
 def test_a_lock_that_another_client_takes_meanwhile_is_looked_at_again(moved: int) -> None:
     image = FakeImage()

@@ -1,5 +1,6 @@
 """A backend on an image of a test's cluster, with the daemon's half of its device."""
 
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,17 @@ from ublkpool.bufpool import wire
 def options(cluster: Cluster, image: str, **more: str) -> dict[str, str]:
     """The backend's options for an image of the cluster."""
     return {"pool": POOL, "image": image, "conf": str(cluster.conf), "id": CLIENT, **more}
+
+
+def let_workers_read(cluster: Cluster) -> None:
+    """Let every user read the configuration and the keys: a worker connects as its own user."""
+    for file in (cluster.conf, cluster.directory / "keyring"):
+        file.chmod(0o644)
+    for each in (cluster.directory, *cluster.directory.parents):
+        mode = stat.S_IMODE(each.stat().st_mode)
+        # The root of a guest is read-only.
+        if mode & 0o011 != 0o011:
+            each.chmod(mode | 0o011)
 
 
 class Host:
