@@ -3,6 +3,7 @@
 A contestant's start yields its `Disks`: the device node, and the processes whose CPU time and memory count.
 """
 
+import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -72,6 +73,32 @@ INSIDE = (
     ),
 )
 """Engines inside the workers."""
+
+ZERO_COPY = (
+    Contestant("kublk null -z", peers.kublk("null", "-z"), "kublk", "-q 2 -d 128, SUPPORT_ZERO_COPY"),
+    Contestant(
+        "kublk loop -z",
+        peers.kublk("loop", "-z"),
+        "kublk",
+        "-q 2 -d 128, tmpfs, SUPPORT_ZERO_COPY",
+        stores=True,
+    ),
+    Contestant(
+        "kublk loop --auto_zc",
+        peers.kublk("loop", "--auto_zc"),
+        "kublk",
+        "-q 2 -d 128, tmpfs, AUTO_BUF_REG",
+        stores=True,
+    ),
+    Contestant(
+        "file inside zero copy",
+        ours.inside("file", file="path", zero_copy=True),
+        "ublkpool",
+        "isolation none, AUTO_BUF_REG, tmpfs",
+        stores=True,
+    ),
+)
+"""On clients' own pages, where the kernel has that."""
 
 
 def ours_over(transport: Transport) -> tuple[Contestant, ...]:
@@ -181,12 +208,18 @@ def rbd_contestants(transports: Sequence[Transport], only: str = "") -> list[Con
 def table_of(mode: str, transports: Sequence[Transport], only: str = "") -> list[Contestant]:
     """The contestants of a mode whose names match the regular expression `only`."""
     tables = {"nbd": nbd_contestants, "rbd": rbd_contestants}
-    return tables.get(mode, contestants)(transports, only)
+    if mode in tables:
+        return tables[mode](transports, only)
+    return contestants(transports, only, peers.has_zero_copy(platform.release()))
 
 
-def contestants(transports: Sequence[Transport], only: str = "") -> list[Contestant]:
+def contestants(
+    transports: Sequence[Transport], only: str = "", with_zero_copy: bool = False
+) -> list[Contestant]:
     """All of them, or those whose names match the regular expression `only`."""
-    found = [*PEERS, *ALONE, *INSIDE, *(each for transport in transports for each in ours_over(transport))]
+    zero_copy = ZERO_COPY if with_zero_copy else ()
+    over = [each for transport in transports for each in ours_over(transport)]
+    found = [*PEERS, *ALONE, *INSIDE, *zero_copy, *over]
     return [each for each in found if re.search(only, each.name)]
 
 

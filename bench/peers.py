@@ -84,6 +84,12 @@ def kublk(kind: str, *flags: str) -> Start:
     return start
 
 
+def has_zero_copy(release: str) -> bool:
+    """Whether a kernel of this release has AUTO_BUF_REG: the driver, which knows, may not be loaded yet."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is not None and tuple(map(int, found.groups())) >= (6, 16)
+
+
 def _is_block_device(path: str) -> bool:
     with suppress(FileNotFoundError):
         return stat.S_ISBLK(Path(path).stat().st_mode)

@@ -49,6 +49,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     answers: Literal["backend", "worker"] = "backend"
     isolation: Literal["process", "none"] = "process"
     """none: the workers run the backend's engine themselves, and it has no process of its own."""
+    zero_copy: bool = False
+    """The file's I/O runs on the clients' own pages; `need_get_data` is false then, since nothing is copied."""
     drain: Drain = ""
     """drained: requests wait, and no backend may attach, until `ublkpool resume`."""
     differs: tuple[str, ...] = ()
@@ -61,6 +63,13 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The config's size, if `ublkpool resize` has given the device another, which wins."""
     memory_bytes: int = 0
     """The memory that counts for `memory_max`."""
+
+    @property
+    def shown_placement(self) -> str:
+        """Where the kernel copies a write's data to, in words."""
+        if self.zero_copy:
+            return "none (zero copy)"
+        return self.placement if self.need_get_data else "at fetch"
 
 
 class Reloaded(msgspec.Struct, frozen=True, kw_only=True):

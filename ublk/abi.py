@@ -148,9 +148,11 @@ SHARED_BUFFER = struct.Struct("<QQII")
 """struct ublk_shmem_buf_reg: address and bytes (at most 4 GiB) in the calling process, flags, 0."""
 
 
-_PARAM_BASIC, _PARAM_DISCARD = 1, 2
+_PARAM_BASIC, _PARAM_DISCARD, _PARAM_DMA_ALIGN = 1, 2, 1 << 4
 _PARAMS = struct.Struct("<2II4B2I2Q4I2H")
 PARAMS_BYTES = _PARAMS.size
+_DMA_ALIGN = struct.Struct("<48x2I")
+"""struct ublk_param_dma_align: a mask, 0; behind the devt and zoned parameters, which are not sent."""
 _DEV_SECTORS = 9
 """The place of the disk's sectors in `_PARAMS`."""
 _SECTORS_MAX = 0xFFFFFFFF
@@ -169,6 +171,8 @@ class Parameters(NamedTuple):
     write_zeroes_max_bytes: int = 0
     optimal_io_bytes: int = 0
     """0: the physical block."""
+    memory_alignment_bytes: int = 0
+    """Of the memory in clients' requests; 0: the driver's own, 4.  Since Linux 6.15."""
 
     @staticmethod
     def size_of(raw: bytes) -> int:
@@ -176,10 +180,12 @@ class Parameters(NamedTuple):
         return int(_PARAMS.unpack_from(raw)[_DEV_SECTORS]) << SECTOR_SHIFT
 
     def pack(self) -> bytes:
-        """The head of struct ublk_params: basic and discard parameters."""
+        """The head of struct ublk_params: basic and discard parameters, and the alignment if one is given."""
         types = _PARAM_BASIC | (
             _PARAM_DISCARD if self.discard_max_bytes or self.write_zeroes_max_bytes else 0
         )
+        aligned = self._packed_alignment()
+        types |= _PARAM_DMA_ALIGN if aligned else 0
         logical, physical = self.logical_block_bytes, max(self.physical_block_bytes, self.logical_block_bytes)
         optimal = max(self.optimal_io_bytes, physical)
         basic = (
@@ -201,7 +207,10 @@ class Parameters(NamedTuple):
             1,
             0,
         )
-        return _PARAMS.pack(PARAMS_BYTES, types, *basic, *discard)
+        return _PARAMS.pack(PARAMS_BYTES + len(aligned), types, *basic, *discard) + aligned
+
+    def _packed_alignment(self) -> bytes:
+        return _DMA_ALIGN.pack(self.memory_alignment_bytes - 1, 0) if self.memory_alignment_bytes else b""
 
     def _whole_blocks(self, nbytes: int) -> int:
         """Sectors in whole blocks, below 2^32: a request's length is a 32-bit count of sectors."""

@@ -104,6 +104,8 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_io_bytes: int
     block_bytes: int
     need_get_data: bool
+    zero_copy: bool = False
+    """The driver registers each request's pages in the queue's io_uring; without `need_get_data`."""
     place_in_backend: bool
     timeout_ms: int
     fail_on_timeout: bool
@@ -176,7 +178,7 @@ class Queue:
         self._culprit = ffi.new("struct wire_descriptor *")
 
     def start(self) -> None:
-        """Fetch every tag.  Raises `RuntimeError` if need_get_data is off and the stock lacks a buffer per tag."""
+        """Fetch every tag.  Raises `RuntimeError` if each needs a buffer and the stock has too few."""
         if lib.uq_start(self.raw):
             raise RuntimeError(f"queue {self.config.queue}: a buffer for each tag is not in the stock yet")
 
@@ -384,6 +386,7 @@ def _fields(config: QueueConfig) -> dict[str, Any]:
         "max_io_bytes": config.max_io_bytes,
         "block_bytes": config.block_bytes,
         "need_get_data": config.need_get_data,
+        "zero_copy": config.zero_copy,
         "place_in_backend": config.place_in_backend,
         "timeout_ms": config.timeout_ms,
         "hello_timeout_ms": config.hello_timeout_ms,

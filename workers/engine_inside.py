@@ -138,6 +138,7 @@ def device_of(spec: EngineSpec, name: str, queue: Queue, pool: memoryview, own: 
         depth=config.depth,
         max_io_bytes=config.max_io_bytes,
         need_get_data=config.need_get_data,
+        fixed_buffers=config.zero_copy,
         placement="backend" if config.place_in_backend else "pool",
         read_only=spec.read_only,
         pool=pool,

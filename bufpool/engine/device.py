@@ -47,6 +47,8 @@ class Device:
     """Thread-safe: `place` and `read_in_place` are called again for every request that was answered "not now"."""
     stop: Callable[[str], None] = field(default=lambda reason: None)
     """`stop(reason)`: end the backend after the executing requests, as SIGTERM does.  Thread-safe."""
+    fixed_buffers: bool = False
+    """Whether the data of each read and write is in the engine's io_uring, as the fixed buffer of the request's tag."""
     resized: Callable[[int], None] = field(default=lambda size_bytes: None)
     """`resized(size_bytes)`: the store has grown to this size, also after a power failure; the daemon makes the device
     as large, if its driver can.  Thread-safe.  At most once a second, or the backend may be cut off."""

@@ -135,6 +135,7 @@ class NativeEngine:
                 "queues": device.queues,
                 "depth": device.depth,
                 "read_only": read_only,
+                "fixed_buffers": device.fixed_buffers,
                 "size_bytes": device.size_bytes,
                 "pool": self._pool,
                 "pool_bytes": len(device.pool),

@@ -128,6 +128,12 @@ _OPTIONS = (
         "queue) inside the device's workers: faster and smaller, and a crash of the engine is one of the worker.  "
         "[default: process]",
     ),
+    click.option(
+        "--zero-copy/--no-zero-copy",
+        default=None,
+        help="Have the file's I/O run on the clients' own pages; for the backend file with --isolation none, on Linux "
+        "6.16 and newer.  [default: no-zero-copy]",
+    ),
 )
 
 

@@ -187,7 +187,7 @@ def _device_row(device: DeviceStatus) -> tuple[str, ...]:
         _device_size(device),
         str(device.queues),
         str(device.depth),
-        device.placement if device.need_get_data else "at fetch",
+        device.shown_placement,
         device.recovery,
         _backend(device),
         device.reason,

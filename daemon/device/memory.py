@@ -65,17 +65,24 @@ def memory_of(config: DeviceConfig, slices_bytes: int, made: Made | None = None)
     return pool_bytes + slices_bytes + made.queues * (config.max_io_bytes + rings_bytes)
 
 
+def pool_of(
+    config: DeviceConfig, queues: int, depth: int, max_io_bytes: int
+) -> tuple[Geometry, tuple[int, ...]]:
+    """The geometry of a device's pool and the reserves; with zero copy, where no request takes a buffer, the smallest.
+
+    Raises `PoolError`.
+    """
+    if config.zero_copy:
+        return pool_geometry(queues, 1, max_io_bytes, need_get_data=False, placement="pool")
+    return pool_geometry(
+        queues, depth, max_io_bytes, config.need_get_data, config.placement, config.pool_bytes
+    )
+
+
 def _planned(config: DeviceConfig) -> Made | None:
     queues = min(config.queues, queues_max())
     try:
-        geometry, _ = pool_geometry(
-            queues,
-            config.depth,
-            config.max_io_bytes,
-            config.need_get_data,
-            config.placement,
-            config.pool_bytes,
-        )
+        geometry, _ = pool_of(config, queues, config.depth, config.max_io_bytes)
     except PoolError:
         return None
     return Made(geometry, queues)

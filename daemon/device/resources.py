@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, data_name
 from ublkpool.bufpool.pool.control import Limits
-from ublkpool.bufpool.pool.limits import pool_geometry
 from ublkpool.bufpool.pool.memory import DataPlan
 from ublkpool.daemon.device.attached_backend import AttachedBackend
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.limits import limits_of
-from ublkpool.daemon.device.memory import Made, memory_of
+from ublkpool.daemon.device.memory import Made, memory_of, pool_of
 from ublkpool.daemon.device.pool import Pool
 from ublkpool.daemon.device.records import FIRST_EPOCH, Record
 from ublkpool.daemon.device.succession import AdoptedDevice
@@ -275,14 +274,7 @@ class DeviceResources:
 
     async def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self.config
-        geometry, reserve = pool_geometry(
-            info.queues,
-            info.depth,
-            info.max_io_bytes,
-            config.need_get_data,
-            config.placement,
-            config.pool_bytes,
-        )
+        geometry, reserve = pool_of(config, info.queues, info.depth, info.max_io_bytes)
         huge = config.huge_pages
         data_fd = await self.pool.allocate(DataPlan(data_name(kernel.number), geometry.total_bytes, huge))
         name = self._arena_prefix(kernel)

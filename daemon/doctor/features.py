@@ -60,6 +60,8 @@ NEEDS = (
         "del, which then refuses a disk in use in one step with the driver; else only /proc and /sys tell",
     ),
     Need(Feature.NO_AUTO_PART_SCAN, "warn", "7.0", "partitions = false; devices with it are refused"),
+    Need(Feature.SUPPORT_ZERO_COPY, "warn", "6.15", "zero_copy; devices with it are refused"),
+    Need(Feature.AUTO_BUF_REG, "warn", "6.16", "zero_copy; devices with it are refused"),
     Need(Feature.SHMEM_ZC, "warn", "7.1", "client_buffers without a copy; else the kernel copies once"),
 )
 

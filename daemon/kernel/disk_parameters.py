@@ -25,6 +25,8 @@ def parameters(config: DeviceConfig, size_bytes: int, attach: wire.Attach) -> Pa
         # A backend that caches must honour FUA; without the attribute the block layer would send a flush instead.
         attributes |= Attribute.VOLATILE_CACHE | Attribute.FUA
     return Parameters(
+        # What O_DIRECT on the store demands of memory, which with zero copy is the client's.
+        memory_alignment_bytes=attach.logical_block_bytes if config.zero_copy else 0,
         size_bytes=size_bytes,
         max_io_bytes=config.max_io_bytes,
         logical_block_bytes=attach.logical_block_bytes,
@@ -42,8 +44,10 @@ def wanted_flags(config: DeviceConfig, offered: int, is_privileged: bool = True)
     flags = Feature.CMD_IOCTL_ENCODE | _RECOVERY_FLAGS[config.recovery]
     if not is_privileged:
         flags |= Feature.UNPRIVILEGED_DEV
-    if config.need_get_data:
+    if config.asks_for_data:
         flags |= Feature.NEED_GET_DATA
+    if config.zero_copy:
+        flags |= _zero_copy_flags(config.name, offered, is_privileged)
     if config.recovery != "none":
         # Optional: an upgrade works without it.
         flags |= Feature.QUIESCE & Feature(offered)
@@ -57,5 +61,22 @@ def wanted_flags(config: DeviceConfig, offered: int, is_privileged: bool = True)
         raise UnsupportedError(
             f"{config.name}: this kernel's ublk driver does not offer {', '.join(missing)}: "
             f"choose another recovery, need_get_data or partitions, or a newer kernel (see ublkpool features)"
+        )
+    return flags
+
+
+def _zero_copy_flags(name: str, offered: int, is_privileged: bool) -> Feature:
+    """Raises `UnsupportedError` where the driver refuses zero copy."""
+    if not is_privileged:
+        raise UnsupportedError(
+            f"{name}: the driver gives zero_copy only to a daemon with CAP_SYS_ADMIN, not to a user's own devices: "
+            "leave zero_copy out, and the kernel copies once"
+        )
+    flags = Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG
+    missing = abi.feature_names(flags & ~offered)
+    if missing:
+        raise UnsupportedError(
+            f"{name}: this kernel's ublk driver does not offer {', '.join(missing)}, which zero_copy needs: "
+            "leave zero_copy out, and the kernel copies once, or boot Linux 6.16 or newer"
         )
     return flags

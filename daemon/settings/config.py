@@ -149,8 +149,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     burst_s: BurstSeconds = 0.1
     backend: BackendConfig | None = None
     isolation: Isolation = "process"
+    zero_copy: bool = False
 
     def __post_init__(self) -> None:
+        if self.zero_copy:
+            self._check_zero_copy()
         if self.isolation == "none":
             self._check_isolation()
         if self.placement == "backend" and not self.need_get_data:
@@ -183,6 +186,23 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def has_backend_process(self) -> bool:
         """Whether a process of its own answers the device's requests: this daemon's backend or one that attaches."""
         return self.answers == "backend" and self.isolation == "process"
+
+    @property
+    def asks_for_data(self) -> bool:
+        """Whether the driver asks where each write's data shall go; with zero copy the data goes nowhere."""
+        return self.need_get_data and not self.zero_copy
+
+    def _check_zero_copy(self) -> None:
+        """Refuse a device of which no engine in its workers does its I/O on the client's own pages."""
+        kind = self.backend.kind if self.backend else "no backend"
+        if kind != "file":
+            raise Conflict(
+                "zero_copy", f"only the backend file does its I/O on the client's pages, not {kind}"
+            )
+        if self.isolation != "none":
+            raise Conflict(
+                "zero_copy", "only the device's workers can use the client's pages: set isolation to none"
+            )
 
     def _check_isolation(self) -> None:
         """Refuse settings that need a process, on a device whose workers run the backend's engine themselves."""

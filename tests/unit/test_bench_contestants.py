@@ -14,6 +14,7 @@ from bench.contestants import (
     ALONE,
     INSIDE,
     PEERS,
+    ZERO_COPY,
     Contestant,
     contestants,
     nbd_contestants,
@@ -24,6 +25,7 @@ from bench.contestants import (
 )
 from bench.measure import measure
 from bench.ours import transports
+from bench.peers import has_zero_copy
 from bench.rbd_results import RBD_BASELINE
 from bench.results import CLUSTER, Result
 from bench.stage import NBDKIT, Disk, Disks, Stage, StageError, put_to_sleep, wake_up
@@ -51,6 +53,15 @@ def test_without_the_option_there_is_one_transport() -> None:
 
 def test_only_selects_contestants_by_name() -> None:
     assert [each.name for each in contestants([""], "^kublk null")] == ["kublk null", "kublk null -g"]
+
+
+def test_zero_copy_is_measured_where_the_kernel_has_it() -> None:
+    extra = {each.name for each in contestants([""], with_zero_copy=True)} - {
+        each.name for each in contestants([""])
+    }
+    assert extra == {each.name for each in ZERO_COPY} >= {"kublk loop -z", "file inside zero copy"}
+    assert has_zero_copy("7.3.4+deb13-cloud-amd64") and has_zero_copy("6.16.1")
+    assert not has_zero_copy("6.12.107+deb13") and not has_zero_copy("6.1.0") and not has_zero_copy("")
 
 
 def test_quick_has_all_contestants_of_the_targets() -> None:

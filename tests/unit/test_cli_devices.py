@@ -160,6 +160,7 @@ def test_list_json_is_the_contract(daemon: FakeDaemon, tmp_path: Path) -> None:
         "placement": "pool",
         "answers": "backend",
         "isolation": "process",
+        "zero_copy": False,
         "config_size_bytes": None,
         "memory_bytes": 0,
         "recovery": "reissue",

@@ -199,7 +199,16 @@ def test_what_the_driver_lacks_is_named_with_what_it_is_for() -> None:
     assert levels(feature_findings(Offered(SEVEN_3))) == ["ok"] * len(NEEDS)
     old = {each.says.split()[0]: each for each in feature_findings(Offered(SIX_12)) if each.level != "ok"}
     assert {name: each.level for name, each in old.items()} == dict.fromkeys(
-        ("USER_RECOVERY_FAIL_IO", "QUIESCE", "UPDATE_SIZE", "SAFE_STOP_DEV", "NO_AUTO_PART_SCAN", "SHMEM_ZC"),
+        (
+            "USER_RECOVERY_FAIL_IO",
+            "QUIESCE",
+            "UPDATE_SIZE",
+            "SAFE_STOP_DEV",
+            "NO_AUTO_PART_SCAN",
+            "SUPPORT_ZERO_COPY",
+            "AUTO_BUF_REG",
+            "SHMEM_ZC",
+        ),
         "warn",
     )
     assert "client_buffers" in old["SHMEM_ZC"].says and "7.1" in old["SHMEM_ZC"].way_out

@@ -81,6 +81,7 @@ DEFAULTS = {
     "burst_s": 0.1,
     "backend": None,
     "isolation": "process",
+    "zero_copy": False,
 }
 """Records leave these out: one that changed would change the devices of earlier versions."""
 

@@ -57,7 +57,7 @@ static bool usable(const struct uq_config *c)
 	return c->depth && c->depth <= 4096 && c->classes && c->classes <= UQ_CLASSES_MAX && c->block_bytes >= 512 &&
 	       c->descriptors && c->pool && c->slots && c->scratch && c->stats && c->latencies &&
 	       c->class[c->classes - 1].buffer_bytes >= c->max_io_bytes &&
-	       (c->need_get_data || (!c->place_in_backend && !c->zeros));
+	       (c->need_get_data ? !c->zero_copy : !c->place_in_backend && !c->zeros);
 }
 
 static bool allocate(struct uq *q)
@@ -107,14 +107,15 @@ struct uq *uq_new(const struct uq_config *config)
 int uq_start(struct uq *q)
 {
 	unsigned class = uq_class_for(q, q->config.max_io_bytes);
+	bool lends = !q->config.need_get_data && !q->config.zero_copy;
 
-	if (!q->config.need_get_data && q->stock[class].count < q->config.depth)
+	if (lends && q->stock[class].count < q->config.depth)
 		return -1;
 	for (unsigned i = 0; i < q->config.depth; i++) {
 		struct uq_tag *t = &q->tags[i];
 
 		t->class = (uint8_t)class;
-		if (!q->config.need_get_data && !uq_stock_lend(q, t))
+		if (lends && !uq_stock_lend(q, t))
 			return -1;
 		uq_command(q, t, UQ_CMD_FETCH, 0, t->slot == UQ_BUFFER_NONE ? NULL : uq_slot_address(q, t->slot));
 	}

@@ -181,6 +181,9 @@ struct uq_config {
 	uint16_t queue, depth;
 	uint16_t queues; /* of the device */
 	uint8_t need_get_data, place_in_backend, fail_on_timeout;
+	/* The driver registers the pages of each read and write in the io_uring that fetched the tag, under the tag's
+	 * number (UBLK_F_AUTO_BUF_REG): a request has no buffer, and nothing is copied.  Excludes need_get_data. */
+	uint8_t zero_copy;
 	uint32_t timeout_ms;       /* 0: none */
 	uint32_t hello_timeout_ms; /* how long a backend may be expected before it has said HELLO; 0: for ever */
 	uint32_t absent_ms;        /* without a backend for so long, waiting requests fail; 0: they wait */
@@ -205,7 +208,8 @@ struct uq;
 struct uq *uq_new(const struct uq_config *config);
 void uq_free(struct uq *q);
 
-/* Fetch every tag; with need_get_data off each takes a buffer for good.  Returns 0, or -1 if the stock is too small. */
+/* Fetch every tag; with need_get_data and zero_copy off each takes a buffer for good.  Returns 0, or -1 if the stock is
+ * too small. */
 int uq_start(struct uq *q);
 
 /* The kernel completed `tag`'s command with `res`. */
@@ -300,6 +304,7 @@ int uq_fault(const struct uq *q, unsigned *tag, int *detail);
 unsigned uq_in_flight(const struct uq *q);
 int uq_tag_state(const struct uq *q, unsigned tag);
 unsigned uq_queue_number(const struct uq *q);
+int uq_is_zero_copy(const struct uq *q);
 struct uq_stats *uq_stats_of(struct uq *q);
 
 /* The transition table, for the test that compares it with Python's. */

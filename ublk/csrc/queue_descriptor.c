@@ -35,8 +35,10 @@ bool uq_descriptor_read(struct uq *q, struct uq_tag *t)
 	t->in_place = op_flags & IOD_SHMEM_ZC;
 	if (t->in_place && !find_client_buffer(q, t, d->address))
 		return false;
-	if (t->op == WIRE_READ || t->op == WIRE_WRITE)
+	if (t->op == WIRE_READ || t->op == WIRE_WRITE) {
+		t->in_place |= q->config.zero_copy;
 		return t->length && t->length <= q->config.max_io_bytes;
+	}
 	return t->op == WIRE_FLUSH || t->op == WIRE_DISCARD || t->op == WIRE_WRITE_ZEROES;
 }
 

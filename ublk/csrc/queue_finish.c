@@ -9,9 +9,12 @@ void uq_count_duration(struct uq *q, enum uq_latency which, uint64_t since_ns)
 	uq_histogram_add(&q->config.latencies->of[which], since_ns, q->now_ns);
 }
 
-/* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer. */
+/* A read must name an address even to fail; with need_get_data off the commit also lends the next request's buffer.
+ * With zero_copy there is none, and the driver refuses an address. */
 static const uint8_t *commit_address(const struct uq *q, const struct uq_tag *t)
 {
+	if (q->config.zero_copy)
+		return NULL;
 	if (t->op == WIRE_READ && t->memory)
 		return t->memory;
 	if (t->op == WIRE_READ && t->own_segment)

@@ -289,7 +289,8 @@ static void ready(struct uq *q, struct uq_tag *t)
 
 static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *d)
 {
-	if (t->op != WIRE_READ && t->op != WIRE_WRITE)
+	/* With zero_copy the tag names the pages. */
+	if ((t->op != WIRE_READ && t->op != WIRE_WRITE) || q->config.zero_copy)
 		return;
 	if (t->in_place) {
 		d->segment = WIRE_SEGMENT_CLIENTS + t->slice;
@@ -336,7 +337,8 @@ void uq_request_resume(struct uq *q, struct uq_tag *t)
 void uq_request_done(struct uq *q, struct uq_tag *t, int result, bool named, uint64_t buffer)
 {
 	/* The kernel sends a read again, for ever, if its commit moved no byte.  7.x completes a write, or any request
-	 * in a client's registered buffer, as done whole whatever its commit says (__ublk_complete_rq). */
+	 * in a client's registered buffer or with zero_copy, as done whole whatever its commit says
+	 * (__ublk_complete_rq): a read committed short would show the client what its pages held before. */
 	uint64_t needed = t->op == WIRE_WRITE || t->in_place ? t->length : t->op == WIRE_READ;
 
 	uq_count_duration(q, UQ_LATENCY_BACKEND, t->handed_ns);

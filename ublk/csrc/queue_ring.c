@@ -92,6 +92,8 @@ static int begin(struct uq_ring *r, int char_fd)
 	/* Saves a file look-up at each enter (where the kernel and liburing support it) and one at each command. */
 	io_uring_register_ring_fd(&r->ring);
 	e = io_uring_register_files(&r->ring, &char_fd, 1);
+	if (!e && uq_is_zero_copy(r->q))
+		e = io_uring_register_buffers_sparse(&r->ring, r->depth); /* a tag's pages, until its commit */
 	if (e)
 		io_uring_queue_exit(&r->ring);
 	return e;
@@ -157,17 +159,14 @@ static struct io_uring_sqe *next_sqe(struct uq_ring *r)
 	return s;
 }
 
-static uint32_t opcode(uint8_t op)
-{
-	return op == UQ_CMD_FETCH ? UQ_IO_FETCH : op == UQ_CMD_GET_DATA ? UQ_IO_NEED_GET_DATA : UQ_IO_COMMIT_AND_FETCH;
-}
-
 static void write_command(struct uq_ring *r, struct io_uring_sqe *s, const struct uq_command *c)
 {
 	uq_prepare_io_command(
-		s, CHAR_FILE, opcode(c->op),
+		s, CHAR_FILE, uq_io_opcode(c->op),
 		(struct uq_io_command){ .queue = r->queue, .tag = c->tag, .result = c->result, .address = c->address });
 	s->flags |= IOSQE_FIXED_FILE;
+	if (uq_is_zero_copy(r->q))
+		s->addr = uq_auto_buffer(c->tag);
 }
 
 static void arm_watches(struct uq_ring *r)

@@ -220,4 +220,6 @@ int uq_tag_state(const struct uq *q, unsigned tag) { return tag < q->config.dept
 
 unsigned uq_queue_number(const struct uq *q) { return q->config.queue; }
 
+int uq_is_zero_copy(const struct uq *q) { return q->config.zero_copy; }
+
 struct uq_stats *uq_stats_of(struct uq *q) { return q->config.stats; }

@@ -53,7 +53,7 @@ struct uq_tag {
 	uint16_t flags;
 	uint16_t next_waiter;
 	uint8_t state, op, class;
-	bool in_place; /* the client's own buffer is the request's: the kernel copies nothing */
+	bool in_place; /* the client's own memory is the request's: the kernel copies nothing */
 	bool copied;   /* a write's data is in its buffer */
 	bool sent_to_backend;
 	bool must_fail; /* fails as soon as neither kernel nor backend touches its buffer */

@@ -80,6 +80,8 @@ static int32_t find_memory(const struct engine *e, struct storage_request *r)
 		return 0;
 	if (r->region != NO_REGION)
 		r->memory = e->setup.own + r->region;
+	else if (d->segment == WIRE_SEGMENT_NONE && e->setup.fixed_buffers)
+		r->memory = NULL;
 	else if (d->segment == WIRE_SEGMENT_POOL && fits(d->buffer, d->length, e->setup.pool_bytes))
 		r->memory = e->setup.pool + d->buffer;
 	else if (d->segment >= WIRE_SEGMENT_CLIENTS && fits(d->buffer, d->length, e->setup.slice_bytes) &&
@@ -381,6 +383,8 @@ static int open_storage(struct engine *e)
 	s->engine = e;
 	s->count = &e->count;
 	s->event_file = e->event_file;
+	if (e->setup.fixed_buffers && (!s->takes_fixed_buffers || e->setup.queues != 1))
+		return -EOPNOTSUPP;
 	int error = s->ops->open(s, &e->setup);
 	return error ? error : engine_use_ring(e, NULL);
 }

@@ -19,6 +19,9 @@
 
 struct engine_setup {
 	uint32_t device, epoch, queues, depth, read_only;
+	/* A read or write without a buffer is on the fixed buffer that has its tag's number in the caller's io_uring
+	 * (engine_use_ring()).  For one queue, and a storage that knows them. */
+	uint32_t fixed_buffers;
 	uint64_t size_bytes;
 	uint8_t *pool;
 	uint64_t pool_bytes;

@@ -12,7 +12,7 @@ struct storage_request {
 	struct wire_descriptor d;
 	uint64_t region;       /* in the own segment, NO_REGION for none */
 	uint64_t region_bytes; /* the requested length; the data may be shorter */
-	uint8_t *memory;       /* the data of a read or a write */
+	uint8_t *memory;       /* the data of a read or a write; NULL: it is in the tag's fixed buffer */
 	uint32_t index;        /* below queues * depth; no other unfinished request has it */
 	uint8_t state;         /* enum state, the engine's */
 };
@@ -54,9 +54,10 @@ struct storage {
 	const struct storage_ops *ops;
 	struct engine *engine;
 	struct engine_statistics *count;
-	int event_file;      /* the engine's */
-	bool names_reads;    /* whether a read without a buffer gets a region */
-	struct slots *slots; /* regions are slots of these; NULL: the storage names its regions */
+	int event_file;           /* the engine's */
+	bool takes_fixed_buffers; /* see engine_setup */
+	bool names_reads;         /* whether a read without a buffer gets a region */
+	struct slots *slots;      /* regions are slots of these; NULL: the storage names its regions */
 };
 
 /* Ends a request.  `result`: the full length for reads and writes, 0 for other operations, or a negative errno.  The

@@ -1,4 +1,5 @@
-/* A regular file or a block device: io_uring moves data straight between the file and the pool or the own segment. */
+/* A regular file or a block device: io_uring moves data straight between the file and the pool, the own segment or the
+ * client's pages. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -97,16 +98,27 @@ static void file_before_answers(struct storage *s)
 
 static uint32_t piece(uint64_t left, uint32_t limit) { return left < limit ? (uint32_t)left : limit; }
 
+/* The kernel keeps the pages until the entry has completed, also if this process ends before. */
+static void prepare_fixed(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe)
+{
+	uint64_t moved = work_of(f, r)->moved;
+	int op = r->d.op == WIRE_READ ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+	io_uring_prep_rw(op, sqe, f->store.file, NULL, (uint32_t)(r->d.length - moved), r->d.offset + moved);
+	sqe->addr = moved; /* in a buffer that the kernel registered, an offset */
+	sqe->buf_index = r->d.tag;
+}
+
 static void prepare_move(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe)
 {
 	uint64_t moved = work_of(f, r)->moved;
 	uint32_t bytes = (uint32_t)(r->d.length - moved);
-	if (r->d.op == WIRE_READ) {
+	if (!r->memory)
+		prepare_fixed(f, r, sqe);
+	else if (r->d.op == WIRE_READ)
 		io_uring_prep_read(sqe, f->store.file, r->memory + moved, bytes, r->d.offset + moved);
-		return;
-	}
-	io_uring_prep_write(sqe, f->store.file, r->memory + moved, bytes, r->d.offset + moved);
-	if (r->d.flags & WIRE_FUA)
+	else
+		io_uring_prep_write(sqe, f->store.file, r->memory + moved, bytes, r->d.offset + moved);
+	if (r->d.op == WIRE_WRITE && r->d.flags & WIRE_FUA)
 		sqe->rw_flags = RWF_DSYNC;
 }
 
@@ -293,7 +305,7 @@ static void file_start(struct storage *s, struct storage_request *r)
 	struct work *work = work_of(f, r);
 	work->moved = 0;
 	work->step = first_step(f, &r->d);
-	if (!f->store.is_memory || work->step != MOVE || r->d.length > STORE_AT_ONCE_BYTES_MAX) {
+	if (!f->store.is_memory || !r->memory || work->step != MOVE || r->d.length > STORE_AT_ONCE_BYTES_MAX) {
 		run(f, r, work->step);
 		return;
 	}
@@ -357,6 +369,7 @@ struct storage *storage_file_new(int file, int is_block_device, uint64_t slot_by
 		return NULL;
 	f->base.ops = &file_ops;
 	f->base.slots = &f->slots;
+	f->base.takes_fixed_buffers = true;
 	f->slots.slot_bytes = slot_bytes;
 	/* The file system of a block device's node says nothing of the device. */
 	f->store = is_block_device ? (struct store_file){ .file = file } : store_file_of(file);

@@ -81,7 +81,7 @@ def _labelled(label: str, *parts: tuple[str, str]) -> Line:
 
 def _facts(session: Session, device: Device, width: int) -> Iterator[Line]:
     status = device.status
-    placement = status.placement if status.need_get_data else "at fetch"
+    placement = status.shown_placement
     shape = f"{status.queues} of {status.depth} requests, placement {placement}, recovery {status.recovery}"
     yield _labelled("queues", (f"{shape}, epoch {status.epoch}", ""))
     yield _labelled("backend", *_backend(session, device))

@@ -81,9 +81,15 @@ class FakeDriver:
         self.finished: list[Request] = []
         self.stopping = False
         self.copied_bytes = 0
+        self.registered: set[int] = set()
+        """Tags whose request's pages are in the server's io_uring: with zero copy, from the delivery to the commit."""
 
     def tags(self, holder: Holder) -> list[int]:
         return [tag for tag, each in enumerate(self.holders) if each is holder]
+
+    @property
+    def zero_copy(self) -> bool:
+        return self.side.rig.plan.zero_copy
 
     @property
     def outstanding(self) -> int:
@@ -103,7 +109,10 @@ class FakeDriver:
         if request.op == Op.WRITE and self.side.rig.plan.need_get_data:
             self._complete(tag, Holder.ASKED, NEED_GET_DATA)
             return
-        if request.op == Op.WRITE:
+        if self.zero_copy:
+            if request.op in (Op.READ, Op.WRITE):
+                self.registered.add(tag)
+        elif request.op == Op.WRITE:
             self._copy_in(tag, copied)
         self._complete(tag, Holder.SERVER, 0)
 
@@ -174,7 +183,10 @@ class FakeDriver:
             self._accept(command, self.request_at(tag).left * SECTOR_BYTES)
             self.holders[tag] = Holder.COPYING
             return
-        if not self.side.rig.plan.need_get_data:
+        if self.zero_copy:
+            assert not command.address, f"{command}: EINVAL, there is no buffer"
+            self.registered.discard(tag)
+        elif not self.side.rig.plan.need_get_data:
             self._accept(command, self.side.rig.plan.max_io_bytes)
         self.holders[tag] = Holder.DRIVER
 
@@ -198,7 +210,7 @@ class FakeDriver:
 
     def _commit(self, command: Command) -> None:
         request = self.request_at(command.tag)
-        lent = not self.side.rig.plan.need_get_data or request.op == Op.READ
+        lent = not self.side.rig.plan.leases_buffers or (request.op == Op.READ and not self.zero_copy)
         assert command.address or not lent, f"{command}: no address for {request}"
         assert command.result >= -ERRNO_MAX
         if command.result < 0:
@@ -212,8 +224,11 @@ class FakeDriver:
         limit = self.side.descriptors[command.tag].sectors * SECTOR_BYTES
         assert 0 < command.result <= limit, f"{command}: the driver answers EIO or sends it again for ever"
         assert command.result % self.side.rig.plan.block_bytes == 0
-        if request.client_buffer is not None:
+        if request.client_buffer is not None or self.zero_copy:
             assert command.result == limit, f"{command}: the driver tells the client that all of it was done"
+        if self.zero_copy:
+            assert command.tag in self.registered
+        elif request.client_buffer is not None:
             self._take_in_place(request, request.client_buffer)
         elif request.op == Op.READ:
             self._copy_out(command, request)

@@ -37,6 +37,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_io_bytes: int = 16384
     block_bytes: int = 512
     need_get_data: bool = True
+    zero_copy: bool = False
     place_in_backend: bool = False
     reads_own: bool = False
     posts: bool = False
@@ -54,14 +55,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def geometry(self) -> Geometry:
-        if not self.need_get_data:
+        if not self.leases_buffers:
             return Geometry.build([(self.max_io_bytes, self.queues * self.depth)])
         count = self.queues + self.spare
         return Geometry.build([(size, count) for size in (*self.sizes, self.max_io_bytes)])
 
     @property
     def reserve(self) -> int:
-        return 1 if self.need_get_data else self.depth
+        return 1 if self.leases_buffers else self.depth
+
+    @property
+    def leases_buffers(self) -> bool:
+        """Whether a tag has a buffer only while a request needs one."""
+        return self.need_get_data or self.zero_copy
 
     def classes(self) -> tuple[BufferClass, ...]:
         return tuple(
@@ -157,6 +163,7 @@ class Side:
             max_io_bytes=plan.max_io_bytes,
             block_bytes=plan.block_bytes,
             need_get_data=plan.need_get_data,
+            zero_copy=plan.zero_copy,
             place_in_backend=plan.place_in_backend,
             timeout_ms=plan.timeout_ms,
             fail_on_timeout=plan.fail_on_timeout,

@@ -310,7 +310,7 @@ class Daemon:
         if not stats.queues:
             return {}
         # With need_get_data off every tag keeps the buffer that it got at its first fetch.
-        kept = 0 if status.need_get_data else status.queues * status.depth
+        kept = 0 if status.need_get_data or status.zero_copy else status.queues * status.depth
         counts = {
             "requests in flight": total(stats, "in_flight"),
             "buffers waited for": total(stats, "buffers_waiting"),
