@@ -97,7 +97,8 @@ def test_a_worker_whose_client_is_excluded_ends_its_device_with_that_reason(
     status = _add(daemon, cluster, "taken")
     assert status.path is not None and write_block(status.path, 0, b"1" * BLOCK) == 0
     [address] = _clients(cluster, "taken")
-    cluster.command("osd blocklist", blocklistop="add", addr=address)
+    # Its answer is no JSON.
+    cluster.commands({"prefix": "osd blocklist", "blocklistop": "add", "addr": address})
     eventually(lambda: daemon.status("taken").state == "failed", "the device fails")
     assert "another client has taken the" in daemon.status("taken").reason
     daemon.client.delete(["taken"], force=True)
