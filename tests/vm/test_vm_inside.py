@@ -12,6 +12,8 @@ from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
 from support.vm.stuck import expect_other_devices_served, resume, suspend, suspended_file
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
+from ublkpool.ublk.abi import Feature
+from ublkpool.ublk.control import get_features
 
 pytestmark = pytest.mark.one_kernel("7.3")
 KIB, MIB = 1 << 10, 1 << 20
@@ -98,12 +100,18 @@ def test_requests_wait_for_a_store_that_is_away_and_no_other_takes_its_place(dae
     image.unlink()
 
 
-def test_what_a_dead_worker_has_under_way_ends_before_the_next_one_serves(daemon: Daemon) -> None:
+@pytest.mark.parametrize("zero_copy", [False, True], ids=["copied", "zero-copy"])
+def test_what_a_dead_worker_has_under_way_ends_before_the_next_one_serves(
+    daemon: Daemon, zero_copy: bool
+) -> None:
     """Its write waits in a disk that answers nothing; if the next epoch began now, it would land after a newer one."""
+    if zero_copy and not get_features() & Feature.AUTO_BUF_REG:
+        pytest.skip("this driver has no AUTO_BUF_REG")
     below = daemon.add("below", "memory", {"size": "16M"}, placement="backend", isolation="none")
     assert below.path is not None
     with suspended_file(below.path) as backing:
-        path = daemon.add("above", "file", {"path": backing, "direct": "on"}, isolation="none").path
+        options = {"path": backing, "direct": "on"}
+        path = daemon.add("above", "file", options, isolation="none", zero_copy=zero_copy).path
         assert path is not None
         suspend()
         old, new = os.urandom(BLOCK), os.urandom(BLOCK)
