@@ -11,13 +11,14 @@ from typing import Literal
 
 import msgspec
 
-from ublkpool.backends._cow_format import Head
-from ublkpool.backends._cow_overlay import NewOverlay, Overlay, make_overlay, open_overlay
+from ublkpool.backends._cow_format import Head, read_head
+from ublkpool.backends._cow_overlay import NewOverlay, Overlay, grown, make_overlay, open_overlay
 from ublkpool.bufpool.engine.cow import BLOCK_BYTES, CowFiles, CowStorage
 from ublkpool.bufpool.engine.native import NativeEngine, slot_bytes
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.claim import refuse_own_disk
+from ublkpool.bufpool.sdk.inside import Growth, refuse_another
 from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize, format_size
@@ -121,6 +122,19 @@ class CowBackend(Backend):
         assert overlay is not None
         files = CowFiles(overlay.file, overlay.base, overlay.head.layout)
         return Inside(properties, files, (files.overlay, files.base))
+
+    def grow_inside(self, growth: Growth) -> None:
+        """Make the disk larger whose overlay a device's worker has open; see `bufpool/sdk/inside.py`.
+
+        The worker never writes the head.
+        """
+        path = self.options.overlay
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            refuse_another(growth, identify(file, path), f"overlay={path}")
+            grown(file, path, read_head(file, path), growth.wanted_bytes)
+        finally:
+            os.close(file)
 
     def settle(self) -> None:
         """Make durable what a device's worker wrote, which has ended; see `bufpool/sdk/inside.py`."""

@@ -21,6 +21,7 @@ from ublkpool.bufpool.engine.native import FileStorage, NativeEngine, slot_bytes
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.claim import lock, open_exclusively, refuse_own_disk
+from ublkpool.bufpool.sdk.inside import Growth, refuse_another
 from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import identify
 from ublkpool.bufpool.sizes import ByteSize, format_size
@@ -115,6 +116,17 @@ class FileBackend(Backend):
         properties, opened = self.open(hint), self._opened
         assert opened is not None
         return Inside(properties, FileStorage(opened.file, opened.is_block_device), (opened.file,))
+
+    def grow_inside(self, growth: Growth) -> None:
+        """Grow the file that a device's workers have open; see `bufpool/sdk/inside.py`."""
+        options = self.options
+        file = os.open(options.path, (os.O_RDONLY if options.readonly else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            refuse_another(growth, identify(file, options.path), f"path={options.path}")
+            opened = _measure(file, False, msgspec.structs.replace(options, size=0), False, None)
+            grow(opened, options, growth.served_bytes, growth.wanted_bytes)
+        finally:
+            os.close(file)
 
     def resize(self, size_bytes: int) -> None:
         """Grow the file, allocated or sparse as it was made; a block device must have grown already."""

@@ -9,6 +9,7 @@ So that an answered write survives this process, a keeper (`bufpool/sdk/keeper.p
 device's next backend adopts it.  The device's deletion ends keeper and content; `keep=off` uses no keeper.
 """
 
+import os
 from typing import Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from ublkpool.bufpool.engine.native import MemoryStorage, NativeEngine
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties, log
 from ublkpool.bufpool.sdk.client import OwnSegment
+from ublkpool.bufpool.sdk.inside import Growth
 from ublkpool.bufpool.sdk.keeper import Keeper, keeper_path
 from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sdk.store_identity import memory_identity
@@ -155,6 +157,12 @@ class MemoryBackend(Backend):
             write_zeroes_max_bytes=min(size_bytes, MEMSET_BYTES_MAX),
         )
         return Inside(properties, MemoryStorage(names_reads=True), (segment.descriptor,))
+
+    def grow_inside(self, growth: Growth) -> None:
+        """As `resize`.  Raises `BackendError`."""
+        assert growth.kept is not None
+        self._segment_bytes = os.fstat(growth.kept).st_size
+        self.resize(growth.wanted_bytes)
 
     def detached(self) -> None:
         """The device is deleted: end the keeper and the content."""

@@ -10,6 +10,7 @@ import msgspec
 
 from ublkpool.bufpool.engine.native import NativeEngine, NullStorage
 from ublkpool.bufpool.sdk.backend import Backend, Device, FrameEngine, Hint, Properties
+from ublkpool.bufpool.sdk.inside import Growth
 from ublkpool.bufpool.sdk.properties import Inside
 from ublkpool.bufpool.sizes import ByteSize
 from ublkpool.bufpool.wire import Identity
@@ -53,6 +54,9 @@ class NullBackend(Backend):
     def engine(self, device: Device) -> FrameEngine:
         """The native engine on nothing."""
         return NativeEngine(device, NullStorage())
+
+    def grow_inside(self, growth: Growth) -> None:
+        """Nothing to grow."""
 
     def open_inside(self, hint: Hint, kept: int | None) -> Inside:
         """Nothing to open for a device's workers, either; see `bufpool/sdk/inside.py`."""

@@ -59,6 +59,9 @@ class BackendDoors:
         self.frames.expect(token, user)
         self.frames.is_idle = False
 
+    def resize(self, size_bytes: int) -> None:
+        """Nothing: a backend learns it from its SDK."""
+
     def take_places(self) -> None:
         """Make the sockets now, since this process is about to give up the right to."""
         self.frames.take_place()

@@ -112,6 +112,9 @@ class EngineConnected:
         if token:
             raise OSError("the worker runs the device's engine itself")
 
+    def resize(self, size_bytes: int) -> None:
+        """Nothing: such a store does not grow while it is served."""
+
     def take_places(self) -> None:
         """Nothing: no backend comes."""
 

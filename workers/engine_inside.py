@@ -87,6 +87,10 @@ class EngineInside:
         if token:
             raise OSError("the workers run the device's engine themselves")
 
+    def resize(self, size_bytes: int) -> None:
+        """The store has grown to at least this size: serve requests up to there."""
+        self._engine.resize(size_bytes)
+
     def take_places(self) -> None:
         """Nothing: no backend comes."""
 

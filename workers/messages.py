@@ -55,6 +55,13 @@ class SetDeadlines(msgspec.Struct, tag="set_deadlines", tag_field="type", frozen
     id: int = 0
 
 
+class Resize(msgspec.Struct, tag="resize", tag_field="type", frozen=True):
+    """The store has grown to at least this size: the engine in the worker serves requests up to there."""
+
+    size_bytes: int
+    id: int = 0
+
+
 class Hold(msgspec.Struct, tag="hold", tag_field="type", frozen=True):
     """Have requests wait, or go on: see `Queue.hold`.  `Quiet` follows once the backend has none.
 
@@ -121,6 +128,12 @@ class DeadlinesSet(msgspec.Struct, tag="deadlines_set", tag_field="type", frozen
     id: int = 0
 
 
+class Resized(msgspec.Struct, tag="resized", tag_field="type", frozen=True):
+    """The answer to `Resize`: it is so from now on."""
+
+    id: int = 0
+
+
 class Holding(msgspec.Struct, tag="holding", tag_field="type", frozen=True):
     """The answer to `Hold`: it is so from now on."""
 
@@ -159,6 +172,8 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """Whether the worker understands `Hold` and `FlushBackend`; false from a worker of an earlier version."""
     knows_gate: bool = False
     """Whether the worker takes a gate with `Hold`; false from a worker of an earlier version."""
+    knows_resize: bool = False
+    """Whether the worker understands `Resize`; false from a worker of an earlier version."""
     has_let_go: bool = False
     """Whether the last hold has ended with the supervisor that had begun it."""
 
@@ -199,7 +214,9 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
     """Another client has taken the store over: no worker may serve the device after this one."""
 
 
-ToWorker = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | GiveUp | Connect | Serve | Report
+ToWorker = (
+    Expect | Lost | NewPool | SetDeadlines | Resize | Hold | FlushBackend | GiveUp | Connect | Serve | Report
+)
 FromWorker = (
     Fetched
     | Expecting
@@ -207,6 +224,7 @@ FromWorker = (
     | LetGo
     | PoolChanged
     | DeadlinesSet
+    | Resized
     | Holding
     | Flushing
     | Connected
@@ -219,13 +237,14 @@ FromWorker = (
     | Absent
     | Fault
 )
-Question = Expect | Lost | NewPool | SetDeadlines | Hold | FlushBackend | Connect | Report
-Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Holding | Flushing | Connected | Standing
+Question = Expect | Lost | NewPool | SetDeadlines | Resize | Hold | FlushBackend | Connect | Report
+Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Resized | Holding | Flushing | Connected | Standing
 ANSWERS: dict[type[Question], type[Answer]] = {
     Expect: Expecting,
     Lost: LetGo,
     NewPool: PoolChanged,
     SetDeadlines: DeadlinesSet,
+    Resize: Resized,
     Hold: Holding,
     FlushBackend: Flushing,
     Connect: Connected,

@@ -277,9 +277,8 @@ class QueueLoop:
                 self._tell(messages.LetGo(message.id))
             case messages.NewPool():
                 self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
-            case messages.SetDeadlines(timeout_ms, fail_on_timeout, absent_ms):
-                self._queue.set_deadlines(timeout_ms, fail_on_timeout, absent_ms)
-                self._tell(messages.DeadlinesSet(message.id))
+            case messages.SetDeadlines() | messages.Resize():
+                self._change(message)
             case messages.Hold(on):
                 self._gate.begin(fd)
                 self._queue.hold(on)
@@ -301,6 +300,7 @@ class QueueLoop:
                         knows_deadlines=True,
                         knows_hold=True,
                         knows_gate=True,
+                        knows_resize=True,
                         has_let_go=self._gate.has_let_go,
                     )
                 )
@@ -324,6 +324,14 @@ class QueueLoop:
                     self._broken = f"queue {self._spec.queue.queue}: {error}"
             case messages.GiveUp():
                 self._queue.give_up()
+
+    def _change(self, message: messages.SetDeadlines | messages.Resize) -> None:
+        if isinstance(message, messages.Resize):
+            self._backend.resize(message.size_bytes)
+            self._tell(messages.Resized(message.id))
+            return
+        self._queue.set_deadlines(message.timeout_ms, message.fail_on_timeout, message.absent_ms)
+        self._tell(messages.DeadlinesSet(message.id))
 
     def _change_pool(self, fd: int | None) -> str:
         """The reason of a failure, or empty."""

@@ -20,7 +20,8 @@ from ublkpool.bufpool.sdk.loader import load
 from ublkpool.bufpool.sdk.options import Given
 from ublkpool.bufpool.sdk.properties import Hint, Inside, Properties, check_properties
 from ublkpool.bufpool.sdk.serving import attach_message
-from ublkpool.bufpool.wire import Attach
+from ublkpool.bufpool.wire import Attach, Identity
+from ublkpool.bufpool.wire.same_store import is_same_store
 
 
 @runtime_checkable
@@ -68,6 +69,28 @@ class ConnectsInside(Protocol):
         """See `Backend`."""
 
 
+class Growth(NamedTuple):
+    """How a store that workers serve is to grow; sizes in bytes."""
+
+    bound: Identity
+    """What the workers serve: nothing else may be grown, although it lies in the same place."""
+    served_bytes: int
+    wanted_bytes: int
+    kept: int | None = None
+    """The descriptor of the memory that the daemon keeps of it, or None."""
+
+
+@runtime_checkable
+class GrowsInside(Protocol):
+    """A backend whose store can grow while a device's workers serve it, which alone have its lock."""
+
+    def grow_inside(self, growth: Growth) -> None:
+        """Make the store at least as large as is wanted, also after a power failure.
+
+        Raises `BackendError`, `OSError`; then it is not smaller than before.
+        """
+
+
 class OpenStore(NamedTuple):
     """An open store: what its backend would attach with, and the descriptors of its files or its memory.
 
@@ -112,6 +135,23 @@ def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = N
     if properties.segment is not None:
         attach = msgspec.structs.replace(attach, segment_bytes=properties.segment.size_bytes)
     return OpenStore(attach, inside.storage, inside.descriptors)
+
+
+def grow_store(kind: str, options: Given, growth: Growth) -> None:
+    """Grow a store that workers serve.  Raises `BackendError`, `OSError`."""
+    backend = load(kind, options)
+    if not isinstance(backend, GrowsInside):
+        raise BackendError(f"{kind}: cannot grow inside a device's workers: use isolation process")
+    backend.grow_inside(growth)
+
+
+def refuse_another(growth: Growth, found: Identity, where: str) -> None:
+    """Raise `BackendError` if what lies at `where` is not the store that the workers serve."""
+    if not is_same_store(growth.bound, found, is_same_boot=True):
+        raise BackendError(
+            f"{where}: {found.store or 'another store'} lies there, and the device is served from "
+            f"{growth.bound.store or 'another'}: bring that back, or grow it yourself"
+        )
 
 
 def settle_store(kind: str, options: Given) -> None:

@@ -127,7 +127,8 @@ def _check(parts: DeviceParts) -> None:
         reason = "its workers answer requests, so there is no backend to be exchanged"
     elif parts.config.isolation == "none":
         reason = (
-            "its workers run the engine themselves (isolation none), so there is no backend to be exchanged"
+            "its workers run the engine themselves (isolation none), so there is no backend to be exchanged: "
+            "to work on its store, delete the device and add it again"
         )
     elif life.is_stopping:
         reason = "it is being deleted"

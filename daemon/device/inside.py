@@ -10,7 +10,7 @@ connects to it.  Runs on the supervisor's asyncio loop.
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -22,7 +22,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.sdk import claim
 from ublkpool.bufpool.sdk.backend import log
-from ublkpool.bufpool.sdk.inside import Connect, open_for_workers, settle_store
+from ublkpool.bufpool.sdk.inside import Connect, Growth, grow_store, open_for_workers, settle_store
 from ublkpool.bufpool.sdk.loader import preload
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import Disk
@@ -59,8 +59,8 @@ class _Opened(msgspec.Struct):
     cow: CowLayout | None = None
 
 
-class _Settled(msgspec.Struct):
-    """The answer of the process that settles."""
+class _Done(msgspec.Struct):
+    """The answer of a process that works on a store."""
 
     problem: str = ""
 
@@ -184,15 +184,26 @@ class InsideStore:
         self.forked()
         if self._backend.kind not in SETTLED_KINDS or not self._was_served:
             return
-        settled = await self._runner.look(
+        work = partial(settle_store, self._backend.kind, self._backend.options)
+        await self._work("making its store durable", work)
+
+    async def grow(self, bound: wire.Identity, served_bytes: int, wanted_bytes: int) -> None:
+        """Make the store that the workers serve at least so large.  Raises `DaemonError`."""
+        growth = Growth(bound, served_bytes, wanted_bytes, self._memory)
+        work = partial(grow_store, self._backend.kind, self._backend.options, growth)
+        await self._work("growing its store", work, [] if self._memory is None else [self._memory])
+
+    async def _work(self, what: str, work: Callable[[], None], keep_fds: Sequence[int] = ()) -> None:
+        done = await self._runner.look(
             self._name,
-            f"{self._name}: making its store durable",
-            partial(_settle, self._backend),
-            _Settled,
+            f"{self._name}: {what}",
+            partial(_do, self._backend, work),
+            _Done,
             OPEN_DEADLINE_S,
+            keep_fds,
         )
-        if settled.problem:
-            raise DaemonError(f"{self._name}: its store cannot be made durable: {settled.problem}")
+        if done.problem:
+            raise DaemonError(f"{self._name}: {what}: {done.problem}")
 
     def close(self) -> None:
         """Close everything here; workers, and the holder's copy, stay as they are."""
@@ -233,14 +244,14 @@ def _open(to: socket.socket, backend: BackendConfig, hint: Hint, kept: int | Non
     return opened
 
 
-def _settle(backend: BackendConfig) -> _Settled:
+def _do(backend: BackendConfig, work: Callable[[], None]) -> _Done:
     """In a process of its own, since storage may keep it waiting."""
     try:
         _enter(backend)
-        settle_store(backend.kind, backend.options)
+        work()
     except (PoolError, OSError) as error:
-        return _Settled(problem=one_line(error))
-    return _Settled()
+        return _Done(problem=one_line(error))
+    return _Done()
 
 
 def _enter(backend: BackendConfig) -> None:

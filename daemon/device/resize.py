@@ -10,11 +10,14 @@ Runs on the supervisor's asyncio loop; the store grows without the device's turn
 
 import asyncio
 import logging
+from typing import NamedTuple
 
 from ublkpool.bufpool.sizes import format_size
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.inside import InsideStore
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_name
 from ublkpool.daemon.events.kinds import DeviceResized
 from ublkpool.daemon.kernel.block_device import BlockDevice
@@ -40,9 +43,9 @@ async def resize(parts: DeviceParts, size_bytes: int, is_relative: bool) -> Resi
         _check_size(parts.config.name, disk, wanted_bytes)
         if wanted_bytes > disk.size_bytes:
             _check_driver(parts)
-            session = parts.backend.session
-            await _grow_store(parts, wanted_bytes)
-            return await _grow_device(parts, wanted_bytes, session)
+            serving = _serving(parts)
+            await _grow_store(parts, serving, wanted_bytes)
+            return await _grow_device(parts, wanted_bytes, serving)
         return await _finish_earlier(parts, wanted_bytes)
 
 
@@ -92,11 +95,6 @@ def _check_size(name: str, disk: Disk, wanted_bytes: int) -> None:
 def _check_driver(parts: DeviceParts) -> None:
     _, kernel = _live(parts)
     name = parts.config.name
-    if parts.config.isolation == "none":
-        raise DaemonError(
-            f"{name}: with isolation none a device keeps its size: unmount the disk, delete the device "
-            f"(ublkpool del {name}), grow its store and add it again with the new size"
-        )
     if not kernel.can_update_size:
         raise DaemonError(
             f"{name}: this kernel's ublk driver has no UPDATE_SIZE (Linux 6.16 has): unmount the disk, delete the "
@@ -104,11 +102,25 @@ def _check_driver(parts: DeviceParts) -> None:
         )
 
 
-async def _grow_store(parts: DeviceParts, wanted_bytes: int) -> None:
-    """Have the backend serve this size.  Raises `DaemonError`."""
+class _Serving(NamedTuple):
+    """Who serves the device: a backend, or workers that run its engine themselves."""
+
+    session: Session | None
+    team: Team | None
+
+
+def _serving(parts: DeviceParts) -> _Serving:
+    return _Serving(parts.backend.session, parts.resources.team if parts.inside is not None else None)
+
+
+async def _grow_store(parts: DeviceParts, serving: _Serving, wanted_bytes: int) -> None:
+    """Have the backend, or the workers, serve this size.  Raises `DaemonError`."""
     if parts.config.answers == "worker":
         return
-    name, session = parts.config.name, parts.backend.session
+    name, session = parts.config.name, serving.session
+    if serving.team is not None and parts.inside is not None:
+        await _grow_inside(parts, parts.inside, serving.team, wanted_bytes)
+        return
     if session is None or session.is_gone or session.is_leaving:
         raise DaemonError(f"{name}: no backend is attached whose store could grow: try again when one is")
     if not session.attach.resizes:
@@ -122,12 +134,26 @@ async def _grow_store(parts: DeviceParts, wanted_bytes: int) -> None:
         raise DaemonError(f"{name}: keeps its size: {error}") from error
 
 
-async def _grow_device(parts: DeviceParts, wanted_bytes: int, session: Session | None) -> ResizeResult:
-    """This backend's store has this size: put that on record and tell the driver.  Raises `DaemonError`."""
+async def _grow_inside(parts: DeviceParts, store: InsideStore, team: Team, wanted_bytes: int) -> None:
+    """Have the store grow in a process of its own, then the workers' engines serve all of it.  Raises `DaemonError`."""
+    name, bound, (disk, _) = parts.config.name, parts.binding.store, _live(parts)
+    if bound is None or not team.can_resize:
+        raise DaemonError(
+            f"{name}: keeps its size: its workers run an earlier version: try again when they have been replaced"
+        )
+    try:
+        await store.grow(bound.identity, disk.size_bytes, wanted_bytes)
+        await team.resize(wanted_bytes)
+    except DaemonError as error:
+        raise DaemonError(f"{name}: keeps its size: {without_name(name, one_line(error))}") from error
+
+
+async def _grow_device(parts: DeviceParts, wanted_bytes: int, serving: _Serving) -> ResizeResult:
+    """The store of these who serve has this size: put that on record and tell the driver.  Raises `DaemonError`."""
     async with parts.life.turn:
         # The device may have failed while the store grew.
         disk, _ = _live(parts)
-        _check_serves(parts, session)
+        _check_serves(parts, serving)
         await parts.binding.resize(wanted_bytes)
         parts.resources.grow(wanted_bytes)
         await _update(parts)
@@ -135,12 +161,16 @@ async def _grow_device(parts: DeviceParts, wanted_bytes: int, session: Session |
     return ResizeResult(before_bytes=disk.size_bytes, after_bytes=wanted_bytes)
 
 
-def _check_serves(parts: DeviceParts, session: Session | None) -> None:
-    """Raise `DaemonError` unless this backend serves the device: its successor has attached with the old size."""
-    if parts.backend.session is not session or (session is not None and session.is_gone):
-        raise DaemonError(
-            f"{parts.config.name}: keeps its size: the backend whose store grew is gone: try again"
-        )
+def _check_serves(parts: DeviceParts, serving: _Serving) -> None:
+    """Raise `DaemonError` unless these serve the device: their successors have begun with the old size."""
+    now, session = _serving(parts), serving.session
+    if (
+        now.session is not session
+        or now.team is not serving.team
+        or (session is not None and session.is_gone)
+    ):
+        who = "backend whose store grew is" if serving.team is None else "workers whose store grew are"
+        raise DaemonError(f"{parts.config.name}: keeps its size: the {who} gone: try again")
 
 
 def _tell(parts: DeviceParts, before_bytes: int, after_bytes: int) -> None:
@@ -214,4 +244,4 @@ class Announcements:
             if wanted_bytes > disk.size_bytes:
                 _check_size(parts.config.name, disk, wanted_bytes)
                 _check_driver(parts)
-                await _grow_device(parts, wanted_bytes, self._session)
+                await _grow_device(parts, wanted_bytes, _Serving(self._session, None))

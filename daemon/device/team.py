@@ -207,6 +207,15 @@ class Team:
         await asyncio.gather(*(each.ask(deadlines) for each in self.workers), return_exceptions=True)
 
     @property
+    def can_resize(self) -> bool:
+        """Whether all workers are of a version whose engine can learn another size."""
+        return all(each.knows_resize for each in self.workers)
+
+    async def resize(self, size_bytes: int) -> None:
+        """Have every worker's engine serve requests up to this size.  Raises `DaemonError` if a worker ends before."""
+        await asyncio.gather(*(each.ask(messages.Resize(size_bytes)) for each in self.workers))
+
+    @property
     def can_hold(self) -> bool:
         """Whether all workers are of a version that can hold requests."""
         return all(each.knows_hold for each in self.workers)

@@ -33,6 +33,8 @@ class WorkerProcess:
     """Whether it understands `messages.Hold`: a worker of an earlier version does not."""
     knows_gate = True
     """Whether it takes a gate with `messages.Hold`: a worker of an earlier version does not."""
+    knows_resize = True
+    """Whether it understands `messages.Resize`: a worker of an earlier version does not."""
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class WorkerProcess:
         self.knows_deadlines = standing.knows_deadlines
         self.knows_hold = standing.knows_hold
         self.knows_gate = standing.knows_gate
+        self.knows_resize = standing.knows_resize
         if standing.fetched:
             _resolve(self._fetched)
         return standing

@@ -180,10 +180,57 @@ def test_what_the_workers_of_a_cow_disk_wrote_is_durable_when_it_is_gone(tmp_pat
         assert durable_bytes(overlay) == 8192
         assert not is_locked(overlay)
         base.unlink()
-        with pytest.raises(
-            DaemonError, match=r"^vol: its store cannot be made durable: base=.*[Nn]o such file"
-        ):
+        with pytest.raises(DaemonError, match=r"^vol: making its store durable: base=.*[Nn]o such file"):
             await parts.store.settle()
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("kind", ["file", "cow"])
+def test_a_store_grows_while_workers_have_it_open_and_no_other_in_its_place(
+    kind: str, tmp_path: Path
+) -> None:
+    path, base, options = tmp_path / "store", tmp_path / "base", {"path": "store", "size": "1M"}
+    base.write_bytes(bytes(MIB))
+    if kind == "cow":
+        options = {"base": "base", "overlay": "store"}
+
+    async def run() -> None:
+        backend = BackendConfig(kind=kind, options=options, cwd=str(tmp_path))
+        parts = OpenParts(msgspec.structs.replace(config_of(kind, {}), backend=backend))
+        attach = await open_store(parts, parts.store)
+        assert attach.identity is not None and is_locked(path)
+        await parts.store.grow(attach.identity, MIB, 3 * MIB)
+        assert served_bytes(path, kind) == 3 * MIB
+        with pytest.raises(DaemonError, match=r"fewer than the device|its map has room for"):
+            await parts.store.grow(attach.identity, 4 * MIB, 1 << 50)
+        parts.store.forked()
+        aside = path.rename(tmp_path / "aside")
+        path.write_bytes(aside.read_bytes())
+        with pytest.raises(DaemonError, match=rf"^vol: growing its store: .*=store: .*{path.stat().st_ino}"):
+            await parts.store.grow(attach.identity, MIB, 4 * MIB)
+        assert served_bytes(path, kind) == 3 * MIB
+
+    in_loop(run)
+
+
+def served_bytes(path: Path, kind: str) -> int:
+    """The size of the disk in a store."""
+    file = os.open(path, os.O_RDONLY)
+    size_bytes = read_head(file, path).layout.size_bytes if kind == "cow" else os.fstat(file).st_size
+    os.close(file)
+    return size_bytes
+
+
+def test_memory_that_workers_have_mapped_does_not_grow(tmp_path: Path) -> None:
+    async def run() -> None:
+        parts = OpenParts(config_of("memory", {"size": "1M"}))
+        attach = await open_store(parts, parts.store)
+        assert attach.identity is not None
+        await parts.store.grow(attach.identity, MIB, MIB)
+        with pytest.raises(DaemonError, match=r"sealed memory of 1M and cannot grow"):
+            await parts.store.grow(attach.identity, MIB, 2 * MIB)
+        parts.store.end(keep=False)
 
     in_loop(run)
 

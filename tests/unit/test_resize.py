@@ -15,6 +15,7 @@ from support.fakes.growing import (
     daemon_on,
     grown,
     in_loop,
+    runs_inside,
     without_feature,
 )
 from ublkpool.daemon.device.device import Device
@@ -37,6 +38,42 @@ def test_store_state_record_and_disk_grow_in_this_order() -> None:
     assert world.store_bytes == world.disk_bytes == BIG
     store = world.states.get("vol").store
     assert store is not None and (store.size_bytes, store.resized_bytes) == (BIG, BIG)
+
+
+def test_workers_that_run_the_engine_know_the_size_before_it_is_on_record() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        runs_inside(device, world)
+        await bound(device, world)
+        assert (await device.resize(BIG, False)).after_bytes == BIG
+        assert world.steps == ["store", "engines", "state", "record", "disk"]
+        world.check()
+
+    in_loop(run)
+
+
+def test_a_store_that_grew_for_workers_that_were_replaced_leaves_the_size() -> None:
+    """The next epoch's workers were forked with the old size."""
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        runs_inside(device, world)
+        await bound(device, world)
+        async with device.parts.life.turn:
+            resize = asyncio.ensure_future(device.resize(BIG, False))
+            await turn()
+            assert world.steps == ["store", "engines"]
+            runs_inside(device, world)
+        with pytest.raises(DaemonError, match="vol: keeps its size: the workers whose store grew are gone"):
+            await resize
+        assert world.disk_bytes == SIZE_BYTES
+        world.check()
+        assert (await device.resize(BIG, False)).after_bytes == BIG
+
+    in_loop(run)
 
 
 def test_a_relative_size_is_added() -> None:

@@ -1,13 +1,14 @@
 """Engines inside the workers (isolation none): killed workers and daemons, a store that is away, refusals."""
 
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from support.vm.daemon import Daemon, eventually, marked_processes, total
-from support.vm.process import Forked, read_block, write_block
+from support.vm.process import Forked, disk_bytes, read_block, write_block
 from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
 from support.vm.stuck import expect_other_devices_served, resume, suspend, suspended_file
 from ublkpool.daemon.errors import DaemonError
@@ -19,6 +20,39 @@ pytestmark = pytest.mark.one_kernel("7.3")
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 64 * KIB
 ROUNDS = 2
+SLOW = """
+import time
+from pathlib import Path
+
+from ublkpool.bufpool.sdk.backend import Backend, Properties
+
+HERE = Path(__file__).parent
+
+
+class Slow(Backend):
+    parallel = 4
+
+    def open(self, hint):
+        self.disk = bytearray(16 << 20)
+        return Properties(
+            size_bytes=len(self.disk), discard_granularity_bytes=4096, discard_max_bytes=len(self.disk)
+        )
+
+    def pread(self, buf, offset):
+        buf[:] = self.disk[offset : offset + len(buf)]
+
+    def pwrite(self, buf, offset, fua):
+        self.disk[offset : offset + len(buf)] = buf
+
+    def trim(self, offset, length):
+        (HERE / "begun").touch()
+        while not (HERE / "go").exists():
+            time.sleep(0.01)
+
+
+BACKEND = Slow
+"""
+SIZE_BYTES, GROWN_BYTES = 32 * MIB, 48 * MIB
 COW_BASE = os.urandom(8 * MIB)
 
 
@@ -73,6 +107,34 @@ def test_killed_workers_and_a_killed_daemon_cost_the_client_nothing(daemon: Daem
 def test_a_killed_worker_and_a_killed_daemon_cost_an_overlay_nothing(daemon: Daemon) -> None:
     _die_twice(daemon, [_add_cow(daemon, "cow")], 1)
     assert daemon.path("cow.base").read_bytes() == COW_BASE
+
+
+def test_a_store_grows_while_the_workers_serve_it(daemon: Daemon) -> None:
+    if not get_features() & Feature.UPDATE_SIZE:
+        pytest.skip("this kernel's driver lacks UPDATE_SIZE")
+    devices = daemon.together(partial(_add_file, daemon, "grown"), partial(_add_cow, daemon, "larger"))
+    data, added = os.urandom(BLOCK), os.urandom(BLOCK)
+    for each in devices:
+        assert each.path is not None
+        assert write_block(each.path, SIZE_BYTES - BLOCK, data) == 0
+        assert daemon.client.resize(each.name, GROWN_BYTES).before_bytes == SIZE_BYTES
+        assert disk_bytes(each.path) == GROWN_BYTES
+        assert write_block(each.path, GROWN_BYTES - BLOCK, added) == 0
+        # The workers of the next epoch serve the new size, too, and what was written there.
+        kill_worker_of(daemon, each.name)
+        wait_for_epoch(daemon, each.name, 2)
+        assert read_block(each.path, GROWN_BYTES - BLOCK, BLOCK) == added
+        assert read_block(each.path, SIZE_BYTES - BLOCK, 2 * BLOCK) == data + bytes(BLOCK)
+        assert total(daemon.rest(each.name), "errors") == 0
+    image, aside = daemon.path("grown.img"), daemon.path("aside")
+    image.rename(aside)
+    image.write_bytes(bytes(MIB))
+    with pytest.raises(DaemonError, match=r"^grown: keeps its size: .*the device is served from"):
+        daemon.client.resize("grown", 2 * GROWN_BYTES)
+    assert image.stat().st_size == MIB
+    aside.rename(image)
+    for each in devices:
+        daemon.delete(each.name)
 
 
 def test_requests_wait_for_a_store_that_is_away_and_no_other_takes_its_place(daemon: Daemon) -> None:
@@ -135,6 +197,28 @@ def test_what_a_dead_worker_has_under_way_ends_before_the_next_one_serves(
     daemon.delete("below")
 
 
+def test_a_discard_that_waits_in_the_block_device_below_holds_up_nothing_else(daemon: Daemon) -> None:
+    """A disk that can discard and not write zeroes cannot punch."""
+    plugin, begun, go = (daemon.path(name) for name in ("slow.py", "begun", "go"))
+    plugin.write_text(SLOW)
+    below = daemon.add("below", str(plugin))
+    above = daemon.add("above", "file", {"path": below.path}, isolation="none")
+    assert above.path is not None
+    data = os.urandom(BLOCK)
+    assert write_block(above.path, 0, data) == 0
+    command = ["blkdiscard", "--offset", str(MIB), "--length", str(MIB), above.path]
+    discard = subprocess.Popen(command)
+    eventually(begun.exists, "the discard has come below")
+    reader = Forked(lambda: int(read_block(above.path or "", 0, BLOCK) != data))
+    try:
+        eventually(lambda: not reader.running, "a read is answered meanwhile")
+    finally:
+        go.touch()
+    assert (reader.wait(), discard.wait()) == (0, 0)
+    daemon.delete("above")
+    daemon.delete("below")
+
+
 def kill_worker_of(daemon: Daemon, name: str) -> None:
     with seeded() as rng:
         kill_worker(daemon, name, rng)
@@ -144,10 +228,18 @@ def test_what_an_engine_in_the_workers_cannot_do_is_refused_in_one_line(daemon: 
     status = daemon.add("null", "null", {"size": "16M"}, isolation="none")
     assert status.path is not None
     assert write_block(status.path, 0, bytes(BLOCK)) == 0
-    for command in (("resize", "null", "32M"), ("drain", "null")):
-        refused = daemon.command_run(*command)
-        assert refused.returncode != 0 and "isolation none" in refused.stderr, refused
+    refused = daemon.command_run("drain", "null")
+    assert refused.returncode != 0 and "isolation none" in refused.stderr, refused
     daemon.delete("null")
+    memory = _add_memory(daemon, "memory")
+    refused = daemon.command_run("resize", "memory", "64M")
+    assert refused.returncode != 0 and "cannot grow" in refused.stderr, refused
+    assert memory.path is not None and disk_bytes(memory.path) == SIZE_BYTES
+    daemon.delete("memory")
+    refused = daemon.command_run(
+        "add", "cow", "--backend=cow", "--isolation=none", "--queues=2", "overlay=/x"
+    )
+    assert refused.returncode == 2 and "use one queue" in refused.stderr, refused
     path = daemon.path("missing.img")
     with pytest.raises(DaemonError, match="no such file"):
         daemon.add("missing", "file", {"path": path}, isolation="none")

@@ -9,7 +9,7 @@ import pytest
 from support.vm.daemon import Daemon
 from support.vm.files import make_file_system, mounted, run
 from support.vm.fio import drop_fio, finish_fio, start_fio
-from support.vm.process import Forked
+from support.vm.process import Forked, disk_bytes
 from support.vm.recovery import kill, wait_for_backend
 from ublkpool.daemon.errors import DaemonError, RemoteError
 from ublkpool.ublk.abi import Feature
@@ -17,11 +17,6 @@ from ublkpool.ublk.control import get_features
 
 MIB = 1 << 20
 OLD, NEW, LAST = 16 * MIB, 32 * MIB, 40 * MIB
-
-
-def disk_bytes(path: str) -> int:
-    """The size that the kernel has."""
-    return int((Path("/sys/block") / Path(path).name / "size").read_text()) * 512
 
 
 def resize_in_another_process(daemon: Daemon, name: str, size_bytes: int) -> Forked:

@@ -21,7 +21,12 @@
 #define ZEROES_BYTES (1u << 20)
 #define SECTOR_BYTES 512u
 
-enum step { MOVE, PUNCH, ZERO_RANGE, ZERO_WRITE, SYNC };
+/* Linux 6.12; older headers lack it. */
+#ifndef BLOCK_URING_CMD_DISCARD
+#define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
+#endif
+
+enum step { MOVE, PUNCH, DISCARD, ZERO_RANGE, ZERO_WRITE, SYNC };
 
 /* A request's progress, by its index. */
 struct work {
@@ -40,7 +45,7 @@ struct file_storage {
 	uint64_t size_bytes; /* the device's */
 	uint32_t requests, writes_runnable;
 	struct store_file store;
-	bool is_block_device, no_punch, no_zero_range;
+	bool is_block_device, no_punch, no_discard, no_zero_range;
 	bool was_measured; /* in this turn */
 	bool was_changed;  /* since the file was measured after a change */
 	bool is_cut;       /* shorter than the device: no request is started any more */
@@ -122,6 +127,14 @@ static void prepare_move(struct file_storage *f, const struct storage_request *r
 		sqe->rw_flags = RWF_DSYNC;
 }
 
+static void prepare_discard(const struct file_storage *f, const struct wire_descriptor *d, struct io_uring_sqe *sqe)
+{
+	io_uring_prep_rw(IORING_OP_URING_CMD, sqe, f->store.file, NULL, 0, 0);
+	sqe->cmd_op = BLOCK_URING_CMD_DISCARD;
+	sqe->addr = d->offset;
+	sqe->addr3 = d->length;
+}
+
 static void prepare_one(struct file_storage *f, const struct storage_request *r, struct io_uring_sqe *sqe)
 {
 	const struct wire_descriptor *d = &r->d;
@@ -133,6 +146,9 @@ static void prepare_one(struct file_storage *f, const struct storage_request *r,
 	case PUNCH:
 		io_uring_prep_fallocate(sqe, f->store.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
 					(off_t)d->offset, (off_t)d->length);
+		break;
+	case DISCARD:
+		prepare_discard(f, d, sqe);
 		break;
 	case ZERO_RANGE:
 		io_uring_prep_fallocate(sqe, f->store.file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
@@ -187,7 +203,8 @@ static void give_up(struct file_storage *f, struct storage_request *r, int32_t r
 	engine_finish(f->base.engine, r, result);
 }
 
-/* BLKDISCARD, for a block device that cannot punch. */
+/* BLKDISCARD, for a block device that cannot punch on a kernel without the command for that.  It may wait for the
+ * disk, and this thread with it. */
 static void finish_discard(struct file_storage *f, struct storage_request *r)
 {
 	uint64_t range[2] = { r->d.offset, r->d.length };
@@ -205,8 +222,17 @@ static void punch_unsupported(struct file_storage *f, struct storage_request *r)
 	f->base.count->fallbacks++;
 	if (r->d.op == WIRE_WRITE_ZEROES)
 		run(f, r, f->no_zero_range ? ZERO_WRITE : ZERO_RANGE);
+	else if (f->is_block_device && !f->no_discard)
+		run(f, r, DISCARD);
 	else
 		finish_discard(f, r);
+}
+
+static void discard_unsupported(struct file_storage *f, struct storage_request *r)
+{
+	f->no_discard = true;
+	f->base.count->fallbacks++;
+	finish_discard(f, r);
 }
 
 static void zero_range_unsupported(struct file_storage *f, struct storage_request *r)
@@ -223,6 +249,8 @@ static void failed(struct file_storage *f, struct storage_request *r, int32_t re
 		run(f, r, step);
 	else if (step == PUNCH && is_unsupported(result))
 		punch_unsupported(f, r);
+	else if (step == DISCARD && is_unsupported(result))
+		discard_unsupported(f, r);
 	else if (step == ZERO_RANGE && is_unsupported(result))
 		zero_range_unsupported(f, r);
 	else

@@ -8,6 +8,7 @@ import msgspec
 
 from support.fakes.device_parts import SIZE_BYTES, FakeKernel, FakeSession, FakeTeam, fake_device
 from support.fakes.states import FakeStates
+from ublkpool.bufpool.wire import Identity
 from ublkpool.daemon.device import adoption
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
@@ -72,6 +73,31 @@ class GrowingSession(FakeSession):
         self.world.step("store", lambda: setattr(self.world, "store_bytes", size_bytes))
 
 
+class GrowingStore:
+    """The same of a device whose workers run its engine themselves."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def grow(self, bound: Identity, served_bytes: int, wanted_bytes: int) -> None:
+        await asyncio.sleep(0)
+        self.world.step("store", lambda: setattr(self.world, "store_bytes", wanted_bytes))
+
+
+class GrowingTeam(FakeTeam):
+    """Workers whose engines learn the size."""
+
+    can_resize = True
+
+    def __init__(self, world: World, kernel: FakeKernel) -> None:
+        super().__init__(kernel)
+        self.world = world
+
+    async def resize(self, size_bytes: int) -> None:
+        await asyncio.sleep(0)
+        self.world.step("engines", lambda: None)
+
+
 class GrowingKernel(FakeKernel):
     """A kernel's device whose disk is the world's."""
 
@@ -116,6 +142,13 @@ def daemon_on(world: World, session: FakeSession | None = None, **config: Any) -
         "record", lambda: setattr(world, "record", parts.resources.disk)
     )
     return device
+
+
+def runs_inside(device: Device, world: World) -> None:
+    """Let the device's workers run its engine themselves."""
+    parts = device.parts
+    parts.inside = cast(Any, GrowingStore(world))
+    parts.resources.team = cast(Any, GrowingTeam(world, cast(Any, parts.resources.kernel)))
 
 
 async def bound(device: Device, world: World) -> None:

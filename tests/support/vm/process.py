@@ -60,6 +60,11 @@ def write_block(path: str, offset: int, data: bytes, flags: int = 0) -> int:
     return _direct(path, os.O_RDWR, len(data), lambda fd, page: _put(fd, page, data, offset, flags))
 
 
+def disk_bytes(path: str) -> int:
+    """The size of a disk that the kernel has."""
+    return int((Path("/sys/block") / Path(path).name / "size").read_text()) * 512
+
+
 def read_block(path: str, offset: int, length: int) -> bytes:
     """One direct read.  Raises `OSError`."""
     found = bytearray()
