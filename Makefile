@@ -28,7 +28,7 @@ SANITIZED_SUITES ?= tests/sim tests/unit
 BESIDE_GUESTS ?=
 # Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
-# `make bench`: quick, full, growth, doorbell, exact, nbd or rbd; where the numbers go; how many CPUs a guest has.
+# `make bench`: quick, full, growth, density, doorbell, exact, nbd or rbd; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
 BENCH_OUT ?= bench/out
 BENCH_CPUS ?= 2
@@ -36,7 +36,7 @@ BENCH_ARGS ?=
 # One boot unless KERNELS was given.
 BENCH_KERNELS = $(if $(filter file,$(origin KERNELS)),7.3,$(KERNELS))
 BENCH_TIMEOUT_S = $(if $(filter quick nbd rbd,$(MODE)),3600,10800)
-BENCH_STEPS = $(if $(filter growth doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
+BENCH_STEPS = $(if $(filter growth density doorbell,$(MODE)),$(MODE),"measure --mode $(MODE)" $(if $(filter full exact,$(MODE)),growth))
 BENCH_GUEST = $(if $(filter exact rbd doorbell,$(MODE)),--exact,--cpus $(BENCH_CPUS))
 # What the wheel and the Debian package are made of.
 PACKAGED = $(shell find backends bufpool daemon ublk workers src config docs examples debian packaging -type f \
@@ -288,7 +288,7 @@ $(VENV)/.bench: $(VENV)/.built
 	@UBLKPOOL_CHECKED=1 $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
-bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, doorbell, exact, nbd or rbd
+bench: compiled bench-host $(VENV)/.bench ## peers and ours side by side, MODE=quick, full, growth, density, doorbell, exact, nbd or rbd
 	@$(PY) -m compileall -q bench
 	@$(PY) -m bench fetch $(BENCH_OUT)
 	@$(PY) -m bench cost $(BENCH_OUT)

@@ -1,7 +1,7 @@
-"""The command line: `python -m bench fetch | cost | measure | growth | doorbell | report`; `make bench` calls it in
-this order.
+"""The command line: `python -m bench fetch | cost | measure | growth | density | doorbell | report`; `make bench` calls
+it in this order.
 
-`measure`, `growth` and `doorbell` run where the driver is, in the guest or on the machine itself, as root.
+`measure`, `growth`, `density` and `doorbell` run where the driver is, in the guest or on the machine itself, as root.
 """
 
 import os
@@ -132,6 +132,33 @@ def run_growth(devices_max: int, only: str, revision: str, host_load: str, out: 
     sys.exit(1 if growth.errors else 0)
 
 
+@main.command(name="density")
+@click.option("--devices", default=100, show_default=True, help="How many live at once.")
+@click.option("--rounds", default=5, show_default=True, help="How often each kind of device comes and goes.")
+@click.option("--revision", default="", help="What is measured, for the report.")
+@click.option("--host-load", default="", help="What else runs on the host, for the report.")
+@click.argument("out", type=_directory)
+def run_density(devices: int, rounds: int, revision: str, host_load: str, out: Path) -> None:
+    """Measure how fast devices come and go, and what idle ones take; status 1 if a measurement failed."""
+    from bench.density import measure_density
+    from bench.density_results import Density
+    from bench.results import write_result
+
+    density = Density(
+        kernel=platform.release(),
+        date=_today(),
+        cpus=os.cpu_count() or 1,
+        emulated=_is_emulated(),
+        revision=revision,
+        host_load=host_load,
+    )
+    path = result_path(out, "density")
+    # Without what the tests watch for in the daemon, which costs each of its calls something.
+    with _stage(out, "ublkpool.daemon") as stage:
+        measure_density(stage, density, say, lambda each: write_result(each, path), devices, rounds)
+    sys.exit(1 if density.errors else 0)
+
+
 @main.command(name="doorbell")
 @click.option("--revision", default="", hidden=True)
 @click.option("--host-load", default="", hidden=True)
@@ -163,13 +190,13 @@ def _instructions(out: Path) -> list[InstructionCost]:
 
 
 @contextmanager
-def _stage(out: Path) -> Iterator["Stage"]:
+def _stage(out: Path, module: str = "support.vm.watched_daemon") -> Iterator["Stage"]:
     from bench.stage import Stage
 
     # The peers' programs are not on every user's path.
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     scratch = tempfile.TemporaryDirectory(prefix="ublkpool-bench-", dir="/dev/shm")
-    with scratch as directory, Stage(Path(directory), (out / KUBLK).absolute()) as stage:
+    with scratch as directory, Stage(Path(directory), (out / KUBLK).absolute(), module) as stage:
         yield stage
 
 

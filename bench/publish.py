@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from bench.charts import draw_cpu, draw_speed
+from bench.density_results import Density, density_report
 from bench.doorbell import Doorbells, doorbell_report
 from bench.exact import exact_report
 from bench.growth_results import Growth, growth_report
@@ -39,6 +40,8 @@ def publish(out: Path, into: Path, instructions: Sequence[InstructionCost], note
         sections.append(exact_report(read_result(path)))
     for path in sorted(out.glob("growth-exact-*.json"), reverse=True):
         sections.append(growth_report(_growth(path)))
+    for path in sorted(out.glob("density-*.json"), reverse=True):
+        sections.append(density_report(msgspec.json.decode(path.read_bytes(), type=Density)))
     for path in sorted(out.glob("nbd-*.json"), reverse=True):
         sections.append(nbd_report(read_result(path)))
     for path in sorted(out.glob("rbd-*.json"), reverse=True):

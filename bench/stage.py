@@ -93,9 +93,11 @@ class StageError(Exception):
 class Stage:
     """The context; its end stops the daemon."""
 
-    def __init__(self, directory: Path, kublk: Path) -> None:
+    def __init__(self, directory: Path, kublk: Path, module: str = "support.vm.watched_daemon") -> None:
+        """`module` is the program that runs as the daemon."""
         self.directory = directory
         self.kublk = kublk
+        self._module = module
         self._daemon: Daemon | None = None
         self._cleanup = ExitStack()
         self._numbers = iter(range(100, 1000))
@@ -112,7 +114,7 @@ class Stage:
     def daemon(self) -> Daemon:
         """Our daemon, started at the first use."""
         if self._daemon is None:
-            daemon = Daemon(name="bench")
+            daemon = Daemon(name="bench", module=self._module)
             self._cleanup.callback(daemon.close)
             daemon.start()
             self._daemon = daemon
