@@ -16,6 +16,11 @@ _SAID: dict[State, str] = {"waiting": "waiting for", "failed": "failed"}
 _log = logging.getLogger("ublkpool.supervisor")
 
 
+def is_heard() -> bool:
+    """Whether a service manager listens."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def ready(status: str = "") -> None:
     """The service answers requests."""
     _send("READY=1", status)

@@ -44,6 +44,8 @@ from ublkpool.daemon.takeover import TakeOver
 
 _log = logging.getLogger("ublkpool.supervisor")
 _Names = list[str]
+LOOKED_AT_ONCE_MAX = 8
+"""Devices whose users are looked for at the same time: a look reads what every process of the machine has open."""
 
 
 class Supervisor:
@@ -79,7 +81,8 @@ class Supervisor:
         notify.ready(self._status())
 
     def _tell_status(self) -> None:
-        if self._is_ready:
+        # The text is about all devices, and each has several changes in its start.
+        if self._is_ready and notify.is_heard():
             notify.status(self._status())
 
     def _status(self) -> str:
@@ -345,7 +348,13 @@ class Supervisor:
 
 async def _check_all_unused(devices: Sequence[Device]) -> None:
     """Raise `DaemonError` that names the users of every one of these devices that is in use."""
-    found = await asyncio.gather(*(device.check_unused() for device in devices), return_exceptions=True)
+    turns = asyncio.Semaphore(LOOKED_AT_ONCE_MAX)
+
+    async def check(device: Device) -> None:
+        async with turns:
+            await device.check_unused()
+
+    found = await asyncio.gather(*map(check, devices), return_exceptions=True)
     refusals = [each for each in found if isinstance(each, DaemonError)]
     for each in found:
         if isinstance(each, BaseException) and not isinstance(each, DaemonError):

@@ -18,6 +18,8 @@ from ublkpool.daemon.settings.config import DeviceConfig
 
 DELETE_DEADLINE_S = 100.0
 """For one device at the daemon's end: a service manager kills the daemon after 120 s."""
+DELETED_AT_ONCE_MAX = 64
+"""Devices at the daemon's end: each needs a few processes, whose number must not grow with the devices."""
 _log = logging.getLogger("ublkpool.supervisor")
 Show = Callable[[Device], None]
 """Takes the device that stands for the name from now on."""
@@ -203,8 +205,8 @@ class DeviceTable:
     async def delete_all(self) -> bool:
         """At the daemon's end: remove every device, in use or not, side by side; whether all have gone."""
         self.close()
-        names = list(self._entries)
-        return all(await asyncio.gather(*(self._delete_at_end(name) for name in names)))
+        names, turns = list(self._entries), asyncio.Semaphore(DELETED_AT_ONCE_MAX)
+        return all(await asyncio.gather(*(self._delete_at_end(name, turns) for name in names)))
 
     async def at_rest(self, name: str) -> Device | None:
         """The device of this name when no task makes, takes over or removes it; None if there is none then."""
@@ -358,10 +360,10 @@ class DeviceTable:
             entry.forgets = False
             raise
 
-    async def _delete_at_end(self, name: str) -> bool:
+    async def _delete_at_end(self, name: str, turns: asyncio.Semaphore) -> bool:
         entry = self._entries.get(name)
         try:
-            async with asyncio.timeout(DELETE_DEADLINE_S):
+            async with turns, asyncio.timeout(DELETE_DEADLINE_S):
                 if entry is not None and entry.is_free and (use := await entry.device.describe_use()):
                     _log.warning("%s is in use and goes all the same: %s", name, use)
                 while name in self._entries:

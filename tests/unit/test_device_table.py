@@ -341,6 +341,39 @@ def test_a_device_that_cannot_be_removed_at_the_end_delays_no_other_and_is_repor
     in_loop(run)
 
 
+def test_as_many_devices_are_removed_at_the_same_time_as_may_have_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_table, "DELETED_AT_ONCE_MAX", 3)
+    running: list[str] = []
+    most: list[int] = []
+
+    async def run(world: World) -> None:
+        for number in range(10):
+            await world.table.add(managed(f"many{number}"), nothing)
+        for device in world.made:
+            really = device.delete
+
+            async def delete(
+                force: bool,
+                keep: bool = False,
+                forget: bool = False,
+                really: Callable[..., Awaitable[None]] = really,
+            ) -> None:
+                running.append("")
+                most.append(len(running))
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                running.pop()
+                await really(force, keep, forget)
+
+            device.delete = delete  # type: ignore[method-assign]
+        assert await world.table.delete_all()
+        assert world.kernel == [] and max(most) == 3 and len(most) == 10
+
+    in_loop(run)
+
+
 def test_a_wait_for_a_device_survives_its_replacement_by_a_takeover() -> None:
     async def run(world: World) -> None:
         second = FakeDevice(managed("vol0"), world)
