@@ -101,7 +101,11 @@ class WarmStarts:
         self._inherited = _inherited()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen([sys.executable, "-m", __name__], stdin=theirs.fileno())
+            # Pytest finds this module by its own setting, and a guest's environment has no PYTHONPATH.
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__], stdin=theirs.fileno(), env=environment
+            )
 
     def fits(self, command: Sequence[str]) -> bool:
         """Whether `start` can start this command, and it would inherit what a child of this process does."""
