@@ -35,9 +35,10 @@ class PtyTerminal:
         self.master, self.slave = os.openpty()
         self.resize(columns, lines, is_new=True)
         self.before = termios.tcgetattr(self.slave)
-        # setsid makes the command the leader of a session with this terminal, as a shell's is.
+        # setsid makes the command the leader of a session with this terminal, as a shell's is.  Under nohup these tests
+        # ignore SIGHUP, and what they start would, too.
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
+            ["env", "--default-signal=HUP", "setsid", "--ctty", *command],
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
