@@ -69,9 +69,11 @@ class EngineConnected:
             done("", "this worker connects already")
             return
         self._done = done
-        threading.Thread(target=self._run, name="ublkpool-connect", daemon=True).start()
+        # A descriptor of its own, because the thread may outlive this object.
+        bell = os.dup(self._bell)
+        threading.Thread(target=self._run, args=(bell,), name="ublkpool-connect", daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, bell: int) -> None:
         """On a thread of its own, whose threads are not bound to the queue's CPU."""
         try:
             os.sched_setaffinity(0, range(os.cpu_count() or 1))
@@ -81,7 +83,8 @@ class EngineConnected:
             self._outcome = _Outcome(owner, "")
         except Exception as error:
             self._outcome = _Outcome("", _reason(error))
-        os.eventfd_write(self._bell, 1)
+        os.eventfd_write(bell, 1)
+        os.close(bell)
 
     def _watch(self, fd: int, callback: Callable[[], None]) -> None:
         """On that thread, before the outcome; one descriptor at most."""

@@ -69,7 +69,7 @@ class FakeWorkerProcess(WorkerProcess):
     """A worker without a socket."""
 
     def __init__(self, queue: int, child: Child) -> None:
-        self.queue, self.child, self.fault = queue, child, ""
+        self.queue, self.child, self.fault, self.is_excluded = queue, child, "", False
 
 
 class FakeBrokerChannel(Channel[broker_commands.Command, broker_commands.Reply]):
