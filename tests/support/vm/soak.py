@@ -22,8 +22,12 @@ PAUSE_MAX_S = 1.5
 class Death:
     """Kills processes of a daemon that serves these devices."""
 
-    def __init__(self, daemon: Daemon, names: Sequence[str], rng: random.Random) -> None:
+    def __init__(
+        self, daemon: Daemon, names: Sequence[str], rng: random.Random, spared: Sequence[str] = ()
+    ) -> None:
+        """`spared` victims are never chosen."""
         self._daemon, self._names, self._rng = daemon, names, rng
+        self._victims = {what: often for what, often in VICTIMS.items() if what not in spared}
         self._since_rest = 0
         self._epoch_due = dict.fromkeys(names, 1)
         self.took: Counter[str] = Counter()
@@ -36,7 +40,7 @@ class Death:
         """Kill a victim, at a moment that the seed chooses."""
         # No condition to await: the random moment is the test.
         time.sleep(self._rng.uniform(0, PAUSE_MAX_S))
-        (what,) = self._rng.choices(list(VICTIMS), list(VICTIMS.values()))
+        (what,) = self._rng.choices(list(self._victims), list(self._victims.values()))
         self.take(what)
 
     def take(self, what: str) -> None:
