@@ -490,7 +490,7 @@ class SimWorkerProcess(WorkerProcess):
         self.queue = worker.task.queue
         self.cpu = None
         self.child = SimChild(f"worker of queue {self.queue}", lambda: on_kill(worker))
-        self.fault = ""
+        self.fault, self.is_excluded = "", False
         self._on_news = on_news
         self._loop = asyncio.get_running_loop()
         self._fetched = self._loop.create_future()
