@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.served import Client, serving
-from ublkpool.daemon import lifetime
+from ublkpool.daemon import lifetime, supervisor
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
@@ -292,3 +292,25 @@ def test_a_configured_device_deleted_during_a_takeover_stays_deleted_and_a_lost_
         assert await client.states() == {"lost": "waiting"}
 
     serving(config, test)
+
+
+def test_the_users_of_many_devices_are_looked_for_a_few_at_a_time_and_all_are_named() -> None:
+    class Looked:
+        now = most = 0
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def check_unused(self) -> None:
+            Looked.now += 1
+            Looked.most = max(Looked.most, Looked.now)
+            await asyncio.sleep(0)
+            Looked.now -= 1
+            if self.number % 10 == 0:
+                raise DaemonError(f"disk{self.number} is in use")
+
+    devices: Any = [Looked(number) for number in range(3 * supervisor.LOOKED_AT_ONCE_MAX)]
+    with pytest.raises(DaemonError) as refused:
+        asyncio.run(supervisor._check_all_unused(devices))
+    assert [f"disk{number} is in use" in str(refused.value) for number in (0, 10, 20)] == [True] * 3
+    assert Looked.most == supervisor.LOOKED_AT_ONCE_MAX

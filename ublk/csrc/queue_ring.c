@@ -319,17 +319,19 @@ static bool timer_ends_within(struct uq_ring *r, unsigned wait_ms)
 
 static int submit(struct uq_ring *r, unsigned wait_ms)
 {
-	struct __kernel_timespec ts;
 	struct io_uring_cqe *cqe;
 	int e;
 
 	uq_stats_of(r->q)->enters++;
-	if (!wait_ms)
+	if (!wait_ms) {
 		e = io_uring_submit_and_get_events(&r->ring);
-	else if (timer_ends_within(r, wait_ms))
+	} else if (timer_ends_within(r, wait_ms)) {
 		e = io_uring_submit_and_wait(&r->ring, 1);
-	else
-		ts = span(wait_ms), e = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
+	} else {
+		struct __kernel_timespec ts = span(wait_ms);
+
+		e = io_uring_submit_and_wait_timeout(&r->ring, &cqe, 1, &ts, NULL);
+	}
 	return e == -ETIME || e == -EINTR || e == -EAGAIN || e == -EBUSY ? 0 : e;
 }
 
