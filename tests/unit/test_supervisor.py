@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.served import Client, serving
-from ublkpool.daemon import lifetime, supervisor
+from ublkpool.daemon import lifetime, notify, supervisor
 from ublkpool.daemon.admin.wire import (
     AddRequest,
     DeleteRequest,
@@ -23,6 +23,7 @@ from ublkpool.daemon.events.keeper import earlier_events
 from ublkpool.daemon.events.kinds import DaemonStopped
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
+from ublkpool.daemon.status import State
 from ublkpool.daemon.takeover import TakeOver
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root only")
@@ -76,6 +77,32 @@ def test_the_daemon_is_ready_though_devices_wait_and_leaves_nothing(tmp_path: Pa
     # An add whose backend does not run yet is undone before the daemon says that it stops.
     assert [each for each in systemd.told() if each != "STOPPING=1"][-1] == "STATUS=serving 0 devices"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_a_status_text_is_composed_only_for_a_service_manager_that_listens(
+    tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch, is_heard: bool
+) -> None:
+    if not is_heard:
+        monkeypatch.delenv("NOTIFY_SOCKET")
+    composed: list[str] = []
+    describe = notify.describe
+
+    def note(devices: Iterable[tuple[str, State]]) -> str:
+        composed.append(describe(devices))
+        return composed[-1]
+
+    monkeypatch.setattr(notify, "describe", note)
+
+    async def test(client: Client) -> None:
+        composed.clear()
+        await client.ask(AddRequest(device=device("alone")))
+        await client.ask(DeleteRequest(names=["alone"]))
+
+    serving(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), test)
+    assert ("serving 0 devices; waiting for alone" in composed) == is_heard
+    assert bool(composed) == is_heard
+    assert bool(systemd.told()) == is_heard
 
 
 def test_a_device_of_the_config_that_cannot_start_is_listed_with_its_reason(
