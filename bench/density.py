@@ -1,7 +1,8 @@
-"""How fast devices come and go beside kublk's, and what many idle ones take.
+"""How fast devices come and go beside kublk's and nbd-client's, and what many idle ones take.
 
-All devices have one queue, depth 128 and requests up to 512 KiB, and the engine `null`.  An add ends when the node has
-been opened and read, a del when the node is gone.  Contestants take turns, so that a busy host hits all alike.
+All devices have one queue, depth 128 and requests up to 512 KiB, and the engine `null`; nbd-client has one connection
+to an nbdkit that runs.  An add ends when the node has been opened and read, a del when the node is gone, or
+disconnected.  Contestants take turns, so that a busy host hits all alike.
 """
 
 import os
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from bench.cells import REGION_BYTES
 from bench.density_results import Density, Life, Part, Whole
 from bench.measure import FAILURES
+from bench.nbd_clients import shared_nbdkit
+from bench.peers import load_module, nbd_client
 from bench.stage import Stage, run, wait_for
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
@@ -51,7 +54,7 @@ def _lives(stage: Stage, density: Density, say: Say, rounds: int) -> None:
         "isolation process": _config,
     }
     for number in range(rounds):
-        density.lives.append(_kublk(stage))
+        density.lives += [_kublk(stage), _nbd(stage)]
         for what, config in ours.items():
             name = f"life{number}"
             begun_s = time.monotonic()
@@ -62,7 +65,7 @@ def _lives(stage: Stage, density: Density, say: Say, rounds: int) -> None:
             client.delete([name])
             _await_gone(status.path)
             density.lives.append(_life(what, begun_s, added_s, time.monotonic()))
-    for each in density.lives[-len(ours) - 1 :]:
+    for each in density.lives[-len(ours) - 2 :]:
         say(f"{each.what}: add {each.add_ms:.0f} ms, del {each.del_ms:.0f} ms")
 
 
@@ -76,6 +79,18 @@ def _kublk(stage: Stage) -> Life:
     run(stage.kublk, "del", "-n", str(number))
     _await_gone(node)
     return _life("kublk", begun_s, added_s, time.monotonic())
+
+
+def _nbd(stage: Stage) -> Life:
+    load_module("nbd")
+    socket, _pid = shared_nbdkit(stage)
+    begun_s = time.monotonic()
+    with nbd_client(socket, connections=1) as node:
+        _read(node)
+        added_s = time.monotonic()
+    connected = Path(f"/sys/block/{Path(node).name}/pid")
+    wait_for(lambda: not connected.exists(), f"{node} is disconnected")
+    return _life("nbd-client", begun_s, added_s, time.monotonic())
 
 
 def _life(what: str, begun_s: float, added_s: float, gone_s: float) -> Life:

@@ -97,10 +97,10 @@ def _is_block_device(path: str) -> bool:
 
 
 @contextmanager
-def nbd_client(socket: Path) -> Iterator[str]:
-    """The node of a disk of nbd.ko, connected to the server at a unix socket by `QUEUES` connections."""
+def nbd_client(socket: Path, connections: int = QUEUES) -> Iterator[str]:
+    """The node of a disk of nbd.ko, connected to the server at a unix socket."""
     node = free_nbd()
-    run("nbd-client", "-unix", str(socket), node, "-C", str(QUEUES), "-N", "")
+    run("nbd-client", "-unix", str(socket), node, "-C", str(connections), "-N", "")
     try:
         wait_for(lambda: Path(f"/sys/block/{Path(node).name}/pid").exists(), f"{node} is connected")
         yield node
