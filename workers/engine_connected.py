@@ -19,6 +19,7 @@ from ublkpool.bufpool.sdk.inside import Connect, ConnectsInside
 from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk.queue import WATCH_SHIFT, IoUring, Queue
 from ublkpool.workers.engine_inside import EngineSpec, device_of, link
+from ublkpool.workers.engine_place import EnginePlace
 
 _WATCH_BELL, _WATCH_ALARM = 2, 3
 """In the place of `BackendDoors`' watches."""
@@ -32,13 +33,14 @@ class _Outcome(NamedTuple):
     reason: str
 
 
-class EngineConnected:
+class EngineConnected(EnginePlace):
     """The engine of a device's one queue."""
 
     def __init__(self, spec: EngineSpec, name: str, queue: Queue, pool: memoryview) -> None:
         """Nothing is connected yet."""
+        super().__init__(queue)
         assert isinstance(spec.storage, Connect)
-        self._connect, self._queue = spec.storage, queue
+        self._connect = spec.storage
         self._device: Device = replace(
             device_of(spec, name, queue, pool),
             generation=spec.storage.generation,
@@ -52,11 +54,6 @@ class EngineConnected:
         self._backend: ConnectsInside | None = None
         self._engine: NativeEngine | None = None
         self._alarm: tuple[int, Callable[[], None]] | None = None
-
-    @property
-    def token(self) -> str:
-        """Empty: no backend is expected."""
-        return ""
 
     def serve_on(self, ring: IoUring) -> None:
         """Use this io_uring, once there is a connection."""
@@ -103,23 +100,12 @@ class EngineConnected:
 
     def failure(self) -> str:
         """Why the queue has cut the engine off."""
-        return (self._engine.failure if self._engine is not None else "") or self._queue.violation()
+        return (self._engine.failure if self._engine is not None else "") or super().failure()
 
     @property
     def is_excluded(self) -> bool:
         """Whether another client has taken the store over."""
         return self._engine is not None and isinstance(self._engine.failed_by, StoreTaken)
-
-    def expect(self, token: bytes, user: int | None = None) -> None:
-        """Raise `OSError`: no backend can attach."""
-        if token:
-            raise OSError("the worker runs the device's engine itself")
-
-    def resize(self, size_bytes: int) -> None:
-        """Nothing: such a store does not grow while it is served."""
-
-    def take_places(self) -> None:
-        """Nothing: no backend comes."""
 
     def turn(self, bits: int) -> bool:
         """Handle what the watches in `bits` announce.  Raises `BackendError` if the store is lost."""

@@ -5,7 +5,6 @@ the same descriptors and its answers are judged alike, but they travel by functi
 and its I/O goes through the worker's own io_uring.  An engine that fails ends its worker, and the device is recovered.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ublkpool.bufpool.engine.cow import CowFiles, CowMap
@@ -16,15 +15,20 @@ from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import mappings
 from ublkpool.ublk.calls import ffi
 from ublkpool.ublk.queue import NULL, IoUring, Queue
+from ublkpool.workers.engine_place import EnginePlace
 
 OWN_SEGMENT = 1
 """The number of the memory disk's segment: the first that a backend would get."""
 
 
+class Awaited(NamedTuple):
+    """In the place of a storage: a prepared worker is told of it later, see `engine_awaited.py`."""
+
+
 class EngineSpec(NamedTuple):
     """The engine that each worker of a device opens, on descriptors that it inherits."""
 
-    storage: Storage | Connect
+    storage: Storage | Connect | Awaited
     size_bytes: int
     read_only: bool
     own_fd: int | None = None
@@ -37,29 +41,24 @@ class EngineSpec(NamedTuple):
         return memory + _files(self.storage)
 
 
-class EngineInside:
+class EngineInside(EnginePlace):
     """One queue's engine."""
 
     def __init__(self, spec: EngineSpec, name: str, queue: Queue, pool: memoryview) -> None:
         """Raises `BackendError`, `OSError`."""
-        self._queue = queue
+        super().__init__(queue)
         self._own_bytes = spec.own_bytes
         self._own: Any = NULL
         if spec.own_fd is not None:
             self._own = mappings.map_segment(spec.own_fd, spec.own_bytes)
         storage = spec.storage
-        assert not isinstance(storage, Connect)
+        assert not isinstance(storage, Connect | Awaited)
         self._map: CowMap | None = None
         if isinstance(storage, CowFiles):
             storage = storage.opened()
             self._map = storage.map
         device = device_of(spec, name, queue, pool, self._own)
         self._engine = NativeEngine(device, storage, read_only=spec.read_only)
-
-    @property
-    def token(self) -> str:
-        """Empty: no backend is expected."""
-        return ""
 
     def serve_on(self, ring: IoUring) -> None:
         """Answer from now on, with this io_uring.  Raises `OSError`."""
@@ -68,38 +67,11 @@ class EngineInside:
 
     def failure(self) -> str:
         """Why the queue has cut the engine off."""
-        return self._engine.failure or self._queue.violation()
-
-    @property
-    def is_excluded(self) -> bool:
-        """Whether another client has taken the store over."""
-        return False
-
-    def connect(self, done: Callable[[str, str], None]) -> None:
-        """Nothing: its store is open."""
-        done("", "this worker's store is no connection")
-
-    def serve(self) -> None:
-        """Nothing: it serves from the start."""
-
-    def expect(self, token: bytes, user: int | None = None) -> None:
-        """Raise `OSError`: no backend can attach."""
-        if token:
-            raise OSError("the workers run the device's engine themselves")
+        return self._engine.failure or super().failure()
 
     def resize(self, size_bytes: int) -> None:
         """The store has grown to at least this size: serve requests up to there."""
         self._engine.resize(size_bytes)
-
-    def take_places(self) -> None:
-        """Nothing: no backend comes."""
-
-    def turn(self, bits: int) -> bool:
-        """Nothing: the queue's io_uring serves the engine."""
-        return False
-
-    def leave(self) -> None:
-        """Nothing: the process's end does what is to be done."""
 
     def close(self) -> None:
         """Close the engine; the io_uring that it uses must not run any more."""
@@ -108,7 +80,7 @@ class EngineInside:
             self._map.close()
 
 
-def _files(storage: Storage | Connect) -> list[int]:
+def _files(storage: Storage | Connect | Awaited) -> list[int]:
     match storage:
         case FileStorage(file):
             return [file]

@@ -4,12 +4,15 @@ Owns the messages' fields and their coding, for both ends.  Messages are rare; n
 """
 
 import socket
+from typing import Literal
 
 import msgspec
 
+from ublkpool.bufpool.engine.cow import CowLayout
 from ublkpool.bufpool.packets import receive_packet, send_packet
 
 MESSAGE_BYTES_MAX = 16384
+StorageKind = Literal["null", "memory", "file", "cow"]
 
 
 class Expect(msgspec.Struct, tag="expect", tag_field="type", frozen=True):
@@ -88,6 +91,34 @@ class Serve(msgspec.Struct, tag="serve", tag_field="type", frozen=True):
     """The name under which the store is locked is on record: serve requests; `Linked` follows."""
 
 
+class ToldEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine that a prepared worker opens; sizes in bytes."""
+
+    storage: StorageKind
+    size_bytes: int
+    read_only: bool
+    own_bytes: int
+    """Of the memory disk."""
+    descriptors: int
+    """How many have come with `HandOver`."""
+    is_block_device: bool = False
+    cow: CowLayout | None = None
+
+
+class HandOver(msgspec.Struct, tag="hand_over", tag_field="type", frozen=True):
+    """A descriptor of the store travels with this; `Become` follows the last one."""
+
+
+class Become(msgspec.Struct, tag="become", tag_field="type", frozen=True, kw_only=True):
+    """To a prepared worker, whose device is on record under this name now: serve it, also if the supervisor ends."""
+
+    name: str
+    deadlines: SetDeadlines
+    engine: ToldEngine | None = None
+    """The engine to open, for a worker that has the place for one."""
+    id: int = 0
+
+
 class Report(msgspec.Struct, tag="report", tag_field="type", frozen=True):
     """Another supervisor has taken over: answer with `Standing`."""
 
@@ -155,6 +186,13 @@ class Connected(msgspec.Struct, tag="connected", tag_field="type", frozen=True):
     id: int = 0
 
 
+class Became(msgspec.Struct, tag="became", tag_field="type", frozen=True):
+    """The answer to `Become`: it is so from now on, or `reason` says why not."""
+
+    reason: str = ""
+    id: int = 0
+
+
 class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """The answer to `Report`; every message before it was meant for the earlier supervisor."""
 
@@ -215,7 +253,19 @@ class Fault(msgspec.Struct, tag="fault", tag_field="type", frozen=True):
 
 
 ToWorker = (
-    Expect | Lost | NewPool | SetDeadlines | Resize | Hold | FlushBackend | GiveUp | Connect | Serve | Report
+    Expect
+    | Lost
+    | NewPool
+    | SetDeadlines
+    | Resize
+    | Hold
+    | FlushBackend
+    | GiveUp
+    | Connect
+    | Serve
+    | HandOver
+    | Become
+    | Report
 )
 FromWorker = (
     Fetched
@@ -228,6 +278,7 @@ FromWorker = (
     | Holding
     | Flushing
     | Connected
+    | Became
     | Standing
     | Quiet
     | Flushed
@@ -237,8 +288,19 @@ FromWorker = (
     | Absent
     | Fault
 )
-Question = Expect | Lost | NewPool | SetDeadlines | Resize | Hold | FlushBackend | Connect | Report
-Answer = Expecting | LetGo | PoolChanged | DeadlinesSet | Resized | Holding | Flushing | Connected | Standing
+Question = Expect | Lost | NewPool | SetDeadlines | Resize | Hold | FlushBackend | Connect | Become | Report
+Answer = (
+    Expecting
+    | LetGo
+    | PoolChanged
+    | DeadlinesSet
+    | Resized
+    | Holding
+    | Flushing
+    | Connected
+    | Became
+    | Standing
+)
 ANSWERS: dict[type[Question], type[Answer]] = {
     Expect: Expecting,
     Lost: LetGo,
@@ -248,6 +310,7 @@ ANSWERS: dict[type[Question], type[Answer]] = {
     Hold: Holding,
     FlushBackend: Flushing,
     Connect: Connected,
+    Become: Became,
     Report: Standing,
 }
 """The type of the answer to each question; a worker of an earlier version repeats no `id`."""

@@ -26,8 +26,10 @@ from ublkpool.ublk.queue import Attention, IoUring, LinkState, Memory, Queue, Qu
 from ublkpool.workers import messages
 from ublkpool.workers.backend_doors import BackendDoors
 from ublkpool.workers.backend_link import BackendLink
+from ublkpool.workers.engine_awaited import EngineAwaited
 from ublkpool.workers.engine_connected import EngineConnected
-from ublkpool.workers.engine_inside import EngineInside, EngineSpec
+from ublkpool.workers.engine_inside import Awaited, EngineInside, EngineSpec
+from ublkpool.workers.engine_place import EnginePlace
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.privileges import Account, give_up_rights, run_without_capabilities
@@ -68,6 +70,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The engine that answers in this process; None: a backend in its own process does."""
     account: Account | None = None
     """The user that the worker becomes once its tags are fetched; None: it keeps the daemon's rights."""
+    is_prepared: bool = False
+    """Whether no device has taken it yet: it ends with its supervisor until `messages.Become`."""
 
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
@@ -106,7 +110,7 @@ class QueueLoop:
         self._look_at_s = 0.0
         self._broken = ""
         self._is_excluded = False
-        self._backend: BackendDoors | EngineInside | EngineConnected = (
+        self._backend: BackendDoors | EnginePlace = (
             self._doors() if spec.engine is None else self._engine(spec.engine, memory)
         )
         self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
@@ -127,8 +131,10 @@ class QueueLoop:
         frames = BackendLink(self._context, spec.queue_socket, *where)
         return BackendDoors(frames, RingLink(spec.ring_socket, *where))
 
-    def _engine(self, spec: EngineSpec, memory: Memory) -> EngineInside | EngineConnected:
+    def _engine(self, spec: EngineSpec, memory: Memory) -> EnginePlace:
         pool = memoryview(ffi.buffer(memory.pool, self._arena.geometry.total_bytes))
+        if isinstance(spec.storage, Awaited):
+            return EngineAwaited(self._queue, pool)
         kind = EngineConnected if isinstance(spec.storage, Connect) else EngineInside
         return kind(spec, self._spec.name, self._queue, pool)
 
@@ -165,7 +171,7 @@ class QueueLoop:
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_SUPERVISOR:
             self._hear_supervisor()
             # The next daemon may not have a record of a worker that was forked just before its supervisor ended.
-            if self._supervisor is None and not self._started:
+            if self._supervisor is None and (not self._started or self._spec.is_prepared):
                 return 1
         if bits >> core.WATCH_SHIFT & 1 << _WATCH_GATE:
             self._gate.look()
@@ -269,14 +275,8 @@ class QueueLoop:
 
     def _obey(self, message: messages.ToWorker | None, fd: int | None) -> None:
         match message:
-            case messages.Expect():
-                self._expect(message, fd)
-            case messages.Lost():
-                self._backend.expect(b"")
-                self._queue.lost()
-                self._tell(messages.LetGo(message.id))
-            case messages.NewPool():
-                self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
+            case messages.Expect() | messages.Lost() | messages.NewPool():
+                self._obey_about_backend(message, fd)
             case messages.SetDeadlines() | messages.Resize():
                 self._change(message)
             case messages.Hold(on):
@@ -285,8 +285,10 @@ class QueueLoop:
                 self._tell(messages.Holding(message.id))
             case messages.FlushBackend():
                 self._tell(messages.Flushing(self._queue.flush(), message.id))
-            case messages.Connect() | messages.Serve() | messages.GiveUp():
-                self._obey_about_store(message)
+            case messages.HandOver() | messages.Become() | messages.Connect() | messages.Serve():
+                self._obey_about_store(message, fd)
+            case messages.GiveUp():
+                self._queue.give_up()
             case messages.Report():
                 self._gate.succeed()
                 is_linked = self._queue.link is LinkState.UP
@@ -305,14 +307,37 @@ class QueueLoop:
                     )
                 )
             case None:
-                _log.info(
-                    "%s queue %d: the supervisor is gone; serving on", self._spec.name, self._spec.queue.queue
-                )
+                if not self._spec.is_prepared:
+                    _log.info(
+                        "%s queue %d: the supervisor is gone; serving on",
+                        self._spec.name,
+                        self._spec.queue.queue,
+                    )
                 self._ring.watch(_WATCH_SUPERVISOR, -1)
                 self._supervisor = None
 
-    def _obey_about_store(self, message: messages.Connect | messages.Serve | messages.GiveUp) -> None:
+    def _obey_about_backend(
+        self, message: messages.Expect | messages.Lost | messages.NewPool, fd: int | None
+    ) -> None:
         match message:
+            case messages.Expect():
+                self._expect(message, fd)
+            case messages.Lost():
+                self._backend.expect(b"")
+                self._queue.lost()
+                self._tell(messages.LetGo(message.id))
+            case messages.NewPool():
+                self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
+
+    def _obey_about_store(
+        self, message: messages.HandOver | messages.Become | messages.Connect | messages.Serve, fd: int | None
+    ) -> None:
+        match message:
+            case messages.HandOver():
+                assert isinstance(self._backend, EngineAwaited)
+                self._backend.take(fd)
+            case messages.Become():
+                self._tell(messages.Became(self._become(message), message.id))
             case messages.Connect(number):
                 self._backend.connect(
                     lambda owner, reason: self._tell(messages.Connected(owner, reason, number))
@@ -322,8 +347,19 @@ class QueueLoop:
                     self._backend.serve()
                 except (BackendError, OSError) as error:
                     self._broken = f"queue {self._spec.queue.queue}: {error}"
-            case messages.GiveUp():
-                self._queue.give_up()
+
+    def _become(self, message: messages.Become) -> str:
+        """Of a prepared worker: from now on it is this device's; the reason of a failure, or empty."""
+        deadlines = message.deadlines
+        self._queue.set_deadlines(deadlines.timeout_ms, deadlines.fail_on_timeout, deadlines.absent_ms)
+        try:
+            if message.engine is not None:
+                assert isinstance(self._backend, EngineAwaited)
+                self._backend = self._backend.begin(message.engine, message.name)
+        except (BackendError, OSError) as error:
+            return f"queue {self._spec.queue.queue}: {error}"
+        self._spec = msgspec.structs.replace(self._spec, name=message.name, is_prepared=False)
+        return ""
 
     def _change(self, message: messages.SetDeadlines | messages.Resize) -> None:
         if isinstance(message, messages.Resize):

@@ -8,7 +8,7 @@ import asyncio
 import errno
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -127,10 +127,23 @@ class WorkerProcess:
         assert isinstance(message, messages.Answer)
         return message
 
-    def tell(self, message: messages.ToWorker) -> None:
+    async def become(self, message: messages.Become, files: Sequence[int]) -> None:
+        """Have a prepared worker serve a device, on these descriptors.  Raises `DaemonError` if it cannot."""
+        for fd in files:
+            self.tell(messages.HandOver(), fd)
+        answer = await self.ask(message)
+        assert isinstance(answer, messages.Became)
+        if answer.reason:
+            raise DaemonError(answer.reason)
+
+    def report_to(self, on_news: Callable[["WorkerProcess", messages.FromWorker], None]) -> None:
+        """From now on its news are another device's."""
+        self._on_news = on_news
+
+    def tell(self, message: messages.ToWorker, fd: int | None = None) -> None:
         """Send a message that has no answer.  Raises `DaemonError` if the worker has ended."""
         with self._naming_failure():
-            self._channel.send(message)
+            self._channel.send(message, fd)
 
     @contextmanager
     def _naming_failure(self) -> Iterator[None]:
