@@ -114,6 +114,7 @@ async def _leave(supervisor: Supervisor, ending: _Ending) -> None:
     except TimeoutError:
         # The next daemon recovers the device, as after a crash.
         _log.warning("a device is still changing after %.0f s; leaving it so", SETTLE_DEADLINE_S)
+    await supervisor.prepared.end()
     await ending.leave()
 
 
@@ -171,6 +172,7 @@ async def _begin(
     background = Background("the daemon")
     supervisor = Supervisor(context, background, config)
     ending.push_async_callback(supervisor.delete_all)
+    ending.push_async_callback(supervisor.prepared.end)
     ending.callback(background.cancel)
     for restarting in (broker.keep_running(supervisor.broker_restarted), context.holder.keep_running()):
         background.spawn(restarting)

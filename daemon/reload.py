@@ -18,7 +18,7 @@ from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import ConfigError, DaemonError, one_line, without_name
 from ublkpool.daemon.settings.changes import APPLIES, differences, user_key
-from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, MetricsTable, ServeConfig
+from ublkpool.daemon.settings.config import DaemonTable, DeviceConfig, MetricsTable, PrepareTable, ServeConfig
 from ublkpool.daemon.settings.config_file import load_config
 from ublkpool.daemon.settings.user_devices import all_fitted
 from ublkpool.daemon.status import Reloaded
@@ -34,6 +34,7 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     devices: list[DeviceConfig] = []
     table: DaemonTable = DaemonTable()
     metrics: MetricsTable | None = None
+    prepare: PrepareTable = PrepareTable()
 
 
 class Reload:
@@ -120,7 +121,9 @@ def _load(file: Path, live_mounts: int | None, is_privileged: bool) -> Read:
         devices = config.devices if is_privileged else all_fitted(config.devices)
     except ConfigError as error:
         return Read(problems=error.lines)
-    return Read(devices=list(devices), table=config.table, metrics=config.metrics_table)
+    return Read(
+        devices=list(devices), table=config.table, metrics=config.metrics_table, prepare=config.prepare_table
+    )
 
 
 async def _change(device: Device, wanted: DeviceConfig) -> Reloaded:
@@ -158,6 +161,7 @@ def _of_daemon(before: ServeConfig, now: Read) -> list[Reloaded]:
     fields = [each for each in DaemonTable.__struct_fields__ if each != "memory_max_bytes"]
     keys = [user_key(each) for each in fields if getattr(before.table, each) != getattr(now.table, each)]
     keys += ["metrics"] if before.metrics_table != now.metrics else []
+    keys += ["prepare"] if before.prepare_table != now.prepare else []
     return (
         [Reloaded(name="daemon", needs=f"{', '.join(keys)}: needs a restart of the daemon")] if keys else []
     )

@@ -212,6 +212,10 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of all devices that counts for `memory_max`."""
     memory_max_bytes: int = 0
     """`memory_max`; 0: none."""
+    prepared: int = 0
+    """How many prepared devices an add can take now."""
+    prepared_wanted: int = 0
+    """How many the daemon keeps; 0: none are prepared."""
 
 
 CUT_OFF_REASONS = (

@@ -19,12 +19,14 @@ from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.binding import Binding
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.prepared import is_reserved
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import BrokerReplaced, MachineGoesDown, StoreRebound
 from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.going_down import GoingDown
 from ublkpool.daemon.lost_devices import LostDevices
+from ublkpool.daemon.prepared_stock import PreparedStock
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.metrics_process import MetricsProcess
 from ublkpool.daemon.reload import Reload
@@ -61,11 +63,19 @@ class Supervisor:
         self._context = context
         self._background = background
         self._table = DeviceTable(
-            lambda cfg: Device(cfg, context), self._tell_status, context.events, context.budget.refusal_of
+            lambda cfg: Device(cfg, context, self.prepared.take),
+            self._tell_status,
+            context.events,
+            self._refusal,
         )
         context.budget.devices = self._table.devices
+        prepare = config.prepare if config is not None else None
+        if prepare is not None and not context.is_privileged:
+            _log.warning("no devices are prepared: the driver gives an ordinary user's daemon few")
+            prepare = None
+        self.prepared = PreparedStock(context, prepare, lambda: self._table.is_adding)
         self.config_file = Reload(config or ServeConfig(), context, self._table)
-        self.lost = LostDevices(context, lambda: {each.mark for each in self._table.devices()})
+        self.lost = LostDevices(context, self._marks)
         self.stopped = asyncio.Event()
         self.metrics: MetricsProcess | None = None
         """None where no metrics are served."""
@@ -74,6 +84,14 @@ class Supervisor:
         """Whether the devices end with the daemon, whatever `on_stop` says."""
         self._is_going_down = False
         self._is_ready = False
+
+    def _refusal(self, cfg: DeviceConfig) -> str:
+        if is_reserved(cfg.name):
+            return "names that begin so are those of prepared devices: choose another"
+        return self._context.budget.refusal_of(cfg)
+
+    def _marks(self) -> set[int]:
+        return {each.mark for each in self._table.devices()} | self.prepared.marks
 
     def ready(self) -> None:
         """Tell the service manager that the daemon serves, and from now on which devices do not."""
@@ -124,6 +142,7 @@ class Supervisor:
 
     def take_over(self, left: TakeOver) -> Sequence["asyncio.Task[None]"]:
         """Take over every device of an earlier daemon, side by side."""
+        self.prepared.begin(left.prepared, left.remove_prepared)
         return [self._table.take_over(record, partial(left.device, record)) for record in left.records]
 
     async def delete(self, names: _Names | None, force: bool, *, forget: bool = True) -> Sequence[str]:
@@ -261,6 +280,8 @@ class Supervisor:
             processes=tuple(ProcessStatus(role=role, pid=pid) for role, pid in found if pid is not None),
             memory_bytes=context.budget.used_bytes,
             memory_max_bytes=context.budget.max_bytes,
+            prepared=self.prepared.ready_count,
+            prepared_wanted=self.prepared.wanted_count,
         )
 
     def tell_memory(self) -> None:
@@ -340,6 +361,7 @@ class Supervisor:
         self.events.record(replaced, text, severity="info" if broker.was_replaced else None)
         for device in self._table.devices():
             await device.broker_restarted()
+        await self.prepared.broker_restarted()
 
     async def delete_all(self) -> None:
         """At the daemon's end: remove every device, in use or not; one that stays is left to the next daemon."""

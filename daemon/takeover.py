@@ -15,6 +15,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import arena_prefix, list_orphans, unlink_arena
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
+from ublkpool.daemon.device.prepared import is_reserved
 from ublkpool.daemon.device.records import Record, end_brokers, end_left
 from ublkpool.daemon.device.succession import may_go_on
 from ublkpool.daemon.errors import DaemonError, is_shortage, one_line
@@ -42,7 +43,12 @@ class TakeOver:
         """`held` are the holder's descriptors; devices in `configured` are added anew if the kernel has lost them."""
         self._context = context
         self._configured = configured
-        self.records = left
+        self.records = [each for each in left if not is_reserved(each.config.name)]
+        owned = {each.device_mark for each in self.records}
+        self._given = [each for each in left if is_reserved(each.config.name) and each.device_mark in owned]
+        """Prepared devices that a device had just taken: what is left of them is on that device's record, too."""
+        self.prepared = [each for each in left if each not in self.records and each not in self._given]
+        """Prepared devices, which are removed."""
         self._held = dict(held)
         self._broker_socket = held.get(HELD, held.get(EARLIER_HELD))
         self._said: dict[str, str] = {}
@@ -61,8 +67,11 @@ class TakeOver:
         Raises `PoolError`, `DaemonError`, `OSError`.
         """
         context, brokers = self._context, self._brokers()
+        for record in self._given:
+            context.holder.drop(record.config.name)
+            context.records.forget(record.config.name)
         # A new broker will listen where the old one does.
-        await end_brokers(self.records, brokers)
+        await end_brokers([*self.records, *self.prepared], brokers)
         numbers = [each.device_number for each in self.records if each.device_number is not None]
         self._remove_sockets(lambda number: number not in numbers)
         spared = {arena_prefix(context.instance, number) for number in numbers}
@@ -110,6 +119,14 @@ class TakeOver:
         if device.state != "failed" and record.device_number is not None:
             self.recovered.append(record.config.name)
         return True
+
+    async def remove_prepared(self, record: Record) -> None:
+        """Remove a prepared device.  Raises `DaemonError`, `PoolError`, `OSError`; then its record stays."""
+        await self._clear_away(record)
+        self._context.holder.drop(record.config.name)
+        device = Device(record.config, self._context)
+        device.await_takeover(record)
+        await device.recover_left(record, self._held)
 
     def tell_end(self, seconds: float) -> None:
         """Every device was taken over or given up, after `seconds`."""

@@ -46,6 +46,14 @@ if TYPE_CHECKING:
     help="Serve metrics for Prometheus there: ADDRESS:PORT such as 127.0.0.1:9847, unix for a socket in the run "
     "directory, or unix:PATH.  [default: the config's, or none]",
 )
+@click.option(
+    "--prepare",
+    type=click.IntRange(0, 1024),
+    metavar="N",
+    help="Keep N devices prepared, with workers and without a store, so that an add of a device of their shape takes "
+    "milliseconds: isolation none and a device's defaults, or what the config's [prepare] says.  "
+    "[default: the config's, or 0]",
+)
 @run_dir_option(default=None)
 def serve(
     config_file: Path | None,
@@ -53,6 +61,7 @@ def serve(
     replace: bool,
     state_dir: Path | None,
     listen: str | None,
+    prepare: int | None,
     run_dir: Path | None,
 ) -> int:
     """Run the daemon in the foreground, until SIGTERM.
@@ -64,6 +73,7 @@ def serve(
     ublkpool serve
     ublkpool serve -c /etc/ublkpool/ublkpool.toml
     ublkpool serve -c test.toml --run-dir /run/ublkpool-test
+    ublkpool serve --prepare 8        # eight devices wait for `add --isolation none`
     ublkpool serve --replace          # an upgrade: I/O pauses, nothing fails
     """
     config = _serve_config(config_file, run_dir)._replace(replace=replace)
@@ -73,6 +83,8 @@ def serve(
         config = config._replace(state_dir=state_dir)
     if listen is not None:
         config = config._replace(metrics=listen_address(listen, config.run_dir))
+    if prepare is not None:
+        config = _preparing(config, prepare)
     if config.metrics is not None:
         check_library()
     from ublkpool.daemon import logs
@@ -80,6 +92,15 @@ def serve(
 
     logs.configure(config.log_level, config.log_format)
     return serve_devices(config)
+
+
+def _preparing(config: "ServeConfig", count: int) -> "ServeConfig":
+    import msgspec
+
+    from ublkpool.daemon.settings.config import Prepare
+
+    table = msgspec.structs.replace(config.prepare_table, count=count)
+    return config._replace(prepare=Prepare.of(table) if count else None)
 
 
 def _serve_config(config_file: Path | None, run_dir: Path | None) -> "ServeConfig":

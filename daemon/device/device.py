@@ -22,7 +22,7 @@ from ublkpool.bufpool.memory_room import mib
 from ublkpool.bufpool.sdk.keeper import keeper_path
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device import adoption, client_buffers, drain, teardown
-from ublkpool.daemon.device.build import build
+from ublkpool.daemon.device.build import Take, build, nothing_prepared
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import alone, check_fits, disk_of
 from ublkpool.daemon.device.introduction import introduce, watch_backend
@@ -59,8 +59,10 @@ _log = logging.getLogger("ublkpool.device")
 class Device(DeviceService):
     """A device of the daemon's."""
 
-    def __init__(self, config: DeviceConfig, context: DaemonContext) -> None:
+    def __init__(self, config: DeviceConfig, context: DaemonContext, take: Take = nothing_prepared) -> None:
+        """`take`: where a prepared device is found."""
         super().__init__(DeviceParts(config, context))
+        self._take_prepared = take
         self._restart_limit = RestartLimit(asyncio.get_running_loop().time)
         self._is_open = False
         """Whether the disk has been opened once, after its partition scan."""
@@ -103,7 +105,7 @@ class Device(DeviceService):
         """Build the device and introduce its backend; without a session the workers answer requests themselves."""
         self._is_open = False
         try:
-            team = await build(self.parts, attach)
+            team = await build(self.parts, attach, self._take_prepared)
             if session is not None:
                 await introduce(self.parts, team, session, self._fail)
         except BaseException as error:

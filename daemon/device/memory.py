@@ -89,17 +89,30 @@ def _planned(config: DeviceConfig) -> Made | None:
 
 
 class MemoryBudget:
-    """What all devices of a daemon may have together."""
+    """What all devices of a daemon may have together.
+
+    Prepared devices have only what is left: none is made beyond the budget, and they give way to devices.
+    """
 
     def __init__(self, max_bytes: int = 0, devices: Callable[[], Sequence[Counted]] = tuple) -> None:
         """`max_bytes` 0 is no budget; `devices` are those that exist."""
         self.max_bytes = max_bytes
         self.devices = devices
+        self.prepared_bytes: Callable[[], int] = lambda: 0
+        """What prepared devices have."""
 
     @property
     def used_bytes(self) -> int:
-        """What the devices have."""
+        """What the devices have, and the prepared ones."""
+        return self._devices_bytes + self.prepared_bytes()
+
+    @property
+    def _devices_bytes(self) -> int:
         return sum(each.memory_bytes for each in self.devices())
+
+    def has_room(self, more_bytes: int) -> bool:
+        """Whether the budget leaves so much more for prepared devices."""
+        return not self.max_bytes or self.used_bytes + more_bytes <= self.max_bytes
 
     def refusal(self, name: str, needed_bytes: int) -> str:
         """Why this device cannot be made beside the others; empty if it can."""
@@ -120,7 +133,7 @@ class MemoryBudget:
     @property
     def excess(self) -> str:
         """In words, that the devices have more than the budget; empty if they have not."""
-        used_bytes = self.used_bytes
+        used_bytes = self._devices_bytes
         if not self.max_bytes or used_bytes <= self.max_bytes:
             return ""
         return (

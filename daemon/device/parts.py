@@ -26,6 +26,7 @@ from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.backoff import Backoff
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import Drain, State
+from ublkpool.workers.engine_inside import EngineSpec
 
 SAVE_PAUSE_S = 1.0
 SAVE_PAUSE_MAX_S = 30.0
@@ -187,11 +188,7 @@ class DeviceParts:
     async def fork(self, epoch: int) -> Team:
         """The workers of this epoch.  Raises `DaemonError`, `PoolError`, `OSError`."""
         await self.context.broker.be_reachable()
-        engine = None
-        if self.inside is not None:
-            assert self.resources.disk is not None
-            engine = self.inside.engine(self.resources.disk, self.binding.generation)
-        team = self.resources.new_team(epoch, engine)
+        team = self.resources.new_team(epoch, self.engine())
         # An epoch that has begun is never begun again, whichever process dies now.
         self.save()
         await team.fork()
@@ -199,8 +196,19 @@ class DeviceParts:
             self.inside.forked()
         self.save()
         team.recorded()
-        self.resources.hold_workers(team)
+        self.entrust(team)
         return team
+
+    def engine(self) -> EngineSpec | None:
+        """What the workers run themselves, of a store that is open."""
+        if self.inside is None:
+            return None
+        assert self.resources.disk is not None
+        return self.inside.engine(self.resources.disk, self.binding.generation)
+
+    def entrust(self, team: Team) -> None:
+        """The workers on record go on if this daemon ends."""
+        self.resources.hold_workers(team)
 
 
 def _inside(config: DeviceConfig, context: DaemonContext) -> InsideStore | None:

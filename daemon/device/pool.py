@@ -46,6 +46,17 @@ class Pool:
         self._is_fresh, self._user = False, None
         self._holder.hold(pool_name(self._device), arena.data_fd)
 
+    def take(self, prepared: "Pool") -> None:
+        """Go on with the memory of a prepared device, which no backend has had; `hold` comes next."""
+        assert self.arena is None
+        self.arena, prepared.arena = prepared.arena, None
+        self._is_fresh, self._user = True, None
+
+    def hold(self) -> None:
+        """Have the holder keep the memory.  Raises `OSError`."""
+        assert self.arena is not None
+        self._holder.hold(pool_name(self._device), self.arena.data_fd)
+
     def had_by(self, user: int) -> None:
         """A backend of this user has the memory."""
         self._is_fresh, self._user = False, user

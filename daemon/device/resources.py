@@ -33,7 +33,7 @@ from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.broker_process import Leases
 from ublkpool.daemon.processes.held_names import opener_names, pool_name, slice_name, worker_name
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
-from ublkpool.ublk.abi import Feature
+from ublkpool.ublk.abi import Feature, Parameters
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.record_gate import RecordGate
@@ -67,6 +67,8 @@ class DeviceResources:
         """Until it is on record that the device is drained; the workers' hold ends if this daemon ends before."""
         self.segment_bytes = 0
         """The size of the segment that its last backend has brought."""
+        self.is_prepared = False
+        """Whether no device has taken it yet, see `prepared.py`."""
         self.config = config
         self._context = context
         self._backend = backend
@@ -95,11 +97,31 @@ class DeviceResources:
         blocks = (arena.control.statistics_block(queue) for queue in range(arena.queues))
         return sum(read_statistics(block).counters[name] for block in blocks)
 
-    async def add_kernel(self, attach: wire.Attach) -> None:
-        """ADD_DEV and SET_PARAMS for the disk that this backend makes.  Raises `DaemonError`, `OSError`."""
-        assert self.disk is not None
-        asked = parameters(self.config, self.disk.size_bytes, attach)
+    async def add_kernel(self, attach: wire.Attach | None) -> None:
+        """ADD_DEV, and SET_PARAMS for the disk that this backend makes.  Raises `DaemonError`, `OSError`.
+
+        Without a backend SET_PARAMS is sent with START_DEV, once `take` was told of one.
+        """
+        asked = None if attach is None else self._parameters(attach)
         self.kernel = await BlockDevice.create(self._context.runner, self.config, asked, self.mark)
+
+    def _parameters(self, attach: wire.Attach) -> Parameters:
+        assert self.disk is not None
+        return parameters(self.config, self.disk.size_bytes, attach)
+
+    def take(self, prepared: "DeviceResources", attach: wire.Attach, engine: EngineSpec | None) -> Team:
+        """Take over all that was prepared, for the disk that this backend makes; its workers are to be told yet."""
+        kernel, team = prepared.kernel, prepared.team
+        assert kernel is not None and team is not None
+        asked = self._parameters(attach)
+        self.kernel, self.mark, self.leases = kernel, prepared.mark, prepared.leases
+        self.team, self.epoch = team, team.epoch
+        prepared.kernel, prepared.mark, prepared.leases, prepared.team = None, 0, None, None
+        kernel.take(self.config.name, asked)
+        self.pool.take(prepared.pool)
+        self.set_limits(limits_of(self.config))
+        team.serve_for(self._plan(engine), self._backend.hear)
+        return team
 
     async def equip(self) -> None:
         """Pool, client area and leases.  Raises `DaemonError`, `PoolError`, `OSError`; what was made stays."""
@@ -285,9 +307,13 @@ class DeviceResources:
 
     def new_team(self, epoch: int, engine: EngineSpec | None = None) -> Team:
         """The team of this epoch, without a worker yet; its workers run this engine, if there is one."""
+        self.team, self.epoch = Team(self._plan(engine), epoch, self._backend.hear), epoch
+        return self.team
+
+    def _plan(self, engine: EngineSpec | None) -> Plan:
         kernel, arena, disk, context = self.kernel, self.arena, self.disk, self._context
         assert kernel is not None and arena is not None and disk is not None
-        plan = Plan(
+        return Plan(
             self.config,
             kernel,
             arena,
@@ -300,9 +326,8 @@ class DeviceResources:
             self.hold_gate,
             context.account,
             engine,
+            self.is_prepared,
         )
-        self.team, self.epoch = Team(plan, epoch, self._backend.hear), epoch
-        return self.team
 
     def grow(self, size_bytes: int) -> None:
         """The disk has this size for every backend that attaches from now on."""

@@ -214,6 +214,11 @@ class DeviceTable:
             await asyncio.wait(busy)
         return None if entry is None else entry.device
 
+    @property
+    def is_adding(self) -> bool:
+        """Whether a device is being made or taken over."""
+        return any(entry.making is not None and not entry.making.done() for entry in self._entries.values())
+
     async def settled(self) -> None:
         """Return when no task changes a device."""
         while busy := [each for entry in self._entries.values() for each in _running(entry)]:

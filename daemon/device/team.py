@@ -36,6 +36,7 @@ from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
 from ublkpool.ublk.queue import QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
+from ublkpool.workers.engine_awaited import told
 from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.listening import socket_mode
 from ublkpool.workers.privileges import Account
@@ -69,6 +70,8 @@ class Plan(NamedTuple):
     """The user that the workers become; None: they keep the daemon's rights."""
     engine: EngineSpec | None = None
     """The engine that the workers run themselves; None: a backend's process answers, or nothing does."""
+    is_prepared: bool = False
+    """Whether no device has taken the workers yet."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -164,6 +167,23 @@ class Team:
             )
         except TimeoutError:
             raise DaemonError(f"its workers were not ready after {READY_DEADLINE_S:.0f} s") from None
+
+    def serve_for(self, plan: Plan, on_news: Callable[[WorkerProcess, messages.FromWorker], None]) -> None:
+        """These prepared workers are this device's, which tells them with `become`."""
+        self.plan, self._on_news = plan, on_news
+        for worker in self.workers:
+            worker.report_to(on_news)
+
+    async def become(self) -> None:
+        """Have every worker serve the device, whose record names it.  Raises `DaemonError` if one cannot."""
+        plan = self.plan
+        message = messages.Become(
+            name=plan.config.name,
+            deadlines=messages.SetDeadlines(*_deadlines(plan.config)),
+            engine=told(plan.engine) if plan.engine is not None else None,
+        )
+        files = plan.engine.descriptors() if plan.engine is not None else []
+        await asyncio.gather(*(each.become(message, files) for each in self.workers))
 
     async def expect(self, session: Session, fence: bool) -> None:
         """Have every worker expect this backend.  Raises `AttachRefused`, `DaemonError`."""
@@ -435,6 +455,7 @@ class Team:
             hold_gate=plan.hold_gate.reader if plan.hold_gate is not None else None,
             engine=plan.engine,
             account=plan.account,
+            is_prepared=plan.is_prepared,
         )
 
     def _socket(self, queue: int) -> Path:

@@ -28,7 +28,7 @@ class DaemonAnswer(msgspec.Struct, frozen=True):
 
     `state`: none listens (absent), a killed one left its socket (dead), this user may not ask (hidden), it answers no
     request (silent) or answers.  `pid` is 0 if it is not known.  `failed`: devices that need a hand, with the reason.
-    `memory_bytes` and `memory_max_bytes` are those of `DaemonStatus`.
+    The other fields are those of `DaemonStatus`.
     """
 
     state: Literal["absent", "dead", "hidden", "silent", "answers"]
@@ -38,6 +38,8 @@ class DaemonAnswer(msgspec.Struct, frozen=True):
     failed: tuple[str, ...] = ()
     memory_bytes: int = 0
     memory_max_bytes: int = 0
+    prepared: int = 0
+    prepared_wanted: int = 0
 
     @property
     def is_gone(self) -> bool:
@@ -74,6 +76,8 @@ def ask_daemon(run_dir: Path, patience_s: float = ASK_S) -> DaemonAnswer:
         failed=tuple(failed[:_FAILED_MAX]),
         memory_bytes=daemon.memory_bytes,
         memory_max_bytes=daemon.memory_max_bytes,
+        prepared=daemon.prepared,
+        prepared_wanted=daemon.prepared_wanted,
     )
 
 
@@ -110,6 +114,9 @@ def daemon_findings(run_dir: Path, answer: DaemonAnswer) -> list[Finding]:
     if answer.failed:
         says = f"devices have failed: {some(answer.failed)}"
         found.append(Finding(CHECK, "fail", says, "ublkpool list; then add the device again, or delete it"))
+    if answer.prepared_wanted:
+        says = f"{answer.prepared} of {answer.prepared_wanted} prepared devices wait for an add"
+        found.append(Finding(CHECK, "ok", says))
     return [*found, *_memory(answer)]
 
 

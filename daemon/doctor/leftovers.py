@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 import ublkpool
+from ublkpool.daemon.device.prepared import is_reserved
 from ublkpool.daemon.device.records import NO_RECORD, Record, unknown_here
 from ublkpool.daemon.doctor.daemon import DaemonAnswer
 from ublkpool.daemon.doctor.finding import Finding, some
@@ -83,7 +84,9 @@ def _without_daemon(
 ) -> list[Finding]:
     way_out = f"ublkpool serve --run-dir {run_dir} goes on with what is left"
     served = [each.config.name for each in records if each.live and _has_workers(each, is_alive)]
-    unserved = [each.config.name for each in records if each.config.name not in served]
+    # The next daemon removes prepared devices, which no request waits for.
+    devices = [each.config.name for each in records if not is_reserved(each.config.name)]
+    unserved = [each for each in devices if each not in served]
     found = []
     if unserved:
         says = f"a daemon ended without its devices, which no worker serves: {some(unserved)}: their requests wait"

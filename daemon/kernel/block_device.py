@@ -41,6 +41,8 @@ class BlockDevice(DiskView):
         """The disk's, as far as this daemon knows."""
         self.is_started = created.info.state != abi.DeviceState.DEAD
         """Whether the kernel has a disk for it, so that its workers can be recovered."""
+        self._parameters_due: Parameters | None = None
+        """Those that START_DEV's process sends first; None: they were sent."""
         self.opener: Opener | None = None
         """The process that the driver takes for the server of a user's device, from `open_char` on."""
 
@@ -66,9 +68,9 @@ class BlockDevice(DiskView):
 
     @classmethod
     async def create(
-        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int
+        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters | None, mark: int
     ) -> "BlockDevice":
-        """ADD_DEV and SET_PARAMS; queues may be fewer than asked for.
+        """ADD_DEV and, if the disk is known, SET_PARAMS; queues may be fewer than asked for.
 
         Raises `DaemonError`; then, or if it is cancelled, the kernel may have the device: `find_marked` tells.
         """
@@ -133,6 +135,11 @@ class BlockDevice(DiskView):
                     raise DaemonError(f"{self._name}: {path}: {explain(error)}") from error
             await asyncio.sleep(_POLL_S)
 
+    def take(self, name: str, disk: Parameters) -> None:
+        """This device has taken what was prepared without a disk: START_DEV comes after SET_PARAMS for this one."""
+        self._name, self.size_bytes = name, disk.size_bytes
+        self._parameters_due = disk._replace(max_io_bytes=self.info.max_io_bytes)
+
     async def register(self, area: ClientArea) -> bool:
         """Register every slice with the driver under its number, before START_DEV; false if the driver cannot."""
         if not self.info.flags & Feature.SHMEM_ZC:
@@ -155,8 +162,11 @@ class BlockDevice(DiskView):
         and crashes at the first request.
         """
         number, pid = self.number, self.opener.pid if self.opener is not None else os.getpid()
+        due = self._parameters_due
 
         def command() -> None:
+            if due is not None:
+                control.set_parameters(number, due)
             check()
             return control.start_device(number, pid)
 

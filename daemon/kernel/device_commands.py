@@ -62,8 +62,8 @@ def _owner(instance: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 32 - _OWNER_BITS
 
 
-def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -> Created:
-    """ADD_DEV and SET_PARAMS; if a step fails, the device is deleted.  Raises `UblkError`."""
+def create(config: DeviceConfig, disk: Parameters | None, server_pid: int, mark: int) -> Created:
+    """ADD_DEV and, if the disk is known, SET_PARAMS; if a step fails, the device is deleted.  Raises `UblkError`."""
     offered = control.get_features()
     flags = wanted_flags(config, offered, is_privileged())
     asked = DeviceInfo(
@@ -81,12 +81,13 @@ def create(config: DeviceConfig, disk: Parameters, server_pid: int, mark: int) -
         await_own_node(info.device_number)
     try:
         _check_granted(config, info, flags)
-        control.set_parameters(info.device_number, disk._replace(max_io_bytes=info.max_io_bytes))
+        if disk is not None:
+            control.set_parameters(info.device_number, disk._replace(max_io_bytes=info.max_io_bytes))
         cpus = [control.queue_cpus(info.device_number, queue) for queue in range(info.queues)]
     except BaseException:
         control.delete_device(info.device_number)
         raise
-    return Created(info, cpus, Feature(offered), disk.size_bytes)
+    return Created(info, cpus, Feature(offered), 0 if disk is None else disk.size_bytes)
 
 
 def _added(asked: DeviceInfo) -> DeviceInfo:

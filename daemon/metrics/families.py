@@ -220,7 +220,7 @@ FAMILIES = _all(
         _daemon(
             "ublkpool_memory_bytes",
             "gauge",
-            "Memory of all devices that counts for memory_max.",
+            "Memory of all devices, prepared ones included, that counts for memory_max.",
             lambda s: s.daemon.memory_bytes if s.daemon is not None else None,
         ),
         _daemon(
@@ -228,6 +228,12 @@ FAMILIES = _all(
             "gauge",
             "The budget of the devices' memory, memory_max; no value without one.",
             lambda s: (s.daemon.memory_max_bytes or None) if s.daemon is not None else None,
+        ),
+        _daemon(
+            "ublkpool_prepared_devices",
+            "gauge",
+            "Prepared devices that an add can take now; no value unless some are wanted.",
+            lambda s: s.daemon.prepared if s.daemon is not None and s.daemon.prepared_wanted else None,
         ),
     ),
     (

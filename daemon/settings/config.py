@@ -53,6 +53,7 @@ LIMITED_BYTES_MIN = 64 * KIB
 """The smallest limit in bytes a second: below it a request of ordinary size would wait for minutes."""
 BurstSeconds = Annotated[float, Meta(ge=0.01, le=3600)]
 SpinUs = Annotated[int, Meta(ge=0, le=1000)]
+PreparedCount = Annotated[int, Meta(ge=0, le=1024)]
 EventBytes = Annotated[int, Meta(ge=64 * KIB, le=64 * MIB)]
 EVENT_BYTES_DEFAULT = MIB
 Placement = Literal["pool", "backend"]
@@ -286,6 +287,39 @@ class MetricsTable(msgspec.Struct, frozen=True, kw_only=True):
     listen: str
 
 
+class PrepareTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The `[prepare]` table: how many devices are prepared, and their shape, whose defaults are those of a device."""
+
+    count: PreparedCount = 0
+    isolation: Isolation = "none"
+    queues: QueueCount = 1
+    depth: Depth = 128
+    max_io_bytes: IoBytes = 512 * KIB
+    need_get_data: bool = True
+    placement: Placement = "pool"
+    recovery: Recovery = "reissue"
+    partitions: bool = True
+    rings: bool = True
+    spin_us: SpinUs | None = None
+    pool_bytes: PoolBytes | None = None
+    huge_pages: HugePages = "auto"
+    affinity: Affinity = "auto"
+
+
+class Prepare(NamedTuple):
+    """The prepared devices that the daemon keeps, see `device/prepared.py`."""
+
+    number: int
+    shape: DeviceConfig
+
+    @classmethod
+    def of(cls, table: PrepareTable) -> "Prepare":
+        """Raises `Conflict`."""
+        fields = {each: getattr(table, each) for each in table.__struct_fields__ if each != "count"}
+        store = BackendConfig(kind="null")
+        return cls(table.count, DeviceConfig(name="prepare", backend=store, **fields))
+
+
 class ServeConfig(NamedTuple):
     """The configuration of `ublkpool serve`."""
 
@@ -312,6 +346,10 @@ class ServeConfig(NamedTuple):
     """The file's `[metrics]`, before any option of the command line; None: the file has none."""
     user: str | None = None
     """The user that workers and broker become; None: see `settings/worker_account.py`."""
+    prepare: Prepare | None = None
+    """The devices that are prepared; None: none."""
+    prepare_table: PrepareTable = PrepareTable()
+    """The file's `[prepare]`, before any option of the command line."""
 
 
 class Problem(NamedTuple):

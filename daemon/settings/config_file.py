@@ -16,11 +16,14 @@ import msgspec
 from ublkpool.bufpool.way_out import too_long_for_sockets
 from ublkpool.daemon.errors import ConfigError
 from ublkpool.daemon.settings.config import (
+    Conflict,
     DaemonTable,
     DeviceConfig,
     DeviceName,
     KeyPath,
     MetricsTable,
+    Prepare,
+    PrepareTable,
     Problem,
     ServeConfig,
     check_device,
@@ -41,14 +44,15 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
     """The config in this file; `run_dir` overrides the file's.  Raises `ConfigError` with one line per mistake."""
     document = _parse(_read(file), file)
     problems = [
-        Problem((key,), "unknown table; known: [daemon], [metrics], [[device]]")
+        Problem((key,), "unknown table; known: [daemon], [prepare], [metrics], [[device]]")
         for key in document
-        if key not in ("daemon", "metrics", "device")
+        if key not in ("daemon", "prepare", "metrics", "device")
     ]
     daemon = _check_daemon(document.get("daemon", {}), problems)
     run_dir = (run_dir or Path(daemon.run_dir or usual_run_dir(serves=True))).absolute()
     metrics = _check_metrics(document.get("metrics"), problems)
     address = _check_listen(metrics, problems, run_dir)
+    prepare_table, prepare = _check_prepare(document.get("prepare", {}), problems)
     devices = _check_devices(document.get("device", []), problems, file.absolute().parent)
     if daemon.group is None and devices:
         problems.extend(_without_group(devices, document["device"]))
@@ -70,6 +74,8 @@ def load_config(file: Path, run_dir: Path | None = None) -> ServeConfig:
         metrics_table=metrics,
         metrics=address,
         user=daemon.user,
+        prepare=prepare,
+        prepare_table=prepare_table,
     )
 
 
@@ -138,6 +144,22 @@ def _check_daemon(table: object, problems: list[Problem]) -> DaemonTable:
     if daemon.user is not None and (problem := _why_no_user(daemon.user)):
         problems.append(Problem(("daemon", "user"), problem))
     return daemon
+
+
+def _check_prepare(table: object, problems: list[Problem]) -> tuple[PrepareTable, Prepare | None]:
+    if not isinstance(table, Mapping):
+        problems.append(Problem(("prepare",), "expected a table: write [prepare]"))
+        return PrepareTable(), None
+    problem_count = len(problems)
+    values = check_fields(table, PrepareTable, ("prepare",), problems)
+    if len(problems) > problem_count:
+        return PrepareTable(), None
+    checked = PrepareTable(**values)
+    try:
+        return checked, Prepare.of(checked) if checked.count else None
+    except Conflict as conflict:
+        problems.append(Problem(("prepare", conflict.key), str(conflict)))
+        return checked, None
 
 
 def _check_metrics(table: object, problems: list[Problem]) -> MetricsTable | None:

@@ -72,11 +72,12 @@ CORNERS = (
 def scenario(seed: int, rng: random.Random) -> DeviceScenario:
     """Seeds walk through every combination in turn; the rest is drawn."""
     model, road, victims, lies = SHAPES[seed % len(SHAPES)]
+    queues, depth, block_bytes = rng.choice((1, 2, 2, 3)), rng.randint(1, 4), rng.choice((512, 512, 4096))
     return DeviceScenario(
         model=model,
-        queues=rng.choice((1, 2, 2, 3)),
-        depth=rng.randint(1, 4),
-        block_bytes=rng.choice((512, 512, 4096)),
+        queues=queues,
+        depth=depth,
+        block_bytes=block_bytes,
         need_get_data=road != "off",
         place_in_backend=road == "backend",
         reads_own=road != "off" and rng.random() < 0.3,
@@ -86,6 +87,8 @@ def scenario(seed: int, rng: random.Random) -> DeviceScenario:
         posts=road == "backend" and seed // len(SHAPES) % 3 == 1,
         scarce=seed // len(SHAPES) % 4 == 3,
         slow_state=seed // len(SHAPES) % 5 == 2,
+        # None is prepared for larger blocks.
+        prepared=seed // len(SHAPES) % 7 in (4, 5) and block_bytes == 512,
         steps=rng.choice((400, 800, 1600)),
         kills=tuple(rng.choice(victims) for _ in range(rng.randint(1, 5))),
     )
@@ -137,6 +140,15 @@ def test_the_runs_reach_every_corner(first: int, corners: tuple[str, ...]) -> No
         if not missing:
             return
     raise AssertionError(f"{missing} in none or one run: {reached}")
+
+
+def test_a_device_of_a_prepared_one_dies_and_is_recovered_as_any() -> None:
+    reached = Counter[str]()
+    for seed in range(4 * len(SHAPES), 6 * len(SHAPES), 3):
+        if scenario(seed, random.Random(seed)).prepared:
+            reached.update(_counts.get(seed) or play(seed).counts)
+    assert reached["made of a prepared one"] > 20 and reached["worker killed"] > 10, reached
+    assert reached["successions"] + reached["recoveries of what was left"] > 2, reached
 
 
 def test_writes_land_in_posted_regions_across_deaths() -> None:

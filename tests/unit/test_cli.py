@@ -123,6 +123,24 @@ def test_serve_reads_the_config_and_the_run_dir_option_wins(
     assert served[0].devices == (DeviceConfig(name="vol0"),)
 
 
+def test_the_option_says_how_many_devices_are_prepared_and_the_config_of_which_shape(
+    served: list[ServeConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[prepare]\ncount = 3\ndepth = 64\n")
+    for more in ([], ["--prepare", "5"], ["--prepare", "0"]):
+        run("serve", "-c", str(file), *more)
+    run("serve", "--prepare", "2")
+    found = [config.prepare for config in served]
+    assert found[2] is None
+    assert [(each.number, each.shape.depth, each.shape.isolation) for each in found if each is not None] == [
+        (3, 64, "none"),
+        (5, 64, "none"),
+        (2, 128, "none"),
+    ]
+    assert run("serve", "--prepare", "-1").exit_code == 2
+
+
 def test_serve_reports_every_mistake_of_a_config(served: list[ServeConfig], tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('[[device]]\nname = "a"\nqueues = 9999\ndepth = 0\n')

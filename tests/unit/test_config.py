@@ -252,10 +252,27 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path) -> None:
 def test_unknown_tables_are_named(tmp_path: Path) -> None:
     text = "[demon]\nlog_level = 'info'\n[daemon]\nlog_levle = 'info'\n"
     assert complaints(tmp_path, text) == [
-        "demon: unknown table; known: [daemon], [metrics], [[device]]",
+        "demon: unknown table; known: [daemon], [prepare], [metrics], [[device]]",
         "daemon.log_levle: unknown key, did you mean log_level?; "
         "known: run_dir, group, on_stop, log_level, log_format, state_dir, events, memory_max, user",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("prepare = 3", "prepare: expected a table: write [prepare]"),
+        ("[prepare]\ncount = -1", "prepare.count: expected int >= 0, got -1"),
+        ("[prepare]\ncount = 2\ndepht = 3", "prepare.depht: unknown key, did you mean depth?"),
+        ("[prepare]\ncount = 2\nplacement = 'backend'", "prepare.placement: with isolation none null uses"),
+        ("[prepare]\ncount = 2\npool = '4K'", "prepare.pool: expected at least one request's 524288 bytes"),
+    ],
+)
+def test_a_shape_of_prepared_devices_that_cannot_be_is_named(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    (line,) = complaints(tmp_path, f"{text}\n")
+    assert line.startswith(complaint)
 
 
 def test_every_mistake_is_reported_in_the_order_of_the_devices(tmp_path: Path) -> None:

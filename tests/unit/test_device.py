@@ -435,7 +435,7 @@ def test_a_device_whose_workers_answer_goes_live_without_a_backend(monkeypatch: 
         async def wait_for_node(self) -> None:
             """The node exists."""
 
-    async def build(parts: DeviceParts, attach: wire.Attach) -> Team:
+    async def build(parts: DeviceParts, attach: wire.Attach, take: object) -> Team:
         built.append(attach)
         parts.resources.team = FakeTeam(Started())
         return parts.resources.team

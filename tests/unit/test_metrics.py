@@ -99,6 +99,8 @@ def full_snapshot() -> Snapshot:
         processes=(ProcessStatus(role="supervisor", pid=1),),
         memory_bytes=7,
         memory_max_bytes=9,
+        prepared=2,
+        prepared_wanted=3,
     )
     usage = ProcessUsage(Owner("worker", "vol0", "1"), 1.5, 4096, 1000.25)
     return Snapshot(True, 0.25, ((device("vol0"), stats),), status, (usage,))

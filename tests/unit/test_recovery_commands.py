@@ -7,9 +7,12 @@ from typing import Any, TypeVar
 
 import pytest
 
+from ublkpool.bufpool import wire
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
+from ublkpool.daemon.kernel.disk_parameters import parameters
+from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
 from ublkpool.ublk.errors import UblkError
@@ -94,6 +97,23 @@ def test_a_team_that_is_not_whole_gets_no_request(is_start: bool, monkeypatch: p
     assert sent == []
     asyncio.run(let_through(lambda: None))
     assert sent == ["START_DEV" if is_start else "END_USER_RECOVERY"]
+
+
+def test_the_disk_of_a_prepared_device_is_described_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    monkeypatch.setattr(control, "expect_mark", lambda *_: None)
+    monkeypatch.setattr(control, "set_parameters", lambda number, disk: sent.append((number, disk)))
+    monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
+    info = DeviceInfo(queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
+    kernel = BlockDevice(DoingRunner(), "_prepared.1", Created(info, [[0]], Feature(0)))
+    asked = parameters(
+        DeviceConfig(name="vol", max_io_bytes=8192), 1 << 20, wire.Attach(v=1, device="vol", kind="x")
+    )
+    kernel.take("vol", asked)
+    assert kernel.size_bytes == 1 << 20
+    asyncio.run(kernel.start(1.0, lambda: None))
+    # The driver may have granted smaller requests.
+    assert sent == [(3, asked._replace(max_io_bytes=4096)), "START_DEV"]
 
 
 @pytest.mark.parametrize(("queues", "offered"), [(1, Feature(0)), (2, Feature.QUIESCE)])

@@ -128,10 +128,12 @@ def test_a_size_in_the_file_is_compared_with_the_disks_which_a_resize_may_have_g
     asyncio.run(run())
 
 
-def test_changed_metrics_are_named_as_needing_a_restart(file: File) -> None:
+def test_changed_metrics_and_prepared_devices_are_named_as_needing_a_restart(file: File) -> None:
     async def test(client: Client) -> None:
         file.write(more='[metrics]\nlisten = "unix"\n')
         assert (await reload(client))["daemon"] == ("", "metrics: needs a restart of the daemon")
+        file.write(more="[prepare]\ndepth = 64\n")
+        assert (await reload(client))["daemon"] == ("", "prepare: needs a restart of the daemon")
         file.write()
         assert "daemon" not in await reload(client)
 

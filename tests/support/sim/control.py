@@ -13,7 +13,7 @@ from support.fakes.queue_rig import DEVICE
 from support.sim.defects import END_COMES_LATE
 from support.sim.kernel import SimKernel
 from ublkpool.daemon.kernel.control_process import DEADLINE_S, ControlFailed, ControlRunner
-from ublkpool.ublk.abi import DeviceInfo, DeviceState, Feature
+from ublkpool.ublk.abi import DeviceInfo, DeviceState, Feature, Parameters
 from ublkpool.ublk.errors import UblkError
 
 
@@ -93,6 +93,10 @@ class SimControl:
 
     def queue_cpus(self, _device: int, _queue: int) -> list[int]:
         return [0]
+
+    def set_parameters(self, _device: int, disk: Parameters) -> None:
+        assert self._kernel.state is DeviceState.DEAD, "SET_PARAMS after START_DEV"
+        self._kernel.size_bytes = disk.size_bytes
 
     def start_device(self, _device: int, _pid: int) -> Any:
         if self._kernel.all_fetched:

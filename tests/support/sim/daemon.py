@@ -35,13 +35,15 @@ from ublkpool.bufpool.sdk import doors, ring_links
 from ublkpool.daemon.device import adoption, resources
 from ublkpool.daemon.device import device as device_module
 from ublkpool.daemon.device import parts as parts_module
+from ublkpool.daemon.device.build import prepare
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.drain import NotDrained
 from ublkpool.daemon.device.memory import MemoryBudget
 from ublkpool.daemon.device.parts import DeviceParts
-from ublkpool.daemon.device.records import Records
+from ublkpool.daemon.device.prepared import PreparedParts
+from ublkpool.daemon.device.records import Record, Records
 from ublkpool.daemon.device.state import StateDirectory
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -322,9 +324,10 @@ class SimBlockDevice(BlockDevice):
 
     @classmethod
     async def create(
-        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters, mark: int | None = None
+        cls, runner: ControlRunner, config: DeviceConfig, disk: Parameters | None, mark: int | None = None
     ) -> "BlockDevice":
-        cls.scenery.kernel.size_bytes = disk.size_bytes
+        if disk is not None:
+            cls.scenery.kernel.size_bytes = disk.size_bytes
         return cls._made(runner, config.name)
 
     @classmethod
@@ -401,6 +404,9 @@ class SimDevice(Device):
 class SimRecords(Records):
     """Records that `SimDeviceParts.save` keeps in memory."""
 
+    def save(self, record: Record) -> None:
+        """Of a prepared device: no supervisor dies before a device has taken it."""
+
     def forget(self, name: str) -> None:
         """The simulation never looks for the record of a device that is gone."""
 
@@ -412,7 +418,7 @@ class SimContext(DaemonContext):
         self.run_dir, self.queue_dir = _RUN_DIR, scenery.queue_dir
         self.instance, self.boot_id, self.build = "sim", "this boot", ""
         self.is_privileged = True
-        self.group = self.live_mounts = self.account = None
+        self.group = self.live_mounts = self.account = self.template = None
         self.configured = {}
         self.runner, self.broker = runner, broker
         self.holder = SimHolder(scenery.hold_backend, scenery.drop_backend)
@@ -439,6 +445,7 @@ class Daemon:
         self.loop = SimLoop(scenery.clock)
         self.scenery = scenery
         self._broker_life = broker_life
+        self._prepared: PreparedParts | None = None
         asyncio.set_event_loop(None)
         self._run_now(self._begin)
 
@@ -459,7 +466,18 @@ class Daemon:
         self.broker_watch = self.loop.create_task(restarted)
 
     def _new_device(self, config: DeviceConfig) -> SimDevice:
-        return SimDevice(config, self._context)
+        return SimDevice(config, self._context, self._take)
+
+    async def prepare(self) -> bool:
+        """Prepare what the device takes."""
+        self._prepared = PreparedParts(self.scenery.config, self._context)
+        await prepare(self._prepared)
+        return True
+
+    def _take(self, config: DeviceConfig, disk: Disk) -> PreparedParts | None:
+        prepared, self._prepared = self._prepared, None
+        assert prepared is None or prepared.fits(config, disk)
+        return prepared
 
     async def take_over(self, left: LeftBehind, goes_on: bool, end_left: Callable[[], None]) -> bool:
         """As `takeover.TakeOver` does with one device: go on with what was left, or recover it."""
@@ -502,8 +520,9 @@ class Daemon:
 
     def turn(self) -> None:
         """One turn of its loop."""
-        if self.device.team is not None:
-            self.device.team.hear()
+        for parts in (self.device.parts, self._prepared):
+            if parts is not None and parts.resources.team is not None:
+                cast(SimTeam, parts.resources.team).hear()
         self.loop.turn()
         assert not self.loop.failures, self.loop.failures
 

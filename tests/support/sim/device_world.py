@@ -63,8 +63,13 @@ class DeviceWorld(Processes):
 
     def _play(self) -> None:
         self._begin_daemon()
+        if self.scenario.prepared:
+            self._prepare()
         work, weights = zip(*self._actions, strict=True)
         self._until(self._is_live, "the device does not come up")
+        if self.scenario.prepared:
+            assert self.counts["epochs"] == 1, "the device was not made of the prepared one"
+            self.counts["made of a prepared one"] += 1
         for action in self.rng.choices(work, weights, k=self.scenario.steps):
             self._do(action)
         self.ending = True

@@ -79,6 +79,8 @@ class DeviceScenario(msgspec.Struct, frozen=True, kw_only=True):
     """Whether writing a device's state takes a separate process some steps; else it takes none."""
     iops_max: int = 0
     bytes_per_s_max: int = 0
+    prepared: bool = False
+    """Whether the device's first team was prepared before it."""
     defect: str = ""
     blind: bool = False
     """The witness is off, so that only wrong data shows a defect."""
@@ -449,6 +451,11 @@ class Processes:
         self.daemon = daemon = Daemon(self._scenery, broker)
         self.daemons.append(daemon)
         return daemon
+
+    def _prepare(self) -> None:
+        """Make what the device takes; no backend comes before that."""
+        assert self.daemon is not None
+        self.adopting = self.daemon.spawn(self.daemon.prepare)
 
     def _save(self, left: LeftBehind) -> None:
         self.left = left
