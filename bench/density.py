@@ -19,12 +19,14 @@ from bench.measure import FAILURES
 from bench.nbd_clients import shared_nbdkit
 from bench.peers import load_module, nbd_client
 from bench.stage import Stage, run, wait_for
+from support.vm.daemon import Daemon
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 IDLE_S = 5.0
 SMALL_POOL_BYTES = 1 << 20
 """Of the many devices, so that a small machine holds them; their number of buffers changes no other memory."""
 COUNTS = (1, 10, 100, 1000)
+PREPARED = "[prepare]\ncount = 1\npartitions = false\n"
 Say = Callable[[str], None]
 
 
@@ -46,27 +48,41 @@ def _config(name: str, **config: Any) -> DeviceConfig:
     return DeviceConfig(name=name, backend=backend, **config)
 
 
+class _Way(NamedTuple):
+    """How a device of ours is added: by which daemon, and with which config."""
+
+    daemon: Daemon
+    config: Callable[[str], DeviceConfig]
+
+
 def _lives(stage: Stage, density: Density, say: Say, rounds: int) -> None:
-    client = stage.daemon.client
-    ours: dict[str, Callable[[str], DeviceConfig]] = {
-        "isolation none": partial(_config, isolation="none"),
-        "isolation none, no partition scan": partial(_config, isolation="none", partitions=False),
-        "isolation process": _config,
+    daemon, preparing = stage.daemon, stage.other_daemon("prepared", PREPARED)
+    fast = partial(_config, isolation="none", partitions=False)
+    ours = {
+        "isolation none": _Way(daemon, partial(_config, isolation="none")),
+        "isolation none, no partition scan": _Way(daemon, fast),
+        "the same, prepared": _Way(preparing, fast),
+        "isolation process": _Way(daemon, _config),
     }
     for number in range(rounds):
         density.lives += [_kublk(stage), _nbd(stage)]
-        for what, config in ours.items():
-            name = f"life{number}"
-            begun_s = time.monotonic()
-            status = client.add(config(name))
-            assert status.path is not None
-            _read(status.path)
-            added_s = time.monotonic()
-            client.delete([name])
-            _await_gone(status.path)
-            density.lives.append(_life(what, begun_s, added_s, time.monotonic()))
+        density.lives += [_of_ours(what, way, f"life{number}") for what, way in ours.items()]
     for each in density.lives[-len(ours) - 2 :]:
         say(f"{each.what}: add {each.add_ms:.0f} ms, del {each.del_ms:.0f} ms")
+
+
+def _of_ours(what: str, way: _Way, name: str) -> Life:
+    client = way.daemon.client
+    wanted = client.daemon().prepared_wanted
+    wait_for(lambda: client.daemon().prepared == wanted, "devices are prepared")
+    begun_s = time.monotonic()
+    status = client.add(way.config(name))
+    assert status.path is not None
+    _read(status.path)
+    added_s = time.monotonic()
+    client.delete([name])
+    _await_gone(status.path)
+    return _life(what, begun_s, added_s, time.monotonic())
 
 
 def _kublk(stage: Stage) -> Life:

@@ -120,6 +120,13 @@ class Stage:
             self._daemon = daemon
         return self._daemon
 
+    def other_daemon(self, name: str, config: str) -> Daemon:
+        """Another daemon of ours, with this config, until the end of the stage."""
+        daemon = Daemon(config, name=name, module=self._module)
+        self._cleanup.callback(daemon.close)
+        daemon.start()
+        return daemon
+
     def log_of(self, name: str) -> Path:
         """The file that gets the output of the shared process of this name."""
         return self.directory / f"{name}.log"
