@@ -87,6 +87,10 @@ class PreparedStock:
                 return each
         return None
 
+    def look(self) -> None:
+        """Devices may need more of the memory budget now, or leave more of it."""
+        self._changed.set()
+
     async def broker_restarted(self) -> None:
         """Tell the new broker of their leases; a failure is logged."""
         for each in self._all():

@@ -88,6 +88,8 @@ class Supervisor:
     def _refusal(self, cfg: DeviceConfig) -> str:
         if is_reserved(cfg.name):
             return "names that begin so are those of prepared devices: choose another"
+        # It is in the table when the stock comes to look.
+        self.prepared.look()
         return self._context.budget.refusal_of(cfg)
 
     def _marks(self) -> set[int]:
@@ -225,6 +227,7 @@ class Supervisor:
         try:
             return await self.config_file.reload()
         finally:
+            self.prepared.look()
             if self._is_ready:
                 notify.ready(self._status())
 

@@ -561,6 +561,27 @@ def test_they_have_what_devices_leave_of_the_memory_budget(
         in_loop(run)
 
 
+def test_a_full_stock_gives_way_to_a_device_that_is_added(
+    machine: TakingMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(
+            context_on(machine, monkeypatch), Background("the daemon"), ServeConfig(prepare=WANTED)
+        )
+        stock, budget = supervisor.prepared, supervisor._context.budget
+        stock.begin([], no_removal)
+        await until(lambda: stock.ready_count == 2)
+        budget.max_bytes = budget.used_bytes
+        waiting = DeviceConfig(name="waits", size_bytes=SIZE_BYTES, depth=1, max_io_bytes=4096)
+        await supervisor.add(waiting, lambda _: None)
+        await until(lambda: stock.ready_count == 1)
+        assert budget.used_bytes <= budget.max_bytes
+        await stock.end()
+        await supervisor.delete(None, force=True)
+
+    in_loop(run)
+
+
 @pytest.mark.parametrize("failing", ["ADD_DEV after the kernel has made it", "leases", "ready"])
 def test_the_end_removes_also_the_one_that_is_being_made(
     machine: TakingMachine, monkeypatch: pytest.MonkeyPatch, failing: str
