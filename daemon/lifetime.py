@@ -232,6 +232,7 @@ async def _make_context(
     reserve = Reserve()
     ending.callback(reserve.close)
     runner = ControlRunner(reserve, lambda what, text: events.record(CommandHung(what=what), text))
+    ending.callback(runner.close)
     states = await StateDirectory.open(candidates(run_dir, config.state_dir), runner)
     ending.callback(states.close)
     keeper = ending.keeper = EventsKept(states.directory, runner, config.events_bytes)

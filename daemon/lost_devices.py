@@ -14,6 +14,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.records import Record
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.device_commands import Owned, find_owned
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import DeviceState
 
@@ -61,7 +62,7 @@ class LostDevices:
 
     async def _find(self) -> list[Owned]:
         found = await self._runner.run(
-            "the look for lost devices", lambda: find_owned(self._instance), list[Owned]
+            "the look for lost devices", Call(find_owned, self._instance), list[Owned]
         )
         known = self._known()
         return [each for each in found if each.mark not in known]

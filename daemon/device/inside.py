@@ -22,12 +22,13 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.packets import receive_packet, send_packet
 from ublkpool.bufpool.sdk import claim
 from ublkpool.bufpool.sdk.backend import log
-from ublkpool.bufpool.sdk.inside import Connect, Growth, grow_store, open_for_workers, settle_store
+from ublkpool.bufpool.sdk.inside import Connect, Growth, OpenStore, grow_store, open_for_workers, settle_store
 from ublkpool.bufpool.sdk.loader import preload
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.held_names import disk_memory_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import CONNECTED_KINDS, BackendConfig, DeviceConfig
@@ -39,6 +40,8 @@ DEAD_PATIENCE_S = 2.0
 """How long one attempt waits for the I/O of the last epoch's workers; the next attempt follows."""
 SETTLED_KINDS = ("cow",)
 """Kinds of which a power failure loses what no FLUSH covered, even if it comes long after."""
+_OPENED_PLAINLY = ("null", "memory", "file")
+"""Kinds of which opening a store leaves nothing in the process but descriptors."""
 _PACKET = b"store"
 
 
@@ -95,13 +98,15 @@ class InsideStore:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with ours:
             with theirs:
+                fds = [theirs.fileno(), *([] if kept is None else [kept])]
+                opening = Call(_open if kept is None else _open_kept, self._backend, hint, fds=fds)
                 opened = await self._runner.look(
                     self._name,
                     f"{self._name}: opening its store",
-                    partial(_open, theirs, self._backend, hint, kept),
+                    opening if self._backend.kind in _OPENED_PLAINLY else partial(opening),
                     _Opened,
                     OPEN_DEADLINE_S,
-                    [theirs.fileno(), *([] if kept is None else [kept])],
+                    fds,
                 )
             if opened.problem or opened.attach is None:
                 raise DaemonError(f"{self._name}: {opened.problem}")
@@ -222,20 +227,36 @@ class InsideStore:
         self.close()
 
 
-def _open(to: socket.socket, backend: BackendConfig, hint: Hint, kept: int | None) -> _Opened:
-    """In the process that opens: the store's description, after its descriptor was sent."""
-    if hint.node is not None:
-        # Tried again and again while the store is away: the device's own line names the reason once.
-        log.setLevel(logging.ERROR)
+def _open(to: int, backend: BackendConfig, hint: Hint) -> _Opened:
+    """In the process that opens: the store's description, after its descriptors were sent over the socket `to`."""
     try:
-        _enter(backend)
-        found = open_for_workers(backend.kind, backend.options, hint, kept)
+        found = _found(backend, hint, None)
     except (PoolError, OSError) as error:
         return _Opened(problem=one_line(error))
-    opened = _Opened(attach=found.attach, descriptors=len(found.descriptors))
-    if kept is None:
+    with socket.socket(fileno=to) as sock:
         for each in found.descriptors:
-            send_packet(to, _PACKET, each)
+            send_packet(sock, _PACKET, each)
+    return _description(found)
+
+
+def _open_kept(_to: int, kept: int, backend: BackendConfig, hint: Hint) -> _Opened:
+    """The same of the memory disk `kept`, whose descriptor the daemon has."""
+    try:
+        return _description(_found(backend, hint, kept))
+    except (PoolError, OSError) as error:
+        return _Opened(problem=one_line(error))
+
+
+def _found(backend: BackendConfig, hint: Hint, kept: int | None) -> OpenStore:
+    """The store, opened.  Raises `PoolError`, `OSError`."""
+    # Tried again and again while the store of a disk is away: the device's own line names the reason once.
+    log.setLevel(logging.NOTSET if hint.node is None else logging.ERROR)
+    _enter(backend)
+    return open_for_workers(backend.kind, backend.options, hint, kept)
+
+
+def _description(found: OpenStore) -> _Opened:
+    opened = _Opened(attach=found.attach, descriptors=len(found.descriptors))
     match found.storage:
         case FileStorage(_, is_block_device):
             opened.is_block_device = is_block_device

@@ -15,6 +15,7 @@ from ublkpool.bufpool.pool.memory import DataPlan, fill_data, make_data, open_da
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.kernel.allocation import AT_ONCE_BYTES_MAX, allocate_beside
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.held_names import pool_name
 from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.processes.open_files import is_open_elsewhere
@@ -71,7 +72,7 @@ class Pool:
                 self._runner,
                 self._device,
                 f"{self._device}: {plan.what} of {plan.size_bytes} bytes cannot be allocated",
-                lambda: _fill(fd, plan),
+                Call(_fill, plan, fds=[fd]),
                 [fd],
             )
         except ControlFailed as error:

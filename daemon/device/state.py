@@ -22,6 +22,7 @@ from ublkpool.bufpool import wire
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.device.state_file import Write, keep_room
 from ublkpool.daemon.errors import ConfigError, DaemonError
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.own_directory import make_own_directory
 from ublkpool.daemon.settings.user_directories import usual_run_dir, usual_state_dir
 
@@ -81,7 +82,7 @@ class Runner(Protocol):
     async def run_beside(
         self,
         what: str,
-        command: "Write",
+        command: Call,
         result: type[None],
         deadline_s: float = SAVE_DEADLINE_S,
         *,
@@ -165,7 +166,7 @@ class StateDirectory:
         try:
             await self._runner.run_beside(
                 f"writing the state of {state.name}",
-                write,
+                Call(write),
                 type(None),
                 deadline_s=SAVE_DEADLINE_S,
                 owner=f"the state of {state.name}",

@@ -18,6 +18,7 @@ from ublkpool.daemon.events.event_file import Append, load
 from ublkpool.daemon.events.history import Kept
 from ublkpool.daemon.events.kinds import DaemonStarted, DaemonStopped, EventsLost
 from ublkpool.daemon.events.tell import Events
+from ublkpool.daemon.plain_call import Call
 
 GATHER_S = 0.1
 """A deed has several events: they are written at once."""
@@ -38,7 +39,7 @@ class Runner(Protocol):
         self,
         owner: str,
         what: str,
-        work: Append,
+        work: Call,
         result: type[None],
         deadline_s: float = WRITE_DEADLINE_S,
         *,
@@ -110,7 +111,7 @@ class EventKeeper:
             batch = _batch(self._events.unwritten(), min(BATCH_BYTES, self._bytes_max // 4))
             if not batch:
                 return True
-            append = Append(self._directory, [each.line for each in batch], self._bytes_max)
+            append = Call(Append(self._directory, [each.line for each in batch], self._bytes_max))
             try:
                 await self._runner.look(
                     _OWNER, "writing the events", append, type(None), WRITE_DEADLINE_S, title=TITLE

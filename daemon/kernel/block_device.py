@@ -9,7 +9,8 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from ublkpool.bufpool.way_out import explain
 from ublkpool.daemon.errors import DaemonError, without_name
@@ -20,6 +21,7 @@ from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.kernel.disk_names import DiskNames
 from ublkpool.daemon.kernel.disk_view import NODE_DEADLINE_S, DiskView
 from ublkpool.daemon.kernel.opener import Opener
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import DeviceInfo, Feature, Parameters
@@ -56,15 +58,13 @@ class BlockDevice(DiskView):
         """The number that tells this device from a later one with the same device number; see `control.expect_mark`."""
         return self.info.server_flags
 
-    def _ours(self, command: Callable[[], T]) -> Callable[[], T]:
+    def _ours(self, command: Callable[..., T], *arguments: Any) -> Call:
         """The command, refused with ENODEV if the device number is another server's by now."""
-        number, mark = self.number, self.mark
+        return Call(device_commands.ours, self.number, self.mark, command, *arguments)
 
-        def marked() -> T:
-            control.expect_mark(number, mark)
-            return command()
-
-        return marked
+    def _ours_here(self, command: Callable[[], T]) -> Callable[[], T]:
+        """The same of a command that needs what only this process, or one that is forked for it, has."""
+        return partial(device_commands.ours, self.number, self.mark, command)
 
     @classmethod
     async def create(
@@ -77,7 +77,7 @@ class BlockDevice(DiskView):
         pid = os.getpid()
         try:
             created = await runner.run(
-                f"{config.name}: ADD_DEV", lambda: device_commands.create(config, disk, pid, mark), Created
+                f"{config.name}: ADD_DEV", Call(device_commands.create, config, disk, pid, mark), Created
             )
         except ControlFailed as error:
             if error.errno == errno.EEXIST and config.id is not None:
@@ -99,7 +99,7 @@ class BlockDevice(DiskView):
     async def find(cls, runner: ControlRunner, name: str, number: int, mark: int) -> "BlockDevice | None":
         """The device with this number and this mark, if the kernel has it.  Raises `ControlFailed`."""
         try:
-            created = await runner.run(f"{name}: GET_DEV_INFO", lambda: device_commands.find(number), Created)
+            created = await runner.run(f"{name}: GET_DEV_INFO", Call(device_commands.find, number), Created)
         except ControlFailed as error:
             if error.errno == errno.ENODEV:
                 return None
@@ -112,7 +112,7 @@ class BlockDevice(DiskView):
     @classmethod
     async def find_marked(cls, runner: ControlRunner, name: str, mark: int) -> "BlockDevice | None":
         """The device that was added with this mark, if the kernel has it.  Raises `ControlFailed`."""
-        number = await runner.run(f"{name}: GET_DEV_INFO", lambda: device_commands.find_marked(mark), int)
+        number = await runner.run(f"{name}: GET_DEV_INFO", Call(device_commands.find_marked, mark), int)
         return None if number < 0 else await cls.find(runner, name, number, mark)
 
     async def open_char(self) -> int:
@@ -148,7 +148,7 @@ class BlockDevice(DiskView):
         with area.mapped() as memory:
             numbers = await self._runner.run(
                 f"{self._name}: REG_BUF",
-                self._ours(
+                self._ours_here(
                     lambda: [control.register_buffer(number, each, area.slice_bytes) for each in memory]
                 ),
                 list[int],
@@ -170,7 +170,7 @@ class BlockDevice(DiskView):
             check()
             return control.start_device(number, pid)
 
-        await self._command_beside("START_DEV", command, deadline_s)
+        await self._command_beside("START_DEV", self._ours_here(command), deadline_s)
         self.is_started = True
 
     @property
@@ -182,7 +182,7 @@ class BlockDevice(DiskView):
         """UPDATE_SIZE.  Raises `ControlFailed`; whether the disk has the new size is unknown then."""
         number = self.number
         await self._command_beside(
-            "UPDATE_SIZE", lambda: device_commands.grow(number, size_bytes), deadline_s
+            "UPDATE_SIZE", self._ours(device_commands.grow, number, size_bytes), deadline_s
         )
         self.size_bytes = size_bytes
 
@@ -195,7 +195,7 @@ class BlockDevice(DiskView):
             return False
         number, timeout_ms = self.number, int(deadline_s * 1000)
         await self._command_beside(
-            "QUIESCE_DEV", lambda: control.quiesce_device(number, timeout_ms), 2 * deadline_s
+            "QUIESCE_DEV", self._ours(control.quiesce_device, number, timeout_ms), 2 * deadline_s
         )
         return True
 
@@ -205,7 +205,7 @@ class BlockDevice(DiskView):
         until_s = loop.time() + deadline_s
         while True:
             info = await self._runner.run(
-                f"{self._name}: GET_DEV_INFO", lambda: control.device_info(number), DeviceInfo
+                f"{self._name}: GET_DEV_INFO", Call(control.device_info, number), DeviceInfo
             )
             if info.server_flags != self.mark:
                 raise DaemonError(f"device {number} is another server's now, ours is gone")
@@ -229,10 +229,11 @@ class BlockDevice(DiskView):
         if not self._features & Feature.QUIESCE:
             await self._retry_busy(
                 "FETCH_REQ",
-                lambda: control.complete_fetch_round(number, info.queues, info.depth),
+                # Its process must end with it: the tags that it has fetched are given up then.
+                self._ours_here(lambda: control.complete_fetch_round(number, info.queues, info.depth)),
                 deadline_s,
             )
-        await self._retry_busy("START_USER_RECOVERY", lambda: control.start_recovery(number), deadline_s)
+        await self._retry_busy("START_USER_RECOVERY", self._ours(control.start_recovery, number), deadline_s)
 
     @property
     def tears_siblings(self) -> bool:
@@ -250,13 +251,19 @@ class BlockDevice(DiskView):
         It waits until every tag is fetched; then the driver sends the dead workers' requests again.  `begun` is set
         when the command is about to wait in the kernel.  Raises `ControlFailed`, also for what `check` raises.
         """
-        number, pid = self.number, os.getpid()
-
-        def command() -> None:
-            check()
-            return control.end_recovery(number, pid)
-
+        command = self._checked(check, control.end_recovery, self.number, os.getpid())
         await self._retry_busy("END_USER_RECOVERY", command, deadline_s, begun)
+
+    def _checked(
+        self, check: Callable[[], None], command: Callable[..., None], *arguments: Any
+    ) -> Callable[[], None]:
+        """The command, unless `check` raises right before it, in a process that is forked for both."""
+
+        def checked() -> None:
+            check()
+            return command(*arguments)
+
+        return self._ours_here(checked)
 
     async def _retry_busy(
         self,
@@ -282,10 +289,8 @@ class BlockDevice(DiskView):
         deadline_s: float,
         begun: asyncio.Event | None = None,
     ) -> None:
-        """Run a command of this device's without a turn.  Raises `ControlFailed`."""
-        await self._runner.run_beside(
-            f"{self._name}: {what}", self._ours(command), type(None), deadline_s, begun
-        )
+        """Run a command of `_ours` without a turn.  Raises `ControlFailed`."""
+        await self._runner.run_beside(f"{self._name}: {what}", command, type(None), deadline_s, begun)
 
     @property
     def can_try_stop(self) -> bool:
@@ -300,7 +305,9 @@ class BlockDevice(DiskView):
         """
         number = self.number
         try:
-            await self._command_beside("TRY_STOP_DEV", lambda: control.try_stop_device(number), deadline_s)
+            await self._command_beside(
+                "TRY_STOP_DEV", self._ours(control.try_stop_device, number), deadline_s
+            )
         except ControlFailed as error:
             if error.errno == errno.EBUSY:
                 return False
@@ -312,18 +319,18 @@ class BlockDevice(DiskView):
     async def stop(self, deadline_s: float) -> None:
         """STOP_DEV: the disk goes, then every fetched tag is cancelled.  Raises `ControlFailed`."""
         number = self.number
-        await self._command_beside("STOP_DEV", lambda: control.stop_device(number), deadline_s)
+        await self._command_beside("STOP_DEV", self._ours(control.stop_device, number), deadline_s)
 
     async def publish_name(self) -> None:
         """Have udev link the disk as /dev/ublkpool/NAME (`disk_names`); if it cannot be, the reason is logged."""
-        names, name, disk = DiskNames(), self._name, self.node.name
-        if not names.are_wanted:
+        name, disk = self._name, self.node.name
+        if not DiskNames().are_wanted:
             return
         number, mark = self.number, self.mark
         try:
             why = await self._look(
                 f"naming {disk}",
-                lambda: names.publish(name, disk, lambda: control.expect_mark(number, mark)),
+                Call(device_commands.publish_name, name, disk, number, mark),
                 str,
             )
         except ControlFailed as error:
@@ -333,11 +340,13 @@ class BlockDevice(DiskView):
 
     async def _withdraw_name(self) -> bool:
         """After the disk's end: return when no link leads to its number; false if the disk has not ended."""
-        names, name, disk = DiskNames(), self._name, self.node.name
-        if not names.are_wanted:
+        name, disk = self._name, self.node.name
+        if not DiskNames().are_wanted:
             return True
         try:
-            return await self._look(f"removing the links to {disk}", lambda: names.withdraw(name, disk), bool)
+            return await self._look(
+                f"removing the links to {disk}", Call(device_commands.withdraw_name, name, disk), bool
+            )
         except ControlFailed as error:
             _log.warning("%s: links to %s may be left: %s", name, disk, without_name(name, str(error)))
             return True
@@ -356,7 +365,7 @@ class BlockDevice(DiskView):
         # Another server may get the number as soon as it is free.
         is_withdrawn = await self._withdraw_name()
         is_free = await self._runner.run(
-            f"{self._name}: DEL_DEV", lambda: device_commands.delete(number, mark), bool
+            f"{self._name}: DEL_DEV", Call(device_commands.delete, number, mark), bool
         )
         if not is_withdrawn:
             await self._withdraw_name()

@@ -6,8 +6,8 @@ any other call that a disk or a file system answers: an open of a block device, 
 umount.  Each call runs in a child of its own: the daemon never waits inside the kernel, and when a deadline passes it
 names the call that hangs.
 
-A child is forked for each call instead of kept in a pool: looks happen a few times in a device's life, one takes about
-4 ms with its fork, and a child that hangs needs no replacement.
+A call that is a `Call` is made by a process that was forked earlier (`warm_process.py`), any other callable by one that
+is forked for it and sees everything that the daemon sees.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ import msgspec
 
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import kernel_log
+from ublkpool.daemon.kernel.warm_process import WarmProcess, WarmProcesses
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.backoff import Backoff, start_surely
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.reserve import Reserve, with_room_for_one
@@ -83,6 +85,8 @@ class _Started(NamedTuple):
 
     child: Child
     reader: int
+    warm: WarmProcess | None = None
+    """The process goes on after the answer; None: it was forked for this call, and ends."""
 
 
 class ControlRunner:
@@ -99,6 +103,11 @@ class ControlRunner:
         self._looks: dict[str, set[Child]] = {}
         self._reserve = reserve
         self._on_hang = on_hang
+        self._warm = WarmProcesses(_execute)
+
+    def close(self) -> None:
+        """Let the processes end that wait for the next call."""
+        self._warm.close()
 
     async def run(
         self, what: str, command: Callable[[], Any], result: type[T], deadline_s: float = DEADLINE_S
@@ -130,15 +139,48 @@ class ControlRunner:
                 with ExitStack() as attempt:
                     if self._reserve is not None:
                         attempt.enter_context(self._reserve.released())
-                    started = _start(what, command, "ublkpool-ctl", ())
+                    started = self._start(what, command, "ublkpool-ctl", ())
                     held.push(attempt.pop_all())
                     return started
 
             pauses = Backoff(loop.time, START_PAUSE_S, START_PAUSE_S)
             started = await start_surely("a control command", start, pauses, _log, START_PATIENCE_S)
-            unfinished.add(started.child)
             with self._telling_hang(what):
-                return await _finish(what, started, result, deadline_s, begun)
+                return await self._finish(what, started, result, deadline_s, unfinished, begun)
+
+    def _start(self, what: str, command: Callable[[], Any], title: str, keep_fds: Sequence[int]) -> _Started:
+        """Have a process make the call.  Raises `CannotStart`; then nothing runs."""
+        try:
+            reader, writer = os.pipe()
+        except OSError as error:
+            raise CannotStart(what, error) from error
+        try:
+            warm = self._warm.begin(what, title, command, writer) if isinstance(command, Call) else None
+            if warm is not None:
+                return _Started(warm.child, reader, warm)
+            return _Started(Child(_fork(what, command, title, writer, keep_fds)), reader)
+        except OSError as error:
+            os.close(reader)
+            raise CannotStart(what, error) from error
+        finally:
+            os.close(writer)
+
+    async def _finish(
+        self,
+        what: str,
+        started: _Started,
+        result: type[T],
+        deadline_s: float,
+        unfinished: set[Child],
+        begun: asyncio.Event | None = None,
+    ) -> T:
+        """The answer of the process.  Raises `CallHung` at the deadline, `ControlFailed`."""
+        unfinished.add(started.child)
+        raw = await _answer(what, started, deadline_s, begun)
+        unfinished.discard(started.child)
+        if started.warm is not None:
+            self._warm.give_back(started.warm)
+        return _decode(what, raw, result)
 
     @contextmanager
     def _telling_hang(self, what: str) -> Iterator[None]:
@@ -168,11 +210,10 @@ class ControlRunner:
         `ControlFailed` for an `OSError` of `work` and if too many looks are unfinished.
         """
         looks = self._with_room(owner, what, "processes wait for this disk")
-        started = _start(what, work, title, keep_fds)
-        looks.add(started.child)
+        started = self._start(what, work, title, keep_fds)
         try:
             with self._telling_hang(what):
-                return await _finish(what, started, result, deadline_s)
+                return await self._finish(what, started, result, deadline_s, looks)
         except CallHung as error:
             _log.error("%s", error)
             raise
@@ -192,32 +233,39 @@ class ControlRunner:
         return looks
 
 
-async def _finish(
-    what: str, started: _Started, result: type[T], deadline_s: float, begun: asyncio.Event | None = None
-) -> T:
-    """The answer of the process.  Raises `CallHung` at the deadline, `ControlFailed`."""
-    child, reader = started
-    answer = _Inbox(reader, begun)
+async def _answer(
+    what: str, started: _Started, deadline_s: float, begun: asyncio.Event | None = None
+) -> bytes:
+    """What the process has sent; it has ended, or has no call any more.  Raises `CallHung` at the deadline."""
+    child = started.child
+    answer = _Inbox(started.reader, begun)
     try:
         answer.collect()
         async with asyncio.timeout(deadline_s):
-            await child.wait()
+            await (child.wait() if started.warm is None else answer.ended.wait())
         answer.read_all()
     except TimeoutError:
         stack = _kernel_stack(child.pid)
-        child.send(signal.SIGKILL)
+        _dispose(started)
         raise CallHung(
             f"{what} has hung for {deadline_s:.0f} s in process {child.pid}{stack}; {_kernel_says()}"
         ) from None
     except asyncio.CancelledError:
         # The caller that gave up must be able to rely on it: the kernel does not execute the command later.
-        child.send(signal.SIGKILL)
+        _dispose(started)
         with suppress(TimeoutError):
             await asyncio.wait_for(child.wait(), KILL_PATIENCE_S)
         raise
     finally:
         answer.close()
-    return _decode(what, bytes(answer.raw), result)
+    return bytes(answer.raw)
+
+
+def _dispose(started: _Started) -> None:
+    """The process makes no further call, and ends as soon as the kernel lets it."""
+    started.child.send(signal.SIGKILL)
+    if started.warm is not None:
+        started.warm.close()
 
 
 class _Inbox:
@@ -226,6 +274,8 @@ class _Inbox:
     def __init__(self, reader: int, begun: asyncio.Event | None) -> None:
         """`begun` is set by the first byte, or by the end of the process if it sent none."""
         self.raw = bytearray()
+        self.ended = asyncio.Event()
+        """Nothing more comes: the process has closed its end, with the answer or because it died."""
         self._reader = reader
         self._begun = begun
         self._loop = asyncio.get_running_loop()
@@ -255,42 +305,38 @@ class _Inbox:
             self._begun.set()
         if not piece:
             self._loop.remove_reader(self._reader)
+            self.ended.set()
         self.raw += piece
         return bool(piece)
 
 
-def _start(what: str, command: Callable[[], Any], title: str, keep_fds: Sequence[int]) -> _Started:
-    """Fork a process that executes the command.  Raises `CannotStart`; then nothing runs."""
+def _fork(what: str, command: Callable[[], Any], title: str, writer: int, keep_fds: Sequence[int]) -> int:
+    """Fork a process that makes this one call and ends; its number.  Raises `OSError`."""
     parent = os.getpid()
-    try:
-        reader, writer = os.pipe()
-    except OSError as error:
-        raise CannotStart(what, error) from error
-    fork = with_room_for_one(
-        lambda: fork_child(lambda: _execute(what, command, writer, parent), [writer, *keep_fds], title)
-    )
-    try:
-        return _Started(Child(fork()), reader)
-    except OSError as error:
-        os.close(reader)
-        raise CannotStart(what, error) from error
-    finally:
-        os.close(writer)
 
-
-def _execute(what: str, command: Callable[[], Any], writer: int, parent_pid: int) -> int:
-    try:
+    def make() -> int:
         # An END_USER_RECOVERY that outlived the supervisor would complete when the next one's workers fetch their tags,
         # before that supervisor has begun its own recovery: the device would be live without workers.
-        process_calls.die_with_parent(parent_pid)
+        process_calls.die_with_parent(parent)
+        _execute(what, command, writer)
+        return 0
+
+    return with_room_for_one(lambda: fork_child(make, [writer, *keep_fds], title))()
+
+
+def _execute(
+    what: str, command: Callable[[], Any], writer: int, clean_up: Callable[[], None] = lambda: None
+) -> None:
+    """Make the call and `clean_up`, then write the answer to `writer`, which is closed then."""
+    try:
         os.write(writer, _BEGUN)
         answer = _Answer(value=msgspec.Raw(msgspec.json.encode(command())))
     except UblkError as error:
         answer = _Answer(error=str(error), errno=error.errno)
     except OSError as error:
         answer = _Answer(error=str(error), errno=error.errno or 0)
+    clean_up()
     _send(what, writer, msgspec.json.encode(answer))
-    return 0
 
 
 def _send(what: str, writer: int, raw: bytes) -> None:

@@ -13,9 +13,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ublkpool.daemon.kernel.disk_names import DiskNames
 from ublkpool.daemon.kernel.disk_parameters import wanted_flags
 from ublkpool.daemon.kernel.own_node import await_own_node
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -25,6 +27,7 @@ from ublkpool.ublk.errors import UblkError, UnsupportedError
 from ublkpool.ublk.privilege import is_privileged
 from ublkpool.workers.process import fork_child
 
+T = TypeVar("T")
 DELETE_PATIENCE_S = 5.0
 MARK_BITS = 63
 _RANDOM_BITS = 32
@@ -113,6 +116,22 @@ def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> No
             f"{config.name}: asked for depth {config.depth} and {config.max_io_bytes} bytes a request, "
             f"the driver gives {info.depth} and {info.max_io_bytes}"
         )
+
+
+def ours(number: int, mark: int, command: Callable[..., T], *arguments: Any) -> T:
+    """The command's result; `UblkError` ENODEV if the device number is another server's by now."""
+    control.expect_mark(number, mark)
+    return command(*arguments)
+
+
+def publish_name(name: str, disk: str, number: int, mark: int) -> str:
+    """See `DiskNames.publish`; `mark` is that of the device of this number."""
+    return DiskNames().publish(name, disk, partial(control.expect_mark, number, mark))
+
+
+def withdraw_name(name: str, disk: str) -> bool:
+    """See `DiskNames.withdraw`."""
+    return DiskNames().withdraw(name, disk)
 
 
 def find(number: int) -> Created:

@@ -12,6 +12,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import disk_node, disk_use
 from ublkpool.daemon.kernel.control_process import LOOK_DEADLINE_S, ControlRunner
 from ublkpool.daemon.kernel.disk_use import Users
+from ublkpool.daemon.plain_call import Call
 
 NODE_DEADLINE_S = 30.0
 OPEN_DEADLINE_S = 600.0
@@ -38,31 +39,31 @@ class DiskView:
         """
         node = str(self.node)
         if not await self._look(
-            f"opening {node}", lambda: disk_node.wait_until_open(node, NODE_DEADLINE_S), bool, OPEN_DEADLINE_S
+            f"opening {node}", Call(disk_node.wait_until_open, node, NODE_DEADLINE_S), bool, OPEN_DEADLINE_S
         ):
             raise DaemonError(f"{self._name}: {node} did not become a block device that can be opened")
 
     async def is_claimed(self, deadline_s: float = LOOK_DEADLINE_S) -> bool:
         """Whether the disk or a partition has an exclusive user.  Raises `CallHung`, `ControlFailed`."""
         node = str(self.node)
-        return await self._look(f"opening {node}", lambda: disk_use.is_claimed(node), bool, deadline_s)
+        return await self._look(f"opening {node}", Call(disk_use.is_claimed, node), bool, deadline_s)
 
     async def users(self, deadline_s: float = LOOK_DEADLINE_S) -> Users:
         """The users of the disk that /proc and /sys show.  Raises `CallHung`, `ControlFailed`."""
         name = self.node.name
         return await self._look(
-            f"looking for users of {name}", lambda: disk_use.find_users(name), Users, deadline_s
+            f"looking for users of {name}", Call(disk_use.find_users, name), Users, deadline_s
         )
 
     async def mappers(self) -> Users:
         """The processes that have the disk mapped.  Raises `CallHung`, `ControlFailed`."""
         name = self.node.name
-        return await self._look(f"looking for users of {name}", lambda: disk_use.find_mappers(name), Users)
+        return await self._look(f"looking for users of {name}", Call(disk_use.find_mappers, name), Users)
 
     async def has_gone(self) -> bool:
         """Whether the kernel has begun to remove the disk.  Raises `CallHung`, `ControlFailed`."""
         name = self.node.name
-        return await self._look(f"looking for {name}", lambda: disk_node.has_gone(name), bool)
+        return await self._look(f"looking for {name}", Call(disk_node.has_gone, name), bool)
 
     async def _look(
         self, what: str, work: Callable[[], Any], result: type[T], deadline_s: float = LOOK_DEADLINE_S
@@ -76,7 +77,7 @@ class DiskView:
         """
         setting, wanted = self._io_timeout_file, str(timeout_ms)
         await self._runner.run_beside(
-            f"{self._name}: io_timeout", lambda: _set(setting, wanted), type(None), IO_TIMEOUT_DEADLINE_S
+            f"{self._name}: io_timeout", Call(_set, setting, wanted), type(None), IO_TIMEOUT_DEADLINE_S
         )
 
     async def pass_requests(self) -> None:
@@ -87,7 +88,7 @@ class DiskView:
         """
         setting = self._setting("rotational")
         await self._runner.run_beside(
-            f"{self._name}: drain", lambda: _rewrite(setting), type(None), DRAIN_DEADLINE_S
+            f"{self._name}: drain", Call(_rewrite, setting), type(None), DRAIN_DEADLINE_S
         )
 
     @property

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-DESCRIPTORS = 4
-"""A control command needs three; further commands wait until one has ended."""
+DESCRIPTORS = 6
+"""The start of a control command's process needs five; further commands wait until one has ended."""
 T = TypeVar("T")
 
 

@@ -19,6 +19,7 @@ from ublkpool.daemon.events.event import Event, decode
 from ublkpool.daemon.events.event_file import NAME, Append, load
 from ublkpool.daemon.events.keeper import EventKeeper
 from ublkpool.daemon.events.tell import Events
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.status import State
 
 RUNS = 36
@@ -61,14 +62,15 @@ class EventsWorld(DeviceWorld):
         self,
         owner: str,
         what: str,
-        work: Append,
+        work: Call,
         result: type[None],
         deadline_s: float = 0.0,
         *,
         title: str = "",
     ) -> None:
         """The process that writes takes a while."""
-        self._writing = work
+        assert isinstance(work.function, Append)
+        self._writing = work.function
         for _ in range(self.own_rng.randrange(6)):
             await asyncio.sleep(0.01)
         work()

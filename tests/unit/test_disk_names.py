@@ -349,7 +349,8 @@ def test_names_are_told_to_a_udev_that_runs_or_has_run_and_by_root(
 @pytest.fixture
 def device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> BlockDevice:
     """Device 3, whose mark the driver confirms."""
-    monkeypatch.setattr(block_device, "DiskNames", lambda: machine.names)
+    for module in (block_device, device_commands):
+        monkeypatch.setattr(module, "DiskNames", lambda: machine.names)
     monkeypatch.setattr(DiskNames, "are_wanted", True)
     monkeypatch.setattr(control, "expect_mark", lambda *_: None)
     monkeypatch.setattr(device_commands, "delete", lambda *_: True)

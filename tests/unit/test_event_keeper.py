@@ -16,12 +16,13 @@ from support.fakes.device_parts import turn
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events import keeper as module
 from ublkpool.daemon.events.event import Event
-from ublkpool.daemon.events.event_file import NAME, Append, load
+from ublkpool.daemon.events.event_file import NAME, load
 from ublkpool.daemon.events.keeper import EventKeeper, earlier_events, has_died
 from ublkpool.daemon.events.kinds import BackendDied, DaemonStarted, DaemonStopped
 from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.events_kept import EventsKept
 from ublkpool.daemon.kernel.control_process import ControlRunner
+from ublkpool.daemon.plain_call import Call
 
 DIED = BackendDied(kind="file", pid=7, was_cut_off=False)
 BYTES_MAX = 64 << 10
@@ -39,7 +40,7 @@ class FakeRunner:
         self,
         owner: str,
         what: str,
-        work: Append,
+        work: Call,
         result: type[None],
         deadline_s: float = 0.0,
         *,

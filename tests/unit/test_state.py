@@ -431,7 +431,7 @@ def test_the_processes_that_hang_in_the_state_directory_are_bounded_for_each_dev
         os.close(writer)
         return control_process._Started(Stuck(), reader)
 
-    monkeypatch.setattr(control_process, "_start", start)
+    monkeypatch.setattr(ControlRunner, "_start", start)
     monkeypatch.setattr(module, "SAVE_DEADLINE_S", 0.01)
 
     async def run() -> None:

@@ -19,7 +19,7 @@ import ublkpool
 from ublkpool.workers import process
 
 MARK = "a call that may wait for ever: "
-HELPERS = ("ublkpool-ctl", "ublkpool-look", "ublkpool-events", "ublkpool-start")
+HELPERS = ("ublkpool-warm", "ublkpool-ctl", "ublkpool-look", "ublkpool-events", "ublkpool-start")
 _DISK = re.compile(
     r"/dev/(ublkb|mapper/|dm-|md|loop|sd|vd|nvme)|/sys/(block|class/block|dev/block|devices/virtual/block)\b"
     r"|/proc/\d+/(fd|fdinfo|maps|smaps|map_files|mountinfo|mounts|environ|cmdline|cwd|root|exe)\b"

@@ -31,6 +31,8 @@ from ublkpool.daemon.admin.client import Client
 from ublkpool.daemon.backends.becoming import TEMPLATE
 from ublkpool.daemon.errors import DaemonError, RemoteError
 from ublkpool.daemon.events.keeper import TITLE as WRITER
+from ublkpool.daemon.kernel.warm_process import IDLE_MAX
+from ublkpool.daemon.kernel.warm_process import TITLE as WAITS_FOR_CALLS
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
 
@@ -405,9 +407,9 @@ class Daemon:
 
     def _strays(self) -> dict[int, str]:
         processes = marked_processes(str(self.run_dir))
-        # The daemon, and one of each child that outlives devices.
+        # The daemon, and as many of each child as outlive devices.
         processes.pop(self.pid, None)
-        for name in ("ublkpool-broker", "ublkpool-hold", TEMPLATE):
+        for name in ("ublkpool-broker", "ublkpool-hold", TEMPLATE, *[WAITS_FOR_CALLS] * IDLE_MAX):
             if lasting := [pid for pid in processes if _name(pid) == name]:
                 del processes[lasting[0]]
         return processes
