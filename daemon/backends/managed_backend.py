@@ -57,7 +57,7 @@ class ManagedBackend:
             group,
             template,
         )
-        self._has_template = template is not None
+        self._template = template
         self._supervision: asyncio.Task[None] | None = None
 
     @property
@@ -80,7 +80,7 @@ class ManagedBackend:
 
     def start(self) -> None:
         """Start it as soon as there is room for a process, and again whenever it ends."""
-        if self._has_template:
+        if self._template is not None:
             self._supervise(self._start_and_keep())
             return
         try:
@@ -117,6 +117,9 @@ class ManagedBackend:
             self.start()
         else:
             self._supervise(self._process.keep_running())
+            if self._template is not None:
+                # Its successor must not wait for the start of an interpreter.
+                self._template.begin()
 
     def adopt_to_end(self, left: Process | None, stderr: int | None) -> None:
         """Adopt an earlier daemon's process, if it lives, only for `end`; none is started."""

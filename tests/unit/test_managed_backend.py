@@ -1,6 +1,7 @@
 """The backend that the daemon runs for a device, with a fake process."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ublkpool.daemon.backends.template_process import BackendTemplate
 from ublkpool.daemon.errors import STATUS_USAGE, DaemonError
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.children import Child
+from ublkpool.daemon.processes.left_behind import identify
 from ublkpool.daemon.settings.config import BackendConfig
 
 DEADLINE_S = 60
@@ -209,5 +211,32 @@ def test_a_backend_that_is_told_to_end_while_the_template_is_asked_is_not_starte
             await asyncio.sleep(0)
         await made.end()
         assert process.starts == 0
+
+    in_loop(run)
+
+
+def test_the_template_is_ready_for_the_successor_of_an_earlier_daemons_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Begun(NoTemplate):
+        begun = 0
+
+        def begin(self) -> None:
+            self.begun += 1
+
+    async def run() -> None:
+        template = Begun()
+        made = ManagedBackend(
+            "vol", CONFIG, Path("/nonexistent"), FakeHolder(), None, Background("vol"), template=template
+        )
+        made._process = process = FakeProcess(fails=False)
+
+        def adopt(*_: object) -> None:
+            process.child = FakeChild()
+
+        monkeypatch.setattr(process, "adopt", adopt)
+        made.go_on(identify("backend", os.getpid()), 2)
+        assert template.begun == 1 and process.starts == 0
+        made.let_end()
 
     in_loop(run)
