@@ -283,6 +283,10 @@ class Queue:
         """Buffers come into the stock; waiting requests take them."""
         lib.uq_stock_add(self.raw, size_class, list(slots), len(slots))
 
+    def stock_own(self) -> None:
+        """Without a broker: every buffer of the classes is this queue's from now on, and stays."""
+        lib.uq_stock_own(self.raw)
+
     def stock_take(self, size_class: int, count: int) -> list[int]:
         """Take up to `count` free buffers out of the stock."""
         taken = lib.uq_stock_take(self.raw, size_class, self._slots, count)

@@ -31,6 +31,7 @@ from ublkpool.workers.engine_connected import EngineConnected
 from ublkpool.workers.engine_inside import Awaited, EngineInside, EngineSpec
 from ublkpool.workers.engine_place import EnginePlace
 from ublkpool.workers.hold_gate import HoldGate
+from ublkpool.workers.own_stock import OwnStock
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.privileges import Account, give_up_rights, run_without_capabilities
 from ublkpool.workers.ring_link import RingLink
@@ -58,7 +59,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     queue_socket: Path
     ring_socket: Path | None
     """The socket at which backends ask for rings; None: no rings."""
-    pool_endpoint: str
+    pool_endpoint: str | None
+    """Of the broker; None: all buffers of `queue.classes` are the queue's own."""
     socket_mode: int
     socket_group: int | None
     cpu: int | None
@@ -94,6 +96,19 @@ def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
     return tuple(classes)
 
 
+def own_classes(arena: Arena, queue: int) -> tuple[core.BufferClass, ...]:
+    """An equal part of the pool's buffers for this queue, see `OwnStock`; its reserve is in it."""
+    classes = []
+    for each in arena.geometry.classes:
+        begin, end = (each.count * number // arena.queues for number in (queue, queue + 1))
+        offset = each.base_offset + begin * each.buffer_bytes
+        count = end - begin
+        classes.append(
+            core.BufferClass(offset, each.buffer_bytes, count, each.first_slot + begin, count, 1, count)
+        )
+    return tuple(classes)
+
+
 class QueueLoop:
     """One queue, from its first fetch to the last abort."""
 
@@ -102,7 +117,7 @@ class QueueLoop:
     ) -> None:
         self._spec = spec
         self._supervisor: socket.socket | None = supervisor
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = _context_of(spec)
         _settle(self._context, spec)
         memory = _map_memory(spec.queue, descriptors, arena)
         self._queue = Queue(spec.queue, memory)
@@ -113,7 +128,7 @@ class QueueLoop:
         self._backend: BackendDoors | EnginePlace = (
             self._doors() if spec.engine is None else self._engine(spec.engine, memory)
         )
-        self._pool = PoolLink(self._context, spec.pool_endpoint, self._queue)
+        self._pool = self._stock()
         engine_requests = spec.queue.depth if spec.engine is not None else 0
         self._ring = IoUring(self._queue, char_fd, spec.spin_us, engine_requests)
         self._started = False
@@ -121,15 +136,24 @@ class QueueLoop:
         self._more = False
         self._bits = 0
         self._ring.watch(_WATCH_SUPERVISOR, supervisor.fileno())
-        self._ring.watch(_WATCH_POOL, self._pool.fileno())
+        if isinstance(self._pool, PoolLink):
+            self._ring.watch(_WATCH_POOL, self._pool.fileno())
         self._backend.serve_on(self._ring)
         self._gate = self._make_gate()
 
     def _doors(self) -> BackendDoors:
         spec = self._spec
         where = (self._queue, spec.socket_mode, spec.socket_group)
+        assert self._context is not None
         frames = BackendLink(self._context, spec.queue_socket, *where)
         return BackendDoors(frames, RingLink(spec.ring_socket, *where))
+
+    def _stock(self) -> PoolLink | OwnStock:
+        endpoint = self._spec.pool_endpoint
+        if endpoint is None:
+            return OwnStock(self._queue)
+        assert self._context is not None
+        return PoolLink(self._context, endpoint, self._queue)
 
     def _engine(self, spec: EngineSpec, memory: Memory) -> EnginePlace:
         pool = memoryview(ffi.buffer(memory.pool, self._arena.geometry.total_bytes))
@@ -153,7 +177,8 @@ class QueueLoop:
         """Close links and ring; the process's end does the same."""
         for each in (self._backend, self._pool, self._ring):
             each.close()
-        self._context.term()
+        if self._context is not None:
+            self._context.term()
 
     def turn(self) -> int | None:
         """Wait for events and handle them; the exit status once every tag is gone or the worker has failed."""
@@ -436,11 +461,17 @@ class QueueLoop:
         return 1
 
 
-def _settle(context: "zmq.Context[zmq.Socket[bytes]]", spec: WorkerSpec) -> None:
+def _context_of(spec: WorkerSpec) -> "zmq.Context[zmq.Socket[bytes]] | None":
+    """None where nothing speaks ZeroMQ: its threads and their memory are a third of such a worker."""
+    return None if spec.engine is not None and spec.pool_endpoint is None else zmq.Context()
+
+
+def _settle(context: "zmq.Context[zmq.Socket[bytes]] | None", spec: WorkerSpec) -> None:
     """Move to the queue's CPU before the worker touches memory of its own, which is then allocated near it."""
 
     def start_threads() -> None:
-        context.socket(zmq.PAIR).close()
+        if context is not None:
+            context.socket(zmq.PAIR).close()
 
     # ZeroMQ's threads start with its first socket, and must not be bound to the queue's CPU.
     if spec.account is not None and spec.account.user == 0:

@@ -30,7 +30,7 @@ from ublkpool.daemon.kernel.disk_parameters import parameters
 from ublkpool.daemon.kernel.opener import Opener
 from ublkpool.daemon.processes.background import logged
 from ublkpool.daemon.processes.beside import beside
-from ublkpool.daemon.processes.broker_process import Leases
+from ublkpool.daemon.processes.broker_process import Leases, NoLeases
 from ublkpool.daemon.processes.held_names import opener_names, pool_name, slice_name, worker_name
 from ublkpool.daemon.settings.config import CLIENT_SLICES, DeviceConfig
 from ublkpool.ublk.abi import Feature, Parameters
@@ -141,9 +141,7 @@ class DeviceResources:
         self.pool.resume(arena)
         self.set_limits(limits_of(self.config))
         await self.find_area(record, adopted.held)
-        self.leases = Leases(
-            self._context.broker, kernel.number, kernel.info.queues, arena.control_fd, record.epoch
-        )
+        self.leases = self._leases(kernel, arena, record.epoch)
         await self.leases.refresh()
         team = self.new_team(record.epoch)
         team.adopt(adopted.workers)
@@ -290,9 +288,12 @@ class DeviceResources:
             arena = await self._make_arena(self.kernel)
             self.pool.begin(arena)
             self.set_limits(limits_of(self.config))
-            info = self.kernel.info
-            self.leases = Leases(self._context.broker, self.kernel.number, info.queues, arena.control_fd)
+            self.leases = self._leases(self.kernel, arena)
         return self.leases
+
+    def _leases(self, kernel: BlockDevice, arena: Arena, known: int | None = None) -> Leases:
+        kind = Leases if self.config.asks_the_broker else NoLeases
+        return kind(self._context.broker, kernel.number, kernel.info.queues, arena.control_fd, known)
 
     async def _make_arena(self, kernel: BlockDevice) -> Arena:
         info, config = kernel.info, self.config
@@ -318,7 +319,7 @@ class DeviceResources:
             kernel,
             arena,
             disk,
-            context.broker.endpoint,
+            context.broker.endpoint if self.config.asks_the_broker else None,
             context.queue_dir,
             context.group,
             self.area,

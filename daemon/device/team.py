@@ -33,7 +33,7 @@ from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.settings.run_directory import restore_queues
 from ublkpool.ublk.errors import UblkError
 from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
-from ublkpool.ublk.queue import QueueConfig
+from ublkpool.ublk.queue import BufferClass, QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.engine_awaited import told
@@ -41,7 +41,7 @@ from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.listening import socket_mode
 from ublkpool.workers.privileges import Account
 from ublkpool.workers.process import fork_child, run_worker
-from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes
+from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes, own_classes
 from ublkpool.workers.record_gate import RecordGate
 
 READY_DEADLINE_S = 120.0
@@ -58,7 +58,8 @@ class Plan(NamedTuple):
     kernel: BlockDevice
     arena: Arena
     disk: Disk
-    pool_endpoint: str
+    pool_endpoint: str | None
+    """Of the broker; None: each queue has buffers of its own."""
     queue_dir: Path
     group: int | None
     area: ClientArea | None = None
@@ -443,7 +444,7 @@ class Team:
                 held=plan.held,
                 slice_bytes=plan.area.slice_bytes if plan.area else 0,
                 slices=plan.area.bits if plan.area else 0,
-                classes=buffer_classes(plan.arena),
+                classes=self._classes(queue),
             ),
             queue_socket=self._socket(queue),
             ring_socket=self._ring_socket(queue) if offers_rings else None,
@@ -457,6 +458,10 @@ class Team:
             account=plan.account,
             is_prepared=plan.is_prepared,
         )
+
+    def _classes(self, queue: int) -> tuple[BufferClass, ...]:
+        arena = self.plan.arena
+        return buffer_classes(arena) if self.plan.pool_endpoint is not None else own_classes(arena, queue)
 
     def _socket(self, queue: int) -> Path:
         return self.plan.queue_dir / f"{self.plan.kernel.number}.{queue}"

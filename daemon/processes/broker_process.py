@@ -335,6 +335,26 @@ class Leases:
             await self._broker.command(broker_commands.Register(self._number, queue, epoch))
 
 
+class NoLeases(Leases):
+    """Of a device whose queues have buffers of their own: the broker knows nothing of it."""
+
+    @property
+    def are_told(self) -> bool:
+        return True
+
+    async def refresh(self) -> None:
+        """Nothing."""
+
+    async def register(self, epoch: int) -> None:
+        """Nothing: a worker has its buffers from its start."""
+
+    async def reclaim(self) -> None:
+        """Nothing: the next epoch's workers take them."""
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
 def _serve(endpoint: str, control_sock: socket.socket, account: Account | None) -> int:
     def bound() -> None:
         if account is not None and account.user:

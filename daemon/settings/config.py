@@ -189,6 +189,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.answers == "backend" and self.isolation == "process"
 
     @property
+    def asks_the_broker(self) -> bool:
+        """Whether workers lease their buffers: those of an engine in the workers are the queues' own."""
+        return self.isolation == "process"
+
+    @property
     def asks_for_data(self) -> bool:
         """Whether the driver asks where each write's data shall go; with zero copy the data goes nowhere."""
         return self.need_get_data and not self.zero_copy

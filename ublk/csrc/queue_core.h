@@ -257,6 +257,8 @@ uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes);
 int uq_stock_want(const struct uq *q, unsigned class);
 void uq_stock_asked(struct uq *q, unsigned class, unsigned count);
 int uq_stock_add(struct uq *q, unsigned class, const uint32_t *slots, unsigned count);
+/* Without a broker: every buffer of the classes is this queue's from now on, and stays. */
+void uq_stock_own(struct uq *q);
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max);
 /* Other queues wait: this one returns `count` buffers in all, before its own tags get any, but never out of its
  * reserve. */

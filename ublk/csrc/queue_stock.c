@@ -251,6 +251,31 @@ bool uq_stock_fill(struct uq *q, unsigned class, const uint32_t *slots, unsigned
 	return true;
 }
 
+/* Writes the broker's fields of the headers as well: the sequence counts the slot's owners. */
+static void own(struct uq *q, uint32_t slot)
+{
+	struct uq_slot *h = &q->config.slots[slot];
+
+	h->sequence++;
+	h->tag = 0;
+	h->epoch = q->config.epoch;
+	h->owner = q->config.queue + 1u;
+}
+
+void uq_stock_own(struct uq *q)
+{
+	for (unsigned c = 0; c < q->config.classes; c++) {
+		const struct uq_class *class = &q->config.class[c];
+
+		for (uint32_t i = 0; i < class->count; i++) {
+			uint32_t slot = class->first_slot + i;
+
+			own(q, slot);
+			uq_stock_fill(q, c, &slot, 1);
+		}
+	}
+}
+
 unsigned uq_stock_take(struct uq *q, unsigned class, uint32_t *slots, unsigned max)
 {
 	struct uq_stock *s = &q->stock[class];

@@ -208,6 +208,7 @@ class SimQueueLoop(QueueLoop):
         frames = SimBackendLink(context, spec.queue_socket, worker.queue, 0, None)
         self.doors = BackendDoors(frames, RingLink(spec.ring_socket, worker.queue, spec.socket_mode, None))
         self._backend = self.doors
+        assert spec.pool_endpoint is not None
         self._pool = PoolLink(context, spec.pool_endpoint, worker.queue)
         self.ring = SimRing(worker)
         self._ring = cast(IoUring, self.ring)
