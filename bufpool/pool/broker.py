@@ -68,6 +68,8 @@ class Broker:
         self._exit_on_eof = exit_on_eof
         self._clock = clock
         self._devices: dict[int, DeviceLeases] = {}
+        self._due: dict[int, float] = {}
+        """When the next question of a device is due; of most devices none is open, and those cost nothing."""
         self._counts: Counter[str] = Counter()
         self._logged: set[tuple[str, bytes]] = set()
         self._stopping = False
@@ -92,14 +94,22 @@ class Broker:
         for device in self._devices.values():
             device.close()
         self._devices.clear()
+        self._due.clear()
 
     def statistics(self) -> BrokerStatistics:
         """Counters now."""
         return msgspec.convert(dict(self._counts), BrokerStatistics)
 
     def _timeout_ms(self) -> int | None:
-        due = [at_s for each in self._devices.values() if (at_s := each.next_question_at_s()) is not None]
-        return max(0, int(1000 * (min(due) - self._clock())) + 1) if due else None
+        return max(0, int(1000 * (min(self._due.values()) - self._clock())) + 1) if self._due else None
+
+    def _note_due(self, device: DeviceLeases) -> None:
+        """After everything that may have opened or answered a question of this device."""
+        at_s = device.next_question_at_s()
+        if at_s is None:
+            self._due.pop(device.device_number, None)
+        else:
+            self._due[device.device_number] = at_s
 
     def _on_control(self) -> bool:
         """Execute one command; returns False when the other side is gone and that is no reason to stop."""
@@ -131,7 +141,9 @@ class Broker:
         reply: Reply
         try:
             reply = self._execute(command, fds)
-            for device in self._devices.values():
+            # No command changes another device than its own.
+            number = getattr(command, "device_number", None)
+            if number is not None and (device := self._devices.get(number)):
                 self._flush(device)
         except (PoolError, OSError) as error:
             reply = Failed(str(error))
@@ -144,6 +156,7 @@ class Broker:
             case RemoveDevice(device_number=number):
                 self._device(number).close()
                 del self._devices[number]
+                self._due.pop(number, None)
             case Register(device_number=number, queue=queue, epoch=epoch):
                 self._device(number).register(Owner(queue, epoch))
             case Reclaim(device_number=number, queue=queue, epoch=epoch):
@@ -231,12 +244,14 @@ class Broker:
         for owner, frames in device.take_outbox():
             if not self._deliver(device, owner, frames):
                 device.unreachable(owner)
+        self._note_due(device)
 
     def _ask(self) -> None:
         now_s = self._clock()
-        for device in self._devices.values():
+        for device in [self._devices[number] for number, at_s in self._due.items() if at_s <= now_s]:
             for owner, frame in device.questions(now_s):
                 self._count("asked" if self._deliver(device, owner, [frame]) else "undeliverable")
+            self._note_due(device)
 
     def _deliver(self, device: DeviceLeases, owner: Owner, frames: Sequence[bytes]) -> bool:
         """Send; returns False if the worker is not connected or does not read."""
