@@ -582,7 +582,7 @@ def test_a_full_stock_gives_way_to_a_device_that_is_added(
     in_loop(run)
 
 
-@pytest.mark.parametrize("failing", ["ADD_DEV after the kernel has made it", "leases", "ready"])
+@pytest.mark.parametrize("failing", ["ADD_DEV after the kernel has made it", "ready"])
 def test_the_end_removes_also_the_one_that_is_being_made(
     machine: TakingMachine, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
