@@ -27,6 +27,8 @@ SMALL_POOL_BYTES = 1 << 20
 """Of the many devices, so that a small machine holds them; their number of buffers changes no other memory."""
 COUNTS = (1, 10, 100, 1000)
 PREPARED = "[prepare]\ncount = 1\npartitions = false\n"
+_SINK = "/memfd:ublkpool-sink"
+"""A worker's scratch buffer."""
 Say = Callable[[str], None]
 
 
@@ -202,7 +204,7 @@ def pages_of(lines: Iterable[str]) -> Pages:
         words = line.split()
         if not words[0].endswith(":"):
             name = words[5] if len(words) > 5 else ""
-            in_pool = name.startswith(("/memfd:", "/dev/shm/ublkpool"))
+            in_pool = name.startswith(("/memfd:", "/dev/shm/ublkpool")) and not name.startswith(_SINK)
         elif words[0] in ("Private_Dirty:", "Private_Clean:", "Private_Hugetlb:"):
             if in_pool:
                 pool += int(words[1])

@@ -1,4 +1,4 @@
-"""Mappings of this process: a queue's descriptors, segments, private memory; and memory whose size is sealed.
+"""Mappings of this process: a queue's descriptors, segments, scratch; and memory whose size is sealed.
 
 Every mapping is populated, so that no access of the data path faults.
 """
@@ -10,6 +10,9 @@ import os
 from typing import Any
 
 from ublkpool.ublk.calls import check, checked_address, ffi, lib
+
+SINK_BYTES: int = lib.UQ_SINK_BYTES
+"""What `map_sink` takes at most."""
 
 
 def map_descriptors(char_fd: int, queue: int, depth: int) -> Any:
@@ -32,9 +35,9 @@ def unmap_segment(address: Any, size_bytes: int) -> None:
     lib.uq_unmap_segment(address, size_bytes)
 
 
-def map_private(size_bytes: int) -> Any:
-    """Zeroed memory of this process, populated."""
-    return checked_address(lib.uq_map_private(size_bytes), f"{size_bytes} bytes of memory")
+def map_sink(size_bytes: int) -> Any:
+    """Memory of this process for what is written and not read, populated; each `SINK_BYTES` of it are the same."""
+    return checked_address(lib.uq_map_sink(size_bytes), f"{size_bytes} bytes of memory")
 
 
 def map_zeros(size_bytes: int) -> Any:

@@ -496,7 +496,7 @@ def _map_memory(config: QueueConfig, descriptors: object, arena: Arena) -> Memor
         descriptors=descriptors,
         pool=pool,
         slots=mappings.offset(control, slot_header_offset(arena.queues, 0)),
-        scratch=mappings.map_private(config.max_io_bytes),
+        scratch=mappings.map_sink(config.max_io_bytes),
         statistics=mappings.offset(control, stats_offset(config.queue)),
         limits=mappings.offset(control, LIMITS_OFFSET),
         zeros=mappings.map_zeros(config.max_io_bytes) if config.answers_itself else None,

@@ -18,6 +18,7 @@ from ublkpool.bufpool.pool.control import control_bytes
 from ublkpool.bufpool.pool.limits import Geometry, pool_geometry
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import _native
+from ublkpool.ublk.mappings import SINK_BYTES
 
 POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
 WAY_OUT = (
@@ -62,7 +63,7 @@ def memory_of(config: DeviceConfig, slices_bytes: int, made: Made | None = None)
     has_rings = config.rings and config.has_backend_process
     rings_bytes = int(lib.uq_port_bytes(lib.uq_port_entries(config.depth))) if has_rings else 0
     pool_bytes = made.geometry.total_bytes + control_bytes(made.queues, made.geometry.slot_count)
-    return pool_bytes + slices_bytes + made.queues * (config.max_io_bytes + rings_bytes)
+    return pool_bytes + slices_bytes + made.queues * (min(config.max_io_bytes, SINK_BYTES) + rings_bytes)
 
 
 def pool_of(

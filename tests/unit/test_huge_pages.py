@@ -106,7 +106,7 @@ def resident(address):
         words = memoryview(pages.read(8 * 64)).cast("Q")
     return sum(word >> 63 for word in words)
 fd = mappings.sealed_memory(64 * 4096, "test")
-shared, private = mappings.map_segment(fd, 64 * 4096), mappings.map_private(64 * 4096)
+shared, private = mappings.map_segment(fd, 64 * 4096), mappings.map_sink(64 * 4096)
 sdk = SharedMap(fd, 64 * 4096)
 print(*(resident(int(_native.ffi.cast("uintptr_t", each))) for each in (shared, private)), resident(sdk.address))
 """

@@ -88,14 +88,14 @@ def test_a_worker_is_on_its_cpu_before_it_touches_memory_of_its_own_and_zeromq_i
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 2:
         pytest.skip("with one CPU everything is on it")
-    cpu, honest, seen = max(allowed), mappings.map_private, []
+    cpu, honest, seen = max(allowed), mappings.map_sink, []
 
-    def map_private(size_bytes: int) -> object:
+    def map_sink(size_bytes: int) -> object:
         seen.append(os.sched_getaffinity(0))
         return honest(size_bytes)
 
     monkeypatch.setattr(queue_loop, "IoUring", NoRing)
-    monkeypatch.setattr(mappings, "map_private", map_private)
+    monkeypatch.setattr(mappings, "map_sink", map_sink)
     tasks = Path("/proc/self/task")
     before = set(tasks.iterdir())
     with loop_rig_in(tmp_path, cpu) as made:

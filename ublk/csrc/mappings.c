@@ -86,9 +86,35 @@ int uq_map_over(void *at, void *fresh, uint64_t bytes)
 	return mremap(fresh, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED ? -errno : 0;
 }
 
-void *uq_map_private(uint64_t bytes)
+/* Maps the file's first `unit` bytes again and again, until `bytes` of addresses lead there. */
+static int map_again(uint8_t *room, int fd, uint64_t bytes, uint64_t unit)
 {
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (uint64_t at = 0; at < bytes; at += unit) {
+		uint64_t left = bytes - at;
 
-	return populated(at, bytes, MADV_POPULATE_WRITE);
+		if (mmap(room + at, left < unit ? left : unit, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
+		    MAP_FAILED)
+			return -errno;
+	}
+	return madvise(room, bytes, MADV_POPULATE_WRITE) ? -errno : 0;
+}
+
+void *uq_map_sink(uint64_t bytes)
+{
+	uint64_t whole = page_align(bytes);
+	int fd = memfd_create("ublkpool-sink", MFD_CLOEXEC), e = fd < 0 ? -errno : 0;
+	uint8_t *room = MAP_FAILED;
+
+	if (!e && ftruncate(fd, UQ_SINK_BYTES))
+		e = -errno;
+	if (!e) {
+		room = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		e = room == MAP_FAILED ? -errno : map_again(room, fd, whole, UQ_SINK_BYTES);
+	}
+	if (fd >= 0)
+		close(fd);
+	if (e && room != MAP_FAILED)
+		munmap(room, whole);
+	errno = -e;
+	return e ? NULL : room;
 }

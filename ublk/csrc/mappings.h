@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+enum { UQ_SINK_BYTES = 65536 };
+
 /* Maps a queue's descriptor array read-only (offset queue * 4096 * 24, length depth * 24, page-aligned).
  * The driver lets only the first address space map it; a mapping made before fork stays valid in the child.  NULL: see
  * errno. */
@@ -16,7 +18,8 @@ int uq_unmap_segment(void *address, uint64_t bytes);
 /* Moves the mapping `fresh` to `at`, in place of the mapping there.  Returns 0, or -errno, after which `at` may be
  * unmapped. */
 int uq_map_over(void *at, void *fresh, uint64_t bytes);
-/* Private zeroed memory, populated; NULL: see errno. */
-void *uq_map_private(uint64_t bytes);
+/* Memory of this process for what is written and not read, populated: all of its addresses lead to UQ_SINK_BYTES of
+ * memory, again and again.  NULL: see errno. */
+void *uq_map_sink(uint64_t bytes);
 
 #endif
