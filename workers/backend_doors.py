@@ -5,6 +5,7 @@ Owns that one backend is expected at both, and which descriptors wake the worker
 
 from collections.abc import Callable
 
+from ublkpool.bufpool.wire import Grown, Resized
 from ublkpool.ublk.queue import WATCH_SHIFT, IoUring
 from ublkpool.workers.backend_link import BackendLink
 from ublkpool.workers.ring_link import RingLink
@@ -48,9 +49,12 @@ class BackendDoors:
     is_excluded = False
     """See `EngineConnected`: a backend's process tells the daemon itself."""
 
-    def connect(self, done: Callable[[str, str], None]) -> None:
+    def connect(self, done: Callable[[str, str], None], grown: Callable[[Resized | Grown], None]) -> None:
         """Nothing: the store is the backend's."""
         done("", "this worker has no store")
+
+    def grow(self, size_bytes: int) -> None:
+        """Nothing: the daemon asks the backend itself."""
 
     def serve(self) -> None:
         """Nothing: a backend greets the queue itself."""

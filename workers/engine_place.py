@@ -5,6 +5,7 @@ Owns what every such engine has in common: no backend attaches, and nothing of i
 
 from collections.abc import Callable
 
+from ublkpool.bufpool.wire import Grown, Resized
 from ublkpool.ublk.queue import IoUring, Queue
 
 
@@ -35,7 +36,7 @@ class EnginePlace:
         """Why the queue has cut the engine off."""
         return self._queue.violation()
 
-    def connect(self, done: Callable[[str, str], None]) -> None:
+    def connect(self, done: Callable[[str, str], None], grown: Callable[[Resized | Grown], None]) -> None:
         """Only a store that is a connection is connected to."""
         done("", "this worker's store is no connection")
 
@@ -49,6 +50,9 @@ class EnginePlace:
 
     def resize(self, size_bytes: int) -> None:
         """Nothing: there is no store that grows."""
+
+    def grow(self, size_bytes: int) -> None:
+        """Nothing: the daemon has a store that is no connection grow in a process of its own, see `resize`."""
 
     def take_places(self) -> None:
         """Nothing: no backend comes."""

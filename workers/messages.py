@@ -65,6 +65,12 @@ class Resize(msgspec.Struct, tag="resize", tag_field="type", frozen=True):
     id: int = 0
 
 
+class Grow(msgspec.Struct, tag="grow", tag_field="type", frozen=True):
+    """Have the store to which the worker is connected grow to this size; `Grown` follows, which a cluster may delay."""
+
+    size_bytes: int
+
+
 class Hold(msgspec.Struct, tag="hold", tag_field="type", frozen=True):
     """Have requests wait, or go on: see `Queue.hold`.  `Quiet` follows once the backend has none.
 
@@ -212,8 +218,22 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     """Whether the worker takes a gate with `Hold`; false from a worker of an earlier version."""
     knows_resize: bool = False
     """Whether the worker understands `Resize`; false from a worker of an earlier version."""
+    knows_grow: bool = False
+    """Whether the worker understands `Grow`; false from a worker of an earlier version."""
+    grown_bytes: int = 0
+    """The largest size that the worker has announced with `Grown`; 0: none."""
     has_let_go: bool = False
     """Whether the last hold has ended with the supervisor that had begun it."""
+
+
+class Grown(msgspec.Struct, tag="grown", tag_field="type", frozen=True):
+    """The store to which the worker is connected has this size, and the worker serves requests up to there."""
+
+    size_bytes: int
+    is_asked: bool = False
+    """Whether this answers `Grow`; otherwise the store has grown by itself."""
+    reason: str = ""
+    """Of an answer: why the store has not grown; empty if it has."""
 
 
 class Quiet(msgspec.Struct, tag="quiet", tag_field="type", frozen=True):
@@ -258,6 +278,7 @@ ToWorker = (
     | NewPool
     | SetDeadlines
     | Resize
+    | Grow
     | Hold
     | FlushBackend
     | GiveUp
@@ -280,6 +301,7 @@ FromWorker = (
     | Connected
     | Became
     | Standing
+    | Grown
     | Quiet
     | Flushed
     | Cut

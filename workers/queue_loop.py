@@ -19,6 +19,7 @@ from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import LIMITS_OFFSET, slot_header_offset, stats_offset
 from ublkpool.bufpool.pool.size_pool import held_max
 from ublkpool.bufpool.sdk.inside import Connect
+from ublkpool.bufpool.wire import Grown, Resized
 from ublkpool.ublk import mappings
 from ublkpool.ublk import queue as core
 from ublkpool.ublk.calls import ffi
@@ -125,6 +126,8 @@ class QueueLoop:
         self._look_at_s = 0.0
         self._broken = ""
         self._is_excluded = False
+        self._grown_bytes = 0
+        """The largest size that the store has announced."""
         self._backend: BackendDoors | EnginePlace = (
             self._doors() if spec.engine is None else self._engine(spec.engine, memory)
         )
@@ -317,10 +320,10 @@ class QueueLoop:
                 self._tell(messages.Holding(message.id))
             case messages.FlushBackend():
                 self._tell(messages.Flushing(self._queue.flush(), message.id))
-            case messages.HandOver() | messages.Become() | messages.Connect() | messages.Serve():
-                self._obey_about_store(message, fd)
-            case messages.GiveUp():
-                self._queue.give_up()
+            case messages.HandOver() | messages.Become():
+                self._obey_about_engine(message, fd)
+            case messages.Connect() | messages.Serve() | messages.Grow() | messages.GiveUp():
+                self._obey_about_store(message)
             case messages.Report():
                 self._gate.succeed()
                 is_linked = self._queue.link is LinkState.UP
@@ -335,6 +338,8 @@ class QueueLoop:
                         knows_hold=True,
                         knows_gate=True,
                         knows_resize=True,
+                        knows_grow=True,
+                        grown_bytes=self._grown_bytes,
                         has_let_go=self._gate.has_let_go,
                     )
                 )
@@ -361,24 +366,32 @@ class QueueLoop:
             case messages.NewPool():
                 self._tell(messages.PoolChanged(self._change_pool(fd), message.id))
 
-    def _obey_about_store(
-        self, message: messages.HandOver | messages.Become | messages.Connect | messages.Serve, fd: int | None
-    ) -> None:
+    def _obey_about_engine(self, message: messages.HandOver | messages.Become, fd: int | None) -> None:
         match message:
             case messages.HandOver():
                 assert isinstance(self._backend, EngineAwaited)
                 self._backend.take(fd)
             case messages.Become():
                 self._tell(messages.Became(self._become(message), message.id))
+
+    def _obey_about_store(
+        self, message: messages.Connect | messages.Serve | messages.Grow | messages.GiveUp
+    ) -> None:
+        match message:
             case messages.Connect(number):
                 self._backend.connect(
-                    lambda owner, reason: self._tell(messages.Connected(owner, reason, number))
+                    lambda owner, reason: self._tell(messages.Connected(owner, reason, number)),
+                    self._tell_growth,
                 )
+            case messages.Grow(size_bytes):
+                self._backend.grow(size_bytes)
             case messages.Serve():
                 try:
                     self._backend.serve()
                 except (BackendError, OSError) as error:
                     self._broken = f"queue {self._spec.queue.queue}: {error}"
+            case messages.GiveUp():
+                self._queue.give_up()
 
     def _become(self, message: messages.Become) -> str:
         """Of a prepared worker: from now on it is this device's; the reason of a failure, or empty."""
@@ -392,6 +405,13 @@ class QueueLoop:
             return f"queue {self._spec.queue.queue}: {error}"
         self._spec = msgspec.structs.replace(self._spec, name=message.name, is_prepared=False)
         return ""
+
+    def _tell_growth(self, news: Resized | Grown) -> None:
+        if isinstance(news, Grown):
+            self._grown_bytes = max(self._grown_bytes, news.size_bytes)
+            self._tell(messages.Grown(news.size_bytes))
+            return
+        self._tell(messages.Grown(news.size_bytes, is_asked=True, reason=news.reason))
 
     def _change(self, message: messages.SetDeadlines | messages.Resize) -> None:
         if isinstance(message, messages.Resize):

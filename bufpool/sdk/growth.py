@@ -7,7 +7,8 @@ tell the daemon.  `begin` and `news` are the loop's; `announce` may be called fr
 import inspect
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import PoolError
@@ -29,10 +30,17 @@ def can_resize(backend: Backend) -> bool:
     return function is not None and getattr(function, "__func__", None) is not Backend.resize
 
 
+class Grows(Protocol):
+    """A backend whose store may grow."""
+
+    def callables(self) -> Mapping[str, Callable[..., Any]]:
+        """See `Backend`."""
+
+
 class Growth:
     """What becomes of one backend's store."""
 
-    def __init__(self, backend: Backend, events: EventLoop, wake: Callable[[], None]) -> None:
+    def __init__(self, backend: Grows, events: EventLoop, wake: Callable[[], None]) -> None:
         """`wake` has the loop call `news`, from any thread."""
         self._backend, self._events, self._wake = backend, events, wake
         self._news: deque[wire.Resized | wire.Grown] = deque()

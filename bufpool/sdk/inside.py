@@ -8,8 +8,9 @@ A store in a cluster has no descriptor: the worker connects to it itself (`Conne
 """
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -47,8 +48,11 @@ class Settles(Protocol):
 class ConnectsInside(Protocol):
     """A backend whose native engine a device's one worker can run, and whose store is a connection.
 
-    The worker connects on a thread of its own.  The other methods are those of `Backend`.
+    The worker connects on a thread of its own.  The other methods are those of `Backend`, among them `resize`.
     """
+
+    def callables(self) -> Mapping[str, Callable[..., Any]]:
+        """See `Backend`."""
 
     def look(self, hint: Hint) -> Properties:
         """The store's properties, without its lock, in a process that ends then; `owner` is the hint's.

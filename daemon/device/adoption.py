@@ -10,6 +10,7 @@ from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.records import Record, end_left
+from ublkpool.daemon.device.resize import follow_growth
 from ublkpool.daemon.device.succession import AdoptedDevice
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
@@ -36,6 +37,8 @@ async def go_on(parts: DeviceParts, record: Record, held: Mapping[str, int]) -> 
     if parts.inside is not None and parts.inside.connects and team.unlinked():
         raise DaemonError(f"{parts.config.name}: its worker has not served its store yet")
     await _agree_on_backend(parts, record, team, standings)
+    if session is None:
+        follow_growth(parts)
     if team.can_hold:
         # The same of a drain or a resume.
         await team.hold(parts.resources.holds)

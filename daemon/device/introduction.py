@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.attached_backend import why_data_is_lost
 from ublkpool.daemon.device.parts import DeviceParts
-from ublkpool.daemon.device.resize import Announcements
+from ublkpool.daemon.device.resize import follow_growth
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.events.kinds import BackendAttached
 from ublkpool.daemon.processes.background import logged
@@ -60,10 +60,7 @@ def watch_backend(parts: DeviceParts, session: Session, fail: Fail) -> None:
 
     The device fails if its data ended with that.
     """
-    session.on_grown = hear = Announcements(parts, session).hear
-    if session.grown_bytes:
-        # An adopted session has read since its takeover began, and a backend announces a size only once.
-        hear(session.grown_bytes)
+    follow_growth(parts)
     parts.backend.farewell = parts.background.spawn(_take_leave(parts, session, fail))
 
 

@@ -10,6 +10,7 @@ from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.daemon.device.disk import check_fits, wanted_bytes
 from ublkpool.daemon.device.inside import InsideStore, StoreAway
 from ublkpool.daemon.device.parts import DeviceParts
+from ublkpool.daemon.device.resize import follow_growth
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError, one_line, without_name
 
@@ -51,6 +52,7 @@ async def connect(parts: DeviceParts, team: Team) -> None:
     try:
         await parts.binding.locked_as(await team.connect())
         await team.serve()
+        follow_growth(parts)
     except DaemonError as error:
         kernel = parts.resources.kernel
         if kernel is None or not kernel.is_started:

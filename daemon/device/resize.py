@@ -135,13 +135,17 @@ async def _grow_store(parts: DeviceParts, serving: _Serving, wanted_bytes: int) 
 
 
 async def _grow_inside(parts: DeviceParts, store: InsideStore, team: Team, wanted_bytes: int) -> None:
-    """Have the store grow in a process of its own, then the workers' engines serve all of it.  Raises `DaemonError`."""
+    """Have the store grow, then the workers' engines serve all of it.  Raises `DaemonError`."""
     name, bound, (disk, _) = parts.config.name, parts.binding.store, _live(parts)
-    if bound is None or not team.can_resize:
+    if bound is None or not (team.can_grow if store.connects else team.can_resize):
         raise DaemonError(
             f"{name}: keeps its size: its workers run an earlier version: try again when they have been replaced"
         )
     try:
+        if store.connects:
+            # Only the worker's client has the store's lock.
+            await team.grow(wanted_bytes, STORE_DEADLINE_S)
+            return
         await store.grow(bound.identity, disk.size_bytes, wanted_bytes)
         await team.resize(wanted_bytes)
     except DaemonError as error:
@@ -212,11 +216,26 @@ async def _repair(parts: DeviceParts) -> None:
                 _tell(parts, before_bytes, disk.size_bytes)
 
 
-class Announcements:
-    """The sizes to which one backend's store grows by itself: the device follows, to the last one announced."""
+def follow_growth(parts: DeviceParts) -> None:
+    """Have the device follow its store, which may grow by itself; called once for each backend, or team of workers."""
+    serving = _serving(parts)
+    hear = Announcements(parts, serving).hear
+    if serving.session is not None:
+        session = serving.session
+        session.on_grown = hear
+        if session.grown_bytes:
+            # An adopted session has read since its takeover began, and a backend announces a size only once.
+            hear(session.grown_bytes)
+    elif serving.team is not None and parts.inside is not None and parts.inside.connects:
+        serving.team.follow_growth(hear)
 
-    def __init__(self, parts: DeviceParts, session: Session) -> None:
-        self._parts, self._session = parts, session
+
+class Announcements:
+    """The sizes to which a store grows by itself: the device follows, to the last one announced."""
+
+    def __init__(self, parts: DeviceParts, serving: _Serving) -> None:
+        """`serving`: those whose store it is."""
+        self._parts, self._serving = parts, serving
         self._announced_bytes = 0
         self._following: asyncio.Task[None] | None = None
 
@@ -244,4 +263,4 @@ class Announcements:
             if wanted_bytes > disk.size_bytes:
                 _check_size(parts.config.name, disk, wanted_bytes)
                 _check_driver(parts)
-                await _grow_device(parts, wanted_bytes, _Serving(self._session, None))
+                await _grow_device(parts, wanted_bytes, self._serving)

@@ -232,6 +232,22 @@ class Team:
         """Whether all workers are of a version whose engine can learn another size."""
         return all(each.knows_resize for each in self.workers)
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether all workers are of a version that has the store grow to which it is connected."""
+        return all(each.knows_grow for each in self.workers)
+
+    async def grow(self, size_bytes: int, patience_s: float) -> None:
+        """Have the one worker's store grow, and serve all of it.  Raises `DaemonError`, see `WorkerProcess.grow`."""
+        await self.workers[0].grow(size_bytes, patience_s)
+
+    def follow_growth(self, hear: Callable[[int], None]) -> None:
+        """Call `hear` with the size of the one worker's store, if that has grown by itself, and whenever it does."""
+        worker = self.workers[0]
+        worker.on_grown = hear
+        if worker.grown_bytes:
+            hear(worker.grown_bytes)
+
     async def resize(self, size_bytes: int) -> None:
         """Have every worker's engine serve requests up to this size.  Raises `DaemonError` if a worker ends before."""
         await asyncio.gather(*(each.ask(messages.Resize(size_bytes)) for each in self.workers))

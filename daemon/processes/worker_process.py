@@ -35,6 +35,12 @@ class WorkerProcess:
     """Whether it takes a gate with `messages.Hold`: a worker of an earlier version does not."""
     knows_resize = True
     """Whether it understands `messages.Resize`: a worker of an earlier version does not."""
+    knows_grow = True
+    """Whether it understands `messages.Grow`: a worker of an earlier version does not."""
+    on_grown: Callable[[int], None] = staticmethod(lambda size_bytes: None)
+    """Called with the size of the store to which it is connected, whenever that has grown by itself."""
+    grown_bytes = 0
+    """The largest such size, also before `on_grown` was set; 0: none."""
 
     def __init__(
         self,
@@ -57,6 +63,8 @@ class WorkerProcess:
         self._linked: asyncio.Future[None] = self._loop.create_future()
         self._quiet: asyncio.Future[None] = self._loop.create_future()
         self._flushed: asyncio.Future[int] = self._loop.create_future()
+        self._growing: asyncio.Future[messages.Grown] | None = None
+        self._asked_bytes = 0
         self._channel: Channel[messages.ToWorker, messages.FromWorker] = Channel(
             sock, messages.decode_from_worker
         )
@@ -98,6 +106,24 @@ class WorkerProcess:
         assert isinstance(answer, messages.Flushing)
         return await self._or_end(self._flushed) if answer.was_sent else -errno.ENOTCONN
 
+    async def grow(self, size_bytes: int, patience_s: float) -> None:
+        """Have the store to which it is connected grow to this size.  One call at a time.
+
+        Raises `DaemonError` with its reason if it refuses, or if it ends or does not answer within `patience_s`: then
+        the store may still grow later, which harms nothing.
+        """
+        self._growing = self._loop.create_future()
+        self._asked_bytes = size_bytes
+        self.tell(messages.Grow(size_bytes))
+        try:
+            answer = await asyncio.wait_for(self._or_end(self._growing), patience_s)
+        except TimeoutError:
+            raise DaemonError(f"its store has not grown within {patience_s:g} s: try again") from None
+        finally:
+            self._growing = None
+        if answer.reason:
+            raise DaemonError(answer.reason)
+
     async def report(self) -> messages.Standing:
         """The state of an earlier supervisor's worker; to be asked first, and once.  Raises `DaemonError`."""
         standing = await self.ask(messages.Report())
@@ -107,6 +133,8 @@ class WorkerProcess:
         self.knows_hold = standing.knows_hold
         self.knows_gate = standing.knows_gate
         self.knows_resize = standing.knows_resize
+        self.knows_grow = standing.knows_grow
+        self.grown_bytes = max(self.grown_bytes, standing.grown_bytes)
         if standing.fetched:
             _resolve(self._fetched)
         return standing
@@ -201,12 +229,24 @@ class WorkerProcess:
             case messages.Flushed(result=result):
                 if not self._flushed.done():
                     self._flushed.set_result(result)
+            case messages.Grown():
+                self._on_grown(message)
             case messages.Fault(reason=reason, excluded=excluded):
                 self.fault, self.is_excluded = reason, excluded
             case _:
                 if isinstance(message, messages.Cut | messages.HungUp):
                     self._unlink()
                 self._on_news(self, message)
+
+    def _on_grown(self, message: messages.Grown) -> None:
+        if not message.is_asked:
+            self.grown_bytes = max(self.grown_bytes, message.size_bytes)
+            self.on_grown(message.size_bytes)
+        # A late answer is about another size, or comes when no answer is awaited.
+        elif (
+            self._growing is not None and not self._growing.done() and message.size_bytes == self._asked_bytes
+        ):
+            self._growing.set_result(message)
 
     def _on_answer(self, message: messages.Answer) -> None:
         if isinstance(

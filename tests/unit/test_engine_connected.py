@@ -1,5 +1,6 @@
 """An engine inside the worker whose store is a connection: who connects, when it serves, how it ends."""
 
+import errno
 import os
 import select
 import threading
@@ -16,7 +17,7 @@ from ublkpool.bufpool.engine.native import NativeEngine, NullStorage
 from ublkpool.bufpool.errors import BackendError, StoreTaken
 from ublkpool.bufpool.sdk.inside import Connect
 from ublkpool.bufpool.sdk.properties import Hint, Properties
-from ublkpool.bufpool.wire import Op
+from ublkpool.bufpool.wire import Grown, Op, Resized
 from ublkpool.ublk import _native
 from ublkpool.ublk.calls import ffi
 from ublkpool.ublk.queue import LinkState
@@ -26,6 +27,7 @@ from ublkpool.workers.engine_inside import EngineSpec
 GENERATION = 7
 OWNER = "10.0.0.1:0/9"
 HINT = Hint("vol", Path("/run"), max_io_bytes=16384)
+DEADLINE_S = 30.0
 
 
 class FakeStore:
@@ -39,6 +41,20 @@ class FakeStore:
         self.device: Device | None = None
         self.alarm = os.eventfd(0, os.EFD_NONBLOCK)
         self.closed = 0
+        self.grown_to: list[int] = []
+        self.refusal: OSError | None = None
+        self.may_grow = threading.Event()
+        self.may_grow.set()
+
+    def callables(self) -> dict[str, Any]:
+        return {"resize": self.resize}
+
+    def resize(self, size_bytes: int) -> None:
+        assert threading.get_ident() != threading.main_thread().ident, "a cluster may keep it waiting"
+        assert self.may_grow.wait(DEADLINE_S)
+        if self.refusal is not None:
+            raise self.refusal
+        self.grown_to.append(size_bytes)
 
     def connect(self, hint: Hint) -> Properties:
         assert hint is HINT
@@ -87,18 +103,40 @@ class Worker:
         self.rig = Rig(Plan())
         self.side = self.rig.sides[0]
         self.queue, self.driver = self.side.queue, FakeDriver(self.side)
-        spec = EngineSpec(Connect("rbd", {}, None, HINT, GENERATION), 256 * SECTOR_BYTES, False)
+        self.spec = EngineSpec(Connect("rbd", {}, None, HINT, GENERATION), 256 * SECTOR_BYTES, False)
         pool_bytes = self.rig.geometry.total_bytes
-        pool = memoryview(ffi.buffer(ffi.cast("uint8_t *", self.rig.pool.address), pool_bytes))
-        self.engine = EngineConnected(spec, "vol", self.queue, pool)
+        self.pool = memoryview(ffi.buffer(ffi.cast("uint8_t *", self.rig.pool.address), pool_bytes))
+        self.engine = EngineConnected(self.spec, "vol", self.queue, self.pool)
         ring: Any = self.ring
         self.engine.serve_on(ring)
         self.queue.start()
         self.driver.consume()
         self.told: list[tuple[str, str]] = []
+        self.grown: list[Resized | Grown] = []
 
     def connect(self) -> None:
-        self.engine.connect(lambda owner, reason: self.told.append((owner, reason)))
+        self.engine.connect(lambda owner, reason: self.told.append((owner, reason)), self.grown.append)
+
+    def connected(self) -> Device:
+        """What the store knows of the device, once it is connected."""
+        self.store.may_answer.set()
+        self.connect()
+        self.hear()
+        assert self.store.device is not None
+        return self.store.device
+
+    def thread_ends(self) -> None:
+        """Until the store's growth runs no more."""
+        for each in threading.enumerate():
+            if each.name == "ublkpool-resize":
+                each.join(DEADLINE_S)
+
+    def discard(self, tag: int, sector: int) -> Request:
+        """A discard of one sector that the queue has been given."""
+        request = Request(Op.DISCARD, sector, 1)
+        self.driver.deliver(tag, request)
+        self.turn()
+        return request
 
     def hear(self) -> None:
         """Until the thread has an outcome."""
@@ -168,7 +206,7 @@ def test_a_store_that_cannot_be_had_is_told_with_its_reason(
 def test_a_second_order_to_connect_is_refused(worker: Worker) -> None:
     worker.connect()
     again: list[tuple[str, str]] = []
-    worker.engine.connect(lambda owner, reason: again.append((owner, reason)))
+    worker.engine.connect(lambda owner, reason: again.append((owner, reason)), worker.grown.append)
     assert again == [("", "this worker connects already")]
 
 
@@ -194,3 +232,81 @@ def test_the_lock_is_given_back_once_it_has_served(worker: Worker) -> None:
     worker.engine.serve()
     worker.engine.leave()
     assert worker.store.closed == 1
+
+
+BIGGER_BYTES = 2 * 256 * SECTOR_BYTES
+
+
+def test_a_store_that_has_grown_by_itself_is_served_to_its_end_before_the_supervisor_is_told(
+    worker: Worker,
+) -> None:
+    device = worker.connected()
+    worker.engine.serve()
+    assert worker.discard(0, 256).result == -errno.EINVAL, "beyond the end"
+    device.resized(BIGGER_BYTES)
+    assert worker.grown == [], "told on the loop's thread"
+    worker.hear()
+    assert worker.grown == [Grown(size_bytes=BIGGER_BYTES)] and device.size_bytes == BIGGER_BYTES
+    assert worker.discard(1, 256).result == 0
+    assert worker.told == [(OWNER, "")], "the outcome of the connection is told once"
+
+
+def test_growth_before_the_store_is_served_is_told_when_it_is(worker: Worker) -> None:
+    device = worker.connected()
+    device.resized(BIGGER_BYTES)
+    worker.hear()
+    assert worker.grown == []
+    worker.engine.serve()
+    assert worker.grown == [Grown(size_bytes=BIGGER_BYTES)]
+    assert worker.discard(0, 256).result == 0
+
+
+def test_the_store_grows_when_it_is_asked_to_and_says_why_if_it_does_not(worker: Worker) -> None:
+    device = worker.connected()
+    worker.engine.grow(BIGGER_BYTES)
+    assert [each.reason for each in worker.grown if isinstance(each, Resized)] == [
+        "the worker does not serve its store yet: try again"
+    ]
+    worker.engine.serve()
+    worker.grown.clear()
+    worker.store.refusal = OSError(errno.ENOSPC, "No space left on device")
+    worker.engine.grow(BIGGER_BYTES)
+    worker.hear()
+    [refused] = worker.grown
+    assert isinstance(refused, Resized) and "No space left" in refused.reason
+    assert device.size_bytes < BIGGER_BYTES and worker.discard(0, 256).result == -errno.EINVAL
+    worker.grown.clear()
+    worker.store.refusal = None
+    worker.engine.grow(BIGGER_BYTES)
+    worker.hear()
+    assert worker.grown == [Resized(size_bytes=BIGGER_BYTES)] and worker.store.grown_to == [BIGGER_BYTES]
+    assert worker.discard(1, 256).result == 0
+
+
+def test_a_store_that_still_grows_at_the_end_is_not_closed_under_the_thread_that_grows_it(
+    worker: Worker,
+) -> None:
+    worker.connected()
+    worker.engine.serve()
+    worker.store.may_grow.clear()
+    worker.engine.grow(BIGGER_BYTES)
+    worker.engine.leave()
+    assert worker.store.closed == 0
+    worker.store.may_grow.set()
+    worker.hear()
+    worker.thread_ends()
+    worker.engine.leave()
+    assert worker.store.closed == 1
+
+
+def test_a_store_that_grows_after_the_worker_has_closed_it_rings_no_bell(worker: Worker) -> None:
+    device = worker.connected()
+    bell = next(iter(worker.ring.watched.values()))
+    worker.engine.close()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    assert other == bell, "the number is given again"
+    device.resized(BIGGER_BYTES)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(other)
+    os.close(other)
+    worker.engine = EngineConnected(worker.spec, "vol", worker.queue, worker.pool)

@@ -1,16 +1,17 @@
 """A worker's loop with everything real but the kernel's ring: backends that come and hang up, memory that changes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from support.fakes.loop_rig import LoopRig, NoRing, eventually, loop_rig_in
-from ublkpool.bufpool.wire import Kind, Op, iter_frame
+from ublkpool.bufpool.wire import Grown, Kind, Op, Resized, iter_frame
 from ublkpool.ublk import mappings
 from ublkpool.ublk.queue import Attention, Queue
 from ublkpool.workers import messages, queue_loop
+from ublkpool.workers.backend_doors import BackendDoors
 from ublkpool.workers.backend_link import FRAME_BYTES_MAX
 
 
@@ -118,6 +119,28 @@ def test_a_worker_uses_its_new_deadlines_before_it_answers(
     messages.send(rig.supervisor, messages.Report(id=8))
     said = rig.news()
     assert isinstance(said, messages.Standing) and said.knows_deadlines
+
+
+def test_a_store_that_grows_is_told_and_by_itself_also_to_the_next_supervisor(
+    rig: LoopRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hears: list[Callable[[Resized | Grown], None]] = []
+
+    def grow(_doors: BackendDoors, size_bytes: int) -> None:
+        hears[0](Resized(size_bytes=size_bytes, reason="full"))
+        hears[0](Grown(size_bytes=2 * size_bytes))
+
+    monkeypatch.setattr(BackendDoors, "connect", lambda _doors, _done, grown: hears.append(grown))
+    monkeypatch.setattr(BackendDoors, "grow", grow)
+    messages.send(rig.supervisor, messages.Connect())
+    messages.send(rig.supervisor, messages.Grow(100))
+    assert [rig.news(), rig.news()] == [
+        messages.Grown(100, is_asked=True, reason="full"),
+        messages.Grown(200),
+    ]
+    messages.send(rig.supervisor, messages.Report())
+    said = rig.news()
+    assert isinstance(said, messages.Standing) and said.knows_grow and said.grown_bytes == 200
 
 
 def test_the_flush_of_an_interrupted_drain_ends_before_the_queue_is_quiet_for_the_next_drain(

@@ -8,6 +8,7 @@ import pytest
 from support.fakes.device_parts import SIZE_BYTES, turn
 from support.fakes.growing import (
     BIG,
+    BIGGER,
     GrowingSession,
     Killed,
     World,
@@ -20,7 +21,7 @@ from support.fakes.growing import (
 )
 from ublkpool.daemon.device.device import Device
 from ublkpool.daemon.device.records import NotRecorded
-from ublkpool.daemon.device.resize import repair_soon
+from ublkpool.daemon.device.resize import follow_growth, repair_soon
 from ublkpool.daemon.errors import ConfigError, DaemonError, status_of
 from ublkpool.daemon.kernel import device_commands
 from ublkpool.daemon.kernel.control_process import ControlFailed
@@ -49,6 +50,75 @@ def test_workers_that_run_the_engine_know_the_size_before_it_is_on_record() -> N
         await bound(device, world)
         assert (await device.resize(BIG, False)).after_bytes == BIG
         assert world.steps == ["store", "engines", "state", "record", "disk"]
+        world.check()
+
+    in_loop(run)
+
+
+def test_a_worker_that_is_connected_to_its_store_has_that_grow_itself() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        team = runs_inside(device, world, connects=True)
+        await bound(device, world)
+        assert (await device.resize(BIG, False)).after_bytes == BIG
+        assert world.steps == ["store", "state", "record", "disk"]
+        world.check()
+        team.can_grow = False
+        with pytest.raises(DaemonError, match="vol: keeps its size: its workers run an earlier version"):
+            await device.resize(BIGGER, False)
+
+    in_loop(run)
+
+
+def test_a_device_follows_a_store_that_grows_under_its_connected_worker() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        team = runs_inside(device, world, connects=True)
+        await bound(device, world)
+        follow_growth(device.parts)
+        team.store_grows(BIG + 100)
+        while world.disk_bytes < BIG:
+            await asyncio.sleep(0)
+        assert world.steps == ["state", "record", "disk"] and world.disk_bytes == BIG
+        world.check()
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize("connects", [False, True])
+def test_only_a_store_that_is_a_connection_grows_by_itself(connects: bool) -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        team = runs_inside(device, world, connects)
+        follow_growth(device.parts)
+        assert len(team.hear) == connects
+
+    in_loop(run)
+
+
+def test_growth_that_replaced_workers_told_leaves_the_size(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        dead = runs_inside(device, world, connects=True)
+        await bound(device, world)
+        follow_growth(device.parts)
+        team = runs_inside(device, world, connects=True)
+        dead.store_grows(BIG)
+        while "are gone: try again" not in caplog.text:
+            await asyncio.sleep(0)
+        assert world.disk_bytes == SIZE_BYTES and world.steps == []
+        follow_growth(device.parts)
+        team.store_grows(BIG)
+        while world.disk_bytes < BIG:
+            await asyncio.sleep(0)
         world.check()
 
     in_loop(run)

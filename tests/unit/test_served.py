@@ -181,6 +181,56 @@ def test_a_worker_s_words_are_taken_for_its_present_backend(
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
+def test_a_worker_has_its_store_grow_and_a_late_answer_is_not_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        worker = FakeWorker(monkeypatch)
+        first = asyncio.ensure_future(worker.process.grow(100, DEADLINE_S))
+        await turn()
+        assert messages.receive_in_worker(worker.sock)[0] == messages.Grow(100)
+        await worker.says(messages.Grown(50, is_asked=True), messages.Grown(100))
+        assert not first.done(), "another size, and growth by itself"
+        await worker.says(messages.Grown(100, is_asked=True))
+        await first
+        refused = asyncio.ensure_future(worker.process.grow(200, DEADLINE_S))
+        await turn()
+        await worker.says(messages.Grown(200, is_asked=True, reason="full"))
+        with pytest.raises(DaemonError, match=r"^full$"):
+            await refused
+        with pytest.raises(DaemonError, match=r"its store has not grown within 0.001 s"):
+            await worker.process.grow(300, 0.001)
+        await worker.says(messages.Grown(300, is_asked=True))
+        worker.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
+def test_growth_that_the_earlier_daemon_was_told_is_known_after_a_takeover(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        worker = FakeWorker(monkeypatch)
+        team = FakeTeam()
+        team.workers = [worker.process]
+        report = asyncio.ensure_future(worker.process.report())
+        await turn()
+        asked, _ = messages.receive_in_worker(worker.sock)
+        assert isinstance(asked, messages.Report)
+        standing = messages.Standing(True, "", True, asked.id, knows_grow=True, grown_bytes=100)
+        await worker.says(standing)
+        await report
+        heard: list[int] = []
+        team.follow_growth(heard.append)
+        await worker.says(messages.Grown(200))
+        assert heard == [100, 200] and team.can_grow
+        worker.process.knows_grow = False
+        assert not team.can_grow
+        worker.close()
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+
+
 @in_a_world
 async def test_an_absence_that_a_worker_reports_while_the_session_still_ends_is_told(world: World) -> None:
     await world.attach(session := FakeSession())

@@ -1,5 +1,9 @@
-"""The backend rbd inside a device's worker (isolation none): killed workers, a cluster away, an excluded client."""
+"""The backend rbd inside a device's worker (isolation none): killed workers, a cluster away, an excluded client.
 
+And an image that grows.
+"""
+
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +13,14 @@ import pytest
 from support.ceph.cluster import POOL, Cluster, Shape
 from support.ceph.serving import let_workers_read, options
 from support.vm.daemon import Daemon, eventually, marked_processes
-from support.vm.process import Forked, read_block, write_block
+from support.vm.process import Forked, disk_bytes, read_block, write_block
 from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.status import DeviceStatus
 
 pytestmark = [pytest.mark.one_kernel("7.3"), pytest.mark.long]
 BLOCK = 4096
+FIRST_BYTES = 32 << 20
 KILLS = 5
 
 
@@ -67,6 +72,33 @@ def test_killed_workers_and_a_killed_daemon_cost_the_client_nothing(daemon: Daem
     assert daemon.said().count("taking over from the predecessor") >= KILLS + 1
     # The lock is given back at the end: nothing of the image is left to be waited for.
     assert cluster.rbd("lock", "ls", f"{POOL}/killed") == ""
+
+
+def test_the_device_follows_an_image_that_grows(daemon: Daemon, cluster: Cluster) -> None:
+    _image(cluster, "grows")
+    status = _add(daemon, cluster, "grows")
+    path = status.path
+    assert path is not None and write_block(path, FIRST_BYTES - BLOCK, b"1" * BLOCK) == 0
+    cluster.rbd("resize", "--size", "64M", f"{POOL}/grows")
+    eventually(lambda: disk_bytes(path) == 2 * FIRST_BYTES, "the disk has grown")
+    assert write_block(path, 2 * FIRST_BYTES - BLOCK, b"2" * BLOCK) == 0
+    result = daemon.client.resize("grows", 3 * FIRST_BYTES)
+    assert (result.before_bytes, result.after_bytes) == (2 * FIRST_BYTES, 3 * FIRST_BYTES)
+    assert disk_bytes(path) == 3 * FIRST_BYTES
+    assert json.loads(cluster.rbd("info", "--format", "json", f"{POOL}/grows"))["size"] == 3 * FIRST_BYTES
+    assert write_block(path, 3 * FIRST_BYTES - BLOCK, b"3" * BLOCK) == 0
+    # The worker of the next epoch, and one that a next daemon finds, serve it, too, and follow it further.
+    with seeded() as rng:
+        kill_worker(daemon, "grows", rng)
+    wait_for_epoch(daemon, "grows", 2)
+    daemon.crash()
+    daemon.start()
+    cluster.rbd("resize", "--size", "128M", f"{POOL}/grows")
+    eventually(lambda: disk_bytes(path) == 4 * FIRST_BYTES, "the disk has grown under the next daemon")
+    for number in (1, 2, 3):
+        assert read_block(path, number * FIRST_BYTES - BLOCK, BLOCK) == b"%d" % number * BLOCK
+    assert write_block(path, 4 * FIRST_BYTES - BLOCK, b"4" * BLOCK) == 0
+    daemon.delete("grows")
 
 
 def test_requests_wait_for_a_cluster_that_is_away_also_over_the_death_of_the_worker(

@@ -74,24 +74,38 @@ class GrowingSession(FakeSession):
 
 
 class GrowingStore:
-    """The same of a device whose workers run its engine themselves."""
+    """The same of a device whose workers run its engine themselves, or are connected to it."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, connects: bool = False) -> None:
+        self.world, self.connects = world, connects
 
     async def grow(self, bound: Identity, served_bytes: int, wanted_bytes: int) -> None:
         await asyncio.sleep(0)
+        assert not self.connects, "only the worker has the store's lock"
         self.world.step("store", lambda: setattr(self.world, "store_bytes", wanted_bytes))
 
 
 class GrowingTeam(FakeTeam):
-    """Workers whose engines learn the size."""
+    """Workers whose engines learn the size, or whose one is connected to the store."""
 
-    can_resize = True
+    can_resize = can_grow = True
 
     def __init__(self, world: World, kernel: FakeKernel) -> None:
         super().__init__(kernel)
         self.world = world
+        self.hear: list[Callable[[int], None]] = []
+
+    async def grow(self, size_bytes: int, patience_s: float) -> None:
+        await asyncio.sleep(0)
+        self.world.step("store", lambda: setattr(self.world, "store_bytes", size_bytes))
+
+    def follow_growth(self, hear: Callable[[int], None]) -> None:
+        self.hear.append(hear)
+
+    def store_grows(self, size_bytes: int) -> None:
+        """The store has grown by itself."""
+        self.world.store_bytes = size_bytes
+        self.hear[-1](size_bytes)
 
     async def resize(self, size_bytes: int) -> None:
         await asyncio.sleep(0)
@@ -144,11 +158,12 @@ def daemon_on(world: World, session: FakeSession | None = None, **config: Any) -
     return device
 
 
-def runs_inside(device: Device, world: World) -> None:
-    """Let the device's workers run its engine themselves."""
+def runs_inside(device: Device, world: World, connects: bool = False) -> GrowingTeam:
+    """Let the device's workers run its engine themselves; with `connects` on a store that is a connection."""
     parts = device.parts
-    parts.inside = cast(Any, GrowingStore(world))
-    parts.resources.team = cast(Any, GrowingTeam(world, cast(Any, parts.resources.kernel)))
+    parts.inside = cast(Any, GrowingStore(world, connects))
+    parts.resources.team = team = GrowingTeam(world, cast(Any, parts.resources.kernel))
+    return team
 
 
 async def bound(device: Device, world: World) -> None:

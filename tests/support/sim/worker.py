@@ -217,6 +217,7 @@ class SimQueueLoop(QueueLoop):
         self._started = self._fetched = self._more = False
         self._bits = 0
         self._broken = ""
+        self._grown_bytes = 0
         self._gate = self._make_gate()
 
     def _make_gate(self) -> HoldGate:
