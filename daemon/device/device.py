@@ -205,7 +205,7 @@ class Device(DeviceService):
             if self.config.answers == "backend":
                 await team.linked()
             self.parts.binding.starting()
-            await team.plan.kernel.start(START_DEADLINE_S, team.check_whole)
+            await team.plan.kernel.start(START_DEADLINE_S, team.whole_check())
             # Before the wait for udev, which then covers the links: when `ublkpool add` returns they are there.
             await team.plan.kernel.publish_name()
             await team.plan.kernel.wait_for_node()

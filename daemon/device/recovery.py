@@ -148,7 +148,9 @@ async def _end_after_fetches(kernel: BlockDevice, team: Team, leases: Leases) ->
     """END_USER_RECOVERY comes once every worker was seen with all of its tags: see `BlockDevice.tears_siblings`."""
     await leases.register(team.epoch)
     await team.ready()
-    async with beside(kernel.end_recovery(RECOVERY_DEADLINE_S, asyncio.Event(), team.check_whole)) as command:
+    async with beside(
+        kernel.end_recovery(RECOVERY_DEADLINE_S, asyncio.Event(), team.whole_check())
+    ) as command:
         await _while_serving(team, command)
 
 

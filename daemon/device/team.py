@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ublkpool.bufpool import wire
 from ublkpool.bufpool.errors import AttachRefused
 from ublkpool.bufpool.pool.arena import Arena
+from ublkpool.bufpool.pool.control import Control
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Worker
@@ -24,6 +25,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import ClientArea
 from ublkpool.daemon.kernel.opener import SERVER_KILLED, Opener
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.open_files import reopened
 from ublkpool.daemon.processes.reserve import with_room_for_one
@@ -365,15 +367,13 @@ class Team:
         # A dead worker's siblings exit with 0, since the kernel takes their tags away.
         return waits[max(done, key=lambda wait: wait.result() != 0)]
 
-    def check_whole(self) -> None:
-        """Raise `UblkError` unless every worker lives and has all of its tags.
+    def whole_check(self) -> Call:
+        """A call that raises `UblkError` unless every worker lives and has all of its tags.
 
-        A control process calls this just before the command that lets requests come.
+        A control process makes it just before the command that lets requests come.
         """
-        for worker in self.workers:
-            block = self.plan.arena.control.statistics_block(worker.queue)
-            if worker.child.has_ended() or read_statistics(block).counters["tags_gone"]:
-                raise UblkError(f"queue {worker.queue}: its worker or its tags have gone", errno.EOWNERDEAD)
+        ends = tuple((each.queue, each.child.end_check) for each in self.workers)
+        return Call(_check_whole, ends, fds=[self.plan.arena.control_fd])
 
     async def drain(self, patience_s: float) -> None:
         """Wait until the living workers hold no request, at most `patience_s`."""
@@ -498,3 +498,14 @@ def spin_us(config: DeviceConfig) -> int:
     if config.spin_us is not None:
         return config.spin_us
     return SPIN_DEFAULT_US if len(os.sched_getaffinity(0)) >= SPIN_CPUS_MIN else 0
+
+
+def _check_whole(control_fd: int, ends: Sequence[tuple[int, Callable[[], bool]]]) -> None:
+    """See `Team.whole_check`; `ends` tell whether the worker of a queue has ended."""
+    control = Control(control_fd)
+    try:
+        for queue, has_ended in ends:
+            if has_ended() or read_statistics(control.statistics_block(queue)).counters["tags_gone"]:
+                raise UblkError(f"queue {queue}: its worker or its tags have gone", errno.EOWNERDEAD)
+    finally:
+        control.close()

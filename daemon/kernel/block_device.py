@@ -155,22 +155,20 @@ class BlockDevice(DiskView):
             )
         return numbers == list(range(len(numbers)))
 
-    async def start(self, deadline_s: float, check: Callable[[], None]) -> None:
+    async def start(self, deadline_s: float, check: Call) -> None:
         """START_DEV, unless `check` raises: the disk exists then, before 7.x with its partitions scanned.
 
         `check` runs right before the command.  An old driver counts a tag whose worker has died meanwhile as fetched,
         and crashes at the first request.
         """
         number, pid = self.number, self.opener.pid if self.opener is not None else os.getpid()
-        due = self._parameters_due
-
-        def command() -> None:
-            if due is not None:
-                control.set_parameters(number, due)
-            check()
-            return control.start_device(number, pid)
-
-        await self._command_beside("START_DEV", self._ours_here(command), deadline_s)
+        if (due := self._parameters_due) is not None:
+            await self._command_beside(
+                "SET_PARAMS", self._ours(control.set_parameters, number, due), deadline_s
+            )
+        await self._command_beside(
+            "START_DEV", self._checked(check, control.start_device, number, pid), deadline_s
+        )
         self.is_started = True
 
     @property
@@ -243,27 +241,25 @@ class BlockDevice(DiskView):
         """
         return self.info.queues > 1 and not self._features & Feature.QUIESCE
 
-    async def end_recovery(
-        self, deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
-    ) -> None:
+    async def end_recovery(self, deadline_s: float, begun: asyncio.Event, check: Call | None = None) -> None:
         """END_USER_RECOVERY, unless `check` raises.
 
         It waits until every tag is fetched; then the driver sends the dead workers' requests again.  `begun` is set
         when the command is about to wait in the kernel.  Raises `ControlFailed`, also for what `check` raises.
         """
-        command = self._checked(check, control.end_recovery, self.number, os.getpid())
+        if check is None:
+            command = self._ours(control.end_recovery, self.number, os.getpid())
+        else:
+            command = self._checked(check, control.end_recovery, self.number, os.getpid())
         await self._retry_busy("END_USER_RECOVERY", command, deadline_s, begun)
 
-    def _checked(
-        self, check: Callable[[], None], command: Callable[..., None], *arguments: Any
-    ) -> Callable[[], None]:
-        """The command, unless `check` raises right before it, in a process that is forked for both."""
-
-        def checked() -> None:
-            check()
-            return command(*arguments)
-
-        return self._ours_here(checked)
+    def _checked(self, check: Call, command: Callable[..., T], *arguments: Any) -> Call:
+        """The command, unless `check` raises right before it in the same process; `check` is given one descriptor."""
+        (fd,) = check.fds
+        plain = Call(check.function, *check.arguments)
+        return Call(
+            device_commands.ours_checked, self.number, self.mark, plain, command, *arguments, fds=[fd]
+        )
 
     async def _retry_busy(
         self,

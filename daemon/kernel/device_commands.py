@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from ublkpool.daemon.kernel.disk_names import DiskNames
 from ublkpool.daemon.kernel.disk_parameters import wanted_flags
 from ublkpool.daemon.kernel.own_node import await_own_node
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi, control
 from ublkpool.ublk.abi import DeviceInfo, Feature, Parameters
@@ -121,6 +122,15 @@ def _check_granted(config: DeviceConfig, info: DeviceInfo, flags: Feature) -> No
 def ours(number: int, mark: int, command: Callable[..., T], *arguments: Any) -> T:
     """The command's result; `UblkError` ENODEV if the device number is another server's by now."""
     control.expect_mark(number, mark)
+    return command(*arguments)
+
+
+def ours_checked(
+    fd: int, number: int, mark: int, check: Call, command: Callable[..., T], *arguments: Any
+) -> T:
+    """The same, unless `check` raises right before the command; it is given `fd`."""
+    control.expect_mark(number, mark)
+    check.function(fd, *check.arguments)
     return command(*arguments)
 
 

@@ -7,7 +7,9 @@ the same way, but its exit status is unknown: only its parent gets that.  Runs o
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 _KILL_BIT = 1 << signal.SIGKILL - 1
@@ -42,15 +44,10 @@ class Child:
         """Wait for its end; its exit status."""
         return await asyncio.shield(self._exited)
 
-    def has_ended(self) -> bool:
-        """Whether it is dead, reaped or not, or has SIGKILL pending and can only die; callable in any process."""
-        try:
-            text = Path(f"/proc/{self.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
-        # Exiting takes a while, and the driver cancels the process's commands early in it.
-        return found["State"][0] in "ZX" or bool(int(found["ShdPnd"], 16) & _KILL_BIT)
+    @property
+    def end_check(self) -> Callable[[], bool]:
+        """`has_ended` of this process, to be called in any process."""
+        return partial(has_ended, self.pid)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it still lives."""
@@ -94,3 +91,14 @@ def describe_exit(status: int) -> str:
     with suppress(ValueError):
         return f"killed by {signal.Signals(status - 128).name}"
     return f"exit status {status}"
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process is dead, reaped or not, or has SIGKILL pending and can only die."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    # Exiting takes a while, and the driver cancels the process's commands early in it.
+    return found["State"][0] in "ZX" or bool(int(found["ShdPnd"], 16) & _KILL_BIT)

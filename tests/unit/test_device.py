@@ -22,6 +22,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import CannotStart
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 
 DEADLINE_S = 60
@@ -429,7 +430,7 @@ def test_a_device_whose_workers_answer_goes_live_without_a_backend(monkeypatch: 
     built: list[wire.Attach] = []
 
     class Started(FakeKernel):
-        async def start(self, deadline_s: float, check: Callable[[], None]) -> None:
+        async def start(self, deadline_s: float, check: Call) -> None:
             """START_DEV succeeds."""
 
         async def wait_for_node(self) -> None:

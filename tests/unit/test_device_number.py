@@ -11,6 +11,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import device_commands
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DEVICE_INFO_BYTES, Control, DeviceInfo, DeviceState, Feature, Parameters
@@ -94,7 +95,7 @@ def create() -> BlockDevice:
 
 
 COMMANDS: dict[str, Callable[[BlockDevice], Awaitable[object]]] = {
-    "START_DEV": lambda device: device.start(1.0, lambda: None),
+    "START_DEV": lambda device: device.start(1.0, Call(lambda _: None, fds=[-1])),
     "STOP_DEV": lambda device: device.stop(1.0),
     "DEL_DEV": lambda device: device.delete(),
     "QUIESCE_DEV": lambda device: device.quiesce(1.0),

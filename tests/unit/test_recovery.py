@@ -21,6 +21,7 @@ from ublkpool.daemon.device.recovery import RESTARTS_MAX, STEADY_S, RestartLimit
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.control_process import ControlFailed
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.broker_process import Leases
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
@@ -118,11 +119,10 @@ class SceneKernel(FakeKernel):
     async def start_recovery(self, deadline_s: float) -> None:
         await self._scene.step("start recovery")
 
-    async def end_recovery(
-        self, deadline_s: float, begun: asyncio.Event, check: Callable[[], None] = lambda: None
-    ) -> None:
+    async def end_recovery(self, deadline_s: float, begun: asyncio.Event, check: Call | None = None) -> None:
         await asyncio.sleep(0)
-        check()
+        if check is not None:
+            check()
         self._scene.steps.append("end recovery")
         begun.set()
         try:
@@ -163,8 +163,8 @@ class SceneTeam(FakeTeam):
         await asyncio.shield(self._scene.worker_ended)
         return FakeWorkerProcess(1, ended_child(0))
 
-    def check_whole(self) -> None:
-        self._scene.steps.append("check")
+    def whole_check(self) -> Call:
+        return Call(lambda _: self._scene.steps.append("check"), fds=[-1])
 
 
 class SceneSession(FakeSession):

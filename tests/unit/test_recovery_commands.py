@@ -12,6 +12,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
 from ublkpool.daemon.kernel.disk_parameters import parameters
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import control
 from ublkpool.ublk.abi import DeviceInfo, Feature
@@ -83,19 +84,19 @@ def test_a_team_that_is_not_whole_gets_no_request(is_start: bool, monkeypatch: p
     info = DeviceInfo(queues=2, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
     kernel = BlockDevice(DoingRunner(), "vol", Created(info, [[0]], Feature(0)))
 
-    def torn() -> None:
+    def torn(_: int) -> None:
         raise UblkError("queue 1: its worker or its tags have gone", errno.EOWNERDEAD)
 
-    async def let_through(check: Callable[[], None]) -> None:
+    async def let_through(check: Callable[[int], None]) -> None:
         if is_start:
-            await kernel.start(1.0, check)
+            await kernel.start(1.0, Call(check, fds=[-1]))
         else:
-            await kernel.end_recovery(1.0, asyncio.Event(), check)
+            await kernel.end_recovery(1.0, asyncio.Event(), Call(check, fds=[-1]))
 
     with pytest.raises(ControlFailed, match="queue 1"):
         asyncio.run(let_through(torn))
     assert sent == []
-    asyncio.run(let_through(lambda: None))
+    asyncio.run(let_through(lambda _: None))
     assert sent == ["START_DEV" if is_start else "END_USER_RECOVERY"]
 
 
@@ -111,7 +112,7 @@ def test_the_disk_of_a_prepared_device_is_described_before_it_starts(monkeypatch
     )
     kernel.take("vol", asked)
     assert kernel.size_bytes == 1 << 20
-    asyncio.run(kernel.start(1.0, lambda: None))
+    asyncio.run(kernel.start(1.0, Call(lambda _: None, fds=[-1])))
     # The driver may have granted smaller requests.
     assert sent == [(3, asked._replace(max_io_bytes=4096)), "START_DEV"]
 

@@ -68,20 +68,20 @@ def test_a_team_is_whole_only_while_every_worker_lives_and_has_all_of_its_tags(
     arena: Arena, zombie: int
 ) -> None:
     living, dead = FakeChild(os.getpid()), FakeChild(zombie)
-    _team(arena, [living, living]).check_whole()
+    _team(arena, [living, living]).whole_check()()
     for queue in range(2):
         children = [dead if each == queue else living for each in range(2)]
         with pytest.raises(UblkError, match=f"queue {queue}"):
-            _team(arena, children).check_whole()
+            _team(arena, children).whole_check()()
         _note_lost_tags(arena, queue, 1)
         with pytest.raises(UblkError, match=f"queue {queue}"):
-            _team(arena, [living, living]).check_whole()
+            _team(arena, [living, living]).whole_check()()
         _note_lost_tags(arena, queue, 0)
 
 
 def test_a_zombie_counts_as_dead(zombie: int) -> None:
-    assert FakeChild(zombie).has_ended()
-    assert not FakeChild(os.getpid()).has_ended()
+    assert FakeChild(zombie).end_check()
+    assert not FakeChild(os.getpid()).end_check()
 
 
 PTRACE_CONT, PTRACE_SEIZE = 7, 0x4206
@@ -107,4 +107,4 @@ def dying() -> Iterator[int]:
 
 
 def test_a_process_that_was_sent_sigkill_counts_as_dead_before_its_end(dying: int) -> None:
-    assert FakeChild(dying).has_ended()
+    assert FakeChild(dying).end_check()

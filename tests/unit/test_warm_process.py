@@ -1,6 +1,7 @@
 """Processes that make one call after another."""
 
 import asyncio
+import errno
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ from ublkpool.daemon.kernel.warm_process import IDLE_MAX, PACKET_BYTES_MAX
 from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.reserve import Reserve
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
-from ublkpool.ublk import process_calls
+from ublkpool.ublk import control, process_calls
 from ublkpool.ublk.abi import DeviceInfo, Feature, Parameters
 from ublkpool.ublk.errors import UblkError
 
@@ -270,7 +271,7 @@ class _Noting(ControlRunner):
         return True
 
 
-def test_no_step_of_a_device_costs_a_fork_but_those_that_are_checked() -> None:
+def test_no_step_of_a_device_costs_a_fork() -> None:
     async def main() -> None:
         runner = _Noting()
         config = DeviceConfig(name="vol0", backend=BackendConfig(kind="null"))
@@ -278,6 +279,8 @@ def test_no_step_of_a_device_costs_a_fork_but_those_that_are_checked() -> None:
         kernel = await BlockDevice.create(runner, config, disk, 7)
         new = Feature.QUIESCE | Feature.SAFE_STOP_DEV | Feature.UPDATE_SIZE
         kernel = BlockDevice(runner, "vol0", Created(kernel.info, [[0]], new))
+        await kernel.start(1.0, Call(_check, "check", fds=[0]))
+        await kernel.end_recovery(1.0, asyncio.Event())
         await kernel.wait_for_node()
         await kernel.set_io_timeout(1000)
         await kernel.update_size(1 << 21, 1.0)
@@ -298,14 +301,62 @@ def test_no_step_of_a_device_costs_a_fork_but_those_that_are_checked() -> None:
     asyncio.run(main())
 
 
-def test_what_is_checked_last_or_must_end_with_its_process_is_made_by_a_forked_one() -> None:
+def test_what_must_end_with_its_process_is_made_by_a_forked_one() -> None:
     async def main() -> None:
         runner = _Noting()
         info = DeviceInfo(queues=1, depth=1, max_io_bytes=4096, device_number=3)
         kernel = BlockDevice(runner, "vol0", Created(info, [[0]], Feature(0)))
-        await kernel.start(1.0, lambda: None)
         await kernel.start_recovery(1.0)
-        await kernel.end_recovery(1.0, asyncio.Event())
-        assert [isinstance(each, Call) for each in runner.calls] == [False, False, True, False]
+        assert [isinstance(each, Call) for each in runner.calls] == [False, True]
 
     asyncio.run(main())
+
+
+def test_the_check_before_requests_come_is_made_by_the_process_of_the_command_right_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("start_device", "end_recovery"):
+        monkeypatch.setattr(control, name, _command)
+    monkeypatch.setattr(control, "expect_mark", _mark)
+
+    async def test(runner: ControlRunner) -> None:
+        kernel = BlockDevice(
+            runner, "vol0", Created(DeviceInfo(1, 1, 4096, device_number=3), [[0]], Feature(0))
+        )
+        reader, writer = os.pipe()
+        check = Call(_check, "check", fds=[writer])
+        with pytest.raises(ControlFailed, match="the command came"):
+            await kernel.start(DEADLINE_S, check)
+        with pytest.raises(ControlFailed, match="the command came"):
+            await kernel.end_recovery(DEADLINE_S, asyncio.Event(), check)
+        pids, steps = set(), []
+        for line in os.read(reader, 4096).decode().split("\n")[:-1]:
+            pid, step = line.split()
+            pids.add(pid)
+            steps.append(step)
+        assert steps == ["check"] * 2 and len(pids) == 1
+        with pytest.raises(ControlFailed, match="queue 0: its worker") as caught:
+            await kernel.start(DEADLINE_S, Call(_refuse_to_start, fds=[writer]))
+        assert caught.value.errno == errno.EOWNERDEAD
+        os.close(reader)
+        os.close(writer)
+
+    _run(test)
+
+
+def _mark(number: int, mark: int) -> None:
+    """It is the daemon's."""
+    assert (number, mark) == (3, 0)
+
+
+def _check(fd: int, step: str) -> None:
+    os.write(fd, f"{os.getpid()} {step}\n".encode())
+
+
+def _refuse_to_start(_fd: int) -> None:
+    raise UblkError("queue 0: its worker or its tags have gone", errno.EOWNERDEAD)
+
+
+def _command(number: int, pid: int) -> None:
+    assert (number, pid) == (3, os.getppid())
+    raise UblkError("the command came", errno.EPERM)

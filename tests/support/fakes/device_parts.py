@@ -24,6 +24,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.device_commands import Created
+from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
@@ -174,6 +175,9 @@ class FakeTeam(Team):
         """The kind of backend that dies when the workers are told of it."""
         self._changed = asyncio.Event()
         self._has_ended = False
+
+    def whole_check(self) -> Call:
+        return Call(lambda _: None, fds=[-1])
 
     async def expect(self, session: Session, fence: bool) -> None:
         await asyncio.sleep(0)

@@ -439,8 +439,9 @@ class SimChild(Child):
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
 
-    def has_ended(self) -> bool:
-        return self._has_ended
+    @property
+    def end_check(self) -> Callable[[], bool]:
+        return lambda: self._has_ended
 
     def send(self, number: signal.Signals) -> None:
         if not self._exited.done():
