@@ -38,6 +38,7 @@ _ENGINE_FILES = (
     "engine.c",
     "engine_answers.c",
     "engine_regions.c",
+    "engine_inside.c",
     "slots.c",
     "storage_null.c",
     "storage_memory.c",

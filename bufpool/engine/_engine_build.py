@@ -29,6 +29,7 @@ _SOURCES = (
     "engine.c",
     "engine_answers.c",
     "engine_regions.c",
+    "engine_inside.c",
     "slots.c",
     "own_ring.c",
     "storage_null.c",

@@ -1,29 +1,26 @@
 """Zero copy: what it refuses and asks of the driver, and what an engine does with pages that the kernel registered."""
 
-import ctypes
 import errno
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from support.fakes.driver import IOD_FUA, SECTOR_BYTES, FakeDriver, Holder, Request
-from support.fakes.queue_rig import DEVICE, Plan, Rig
+from support.fakes.driver import IOD_FUA, SECTOR_BYTES, Holder, Request
+from support.fakes.file_inside import FSYNC, MIB, READ_FIXED, RWF_DSYNC, WRITE_FIXED, FileInside
+from support.fakes.queue_rig import Plan
 from ublkpool.bufpool.engine import _engine
-from ublkpool.bufpool.wire import Attach, Descriptor, Kind, Op
+from ublkpool.bufpool.wire import Attach, Op
 from ublkpool.daemon.kernel.disk_parameters import parameters, wanted_flags
 from ublkpool.daemon.settings.config import BackendConfig, Conflict, DeviceConfig
-from ublkpool.ublk import _native, abi
+from ublkpool.ublk import abi
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.errors import UnsupportedError
-from ublkpool.ublk.queue import LinkState
 
 EVERYTHING, LINUX_6_12, LINUX_6_15 = (1 << 64) - 1, 0x1FE, 0x7FF
 FILE = BackendConfig(kind="file", options={"path": "/x"})
-MIB = 1 << 20
 
 
 def config(**more: Any) -> DeviceConfig:
@@ -83,122 +80,15 @@ def test_a_clients_memory_is_aligned_as_the_files_direct_io_needs_it() -> None:
     assert sent[8:60] == copied[8:60]
 
 
-class Entry(NamedTuple):
-    """A submission entry, as far as it matters here."""
-
-    opcode: int
-    offset: int
-    address: int
-    length: int
-    rw_flags: int
-    user_data: int
-    buffer: int
-
-
-_ENTRY = struct.Struct("<B7xQQIIQH")
-_ENTRY_BYTES = 64
-READ_FIXED, WRITE_FIXED, FSYNC = 4, 5, 3
-RWF_DSYNC = 2
-_ENTRIES = 64
-_SQES_AT, _TAIL_AT = 56, 68
-"""Where liburing's struct io_uring has the entries' address and the local tail."""
-
-
-class Uring:
-    """An io_uring that is never entered: entries are read where they were written."""
-
-    def __init__(self) -> None:
-        self._lib = ctypes.CDLL("liburing.so.2")
-        self._ring = ctypes.create_string_buffer(512)
-        assert self._lib.io_uring_queue_init(_ENTRIES, self._ring, 0) == 0
-        self._seen = 0
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self._ring)
-
-    def entries(self) -> list[Entry]:
-        """Those written since the last call."""
-        (entries,) = struct.unpack_from("<Q", self._ring.raw, _SQES_AT)
-        (tail,) = struct.unpack_from("<I", self._ring.raw, _TAIL_AT)
-        new = range(self._seen, tail)
-        self._seen = tail
-        return [
-            Entry(*_ENTRY.unpack(ctypes.string_at(entries + _ENTRY_BYTES * index, _ENTRY.size)))
-            for index in new
-        ]
-
-    def close(self) -> None:
-        self._lib.io_uring_queue_exit(self._ring)
-
-
-class Inside:
-    """A queue of a device with zero copy, with the engine of a file in it, and a disk that never answers by itself."""
-
-    def __init__(self, path: Path, depth: int = 4) -> None:
-        self.rig = Rig(Plan(need_get_data=False, zero_copy=True, depth=depth))
-        self.side = self.rig.sides[0]
-        self.queue, self.driver = self.side.queue, FakeDriver(self.side)
-        path.write_bytes(bytes(MIB))
-        self.file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self.uring = Uring()
-        self.raw = self._open(depth)
-        calls = int(_engine.ffi.cast("uintptr_t", _engine.lib.engine_calls()))
-        self._calls = _native.ffi.cast("struct engine_calls *", calls)
-        ring = _engine.ffi.cast("struct io_uring *", self.uring.address)
-        assert _engine.lib.engine_use_ring(self.raw, ring) == 0
-        self.queue.start()
-        self.driver.consume()
-        assert self.queue.expect(0, _native.ffi.NULL, 0, False, False)
-        self.queue.input(Descriptor(Kind.HELLO, device=DEVICE, epoch=self.rig.plan.epoch).pack())
-        self.turn()
-        assert self.queue.link is LinkState.UP
-
-    def _open(self, depth: int) -> Any:
-        ffi, lib = _engine.ffi, _engine.lib
-        setup = ffi.new("struct engine_setup *")
-        setup.device, setup.epoch, setup.queues, setup.depth = DEVICE, self.rig.plan.epoch, 1, depth
-        setup.size_bytes, setup.fixed_buffers = MIB, True
-        error = ffi.new("int *")
-        opened = lib.engine_open(setup, lib.storage_file_new(self.file, False, 4096), error)
-        assert opened != ffi.NULL, error[0]
-        return opened
-
-    def turn(self) -> list[Entry]:
-        """What the worker's loop does once; the I/O that it submits."""
-        engine = _native.ffi.cast("struct engine *", int(_engine.ffi.cast("uintptr_t", self.raw)))
-        _native.lib.uq_inside_turn(self.queue.raw, self._calls, engine)
-        assert _engine.lib.engine_prepare(self.raw) == 0
-        self.driver.consume()
-        self.side.check()
-        return self.uring.entries()
-
-    def deliver(self, tag: int, request: Request) -> Entry:
-        """Deliver a request; its one entry."""
-        self.driver.deliver(tag, request)
-        (entry,) = self.turn()
-        return entry
-
-    def complete(self, entry: Entry, result: int) -> list[Entry]:
-        """The file's I/O ends; what follows it."""
-        _engine.lib.engine_complete(self.raw, entry.user_data, result)
-        return self.turn()
-
-    def close(self) -> None:
-        _engine.lib.engine_close(self.raw)
-        self.uring.close()
-        os.close(self.file)
-
-
 @pytest.fixture
-def inside(tmp_path: Path) -> Iterator[Inside]:
-    made = Inside(tmp_path / "disk")
+def inside(tmp_path: Path) -> Iterator[FileInside]:
+    made = FileInside(tmp_path / "disk", Plan(need_get_data=False, zero_copy=True))
     yield made
     made.close()
 
 
 @pytest.mark.parametrize(("op", "opcode"), [(Op.READ, READ_FIXED), (Op.WRITE, WRITE_FIXED)])
-def test_a_requests_io_is_on_the_pages_of_its_tag(inside: Inside, op: Op, opcode: int) -> None:
+def test_a_requests_io_is_on_the_pages_of_its_tag(inside: FileInside, op: Op, opcode: int) -> None:
     request = Request(op, 5, 2)
     entry = inside.deliver(3, request)
     assert entry[:5] == (opcode, 5 * SECTOR_BYTES, 0, 2 * SECTOR_BYTES, 0)
@@ -212,13 +102,13 @@ def test_a_requests_io_is_on_the_pages_of_its_tag(inside: Inside, op: Op, opcode
     assert (counted.kernel_read_bytes, counted.kernel_write_bytes, counted.own_copy_bytes) == (0, 0, 0)
 
 
-def test_fua_is_the_files_too(inside: Inside) -> None:
+def test_fua_is_the_files_too(inside: FileInside) -> None:
     assert inside.deliver(0, Request(Op.WRITE, 0, 1, flags=IOD_FUA)).rw_flags == RWF_DSYNC
     assert inside.deliver(1, Request(Op.READ, 0, 1, flags=IOD_FUA)).rw_flags == 0
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
-def test_io_that_moved_less_goes_on_behind_it_before_the_commit(inside: Inside, op: Op) -> None:
+def test_io_that_moved_less_goes_on_behind_it_before_the_commit(inside: FileInside, op: Op) -> None:
     request = Request(op, 8, 4)
     first = inside.deliver(1, request)
     (second,) = inside.complete(first, SECTOR_BYTES)
@@ -230,13 +120,13 @@ def test_io_that_moved_less_goes_on_behind_it_before_the_commit(inside: Inside, 
 
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
-def test_an_error_of_the_file_is_the_requests(inside: Inside, op: Op) -> None:
+def test_an_error_of_the_file_is_the_requests(inside: FileInside, op: Op) -> None:
     request = Request(op, 0, 4)
     inside.complete(inside.deliver(2, request), -errno.EIO)
     assert request.result == -errno.EIO
 
 
-def test_a_flush_has_no_pages_and_ends_with_0(inside: Inside) -> None:
+def test_a_flush_has_no_pages_and_ends_with_0(inside: FileInside) -> None:
     request = Request(Op.FLUSH, 0, 0)
     entry = inside.deliver(0, request)
     assert entry.opcode == FSYNC and inside.driver.registered == set()
@@ -244,13 +134,13 @@ def test_a_flush_has_no_pages_and_ends_with_0(inside: Inside) -> None:
     assert request.result == 0
 
 
-def test_a_discard_is_answered_without_a_byte(inside: Inside) -> None:
+def test_a_discard_is_answered_without_a_byte(inside: FileInside) -> None:
     request = Request(Op.DISCARD, 8, 8)
     inside.complete(inside.deliver(0, request), 0)
     assert request.result == 0
 
 
-def test_no_tag_keeps_a_buffer_of_the_pool(inside: Inside) -> None:
+def test_no_tag_keeps_a_buffer_of_the_pool(inside: FileInside) -> None:
     entries = [inside.deliver(tag, Request(Op.READ, tag, 1)) for tag in range(inside.rig.plan.depth)]
     assert inside.side.statistics.buffers_lent == 0
     for entry in entries:

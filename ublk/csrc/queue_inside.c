@@ -51,10 +51,20 @@ static bool take_back(struct uq *q, const struct engine_calls *calls, struct eng
 	return true;
 }
 
+/* What has become of the requests that the engine was given without a descriptor. */
+static bool take_results(struct uq *q, const struct engine_calls *calls, struct engine *engine)
+{
+	const struct engine_result *first;
+	unsigned count = calls->results(engine, &first);
+
+	for (unsigned i = 0; i < count && uq_link_talks(q); i++)
+		uq_link_ended(q, first + i);
+	return count;
+}
+
 void uq_inside_begin(struct uq *q, const struct engine_calls *calls, struct engine *engine)
 {
-	if (calls->can_run(engine))
-		uq_run_begin(q, calls, engine);
+	uq_run_begin(q, calls, engine);
 }
 
 int uq_inside_is_idle(const struct uq *q) { return uq_runs(q) && !q->output_count; }
@@ -66,6 +76,8 @@ void uq_inside_turn(struct uq *q, const struct engine_calls *calls, struct engin
 	while (moved && uq_link_talks(q)) {
 		moved = hand_over(q, calls, engine);
 		moved |= take_back(q, calls, engine);
+		if (uq_begins(q))
+			moved |= take_results(q, calls, engine);
 		if (calls->error(engine))
 			uq_link_cut(q, UQ_V_ENGINE);
 	}

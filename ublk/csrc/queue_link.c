@@ -81,16 +81,23 @@ static void answer_reject(struct uq *q, struct uq_tag *t, const struct wire_desc
 		violate(q, UQ_V_RESULT, d);
 }
 
-static int judge_done(const struct uq *q, const struct uq_tag *t, const struct wire_descriptor *d)
+static int judge_result(const struct uq *q, const struct uq_tag *t, int32_t result)
 {
 	bool moves = t->op == WIRE_READ || t->op == WIRE_WRITE;
 
-	if (d->result < -ERRNO_MAX)
+	if (result < -ERRNO_MAX)
 		return UQ_V_RESULT;
-	if (d->result <= 0)
-		return UQ_V_NONE;
-	if (!moves || (uint64_t)d->result > t->length || (uint32_t)d->result % q->config.block_bytes)
+	if (result > 0 && (!moves || (uint64_t)result > t->length || (uint32_t)result % q->config.block_bytes))
 		return UQ_V_RESULT;
+	return UQ_V_NONE;
+}
+
+static int judge_done(const struct uq *q, const struct uq_tag *t, const struct wire_descriptor *d)
+{
+	int wrong = judge_result(q, t, d->result);
+
+	if (wrong || d->result <= 0)
+		return wrong;
 	/* The kernel copies nothing out for a request in place, so no region may answer one. */
 	if (t->op == WIRE_READ && d->flags & WIRE_REGION)
 		return q->config.need_get_data && !t->in_place ? uq_region_judge(q, d, t->length) : UQ_V_REGION;
@@ -107,6 +114,34 @@ static void answer_done(struct uq *q, struct uq_tag *t, const struct wire_descri
 		return;
 	}
 	uq_request_done(q, t, d->result, t->op == WIRE_READ && d->result > 0 && d->flags & WIRE_REGION, d->buffer);
+}
+
+static int judge_ended(const struct uq *q, const struct engine_result *said)
+{
+	const struct uq_tag *t = said->tag < q->config.depth ? &q->tags[said->tag] : NULL;
+
+	/* No result of an earlier request can be on its way: the engine began with this worker. */
+	if (!t || said->sequence != t->sequence)
+		return UQ_V_IDENTITY;
+	return t->state == UQ_SERVING ? judge_result(q, t, said->result) : UQ_V_UNEXPECTED;
+}
+
+void uq_link_ended(struct uq *q, const struct engine_result *said)
+{
+	int wrong = judge_ended(q, said);
+
+	if (wrong)
+		violate(q, wrong,
+			&(struct wire_descriptor){ .kind = WIRE_DONE,
+						   .device = q->config.device,
+						   .queue = q->config.queue,
+						   .tag = said->tag,
+						   .epoch = q->config.epoch,
+						   .sequence = said->sequence,
+						   .result = said->result });
+	else
+		uq_request_done(q, &q->tags[said->tag], said->result, false, 0);
+	uq_check(q);
 }
 
 static void link_up(struct uq *q)

@@ -290,7 +290,7 @@ static void ready(struct uq *q, struct uq_tag *t)
 static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *d)
 {
 	/* With zero_copy the tag names the pages. */
-	if ((t->op != WIRE_READ && t->op != WIRE_WRITE) || q->config.zero_copy)
+	if (!uq_has_data(t) || q->config.zero_copy)
 		return;
 	if (t->in_place) {
 		d->segment = WIRE_SEGMENT_CLIENTS + t->slice;
@@ -304,10 +304,20 @@ static void name_buffer(struct uq *q, struct uq_tag *t, struct wire_descriptor *
 	}
 }
 
+static void send(struct uq *q, struct uq_tag *t)
+{
+	struct wire_descriptor *d = uq_put(q, t, t->own_segment ? WIRE_DATA : WIRE_REQUEST);
+
+	name_buffer(q, t, d);
+	if (t->sent_to_backend) {
+		d->flags |= WIRE_REPLAY;
+		q->config.stats->replays++;
+	}
+}
+
 static void hand_over(struct uq *q, struct uq_tag *t)
 {
 	bool lacks_buffer = t->op == WIRE_READ && t->slot == UQ_BUFFER_NONE && !t->in_place && !q->reads_own;
-	struct wire_descriptor *d;
 
 	if (lacks_buffer) {
 		need_buffer(q, t);
@@ -315,14 +325,10 @@ static void hand_over(struct uq *q, struct uq_tag *t)
 	}
 	if (!uq_move(q, t, UQ_EV_HAND_OVER))
 		return;
-	d = uq_put(q, t, t->own_segment ? WIRE_DATA : WIRE_REQUEST);
-	name_buffer(q, t, d);
-	if (t->sent_to_backend) {
-		d->flags |= WIRE_REPLAY;
-		q->config.stats->replays++;
-	} else {
+	if (!t->sent_to_backend)
 		t->handed_ns = q->now_ns;
-	}
+	if (!uq_begins(q) || !uq_begin(q, t))
+		send(q, t);
 	t->sent_to_backend = true;
 }
 

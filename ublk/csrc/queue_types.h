@@ -113,8 +113,9 @@ struct uq {
 	unsigned attention, gone;
 	uint32_t own_segment;             /* the attached backend's, 0 for none */
 	unsigned regions;                 /* tags with a region, of whichever segment */
-	const struct engine_calls *calls; /* of an engine that runs requests; NULL without one */
+	const struct engine_calls *calls; /* of an engine in this process, see queue_run.c; NULL without one */
 	struct engine *engine;
+	bool runs, begins; /* the engine runs requests within a call; takes them without descriptors */
 	struct uq_limit limit;
 	struct uq_limits no_limits; /* of a queue that was given none */
 	uint8_t link;
@@ -138,6 +139,7 @@ struct uq {
 };
 
 static inline bool uq_has_link(const struct uq *q) { return q->link == UQ_LINK_UP; }
+static inline bool uq_has_data(const struct uq_tag *t) { return t->op == WIRE_READ || t->op == WIRE_WRITE; }
 static inline unsigned uq_index(const struct uq *q, const struct uq_tag *t) { return (unsigned)(t - q->tags); }
 
 #endif

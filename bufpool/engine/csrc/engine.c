@@ -40,7 +40,7 @@ void engine_finish(struct engine *e, struct storage_request *r, int32_t result)
 		if (e->error)
 			e->count.dropped++;
 		else
-			engine_answer_done(e, r, result);
+			(r->is_begun ? engine_add_result : engine_answer_done)(e, r, result);
 		/* Without an answer, too: the region may hold the only copy of a write's data. */
 		r->state = r->region != NO_REGION ? ANSWERED : IDLE;
 	}
@@ -52,7 +52,7 @@ static bool fits(uint64_t offset, uint64_t length, uint64_t limit)
 	return offset <= limit && length <= limit - offset;
 }
 
-static int32_t objection_to(const struct engine *e, uint8_t op, uint64_t offset, uint64_t length)
+int32_t engine_objection(const struct engine *e, uint8_t op, uint64_t offset, uint64_t length)
 {
 	bool moves = op == WIRE_READ || op == WIRE_WRITE;
 	if (op > WIRE_WRITE_ZEROES || op == 4)
@@ -70,7 +70,7 @@ static int32_t objection(const struct engine *e, const struct wire_descriptor *d
 {
 	if (d->kind != WIRE_REQUEST && d->op != WIRE_WRITE)
 		return -EOPNOTSUPP;
-	return objection_to(e, d->op, d->offset, d->length);
+	return engine_objection(e, d->op, d->offset, d->length);
 }
 
 static int32_t find_memory(const struct engine *e, struct storage_request *r)
@@ -108,6 +108,7 @@ static void start(struct engine *e, struct storage_request *r, int32_t problem)
 static void take_request(struct engine *e, struct storage_request *r, const struct wire_descriptor *d)
 {
 	r->d = *d;
+	r->is_begun = false;
 	int32_t problem = objection(e, d);
 	(wants_region(e, d) ? engine_ask_for_region : start)(e, r, problem);
 }
@@ -250,17 +251,6 @@ int engine_file(const struct engine *e) { return e->event_file; }
 
 int engine_error(const struct engine *e) { return e->error; }
 
-int engine_can_run(const struct engine *e) { return e->storage->ops->run != NULL; }
-
-int32_t engine_run(struct engine *e, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory)
-{
-	int32_t problem = objection_to(e, op, offset, length), result = full_result_of(op, length);
-	if (!problem)
-		e->storage->ops->run(e->storage, op, offset, length, memory);
-	engine_count_run(e, op, problem ? problem : result);
-	return problem ? problem : result;
-}
-
 void engine_resize(struct engine *e, uint64_t size_bytes)
 {
 	e->setup.size_bytes = size_bytes;
@@ -374,7 +364,7 @@ static bool open_memory(struct engine *e)
 	e->requests = calloc(requests, sizeof *e->requests);
 	for (uint32_t i = 0; e->requests && i < requests; i++)
 		e->requests[i] = (struct storage_request){ .region = NO_REGION, .index = i };
-	return e->requests && open_queues(e) && fifo_open(&e->waiting, requests);
+	return e->requests && open_queues(e) && engine_open_results(e) && fifo_open(&e->waiting, requests);
 }
 
 static int open_storage(struct engine *e)
@@ -421,21 +411,6 @@ void engine_close(struct engine *e)
 	free(e->queues);
 	free(e->requests);
 	free(e->waiting.items);
+	free(e->results.items);
 	free(e);
-}
-
-const struct engine_calls *engine_calls(void)
-{
-	static const struct engine_calls calls = {
-		.take = engine_take,
-		.answers = engine_answers,
-		.answers_sent = engine_answers_sent,
-		.use_ring = engine_use_ring,
-		.prepare = engine_prepare,
-		.complete = engine_complete,
-		.error = engine_error,
-		.can_run = engine_can_run,
-		.run = engine_run,
-	};
-	return &calls;
 }

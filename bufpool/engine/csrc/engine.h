@@ -79,6 +79,16 @@ int engine_can_run(const struct engine *engine);
  * process, and which copies one request's data at a time. */
 int32_t engine_run(struct engine *engine, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory);
 
+/* Whether requests may go without descriptors to a storage that finishes them later: engine_begin().  For an engine
+ * with one queue. */
+int engine_can_begin(const struct engine *engine);
+/* Begins a request on memory that stays until its result has come.  No other request with the same tag may be running.
+ * What fences do to requests that came as descriptors they do to this one too. */
+void engine_begin(struct engine *engine, const struct engine_request *request);
+/* Points *results to what has become of requests that were begun, and returns their number.  Each is returned once; the
+ * pointer is valid until the call after the next.  0 once the engine's use has ended. */
+uint32_t engine_results(struct engine *engine, const struct engine_result **results);
+
 /* Makes the engine use the caller's io_uring, which the caller submits and waits for; NULL: the engine's own again.  No
  * request may be running.  Returns 0 or a negative errno.  The engine sets ENGINE_USER_DATA in the user_data of its
  * entries; no other entry may have that bit. */

@@ -57,30 +57,22 @@ void engine_count_start(struct engine *e, const struct storage_request *r)
 void engine_answer_done(struct engine *e, const struct storage_request *r, int32_t result)
 {
 	struct wire_descriptor *d = engine_answer(e, &r->d, WIRE_DONE, result);
-	e->count.answered++;
-	if (result < 0) {
-		e->count.failed++;
-	} else if (r->d.op == WIRE_READ) {
-		e->count.bytes_read += r->d.length;
-		if (r->region != NO_REGION) {
-			d->flags = WIRE_REGION;
-			engine_name_in(e, d, r);
-		}
-	} else if (r->d.op == WIRE_WRITE) {
-		e->count.bytes_written += r->d.length;
+	engine_count_end(e, r->d.op, r->d.length, result);
+	if (result >= 0 && r->d.op == WIRE_READ && r->region != NO_REGION) {
+		d->flags = WIRE_REGION;
+		engine_name_in(e, d, r);
 	}
 }
 
-void engine_count_run(struct engine *e, uint8_t op, int32_t result)
+void engine_count_end(struct engine *e, uint8_t op, uint64_t length, int32_t result)
 {
-	e->count.requests++;
 	e->count.answered++;
 	if (result < 0)
 		e->count.failed++;
 	else if (op == WIRE_READ)
-		e->count.bytes_read += (uint64_t)result;
-	else
-		e->count.bytes_written += (uint64_t)result;
+		e->count.bytes_read += length;
+	else if (op == WIRE_WRITE)
+		e->count.bytes_written += length;
 }
 
 uint32_t engine_answers(struct engine *e, uint32_t queue, const struct wire_descriptor **answers)

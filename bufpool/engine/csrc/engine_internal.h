@@ -15,6 +15,13 @@ struct answers {
 	uint32_t first, count, capacity;
 };
 
+/* What became of requests that were begun, in two halves of `depth` places: the caller reads one half while the next
+ * results go into the other. */
+struct results {
+	struct engine_result *items;
+	uint32_t count, half;
+};
+
 struct queue {
 	uint32_t epoch, running, running_old, worker_epoch;
 	bool fenced, is_welcome;
@@ -30,6 +37,7 @@ struct engine {
 	struct queue *queues;
 	struct storage_request *requests;
 	struct fifo waiting;
+	struct results results;
 	struct engine_statistics count;
 };
 
@@ -39,14 +47,23 @@ static inline bool may_let_go(const struct storage_request *r)
 	return r->state == NAMED || r->state == WAITING || r->state == ANSWERED;
 }
 
+/* engine.c */
+/* 0, or why the engine executes no request with these fields: a negative errno. */
+int32_t engine_objection(const struct engine *e, uint8_t op, uint64_t offset, uint64_t length);
+
+/* engine_inside.c */
+/* Keeps the result of a request that was begun. */
+void engine_add_result(struct engine *e, const struct storage_request *r, int32_t result);
+bool engine_open_results(struct engine *e);
+
 /* engine_answers.c */
 /* Adds an answer, which the caller may fill in further.  Without memory it returns a scratch descriptor, and the
  * engine's use ends. */
 struct wire_descriptor *engine_answer(struct engine *e, const struct wire_descriptor *to, uint8_t kind, int32_t result);
 void engine_answer_done(struct engine *e, const struct storage_request *r, int32_t result);
 void engine_count_start(struct engine *e, const struct storage_request *r);
-/* A request of engine_run(), and its result. */
-void engine_count_run(struct engine *e, uint8_t op, int32_t result);
+/* A request that has its result. */
+void engine_count_end(struct engine *e, uint8_t op, uint64_t length, int32_t result);
 void engine_name_in(const struct engine *e, struct wire_descriptor *d, const struct storage_request *r);
 
 /* engine_regions.c */

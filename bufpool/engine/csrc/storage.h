@@ -15,6 +15,7 @@ struct storage_request {
 	uint8_t *memory;       /* the data of a read or a write; NULL: it is in the tag's fixed buffer */
 	uint32_t index;        /* below queues * depth; no other unfinished request has it */
 	uint8_t state;         /* enum state, the engine's */
+	bool is_begun; /* by engine_begin(): it came without a descriptor and has a result in place of an answer */
 };
 
 struct storage_ops {

@@ -17,6 +17,21 @@
 struct engine;
 struct io_uring;
 
+/* A request as it lies in a queue's tag, without a descriptor. */
+struct engine_request {
+	uint64_t sequence, offset, length;
+	uint8_t *memory; /* of a read or a write; NULL: the tag's fixed buffer */
+	uint16_t tag, flags;
+	uint8_t op;
+};
+
+/* What became of it.  `sequence` is the request's: the queue compares it with that of its tag. */
+struct engine_result {
+	uint64_t sequence;
+	int32_t result;
+	uint16_t tag;
+};
+
 struct engine_calls {
 	int (*take)(struct engine *engine, const struct wire_descriptor *descriptors, uint32_t count);
 	uint32_t (*answers)(struct engine *engine, uint32_t queue, const struct wire_descriptor **answers);
@@ -27,6 +42,9 @@ struct engine_calls {
 	int (*error)(const struct engine *engine);
 	int (*can_run)(const struct engine *engine);
 	int32_t (*run)(struct engine *engine, uint8_t op, uint64_t offset, uint64_t length, uint8_t **memory);
+	int (*can_begin)(const struct engine *engine);
+	void (*begin)(struct engine *engine, const struct engine_request *request);
+	uint32_t (*results)(struct engine *engine, const struct engine_result **results);
 };
 
 #endif
