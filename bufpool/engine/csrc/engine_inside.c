@@ -22,7 +22,7 @@ int engine_can_begin(const struct engine *e) { return e->setup.queues == 1; }
 bool engine_open_results(struct engine *e)
 {
 	if (engine_can_begin(e))
-		e->results.items = calloc(2 * e->setup.depth, sizeof *e->results.items);
+		e->results.items = calloc(2 * (size_t)e->setup.depth, sizeof *e->results.items);
 	return e->results.items || !engine_can_begin(e);
 }
 
