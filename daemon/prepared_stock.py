@@ -7,7 +7,8 @@ daemon.  Runs on the supervisor's asyncio loop.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.memory_room import mib
@@ -27,7 +28,7 @@ ADD_PATIENCE_S = 5.0
 RETRY_PAUSE_S = 1.0
 RETRY_PAUSE_MAX_S = 60.0
 END_DEADLINE_S = 30.0
-_POLL_S = 0.05
+Adds = Callable[[], Collection["asyncio.Task[None]"]]
 _log = logging.getLogger("ublkpool.prepared")
 _FAILURES = (DaemonError, PoolError, OSError)
 
@@ -35,11 +36,11 @@ _FAILURES = (DaemonError, PoolError, OSError)
 class PreparedStock:
     """The prepared devices of one daemon."""
 
-    def __init__(self, context: DaemonContext, wanted: Prepare | None, is_adding: Callable[[], bool]) -> None:
-        """`wanted` None: none; `is_adding`: whether a device is being made."""
+    def __init__(self, context: DaemonContext, wanted: Prepare | None, adds: Adds) -> None:
+        """`wanted` None: none; `adds` gives the tasks that make a device now."""
         self._context = context
         self._wanted = wanted
-        self._is_adding = is_adding
+        self._adds = adds
         self._ready: dict[PreparedParts, asyncio.Task[None]] = {}
         """Each with the task that waits for the end of a worker."""
         self._made: PreparedParts | None = None
@@ -162,9 +163,10 @@ class PreparedStock:
 
     async def _after_adds(self) -> None:
         """Return when no device is being made: it must not wait for what nobody waits for."""
-        until_s = asyncio.get_running_loop().time() + ADD_PATIENCE_S
-        while self._is_adding() and asyncio.get_running_loop().time() < until_s:
-            await asyncio.sleep(_POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ADD_PATIENCE_S):
+                while running := self._adds():
+                    await asyncio.wait(running)
 
     async def _until_worker_ends(self, prepared: PreparedParts) -> None:
         team = prepared.resources.team

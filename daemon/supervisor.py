@@ -73,7 +73,7 @@ class Supervisor:
         if prepare is not None and not context.is_privileged:
             _log.warning("no devices are prepared: the driver gives an ordinary user's daemon few")
             prepare = None
-        self.prepared = PreparedStock(context, prepare, lambda: self._table.is_adding)
+        self.prepared = PreparedStock(context, prepare, self._table.running_adds)
         self.config_file = Reload(config or ServeConfig(), context, self._table)
         self.lost = LostDevices(context, self._marks)
         self.stopped = asyncio.Event()

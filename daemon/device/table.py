@@ -214,10 +214,10 @@ class DeviceTable:
             await asyncio.wait(busy)
         return None if entry is None else entry.device
 
-    @property
-    def is_adding(self) -> bool:
-        """Whether a device is being made or taken over."""
-        return any(entry.making is not None and not entry.making.done() for entry in self._entries.values())
+    def running_adds(self) -> list["asyncio.Task[None]"]:
+        """The tasks that make or take over a device now."""
+        making = [each.making for each in self._entries.values()]
+        return [each for each in making if each is not None and not each.done()]
 
     async def settled(self) -> None:
         """Return when no task changes a device."""

@@ -26,7 +26,7 @@ from ublkpool.daemon.device.team import Plan
 from ublkpool.daemon.doctor.daemon import DaemonAnswer, daemon_findings
 from ublkpool.daemon.doctor.leftovers import Recorded, leftover_findings
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.prepared_stock import PreparedStock
+from ublkpool.daemon.prepared_stock import Adds, PreparedStock
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, Prepare, PrepareTable, ServeConfig
 from ublkpool.daemon.supervisor import Supervisor
@@ -164,7 +164,6 @@ def context_on(machine: TakingMachine, monkeypatch: pytest.MonkeyPatch) -> Daemo
         hold(name, fd)
 
     monkeypatch.setattr(context.holder, "hold", noted)
-    monkeypatch.setattr(prepared_stock, "_POLL_S", 0.001)
     return context
 
 
@@ -413,11 +412,11 @@ def a_stock(
     machine: TakingMachine,
     monkeypatch: pytest.MonkeyPatch,
     wanted: Prepare | None = WANTED,
-    is_adding: Callable[[], bool] = lambda: False,
+    adds: Adds = lambda: (),
     pause_s: float = 0.001,
 ) -> PreparedStock:
     monkeypatch.setattr(prepared_stock, "RETRY_PAUSE_S", pause_s)
-    return PreparedStock(context_on(machine, monkeypatch), wanted, is_adding)
+    return PreparedStock(context_on(machine, monkeypatch), wanted, adds)
 
 
 async def no_removal(_record: Record) -> None:
@@ -503,23 +502,38 @@ def test_what_cannot_be_made_is_said_once_and_tried_again(
     assert second == "devices are prepared again"
 
 
+async def wait_for(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def turns() -> None:
+    """Let every task run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 def test_none_is_made_while_a_device_is_added(
     machine: TakingMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
-        adding = True
-        stock = a_stock(machine, monkeypatch, is_adding=lambda: adding)
+        over = asyncio.Event()
+        first, adds = asyncio.ensure_future(wait_for(over)), [asyncio.ensure_future(wait_for(over))]
+        stock = a_stock(machine, monkeypatch, adds=lambda: [each for each in adds if not each.done()])
         stock.begin([], no_removal)
-        for _ in range(20):
-            await asyncio.sleep(0.001)
-        assert machine.passed == []
-        adding = False
+        await turns()
+        adds.append(asyncio.ensure_future(wait_for(asyncio.Event())))
+        over.set()
+        await first
+        await turns()
+        assert machine.passed == [], "another add began meanwhile"
+        adds[1].cancel()
         await until(lambda: stock.ready_count == 2)
-        adding = True
         monkeypatch.setattr(prepared_stock, "ADD_PATIENCE_S", 0.0)
+        adds.append(asyncio.ensure_future(wait_for(asyncio.Event())))
         assert stock.take(VOL, DISK) is not None
         # An add that hangs does not end them for ever.
         await until(lambda: stock.ready_count == 2)
+        adds[2].cancel()
         await stock.end()
 
     in_loop(run)
