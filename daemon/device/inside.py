@@ -40,8 +40,9 @@ DEAD_PATIENCE_S = 2.0
 """How long one attempt waits for the I/O of the last epoch's workers; the next attempt follows."""
 SETTLED_KINDS = ("cow",)
 """Kinds of which a power failure loses what no FLUSH covered, even if it comes long after."""
-_OPENED_PLAINLY = ("null", "memory", "file")
-"""Kinds of which opening a store leaves nothing in the process but descriptors."""
+_OPENED_PLAINLY = ("null", "memory")
+"""Kinds of which opening a store leaves nothing in the process but descriptors, and locks no file: a lock names the
+process that took it, and only if that has ended does a recovery see that it waits for a dead worker's I/O."""
 _PACKET = b"store"
 
 

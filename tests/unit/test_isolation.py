@@ -16,6 +16,7 @@ from ublkpool.backends._cow_format import read_head
 from ublkpool.bufpool.engine.cow import DATA, CowFiles, CowMap
 from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage
 from ublkpool.bufpool.errors import BackendError
+from ublkpool.bufpool.sdk import store_users
 from ublkpool.bufpool.sdk.inside import Connect, ConnectsInside, open_for_workers
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.bufpool.wire import SEGMENT_POOL, Descriptor, Kind, Op
@@ -399,3 +400,21 @@ def test_a_directory_that_the_workers_user_may_not_enter_keeps_no_worker_from_co
         assert made._replace(cwd=str(tmp_path)).backend() and Path.cwd() == tmp_path
     finally:
         os.chdir(before)
+
+
+def test_the_process_that_locked_a_store_has_ended_so_that_the_lock_names_none_that_lives(
+    tmp_path: Path,
+) -> None:
+    """A lock names the process that took it.  A recovery that waits for a dead worker's I/O must not find it alive."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+
+    async def run() -> None:
+        parts = OpenParts(config_of("file", {"path": str(path)}))
+        await parts.store.open(Hint("vol", tmp_path, max_io_bytes=MIB))
+        (locker,) = store_users.lockers(path)
+        assert store_users.is_dying(locker)
+        parts.store.close()
+        assert not is_locked(path)
+
+    in_loop(run)
