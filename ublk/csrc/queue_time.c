@@ -14,8 +14,6 @@
 #define SCAN_MS 100
 /* A pool buffer idle for this long is returned to the broker. */
 #define STOCK_IDLE_MS 200
-/* A queue that waits for a point in time looks at the clock this often. */
-#define TICK_MS 500
 
 /* A backend that holds a request past its deadline is cut off: only its death makes the buffer safe to reuse. */
 static void overdue(struct uq *q, struct uq_tag *t)
@@ -135,29 +133,6 @@ static void scan(struct uq *q)
 			overdue(q, t);
 	}
 	q->config.stats->oldest_ms = oldest_ms;
-}
-
-static bool may_return_buffers(const struct uq *q)
-{
-	for (unsigned c = 0; c < q->config.classes; c++)
-		if (uq_stock_may_return(q, c))
-			return true;
-	return false;
-}
-
-/* Whether uq_tick() would find something although nothing comes: a deadline, or buffers that have been idle. */
-static bool has_due(const struct uq *q)
-{
-	bool awaits_backend = q->config.absent_ms && !q->giving_up && !q->held && !uq_link_talks(q);
-	bool awaits_hello = q->config.hello_timeout_ms && q->link == UQ_LINK_EXPECTED;
-
-	return q->config.stats->in_flight || awaits_backend || awaits_hello || q->flush_sequence ||
-	       may_return_buffers(q);
-}
-
-unsigned uq_wait_ms(const struct uq *q, unsigned most_ms)
-{
-	return has_due(q) && most_ms > TICK_MS ? TICK_MS : most_ms;
 }
 
 void uq_tick(struct uq *q, uint64_t now_ms)

@@ -133,8 +133,7 @@ class SimRing:
         self._submit()
         if port is not None and timeout_ms and not worker.task.completions and not self._bits():
             port.grow_drowsy()
-            sleep_ms = worker.queue.limit_wait_ms(worker.queue.wait_ms(timeout_ms))
-            self._sleeps_until_s = worker.clock.now_s + sleep_ms / 1000
+            self._sleeps_until_s = worker.clock.now_s + worker.queue.limit_wait_ms(timeout_ms) / 1000
             self._pass_limited()
         self._harvest()
         return self._bits()
