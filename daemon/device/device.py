@@ -402,7 +402,7 @@ class Device(DeviceService):
         if force:
             self._begin_to_end()
         else:
-            await teardown.check_unused(parts, stop_decides=True)
+            await self.check_unused()
         await drain.cancel(parts)
         state, waits = life.state, life.turn.locked()
         async with life.turn:

@@ -18,12 +18,11 @@ from ublkpool.daemon.processes.background import logged
 _log = logging.getLogger("ublkpool.device")
 
 
-async def check_unused(parts: DeviceParts, stop_decides: bool = False) -> None:
+async def check_unused(parts: DeviceParts) -> None:
     """Return if nothing shows a user of the disk.  Raises `DaemonError` that names the users, or why none can be seen.
 
     A disk that an earlier daemon left is asked as well, whether its takeover is under way or failed.  A device that
-    this daemon had and that failed has no disk any more.  With `stop_decides`, `stop_unused` comes next: no user is
-    looked for in /proc then if the driver counts the openers there, and nothing of the device changes before.
+    this daemon had and that failed has no disk any more.
     """
     name, kernel, state = parts.config.name, parts.resources.kernel, parts.life.state
     if parts.left is not None:
@@ -32,23 +31,13 @@ async def check_unused(parts: DeviceParts, stop_decides: bool = False) -> None:
         return
     if kernel is None:
         return
-    if stop_decides and _driver_decides(parts):
-        await disk_users.check_unclaimed(name, kernel)
-    else:
-        await disk_users.check_unused(name, kernel, may_open=state != "waiting")
+    await disk_users.check_unused(name, kernel, may_open=state != "waiting")
     # Clients are asked last: one that ended meanwhile has given its slice back by now.
     if clients := parts.clients.names():
         raise DaemonError(
             f"{name}: its client buffers are in use: {', '.join(clients)}: end these clients, or use --force",
             code="in-use",
         )
-
-
-def _driver_decides(parts: DeviceParts) -> bool:
-    """Whether `stop_unused` refuses a disk that is in use, and nothing of the device changes until then."""
-    kernel, drains = parts.resources.kernel, parts.draining is not None and not parts.draining.done()
-    is_live = parts.left is None and parts.life.state == "live"
-    return is_live and not drains and kernel is not None and kernel.can_try_stop
 
 
 async def _left_disk(parts: DeviceParts, left: Record) -> BlockDevice | None:

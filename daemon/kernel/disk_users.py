@@ -16,8 +16,6 @@ from ublkpool.daemon.kernel.disk_use import Users
 
 PATIENCE_S = 2.0
 """A process that has the disk open for less than this, as udev and blkid do, is no user."""
-OPEN_PATIENCE_S = 2.0
-"""An open that takes longer waits for a process that is worth looking for."""
 WARNING_DEADLINE_S = 5.0
 _POLL_S = 0.1
 _WAY_OUT = "end that use, or use --force"
@@ -38,17 +36,6 @@ async def check_unused(name: str, kernel: BlockDevice, *, may_open: bool) -> Non
         if users.lasting or loop.time() > until_s:
             raise _refusal(name, kernel, users)
         await asyncio.sleep(_POLL_S)
-
-
-async def check_unclaimed(name: str, kernel: BlockDevice) -> None:
-    """The same of a disk whose openers the driver counts when it stops it, so that no process's descriptors are read.
-
-    The exclusive open comes before TRY_STOP_DEV, which waits for the same mutex and cannot be given up.
-    """
-    with suppress(ControlFailed):
-        if not await kernel.is_claimed(OPEN_PATIENCE_S):
-            return
-    await check_unused(name, kernel, may_open=True)
 
 
 async def _look(name: str, kernel: BlockDevice, may_open: bool) -> tuple[bool, Users]:
@@ -75,8 +62,8 @@ async def stop_unused(name: str, kernel: BlockDevice, try_stop: Callable[[], Awa
     loop = asyncio.get_running_loop()
     until_s = loop.time() + PATIENCE_S
     while not await try_stop():
-        users = await _users(kernel)
-        if users.lasting or loop.time() > until_s:
+        if loop.time() > until_s:
+            users = await _users(kernel)
             raise _refusal(name, kernel, users)
         await asyncio.sleep(_POLL_S)
 

@@ -16,14 +16,12 @@ from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import disk_users as in_use
 from ublkpool.daemon.kernel.block_device import BlockDevice
-from ublkpool.daemon.kernel.control_process import CallHung, ControlFailed
+from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.kernel.disk_use import Users
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import State
 from ublkpool.daemon.supervisor import Supervisor
-
-DRAINS_S = 600.0
 
 
 class Kernel(FakeKernel):
@@ -34,7 +32,6 @@ class Kernel(FakeKernel):
         self._log, self._newer = log, newer
         self.seen = Users()
         self.openers = 0
-        self.open_hangs = False
 
     @property
     def can_try_stop(self) -> bool:
@@ -47,9 +44,7 @@ class Kernel(FakeKernel):
 
     async def is_claimed(self, deadline_s: float = 0) -> bool:
         self._log.append("open")
-        if self.open_hangs and deadline_s <= in_use.OPEN_PATIENCE_S:
-            raise CallHung("vol: opening /dev/ublkb3 has hung for 2 s in process 99")
-        return bool(self.seen.lasting)
+        return False
 
     async def mappers(self) -> Users:
         return Users()
@@ -103,7 +98,7 @@ def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_
     async def run() -> None:
         scene = Scene(monkeypatch)
         await scene.device.delete(force=False)
-        assert scene.log == ["open", "try", "tear down"]
+        assert scene.log == ["look", "open", "try", "tear down"]
 
     play(run)
 
@@ -119,57 +114,11 @@ def test_an_opener_that_only_the_driver_sees_is_a_reason_to_refuse(monkeypatch: 
     play(run)
 
 
-def test_an_opener_is_looked_for_once_the_driver_has_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        scene = Scene(monkeypatch)
-        scene.kernel.openers = 1
-        scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
-        assert "process 7" in await scene.refusal()
-        assert scene.log == ["open", "try", "look"]
-
-    play(run)
-
-
-def test_a_disk_that_is_claimed_names_its_user_and_the_driver_is_not_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_user_that_is_seen_is_named_and_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
         scene.kernel.seen = Users(lasting=("mounted at /srv",))
         assert "mounted at /srv" in await scene.refusal()
-        assert scene.log == ["open", "look"]
-
-    play(run)
-
-
-@pytest.mark.parametrize("seen", [Users(openers=("process 7 (blockdev) has it open",)), Users()])
-def test_an_open_that_waits_is_a_reason_to_look_before_the_driver_is_asked(
-    monkeypatch: pytest.MonkeyPatch, seen: Users
-) -> None:
-    """The driver would wait for the same mutex, in a thread that cannot be ended."""
-
-    async def run() -> None:
-        scene = Scene(monkeypatch)
-        scene.kernel.open_hangs = True
-        scene.kernel.seen = seen
-        assert ("process 7" if seen.words else "has hung") in await scene.refusal()
-        assert scene.log[:2] == ["open", "look"] and "try" not in scene.log
-
-    play(run)
-
-
-@pytest.mark.parametrize(
-    ("newer", "state", "drains"), [(False, "live", False), (True, "recovering", False), (True, "live", True)]
-)
-def test_users_are_looked_for_first_where_the_driver_does_not_decide_or_something_changes_before(
-    monkeypatch: pytest.MonkeyPatch, newer: bool, state: State, drains: bool
-) -> None:
-    async def run() -> None:
-        scene = Scene(monkeypatch, newer=newer, state=state)
-        if drains:
-            scene.device.parts.draining = asyncio.ensure_future(asyncio.sleep(DRAINS_S))
-        scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
-        assert "process 7" in await scene.refusal()
         assert scene.log == ["look"]
 
     play(run)
