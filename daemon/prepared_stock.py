@@ -162,7 +162,7 @@ class PreparedStock:
         return ""
 
     async def _after_adds(self) -> None:
-        """Return when no device is being made: it must not wait for what nobody waits for."""
+        """Return when no add runs, since a user waits for that, or at the latest after `ADD_PATIENCE_S`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(ADD_PATIENCE_S):
                 while running := self._adds():

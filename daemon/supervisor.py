@@ -19,7 +19,7 @@ from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.binding import Binding
 from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.device import Device
-from ublkpool.daemon.device.prepared import is_reserved
+from ublkpool.daemon.device.prepared import RESERVED, is_reserved
 from ublkpool.daemon.device.table import DeviceTable
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import BrokerReplaced, MachineGoesDown, StoreRebound
@@ -87,7 +87,7 @@ class Supervisor:
 
     def _refusal(self, cfg: DeviceConfig) -> str:
         if is_reserved(cfg.name):
-            return "names that begin so are those of prepared devices: choose another"
+            return f"names that begin with {RESERVED} are those of prepared devices: choose another"
         # It is in the table when the stock comes to look.
         self.prepared.look()
         return self._context.budget.refusal_of(cfg)

@@ -1,7 +1,7 @@
 """The stock of a queue that shares its buffers with no other: in the place of `PoolLink`, without a broker.
 
-A device without a backend's process lends its buffers to nobody, so nothing is gained by moving them between its queues
-at every burst: each queue has an equal part of each size from its start, and keeps it.
+No backend's process borrows the buffers of such a device, so nothing is gained by moving them between its queues at
+every burst: each queue has an equal part of each size from its start, and keeps it.
 """
 
 from ublkpool.ublk.queue import Queue

@@ -19,7 +19,8 @@ from ublkpool.daemon.settings.config import CONNECTED_KINDS, BackendConfig, Devi
 from ublkpool.workers.engine_awaited import AWAITED
 from ublkpool.workers.engine_inside import EngineSpec
 
-_RESERVED = "_prepared."
+RESERVED = "_prepared."
+"""How the name of a prepared device begins."""
 _NO_DISK = Disk(size_bytes=0, block_bytes=512, volatile_cache=False, read_only=False)
 _PLAIN = DeviceConfig(name="plain")
 _TOLD_LATER = (
@@ -39,7 +40,7 @@ _ANY_STORE = BackendConfig(kind="null")
 
 def is_reserved(name: str) -> bool:
     """Whether this is the name of a prepared device, which no other device may have."""
-    return name.startswith(_RESERVED)
+    return name.startswith(RESERVED)
 
 
 def shape_of(config: DeviceConfig) -> DeviceConfig | None:
@@ -51,7 +52,7 @@ def shape_of(config: DeviceConfig) -> DeviceConfig | None:
     if config.isolation == "none":
         # Without a backend's process no rings are made.
         later["rings"] = True
-    return msgspec.structs.replace(config, name=_RESERVED, backend=_ANY_STORE, **later)
+    return msgspec.structs.replace(config, name=RESERVED, backend=_ANY_STORE, **later)
 
 
 def _may_be_told(config: DeviceConfig) -> bool:
@@ -72,7 +73,7 @@ class PreparedParts(DeviceParts):
         """For devices of this one's shape."""
         shape = shape_of(wanted)
         assert shape is not None
-        super().__init__(msgspec.structs.replace(shape, name=f"{_RESERVED}{secrets.token_hex(4)}"), context)
+        super().__init__(msgspec.structs.replace(shape, name=f"{RESERVED}{secrets.token_hex(4)}"), context)
         self._shape = shape
         self.resources.is_prepared = True
         self.resources.disk = _NO_DISK

@@ -44,7 +44,7 @@ class BlockDevice(DiskView):
         self.is_started = created.info.state != abi.DeviceState.DEAD
         """Whether the kernel has a disk for it, so that its workers can be recovered."""
         self._parameters_due: Parameters | None = None
-        """Those that START_DEV's process sends first; None: they were sent."""
+        """Those of a prepared device, which `start` sends before START_DEV; None: the driver has them."""
         self.opener: Opener | None = None
         """The process that the driver takes for the server of a user's device, from `open_char` on."""
 
@@ -166,6 +166,7 @@ class BlockDevice(DiskView):
             await self._command_beside(
                 "SET_PARAMS", self._ours(control.set_parameters, number, due), deadline_s
             )
+            self._parameters_due = None
         await self._command_beside(
             "START_DEV", self._checked(check, control.start_device, number, pid), deadline_s
         )

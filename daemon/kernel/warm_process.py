@@ -129,11 +129,12 @@ def _serve(sock: socket.socket, parent: int, execute: Execute) -> int:
         what, title, function, arguments = pickle.loads(packet)
         process_calls.set_process_name(title)
         writer, *others = fds
-        # Before the answer: what the call has left open would keep a lock or a device.
         keep = (0, 1, 2, sock.fileno(), home, writer)
-        execute(
-            what, Call(function, *arguments, fds=others), writer, partial(process_calls.close_all_but, keep)
-        )
+        execute(what, Call(function, *arguments, fds=others), writer, partial(_clean_up, keep, home))
         process_calls.set_process_name(TITLE)
-        # The directory would keep its file system.
-        os.fchdir(home)
+
+
+def _clean_up(keep: Sequence[int], home: int) -> None:
+    """Before the answer: an open file would keep a lock or a device, and a directory its file system."""
+    process_calls.close_all_but(keep)
+    os.fchdir(home)

@@ -198,7 +198,7 @@ def test_a_descriptor_that_has_not_come_is_named_and_nothing_is_served(
     assert prepared.loop._queue.link is LinkState.NONE
     os.close(reader)
     os.close(writer)
-    # It is still nobody's.
+    # No device has taken the worker, so it ends with its supervisor.
     prepared.supervisor.close()
     assert prepared.loop.turn() == 1
 
