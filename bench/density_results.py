@@ -58,6 +58,8 @@ class Density(msgspec.Struct, kw_only=True):
     adds_ms: list[float] = []
     """Of the devices that were added one after another, in that order."""
     dels_ms: list[float] = []
+    checked_blocks: int = 0
+    """Random blocks that were written while all of them lived, and read what was written."""
     errors: list[str] = []
 
 
@@ -72,7 +74,8 @@ def density_report(density: Density) -> str:
         "### From the call to a node that reads\n\n" + _lives_table(density.lives),
     ]
     if density.adds_ms:
-        sections.append("### One device after another\n\n" + _row_table(density))
+        checked = f"\nRandom blocks that were written and read while all lived: {density.checked_blocks}.\n"
+        sections.append("### One device after another\n\n" + _row_table(density) + checked)
     if density.wholes:
         sections.append("### What an idle device takes of the machine\n\n" + _wholes_table(density.wholes))
     if density.parts:

@@ -197,3 +197,13 @@ def last_words(log: Path | None) -> str:
     """The end of a process's output."""
     said = log.read_text(errors="replace").split("\n") if log and log.exists() else []
     return " ".join([each for each in said if each][-2:]) or "it said nothing"
+
+
+def read_first_block(node: str) -> None:
+    """Wait until the node exists, and read from it.  Raises `OSError` if it does not read."""
+    wait_for(Path(node).exists, f"{node} exists")
+    fd = os.open(node, os.O_RDONLY)
+    try:
+        os.read(fd, 4096)
+    finally:
+        os.close(fd)

@@ -1,6 +1,11 @@
 """The density benchmark's numbers and tables."""
 
-from bench.density import Pages, pages_of
+import os
+import random
+from pathlib import Path
+
+import pytest
+from bench.crowd import SIZE_BYTES, Pages, check_random_blocks, pages_of
 from bench.density_results import Density, Life, Part, Whole, density_report
 
 _SMAPS = """\
@@ -73,3 +78,23 @@ def test_the_report_has_the_medians_and_their_ratios_to_kublk() -> None:
 def test_a_run_without_devices_and_one_that_failed_have_a_report() -> None:
     density = Density(kernel="7.3", date="2026-11-28", cpus=2, emulated=False, errors=["no driver"])
     assert "- no driver" in density_report(density)
+
+
+def _disks(directory: Path, count: int) -> list[str]:
+    disks = [directory / f"disk{number}" for number in range(count)]
+    for disk in disks:
+        disk.write_bytes(b"")
+        os.truncate(disk, SIZE_BYTES)
+    return [str(disk) for disk in disks]
+
+
+def test_disks_that_keep_their_blocks_pass(tmp_path: Path) -> None:
+    assert 1 < check_random_blocks(_disks(tmp_path, 3), random.Random(1), 100) <= 100
+
+
+def test_a_disk_that_is_also_another_one_is_found(tmp_path: Path) -> None:
+    disk, other = _disks(tmp_path, 2)
+    Path(other).unlink()
+    Path(other).symlink_to(disk)
+    with pytest.raises(AssertionError, match="what was not written there"):
+        check_random_blocks([disk, other], random.Random(1), 1000)
