@@ -12,6 +12,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import NamedTuple
 
 from ublkpool.daemon import notify
 from ublkpool.daemon.admin.client import Client
@@ -50,6 +51,14 @@ TAKEOVER_PATIENCE_S = 10.0
 _log = logging.getLogger("ublkpool.supervisor")
 
 
+class Machine(NamedTuple):
+    """What the daemon has of the machine before its loop begins."""
+
+    live_mounts: int | None
+    offered: int
+    """What the driver offers (GET_FEATURES)."""
+
+
 class _Ending(AsyncExitStack):
     """Ends what could outlive the daemon, or leaves it to the next one."""
 
@@ -66,7 +75,7 @@ class _Ending(AsyncExitStack):
 def serve(config: ServeConfig) -> int:
     """Run the daemon until SIGTERM or SIGINT; its exit status.  Raises `DaemonError`, `UblkError`, `OSError`."""
     # Fails without the driver or the rights, with a better reason than any later step would give.
-    control.get_features()
+    offered = control.get_features()
     raise_descriptor_limit()
     state_dirs = candidates(config.run_dir, config.state_dir)
     socket_dirs = [config.metrics.path.parent] if config.metrics and config.metrics.path else []
@@ -78,10 +87,10 @@ def serve(config: ServeConfig) -> int:
         _log.info("an ordinary user's daemon: each device is %s", NOTE)
     share_heap()
     with asyncio.Runner(loop_factory=PatientLoop) as runner:
-        return runner.run(_serve(config, live_mounts))
+        return runner.run(_serve(config, Machine(live_mounts, offered)))
 
 
-async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
+async def _serve(config: ServeConfig, machine: Machine) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,7 +98,7 @@ async def _serve(config: ServeConfig, live_mounts: int | None) -> int:
     hung_up = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, hung_up.set)
     async with _Ending() as ending, AsyncExitStack() as leaving:
-        supervisor = await _start(config, live_mounts, ending, leaving, stop)
+        supervisor = await _start(config, machine, ending, leaving, stop)
         supervisor.ready()
         loop.add_signal_handler(signal.SIGHUP, supervisor.reload_soon)
         if hung_up.is_set():
@@ -120,7 +129,7 @@ async def _leave(supervisor: Supervisor, ending: _Ending) -> None:
 
 async def _start(
     config: ServeConfig,
-    live_mounts: int | None,
+    machine: Machine,
     ending: _Ending,
     leaving: AsyncExitStack,
     stop: asyncio.Event,
@@ -139,7 +148,7 @@ async def _start(
         await ending.leave()
         raise
     try:
-        return await _begin(config, directory, records, live_mounts, ending, leaving, stop)
+        return await _begin(config, directory, records, machine, ending, leaving, stop)
     except BaseException:
         if records:
             # The earlier daemon's processes serve on, and the next start may succeed.
@@ -157,12 +166,12 @@ async def _begin(
     config: ServeConfig,
     directory: RunDirectory,
     records: Sequence[Record],
-    live_mounts: int | None,
+    machine: Machine,
     ending: _Ending,
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
-    context, held = await _make_context(config, directory, live_mounts, ending)
+    context, held = await _make_context(config, directory, machine, ending)
     context.configured = {device.name: device for device in config.devices}
     context.budget.max_bytes = config.memory_max_bytes
     run_dir, broker = context.run_dir, context.broker
@@ -218,7 +227,7 @@ def _begin_metrics(
 
 
 async def _make_context(
-    config: ServeConfig, directory: RunDirectory, live_mounts: int | None, ending: _Ending
+    config: ServeConfig, directory: RunDirectory, machine: Machine, ending: _Ending
 ) -> tuple[DaemonContext, dict[str, int]]:
     """The parts that all devices share, and the descriptors that an earlier daemon's holder kept.
 
@@ -247,13 +256,13 @@ async def _make_context(
     holder.start()
     ending.push_async_callback(holder.stop)
     broker = BrokerProcess(f"ipc://{run_dir}/pool.sock", holder, account)
-    template = BackendTemplate(live_mounts)
+    template = BackendTemplate(machine.live_mounts)
     ending.push_async_callback(template.stop)
     context = DaemonContext(
         *(run_dir, instance, group, runner, broker, holder),
-        *(states, live_mounts, keeper.events, account, template),
+        *(states, machine.live_mounts, keeper.events, account, template),
     )
-    context.is_privileged = is_privileged()
+    context.is_privileged, context.offered = is_privileged(), machine.offered
     return context, held
 
 

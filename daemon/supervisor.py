@@ -25,6 +25,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.events.kinds import BrokerReplaced, MachineGoesDown, StoreRebound
 from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.going_down import GoingDown
+from ublkpool.daemon.kernel.disk_parameters import refusal_of
 from ublkpool.daemon.lost_devices import LostDevices
 from ublkpool.daemon.prepared_stock import PreparedStock
 from ublkpool.daemon.processes.background import Background
@@ -90,7 +91,9 @@ class Supervisor:
             return f"names that begin with {RESERVED} are those of prepared devices: choose another"
         # It is in the table when the stock comes to look.
         self.prepared.look()
-        return self._context.budget.refusal_of(cfg)
+        # Before a backend or an engine is asked for the store, which makes a file that is not there.
+        context = self._context
+        return refusal_of(cfg, context.offered, context.is_privileged) or context.budget.refusal_of(cfg)
 
     def _marks(self) -> set[int]:
         return {each.mark for each in self._table.devices()} | self.prepared.marks

@@ -60,3 +60,5 @@ class DaemonContext:
         self.budget = MemoryBudget()
         self.is_privileged = True
         """Whether the driver takes this daemon for root's; else its devices are an ordinary user's."""
+        self.offered = -1
+        """What the driver offers; everything until it has been asked."""

@@ -1,6 +1,7 @@
 """The disk that a config and a backend make: ublk parameters, and the feature flags to ask the driver for.  Pure."""
 
 from ublkpool.bufpool import wire
+from ublkpool.daemon.errors import without_name
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk import abi
 from ublkpool.ublk.abi import Attribute, Feature, Parameters
@@ -63,6 +64,15 @@ def wanted_flags(config: DeviceConfig, offered: int, is_privileged: bool = True)
             f"choose another recovery, need_get_data or partitions, or a newer kernel (see ublkpool features)"
         )
     return flags
+
+
+def refusal_of(config: DeviceConfig, offered: int, is_privileged: bool) -> str:
+    """Why this kernel cannot have such a device, without the device's name; empty if it can."""
+    try:
+        wanted_flags(config, offered, is_privileged)
+    except UnsupportedError as error:
+        return without_name(config.name, str(error))
+    return ""
 
 
 def _zero_copy_flags(name: str, offered: int, is_privileged: bool) -> Feature:

@@ -56,7 +56,7 @@ def serving(config: ServeConfig, test: Callable[[Client], Awaitable[None]]) -> N
     """Run the daemon, and the test beside it once the daemon answers; both must end."""
 
     async def run() -> None:
-        daemon = asyncio.ensure_future(lifetime._serve(config, None))
+        daemon = asyncio.ensure_future(lifetime._serve(config, lifetime.Machine(None, -1)))
         client = Client(config.run_dir)
         async with asyncio.timeout(DEADLINE_S):
             while not await client.answers():

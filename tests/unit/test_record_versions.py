@@ -245,7 +245,7 @@ def test_a_refused_start_leaves_what_serves_the_devices(
     async def start() -> None:
         async with lifetime._Ending() as ending, AsyncExitStack() as leaving:
             config = ServeConfig(run_dir=run_dir)
-            await lifetime._start(config, None, ending, leaving, asyncio.Event())
+            await lifetime._start(config, lifetime.Machine(None, -1), ending, leaving, asyncio.Event())
 
     with pytest.raises(WrittenByLater):
         asyncio.run(start())

@@ -168,7 +168,7 @@ def test_a_daemon_that_would_be_refused_does_not_make_the_earlier_one_leave(
     async def test(client: Client) -> None:
         successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state")._replace(**hinder(run_dir))
         with pytest.raises(DaemonError, match=words):
-            await lifetime._serve(successor._replace(replace=True), None)
+            await lifetime._serve(successor._replace(replace=True), lifetime.Machine(None, -1))
         assert await client.answers()
 
     serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
@@ -184,7 +184,7 @@ def test_a_group_that_cannot_enter_the_run_directory_does_not_make_the_earlier_d
     async def test(client: Client) -> None:
         successor = ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state", group="nogroup", replace=True)
         with pytest.raises(DaemonError, match=r"group .* cannot enter it"):
-            await lifetime._serve(successor, None)
+            await lifetime._serve(successor, lifetime.Machine(None, -1))
         assert await client.answers()
 
     serving(ServeConfig(run_dir=run_dir, state_dir=tmp_path / "state"), test)
@@ -203,7 +203,10 @@ def test_a_file_in_the_way_of_a_socket_is_refused_before_a_takeover_has_begun(
     monkeypatch.setattr(TakeOver, "clear", note)
     with pytest.raises(DaemonError, match=r"admin\.sock: in the way"):
         asyncio.run(
-            lifetime._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+            lifetime._serve(
+                ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"),
+                lifetime.Machine(None, -1),
+            )
         )
     assert not begun
 
@@ -270,7 +273,10 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
     monkeypatch.setattr(TakeOver, "clear", fail)
     with pytest.raises(OSError, match="no more processes"):
         asyncio.run(
-            lifetime._serve(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), None)
+            lifetime._serve(
+                ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"),
+                lifetime.Machine(None, -1),
+            )
         )
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"

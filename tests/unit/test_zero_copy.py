@@ -1,5 +1,6 @@
 """Zero copy: what it refuses and asks of the driver, and what an engine does with pages that the kernel registered."""
 
+import asyncio
 import errno
 import struct
 from collections.abc import Iterator
@@ -8,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from support.fakes.device_parts import fake_context
 from support.fakes.driver import IOD_FUA, SECTOR_BYTES, Holder, Request
 from support.fakes.file_inside import FSYNC, MIB, READ_FIXED, RWF_DSYNC, WRITE_FIXED, FileInside
 from support.fakes.queue_rig import Plan
 from ublkpool.bufpool.engine import _engine
 from ublkpool.bufpool.wire import Attach, Op
+from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.disk_parameters import parameters, wanted_flags
+from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import BackendConfig, Conflict, DeviceConfig
+from ublkpool.daemon.supervisor import Supervisor
 from ublkpool.ublk import abi
 from ublkpool.ublk.abi import Feature
 from ublkpool.ublk.errors import UnsupportedError
@@ -52,6 +57,21 @@ def test_the_driver_is_asked_for_registered_pages_and_not_for_a_copy() -> None:
         Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG
     )
     assert not wanted_flags(config(zero_copy=False), EVERYTHING) & Feature.AUTO_BUF_REG
+
+
+def test_a_device_that_the_kernel_cannot_have_makes_no_store(tmp_path: Path) -> None:
+    async def run() -> None:
+        context, store = fake_context(), tmp_path / "refused.img"
+        context.offered = EVERYTHING & ~Feature.AUTO_BUF_REG
+        backend = BackendConfig(kind="file", options={"path": str(store), "size": "16M"}, cwd="/")
+        supervisor = Supervisor(context, Background("the daemon"))
+        with pytest.raises(
+            DaemonError, match=r"^vol: this kernel.* not offer AUTO_BUF_REG, which zero_copy needs"
+        ):
+            await supervisor.add(config(backend=backend), lambda _: None)
+        assert not store.exists() and supervisor.list() == []
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

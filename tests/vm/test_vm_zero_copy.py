@@ -124,7 +124,7 @@ def test_what_cannot_have_it_is_refused_in_one_line(daemon: Daemon) -> None:
     if get_features() & Feature.AUTO_BUF_REG:
         pytest.skip("this driver has AUTO_BUF_REG")
     refused = daemon.command_run(*ADD, "--isolation", "none", *words)
-    daemon.path("refused.img").unlink(missing_ok=True)
+    assert not daemon.path("refused.img").exists(), "a refused device has made no file"
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused
     assert "AUTO_BUF_REG, which zero_copy needs" in refused.stderr and "6.16" in refused.stderr, refused
     assert daemon.client.devices() == []

@@ -417,7 +417,7 @@ class SimContext(DaemonContext):
     def __init__(self, scenery: Scenery, runner: SimRunner, broker: SimBrokerProcess) -> None:
         self.run_dir, self.queue_dir = _RUN_DIR, scenery.queue_dir
         self.instance, self.boot_id, self.build = "sim", "this boot", ""
-        self.is_privileged = True
+        self.is_privileged, self.offered = True, -1
         self.group = self.live_mounts = self.account = self.template = None
         self.configured = {}
         self.runner, self.broker = runner, broker
