@@ -18,6 +18,8 @@ from ublkpool.ublk.mappings import map_segment, sealed_memory, unmap_segment
 NULL: Any = ffi.NULL
 WATCH_SHIFT: int = lib.UQ_WATCH_SHIFT
 CLASS_COUNT_MAX: int = lib.UQ_CLASSES_MAX
+FOREVER_MS: int = lib.UQ_FOREVER_MS
+"""For `IoUring.run`: no time limit."""
 HELLO_TIMEOUT_MS = 30_000
 """How long a backend may be attached to a queue without a HELLO."""
 
@@ -264,6 +266,11 @@ class Queue:
             count += 1
         return count
 
+    @property
+    def has_left_segment(self) -> bool:
+        """Whether a dead backend's segment is mapped still."""
+        return bool(lib.uq_segment_is_left(self.raw))
+
     def stock_wants(self) -> Iterator[tuple[int, int]]:
         """(class, count) of every class that wants buffers (positive) or has some to return (negative)."""
         for index in range(len(self.config.classes)):
@@ -304,6 +311,10 @@ class Queue:
     def tick(self, now_ms: int) -> None:
         """The clock; the ring calls it itself."""
         lib.uq_tick(self.raw, now_ms)
+
+    def wait_ms(self, most_ms: int) -> int:
+        """How long the queue may sleep before `tick`."""
+        return int(lib.uq_wait_ms(self.raw, most_ms))
 
     @property
     def limit_is_used(self) -> bool:

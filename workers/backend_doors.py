@@ -37,6 +37,11 @@ class BackendDoors:
         """The token of the expected or serving backend, hexadecimal; empty without one."""
         return self.frames.token.hex()
 
+    @property
+    def needs_looks(self) -> bool:
+        """Whether something may be to be done that no watch announces."""
+        return self.frames.is_full
+
     def failure(self) -> str:
         """Empty: a backend's end is no failure of its worker."""
         return ""

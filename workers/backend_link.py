@@ -46,7 +46,9 @@ class BackendLink:
         self._candidate: int | None = None
         """The serving connection, while ends of earlier connections may be unread."""
         self._ended: set[int] = set()
-        self._is_over = self._asked = self._is_full = False
+        self._is_over = self._asked = False
+        self.is_full = False
+        """Whether descriptors wait for room, which ZeroMQ may not announce."""
         self.is_idle = False
         """Whether the backend uses the rings instead: frames are neither received nor sent."""
         self._gate = QueueGate(context, queue.count_strangers)
@@ -195,14 +197,14 @@ class BackendLink:
         Room is noticed in a later turn: ZeroMQ's descriptor becomes readable, or the loop ticks.
         """
         block = self._queue.output()
-        if not block and not self._is_full:
+        if not block and not self.is_full:
             return
         sent = 0
         while sent < len(block) and self._pass_on(block[sent : sent + FRAME_BYTES_MAX]):
             sent = min(sent + FRAME_BYTES_MAX, len(block))
         self._queue.sent(sent // DESCRIPTOR_BYTES)
-        self._is_full = sent < len(block)
-        self._queue.hold_output(self._is_full)
+        self.is_full = sent < len(block)
+        self._queue.hold_output(self.is_full)
 
     def _pass_on(self, frame: bytes) -> bool:
         """Send one frame; false if the pipe is full."""

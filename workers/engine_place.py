@@ -12,6 +12,9 @@ from ublkpool.ublk.queue import IoUring, Queue
 class EnginePlace:
     """One queue's engine, or the place for one."""
 
+    needs_looks = False
+    """Everything that comes is watched."""
+
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
 

@@ -187,7 +187,7 @@ class QueueLoop:
         """Wait for events and handle them; the exit status once every tag is gone or the worker has failed."""
         self._service_links()
         fetching = self._started and not self._fetched
-        bits = self._bits = self._ring.run(0 if self._more or fetching else TICK_MS)
+        bits = self._bits = self._ring.run(0 if self._more or fetching else self._patience_ms())
         if fetching:
             self._fetched = True
             if problem := self._give_up_rights():
@@ -211,6 +211,13 @@ class QueueLoop:
             self._backend.leave()
             return 0
         return None
+
+    def _patience_ms(self) -> int:
+        """The longest sleep: without limit, unless this loop has something to look at that announces nothing.
+
+        The queue's deadlines are the ring's own matter.
+        """
+        return TICK_MS if self._backend.needs_looks or self._queue.has_left_segment else core.FOREVER_MS
 
     def _has_failed(self, attention: int) -> bool:
         """Whether the worker ends; it has told its supervisor why."""

@@ -105,7 +105,7 @@ class Prepared:
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepared]:
     monkeypatch.setattr(queue_loop, "IoUring", EngineRing)
-    monkeypatch.setattr(queue_loop, "TICK_MS", 0)
+    monkeypatch.setattr(QueueLoop, "_patience_ms", lambda _: 0)
     monkeypatch.setattr(QueueLoop, "_has_reserve", lambda _: True)
     geometry = Geometry.build([(4096, 4), (Plan().max_io_bytes, 4)])
     prefix = arena_prefix(f"test-awaited-{os.getpid()}", DEVICE)

@@ -252,6 +252,8 @@ void uq_link_lost(struct uq *q);
 int uq_link_state(const struct uq *q);
 /* A dead backend's segment that holds no data any more and can be unmapped: its number, or 0. */
 uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes);
+/* Whether there is a dead backend's segment, idle or not. */
+int uq_segment_is_left(const struct uq *q);
 
 /* Buffers.  uq_stock_want() < 0: return that many of the class (uq_stock_take), > 0: lease that many. */
 int uq_stock_want(const struct uq *q, unsigned class);
@@ -277,6 +279,9 @@ void uq_set_real_time(struct uq *q, uint64_t now_ns);
  * feeds the backend's descriptors first, so that an answer that has arrived is in time, and takes the time from
  * uq_clock_read(), in which a pause of its own process does not count. */
 void uq_tick(struct uq *q, uint64_t now_ms);
+/* How long the owner may sleep before the next uq_tick(): `most_ms`, unless a deadline counts, idle buffers may go back,
+ * descriptors wait for room, or a region goes back to the backend with the commands that the owner is about to submit. */
+unsigned uq_wait_ms(const struct uq *q, unsigned most_ms);
 /* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
 /* With `on`, requests that arrive wait, for as long as it takes: neither their deadline nor that of the backend's

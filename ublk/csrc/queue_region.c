@@ -110,6 +110,14 @@ uint32_t uq_segment_idle(struct uq *q, uint8_t **base, uint64_t *bytes)
 	return 0;
 }
 
+int uq_segment_is_left(const struct uq *q)
+{
+	for (unsigned i = 0; i < UQ_SEGMENTS_MAX; i++)
+		if (q->segments[i].number && !q->segments[i].live)
+			return 1;
+	return 0;
+}
+
 bool uq_regions_allocate(struct uq *q)
 {
 	if (!q->config.place_in_backend)

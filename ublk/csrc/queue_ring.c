@@ -325,7 +325,7 @@ static int submit(struct uq_ring *r, unsigned wait_ms)
 	uq_stats_of(r->q)->enters++;
 	if (!wait_ms) {
 		e = io_uring_submit_and_get_events(&r->ring);
-	} else if (timer_ends_within(r, wait_ms)) {
+	} else if (wait_ms == UQ_FOREVER_MS || timer_ends_within(r, wait_ms)) {
 		e = io_uring_submit_and_wait(&r->ring, 1);
 	} else {
 		struct __kernel_timespec ts = span(wait_ms);
@@ -458,6 +458,19 @@ static int step(struct uq_ring *r, unsigned wait_ms)
 	return 0;
 }
 
+static unsigned left_ms(const struct uq_ring *r, unsigned timeout_ms, uint64_t deadline)
+{
+	if (timeout_ms == UQ_FOREVER_MS)
+		return timeout_ms;
+	return r->now_ms < deadline ? (unsigned)(deadline - r->now_ms) : 0;
+}
+
+/* While nothing is under way or due the ring sleeps without a timer until something comes. */
+static unsigned sleep_ms(const struct uq_ring *r, unsigned left)
+{
+	return uq_limit_wait_ms(r->q, uq_wait_ms(r->q, left));
+}
+
 int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 {
 	struct uq_stats *s = uq_stats_of(r->q);
@@ -466,7 +479,7 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 	read_time(r, 0);
 	deadline = r->now_ms + timeout_ms;
 	for (;;) {
-		unsigned attention, left = r->now_ms < deadline ? (unsigned)(deadline - r->now_ms) : 0;
+		unsigned attention, left = left_ms(r, timeout_ms, deadline);
 		bool waits;
 		int e;
 
@@ -481,7 +494,7 @@ int uq_ring_run(struct uq_ring *r, unsigned timeout_ms)
 		attention = uq_attention(r->q);
 		waits = !attention && !r->ready && left && !uq_commit_is_awaited(r->q) && !look(r) &&
 			(!r->port || uq_port_doze(r->port, r->q));
-		e = step(r, waits ? uq_limit_wait_ms(r->q, left) : 0);
+		e = step(r, waits ? sleep_ms(r, left) : 0);
 		if (r->port && waits)
 			uq_port_wake(r->port);
 		if (e < 0)

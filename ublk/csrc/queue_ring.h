@@ -38,6 +38,9 @@ void uq_ring_use_port(struct uq_ring *r, struct uq_port *port, int bell_in, int 
  */
 int uq_ring_use_engine(struct uq_ring *r, const struct engine_calls *calls, struct engine *engine);
 
+/* For uq_ring_run(): no time limit. */
+enum { UQ_FOREVER_MS = 0x7fffffff };
+
 /*
  * Submits what is to be submitted, waits at most `timeout_ms` (0: does not wait) for completions, and feeds them to the
  * queue until it wants attention or a watched descriptor is readable.

@@ -188,6 +188,14 @@ void uq_stock_look(struct uq *q)
 	}
 }
 
+/* More idle buffers than this go back. */
+static unsigned idle_max(const struct uq *q, unsigned class)
+{
+	return q->config.class[class].reserve + 3 * q->config.class[class].batch;
+}
+
+bool uq_stock_may_return(const struct uq *q, unsigned class) { return q->stock[class].count > idle_max(q, class); }
+
 /* A queue leases a batch ahead of need, but never more than a buffer for each tag or than the broker can ever give it.
  * It returns the buffers that stayed idle over a whole period, except for the reserve and a batch, so that a burst
  * finds in the stock the buffers of the burst before it. */
@@ -209,7 +217,7 @@ int uq_stock_want(const struct uq *q, unsigned class)
 	}
 	if (s->waiting)
 		return 0;
-	return s->previous_low_water > reserve + 3 * batch ? -(int)(s->previous_low_water - reserve - batch) : 0;
+	return s->previous_low_water > idle_max(q, class) ? -(int)(s->previous_low_water - reserve - batch) : 0;
 }
 
 static unsigned with(unsigned bits, unsigned bit, bool on) { return on ? bits | bit : bits & ~bit; }

@@ -30,6 +30,9 @@ void uq_stock_settle(struct uq *q);
 /* Starts another period over which the fewest idle buffers are noted. */
 void uq_stock_look(struct uq *q);
 
+/* Whether buffers of the class may go back to the broker once they have been idle for a while, see uq_stock_want(). */
+bool uq_stock_may_return(const struct uq *q, unsigned class);
+
 /* Whether a tag or the broker waits for a buffer.  The worker asks this and the next in every turn. */
 static inline bool uq_stock_short(struct uq *q)
 {

@@ -14,6 +14,11 @@
 #define SCAN_MS 100
 /* A pool buffer idle for this long is returned to the broker. */
 #define STOCK_IDLE_MS 200
+/* A queue that waits for a point in time looks at the clock this often. */
+#define TICK_MS 500
+/* The driver takes a COMMIT in the call in which the worker falls asleep, so a region of the backend's goes back when
+ * the worker wakes.  A request of another queue may wait for that region, and wakes only its own worker. */
+#define REGION_MS 10
 
 /* A backend that holds a request past its deadline is cut off: only its death makes the buffer safe to reuse. */
 static void overdue(struct uq *q, struct uq_tag *t)
@@ -133,6 +138,45 @@ static void scan(struct uq *q)
 			overdue(q, t);
 	}
 	q->config.stats->oldest_ms = oldest_ms;
+}
+
+static bool may_return_buffers(const struct uq *q)
+{
+	for (unsigned c = 0; c < q->config.classes; c++)
+		if (uq_stock_may_return(q, c))
+			return true;
+	return false;
+}
+
+/* Whether there is something to do although nothing comes: a deadline, buffers that have been idle, or descriptors for
+ * which the backend's ring had no room. */
+static bool has_due(const struct uq *q)
+{
+	bool awaits_backend = q->config.absent_ms && !q->giving_up && !q->held && !uq_link_talks(q);
+	bool awaits_hello = q->config.hello_timeout_ms && q->link == UQ_LINK_EXPECTED;
+
+	return q->config.stats->in_flight || q->output_count || awaits_backend || awaits_hello || q->flush_sequence ||
+	       may_return_buffers(q);
+}
+
+static bool owes_region(const struct uq *q)
+{
+	for (unsigned i = 0; q->regions && i < q->commands_count; i++) {
+		const struct uq_command *c = &q->commands[(q->commands_first + i) & q->commands_mask];
+
+		if (c->op == UQ_CMD_COMMIT && q->tags[c->tag].own_segment)
+			return true;
+	}
+	return false;
+}
+
+static unsigned least(unsigned a, unsigned b) { return a < b ? a : b; }
+
+unsigned uq_wait_ms(const struct uq *q, unsigned most_ms)
+{
+	if (owes_region(q))
+		return least(most_ms, REGION_MS);
+	return has_due(q) ? least(most_ms, TICK_MS) : most_ms;
 }
 
 void uq_tick(struct uq *q, uint64_t now_ms)

@@ -26,6 +26,9 @@ DEVICE = 7
 TOKEN = b"T" * 16
 WAIT_S = 60
 HELLO = Descriptor(Kind.HELLO, device=DEVICE, epoch=1).pack()
+REPORTED = (
+    Attention.CUT | Attention.LINK | Attention.SILENT | Attention.ABSENT | Attention.QUIET | Attention.FLUSHED
+)
 
 
 def eventually(check: Callable[[], bool], what: str) -> None:
@@ -58,7 +61,7 @@ class NoRing:
         poller = select.poll()
         for fd in self._watched.values():
             poller.register(fd, select.POLLIN)
-        asks = self._queue.attention() & (Attention.CUT | Attention.LINK)
+        asks = self._queue.attention() & REPORTED
         ready = {fd for fd, _ in poller.poll(0 if asks else timeout_ms)}
         return sum(1 << WATCH_SHIFT + index for index, fd in self._watched.items() if fd in ready)
 

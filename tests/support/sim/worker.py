@@ -130,10 +130,12 @@ class SimRing:
         if port is not None:
             port.exchange(worker.queue)
         worker.queue.tick(now_ms)
+        # As the real ring: the driver takes the commands in the call in which the worker falls asleep.
+        sleep_ms = worker.queue.limit_wait_ms(worker.queue.wait_ms(timeout_ms))
         self._submit()
         if port is not None and timeout_ms and not worker.task.completions and not self._bits():
             port.grow_drowsy()
-            self._sleeps_until_s = worker.clock.now_s + worker.queue.limit_wait_ms(timeout_ms) / 1000
+            self._sleeps_until_s = worker.clock.now_s + sleep_ms / 1000
             self._pass_limited()
         self._harvest()
         return self._bits()
