@@ -279,8 +279,9 @@ void uq_set_real_time(struct uq *q, uint64_t now_ns);
  * feeds the backend's descriptors first, so that an answer that has arrived is in time, and takes the time from
  * uq_clock_read(), in which a pause of its own process does not count. */
 void uq_tick(struct uq *q, uint64_t now_ms);
-/* How long the owner may sleep before the next uq_tick(): `most_ms`, unless a deadline counts, idle buffers may go back,
- * descriptors wait for room, or a region goes back to the backend with the commands that the owner is about to submit. */
+/* How long the owner may sleep before the next uq_tick(): `most_ms`, unless a deadline counts, idle buffers may go
+ * back, descriptors wait for room, or a region goes back to the backend with the commands that the owner is about to
+ * submit. */
 unsigned uq_wait_ms(const struct uq *q, unsigned most_ms);
 /* Requests that would wait for a backend fail with EIO until the next backend is expected: the device is going. */
 void uq_give_up(struct uq *q);
