@@ -221,7 +221,7 @@ class Standing(msgspec.Struct, tag="standing", tag_field="type", frozen=True):
     knows_grow: bool = False
     """Whether the worker understands `Grow`; false from a worker of an earlier version."""
     grown_bytes: int = 0
-    """The largest size that the worker has announced with `Grown`; 0: none."""
+    """The largest size that the worker has told with `Grown`, asked or not; 0: none."""
     has_let_go: bool = False
     """Whether the last hold has ended with the supervisor that had begun it."""
 

@@ -407,11 +407,11 @@ class QueueLoop:
         return ""
 
     def _tell_growth(self, news: Resized | Grown) -> None:
-        if isinstance(news, Grown):
+        is_asked, reason = (True, news.reason) if isinstance(news, Resized) else (False, "")
+        if not reason:
+            # Also of an answer: the supervisor that asked may have ended, or given the question up.
             self._grown_bytes = max(self._grown_bytes, news.size_bytes)
-            self._tell(messages.Grown(news.size_bytes))
-            return
-        self._tell(messages.Grown(news.size_bytes, is_asked=True, reason=news.reason))
+        self._tell(messages.Grown(news.size_bytes, is_asked, reason))
 
     def _change(self, message: messages.SetDeadlines | messages.Resize) -> None:
         if isinstance(message, messages.Resize):

@@ -58,7 +58,7 @@ class RbdBackend(Backend):
         self._alarm = -1
         """An eventfd: `_end` is set."""
         self._end: BackendError | None = None
-        self._announced_bytes = 0
+        self._announced_bytes = self._asked_bytes = 0
 
     def look(self, hint: Hint) -> Properties:
         """See `ConnectsInside`: what a worker would attach with."""
@@ -210,7 +210,7 @@ class RbdBackend(Backend):
                 )
             )
             return
-        if size_bytes > max(self._announced_bytes, device.size_bytes):
+        if size_bytes > max(self._announced_bytes, self._asked_bytes, device.size_bytes):
             self._announced_bytes = size_bytes
             log.info("%s: has grown to %d bytes", self.options.name, size_bytes)
             device.resized(size_bytes)
@@ -226,10 +226,15 @@ class RbdBackend(Backend):
         assert self._image is not None
         if self.options.is_read_only and self._image.size_bytes < size_bytes:
             raise BackendError(f"rbd: {self.options.name}: it is served read only: it keeps its size")
-        # Before it grows, since the pulse may see that first.
-        self._announced_bytes = max(self._announced_bytes, size_bytes)
-        if self._image.size_bytes < size_bytes:
-            self._image.resize(size_bytes)
+        # Before it grows, since the pulse may see that first: the answer of this call tells it.
+        self._asked_bytes = size_bytes
+        try:
+            if self._image.size_bytes < size_bytes:
+                self._image.resize(size_bytes)
+        except OSError:
+            # The answer tells a failure: if the image grows to this size nevertheless, the pulse tells that.
+            self._asked_bytes = 0
+            raise
 
     def engine(self, device: Device) -> FrameEngine:
         """The native engine on the open image."""

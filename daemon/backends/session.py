@@ -51,7 +51,7 @@ class Session:
     on_blame: Callable[[str], None] | None = None
     """Takes what `blame` is told; the device sets it."""
     on_grown: Callable[[int], None] = staticmethod(lambda size_bytes: None)
-    """Called with the size that its store has grown to, in bytes; the device sets it."""
+    """Called with the size that its store has grown to, in bytes, unless `resize` awaits it; the device sets it."""
     grown_bytes = 0
     """The largest size that it has announced, also before `on_grown` was set; 0: none."""
     excluded = ""
@@ -218,7 +218,8 @@ class Session:
     async def resize(self, size_bytes: int, patience_s: float) -> None:
         """Have its store grow to `size_bytes`.  One call at a time.
 
-        Raises `DaemonError` with its reason if it refuses, or if it ends or does not answer within `patience_s`.
+        Raises `DaemonError` with its reason if it refuses, or if it ends or does not answer within `patience_s`: then
+        `on_grown` is called when its store has grown later.
         """
         kind = self.attach.kind
         growing = self._growing = self._loop.create_future()
@@ -229,11 +230,11 @@ class Session:
                 await asyncio.wait({growing, gone}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if not growing.done():
                 how = (
-                    "ended before it answered"
+                    "ended before it answered: try again"
                     if self.is_gone
-                    else f"has not answered within {patience_s:g} s"
+                    else f"has not answered within {patience_s:g} s: if it does later, the device follows"
                 )
-                raise DaemonError(f"its backend {kind} {how}: try again")
+                raise DaemonError(f"its backend {kind} {how}")
             if reason := growing.result().reason:
                 raise DaemonError(f"its backend {kind} refuses: {plain(reason)}")
         finally:
@@ -252,11 +253,14 @@ class Session:
         if isinstance(message, wire.Leaving):
             first, self.has_said_end = not self.has_said_end, True
             return first
+        return self._grown(message.size_bytes)
+
+    def _grown(self, size_bytes: int) -> bool:
         # A store that grows in small steps may say so again, but never twice the same.
-        if not self.grown_bytes < message.size_bytes < 1 << 63:
+        if not self.grown_bytes < size_bytes < 1 << 63:
             return False
-        self.grown_bytes = message.size_bytes
-        self.on_grown(message.size_bytes)
+        self.grown_bytes = size_bytes
+        self.on_grown(size_bytes)
         return self._may_announce()
 
     def _excluded(self, message: wire.Excluded) -> bool:
@@ -278,8 +282,8 @@ class Session:
     def _resized(self, answer: wire.Resized) -> bool:
         growing = self._growing
         if growing is None or growing.done() or answer.size_bytes != self._asked_bytes:
-            # The answer to a question that was given up, perhaps by an earlier daemon.
-            return False
+            # The answer to a question that was given up, perhaps by an earlier daemon: the store may have grown.
+            return not answer.reason and self._grown(answer.size_bytes)
         growing.set_result(answer)
         return True
 

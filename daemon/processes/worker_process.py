@@ -38,9 +38,9 @@ class WorkerProcess:
     knows_grow = True
     """Whether it understands `messages.Grow`: a worker of an earlier version does not."""
     on_grown: Callable[[int], None] = staticmethod(lambda size_bytes: None)
-    """Called with the size of the store to which it is connected, whenever that has grown by itself."""
+    """Called with the size of the store to which it is connected, whenever that has grown and no `grow` awaits it."""
     grown_bytes = 0
-    """The largest such size, also before `on_grown` was set; 0: none."""
+    """The largest size that it has announced, also before `on_grown` was set; 0: none."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class WorkerProcess:
         """Have the store to which it is connected grow to this size.  One call at a time.
 
         Raises `DaemonError` with its reason if it refuses, or if it ends or does not answer within `patience_s`: then
-        the store may still grow later, which harms nothing.
+        the store may still grow later, and `on_grown` is called when it has.
         """
         self._growing = self._loop.create_future()
         self._asked_bytes = size_bytes
@@ -118,7 +118,9 @@ class WorkerProcess:
         try:
             answer = await asyncio.wait_for(self._or_end(self._growing), patience_s)
         except TimeoutError:
-            raise DaemonError(f"its store has not grown within {patience_s:g} s: try again") from None
+            raise DaemonError(
+                f"its store has not grown within {patience_s:g} s: once it has, the device follows"
+            ) from None
         finally:
             self._growing = None
         if answer.reason:
@@ -239,14 +241,14 @@ class WorkerProcess:
                 self._on_news(self, message)
 
     def _on_grown(self, message: messages.Grown) -> None:
-        if not message.is_asked:
-            self.grown_bytes = max(self.grown_bytes, message.size_bytes)
+        growing = self._growing
+        if message.is_asked and growing is not None and message.size_bytes == self._asked_bytes:
+            if not growing.done():
+                growing.set_result(message)
+        # A late answer is about another size, or comes when no answer is awaited: the store has grown nevertheless.
+        elif not message.reason and message.size_bytes > self.grown_bytes:
+            self.grown_bytes = message.size_bytes
             self.on_grown(message.size_bytes)
-        # A late answer is about another size, or comes when no answer is awaited.
-        elif (
-            self._growing is not None and not self._growing.done() and message.size_bytes == self._asked_bytes
-        ):
-            self._growing.set_result(message)
 
     def _on_answer(self, message: messages.Answer) -> None:
         if isinstance(

@@ -446,6 +446,27 @@ def test_an_image_that_grows_is_announced_and_served_up_to_its_end(
         a.stop()
 
 
+def test_a_resize_waits_for_a_cluster_that_does_not_answer_and_is_answered_when_it_does(
+    cluster: Cluster, image: str, tmp_path: Path
+) -> None:
+    with host(tmp_path / "a", cluster, image) as a:
+        a.start()
+        a.worker.described = {"former_owner": "", "knows_resize": True}
+        a.worker.accept()
+        assert a.worker.write(0, block(1)) == BLOCK
+        go_on = stopped_servers(cluster)
+        try:
+            for size_bytes in (2 * SIZE_BYTES, 3 * SIZE_BYTES):
+                a.worker.tell(wire.Resize(size_bytes=size_bytes))
+            refused = said(a.worker)
+            assert isinstance(refused, wire.Resized) and "is still growing" in refused.reason
+        finally:
+            go_on()
+        assert said(a.worker) == wire.Resized(size_bytes=2 * SIZE_BYTES)
+        assert a.worker.write(2 * SIZE_BYTES - BLOCK, block(2)) == BLOCK
+        a.stop()
+
+
 def test_an_image_that_became_shorter_than_its_device_ends_the_backend(
     cluster: Cluster, image: str, tmp_path: Path
 ) -> None:

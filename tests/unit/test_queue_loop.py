@@ -121,26 +121,28 @@ def test_a_worker_uses_its_new_deadlines_before_it_answers(
     assert isinstance(said, messages.Standing) and said.knows_deadlines
 
 
-def test_a_store_that_grows_is_told_and_by_itself_also_to_the_next_supervisor(
+def test_a_store_that_grows_is_told_also_to_the_next_supervisor(
     rig: LoopRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hears: list[Callable[[Resized | Grown], None]] = []
 
     def grow(_doors: BackendDoors, size_bytes: int) -> None:
-        hears[0](Resized(size_bytes=size_bytes, reason="full"))
+        hears[0](Resized(size_bytes=4 * size_bytes, reason="full"))
         hears[0](Grown(size_bytes=2 * size_bytes))
+        hears[0](Resized(size_bytes=3 * size_bytes))
 
     monkeypatch.setattr(BackendDoors, "connect", lambda _doors, _done, grown: hears.append(grown))
     monkeypatch.setattr(BackendDoors, "grow", grow)
     messages.send(rig.supervisor, messages.Connect())
     messages.send(rig.supervisor, messages.Grow(100))
-    assert [rig.news(), rig.news()] == [
-        messages.Grown(100, is_asked=True, reason="full"),
+    assert [rig.news(), rig.news(), rig.news()] == [
+        messages.Grown(400, is_asked=True, reason="full"),
         messages.Grown(200),
+        messages.Grown(300, is_asked=True),
     ]
     messages.send(rig.supervisor, messages.Report())
     said = rig.news()
-    assert isinstance(said, messages.Standing) and said.knows_grow and said.grown_bytes == 200
+    assert isinstance(said, messages.Standing) and said.knows_grow and said.grown_bytes == 300
 
 
 def test_the_flush_of_an_interrupted_drain_ends_before_the_queue_is_quiet_for_the_next_drain(

@@ -89,6 +89,27 @@ def test_a_device_follows_a_store_that_grows_under_its_connected_worker() -> Non
     in_loop(run)
 
 
+def test_a_store_that_grows_after_the_command_has_given_up_takes_the_device_with_it() -> None:
+    world = World()
+
+    async def run() -> None:
+        device = daemon_on(world)
+        team = runs_inside(device, world, connects=True)
+        await bound(device, world)
+        follow_growth(device.parts)
+        world.fail_at = {"store": DaemonError("its store has not grown within 60 s")}
+        with pytest.raises(DaemonError, match="vol: keeps its size: its store has not grown"):
+            await device.resize(BIG, False)
+        world.fail_at = {}
+        team.store_grows(BIG)
+        while world.disk_bytes < BIG:
+            await asyncio.sleep(0)
+        assert world.steps == ["store", "state", "record", "disk"]
+        world.check()
+
+    in_loop(run)
+
+
 @pytest.mark.parametrize("connects", [False, True])
 def test_only_a_store_that_is_a_connection_grows_by_itself(connects: bool) -> None:
     world = World()

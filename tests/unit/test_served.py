@@ -181,18 +181,21 @@ def test_a_worker_s_words_are_taken_for_its_present_backend(
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
 
 
-def test_a_worker_has_its_store_grow_and_a_late_answer_is_not_taken_for_another(
+def test_a_worker_has_its_store_grow_and_a_late_answer_is_growth_that_the_device_follows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def run() -> None:
         worker = FakeWorker(monkeypatch)
+        heard: list[int] = []
+        worker.process.on_grown = heard.append
         first = asyncio.ensure_future(worker.process.grow(100, DEADLINE_S))
         await turn()
         assert messages.receive_in_worker(worker.sock)[0] == messages.Grow(100)
-        await worker.says(messages.Grown(50, is_asked=True), messages.Grown(100))
-        assert not first.done(), "another size, and growth by itself"
+        await worker.says(messages.Grown(50, is_asked=True), messages.Grown(60))
+        assert not first.done() and heard == [50, 60], "another size, and growth by itself"
         await worker.says(messages.Grown(100, is_asked=True))
         await first
+        assert heard == [50, 60], "the caller puts this size on record"
         refused = asyncio.ensure_future(worker.process.grow(200, DEADLINE_S))
         await turn()
         await worker.says(messages.Grown(200, is_asked=True, reason="full"))
@@ -200,7 +203,10 @@ def test_a_worker_has_its_store_grow_and_a_late_answer_is_not_taken_for_another(
             await refused
         with pytest.raises(DaemonError, match=r"its store has not grown within 0.001 s"):
             await worker.process.grow(300, 0.001)
-        await worker.says(messages.Grown(300, is_asked=True))
+        await worker.says(messages.Grown(300, is_asked=True, reason="full"))
+        assert heard == [50, 60]
+        await worker.says(messages.Grown(300, is_asked=True), messages.Grown(250, is_asked=True))
+        assert heard == [50, 60, 300] and worker.process.grown_bytes == 300
         worker.close()
 
     asyncio.run(asyncio.wait_for(run(), DEADLINE_S))

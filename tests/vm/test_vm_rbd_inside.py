@@ -101,6 +101,24 @@ def test_the_device_follows_an_image_that_grows(daemon: Daemon, cluster: Cluster
     daemon.delete("grows")
 
 
+def test_the_device_follows_a_resize_that_the_cluster_delayed_past_the_command(
+    daemon: Daemon, cluster: Cluster
+) -> None:
+    _image(cluster, "late")
+    path = _add(daemon, cluster, "late").path
+    assert path is not None and write_block(path, 0, b"1" * BLOCK) == 0
+    cluster.cut()
+    try:
+        with pytest.raises(DaemonError, match="has not grown within 60 s: once it has, the device follows"):
+            daemon.client.resize("late", 2 * FIRST_BYTES)
+        assert disk_bytes(path) == FIRST_BYTES
+    finally:
+        cluster.heal()
+    eventually(lambda: disk_bytes(path) == 2 * FIRST_BYTES, "the disk has grown")
+    assert write_block(path, 2 * FIRST_BYTES - BLOCK, b"2" * BLOCK) == 0
+    daemon.delete("late")
+
+
 def test_requests_wait_for_a_cluster_that_is_away_also_over_the_death_of_the_worker(
     daemon: Daemon, cluster: Cluster
 ) -> None:

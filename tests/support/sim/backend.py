@@ -60,6 +60,7 @@ class SimSession(Session):
         self.token = backend.token
         self.backend = backend
         self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._gone, self._left = self._loop.create_future(), self._loop.create_future()
         self._has_memory = self._hung_up = self._detaching = False
         self._is_cut_off = False
