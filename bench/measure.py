@@ -39,7 +39,7 @@ class Entered:
 def measure(
     stage: Stage, table: Sequence[Contestant], result: Result, say: Say, keep: Callable[[Result], None]
 ) -> None:
-    """Run all rounds into `result`; calls `keep` after each round with the results so far."""
+    """Run all rounds into `result`; calls `keep` after each cell with the results so far."""
     entered = [each for each in (_enter(stage, one, result, say) for one in table) if each]
     result.idle_load = idle_load(_IDLE_S)
     say(f"everybody is up; idle, {result.idle_load:.1%} of the CPUs' time is used")
@@ -50,7 +50,7 @@ def measure(
                     _run_cell(stage, each, cell, number, result, say) for each in _rotated(entered, number)
                 ]
                 entered = [each for each in entered if each in [one for one in line if one]]
-            keep(result)
+                keep(result)
         # These do not depend on one CPU, so the ordinary modes measure them.
         if not result.exact:
             _count_syscalls(entered, result, say)

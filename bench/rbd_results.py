@@ -62,6 +62,9 @@ def _of_instructions(result: Result) -> list[str]:
         f"### Whose instructions\n\n{_LIBRBD} is a part of its client's process.\n\n"
         + parts_table(result)
         + idle_note(result),
+        "### Speed\n\n"
+        "In the guest's time: 1e9 / IOPS is all instructions for each request, the cluster's servers included. "
+        "Those are more than the client's for a write of 4 KiB.\n\n" + speed_table(result),
     ]
 
 

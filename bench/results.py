@@ -74,7 +74,7 @@ class Result(msgspec.Struct, kw_only=True):
 
     @property
     def rounds_done(self) -> int:
-        """The number of rounds with results; an interrupted run keeps its complete rounds."""
+        """The number of rounds with results; an interrupted run keeps its complete cells."""
         return len({each.round for each in self.samples})
 
     @property
