@@ -18,6 +18,7 @@ HugePages = Literal["auto", "off", "require"]
 HUGE_PAGE_BYTES = 2 << 20
 """On processors with larger huge pages MADV_COLLAPSE fails, and all pages stay small."""
 _MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -32,24 +33,49 @@ _libc.mmap.argtypes = (
 
 
 class SharedMap:
-    """A mapping of a file's first bytes: shared, writable, every page present, at a multiple of 2 MiB."""
+    """A mapping of a file's first bytes: shared, writable, at a multiple of 2 MiB, and every page present."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
-        """Maps `fd`, which stays the caller's.  Raises `OSError`, or `ValueError` if the file is shorter."""
+    def __init__(self, fd: int, size_bytes: int, *, is_allocated: bool = True) -> None:
+        """Maps `fd`, which stays the caller's.  Raises `OSError`, or `ValueError` if the file is shorter.
+
+        A file whose pages are not all allocated gets none by being mapped: its view is not to be touched yet.
+        """
         if size_bytes < HUGE_PAGE_BYTES:
             self._room, self._first = mmap.mmap(fd, size_bytes), 0
         else:
             self._room, self._first = _map_aligned(fd, size_bytes)
-        # Not MAP_POPULATE: it does nothing in a process that locks pages as they are touched.
-        self._room.madvise(_MADV_POPULATE_READ, self._first, size_bytes)
+        self._fd = fd
+        if is_allocated:
+            # Not MAP_POPULATE: it does nothing in a process that locks pages as they are touched.
+            self._room.madvise(_MADV_POPULATE_READ, self._first, size_bytes)
         self.address = _address(self._room) + self._first
         self.view = memoryview(self._room)[self._first : self._first + size_bytes]
 
-    def collapse(self) -> None:
-        """Move whole 2 MiB pieces into huge pages; a piece in use, or without a free huge page, stays as it is."""
+    def collapse(self) -> int:
+        """Move whole 2 MiB pieces into huge pages; how many bytes are in these now.
+
+        A piece in use, or without a free huge page, stays as it is.
+        """
+        found_bytes = 0
         for start in range(0, whole_bytes(len(self.view)), HUGE_PAGE_BYTES):
             with suppress(OSError):
                 self._room.madvise(_MADV_COLLAPSE, self._first + start, HUGE_PAGE_BYTES)
+                found_bytes += HUGE_PAGE_BYTES
+        return found_bytes
+
+    def collapse_new(self) -> int:
+        """The same of an empty file of this size: its pieces get huge pages at once, so that no small one is copied.
+
+        Of a piece that gets none, one small page is allocated.  Raises `OSError`: there is no memory.
+        """
+        for start in range(0, whole_bytes(len(self.view)), HUGE_PAGE_BYTES):
+            # The kernel makes a huge page of a piece that has a page.  Not by a store: without memory that is SIGBUS.
+            os.pwrite(self._fd, b"\0", start)
+        return self.collapse()
+
+    def populate(self) -> None:
+        """Allocate and map every page.  Raises `OSError`."""
+        self._room.madvise(_MADV_POPULATE_WRITE, self._first, len(self.view))
 
     def huge_bytes(self) -> int:
         """How many bytes are in huge pages, from /proc/self/smaps; 0 if that does not say."""

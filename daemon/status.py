@@ -171,7 +171,7 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
 class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     """A device's pool: its size, its buffers by state, and the number of buffers lent and returned since the start.
 
-    `huge_bytes`: the part of the pool in huge pages.
+    `huge_bytes`: the part of the pool in huge pages; 0 with `huge_pages = "off"`.
     """
 
     size_bytes: int = 0

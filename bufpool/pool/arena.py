@@ -26,7 +26,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HugePages
 from ublkpool.bufpool.pool.control import Control, ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
-from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, DataPlan, huge_bytes, make_data, make_named
+from ublkpool.bufpool.pool.memory import SHM_DIRECTORY, Data, DataPlan, huge_bytes, make_data, make_named
 from ublkpool.bufpool.seals import is_sealed
 
 
@@ -62,8 +62,15 @@ def _unlink(name: str) -> None:
 class Arena:
     """A device's pool: both segments open, the control segment mapped."""
 
-    def __init__(self, data_fd: int, control_fd: int, name_prefix: str, huge: HugePages) -> None:
-        """Take over two open descriptors, which `close` closes.
+    def __init__(
+        self,
+        data_fd: int,
+        control_fd: int,
+        name_prefix: str,
+        huge: HugePages,
+        known_huge_bytes: int | None = None,
+    ) -> None:
+        """Take over two open descriptors, which `close` closes.  `known_huge_bytes`: see `Data`; None: unknown.
 
         Raises `PoolError` if they are not a whole pool, `OSError` if one cannot be used; both are closed then.
         """
@@ -82,20 +89,26 @@ class Arena:
         self.device_number, self.queues = header.device_number, header.queues
         self.geometry, self.reserve = header.geometry, header.reserve
         try:
-            self.huge_bytes = self._check_data(data_fd)
-            """Bytes of the data in huge pages when the pool was made or opened here, or its data was replaced."""
+            size_bytes = self._check_data(data_fd)
+            if known_huge_bytes is None:
+                known_huge_bytes = 0 if huge == "off" else huge_bytes(data_fd, size_bytes)
+            self.huge_bytes = known_huge_bytes
+            """Bytes of the data in huge pages when the pool was made or opened here, or its data was replaced.
+
+            0 where none were asked for.
+            """
         except PoolError:
             self.close()
             raise
 
     def _check_data(self, fd: int) -> int:
-        """How many bytes of it are in huge pages.  Raises `PoolError` if its size is not the header's."""
+        """Its size.  Raises `PoolError` if that is not the header's."""
         size_bytes = os.fstat(fd).st_size
         if size_bytes != self.geometry.total_bytes:
             raise PoolError(
                 f"data segment has {size_bytes} bytes and its header says {self.geometry.total_bytes}"
             )
-        return huge_bytes(fd, size_bytes)
+        return size_bytes
 
     @classmethod
     def create(
@@ -106,31 +119,31 @@ class Arena:
         device_number: int,
         reserve: Sequence[int],
         huge: HugePages = "off",
-        data_fd: int | None = None,
+        data: Data | None = None,
     ) -> Self:
         """Make, allocate and populate both segments.  `reserve`: buffers per queue, for each size of `geometry`.
 
-        `data_fd` is data that was made already (`memory.make_data`); it is taken over.  Raises `PoolError` and leaves
+        `data` was made already (`memory.make_data`); it is taken over.  Raises `PoolError` and leaves
         nothing behind.
         """
         header = ControlHeader(device_number, queues, geometry, tuple(reserve))
         page = header.pack()
         name = _control_name(name_prefix)
-        if data_fd is None:
-            data_fd = make_data(data_name(device_number), geometry.total_bytes, huge)
+        if data is None:
+            data = make_data(data_name(device_number), geometry.total_bytes, huge)
         try:
             control_fd = make_named(name, control_bytes(queues, geometry.slot_count))
         except BaseException:
-            os.close(data_fd)
+            os.close(data.fd)
             raise
         try:
             os.pwrite(control_fd, page, 0)
         except BaseException:
             os.close(control_fd)
-            os.close(data_fd)
+            os.close(data.fd)
             posix_ipc.unlink_shared_memory(name)
             raise
-        return cls(data_fd, control_fd, name_prefix, huge)
+        return cls(data.fd, control_fd, name_prefix, huge, data.huge_bytes)
 
     @classmethod
     def open(cls, name_prefix: str, data_fd: int | None = None, huge: HugePages = "off") -> Self:
@@ -164,18 +177,18 @@ class Arena:
         huge: HugePages = "off" if self.huge == "off" else "auto"
         return DataPlan(data_name(self.device_number), self.geometry.total_bytes, huge)
 
-    def replace_data(self, fd: int) -> None:
-        """Use the memory of `fd`, which becomes the arena's, as the data and close the old descriptor.
+    def replace_data(self, data: Data) -> None:
+        """Use this memory, which becomes the arena's, as the data and close the old descriptor.
 
-        Raises `PoolError` if its size is not the header's; `fd` is closed then.
+        Raises `PoolError` if its size is not the header's; its descriptor is closed then.
         """
         try:
-            self.huge_bytes = self._check_data(fd)
+            self._check_data(data.fd)
         except PoolError:
-            os.close(fd)
+            os.close(data.fd)
             raise
         os.close(self.data_fd)
-        self.data_fd = fd
+        self.data_fd, self.huge_bytes = data
 
     def forget_old_data(self) -> None:
         """Remove the name that an earlier version gave the data: the name keeps replaced memory allocated."""

@@ -33,18 +33,24 @@ class DataPlan(NamedTuple):
     huge: HugePages
 
 
-def make_data(what: str, size_bytes: int, huge: HugePages) -> int:
+class Data(NamedTuple):
+    """The memory of a pool's data: its descriptor, and how many bytes of it are in huge pages."""
+
+    fd: int
+    huge_bytes: int
+
+
+def make_data(what: str, size_bytes: int, huge: HugePages) -> Data:
     """A memfd of zeros, every page allocated, whose size no process can change.  Raises `PoolError`.
 
     `what` names the memory in errors.
     """
     fd = open_data(what, size_bytes)
     try:
-        fill_data(fd, what, size_bytes, huge)
+        return Data(fd, fill_data(fd, what, size_bytes, huge))
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
 def open_data(what: str, size_bytes: int) -> int:
@@ -59,14 +65,23 @@ def open_data(what: str, size_bytes: int) -> int:
         raise PoolError(f"{what} cannot be created: {explain(error)}") from error
 
 
-def fill_data(fd: int, what: str, size_bytes: int, huge: HugePages) -> None:
-    """Allocate every page of an `open_data`, and seal its size.  Raises `PoolError`."""
+def fill_data(fd: int, what: str, size_bytes: int, huge: HugePages) -> int:
+    """Allocate every page of an `open_data`, and seal its size; how many bytes are in huge pages.
+
+    Raises `PoolError`.
+    """
     try:
-        _allocate(fd, size_bytes)
-        _make_huge(fd, what, size_bytes, huge)
+        if huge == "off":
+            _allocate(fd, size_bytes)
+            found_bytes = 0
+        else:
+            found_bytes = _allocate_huge(fd, size_bytes)
+            if huge == "require":
+                _check_huge(what, size_bytes, found_bytes)
         seal(fd)
     except OSError as error:
         raise _not_allocated(what, size_bytes, error) from error
+    return found_bytes
 
 
 def make_named(name: str, size_bytes: int) -> int:
@@ -112,6 +127,19 @@ def _allocate(fd: int, size_bytes: int) -> None:
         mapping.madvise(_MADV_POPULATE_WRITE)
 
 
+def _allocate_huge(fd: int, size_bytes: int) -> int:
+    """The same of an empty file, in huge pages as far as there are any; how many bytes these have.  Raises `OSError`.
+
+    Huge pages come first: small ones that are there already would be filled, then copied, and freed.
+    """
+    os.ftruncate(fd, size_bytes)
+    with SharedMap(fd, size_bytes, is_allocated=False) as mapping:
+        found_bytes = mapping.collapse_new()
+        os.posix_fallocate(fd, 0, size_bytes)
+        mapping.populate()
+    return found_bytes
+
+
 def _not_allocated(what: str, size_bytes: int, error: OSError) -> PoolError:
     return PoolError(f"{what} of {mib(size_bytes)} cannot be allocated: {explain(error)}: {_LOWER}")
 
@@ -128,15 +156,6 @@ def _no_space(name: str, size_bytes: int) -> PoolError:
         f"{name} needs {size_bytes >> 10} KiB of {SHM_DIRECTORY} where {free_bytes >> 10} KiB are free: "
         f"{_LOWER}, remove files there, or mount it with a larger size"
     )
-
-
-def _make_huge(fd: int, what: str, size_bytes: int, huge: HugePages) -> None:
-    if huge == "off":
-        return
-    with SharedMap(fd, size_bytes) as mapping:
-        mapping.collapse()
-        if huge == "require":
-            _check_huge(what, size_bytes, mapping.huge_bytes())
 
 
 def _check_huge(what: str, size_bytes: int, found_bytes: int) -> None:

@@ -11,7 +11,7 @@ import os
 
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool.arena import Arena
-from ublkpool.bufpool.pool.memory import DataPlan, fill_data, make_data, open_data
+from ublkpool.bufpool.pool.memory import Data, DataPlan, fill_data, huge_bytes, make_data, open_data
 from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.kernel.allocation import AT_ONCE_BYTES_MAX, allocate_beside
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
@@ -62,7 +62,7 @@ class Pool:
         """A backend of this user has the memory."""
         self._is_fresh, self._user = False, user
 
-    async def allocate(self, plan: DataPlan) -> int:
+    async def allocate(self, plan: DataPlan) -> Data:
         """Make the memory, in a process of its own if it is large: a gigabyte takes seconds.  Raises `PoolError`."""
         if plan.size_bytes <= AT_ONCE_BYTES_MAX:
             return make_data(*plan)
@@ -81,10 +81,13 @@ class Pool:
         except BaseException:
             os.close(fd)
             raise
-        if trouble:
+        try:
+            if trouble:
+                raise PoolError(trouble)
+            return Data(fd, 0 if plan.huge == "off" else huge_bytes(fd, plan.size_bytes))
+        except PoolError:
             os.close(fd)
-            raise PoolError(trouble)
-        return fd
+            raise
 
     async def prepare(self, team: Team, user: int) -> None:
         """Make the memory fit for the next backend, which runs as this user: replace it if another process may have it.

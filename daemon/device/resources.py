@@ -299,9 +299,9 @@ class DeviceResources:
         info, config = kernel.info, self.config
         geometry, reserve = pool_of(config, info.queues, info.depth, info.max_io_bytes)
         huge = config.huge_pages
-        data_fd = await self.pool.allocate(DataPlan(data_name(kernel.number), geometry.total_bytes, huge))
+        data = await self.pool.allocate(DataPlan(data_name(kernel.number), geometry.total_bytes, huge))
         name = self._arena_prefix(kernel)
-        return Arena.create(name, geometry, info.queues, kernel.number, reserve, huge, data_fd)
+        return Arena.create(name, geometry, info.queues, kernel.number, reserve, huge, data)
 
     def _arena_prefix(self, kernel: BlockDevice) -> str:
         return arena_prefix(self._context.instance, kernel.number)

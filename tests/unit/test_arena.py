@@ -276,7 +276,7 @@ def test_a_control_segment_of_another_size_is_refused(arena: Arena, prefix: str,
 
 @pytest.mark.parametrize("size_bytes", [GEOMETRY.total_bytes - 4096, GEOMETRY.total_bytes + 4096])
 def test_data_of_another_size_is_refused(arena: Arena, prefix: str, size_bytes: int) -> None:
-    other = make_data("other", size_bytes, "off")
+    other, _ = make_data("other", size_bytes, "off")
     before = open_descriptors()
     with pytest.raises(PoolError, match=r"data segment has .* bytes and its header says"):
         Arena.open(prefix, other)

@@ -13,7 +13,7 @@ from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.huge_pages import HUGE_PAGE_BYTES, SharedMap
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, list_orphans
 from ublkpool.bufpool.pool.limits import Geometry
-from ublkpool.bufpool.pool.memory import make_data
+from ublkpool.bufpool.pool.memory import huge_bytes, make_data
 from ublkpool.ublk import _native, mappings
 
 MIB = 1 << 20
@@ -131,6 +131,35 @@ def test_a_pool_and_its_replacement_are_in_huge_pages(prefix: str, huge: str) ->
         assert 512 * data.st_blocks == data.st_size
 
 
+@pytest.mark.usefixtures("collapses")
+def test_huge_pages_are_made_before_small_ones_would_have_to_be_copied(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate, found = os.posix_fallocate, []
+
+    def looked_at(fd: int, offset: int, size_bytes: int) -> None:
+        found.append(512 * os.fstat(fd).st_blocks)
+        allocate(fd, offset, size_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", looked_at)
+    with make(prefix, "auto") as arena:
+        assert found[0] == HUGE_BYTES < arena.geometry.total_bytes
+        assert arena.huge_bytes == huge_bytes(arena.data_fd, arena.geometry.total_bytes) == HUGE_BYTES
+        with SharedMap(arena.data_fd, arena.geometry.total_bytes) as mapping:
+            assert not any(mapping.view)
+
+
+def test_no_page_is_looked_at_where_no_huge_pages_are_asked_for(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon would map the whole pool once more, and read all of its own mappings, at every add."""
+    monkeypatch.setattr(SharedMap, "huge_bytes", lambda _: pytest.fail("the config has huge pages off"))
+    made = Arena.create(prefix, GEOMETRY, 1, 7, (1, 1))
+    with made, Arena.open(prefix, made.data_fd) as opened:
+        made.unlink()
+        assert made.huge_bytes == opened.huge_bytes == 0
+
+
 def test_off_makes_no_huge_pages(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SharedMap, "collapse", lambda _: pytest.fail("the config has huge pages off"))
     with make(prefix, "off") as arena:
@@ -143,7 +172,7 @@ def test_memory_that_replaces_a_pools_need_not_be_in_huge_pages(
     """The device exists already and works with small pages."""
     with make(prefix, "auto") as arena:
         arena.huge = "require"
-        monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
+        monkeypatch.setattr(SharedMap, "collapse", lambda _: 0)
         arena.replace_data(make_data(*arena.next_data))
 
 
@@ -158,9 +187,10 @@ def test_the_next_daemon_sees_how_much_of_the_pool_is_in_huge_pages(prefix: str)
 def test_without_huge_pages_auto_goes_on_and_require_says_what_to_do(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SharedMap, "collapse", lambda _: None)
-    monkeypatch.setattr(SharedMap, "huge_bytes", lambda _: HUGE_PAGE_BYTES)
-    make(prefix, "auto").close()
+    monkeypatch.setattr(SharedMap, "collapse", lambda _: HUGE_PAGE_BYTES)
+    with make(prefix, "auto") as arena:
+        data = os.fstat(arena.data_fd)
+        assert 512 * data.st_blocks == data.st_size
     before = open_descriptors()
     with pytest.raises(
         PoolError, match=r"has 2.0 MiB of 4.0 MiB in huge pages.*compact_memory.*shmem_enabled"

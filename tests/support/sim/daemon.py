@@ -30,7 +30,7 @@ from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.broker import Broker
 from ublkpool.bufpool.pool.control import ControlHeader, control_bytes
 from ublkpool.bufpool.pool.limits import Geometry
-from ublkpool.bufpool.pool.memory import make_data
+from ublkpool.bufpool.pool.memory import Data, make_data
 from ublkpool.bufpool.sdk import doors, ring_links
 from ublkpool.daemon.device import adoption, resources
 from ublkpool.daemon.device import device as device_module
@@ -78,14 +78,14 @@ class SimArena(Arena):
         device_number: int,
         reserve: Sequence[int],
         huge: HugePages = "off",
-        data_fd: int | None = None,
+        data: Data | None = None,
     ) -> Self:
         size = control_bytes(queues, geometry.slot_count)
         control = os.memfd_create("sim", os.MFD_CLOEXEC)
         os.truncate(control, size)
         os.pwrite(control, ControlHeader(device_number, queues, geometry, tuple(reserve)).pack(), 0)
-        data = make_data("the pool", geometry.total_bytes, "off") if data_fd is None else data_fd
-        arena = cls(data, control, prefix, "off")
+        data = make_data("the pool", geometry.total_bytes, "off") if data is None else data
+        arena = cls(data.fd, control, prefix, "off")
         cls.scenery.pools.append(PoolMemory(arena, size))
         return arena
 
@@ -96,8 +96,8 @@ class SimArena(Arena):
         cls.scenery.arenas.append(arena)
         return arena
 
-    def replace_data(self, fd: int) -> None:
-        super().replace_data(fd)
+    def replace_data(self, data: Data) -> None:
+        super().replace_data(data)
         self.scenery.pools[-1].changed(self)
 
     def unlink(self) -> None:
