@@ -128,10 +128,11 @@ class Connect(NamedTuple):
 def open_for_workers(kind: str, options: Given, hint: Hint, kept: int | None = None) -> OpenStore:
     """Open the store of this kind; `kept` as above.  Raises `BackendError`, `OSError`."""
     backend = load(kind, options)
-    if isinstance(backend, ConnectsInside):
-        properties = check_properties(backend.look(hint))
-        return OpenStore(attach_message(properties, hint.device, kind), None, ())
+    # Each of these checks looks at every attribute of the protocol.
     if not isinstance(backend, RunsInside):
+        if isinstance(backend, ConnectsInside):
+            properties = check_properties(backend.look(hint))
+            return OpenStore(attach_message(properties, hint.device, kind), None, ())
         raise BackendError(f"{kind}: cannot run inside a device's workers: use isolation process")
     inside = backend.open_inside(hint, kept)
     properties = check_properties(inside.properties)

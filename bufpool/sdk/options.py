@@ -5,6 +5,7 @@ Every error is one line that names the option, the value and what would be valid
 
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -76,9 +77,10 @@ def _type_name(kind: Any) -> str:
     return _TYPE_NAMES.get(kind, "TEXT")
 
 
-def declared(struct: type[msgspec.Struct]) -> list[Option]:
+@cache
+def declared(struct: type[msgspec.Struct]) -> Sequence[Option]:
     """The options that a record declares; a field of type `dict[str, T]` gets the keys that are no field's."""
-    return [_declared(each) for each in msgspec.structs.fields(struct)]
+    return tuple(_declared(each) for each in msgspec.structs.fields(struct))
 
 
 def _declared(field: msgspec.structs.FieldInfo) -> Option:
@@ -167,27 +169,31 @@ def _value(given: str | Sequence[str], kind: Any) -> Any:
     return convert(texts[0], kind)
 
 
-def parse_values(owner: str, options: Iterable[Option], given: Given) -> dict[str, Any]:
+def parse_values(owner: str, options: Sequence[Option], given: Given) -> dict[str, Any]:
     """The given values with their types.  Raises `BackendError` for an unknown, invalid or missing option."""
     known = {each.name: each for each in options if not each.takes_rest}
     rest = next((each for each in options if each.takes_rest), None)
-    valid = " ".join(each.usage for each in options) or "none"
+
+    def refused(why: str) -> BackendError:
+        valid = " ".join(each.usage for each in options) or "none"
+        return BackendError(f"{owner}: {why}; options are: {valid}")
+
     values: dict[str, Any] = {rest.name: {}} if rest else {}
     for name, text in given.items():
         option = known.get(name) or rest
         if option is None:
-            raise BackendError(f"{owner}: unknown option {_written(name, text)}; options are: {valid}")
+            raise refused(f"unknown option {_written(name, text)}")
         try:
             value = _value(text, option.type)
         except ValueError as error:
-            raise BackendError(f"{owner}: option {name}: {error}; options are: {valid}") from error
+            raise refused(f"option {name}: {error}") from error
         if option is rest:
             values[rest.name][name] = value
         else:
             values[name] = value
     missing = [each.name for each in known.values() if each.default is REQUIRED and each.name not in values]
     if missing:
-        raise BackendError(f"{owner}: option {missing[0]} is missing; options are: {valid}")
+        raise refused(f"option {missing[0]} is missing")
     return values
 
 

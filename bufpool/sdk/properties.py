@@ -1,5 +1,6 @@
 """`Hint`, which a backend gets before the attach, and `Properties`, which it attaches with.  Pure."""
 
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -97,6 +98,12 @@ class Inside(NamedTuple):
     descriptors: tuple[int, ...] = ()
 
 
+@cache
+def _numbers() -> tuple[str, ...]:
+    """The properties that are whole numbers."""
+    return tuple(each.name for each in msgspec.structs.fields(Properties) if each.type is int)
+
+
 def check_properties(properties: Properties) -> Properties:
     """The properties, with the size cut to whole logical blocks: a grown store may end inside one.
 
@@ -104,10 +111,10 @@ def check_properties(properties: Properties) -> Properties:
     """
     if not isinstance(properties, Properties):
         raise BackendError(f"open() must return Properties, not {properties!r:.60}")
-    for field in msgspec.structs.fields(Properties):
-        value = getattr(properties, field.name)
-        if field.type is int and not isinstance(value, int):
-            raise BackendError(f"the property {field.name} must be a whole number, not {value!r:.60}")
+    for name in _numbers():
+        value = getattr(properties, name)
+        if not isinstance(value, int):
+            raise BackendError(f"the property {name} must be a whole number, not {value!r:.60}")
     block = properties.logical_block_bytes
     if block & (block - 1) or not 512 <= block <= 4096:
         raise BackendError(f"a logical block of {block} bytes: it must be a power of two, 512 to 4096")

@@ -40,7 +40,9 @@ DEAD_PATIENCE_S = 2.0
 """How long one attempt waits for the I/O of the last epoch's workers; the next attempt follows."""
 SETTLED_KINDS = ("cow",)
 """Kinds of which a power failure loses what no FLUSH covered, even if it comes long after."""
-_OPENED_PLAINLY = ("null", "memory")
+_WITHOUT_STORE = ("null",)
+"""Kinds that open nothing, so that the daemon may call them itself."""
+_OPENED_PLAINLY = ("memory",)
 """Kinds of which opening a store leaves nothing in the process but descriptors, and locks no file: a lock names the
 process that took it, and only if that has ended does a recovery see that it waits for a dead worker's I/O."""
 _PACKET = b"store"
@@ -95,6 +97,8 @@ class InsideStore:
     async def open(self, hint: Hint) -> wire.Attach:
         """Open the store, or the kept memory disk; what a backend would attach with.  Raises `DaemonError`."""
         self._hint = hint
+        if self._backend.kind in _WITHOUT_STORE:
+            return self._attach_of(_open_here(self._backend, hint))
         kept = self._kept_memory()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with ours:
@@ -109,10 +113,15 @@ class InsideStore:
                     OPEN_DEADLINE_S,
                     fds,
                 )
-            if opened.problem or opened.attach is None:
-                raise DaemonError(f"{self._name}: {opened.problem}")
+            attach = self._attach_of(opened)
             if kept is None:
                 self._take(ours, opened)
+        return attach
+
+    def _attach_of(self, opened: _Opened) -> wire.Attach:
+        """Raises `DaemonError` if the store is not open."""
+        if opened.problem or opened.attach is None:
+            raise DaemonError(f"{self._name}: {opened.problem}")
         return opened.attach
 
     def _take(self, ours: socket.socket, opened: _Opened) -> None:
@@ -238,6 +247,14 @@ def _open(to: int, backend: BackendConfig, hint: Hint) -> _Opened:
         for each in found.descriptors:
             send_packet(sock, _PACKET, each)
     return _description(found)
+
+
+def _open_here(backend: BackendConfig, hint: Hint) -> _Opened:
+    """In the daemon: the description of what has no store to be opened."""
+    try:
+        return _description(open_for_workers(backend.kind, backend.options, hint, None))
+    except PoolError as error:
+        return _Opened(problem=one_line(error))
 
 
 def _open_kept(_to: int, kept: int, backend: BackendConfig, hint: Hint) -> _Opened:

@@ -14,7 +14,7 @@ from support.fakes.device_parts import DISK, FakeHolder, FakeKernel, FakeParts, 
 from support.fakes.native_rig import EPOCH, NativeRig
 from ublkpool.backends._cow_format import read_head
 from ublkpool.bufpool.engine.cow import DATA, CowFiles, CowMap
-from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage
+from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage, NullStorage
 from ublkpool.bufpool.errors import BackendError
 from ublkpool.bufpool.sdk import store_users
 from ublkpool.bufpool.sdk.inside import Connect, ConnectsInside, open_for_workers
@@ -232,6 +232,25 @@ def test_memory_that_workers_have_mapped_does_not_grow(tmp_path: Path) -> None:
         with pytest.raises(DaemonError, match=r"sealed memory of 1M and cannot grow"):
             await parts.store.grow(attach.identity, MIB, 2 * MIB)
         parts.store.end(keep=False)
+
+    in_loop(run)
+
+
+@pytest.mark.parametrize(("size", "problem"), [("1M", ""), ("odd", "option size")])
+def test_no_process_opens_what_has_no_store(
+    size: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ControlRunner, "look", lambda *_: pytest.fail("a process was asked"))
+
+    async def run() -> None:
+        parts = OpenParts(config_of("null", {"size": size}))
+        opening = parts.store.open(Hint("vol", tmp_path, max_io_bytes=MIB))
+        if problem:
+            with pytest.raises(DaemonError, match=f"^vol: null: {problem}"):
+                await opening
+            return
+        assert (await opening).size_bytes == MIB
+        assert parts.store.engine(DISK, 1).storage == NullStorage()
 
     in_loop(run)
 
