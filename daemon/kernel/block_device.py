@@ -158,18 +158,18 @@ class BlockDevice(DiskView):
     async def start(self, deadline_s: float, check: Call) -> None:
         """START_DEV, unless `check` raises: the disk exists then, before 7.x with its partitions scanned.
 
+        One call sends SET_PARAMS before that, if it is due.
+
         `check` runs right before the command.  An old driver counts a tag whose worker has died meanwhile as fetched,
         and crashes at the first request.
         """
-        number, pid = self.number, self.opener.pid if self.opener is not None else os.getpid()
-        if (due := self._parameters_due) is not None:
-            await self._command_beside(
-                "SET_PARAMS", self._ours(control.set_parameters, number, due), deadline_s
-            )
-            self._parameters_due = None
-        await self._command_beside(
-            "START_DEV", self._checked(check, control.start_device, number, pid), deadline_s
-        )
+        pid = self.opener.pid if self.opener is not None else os.getpid()
+        (fd,) = check.fds
+        plain = Call(check.function, *check.arguments)
+        due = self._parameters_due
+        command = Call(device_commands.start, self.number, self.mark, due, plain, pid, fds=[fd])
+        await self._command_beside("START_DEV", command, deadline_s)
+        self._parameters_due = None
         self.is_started = True
 
     @property

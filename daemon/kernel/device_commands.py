@@ -134,6 +134,15 @@ def ours_checked(
     return command(*arguments)
 
 
+def start(fd: int, number: int, mark: int, disk: Parameters | None, check: Call, server_pid: int) -> None:
+    """START_DEV, and before it SET_PARAMS if a disk is given, unless `check` raises, which is given `fd`."""
+    control.expect_mark(number, mark)
+    if disk is not None:
+        control.set_parameters(number, disk)
+    check.function(fd, *check.arguments)
+    control.start_device(number, server_pid)
+
+
 def publish_name(name: str, disk: str, number: int, mark: int) -> str:
     """See `DiskNames.publish`; `mark` is that of the device of this number."""
     return DiskNames().publish(name, disk, partial(control.expect_mark, number, mark))

@@ -57,7 +57,9 @@ def test_every_queue_has_had_a_task_before_an_old_driver_starts_recovery(offered
 
 
 class DoingRunner(ControlRunner):
-    """Runs control commands in this process."""
+    """Runs control commands in this process, and counts the calls."""
+
+    calls = 0
 
     async def run_beside(
         self,
@@ -68,6 +70,7 @@ class DoingRunner(ControlRunner):
         begun: asyncio.Event | None = None,
         owner: str = "",
     ) -> T:
+        self.calls += 1
         try:
             command()
         except UblkError as error:
@@ -106,7 +109,8 @@ def test_the_disk_of_a_prepared_device_is_described_before_it_starts(monkeypatch
     monkeypatch.setattr(control, "set_parameters", lambda number, disk: sent.append((number, disk)))
     monkeypatch.setattr(control, "start_device", lambda *_: sent.append("START_DEV"))
     info = DeviceInfo(queues=1, depth=1, max_io_bytes=4096, device_number=3, server_pid=1, flags=Feature(0))
-    kernel = BlockDevice(DoingRunner(), "_prepared.1", Created(info, [[0]], Feature(0)))
+    runner = DoingRunner()
+    kernel = BlockDevice(runner, "_prepared.1", Created(info, [[0]], Feature(0)))
     asked = parameters(
         DeviceConfig(name="vol", max_io_bytes=8192), 1 << 20, wire.Attach(v=1, device="vol", kind="x")
     )
@@ -115,6 +119,7 @@ def test_the_disk_of_a_prepared_device_is_described_before_it_starts(monkeypatch
     asyncio.run(kernel.start(1.0, Call(lambda _: None, fds=[-1])))
     # The driver may have granted smaller requests.
     assert sent == [(3, asked._replace(max_io_bytes=4096)), "START_DEV"]
+    assert runner.calls == 1, "a call of a process of its own for each command"
 
 
 @pytest.mark.parametrize(("queues", "offered"), [(1, Feature(0)), (2, Feature.QUIESCE)])
