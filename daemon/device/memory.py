@@ -129,6 +129,8 @@ class MemoryBudget:
 
     def refusal_of(self, config: DeviceConfig) -> str:
         """The same of a device that is to be made with this config; its backend is not known yet."""
+        if not self.max_bytes:
+            return ""
         return self.refusal(config.name, memory_of(config, config.client_buffers_bytes))
 
     @property

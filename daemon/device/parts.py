@@ -24,6 +24,7 @@ from ublkpool.daemon.device.team import Team
 from ublkpool.daemon.errors import DaemonError, one_line
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.backoff import Backoff
+from ublkpool.daemon.processes.left_behind import Process
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import Drain, State
 from ublkpool.workers.engine_inside import EngineSpec
@@ -168,7 +169,7 @@ class DeviceParts:
                 epoch=resources.epoch,
                 state=life.state,
                 going=life.is_stopping,
-                broker_pid=self._broker_pid(),
+                broker=self._broker(),
                 segments=self.backend.segments,
                 clients=resources.area.record() if resources.area else None,
                 build=self.context.build,
@@ -179,6 +180,9 @@ class DeviceParts:
             )
         )
         self._saving = None
+
+    def _broker(self) -> Process | None:
+        return None if self._broker_pid() is None else self.context.broker.child.identified("broker")
 
     def _broker_pid(self) -> int | None:
         """The broker's process; None while it does not know of the device: the next daemon must not go on with it."""

@@ -22,7 +22,7 @@ from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import AreaRecord
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.held_names import session_names, worker_name
-from ublkpool.daemon.processes.left_behind import identify, is_alive
+from ublkpool.daemon.processes.left_behind import Process, identify, is_alive
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.status import State
 from ublkpool.ublk.abi import DeviceState
@@ -38,7 +38,7 @@ def record_of(
     *,
     state: State,
     going: bool,
-    broker_pid: int | None,
+    broker: Process | None,
     segments: int,
     clients: AreaRecord | None,
     build: str,
@@ -51,7 +51,6 @@ def record_of(
 ) -> Record:
     """The record of a device, for the next supervisor."""
     workers = _workers_of(team)
-    broker = identify("broker", broker_pid) if broker_pid is not None else None
     backend = identify("backend", session.pid) if session else None
     own = identify("backend", managed_pid) if managed_pid is not None else None
     others = dict.fromkeys((broker, backend, own))
@@ -81,7 +80,7 @@ def _workers_of(team: Team | None) -> tuple[Worker, ...]:
     return tuple(
         Worker(process, each.cpu)
         for each in (team.workers if team else ())
-        if (process := identify("worker", each.child.pid)) is not None
+        if (process := each.child.identified("worker")) is not None
     )
 
 

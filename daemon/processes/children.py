@@ -12,6 +12,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from ublkpool.daemon.processes.left_behind import Process, Role, identify
+
 _KILL_BIT = 1 << signal.SIGKILL - 1
 EXIT_UNKNOWN = 255
 """The status of a process that was not our child."""
@@ -29,6 +31,7 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(pid) if pidfd is None else pidfd
+        self._identity: Process | None = None
         self._loop.add_reader(self._pidfd, self._reap)
 
     def fileno(self) -> int:
@@ -39,6 +42,15 @@ class Child:
     def exit_status(self) -> int | None:
         """As in the shell, 128 + signal for a killed process; None while it lives."""
         return self._exited.result() if self._exited.done() else None
+
+    def identified(self, role: Role) -> Process | None:
+        """The process as a record names it; None once it has ended.  Raises `OSError` as `identify` does."""
+        if self._exited.done():
+            return None
+        if self._identity is None:
+            # Read once: nobody else has its number before this object has seen its end.
+            self._identity = identify(role, self.pid)
+        return self._identity
 
     async def wait(self) -> int:
         """Wait for its end; its exit status."""

@@ -57,6 +57,11 @@ class Sized:
 # What counts
 
 
+def test_without_a_budget_nothing_is_computed_for_an_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_of", lambda *_: pytest.fail("there is no budget"))
+    assert MemoryBudget().refusal_of(managed("vol0")) == ""
+
+
 @pytest.mark.parametrize("queues", [1, 2])
 def test_what_counts_is_what_is_allocated(queues: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "queues_max", lambda: 64)

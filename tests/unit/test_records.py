@@ -21,7 +21,8 @@ from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.records import Record, Records, end_left
 from ublkpool.daemon.doctor.leftovers import read_records
 from ublkpool.daemon.errors import DaemonError
-from ublkpool.daemon.processes import left_behind
+from ublkpool.daemon.processes import children, left_behind
+from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.left_behind import Process, Role, identify
 from ublkpool.daemon.settings.config import DeviceConfig
 
@@ -217,6 +218,22 @@ def test_a_process_that_is_gone_counts_as_ended() -> None:
         asyncio.run(end_left([record(Process("worker", gone.pid, 1))]))
     assert identify("worker", gone.pid) is None
     assert identify("worker", os.getpid()) == identify("worker", os.getpid())
+
+
+def test_a_child_is_looked_at_once_and_is_on_no_record_when_its_end_was_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        with process(STUBBORN) as left:
+            child = Child(left.pid)
+            assert child.identified("worker") == identify("worker", left.pid)
+            with monkeypatch.context() as closed:
+                closed.setattr(children, "identify", lambda *_: pytest.fail("read again"))
+                assert child.identified("worker") == identify("worker", left.pid)
+            await child.kill()
+            assert child.identified("worker") is None
+
+    asyncio.run(run())
 
 
 def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead() -> None:

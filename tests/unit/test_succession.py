@@ -86,7 +86,7 @@ def test_a_device_that_changes_is_not_written_down_as_served(state: str, going: 
         None,
         state=state,  # type: ignore[arg-type]
         going=going,
-        broker_pid=os.getpid(),
+        broker=identify("broker", os.getpid()),
         epoch=3,
         segments=1,
         clients=AreaRecord(4096, ((1, 2), None)),
@@ -143,7 +143,7 @@ def test_a_backend_that_can_grow_is_on_record_in_words_that_an_earlier_version_r
     session = asyncio.run(_growing())
     found = record_of(
         DeviceConfig(name="vol0"), None, DISK, None, session, None, state="live", going=False,
-        broker_pid=None, epoch=1, segments=1, clients=None, build="x",
+        broker=None, epoch=1, segments=1, clients=None, build="x",
     )  # fmt: skip
     served = msgspec.json.decode(msgspec.json.encode(found), type=Record).served
     assert served is not None and served.resizes

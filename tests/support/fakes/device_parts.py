@@ -29,6 +29,7 @@ from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.channel import Channel
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.left_behind import Process, Role, identify
 from ublkpool.daemon.processes.worker_process import WorkerProcess
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.ublk.abi import DeviceInfo, Feature
@@ -57,6 +58,10 @@ class FakeChild(Child):
         self.pid, self._pidfd = pid, -1
         if ended is not None:
             self._exited = ended
+
+    def identified(self, role: Role) -> Process | None:
+        """The process that has its number now."""
+        return identify(role, self.pid)
 
 
 def ended_child(status: int) -> FakeChild:

@@ -434,6 +434,7 @@ class SimChild(Child):
     def __init__(self, title: str, on_kill: Callable[[], None]) -> None:
         SimChild._last_pid += 1
         self.pid = SimChild._last_pid
+        self._identity = None
         self.title = title
         self._on_kill = on_kill
         self._has_ended = False
