@@ -15,6 +15,7 @@ from ublkpool.daemon.device.context import DaemonContext
 from ublkpool.daemon.device.disk import Disk
 from ublkpool.daemon.device.parts import DeviceParts
 from ublkpool.daemon.device.team import Team
+from ublkpool.daemon.settings.changes import WHILE_LIVE
 from ublkpool.daemon.settings.config import CONNECTED_KINDS, BackendConfig, DeviceConfig
 from ublkpool.workers.engine_awaited import AWAITED
 from ublkpool.workers.engine_inside import EngineSpec
@@ -23,17 +24,7 @@ RESERVED = "_prepared."
 """How the name of a prepared device begins."""
 _NO_DISK = Disk(size_bytes=0, block_bytes=512, volatile_cache=False, read_only=False)
 _PLAIN = DeviceConfig(name="plain")
-_TOLD_LATER = (
-    "size_bytes",
-    "read_only",
-    "io_timeout_s",
-    "on_timeout",
-    "absent_timeout_s",
-    "on_absent",
-    "iops_max",
-    "bytes_per_s_max",
-    "burst_s",
-)
+_TOLD_LATER = ("size_bytes", "read_only", *WHILE_LIVE)
 """Settings that neither ADD_DEV nor a worker's fork needs.  Any other, also one that is new, is part of the shape."""
 _ANY_STORE = BackendConfig(kind="null")
 

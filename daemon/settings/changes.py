@@ -22,7 +22,7 @@ from ublkpool.daemon.settings.config import (
 
 Applies = Literal["now", "at the backend's next start", "to a new device"]
 Scalar = bool | int | float | str
-_NOW = (
+WHILE_LIVE = (
     "io_timeout_s",
     "on_timeout",
     "absent_timeout_s",
@@ -31,6 +31,7 @@ _NOW = (
     "bytes_per_s_max",
     "burst_s",
 )
+"""The fields that a device takes while it serves."""
 _BACKEND = "backend."
 _DEFAULT = "-"
 
@@ -43,7 +44,7 @@ def user_key(field: str) -> str:
 def _applies(field: str) -> Applies:
     if field == "backend":
         return "at the backend's next start"
-    return "now" if field in _NOW else "to a new device"
+    return "now" if field in WHILE_LIVE else "to a new device"
 
 
 APPLIES: dict[str, Applies] = {
@@ -113,7 +114,7 @@ def _with_options(
 
 def wanted_now(config: DeviceConfig, wanted: DeviceConfig) -> DeviceConfig:
     """`config` with every value of `wanted` that can change while the device serves."""
-    fields: dict[str, Any] = {field: getattr(wanted, field) for field in _NOW}
+    fields: dict[str, Any] = {field: getattr(wanted, field) for field in WHILE_LIVE}
     if _may_replace(config.backend, wanted.backend):
         fields["backend"] = wanted.backend
     return msgspec.structs.replace(config, **fields)
