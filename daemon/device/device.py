@@ -13,12 +13,10 @@ asyncio loop, never in the data path.
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from ublkpool.bufpool import wire
-from ublkpool.bufpool.errors import AttachRefused, PoolError
-from ublkpool.bufpool.memory_room import mib
+from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.sdk.keeper import keeper_path
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device import adoption, client_buffers, drain, teardown
@@ -80,7 +78,7 @@ class Device(DeviceService):
         try:
             async with self.parts.life.turn:
                 attach = await self._attach_of_workers()
-                with self._segment_counted(attach):
+                with self.parts.resources.counting(attach):
                     await self._bind(attach)
                     await self._start(attach, None)
         except PoolError as error:
@@ -152,7 +150,7 @@ class Device(DeviceService):
     async def _take(self, session: Session) -> None:
         parts, resources = self.parts, self.parts.resources
         check_fits(self.config, resources.disk, session.attach, parts.binding.resized_for(session.attach))
-        with self._segment_counted(session.attach):
+        with resources.counting(session.attach):
             session.generation = await self._bind(session.attach)
             parts.backend.number_segment(session)
             if resources.team is None:
@@ -163,25 +161,6 @@ class Device(DeviceService):
             parts.managed.serves()
         if self.state == "live":
             parts.binding.served()
-
-    @contextmanager
-    def _segment_counted(self, attach: wire.Attach) -> Iterator[None]:
-        """From now on the backend's segment counts, unless it is refused.
-
-        Raises `AttachRefused` if the device has yet to be made and the budget has no room for it with this segment.  No
-        backend of a device that exists is refused for that: its requests wait for one.
-        """
-        resources = self.parts.resources
-        before_bytes, resources.segment_bytes = resources.segment_bytes, attach.segment_bytes
-        try:
-            if resources.team is None and attach.segment_bytes:
-                budget = self.parts.context.budget
-                if reason := budget.refusal(self.config.name, resources.memory_bytes):
-                    raise AttachRefused(f"with its backend's segment of {mib(attach.segment_bytes)} {reason}")
-            yield
-        except BaseException:
-            resources.segment_bytes = before_bytes
-            raise
 
     async def _introduce_next(self, team: Team, session: Session) -> None:
         try:

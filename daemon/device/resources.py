@@ -7,9 +7,12 @@ Runs on the supervisor's asyncio loop.
 import asyncio
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from ublkpool.bufpool import wire
+from ublkpool.bufpool.errors import AttachRefused
+from ublkpool.bufpool.memory_room import mib
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix, data_name
 from ublkpool.bufpool.pool.control import Limits
 from ublkpool.bufpool.pool.memory import DataPlan
@@ -88,6 +91,23 @@ class DeviceResources:
             slices_bytes = self.config.client_buffers_bytes
         made = Made(arena.geometry, arena.queues) if arena is not None else None
         return memory_of(self.config, slices_bytes, made) + self.segment_bytes
+
+    @contextmanager
+    def counting(self, attach: wire.Attach) -> Iterator[None]:
+        """From now on the segment of this backend counts, unless the block raises.
+
+        Raises `AttachRefused` if the device has yet to be made and the budget has no room for it with this segment.  No
+        backend of a device that exists is refused for that: its requests wait for one.
+        """
+        before_bytes, self.segment_bytes = self.segment_bytes, attach.segment_bytes
+        try:
+            is_judged = self.team is None and attach.segment_bytes
+            if is_judged and (reason := self._context.budget.refusal(self.config.name, self.memory_bytes)):
+                raise AttachRefused(f"with its backend's segment of {mib(attach.segment_bytes)} {reason}")
+            yield
+        except BaseException:
+            self.segment_bytes = before_bytes
+            raise
 
     def counted(self, name: str) -> int:
         """The sum of one of the workers' counters over the queues; they go on over a recovery."""
