@@ -48,8 +48,11 @@ def _opens(node: str) -> bool:
 
 
 def _settle_udev() -> None:
+    # First, since the search of the program looks into every directory of PATH.
+    if not Path("/run/udev/control").exists():
+        return
     udevadm = shutil.which("udevadm")
-    if udevadm is not None and Path("/run/udev/control").exists():
+    if udevadm is not None:
         subprocess.run(
             [udevadm, "settle", f"--timeout={SETTLE_S}"],
             stdin=subprocess.DEVNULL,
