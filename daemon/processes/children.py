@@ -48,7 +48,7 @@ class Child:
         if self._exited.done():
             return None
         if self._identity is None:
-            # Read once: nobody else has its number before this object has seen its end.
+            # Read once: no other process gets its number before this object has seen its end.
             self._identity = identify(role, self.pid)
         return self._identity
 
