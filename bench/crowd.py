@@ -24,6 +24,7 @@ SMALL_POOL_BYTES = 1 << 20
 """Of the devices, so that a small machine holds them; their number of buffers changes no other memory."""
 COUNTS = (1, 10, 100, 1000)
 BLOCK_BYTES = 4096
+_SAY_EVERY = 100
 _WRITES_EACH = 2
 """Random writes for each device."""
 _SINK = "/memfd:ublkpool-sink"
@@ -36,32 +37,48 @@ def measure_crowd(stage: Stage, density: Density, say: Say, devices: int) -> Non
 
     Raises `AssertionError` if a device has read what another one was given, or something is left of them.
     """
-    client = stage.daemon.client
-    names: list[str] = []
-    nodes: list[str] = []
     free_kib = _available_kib()
+    nodes: list[str] = []
     try:
         for count in sorted({*(each for each in COUNTS if each < devices), devices}):
-            for number in range(len(names), count):
-                names.append(f"many{number}")
-                begun_s = time.monotonic()
-                status = client.add(_config(names[-1]))
-                assert status.path is not None
-                read_first_block(status.path)
-                density.adds_ms.append((time.monotonic() - begun_s) * 1e3)
-                nodes.append(status.path)
+            _add(stage, density, say, nodes, count)
             _idle(stage, density, free_kib, count)
-            say(f"{count} devices: the last took {density.adds_ms[-1]:.0f} ms")
         density.checked_blocks = check_random_blocks(nodes, random.Random(devices), _WRITES_EACH * devices)
         say(f"{density.checked_blocks} random blocks of them: each reads what was written to it")
+    except FAILURES as error:
+        # It is told after they are gone, which takes long.
+        say(f"{len(nodes)} devices live, then: {error}")
+        raise
     finally:
-        for name in names:
-            begun_s = time.monotonic()
-            with suppress(*FAILURES):
-                client.delete([name])
-            density.dels_ms.append((time.monotonic() - begun_s) * 1e3)
+        _delete(stage, density, len(nodes))
     wait_for(lambda: not stage.daemon.leftovers(), "nothing is left of the devices")
-    say(f"{len(names)} devices are gone: the last took {density.dels_ms[-1]:.0f} ms")
+    say(f"{len(nodes)} devices are gone: the last took {density.dels_ms[-1]:.0f} ms")
+
+
+def _name(number: int) -> str:
+    return f"many{number}"
+
+
+def _add(stage: Stage, density: Density, say: Say, nodes: list[str], count: int) -> None:
+    """Add devices until there are so many."""
+    for number in range(len(nodes), count):
+        begun_s = time.monotonic()
+        status = stage.daemon.client.add(_config(_name(number)))
+        assert status.path is not None
+        read_first_block(status.path)
+        density.adds_ms.append((time.monotonic() - begun_s) * 1e3)
+        nodes.append(status.path)
+        if len(nodes) == count or len(nodes) % _SAY_EVERY == 0:
+            say(f"{len(nodes)} devices: the last took {density.adds_ms[-1]:.0f} ms")
+
+
+def _delete(stage: Stage, density: Density, count: int) -> None:
+    """Delete the first `count` devices; what is left of one that cannot be deleted is found later."""
+    for number in range(count):
+        begun_s = time.monotonic()
+        with suppress(*FAILURES):
+            stage.daemon.client.delete([_name(number)])
+        density.dels_ms.append((time.monotonic() - begun_s) * 1e3)
 
 
 def _config(name: str) -> DeviceConfig:
