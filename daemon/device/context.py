@@ -61,4 +61,4 @@ class DaemonContext:
         self.is_privileged = True
         """Whether the driver takes this daemon for root's; else its devices are an ordinary user's."""
         self.offered = -1
-        """What the driver offers; everything until it has been asked."""
+        """The bits of `Feature` that the driver offers; all of them until it has been asked."""
