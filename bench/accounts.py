@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from support.threads import of_each_thread
+
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_FIELDS = {"Pss": "pss", "Private_Clean": "uss", "Private_Dirty": "uss"}
 
@@ -92,10 +94,10 @@ def ran_ns_of(pids: Iterable[int], names: tuple[str, ...] = ()) -> int:
     """Run time of these processes' threads in ns, or of those with such names; an ended process counts 0."""
     ran_ns = 0
     for pid in pids:
-        with suppress(OSError):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                if not names or (thread / "comm").read_text().startswith(names):
-                    ran_ns += _thread_ran_ns(thread)
+        called = of_each_thread(pid, "comm")
+        for thread, text in of_each_thread(pid, "schedstat").items():
+            if not names or called.get(thread, "").startswith(names):
+                ran_ns += int(text.split()[0])
     return ran_ns
 
 
@@ -115,12 +117,6 @@ def cpu_of(pids: Iterable[int]) -> Cpu:
             user += int(fields[11])
             system += int(fields[12])
     return Cpu(user / _TICKS_PER_S, system / _TICKS_PER_S)
-
-
-def _thread_ran_ns(thread: Path) -> int:
-    with suppress(OSError):
-        return int((thread / "schedstat").read_bytes().split()[0])
-    return 0
 
 
 def has_ended(pid: int) -> bool:

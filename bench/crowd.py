@@ -15,6 +15,7 @@ from typing import NamedTuple
 from bench.density_results import Density, Part, Whole
 from bench.measure import FAILURES
 from bench.stage import Stage, read_first_block, wait_for
+from support.threads import of_each_thread
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 IDLE_S = 5.0
@@ -179,8 +180,8 @@ def _wakes(pids: list[int]) -> int:
     return sum(
         int(line.split()[1])
         for pid in pids
-        for status in Path(f"/proc/{pid}/task").glob("*/status")
-        for line in status.read_text().splitlines()
+        for status in of_each_thread(pid, "status").values()
+        for line in status.splitlines()
         if line.startswith("voluntary_ctxt_switches")
     )
 

@@ -8,6 +8,7 @@ import pytest
 
 from support.ceph.cluster import CLIENT, POOL, Cluster
 from support.ceph.serving import host
+from support.threads import names_of
 from ublkpool.backends.rbd.cluster import LEAN
 from ublkpool.backends.rbd.cluster import Cluster as Client
 from ublkpool.backends.rbd.options import RbdOptions
@@ -51,14 +52,9 @@ def test_one_thread_of_librados_answers_unless_cephs_defaults_are_to_be_kept(
     with host(tmp_path / "a", ceph, image, ceph_defaults=given) as a:
         a.serve()
         assert a.process is not None
-        assert threads_of(a.process.pid).count("io_context_pool") == threads
+        assert names_of(a.process.pid).count("io_context_pool") == threads
         assert a.worker.write(0, data) == len(data) and a.worker.read(0, len(data)) == data
         a.stop()
-
-
-def threads_of(pid: int) -> list[str]:
-    """The names of a process's threads."""
-    return [(each / "comm").read_text().strip() for each in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def test_a_discard_is_a_request_to_a_few_hundred_objects_at_most(ceph: Cluster, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import os
 import signal
 import time
-from contextlib import suppress
-from pathlib import Path
+
+from support.threads import of_each_thread
 
 _DEADLINE_S = 60.0
 
@@ -25,9 +25,4 @@ def wait_until_stopped(pid: int) -> None:
 
 def _states(pid: int) -> list[str]:
     """The state of each thread, as in proc_pid_stat(5)."""
-    found = []
-    for each in Path(f"/proc/{pid}/task").glob("*/stat"):
-        # A thread may have ended since.
-        with suppress(OSError):
-            found.append(each.read_text().rpartition(") ")[2][0])
-    return found
+    return [stat.rpartition(") ")[2][0] for stat in of_each_thread(pid, "stat").values()]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from support.rights import CAPABILITY_SETS
 from ublkpool.workers.privileges import (
     Account,
     account_of,
@@ -16,7 +17,6 @@ from ublkpool.workers.privileges import (
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 NOBODY = Account("nobody", 65534, 65534, (7, 65533))
-SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
 def status_after(change: Callable[[], None]) -> dict[str, str]:
@@ -47,7 +47,7 @@ def test_an_ordinary_user_has_no_capability_and_can_get_none() -> None:
     status = status_after(become_nobody)
     assert (status["Uid"], status["Gid"]) == (" ".join(["65534"] * 4), " ".join(["65534"] * 4))
     assert status["Groups"] == "7 65533"
-    assert {name: int(status[name], 16) for name in SETS} == dict.fromkeys(SETS, 0)
+    assert {name: int(status[name], 16) for name in CAPABILITY_SETS} == dict.fromkeys(CAPABILITY_SETS, 0)
     assert status["NoNewPrivs"] == "1"
 
 
@@ -69,7 +69,7 @@ def test_without_another_user_a_process_gives_up_every_capability() -> None:
         give_up_capabilities()
 
     status = status_after(give_up)
-    held = [name for name in SETS if name != "CapBnd"]
+    held = [name for name in CAPABILITY_SETS if name != "CapBnd"]
     assert {name: int(status[name], 16) for name in held} == dict.fromkeys(held, 0)
     assert status["NoNewPrivs"] == "1"
 

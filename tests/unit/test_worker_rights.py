@@ -19,6 +19,7 @@ from support.fakes.device_parts import FakeHolder
 from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, NoRing
 from support.fakes.queue_rig import Plan
 from support.fakes.ring_peer import RingPeer
+from support.rights import expect_threads_without_rights
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool import broker_commands
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix
@@ -43,7 +44,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes ano
 ACCOUNT = Account("daemon", 1, 1, ())
 ROOT = Account("root", 0, 0, ())
 DEADLINE_S = 60.0
-SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
 @pytest.fixture
@@ -141,24 +141,6 @@ def in_loop(test: Callable[[], Any]) -> None:
     asyncio.run(asyncio.wait_for(test(), DEADLINE_S))
 
 
-def status_of(pid: int, thread: str) -> dict[str, list[str]]:
-    lines = Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines()
-    return {key: words.split() for key, _, words in (line.partition(":") for line in lines)}
-
-
-def check_rights(pid: int, account: Account) -> None:
-    """Every thread is this user, in no other group, and has no capability nor a way to one."""
-    threads = [each.name for each in Path(f"/proc/{pid}/task").iterdir()]
-    assert len(threads) >= 3, "ZeroMQ has threads"
-    for each in threads:
-        status = status_of(pid, each)
-        assert status["Uid"] == [str(account.user)] * 4
-        assert status["Gid"] == [str(account.group)] * 4
-        assert status["Groups"] == [] or not account.user
-        assert {name: int(status[name][0], 16) for name in SETS} == dict.fromkeys(SETS, 0)
-        assert status["NoNewPrivs"] == ["1"]
-
-
 @needs_root
 @pytest.mark.parametrize("account", [ACCOUNT, ROOT], ids=["user", "root"])
 def test_what_serves_is_an_ordinary_user_or_root_without_its_capabilities(
@@ -169,9 +151,9 @@ def test_what_serves_is_an_ordinary_user_or_root_without_its_capabilities(
             await made.leases.register(1)
             worker = made.fork_worker()
             await worker.fetched()
-            check_rights(worker.child.pid, account)
+            expect_threads_without_rights(worker.child.pid, account.user, account.group)
             # It was told of the device, so it has begun.
-            check_rights(made.broker.child.pid, account)
+            expect_threads_without_rights(made.broker.child.pid, account.user, account.group)
             await worker.child.kill()
 
     in_loop(run)
@@ -197,7 +179,7 @@ def test_a_worker_without_rights_is_reached_by_its_backend_and_by_the_next_broke
             # The new broker grants nothing before the worker, which must connect to it for that, has told what it has.
             while not await _answered(made.broker):
                 await asyncio.sleep(0.01)
-            check_rights(made.broker.child.pid, ACCOUNT)
+            expect_threads_without_rights(made.broker.child.pid, ACCOUNT.user, ACCOUNT.group)
             keeper.cancel()
             await worker.child.kill()
 

@@ -8,12 +8,12 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.ceph.cluster import CLIENT, POOL, Cluster, Shape
+from support.threads import of_each_thread
 from support.vm.daemon import DEADLINE_S, Daemon, eventually, total
 from support.vm.fio import drop_fio, finish_fio, start_fio
 from support.vm.process import write_block
@@ -43,12 +43,12 @@ def _has_written(daemon: Daemon, goal_bytes: int) -> bool:
 
 def _threads_without_the_flag(pid: int) -> list[str]:
     """The threads of a process that may wait for I/O on the disk that they serve, by name."""
-    found = []
-    for each in Path(f"/proc/{pid}/task").iterdir():
-        flags = int((each / "stat").read_text().rpartition(") ")[2].split()[6])
-        if not flags & _MEMALLOC_NOIO:
-            found.append((each / "comm").read_text().strip())
-    return found
+    flags = {
+        thread: int(stat.rpartition(") ")[2].split()[6])
+        for thread, stat in of_each_thread(pid, "stat").items()
+    }
+    names = of_each_thread(pid, "comm")
+    return [name.strip() for thread, name in names.items() if not flags.get(thread, 0) & _MEMALLOC_NOIO]
 
 
 def _first_write_s(pid: int, path: str) -> float:

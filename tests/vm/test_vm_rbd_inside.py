@@ -6,12 +6,12 @@ And an image that grows.
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from support.ceph.cluster import POOL, Cluster, Shape
 from support.ceph.serving import let_workers_read, options
+from support.threads import names_of
 from support.vm.daemon import Daemon, eventually, marked_processes
 from support.vm.process import Forked, disk_bytes, read_block, write_block
 from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
@@ -47,17 +47,12 @@ def _clients(cluster: Cluster, image: str) -> list[str]:
     return re.findall(r"watcher=(\S+)", cluster.rbd("status", f"{POOL}/{image}"))
 
 
-def _threads(status: DeviceStatus) -> set[str]:
-    tasks = Path(f"/proc/{status.workers[0].pid}/task").iterdir()
-    return {(each / "comm").read_text().strip() for each in tasks}
-
-
 def test_killed_workers_and_a_killed_daemon_cost_the_client_nothing(daemon: Daemon, cluster: Cluster) -> None:
     _image(cluster, "killed")
     status = _add(daemon, cluster, "killed")
     assert (status.isolation, status.backend.kind, status.backend.pid) == ("none", "rbd", None)
     assert not [words for words in marked_processes(str(daemon.run_dir)).values() if " backend " in words]
-    assert "io_context_pool" in _threads(status), "librbd runs in the worker"
+    assert "io_context_pool" in names_of(status.workers[0].pid), "librbd runs in the worker"
     with seeded() as rng, loaded(daemon, [status]) as loads:
         for _ in range(KILLS):
             before = kill_worker(daemon, "killed", rng)
