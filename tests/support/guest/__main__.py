@@ -3,8 +3,8 @@
     python -m support.guest fetch
     python -m support.guest run --kernel 7.3 --rw DIR -- COMMAND ...
 
-The exit status is the command's; 124 after the timeout, 125 when the guest died or fell silent, 126 when the command
-succeeded but the kernel's log shows a fault. `run` needs root, for virtiofsd.
+The exit status is the command's; 123 if QEMU stalled three guests in a row, 124 after the timeout, 125 when the guest
+died or fell silent, 126 when the command succeeded but the kernel's log shows a fault. `run` needs root, for virtiofsd.
 """
 
 import os
@@ -20,7 +20,7 @@ from types import FrameType
 import click
 
 from support.guest.apt_archive import ArchiveError
-from support.guest.boot import Machine, say
+from support.guest.boot import STATUS_LOST_INTERRUPT, Machine, say
 from support.guest.cache import KERNELS, CacheError, GuestCache
 from support.guest.kernel_selftests import fetch_selftests
 from support.guest.qemu import Spec
@@ -28,6 +28,8 @@ from support.nbdkit.source_package import fetch_plugins
 
 KVM_PROBE_TIMEOUT_S = 20
 CPUS = 4
+BOOTS_MAX = 3
+"""Of a command whose guest QEMU has stalled."""
 
 
 @contextmanager
@@ -102,8 +104,21 @@ class Guest:
             raise CacheError("the guest shares the root through virtiofsd, which needs root: use sudo")
         kvm = not self._spec.exact and kvm_works(self._spec.kernel)
         spec = replace(self._spec, command=command, cwd=cwd or Path.cwd(), kvm=kvm)
-        with exiting_on_signals(), Machine(spec, GuestCache()) as machine:
-            return machine.wait()
+        with exiting_on_signals():
+            return _run(spec)
+
+
+def _run(spec: Spec) -> int:
+    """The command's status; it begins anew, in a fresh guest, if QEMU stalls the one that it ran in."""
+    status = STATUS_LOST_INTERRUPT
+    for boot in range(BOOTS_MAX):
+        if boot:
+            say("the command begins anew in a fresh guest")
+        with Machine(spec, GuestCache()) as machine:
+            status = machine.wait()
+        if status != STATUS_LOST_INTERRUPT:
+            break
+    return status
 
 
 @click.group(help=__doc__)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from support.guest import console as guest_console
+from support.guest import lost_interrupts
 from support.guest.cache import GuestCache
 from support.guest.qemu import (
     Channel,
@@ -29,6 +30,7 @@ from support.guest.qemu import (
     wait_for_sockets,
 )
 
+STATUS_LOST_INTERRUPT = 123
 STATUS_TIMEOUT = 124
 STATUS_CRASH = 125
 STATUS_COMPLAINT = 126
@@ -85,6 +87,9 @@ class Machine:
         self._take_output = on_output or self._print
         self._channels["control"].sink = self._on_control
         self._channels["console"].sink = self._on_console
+        self._in_service = lost_interrupts.InService()
+        self._channels["monitor"].sink = lambda data: self._in_service.hear(data.decode(errors="replace"))
+        self._asked_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._heard_at = time.monotonic()
         self._up = False
@@ -124,12 +129,22 @@ class Machine:
                 return self._give_up(STATUS_TIMEOUT, f"no end after {self._spec.timeout_s:g} s")
             if now - self._heard_at > (SILENCE_TIMEOUT_S if self._up else BOOT_TIMEOUT_S):
                 return self._give_up(STATUS_CRASH, "nothing heard from it any more")
+            if lost := self._lost_interrupt(now):
+                say(f"QEMU's fault, not the kernel's: {lost}")
+                return STATUS_LOST_INTERRUPT
         self._drain(LAST_WORDS_S, lambda: "guest: ended" in self._log)
         if self._status is None:
             return self._report(
                 STATUS_CRASH, "the guest's kernel panicked" if self._panicked else "QEMU ended"
             )
         return self._judge(self._status)
+
+    def _lost_interrupt(self, now: float) -> str:
+        """See `lost_interrupts`; empty if all is well, or not known yet."""
+        if self._up and now - self._asked_at >= lost_interrupts.ASK_EVERY_S:
+            self._asked_at = now
+            self._channels["monitor"].send(lost_interrupts.question(self._spec.cpus))
+        return self._in_service.lost
 
     @property
     def _panicked(self) -> bool:
