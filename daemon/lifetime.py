@@ -33,6 +33,7 @@ from ublkpool.daemon.processes.metrics_process import MetricsProcess, end_left
 from ublkpool.daemon.processes.mounts import leave_for_own_view
 from ublkpool.daemon.processes.patient_loop import PatientLoop
 from ublkpool.daemon.processes.reserve import Reserve, raise_descriptor_limit
+from ublkpool.daemon.processes.worker_template import WorkerTemplate
 from ublkpool.daemon.replacement import check_before, check_sockets, group_number
 from ublkpool.daemon.settings.config import ServeConfig
 from ublkpool.daemon.settings.run_directory import RunDirectory, let_workers_connect
@@ -251,6 +252,9 @@ async def _make_context(
     account = choose_account(wanted, config.user, run_dir)
     if account is not None:
         let_workers_connect(run_dir / "pool.sock", account)
+    worker_template = WorkerTemplate()
+    worker_template.start()
+    ending.push_async_callback(worker_template.stop)
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
@@ -260,7 +264,7 @@ async def _make_context(
     ending.push_async_callback(template.stop)
     context = DaemonContext(
         *(run_dir, instance, group, runner, broker, holder),
-        *(states, machine.live_mounts, keeper.events, account, template),
+        *(states, machine.live_mounts, keeper.events, account, template, worker_template),
     )
     context.is_privileged, context.offered = is_privileged(), machine.offered
     return context, held

@@ -275,10 +275,12 @@ class Supervisor:
     def daemon(self) -> DaemonStatus:
         """The version, and the processes that belong to no device."""
         context, metrics = self._context, self.metrics
+        template = context.worker_template
         found = (
             ("supervisor", os.getpid()),
             ("broker", context.broker.child.pid if context.broker.is_started else None),
             ("holder", context.holder.pid or None),
+            ("worker-template", template.pid if template is not None else None),
             ("metrics", metrics.pid if metrics is not None else None),
         )
         return DaemonStatus(

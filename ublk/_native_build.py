@@ -24,6 +24,7 @@ _HEADERS = (
     "queue_ring.h",
     "mappings.h",
     "control.h",
+    "fork_asked.h",
     "fetch_round.h",
 )
 
@@ -61,6 +62,7 @@ _SOURCE_FILES = (
     "queue_ring.c",
     "mappings.c",
     "control.c",
+    "fork_asked.c",
     "fetch_round.c",
 )
 

@@ -5,6 +5,7 @@ the same descriptors and its answers are judged alike, but they travel by functi
 and its I/O goes through the worker's own io_uring.  An engine that fails ends its worker, and the device is recovered.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ublkpool.bufpool.engine.cow import CowFiles, CowMap
@@ -39,6 +40,11 @@ class EngineSpec(NamedTuple):
         """What a worker inherits."""
         memory = [] if self.own_fd is None else [self.own_fd]
         return memory + _files(self.storage)
+
+    def renumbered(self, numbers: Mapping[int, int]) -> "EngineSpec":
+        """The same in a process where the descriptors have these numbers."""
+        own_fd = None if self.own_fd is None else numbers[self.own_fd]
+        return self._replace(storage=_renumbered(self.storage, numbers), own_fd=own_fd)
 
 
 class EngineInside(EnginePlace):
@@ -88,6 +94,18 @@ def _files(storage: Storage | Connect | Awaited) -> list[int]:
             return [overlay, base]
         case _:
             return []
+
+
+def _renumbered(
+    storage: Storage | Connect | Awaited, numbers: Mapping[int, int]
+) -> Storage | Connect | Awaited:
+    match storage:
+        case FileStorage(file):
+            return storage._replace(file=numbers[file])
+        case CowFiles(overlay, base):
+            return storage._replace(overlay=numbers[overlay], base=numbers[base])
+        case _:
+            return storage
 
 
 def link(queue: Queue, own: Any = NULL, own_bytes: int = 0) -> None:

@@ -362,3 +362,8 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(
         socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     )
+
+
+def end_of(fd: int) -> socket.socket:
+    """The worker's end, in a worker that was sent it."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=fd)

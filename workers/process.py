@@ -18,12 +18,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.way_out import explain
 from ublkpool.ublk import process_calls
 from ublkpool.ublk.privilege import is_privileged
 from ublkpool.workers.messages import Fault, send
+from ublkpool.workers.pool_files import PoolFiles
 from ublkpool.workers.privileges import forbid_new_rights
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec
 from ublkpool.workers.record_gate import RecordGate
@@ -33,13 +34,20 @@ EXIT_CRASH = 70
 _log = logging.getLogger("ublkpool.worker")
 
 
-def fork_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> int:
+def fork_child(
+    main: Callable[[], int], keep_fds: Sequence[int], title: str, fork: Callable[[], int] = os.fork
+) -> int:
     """Fork; the child runs `main` with these descriptors and 0 to 2, and exits with its result.  Returns the pid."""
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
+    pid = fork()
+    if not pid:
+        become_child(main, keep_fds, title)
+    return pid
+
+
+def become_child(main: Callable[[], int], keep_fds: Sequence[int], title: str) -> NoReturn:
+    """What a process does that was just forked, see `fork_child`."""
     status = EXIT_CRASH
     try:
         _begin(keep_fds, title)
@@ -100,7 +108,7 @@ def run_worker(
     spec: WorkerSpec,
     char_fd: int,
     descriptors: Sequence[object],
-    arena: Arena,
+    pool: PoolFiles,
     supervisor: socket.socket,
     gate: RecordGate,
 ) -> int:
@@ -109,7 +117,7 @@ def run_worker(
         if spec.account is not None:
             _prepare_to_give_up_rights()
         _harden()
-        loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], arena, supervisor)
+        loop = QueueLoop(spec, char_fd, descriptors[spec.queue.queue], pool, supervisor)
     except Exception as error:
         send(supervisor, Fault(f"queue {spec.queue.queue} cannot start: {_reason(error)}"))
         _log.debug("worker", exc_info=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from ublkpool.workers.engine_inside import Awaited, EngineInside, EngineSpec
 from ublkpool.workers.engine_place import EnginePlace
 from ublkpool.workers.hold_gate import HoldGate
 from ublkpool.workers.own_stock import OwnStock
+from ublkpool.workers.pool_files import PoolFiles
 from ublkpool.workers.pool_link import PoolLink
 from ublkpool.workers.privileges import Account, give_up_rights, run_without_capabilities
 from ublkpool.workers.ring_link import RingLink
@@ -76,6 +78,25 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     is_prepared: bool = False
     """Whether no device has taken it yet: it ends with its supervisor until `messages.Become`."""
 
+    @property
+    def title(self) -> str:
+        """The process's name."""
+        return f"ublkpool-{self.queue.device_number}.{self.queue.queue}"
+
+    def descriptors(self) -> list[int]:
+        """Those that it names."""
+        gate = [] if self.hold_gate is None else [self.hold_gate]
+        return gate + (self.engine.descriptors() if self.engine is not None else [])
+
+    def renumbered(self, numbers: Mapping[int, int]) -> "WorkerSpec":
+        """The same in a process where the descriptors have these numbers."""
+        gate, engine = self.hold_gate, self.engine
+        return msgspec.structs.replace(
+            self,
+            hold_gate=None if gate is None else numbers[gate],
+            engine=None if engine is None else engine.renumbered(numbers),
+        )
+
 
 def buffer_classes(arena: Arena) -> tuple[core.BufferClass, ...]:
     """The pool's size classes for a queue; a LEASE's batch is a quarter of its share of the buffers beyond reserves."""
@@ -114,15 +135,15 @@ class QueueLoop:
     """One queue, from its first fetch to the last abort."""
 
     def __init__(
-        self, spec: WorkerSpec, char_fd: int, descriptors: object, arena: Arena, supervisor: socket.socket
+        self, spec: WorkerSpec, char_fd: int, descriptors: object, pool: PoolFiles, supervisor: socket.socket
     ) -> None:
         self._spec = spec
         self._supervisor: socket.socket | None = supervisor
         self._context = _context_of(spec)
         _settle(self._context, spec)
-        memory = _map_memory(spec.queue, descriptors, arena)
+        memory = _map_memory(spec.queue, descriptors, pool)
         self._queue = Queue(spec.queue, memory)
-        self._arena = arena
+        self._files = pool
         self._look_at_s = 0.0
         self._broken = ""
         self._is_excluded = False
@@ -159,7 +180,7 @@ class QueueLoop:
         return PoolLink(self._context, endpoint, self._queue)
 
     def _engine(self, spec: EngineSpec, memory: Memory) -> EnginePlace:
-        pool = memoryview(ffi.buffer(memory.pool, self._arena.geometry.total_bytes))
+        pool = memoryview(ffi.buffer(memory.pool, self._files.geometry.total_bytes))
         if isinstance(spec.storage, Awaited):
             return EngineAwaited(self._queue, pool)
         kind = EngineConnected if isinstance(spec.storage, Connect) else EngineInside
@@ -426,15 +447,15 @@ class QueueLoop:
         if fd is None or self._queue.link is not LinkState.NONE:
             return "a new pool without a descriptor, or in the presence of a backend"
         try:
-            self._queue.change_pool(fd, self._arena.geometry.total_bytes)
+            self._queue.change_pool(fd, self._files.geometry.total_bytes)
         except OSError as error:
             os.close(fd)
             reason = f"queue {self._spec.queue.queue}: its new pool cannot be mapped: {error}"
             if isinstance(error, core.PoolLost):
                 self._broken = reason
             return reason
-        os.close(self._arena.data_fd)
-        self._arena.data_fd = fd
+        os.close(self._files.data_fd)
+        self._files.data_fd = fd
         return ""
 
     def _expect(self, message: messages.Expect, fd: int | None) -> None:
@@ -509,13 +530,13 @@ def _settle(context: "zmq.Context[zmq.Socket[bytes]] | None", spec: WorkerSpec) 
         os.sched_setaffinity(0, {spec.cpu})
 
 
-def _map_memory(config: QueueConfig, descriptors: object, arena: Arena) -> Memory:
-    control = mappings.map_segment(arena.control_fd, os.fstat(arena.control_fd).st_size)
-    pool = mappings.map_segment(arena.data_fd, arena.geometry.total_bytes)
+def _map_memory(config: QueueConfig, descriptors: object, files: PoolFiles) -> Memory:
+    control = mappings.map_segment(files.control_fd, os.fstat(files.control_fd).st_size)
+    pool = mappings.map_segment(files.data_fd, files.geometry.total_bytes)
     return Memory(
         descriptors=descriptors,
         pool=pool,
-        slots=mappings.offset(control, slot_header_offset(arena.queues, 0)),
+        slots=mappings.offset(control, slot_header_offset(files.queues, 0)),
         scratch=mappings.map_sink(config.max_io_bytes),
         statistics=mappings.offset(control, stats_offset(config.queue)),
         limits=mappings.offset(control, LIMITS_OFFSET),

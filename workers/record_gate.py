@@ -8,7 +8,7 @@ all processes that wait at it.
 
 import os
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, Self
 
 Passage = Literal["open", "closed", "ended"]
 
@@ -19,6 +19,13 @@ class RecordGate:
     def __init__(self) -> None:
         """Raises `OSError` without a descriptor."""
         self.reader, self._writer = os.pipe()
+
+    @classmethod
+    def at(cls, reader: int) -> Self:
+        """In a process that was sent the gate's reader."""
+        gate = cls.__new__(cls)
+        gate.reader, gate._writer = reader, -1
+        return gate
 
     def passes(self) -> bool:
         """In the forked process, which kept `reader`: wait; False if the daemon has ended, or failed to record it."""

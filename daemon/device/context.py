@@ -15,6 +15,7 @@ from ublkpool.daemon.events.tell import Events
 from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.processes.broker_process import BrokerProcess
 from ublkpool.daemon.processes.holder import Holder
+from ublkpool.daemon.processes.worker_template import WorkerTemplate
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.workers.privileges import Account
 
@@ -35,16 +36,19 @@ class DaemonContext:
         events: Events | None = None,
         account: Account | None = None,
         template: BackendTemplate | None = None,
+        worker_template: WorkerTemplate | None = None,
     ) -> None:
         """`live_mounts`: a descriptor of the mount namespace in which backends run and a reload reads the config, see
         `daemon/processes/mounts.py`.  `account`: the user that workers and broker become; None: they keep the daemon's
         rights.  `template`: what forks the daemon's own backends; None: they are started by exec.
+        `worker_template`: what forks workers; None: the daemon does.
         """
         self.run_dir = run_dir
         self.instance = instance
         self.group = group
         self.account = account
         self.template = template
+        self.worker_template = worker_template
         self.runner = runner
         self.broker = pool_broker
         self.holder = holder

@@ -348,6 +348,7 @@ class DeviceResources:
             context.account,
             engine,
             self.is_prepared,
+            context.worker_template,
         )
 
     def grow(self, size_bytes: int) -> None:

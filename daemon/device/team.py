@@ -1,7 +1,6 @@
 """A device's workers of one epoch: forked together, told the same, ended together.
 
-Owns the window in which the supervisor holds /dev/ublkcN: it opens, maps, forks and closes without an await, so that
-no child forked elsewhere inherits the device.  Runs on the supervisor's asyncio loop.
+Runs on the supervisor's asyncio loop.
 """
 
 import asyncio
@@ -9,7 +8,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ublkpool.bufpool.pool.arena import Arena
 from ublkpool.bufpool.pool.control import Control
 from ublkpool.daemon.backends.session import Session
 from ublkpool.daemon.device.disk import Disk
+from ublkpool.daemon.device.forks import Forks
 from ublkpool.daemon.device.records import Worker
 from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.block_device import BlockDevice
@@ -28,13 +28,12 @@ from ublkpool.daemon.kernel.opener import SERVER_KILLED, Opener
 from ublkpool.daemon.plain_call import Call
 from ublkpool.daemon.processes.beside import beside
 from ublkpool.daemon.processes.open_files import reopened
-from ublkpool.daemon.processes.reserve import with_room_for_one
 from ublkpool.daemon.processes.worker_process import WorkerProcess
+from ublkpool.daemon.processes.worker_template import WorkerTemplate
 from ublkpool.daemon.settings.affinity import cpu_for
 from ublkpool.daemon.settings.config import DeviceConfig
 from ublkpool.daemon.settings.run_directory import restore_queues
 from ublkpool.ublk.errors import UblkError
-from ublkpool.ublk.mappings import map_descriptors, unmap_descriptors
 from ublkpool.ublk.queue import BufferClass, QueueConfig
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
@@ -42,7 +41,6 @@ from ublkpool.workers.engine_awaited import told
 from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.listening import socket_mode
 from ublkpool.workers.privileges import Account
-from ublkpool.workers.process import fork_child, run_worker
 from ublkpool.workers.queue_loop import WorkerSpec, buffer_classes, own_classes
 from ublkpool.workers.record_gate import RecordGate
 
@@ -75,6 +73,8 @@ class Plan(NamedTuple):
     """The engine that the workers run themselves; None: a backend's process answers, or nothing does."""
     is_prepared: bool = False
     """Whether no device has taken the workers yet."""
+    template: WorkerTemplate | None = None
+    """What forks the workers; None: the daemon does."""
 
     def segments(self) -> tuple[wire.Segment, ...]:
         """The memory that every backend is handed."""
@@ -141,20 +141,25 @@ class Team:
         restore_queues(
             self.plan.queue_dir.parent, self.plan.group, workers_enter=bool(account and account.user)
         )
-        char_fd = await kernel.open_char()
-        # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
-        descriptors: list[object] = []
-        try:
-            self._gate = RecordGate()
-            for queue in range(kernel.info.queues):
-                descriptors.append(map_descriptors(char_fd, queue, kernel.info.depth))
-            for queue in range(kernel.info.queues):
-                self.workers.append(self._fork_worker(queue, char_fd, descriptors))
-        finally:
-            # From here on only the workers hold the device, so that their end releases it.
-            for mapped in descriptors:
-                unmap_descriptors(mapped, kernel.info.depth)
-            os.close(char_fd)
+        cpus = os.sched_getaffinity(0)
+        specs = [self._spec(queue, self._cpu(queue, cpus)) for queue in range(kernel.info.queues)]
+        if template := self.plan.template:
+            if await self._forks(specs).by_template(template):
+                return
+            await self.kill()
+            self.workers.clear()
+        await self._forks(specs).here()
+
+    def _forks(self, specs: Sequence[WorkerSpec]) -> Forks:
+        self._gate = RecordGate()
+        return Forks(self.plan.kernel, self.plan.arena, specs, self._gate, self._begun)
+
+    def _begun(self, spec: WorkerSpec, pid: int, sock: socket.socket) -> None:
+        self.workers.append(WorkerProcess(spec.queue.queue, spec.cpu, pid, sock, self._on_news))
+
+    def _cpu(self, queue: int, allowed: Collection[int]) -> int | None:
+        kernel = self.plan.kernel
+        return cpu_for(self.plan.config.affinity, kernel.number, queue, kernel.queue_cpus[queue], allowed)
 
     def recorded(self) -> None:
         """The forked workers are on record, where the next daemon finds them: they may fetch."""
@@ -403,37 +408,6 @@ class Team:
         counters = read_statistics(self.plan.arena.control.statistics_block(worker.queue)).counters
         # What the limits hold back may take long, and the next epoch's worker gets it again.
         return worker.child.exit_status is None and counters["in_flight"] > counters["limit_waiting"]
-
-    def _fork_worker(self, queue: int, char_fd: int, descriptors: list[object]) -> WorkerProcess:
-        arena, kernel = self.plan.arena, self.plan.kernel
-        cpus = kernel.queue_cpus[queue]
-        cpu = cpu_for(self.plan.config.affinity, kernel.number, queue, cpus, os.sched_getaffinity(0))
-        spec = self._spec(queue, cpu)
-        inherited = [char_fd, arena.data_fd, arena.control_fd]
-        if kernel.opener is not None:
-            inherited.append(kernel.opener.life)
-        if spec.hold_gate is not None:
-            inherited.append(spec.hold_gate)
-        if spec.engine is not None:
-            inherited += spec.engine.descriptors()
-        gate = self._gate
-        assert gate is not None
-        ours, theirs = messages.pair()
-        fork = with_room_for_one(
-            lambda: fork_child(
-                lambda: run_worker(spec, char_fd, descriptors, arena, theirs, gate),
-                [*inherited, theirs.fileno(), gate.reader],
-                f"ublkpool-{kernel.number}.{queue}",
-            )
-        )
-        try:
-            pid = fork()
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return WorkerProcess(queue, cpu, pid, ours, self._on_news)
 
     def _spec(self, queue: int, cpu: int | None) -> WorkerSpec:
         plan, info = self.plan, self.plan.kernel.info

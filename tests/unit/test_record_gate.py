@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 from support.fakes.device_parts import FakeKernel, FakeParts, fake_context
+from ublkpool.daemon.device import forks
 from ublkpool.daemon.device import team as team_module
 from ublkpool.daemon.device.records import NotRecorded
 from ublkpool.daemon.device.team import Team
@@ -122,7 +123,12 @@ class ForkedParts(FakeParts):
         plan = cast(
             Any,
             SimpleNamespace(
-                kernel=OpenKernel(), arena=Descriptors(self._told), group=None, account=None, engine=engine
+                kernel=OpenKernel(),
+                arena=Descriptors(self._told),
+                group=None,
+                account=None,
+                engine=engine,
+                template=None,
             ),
         )
         plan.queue_dir, plan.config = Path("/nonexistent/queues"), self.config
@@ -151,7 +157,9 @@ class SpecTeam(Team):
     """A team whose workers need no configuration."""
 
     def _spec(self, queue: int, cpu: int | None) -> Any:
-        return SimpleNamespace(hold_gate=None, engine=None)
+        return SimpleNamespace(
+            queue=SimpleNamespace(queue=queue), cpu=cpu, title="ublkpool-test", descriptors=list
+        )
 
     def _socket(self, queue: int) -> Path:
         return Path("/nonexistent")
@@ -169,10 +177,10 @@ def _fake_worker(spec: object, char: int, mapped: object, arena: Any, sock: obje
 def test_workers_fetch_only_once_they_are_on_record(
     is_recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(team_module, "map_descriptors", lambda *_: None)
-    monkeypatch.setattr(team_module, "unmap_descriptors", lambda *_: None)
+    monkeypatch.setattr(forks, "map_descriptors", lambda *_: None)
+    monkeypatch.setattr(forks, "unmap_descriptors", lambda *_: None)
     monkeypatch.setattr(team_module, "restore_queues", lambda *_, **__: None)
-    monkeypatch.setattr(team_module, "run_worker", _fake_worker)
+    monkeypatch.setattr(forks, "run_worker", _fake_worker)
 
     async def run() -> None:
         reader, writer = os.pipe()

@@ -419,6 +419,7 @@ class SimContext(DaemonContext):
         self.instance, self.boot_id, self.build = "sim", "this boot", ""
         self.is_privileged, self.offered = True, -1
         self.group = self.live_mounts = self.account = self.template = None
+        self.worker_template = None
         self.configured = {}
         self.runner, self.broker = runner, broker
         self.holder = SimHolder(scenery.hold_backend, scenery.drop_backend)

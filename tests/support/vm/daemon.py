@@ -35,6 +35,7 @@ from ublkpool.daemon.kernel.warm_process import IDLE_MAX
 from ublkpool.daemon.kernel.warm_process import TITLE as WAITS_FOR_CALLS
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 from ublkpool.daemon.status import DeviceStats, DeviceStatus
+from ublkpool.workers.template import TITLE as FORKS
 
 DEADLINE_S = float(os.environ.get("UBLKPOOL_TEST_DEADLINE_S", "300"))
 """Seconds; a longer wait is a hang, even with two guests on two CPUs."""
@@ -409,7 +410,7 @@ class Daemon:
         processes = marked_processes(str(self.run_dir))
         # The daemon, and as many of each child as outlive devices.
         processes.pop(self.pid, None)
-        for name in ("ublkpool-broker", "ublkpool-hold", TEMPLATE, *[WAITS_FOR_CALLS] * IDLE_MAX):
+        for name in ("ublkpool-broker", "ublkpool-hold", TEMPLATE, FORKS, *[WAITS_FOR_CALLS] * IDLE_MAX):
             if lasting := [pid for pid in processes if _name(pid) == name]:
                 del processes[lasting[0]]
         return processes
