@@ -1,12 +1,13 @@
 """What each block of the disk may hold: the shadow model of a check.  Pure.
 
-A block is an atomic register.  A change (a write, a WRITE_ZEROES, a DISCARD) that was answered excludes every change
-that had been answered before it began; changes that ran at the same time may have taken effect in either order.  A
-read may return each change that was possible at some moment between its start and its end.
+A change (a write, a WRITE_ZEROES, a DISCARD) that was answered excludes every change that had been answered before it
+began; changes that ran at the same time may have taken effect in either order.  A read may return each change that was
+possible at some moment between its start and its end; beside a change of the block that runs it may return parts of
+each, since a file's read and write take no turns.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -180,6 +181,8 @@ class Shadow:
             later = [each for each in reading.later if each.first <= block < each.first + each.count]
             match = self._match(held, block, (*possible, *later))
             if match is None:
+                if self._is_mixed(held, block, (*possible, *later), reading.start):
+                    continue
                 wrong.append(self._wrong(held, block, possible))
                 if len(wrong) == WRONG_MAX:
                     break
@@ -209,6 +212,20 @@ class Shadow:
             if change.kind == "initial" and self._is_initial(held, block):
                 return change
         return None
+
+    def _is_mixed(self, held: bytes, block: int, changes: Sequence[Change], start: int) -> bool:
+        """Whether one of the changes ran beside a read from `start` on, and each 8 bytes are of one of them."""
+        if not any(each.end is None or each.end > start for each in changes):
+            return False
+        contents = [_words(self._content(each, block)) for each in changes]
+        return all(word in found for word, *found in zip(_words(held), *contents, strict=True))
+
+    def _content(self, change: Change, block: int) -> bytes:
+        """What the block holds after this change, which is no DISCARD."""
+        if change.kind == "data":
+            return self.block_data(change.number, block)
+        known = self._learnt.get(block) if change.kind == "initial" else None
+        return known or bytes(self.block_bytes)
 
     def _is_initial(self, held: bytes, block: int) -> bool:
         known = self._learnt.get(block)
@@ -248,8 +265,17 @@ class Shadow:
         if held == self._learnt.get(block):
             return Found("what it held before the check")
         if tag >> 32 == self._nonce:
-            return Found(f"parts of write #{number} and other bytes")
+            return Found(f"parts of {self._parts(held)}")
         return Found(f"bytes that were never written, {held[:8].hex(' ')} ...")
+
+    def _parts(self, held: bytes) -> str:
+        """Whose data a block holds that is of more than one write."""
+        cells = (_HEAD.unpack_from(held, at)[0] for at in range(0, len(held), _HEAD.size))
+        found = [
+            f"write #{tag & 0xFFFF_FFFF}" if tag >> 32 == self._nonce else "other bytes" for tag in cells
+        ]
+        *others, last = dict.fromkeys(found)
+        return f"{', '.join(others)} and {last}" if others else last
 
     def touched(self) -> list[tuple[int, int]]:
         """The runs of blocks that a change or a read has touched, as (first, count)."""
@@ -268,6 +294,10 @@ class Shadow:
 
 
 _ORDER = {"data": 0, "zeros": 1, "initial": 2, "anything": 3}
+
+
+def _words(content: bytes) -> memoryview:
+    return memoryview(content).cast("Q")
 
 
 def _without_older(possible: tuple[Change, ...], change: Change) -> tuple[Change, ...]:

@@ -88,6 +88,38 @@ def test_a_read_may_see_what_was_there_before_or_after_a_write_that_runs() -> No
     assert not disk.may_hold(3, disk.data(before))
 
 
+def test_a_read_beside_a_change_may_see_parts_of_both_and_of_no_other() -> None:
+    disk = Disk()
+    older, before = disk.change(3), disk.change(3)
+    reading = disk.shadow.begin_read(3, 1)
+    after = disk.change(3)
+
+    def mixed(*changes: Change) -> bytes:
+        part = BLOCK // len(changes)
+        return b"".join(disk.data(each)[:part] for each in changes)
+
+    assert not disk.shadow.end_read(reading, mixed(before, after))
+    # Nothing runs now.
+    assert not disk.may_hold(3, mixed(before, after))
+    assert disk.broken(3, mixed(before, after)) == "last-write"
+    running = disk.begin(3, kind="zeros")
+    half_cleared = disk.data(after)[: BLOCK // 2] + bytes(BLOCK // 2)
+    assert disk.may_hold(3, half_cleared)
+    for other in (older, before):
+        (wrong,) = disk.shadow.end_read(disk.shadow.begin_read(3, 1), mixed(after, other))
+        assert wrong.found.words == f"parts of write #{after.number} and write #{other.number}"
+    disk.shadow.end(running)
+    assert not disk.may_hold(3, half_cleared)
+
+
+def test_a_read_beside_the_first_change_may_see_part_of_what_was_there() -> None:
+    disk = Disk()
+    assert disk.may_hold(3, b"a" * BLOCK)
+    running = disk.begin(3)
+    assert disk.may_hold(3, b"a" * (BLOCK // 2) + disk.data(running)[BLOCK // 2 :])
+    assert not disk.may_hold(3, b"b" * (BLOCK // 2) + disk.data(running)[BLOCK // 2 :])
+
+
 def test_a_write_that_failed_may_have_taken_effect() -> None:
     disk = Disk()
     before, failed = disk.change(3), disk.begin(3)
