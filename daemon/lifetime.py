@@ -172,7 +172,7 @@ async def _begin(
     leaving: AsyncExitStack,
     stop: asyncio.Event,
 ) -> Supervisor:
-    context, held = await _make_context(config, directory, machine, ending)
+    context, held = await _make_context(config, directory, machine, ending, leaving)
     context.configured = {device.name: device for device in config.devices}
     context.budget.max_bytes = config.memory_max_bytes
     run_dir, broker = context.run_dir, context.broker
@@ -228,7 +228,11 @@ def _begin_metrics(
 
 
 async def _make_context(
-    config: ServeConfig, directory: RunDirectory, machine: Machine, ending: _Ending
+    config: ServeConfig,
+    directory: RunDirectory,
+    machine: Machine,
+    ending: _Ending,
+    leaving: AsyncExitStack,
 ) -> tuple[DaemonContext, dict[str, int]]:
     """The parts that all devices share, and the descriptors that an earlier daemon's holder kept.
 
@@ -254,7 +258,8 @@ async def _make_context(
         let_workers_connect(run_dir / "pool.sock", account)
     worker_template = WorkerTemplate()
     worker_template.start()
-    ending.push_async_callback(worker_template.stop)
+    # Its workers outlive it, and the next daemon has one of its own.
+    leaving.push_async_callback(worker_template.stop)
     holder = Holder(run_dir)
     held = holder.take_over()
     holder.start()
