@@ -25,6 +25,7 @@ from ublkpool.daemon.processes.holder import Holder
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig, ServeConfig
 from ublkpool.daemon.status import State
 from ublkpool.daemon.takeover import TakeOver
+from ublkpool.workers.template import TITLE as TEMPLATE
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root only")
 SIZE_BYTES = 1 << 20
@@ -255,6 +256,12 @@ def test_a_takeover_that_hangs_delays_neither_ready_nor_the_end(
     serving(ServeConfig(run_dir=tmp_path / "run", state_dir=tmp_path / "state"), test)
 
 
+def children() -> list[str]:
+    """The names of this process's children."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [Path(f"/proc/{pid}/comm").read_text().strip() for pid in found]
+
+
 def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +287,7 @@ def test_a_start_that_fails_leaves_what_an_earlier_daemon_left(
         )
     assert Records(tmp_path / "run" / "devices").load() == [record]
     assert (tmp_path / "run" / "held.sock").is_socket(), "the holder goes on"
+    assert TEMPLATE not in children(), "the template of workers has ended"
     ended = earlier_events(tmp_path / "state", 1 << 20)[-1]
     assert (ended.code, ended.details["leaves"]) == (DaemonStopped.code, True), "the daemon has not died"
     # As the end of the process would.

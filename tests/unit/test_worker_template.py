@@ -310,7 +310,7 @@ def test_a_template_that_is_stuck_is_killed_and_keeps_no_device(
     test(tmp_path, files)
 
 
-def test_workers_that_nobody_waits_for_any_more_are_killed(
+def test_the_workers_of_a_request_that_was_given_up_are_killed(
     tmp_path: Path, files: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[Child] = []
