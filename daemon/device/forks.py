@@ -37,7 +37,7 @@ class Forks(NamedTuple):
     begun: Begun
 
     async def by_template(self, template: WorkerTemplate) -> bool:
-        """Whether the template has forked all of them; what it has forked of others has been taken over.
+        """Whether the template has forked all of them; if it has forked only some, `begun` has these.
 
         Raises `DaemonError`, `OSError`.
         """
@@ -92,7 +92,7 @@ class Forks(NamedTuple):
         return not forked.errno
 
     async def here(self) -> None:
-        """Fork them all from this process.  Raises `DaemonError`, `OSError`; what was forked has been taken over."""
+        """Fork them all from this process.  Raises `DaemonError`, `OSError`; `begun` has what was forked."""
         char_fd = await self.kernel.open_char()
         # No await from here to the close: a child forked elsewhere meanwhile would hold the device until it ends.
         depth = self.kernel.info.depth

@@ -1,7 +1,7 @@
 """The daemon's template of workers (`workers/template.py`): its process, and the answers that it owes.
 
 It is forked before the daemon has any device, once: a later copy would keep the memory of devices that go.  Its workers
-are children of the daemon, and its end is no matter to them.  From its end on the daemon forks workers itself, each of
+are children of the daemon, and go on when it ends.  From its end on the daemon forks workers itself, each of
 which then takes some MB of memory more, until the next daemon; the log says so.
 
 Owns the process, its socket and the processes that it was asked for until those are the caller's.  Runs on the

@@ -141,7 +141,8 @@ class Machine:
 
     def _lost_interrupt(self, now: float) -> str:
         """See `lost_interrupts`; empty if all is well, or not known yet."""
-        if self._up and now - self._asked_at >= lost_interrupts.ASK_EVERY_S:
+        # An exact guest is not asked: what interrupts it could show in its measurements.
+        if self._up and not self._spec.exact and now - self._asked_at >= lost_interrupts.ASK_EVERY_S:
             self._asked_at = now
             self._channels["monitor"].send(lost_interrupts.question(self._spec.cpus))
         return self._in_service.lost

@@ -1,9 +1,8 @@
 """Interrupts whose end QEMU has lost, found in what its monitor says of the CPUs' local APICs.  Pure.
 
-Now and then QEMU 10.0 without KVM leaves a vector in service that no handler runs for, mostly the timer's (236) and
-mostly during the boot.  The CPU then takes no interrupt of that priority or a lower one: its timers never fire, a task
-that sleeps on it sleeps for ever, and RCU says "kthread timer wakeup didn't happen".  No guest that lives leaves one
-vector in service for half a minute.
+QEMU 10.0 without KVM was seen to leave a vector in service that no handler ran for: the timer's (236), of CPU 0.  The
+CPU then takes no interrupt of that priority or a lower one: its timers never fire, a task that sleeps on it sleeps for
+ever, and RCU says "kthread timer wakeup didn't happen".  No CPU that works has one vector in service for half a minute.
 """
 
 import re
