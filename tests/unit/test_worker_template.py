@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,7 +78,9 @@ def _live(spec: WorkerSpec, char: int, mapped: Any, pool: Any, sock: socket.sock
     told["queue"], told["mapped"] = str(spec.queue.queue), str(mapped[spec.queue.queue])
     told["open"] = str(len(os.listdir("/proc/self/fd")) - 1)  # noqa: PTH208
     told["own_kib"] = str(_private_kib())
-    sock.send(json.dumps(told).encode())
+    # A request that was given up has no other end.
+    with suppress(BrokenPipeError):
+        sock.send(json.dumps(told).encode())
     if not gate.passes():
         return 1
     sock.send(b"passed")

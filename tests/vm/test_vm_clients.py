@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -54,7 +55,10 @@ class Disk:
             assert os.preadv(self.fd, [part], offset) == length
             return bytes(part)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self.fd)
         self.buffer.close()
 
@@ -77,17 +81,16 @@ def test_what_a_client_writes_from_a_shared_buffer_comes_back_and_nothing_is_cop
     with daemon.device(name, backend, options=options, client_buffers_bytes=AREA_BYTES, **config) as status:
         assert ("SHMEM_ZC" in status.flags) == is_offered()
         before = copied(daemon, name)
-        disk = Disk(ClientBuffer.open(name, MIB, run_dir=daemon.run_dir))
-        assert disk.buffer.is_shared == is_offered()
-        moved = 0
-        for index, length in enumerate((512, 4096, 12288, 65536, 512 * 1024)):
-            data = os.urandom(length)
-            disk.write(index * MIB, data, at=index * 4096)
-            assert disk.read(index * MIB, length, at=64 * 1024) == data
-            moved += 2 * length
-        counted = (in_place(daemon, name), copied(daemon, name) - before)
-        assert counted == ((moved, 0) if is_offered() else (0, moved))
-        disk.close()
+        with Disk(ClientBuffer.open(name, MIB, run_dir=daemon.run_dir)) as disk:
+            assert disk.buffer.is_shared == is_offered()
+            moved = 0
+            for index, length in enumerate((512, 4096, 12288, 65536, 512 * 1024)):
+                data = os.urandom(length)
+                disk.write(index * MIB, data, at=index * 4096)
+                assert disk.read(index * MIB, length, at=64 * 1024) == data
+                moved += 2 * length
+            counted = (in_place(daemon, name), copied(daemon, name) - before)
+            assert counted == ((moved, 0) if is_offered() else (0, moved))
 
 
 @pytest.fixture
@@ -181,9 +184,12 @@ def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_kil
     daemon: Daemon, shared: str
 ) -> None:
     """The buffer has room for all requests of the job; verification reads through it, too."""
-    status = daemon.status(shared)
-    buffer = ClientBuffer.open(shared, run_dir=daemon.run_dir)
-    before = copied(daemon, shared)
+    with ClientBuffer.open(shared, run_dir=daemon.run_dir) as buffer:
+        _verify_while_processes_are_killed(buffer, daemon, shared)
+
+
+def _verify_while_processes_are_killed(buffer: ClientBuffer, daemon: Daemon, shared: str) -> None:
+    status, before = daemon.status(shared), copied(daemon, shared)
     fio = start_fio(
         buffer.path, size=8 * MIB, iodepth=8, bssplit=None, bs="128k", verify_backlog=16, time_based=1, runtime=3600,
         iomem=f"mmapshared:/proc/{os.getpid()}/fd/{buffer.descriptor}",
@@ -199,7 +205,6 @@ def test_fio_verifies_what_it_wrote_from_a_shared_buffer_while_processes_are_kil
     result = finish_fio(fio, may_fail=True)
     assert result.errors == 0 and result.written_bytes and result.read_bytes, result.text
     assert copied(daemon, shared) == before
-    buffer.close()
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +221,18 @@ def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
         pytest.skip("this kernel's driver lacks SHMEM_ZC")
     daemon, name = line_of_daemons, "heir"
     daemon.add(name, "memory", {"size": "32M"}, client_buffers_bytes=AREA_BYTES)
-    disk = Disk(ClientBuffer.open(name, run_dir=daemon.run_dir))
+    with Disk(ClientBuffer.open(name, run_dir=daemon.run_dir)) as disk:
+        _outlives_the_daemon(disk, daemon, name)
+        _outlives_all_processes(disk, daemon, name)
+    # The daemon cannot tell whether a process still maps the slice, so it does not lend it again.
+    with Disk(ClientBuffer.open(name, MIB, run_dir=daemon.run_dir)) as late:
+        assert not late.buffer.is_shared
+        late.write(MIB, b"5" * 4096)
+        assert late.read(MIB, 4096) == b"5" * 4096
+    daemon.delete(name)
+
+
+def _outlives_the_daemon(disk: Disk, daemon: Daemon, name: str) -> None:
     disk.write(0, b"1" * 65536)
     daemon.crash()
     disk.write(MIB, b"2" * 65536)
@@ -229,6 +245,8 @@ def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
     eventually(lambda: free_slices(daemon, name) == SLICES - 1, "all but the client's are free")
     disk.write(2 * MIB, b"3" * 65536)
 
+
+def _outlives_all_processes(disk: Disk, daemon: Daemon, name: str) -> None:
     daemon.crash_everything()
     daemon.start()
     before, moved = copied(daemon, name), in_place(daemon, name)
@@ -239,14 +257,6 @@ def test_a_client_goes_on_through_the_death_of_the_daemon_and_of_all_processes(
     # The memory of the free slices is lost, and only the client knows its own.
     clients = daemon.stats(name).clients
     assert (clients.lent_count, clients.resting_count, clients.free_count) == (0, 1, 0)
-    disk.close()
-    # The daemon cannot tell whether a process still maps the slice, so it does not lend it again.
-    late = Disk(ClientBuffer.open(name, MIB, run_dir=daemon.run_dir))
-    assert not late.buffer.is_shared
-    late.write(MIB, b"5" * 4096)
-    assert late.read(MIB, 4096) == b"5" * 4096
-    late.close()
-    daemon.delete(name)
 
 
 @pytest.mark.one_kernel("7.3")

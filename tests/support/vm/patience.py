@@ -7,9 +7,9 @@ process may be that slow, and no test may depend on it.
 from types import ModuleType
 
 from ublkpool.daemon import lifetime
-from ublkpool.daemon.backends import attach
+from ublkpool.daemon.backends import attach, template_process
 from ublkpool.daemon.device import attached_backend, recovery, team
-from ublkpool.daemon.processes import broker_process, holder, worker_process
+from ublkpool.daemon.processes import broker_process, holder, worker_process, worker_template
 from ublkpool.daemon.settings import run_directory
 
 PATIENCE_S = 600.0
@@ -19,9 +19,11 @@ DEADLINES: dict[ModuleType, tuple[str, ...]] = {
     recovery: ("RECOVERY_DEADLINE_S", "FENCE_DEADLINE_S", "QUIESCE_DEADLINE_S"),
     team: ("READY_DEADLINE_S", "REPORT_DEADLINE_S"),
     worker_process: ("ANSWER_DEADLINE_S",),
+    worker_template: ("ANSWER_S",),
     broker_process: ("REPLY_DEADLINE_S",),
     holder: ("_ANSWER_TIMEOUT_S",),
     attach: ("ATTACH_DEADLINE_S",),
+    template_process: ("ANSWER_S",),
     run_directory: ("REPLACE_DEADLINE_S",),
 }
 
