@@ -9,6 +9,7 @@ import pytest
 
 from support.fakes.loop_rig import DEVICE, NoRing
 from support.fakes.queue_rig import Plan
+from support.fakes.worker_spec import queue_config, worker_spec
 from ublkpool.bufpool.engine.cow import CowFiles, CowLayout
 from ublkpool.bufpool.engine.native import FileStorage, MemoryStorage, NullStorage
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix
@@ -16,11 +17,11 @@ from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.sdk.inside import Connect, open_for_workers
 from ublkpool.bufpool.sdk.properties import Hint
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import LinkState, QueueConfig
+from ublkpool.ublk.queue import LinkState
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.engine_awaited import AWAITED, _spec_of, told
 from ublkpool.workers.engine_inside import EngineInside, EngineSpec
-from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
+from ublkpool.workers.queue_loop import QueueLoop, buffer_classes
 
 MIB = 1 << 20
 LAYOUT = CowLayout(size_bytes=MIB, capacity_bytes=MIB, live_at=1, durable_at=2, data_at=3, base_bytes=4)
@@ -41,30 +42,12 @@ class Prepared:
 
     def __init__(self, directory: Path, arena: Arena, spec: EngineSpec | None = AWAITED) -> None:
         self.supervisor, worker = messages.pair()
-        config = QueueConfig(
-            device_number=DEVICE,
-            queue=0,
-            depth=4,
-            epoch=1,
-            max_io_bytes=Plan().max_io_bytes,
-            block_bytes=512,
-            need_get_data=True,
-            place_in_backend=False,
-            timeout_ms=0,
-            fail_on_timeout=False,
-            classes=buffer_classes(arena),
-        )
         self.loop = QueueLoop(
-            WorkerSpec(
+            worker_spec(
+                queue_config(buffer_classes(arena)),
+                directory / "q0",
                 name="_prepared.1",
-                queue=config,
-                queue_socket=directory / "q0",
-                ring_socket=None,
                 pool_endpoint=f"ipc://{directory}/pool",
-                socket_mode=0o600,
-                socket_group=None,
-                cpu=None,
-                spin_us=0,
                 engine=spec,
                 is_prepared=True,
             ),

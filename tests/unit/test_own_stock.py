@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from support.fakes.worker_spec import queue_config, worker_spec
 from ublkpool.bufpool.engine.native import NullStorage
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix
 from ublkpool.bufpool.pool.lease import Owner
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import Attention, BufferClass, QueueConfig
+from ublkpool.ublk.queue import Attention, BufferClass
 from ublkpool.workers import messages
 from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.own_stock import OwnStock
 from ublkpool.workers.process import fork_child
-from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, own_classes
+from ublkpool.workers.queue_loop import QueueLoop, own_classes
 
 DEVICE, DEPTH, QUEUES, EPOCH = 7, 8, 3, 2
 COUNTS = (16, 4)
@@ -42,32 +43,17 @@ def supervisor() -> Iterator[socket.socket]:
 
 
 def _loop(arena: Arena, queue: int, directory: Path, supervisor: socket.socket) -> QueueLoop:
-    config = QueueConfig(
-        device_number=DEVICE,
+    config = queue_config(
+        own_classes(arena, queue),
         queue=queue,
         depth=DEPTH,
         queues=QUEUES,
         epoch=EPOCH,
         max_io_bytes=SIZES[-1],
-        block_bytes=512,
-        need_get_data=True,
         place_in_backend=True,
-        timeout_ms=0,
-        fail_on_timeout=False,
-        classes=own_classes(arena, queue),
     )
-    spec = WorkerSpec(
-        name="own",
-        queue=config,
-        queue_socket=directory / f"q{queue}",
-        ring_socket=None,
-        pool_endpoint=None,
-        socket_mode=0o600,
-        socket_group=None,
-        cpu=None,
-        spin_us=0,
-        engine=EngineSpec(NullStorage(), 1 << 20, read_only=False),
-    )
+    engine = EngineSpec(NullStorage(), 1 << 20, read_only=False)
+    spec = worker_spec(config, directory / f"q{queue}", engine=engine)
     descriptors = _native.ffi.new("struct uq_iod[]", DEPTH)
     # A file that takes no commands: none is sent in these tests.
     char_fd = os.open(os.devnull, os.O_RDWR)

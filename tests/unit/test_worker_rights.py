@@ -19,6 +19,7 @@ from support.fakes.device_parts import FakeHolder
 from support.fakes.loop_rig import DEVICE, HELLO, TOKEN, NoRing
 from support.fakes.queue_rig import Plan
 from support.fakes.ring_peer import RingPeer
+from support.fakes.worker_spec import queue_config, worker_spec
 from support.rights import expect_threads_without_rights
 from ublkpool.bufpool.errors import PoolError
 from ublkpool.bufpool.pool import broker_commands
@@ -32,7 +33,6 @@ from ublkpool.daemon.settings import worker_account
 from ublkpool.daemon.settings.run_directory import let_workers_connect
 from ublkpool.daemon.settings.worker_account import check_account, choose_account, wanted_accounts, why_not
 from ublkpool.ublk import _native, process_calls
-from ublkpool.ublk.queue import QueueConfig
 from ublkpool.workers import messages, queue_loop
 from ublkpool.workers.listening import Place
 from ublkpool.workers.privileges import Account
@@ -84,28 +84,11 @@ class Scene:
         self.workers: list[WorkerProcess] = []
 
     def _spec(self) -> WorkerSpec:
-        return WorkerSpec(
-            name="vol",
-            queue=QueueConfig(
-                device_number=DEVICE,
-                queue=0,
-                depth=4,
-                epoch=1,
-                max_io_bytes=Plan().max_io_bytes,
-                block_bytes=512,
-                need_get_data=True,
-                place_in_backend=False,
-                timeout_ms=0,
-                fail_on_timeout=False,
-                classes=buffer_classes(self.arena),
-            ),
-            queue_socket=self.place / "queues/0.0",
+        return worker_spec(
+            queue_config(buffer_classes(self.arena)),
+            self.place / "queues/0.0",
             ring_socket=self.place / "queues/0.0.ring",
             pool_endpoint=self.broker.endpoint,
-            socket_mode=0o600,
-            socket_group=None,
-            cpu=None,
-            spin_us=0,
             account=self._account,
         )
 

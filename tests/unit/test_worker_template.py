@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 
 from support.fakes.device_parts import FakeKernel
+from support.fakes.worker_spec import queue_config, worker_spec
 from ublkpool.bufpool.engine.native import FileStorage, NullStorage
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.daemon.device import forks
@@ -24,7 +25,6 @@ from ublkpool.daemon.device.forks import Forks
 from ublkpool.daemon.processes import worker_template
 from ublkpool.daemon.processes.children import Child
 from ublkpool.daemon.processes.worker_template import WorkerTemplate
-from ublkpool.ublk.queue import QueueConfig
 from ublkpool.workers import template
 from ublkpool.workers.engine_inside import EngineSpec
 from ublkpool.workers.queue_loop import WorkerSpec
@@ -39,29 +39,10 @@ GEOMETRY = Geometry.build([(4096, 4)])
 def spec_of(
     queue: int, engine: EngineSpec | None = None, name: str = "vol", gate: int | None = None
 ) -> WorkerSpec:
-    return WorkerSpec(
+    return worker_spec(
+        queue_config(queue=queue, queues=QUEUES, max_io_bytes=4096),
+        Path("/nonexistent/7.0"),
         name=name,
-        queue=QueueConfig(
-            device_number=7,
-            queue=queue,
-            depth=4,
-            queues=QUEUES,
-            epoch=1,
-            max_io_bytes=4096,
-            block_bytes=512,
-            need_get_data=True,
-            place_in_backend=False,
-            timeout_ms=0,
-            fail_on_timeout=False,
-            classes=(),
-        ),
-        queue_socket=Path("/nonexistent/7.0"),
-        ring_socket=None,
-        pool_endpoint=None,
-        socket_mode=0o600,
-        socket_group=None,
-        cpu=None,
-        spin_us=0,
         engine=engine,
         hold_gate=gate,
     )

@@ -12,12 +12,13 @@ import zmq
 
 from support.fakes.queue_rig import Plan
 from support.fakes.ring_peer import RingPeer
+from support.fakes.worker_spec import queue_config, worker_spec
 from ublkpool.bufpool.pool.arena import Arena, arena_prefix
 from ublkpool.bufpool.pool.control import stats_offset
 from ublkpool.bufpool.pool.limits import Geometry
 from ublkpool.bufpool.wire import Descriptor, Kind
 from ublkpool.ublk import _native
-from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue, QueueConfig
+from ublkpool.ublk.queue import WATCH_SHIFT, Attention, Queue
 from ublkpool.ublk.statistics import read_statistics
 from ublkpool.workers import messages
 from ublkpool.workers.queue_loop import QueueLoop, WorkerSpec, buffer_classes
@@ -85,29 +86,12 @@ class LoopRig:
         self._thread.start()
 
     def _spec(self, directory: Path) -> WorkerSpec:
-        config = QueueConfig(
-            device_number=DEVICE,
-            queue=0,
-            depth=4,
-            epoch=1,
-            max_io_bytes=Plan().max_io_bytes,
-            block_bytes=512,
-            need_get_data=True,
-            place_in_backend=False,
-            timeout_ms=0,
-            fail_on_timeout=False,
-            classes=buffer_classes(self.arena),
-        )
-        return WorkerSpec(
-            name="rig",
-            queue=config,
-            queue_socket=self._path,
+        return worker_spec(
+            queue_config(buffer_classes(self.arena)),
+            self._path,
             ring_socket=self._path.with_suffix(".ring"),
             pool_endpoint=f"ipc://{directory}/pool",
-            socket_mode=0o600,
-            socket_group=None,
             cpu=self._cpu,
-            spin_us=0,
         )
 
     def _run(self, directory: Path) -> None:
