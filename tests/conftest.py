@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.guest.one_kernel import runs_here
+from support.guest.passed import Passed
 
 # Before a test imports the core: the checked build asserts the core's invariants after each call (csrc/queue_check.h).
 sys.modules["ublkpool.ublk._native"] = importlib.import_module("ublkpool.ublk._native_checked")
@@ -19,8 +20,10 @@ KERNEL_LOG = Path("/dev/kmsg")
 _MAY_WAIT: list[str] = []
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """From here on, record each call that a disk can block and that an asyncio loop makes in this process."""
+    if (passed := Passed.of_this_guest()) is not None:
+        config.pluginmanager.register(passed)
     # Not before the checked core has its name.
     from support.fakes.quiet_fork import fork_when_quiet
     from support.fakes.watched_calls import is_on_a_disk, watch

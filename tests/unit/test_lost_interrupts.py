@@ -1,5 +1,8 @@
 """Guests that QEMU has stalled are noticed, and their command begins anew."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from support.guest import __main__ as guest
 from support.guest.boot import STATUS_LOST_INTERRUPT, STATUS_TIMEOUT
 from support.guest.lost_interrupts import ANSWERS, InService, question
+from support.guest.passed import VARIABLE
 from support.guest.qemu import Spec
 
 ANSWER = (
@@ -51,6 +55,59 @@ def test_answers_may_come_in_any_pieces() -> None:
             assert found.lost == "" or start > len(text) - 2 * len(ANSWER)
             found.hear(text[start : start + size])
         assert found.lost == "CPU 0 has interrupt 236 in service without end"
+
+
+_TESTS = """
+import pytest
+
+@pytest.fixture
+def torn():
+    yield
+    assert False
+
+def test_passes(): pass
+def test_skips(): pytest.skip()
+def test_fails(): assert False
+def test_is_torn(torn): pass
+"""
+
+
+def _run_tests(place: Path, tests: str, noted: str) -> "subprocess.CompletedProcess[str]":
+    """pytest in a guest, with this file for what has passed."""
+    (place / "test_them.py").write_text(tests)
+    (place / "conftest.py").write_text(
+        "from support.guest.passed import Passed\n"
+        "def pytest_configure(config):\n    config.pluginmanager.register(Passed.of_this_guest())\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--rootdir", str(place)]
+    environ = {**os.environ, VARIABLE: str(place / noted)}
+    return subprocess.run(
+        [*command, "test_them.py"], cwd=place, env=environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_fresh_guest_runs_only_the_tests_that_have_not_passed_in_the_stalled_one(tmp_path: Path) -> None:
+    runs = [_run_tests(tmp_path, _TESTS, "passed") for _ in range(2)]
+    assert [each.returncode for each in runs] == [1, 1], runs[0].stdout
+    assert "1 failed, 2 passed, 1 skipped, 1 error" in runs[0].stdout
+    assert "1 failed, 1 passed, 2 deselected, 1 error" in runs[1].stdout
+
+
+def test_a_fresh_guest_that_has_nothing_left_to_run_is_no_failure(tmp_path: Path) -> None:
+    """Nor is it a failure of the tests before; without such a file pytest's status stays."""
+    (tmp_path / "passed").write_text("test_them.py::test_passes\n")
+    runs = {name: _run_tests(tmp_path, "def test_passes(): pass\n", name) for name in ("passed", "empty")}
+    assert {name: run.returncode for name, run in runs.items()} == {"passed": 0, "empty": 0}
+    assert "1 deselected" in runs["passed"].stdout and "1 passed" in runs["empty"].stdout
+    assert _run_tests(tmp_path, "", "fresh").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_the_guests_of_one_command_share_the_file_of_what_has_passed(tmp_path: Path) -> None:
+    noting = guest._noting_tests(Spec("7.3", ["true"], cwd=tmp_path), tmp_path)
+    assert noting.command == ["env", f"{VARIABLE}={tmp_path}/tests", "true"]
+    assert noting.rw == [tmp_path]
+    exact = Spec("7.3", ["true"], cwd=tmp_path, exact=True)
+    assert guest._noting_tests(exact, tmp_path) == exact
 
 
 def test_each_cpu_is_asked() -> None:

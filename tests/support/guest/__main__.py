@@ -10,6 +10,7 @@ died or fell silent, 126 when the command succeeded but the kernel's log shows a
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from support.guest.apt_archive import ArchiveError
 from support.guest.boot import STATUS_LOST_INTERRUPT, Machine, say
 from support.guest.cache import KERNELS, CacheError, GuestCache
 from support.guest.kernel_selftests import fetch_selftests
+from support.guest.passed import VARIABLE as PASSED_TESTS
 from support.guest.qemu import Spec
 from support.nbdkit.source_package import fetch_plugins
 
@@ -104,8 +106,16 @@ class Guest:
             raise CacheError("the guest shares the root through virtiofsd, which needs root: use sudo")
         kvm = not self._spec.exact and kvm_works(self._spec.kernel)
         spec = replace(self._spec, command=command, cwd=cwd or Path.cwd(), kvm=kvm)
-        with exiting_on_signals():
-            return _run(spec)
+        with exiting_on_signals(), tempfile.TemporaryDirectory(prefix="ublkpool-passed-") as shared:
+            return _run(_noting_tests(spec, Path(shared)))
+
+
+def _noting_tests(spec: Spec, shared: Path) -> Spec:
+    """The same with a file in `shared` in which tests note that they have passed; an exact guest stays as it is."""
+    if spec.exact:
+        return spec
+    command = ["env", f"{PASSED_TESTS}={shared}/tests", *spec.command]
+    return replace(spec, command=command, rw=[*spec.rw, shared])
 
 
 def _run(spec: Spec) -> int:
@@ -113,7 +123,7 @@ def _run(spec: Spec) -> int:
     status = STATUS_LOST_INTERRUPT
     for boot in range(BOOTS_MAX):
         if boot:
-            say("the command begins anew in a fresh guest")
+            say("the command begins anew in a fresh guest, without the tests that have passed")
         with Machine(spec, GuestCache()) as machine:
             status = machine.wait()
         if status != STATUS_LOST_INTERRUPT:
