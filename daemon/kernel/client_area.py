@@ -23,11 +23,15 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel.allocation import AT_ONCE_BYTES_MAX, allocate_beside
 from ublkpool.daemon.kernel.control_process import ControlFailed, ControlRunner
 from ublkpool.daemon.processes.held_names import slice_name
-from ublkpool.daemon.processes.open_files import FileId, file_id, processes_with
+from ublkpool.daemon.processes.open_files import FileId, file_id, open_memfds
 from ublkpool.daemon.settings.config import CLIENT_SLICES
 from ublkpool.ublk import mappings
 
 _log = logging.getLogger("ublkpool.device")
+NAME = "ublkpool-clients"
+"""Of the slices' files, by which a daemon finds its predecessor's: it never changes."""
+FIND_DEADLINE_S = 600.0
+"""Requests in slices that were not found fail.  Nothing in the search waits for a file system."""
 USER_UNKNOWN = -1
 """In place of a user: an earlier user may still have the slice, so it is lent to no client any more."""
 
@@ -58,7 +62,7 @@ class ClientArea:
         try:
             check_room("client_buffers", size_bytes, "lower client_buffers, or set it to 0")
             for number in range(CLIENT_SLICES):
-                area.files[number] = mappings.sealable_memory("ublkpool-clients")
+                area.files[number] = mappings.sealable_memory(NAME)
             await area._allocate(runner, device)
         except PoolError as error:
             raise DaemonError(str(error)) from error
@@ -163,7 +167,7 @@ class ClientArea:
 async def _find_elsewhere(
     runner: ControlRunner, device: str, missing: Mapping[int, FileId], size_bytes: int
 ) -> dict[int, int]:
-    """The slices that other processes have open; a disposable process searches, since /proc may keep it waiting."""
+    """The slices that other processes have open; another process searches, since a machine may have many processes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     spared = os.getpid()
     with ours, theirs:
@@ -173,6 +177,7 @@ async def _find_elsewhere(
                 f"{device}: looking for its client buffers",
                 lambda: _send_open(theirs, missing, size_bytes, spared),
                 int,
+                FIND_DEADLINE_S,
                 keep_fds=[theirs.fileno()],
             )
         except ControlFailed as error:
@@ -189,25 +194,28 @@ def _receive_slice(ours: socket.socket) -> tuple[int, int]:
 
 def _send_open(theirs: socket.socket, missing: Mapping[int, FileId], size_bytes: int, spared: int) -> int:
     """Runs in the disposable process: send each slice that was found with its number; the count."""
-    found = {
-        number: fd
-        for number, wanted in missing.items()
-        if (fd := _find_open(wanted, size_bytes, spared)) is not None
-    }
+    found = _open_elsewhere(missing, size_bytes, spared)
     for number, fd in found.items():
         send_packet(theirs, bytes([number]), fd)
     return len(found)
 
 
-def _find_open(wanted: FileId, size_bytes: int, spared: int) -> int | None:
-    """A descriptor of the wanted file, if another process has it open and its size and seals are unchanged."""
-    for pid in processes_with({wanted}, [spared]):
+def _open_elsewhere(missing: Mapping[int, FileId], size_bytes: int, spared: int) -> dict[int, int]:
+    """A descriptor of each slice that another process has open and whose size and seals are unchanged."""
+    numbers = {file: number for number, file in missing.items()}
+    found: dict[int, int] = {}
+    for path in open_memfds(NAME, [spared]):
+        if len(found) == len(missing):
+            break
         with suppress(OSError):
-            for path in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    if file_id(path.stat()) == wanted and (fd := _open_slice(path, size_bytes)) is not None:
-                        return fd
-    return None
+            number = numbers.get(file_id(path.stat()))
+            if (
+                number is not None
+                and number not in found
+                and (fd := _open_slice(path, size_bytes)) is not None
+            ):
+                found[number] = fd
+    return found
 
 
 def _open_slice(path: Path, size_bytes: int) -> int | None:

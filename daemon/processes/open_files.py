@@ -1,8 +1,8 @@
-"""Which processes have a file open or mapped, and whether any process has.
+"""Where a memfd is open, and whether any process has it open or mapped.
 
-The search through /proc is slow, since it reads every process, and finds some of them, never all: descriptors in flight
-and in io_uring's tables do not show there.  Only the kernel knows that a file has no other open file; it is asked by
-`is_open_elsewhere`, for files that were handed out by `reopened`.
+The search through /proc reads every process, and does not find all: mappings without a descriptor, descriptors in
+flight and in io_uring's tables do not show there.  Only the kernel knows that a file has no other open file; it is
+asked by `is_open_elsewhere`, for files that were handed out by `reopened`.
 """
 
 import fcntl
@@ -49,22 +49,21 @@ def is_open_elsewhere(fd: int) -> bool:
     return False
 
 
-def processes_with(files: Collection[FileId], spared: Collection[int] = ()) -> list[int]:
-    """The processes that have one of these files open or mapped, except this one and `spared`."""
-    numbers = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
-    spared = {os.getpid(), *spared}
-    return [pid for pid in numbers if pid not in spared and any(each in files for each in _files_of(pid))]
+def open_memfds(name: str, spared: Collection[int] = ()) -> Iterator[Path]:
+    """Where in /proc each open file of a memfd with this name is, in all processes but this one and `spared`.
 
-
-def _files_of(pid: int) -> Iterator[FileId]:
-    process = Path(f"/proc/{pid}")
-    # The process may end meanwhile.
-    with suppress(OSError):
-        for each in (process / "fd").iterdir():
-            with suppress(OSError):
-                yield file_id(each.stat())
-    with suppress(OSError):
-        for line in (process / "maps").read_text().splitlines():
-            _, _, _, device, inode = line.split()[:5]
-            major, _, minor = device.partition(":")
-            yield os.makedev(int(major, 16), int(minor, 16)), int(inode)
+    The links are read and nothing behind them, so that no file system can make the caller wait.
+    """
+    link = f"/memfd:{name} (deleted)"
+    with os.scandir("/proc") as processes:
+        pids = [int(each.name) for each in processes if each.name.isdigit()]
+    for pid in pids:
+        if pid in spared or pid == os.getpid():
+            continue
+        # The process, or its descriptor, may end meanwhile.
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+                path = f"/proc/{pid}/fd/{number}"
+                with suppress(OSError):
+                    if os.readlink(path) == link:  # noqa: PTH115
+                        yield Path(path)

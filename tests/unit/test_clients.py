@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 import pytest
@@ -31,7 +31,7 @@ from ublkpool.daemon.errors import DaemonError
 from ublkpool.daemon.kernel import client_area
 from ublkpool.daemon.kernel.block_device import BlockDevice
 from ublkpool.daemon.kernel.client_area import USER_UNKNOWN, AreaRecord, ClientArea
-from ublkpool.daemon.kernel.control_process import LOOK_DEADLINE_S, LOOK_TITLE, ControlRunner
+from ublkpool.daemon.kernel.control_process import ControlRunner
 from ublkpool.daemon.kernel.disk_parameters import wanted_flags
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.processes.held_names import client_name, slice_name
@@ -307,24 +307,8 @@ def test_a_slice_rests_as_long_as_a_client_has_it_in_any_way(area: ClientArea, h
     assert rested(mine) == [0]
 
 
-class PatientRunner(ControlRunner):
-    """The real runner; on a starved machine the start of a process alone may take longer than a look usually has."""
-
-    async def look(
-        self,
-        owner: str,
-        what: str,
-        work: Callable[[], Any],
-        result: type[T],
-        deadline_s: float = 10 * LOOK_DEADLINE_S,
-        keep_fds: Sequence[int] = (),
-        title: str = LOOK_TITLE,
-    ) -> T:
-        return await super().look(owner, what, work, result, deadline_s, keep_fds, title)
-
-
 def _find(record: AreaRecord, held: dict[str, int]) -> ClientArea:
-    return asyncio.run(ClientArea.find(PatientRunner(), record, "vol", held))
+    return asyncio.run(ClientArea.find(ControlRunner(), record, "vol", held))
 
 
 def test_slices_are_found_again_through_the_holder_or_a_client_and_are_lost_otherwise(
@@ -354,6 +338,20 @@ def test_slices_are_found_again_through_the_holder_or_a_client_and_are_lost_othe
     assert (lost.bits, len(lost.segments())) == (1 << 1, 1)
     assert lost.record().files[1] == record.files[1] and lost.record().files[0] is None
     lost.close()
+
+
+def test_all_slices_are_looked_for_in_one_search(area: ClientArea, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a search takes long, and the requests of its disk's clients wait for it."""
+    searches: list[str] = []
+
+    def count(name: str, spared: Sequence[int]) -> list[Path]:
+        searches.append(name)
+        return []
+
+    monkeypatch.setattr(client_area, "open_memfds", count)
+    wanted = {number: file for number, file in enumerate(area.record().files) if file is not None}
+    assert client_area._open_elsewhere(wanted, area.slice_bytes, os.getpid()) == {}
+    assert searches == [client_area.NAME]
 
 
 @pytest.mark.parametrize("at_once_bytes_max", [0, 1 << 30])

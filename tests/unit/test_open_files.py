@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.vm.process import Forked
-from ublkpool.daemon.processes.open_files import file_id, is_open_elsewhere, processes_with, reopened
+from ublkpool.daemon.processes.open_files import is_open_elsewhere, open_memfds, reopened
 from ublkpool.ublk.mappings import sealed_memory
 
 SIZE_BYTES = 4096
@@ -64,11 +64,40 @@ def test_one_in_flight_that_no_process_shows_counts(memory: int) -> None:
     ours, theirs = socket.socketpair()
     socket.send_fds(ours, [b"x"], [handed])
     os.close(handed)
-    wanted, shown = {file_id(os.fstat(memory))}, os.dup(memory)
-    os.close(shown)
-    assert processes_with(wanted) == [] and is_open_elsewhere(memory)
+    assert list(open_memfds("test")) == [] and is_open_elsewhere(memory)
     ours.close()
     theirs.close()
+
+
+def _wait() -> int:
+    signal.pause()
+    return 0
+
+
+def test_memfds_are_found_by_name_without_a_look_at_what_else_is_open(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at a file may wait for ever for its file system."""
+    with Forked(_wait) as holder:
+        listed: list[str] = []
+        listdir = os.listdir
+
+        def list_once(path: str) -> list[str]:
+            listed.append(path)
+            return listdir(path)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(os, "listdir", list_once)
+            for call in ("stat", "fstat", "lstat", "open"):
+                watched.setattr(os, call, None)
+            found = list(open_memfds("test"))
+            assert list(open_memfds("tes")) == list(open_memfds("test", [holder.pid])) == []
+        assert f"/proc/{holder.pid}/fd/{memory}" in map(str, found)
+        assert {each.parts[2] for each in found} == {str(holder.pid)}
+        assert listed.count(f"/proc/{holder.pid}/fd") == 2, (
+            "once for each search that is not told to spare it"
+        )
+        holder.kill()
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])

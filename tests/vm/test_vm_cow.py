@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from support.vm.daemon import Daemon, total
+from support.vm.daemon import Daemon, eventually, total
 from support.vm.process import read_block
 from support.vm.recovery import Load, Seeded, kill, seeded
 from ublkpool.daemon.cli.commands import cli
@@ -47,8 +47,8 @@ def content_of(path: str) -> bytes:
 
 def kill_backend(daemon: Daemon) -> None:
     """Kill the backend of the device while it serves it."""
-    pid = daemon.wait_live("cow").backend.pid
-    assert pid is not None and kill(pid)
+    # The daemon may not have seen yet that the one before is dead.
+    eventually(lambda: kill(daemon.wait_live("cow").backend.pid or 0), "a backend is killed")
 
 
 def storm(daemon: Daemon, path: str, overlay: Path, rng: Seeded, kills: int) -> None:
