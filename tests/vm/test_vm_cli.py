@@ -75,9 +75,8 @@ def _listed(daemon: Daemon) -> list[dict[str, Any]]:
 
 
 def test_a_device_from_add_to_del(daemon: Daemon) -> None:
-    added = daemon.command_run("add", "--queues", "2", "--backend", "memory", "vol", "--", "size=8M")
-    assert (added.returncode, added.stderr) == (0, "")
-    path = added.stdout.removesuffix("\n")
+    words = ("add", "--queues", "2", "--backend", "memory", "vol", "--", "size=8M")
+    path = _succeeded(run_command(daemon, *words)).removesuffix("\n")
     # The printed path can be used at once.
     assert Path(path).is_block_device()
     assert _listed_device(daemon) == {"name": "vol", "path": path}

@@ -12,7 +12,7 @@ import pytest
 
 from support.vm.daemon import DEADLINE_S, Daemon, eventually, total
 from support.vm.fio import finish_fio, start_fio
-from support.vm.process import Forked
+from support.vm.process import Forked, run_command
 from support.vm.recovery import kill, wait_for_backend, wait_for_epoch
 from ublkpool.bufpool.sdk.client_buffers import ClientBuffer
 from ublkpool.ublk import control
@@ -269,8 +269,8 @@ def test_the_example_and_fio_under_client_use_the_shared_buffer_or_are_copied(
     words = "--iomem=mmapshared:$UBLKPOOL_BUFFER --size=4M --verify=crc32c --verify_state_save=0 --minimal"
     with daemon.device("lent", "memory", options={"size": "16M"}, client_buffers_bytes=AREA_BYTES) as status:
         before = copied(daemon, status.name)
-        run = daemon.command_run("client", status.name, "--", "sh", "-c", f"{fio} {words}")
-        assert run.returncode == 0, run.stdout + run.stderr
+        run = run_command(daemon, "client", status.name, "--", "sh", "-c", f"{fio} {words}")
+        assert run.status == 0, run.out + run.err
         moved = (in_place(daemon, status.name), copied(daemon, status.name) - before)
         assert moved == ((8 * MIB, 0) if is_offered() else (0, 8 * MIB))
         example = subprocess.run(

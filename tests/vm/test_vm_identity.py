@@ -13,7 +13,7 @@ import pytest
 
 from support.vm.daemon import Daemon, eventually
 from support.vm.files import checksums, copy_tree, forget_cached, make_file_system, mounted, run
-from support.vm.process import Forked, read_block, write_block
+from support.vm.process import Forked, read_block, run_command, write_block
 from support.vm.recovery import kill, wait_for_backend
 from ublkpool.daemon.device.state import DeviceState
 from ublkpool.daemon.errors import DaemonError
@@ -107,7 +107,7 @@ def test_a_file_that_was_replaced_is_refused_with_both_named_until_it_is_accepte
         daemon.path("first.img").rename(image)
         end_backend(daemon, "swapped")
         refused(daemon, "swapped", f"inode {first}", f"inode {second}")
-        assert daemon.command_run("rebind", "swapped").returncode == 0
+        assert run_command(daemon, "rebind", "swapped").status == 0
         assert Forked(partial(_block_is, disk, data)).wait() == 0
 
 
@@ -279,14 +279,10 @@ def test_a_state_directory_that_cannot_be_made_or_is_in_use_is_one_line(daemon: 
             (read_only / "state", "Read-only file system"),
             (daemon.state_dir, "another daemon uses it"),
         ):
-            done = subprocess.run(
-                [*daemon.command("serve")[:3], "serve", "--run-dir", str(daemon.path("other"))],
-                env={**daemon.environment(), "UBLKPOOL_STATE_DIR": str(directory)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            # Of an option that is given twice the last one holds.
+            other = ("--run-dir", str(daemon.path("other")), "--state-dir", str(directory))
+            done = run_command(daemon, "serve", *other)
             line = f"ublkpool: state directory {directory}: {reason}: choose another with --state-dir\n"
-            assert done.returncode != 0 and done.stderr.endswith(line), done.stderr
+            assert done.status != 0 and done.err.endswith(line), done.err
     finally:
         run("umount", str(read_only))

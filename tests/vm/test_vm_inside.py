@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.vm.daemon import Daemon, eventually, marked_processes, total
-from support.vm.process import Forked, disk_bytes, read_block, write_block
+from support.vm.process import Forked, disk_bytes, read_block, run_command, write_block
 from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
 from support.vm.stuck import expect_other_devices_served, resume, suspend, suspended_file
 from ublkpool.daemon.errors import DaemonError
@@ -143,8 +143,8 @@ def test_requests_wait_for_a_store_that_is_away_and_no_other_takes_its_place(dae
     path, data = status.path, os.urandom(BLOCK)
     assert write_block(path, 0, data) == 0
     image, aside = daemon.path("away.img"), daemon.path("aside.img")
-    refused = daemon.command_run("backend", "null", "--device", "away")
-    assert refused.returncode and "isolation none" in refused.stderr, refused
+    refused = run_command(daemon, "backend", "null", "--device", "away")
+    assert refused.status and "isolation none" in refused.err, refused
     image.rename(aside)
     kill_worker_of(daemon, "away")
     eventually(lambda: "no such file" in daemon.status("away").reason, "its list names the store")
@@ -228,18 +228,18 @@ def test_what_an_engine_in_the_workers_cannot_do_is_refused_in_one_line(daemon: 
     status = daemon.add("null", "null", {"size": "16M"}, isolation="none")
     assert status.path is not None
     assert write_block(status.path, 0, bytes(BLOCK)) == 0
-    refused = daemon.command_run("drain", "null")
-    assert refused.returncode != 0 and "isolation none" in refused.stderr, refused
+    refused = run_command(daemon, "drain", "null")
+    assert refused.status != 0 and "isolation none" in refused.err, refused
     daemon.delete("null")
     memory = _add_memory(daemon, "memory")
-    refused = daemon.command_run("resize", "memory", "64M")
-    assert refused.returncode != 0 and "cannot grow" in refused.stderr, refused
+    refused = run_command(daemon, "resize", "memory", "64M")
+    assert refused.status != 0 and "cannot grow" in refused.err, refused
     assert memory.path is not None and disk_bytes(memory.path) == SIZE_BYTES
     daemon.delete("memory")
-    refused = daemon.command_run(
-        "add", "cow", "--backend=cow", "--isolation=none", "--queues=2", "overlay=/x"
+    refused = run_command(
+        daemon, "add", "cow", "--backend=cow", "--isolation=none", "--queues=2", "overlay=/x"
     )
-    assert refused.returncode == 2 and "use one queue" in refused.stderr, refused
+    assert refused.status == 2 and "use one queue" in refused.err, refused
     path = daemon.path("missing.img")
     with pytest.raises(DaemonError, match="no such file"):
         daemon.add("missing", "file", {"path": path}, isolation="none")

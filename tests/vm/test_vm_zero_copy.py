@@ -18,6 +18,7 @@ from support.vm.files import (
     mounted,
     run,
 )
+from support.vm.process import run_command
 from support.vm.recovery import kill_worker, loaded, seeded, wait_for_epoch
 from ublkpool.daemon.status import DeviceStatus
 from ublkpool.ublk.abi import Feature
@@ -95,7 +96,7 @@ def _check_what_list_tells(daemon: Daemon, status: DeviceStatus) -> None:
     assert (status.zero_copy, status.need_get_data) == (True, False)
     assert {"SUPPORT_ZERO_COPY", "AUTO_BUF_REG"} <= set(status.flags)
     assert "NEED_GET_DATA" not in status.flags
-    shown = daemon.command_run("list").stdout
+    shown = run_command(daemon, "list").out
     assert "none (zero copy)" in shown, shown
 
 
@@ -119,12 +120,12 @@ ADD = ("add", "shared", "--backend", "file", "--zero-copy", "--size", "16M")
 @pytest.mark.one_kernel("6.12")
 def test_what_cannot_have_it_is_refused_in_one_line(daemon: Daemon) -> None:
     words = (f"path={daemon.path('refused.img')}", "size=16M")
-    refused = daemon.command_run(*ADD, *words)
-    assert refused.returncode == 2 and "set isolation to none" in refused.stderr, refused
+    refused = run_command(daemon, *ADD, *words)
+    assert refused.status == 2 and "set isolation to none" in refused.err, refused
     if get_features() & Feature.AUTO_BUF_REG:
         pytest.skip("this driver has AUTO_BUF_REG")
-    refused = daemon.command_run(*ADD, "--isolation", "none", *words)
+    refused = run_command(daemon, *ADD, "--isolation", "none", *words)
     assert not daemon.path("refused.img").exists(), "a refused device has made no file"
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused
-    assert "AUTO_BUF_REG, which zero_copy needs" in refused.stderr and "6.16" in refused.stderr, refused
+    assert refused.status == 1 and refused.err.count("\n") == 1, refused
+    assert "AUTO_BUF_REG, which zero_copy needs" in refused.err and "6.16" in refused.err, refused
     assert daemon.client.devices() == []
