@@ -5,6 +5,7 @@ to an nbdkit that runs.  An add ends when the node has been opened and read, a d
 disconnected.  Contestants take turns, so that a busy host hits all alike.  Many devices at once are `crowd.py`.
 """
 
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,8 @@ from bench.stage import Stage, read_first_block, run, wait_for
 from support.vm.daemon import Daemon
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
+FILES_MAX = 65536
+"""How many files the daemon may have open: LimitNOFILE of its unit.  A device takes nine of them."""
 PREPARED = "[prepare]\ncount = 1\npartitions = false\n"
 Say = Callable[[str], None]
 
@@ -29,6 +32,7 @@ def measure_density(
     stage: Stage, density: Density, say: Say, keep: Callable[[Density], None], devices: int, rounds: int
 ) -> None:
     """Run both parts; a failure does not end the other one."""
+    _let_daemons_open_many_files()
     for part in (partial(_lives, rounds=rounds), partial(measure_crowd, devices=devices)):
         try:
             part(stage, density, say)
@@ -36,6 +40,12 @@ def measure_density(
             density.errors.append(" ".join(str(error).split())[:300])
             say(f"FAILED: {density.errors[-1]}")
         keep(density)
+
+
+def _let_daemons_open_many_files() -> None:
+    """Raise the hard limit of this process, which its daemons inherit, to the unit's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, max(hard, FILES_MAX)))
 
 
 def _config(name: str, **config: Any) -> DeviceConfig:
