@@ -19,8 +19,8 @@ from support.threads import of_each_thread
 from ublkpool.daemon.settings.config import BackendConfig, DeviceConfig
 
 IDLE_S = 5.0
-SIZE_BYTES = 16 << 20
-"""Of a disk."""
+SIZE_BYTES = 2 << 20
+"""Of a disk, whose memory the engine takes at once: a thousand of them fit into a guest."""
 SMALL_POOL_BYTES = 1 << 20
 """Of the devices, so that a small machine holds them; their number of buffers changes no other memory."""
 COUNTS = (1, 10, 100, 1000)
