@@ -31,6 +31,7 @@ rm "$answer"
 exit "$status"
 """
 _BETWEEN = "\x1f"
+_READY = b"ready\n"
 
 
 @contextmanager
@@ -39,10 +40,15 @@ def answered(program: Path, environment: Mapping[str, str]) -> Iterator[None]:
     program.write_text(CALL)
     program.chmod(0o755)
     os.mkfifo(_calls(environment))
+    # Pytest finds this module by its own setting, and a guest's environment has no PYTHONPATH.
+    found = {**environment, "PYTHONPATH": str(Path(__file__).parents[2])}
+    quiet = subprocess.DEVNULL
     with subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.DEVNULL, env=environment
+        [sys.executable, "-m", __name__], stdin=quiet, stdout=subprocess.PIPE, env=found
     ) as server:
         try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == _READY, "the server of kublk's calls has not started"
             yield
         finally:
             server.kill()
@@ -54,6 +60,7 @@ def _calls(environment: Mapping[str, str]) -> Path:
 
 def _serve() -> None:
     """Answer calls until this process is killed."""
+    os.write(1, _READY)
     # Nothing asks how a child has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # With a writing end of its own it does not come to the pipe's end between two calls.
