@@ -108,6 +108,24 @@ def test_a_node_of_another_name_is_the_same_disk(machine: Machine, tmp_path: Pat
     assert find_users("ublkb0").openers == ("process 60 (dd) has it open",)
 
 
+def test_a_memfd_or_a_socket_is_not_asked_for_its_number(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand devices' workers most descriptors are these."""
+    asked: list[str] = []
+
+    def number_of(path: str) -> str:
+        asked.append(path)
+        return ""
+
+    monkeypatch.setattr(disk_use, "_number_of", number_of)
+    fds = machine.process(61, "ublkpool-0.0") / "fd"
+    for number, target in enumerate(("/memfd:ublkpool-data (deleted)", "socket:[7]", "/srv/xvda")):
+        (fds / str(number)).symlink_to(target)
+    assert find_users("ublkb0").openers == ()
+    assert asked == [str(fds / "2")]
+
+
 def test_a_mapping_is_found_without_a_descriptor(machine: Machine) -> None:
     lines = "7f00-7f01 rw-s 00000000 00:06 99                 /dev/ublkb0\n7f02-7f03 r--p 00000000 00:00 0\n"
     machine.process(70, "db").joinpath("maps").write_text(lines)
