@@ -33,8 +33,12 @@ _SINK = "/memfd:ublkpool-sink"
 Say = Callable[[str], None]
 
 
-def measure_crowd(stage: Stage, density: Density, say: Say, devices: int) -> None:
+def measure_crowd(
+    stage: Stage, density: Density, say: Say, devices: int, keep: Callable[[Density], None]
+) -> None:
     """Add devices one after another, look at idle ones, write to and read from random ones, and delete all.
+
+    `keep` gets what has been measured so far, so that a run that is ended early has shown that much.
 
     Raises `AssertionError` if a device has read what another one was given, or something is left of them.
     """
@@ -44,6 +48,7 @@ def measure_crowd(stage: Stage, density: Density, say: Say, devices: int) -> Non
         for count in sorted({*(each for each in COUNTS if each < devices), devices}):
             _add(stage, density, say, nodes, count)
             _idle(stage, density, free_kib, count)
+            keep(density)
         density.checked_blocks = check_random_blocks(nodes, random.Random(devices), _WRITES_EACH * devices)
         say(f"{density.checked_blocks} random blocks of them: each reads what was written to it")
     except FAILURES as error:
@@ -51,7 +56,8 @@ def measure_crowd(stage: Stage, density: Density, say: Say, devices: int) -> Non
         say(f"{len(nodes)} devices live, then: {error}")
         raise
     finally:
-        _delete(stage, density, len(nodes))
+        keep(density)
+        _delete(stage, density, say, len(nodes))
     wait_for(lambda: not stage.daemon.leftovers(), "nothing is left of the devices")
     say(f"{len(nodes)} devices are gone: the last took {density.dels_ms[-1]:.0f} ms")
 
@@ -73,13 +79,15 @@ def _add(stage: Stage, density: Density, say: Say, nodes: list[str], count: int)
             say(f"{len(nodes)} devices: the last took {density.adds_ms[-1]:.0f} ms")
 
 
-def _delete(stage: Stage, density: Density, count: int) -> None:
+def _delete(stage: Stage, density: Density, say: Say, count: int) -> None:
     """Delete the first `count` devices; what is left of one that cannot be deleted is found later."""
     for number in range(count):
         begun_s = time.monotonic()
         with suppress(*FAILURES):
             stage.daemon.client.delete([_name(number)])
         density.dels_ms.append((time.monotonic() - begun_s) * 1e3)
+        if (number + 1) % _SAY_EVERY == 0:
+            say(f"{number + 1} are deleted: the last took {density.dels_ms[-1]:.0f} ms")
 
 
 def _config(name: str) -> DeviceConfig:

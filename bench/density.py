@@ -33,7 +33,7 @@ def measure_density(
 ) -> None:
     """Run both parts; a failure does not end the other one."""
     _let_daemons_open_many_files()
-    for part in (partial(_lives, rounds=rounds), partial(measure_crowd, devices=devices)):
+    for part in (partial(_lives, rounds=rounds), partial(measure_crowd, devices=devices, keep=keep)):
         try:
             part(stage, density, say)
         except FAILURES as error:
