@@ -155,7 +155,7 @@ def _openers(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     for pid in _pids():
         # The daemon's own looks open the disk for a moment, too.
-        if _has_open(pid, names, numbers) and _comm(pid) != LOOK_TITLE:
+        if _comm(pid) != LOOK_TITLE and _has_open(pid, names, numbers):
             yield f"{_process(pid)} has it open"
 
 
@@ -214,8 +214,8 @@ def _pids() -> list[int]:
 
 
 def _comm(pid: int) -> str:
-    with suppress(OSError):
-        return (_PROC / str(pid) / "comm").read_text().strip()
+    with suppress(OSError), open(f"{_PROC}/{pid}/comm") as file:  # noqa: PTH123
+        return file.read().strip()
     return ""
 
 

@@ -86,7 +86,7 @@ def _answer(caller: int, directory: str, words: list[str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        # Who reads what the caller prints waits for these as well.
+        # A reader of what the caller prints sees its end only when these are closed, too.
         os.close(1)
         os.close(2)
         _calls(os.environ).with_name(f"answer.{caller}").write_text(f"{status}\n")
