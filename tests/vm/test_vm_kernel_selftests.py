@@ -1,4 +1,4 @@
-"""The kernel's ublk selftests against ublkpool; `support/vm/kublk_server.py` replaces their server kublk."""
+"""The kernel's ublk selftests against ublkpool; `support/vm/kublk_shim.py` replaces their server kublk."""
 
 import os
 import re
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from support.guest.kernel_selftests import fetch_selftests
-from support.vm import bpftrace_shim, slow_writes
+from support.vm import bpftrace_shim, kublk_shim, slow_writes
 from support.vm.daemon import Daemon
-from support.vm.kublk_server import answered
 from ublkpool.ublk.abi import Feature, feature_names
 from ublkpool.ublk.control import get_features
 
@@ -86,7 +85,7 @@ def _await_rather_than_sleep(scripts: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory, session_daemon: Daemon) -> Iterator[Path]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of the selftests and of the programs that they call."""
     made = tmp_path_factory.mktemp("selftests")
     shutil.copytree(fetch_selftests(), made / "ublk")
@@ -102,8 +101,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory, session_daemon: Daemon) 
     (made / "bin").mkdir()
     (made / "state").mkdir()
     (made / "tmp").mkdir()
-    python = Path(sys.executable).resolve()
-    _program(made / "bin" / "bpftrace", f'#!/bin/sh\nexec {python} -I -S {bpftrace_shim.__file__} "$@"\n')
+    python = f"#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S"
+    _program(made / "ublk" / "kublk", f'{python} {kublk_shim.__file__} "$@"\n')
+    _program(made / "bin" / "bpftrace", f'{python} {bpftrace_shim.__file__} "$@"\n')
     _program(made / "bin" / "fio", FIO.format(fio=shutil.which("fio")))
     _program(made / "bin" / "udevadm", UDEVADM)
     names = feature_names(get_features())
@@ -111,27 +111,23 @@ def directory(tmp_path_factory: pytest.TempPathFactory, session_daemon: Daemon) 
     (made / "state" / "DELAY").write_text(str(ROOT / "examples" / "demo_event.py"))
     (made / "state" / "SLOW_WRITES").write_text(slow_writes.__file__)
     (made / "state" / "PYTHON").write_text(sys.executable)
-    with answered(made / "ublk" / "kublk", _environment(made, session_daemon)):
-        yield made
+    yield made
     shutil.rmtree(made)
 
 
-def _environment(directory: Path, daemon: Daemon) -> dict[str, str]:
-    return {
+def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
+    """Run a selftest; returns its exit status and output.  At the deadline kills it with all its children."""
+    environment = {
         **os.environ,
         "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
         "TMPDIR": str(directory / "tmp"),
         "KUBLK_RUN_DIR": str(daemon.run_dir),
         "KUBLK_STATE": str(directory / "state"),
     }
-
-
-def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
-    """Run a selftest; returns its exit status and output.  At the deadline kills it with all its children."""
     with subprocess.Popen(
         ["bash", directory / "ublk" / f"test_{name}.sh"],
         cwd=directory / "ublk",
-        env=_environment(directory, daemon),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
