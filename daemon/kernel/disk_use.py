@@ -100,14 +100,14 @@ def _made_of(disk: str, numbers: dict[str, str]) -> Iterator[str]:
 
 def _device(name: str) -> str:
     with suppress(OSError):
-        return f"{name} ({(_SYS_BLOCK / name / 'dm' / 'name').read_text().strip()})"
+        return f"{name} ({(_SYS_BLOCK / name / 'dm' / 'name').read_text(errors='replace').strip()})"
     return name
 
 
 def _swaps(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     with suppress(OSError):
-        for line in (_PROC / "swaps").read_text().splitlines()[1:]:
+        for line in (_PROC / "swaps").read_text(errors="replace").splitlines()[1:]:
             path = line.split()[0]
             if path in names or _number_of(path) in numbers:
                 yield f"swap is on {path}"
@@ -117,7 +117,7 @@ def _loops(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
         with suppress(OSError):
-            path = file.read_text().rstrip("\n")
+            path = file.read_text(errors="replace").rstrip("\n")
             if path in names or _number_of(path) in numbers:
                 yield f"{file.parts[-3]} is a loop device on it"
 
@@ -128,7 +128,7 @@ def _mounts(numbers: dict[str, str]) -> Iterator[str]:
     first = _namespace(1)
     for namespace, pid in _namespaces().items():
         with suppress(OSError):
-            for line in (_PROC / str(pid) / "mountinfo").read_text().splitlines():
+            for line in (_PROC / str(pid) / "mountinfo").read_text(errors="replace").splitlines():
                 (mount,), source = parse_mounts(line), line.partition(" - ")[2].split()[1]
                 # Some file systems have a device number of their own; then the source names the disk.
                 if mount.device in numbers or source in names:
@@ -214,7 +214,7 @@ def _pids() -> list[int]:
 
 
 def _comm(pid: int) -> str:
-    with suppress(OSError), open(f"{_PROC}/{pid}/comm") as file:  # noqa: PTH123
+    with suppress(OSError), open(f"{_PROC}/{pid}/comm", errors="replace") as file:  # noqa: PTH123
         return file.read().strip()
     return ""
 

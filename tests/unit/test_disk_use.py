@@ -108,6 +108,18 @@ def test_a_node_of_another_name_is_the_same_disk(machine: Machine, tmp_path: Pat
     assert find_users("ublkb0").openers == ("process 60 (dd) has it open",)
 
 
+def test_names_may_be_any_bytes(machine: Machine) -> None:
+    user = machine.process(62, "x", mounts="")
+    (user / "comm").write_bytes(b"\xff\n")
+    (user / "mountinfo").write_bytes(b"25 1 259:0 / /srv/\xff rw - ext4 /dev/ublkb0 rw\n")
+    (user / "fd" / "3").symlink_to("/dev/ublkb0")
+    (user / "ns" / "mnt").unlink()
+    (user / "ns" / "mnt").symlink_to("mnt:[2]")
+    assert find_users("ublkb0").words == (
+        "mounted at /srv/\ufffd for process 62 (\ufffd), process 62 (\ufffd) has it open"
+    )
+
+
 def test_a_memfd_or_a_socket_is_not_asked_for_its_number(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
