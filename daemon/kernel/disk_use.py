@@ -175,7 +175,7 @@ def _has_open(pid: int, names: Collection[str], numbers: Collection[str]) -> boo
 def _may_be_a_node(target: str) -> bool:
     """Whether a descriptor's link may lead to a node, which may have any name in another mount namespace.
 
-    A socket or a pipe has no path, and a memfd a name that no node has: proc(5) shows it so.
+    The link of a socket or a pipe is no path; that of a memfd is "/memfd:NAME (deleted)".
     """
     return target.startswith("/") and not target.startswith("/memfd:")
 
@@ -204,6 +204,7 @@ def _number_of(path: str) -> str:
 
 @cache
 def _statx() -> Any:
+    """The C library's statx, looked up once: it is called for thousands of descriptors."""
     import ctypes
 
     return ctypes.CDLL(None).statx
