@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from support.vm import kublk_shim
+from support.vm.kublk_server import answered
 
 AWK = {"id": ("dev id", "[ :]", 3), "pid": ("pid", " +", 7), "state": ("state", " +", 11)}
 
@@ -86,23 +86,26 @@ def admin(tmp_path: Path) -> Iterator[FakeAdmin]:
 
 
 @pytest.fixture
-def kublk(tmp_path: Path) -> Any:
+def kublk(tmp_path: Path) -> Iterator[Any]:
+    program, environment = tmp_path / "kublk", {
+        **os.environ,
+        "KUBLK_RUN_DIR": str(tmp_path),
+        "KUBLK_STATE": str(tmp_path),
+        "KUBLK_SYS_BLOCK": str(tmp_path / "sys"),
+    }  # fmt: skip
+
     def call(words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-I", "-S", kublk_shim.__file__, *words.split()],
-            env={
-                **os.environ,
-                "KUBLK_RUN_DIR": str(tmp_path),
-                "KUBLK_STATE": str(tmp_path),
-                "KUBLK_SYS_BLOCK": str(tmp_path / "sys"),
-            },
+            [program, *words.split()],
+            env=environment,
             cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
         )
 
-    return call
+    with answered(program, environment):
+        yield call
 
 
 def field(printed: str, what: str) -> str:

@@ -1,4 +1,4 @@
-"""The kernel's ublk selftests against ublkpool; `support/vm/kublk_shim.py` replaces their server kublk."""
+"""The kernel's ublk selftests against ublkpool; `support/vm/kublk_server.py` replaces their server kublk."""
 
 import os
 import re
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from support.guest.kernel_selftests import fetch_selftests
-from support.vm import bpftrace_shim, kublk_shim, slow_writes
+from support.vm import bpftrace_shim, slow_writes
 from support.vm.daemon import Daemon
+from support.vm.kublk_server import answered
 from ublkpool.ublk.abi import Feature, feature_names
 from ublkpool.ublk.control import get_features
 
@@ -57,6 +58,26 @@ for each in "$@"; do
 done
 exec {fio} "${{arguments[@]}}"
 """
+AWAIT_FIO = '_await_fio $! "${dev_id}"'
+# Without it the server may be dead, and the disk gone, before fio has opened it: fio would make a file of that name.
+FIO_IS_AT_WORK = """
+_await_fio()
+{
+	local pid=$1 disk=ublkb$2 jobs job fd reads writes
+
+	while kill -0 "$pid" 2> /dev/null; do
+		read -r -a jobs < "/proc/$pid/task/$pid/children"
+		for job in "${jobs[@]}"; do
+			for fd in "/proc/$job/fd/"*; do
+				[ "$fd" -ef "/dev/$disk" ] || continue
+				read -r reads writes < "/sys/block/$disk/inflight"
+				[ $((reads + writes)) -eq 0 ] || return 0
+			done
+		done
+		sleep 0.1
+	done
+}
+"""
 # The guest has no udevd.  Opening a disk during its partition scan fails with EBUSY, so wait for the scan.
 UDEVADM = """#!/bin/sh
 for each in /dev/ublkb*; do
@@ -82,10 +103,16 @@ def _await_rather_than_sleep(scripts: Path) -> None:
     _replace(scripts / "test_generic_02.sh", "for _ in $(seq 100); do", "for _ in $(seq 6000); do")
     is_open = "[ /dev/ublkb${dev_id} -ef /proc/$dd_pid/fd/0 ] || ! kill -0 $dd_pid"
     _replace(scripts / "test_generic_16.sh", "sleep 0.2", f"until {is_open}; do sleep 0.2; done")
+    common = scripts / "test_common.sh"
+    _replace(common, "&\n\tsleep 2", f"&\n\t{AWAIT_FIO}")
+    _replace(common, "&\n\tsleep 4", f"&\n\t{AWAIT_FIO}")
+    _replace(common, "&\n\tfio --name=batchjob", f"&\n\t{AWAIT_FIO}\n\tfio --name=batchjob")
+    _replace(scripts / "test_stress_05.sh", "&\n\tsleep 4", f"&\n\t{AWAIT_FIO}")
+    common.write_text(common.read_text() + FIO_IS_AT_WORK)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def directory(tmp_path_factory: pytest.TempPathFactory, session_daemon: Daemon) -> Iterator[Path]:
     """The directory of the selftests and of the programs that they call."""
     made = tmp_path_factory.mktemp("selftests")
     shutil.copytree(fetch_selftests(), made / "ublk")
@@ -101,9 +128,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (made / "bin").mkdir()
     (made / "state").mkdir()
     (made / "tmp").mkdir()
-    python = f"#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S"
-    _program(made / "ublk" / "kublk", f'{python} {kublk_shim.__file__} "$@"\n')
-    _program(made / "bin" / "bpftrace", f'{python} {bpftrace_shim.__file__} "$@"\n')
+    python = Path(sys.executable).resolve()
+    _program(made / "bin" / "bpftrace", f'#!/bin/sh\nexec {python} -I -S {bpftrace_shim.__file__} "$@"\n')
     _program(made / "bin" / "fio", FIO.format(fio=shutil.which("fio")))
     _program(made / "bin" / "udevadm", UDEVADM)
     names = feature_names(get_features())
@@ -111,23 +137,27 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (made / "state" / "DELAY").write_text(str(ROOT / "examples" / "demo_event.py"))
     (made / "state" / "SLOW_WRITES").write_text(slow_writes.__file__)
     (made / "state" / "PYTHON").write_text(sys.executable)
-    yield made
+    with answered(made / "ublk" / "kublk", _environment(made, session_daemon)):
+        yield made
     shutil.rmtree(made)
 
 
-def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
-    """Run a selftest; returns its exit status and output.  At the deadline kills it with all its children."""
-    environment = {
+def _environment(directory: Path, daemon: Daemon) -> dict[str, str]:
+    return {
         **os.environ,
         "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
         "TMPDIR": str(directory / "tmp"),
         "KUBLK_RUN_DIR": str(daemon.run_dir),
         "KUBLK_STATE": str(directory / "state"),
     }
+
+
+def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
+    """Run a selftest; returns its exit status and output.  At the deadline kills it with all its children."""
     with subprocess.Popen(
         ["bash", directory / "ublk" / f"test_{name}.sh"],
         cwd=directory / "ublk",
-        env=environment,
+        env=_environment(directory, daemon),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,10 +1,10 @@
 """Replaces the program `kublk` of the kernel's selftests: maps its commands to requests to a running ublkpool.
 
-Runs in a bare interpreter, because a selftest calls it dozens of times and each import costs.  It sends the admin
-requests of `ublkpool add`, `del` and `list`, and prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run
-directory, KUBLK_STATE a directory of the shim: file NUMBER is its record of the device with that number, `features` the
-output of `ublkpool features`, DELAY and SLOW_WRITES the paths of backends that delay answers, PYTHON the interpreter
-that has ublkpool.  KUBLK_SYS_BLOCK stands in for /sys/block in this program's own tests.
+`kublk_server.py` runs it in a fork for each call.  It sends the admin requests of `ublkpool add`, `del` and `list`, and
+prints what kublk prints.  KUBLK_RUN_DIR is the daemon's run directory, KUBLK_STATE a directory of the shim: file NUMBER
+is its record of the device with that number, `features` the output of `ublkpool features`, DELAY and SLOW_WRITES the
+paths of backends that delay answers, PYTHON the interpreter that has ublkpool.  KUBLK_SYS_BLOCK stands in for
+/sys/block in this module's own tests.
 
 The shim hides three differences.  A device of kublk waits QUIESCED for `kublk recover`, while ublkpool recovers by
 itself: the shim reports QUIESCED from the next epoch on, until `recover` is called.  kublk has a target that stripes
@@ -13,8 +13,6 @@ partition scan: for a slow disk the shim adds the device without a backend, star
 the disk exists.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -22,15 +20,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any
-
-    Options = dict[str, str]
+Options = dict[str, str]
 
 RUN_DIR, STATE = os.environ.get("KUBLK_RUN_DIR", ""), os.environ.get("KUBLK_STATE", "")
 NULL_BYTES = 250 << 30
@@ -317,7 +312,3 @@ def main(words: list[str]) -> int:
     except (Refused, OSError, KeyError) as error:
         print(f"kublk: {' '.join(words)}: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
