@@ -5,6 +5,9 @@ forks on demand; the child is a child of this process, which waits for it, and h
 in /proc, by which tests recognize it.  What a process inherits otherwise, such as its cgroup and mount namespace, is
 that of the moment when that process began: `WarmStarts.fits` says whether this process's is still the same.
 
+A copy that is a daemon has no start of Python for its template of backends either: where the daemon's child would
+become the template by exec (`daemon/backends/template_process.py`), it goes on as that program.
+
 Owns the channel to that process, and its life.
 """
 
@@ -12,6 +15,7 @@ import array
 import ctypes
 import json
 import os
+import re
 import resource
 import runpy
 import select
@@ -24,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+_TEMPLATE = "ublkpool.daemon.backend_template"
 _IMPORTED = (
     "support.vm.patience",
     "support.fakes.watched_calls",
@@ -34,6 +39,7 @@ _IMPORTED = (
 )
 _REQUEST_BYTES_MAX = 1 << 18
 _PID_BYTES = 16
+_CAP_SYS_RESOURCE = 24
 _PR_SET_MM = 35
 _PR_SET_MM_ARG_START, _PR_SET_MM_ARG_END, _PR_SET_MM_ENV_START, _PR_SET_MM_ENV_END = 8, 9, 10, 11
 
@@ -141,9 +147,10 @@ def _inherited() -> tuple[object, ...]:
 
 def _serve(channel: socket.socket) -> None:
     """Fork for each request, until the other end is closed."""
+    from ublkpool.daemon import backend_template
     from ublkpool.ublk.sibling import fork_beside
 
-    for module in _IMPORTED:
+    for module in (*_IMPORTED, *backend_template._IMPORTED):
         __import__(module)
     while True:
         request, ancillary, _, _ = channel.recvmsg(_REQUEST_BYTES_MAX, socket.CMSG_SPACE(4))
@@ -154,20 +161,45 @@ def _serve(channel: socket.socket) -> None:
         pid = fork_beside()
         if pid == 0:
             channel.close()
+            _go_on_at_exec()
             _become(**json.loads(request), out=out)
         os.close(out)
         channel.send(str(pid).encode())
 
 
-def _become(command: list[str], environment: dict[str, str], out: int) -> NoReturn:
-    """Run a module as the main program, to its end."""
+def _go_on_at_exec() -> None:
+    """From now on a child of this process that would become a template of backends by exec is one without."""
+    execve = os.execve
+
+    def replaced(path: str, command: list[str], environment: Mapping[str, str]) -> NoReturn:
+        if command[1:3] == ["-m", _TEMPLATE] and _may_show():
+            _close_at_exec()
+            _become(command, dict(environment))
+        execve(path, command, environment)
+
+    setattr(os, "execve", replaced)  # noqa: B010
+
+
+def _close_at_exec() -> None:
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        # The listing's own descriptor is among the names, and closed.
+        with suppress(OSError):
+            if not os.get_inheritable(int(name)):
+                os.close(int(name))
+
+
+def _become(command: list[str], environment: dict[str, str], out: int | None = None) -> NoReturn:
+    """Run a module as the main program, to its end; with `out` as WarmStarts.start has it."""
     status = 1
     try:
-        _take_descriptors(out)
+        if out is not None:
+            _take_descriptors(out)
         _show(command, environment)
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = command[2:]
+        # Python warns of a main program that was imported before.
+        sys.modules.pop(command[2], None)
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
@@ -202,6 +234,12 @@ def _show(command: Sequence[str], environment: Mapping[str, str]) -> None:
         address = ctypes.addressof(shown)
         _set_mm(start, address)
         _set_mm(end, address + len(text))
+
+
+def _may_show() -> bool:
+    """Whether this process may do what `_show` does (capabilities(7): CAP_SYS_RESOURCE)."""
+    (effective,) = re.findall(r"^CapEff:\s*(\S+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(effective, 16) >> _CAP_SYS_RESOURCE & 1)
 
 
 _SHOWN: list[object] = []
