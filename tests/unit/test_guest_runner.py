@@ -1,15 +1,17 @@
 """The test guest's pure parts: apt's configuration, archive indexes, the environment, the console."""
 
 import hashlib
+import platform
 import re
 import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from support.guest import __main__ as guest
-from support.guest import apt_archive
+from support.guest import apt_archive, tsc
 from support.guest import boot as guest_boot
 from support.guest import cache as guest_cache
 from support.guest import console as guest_console
@@ -233,6 +235,21 @@ def test_time_is_instructions_in_an_exact_guest_and_only_there() -> None:
     assert (ordinary["-accel"], ordinary["-smp"]) == ("tcg,thread=multi", "2")
     assert {"max", "-erms", "-fsrm"} <= set(ordinary["-cpu"].split(","))
     assert _options(Spec("7.3", (), kvm=True))["-accel"] == "kvm"
+    assert _options(Spec("7.3", (), one_thread=True))["-accel"] == "tcg,thread=single"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the counter is read by an instruction of x86")
+def test_an_emulated_guest_is_told_the_frequency_of_its_counter_which_it_may_measure_wrongly() -> None:
+    khz = tsc.counter_khz()
+    assert khz is not None and khz == pytest.approx(tsc.counter_khz(), rel=0.001)
+    (told,) = re.findall(r" tsc_early_khz=(\d+) ", _options(Spec("7.3", ()))["-append"])
+    assert int(told) == pytest.approx(khz, rel=0.001)
+    for spec in (Spec("7.3", (), exact=True), Spec("7.3", (), kvm=True)):
+        assert "tsc_early_khz" not in _options(spec)["-append"]
+
+
+def test_the_frequency_of_a_counter_is_measured_against_the_clock() -> None:
+    assert tsc._frequency_khz(lambda: time.monotonic_ns() // 4) == pytest.approx(250_000, rel=0.001)
 
 
 def test_an_exact_guest_has_one_cpu_and_no_other_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ class Guest:
         allow_warnings: bool = False,
         console_log: Path | None = None,
         exact: bool = False,
+        one_thread: bool = False,
     ) -> None:
         self._spec = Spec(
             kernel,
@@ -98,6 +99,7 @@ class Guest:
             allow_warnings=allow_warnings,
             console_log=console_log,
             exact=exact,
+            one_thread=one_thread,
         )
 
     def run(self, command: Sequence[str], cwd: Path | None = None) -> int:
@@ -151,6 +153,7 @@ def fetch() -> None:
 @click.option("--kernel", type=click.Choice(KERNELS), required=True)
 @click.option("--cpus", type=int, help=f"{CPUS}, of an exact guest 1")
 @click.option("--exact", is_flag=True, help="one CPU on which each instruction takes 1 ns: times repeat")
+@click.option("--one-thread", is_flag=True, help="all CPUs in turn, which costs a sixth less; none at once")
 @click.option("--mem", "mem_mib", default=4096, show_default=True, help="MiB")
 @click.option("--timeout", "timeout_s", default=900.0, show_default=True, help="seconds, the boot included")
 @click.option("--rw", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -162,6 +165,7 @@ def run(
     kernel: str,
     cpus: int | None,
     exact: bool,
+    one_thread: bool,
     mem_mib: int,
     timeout_s: float,
     rw: tuple[Path, ...],
@@ -181,6 +185,7 @@ def run(
         allow_warnings=allow_warnings,
         console_log=console_log,
         exact=exact,
+        one_thread=one_thread,
     )
     sys.exit(guest.run(command))
 

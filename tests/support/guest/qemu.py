@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.guest.cache import Emulator
+from support.guest.tsc import counter_khz
 
 READ_BYTES = 1 << 16
 SOCKET_TIMEOUT_S = 120
-KERNEL_WORDS = (
-    "console=ttyS0 quiet panic=-1 oops=panic tsc=reliable no_timer_check root=root rootfstype=virtiofs"
-)
+_KERNEL_WORDS = "console=ttyS0 quiet panic=-1 oops=panic no_timer_check root=root rootfstype=virtiofs"
 # QEMU takes each byte of a `rep movsb` as an instruction, as no real CPU does: without these two CPU features the
 # kernel copies 8 bytes at a time.
 EXACT_CPU = "max,-erms,-fsrm"
@@ -46,6 +45,8 @@ class Spec:
     kvm: bool = False
     exact: bool = False
     """Each instruction takes 1 ns of guest time, so that measurements repeat."""
+    one_thread: bool = False
+    """QEMU runs all CPUs of the guest in turn, which saves a sixth of its time; never two of them at once."""
     devices: Sequence[str] = ()
     """QEMU options for more hardware."""
 
@@ -104,9 +105,8 @@ def qemu_command(
     spec: Spec, emulator: Emulator, image: Path, run_dir: Path, tags: list[str], channels: dict[str, Channel]
 ) -> list[str]:
     """QEMU's command line."""
-    # Without tsc=reliable a busy guest drops to a slow clock.
     # Turn an oops into a panic, because results after an oops prove nothing.
-    append = f"{KERNEL_WORDS} loglevel=5 ro init={run_dir}/init -- {run_dir}"
+    append = f"{kernel_words(spec)} loglevel=5 ro init={run_dir}/init -- {run_dir}"
     command = [*machine_command(spec, emulator, channels), "-kernel", str(image), "-append", append]
     command += ["-device", "virtio-serial-pci"]
     for name in ("output", "control"):
@@ -114,6 +114,18 @@ def qemu_command(
     for tag in tags:
         command += share(tag, run_dir)
     return [*command, *spec.devices]
+
+
+def kernel_words(spec: Spec) -> str:
+    """The kernel parameters of every guest: a reliable clock, and a panic rather than work after a fault.
+
+    Source: kernel-parameters.txt (tsc, tsc_early_khz).
+    """
+    # Without tsc=reliable a busy guest drops to a slow clock.
+    clock = "tsc=reliable"
+    # An exact guest's counter counts instructions, and KVM tells a guest the frequency.
+    khz = None if spec.exact or spec.kvm else counter_khz()
+    return f"{_KERNEL_WORDS} {clock}" + (f" tsc_early_khz={khz}" if khz else "")
 
 
 def machine_command(spec: Spec, emulator: Emulator, channels: dict[str, Channel]) -> list[str]:
@@ -166,4 +178,4 @@ def accelerator(spec: Spec) -> list[str]:
         return ["-accel", "kvm", "-cpu", "host"]
     if spec.exact:
         return ["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", EXACT_CPU]
-    return ["-accel", "tcg,thread=multi", "-cpu", FAST_CPU]
+    return ["-accel", f"tcg,thread={'single' if spec.one_thread else 'multi'}", "-cpu", FAST_CPU]

@@ -18,9 +18,9 @@ from pathlib import Path
 from support.guest import console as guest_console
 from support.guest.cache import GuestCache
 from support.guest.qemu import (
-    KERNEL_WORDS,
     Channel,
     Spec,
+    kernel_words,
     kill_group,
     machine_command,
     share,
@@ -61,10 +61,12 @@ def boot(
 ) -> Boot:
     """Boot the root under the kernel, with additional kernel parameters and QEMU options."""
     cache = GuestCache()
-    spec = Spec(kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s)
+    spec = Spec(kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s, one_thread=True)
     channels = {name: Channel() for name in ("console", "monitor")}
     emulator = cache.emulator()
-    append = f"{KERNEL_WORDS} loglevel=6 sysrq_always_enabled rw systemd.show_status=1 {' '.join(words)}"
+    append = (
+        f"{kernel_words(spec)} loglevel=6 sysrq_always_enabled rw systemd.show_status=1 {' '.join(words)}"
+    )
     with _scratch() as (run_dir, children):
         children.append(start_virtiofsd(emulator, run_dir, "root", root, xattr=True))
         wait_for_sockets(run_dir, ["root"])
