@@ -380,7 +380,7 @@ class Device(DeviceService):
         parts, life = self.parts, self.parts.life
         if force:
             self._begin_to_end()
-        else:
+        elif not teardown.is_decided_at_stop(parts):
             await self.check_unused()
         await drain.cancel(parts)
         state, waits = life.state, life.turn.locked()

@@ -40,6 +40,18 @@ async def check_unused(parts: DeviceParts) -> None:
         )
 
 
+def is_decided_at_stop(parts: DeviceParts) -> bool:
+    """Whether `stop_unused` needs no `check_unused` before it: only openers, whom the driver counts, can object.
+
+    A look at every process for users costs the more the more devices there are.
+    """
+    resources, kernel = parts.resources, parts.resources.kernel
+    if kernel is None or not kernel.can_try_stop or parts.life.state != "live":
+        return False
+    # A refused deletion leaves a drain as it is, and the driver would wait for a request of the disk's partition scan.
+    return not parts.drain and not parts.clients.names() and resources.counted("in_flight") == 0
+
+
 async def _left_disk(parts: DeviceParts, left: Record) -> BlockDevice | None:
     """The kernel's device that an earlier daemon left, None if it has no disk.  Raises `DaemonError`."""
     # Not kept in the parts: the next record would say that this daemon has taken the device over.

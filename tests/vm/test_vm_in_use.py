@@ -173,7 +173,6 @@ USES: list[Use] = [
 ]
 
 
-@pytest.mark.one_kernel("6.12")
 def test_a_disk_in_use_is_not_deleted_and_the_error_names_its_users(daemon: Daemon) -> None:
     path = daemon.add("busy", "memory", {"size": DISK_BYTES}).path
     assert path is not None
