@@ -26,7 +26,7 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
 UNIT_SUITES ?= tests/check tests/sim tests/sources tests/languages tests/screen tests/unit
 SANITIZED_SUITES ?= tests/sim tests/unit
 BESIDE_GUESTS ?=
-# Files in tests/unit that run none of our C code, and take long where Python's own memory is watched as well.
+# Files in tests/unit that run none of our C code, and take long.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
 # `make bench`: quick, full, growth, density, doorbell, exact, nbd or rbd; where the numbers go; how many CPUs a guest has.
 MODE ?= quick
@@ -143,7 +143,8 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 	@# A unit or sim test that runs on the sanitized modules does not run on the others as well: `make test-unit` does that.
 	@$(MAKE) test-unit UNIT_SUITES="tests/check tests/sources tests/languages tests/screen \
 	    $(addprefix tests/unit/,$(UNSANITIZED_UNIT_TESTS))"
-	@$(MAKE) test-sanitized SANITIZED_SUITES=tests/unit
+	@# The simulation and `make test-long` watch Python's own small objects, too.
+	@PYTHONMALLOC=pymalloc $(MAKE) test-sanitized SANITIZED_SUITES=tests/unit
 	@# The wheel is built in the tree, which guests read.
 	@$(MAKE) compiled deb
 	@$(MAKE) test-guests BESIDE_GUESTS=test-without-clock

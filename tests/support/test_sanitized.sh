@@ -21,13 +21,13 @@ UBLKPOOL_CHECKED=1 \
 # Python, look for leaks.
 #
 # UBLKPOOL_FUZZ_FACTOR: `make fuzz` sends far more to the C code, and under these sanitizers, too.
-# PYTHONMALLOC=malloc: Python's own allocator packs small objects without gaps, and a write past the end of one would
-# go unnoticed.
+# PYTHONMALLOC=malloc, unless the environment has another: Python's own allocator (pymalloc) packs objects of up to 512
+# bytes without gaps, and a write past the end of one would go unnoticed.  It saves a third of the time.
 status=0
 env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports/asan" \
     UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports/ubsan" \
-    PYTHONMALLOC=malloc UBLKPOOL_SANITIZED=1 \
+    PYTHONMALLOC="${PYTHONMALLOC:-malloc}" UBLKPOOL_SANITIZED=1 \
     UBLKPOOL_FUZZ_FACTOR="${UBLKPOOL_FUZZ_FACTOR:-0.1}" \
     PYTHONPATH="$directory/lib:$PWD/tests" \
     "$python" -m support.spread --timeout 240 "$@" || status=$?
