@@ -377,29 +377,50 @@ class Device(DeviceService):
         With `forget` the name may have another store from now on.  Raises `DaemonError` if it is in use and not forced;
         then it goes on.
         """
-        parts, life = self.parts, self.parts.life
-        if force:
-            self._begin_to_end()
-        elif not teardown.is_decided_at_stop(parts):
-            await self.check_unused()
-        await drain.cancel(parts)
-        state, waits = life.state, life.turn.locked()
-        async with life.turn:
-            if not force:
-                await teardown.stop_unused(parts, look_again=waits or state != life.state)
-            self._begin_to_end()
-            try:
-                await teardown.tear_down(parts, keep)
-                await teardown.end_binding(parts, keep, forget)
-            except (DaemonError, OSError) as error:
-                self.note_failure(one_line(error))
-                raise
+        if force or not await self._end_idle(keep, forget):
+            await self._end_checked(force, keep, forget)
+        parts = self.parts
         parts.background.cancel()
         if parts.inside is not None:
             parts.inside.end(keep)
         # A backend does this itself when it is told to leave, but none may have been attached.
         if not keep:
             await drop_kept(keeper_path(parts.context.run_dir, self.config.name))
+
+    async def _end_idle(self, keep: bool, forget: bool) -> bool:
+        """End the device if it is idle and the driver finds its disk unused; otherwise nothing has changed."""
+        parts = self.parts
+        if not teardown.is_idle(parts) or await teardown.is_claimed(parts):
+            return False
+        async with parts.life.turn:
+            if not teardown.is_idle(parts) or not await teardown.stop_idle(parts):
+                return False
+            await self._end(keep, forget)
+        return True
+
+    async def _end_checked(self, force: bool, keep: bool, forget: bool) -> None:
+        """End the device after a look for users of its disk, unless forced."""
+        parts, life = self.parts, self.parts.life
+        if force:
+            self._begin_to_end()
+        else:
+            await self.check_unused()
+        await drain.cancel(parts)
+        state, waits = life.state, life.turn.locked()
+        async with life.turn:
+            if not force:
+                await teardown.stop_unused(parts, look_again=waits or state != life.state)
+            await self._end(keep, forget)
+
+    async def _end(self, keep: bool, forget: bool) -> None:
+        """Remove everything of the device.  Raises `DaemonError`, `OSError`: it has failed."""
+        self._begin_to_end()
+        try:
+            await teardown.tear_down(self.parts, keep)
+            await teardown.end_binding(self.parts, keep, forget)
+        except (DaemonError, OSError) as error:
+            self.note_failure(one_line(error))
+            raise
 
     def _begin_to_end(self) -> None:
         self.parts.life.is_stopping = True

@@ -40,16 +40,39 @@ async def check_unused(parts: DeviceParts) -> None:
         )
 
 
-def is_decided_at_stop(parts: DeviceParts) -> bool:
-    """Whether `stop_unused` needs no `check_unused` before it: only openers, whom the driver counts, can object.
+def is_idle(parts: DeviceParts) -> bool:
+    """Whether only an open disk can stand in the way of a deletion, and the driver counts opens itself (TRY_STOP_DEV).
 
-    A look at every process for users costs the more the more devices there are.
+    `delete` may then do without `check_unused`, which reads the descriptors of every process: each device adds some.
     """
-    resources, kernel = parts.resources, parts.resources.kernel
+    kernel, drains = parts.resources.kernel, parts.draining is not None and not parts.draining.done()
     if kernel is None or not kernel.can_try_stop or parts.life.state != "live":
         return False
-    # A refused deletion leaves a drain as it is, and the driver would wait for a request of the disk's partition scan.
-    return not parts.drain and not parts.clients.names() and resources.counted("in_flight") == 0
+    # A refusal must leave a drain that `delete` would end.  With requests in flight somebody uses the disk.
+    is_held = parts.drain or drains or parts.clients.names()
+    return not is_held and parts.resources.counted("in_flight") == 0
+
+
+async def is_claimed(parts: DeviceParts) -> bool:
+    """Whether a mount or the like has the disk of an idle device.  Raises `DaemonError` if it does not answer.
+
+    TRY_STOP_DEV takes the disk's `open_mutex`.  Whatever keeps the mutex for ever keeps this open waiting as well, in a
+    helper that changes nothing.
+    """
+    kernel = parts.resources.kernel
+    assert kernel is not None
+    try:
+        return await kernel.is_claimed()
+    except ControlFailed as error:
+        raise disk_users.cannot_tell(parts.config.name, error) from error
+
+
+async def stop_idle(parts: DeviceParts) -> bool:
+    """Stop the disk of an idle device; False if it is open.  Raises `DaemonError`: the driver does not answer."""
+    try:
+        return await parts.resources.try_stop()
+    except ControlFailed as error:
+        raise disk_users.cannot_tell(parts.config.name, error) from error
 
 
 async def _left_disk(parts: DeviceParts, left: Record) -> BlockDevice | None:

@@ -62,8 +62,8 @@ async def stop_unused(name: str, kernel: BlockDevice, try_stop: Callable[[], Awa
     loop = asyncio.get_running_loop()
     until_s = loop.time() + PATIENCE_S
     while not await try_stop():
-        users = await _users(kernel)
-        if users.lasting or loop.time() > until_s:
+        if loop.time() > until_s:
+            users = await _users(kernel)
             raise _refusal(name, kernel, users)
         await asyncio.sleep(_POLL_S)
 

@@ -20,7 +20,7 @@ from ublkpool.daemon.kernel.control_process import ControlFailed
 from ublkpool.daemon.kernel.disk_use import Users
 from ublkpool.daemon.processes.background import Background
 from ublkpool.daemon.settings.config import DeviceConfig
-from ublkpool.daemon.status import State
+from ublkpool.daemon.status import Drain, State
 from ublkpool.daemon.supervisor import Supervisor
 
 
@@ -99,7 +99,7 @@ def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_
         scene = Scene(monkeypatch)
         await scene.device.delete(force=False)
         # No look at all processes, of which a thousand devices have thousands.
-        assert scene.log == ["try", "tear down"]
+        assert scene.log == ["open", "try", "tear down"]
         scene = Scene(monkeypatch, newer=False)
         await scene.device.delete(force=False)
         assert scene.log == ["look", "open", "tear down"]
@@ -107,28 +107,29 @@ def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_
     play(run)
 
 
-def test_a_drained_device_is_looked_at_first_because_a_refusal_must_leave_it_drained(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("drain", "is_under_way"), [("", True), ("draining", True), ("drained", False)])
+def test_a_drain_goes_on_if_the_deletion_is_refused(
+    monkeypatch: pytest.MonkeyPatch, drain: Drain, is_under_way: bool
 ) -> None:
     async def run() -> None:
-        scene = Scene(monkeypatch)
-        scene.device.parts.hold("drained")
+        scene, drained = Scene(monkeypatch), asyncio.Event()
+        # A drain that waits for the device's turn is only a task.
+        scene.device.parts.draining = asyncio.create_task(_set(drained))
+        if not is_under_way:
+            await scene.device.parts.draining
+        scene.device.parts.hold(drain)
         scene.kernel.seen = Users(lasting=("mounted at /srv",))
         assert "mounted at /srv" in await scene.refusal()
-        assert scene.log == ["look"] and scene.device.parts.drain == "drained"
+        assert scene.log == ["look"]
+        await asyncio.wait_for(drained.wait(), 60)
 
     play(run)
 
 
-def test_an_opener_that_only_the_driver_sees_is_a_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        scene = Scene(monkeypatch)
-        scene.kernel.openers = 1
-        assert "in use" in await scene.refusal()
-        scene.kernel.openers = 0
-        await scene.device.delete(force=False)
-
-    play(run)
+async def _set(event: asyncio.Event) -> None:
+    for _ in range(100):
+        await asyncio.sleep(0)
+    event.set()
 
 
 def test_a_disk_with_requests_in_flight_is_looked_at_first_because_the_driver_may_wait_for_them(
@@ -144,12 +145,75 @@ def test_a_disk_with_requests_in_flight_is_looked_at_first_because_the_driver_ma
     play(run)
 
 
+def test_a_disk_that_does_not_answer_is_not_stopped_and_the_refusal_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TRY_STOP_DEV would wait for the same mutex, and may stop the disk after its caller has given up."""
+
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+
+        async def hangs(deadline_s: float = 0) -> bool:
+            raise ControlFailed("opening /dev/ublkb0 has hung for 20 s", 0)
+
+        monkeypatch.setattr(scene.kernel, "is_claimed", hangs)
+        said = await scene.refusal()
+        assert "has hung" in said and said.endswith("use --force") and scene.log == []
+        scene = Scene(monkeypatch)
+
+        async def waits() -> bool:
+            raise ControlFailed("TRY_STOP_DEV has hung for 60 s", 0)
+
+        monkeypatch.setattr(scene.device.parts.resources, "try_stop", waits)
+        said = await scene.refusal()
+        assert "TRY_STOP_DEV has hung" in said and said.endswith("use --force")
+
+    play(run)
+
+
+def test_an_idle_device_that_changes_while_its_deletion_waits_for_the_turn_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        async with scene.device.parts.life.turn:
+            deleting = asyncio.ensure_future(scene.refusal())
+            while "open" not in scene.log:
+                await asyncio.sleep(0)
+            scene.device.parts.life.state = "recovering"
+            scene.kernel.seen = Users(openers=("process 7 (cat) has it open",))
+        assert "process 7" in await deleting
+        assert "try" not in scene.log
+
+    play(run)
+
+
+def test_a_lent_buffer_counts_after_the_openers_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.kernel.openers = 1
+        names: list[str] = []
+        monkeypatch.setattr(scene.device.parts.clients, "names", lambda: names)
+
+        async def users(deadline_s: float = 0) -> Users:
+            scene.kernel.openers = 0
+            names.append("client 9")
+            return Users()
+
+        monkeypatch.setattr(scene.kernel, "users", users)
+        assert "client buffers are in use: client 9" in await scene.refusal()
+        assert scene.log == ["open", "try", "open"]
+
+    play(run)
+
+
 def test_a_user_that_the_driver_counts_is_looked_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         scene = Scene(monkeypatch)
         scene.kernel.openers, scene.kernel.seen = 1, Users(lasting=("mounted at /srv",))
         assert "mounted at /srv" in await scene.refusal()
-        assert scene.log == ["try", "look"]
+        # The driver is asked again only when the look finds nobody.
+        assert scene.log == ["open", "try", "look"]
 
     play(run)
 

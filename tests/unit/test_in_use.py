@@ -142,9 +142,6 @@ def test_the_kernel_decides_and_is_asked_again_for_a_moment(
     answers = [False, False, True]
     stop(Kernel([READER]), answers)
     assert answers == []
-    # A mount does not go by itself.
-    with pytest.raises(DaemonError, match="mounted at /srv"):
-        stop(Kernel([MOUNT]), [False])
 
 
 def test_a_warning_names_the_users_or_why_they_cannot_be_seen() -> None:

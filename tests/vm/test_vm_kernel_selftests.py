@@ -14,7 +14,7 @@ import pytest
 from support.guest.kernel_selftests import fetch_selftests
 from support.vm import bpftrace_shim, slow_writes
 from support.vm.daemon import Daemon
-from support.vm.kublk_server import answered
+from support.vm.kublk_server import answered, cut_off
 from ublkpool.ublk.abi import Feature, feature_names
 from ublkpool.ublk.control import get_features
 
@@ -58,24 +58,26 @@ for each in "$@"; do
 done
 exec {fio} "${{arguments[@]}}"
 """
-AWAIT_FIO = '_await_fio $! "${dev_id}"'
+AWAIT_FIO = '_await_fio "{}" "${{dev_id}}"'
 # Without it the server may be dead, and the disk gone, before fio has opened it: fio would make a file of that name.
 FIO_IS_AT_WORK = """
 _await_fio()
 {
-	local pid=$1 disk=ublkb$2 jobs job fd reads writes
+	local pid=$1 disk=ublkb$2 jobs job fd before now
 
+	read -r before < "/sys/block/$disk/stat"
 	while kill -0 "$pid" 2> /dev/null; do
 		read -r -a jobs < "/proc/$pid/task/$pid/children"
 		for job in "${jobs[@]}"; do
 			for fd in "/proc/$job/fd/"*; do
 				[ "$fd" -ef "/dev/$disk" ] || continue
-				read -r reads writes < "/sys/block/$disk/inflight"
-				[ $((reads + writes)) -eq 0 ] || return 0
+				read -r now < "/sys/block/$disk/stat"
+				[ "$now" = "$before" ] || return 0
 			done
 		done
 		sleep 0.1
 	done
+	echo "[FAIL] fio ended before it had done anything at $disk"
 }
 """
 # The guest has no udevd.  Opening a disk during its partition scan fails with EBUSY, so wait for the scan.
@@ -104,10 +106,11 @@ def _await_rather_than_sleep(scripts: Path) -> None:
     is_open = "[ /dev/ublkb${dev_id} -ef /proc/$dd_pid/fd/0 ] || ! kill -0 $dd_pid"
     _replace(scripts / "test_generic_16.sh", "sleep 0.2", f"until {is_open}; do sleep 0.2; done")
     common = scripts / "test_common.sh"
-    _replace(common, "&\n\tsleep 2", f"&\n\t{AWAIT_FIO}")
-    _replace(common, "&\n\tsleep 4", f"&\n\t{AWAIT_FIO}")
-    _replace(common, "&\n\tfio --name=batchjob", f"&\n\t{AWAIT_FIO}\n\tfio --name=batchjob")
-    _replace(scripts / "test_stress_05.sh", "&\n\tsleep 4", f"&\n\t{AWAIT_FIO}")
+    _replace(common, "&\n\tsleep 4", f"&\n\t{AWAIT_FIO.format('$!')}")
+    _replace(common, "&\n\tfio --name=batchjob", "&\n\tlocal first=$!\n\tfio --name=batchjob")
+    both = "\n\t".join(AWAIT_FIO.format(pid) for pid in ("$first", "$!"))
+    _replace(common, "&\n\tsleep 2", f"&\n\t{both}")
+    _replace(scripts / "test_stress_05.sh", "&\n\tsleep 4", f"&\n\t{AWAIT_FIO.format('$!')}")
     common.write_text(common.read_text() + FIO_IS_AT_WORK)
 
 
@@ -168,6 +171,7 @@ def _run(directory: Path, name: str, daemon: Daemon) -> tuple[int, str]:
             said, _ = process.communicate(timeout=DEADLINE_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            cut_off(directory / "state")
             said = f"{process.communicate()[0]}\nit has not ended after {DEADLINE_S:.0f} s"
         return process.returncode, said
 

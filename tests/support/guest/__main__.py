@@ -153,7 +153,7 @@ def fetch() -> None:
 @click.option("--kernel", type=click.Choice(KERNELS), required=True)
 @click.option("--cpus", type=int, help=f"{CPUS}, of an exact guest 1")
 @click.option("--exact", is_flag=True, help="one CPU on which each instruction takes 1 ns: times repeat")
-@click.option("--one-thread", is_flag=True, help="all CPUs in turn, which costs a sixth less; none at once")
+@click.option("--one-thread", is_flag=True, help="the CPUs run in turn: a sixth less time, no races")
 @click.option("--mem", "mem_mib", default=4096, show_default=True, help="MiB")
 @click.option("--timeout", "timeout_s", default=900.0, show_default=True, help="seconds, the boot included")
 @click.option("--rw", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path))

@@ -46,7 +46,7 @@ class Spec:
     exact: bool = False
     """Each instruction takes 1 ns of guest time, so that measurements repeat."""
     one_thread: bool = False
-    """QEMU runs all CPUs of the guest in turn, which saves a sixth of its time; never two of them at once."""
+    """All CPUs of the guest share one thread of QEMU: a sixth less CPU time, but no two run at the same moment."""
     devices: Sequence[str] = ()
     """QEMU options for more hardware."""
 

@@ -1,7 +1,7 @@
 """How fast this machine's time stamp counter runs, which an emulated guest reads as its own.
 
 A guest measures the counter at its boot, against the emulated timers.  On a busy machine QEMU may stand still in
-between, and a guest was seen whose clock then ran six times too fast, so that every deadline in it was one sixth.
+between.  One guest's clock then ran six times too fast, so that every deadline passed after a sixth of its time.
 """
 
 import ctypes
@@ -9,24 +9,33 @@ import mmap
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 _RDTSC = bytes.fromhex("0f31 48c1e220 4809d0 c3")
 """rdtsc; shl rdx, 32; or rax, rdx; ret."""
+_WRITE_AND_RUN = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 _SPAN_S = 0.1
 _READS = 50
 
 
 def counter_khz() -> int | None:
-    """The counter's frequency, exact to a few parts in 100,000; None on a processor without one."""
+    """The counter's frequency, exact to a few parts in 100,000.
+
+    None on another processor, or where a process may have no memory to write and execute.
+    """
     if platform.machine() != "x86_64":
         return None
-    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+    with (
+        suppress(OSError),
+        mmap.mmap(-1, mmap.PAGESIZE, prot=_WRITE_AND_RUN) as page,
+    ):
         page.write(_RDTSC)
         place = ctypes.c_char.from_buffer(page)
         try:
             return _frequency_khz(ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(place)))
         finally:
             del place
+    return None
 
 
 def _frequency_khz(counter: Callable[[], int]) -> int:

@@ -18,8 +18,8 @@ from typing import NoReturn
 
 from support.vm import kublk_shim
 
-# A line that is no longer than PIPE_BUF goes into the pipe as a whole.  While the shell writes it, the pipe is its
-# standard output: the server takes what this was before.
+# A line that is no longer than PIPE_BUF goes into the pipe as a whole.  While `echo` runs, the shell's descriptor 1 is
+# the pipe: so the script keeps its real output and error as 3 and 4, which the server opens.
 CALL = r"""#!/bin/sh
 exec 3>&1 4>&2
 IFS=$(printf '\037')
@@ -31,6 +31,7 @@ rm "$answer"
 exit "$status"
 """
 _BETWEEN = "\x1f"
+_GROUP = "SERVER"
 _READY = b"ready\n"
 
 
@@ -44,14 +45,24 @@ def answered(program: Path, environment: Mapping[str, str]) -> Iterator[None]:
     found = {**environment, "PYTHONPATH": str(Path(__file__).parents[2])}
     quiet = subprocess.DEVNULL
     with subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=quiet, stdout=subprocess.PIPE, env=found
+        [sys.executable, "-m", __name__],
+        stdin=quiet,
+        stdout=subprocess.PIPE,
+        env=found,
+        start_new_session=True,
     ) as server:
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == _READY, "the server of kublk's calls has not started"
+            Path(environment["KUBLK_STATE"], _GROUP).write_text(str(server.pid))
             yield
         finally:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def cut_off(state: Path) -> None:
+    """End the server and every call that it answers, also one that hangs."""
+    os.killpg(int((state / _GROUP).read_text()), signal.SIGKILL)
 
 
 def _calls(environment: Mapping[str, str]) -> Path:

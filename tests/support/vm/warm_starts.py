@@ -6,7 +6,8 @@ in /proc, by which tests recognize it.  What a process inherits otherwise, such 
 that of the moment when that process began: `WarmStarts.fits` says whether this process's is still the same.
 
 A copy that is a daemon has no start of Python for its template of backends either: where the daemon's child would
-become the template by exec (`daemon/backends/template_process.py`), it goes on as that program.
+become the template by exec (`daemon/backends/template_process.py`), it runs that program in its own process.  What a
+test's daemon has changed in ublkpool (`patience.py`) then holds for backends, too.
 
 Owns the channel to that process, and its life.
 """
@@ -168,16 +169,27 @@ def _serve(channel: socket.socket) -> None:
 
 
 def _go_on_at_exec() -> None:
-    """From now on a child of this process that would become a template of backends by exec is one without."""
+    """From now on a child that would exec the template of backends runs that module in its own process instead.
+
+    Everything is imported there already.
+    """
     execve = os.execve
 
     def replaced(path: str, command: list[str], environment: Mapping[str, str]) -> NoReturn:
         if command[1:3] == ["-m", _TEMPLATE] and _may_show():
             _close_at_exec()
+            _take_signals_of_python()
             _become(command, dict(environment))
         execve(path, command, environment)
 
     setattr(os, "execve", replaced)  # noqa: B010
+
+
+def _take_signals_of_python() -> None:
+    """As a start of Python sets them."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _close_at_exec() -> None:
