@@ -63,9 +63,6 @@ export UBLKPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
 
 # The guest shares this machine's root through virtiofsd, which needs root.
 AS_ROOT = $(if $(SUDO),$(SUDO) env PATH="$$PATH" HOME="$$HOME" PYTHONPATH="$$PYTHONPATH" UBLKPOOL_CACHE="$$UBLKPOOL_CACHE" UBLKPOOL_KVM="$${UBLKPOOL_KVM-}",)
-# CPUs run at the same time in the last kernel's guest of the vm tests.  In the others they take turns, which is a sixth
-# cheaper where all guests run at once; not in those of `make test-long` and `make soak`, which set SOAK.
-ONE_THREAD = $(if $(SOAK)$(filter $(1),$(lastword $(KERNELS))),,--one-thread)
 GUEST = $(AS_ROOT) $(PY) -m support.guest
 # One step of the benchmark, where the driver is.
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
@@ -182,7 +179,7 @@ test-long: ## what takes longer than `make test` may, by hand before a release: 
 	@UBLKPOOL_FUZZ_FACTOR=10 UBLKPOOL_SIM_SEEDS=2000 $(PY) -m pytest -o faulthandler_timeout=3600 tests/sim
 	@$(MAKE) test-vm SOAK=UBLKPOOL_EVERY_KERNEL=1
 	@$(MAKE) test-systemd SOAK=UBLKPOOL_LONG=1
-	@$(MAKE) test-power SOAK=UBLKPOOL_LONG=1
+	@$(MAKE) test-power
 	@$(MAKE) test-vm SOAK=UBLKPOOL_LONG=1 PYTEST_ARGS="-m long -o faulthandler_timeout=3600" \
 	    VM_TESTS="tests/vm/test_vm_ordinary_user.py tests/vm/test_vm_user_namespace.py \
 	        tests/vm/test_vm_rbd.py tests/vm/test_vm_rbd_hosts.py tests/vm/test_vm_rbd_trouble.py tests/vm/test_vm_rbd_inside.py \
@@ -246,7 +243,7 @@ booted:
 
 vm-%:
 	@echo "test: vm, in a guest with Linux $*"
-	@$(GUEST) run --kernel $* $(call ONE_THREAD,$*) --timeout $(VM_TIMEOUT_S) -- \
+	@$(GUEST) run --kernel $* --timeout $(VM_TIMEOUT_S) -- \
 	    env $(SOAK) UBLKPOOL_KERNELS="$(KERNELS)" $(PY) -m pytest $(IN_GUEST) $(VM_TESTS) $(PYTEST_ARGS) 2>&1 | sed -u 's/^/$*: /'
 
 # Debian 13's systemd always runs in a guest of its own.
@@ -265,7 +262,7 @@ test-power: compiled ## a guest that loses its power keeps what FLUSH and FUA pr
 
 power-%:
 	@echo "test: power failure, in a guest with Linux $*"
-	@$(AS_ROOT) env $(SOAK) UBLKPOOL_KERNELS=$* $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) PYTHONDONTWRITEBYTECODE=1 \
+	@$(AS_ROOT) env UBLKPOOL_KERNELS=$* $(if $(UBLKPOOL_SEED),UBLKPOOL_SEED=$(UBLKPOOL_SEED)) PYTHONDONTWRITEBYTECODE=1 \
 	    $(PY) -m pytest -p no:cacheprovider -o faulthandler_timeout=1200 tests/power $(PYTEST_ARGS) 2>&1 | sed -u 's/^/power $*: /'
 
 soak: compiled ## processes killed at random under verified I/O, DURATION seconds on each of KERNELS; none may grow in eleven minutes

@@ -77,7 +77,6 @@ def fail_power(kernel: str, disk: VolatileDisk, path: Path, seed: int) -> str:
         kernel,
         command,
         cpus=2,
-        one_thread="UBLKPOOL_LONG" not in os.environ,
         mem_mib=2048,
         timeout_s=TIMEOUT_S,
         modules=["virtio_blk"],

@@ -235,7 +235,6 @@ def test_time_is_instructions_in_an_exact_guest_and_only_there() -> None:
     assert (ordinary["-accel"], ordinary["-smp"]) == ("tcg,thread=multi", "2")
     assert {"max", "-erms", "-fsrm"} <= set(ordinary["-cpu"].split(","))
     assert _options(Spec("7.3", (), kvm=True))["-accel"] == "kvm"
-    assert _options(Spec("7.3", (), one_thread=True))["-accel"] == "tcg,thread=single"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the counter is read by an instruction of x86")

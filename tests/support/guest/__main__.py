@@ -86,7 +86,6 @@ class Guest:
         allow_warnings: bool = False,
         console_log: Path | None = None,
         exact: bool = False,
-        one_thread: bool = False,
     ) -> None:
         self._spec = Spec(
             kernel,
@@ -99,7 +98,6 @@ class Guest:
             allow_warnings=allow_warnings,
             console_log=console_log,
             exact=exact,
-            one_thread=one_thread,
         )
 
     def run(self, command: Sequence[str], cwd: Path | None = None) -> int:
@@ -153,7 +151,6 @@ def fetch() -> None:
 @click.option("--kernel", type=click.Choice(KERNELS), required=True)
 @click.option("--cpus", type=int, help=f"{CPUS}, of an exact guest 1")
 @click.option("--exact", is_flag=True, help="one CPU on which each instruction takes 1 ns: times repeat")
-@click.option("--one-thread", is_flag=True, help="the CPUs run in turn: a sixth less time, no races")
 @click.option("--mem", "mem_mib", default=4096, show_default=True, help="MiB")
 @click.option("--timeout", "timeout_s", default=900.0, show_default=True, help="seconds, the boot included")
 @click.option("--rw", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -165,7 +162,6 @@ def run(
     kernel: str,
     cpus: int | None,
     exact: bool,
-    one_thread: bool,
     mem_mib: int,
     timeout_s: float,
     rw: tuple[Path, ...],
@@ -185,7 +181,6 @@ def run(
         allow_warnings=allow_warnings,
         console_log=console_log,
         exact=exact,
-        one_thread=one_thread,
     )
     sys.exit(guest.run(command))
 

@@ -45,8 +45,6 @@ class Spec:
     kvm: bool = False
     exact: bool = False
     """Each instruction takes 1 ns of guest time, so that measurements repeat."""
-    one_thread: bool = False
-    """All CPUs of the guest share one thread of QEMU: a sixth less CPU time, but no two run at the same moment."""
     devices: Sequence[str] = ()
     """QEMU options for more hardware."""
 
@@ -178,4 +176,4 @@ def accelerator(spec: Spec) -> list[str]:
         return ["-accel", "kvm", "-cpu", "host"]
     if spec.exact:
         return ["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", EXACT_CPU]
-    return ["-accel", f"tcg,thread={'single' if spec.one_thread else 'multi'}", "-cpu", FAST_CPU]
+    return ["-accel", "tcg,thread=multi", "-cpu", FAST_CPU]

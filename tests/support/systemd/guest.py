@@ -4,7 +4,6 @@ Owns QEMU and virtiofsd while `boot` runs.  Files in the root tell the guest wha
 there; the console has the messages of the kernel and systemd.
 """
 
-import os
 import re
 import selectors
 import shutil
@@ -62,9 +61,7 @@ def boot(
 ) -> Boot:
     """Boot the root under the kernel, with additional kernel parameters and QEMU options."""
     cache = GuestCache()
-    spec = Spec(
-        kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s, one_thread="UBLKPOOL_LONG" not in os.environ
-    )
+    spec = Spec(kernel, (), cpus=2, mem_mib=2560, timeout_s=timeout_s)
     channels = {name: Channel() for name in ("console", "monitor")}
     emulator = cache.emulator()
     append = (
