@@ -48,7 +48,7 @@ def is_idle(parts: DeviceParts) -> bool:
     kernel, drains = parts.resources.kernel, parts.draining is not None and not parts.draining.done()
     if kernel is None or not kernel.can_try_stop or parts.life.state != "live":
         return False
-    # A refusal must leave a drain that `delete` would end.  With requests in flight somebody uses the disk.
+    # `_end_checked` ends a drain, which a refusal must leave alone.  A request in flight shows a user of the disk.
     is_held = parts.drain or drains or parts.clients.names()
     return not is_held and parts.resources.counted("in_flight") == 0
 

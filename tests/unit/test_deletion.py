@@ -212,7 +212,7 @@ def test_a_user_that_the_driver_counts_is_looked_for_and_named(monkeypatch: pyte
         scene = Scene(monkeypatch)
         scene.kernel.openers, scene.kernel.seen = 1, Users(lasting=("mounted at /srv",))
         assert "mounted at /srv" in await scene.refusal()
-        # The driver is asked again only when the look finds nobody.
+        # The look has found a user, so the driver is not asked again.
         assert scene.log == ["open", "try", "look"]
 
     play(run)
