@@ -107,6 +107,18 @@ def test_where_the_driver_counts_openers_it_stops_the_disk_before_anything_else_
     play(run)
 
 
+def test_an_opener_that_only_the_driver_sees_is_a_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        scene = Scene(monkeypatch)
+        scene.kernel.openers = 1
+        assert "in use" in await scene.refusal()
+        assert scene.log == ["open", "try", "look", "open", "try", "look"]
+        scene.kernel.openers = 0
+        await scene.device.delete(force=False)
+
+    play(run)
+
+
 @pytest.mark.parametrize(("drain", "is_under_way"), [("", True), ("draining", True), ("drained", False)])
 def test_a_drain_goes_on_if_the_deletion_is_refused(
     monkeypatch: pytest.MonkeyPatch, drain: Drain, is_under_way: bool

@@ -201,7 +201,7 @@ def _close_at_exec() -> None:
 
 
 def _become(command: list[str], environment: dict[str, str], out: int | None = None) -> NoReturn:
-    """Run a module as the main program, to its end; with `out` as WarmStarts.start has it."""
+    """Run a module as the main program, to its end; `out`: a descriptor for its output, None to keep what it has."""
     status = 1
     try:
         if out is not None:
