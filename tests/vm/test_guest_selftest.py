@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from support.vm import warm_starts
 from support.vm.daemon import DEADLINE_S, MARK, WARM, eventually, marked_processes
 
 ROOT_READ_ONLY_ERRNO = 30
+BEYOND_THE_HEAP_BYTES = 1 << 20
+"""The C library maps so much memory by itself, at a higher address than that of the heap."""
 in_guest = pytest.mark.skipif("UBLKPOOL_GUEST" not in os.environ, reason="about the guest, not the driver")
 
 
@@ -77,3 +80,19 @@ def test_tests_find_a_copy_of_the_warm_process_by_its_mark(tmp_path: Path) -> No
         child.kill()
         assert child.wait(DEADLINE_S) == -signal.SIGKILL
     assert found == {child.pid: " ".join(command)}
+
+
+def test_what_proc_shows_of_a_copy_may_move_up_and_down_in_memory() -> None:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for count in (2000, BEYOND_THE_HEAP_BYTES, 2000, BEYOND_THE_HEAP_BYTES, 4000):
+                word, value = "w" * count, "v" * count
+                warm_starts._show(["python", word], {"NAME": value})
+                assert Path("/proc/self/cmdline").read_text() == f"python\0{word}\0"
+                assert Path("/proc/self/environ").read_text() == f"NAME={value}\0"
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -244,8 +244,16 @@ def _show(command: Sequence[str], environment: Mapping[str, str]) -> None:
         shown = ctypes.create_string_buffer(text, len(text))
         _SHOWN.append(shown)
         address = ctypes.addressof(shown)
-        _set_mm(start, address)
-        _set_mm(end, address + len(text))
+        moves = [(start, address), (end, address + len(text))]
+        # The kernel refuses a start behind the end, so a text that moves to a higher address moves its end first.
+        for option, to in moves if address <= _shown_end(end) else reversed(moves):
+            _set_mm(option, to)
+
+
+def _shown_end(option: int) -> int:
+    """The address where the command line or the environment of /proc ends now (proc_pid_stat(5))."""
+    values = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    return int(values[{_PR_SET_MM_ARG_END: 46, _PR_SET_MM_ENV_END: 48}[option]])
 
 
 def _may_show() -> bool:
