@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -204,10 +204,21 @@ def _exchange(one: Path, other: Path) -> None:
 
 def build_id() -> str:
     """Tells this version of the code from another: a hash of the installed files' names, sizes and times."""
-    root = Path(ublkpool.__file__).parent
-    files = sorted(path for kind in ("py", "so") for path in root.glob(f"*/**/*.{kind}"))
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    with os.scandir(Path(ublkpool.__file__).parent) as found:
+        # In a checkout each of these folders is a symbolic link.
+        stamps = sorted(stamp for each in found if each.is_dir() for stamp in _stamps(each.path))
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def _stamps(folder: str) -> Iterator[tuple[str, int, int]]:
+    """The path, bytes and time of change of each file of code below `folder`."""
+    with os.scandir(folder) as found:
+        for each in found:
+            if each.is_dir(follow_symlinks=False):
+                yield from _stamps(each.path)
+            elif each.name.endswith((".py", ".so")):
+                about = each.stat()
+                yield each.path, about.st_size, about.st_mtime_ns
 
 
 async def end_left(records: Sequence[Record], spare: Collection[Process] = ()) -> None:

@@ -126,18 +126,32 @@ def _belongs_to_the_kernel(mount: Mount) -> bool:
 
 def mounts_on_the_way(paths: Iterable[Path]) -> set[int]:
     """The ids of the mounts that a look-up of these paths crosses, as far as the paths exist."""
-    # A set, since the paths have most of their parents in common.
-    crossed = {each for path in paths for each in (path, *path.parents)}
-    return {found for each in crossed if (found := _mount_of(each)) is not None}
+    return {found for each in _crossed(map(str, paths)) if (found := _mount_of(each)) is not None}
 
 
-def _mount_of(path: Path) -> int | None:
+def _crossed(paths: Iterable[str]) -> set[str]:
+    """The paths and all their parents, each once: they have most of them in common."""
+    crossed: set[str] = set()
+    for path in paths:
+        while path not in crossed:
+            crossed.add(path)
+            path = _parent(path)
+    return crossed
+
+
+def _parent(path: str) -> str:
+    # A daemon looks at hundreds of paths at its start, and pathlib took half of its time.
+    return path.rpartition("/")[0] or "/"
+
+
+def _mount_of(path: str) -> int | None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        about = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        with open(f"/proc/self/fdinfo/{fd}") as file:  # noqa: PTH123
+            about = file.read()
     finally:
         os.close(fd)
     return next(int(line.split()[1]) for line in about.splitlines() if line.startswith("mnt_id:"))
@@ -145,30 +159,38 @@ def _mount_of(path: Path) -> int | None:
 
 def own_paths() -> set[Path]:
     """The paths of the system, of this process's code, and of modules and programs that it may need later."""
-    paths = {Path(each) for each in SYSTEM_PATHS} | _code() | _libraries()
+    paths = {*SYSTEM_PATHS, *_code(), *_libraries()}
     if (tool := shutil.which("udevadm")) is not None:
-        paths.add(Path(tool))
+        paths.add(tool)
     if (address := os.environ.get("NOTIFY_SOCKET", "")).startswith("/"):
-        paths.add(Path(address))
+        paths.add(address)
     # A symbolic link needs the mount that it is on, and the mount of its target.
-    return paths | {each.resolve() for each in paths}
+    return {Path(each) for path in paths for each in (path, _target(path))}
 
 
-def _code() -> set[Path]:
+def _target(path: str) -> str:
+    """Where the path leads over symbolic links; itself if it does not exist."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return path
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+    finally:
+        os.close(fd)
+
+
+def _code() -> set[str]:
     """The directories of loaded modules, and those from which modules may be loaded later."""
     files = [getattr(module, "__file__", None) for module in tuple(sys.modules.values())]
     # The first entry of sys.path may be the operator's working directory (python -m).
-    places = {Path(each) for each in (*ublkpool.__path__, *sys.path[1:])}
-    return places | {Path(each).parent for each in (sys.executable, *filter(None, files))}
+    return {*ublkpool.__path__, *sys.path[1:], *map(_parent, filter(None, (sys.executable, *files)))}
 
 
-def _libraries() -> set[Path]:
-    found: set[Path] = set()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith("/"):
-            found.add(Path(fields[5]).parent)
-    return found
+def _libraries() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {fields[5] for each in lines if len(fields := each.split(maxsplit=5)) == 6}
+    return {_parent(each) for each in files if each.startswith("/")}
 
 
 def _mounts() -> list[Mount]:

@@ -28,6 +28,7 @@ from ublkpool.bufpool.pool.memory import SHM_DIRECTORY
 from ublkpool.daemon.admin import client as admin_client
 from ublkpool.daemon.admin import patience as admin_patience
 from ublkpool.daemon.admin.client import Client
+from ublkpool.daemon.admin.wire import admin_socket
 from ublkpool.daemon.backends.becoming import TEMPLATE
 from ublkpool.daemon.errors import DaemonError, RemoteError
 from ublkpool.daemon.events.keeper import TITLE as WRITER
@@ -209,7 +210,7 @@ class Daemon:
         eventually(self._answers, "the daemon answers")
 
     def _serve(self, *options: str) -> list[str]:
-        return self.addressed(["serve", "-c", str(self.path("config.toml")), *options])
+        return self.addressed(["serve", "--config", str(self.path("config.toml")), *options])
 
     @contextmanager
     def life(self) -> Iterator[Self]:
@@ -234,6 +235,9 @@ class Daemon:
     def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"the daemon ended:\n{self.said()}"
+        # Without a socket the client would look for the reason, each time.
+        if not admin_socket(self.run_dir).exists():
+            return False
         with suppress(DaemonError):
             self.client.devices()
             return True
