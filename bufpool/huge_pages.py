@@ -81,7 +81,7 @@ class SharedMap:
         """How many bytes are in huge pages, from /proc/self/smaps; 0 if that does not say."""
         is_ours = False
         with suppress(OSError):
-            for line in Path("/proc/self/smaps").read_text().splitlines():
+            for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
                 first, _, rest = line.partition(" ")
                 if not first.endswith(":"):
                     is_ours = first.startswith(f"{self.address:x}-")

@@ -71,4 +71,4 @@ def _has_ended(pid: int, started_ticks: int) -> bool:
 
 def _started_ticks(pid: int) -> int:
     """The start time, in clock ticks since the boot: with the pid it names one process only.  Raises `OSError`."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[_START])
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[_START])

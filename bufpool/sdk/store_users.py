@@ -15,26 +15,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+
+from ublkpool.bufpool.mountinfo import Mount, read_mounts, shown, unescaped
 
 _PF_EXITING = 0x4
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO_BYTES = 232
 _SIGKILL_BIT = 1 << 8
 _COMMAND_LENGTH_MAX = 100
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _SYS_DEVICES = Path("/sys/dev/block")
 _SYS_BLOCK = Path("/sys/block")
 _PROC = Path("/proc")
-
-
-class _Mount(NamedTuple):
-    """A line of mountinfo; `device` is `major:minor`."""
-
-    number: str
-    device: str
-    path: str
-    source: str
 
 
 def lockers(path: Path) -> list[int]:
@@ -63,15 +54,14 @@ def _lock_name(path: Path) -> str:
     return f"{int(major):02x}:{int(minor):02x}:{about.st_ino}"
 
 
-def _mount_of(path: Path) -> _Mount | None:
+def _mount_of(path: Path) -> Mount | None:
     """The mount that a file lies in."""
     file = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         with suppress(OSError, StopIteration):
             facts = (_PROC / f"self/fdinfo/{file}").read_text().splitlines()
-            number = next(line.split()[1] for line in facts if line.startswith("mnt_id:"))
-            mounts = _mounts((_PROC / "self/mountinfo").read_text())
-            return next(each for each in mounts if each.number == number)
+            number = next(int(line.split()[1]) for line in facts if line.startswith("mnt_id:"))
+            return next(each for each in read_mounts(_PROC / "self/mountinfo") if each.id == number)
     finally:
         os.close(file)
     return None
@@ -82,10 +72,10 @@ def is_dying(pid: int) -> bool:
     if not _exists(pid):
         return True
     try:
-        about = (_PROC / f"{pid}/stat").read_text().rpartition(") ")[2].split()
+        about = (_PROC / f"{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
         if about[0] in "ZXx" or int(about[6]) & _PF_EXITING:
             return True
-        status = (_PROC / f"{pid}/status").read_text()
+        status = (_PROC / f"{pid}/status").read_text(errors="replace")
     except OSError:
         # It has just ended, or /proc is mounted with hidepid.
         return not _exists(pid)
@@ -128,7 +118,7 @@ def claimers(path: Path) -> list[str]:
     names = {each: each.resolve().name for each in related}
     numbers = {_number_of(each): name for each, name in names.items()}
     found = [f"{names[each]} is held by {holder}" for each in related for holder in _holders(each)]
-    found += [f"{name} is mounted at {at}" for name, at in _mounts_on(numbers)]
+    found += [f"{name} is mounted at {shown(at)}" for name, at in _mounts_on(numbers)]
     return found + [f"{name} is used as swap" for name in _swaps_on(numbers)]
 
 
@@ -161,7 +151,7 @@ def disks_below(path: Path) -> set[str]:
     return _below(_SYS_DEVICES / number, set())
 
 
-def _number_of_mount(mount: _Mount) -> str:
+def _number_of_mount(mount: Mount) -> str:
     return _node_number(mount.source) or mount.device
 
 
@@ -175,7 +165,7 @@ def _below(block: Path, seen: set[str]) -> set[str]:
     for part in (place / "slaves").glob("*"):
         _below(part, seen)
     with suppress(OSError):
-        backing = (place / "loop/backing_file").read_text().rstrip("\n")
+        backing = os.fsdecode((place / "loop/backing_file").read_bytes()).rstrip("\n")
         seen |= disks_below(Path(backing)) if backing not in seen else set()
     return seen
 
@@ -211,7 +201,7 @@ def _mounts_on(numbers: dict[str, str]) -> Iterator[tuple[str, str]]:
             yield name, mount.path
 
 
-def _all_mounts() -> Iterator[_Mount]:
+def _all_mounts() -> Iterator[Mount]:
     """The mounts of every mount namespace that can be read."""
     namespaces = set()
     for process in (_PROC / "self", *_processes()):
@@ -219,16 +209,7 @@ def _all_mounts() -> Iterator[_Mount]:
             namespace = (process / "ns/mnt").readlink()
             if namespace not in namespaces:
                 namespaces.add(namespace)
-                yield from _mounts((process / "mountinfo").read_text())
-
-
-def _mounts(text: str) -> Iterator[_Mount]:
-    for line in text.splitlines():
-        about, _, origin = line.partition(" - ")
-        fields, source = about.split(), origin.split()
-        yield _Mount(
-            fields[0], fields[2], _unescaped(fields[4]), _unescaped(source[1]) if len(source) > 1 else ""
-        )
+                yield from read_mounts(process / "mountinfo")
 
 
 def _node_number(source: str) -> str:
@@ -247,7 +228,8 @@ def _swaps_on(numbers: dict[str, str]) -> Iterable[str]:
 
 def _swap_paths() -> list[str]:
     with suppress(OSError):
-        return [_unescaped(line.split()[0]) for line in (_PROC / "swaps").read_text().splitlines()[1:]]
+        lines = os.fsdecode((_PROC / "swaps").read_bytes()).splitlines()
+        return [unescaped(line.split()[0]) for line in lines[1:]]
     return []
 
 
@@ -330,7 +312,3 @@ def _link(path: Path) -> str:
     with suppress(OSError):
         return str(path.readlink())
     return ""
-
-
-def _unescaped(text: str) -> str:
-    return _ESCAPE.sub(lambda code: chr(int(code[1], 8)), text)

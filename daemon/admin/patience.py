@@ -154,7 +154,7 @@ def _listener(path: Path) -> str:
     """
     wanted = {str(path), os.path.realpath(path)}
     with suppress(OSError):
-        for line in (_PROC / "net/unix").read_text().splitlines():
+        for line in os.fsdecode((_PROC / "net/unix").read_bytes()).splitlines():
             words = line.split(maxsplit=7)
             if len(words) == 8 and words[7] in wanted and words[3] == "00010000":
                 return words[6]
@@ -180,5 +180,5 @@ def _target(link: Path) -> str:
 
 def _is_stopped(pid: int) -> bool:
     with suppress(OSError):
-        return (_PROC / f"{pid}/stat").read_text().rpartition(") ")[2][:1] in ("T", "t")
+        return (_PROC / f"{pid}/stat").read_text(errors="replace").rpartition(") ")[2][:1] in ("T", "t")
     return False

@@ -5,18 +5,17 @@ machine's mount namespace; every wait has a limit.
 """
 
 import logging
-import re
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ublkpool.bufpool.mountinfo import Mount, read_mounts, shown
 from ublkpool.client import Client
 
 SYS_BLOCK = Path("/sys/dev/block")
 UNMOUNT_PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 1.0
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _log = logging.getLogger("ublkpool.shutdown")
 
 
@@ -37,24 +36,22 @@ def finish(run_dir: Path) -> None:
 
 def release(numbers: Collection[int], mountinfo: Path = Path("/proc/self/mountinfo")) -> None:
     """Unmount everything on the disks with these ublk device numbers; sync a file system that cannot be unmounted."""
-    for path in reversed(paths_on(numbers, mountinfo.read_text())):
-        _log.warning("%s is still mounted: unmounting it", path)
+    for path in reversed(paths_on(numbers, read_mounts(mountinfo))):
+        _log.warning("%s is still mounted: unmounting it", shown(path))
         if not _succeeds(["umount", "--", path]):
-            _log.error("%s cannot be unmounted: writing its data back", path)
+            _log.error("%s cannot be unmounted: writing its data back", shown(path))
             _succeeds(["sync", "--file-system", "--", path])
 
 
-def paths_on(numbers: Collection[int], mountinfo: str) -> list[str]:
-    """The mount points of the disks with these ublk device numbers, in the order of /proc/PID/mountinfo."""
+def paths_on(numbers: Collection[int], mounts: Iterable[Mount]) -> list[str]:
+    """The mount points of the disks with these ublk device numbers, in the order of `mounts`."""
     disks = {f"ublkb{number}" for number in numbers}
-    found = []
-    for line in mountinfo.splitlines():
-        about, _, origin = line.partition(" - ")
-        device, path, source = about.split()[2], about.split()[4], origin.split()[1]
-        # Some file systems (btrfs) have a device number of their own and name the disk as their source.
-        if disks & {*_disks_below(SYS_BLOCK / device), source.removeprefix("/dev/")}:
-            found.append(_ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
-    return found
+    # Some file systems (btrfs) have a device number of their own and name the disk as their source.
+    return [
+        each.path
+        for each in mounts
+        if disks & {*_disks_below(SYS_BLOCK / each.device), each.source.removeprefix("/dev/")}
+    ]
 
 
 def _disks_below(block: Path) -> set[str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
+from ublkpool.bufpool.mountinfo import read_mounts, shown, unescaped
 from ublkpool.daemon.kernel.control_process import LOOK_TITLE
-from ublkpool.daemon.processes.mounts import parse_mounts
 
 USERS_MAX = 20
 """Users of one kind that are named, so that the error stays readable, and the answer fits into a pipe."""
@@ -108,7 +108,7 @@ def _swaps(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     with suppress(OSError):
         for line in (_PROC / "swaps").read_text(errors="replace").splitlines()[1:]:
-            path = line.split()[0]
+            path = unescaped(line.split()[0])
             if path in names or _number_of(path) in numbers:
                 yield f"swap is on {path}"
 
@@ -128,12 +128,11 @@ def _mounts(numbers: dict[str, str]) -> Iterator[str]:
     first = _namespace(1)
     for namespace, pid in _namespaces().items():
         with suppress(OSError):
-            for line in (_PROC / str(pid) / "mountinfo").read_text(errors="replace").splitlines():
-                (mount,), source = parse_mounts(line), line.partition(" - ")[2].split()[1]
+            for mount in read_mounts(_PROC / str(pid) / "mountinfo"):
                 # Some file systems have a device number of their own; then the source names the disk.
-                if mount.device in numbers or source in names:
+                if mount.device in numbers or mount.source in names:
                     where = "" if namespace == first else f" for {_process(pid)}"
-                    yield f"mounted at {mount.path}{where}"
+                    yield f"mounted at {shown(mount.path)}{where}"
 
 
 def _namespaces() -> dict[str, int]:

@@ -108,7 +108,7 @@ def describe_exit(status: int) -> str:
 def has_ended(pid: int) -> bool:
     """Whether the process is dead, reaped or not, or has SIGKILL pending and can only die."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return True
     found = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)

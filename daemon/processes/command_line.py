@@ -14,7 +14,7 @@ _ARGUMENTS_FIELD = 45
 
 def show_as(words: Sequence[str]) -> None:
     """Show these as the command line, cut to the room that there is.  Raises `OSError`."""
-    fields = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+    fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(") ")[2].split()
     start, end = map(int, fields[_ARGUMENTS_FIELD : _ARGUMENTS_FIELD + 2])
     room = end - start
     if not start or room < 1:

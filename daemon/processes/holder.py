@@ -283,7 +283,7 @@ def _end_silent(channel: _Channel) -> None:
     with suppress(OSError), socket.socket(fileno=os.dup(channel.fileno())) as sock:
         pid, pidfd = credentials_of(sock).pid, peer_pidfd(sock)
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == _TITLE:
+            if Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() == _TITLE:
                 _log.warning("killing the holder of an earlier daemon (process %d)", pid)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         finally:

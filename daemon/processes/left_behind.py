@@ -33,7 +33,7 @@ def identify(role: Role, pid: int) -> Process | None:
     Raises `OSError` if /proc cannot be read for want of a descriptor or memory: the process may live.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return Process(role, pid, int(fields[_START_TIME_FIELD]))
@@ -47,7 +47,7 @@ def is_alive(process: Process) -> bool:
 def user_of(pid: int) -> int | None:
     """The user as which this process runs; None if it has ended.  Raises `OSError` as `identify` does."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     return int(text.partition("\nUid:\t")[2].split()[0])

@@ -14,15 +14,14 @@ daemon's namespace.  The process that reads the config again enters it, too.
 
 import logging
 import os
-import re
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import ublkpool
+from ublkpool.bufpool.mountinfo import Mount, read_mounts, shown
 from ublkpool.ublk import process_calls
 
 NAMESPACE = Path("/proc/self/ns/mnt")
@@ -30,18 +29,7 @@ KERNEL_TREES = ("/proc", "/sys", "/dev")
 """Mounts below these that have no block device (devpts, /dev/shm, cgroups, a single device node) stay, too."""
 SYSTEM_PATHS = ("/", *KERNEL_TREES, "/dev/shm", "/sys/fs/cgroup", "/etc", "/run", "/run/udev")
 """The paths that the daemon opens under fixed names."""
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _log = logging.getLogger("ublkpool.supervisor")
-
-
-class Mount(NamedTuple):
-    """A line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
-
-    id: int
-    parent: int
-    device: str
-    """`major:minor`"""
-    path: str
 
 
 def leave_for_own_view(used: Iterable[Path]) -> int:
@@ -65,12 +53,12 @@ def leave_for_own_view(used: Iterable[Path]) -> int:
 def detach_all_but(used: Iterable[Path]) -> None:
     """Detach, in this namespace, every mount but those that these paths cross.  A failure is logged."""
     ids = mounts_on_the_way(used)
-    while idle := idle_mounts(_mounts(), ids):
+    while idle := idle_mounts(read_mounts(), ids):
         # In reverse order of mounting: a later mount may hide an earlier one.
         refusals = [_detach(each) for each in reversed(idle)]
         if all(refusals):
             for mount, refusal in zip(reversed(idle), refusals, strict=True):
-                _log.warning("the daemon keeps the mount %s pinned: %s", mount.path, refusal)
+                _log.warning("the daemon keeps the mount %s pinned: %s", shown(mount.path), refusal)
             return
 
 
@@ -81,13 +69,6 @@ def _detach(mount: Mount) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def parse_mounts(mountinfo: str) -> Iterator[Mount]:
-    """The mounts in a text of /proc/PID/mountinfo, in its order."""
-    for line in mountinfo.splitlines():
-        number, parent, device, _, path = line.split()[:5]
-        yield Mount(int(number), int(parent), device, _ESCAPE.sub(lambda code: chr(int(code[1], 8)), path))
 
 
 def idle_mounts(mounts: Sequence[Mount], used: Collection[int]) -> list[Mount]:
@@ -188,13 +169,9 @@ def _code() -> set[str]:
 
 
 def _libraries() -> set[str]:
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
     files = {fields[5] for each in lines if len(fields := each.split(maxsplit=5)) == 6}
     return {_parent(each) for each in files if each.startswith("/")}
-
-
-def _mounts() -> list[Mount]:
-    return list(parse_mounts(Path("/proc/self/mountinfo").read_text()))
 
 
 def enter_live_view(live: int, cwd: str) -> None:

@@ -1,5 +1,6 @@
 """While the machine goes down: the devices that fail waiting requests, and the unmounting at the end."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,9 +146,13 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 def test_what_is_left_on_our_disks_is_unmounted_the_last_first_and_busy_ones_are_written_back(
     tmp_path: Path, commands: list[list[str]]
 ) -> None:
-    (tmp_path / "mountinfo").write_text(MOUNTINFO)
+    odd = b"/mnt/\xff\xc2\xa0\r"
+    (tmp_path / "mountinfo").write_bytes(
+        MOUNTINFO.encode() + b"\n99 21 259:0 / " + odd + b" rw - ext4 /dev/ublkb0 rw\n"
+    )
     shutdown.release([0, 5], tmp_path / "mountinfo")
     assert commands == [
+        ["umount", "--", os.fsdecode(odd)],
         ["umount", "--", "/mnt/btrfs"],
         ["umount", "--", "/mnt/two words"],
         ["umount", "--", "/mnt/whole/below"],

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from support.loop_devices import alone_with_loop_devices
+from ublkpool.bufpool.mountinfo import parse_mounts
 from ublkpool.daemon.processes import mounts
-from ublkpool.daemon.processes.mounts import idle_mounts, parse_mounts
+from ublkpool.daemon.processes.mounts import idle_mounts
 
 MOUNTINFO = r"""
 21 1 8:1 / / rw - ext4 /dev/sda1 rw
@@ -76,6 +77,7 @@ def test_code_paths_are_those_of_modules_and_sys_path_without_the_operators_dire
 _DAEMON = """
 import os, subprocess, sys
 from pathlib import Path
+from ublkpool.bufpool.mountinfo import read_mounts
 from ublkpool.daemon.processes import mounts
 from ublkpool.daemon.backends.backend_process import BackendProcess
 
@@ -85,11 +87,12 @@ def mount(where, *options):
 
 root, propagation = sys.argv[1:]
 subprocess.run(["mount", f"--make-r{propagation}", "/"], check=True)
-for name in ("early", "early/below", "run", "late/hidden", "late"):
+odd = os.fsdecode(b"odd\\xff\\r\\x0c\\xc2\\xa0name")
+for name in ("early", "early/below", "run", "late/hidden", "late", odd):
     mount(f"{root}/{name}")
 os.chdir(f"{root}/early")
 live = mounts.leave_for_own_view([Path(f"{root}/run/ublkpool")])
-ours = {each.path for each in mounts._mounts() if each.path.startswith(root)}
+ours = {each.path for each in read_mounts() if each.path.startswith(root)}
 assert ours == {f"{root}/run"}, ours
 assert os.getcwd() == "/"
 assert os.path.exists(sys.executable) and os.path.exists("/dev/shm") and os.path.exists("/proc/self/fd")
