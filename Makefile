@@ -26,6 +26,7 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
 UNIT_SUITES ?= tests/check tests/sim tests/sources tests/languages tests/screen tests/unit
 SANITIZED_SUITES ?= tests/sim tests/unit
 BESIDE_GUESTS ?=
+SANITIZED := $(VENV)/sanitized/.built
 # Files in tests/unit that run none of our C code, and take long.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
 # `make bench`: quick, full, growth, density, doorbell, exact, nbd or rbd; where the numbers go; how many CPUs a guest has.
@@ -68,7 +69,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-without-clock test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-without-clock sanitized-sim test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -138,20 +139,23 @@ test-fast:
 test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm tests with the driver, systemd, power
 	@$(MAKE) lint
 	@# A unit or sim test that runs on the sanitized modules does not run on the others as well: `make test-unit` does that.
-	@$(MAKE) test-unit UNIT_SUITES="tests/check tests/sources tests/languages tests/screen \
+	@# These tests wait for servers and processes, and what the next ones need is built meanwhile.
+	@$(MAKE) -j2 test-unit $(SANITIZED) UNIT_SUITES="tests/check tests/sources tests/languages tests/screen \
 	    $(addprefix tests/unit/,$(UNSANITIZED_UNIT_TESTS))"
-	@# The simulation and `make test-long` watch Python's own small objects, too.
-	@PYTHONMALLOC=pymalloc $(MAKE) test-sanitized SANITIZED_SUITES=tests/unit
-	@# The wheel is built in the tree, which guests read.
-	@$(MAKE) compiled deb
+	@# The simulation and `make test-long` watch Python's own small objects, too.  The wheel is built in the tree, which
+	@# guests read.
+	@PYTHONMALLOC=pymalloc $(MAKE) -j2 test-sanitized deb SANITIZED_SUITES=tests/unit
+	@$(MAKE) compiled
 	@$(MAKE) test-guests BESIDE_GUESTS=test-without-clock
 
 # On a busy machine these tests only take longer, several times as long beside the guests: the simulation has a clock of its
 # own, and fuzzing and the package tests have no deadline.
 test-without-clock:
-	@nice -n 5 $(MAKE) test-sanitized SANITIZED_SUITES=tests/sim PYTEST_ARGS="--timeout 1200 $(PYTEST_ARGS)"
+	@nice -n 5 $(MAKE) -j2 sanitized-sim package
 	@nice -n 5 $(MAKE) fuzz
-	@nice -n 5 $(MAKE) package
+
+sanitized-sim:
+	@$(MAKE) test-sanitized SANITIZED_SUITES=tests/sim PYTEST_ARGS="--timeout 1200 $(PYTEST_ARGS)"
 
 test-unit: setup ## unit and sim tests, `backend check`, the screen of top, backends against real servers and in other languages; no driver and no root needed
 	@echo "test: $(UNIT_SUITES)"
@@ -162,7 +166,12 @@ pictures: setup ## draw the documents' pictures and the golden texts of `ublkpoo
 	    tests/screen/test_top_pictures.py tests/screen/test_symptom_pictures.py
 	@git --no-pager diff --stat -- docs/pictures tests/screen/golden
 
-test-sanitized: setup ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
+$(SANITIZED): $(PACKAGED) tests/support/build_sanitized.sh | setup
+	@echo "sanitized: building the C modules"
+	@nice -n 5 tests/support/build_sanitized.sh $(@D)
+	@touch $@
+
+test-sanitized: setup $(SANITIZED) ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: $(SANITIZED_SUITES), sanitized"
 	@tests/support/test_sanitized.sh $(SANITIZED_SUITES) $(addprefix --ignore=tests/unit/,$(UNSANITIZED_UNIT_TESTS)) $(PYTEST_ARGS)
 

@@ -1,20 +1,15 @@
 #!/bin/bash
 # PYTEST_ARGUMENT...: run tests on C modules that AddressSanitizer and UBSan watch.  Any report, of the tests' process or
 # of one that they start, fails the run.
-#
-# The modules are built into a copy of the package beside the normal one, which stays as it is.
+# build_sanitized.sh has built them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$PWD/.venv/bin/python
 directory=$PWD/.venv/sanitized
 reports=$directory/reports
 
-rm -rf "$directory/lib" "$reports"
+rm -rf "$reports"
 mkdir -p "$reports"
-UBLKPOOL_CHECKED=1 \
-    CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" \
-    LDFLAGS="-fsanitize=address,undefined" \
-    "$python" setup.py -q build --build-base "$directory/build" --build-lib "$directory/lib"
 
 # Without leak detection: CPython frees neither its modules nor its interned strings, and its frames are in the stack of
 # each allocation of ours, so no suppression tells the two apart.  The fuzz targets (tests/fuzz), which run without
