@@ -69,7 +69,7 @@ GUEST = $(AS_ROOT) $(PY) -m support.guest
 BENCH_STEP = $(PY) -m bench $(1) --revision "$$revision" --host-load "$$load" $(BENCH_ARGS) $(BENCH_OUT)
 HAS_DRIVER = [ -w /dev/ublk-control ] && [ "$$(id -u)" = 0 ]
 
-.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-without-clock sanitized-sim test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
+.PHONY: help setup host wheel deb compiled guest lint lint-ruff lint-mypy lint-imports lint-format format check test test-without-clock sanitized-sim named-package test-fast test-unit pictures test-sanitized test-long fuzz package test-guests test-vm test-systemd test-power booted soak demo bench bench-host clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -151,8 +151,12 @@ test: ## everything: lint, unit and sim tests here, also sanitized, fuzzing, vm 
 # On a busy machine these tests only take longer, several times as long beside the guests: the simulation has a clock of its
 # own, and fuzzing and the package tests have no deadline.
 test-without-clock:
-	@nice -n 5 $(MAKE) -j2 sanitized-sim package
+	@nice -n 5 $(MAKE) -j2 sanitized-sim named-package
 	@nice -n 5 $(MAKE) fuzz
+
+# Whole lines, since another target writes as well.
+named-package:
+	@$(MAKE) package 2>&1 | sed -u 's/^/package: /'
 
 sanitized-sim:
 	@$(MAKE) test-sanitized SANITIZED_SUITES=tests/sim PYTEST_ARGS="--timeout 1200 $(PYTEST_ARGS)"
