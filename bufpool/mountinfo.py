@@ -42,5 +42,6 @@ def unescaped(text: str) -> str:
 
 
 def shown(path: str) -> str:
-    """The path for a message or a log line, which take no surrogates."""
-    return os.fsencode(path).decode(errors="replace")
+    """The path for a message or a log line: one line, without surrogates; "?" for each control character."""
+    text = os.fsencode(path).decode(errors="replace")
+    return "".join(each if each.isprintable() else "?" for each in text)

@@ -110,7 +110,7 @@ def _swaps(numbers: dict[str, str]) -> Iterator[str]:
         for line in (_PROC / "swaps").read_text(errors="replace").splitlines()[1:]:
             path = unescaped(line.split()[0])
             if path in names or _number_of(path) in numbers:
-                yield f"swap is on {path}"
+                yield f"swap is on {shown(path)}"
 
 
 def _loops(numbers: dict[str, str]) -> Iterator[str]:
