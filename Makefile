@@ -172,8 +172,10 @@ pictures: setup ## draw the documents' pictures and the golden texts of `ublkpoo
 
 $(SANITIZED): $(PACKAGED) tests/support/build_sanitized.sh | setup
 	@echo "sanitized: building the C modules"
+	@# With the time of its beginning: a file that changes meanwhile is built again.
+	@mkdir -p $(@D) && touch $@.begun
 	@nice -n 5 tests/support/build_sanitized.sh $(@D)
-	@touch $@
+	@mv $@.begun $@
 
 test-sanitized: setup $(SANITIZED) ## unit and sim tests on C modules that AddressSanitizer and UBSan watch
 	@echo "test: $(SANITIZED_SUITES), sanitized"

@@ -1,4 +1,4 @@
-"""What is mounted where: /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+"""What is mounted where, and what is swap: /proc/PID/mountinfo (proc_pid_mountinfo(5)), /proc/swaps (proc_swaps(5))."""
 
 import os
 import re
@@ -34,6 +34,12 @@ def parse_mounts(mountinfo: str) -> Iterator[Mount]:
         number, parent, device, _, path = about.split(" ")[:5]
         _, source, *_ = (*origin.split(" "), "")
         yield Mount(int(number), int(parent), device, unescaped(path), unescaped(source))
+
+
+def read_swaps(swaps: Path = Path("/proc/swaps")) -> list[str]:
+    """The paths of all swap files and nodes.  Raises `OSError`."""
+    lines = os.fsdecode(swaps.read_bytes()).split("\n")[1:]
+    return [unescaped(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
 
 
 def unescaped(text: str) -> str:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from ublkpool.bufpool.mountinfo import Mount, read_mounts, shown, unescaped
+from ublkpool.bufpool.mountinfo import Mount, read_mounts, read_swaps, shown
 
 _PF_EXITING = 0x4
 _LOOP_GET_STATUS64 = 0x4C05
@@ -75,7 +75,8 @@ def is_dying(pid: int) -> bool:
         about = (_PROC / f"{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
         if about[0] in "ZXx" or int(about[6]) & _PF_EXITING:
             return True
-        status = (_PROC / f"{pid}/status").read_text(errors="replace")
+        # Not as text: a carriage return in the process's name would begin a line.
+        status = os.fsdecode((_PROC / f"{pid}/status").read_bytes())
     except OSError:
         # It has just ended, or /proc is mounted with hidepid.
         return not _exists(pid)
@@ -228,8 +229,7 @@ def _swaps_on(numbers: dict[str, str]) -> Iterable[str]:
 
 def _swap_paths() -> list[str]:
     with suppress(OSError):
-        lines = os.fsdecode((_PROC / "swaps").read_bytes()).splitlines()
-        return [unescaped(line.split()[0]) for line in lines[1:]]
+        return read_swaps(_PROC / "swaps")
     return []
 
 
@@ -268,7 +268,7 @@ def _backing_inode(loop: str) -> tuple[int, int, int] | None:
 def _loops() -> Iterator[tuple[str, str]]:
     for each in sorted(_SYS_BLOCK.glob("loop*/loop/backing_file")):
         with suppress(OSError):
-            yield each.parent.parent.name, each.read_text().rstrip("\n")
+            yield each.parent.parent.name, os.fsdecode(each.read_bytes()).rstrip("\n")
 
 
 def lockers_of_loop_files(number: int) -> list[str]:
@@ -282,7 +282,7 @@ def lockers_of_loop_files(number: int) -> list[str]:
         if loop in layers:
             with suppress(OSError):
                 found += [
-                    f"the file {backing} of {loop} is locked by {name_process(pid)}"
+                    f"the file {shown(backing)} of {loop} is locked by {name_process(pid)}"
                     for pid in lockers(Path(backing))
                 ]
     return found

@@ -211,8 +211,8 @@ def build_id() -> str:
 
 
 def _stamps(folder: str) -> Iterator[tuple[str, int, int]]:
-    """The path, bytes and time of change of each file of code below `folder`."""
-    with os.scandir(folder) as found:
+    """The path, bytes and time of change of each file of code below `folder`, as far as this user may read it."""
+    with suppress(PermissionError), os.scandir(folder) as found:
         for each in found:
             if each.is_dir(follow_symlinks=False):
                 yield from _stamps(each.path)

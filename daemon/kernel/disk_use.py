@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ublkpool.bufpool.mountinfo import read_mounts, shown, unescaped
+from ublkpool.bufpool.mountinfo import read_mounts, read_swaps, shown
 from ublkpool.daemon.kernel.control_process import LOOK_TITLE
 
 USERS_MAX = 20
@@ -107,8 +107,7 @@ def _device(name: str) -> str:
 def _swaps(numbers: dict[str, str]) -> Iterator[str]:
     names = {f"/dev/{name}" for name in numbers.values()}
     with suppress(OSError):
-        for line in (_PROC / "swaps").read_text(errors="replace").splitlines()[1:]:
-            path = unescaped(line.split()[0])
+        for path in read_swaps(_PROC / "swaps"):
             if path in names or _number_of(path) in numbers:
                 yield f"swap is on {shown(path)}"
 

@@ -47,10 +47,11 @@ def is_alive(process: Process) -> bool:
 def user_of(pid: int) -> int | None:
     """The user as which this process runs; None if it has ended.  Raises `OSError` as `identify` does."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+        # Not as text: a carriage return in the process's name would begin a line.
+        status = Path(f"/proc/{pid}/status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(text.partition("\nUid:\t")[2].split()[0])
+    return int(status.partition(b"\nUid:\t")[2].split()[0])
 
 
 async def end_process(process: Process) -> None:

@@ -7,25 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from ublkpool.bufpool.mountinfo import Mount, parse_mounts, read_mounts, shown
+from ublkpool.bufpool.mountinfo import Mount, parse_mounts, read_mounts, read_swaps, shown
 from ublkpool.bufpool.sdk import store_users
 from ublkpool.daemon.processes import children, left_behind
 
 ODD = "/mnt/\N{NO-BREAK SPACE}\N{LINE SEPARATOR}\x0b\x0c\r\x1c\x85".encode() + b"\xff"
 """What the kernel leaves as it is, and Python takes for the end of a word or a line, or for no text."""
-NAME = b"\xff\x0bState:\tZ"
 _PR_SET_NAME = 15
 
 
-@pytest.fixture
-def odd_process() -> Iterator[int]:
-    """A process with a name that is no text."""
+@pytest.fixture(params=[b"\xff\rUid:\t77", b"\xff\rSigPnd:\t100"], ids=["user", "signal"])
+def odd_process(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process with a name that is no text, and has what text takes for another line."""
     reader, writer = os.pipe()
     ready, said = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(writer)
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, request.param, 0, 0, 0)
         os.write(said, b"x")
         os.read(reader, 1)
         os._exit(0)
@@ -49,6 +48,13 @@ def test_a_path_may_have_any_bytes(tmp_path: Path) -> None:
         Mount(23, 21, "0:44", "/mnt/a", ""),
     ]
     assert shown(os.fsdecode(ODD + b"\nx")) == "/mnt/" + 7 * "?" + "\N{REPLACEMENT CHARACTER}?x"
+
+
+def test_a_swap_file_may_have_any_bytes(tmp_path: Path) -> None:
+    heading = b"Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+    rest = b"\t\tfile\t\t1024\t\t0\t\t-2\n"
+    (tmp_path / "swaps").write_bytes(heading + ODD + rb"\040x" + rest + b"/dev/sda2      " + rest)
+    assert read_swaps(tmp_path / "swaps") == [os.fsdecode(ODD + b" x"), "/dev/sda2"]
 
 
 def test_the_mounts_of_this_machine_begin_with_the_root() -> None:

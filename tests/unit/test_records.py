@@ -269,3 +269,19 @@ def test_any_module_that_changes_makes_another_build(tmp_path: Path, monkeypatch
         (tmp_path / each).write_text("changed")
         builds.add(records.build_id())
     assert len(builds) == 1 + len(modules)
+
+
+def test_a_folder_that_a_user_may_not_read_is_not_a_part_of_the_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as `__pycache__` of a root with another umask."""
+    scan, closed = os.scandir, str(Path(ublkpool.__file__).parent / "ublk")
+
+    def refuse(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError
+        return scan(path)
+
+    whole = records.build_id()
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert records.build_id() != whole
