@@ -26,6 +26,7 @@ SLOW_UNIT_TESTS := broker/test_broker_leases.py broker/test_broker_process.py br
 UNIT_SUITES ?= tests/check tests/sim tests/sources tests/languages tests/screen tests/unit
 SANITIZED_SUITES ?= tests/sim tests/unit
 BESIDE_GUESTS ?=
+# The stamp of the C modules that the sanitizers watch.
 SANITIZED := $(VENV)/sanitized/.built
 # Files in tests/unit that run none of our C code, and take long.
 UNSANITIZED_UNIT_TESTS := test_docs.py test_metrics_process.py test_spread.py
@@ -154,7 +155,7 @@ test-without-clock:
 	@nice -n 5 $(MAKE) -j2 sanitized-sim named-package
 	@nice -n 5 $(MAKE) fuzz
 
-# Whole lines, since another target writes as well.
+# The simulation prints at the same time, so sed passes on whole lines only.
 named-package:
 	@$(MAKE) package 2>&1 | sed -u 's/^/package: /'
 
@@ -172,7 +173,7 @@ pictures: setup ## draw the documents' pictures and the golden texts of `ublkpoo
 
 $(SANITIZED): $(PACKAGED) tests/support/build_sanitized.sh | setup
 	@echo "sanitized: building the C modules"
-	@# With the time of its beginning: a file that changes meanwhile is built again.
+	@# The stamp has the time at which the build began: make builds again what changes meanwhile.
 	@mkdir -p $(@D) && touch $@.begun
 	@nice -n 5 tests/support/build_sanitized.sh $(@D)
 	@mv $@.begun $@

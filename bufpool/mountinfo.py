@@ -10,7 +10,7 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """A line of it.  Bytes of `path` and `source` that are not UTF-8 are surrogates, as `os.fsdecode` makes them."""
+    """A line of /proc/PID/mountinfo.  Bytes of `path` and `source` that are no UTF-8 are surrogates, as of `os.fsdecode`."""
 
     id: int
     parent: int
@@ -22,12 +22,12 @@ class Mount(NamedTuple):
 
 
 def read_mounts(mountinfo: Path = Path("/proc/self/mountinfo")) -> list[Mount]:
-    """The mounts in its order.  Raises `OSError`."""
+    """The mounts of a mount namespace, in the order of the file `mountinfo`.  Raises `OSError`."""
     return list(parse_mounts(os.fsdecode(mountinfo.read_bytes())))
 
 
 def parse_mounts(mountinfo: str) -> Iterator[Mount]:
-    """The mounts in a text of /proc/PID/mountinfo, in its order."""
+    """The mounts in a text of /proc/PID/mountinfo, in the order of the text."""
     # The kernel escapes space, tab and newline; what else Python takes for the end of a word or line may be in a path.
     for line in filter(None, mountinfo.split("\n")):
         about, _, origin = line.partition(" - ")

@@ -154,7 +154,7 @@ def _listener(path: Path) -> str:
     """
     wanted = {str(path), os.path.realpath(path)}
     with suppress(OSError):
-        for line in os.fsdecode((_PROC / "net/unix").read_bytes()).splitlines():
+        for line in os.fsdecode((_PROC / "net/unix").read_bytes()).split("\n"):
             words = line.split(maxsplit=7)
             if len(words) == 8 and words[7] in wanted and words[3] == "00010000":
                 return words[6]

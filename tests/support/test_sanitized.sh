@@ -1,7 +1,7 @@
 #!/bin/bash
 # PYTEST_ARGUMENT...: run tests on C modules that AddressSanitizer and UBSan watch.  Any report, of the tests' process or
 # of one that they start, fails the run.
-# build_sanitized.sh has built them.
+# build_sanitized.sh builds these modules first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$PWD/.venv/bin/python
