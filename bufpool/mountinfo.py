@@ -10,7 +10,10 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """A line of /proc/PID/mountinfo.  Bytes of `path` and `source` that are no UTF-8 are surrogates, as of `os.fsdecode`."""
+    """A line of /proc/PID/mountinfo.
+
+    Bytes of `path` and `source` that are not UTF-8 are surrogates, as `os.fsdecode` makes them.
+    """
 
     id: int
     parent: int
